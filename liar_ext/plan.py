@@ -1,0 +1,154 @@
+"""What to keep: the budget that is asked for and the plan that meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from liar_ext.errors import InputError
+
+PLAN_VERSION = 1
+BUDGET_UNITS = ("prunable", "params", "flops")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the model may stay, and which unit counts are allowed.
+
+    A plan meets the budget when the cost that it keeps is at most ``keep`` times the dense cost.
+
+    Parameters
+    ----------
+    keep : float
+        Fraction of the dense cost that may stay, in (0, 1].
+    of : {"prunable", "params", "flops"}
+        What the cost counts: parameters of the sites that may be pruned; all parameters of the
+        model; floating-point operations of one forward pass over ``seq_len`` tokens.
+    multiple_of : int
+        Number of features that a site keeps (units times width) is a multiple of this, except
+        where the site keeps everything.
+    at_least : int
+        Units that every site keeps at least.
+    uniform_layers : bool
+        Every site of a kind ("attn", "mlp") keeps the same number of units, so that a stock
+        loader takes the result.
+    seq_len : int
+        Sequence length in tokens at which FLOPs are counted.
+
+    Raises
+    ------
+    InputError
+        If a field is out of range.
+    """
+
+    keep: float
+    of: str = "prunable"
+    multiple_of: int = 1
+    at_least: int = 1
+    uniform_layers: bool = False
+    seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise InputError(f"Budget: keep must be in (0, 1], got {self.keep}; 0.8 keeps 80 %")
+        if self.of not in BUDGET_UNITS:
+            raise InputError(f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}")
+        for name in ("multiple_of", "at_least", "seq_len"):
+            if getattr(self, name) < 1:
+                raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The part of a plan that concerns one site.
+
+    Parameters
+    ----------
+    units : int
+        Units of the dense site.
+    kept : tuple of int
+        Indices of the units that stay, strictly ascending.
+    bias : bool
+        Whether the consumer gains a bias that the dense model lacks.
+    """
+
+    units: int
+    kept: tuple[int, ...]
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        if not self.kept or not ascending or self.kept[0] < 0 or self.kept[-1] >= self.units:
+            raise InputError(
+                f"SitePlan: kept must be ascending indices in [0, {self.units}) and not empty, "
+                f"got {list(self.kept[:8])}{'...' if len(self.kept) > 8 else ''}"
+            )
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Indices of the units that go, ascending."""
+        kept = set(self.kept)
+        return tuple(unit for unit in range(self.units) if unit not in kept)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept units of every site of a model; it holds no tensor of the model.
+
+    Parameters
+    ----------
+    model_type : str
+        ``config.model_type`` of the model that the plan is for.
+    attn_unit : str
+        What an attention unit is: ``"kv_group"`` or ``"head"``.
+    sites : mapping of str to SitePlan
+        One entry per site, by name such as ``"3.mlp"``.
+    budget : mapping
+        The budget as it was asked for; for the record only.
+    """
+
+    model_type: str
+    attn_unit: str
+    sites: Mapping[str, SitePlan]
+    budget: Mapping[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps({"version": PLAN_VERSION, **asdict(self)})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan from JSON text.
+
+        Raises
+        ------
+        InputError
+            If the text is not a plan of this version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+            if version != PLAN_VERSION:
+                raise InputError(
+                    f"Plan: version {version} is not {PLAN_VERSION}; "
+                    "read it with the liar_ext that wrote it"
+                )
+            sites = {
+                name: SitePlan(site["units"], tuple(site["kept"]), site["bias"])
+                for name, site in data.pop("sites").items()
+            }
+            return cls(sites=sites, **data)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise InputError(f"Plan: not a plan: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
