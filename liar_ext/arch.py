@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
@@ -113,6 +114,14 @@ class Site:
             sizes |= {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
             sizes["group_size"] = heads // self.kv_heads
         return sizes
+
+    def features(self, kept: Sequence[int]) -> Tensor:
+        """Return the consumer's input features of units, ``(len(kept) · width,)`` int64.
+
+        Unit u is the features ``u · width + i``, i < width.
+        """
+        features = torch.arange(self.d_in, device="cpu").view(self.units, self.width)
+        return features[list(kept)].flatten()
 
     def unit_flops(self, seq_len: int) -> int:
         """Return the FLOPs of one forward pass that leave with one unit.

@@ -10,9 +10,11 @@ The head counts that ``forward`` reads follow; the size of a head stays.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,26 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
         _patch_numbers(model, site)
 
 
+def is_pruned(model: nn.Module) -> bool:
+    """Tell whether units are gone from a model, in memory or in the folder it came from.
+
+    Either its config says so, or a site is smaller than the one that the config builds.
+    """
+    if hasattr(model.config, "liar"):
+        return True
+    base = getattr(model, "base_model", model)
+    dense = skeleton(type(base), model.config)
+    return any(
+        ours.d_in != theirs.d_in for ours, theirs in zip(sites(base), sites(dense), strict=True)
+    )
+
+
+def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """Build a model without its weights: shapes only, on the meta device."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
 def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
     """Return the row indices that belong to units of a site in one of its producers.
 
@@ -86,13 +108,9 @@ def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
     Tensor
         Ascending indices, shape (stacked · len(kept) · n,), int64, on the CPU.
     """
-    runs = torch.arange(rows).view(site.wiring.stacked, site.units, -1)
+    # On the CPU also while a model is built on the meta device.
+    runs = torch.arange(rows, device="cpu").view(site.wiring.stacked, site.units, -1)
     return runs[:, list(kept)].flatten()
-
-
-def unit_columns(site: Site, kept: Sequence[int]) -> Tensor:
-    """Return the consumer columns of units: ``u · width + i``, shape (len(kept) · width,)."""
-    return torch.arange(site.d_in).view(site.units, site.width)[list(kept)].flatten()
 
 
 def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
@@ -191,7 +209,7 @@ def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
             layer.bias = _select(layer.bias, 0, rows)
         _fit_layer(layer, site)
     consumer = model.get_submodule(site.consumer)
-    consumer.weight = _select(consumer.weight, input_, unit_columns(site, site_plan.kept))
+    consumer.weight = _select(consumer.weight, input_, site.features(site_plan.kept))
     _fit_layer(consumer, site)
     if site.wiring.head_input is not None:
         _select_head_input(model, site, site_plan.kept)
@@ -234,7 +252,7 @@ def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> Non
     the first one left.
     """
     head_input = site.wiring.head_input
-    heads = unit_columns(site, kept)[:: site.head_dim] // site.head_dim
+    heads = site.features(kept)[:: site.head_dim] // site.head_dim
     module = model.get_submodule(f"{site.path}.{head_input.module}")
     hook = partial(
         _take_heads,

@@ -14,7 +14,7 @@ from torch import nn
 from liar_ext.arch import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery import apply_plan, unit_columns, unit_rows
+from liar_ext.surgery import apply_plan, is_pruned, unit_rows
 
 
 def keep_some(site: Site, seed: int = 0, bias: bool = False) -> SitePlan:
@@ -44,7 +44,7 @@ def zero_removed(model: nn.Module, plan: Plan) -> nn.Module:
     model = copy.deepcopy(model)
     for site in sites(model, attn_unit=plan.attn_unit):
         if site.name in plan.sites:
-            removed = unit_columns(site, plan.sites[site.name].removed)
+            removed = site.features(plan.sites[site.name].removed)
             get_consumer_weight(model, site)[:, removed] = 0
     return model
 
@@ -135,7 +135,7 @@ def test_given_weights_and_biases_are_used(name: str) -> None:
     weights = {}
     zeroed = zero_removed(model, plan)
     for site in sites(model):
-        kept = unit_columns(site, plan.sites[site.name].kept)
+        kept = site.features(plan.sites[site.name].kept)
         weight = torch.randn(site.d_out, len(kept), dtype=torch.float64) / 8
         bias = torch.randn(site.d_out, dtype=torch.float64) / 8
         weights[site.name] = (weight, bias)
@@ -213,6 +213,16 @@ def test_rows_of_stacked_producers() -> None:
     site = sites(tiny("gpt2"))[0]
     # Two rows a head, four heads, and q, k, v stacked: 24 rows.
     assert unit_rows(site, (1, 3), 24).tolist() == [2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_pruned_model_is_known(name: str) -> None:
+    model = tiny(name)
+    assert not is_pruned(model)
+    assert not is_pruned(model.base_model)
+    one = {"1.mlp": keep_some(sites(model)[3])}
+    apply_plan(model, Plan(model.config.model_type, "auto", one))
+    assert is_pruned(model)
 
 
 BAD_PLANS = {
