@@ -12,28 +12,25 @@ from pathlib import Path
 from liar_ext import ops
 from liar_ext.criteria import get_criterion, list_criteria
 from liar_ext.errors import InputError
+from liar_ext.families import FAMILIES
 from liar_ext.plan import BUDGET_UNITS, Budget
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit code: 0, or 2 for input that cannot be used."""
+    """Run the command and return its exit code.
+
+    0: done; 1: ``verify`` found other outputs; 2: input that cannot be used; 130: interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except InputError as error:
-        return _refuse(error)
-    except OSError as error:  # disk full, no permission, no such file
-        return _refuse(error)
+        return options.run(options) or 0
+    except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
+        print(f"liar: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
-    return 0
-
-
-def _refuse(error: Exception) -> int:
-    print(f"liar: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,6 +139,7 @@ def _add_verify(commands) -> None:
         "those recorded when it was saved, and count its parameters.",
     )
     parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_verify)
 
@@ -220,6 +218,7 @@ def _prune(options: argparse.Namespace) -> None:
         model,
         options.out,
         report.plan,
+        report=report,
         tokenizer=tokenizer,
         overwrite=options.overwrite,
     )
@@ -252,11 +251,18 @@ def _eval(options: argparse.Namespace) -> None:
         )
 
 
-def _verify(options: argparse.Namespace) -> None:
+def _verify(options: argparse.Namespace) -> int:
     from liar_ext import checkpoint
 
-    facts = checkpoint.verify_pruned(options.folder)
-    print(json.dumps(facts, indent=1))
+    facts = checkpoint.verify_pruned(options.folder, options.device)
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}")
+        for loader, result in facts["loaders"].items():
+            verdict = "same outputs" if result["agrees"] else "OTHER OUTPUTS"
+            print(f"{loader}: {verdict}, difference {result['max_abs_difference']:.1e}")
+    return 0 if facts["agrees"] else 1
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -265,6 +271,7 @@ def _info(options: argparse.Namespace) -> None:
     for key, value in versions().items():
         print(f"{key:32} {value}")
     print(f"{'criteria':32} {', '.join(known.name for known in list_criteria())}")
+    print(f"{'families':32} {', '.join(FAMILIES)}")
     print(f"{'extension':32} {Path(ops.__file__).parent}")
 
 

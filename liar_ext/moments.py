@@ -23,9 +23,9 @@ FOLDS = 2
 class Moments:
     """First and second moments of one consumer's input, kept in two folds.
 
-    ``gram[f] = Σ_t w_t x_t x_tᵀ``, ``total[f] = Σ_t w_t x_t``, ``count[f] = [Σ_t w_t, rows dropped]``
-    over the tokens ``t`` of fold ``f``. They are sums, not means: folds, shards, ranks and resumed
-    runs add up.
+    ``gram[f] = Σ_t w_t x_t x_tᵀ``, ``total[f] = Σ_t w_t x_t`` and
+    ``count[f] = [Σ_t w_t, rows dropped]`` over the tokens ``t`` of fold
+    ``f``. They are sums, not means: folds, shards, ranks and resumed runs add up.
 
     Parameters
     ----------
@@ -104,10 +104,10 @@ class Moments:
 
 
 def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
-    """Return ``Σ w (x − mean)(x − mean)ᵀ`` from plain sums; lower triangle in, lower triangle out.
+    """Return ``Σ w (x − mean)(x − mean)ᵀ`` from plain sums; lower triangle in and out.
 
-    With ``mean = total / tokens`` this is the centred Gram ``G − s sᵀ / n`` of METHOD's affine form;
-    with the mean of another fold it is what that fold's affine fit is judged by.
+    With ``mean = total / tokens`` this is the centred Gram ``G − s sᵀ / n`` of the affine
+    form; with the mean of another fold it is what that fold's affine fit is judged by.
     """
     cross = torch.outer(total, mean)
     return gram - cross - cross.T + tokens * torch.outer(mean, mean)

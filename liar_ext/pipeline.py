@@ -85,7 +85,8 @@ def prune(
     Raises
     ------
     InputError
-        If an argument, the model, the data or the budget cannot be used; the model is then as it was.
+        If an argument, the model, the data or the budget cannot be used; the model is then as
+        it was.
 
     Notes
     -----

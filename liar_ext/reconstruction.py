@@ -219,7 +219,7 @@ def solve(
 def _cross_validate(
     weight: Tensor, moments: Moments, kept: Tensor, damps: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the held-out error per damp, ``(len(damps),)``, and ``tr(W G Wᵀ)``, both over A + B."""
+    """Return the held-out error per damp and ``tr(W G Wᵀ)``, both summed over the folds."""
     held_out = torch.zeros_like(damps)
     energy = damps.new_zeros(())
     for fold in range(FOLDS):

@@ -89,8 +89,8 @@ class Report:
             "Errors are relative to the energy of the site's output; *held-out* is solved on one "
             "half of the calibration documents and measured on the other.",
             "",
-            "| site | units | parameters | damp | error | held-out | condition | dropped rows | path "
-            "| s |",
+            "| site | units | parameters | damp | error | held-out | condition | dropped rows "
+            "| path | s |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in self.sites:

@@ -114,7 +114,7 @@ class Sequences:
     def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
         """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds."""
         batches = []
-        for fold in range(FOLDS):
+        for fold in self.fold.unique():
             for rows in (self.fold == fold).nonzero().flatten().split(batch_size):
                 batches.append(
                     {
@@ -189,7 +189,7 @@ def calibration_sequences(
 def evaluation_sequences(
     documents: Sequence[str], tokenizer, *, seq_len: int = 512, samples: int | None = None
 ) -> Sequences:
-    """Cut text into consecutive windows of ``seq_len`` tokens; with ``samples``, every n-th of them.
+    """Cut text into consecutive windows of ``seq_len`` tokens; ``samples`` takes every n-th.
 
     Raises
     ------
