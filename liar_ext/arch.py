@@ -12,6 +12,7 @@ so that a model with unequal layers is read like any other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -36,6 +37,7 @@ __all__ = [
     "get_path",
     "register_family",
     "sites",
+    "skeleton",
 ]
 
 KINDS = ("attn", "mlp")
@@ -187,6 +189,12 @@ def can_gain_bias(model: nn.Module, site: Site) -> bool:
     (``attention_bias``, ``mlp_bias``).
     """
     return get_consumer_bias(model, site) is not None or site.wiring.bias_flag is not None
+
+
+def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """Build a model without its weights: shapes only, on the meta device."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
 
 
 def block_config(family: Family, config: Any) -> Any:

@@ -10,16 +10,14 @@ The head counts that ``forward`` reads follow; the size of a head stays.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.arch import Site, get_consumer_bias, sites
+from liar_ext.arch import Site, get_consumer_bias, sites, skeleton
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan, SitePlan
 
@@ -80,12 +78,6 @@ def is_pruned(model: nn.Module) -> bool:
     return any(
         ours.d_in != theirs.d_in for ours, theirs in zip(sites(base), sites(dense), strict=True)
     )
-
-
-def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
-    """Build a model without its weights: shapes only, on the meta device."""
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
 
 
 def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
