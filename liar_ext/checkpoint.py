@@ -221,6 +221,10 @@ def load_model(
 
     path = Path(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if (path.is_absolute() or path.suffix == ".gguf") and not path.exists():
+        raise InputError(
+            f"load_model: {name} doesn't exist; give a folder, a hub id or a GGUF file"
+        )
     try:
         if path.suffix == ".gguf":
             model = AutoModelForCausalLM.from_pretrained(
@@ -239,7 +243,7 @@ def load_model(
         raise InputError(
             f"load_model: can't load {name}: {error}; give a folder, a hub id or a GGUF file"
         ) from error
-    return model.to(device).eval(), _load_tokenizer(path, name)
+    return model.to(device).eval(), _load_tokenizer(path, name, model.config)
 
 
 def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -385,13 +389,13 @@ def _planned_class(stock: Any, plan: Plan) -> Any:
     return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
 
 
-def _load_tokenizer(path: Path, name: str | os.PathLike[str]) -> Any | None:
+def _load_tokenizer(path: Path, name: str | os.PathLike[str], config: Any) -> Any | None:
     """Return the tokenizer of a model, or None where there is none."""
     from transformers import AutoTokenizer
 
     try:
         if path.suffix == ".gguf":
             return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, config=config)
     except (OSError, ValueError, KeyError):
         return None

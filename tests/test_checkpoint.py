@@ -418,5 +418,9 @@ def test_load_model_takes_dense_and_pruned_folders(tmp_path: Path) -> None:
     save_pruned(cut, tmp_path / "pruned", plan)
     model, words = load_model(tmp_path / "pruned")
     assert torch.equal(outputs(model), outputs(cut)) and is_pruned(model) and words is None
+    for missing in (tmp_path / "nothing", "nothing.gguf"):
+        with pytest.raises(InputError, match="doesn't exist"):
+            load_model(missing)
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="can't load"):
-        load_model(tmp_path / "nothing")
+        load_model(tmp_path / "empty")
