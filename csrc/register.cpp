@@ -18,6 +18,7 @@ std::string build_info() {
   text += "torch_target=" + version(TORCH_TARGET_VERSION) + "\n";
   text += "torch_built=" + version(TORCH_ABI_VERSION) + "\n";
   text += std::string("cpu_kernel=") + kernels().name + "\n";
+  text += "cpu_kernels=" + kernel_names() + "\n";
 #ifdef LIAR_WITH_CUDA
   text += "cuda=compiled\n";
 #else

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace liar {
 
@@ -81,5 +82,8 @@ struct KernelSet {
 /// The set in use: the best that this CPU supports, or the one that the environment variable
 /// LIAR_CPU_KERNEL names. Throws std::runtime_error if that is unknown or unsupported here.
 const KernelSet& kernels();
+
+/// The names of the sets that this CPU supports, best first, separated by ", ".
+std::string kernel_names();
 
 }  // namespace liar

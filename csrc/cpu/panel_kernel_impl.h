@@ -23,6 +23,8 @@
 namespace liar {
 namespace {
 
+constexpr int64_t kSegmentTokens = 128;
+
 template <class Simd>
 struct Panels {
   using Slot = typename Simd::Slot;
@@ -31,6 +33,8 @@ struct Panels {
   static constexpr int kRows = Simd::kRows;
   static constexpr int kVectors = Simd::kVectors;
   static constexpr int kPanel = kLanes * kVectors;
+  // Steps that one register sums up: short, because a sum loses bits with its length.
+  static constexpr int64_t kSegment = kSegmentTokens / Simd::kTokensPerStep;
   static_assert(kPanel % kRows == 0, "a register tile must not straddle two panels");
 
   // ---- product ------------------------------------------------------------------------------
@@ -42,24 +46,47 @@ struct Panels {
   static void tile(int64_t steps, const Slot* a, const Slot* b, Out* out, int64_t out_row,
                    int64_t rows, int64_t cols, bool lower, int64_t diagonal) {
     Vector sum[kRows][vectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
+    typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
+    // The sums go to `out` in the end: fetch it while they grow.
+    for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
+      for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(Out))) {
+        __builtin_prefetch(out + r * out_row + c, 1);
+      }
     }
-    for (int64_t step = 0; step < steps; ++step) {
-      typename Simd::Operand right[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
+    int64_t begin = 0, end = 0;
+    do {
+      begin = end;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const typename Simd::Operand left = Simd::splat(a + r);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
+        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
       }
-      a += kPanel;
-      b += kPanel;
-    }
+      end = steps - begin < kSegment ? steps : begin + kSegment;
+      for (int64_t step = begin; step < end; ++step) {
+        typename Simd::Operand right[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const typename Simd::Operand left = Simd::splat(a + r);
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
+          }
+        }
+        a += kPanel;
+        b += kPanel;
+      }
+      if (begin == 0 && end == steps) break;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          if (begin > 0) sum[r][v] = Simd::add(sum[r][v], Simd::load(&part[r][v * kLanes]));
+          if (end < steps) Simd::store(&part[r][v * kLanes], sum[r][v]);
+        }
+      }
+    } while (end < steps);
     const bool whole =
         rows >= kRows && cols >= vectors * kLanes && (!lower || diagonal + 1 >= vectors * kLanes);
     if (whole) {
@@ -71,15 +98,14 @@ struct Panels {
       }
       return;
     }
-    typename Simd::Sum edge[kRows][vectors * kLanes];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) Simd::store(&edge[r][v * kLanes], sum[r][v]);
+      for (int v = 0; v < vectors; ++v) Simd::store(&part[r][v * kLanes], sum[r][v]);
     }
     for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
       const int64_t limit = lower && diagonal + r + 1 < cols ? diagonal + r + 1 : cols;
-      for (int64_t c = 0; c < limit; ++c) out[r * out_row + c] += static_cast<Out>(edge[r][c]);
+      for (int64_t c = 0; c < limit; ++c) out[r * out_row + c] += static_cast<Out>(part[r][c]);
     }
   }
 
