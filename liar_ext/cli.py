@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from liar_ext import ops
@@ -275,6 +276,10 @@ def _info(options: argparse.Namespace) -> None:
     for key, value in versions().items():
         print(f"{key:32} {value}")
     print(f"{'criteria':32} {', '.join(known.name for known in list_criteria())}")
+    optional = {"gguf": "GGUF files", "datasets": "datasets by name", "accelerate": "device_map"}
+    for package, what in optional.items():
+        state = "available" if find_spec(package) else f"pip install {package}"
+        print(f"{what:32} {state}")
     print(f"{'families':32} {', '.join(FAMILIES)}")
     print(f"{'extension':32} {Path(ops.__file__).parent}")
 
