@@ -36,8 +36,8 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
       "Tensor? y=None, Tensor? weight=None) -> ()");
   m.def(
       "reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, Tensor? holdout=None, "
-      "Tensor? cross=None, Tensor? holdout_cross=None) -> (Tensor weight, Tensor error, "
-      "Tensor holdout_error, Tensor info)");
+      "Tensor? cross=None, Tensor? holdout_cross=None, bool errors_only=False) -> "
+      "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {

@@ -39,7 +39,8 @@ def test_schemas():
     )
     assert str(OPS.reconstruct.default._schema) == (
         "liar_ext::reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, "
-        "Tensor? holdout=None, Tensor? cross=None, Tensor? holdout_cross=None) -> "
+        "Tensor? holdout=None, Tensor? cross=None, Tensor? holdout_cross=None, "
+        "bool errors_only=False) -> "
         "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)"
     )
 

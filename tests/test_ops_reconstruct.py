@@ -61,14 +61,15 @@ def test_errors_equal_brute_force(d, d_out):
             assert abs(value - brute) <= 1e-10 * brute
 
 
+@pytest.mark.parametrize("errors_only", [False, True])
 @pytest.mark.parametrize("holdout", [False, True])
 @pytest.mark.parametrize("dense_targets", [False, True])
 @pytest.mark.parametrize("d_out", [1, 9, 70])
-def test_matches_the_reference(holdout, dense_targets, d_out):
+def test_matches_the_reference(errors_only, holdout, dense_targets, d_out):
     weight, x = problem(200, 40, d_out)
     other = problem(200, 40, d_out, seed=2)[1]
     target = torch.randn(200, d_out, generator=torch.Generator().manual_seed(4)).double()
-    extra = {}
+    extra = {"errors_only": errors_only}
     if holdout:
         extra["holdout"] = gram_of(other)
     if dense_targets:

@@ -247,7 +247,7 @@ class Update {
         product.j1 = std::min(product.j0 + block, right_cols);
         product.out = u.gram;
         product.out_row = u.gram_row;
-        product.lower = u.y == nullptr;
+        product.triangle = u.y == nullptr ? Triangle::kLower : Triangle::kAll;
         if (product.steps > 0) (u.wide ? kernel->multiply_f64 : kernel->multiply_f32)(product);
       }
     });
