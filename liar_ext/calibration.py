@@ -58,7 +58,7 @@ def calibrate(
     bank = MomentBank({site.name: Moments.zeros(site.d_in, device=device) for site in at})
     current = _Batch()
     sequences = 0
-    with _collecting(model, at, bank, current), _evaluating(model):
+    with _collecting(model, at, bank, current), evaluating(model):
         for index, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
             inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
             inputs = {name: value.to(device) for name, value in inputs.items()}
@@ -145,7 +145,7 @@ def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current:
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module):
     """Switch dropout and the key-value cache off while the context is open."""
     training, use_cache = model.training, getattr(model.config, "use_cache", None)
     model.eval()

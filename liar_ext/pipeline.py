@@ -21,7 +21,7 @@ from liar_ext.criteria import get_criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.plan import Budget, Plan
-from liar_ext.reconstruction import check_settings
+from liar_ext.ridge import check_settings
 from liar_ext.reconstruction import reconstruct as solve_sites
 from liar_ext.report import Report, SiteRow
 from liar_ext.surgery import apply_plan, is_pruned
