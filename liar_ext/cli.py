@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from liar_ext import ops
@@ -24,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: ``verify`` found other outputs; 2: input that cannot be used; 130: interrupted.
     """
     options = _parser().parse_args(arguments)
+    if getattr(options, "quiet", False):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     try:
         return options.run(options) or 0
     except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
@@ -108,6 +113,19 @@ def _add_prune(commands) -> None:
         help="what is put back; bias and affine give consumers a bias if they lack one",
     )
     add("--damp", default="auto", metavar="LAMBDA", help="ridge, or auto: by held-out error")
+    add(
+        "--schedule",
+        choices=("one-pass", "layerwise"),
+        default="one-pass",
+        help="solve all layers on the dense model's activations, or walk them on the pruned one's",
+    )
+    add(
+        "--target",
+        choices=("dense-input", "branch", "stream", "auto"),
+        help="layerwise: restore what a layer loses, its dense output, the dense residual stream, "
+        "or as much of the latter as held-out text bears out (auto, the default)",
+    )
+    add("--refit", action="store_true", help="layerwise: solve layers that lose nothing, too")
     add("--samples", type=int, default=128, help="calibration sequences")
     add("--batch-size", type=int, default=4, help="sequences per forward pass")
     add("--seed", type=int, default=0, help="of the draw and the folds")
@@ -173,7 +191,7 @@ def _prune(options: argparse.Namespace) -> None:
     checkpoint.check_folder(options.out, options.overwrite)
     sources = [texts.read_documents(source) for source in options.calibration]
     held_out = texts.read_documents(options.eval) if options.eval else None
-    model, tokenizer = checkpoint.load_model(options.model, options.dtype, options.device)
+    model, tokenizer = _load(options)
     calibration = texts.calibration_sequences(
         sources,
         tokenizer,
@@ -197,6 +215,9 @@ def _prune(options: argparse.Namespace) -> None:
         allocation=options.allocation,
         reconstruct=options.reconstruct,
         damp=damp,
+        schedule=options.schedule,
+        target=options.target,
+        refit=options.refit,
         kinds=("attn", "mlp") if options.sites == "all" else (options.sites,),
         attn_unit=options.attn_unit,
         seed=options.seed,
@@ -231,11 +252,11 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from liar_ext import checkpoint, texts
+    from liar_ext import texts
     from liar_ext.evaluation import perplexity
 
     documents = texts.read_documents(options.text)
-    model, tokenizer = checkpoint.load_model(options.model, options.dtype, options.device)
+    model, tokenizer = _load(options)
     if not _is_causal(model):
         raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
     sequences = texts.evaluation_sequences(
@@ -271,8 +292,24 @@ def _info(options: argparse.Namespace) -> None:
     for key, value in versions().items():
         print(f"{key:32} {value}")
     print(f"{'criteria':32} {', '.join(known.name for known in list_criteria())}")
+    optional = {"gguf": "GGUF files", "datasets": "datasets by name", "accelerate": "device_map"}
+    for package, what in optional.items():
+        state = "available" if find_spec(package) else f"pip install {package}"
+        print(f"{what:32} {state}")
     print(f"{'families':32} {', '.join(FAMILIES)}")
     print(f"{'extension':32} {Path(ops.__file__).parent}")
+
+
+def _load(options: argparse.Namespace):
+    from liar_ext import checkpoint
+
+    model, tokenizer = checkpoint.load_model(options.model, options.dtype, options.device)
+    if tokenizer is None:
+        raise InputError(
+            f"load_model: {options.model} has no tokenizer to read text with; put one into the "
+            "folder, or call liar_ext.prune with batches of your own"
+        )
+    return model, tokenizer
 
 
 def _damp(text: str) -> float | str:

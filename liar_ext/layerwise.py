@@ -17,7 +17,8 @@ from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
-from liar_ext.ridge import Solution, check_settings, report_row, solve
+from liar_ext.ridge import report_row, solve
+from liar_ext.solution import Solution, check_settings
 from liar_ext.towards import Shortfall, solve_towards
 from liar_ext.walk import Blocks, Forward, Run
 

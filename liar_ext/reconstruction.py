@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -13,7 +14,8 @@ from liar_ext.errors import InputError
 from liar_ext.moments import Moments
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
-from liar_ext.ridge import check_settings, report_row, solve
+from liar_ext.ridge import report_row, solve
+from liar_ext.solution import WITH_BIAS, check_settings
 
 
 def reconstruct(
@@ -27,8 +29,8 @@ def reconstruct(
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve every site of ``plan`` and return its new consumer weights and its report row.
 
-    See :func:`liar_ext.ridge.solve` for the mathematics. The model is read, not changed; hand the weights to
-    :func:`liar_ext.apply_plan`.
+    See :func:`liar_ext.ridge.solve` for the mathematics. The model is read, not
+    changed; hand the weights to :func:`liar_ext.apply_plan`.
 
     Parameters
     ----------
@@ -37,7 +39,7 @@ def reconstruct(
     bank : mapping of str to Moments
         From :func:`liar_ext.calibrate`.
     plan : Plan
-        What stays.
+        What stays; for the modes that give a bias, from :func:`with_bias`.
     mode : {"none", "bias", "linear", "affine"}
         What is put back.
     damp : float or "auto"
@@ -81,3 +83,15 @@ def reconstruct(
         seconds = time.perf_counter() - start
         rows.append(report_row(site, len(kept.kept), bank[name], solution, seconds))
     return weights, rows
+
+
+def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
+    """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it."""
+    if mode not in WITH_BIAS:
+        return plan
+    by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    planned = {
+        name: replace(site, bias=get_consumer_bias(model, by_name[name]) is None)
+        for name, site in plan.sites.items()
+    }
+    return replace(plan, sites=planned)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,67 +10,9 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.arch import Site
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, Moments, centre
+from liar_ext.moments import FOLDS, Moments, centre, check_folds
 from liar_ext.report import SiteRow
-
-MODES = ("none", "bias", "linear", "affine")
-DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The new consumer of one site and the certificate of its error.
-
-    Parameters
-    ----------
-    weight : Tensor
-        ``W'``, ``(d_out, n_kept)`` float64.
-    bias : Tensor or None
-        ``b'``, ``(d_out,)`` float64; None when the consumer keeps the bias it has.
-    damp : float
-        λ taken; infinity means that plain dropping did best.
-    error : float
-        ``tr(ΔW G ΔWᵀ) / tr(W G Wᵀ)`` over all calibration tokens.
-    holdout_error : float
-        The same with the solve on one fold and the error on the other, both ways, added up.
-    condition : float
-        Lower bound on the condition number of ``G_KK + Λ``.
-    path : str
-        What was solved, e.g. ``"linear, cholesky float64"``.
-    share : float
-        How far the solve went from the consumer's own target, 0, to the target given, 1.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    damp: float
-    error: float
-    holdout_error: float
-    condition: float
-    path: str
-    share: float = 0.0
-
-
-def check_settings(mode: str, damp: float | str) -> None:
-    """Raise InputError unless ``mode`` and ``damp`` are ones that :func:`solve` knows."""
-    if mode not in MODES:
-        raise InputError(f"reconstruct: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if damp != "auto" and not (isinstance(damp, float | int) and damp >= 0):
-        raise InputError(f'reconstruct: damp must be "auto" or a number >= 0, got {damp!r}')
-
-
-def check_folds(moments: Moments) -> None:
-    """Raise InputError unless both folds hold tokens."""
-    if (moments.tokens <= 0).any():
-        raise InputError(
-            "reconstruct: both folds need tokens for the held-out error, got "
-            f"{moments.tokens.tolist()}; calibrate with at least two sequences"
-        )
-
-
-def damp_ladder(damp: float | str) -> list[float]:
-    """Return the λ to choose from."""
-    return list(DAMP_LADDER) if damp == "auto" else [float(damp)]
+from liar_ext.solution import MODES, WITH_BIAS, Solution, check_settings, damp_ladder, ratio
 
 
 def solve(
@@ -123,7 +64,7 @@ def solve(
     check_folds(moments)
     device = moments.gram.device
     wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
-    affine = mode in ("bias", "affine")
+    affine = mode in WITH_BIAS
     if mode in ("none", "bias") or len(kept) == wide.shape[1]:
         ladder = [math.inf]
     else:
@@ -175,11 +116,6 @@ def _cross_validate(
             holdout = centre(holdout, moments.total[other], moments.tokens[other], mean)
         held_out += ops.reconstruct(weight, gram, kept, damps, holdout=holdout)[2]
     return held_out, energy
-
-
-def ratio(error: Tensor, energy: Tensor) -> float:
-    """Return ``error / energy``; a consumer whose output is zero has no error to speak of."""
-    return max(0.0, float(error / energy)) if energy > 0 else 0.0
 
 
 def report_row(

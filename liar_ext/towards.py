@@ -20,8 +20,8 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, Moments, centre
-from liar_ext.ridge import Solution, check_folds, damp_ladder, ratio
+from liar_ext.moments import FOLDS, Moments, centre, check_folds
+from liar_ext.solution import Solution, damp_ladder, ratio
 
 
 @dataclass
