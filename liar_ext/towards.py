@@ -65,7 +65,7 @@ class Shortfall:
         """
         unused, count = torch.zeros_like(self.cross[fold, :, 0]), self.energy.new_zeros(2)
         ops.gram_update_(self.cross[fold], unused, count, x, r, weight)
-        used = r[weight].double()
+        used = r.detach()[weight].double()
         self.total[fold] += used.sum(0)
         self.energy[fold] += used.square().sum()
 
