@@ -8,6 +8,7 @@ from liar_ext.checkpoint import load_pruned, save_pruned, verify_pruned
 from liar_ext.criteria import criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
+from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.moments import MomentBank, Moments
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
@@ -31,6 +32,7 @@ __all__ = [
     "perplexity",
     "prune",
     "reconstruct",
+    "reconstruct_layerwise",
     "register_family",
     "save_pruned",
     "score",
