@@ -18,6 +18,7 @@ std::string build_info() {
   text += "torch_target=" + version(TORCH_TARGET_VERSION) + "\n";
   text += "torch_built=" + version(TORCH_ABI_VERSION) + "\n";
   text += std::string("cpu_kernel=") + kernels().name + "\n";
+  text += "cpu_kernels=" + kernel_names() + "\n";
 #ifdef LIAR_WITH_CUDA
   text += "cuda=compiled\n";
 #else
@@ -35,8 +36,8 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
       "Tensor? y=None, Tensor? weight=None) -> ()");
   m.def(
       "reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, Tensor? holdout=None, "
-      "Tensor? cross=None, Tensor? holdout_cross=None) -> (Tensor weight, Tensor error, "
-      "Tensor holdout_error, Tensor info)");
+      "Tensor? cross=None, Tensor? holdout_cross=None, bool errors_only=False) -> "
+      "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)");
   m.def(
       "obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, int groups=1) -> "
       "(Tensor order, Tensor error, Tensor info)");
