@@ -21,6 +21,8 @@ class SiteRow:
 
     Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output; ``damp`` is λ, with
     infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
+    ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
+    nats; None where it was not measured.
     """
 
     name: str
@@ -35,6 +37,7 @@ class SiteRow:
     dropped_rows: int
     path: str
     seconds: float
+    sensitivity: float | None = None
 
 
 @dataclass

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.arch import Site, sites
-from liar_ext.divergence import output_divergence
 from liar_ext.errors import InputError
+from liar_ext.outputs import evaluating, output_divergence
 from liar_ext.plan import Plan
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -19,7 +19,7 @@ Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 def site_divergences(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
     plan: Plan,
     weights: Weights,
     *,
@@ -31,8 +31,8 @@ def site_divergences(
     ----------
     model : nn.Module
         The dense model; it is as it was afterwards.
-    batches : iterable of mapping
-        Inputs of the model.
+    batches : iterable of mapping or Tensor
+        Inputs of the model, as for :func:`liar_ext.calibrate`.
     plan : Plan
         What stays at each site.
     weights : mapping of str to (Tensor, Tensor or None)
@@ -44,7 +44,7 @@ def site_divergences(
     -------
     dict of str to float
         Mean ``KL(dense ‖ pruned)`` per token in nats, by site name; see
-        :func:`liar_ext.divergence.output_divergence`. 0 for a site that keeps everything.
+        :func:`liar_ext.outputs.output_divergence`. 0 for a site that keeps everything.
     """
     pruned = [name for name, site_plan in plan.sites.items() if site_plan.removed]
     values = _divergences(model, batches, plan, weights, [(name,) for name in pruned], progress)
@@ -53,7 +53,7 @@ def site_divergences(
 
 def plan_divergence(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
     plan: Plan,
     weights: Weights,
     *,
@@ -69,7 +69,7 @@ def plan_divergence(
 @torch.no_grad()
 def _divergences(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
     plan: Plan,
     weights: Weights,
     probes: Sequence[Sequence[str]],
@@ -85,9 +85,10 @@ def _divergences(
     device = next(model.parameters()).device
     total, rows = [0.0] * len(probes), 0
     bar = tqdm(desc="sensitivity", disable=not progress)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
-            inputs = {key: value.to(device) for key, value in batch.items() if key != "fold"}
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            inputs = {key: value.to(device) for key, value in inputs.items() if key != "fold"}
             mask = inputs.get("attention_mask")
             with _recorded(blocks) as given:
                 dense = model(**inputs)
@@ -152,18 +153,3 @@ def _pruned(
         yield
     finally:
         consumer.weight, consumer.bias = weight, bias
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the key-value cache off while the context is open."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.train(training)
-        if use_cache is not None:
-            model.config.use_cache = use_cache

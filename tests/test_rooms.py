@@ -10,10 +10,11 @@ from pathlib import Path
 import liar_ext
 
 FLOORS = {
-    0: "errors reference",
+    0: "errors knapsack reference",
     1: "ops families plan",
-    2: "arch moments report",
-    3: "stock probe texts calibration criteria allocation reconstruction surgery evaluation",
+    2: "arch moments outputs report",
+    3: "stock probe texts calibration criteria curves sensitivity allocation reconstruction "
+    "surgery evaluation",
     4: "pipeline checkpoint",
     5: "cli",
 }

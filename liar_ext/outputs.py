@@ -1,11 +1,27 @@
-"""How far the outputs of two models are apart."""
+"""Run a model for its outputs alone, and tell how far two outputs are apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the key-value cache off while the context is open."""
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
 
 
 def output_divergence(
