@@ -123,7 +123,7 @@ def prune(
     losses = sensitivities = None
     if allocation == "curve":
         with clock("allocate"):
-            probe = _probe_batches(batches)
+            probe = probe_batches(batches)
             losses, sensitivities = measure_losses(
                 model, bank, at, scores, budget, probe, mode=reconstruct, progress=progress
             )
@@ -230,7 +230,7 @@ def measure_losses(
     return losses, sensitivities
 
 
-def _probe_batches(batches: Sequence[Mapping[str, Tensor] | Tensor]) -> list[dict[str, Tensor]]:
+def probe_batches(batches: Sequence[Mapping[str, Tensor] | Tensor]) -> list[dict[str, Tensor]]:
     """Return ``PROBE_SEQUENCES`` batches of one sequence each, evenly spread."""
     sequences = []
     for batch in batches:

@@ -24,13 +24,13 @@ def problem(tokens=120, d=24, seed=0):
     return torch.randn(5, d, generator=generator, dtype=torch.float64), gram
 
 
-def solve_again(weight, gram, order, damp, holdout):
-    """The curve, point by point: a solve for each number of units gone."""
+def solve_again(weight, gram, order, damp, holdout, at=None):
+    """The curve, point by point: a solve for each number of units gone, or for those of ``at``."""
     d, units = weight.shape[1], len(order)
     full = gram.tril() + gram.tril(-1).mT
     shift = damp * float(full.diagonal().mean() or 1.0)
     points = []
-    for gone in range(units + 1):
+    for gone in range(units + 1) if at is None else at:
         stays = torch.ones(units, d // units, dtype=torch.bool)
         stays[order[:gone]] = False
         kept = stays.flatten().nonzero().flatten()
@@ -52,6 +52,18 @@ def test_every_point_equals_solving_again(tokens, width, seed):
         want = solve_again(weight, gram, order, DAMP, judge)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10 * float(want[-1]))
     assert torch.equal(got, error_curve(weight, gram, order, DAMP))
+
+
+@pytest.mark.parametrize("d", [255, 256, 257, 600])
+def test_points_on_both_sides_of_a_block_of_rows(d):
+    weight, gram = problem(2 * d, d)
+    holdout = problem(d, d, seed=7)[1]
+    order = torch.randperm(d, generator=torch.Generator().manual_seed(2))
+    at = [0, 1, d - 257, d - 256, d - 255, d // 2, d - 1, d]
+    at = [gone for gone in at if gone >= 0]
+    got = error_curve(weight, gram, order, DAMP, holdout=holdout)[at]
+    want = solve_again(weight, gram, order, DAMP, holdout, at)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10 * float(want[-1]))
 
 
 def test_dead_features_cost_nothing_and_a_singular_gram_is_refused():
