@@ -1,8 +1,8 @@
 """Encoders at half of their parameters: accuracy on SST-2, Spearman correlation on STS-B.
 
 Takes a sentence encoder (all-MiniLM-L6-v2, say) as a folder, and the two data sets as folders with
-`train.tsv`, `test.tsv` (sentence, label) and `sts-train.csv`, `sts-test.csv` (tab-separated, score in
-column 5, sentences in 6 and 7). For SST-2 the encoder is first fine-tuned, once, and kept.
+`train.tsv`, `test.tsv` (sentence, label) and `sts-train.csv`, `sts-test.csv` (tab-separated, score
+in column 5, sentences in 6 and 7). For SST-2 the encoder is first fine-tuned, once, and kept.
 Both tasks calibrate on training sentences without labels and are measured on test data.
 """
 

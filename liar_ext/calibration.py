@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from liar_ext.arch import Site, sites
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, MomentBank, Moments
+from liar_ext.outputs import evaluating
 
 
 @torch.no_grad()
@@ -144,18 +145,3 @@ def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module):
-    """Switch dropout and the key-value cache off while the context is open."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.train(training)
-        if use_cache is not None:
-            model.config.use_cache = use_cache

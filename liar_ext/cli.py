@@ -102,9 +102,10 @@ def _add_prune(commands) -> None:
     )
     add(
         "--allocation",
-        choices=("uniform", "global"),
+        choices=("uniform", "global", "curve"),
         default="uniform",
-        help="how many go where: the same fraction everywhere, or by standardised scores",
+        help="how many go where: the same fraction everywhere, by standardised scores, or by error "
+        "curves and the measured sensitivity of each site (a few more forward passes)",
     )
     add(
         "--reconstruct",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.arch import Site, get_consumer_bias, get_consumer_weight, sites
-from liar_ext.calibration import evaluating
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments
+from liar_ext.outputs import evaluating
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import report_row, solve

@@ -23,6 +23,8 @@ class SiteRow:
     infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
     ``target`` is what errors are measured to, and ``share`` how far towards it, from the site's own
     dense weight on its input, the solve was taken.
+    ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
+    nats; None where it was not measured.
     """
 
     name: str
@@ -39,6 +41,7 @@ class SiteRow:
     seconds: float
     target: str = "dense-input"
     share: float = 0.0
+    sensitivity: float | None = None
 
 
 @dataclass

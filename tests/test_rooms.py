@@ -10,10 +10,11 @@ from pathlib import Path
 import liar_ext
 
 FLOORS = {
-    0: "errors reference",
+    0: "errors knapsack reference",
     1: "ops families plan",
-    2: "arch moments report solution",
-    3: "stock probe texts calibration criteria allocation ridge towards walk surgery evaluation",
+    2: "arch moments outputs report solution",
+    3: "stock probe texts calibration criteria curves sensitivity allocation ridge towards walk "
+    "surgery evaluation",
     4: "reconstruction layerwise",
     5: "pipeline checkpoint",
     6: "cli",
