@@ -114,7 +114,7 @@ def _cross_validate(
             mean = moments.total[fold] / moments.tokens[fold]
             gram = centre(gram, moments.total[fold], moments.tokens[fold], mean)
             holdout = centre(holdout, moments.total[other], moments.tokens[other], mean)
-        held_out += ops.reconstruct(weight, gram, kept, damps, holdout=holdout)[2]
+        held_out += ops.reconstruct(weight, gram, kept, damps, holdout=holdout, errors_only=True)[2]
     return held_out, energy
 
 

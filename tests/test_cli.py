@@ -182,7 +182,7 @@ def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
     refuse("holds no text", calibration=tmp_path / "empty.txt")
     refuse("does not exist", calibration=tmp_path / "absent.txt")
     refuse("calibrated on too", "--eval", str(corpus[0]))
-    refuse("can't load", model=tmp_path / "no_model")
+    refuse("give a folder, a hub id", model=tmp_path / "no_model")
 
 
 def test_a_pruned_model_is_refused(refuse, pruned):
