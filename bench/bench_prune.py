@@ -1,8 +1,8 @@
 """What pruning costs beside the forward pass that it cannot do without.
 
-A Llama of SmolLM2-135M's shape with random weights: the cost does not depend on them. Forward is the
-whole model, head included, over the same tokens. ``LIAR_BENCH_SEQUENCES`` (8) sequences of 512 tokens;
-what is solved costs the same for any number of tokens, so few of them overstate its share.
+A Llama of SmolLM2-135M's shape with random weights: the cost does not depend on them. Forward is
+the whole model, head included, over the same tokens. ``LIAR_BENCH_SEQUENCES`` (8) sequences of 512
+tokens; what is solved costs the same for any number of tokens, so few of them overstate its share.
 """
 
 import copy
