@@ -110,7 +110,9 @@ def reconstruct_layerwise(
     with evaluating(model), Blocks(model, every).opened() as blocks:
         walk = Walk(model, blocks, plan, mode, damp, target, refit)
         walk.start(batches)
-        for index in tqdm(range(len(blocks)), desc="layerwise", disable=not progress):
+        planned = [site.block for site in every if site.name in plan.sites]
+        steps = range(max(planned, default=-1) + 1)
+        for index in tqdm(steps, desc="layerwise", disable=not progress):
             walk.step(index)
     return walk.weights, [walk.rows[name] for name in plan.sites]
 
@@ -276,36 +278,10 @@ class Walk:
         """Return the target that the arithmetic of the block allows."""
         if self.target in ("dense-input", "branch"):
             return self.target
-        return "stream" if self._adds_plainly(site) else "branch"
-
-    def _adds_plainly(self, site: Site) -> bool:
-        """Tell whether the block adds the consumer's output to the stream as it is.
-
-        Judged by one sequence, to rounding: with the MLP silent, the stream after the block is the
-        one before it and the attention's output; the MLP adds its output to that.
-        """
         part = self.parts[0]
-        one = Part(
-            {name: value[:1] for name, value in part.inputs.items()},
-            part.fold,
-            part.dense[:1],
-            part.pruned[:1],
-        )
-        hidden = one.dense.to(self.device)
-        silent = {
-            other.name: lambda x: hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
-            for other in self.blocks.sites[site.block]
-            if other.kind == "mlp"
-        }
-        quiet = self._run(site.block, one, one.dense, silent)
-        if site.kind == "attn":
-            before, run = hidden, quiet
-        else:
-            before, run = quiet.output, self._run(site.block, one, one.dense)
-        added = run.seen[site.name][1].view_as(hidden)
-        terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
-        off = (run.output - before - added).abs() > 4 * torch.finfo(hidden.dtype).eps * terms
-        return not bool(off.any())
+        one = self._on_device({name: value[:1] for name, value in part.inputs.items()})
+        plain = self.blocks.adds_plainly(site, one, part.dense[:1].to(self.device))
+        return "stream" if plain else "branch"
 
     def _keep(self, site: Site) -> None:
         """Note that a site loses nothing and keeps the weight that it has."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from liar_ext.arch import Site
@@ -125,6 +126,28 @@ class Blocks:
                 return Run(None, seen)
         self._tuples = isinstance(output, tuple)
         return Run(output[0] if self._tuples else output, seen)
+
+    def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
+        """Tell whether the block adds the consumer's output to the stream as it is.
+
+        Judged by running the block on ``hidden``, to rounding: with the MLP silent, the stream
+        after the block is the one before it plus what attention's consumer puts out; the MLP's
+        consumer adds its own to that. A norm or a scale in between shows.
+        """
+
+        def silence(x: Tensor) -> Tensor:
+            return hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
+
+        mlp = {other.name: silence for other in self.sites[site.block] if other.kind == "mlp"}
+        quiet = self.run(site.block, inputs, hidden, mlp)
+        if site.kind == "attn":
+            before, run = hidden, quiet
+        else:
+            before, run = quiet.output, self.run(site.block, inputs, hidden)
+        added = run.seen[site.name][1].view_as(hidden)
+        terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
+        tolerance = 4 * torch.finfo(hidden.dtype).eps * terms
+        return not bool(((run.output - before - added).abs() > tolerance).any())
 
     def _arrive(self, index: int) -> Callable:
         """Return the forward that stands in for a block: pass hidden states on, or stop there."""
