@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "launch.h"
+#include "torch_pool.h"
 
 namespace liar {
 namespace {
@@ -51,9 +52,10 @@ std::tuple<Tensor, Tensor, Tensor> obs_curve_cpu(Tensor weight, Tensor gram, int
   Tensor order = torch::stable::new_empty(inverse, {order_shape, 1}, ScalarType::Long),
          error = torch::stable::new_empty(inverse, {error_shape, 1}, ScalarType::Double),
          info = torch::stable::new_empty(inverse, {info_shape, 1}, ScalarType::Double);
-  obs_curve({weight.size(0), d, width, groups, at_least, damp, data(columns), data(inverse),
-             data(energy), static_cast<int64_t*>(order.mutable_data_ptr()), data(error),
-             data(info)});
+  obs_curve(
+      {weight.size(0), d, width, groups, at_least, damp, data(columns), data(inverse), data(energy),
+       static_cast<int64_t*>(order.mutable_data_ptr()), data(error), data(info)},
+      *kernels().f64, torch_pool());
   return {order, error, info};
 }
 

@@ -185,10 +185,19 @@ def test_strided_arguments_equal_contiguous():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_bit_identical_from_run_to_run():
-    weight, x = problem(700, 300, 40)
-    first, second = (ops.obs_curve(weight, gram_of(x), 1, DAMP, 0) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("width", [1, 20])
+def test_bit_identical_whatever_the_threads(width):
+    weight, x = problem(1300, 600, 40)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.obs_curve(weight, gram_of(x), width, DAMP, 0))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
 @pytest.mark.parametrize(("width", "groups"), [(1, 1), (3, 2)])

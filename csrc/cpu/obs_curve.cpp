@@ -22,62 +22,34 @@
 #include <limits>
 #include <vector>
 
-#include "blas.h"
+#include "cholesky.h"
+#include "dense.h"
 
 namespace liar {
 namespace {
 
 constexpr int64_t kPanelRows = 64;  // rows of L: the panels of L and R fit a second-level cache
-constexpr int64_t kRowBlock = 256;  // of the triangle: at most this much of it is computed twice
+constexpr int64_t kSweepRows = 128;
+constexpr int64_t kFewRows = 8;  // below, packing costs more than it saves
 
-/// c (rows, cols) += alpha · a b, row-major; `a` is given as its transpose (inner, rows).
-void add_product(int64_t rows, int64_t cols, int64_t inner, double alpha, const double* a_t,
-                 int64_t a_row, const double* b, int64_t b_row, double* c, int64_t c_row) {
-  if (rows == 0 || cols == 0 || inner == 0) return;
-  const int m = static_cast<int>(cols), n = static_cast<int>(rows), k = static_cast<int>(inner);
-  const int lda = static_cast<int>(b_row), ldb = static_cast<int>(a_row),
-            ldc = static_cast<int>(c_row);
-  const double one = 1;
-  dgemm_("N", "T", &m, &n, &k, &alpha, b, &lda, a_t, &ldb, &one, c, &ldc);
-}
-
-/// Lower triangle of c (n, n) += alpha · aᵀ b, with a and b (inner, n); some of the upper is hit.
-void add_lower_product(int64_t n, int64_t inner, double alpha, const double* a, const double* b,
-                       int64_t row, double* c, int64_t c_row) {
-  for (int64_t i = 0; i < n; i += kRowBlock) {
-    const int64_t rows = std::min(kRowBlock, n - i);
-    add_product(rows, i + rows, inner, alpha, a + i, row, b, row, c + i * c_row, c_row);
+/// x ← C⁻¹ x for x (n, cols), where C = Uᵀ and U is upper triangular (n, n); all row-major.
+void solve_lower(int64_t n, int64_t cols, const double* u, double* x, int64_t x_row) {
+  for (int64_t i = 0; i < n; ++i) {
+    double* row = x + i * x_row;
+    for (int64_t k = 0; k < i; ++k) {
+      const double scale = u[k * n + i];
+      for (int64_t j = 0; j < cols; ++j) row[j] -= scale * x[k * x_row + j];
+    }
+    for (int64_t j = 0; j < cols; ++j) row[j] /= u[i * n + i];
   }
-}
-
-/// x ← C⁻¹ x for x (n, cols), with C lower triangular (n, n); both row-major.
-void solve_lower(int64_t n, int64_t cols, const double* c, double* x, int64_t x_row) {
-  if (n == 1) {
-    for (int64_t j = 0; j < cols; ++j) x[j] /= c[0];
-    return;
-  }
-  const int m = static_cast<int>(cols), order = static_cast<int>(n), ld = static_cast<int>(x_row);
-  const double one = 1;
-  dtrsm_("R", "U", "N", "N", &m, &order, &one, c, &order, x, &ld);
-}
-
-/// Overwrites the lower triangle of a (n, n) by its Cholesky factor; false if there is none.
-bool factor_lower(int64_t n, double* a) {
-  if (n == 1) {
-    const bool positive = a[0] > 0;
-    a[0] = std::sqrt(a[0]);
-    return positive;
-  }
-  const int order = static_cast<int>(n);
-  int failed = 0;
-  dpotrf_("U", &order, a, &order, &failed);
-  return failed == 0;
 }
 
 class Elimination {
  public:
-  explicit Elimination(const ObsCurve& args)
+  Elimination(const ObsCurve& args, const PanelKernel& kernel, const Pool& pool)
       : a_(args),
+        kernel_(kernel),
+        pool_(pool),
         w_(args.width),
         slots_(args.d / args.width),
         panel_(std::max<int64_t>(1, kPanelRows / args.width) * args.width),
@@ -96,7 +68,7 @@ class Elimination {
     int64_t code = invert();
     if (code == 0) {
       std::fill_n(a_.energy, a_.d * a_.d, 0.0);
-      add_lower_product(a_.d, a_.d_out, 1.0, a_.weight, a_.weight, a_.d, a_.energy, a_.d);
+      add_lower(a_.d, a_.d_out, 1, a_.weight, a_.weight, a_.energy);
       read_blocks();
     }
     a_.error_out[0] = 0;
@@ -120,7 +92,12 @@ class Elimination {
   }
 
  private:
-  /// H = (G + Λ)⁻¹ in the lower triangle; returns the code of the factorisation.
+  /// H = (G + Λ)⁻¹ in the lower triangle by sweeping a block of pivots S at a time:
+  ///
+  ///     A_pp = S → −S⁻¹     A_pr → S⁻¹ A_pr     A_rr → A_rr − A_rp S⁻¹ A_pr
+  ///
+  /// ends in −A⁻¹. The diagonals of the factors of all S are those of the factor of A. Returns the
+  /// order of the first leading minor that is not positive definite, or 0.
   int64_t invert() {
     const int64_t d = a_.d;
     double* h = a_.inverse;
@@ -134,18 +111,69 @@ class Elimination {
       }
       h[i * d + i] += a_.damp * mean;
     }
-    const int order = static_cast<int>(d);
-    int failed = 0;
-    dpotrf_("U", &order, h, &order, &failed);  // row-major lower
-    if (failed != 0) return failed;
-    double low = h[0], high = h[0];
+    double low = std::numeric_limits<double>::infinity(), high = 0;
+    std::vector<double> rows(static_cast<size_t>(kSweepRows * d)), solved(rows.size()),
+        pivot(static_cast<size_t>(kSweepRows * kSweepRows));
+    for (int64_t first = 0; first < d; first += kSweepRows) {
+      const int64_t n = std::min(kSweepRows, d - first);
+      for (int64_t i = 0; i < n; ++i) {
+        double* row = &rows[static_cast<size_t>(i * d)];
+        read_row(h, first + i, d, row);
+        std::copy_n(row + first, n, &pivot[static_cast<size_t>(i * n)]);
+        std::fill_n(row + first, n, 0.0);
+        row[first + i] = -1;
+      }
+      const int64_t failed = cholesky(pivot.data(), n, n, kernel_, pool_);
+      if (failed != 0) return first + failed;
+      for (int64_t i = 0; i < n; ++i) {
+        low = std::min(low, pivot[static_cast<size_t>(i * n + i)]);
+        high = std::max(high, pivot[static_cast<size_t>(i * n + i)]);
+      }
+      std::copy(rows.begin(), rows.end(), solved.begin());
+      cholesky_solve(pivot.data(), n, n, solved.data(), d, d, kernel_, pool_);
+      add_lower(d, n, -1, rows.data(), solved.data(), h);
+      for (int64_t i = 0; i < n; ++i) {
+        const double* row = &solved[static_cast<size_t>(i * d)];
+        std::copy_n(row, first + i + 1, h + (first + i) * d);
+        for (int64_t j = first + n; j < d; ++j) h[j * d + first + i] = row[j];
+      }
+    }
     for (int64_t i = 0; i < d; ++i) {
-      low = std::min(low, h[i * d + i]);
-      high = std::max(high, h[i * d + i]);
+      for (int64_t j = 0; j <= i; ++j) h[i * d + j] = -h[i * d + j];
     }
     condition_ = high / low * (high / low);
-    dpotri_("U", &order, h, &order, &failed);
-    return failed;
+    return 0;
+  }
+
+  /// Lower triangle of c (n, n) += sign · aᵀ b, with a and b (steps, n); rows of d everywhere.
+  void add_lower(int64_t n, int64_t steps, double sign, const double* a, const double* b,
+                 double* c) const {
+    liar::add_product({{a, a_.d}, {b, a_.d}, steps, n, n, sign, c, a_.d, Triangle::kLower}, kernel_,
+                      pool_);
+  }
+
+  /// c (rows, cols) += scale · aᵀ b, with a (steps, rows) and b (steps, cols).
+  void add_product(int64_t rows, int64_t cols, int64_t steps, double scale, const double* a,
+                   int64_t a_row, const double* b, double* c, int64_t c_row) const {
+    if (rows >= kFewRows) {
+      liar::add_product({{a, a_row}, {b, a_.d}, steps, rows, cols, scale, c, c_row}, kernel_,
+                        pool_);
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < steps; ++k) {
+        const double value = scale * a[k * a_row + i];
+        for (int64_t j = 0; j < cols; ++j) c[i * c_row + j] += value * b[k * a_.d + j];
+      }
+    }
+  }
+
+  /// Overwrites the upper triangle of a (n, n) by U, a = UᵀU; false if there is none.
+  bool factor(int64_t n, double* a) const {
+    if (n > 1) return cholesky(a, n, n, kernel_, pool_) == 0;
+    const bool positive = a[0] > 0;
+    a[0] = std::sqrt(a[0]);
+    return positive;
   }
 
   double* inverse_block(int64_t slot) {
@@ -192,7 +220,7 @@ class Elimination {
   double cost_of(int64_t slot) {
     if (w_ == 1) return std::max(0.0, *energy_block(slot) / *inverse_block(slot));
     factor_.assign(inverse_block(slot), inverse_block(slot) + w_ * w_);
-    if (!factor_lower(w_, factor_.data())) return std::numeric_limits<double>::quiet_NaN();
+    if (!factor(w_, factor_.data())) return std::numeric_limits<double>::quiet_NaN();
     square_.assign(energy_block(slot), energy_block(slot) + w_ * w_);
     return whiten_square();
   }
@@ -226,9 +254,9 @@ class Elimination {
     }
     // What this panel has taken from these rows so far.
     const double *l = left_.data(), *r = right_.data();
-    add_product(w_, n, rows_, -1, l + first, a_.d, l, a_.d, left, a_.d);
-    add_product(w_, n, rows_, -1, l + first, a_.d, r, a_.d, right, a_.d);
-    add_product(w_, n, rows_, -1, r + first, a_.d, l, a_.d, right, a_.d);
+    add_product(w_, n, rows_, -1, l + first, a_.d, l, left, a_.d);
+    add_product(w_, n, rows_, -1, l + first, a_.d, r, right, a_.d);
+    add_product(w_, n, rows_, -1, r + first, a_.d, l, right, a_.d);
 
     factor_.resize(static_cast<size_t>(w_ * w_));
     square_.resize(static_cast<size_t>(w_ * w_));
@@ -238,11 +266,11 @@ class Elimination {
         square_[static_cast<size_t>(i * w_ + j)] = right[i * a_.d + first + j];
       }
     }
-    if (!factor_lower(w_, factor_.data())) return false;
+    if (!factor(w_, factor_.data())) return false;
     *cost = whiten_square();
     solve_lower(w_, n, factor_.data(), left, a_.d);
     solve_lower(w_, n, factor_.data(), right, a_.d);
-    add_product(w_, n, w_, -0.5, square_.data(), w_, left, a_.d, right, a_.d);  // N is symmetric
+    add_product(w_, n, w_, -0.5, square_.data(), w_, left, right, a_.d);  // N is symmetric
 
     open_[static_cast<size_t>(slot)] = 0;
     gone_[static_cast<size_t>(unit_[static_cast<size_t>(slot)] / (a_.d / w_ / a_.groups))] = 1;
@@ -268,9 +296,9 @@ class Elimination {
     for (int64_t s = 0; s < slots_; ++s) {
       if (!open_[static_cast<size_t>(s)]) continue;
       const double *l = left + s * w_, *r = right + s * w_;
-      add_product(w_, w_, w_, -1, l, a_.d, l, a_.d, inverse_block(s), w_);
-      add_product(w_, w_, w_, -1, l, a_.d, r, a_.d, energy_block(s), w_);
-      add_product(w_, w_, w_, -1, r, a_.d, l, a_.d, energy_block(s), w_);
+      add_product(w_, w_, w_, -1, l, a_.d, l, inverse_block(s), w_);
+      add_product(w_, w_, w_, -1, l, a_.d, r, energy_block(s), w_);
+      add_product(w_, w_, w_, -1, r, a_.d, l, energy_block(s), w_);
     }
   }
 
@@ -278,9 +306,9 @@ class Elimination {
   void flush() {
     const int64_t n = slots_ * w_;
     const double *l = left_.data(), *r = right_.data();
-    add_lower_product(n, rows_, -1, l, l, a_.d, a_.inverse, a_.d);
-    add_lower_product(n, rows_, -1, l, r, a_.d, a_.energy, a_.d);
-    add_lower_product(n, rows_, -1, r, l, a_.d, a_.energy, a_.d);
+    add_lower(n, rows_, -1, l, l, a_.inverse);
+    add_lower(n, rows_, -1, l, r, a_.energy);
+    add_lower(n, rows_, -1, r, l, a_.energy);
     int64_t last = slots_;
     for (int64_t hole = 0; hole < last; ++hole) {
       if (open_[static_cast<size_t>(hole)]) continue;
@@ -312,6 +340,8 @@ class Elimination {
   }
 
   const ObsCurve& a_;
+  const PanelKernel& kernel_;
+  const Pool& pool_;
   const int64_t w_;
   int64_t slots_;     // units that are left, or went within the panel
   int64_t panel_;     // rows of L that are collected
@@ -327,6 +357,8 @@ class Elimination {
 
 }  // namespace
 
-void obs_curve(const ObsCurve& args) { Elimination(args).run(); }
+void obs_curve(const ObsCurve& args, const PanelKernel& kernel, const Pool& pool) {
+  Elimination(args, kernel, pool).run();
+}
 
 }  // namespace liar

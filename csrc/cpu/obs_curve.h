@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "panel_kernel.h"
+#include "parallel.h"
+
 namespace liar {
 
 /// Float64, row-major and contiguous. `units · width = d`; `removed = units − at_least`.
@@ -17,6 +20,6 @@ struct ObsCurve {
   double* info_out;    // (2,) code, condition
 };
 
-void obs_curve(const ObsCurve& args);
+void obs_curve(const ObsCurve& args, const PanelKernel& kernel, const Pool& pool);
 
 }  // namespace liar
