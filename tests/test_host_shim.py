@@ -1,5 +1,9 @@
 """The shim that runs CUDA kernels on the host: right where they are right, and loud where not."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from host_kernels import SANITIZED, kernels
@@ -104,7 +108,19 @@ def test_reading_one_too_many_meets_the_guard():
     assert np.isnan(out[0])
 
 
-@pytest.mark.skipif(SANITIZED, reason="the sanitizer ends the process, as it should")
+@pytest.mark.skipif(not SANITIZED, reason="needs LIAR_SANITIZE=1")
+@pytest.mark.parametrize(("name", "size"), [("shared_overrun", 64), ("copy_one_too_many", 64)])
+def test_sanitizer_ends_an_overrun(name, size):
+    code = f"import test_host_shim as t; t.run({name!r}, size={size}, n={int(name[0] == 's') or 64})"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=os.path.dirname(__file__),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr
+
+
 def test_threads_must_fill_warps():
     with pytest.raises(RuntimeError, match="multiple of 32"):
         run("rotate", threads=33)

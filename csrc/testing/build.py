@@ -53,12 +53,23 @@ def build(output: Path, sanitize: bool = False, jobs: int | None = None) -> Path
     return module
 
 
+def preload() -> str:
+    """Return what `LD_PRELOAD` must name for the sanitized module to load into Python."""
+    libraries = ("libasan.so", "libstdc++.so")  # the second so that exceptions are intercepted
+    ask = [[compiler(), f"-print-file-name={name}"] for name in libraries]
+    return ":".join(subprocess.check_output(a, text=True).strip() for a in ask)
+
+
 def main() -> None:
     """Build and print the path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sanitize", action="store_true", help="with address and UB sanitizers")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--preload", action="store_true", help="print LD_PRELOAD and build nothing")
     arguments = parser.parse_args()
+    if arguments.preload:
+        print(preload())
+        return
     kind = "sanitized" if arguments.sanitize else "plain"
     output = arguments.output or HERE.parents[1] / "build" / "host_kernels" / kind
     print(build(output, arguments.sanitize))
