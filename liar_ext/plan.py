@@ -55,7 +55,9 @@ class Budget:
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"Budget: keep must be in (0, 1], got {self.keep}; 0.8 keeps 80 %")
         if self.of not in BUDGET_UNITS:
-            raise InputError(f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}")
+            raise InputError(
+                f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}"
+            )
         for name in ("multiple_of", "at_least", "seq_len"):
             if getattr(self, name) < 1:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")

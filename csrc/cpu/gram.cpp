@@ -1,0 +1,270 @@
+#include "gram.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "workspace.h"
+
+// The order of the loops, for d features:
+//
+//   group of tokens        as many chunks as fit the workspace
+//     pack                 tasks over chunks: check, convert, weigh and sum each row while it is
+//                          in cache
+//     multiply             tasks over square blocks of `gram`: a block stays in the L2 cache while
+//                          all chunks of the group are added to it, in order
+//
+//        gram  +---+           one block = kBlockPanels panels a side; blocks right of the
+//              | 0 |           diagonal are never touched
+//              +---+---+
+//              | 1 | 2 |
+//              +---+---+---+
+//              | 3 | 4 | 5 |
+//              +---+---+---+
+//
+// Every element of `gram` is written by one task per group, with chunks in a fixed order, so the
+// result is bit-identical whatever the number of threads.
+
+namespace liar {
+namespace {
+
+constexpr int64_t kChunkSteps = 256;      // a panel of a chunk: 256 · 192 B = 48 KiB, L1-sized
+constexpr int64_t kGroupBytes = 8 << 20;  // packed tokens at a time, shared L3-sized
+constexpr int64_t kBlockPanels = 4;       // 192² doubles = 288 KiB of a 1 MiB L2
+
+struct Rows {
+  std::vector<int64_t> index;  // rows to read; empty and `all` set: every row
+  std::vector<double> weight;  // per entry of index; empty: all 1
+  bool all = false;
+  int64_t size = 0;
+  double weight_sum = 0, dropped = 0;
+};
+
+double weight_at(const GramUpdate& u, int64_t row) {
+  switch (u.weight_type) {
+    case WeightType::kBool:
+      return static_cast<const uint8_t*>(u.weight)[row * u.weight_stride] != 0 ? 1.0 : 0.0;
+    case WeightType::kFloat32:
+      return static_cast<const float*>(u.weight)[row * u.weight_stride];
+    case WeightType::kFloat64:
+      return static_cast<const double*>(u.weight)[row * u.weight_stride];
+    default:
+      return 1.0;
+  }
+}
+
+Rows choose_rows(const GramUpdate& u) {
+  Rows rows;
+  rows.size = u.x.rows;
+  rows.all = u.weight_type == WeightType::kNone;
+  if (rows.all) return rows;
+  bool ones = true;
+  for (int64_t t = 0; t < u.x.rows; ++t) {
+    const double w = weight_at(u, t);
+    if (w == 0) continue;
+    if (!(w > 0) || std::isinf(w)) {
+      rows.dropped += 1;
+      continue;
+    }
+    rows.index.push_back(t);
+    rows.weight.push_back(w);
+    ones = ones && w == 1;
+  }
+  rows.size = static_cast<int64_t>(rows.index.size());
+  if (ones) rows.weight.clear();
+  return rows;
+}
+
+int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+/// Pointers to contiguous rows: into the matrix itself, or into `scratch` where columns are
+/// strided.
+struct RowReader {
+  RowReader(const MatrixView& matrix) : m(matrix), bytes(bytes_of(matrix.dtype)) {
+    if (m.col_stride != 1 && m.cols > 1)
+      scratch.resize(static_cast<size_t>(kPackRows * m.cols * bytes));
+  }
+  const void* read(int64_t row, int64_t place) {
+    const char* source = static_cast<const char*>(m.data) + row * m.row_stride * bytes;
+    if (scratch.empty()) return source;
+    char* target = scratch.data() + place * m.cols * bytes;
+    for (int64_t c = 0; c < m.cols; ++c) {
+      std::copy_n(source + c * m.col_stride * bytes, bytes, target + c * bytes);
+    }
+    return target;
+  }
+  const MatrixView& m;
+  int64_t bytes;
+  std::vector<char> scratch;
+};
+
+/// One packed chunk of tokens.
+struct Chunk {
+  int64_t tokens = 0;  // finite rows packed
+  double weight_sum = 0, dropped = 0;
+};
+
+/// Where a group's packed panels and sums are.
+struct Panels {
+  char* left;
+  char* right;  // equals left for an unweighted Gram matrix
+  double* sums;
+  int64_t left_stride, right_stride;  // bytes from a panel to the next one
+  int64_t left_chunk, right_chunk;    // bytes from a chunk to the next one
+};
+
+class Update {
+ public:
+  Update(const GramUpdate& update, const KernelSet& kernels, const Pool& thread_pool)
+      : u(update), pool(thread_pool), rows(choose_rows(update)) {
+    const bool paired =
+        u.x.dtype == DType::kBFloat16 && kernels.bf16 != nullptr && rows.weight.empty();
+    kernel = paired ? kernels.bf16 : u.x.dtype == DType::kFloat64 ? kernels.f64 : kernels.f32;
+    right_cols = u.y != nullptr ? u.y->cols : u.x.cols;
+    shared = u.y == nullptr && rows.weight.empty();
+  }
+
+  void run() {
+    const int64_t chunk_tokens = kChunkSteps * kernel->tokens_per_step;
+    const int64_t chunks = (rows.size + chunk_tokens - 1) / chunk_tokens;
+    u.count[1] += rows.dropped;
+    if (chunks == 0) return;
+
+    // A short chunk takes no more room than it needs. One line of padding keeps the panels of a
+    // row off the same cache sets.
+    const int64_t steps =
+        std::min(kChunkSteps, (rows.size + kernel->tokens_per_step - 1) / kernel->tokens_per_step);
+    Panels p{};
+    p.left_stride = p.right_stride = steps * kernel->panel * kernel->slot_bytes + 64;
+    p.left_chunk = panels(u.x.cols) * p.left_stride;
+    p.right_chunk = shared ? 0 : panels(right_cols) * p.right_stride;
+    const int64_t group = std::clamp<int64_t>(kGroupBytes / (p.left_chunk + p.right_chunk + 1), 1,
+                                              std::min<int64_t>(chunks, 64));
+    Workspace left(group * p.left_chunk), right(group * p.right_chunk);
+    std::vector<double> sums(static_cast<size_t>(group * u.x.cols));
+    p.left = left.data();
+    p.right = shared ? p.left : right.data();
+    if (shared) p.right_chunk = p.left_chunk;
+    p.sums = sums.data();
+
+    std::vector<Chunk> packed(static_cast<size_t>(group));
+    for (int64_t first = 0; first < chunks; first += group) {
+      const int64_t live = std::min(group, chunks - first);
+      std::fill(sums.begin(), sums.end(), 0.0);
+      parallel_tasks(pool, live, [&](int64_t k) {
+        const int64_t begin = (first + k) * chunk_tokens;
+        packed[static_cast<size_t>(k)] =
+            pack(p, k, begin, std::min(begin + chunk_tokens, rows.size));
+      });
+      for (int64_t k = 0; k < live; ++k)
+        add_sums(packed[static_cast<size_t>(k)], p.sums + k * u.x.cols);
+      multiply(p, packed, live);
+    }
+  }
+
+ private:
+  int64_t panels(int64_t features) const { return (features + kernel->panel - 1) / kernel->panel; }
+
+  Chunk pack(const Panels& p, int64_t place, int64_t begin, int64_t end) const {
+    RowReader x(u.x), y(u.y != nullptr ? *u.y : u.x);
+    const int64_t tps = kernel->tokens_per_step;
+    char* left = p.left + place * p.left_chunk;
+    char* right = p.right + place * p.right_chunk;
+    double* sums = p.sums + place * u.x.cols;
+    Chunk chunk;
+    const void* x_rows[kPackRows];
+    const void* y_rows[kPackRows];
+    double weight[kPackRows];
+    int64_t held = 0;
+    const auto flush = [&] {
+      const int64_t step = chunk.tokens / tps;
+      PackRows rows_out{u.x.dtype, x_rows, held,          rows.weight.empty() ? nullptr : weight,
+                        u.x.cols,  left,   p.left_stride, step,
+                        sums};
+      kernel->pack(rows_out);
+      if (!shared) {
+        kernel->pack({u.x.dtype, u.y != nullptr ? y_rows : x_rows, held, nullptr, right_cols, right,
+                      p.right_stride, step, nullptr});
+      }
+      chunk.tokens += held;
+      held = 0;
+    };
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t row = rows.all ? k : rows.index[static_cast<size_t>(k)];
+      x_rows[held] = x.read(row, held);
+      bool finite = kernel->finite(u.x.dtype, x_rows[held], u.x.cols);
+      if (u.y != nullptr && finite) {
+        y_rows[held] = y.read(row, held);
+        finite = kernel->finite(u.y->dtype, y_rows[held], right_cols);
+      }
+      if (!finite) {
+        chunk.dropped += 1;
+        continue;
+      }
+      weight[held] = rows.weight.empty() ? 1.0 : rows.weight[static_cast<size_t>(k)];
+      chunk.weight_sum += weight[held];
+      if (++held == kPackRows) flush();
+    }
+    if (held > 0) flush();
+    return chunk;
+  }
+
+  void add_sums(const Chunk& chunk, const double* sums) const {
+    u.count[0] += chunk.weight_sum;
+    u.count[1] += chunk.dropped;
+    for (int64_t c = 0; c < u.x.cols; ++c) {
+      if (u.wide) {
+        static_cast<double*>(u.total)[c] += sums[c];
+      } else {
+        static_cast<float*>(u.total)[c] += static_cast<float>(sums[c]);
+      }
+    }
+  }
+
+  void multiply(const Panels& p, const std::vector<Chunk>& packed, int64_t live) const {
+    const int64_t block = kBlockPanels * kernel->panel;
+    const int64_t block_rows = (u.x.cols + block - 1) / block;
+    const int64_t block_cols = (right_cols + block - 1) / block;
+    std::vector<std::pair<int64_t, int64_t>> blocks;
+    for (int64_t i = 0; i < block_rows; ++i) {
+      for (int64_t j = 0; j < (u.y != nullptr ? block_cols : i + 1); ++j) blocks.emplace_back(i, j);
+    }
+    parallel_tasks(pool, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+      const auto [i, j] = blocks[static_cast<size_t>(task)];
+      for (int64_t k = 0; k < live; ++k) {
+        PanelProduct product{};
+        product.steps = (packed[static_cast<size_t>(k)].tokens + kernel->tokens_per_step - 1) /
+                        kernel->tokens_per_step;
+        product.a = p.left + k * p.left_chunk;
+        product.b = p.right + k * p.right_chunk;
+        product.a_panel_stride = p.left_stride;
+        product.b_panel_stride = p.right_stride;
+        product.i0 = i * block;
+        product.i1 = std::min(product.i0 + block, u.x.cols);
+        product.j0 = j * block;
+        product.j1 = std::min(product.j0 + block, right_cols);
+        product.out = u.gram;
+        product.out_row = u.gram_row;
+        product.lower = u.y == nullptr;
+        if (product.steps > 0) (u.wide ? kernel->multiply_f64 : kernel->multiply_f32)(product);
+      }
+    });
+  }
+
+  const GramUpdate& u;
+  const Pool& pool;
+  Rows rows;
+  const PanelKernel* kernel;
+  int64_t right_cols;
+  bool shared;  // left and right operand are the same panels
+};
+
+}  // namespace
+
+void gram_update(const GramUpdate& update, const KernelSet& kernels, const Pool& pool) {
+  Update(update, kernels, pool).run();
+}
+
+}  // namespace liar

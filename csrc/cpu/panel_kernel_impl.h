@@ -1,0 +1,243 @@
+// Packing and the register-tiled micro-kernel, written once over a `Simd` policy.
+//
+// Each instruction set includes this file in its own translation unit, compiled with its own flags.
+// Everything is in an unnamed namespace and calls nothing inline from elsewhere: a function that
+// the linker shares between units could otherwise carry AVX-512 code to a CPU that has none.
+//
+// A register tile holds kRows × (kVectors · kLanes) sums while it walks all steps:
+//
+//                 b panel: kVectors vectors per step
+//                 [ v0      | v1      | v2      ]
+//      a panel    +---------+---------+---------+
+//      a0 splat   | acc 0,0 | acc 0,1 | acc 0,2 |
+//      a1 splat   | acc 1,0 | acc 1,1 | acc 1,2 |     8 × 3 of AVX-512's 32 registers, 4 × 3 of
+//      ...        |         |         |         |     AVX2's 16
+//                 +---------+---------+---------+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "panel_kernel.h"
+
+namespace liar {
+namespace {
+
+template <class Simd>
+struct Panels {
+  using Slot = typename Simd::Slot;
+  using Vector = typename Simd::Vector;
+  static constexpr int kLanes = Simd::kLanes;
+  static constexpr int kRows = Simd::kRows;
+  static constexpr int kVectors = Simd::kVectors;
+  static constexpr int kPanel = kLanes * kVectors;
+  static_assert(kPanel % kRows == 0, "a register tile must not straddle two panels");
+
+  // ---- product ------------------------------------------------------------------------------
+
+  /// One register tile. `vectors` of the panel are live; the tile's rows below `rows` and columns
+  /// below `cols` are stored, and with `lower` only columns at or left of the diagonal, which
+  /// passes through column `diagonal` of the tile's first row.
+  template <int vectors, class Out>
+  static void tile(int64_t steps, const Slot* a, const Slot* b, Out* out, int64_t out_row,
+                   int64_t rows, int64_t cols, bool lower, int64_t diagonal) {
+    Vector sum[kRows][vectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      typename Simd::Operand right[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const typename Simd::Operand left = Simd::splat(a + r);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
+      }
+      a += kPanel;
+      b += kPanel;
+    }
+    const bool whole =
+        rows >= kRows && cols >= vectors * kLanes && (!lower || diagonal + 1 >= vectors * kLanes);
+    if (whole) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v)
+          Simd::accumulate(out + r * out_row + v * kLanes, sum[r][v]);
+      }
+      return;
+    }
+    typename Simd::Sum edge[kRows][vectors * kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) Simd::store(&edge[r][v * kLanes], sum[r][v]);
+    }
+    for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
+      const int64_t limit = lower && diagonal + r + 1 < cols ? diagonal + r + 1 : cols;
+      for (int64_t c = 0; c < limit; ++c) out[r * out_row + c] += static_cast<Out>(edge[r][c]);
+    }
+  }
+
+  template <class Out>
+  static void multiply(const PanelProduct& p) {
+    for (int64_t j = p.j0; j < p.j1; j += kPanel) {
+      const auto* b = reinterpret_cast<const Slot*>(static_cast<const char*>(p.b) +
+                                                    j / kPanel * p.b_panel_stride);
+      const int64_t first = p.lower && j > p.i0 ? j : p.i0;  // j is a multiple of kRows
+      for (int64_t i = first; i < p.i1; i += kRows) {
+        const auto* a = reinterpret_cast<const Slot*>(static_cast<const char*>(p.a) +
+                                                      i / kPanel * p.a_panel_stride) +
+                        i % kPanel;
+        Out* out = static_cast<Out*>(p.out) + i * p.out_row + j;
+        const int64_t rows = p.i1 - i;
+        int64_t cols = p.j1 - j < kPanel ? p.j1 - j : kPanel;
+        if (p.lower && i + kRows - j < cols) cols = i + kRows - j;
+        const int64_t live = (cols + kLanes - 1) / kLanes;
+        if (live == 1) {
+          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.lower, i - j);
+        } else if (live == 2) {
+          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.lower, i - j);
+        } else if constexpr (kVectors >= 3) {
+          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.lower, i - j);
+        }
+      }
+    }
+  }
+
+  // ---- packing ------------------------------------------------------------------------------
+
+  template <class Source>
+  static bool finite_row(const void* raw, int64_t n) {
+    const auto* row = static_cast<const typename Source::Value*>(raw);
+    // 0 · x is 0 for a finite x and NaN otherwise; several chains hide the latency of the sum.
+    Vector bad[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= n; c += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v)
+        bad[v] = Simd::zero_times(Source::load(row + c + v * kLanes), bad[v]);
+    }
+    for (; c + kLanes <= n; c += kLanes) bad[0] = Simd::zero_times(Source::load(row + c), bad[0]);
+    if (c < n) {
+      typename Source::Value rest[kLanes] = {};
+      std::memcpy(rest, row + c, static_cast<size_t>(n - c) * sizeof(*rest));
+      bad[1] = Simd::zero_times(Source::load(rest), bad[1]);
+    }
+    typename Simd::Sum lanes[4 * kLanes];
+    for (int v = 0; v < 4; ++v) Simd::store(lanes + v * kLanes, bad[v]);
+    for (int v = 0; v < 4 * kLanes; ++v) {
+      if (lanes[v] != 0) return false;
+    }
+    return true;
+  }
+
+  /// Packs one vector's width of `count` rows; `rows[r]` is already at the right column.
+  template <class Source>
+  static void pack_column(const typename Source::Value* const* rows, int64_t count,
+                          const double* weight, Slot* out, double* sums) {
+    Vector sum = Simd::zero();
+    int64_t r = 0;
+    for (; r < count; r += Simd::kTokensPerStep) {
+      sum = Source::pack(rows, r, count, weight, out, sum);
+      out += kPanel;
+    }
+    if (sums != nullptr) Simd::accumulate(sums, sum);
+  }
+
+  template <class Source>
+  static void pack_rows(const PackRows& p) {
+    using Value = typename Source::Value;
+    const Value* rows[kPackRows];
+    for (int64_t c = 0; c < p.features; c += kLanes) {
+      auto* out =
+          reinterpret_cast<Slot*>(static_cast<char*>(p.panels) + c / kPanel * p.panel_stride) +
+          p.step * kPanel + c % kPanel;
+      const int64_t live = p.features - c;
+      if (live >= kLanes) {
+        for (int64_t r = 0; r < p.count; ++r) rows[r] = static_cast<const Value*>(p.rows[r]) + c;
+        pack_column<Source>(rows, p.count, p.weight, out, p.sums == nullptr ? nullptr : p.sums + c);
+        continue;
+      }
+      Value padded[kPackRows][kLanes] = {};
+      double rest[kLanes] = {};
+      for (int64_t r = 0; r < p.count; ++r) {
+        std::memcpy(padded[r], static_cast<const Value*>(p.rows[r]) + c,
+                    static_cast<size_t>(live) * sizeof(Value));
+        rows[r] = padded[r];
+      }
+      pack_column<Source>(rows, p.count, p.weight, out, rest);
+      for (int64_t k = 0; p.sums != nullptr && k < live; ++k) p.sums[c + k] += rest[k];
+    }
+    zero_padding(p);
+  }
+
+  /// The vectors of the last panel beyond the last feature.
+  static void zero_padding(const PackRows& p) {
+    const int64_t first = (p.features + kLanes - 1) / kLanes * kLanes;
+    for (int64_t c = first; c % kPanel != 0; c += kLanes) {
+      auto* out =
+          reinterpret_cast<Slot*>(static_cast<char*>(p.panels) + c / kPanel * p.panel_stride) +
+          p.step * kPanel + c % kPanel;
+      for (int64_t r = 0; r < p.count; r += Simd::kTokensPerStep, out += kPanel) {
+        std::memset(out, 0, kLanes * sizeof(Slot));
+      }
+    }
+  }
+};
+
+/// Rows of `ValueType` that are widened to what the sums are kept in, one token a step.
+template <class Simd, class ValueType>
+struct Rows {
+  using Value = ValueType;
+  using Vector = typename Simd::Vector;
+  static Vector load(const Value* p) { return Simd::load(p); }
+  static Vector pack(const Value* const* rows, int64_t r, int64_t /*count*/, const double* weight,
+                     typename Simd::Slot* out, Vector sum) {
+    Vector x = Simd::load(rows[r]);
+    if (weight != nullptr) x = Simd::scale(x, weight[r]);
+    Simd::store(out, x);
+    return Simd::add(sum, x);
+  }
+};
+
+/// The table entry for a policy whose rows are float16, bfloat16 or float32.
+template <class Simd>
+constexpr PanelKernel single_kernel() {
+  using P = Panels<Simd>;
+  return {P::kPanel,
+          sizeof(float),
+          1,
+          [](DType dtype, const void* row, int64_t n) {
+            if (dtype == DType::kFloat16) return P::template finite_row<Rows<Simd, Half>>(row, n);
+            if (dtype == DType::kBFloat16) return P::template finite_row<Rows<Simd, Brain>>(row, n);
+            return P::template finite_row<Rows<Simd, float>>(row, n);
+          },
+          [](const PackRows& p) {
+            if (p.dtype == DType::kFloat16) return P::template pack_rows<Rows<Simd, Half>>(p);
+            if (p.dtype == DType::kBFloat16) return P::template pack_rows<Rows<Simd, Brain>>(p);
+            return P::template pack_rows<Rows<Simd, float>>(p);
+          },
+          [](const PanelProduct& p) { P::template multiply<float>(p); },
+          [](const PanelProduct& p) { P::template multiply<double>(p); }};
+}
+
+/// The table entry for a policy that takes rows of one type only, read by `Source`.
+template <class Simd, class Source>
+constexpr PanelKernel one_type_kernel() {
+  using P = Panels<Simd>;
+  return {P::kPanel,
+          sizeof(typename Simd::Slot),
+          Simd::kTokensPerStep,
+          [](DType, const void* row, int64_t n) { return P::template finite_row<Source>(row, n); },
+          [](const PackRows& p) { P::template pack_rows<Source>(p); },
+          [](const PanelProduct& p) { P::template multiply<float>(p); },
+          [](const PanelProduct& p) { P::template multiply<double>(p); }};
+}
+
+}  // namespace
+}  // namespace liar

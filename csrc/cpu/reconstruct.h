@@ -1,0 +1,33 @@
+// Fold what was removed into the weights that stay, on raw pointers, in float64.
+#pragma once
+
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace liar {
+
+/// A float64 matrix whose columns are contiguous.
+struct Float64View {
+  const double* data;
+  int64_t row_stride;
+};
+
+struct Reconstruct {
+  int64_t d_out, d, n, ladder;
+  Float64View weight;                // (d_out, d)
+  Float64View gram;                  // (d, d), lower triangle
+  const int64_t* kept;               // (n,) ascending
+  const double* damps;               // (ladder,)
+  const Float64View* holdout;        // (d, d), lower triangle; null: none
+  const Float64View* cross;          // (d, d_out); null: the plain form
+  const Float64View* holdout_cross;  // (d, d_out)
+  double* weight_out;                // (ladder, d_out, n)
+  double* error_out;                 // (ladder,)
+  double* holdout_out;               // (ladder,)
+  double* info_out;                  // (ladder, 2)
+};
+
+void reconstruct(const Reconstruct& args, const Pool& pool);
+
+}  // namespace liar

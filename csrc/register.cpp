@@ -1,0 +1,56 @@
+// Every schema of the extension, and the build_info op. No implementation.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/panel_kernel.h"
+#include "launch.h"
+
+namespace liar {
+
+/// One "name=value" per line; liar_ext.ops.build_info() makes a dict of it.
+std::string build_info() {
+  const auto version = [](unsigned long long packed) {
+    return std::to_string(packed >> 56) + "." + std::to_string(packed >> 48 & 0xff);
+  };
+  std::string text = std::string("compiler=") + LIAR_COMPILER + "\n";
+  text += "torch_target=" + version(TORCH_TARGET_VERSION) + "\n";
+  text += "torch_built=" + version(TORCH_ABI_VERSION) + "\n";
+  text += std::string("cpu_kernel=") + kernels().name + "\n";
+#ifdef LIAR_WITH_CUDA
+  text += "cuda=compiled\n";
+#else
+  text += "cuda=not compiled\n";
+#endif
+  return text;
+}
+
+}  // namespace liar
+
+STABLE_TORCH_LIBRARY(liar_ext, m) {
+  m.def("build_info() -> str");
+  m.def(
+      "gram_update_(Tensor(a!) gram, Tensor(b!) total, Tensor(c!) count, Tensor x, "
+      "Tensor? y=None, Tensor? weight=None) -> ()");
+  m.def(
+      "reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, Tensor? holdout=None, "
+      "Tensor? cross=None, Tensor? holdout_cross=None) -> (Tensor weight, Tensor error, "
+      "Tensor holdout_error, Tensor info)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&liar::build_info));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(liar_ext, CPU, m) {
+  m.impl("gram_update_", TORCH_BOX(&liar::gram_update_cpu));
+  m.impl("reconstruct", TORCH_BOX(&liar::reconstruct_cpu));
+}
+
+/// `import liar_ext._C` loads the library, which registers the operators; the module is empty.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

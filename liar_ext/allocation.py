@@ -1,0 +1,263 @@
+"""Allocation: turn scores and a budget into a plan."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.arch import Site
+from liar_ext.errors import InputError
+from liar_ext.plan import Budget, Plan, SitePlan
+
+Counts = dict[str, int]
+
+
+def allocate(
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    budget: Budget,
+    method: str = "uniform",
+    *,
+    model_type: str = "",
+    total: float | None = None,
+) -> Plan:
+    """Decide which units stay so that the cost kept is at most ``budget.keep`` of the dense cost.
+
+    Parameters
+    ----------
+    at : sequence of Site
+        The sites that may be pruned.
+    scores : mapping of str to Tensor
+        ``(units,)`` by site name, higher = keep.
+    budget : Budget
+        What may stay.
+    method : {"uniform", "global"}
+        ``uniform``: every site keeps the same fraction, as near as its units allow: heads are
+        rounded to a count and channels make up for it. ``global``: scores
+        are standardised within a site and compared across all sites (FLAP's way; a site's cost per
+        unit is constant, so dividing by it changes nothing after standardising).
+    model_type : str
+        For the record in the plan.
+    total : float, optional
+        Dense cost of the whole model in the budget's unit, from :func:`total_cost`; needed where
+        the budget counts more than the sites.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    InputError
+        If the method is unknown or no plan can meet the budget.
+    """
+    check_budget(at, budget, method, total)
+    problem = _Problem.of(at, budget, total)
+    counts = _METHODS[method](problem, scores)
+    plan = {
+        site.name: SitePlan(site.units, select(scores[site.name], counts[site.name], site.groups))
+        for site in at
+    }
+    attn_unit = next((site.unit for site in at if site.kind == "attn"), "kv_group")
+    return Plan(model_type, attn_unit, plan, {**asdict(budget), "allocation": method})
+
+
+def check_budget(
+    at: Sequence[Site], budget: Budget, method: str = "uniform", total: float | None = None
+) -> None:
+    """Raise what :func:`allocate` would raise, before any score is known."""
+    if method not in _METHODS:
+        raise InputError(f"allocate: method must be one of {', '.join(_METHODS)}, got {method!r}")
+    _Problem.of(at, budget, total)
+
+
+def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
+    """Return the dense cost of the whole model in the unit of ``budget``.
+
+    ``prunable``: parameters of the sites. ``params``: all parameters, tied ones once. ``flops``:
+    one forward pass over ``seq_len`` tokens: 2 per weight of every linear layer (an output head
+    included) and token, and the two attention products.
+    """
+    if budget.of == "prunable":
+        return sum(site.params for site in at)
+    if budget.of == "params":
+        return sum(parameter.numel() for parameter in model.parameters())
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    )
+    in_sites = sum(site.units * site.unit_flops(budget.seq_len) for site in at)
+    weights_in_sites = sum(site.params for site in at)  # biases are some thousandths of it
+    return in_sites + 2.0 * budget.seq_len * max(0, linear - weights_in_sites)
+
+
+def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
+    """Return the ``count`` best units in ascending order.
+
+    Each of ``groups`` runs of units gives equally many. Ties go to the lower index.
+    """
+    by_group = scores.reshape(groups, -1)
+    order = by_group.argsort(dim=1, descending=True, stable=True)[:, : count // groups]
+    offset = torch.arange(groups, device=order.device)[:, None] * by_group.shape[1]
+    return tuple(sorted((order + offset).flatten().tolist()))
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The budget in numbers: sites, allowed counts and what the sites together may cost."""
+
+    sites: tuple[Site, ...]
+    cost: Mapping[str, float]  # of one unit
+    allowed: Mapping[str, tuple[int, ...]]  # counts, ascending; the last is every unit
+    limit: float  # for the sites together
+    teams: tuple[tuple[Site, ...], ...]  # sites that must keep equally many
+
+    @classmethod
+    def of(cls, at: Sequence[Site], budget: Budget, total: float | None) -> _Problem:
+        unit_cost = {
+            site.name: float(
+                site.unit_flops(budget.seq_len) if budget.of == "flops" else site.unit_params
+            )
+            for site in at
+        }
+        in_sites = sum(unit_cost[site.name] * site.units for site in at)
+        if total is None:
+            if budget.of != "prunable":
+                raise InputError(f"allocate: a budget of {budget.of} needs total=total_cost(...)")
+            total = in_sites
+        limit = budget.keep * total - (total - in_sites)
+        allowed = {site.name: _allowed_counts(site, budget) for site in at}
+        least = sum(unit_cost[site.name] * allowed[site.name][0] for site in at)
+        slack = 1e-9 * total
+        if least > limit + slack:
+            raise InputError(
+                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with at_least="
+                f"{budget.at_least}, multiple_of={budget.multiple_of} the sites can go down to "
+                f"{(least + total - in_sites) / total:.4g}; raise keep or loosen the constraints"
+            )
+        if budget.uniform_layers:
+            kinds = dict.fromkeys((site.kind, site.units, site.width) for site in at)
+            teams = tuple(
+                tuple(s for s in at if (s.kind, s.units, s.width) == kind) for kind in kinds
+            )
+        else:
+            teams = tuple((site,) for site in at)
+        return cls(tuple(at), unit_cost, allowed, limit + slack, teams)
+
+    def spent(self, counts: Counts) -> float:
+        return sum(self.cost[name] * count for name, count in counts.items())
+
+    def fill(self, gain: Callable[[tuple[Site, ...], int, int], float]) -> Counts:
+        """Start from the least counts and spend the limit on the best gains, one step at a time.
+
+        ``gain(team, now, then)`` is the worth per unit of raising a team's count; a team whose next
+        step does not fit leaves the race.
+        """
+        counts = {site.name: self.allowed[site.name][0] for site in self.sites}
+        left = self.limit - self.spent(counts)
+        race: list[tuple[float, int, int]] = []  # (-gain, team, index of the next allowed count)
+
+        def enter(team_index: int, step: int) -> None:
+            team = self.teams[team_index]
+            allowed = self.allowed[team[0].name]
+            if step < len(allowed):
+                worth = gain(team, allowed[step - 1], allowed[step])
+                heapq.heappush(race, (-worth, team_index, step))
+
+        for team_index in range(len(self.teams)):
+            enter(team_index, 1)
+        while race:
+            _, team_index, step = heapq.heappop(race)
+            team = self.teams[team_index]
+            allowed = self.allowed[team[0].name]
+            price = sum(self.cost[site.name] for site in team) * (allowed[step] - allowed[step - 1])
+            if price <= left:
+                left -= price
+                counts.update({site.name: allowed[step] for site in team})
+                enter(team_index, step + 1)
+        return counts
+
+
+def _allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
+    """Return the unit counts that a site may keep, ascending."""
+    tile = budget.multiple_of // math.gcd(budget.multiple_of, site.width)
+    step = math.lcm(tile, site.groups)
+    first = math.ceil(min(budget.at_least, site.units) / step) * step
+    return (*range(first, site.units, step), site.units)
+
+
+def _uniform(problem: _Problem, scores: Mapping[str, Tensor]) -> Counts:
+    """Return counts of one common fraction.
+
+    The kind of fewest units (heads) takes the allowed count below or above the fraction, the other
+    kind spends the rest; of the two, the one that strays less from the common fraction.
+    """
+    dense = {site.name: site.units for site in problem.sites}
+    wish = min(1.0, problem.limit / problem.spent(dense))
+    kinds = sorted({s.kind for s in problem.sites}, key=lambda kind: _fewest(problem, kind))
+    coarse = [site for site in problem.sites if site.kind != kinds[-1]]
+    fine = [site for site in problem.sites if site.kind == kinds[-1]]
+    below = {s.name: _round(problem.allowed[s.name], wish * s.units, up=False) for s in coarse}
+    above = {s.name: _round(problem.allowed[s.name], wish * s.units, up=True) for s in coarse}
+    least = {s.name: problem.allowed[s.name][0] for s in coarse}
+    plans = []
+    for counts in (below, above, least):
+        counts |= _largest_fraction(problem, fine, problem.limit - problem.spent(counts))
+        strays = sum(abs(counts[site.name] / site.units - wish) for site in problem.sites)
+        plans.append((problem.spent(counts) > problem.limit, strays, counts))
+    return min(plans, key=lambda plan: plan[:2])[2]
+
+
+def _fewest(problem: _Problem, kind: str) -> int:
+    return min(site.units for site in problem.sites if site.kind == kind)
+
+
+def _round(allowed: tuple[int, ...], wish: float, up: bool) -> int:
+    """Return the nearest allowed count not above ``wish`` (or not below it, for ``up``)."""
+    wish = round(wish, 9)
+    if up:
+        return allowed[min(bisect.bisect_left(allowed, wish), len(allowed) - 1)]
+    return allowed[max(bisect.bisect_right(allowed, wish) - 1, 0)]
+
+
+def _largest_fraction(problem: _Problem, at: Sequence[Site], limit: float) -> Counts:
+    """Return the counts of the largest fraction of ``at`` that costs at most ``limit``."""
+
+    def at_fraction(fraction: float) -> Counts:
+        return {s.name: _round(problem.allowed[s.name], fraction * s.units, up=False) for s in at}
+
+    low, high = 0.0, 1.0
+    if problem.spent(at_fraction(high)) <= limit:
+        return at_fraction(high)
+    while high - low > 1e-7:
+        middle = (low + high) / 2
+        low, high = (middle, high) if problem.spent(at_fraction(middle)) <= limit else (low, middle)
+    return at_fraction(low)
+
+
+def _global(problem: _Problem, scores: Mapping[str, Tensor]) -> Counts:
+    """Keep the units of highest standardised score, wherever they are, while the limit allows."""
+    ranked = {}
+    for site in problem.sites:
+        values = scores[site.name].double()
+        spread = values.std(unbiased=False)
+        standard = (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
+        ranked[site.name] = standard.sort(descending=True).values.numpy(force=True)
+
+    def gain(team: tuple[Site, ...], now: int, then: int) -> float:
+        return sum(float(ranked[site.name][now:then].mean()) for site in team) / len(team)
+
+    return problem.fill(gain)
+
+
+_METHODS: dict[str, Callable[[_Problem, Mapping[str, Tensor]], Counts]] = {
+    "uniform": _uniform,
+    "global": _global,
+}

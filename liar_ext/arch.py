@@ -1,0 +1,292 @@
+"""Where the prunable sites of a model are.
+
+A transformer block has two sites. Each has *producers*, whose rows go, and one *consumer*, whose
+columns go::
+
+    mlp     gate, up  ──▶ x (d_in = channels)         ──▶ down   unit = channel
+    attn    q, k, v   ──▶ x (d_in = heads · head_dim) ──▶ o      unit = head or KV group
+
+Paths come from the table of families; all sizes are read from the modules, never from the config,
+so that a model with unequal layers is read like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.errors import InputError
+from liar_ext.families import Family, HeadInput, Wiring, family_of, register_family
+
+__all__ = [
+    "Family",
+    "HeadInput",
+    "Site",
+    "Wiring",
+    "block_config",
+    "can_gain_bias",
+    "family_of",
+    "get_consumer_bias",
+    "get_consumer_weight",
+    "get_path",
+    "register_family",
+    "sites",
+    "skeleton",
+]
+
+KINDS = ("attn", "mlp")
+ATTN_UNITS = ("auto", "kv_group", "head")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A consumer layer with the units that it reads.
+
+    Parameters
+    ----------
+    name : str
+        Block and kind, such as ``"3.mlp"``.
+    kind : {"attn", "mlp"}
+        Which site of the block.
+    block : int
+        Index of the block.
+    unit : {"channel", "head", "kv_group"}
+        What is removed whole. A KV group is a key/value head with all query heads that share it.
+    units : int
+        Number of units.
+    width : int
+        Consumer input features per unit: 1, head_dim, or group_size · head_dim.
+    groups : int
+        The units fall into this many equal runs, which must keep equally many units each; 1 means
+        free. It is the number of key/value heads where query heads are removed under
+        grouped-query attention.
+    d_in, d_out : int
+        Features that the consumer reads and writes; ``d_in = units * width``.
+    consumer : str
+        Path of the consumer in the model.
+    producers : tuple of str
+        Paths of the layers that lose rows with a unit.
+    unit_params : int
+        Parameters that leave with one unit: producer rows, their biases, consumer columns.
+    unit_weights : int
+        The same without biases: multiply-adds per token.
+    head_dim, kv_heads : int
+        Attention only, else 0.
+    path : str
+        Path of the block in the model.
+    wiring : Wiring
+        The row of the family table.
+    """
+
+    name: str
+    kind: str
+    block: int
+    unit: str
+    units: int
+    width: int
+    groups: int
+    d_in: int
+    d_out: int
+    consumer: str
+    producers: tuple[str, ...]
+    unit_params: int
+    unit_weights: int
+    head_dim: int
+    kv_heads: int
+    path: str
+    wiring: Wiring = field(repr=False)
+
+    @property
+    def params(self) -> int:
+        """Parameters that the units hold together."""
+        return self.units * self.unit_params
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by name: features; for attention also heads, kv_heads, group_size, head_dim."""
+        sizes = {"features": self.d_in}
+        if self.kind == "attn":
+            heads = self.d_in // self.head_dim
+            sizes |= {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
+            sizes["group_size"] = heads // self.kv_heads
+        return sizes
+
+    def features(self, kept: Sequence[int]) -> Tensor:
+        """Return the consumer's input features of units, ``(len(kept) · width,)`` int64.
+
+        Unit u is the features ``u · width + i``, i < width.
+        """
+        features = torch.arange(self.d_in, device="cpu").view(self.units, self.width)
+        return features[list(kept)].flatten()
+
+    def unit_flops(self, seq_len: int) -> int:
+        """Return the FLOPs of one forward pass that leave with one unit.
+
+        ``2 · n · unit_weights``, and for attention ``4 · n² · width`` more for QKᵀ and PV, with
+        n = ``seq_len`` tokens. A multiply-add counts as 2, and attention as the full square also
+        where it is causal; normalisation, activation and softmax aren't counted.
+        """
+        attention = 4 * seq_len**2 * self.width if self.kind == "attn" else 0
+        return 2 * seq_len * self.unit_weights + attention
+
+
+def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto") -> list[Site]:
+    """List the sites of a model, by block, attention before MLP.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A base model or a task model; its layers may be unequal.
+    kinds : sequence of {"attn", "mlp"}
+        Which sites to list.
+    attn_unit : {"auto", "kv_group", "head"}
+        Unit of attention; "auto" takes KV groups where query heads share key/value heads.
+
+    Raises
+    ------
+    InputError
+        If the architecture isn't known, a kind or unit isn't one, or a layer isn't an ordinary
+        linear layer with floating-point weights.
+    """
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise InputError(f"sites: kinds must be some of {', '.join(KINDS)}, got {list(kinds)}")
+    if attn_unit not in ATTN_UNITS:
+        raise InputError(
+            f"sites: attn_unit must be one of {', '.join(ATTN_UNITS)}, got {attn_unit!r}"
+        )
+    family = family_of(model)
+    found = []
+    for index, (path, block) in enumerate(_blocks(model, family)):
+        for kind in KINDS:
+            if kind in kinds:
+                wiring = _wiring(family, kind, block)
+                found.append(_read_site(kind, index, path, block, wiring, attn_unit))
+    return found
+
+
+def get_consumer_weight(model: nn.Module, site: Site) -> Tensor:
+    """Return the consumer's weight W of ``y = W x + b``, shape (d_out, d_in), without a copy."""
+    weight = model.get_submodule(site.consumer).weight.detach()
+    return weight.T if site.wiring.transposed else weight
+
+
+def get_consumer_bias(model: nn.Module, site: Site) -> Tensor | None:
+    """Return the consumer's bias b, shape (d_out,), without a copy; None if it has none."""
+    bias = model.get_submodule(site.consumer).bias
+    return None if bias is None else bias.detach()
+
+
+def can_gain_bias(model: nn.Module, site: Site) -> bool:
+    """Tell whether the stock class of the model can store a bias for this consumer.
+
+    True where the consumer has one already, or where the config has a flag for it
+    (``attention_bias``, ``mlp_bias``).
+    """
+    return get_consumer_bias(model, site) is not None or site.wiring.bias_flag is not None
+
+
+def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
+    """Build a model without its weights: shapes only, on the meta device."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def block_config(family: Family, config: Any) -> Any:
+    """Return the part of a model's config that describes the blocks."""
+    return get_path(config, family.config) if family.config else config
+
+
+def get_path(root: Any, path: str) -> Any:
+    """Return the attribute of ``root`` at a dotted path."""
+    return reduce(getattr, path.split("."), root)
+
+
+def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of each block."""
+    base = getattr(model, "base_model", model)
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    path = f"{prefix}.{family.blocks}".lstrip(".")
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(
+            f"sites: {type(model).__name__} has no {path!r}, where family {family.name!r} keeps "
+            "its blocks; pass the whole model, or register a family that fits"
+        ) from error
+    for index, block in enumerate(blocks):
+        yield f"{path}.{index}", block
+
+
+def _wiring(family: Family, kind: str, block: nn.Module) -> Wiring:
+    """Return the row for a kind of site: the first alternative whose layers the block has."""
+    row = getattr(family, kind)
+    modules = dict(block.named_modules())
+    for wiring in row if isinstance(row, tuple) else (row,):
+        if modules.keys() >= set(wiring.layers):
+            return wiring
+    raise InputError(
+        f"sites: a block of {family.name!r} lacks one of {', '.join(wiring.layers)}; "
+        "register a family that fits with liar_ext.register_family"
+    )
+
+
+def _read_site(
+    kind: str, index: int, path: str, block: nn.Module, wiring: Wiring, attn_unit: str
+) -> Site:
+    """Measure one site of a block."""
+    name = f"{index}.{kind}"
+    rows = {layer: _out_in(name, block, layer, wiring)[0] for layer in wiring.layers}
+    d_out, d_in = _out_in(name, block, wiring.consumer, wiring)
+    if kind == "mlp":
+        unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
+    else:
+        head_dim = get_path(block, wiring.head_dim)
+        heads = d_in // head_dim
+        kv_heads = rows[wiring.key_value[0]] // head_dim if wiring.key_value else heads
+        grouped = kv_heads < heads
+        if attn_unit == "head" or (attn_unit == "auto" and not grouped):
+            unit, units, groups = "head", heads, kv_heads if grouped else 1
+        else:
+            unit, units, groups = "kv_group", kv_heads, 1
+    # A query head that leaves a KV group leaves the group's key and value behind.
+    shared = () if groups > 1 else wiring.key_value
+    producers = (*wiring.producers, *shared)
+    layers = [block.get_submodule(layer) for layer in (*producers, wiring.consumer)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    biases = sum(layer.bias.numel() for layer in layers[:-1] if layer.bias is not None)
+    return Site(
+        name=name,
+        kind=kind,
+        block=index,
+        unit=unit,
+        units=units,
+        width=d_in // units,
+        groups=groups,
+        d_in=d_in,
+        d_out=d_out,
+        consumer=f"{path}.{wiring.consumer}",
+        producers=tuple(f"{path}.{producer}" for producer in producers),
+        unit_params=(weights + biases) // units,
+        unit_weights=weights // units,
+        head_dim=head_dim,
+        kv_heads=kv_heads,
+        path=path,
+        wiring=wiring,
+    )
+
+
+def _out_in(site: str, block: nn.Module, layer: str, wiring: Wiring) -> tuple[int, int]:
+    """Return (output features, input features) of a linear layer."""
+    weight = getattr(block.get_submodule(layer), "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise InputError(
+            f"sites: {layer} of {site} must be a linear layer with floating-point weights, got "
+            f"{type(block.get_submodule(layer)).__name__}; load the model dequantised"
+        )
+    return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)

@@ -1,0 +1,159 @@
+"""Calibration: run batches through the dense model and collect moments at every site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from liar_ext.arch import Site, sites
+from liar_ext.errors import InputError
+from liar_ext.moments import FOLDS, MomentBank, Moments
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    at: Sequence[Site] | None = None,
+    *,
+    progress: bool = False,
+) -> MomentBank:
+    """Collect the moments of every site's consumer input in one pass over ``batches``.
+
+    For each site and each fold, ``G = Σ_t w_t x_t x_tᵀ``, ``s = Σ_t w_t x_t`` and ``n = Σ_t w_t``,
+    where ``w_t`` is 0 for padding and 1 otherwise. A task head on top of the model is not run.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of a known family (see :func:`liar_ext.register_family`).
+    batches : iterable of mapping or Tensor
+        Keyword inputs of the model, or ``input_ids`` alone. ``attention_mask`` ``(batch, tokens)``
+        says what is padding. ``fold`` ``(batch,)``, 0 or 1, assigns sequences to folds and must
+        keep sequences of one document together; without it sequences alternate.
+    at : sequence of Site, optional
+        Sites to collect; all of the model's by default.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    MomentBank
+        Float64 sums by site name.
+
+    Raises
+    ------
+    InputError
+        If a weight is not finite, a batch holds only padding, or a fold gets no token.
+    """
+    check_finite_weights(model)
+    at = list(at) if at is not None else sites(model)
+    body = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    bank = MomentBank({site.name: Moments.zeros(site.d_in, device=device) for site in at})
+    current = _Batch()
+    sequences = 0
+    with _collecting(model, at, bank, current), _evaluating(model):
+        for index, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            inputs = {name: value.to(device) for name, value in inputs.items()}
+            fold = inputs.pop("fold", None)
+            first = next(iter(inputs.values()))
+            if fold is None:
+                fold = (torch.arange(len(first), device=device) + sequences) % FOLDS
+            current.set(fold, inputs.get("attention_mask"), index)
+            body(**inputs)
+            sequences += len(first)
+    if not sequences or any((moments.tokens == 0).any() for moments in bank.values()):
+        raise InputError(
+            f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
+            "give at least 2 sequences"
+        )
+    tokens = int(next(iter(bank.values())).tokens.sum()) if bank else 0
+    bank.source = {
+        "model_type": model.config.model_type,
+        "sequences": sequences,
+        "tokens": tokens,
+    }
+    return bank
+
+
+def check_finite_weights(model: nn.Module) -> None:
+    """Raise InputError if any parameter of ``model`` holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.detach()).all():
+            raise InputError(
+                f"calibrate: weights must be finite, got NaN or infinity in {name}; "
+                "the checkpoint is damaged or was converted wrongly"
+            )
+
+
+@dataclass
+class _Batch:
+    """What the hooks need to know of the batch in flight."""
+
+    rows: tuple[Tensor | None, ...] = (None,) * FOLDS  # sequences per fold; None: not one
+    whole: int | None = None  # the fold, when all sequences belong to one
+    weight: Tensor | None = None  # (batch, tokens) bool; None: every token counts
+
+    def set(self, fold: Tensor, mask: Tensor | None, index: int) -> None:
+        if mask is not None and not mask.any():
+            raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+        if fold.min() < 0 or fold.max() >= FOLDS:
+            raise InputError(f"calibrate: fold must be 0 or 1, got {fold.tolist()}")
+        full = mask is None or mask.dim() != 2 or bool(mask.all())
+        self.weight = None if full else mask.bool()
+        self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
+        self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
+
+
+@contextmanager
+def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current: _Batch):
+    """Feed each consumer's input to its moments while the context is open."""
+
+    def hook(moments: Moments):
+        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x, weight = arguments[0], current.weight
+            if current.whole is not None:
+                folds = [(current.whole, x, weight)]
+            else:
+                folds = [
+                    (fold, x[rows], None if weight is None else weight[rows])
+                    for fold, rows in enumerate(current.rows)
+                    if len(rows)
+                ]
+            for fold, part, part_weight in folds:
+                flat = None if part_weight is None else part_weight.flatten()
+                moments.update(part.flatten(0, -2), fold, flat)
+
+        return add
+
+    handles = [
+        model.get_submodule(site.consumer).register_forward_pre_hook(hook(bank[site.name]))
+        for site in at
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    """Switch dropout and the key-value cache off while the context is open."""
+    training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache

@@ -1,0 +1,174 @@
+"""Criteria: how much each unit of a site matters. Higher scores stay."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.arch import Site, get_consumer_weight
+from liar_ext.errors import InputError
+from liar_ext.moments import Moments
+
+NEEDS = ("weights", "moments", "gram")
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What a criterion may look at: never the model.
+
+    Parameters
+    ----------
+    weight : Tensor
+        The consumer's weight ``W``, ``(d_out, d_in)`` float64.
+    moments : Moments
+        Moments of its input ``x``, ``(tokens, d_in)``.
+    width : int
+        Features per unit; unit ``u`` is the features ``[u·width, (u+1)·width)``.
+    generator : torch.Generator
+        Seeded per site.
+    """
+
+    weight: Tensor
+    moments: Moments
+    width: int
+    generator: torch.Generator
+
+    def per_unit(self, feature_scores: Tensor) -> Tensor:
+        """Sum scores ``(d_in,)`` of features to scores ``(units,)`` of units."""
+        return feature_scores.reshape(-1, self.width).sum(1)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A scoring function, what it needs, and the paper that it comes from."""
+
+    name: str
+    needs: str
+    source: str
+    function: Callable[[SiteStatistics], Tensor]
+
+
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str, *, needs: str, source: str) -> Callable:
+    """Register a function ``SiteStatistics -> (units,)`` scores as the criterion ``name``.
+
+    Parameters
+    ----------
+    name : str
+        What users call it.
+    needs : {"weights", "moments", "gram"}
+        The most that it reads.
+    source : str
+        Where it was published, e.g. ``"arXiv:2306.11695"``.
+
+    Raises
+    ------
+    InputError
+        If ``needs`` is none of the above.
+    """
+    if needs not in NEEDS:
+        raise InputError(f"criterion: needs must be one of {', '.join(NEEDS)}, got {needs!r}")
+
+    def register(function: Callable[[SiteStatistics], Tensor]) -> Callable:
+        _CRITERIA[name] = Criterion(name, needs, source, function)
+        return function
+
+    return register
+
+
+def get_criterion(name: str) -> Criterion:
+    """Return a registered criterion.
+
+    Raises
+    ------
+    InputError
+        If there is none of that name; the message lists those there are.
+    """
+    if name not in _CRITERIA:
+        raise InputError(
+            f"score: unknown criterion {name!r}; known: {', '.join(sorted(_CRITERIA))}"
+        )
+    return _CRITERIA[name]
+
+
+def list_criteria() -> list[Criterion]:
+    """Return the registered criteria by name."""
+    return [_CRITERIA[name] for name in sorted(_CRITERIA)]
+
+
+def score(
+    model: nn.Module,
+    bank: Mapping[str, Moments],
+    at: Sequence[Site],
+    criterion: str = "wifv",
+    *,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Score the units of every site in ``at``.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``(units,)`` float64 by site name; higher means keep.
+
+    Raises
+    ------
+    InputError
+        If the criterion is unknown, or its scores are not finite.
+    """
+    chosen = get_criterion(criterion)
+    scores = {}
+    for site in at:
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode()))
+        weight = get_consumer_weight(model, site).detach().double()
+        values = chosen.function(SiteStatistics(weight, bank[site.name], site.width, generator))
+        if values.shape != (site.units,) or not torch.isfinite(values).all():
+            raise InputError(
+                f"score: criterion {criterion} must give {site.units} finite scores at "
+                f"{site.name}, got shape {tuple(values.shape)}"
+            )
+        scores[site.name] = values
+    return scores
+
+
+@criterion("random", needs="weights", source="baseline")
+def random(stats: SiteStatistics) -> Tensor:
+    """Uniform noise: what any other criterion has to beat."""
+    units = stats.weight.shape[1] // stats.width
+    return torch.rand(units, generator=stats.generator, dtype=torch.float64)
+
+
+@criterion("magnitude", needs="weights", source="Han et al. 2015")
+def magnitude(stats: SiteStatistics) -> Tensor:
+    """``‖W_u‖²_F`` of the consumer's columns; blind to the activations."""
+    return stats.per_unit(stats.weight.square().sum(0))
+
+
+@criterion("wanda", needs="moments", source="arXiv:2306.11695")
+def wanda(stats: SiteStatistics) -> Tensor:
+    """``Σ_{j∈u} Σ_i |W_ij| · ‖x_j‖``, the Wanda score summed to a unit (Wanda-sp in FLAP)."""
+    norm = stats.moments.second_moment().sqrt()
+    return stats.per_unit(stats.weight.abs().sum(0) * norm)
+
+
+@criterion("wifv", needs="moments", source="arXiv:2312.11983")
+def wifv(stats: SiteStatistics) -> Tensor:
+    """``Σ_{j∈u} Var(x_j) · ‖W_:j‖²``: what a bias cannot restore (FLAP)."""
+    return stats.per_unit(stats.weight.square().sum(0) * stats.moments.variance())
+
+
+@criterion("energy", needs="gram", source="METHOD: tr W_u G_uu W_uᵀ")
+def energy(stats: SiteStatistics) -> Tensor:
+    """``tr(W_u G_uu W_uᵀ) / n``: the output's squared error when unit ``u`` alone is dropped."""
+    gram, _, tokens = stats.moments.pooled()
+    units, width = gram.shape[0] // stats.width, stats.width
+    blocks = gram.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = blocks.tril() + blocks.tril(-1).mT
+    columns = stats.weight.reshape(-1, units, width)
+    return torch.einsum("oui,uij,ouj->u", columns, blocks, columns) / tokens

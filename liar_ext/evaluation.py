@@ -1,0 +1,70 @@
+"""Evaluation: how good a model is, dense or pruned, by the same measure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from liar_ext.errors import InputError
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
+) -> dict[str, float]:
+    """Return the perplexity ``exp(−(1/N) Σ log p(token | tokens before it in its window))``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model.
+    batches : iterable of mapping
+        ``input_ids`` and ``attention_mask``, ``(batch, seq_len)`` each.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    dict
+        ``perplexity``; ``tokens`` predicted (the first of each window is not); ``sequences``;
+        ``seq_len``. Perplexities at different ``seq_len`` do not compare.
+
+    Raises
+    ------
+    InputError
+        If the model gives no token logits or there is nothing to predict.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
+    try:
+        for batch in tqdm(batches, desc="evaluate", disable=not progress):
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
+                raise InputError("perplexity: needs a causal language model with token logits")
+            for logits, target, real in zip(output.logits, ids, mask, strict=True):
+                chosen = real[1:].bool()
+                loss += float(
+                    nn.functional.cross_entropy(
+                        logits[:-1][chosen].float(), target[1:][chosen], reduction="sum"
+                    )
+                )
+                tokens += int(chosen.sum())
+            sequences += len(ids)
+            seq_len = max(seq_len, ids.shape[1])
+    finally:
+        model.train(training)
+    if not tokens:
+        raise InputError("perplexity: no token to predict; give more text")
+    return {
+        "perplexity": math.exp(loss / tokens),
+        "tokens": tokens,
+        "sequences": sequences,
+        "seq_len": seq_len,
+    }

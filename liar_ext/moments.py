@@ -1,0 +1,199 @@
+"""Sums over calibration tokens, in two folds: all that the decisions and the solve ever read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from liar_ext import ops
+from liar_ext.errors import InputError
+
+BANK_VERSION = 1
+FOLDS = 2
+
+
+@dataclass
+class Moments:
+    """First and second moments of one consumer's input, kept in two folds.
+
+    ``gram[f] = Σ_t w_t x_t x_tᵀ``, ``total[f] = Σ_t w_t x_t`` and
+    ``count[f] = [Σ_t w_t, rows dropped]`` over the tokens ``t`` of fold
+    ``f``. They are sums, not means: folds, shards, ranks and resumed runs add up.
+
+    Parameters
+    ----------
+    gram : Tensor
+        ``(2, d_in, d_in)``, float64 (or float32); only the lower triangles are valid.
+    total : Tensor
+        ``(2, d_in)``, dtype of ``gram``.
+    count : Tensor
+        ``(2, 2)`` float64: the sum of the weights, and the rows dropped as non-finite.
+    """
+
+    gram: Tensor
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def zeros(
+        cls, d_in: int, *, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
+    ) -> Moments:
+        """Return moments of no tokens for ``d_in`` features."""
+        return cls(
+            torch.zeros(FOLDS, d_in, d_in, dtype=dtype, device=device),
+            torch.zeros(FOLDS, d_in, dtype=dtype, device=device),
+            torch.zeros(FOLDS, 2, dtype=torch.float64, device=device),
+        )
+
+    @property
+    def d_in(self) -> int:
+        """Number of features."""
+        return self.gram.shape[-1]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Sum of the token weights per fold, ``(2,)`` float64."""
+        return self.count[:, 0]
+
+    @property
+    def dropped_rows(self) -> int:
+        """Token rows left out because a value was not finite."""
+        return int(self.count[:, 1].sum())
+
+    def update(self, x: Tensor, fold: int, weight: Tensor | None = None) -> None:
+        """Add tokens ``x`` of shape ``(tokens, d_in)`` to a fold, ``weight`` per token or 1."""
+        ops.gram_update_(self.gram[fold], self.total[fold], self.count[fold], x, weight=weight)
+
+    def merge(self, other: Moments) -> None:
+        """Add the sums of ``other`` to these, fold by fold.
+
+        Raises
+        ------
+        InputError
+            If the numbers of features differ.
+        """
+        if other.d_in != self.d_in:
+            raise InputError(
+                f"Moments.merge: d_in must agree, got {self.d_in} and {other.d_in}; "
+                "merge moments of the same site of the same model"
+            )
+        self.gram += other.gram
+        self.total += other.total
+        self.count += other.count
+
+    def pooled(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gram (lower triangle), total and Σw over both folds together."""
+        return self.gram.sum(0), self.total.sum(0), self.tokens.sum()
+
+    def second_moment(self) -> Tensor:
+        """Return ``Σ w x² / Σ w`` per feature over both folds, ``(d_in,)`` float64."""
+        diagonal = self.gram.diagonal(dim1=-2, dim2=-1).sum(0).double()
+        return diagonal / self.tokens.sum()
+
+    def variance(self) -> Tensor:
+        """Return the (biased) variance per feature over both folds, ``(d_in,)`` float64."""
+        mean = self.total.sum(0).double() / self.tokens.sum()
+        return (self.second_moment() - mean.square()).clamp_min(0.0)
+
+
+def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
+    """Return ``Σ w (x − mean)(x − mean)ᵀ`` from plain sums; lower triangle in and out.
+
+    With ``mean = total / tokens`` this is the centred Gram ``G − s sᵀ / n`` of the affine
+    form; with the mean of another fold it is what that fold's affine fit is judged by.
+    """
+    cross = torch.outer(total, mean)
+    return gram - cross - cross.T + tokens * torch.outer(mean, mean)
+
+
+@dataclass
+class MomentBank(Mapping[str, Moments]):
+    """The moments of every site of a model by site name, and where they come from.
+
+    Parameters
+    ----------
+    moments : dict of str to Moments
+        By site name such as ``"3.mlp"``.
+    source : dict
+        JSON-ready facts on the calibration: model type, sequences, tokens.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    source: dict[str, object] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Moments:
+        return self.moments[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def merge(self, other: MomentBank) -> None:
+        """Add another bank of the same model, site by site.
+
+        Raises
+        ------
+        InputError
+            If the banks hold different sites; nothing is added then.
+        """
+        if self.moments.keys() != other.moments.keys() or any(
+            self[name].d_in != other[name].d_in for name in self
+        ):
+            raise InputError("MomentBank.merge: both banks must hold the same sites of one model")
+        for name, moments in self.moments.items():
+            moments.merge(other[name])
+        for key in ("sequences", "tokens"):
+            self.source[key] = self.source.get(key, 0) + other.source.get(key, 0)  # type: ignore[operator]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank as one safetensors file, each Gram as its packed lower triangle."""
+        tensors = {}
+        for name, moments in self.moments.items():
+            triangle = torch.ones(moments.d_in, moments.d_in, dtype=torch.bool).tril_()
+            tensors[f"{name}.gram"] = moments.gram.cpu()[:, triangle]
+            tensors[f"{name}.total"] = moments.total.cpu()
+            tensors[f"{name}.count"] = moments.count.cpu()
+        metadata = {"liar_bank": str(BANK_VERSION), "source": json.dumps(self.source)}
+        temporary = f"{os.fspath(path)}.tmp"
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MomentBank:
+        """Read a bank that :meth:`save` wrote.
+
+        Raises
+        ------
+        InputError
+            If the file is not a moment bank of this version.
+        """
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("liar_bank") != str(BANK_VERSION):
+                raise InputError(f"MomentBank.load: {path} is not a moment bank of this version")
+            bank = cls(source=json.loads(metadata["source"]))
+            for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                name, _, part = key.rpartition(".")
+                if part != "gram":
+                    continue
+                total = file.get_tensor(f"{name}.total")
+                moments = Moments.zeros(total.shape[-1], dtype=total.dtype)
+                triangle = torch.ones(moments.d_in, moments.d_in, dtype=torch.bool).tril_()
+                moments.gram[:, triangle] = file.get_tensor(key)
+                moments.total.copy_(total)
+                moments.count.copy_(file.get_tensor(f"{name}.count"))
+                bank.moments[name] = moments
+        return bank

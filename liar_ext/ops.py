@@ -1,0 +1,181 @@
+"""The operators in C++, seen from Python: ``gram_update_``, ``reconstruct`` and ``build_info``.
+
+Importing this module registers them as ``torch.ops.liar_ext.*``, with fake kernels so that
+``torch.compile`` and meta tensors work. On a device that the extension has no kernels for (see
+``build_info()["cuda"]``) they run :mod:`liar_ext.reference`: the same in plain torch, slower.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liar_ext import reference
+
+try:
+    from liar_ext import _C  # noqa: F401  importing it registers the operators
+except ImportError as error:
+    raise ImportError(
+        f"liar_ext: the compiled extension liar_ext._C cannot be imported ({error}); build it with "
+        "`pip install --no-build-isolation -e .` in the source tree, with torch >= 2.10 installed"
+    ) from error
+
+__all__ = ["build_info", "gram_update_", "reconstruct"]
+
+
+def gram_update_(
+    gram: Tensor,
+    total: Tensor,
+    count: Tensor,
+    x: Tensor,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> None:
+    r"""Add the moments of a batch of tokens to running sums, in place and in one pass.
+
+    .. math::
+
+        G \mathrel{+}= X^T \mathrm{diag}(w)\,(Y \text{ or } X), \qquad
+        s \mathrel{+}= X^T w, \qquad
+        c \mathrel{+}= [\textstyle\sum_t w_t,\ \text{rows dropped}]
+
+    A row of weight 0 is skipped unread, so padding may hold anything. A row that holds a non-finite
+    value, or whose weight is negative or not finite, is left out of all sums and counted in
+    ``count[1]``. Products are summed in float32 within at most 512 tokens and then in the dtype of
+    ``gram``: when that is float64 the error does not grow with the number of tokens. Float64 rows
+    are summed in float64 throughout. The result is the same bit for bit from run to run.
+
+    Parameters
+    ----------
+    gram : Tensor
+        ``(d, d)`` float32 or float64, of which only the lower triangle with the diagonal is read or
+        written; with ``y``, ``(d, dy)``, all of it. Columns contiguous.
+    total : Tensor
+        ``(d,)``, dtype of ``gram``.
+    count : Tensor
+        ``(2,)`` float64.
+    x : Tensor
+        ``(tokens, d)`` float16, bfloat16, float32 or float64; any strides. The product of two
+        entries must fit float32 unless ``x`` is float64.
+    y : Tensor, optional
+        ``(tokens, dy)``, dtype of ``x``: sums the cross-Gram matrix instead of the Gram matrix.
+    weight : Tensor, optional
+        ``(tokens,)`` bool, float32 or float64; 1 for every token if not given.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape or a dtype is not as above.
+
+    Notes
+    -----
+    Source: the Gram matrix of LIAR (arXiv 2407.13331, section III), as sums instead of means, so
+    that folds, shards and resumed runs add up.
+    """
+    torch.ops.liar_ext.gram_update_(gram, total, count, x, y, weight)
+
+
+def reconstruct(
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damps: Tensor,
+    holdout: Tensor | None = None,
+    cross: Tensor | None = None,
+    holdout_cross: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Fold the removed input features of a linear layer into the weights that stay.
+
+    .. math::
+
+        W' = W_K + D, \qquad (G_{KK} + \Lambda)\,D^T = R, \qquad
+        \Lambda = \lambda\,\mathrm{mean}(\mathrm{diag}\,G_{KK})\,I
+
+    with :math:`R = G_{KP} W_P^T`, or with dense targets :math:`R = C_K - G_{KK} W_K^T`, for every λ
+    of ``damps``. λ = ∞ gives :math:`W_K`: plain dropping. Computed in float64.
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``W``, ``(d_out, d)``, any float dtype.
+    gram : Tensor
+        ``G``, ``(d, d)`` float32 or float64; only the lower triangle is read.
+    kept : Tensor
+        ``K``, ``(n,)`` int64, strictly ascending; ``P`` is the rest. Keeping everything is allowed.
+    damps : Tensor
+        ``(L,)`` float64, each λ ≥ 0, infinity included. A mean diagonal of 0 counts as 1.
+    holdout : Tensor, optional
+        ``(d, d)``: another fold's Gram matrix to evaluate the error on.
+    cross : Tensor, optional
+        ``C = Σ x (y* − b)ᵀ``, ``(d, d_out)``: solve for the dense targets ``y*`` instead.
+    holdout_cross : Tensor, optional
+        The same over the other fold; required with ``holdout`` and ``cross``.
+
+    Returns
+    -------
+    weight : Tensor
+        ``W'``, ``(L, d_out, n)`` float64.
+    error : Tensor
+        ``(L,)`` float64: ``tr(ΔW G ΔWᵀ)``, where ``ΔW`` is ``W' − W_K`` on K and ``−W_P`` on P.
+        With ``cross``: ``tr(V G Vᵀ) − 2 tr(V C)``, ``V`` being ``W'`` on K and 0 on P; add
+        ``Σ |y* − b|²`` for the error itself.
+    holdout_error : Tensor
+        The same on ``holdout``, ``(L,)``; ``(0,)`` without.
+    info : Tensor
+        ``(L, 2)`` float64: code and condition. Code 0 is solved; k > 0 says that the leading minor
+        of order k of ``G_KK + Λ`` is not positive definite, and then this λ's weight and errors are
+        NaN. Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor, a lower bound.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, a dtype or an index is not as above.
+
+    Notes
+    -----
+    Source: LIAR (arXiv 2407.13331), eq. for the transfer matrix, in the damped-transfer form.
+    """
+    return torch.ops.liar_ext.reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross)
+
+
+def build_info() -> dict[str, str]:
+    """Return how the extension was built and what it uses on this machine.
+
+    Returns
+    -------
+    dict of str to str
+        ``compiler``, ``torch_target`` (oldest torch that the binary runs with), ``torch_built``,
+        ``cpu_kernel`` (instruction set in use; the environment variable ``LIAR_CPU_KERNEL`` forces
+        one) and ``cuda`` (whether CUDA kernels were compiled in).
+    """
+    lines = torch.ops.liar_ext.build_info().splitlines()
+    return dict(line.split("=", 1) for line in lines)
+
+
+@torch.library.register_fake("liar_ext::gram_update_")
+def _(gram, total, count, x, y=None, weight=None):
+    d = total.shape[0]
+    torch._check(x.dim() == 2, lambda: f"gram_update_: x must be (tokens, {d}), got {x.shape}")
+
+
+@torch.library.register_fake("liar_ext::reconstruct")
+def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None):
+    ladder, n = damps.shape[0], kept.shape[0]
+
+    def empty(*shape):
+        return weight.new_empty(shape, dtype=torch.float64)
+
+    held_out = empty(0 if holdout is None else ladder)
+    return empty(ladder, weight.shape[0], n), empty(ladder), held_out, empty(ladder, 2)
+
+
+def _serve_other_devices() -> None:
+    """Register the plain-torch reference for devices that the extension has no kernels for."""
+    for op in (reference.gram_update_, reference.reconstruct):
+        for device in ("CUDA", "XPU"):
+            name = f"liar_ext::{op.__name__}"
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(name, device):
+                torch.library.impl(name, device.lower(), op)
+
+
+_serve_other_devices()

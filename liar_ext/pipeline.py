@@ -1,0 +1,226 @@
+"""The whole job: calibrate, score, allocate, reconstruct, operate."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext import ops
+from liar_ext.allocation import allocate, check_budget, total_cost
+from liar_ext.arch import Site, get_consumer_bias, sites
+from liar_ext.calibration import calibrate
+from liar_ext.criteria import get_criterion, score
+from liar_ext.errors import InputError
+from liar_ext.evaluation import perplexity
+from liar_ext.plan import Budget, Plan
+from liar_ext.reconstruction import check_settings
+from liar_ext.reconstruction import reconstruct as solve_sites
+from liar_ext.report import Report, SiteRow
+from liar_ext.surgery import apply_plan, is_pruned
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches,
+    keep: float | Budget = 0.8,
+    *,
+    criterion: str = "wifv",
+    allocation: str = "uniform",
+    reconstruct: str = "linear",
+    damp: float | str = "auto",
+    kinds: Sequence[str] = ("attn", "mlp"),
+    attn_unit: str = "auto",
+    seed: int = 0,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    progress: bool = False,
+) -> Report:
+    """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
+
+    Calibrate (one pass of the dense model over ``batches``), score every unit, allocate the budget,
+    solve every consumer ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with λ chosen on held-out tokens, then
+    slice the modules.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of a known family; it is changed only in the last step.
+    batches : iterable of mapping
+        See :func:`liar_ext.calibrate`.
+    keep : float or Budget
+        Fraction of the prunable parameters that may stay, or a :class:`liar_ext.Budget`.
+    criterion : str
+        Who goes; see :func:`liar_ext.score`.
+    allocation : {"uniform", "global"}
+        How many go where; see :func:`liar_ext.allocate`.
+    reconstruct : {"none", "bias", "linear", "affine"}
+        What is put back; see :func:`liar_ext.reconstruct`.
+    damp : float or "auto"
+        λ, or the held-out choice.
+    kinds : sequence of {"attn", "mlp"}
+        Sites that may be pruned.
+    attn_unit : {"auto", "kv_group", "head"}
+        What an attention unit is.
+    seed : int
+        For criteria that draw.
+    evaluate_on : sequence of mapping, optional
+        Batches of held-out text; the report then has dense and pruned perplexity.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    Report
+        With the plan as ``report.plan``.
+
+    Raises
+    ------
+    InputError
+        If an argument, the model, the data or the budget cannot be used; the model is then as
+        it was.
+
+    Notes
+    -----
+    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias"``; Wanda-sp is
+    ``criterion="wanda", allocation="uniform", reconstruct="none"``.
+    """
+    budget = keep if isinstance(keep, Budget) else Budget(keep)
+    get_criterion(criterion)
+    check_settings(reconstruct, damp)
+    if is_pruned(model):
+        raise InputError(
+            "prune: the model is pruned already; start from the dense model, with a smaller keep"
+        )
+    at = sites(model, kinds, attn_unit)
+    total = total_cost(model, at, budget)
+    check_budget(at, budget, allocation, total)
+    clock = _Clock()
+
+    evaluation = {}
+    if evaluate_on is not None:
+        with clock("evaluate"):
+            evaluation["dense"] = perplexity(model, evaluate_on, progress=progress)
+    with clock("calibrate"):
+        bank = calibrate(model, batches, at, progress=progress)
+    with clock("score"):
+        scores = score(model, bank, at, criterion, seed=seed)
+        model_type = model.config.model_type
+        plan = allocate(at, scores, budget, allocation, model_type=model_type, total=total)
+        if reconstruct in ("bias", "affine"):
+            plan = _with_bias(plan, model, at)
+    with clock("reconstruct"):
+        weights, rows = solve_sites(
+            model, bank, plan, mode=reconstruct, damp=damp, progress=progress
+        )
+    before = _count(model)
+    dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
+    with clock("surgery"):
+        apply_plan(model, plan, weights)
+    if evaluate_on is not None:
+        with clock("evaluate"):
+            evaluation["pruned"] = perplexity(model, evaluate_on, progress=progress)
+    return Report(
+        model=model.config.name_or_path or type(model).__name__,
+        plan=plan,
+        budget=asdict(budget),
+        settings={
+            "criterion": criterion,
+            "allocation": allocation,
+            "reconstruct": reconstruct,
+            "damp": damp,
+            "kinds": list(kinds),
+            "attn_unit": plan.attn_unit,
+            "seed": seed,
+            "calibration_sequences": bank.source["sequences"],
+            "calibration_tokens": bank.source["tokens"],
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        },
+        versions=versions(),
+        sites=rows,
+        params={
+            "before": before,
+            "after": _count(model),
+            "prunable_before": sum(row.params_before for row in rows),
+            "prunable_after": sum(row.params_after for row in rows),
+        },
+        evaluation=evaluation,
+        seconds=clock.seconds,
+        warnings=_warnings(rows, reconstruct, bank.source["tokens"], at),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on, and the kernels in use."""
+    packages = ("liar_ext", "torch", "transformers", "safetensors", "numpy")
+    return {
+        **{package: version(package) for package in packages},
+        "python": platform.python_version(),
+        **{f"liar_ext.{key}": str(value) for key, value in ops.build_info().items()},
+    }
+
+
+def _with_bias(plan: Plan, model: nn.Module, at: Sequence[Site]) -> Plan:
+    """Return the plan with a bias for each consumer that lacks one."""
+    lacks = {site.name for site in at if get_consumer_bias(model, site) is None}
+    planned = {
+        name: replace(site_plan, bias=name in lacks) for name, site_plan in plan.sites.items()
+    }
+    return replace(plan, sites=planned)
+
+
+def _count(model: nn.Module) -> int:
+    """Return the number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _warnings(rows: Sequence[SiteRow], mode: str, tokens: int, at: Sequence[Site]) -> list[str]:
+    """Return what a user has to know before trusting the result."""
+    warnings = []
+    dropped = max((row.dropped_rows for row in rows), default=0)
+    if dropped:
+        warnings.append(
+            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
+            "calibrate in a wider dtype."
+        )
+    pruned = [row for row in rows if row.units_after < row.units_before]
+    given_up = [row.name for row in pruned if math.isinf(row.damp)]
+    if mode in ("linear", "affine") and given_up:
+        warnings.append(
+            "Held-out text is served best by plain dropping at "
+            f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "
+            f"({len(given_up)} sites): give more calibration text."
+        )
+    widest = max((site.d_in for site in at), default=0)
+    if tokens < 2 * widest:
+        warnings.append(
+            f"{tokens} calibration tokens are few for sites of {widest} features; "
+            "the held-out errors say what that costs."
+        )
+    return warnings
+
+
+class _Clock:
+    """Seconds by stage; stages of one name add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent

@@ -1,0 +1,118 @@
+"""The operators of :mod:`liar_ext.ops` in plain torch: what the compiled kernels must agree with.
+
+Same signatures, same results, no compiled code. In float64 they are the oracle of the tests; on a
+device that the extension has no kernels for they do the work.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 256
+
+
+def gram_update_(
+    gram: Tensor,
+    total: Tensor,
+    count: Tensor,
+    x: Tensor,
+    y: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> None:
+    """Add ``xᵀ diag(w) (y or x)``, ``xᵀ w`` and ``[Σ w, rows dropped]`` to the sums.
+
+    Products are in float32 (float64 for float64 rows) within ``CHUNK_TOKENS`` tokens; chunks are
+    added up in the dtype of ``gram``. See :func:`liar_ext.ops.gram_update_`.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = x.new_ones(len(x), dtype=torch.float64) if weight is None else weight.double()
+    wanted = weight != 0
+    finite = torch.isfinite(x).all(-1) & torch.isfinite(weight) & (weight >= 0)
+    if y is not None:
+        finite &= torch.isfinite(y).all(-1)
+    use = wanted & finite
+    weight = torch.where(use, weight, 0.0)
+    count += torch.stack([weight.sum(), (wanted & ~finite).sum()])
+    for start in range(0, len(x), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        left = torch.where(use[part, None], x[part], 0).to(compute)
+        right = left if y is None else torch.where(use[part, None], y[part], 0).to(compute)
+        scaled = left * weight[part, None].to(compute)
+        product = (scaled.mT @ right).to(gram.dtype)
+        gram += product.tril() if y is None else product
+        total += scaled.sum(0, dtype=torch.float64).to(total.dtype)
+
+
+def reconstruct(
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damps: Tensor,
+    holdout: Tensor | None = None,
+    cross: Tensor | None = None,
+    holdout_cross: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fold the removed features into the weights that stay; see :func:`liar_ext.ops.reconstruct`.
+
+    The errors are computed the long way, as ``tr(ΔW G ΔWᵀ)`` over all features.
+    """
+    weight, gram = weight.double(), _symmetric(gram)
+    holdout = None if holdout is None else _symmetric(holdout)
+    cross = None if cross is None else cross.double()
+    holdout_cross = None if holdout_cross is None else holdout_cross.double()
+    d_out, d = weight.shape
+    stays = torch.zeros(d, dtype=torch.bool, device=weight.device)
+    stays[kept] = True
+    block = gram[kept][:, kept]
+    if cross is None:
+        rhs = gram[kept][:, ~stays] @ weight[:, ~stays].mT
+    else:
+        rhs = cross[kept] - block @ weight[:, kept].mT
+    mean = block.diagonal().mean() if len(kept) else gram.new_ones(())
+    mean = torch.where(mean == 0, 1.0, mean)
+
+    results = []
+    for damp in damps:
+        change, code, condition = _solve(block, damp * mean, rhs)
+        new = weight[:, kept] + change.mT
+        full = torch.zeros_like(weight) if cross is not None else -weight
+        full[:, kept] = new if cross is not None else change.mT
+        error = _quadratic(full, gram, cross)
+        held_out = None if holdout is None else _quadratic(full, holdout, holdout_cross)
+        results.append((new, error, held_out, torch.stack([code, condition])))
+    if not results:
+        empty = weight.new_empty(0)
+        return weight.new_empty(0, d_out, len(kept)), empty, empty.clone(), weight.new_empty(0, 2)
+    new, error, held_out, info = zip(*results, strict=True)
+    return (
+        torch.stack(new),
+        torch.stack(error),
+        weight.new_empty(0) if holdout is None else torch.stack(held_out),
+        torch.stack(info),
+    )
+
+
+def _solve(block: Tensor, shift: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(block + shift)⁻¹ rhs``, the code of the factorisation and its condition."""
+    one = block.new_ones(())
+    if torch.isinf(shift) or len(block) == 0:
+        return torch.zeros_like(rhs), torch.zeros_like(one), one
+    eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
+    factor, code = torch.linalg.cholesky_ex(block + shift * eye)
+    if code != 0:
+        return torch.full_like(rhs, torch.nan), code.to(rhs.dtype), one * torch.nan
+    diagonal = factor.diagonal()
+    condition = (diagonal.max() / diagonal.min()) ** 2
+    return torch.cholesky_solve(rhs, factor), code.to(rhs.dtype), condition
+
+
+def _symmetric(gram: Tensor) -> Tensor:
+    """Return the full float64 matrix of which only the lower triangle is given."""
+    return gram.tril().double() + gram.tril(-1).double().mT
+
+
+def _quadratic(rows: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
+    """Return ``tr(V G Vᵀ)``, and less ``2 tr(V C)`` if ``cross`` is given."""
+    value = ((rows @ gram) * rows).sum()
+    return value if cross is None else value - 2 * (rows * cross.mT).sum()

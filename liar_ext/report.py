@@ -1,0 +1,147 @@
+"""The report of a job: every number a user needs to trust the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from liar_ext.plan import Plan
+
+REPORT_JSON = "liar_report.json"
+REPORT_MARKDOWN = "liar_report.md"
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What happened at one site.
+
+    Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output; ``damp`` is λ, with
+    infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
+    """
+
+    name: str
+    units_before: int
+    units_after: int
+    params_before: int
+    params_after: int
+    damp: float
+    error: float
+    holdout_error: float
+    condition: float
+    dropped_rows: int
+    path: str
+    seconds: float
+
+
+@dataclass
+class Report:
+    """What was asked, what came out, what it cost.
+
+    Parameters
+    ----------
+    model : str
+        Name or path of the model.
+    budget, settings, versions : dict
+        As asked for, and with which software.
+    sites : list of SiteRow
+        One per site.
+    params : dict
+        ``before``, ``after``, ``prunable_before``, ``prunable_after``.
+    evaluation : dict
+        ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
+    seconds : dict
+        By stage.
+    warnings : list of str
+        What a user has to know before trusting the result.
+    plan : Plan
+        What stays; written to a file of its own, not into the report's JSON.
+    """
+
+    model: str
+    budget: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    sites: list[SiteRow] = field(default_factory=list)
+    params: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    seconds: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    plan: Plan | None = None
+
+    def to_json(self) -> str:
+        """Return the report as strict JSON; an infinite number is the string ``"inf"``."""
+        facts = {key: value for key, value in vars(self).items() if key != "plan"}
+        facts["sites"] = [asdict(row) for row in self.sites]
+        return json.dumps(_strict(facts), indent=1, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown for a person."""
+        lines = [f"# Pruning report: {self.model}", ""]
+        lines += _summary(self)
+        if self.warnings:
+            lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
+        lines += ["", "## Sites", ""]
+        lines += [
+            "Errors are relative to the energy of the site's output; *held-out* is solved on one "
+            "half of the calibration documents and measured on the other.",
+            "",
+            "| site | units | parameters | damp | error | held-out | condition | dropped rows "
+            "| path | s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in self.sites:
+            lines.append(
+                f"| {row.name} | {row.units_before} → {row.units_after} "
+                f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
+                f"| {row.error:.4f} | {row.holdout_error:.4f} | {row.condition:.1e} "
+                f"| {row.dropped_rows} | {row.path} | {row.seconds:.2f} |"
+            )
+        for title, facts in (
+            ("Budget", self.budget),
+            ("Settings", self.settings),
+            ("Seconds", {key: f"{value:.1f}" for key, value in self.seconds.items()}),
+            ("Versions", self.versions),
+        ):
+            lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+            lines += [f"| {key} | {value} |" for key, value in facts.items()]
+        return "\n".join(lines) + "\n"
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``liar_report.json`` and ``liar_report.md`` into ``folder``."""
+        Path(folder, REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
+        Path(folder, REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
+
+
+def _summary(report: Report) -> list[str]:
+    lines = ["| | dense | pruned | pruned / dense |", "|---|---|---|---|"]
+    params = report.params
+    for title, before, after in (
+        ("parameters", "before", "after"),
+        ("prunable parameters", "prunable_before", "prunable_after"),
+    ):
+        if params.get(before):
+            ratio = params[after] / params[before]
+            lines.append(f"| {title} | {params[before]:,} | {params[after]:,} | {ratio:.3f} |")
+    dense, pruned = report.evaluation.get("dense"), report.evaluation.get("pruned")
+    if dense and pruned:
+        ratio = pruned["perplexity"] / dense["perplexity"]
+        lines.append(
+            f"| perplexity, {dense['tokens']:,} tokens in windows of {dense['seq_len']} "
+            f"| {dense['perplexity']:.2f} | {pruned['perplexity']:.2f} | {ratio:.3f} |"
+        )
+    return lines
+
+
+def _strict(value: object) -> object:
+    """Replace infinities and NaN, which JSON lacks, by their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value

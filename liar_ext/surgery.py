@@ -1,0 +1,266 @@
+"""Apply a plan to a model: slice its modules in place.
+
+Nothing is masked and no number is computed. Of a site that keeps the units K::
+
+    producers   W ← W[rows of K, :]   b ← b[rows of K]
+    consumer    W ← W[:, columns of K], or the reconstructed weight that is given
+
+The head counts that ``forward`` reads follow; the size of a head stays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.arch import Site, get_consumer_bias, sites, skeleton
+from liar_ext.errors import InputError
+from liar_ext.plan import Plan, SitePlan
+
+Weights = Mapping[str, tuple[Tensor, Tensor | None]]
+
+
+@torch.no_grad()
+def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> None:
+    """Remove from a model what the plan doesn't keep, in place.
+
+    Everything is checked before anything changes, so that an error leaves the model as it was.
+    New parameters keep dtype, device and ``requires_grad``; the model's config isn't touched.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that the plan was made for.
+    plan : Plan
+        Kept units per site; a site that it doesn't name keeps everything.
+    weights : mapping of str to (Tensor, Tensor or None), optional
+        New consumer weight, shape (d_out, n_kept · width), and bias, shape (d_out,), by site
+        name. A site without an entry keeps the columns of its units, which is plain dropping.
+
+    Raises
+    ------
+    InputError
+        If the plan is for another model type, names a site that the model lacks, counts other
+        units than the model has (a model that is pruned already, for one), keeps unequally many
+        query heads per KV group, or a weight has another shape.
+
+    Notes
+    -----
+    Where a plan gives a bias to a consumer of a family that has a config flag for it, every linear
+    layer that the flag governs gains one, zero except for the consumers': then the stock class
+    builds the same layers.
+    """
+    found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    weights = weights or {}
+    _check(model, found, plan, weights)
+    _grow_biases(model, found, plan)
+    for name, site_plan in plan.sites.items():
+        _slice_site(model, found[name], site_plan)
+        if name in weights:
+            _set_consumer(model, found[name], *weights[name])
+    for site in sites(model, attn_unit=plan.attn_unit):
+        _patch_numbers(model, site)
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Tell whether units are gone from a model, in memory or in the folder it came from.
+
+    Either its config says so, or a site is smaller than the one that the config builds.
+    """
+    if hasattr(model.config, "liar"):
+        return True
+    base = getattr(model, "base_model", model)
+    dense = skeleton(type(base), model.config)
+    return any(
+        ours.d_in != theirs.d_in for ours, theirs in zip(sites(base), sites(dense), strict=True)
+    )
+
+
+def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
+    """Return the row indices that belong to units of a site in one of its producers.
+
+    Row ``(r · units + u) · n + i`` is row i of unit u in run r, where each of the ``stacked`` runs
+    holds n rows of every unit.
+
+    Parameters
+    ----------
+    site : Site
+        The site before it is sliced.
+    kept : sequence of int
+        Units.
+    rows : int
+        Rows of the producer.
+
+    Returns
+    -------
+    Tensor
+        Ascending indices, shape (stacked · len(kept) · n,), int64, on the CPU.
+    """
+    # On the CPU also while a model is built on the meta device.
+    runs = torch.arange(rows, device="cpu").view(site.wiring.stacked, site.units, -1)
+    return runs[:, list(kept)].flatten()
+
+
+def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
+    """Refuse a plan or weights that don't fit the model."""
+    model_type = model.config.model_type
+    if plan.model_type != model_type:
+        raise InputError(
+            f"apply_plan: the plan is for {plan.model_type!r}, the model is {model_type!r}; "
+            "make a plan from this model"
+        )
+    unknown = [name for name in plan.sites if name not in found]
+    if unknown:
+        raise InputError(
+            f"apply_plan: the model has no site {', '.join(unknown[:4])} (the plan has "
+            f"{len(plan.sites)} sites, the model {len(found)}, up to {list(found)[-1]}); "
+            "make a plan from this model"
+        )
+    for name, site_plan in plan.sites.items():
+        _check_site(found[name], site_plan)
+    for name, (weight, bias) in weights.items():
+        if name not in plan.sites:
+            raise InputError(f"apply_plan: a weight came for {name}, which the plan doesn't name")
+        _check_weight(model, found[name], plan.sites[name], weight, bias)
+
+
+def _check_site(site: Site, site_plan: SitePlan) -> None:
+    """Refuse the plan of a site that counts other units, or empties KV groups unequally."""
+    if site_plan.units != site.units:
+        raise InputError(
+            f"apply_plan: {site.name} has {site.units} units ({site.unit}), the plan counts "
+            f"{site_plan.units}; is the model pruned already? Apply the plan to the dense model"
+        )
+    per_group = Counter(unit * site.groups // site.units for unit in site_plan.kept)
+    if len(per_group) != site.groups or len(set(per_group.values())) != 1:
+        kept = [per_group[group] for group in range(site.groups)]
+        raise InputError(
+            f"apply_plan: {site.name} must keep equally many heads in each of its {site.groups} "
+            f"KV groups, got {kept}; or prune whole groups with attn_unit='kv_group'"
+        )
+
+
+def _check_weight(
+    model: nn.Module, site: Site, site_plan: SitePlan, weight: Tensor, bias: Tensor | None
+) -> None:
+    """Refuse a consumer weight or bias of another shape, or a bias with no place."""
+    shape = (site.d_out, len(site_plan.kept) * site.width)
+    if tuple(weight.shape) != shape:
+        raise InputError(
+            f"apply_plan: the weight of {site.name} must have shape {shape}, got "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is None:
+        return
+    if tuple(bias.shape) != (site.d_out,):
+        raise InputError(
+            f"apply_plan: the bias of {site.name} must have shape ({site.d_out},), got "
+            f"{tuple(bias.shape)}"
+        )
+    if not site_plan.bias and get_consumer_bias(model, site) is None:
+        raise InputError(
+            f"apply_plan: a bias came for {site.name}, whose consumer has none; set bias=True in "
+            "the plan of the site"
+        )
+
+
+def _grow_biases(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> None:
+    """Give zero biases to the consumers that the plan says, and to what shares their flag."""
+    gaining = {name for name, site_plan in plan.sites.items() if site_plan.bias}
+    flags = {found[name].wiring.bias_flag for name in gaining} - {None}
+    for name, site in found.items():
+        if site.wiring.bias_flag in flags:
+            for layer in site.wiring.layers:
+                _add_bias(model.get_submodule(f"{site.path}.{layer}"), site)
+        elif name in gaining:
+            _add_bias(model.get_submodule(site.consumer), site)
+
+
+def _add_bias(layer: nn.Module, site: Site) -> None:
+    """Give a linear layer a zero bias if it has none."""
+    if layer.bias is None:
+        weight = layer.weight
+        zeros = weight.new_zeros(weight.shape[1 if site.wiring.transposed else 0])
+        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+
+
+def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
+    """Slice producers and consumer of one site."""
+    if len(site_plan.kept) == site.units:
+        return
+    output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
+    for path in site.producers:
+        layer = model.get_submodule(path)
+        rows = unit_rows(site, site_plan.kept, layer.weight.shape[output])
+        layer.weight = _select(layer.weight, output, rows)
+        if layer.bias is not None:
+            layer.bias = _select(layer.bias, 0, rows)
+        _fit_layer(layer, site)
+    consumer = model.get_submodule(site.consumer)
+    consumer.weight = _select(consumer.weight, input_, site.features(site_plan.kept))
+    _fit_layer(consumer, site)
+    if site.wiring.head_input is not None:
+        _select_head_input(model, site, site_plan.kept)
+
+
+def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a reconstructed weight, and bias if there is one, into a sliced consumer."""
+    consumer = model.get_submodule(site.consumer)
+    consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
+    if bias is not None:
+        consumer.bias.copy_(bias)
+
+
+def _select(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
+    """Return a parameter that holds the given slices of another."""
+    chosen = parameter.detach().index_select(dim, index.to(parameter.device))
+    return nn.Parameter(chosen.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def _fit_layer(layer: nn.Module, site: Site) -> None:
+    """Make the sizes that a linear layer keeps those of its weight."""
+    if site.wiring.transposed:
+        layer.nx, layer.nf = layer.weight.shape
+    else:
+        layer.out_features, layer.in_features = layer.weight.shape
+
+
+def _patch_numbers(model: nn.Module, site: Site) -> None:
+    """Write the sizes of a sliced site into the integers that the block's modules keep."""
+    block = model.get_submodule(site.path)
+    for path, size in site.wiring.numbers.items():
+        owner, _, attribute = path.rpartition(".")
+        setattr(block.get_submodule(owner), attribute, site.sizes[size])
+
+
+def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
+    """Let an attention module take the slices of its heads from an input made for all heads.
+
+    Hooks run in the order in which they were added, so that a second pruning selects from what
+    the first one left.
+    """
+    head_input = site.wiring.head_input
+    heads = site.features(kept)[:: site.head_dim] // site.head_dim
+    module = model.get_submodule(f"{site.path}.{head_input.module}")
+    hook = partial(
+        _take_heads,
+        heads=tuple(heads.tolist()),
+        position=head_input.position,
+        keyword=head_input.keyword,
+    )
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _take_heads(
+    module: nn.Module, args: tuple, kwargs: dict, *, heads: tuple, position: int, keyword: str
+) -> tuple[tuple, dict]:
+    """Select heads from dimension 1 of one argument: a forward pre-hook."""
+    arguments = dict(enumerate(args)) | kwargs
+    key = keyword if keyword in kwargs else position
+    if arguments.get(key) is not None:
+        arguments[key] = arguments[key][:, list(heads)]
+    return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}

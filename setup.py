@@ -1,0 +1,79 @@
+"""Build csrc/ into liar_ext/_C.abi3.so over the LibTorch Stable ABI.
+
+One library serves every Python from 3.10 and every torch from TORCH_TARGET on, so nothing here
+depends on either. Metadata is in pyproject.toml.
+"""
+
+import platform
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_TARGET = "0x020a000000000000"  # torch 2.10
+
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+# One unit per instruction set; which one runs is decided on the user's CPU.
+KERNEL_FLAGS = {
+    "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512.cpp": AVX512,
+    "kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
+
+
+class Build(BuildExtension):
+    """BuildExtension that gives the kernels of each instruction set their own flags."""
+
+    def build_extension(self, ext):
+        """Compile the kernel units first, then link them into the extension."""
+        machine = platform.machine().lower()
+        for name, flags in KERNEL_FLAGS.items():
+            if machine not in ("x86_64", "amd64"):
+                continue
+            source = ROOT / "csrc" / "cpu" / name
+            target = Path(self.build_temp).resolve() / f"{name}.o"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn(["c++", *COMMON, *flags, "-c", str(source), "-o", str(target)])
+            ext.extra_objects.append(str(target))
+        super().build_extension(ext)
+
+
+def compiler_name():
+    """First line of the compiler's version, for `liar info`."""
+    try:
+        text = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
+        return text.stdout.splitlines()[0].replace('"', "")
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-g0",
+]
+sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "liar_ext._C",
+            [str(p.relative_to(ROOT)) for p in sources if p.name not in KERNEL_FLAGS],
+            extra_compile_args=[
+                *COMMON,
+                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+                f'-DLIAR_COMPILER="{compiler_name()}"',
+            ],
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

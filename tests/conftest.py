@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import string
+
+import pytest
+import torch
+from tiny import VOCAB, tiny
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, within the vocabulary of the tiny models."""
+    characters = string.ascii_lowercase + string.digits + " .\n"
+    vocabulary = {"[PAD]": 0, "[BOS]": 1, "[EOS]": 2}
+    vocabulary |= {character: 3 + i for i, character in enumerate(characters)}
+    assert len(vocabulary) < VOCAB
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]"
+    )
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory, tokenizer):
+    """A tiny Llama with its tokenizer, saved as an ordinary model folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Calibration and held-out text of random words, as files."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = torch.Generator().manual_seed(3)
+    draw = torch.randint(0, 26, (2, 6000), generator=generator).tolist()
+    paths = []
+    for name, letters in zip(("calibration.txt", "held_out.txt"), draw, strict=True):
+        text = "".join(string.ascii_lowercase[i] for i in letters)
+        words = (text[at : at + 5] for at in range(0, len(text), 5))
+        (folder / name).write_text(" ".join(words))
+        paths.append(folder / name)
+    return paths

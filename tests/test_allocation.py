@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tiny import tiny
+
+from liar_ext import Budget, InputError, allocate, sites
+from liar_ext.allocation import check_budget, select, total_cost
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = tiny("llama")
+    at = sites(model)
+    generator = torch.Generator().manual_seed(5)
+    scores = {s.name: torch.rand(s.units, generator=generator).double() for s in at}
+    return model, at, scores
+
+
+def kept_cost(plan, at, budget, total):
+    cost = {
+        s.name: s.unit_flops(budget.seq_len) if budget.of == "flops" else s.unit_params for s in at
+    }
+    removed = sum(len(plan.sites[s.name].removed) * cost[s.name] for s in at)
+    return (total - removed) / total
+
+
+@pytest.mark.parametrize("method", ["uniform", "global"])
+@pytest.mark.parametrize("of", ["prunable", "params", "flops"])
+@pytest.mark.parametrize("keep", [0.5, 0.7, 0.9, 1.0])
+def test_budget_is_met_and_used(llama, method, of, keep):
+    model, at, scores = llama
+    budget = Budget(keep, of, seq_len=16)
+    total = total_cost(model, at, budget)
+    plan = allocate(at, scores, budget, method, total=total)
+    kept = kept_cost(plan, at, budget, total)
+    coarsest = max(s.unit_flops(16) if of == "flops" else s.unit_params for s in at)
+    mlps = sum(s.kind == "mlp" for s in at)
+    assert kept <= keep + 1e-9
+    assert kept > keep - (coarsest + mlps * at[1].unit_params) / total
+    if keep == 1.0:
+        assert all(not site_plan.removed for site_plan in plan.sites.values())
+
+
+def test_uniform_keeps_the_same_fraction_everywhere(llama):
+    _, at, scores = llama
+    plan = allocate(at, scores, Budget(0.7), "uniform")
+    for kind in ("attn", "mlp"):
+        assert len({len(plan.sites[s.name].kept) for s in at if s.kind == kind}) == 1
+
+
+def test_global_equals_brute_force_order(llama):
+    """FLAP's rule by hand: standardise per site, sort all units, keep from the top."""
+    _, at, scores = llama
+    mlps = [site for site in at if site.kind == "mlp"]
+    plan = allocate(mlps, scores, Budget(0.6), "global")
+    units = []
+    for site in mlps:
+        values = scores[site.name]
+        standard = (values - values.mean()) / values.std(unbiased=False)
+        first = int(values.argmax())
+        units += [(float(z), site.name, u) for u, z in enumerate(standard) if u != first]
+    room = int(0.6 * sum(site.units for site in mlps)) - len(mlps)
+    expected = sorted(units, reverse=True)[:room]
+    kept = {(s.name, u) for s in mlps for u in plan.sites[s.name].kept}
+    assert kept >= {(name, u) for _, name, u in expected}
+    assert len(kept) == room + len(mlps)
+
+
+def test_constraints_hold(llama):
+    model, at, scores = llama
+    for method, multiple_of, at_least in itertools.product(
+        ("uniform", "global"), (1, 4, 8), (1, 3)
+    ):
+        budget = Budget(0.6, multiple_of=multiple_of, at_least=at_least, uniform_layers=True)
+        plan = allocate(at, scores, budget, method)
+        for site in at:
+            kept = len(plan.sites[site.name].kept)
+            assert kept >= at_least
+            assert kept == site.units or kept * site.width % multiple_of == 0
+        for kind in ("attn", "mlp"):
+            assert len({len(plan.sites[s.name].kept) for s in at if s.kind == kind}) == 1
+
+
+def test_query_heads_leave_every_group_equally(llama):
+    model, _, _ = llama
+    at = sites(model, ["attn"], "head")
+    scores = {s.name: torch.arange(s.units).double() for s in at}
+    plan = allocate(at, scores, Budget(0.5), "global")
+    assert plan.sites["0.attn"].kept == (1, 3, 5, 7)
+
+
+def test_budget_that_no_plan_meets(llama):
+    model, at, scores = llama
+    with pytest.raises(InputError, match="no plan keeps 0.01 of prunable: .* can go down to 0"):
+        allocate(at, scores, Budget(0.01), "uniform")
+    budget = Budget(0.1, "params")
+    with pytest.raises(InputError, match="no plan keeps 0.1 of params"):
+        check_budget(at, budget, "global", total_cost(model, at, budget))
+    with pytest.raises(InputError, match="needs total=total_cost"):
+        allocate(at, scores, Budget(0.5, "params"))
+    with pytest.raises(InputError, match="method must be one of uniform, global"):
+        allocate(at, scores, Budget(0.5), "best")
+
+
+def test_flops_of_a_model_equal_counted_ones():
+    """Against torch's own counter, which sees every matrix product of a forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny("llama", attn_implementation="eager")
+    budget = Budget(0.5, "flops", seq_len=16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randint(0, 50, (1, 16)), use_cache=False)
+    rotary = 2 * 16 * (model.config.head_dim // 2)  # positions times frequencies
+    counted = counter.get_total_flops() - rotary
+    assert total_cost(model, sites(model), budget) == pytest.approx(counted, rel=0.01)
+
+
+def test_select_breaks_ties_by_index():
+    assert select(torch.zeros(5), 3) == (0, 1, 2)
+    assert select(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2) == (1, 3)
+    assert select(torch.tensor([9.0, 8.0, 1.0, 2.0]), 2, groups=2) == (0, 3)

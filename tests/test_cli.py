@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny
+
+from liar_ext import cli
+
+
+@pytest.fixture(scope="module")
+def pruned(llama_folder, corpus, tmp_path_factory):
+    """The output of the command itself, in a process of its own."""
+    out = tmp_path_factory.mktemp("out") / "pruned"
+    command = [sys.executable, "-m", "liar_ext.cli", "prune", str(llama_folder)]
+    command += ["--calibration", str(corpus[0]), "--eval", str(corpus[1]), "--out", str(out)]
+    command += ["--keep", "0.7", "--samples", "16", "--seq-len", "32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_prune_writes_an_ordinary_model_with_a_report(pruned):
+    out, done = pruned
+    report = json.loads((out / "liar_report.json").read_text())
+    assert {"config.json", "model.safetensors", "liar_plan.json", "tokenizer.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert report["budget"]["keep"] == 0.7
+    assert report["evaluation"]["dense"]["perplexity"] > 1
+    stages = "load calibrate score reconstruct surgery save evaluate total".split()
+    assert set(stages) == set(report["seconds"])
+    assert report["params"]["prunable_after"] <= 0.7 * report["params"]["prunable_before"]
+    fields = "name units_before units_after params_before params_after damp error holdout_error"
+    assert set(f"{fields} dropped_rows path seconds".split()) <= set(report["sites"][0])
+    assert "calibrate" in done.stderr and "perplexity" in done.stdout
+
+
+def test_verify_and_eval_the_result(pruned, corpus, capsys):
+    out, _ = pruned
+    assert run("verify", out) == 0
+    assert "same outputs" in capsys.readouterr().out
+    report = json.loads((out / "liar_report.json").read_text())
+    text = ("--text", corpus[1], "--seq-len", 32)
+    assert run("eval", out, *text, "--json", "--quiet") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["perplexity"] == pytest.approx(
+        report["evaluation"]["pruned"]["perplexity"], rel=1e-4
+    )
+    assert run("eval", out, *text, "--samples", 3) == 0
+    assert "93 tokens in 3 windows of 32" in capsys.readouterr().out
+
+
+def test_verify_finds_a_changed_weight(pruned, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "changed"
+    shutil.copytree(pruned[0], out)
+    weights = load_file(out / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] += 1.0
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    assert run("verify", out) == 1
+    assert "OTHER OUTPUTS" in capsys.readouterr().out
+
+
+def test_quiet_prints_nothing(llama_folder, corpus, tmp_path, capfd):
+    arguments = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
+    assert run("prune", llama_folder, *arguments, "--out", tmp_path / "out") == 0
+    assert capfd.readouterr().out == ""
+
+
+def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    rows = (json.dumps({"text": "some words of length " + "x" * n}) for n in range(30))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    arguments = ("--calibration", tmp_path / "rows.jsonl", "--seq-len", 24, "--samples", 30)
+    out = tmp_path / "out"
+    assert run("prune", tmp_path / "bert", *arguments, "--out", out, "--quiet") == 0
+    assert run("verify", out) == 0
+
+
+def test_info(capsys):
+    assert run("info") == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", "transformers", "cpu_kernel", "cuda", "wifv", "llama"):
+        assert word in printed
+
+
+@pytest.fixture
+def refuse(llama_folder, corpus, tmp_path, capsys):
+    """Run prune with faulty arguments; it must say so in one line and leave nothing behind."""
+
+    def check(message, *arguments, model=llama_folder, calibration=corpus[0]):
+        out = tmp_path / "refused"
+        code = run("prune", model, "--calibration", calibration, "--out", out, *arguments)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert code == 2
+        assert error.startswith("liar: error: ") and message in error
+        assert not out.exists() and not list(tmp_path.glob(".*"))
+
+    return check
+
+
+def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").write_text(" \n")
+    refuse("keep must be in (0, 1]", "--keep", "0")
+    refuse("no plan keeps 0.01", "--keep", "0.01", "--seq-len", "16")
+    refuse("unknown criterion 'best'; known: energy", "--criterion", "best")
+    refuse("--damp must be a number", "--damp", "much")
+    refuse("must be UTF-8", calibration=tmp_path / "latin.txt")
+    refuse("too short", calibration=tmp_path / "short.txt")
+    refuse("holds no text", calibration=tmp_path / "empty.txt")
+    refuse("does not exist", calibration=tmp_path / "absent.txt")
+    refuse("calibrated on too", "--eval", str(corpus[0]))
+    refuse("can't load", model=tmp_path / "no_model")
+
+
+def test_a_pruned_model_is_refused(refuse, pruned):
+    refuse("pruned already", "--seq-len", "16", model=pruned[0])
+
+
+def test_an_existing_folder_is_refused_and_kept(pruned, llama_folder, corpus, capsys):
+    out, _ = pruned
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out) == 2
+    assert "exists" in capsys.readouterr().err
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_damaged_weights_are_refused(refuse, tokenizer, tmp_path):
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    tokenizer.save_pretrained(tmp_path / "damaged")
+    refuse("NaN or infinity", "--seq-len", "16", model=tmp_path / "damaged")
+
+
+def test_options_that_argparse_refuses():
+    with pytest.raises(SystemExit) as stop:
+        run("prune", "model", "--keep", "lots")
+    assert stop.value.code == 2

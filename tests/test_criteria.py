@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny, tiny_inputs
+
+from liar_ext import InputError, calibrate, criterion, score, sites
+from liar_ext.arch import get_consumer_weight
+from liar_ext.criteria import _CRITERIA, list_criteria
+
+
+@pytest.fixture(scope="module")
+def job():
+    model = tiny("llama")
+    batches = [tiny_inputs(model, batch=4, tokens=9, seed=seed) for seed in range(4)]
+    at = sites(model)
+    inputs: dict[str, list] = {site.name: [] for site in at}
+    for site in at:
+        model.get_submodule(site.consumer).register_forward_pre_hook(
+            lambda module, x, name=site.name: inputs[name].append(x[0].flatten(0, -2).double())
+        )
+    bank = calibrate(model, batches, at)
+    return model, bank, at, {name: torch.cat(parts) for name, parts in inputs.items()}
+
+
+def by_definition(name: str, weight: torch.Tensor, x: torch.Tensor, width: int) -> torch.Tensor:
+    """Score unit by unit from the tokens themselves."""
+    scores = []
+    for at in range(0, weight.shape[1], width):
+        w, x_u = weight[:, at : at + width], x[:, at : at + width]
+        if name == "magnitude":
+            scores.append(w.square().sum())
+        elif name == "wanda":
+            norm = x_u.square().mean(0).sqrt()
+            scores.append((w.abs() * norm).sum())
+        elif name == "wifv":
+            scores.append((w.square() * x_u.var(0, unbiased=False)).sum())
+        elif name == "energy":
+            scores.append((x_u @ w.T).square().sum() / len(x))
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "wifv", "energy"])
+def test_scores_equal_their_definition(job, name):
+    model, bank, at, inputs = job
+    scores = score(model, bank, at, name)
+    for site in at:
+        weight = get_consumer_weight(model, site).double()
+        expected = by_definition(name, weight, inputs[site.name], site.width)
+        torch.testing.assert_close(scores[site.name], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_random_depends_on_seed_and_site(job):
+    model, bank, at, _ = job
+    one, same, other = (score(model, bank, at, "random", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one["0.mlp"], same["0.mlp"])
+    assert not torch.equal(one["0.mlp"], other["0.mlp"])
+    assert not torch.equal(one["0.mlp"], one["1.mlp"])
+
+
+def test_a_dead_unit_scores_least():
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj.weight.data[5] = 0
+    bank, at = calibrate(model, [tiny_inputs(model, batch=8)]), sites(model)
+    for known in list_criteria():
+        if known.needs != "weights":
+            assert int(score(model, bank, at, known.name)["0.mlp"].argmin()) == 5, known.name
+
+
+def test_users_register_their_own(job):
+    model, bank, at, _ = job
+
+    @criterion("last", needs="weights", source="test")
+    def last(stats):
+        return torch.arange(stats.weight.shape[1] // stats.width).double()
+
+    try:
+        assert score(model, bank, at, "last")["0.mlp"].tolist()[:3] == [0, 1, 2]
+    finally:
+        del _CRITERIA["last"]
+
+
+def test_unknown_and_broken_criteria(job):
+    model, bank, at, _ = job
+    with pytest.raises(InputError, match="unknown criterion 'best'; known: energy, magnitude"):
+        score(model, bank, at, "best")
+    with pytest.raises(InputError, match="needs must be one of"):
+        criterion("x", needs="magic", source="test")
+
+    @criterion("nan", needs="weights", source="test")
+    def nan(stats):
+        return torch.full((stats.weight.shape[1] // stats.width,), float("nan"))
+
+    try:
+        with pytest.raises(InputError, match="must give 4 finite scores at 0.attn"):
+            score(model, bank, at, "nan")
+    finally:
+        del _CRITERIA["nan"]

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import outputs, tiny, tiny_inputs
+
+from liar_ext import Budget, InputError, prune
+from liar_ext.report import Report
+
+
+def batches(model, count=6):
+    return [tiny_inputs(model, batch=8, tokens=16, seed=seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "bert", "gpt2", "gpt_neox", "opt", "mpnet", "vit"]
+)
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_whole_job(family, allocation):
+    model = tiny(family)
+    data = batches(model)
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    report = prune(model, data, 0.7, allocation=allocation)
+    params = report.params
+    assert params["before"] == dense
+    assert params["after"] == sum(parameter.numel() for parameter in model.parameters())
+    assert (
+        params["before"] - params["after"] == params["prunable_before"] - params["prunable_after"]
+    )
+    assert params["prunable_after"] <= 0.7 * params["prunable_before"]
+    assert torch.isfinite(outputs(model)).all()
+    for row in report.sites:
+        assert row.units_after == len(report.plan.sites[row.name].kept)
+        if row.units_after == row.units_before:
+            assert row.error == row.holdout_error == 0
+
+
+@pytest.mark.parametrize("mode", ["none", "bias", "linear", "affine"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "bert", "gpt2"])
+def test_every_mode_on_models_with_and_without_biases(family, mode):
+    model = tiny(family)
+    report = prune(model, batches(model), 0.7, reconstruct=mode)
+    assert all(0 <= row.error < 1.5 for row in report.sites)
+    assert {row.path.split(",")[0] for row in report.sites} == {mode}
+
+
+def test_reconstruction_is_nearer_to_the_dense_model_than_dropping():
+    dense = tiny("llama")
+    data, held_out = batches(dense), tiny_inputs(dense, batch=16, tokens=16, seed=99)
+    wanted, distance = outputs(dense, held_out), {}
+    for mode in ("none", "linear"):
+        model = copy.deepcopy(dense)
+        prune(model, data, 0.8, kinds=("mlp",), reconstruct=mode)
+        distance[mode] = float((outputs(model, held_out) - wanted).square().mean())
+    assert distance["linear"] < distance["none"]
+
+
+def test_keeping_everything_changes_nothing():
+    model = tiny("llama")
+    before = outputs(model)
+    report = prune(model, batches(model), 1.0)
+    assert torch.equal(outputs(model), before)
+    assert report.params["after"] == report.params["before"]
+
+
+@pytest.mark.parametrize("of", ["prunable", "params", "flops"])
+def test_budgets(of):
+    model = tiny("llama")
+    report = prune(model, batches(model), Budget(0.8, of, multiple_of=4, uniform_layers=True))
+    assert report.budget["of"] == of
+    assert {row.units_after for row in report.sites if row.name.endswith("mlp")}.__len__() == 1
+
+
+def test_perplexity_is_reported_before_and_after():
+    model = tiny("llama")
+    report = prune(model, batches(model), 0.6, evaluate_on=batches(model, 2))
+    assert report.evaluation["dense"]["tokens"] == 2 * 8 * 15
+    assert report.evaluation["pruned"]["perplexity"] != report.evaluation["dense"]["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 1.5}, r"keep must be in \(0, 1\]"),
+        ({"keep": 0.01}, "no plan keeps"),
+        ({"criterion": "best"}, "unknown criterion 'best'; known: energy"),
+        ({"reconstruct": "ridge"}, "mode must be one of"),
+        ({"damp": "lots"}, "damp must be"),
+        ({"allocation": "fair"}, "method must be one of"),
+        ({"kinds": ("ffn",)}, "kinds must be some of"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_batch(arguments, message):
+    model = tiny("llama")
+
+    def no_batch():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(InputError, match=message):
+        prune(model, no_batch(), **arguments)
+
+
+def test_a_failure_leaves_the_model_as_it_was():
+    model = tiny("llama")
+    before = outputs(model)
+    with pytest.raises(InputError, match="only padding"):
+        bad = tiny_inputs(model)
+        bad["attention_mask"][:] = 0
+        prune(model, [*batches(model), bad], 0.5)
+    assert torch.equal(outputs(model), before)
+
+
+def test_a_pruned_model_is_not_pruned_again():
+    model = tiny("llama")
+    prune(model, batches(model), 0.8)
+    with pytest.raises(InputError, match="pruned already; start from the dense model"):
+        prune(model, batches(model), 0.8)
+
+
+def test_warnings_name_what_limits_the_result():
+    model = tiny("llama")
+    few = prune(copy.deepcopy(model), [tiny_inputs(model, batch=2, tokens=4)], 0.7)
+    assert any("8 calibration tokens are few" in warning for warning in few.warnings)
+    overflowing = tiny("llama", dtype=torch.float16)
+    overflowing.model.layers[2].mlp.up_proj.weight.data *= 12000
+    report = prune(overflowing, batches(overflowing), 0.7)
+    assert any("non-finite" in warning for warning in report.warnings)
+
+
+def test_the_report_is_strict_json(tmp_path):
+    model = tiny("llama")
+    report = prune(model, batches(model), 0.7, reconstruct="none")
+    report.save(tmp_path)
+    data = json.loads((tmp_path / "liar_report.json").read_text(), parse_constant=pytest.fail)
+    assert data["sites"][0]["damp"] == "inf"
+    assert data.keys() == {key for key in vars(Report("x")) if key != "plan"}
+    markdown = (tmp_path / "liar_report.md").read_text()
+    assert "| 0.attn | 4 → " in markdown
+
+
+def test_same_inputs_same_result():
+    results = []
+    for _ in range(2):
+        model = tiny("llama")
+        prune(model, batches(model), 0.7)
+        results.append(outputs(model))
+    assert torch.equal(*results)

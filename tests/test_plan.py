@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+
+from liar_ext import Budget, InputError, Plan
+from liar_ext.plan import SitePlan
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan")])
+def test_keep_outside_its_range(keep):
+    with pytest.raises(InputError, match=r"keep must be in \(0, 1\]"):
+        Budget(keep)
+
+
+@pytest.mark.parametrize("field", ["multiple_of", "at_least", "seq_len"])
+def test_other_fields_outside_their_range(field):
+    with pytest.raises(InputError, match=field):
+        Budget(0.5, **{field: 0})
+    with pytest.raises(InputError, match="of must be one of prunable, params, flops"):
+        Budget(0.5, of="latency")
+
+
+@pytest.mark.parametrize("kept", [(), (1, 0), (0, 0), (-1, 2), (3, 4)])
+def test_site_plan_wants_ascending_units(kept):
+    with pytest.raises(InputError, match="ascending indices in"):
+        SitePlan(4, kept)
+
+
+def test_plan_round_trips(tmp_path):
+    plan = Plan("llama", "kv_group", {"0.mlp": SitePlan(4, (0, 3), bias=True)}, {"keep": 0.5})
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert plan.sites["0.mlp"].removed == (1, 2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1}'])
+def test_what_is_not_a_plan(text):
+    with pytest.raises(InputError, match="Plan: "):
+        Plan.from_json(text)

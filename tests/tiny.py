@@ -1,0 +1,104 @@
+"""Tiny random models of every family, for exactness and never for quality."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+VOCAB = 61
+_TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 24}
+_MHA = {**_SIZES, "num_attention_heads": 4}
+_GQA = {
+    **_SIZES,
+    "hidden_size": 40,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+}
+_DECODER = {**_TEXT, **_GQA, "max_position_embeddings": 64}
+_ENCODER = {**_TEXT, **_MHA, "max_position_embeddings": 64}
+_IMAGE = {**_MHA, "image_size": 8, "patch_size": 4, "num_labels": 5}
+
+# name: (model class, config class, config fields)
+TINY: dict[str, tuple[str, str, dict]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**_DECODER, "tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _DECODER),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _DECODER),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _DECODER),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", _DECODER),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextConfig", _DECODER),
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": _DECODER,
+            "vision_config": {**_MHA, "image_size": 8, "patch_size": 4},
+            "mm_tokens_per_image": 4,
+            "image_token_index": VOCAB - 1,
+        },
+    ),
+    "bert": ("BertForSequenceClassification", "BertConfig", _ENCODER),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", _ENCODER),
+    "distilbert": (
+        "DistilBertModel",
+        "DistilBertConfig",
+        {**_TEXT, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 24},
+    ),
+    "mpnet": ("MPNetModel", "MPNetConfig", _ENCODER),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {**_TEXT, **_MHA, "ffn_dim": 24, "word_embed_proj_dim": 32, "max_position_embeddings": 64},
+    ),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {**_TEXT, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 24, "n_positions": 64},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", _ENCODER),
+    "vit": ("ViTForImageClassification", "ViTConfig", _IMAGE),
+    "dinov2": ("Dinov2Model", "Dinov2Config", {**_IMAGE, "mlp_ratio": 2}),
+    "dinov2_swiglu": (
+        "Dinov2Model",
+        "Dinov2Config",
+        {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
+    ),
+}
+CAUSAL = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3 opt gpt2 gpt_neox".split()
+GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
+
+
+def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:
+    """Build a tiny model with random weights and biases; ``fields`` override its config."""
+    model_class, config_class, defaults = TINY[name]
+    config = getattr(transformers, config_class)(**{**defaults, **fields})
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_class)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Vectors are biases (zero) and norms (one): shake them, so that a bias that is
+            # sliced wrongly shows.
+            scale = 0.1 if parameter.ndim == 1 else 0.2
+            base = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+            parameter.copy_(base + scale * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def tiny_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: int = 1) -> dict:
+    """Return random inputs for the model's forward."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "pixel_values":
+        pixels = torch.randn(batch, 3, 8, 8, generator=generator)
+        return {"pixel_values": pixels.to(model.dtype)}
+    ids = torch.randint(3, VOCAB - 1, (batch, tokens), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, inputs: dict | None = None) -> Tensor:
+    """Return logits, or the last hidden state of a model without a head."""
+    result = model(**(inputs or tiny_inputs(model)))
+    return result["logits"] if "logits" in result else result["last_hidden_state"]
