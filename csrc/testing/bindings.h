@@ -10,9 +10,11 @@
 namespace liar::testing {
 
 namespace py = pybind11;
+using namespace liar::cuda;
 
 void bind_settings(py::module_& m);
 void bind_gram(py::module_& m);
+void bind_reconstruct(py::module_& m);
 void bind_faults(py::module_& m);
 
 // A workspace filled with NaNs: nothing may count on zeros.

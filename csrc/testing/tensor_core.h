@@ -60,7 +60,7 @@ inline void finish(std::array<MmaOut, 32>& out) {
 
 }  // namespace liar::testing
 
-namespace liar {
+namespace liar::cuda {
 
 // D = A·B + C, element by element; `convert` reads one 16-bit operand.
 template <class Convert>
@@ -209,4 +209,4 @@ void copy_wait(LIAR_SITE) {
   if (due > 0) copies.erase(copies.begin(), copies.begin() + due);
 }
 
-}  // namespace liar
+}  // namespace liar::cuda

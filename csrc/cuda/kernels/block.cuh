@@ -3,7 +3,7 @@
 
 #include "device.cuh"
 
-namespace liar {
+namespace liar::cuda {
 
 LIAR_DEVICE double warp_sum(double x) {
 #pragma unroll
@@ -27,4 +27,4 @@ LIAR_DEVICE bool is_finite(bf16 x) { return (x.bits & 0x7f80) != 0x7f80; }
 LIAR_DEVICE bool is_finite(float x) { return x - x == 0; }
 LIAR_DEVICE bool is_finite(double x) { return x - x == 0; }
 
-}  // namespace liar
+}  // namespace liar::cuda

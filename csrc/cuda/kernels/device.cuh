@@ -12,7 +12,7 @@
 #include "../../testing/tensor_core.h"
 #endif
 
-namespace liar {
+namespace liar::cuda {
 
 // 16-bit floats as bits: the toolkit's own headers aren't there on a machine without CUDA.
 struct f16 {
@@ -206,4 +206,4 @@ LIAR_BOTH T larger(T a, T b) {
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-}  // namespace liar
+}  // namespace liar::cuda

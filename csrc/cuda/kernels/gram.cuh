@@ -13,7 +13,7 @@
 #include "product.cuh"
 #include "workspace.cuh"
 
-namespace liar {
+namespace liar::cuda {
 
 enum class WeightType { kNone, kBool, kFloat, kDouble };
 
@@ -214,4 +214,4 @@ std::int64_t gram_update(const GramUpdate<T>& g, void* workspace, Stream& stream
                                                                  stream);
 }
 
-}  // namespace liar
+}  // namespace liar::cuda

@@ -16,7 +16,7 @@
 
 #include "device.cuh"
 
-namespace liar {
+namespace liar::cuda {
 
 // bf16 and f16 → f32 by m16n8k16. Products of two 16-bit floats are exact in the accumulator.
 template <class T>
@@ -174,4 +174,4 @@ LIAR_DEVICE void for_each_value(const typename Mma::Accumulator& c, int row0, in
           c[m][n][r]);
 }
 
-}  // namespace liar
+}  // namespace liar::cuda

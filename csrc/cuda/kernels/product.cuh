@@ -13,7 +13,7 @@
 #include "mma.cuh"
 #include "schedule.cuh"
 
-namespace liar {
+namespace liar::cuda {
 
 template <class T>
 struct Operand {
@@ -178,10 +178,8 @@ LIAR_DEVICE void store(void* out, bool f64, std::int64_t i, double value, bool a
 }
 
 template <class Mma>
-#ifdef __CUDACC__
-__launch_bounds__(Mma::kThreads, Mma::kBlocks)
-#endif
-__global__ void product_kernel(const ProductParams<typename Mma::Element> p) {
+__global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
+    product_kernel(const ProductParams<typename Mma::Element> p) {
   using Scalar = typename Mma::Scalar;
   // f32 sums stay short: 2048 tokens, then on into the output, so that the error of a long
   // calibration doesn't grow with it. 64 stages: the epilogue's 2 × 64 KB are 6 % of their loads.
@@ -344,4 +342,4 @@ void product(ProductParams<typename Mma::Element> p, Stream& stream) {
     launch(reduce_kernel<Mma>, {static_cast<unsigned>(shape.tiles), 1, 1}, 256, 0, stream, p);
 }
 
-}  // namespace liar
+}  // namespace liar::cuda

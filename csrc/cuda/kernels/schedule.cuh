@@ -15,7 +15,7 @@
 
 #include "device.cuh"
 
-namespace liar {
+namespace liar::cuda {
 
 struct Tile {
   std::int64_t row, column;
@@ -52,4 +52,4 @@ LIAR_BOTH Tile rectangular_tile(std::int64_t index, std::int64_t tile_rows,
   return {first + index % height, index / height};
 }
 
-}  // namespace liar
+}  // namespace liar::cuda

@@ -4,7 +4,7 @@
 
 #include "device.cuh"
 
-namespace liar {
+namespace liar::cuda {
 
 class Workspace {
  public:
@@ -25,4 +25,4 @@ class Workspace {
   std::int64_t used_ = 0;
 };
 
-}  // namespace liar
+}  // namespace liar::cuda
