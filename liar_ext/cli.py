@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: ``verify`` found other outputs; 2: input that cannot be used; 130: interrupted.
     """
     options = _parser().parse_args(arguments)
+    if getattr(options, "quiet", False):
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     try:
         return options.run(options) or 0
     except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
