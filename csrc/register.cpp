@@ -5,6 +5,9 @@
 #include <string>
 
 #include "cpu/panel_kernel.h"
+#ifdef LIAR_WITH_CUDA
+#include "cuda/calls.h"
+#endif
 #include "launch.h"
 
 namespace liar {
@@ -19,7 +22,7 @@ std::string build_info() {
   text += "torch_built=" + version(TORCH_ABI_VERSION) + "\n";
   text += std::string("cpu_kernel=") + kernels().name + "\n";
 #ifdef LIAR_WITH_CUDA
-  text += "cuda=compiled\n";
+  text += "cuda=compiled\ncuda_devices=" + std::to_string(cuda::device_count()) + "\n";
 #else
   text += "cuda=not compiled\n";
 #endif

@@ -25,8 +25,9 @@ def problem(seed, d, d_out, n, tokens=None):
     gram, holdout = np.tril(x.T @ x) + upper, np.tril(other.T @ other) + upper
     weight = rng.standard_normal((d_out, d))
     kept = np.sort(rng.permutation(d)[:n])
-    crosses = x.T @ rng.standard_normal((len(x), d_out)), other.T @ rng.standard_normal(
-        (len(other), d_out)
+    crosses = (
+        x.T @ rng.standard_normal((len(x), d_out)),
+        other.T @ rng.standard_normal((len(other), d_out)),
     )
     return weight, gram, kept, holdout, *crosses
 

@@ -111,7 +111,9 @@ def test_reading_one_too_many_meets_the_guard():
 @pytest.mark.skipif(not SANITIZED, reason="needs LIAR_SANITIZE=1")
 @pytest.mark.parametrize(("name", "size"), [("shared_overrun", 64), ("copy_one_too_many", 64)])
 def test_sanitizer_ends_an_overrun(name, size):
-    code = f"import test_host_shim as t; t.run({name!r}, size={size}, n={int(name[0] == 's') or 64})"
+    code = (
+        f"import test_host_shim as t; t.run({name!r}, size={size}, n={int(name[0] == 's') or 64})"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=os.path.dirname(__file__),

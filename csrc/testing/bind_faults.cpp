@@ -1,4 +1,5 @@
-// Small kernels with faults planted in them: each must be caught by the shim, or the shim is broken.
+// Small kernels with faults planted in them: each must be caught by the shim, or the shim is
+// broken.
 #include "../cuda/kernels/block.cuh"
 #include "bindings.h"
 

@@ -46,9 +46,8 @@ void bind_gram(py::module_& m) {
         else
           throw py::value_error("dtype must be bf16, f16, f32 or f64");
       },
-      py::arg("gram"), py::arg("total"), py::arg("count"), py::arg("x"),
-      py::arg("y") = py::none(), py::arg("weight") = py::none(), py::arg("dtype") = "f32",
-      py::arg("processors") = 2);
+      py::arg("gram"), py::arg("total"), py::arg("count"), py::arg("x"), py::arg("y") = py::none(),
+      py::arg("weight") = py::none(), py::arg("dtype") = "f32", py::arg("processors") = 2);
   m.def("tile_order", [](std::int64_t rows, std::int64_t columns) {
     std::vector<std::pair<std::int64_t, std::int64_t>> order;
     const bool symmetric = columns < 0;

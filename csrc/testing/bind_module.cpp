@@ -11,8 +11,9 @@ void bind_settings(py::module_& m) {
       py::arg("order") = 0, py::arg("late_copies") = true,
       py::arg("removed") = std::set<std::string>{}, py::arg("swapped_fragments") = false,
       "How the next launches run, and which faults they carry.");
-  m.def("synchronization_sites", [] { return settings().seen; },
-        "Every barrier, warp barrier and copy wait that ran since configure().");
+  m.def(
+      "synchronization_sites", [] { return settings().seen; },
+      "Every barrier, warp barrier and copy wait that ran since configure().");
 }
 
 }  // namespace liar::testing

@@ -82,7 +82,8 @@ inline bool removed(const char* what, Site site) {
   return settings().removed.count(name) > 0;
 }
 
-// Looked up once per site and launch: a set of strings is too slow for every thread's every barrier.
+// Looked up once per site and launch: a set of strings is too slow for every thread's every
+// barrier.
 class RemovedSites {
  public:
   bool operator()(const char* what, Site site) {
@@ -251,7 +252,8 @@ class Block {
   void run_block(dim3 index, dim3 block, std::size_t shared_bytes) {
     // Exactly the bytes that were asked for, so that the address sanitizer sees one too many.
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, std::max<std::size_t>(shared_bytes, 1))) throw std::bad_alloc();
+    if (posix_memalign(&memory, 128, std::max<std::size_t>(shared_bytes, 1)))
+      throw std::bad_alloc();
     std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
     std::memset(memory, 0xff, shared_bytes);
     shared_ = memory;

@@ -77,7 +77,8 @@ void mma_m16n8k16_on_host(float (&c)[4], const std::uint32_t (&a)[4], const std:
             for (int e = 0; e < 2; ++e) {
               const auto bits = std::uint16_t(in[lane].a[r] >> (16 * e));
               left[g + 8 * (r & 1)][2 * t + e + 8 * (r >> 1)] = convert(bits);
-              if (r < 2) right[2 * t + e + 8 * r][g] = convert(std::uint16_t(in[lane].b[r] >> (16 * e)));
+              if (r < 2)
+                right[2 * t + e + 8 * r][g] = convert(std::uint16_t(in[lane].b[r] >> (16 * e)));
             }
         }
         for (int lane = 0; lane < 32; ++lane)
@@ -111,7 +112,8 @@ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], const std::uint
         double left[16][8], right[8][8];
         for (int lane = 0; lane < 32; ++lane) {
           const int g = lane / 4, t = lane % 4;
-          for (int r = 0; r < 4; ++r) left[g + 8 * (r & 1)][t + 4 * (r >> 1)] = tf32_bits(in[lane].a[r]);
+          for (int r = 0; r < 4; ++r)
+            left[g + 8 * (r & 1)][t + 4 * (r >> 1)] = tf32_bits(in[lane].a[r]);
           for (int r = 0; r < 2; ++r) right[t + 4 * r][g] = tf32_bits(in[lane].b[r]);
         }
         for (int lane = 0; lane < 32; ++lane)

@@ -69,7 +69,7 @@ constexpr unsigned kFactorThreads = 256;
 // One block per matrix: U_pp and its inverse. Past the end of A the block is padded with the
 // identity. A pivot that is not positive sets `code` once and is replaced by 1: what follows is
 // meaningless but finite in time, and the caller discards it.
-inline __global__ void factor_kernel(const FactorParams params) {
+static __global__ void factor_kernel(const FactorParams params) {
   auto& shared = shared_memory<FactorShared>();
   const System& s = params.system;
   const std::int64_t p = params.p, batch = blockIdx.x;
@@ -118,7 +118,8 @@ inline __global__ void factor_kernel(const FactorParams params) {
     s.inverse[at + e] = inverse[i][j];
     s.inverse_transposed[at + e] = inverse[j][i];
   }
-  if (int(threadIdx.x) < size) s.diagonal[batch * s.n + p + threadIdx.x] = u[threadIdx.x][threadIdx.x];
+  if (int(threadIdx.x) < size)
+    s.diagonal[batch * s.n + p + threadIdx.x] = u[threadIdx.x][threadIdx.x];
 }
 
 // panel[k][i] = U[i][p + k] for the rows above p, by way of a 32×32 tile.
@@ -126,7 +127,7 @@ struct TransposeShared {
   double tile[32][33];
 };
 
-inline __global__ void transpose_panel_kernel(const FactorParams params) {
+static __global__ void transpose_panel_kernel(const FactorParams params) {
   auto& shared = shared_memory<TransposeShared>();
   const System& s = params.system;
   const std::int64_t p = params.p, batch = blockIdx.y, first = std::int64_t(blockIdx.x) * 32;

@@ -205,13 +205,11 @@ std::int64_t gram_update_with(const GramUpdate<T>& g, Workspace workspace, bool 
 
 template <class T>
 std::int64_t gram_update(const GramUpdate<T>& g, void* workspace, Stream& stream) {
-  const bool weighted =
-      g.weight_type == WeightType::kFloat || g.weight_type == WeightType::kDouble;
+  const bool weighted = g.weight_type == WeightType::kFloat || g.weight_type == WeightType::kDouble;
   const bool run = workspace != nullptr;
-  return weighted ? gram_update_with<typename GramMma<T>::Weighted>(g, Workspace(workspace), run,
-                                                                    stream)
-                  : gram_update_with<typename GramMma<T>::Plain>(g, Workspace(workspace), run,
-                                                                 stream);
+  return weighted
+             ? gram_update_with<typename GramMma<T>::Weighted>(g, Workspace(workspace), run, stream)
+             : gram_update_with<typename GramMma<T>::Plain>(g, Workspace(workspace), run, stream);
 }
 
 }  // namespace liar::cuda

@@ -47,8 +47,8 @@ struct MmaHalf {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         std::uint32_t left[4];
-        load_matrices_transposed(left, a + (k + (lane & 7) + 8 * (lane >> 4)) * kStride + row0 +
-                                           16 * m + (lane & 8));
+        load_matrices_transposed(
+            left, a + (k + (lane & 7) + 8 * (lane >> 4)) * kStride + row0 + 16 * m + (lane & 8));
 #pragma unroll
         for (int n = 0; n < kN; ++n) product(c[m][n], left, right[n]);
       }
@@ -74,9 +74,9 @@ LIAR_DEVICE void MmaHalf<bf16>::product(float (&c)[4], const std::uint32_t (&a)[
 // lo = tf32(x − hi), both rounded: |lo| ≤ 2⁻¹¹|x|, and hi + lo misses x by at most 2⁻²²|x|·½.
 // a·b ≈ lo·hi + hi·lo + hi·hi leaves out lo·lo ≤ 2⁻²²|ab|: the products are right to about
 // 2⁻²¹|ab|, below what f32 accumulation of more than eight of them loses. A 16-bit element is
-// exact in hi, so one of the three products falls away on that side. Tensor cores truncate when they
-// accumulate, a bias that grows with the number of tokens; so each product of eight tokens starts
-// from zero and joins the running sum by an ordinary, rounded addition.
+// exact in hi, so one of the three products falls away on that side. Tensor cores truncate when
+// they accumulate, a bias that grows with the number of tokens; so each product of eight tokens
+// starts from zero and joins the running sum by an ordinary, rounded addition.
 template <class T>
 struct MmaTf32 {
   using Element = T;
@@ -103,15 +103,16 @@ struct MmaTf32 {
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int r = 0; r < 2; ++r)
-          split(to_float(b[(k + t + 4 * r) * kStride + column0 + 8 * n + g]), high[n][r], low[n][r]);
+          split(to_float(b[(k + t + 4 * r) * kStride + column0 + 8 * n + g]), high[n][r],
+                low[n][r]);
       const float w[2] = {static_cast<float>(weight[k + t]), static_cast<float>(weight[k + t + 4])};
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         std::uint32_t left[4], left_low[4];
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          split(w[r >> 1] * to_float(a[(k + t + 4 * (r >> 1)) * kStride + row0 + 16 * m + g +
-                                       8 * (r & 1)]),
+          split(w[r >> 1] *
+                    to_float(a[(k + t + 4 * (r >> 1)) * kStride + row0 + 16 * m + g + 8 * (r & 1)]),
                 left[r], left_low[r]);
 #pragma unroll
         for (int n = 0; n < kN; ++n) {

@@ -1,13 +1,14 @@
-// C += α · Aᵀ diag(w) B over a list of rows: the one main loop of the package. The Gram update, cross
-// moments, the trailing updates of the Cholesky factorisation and its triangular solves are all
-// calls of it.
+// C += α · Aᵀ diag(w) B over a list of rows: the one main loop of the package. The Gram update,
+// cross moments, the trailing updates of the Cholesky factorisation and its triangular solves are
+// all calls of it.
 //
 //   rows k ──▶ ┌────────┐ cp.async  ┌─────────┐ ldmatrix / ld.shared ┌──────────┐ every kFlush rows
 //              │ global │ ────────▶ │ kStages │ ───────────────────▶ │ registers│ ──────▶ C +=
 //              └────────┘           └─────────┘         mma          └──────────┘
 //
 // While stage i is multiplied, stages i+1 … i+kStages-1 are on their way. One barrier a stage does
-// both jobs: stage i has arrived for everybody, and everybody has left stage i-1, which is refilled.
+// both jobs: stage i has arrived for everybody, and everybody has left stage i-1, which is
+// refilled.
 #pragma once
 
 #include "mma.cuh"
@@ -18,30 +19,30 @@ namespace liar::cuda {
 template <class T>
 struct Operand {
   const T* data = nullptr;
-  std::int64_t stride = 0;   // elements from row to row
+  std::int64_t stride = 0;  // elements from row to row
   std::int64_t columns = 0;
-  std::int64_t batch = 0;    // elements from matrix to matrix
+  std::int64_t batch = 0;  // elements from matrix to matrix
 };
 
 template <class T>
 struct ProductParams {
-  Operand<T> a, b;                            // no b: Aᵀ diag(w) A, and only its triangle
-  const std::int64_t* rows = nullptr;         // which rows, or all of them in order
-  const double* weights = nullptr;            // one per listed row
-  const std::int64_t* row_count = nullptr;    // on the device; or `depth`
+  Operand<T> a, b;                          // no b: Aᵀ diag(w) A, and only its triangle
+  const std::int64_t* rows = nullptr;       // which rows, or all of them in order
+  const double* weights = nullptr;          // one per listed row
+  const std::int64_t* row_count = nullptr;  // on the device; or `depth`
   std::int64_t depth = 0;
   void* out = nullptr;
   std::int64_t out_stride = 0, out_batch = 0;
   bool out_f64 = true;
-  bool upper = false;                         // with no b: write the upper triangle instead
+  bool upper = false;  // with no b: write the upper triangle instead
   bool accumulate = true;
   double alpha = 1;
-  void* sums = nullptr;                       // += Aᵀ w, of out's type
-  int splits = 1;                             // parts of the rows, each with a partial result
-  double* partial = nullptr;                  // splits × tiles × kTile², when splits > 1
-  double* partial_sums = nullptr;             // splits × a.columns
+  void* sums = nullptr;            // += Aᵀ w, of out's type
+  int splits = 1;                  // parts of the rows, each with a partial result
+  double* partial = nullptr;       // splits × tiles × kTile², when splits > 1
+  double* partial_sums = nullptr;  // splits × a.columns
   int batches = 1;
-  bool vector = false;                        // operands allow 16-byte loads; see can_vectorize
+  bool vector = false;  // operands allow 16-byte loads; see can_vectorize
 };
 
 template <class T>
@@ -93,8 +94,8 @@ struct Loader {
   const ProductParams<T>& p;
   const T *a, *b;
   std::int64_t next, end;  // this thread's first row of the next stage
-  int valid_a, valid_b;  // elements of this thread's 16 bytes that exist
-  bool same;             // a tile on the diagonal: B is A
+  int valid_a, valid_b;    // elements of this thread's 16 bytes that exist
+  bool same;               // a tile on the diagonal: B is A
   std::int64_t row[kPasses];
 
   LIAR_DEVICE Loader(const ProductParams<T>& params, Tile tile, std::int64_t batch, bool same_tile,
@@ -126,8 +127,8 @@ struct Loader {
   LIAR_DEVICE void load(typename ProductShared<Mma>::Stage& stage) {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const int slot = (threadIdx.x / kPerRow + i * kRowStep) * Mma::kStride +
-                       threadIdx.x % kPerRow * kElements;
+      const int slot =
+          (threadIdx.x / kPerRow + i * kRowStep) * Mma::kStride + threadIdx.x % kPerRow * kElements;
       const bool real = row[i] >= 0;
       const std::int64_t r = real ? row[i] : 0;
       move(stage.a + slot, a + r * p.a.stride, real ? valid_a : 0);
@@ -203,7 +204,8 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
     const bool sums_here = p.sums && (symmetric ? diagonal : tile.column == 0);
     const std::int64_t begin = smaller(split * part, count), end = smaller(begin + part, count);
     // At least one step: an empty part still has a result, zero.
-    const int steps = static_cast<int>(larger<std::int64_t>(1, divide_up(end - begin, Mma::kDepth)));
+    const int steps =
+        static_cast<int>(larger<std::int64_t>(1, divide_up(end - begin, Mma::kDepth)));
 
     Loader<Mma> loader(p, tile, batch, diagonal, begin, end);
     typename Mma::Accumulator c = {};
@@ -310,7 +312,8 @@ __global__ void reduce_kernel(const ProductParams<typename Mma::Element> p) {
 // How many parts to cut the rows into, so that few tiles still fill the machine; each part keeps at
 // least 1024 rows, below which loading and adding partial tiles costs more than it spreads.
 template <class Mma>
-int choose_splits(const ProductParams<typename Mma::Element>& p, std::int64_t rows, Stream& stream) {
+int choose_splits(const ProductParams<typename Mma::Element>& p, std::int64_t rows,
+                  Stream& stream) {
   const auto shape = ProductShape::of(p, Mma::kTile);
   const std::int64_t slots = stream.processors * std::int64_t(Mma::kBlocks);
   const std::int64_t most = smaller(slots / larger<std::int64_t>(1, shape.tiles), rows / 1024);

@@ -22,15 +22,15 @@ struct Matrix {
 struct Reconstruct {
   std::int64_t d_out = 0, d = 0, n = 0;
   int ladder = 0;
-  Matrix weight;                        // d_out × d
-  Matrix gram, holdout;                 // d × d, lower triangle
-  Matrix cross, holdout_cross;          // d × d_out, or none
-  const std::int64_t* kept = nullptr;   // n, ascending
-  const double* damps = nullptr;        // ladder
-  double* weight_out = nullptr;         // ladder × d_out × n
-  double* error = nullptr;              // ladder
-  double* holdout_error = nullptr;      // ladder, or none
-  double* info = nullptr;               // ladder × [code, condition]
+  Matrix weight;                       // d_out × d
+  Matrix gram, holdout;                // d × d, lower triangle
+  Matrix cross, holdout_cross;         // d × d_out, or none
+  const std::int64_t* kept = nullptr;  // n, ascending
+  const double* damps = nullptr;       // ladder
+  double* weight_out = nullptr;        // ladder × d_out × n
+  double* error = nullptr;             // ladder
+  double* holdout_error = nullptr;     // ladder, or none
+  double* info = nullptr;              // ladder × [code, condition]
 };
 
 // What one fold contributes: H_KK, L and c.
@@ -65,7 +65,7 @@ struct SumShared {
 };
 
 // P is what a binary search doesn't find in K.
-inline __global__ void index_kernel(const IndexParams q) {
+static __global__ void index_kernel(const IndexParams q) {
   auto& shared = shared_memory<SumShared>();
   const Reconstruct& r = q.r;
   double sum = 0, wrong = 0;
@@ -112,14 +112,14 @@ LIAR_DEVICE std::int64_t clamp(std::int64_t i, std::int64_t limit) {
   return larger<std::int64_t>(0, smaller(i, limit - 1));
 }
 
-inline __global__ void gather_kernel(const GatherParams q) {
+static __global__ void gather_kernel(const GatherParams q) {
   for (std::int64_t i = blockIdx.x; i < q.row_count; i += gridDim.x) {
     const std::int64_t row = clamp(q.rows[i], q.limit);
     for (std::int64_t j = threadIdx.x; j < q.column_count; j += blockDim.x) {
       const std::int64_t column = q.columns ? clamp(q.columns[j], q.limit) : j;
       const bool swap = q.transposed || (q.symmetric && column > row);
-      q.to[i * q.stride + j] =
-          swap ? q.from.data[column * q.from.stride + row] : q.from.data[row * q.from.stride + column];
+      q.to[i * q.stride + j] = swap ? q.from.data[column * q.from.stride + row]
+                                    : q.from.data[row * q.from.stride + column];
     }
   }
 }
@@ -131,7 +131,7 @@ struct StartParams {
   const double *damps, *mean;
 };
 
-inline __global__ void start_kernel(const StartParams q) {
+static __global__ void start_kernel(const StartParams q) {
   const System& s = q.system;
   const std::int64_t batch = blockIdx.y;
   const double damp = q.damps[batch], shift = damp * q.mean[0];
@@ -158,7 +158,7 @@ struct FormParams {
 };
 
 // Partial sums of ⟨X, H X − 2 L⟩, with H X in `product`.
-inline __global__ void form_kernel(const FormParams q) {
+static __global__ void form_kernel(const FormParams q) {
   auto& shared = shared_memory<SumShared>();
   const System& s = q.system;
   const std::int64_t batch = blockIdx.y;
@@ -181,7 +181,7 @@ struct DotParams {
 };
 
 // out = Σ a∘b, in one block: n_P × d_out elements, once per fold.
-inline __global__ void dot_kernel(const DotParams q) {
+static __global__ void dot_kernel(const DotParams q) {
   auto& shared = shared_memory<SumShared>();
   double sum = 0;
   for (std::int64_t i = threadIdx.x / kWarp; i < q.rows; i += blockDim.x / kWarp)
@@ -199,7 +199,7 @@ struct FinishParams {
 };
 
 // One block per λ: the sum of the partial sums, the code, and the condition of the factor.
-inline __global__ void finish_kernel(const FinishParams q) {
+static __global__ void finish_kernel(const FinishParams q) {
   auto& shared = shared_memory<SumShared>();
   const System& s = q.system;
   const std::int64_t batch = blockIdx.x;
@@ -235,7 +235,7 @@ struct OutputParams {
 };
 
 // 32×32 tiles, because W' runs along n and X along d_out.
-inline __global__ void output_kernel(const OutputParams q) {
+static __global__ void output_kernel(const OutputParams q) {
   auto& shared = shared_memory<TransposeShared>();
   const System& s = q.system;
   const std::int64_t batch = blockIdx.y, tiles = divide_up(s.m, 32);

@@ -75,8 +75,8 @@ inline void prepare(const Reconstruct& r, const ReconstructSpace& s, const Fold&
   const auto gather = [&](Matrix from, const std::int64_t* rows, std::int64_t row_count,
                           const std::int64_t* columns, std::int64_t column_count, double* to,
                           std::int64_t stride) {
-    const GatherParams q{from,         r.d, rows,   columns,            row_count,
-                         column_count, to,  stride, columns != nullptr, false};
+    const GatherParams q{
+        from, r.d, rows, columns, row_count, column_count, to, stride, columns != nullptr, false};
     launch(gather_kernel, {blocks_for(row_count), 1, 1}, 256, 0, stream, q);
   };
   const std::int64_t p = s.removed_count, m = r.d_out;
@@ -103,8 +103,8 @@ inline std::int64_t reconstruct(const Reconstruct& r, void* memory, Stream& stre
   if (!memory || r.ladder == 0) return workspace.bytes();
   const bool targets = r.cross.data != nullptr;
   const auto weights = [&](const std::int64_t* rows, std::int64_t count, double* to) {
-    const GatherParams q{r.weight, r.d, rows, nullptr, count, r.d_out, to, s.linear_stride, false,
-                         true};
+    const GatherParams q{r.weight,        r.d,   rows, nullptr, count, r.d_out, to,
+                         s.linear_stride, false, true};
     launch(gather_kernel, {blocks_for(count), 1, 1}, 256, 0, stream, q);
   };
   launch(index_kernel, {1, 1, 1}, 1024, sizeof(SumShared), stream,
@@ -118,8 +118,8 @@ inline std::int64_t reconstruct(const Reconstruct& r, void* memory, Stream& stre
   const Fold& first = s.folds[0];
   const double* rhs = first.linear;
   if (targets) {
-    const GatherParams copy{r.cross, r.d, r.kept, nullptr, r.n, r.d_out, s.rhs, s.linear_stride, false,
-                      false};
+    const GatherParams copy{r.cross, r.d,   r.kept,          nullptr, r.n,
+                            r.d_out, s.rhs, s.linear_stride, false,   false};
     launch(gather_kernel, {blocks_for(r.n), 1, 1}, 256, 0, stream, copy);
     multiply({first.square, s.square_stride, r.n, 0}, {s.kept_weight, s.linear_stride, r.d_out, 0},
              r.n, s.rhs, s.linear_stride, -1, true, stream);

@@ -1,7 +1,7 @@
 // Which output tile a block computes next.
 //
-// A persistent grid walks the tiles of the lower triangle (or of a rectangle) in bands of eight tile
-// rows, column by column, so that blocks in flight at one time share operands in L2:
+// A persistent grid walks the tiles of the lower triangle (or of a rectangle) in bands of eight
+// tile rows, column by column, so that blocks in flight at one time share operands in L2:
 //
 //      column  0 1 2 3 4 5 6 7 8 9
 //   row 0      0                        band 0: a triangle only
