@@ -92,6 +92,14 @@ LIAR_DEVICE void mma_f64(double (&c)[2], double a, double b) {
       : "d"(a), "d"(b));
 }
 
+// In assembly because compilers otherwise split the load when its elements are looked at one by
+// one.
+LIAR_DEVICE void load_16_bytes(std::uint32_t (&w)[4], const void* p) {
+  asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+      : "l"(p));
+}
+
 LIAR_DEVICE std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 LIAR_DEVICE float float_of(std::uint32_t x) { return __uint_as_float(x); }
 
@@ -144,6 +152,8 @@ int blocks_per_processor(void (*kernel)(Params), unsigned threads, std::size_t s
 
 LIAR_DEVICE float to_float(f16 x) { return testing::half_to_float(x.bits); }
 LIAR_DEVICE float to_float(bf16 x) { return testing::bfloat_to_float(x.bits); }
+
+LIAR_DEVICE void load_16_bytes(std::uint32_t (&w)[4], const void* p) { std::memcpy(w, p, 16); }
 
 LIAR_DEVICE std::uint32_t bits_of(float x) {
   std::uint32_t y;

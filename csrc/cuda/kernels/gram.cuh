@@ -57,11 +57,6 @@ LIAR_DEVICE double weight_of(const void* weight, WeightType type, std::int64_t r
 }
 
 template <class T>
-struct alignas(16) Vector {
-  T element[16 / sizeof(T)];
-};
-
-template <class T>
 LIAR_DEVICE bool row_is_finite(const Operand<T>& x, std::int64_t row, unsigned lane) {
   constexpr std::int64_t kElements = 16 / sizeof(T);
   const T* p = x.data + row * x.stride;
@@ -71,12 +66,15 @@ LIAR_DEVICE bool row_is_finite(const Operand<T>& x, std::int64_t row, unsigned l
     done = x.columns / kElements * kElements;
 #pragma unroll 4
     for (std::int64_t i = lane * kElements; i < done; i += kWarp * kElements) {
-      const auto v = *reinterpret_cast<const Vector<T>*>(p + i);
+      std::uint32_t words[4];
+      T element[kElements];
+      load_16_bytes(words, p + i);
+      memcpy(element, words, 16);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) finite = finite && is_finite(v.element[e]);
+      for (int e = 0; e < kElements; ++e) finite &= is_finite(element[e]);
     }
   }
-  for (std::int64_t i = done + lane; i < x.columns; i += kWarp) finite = finite && is_finite(p[i]);
+  for (std::int64_t i = done + lane; i < x.columns; i += kWarp) finite &= is_finite(p[i]);
   return !__any_sync(kAllLanes, !finite);
 }
 
