@@ -44,6 +44,35 @@ struct ReconstructCall {
   double* info;
 };
 
+// Elimination of features one by one; `steps` of them.
+struct CurveCall {
+  std::int64_t d, d_out, steps;
+  const double* weight;
+  std::int64_t weight_stride;
+  const double* gram;
+  std::int64_t gram_stride;
+  double damp;
+  std::int64_t* order;
+  double* error;
+  double* info;
+};
+
+struct EnergyCall {
+  std::int64_t d, d_out, width;
+  const double* weight;
+  std::int64_t weight_stride;
+  const double* gram;
+  std::int64_t gram_stride;
+  double* energy;
+};
+
+struct FisherCall {
+  Element element;
+  const void *x, *grad;
+  std::int64_t tokens, d, width, x_stride, grad_stride;
+  double* fisher;
+};
+
 struct Place {
   int device;
   void* stream;
@@ -53,6 +82,10 @@ struct Place {
 // Throws std::runtime_error with what CUDA says and what to do.
 std::int64_t gram_update(const GramCall& call, void* workspace, Place place);
 std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place);
+
+std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
+void unit_energy(const EnergyCall& call, Place place);
+void fisher_update(const FisherCall& call, Place place);
 
 // How many devices the driver offers; 0, without an error, where there is no driver.
 int device_count();

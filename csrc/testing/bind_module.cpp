@@ -23,5 +23,6 @@ PYBIND11_MODULE(liar_host_kernels, m) {
   liar::testing::bind_settings(m);
   liar::testing::bind_gram(m);
   liar::testing::bind_reconstruct(m);
+  liar::testing::bind_selection(m);
   liar::testing::bind_faults(m);
 }

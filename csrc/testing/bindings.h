@@ -15,6 +15,7 @@ using namespace liar::cuda;
 void bind_settings(py::module_& m);
 void bind_gram(py::module_& m);
 void bind_reconstruct(py::module_& m);
+void bind_selection(py::module_& m);
 void bind_faults(py::module_& m);
 
 // A workspace filled with NaNs: nothing may count on zeros.
