@@ -103,6 +103,7 @@ def test_fisher_update(tokens, d, width):
 
 def test_every_barrier_is_needed_and_its_loss_seen():
     weight, gram = problem(8, 300, 20)
+    weight[:, 256:] *= 1e-3  # the second block of threads holds the first pivots
 
     def run():
         curve = kernels().obs_curve(weight, gram, 1e-2, at_least=294)
