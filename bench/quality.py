@@ -22,6 +22,7 @@ from pathlib import Path
 
 from liar_ext import Budget, allocate, apply_plan, calibrate, perplexity, reconstruct, score, sites
 from liar_ext.checkpoint import load_model
+from liar_ext.reconstruction import with_bias
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
 PEERS = ("wanda+uniform+none", "wifv+global+bias", "wanda+uniform+linear", "wifv+global+linear")
@@ -96,6 +97,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
                 plan = allocate(
                     at, scores, Budget(keep), allocation, model_type=model.config.model_type
                 )
+                plan = with_bias(plan, model, mode)
                 weights, _ = reconstruct(model, bank, plan, mode=mode)
                 pruned = copy.deepcopy(model)
                 apply_plan(pruned, plan, weights)

@@ -13,10 +13,8 @@ using torch::stable::Tensor;
 void gram_update_cpu(Tensor gram, Tensor total, Tensor count, Tensor x, std::optional<Tensor> y,
                      std::optional<Tensor> weight);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(Tensor weight, Tensor gram, Tensor kept,
-                                                           Tensor damps,
-                                                           std::optional<Tensor> holdout,
-                                                           std::optional<Tensor> cross,
-                                                           std::optional<Tensor> holdout_cross);
+std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(
+    Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,
+    std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only);
 
 }  // namespace liar

@@ -47,18 +47,16 @@ void check_damps(const Tensor& damps) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(Tensor weight, Tensor gram, Tensor kept,
-                                                           Tensor damps,
-                                                           std::optional<Tensor> holdout,
-                                                           std::optional<Tensor> cross,
-                                                           std::optional<Tensor> holdout_cross) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(
+    Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,
+    std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only) {
   check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
   const int64_t d_out = weight.size(0), d = weight.size(1);
   check_kept(kept, d);
   check_damps(damps);
 
   const int64_t n = kept.size(0), ladder = damps.size(0);
-  const int64_t weight_shape[] = {ladder, d_out, n}, ladder_shape[] = {ladder},
+  const int64_t weight_shape[] = {errors_only ? 0 : ladder, d_out, n}, ladder_shape[] = {ladder},
                 info_shape[] = {ladder, 2}, none[] = {0};
   const auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef shape) {
     return torch::stable::new_empty(weight, shape, ScalarType::Double);
@@ -94,11 +92,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(Tensor weight, Tensor
     holdout_cross_view = view(*holdout_cross64);
     args.holdout_cross = &holdout_cross_view;
   }
-  args.weight_out = static_cast<double*>(weight_out.mutable_data_ptr());
+  args.weight_out = errors_only ? nullptr : static_cast<double*>(weight_out.mutable_data_ptr());
   args.error_out = static_cast<double*>(error.mutable_data_ptr());
   args.holdout_out = static_cast<double*>(holdout_error.mutable_data_ptr());
   args.info_out = static_cast<double*>(info.mutable_data_ptr());
-  reconstruct(args, torch_pool());
+  reconstruct(args, *kernels().f64, torch_pool());
   return {weight_out, error, holdout_error, info};
 }
 

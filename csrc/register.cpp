@@ -21,6 +21,7 @@ std::string build_info() {
   text += "torch_target=" + version(TORCH_TARGET_VERSION) + "\n";
   text += "torch_built=" + version(TORCH_ABI_VERSION) + "\n";
   text += std::string("cpu_kernel=") + kernels().name + "\n";
+  text += "cpu_kernels=" + kernel_names() + "\n";
 #ifdef LIAR_WITH_CUDA
   text += "cuda=compiled\ncuda_devices=" + std::to_string(cuda::device_count()) + "\n";
 #else
@@ -38,8 +39,8 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
       "Tensor? y=None, Tensor? weight=None) -> ()");
   m.def(
       "reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, Tensor? holdout=None, "
-      "Tensor? cross=None, Tensor? holdout_cross=None) -> (Tensor weight, Tensor error, "
-      "Tensor holdout_error, Tensor info)");
+      "Tensor? cross=None, Tensor? holdout_cross=None, bool errors_only=False) -> "
+      "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import assets
 import torch
-from liar_ext.checkpoint import load_model, load_pruned
 
 from liar_ext import cli
+from liar_ext.checkpoint import load_model, load_pruned
 
 QUESTION = "In one sentence: why is the sky blue?"
 

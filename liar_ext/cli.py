@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from liar_ext import ops
@@ -177,7 +178,7 @@ def _prune(options: argparse.Namespace) -> None:
     checkpoint.check_folder(options.out, options.overwrite)
     sources = [texts.read_documents(source) for source in options.calibration]
     held_out = texts.read_documents(options.eval) if options.eval else None
-    model, tokenizer = checkpoint.load_model(options.model, options.dtype, options.device)
+    model, tokenizer = _load(options)
     calibration = texts.calibration_sequences(
         sources,
         tokenizer,
@@ -235,11 +236,11 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from liar_ext import checkpoint, texts
+    from liar_ext import texts
     from liar_ext.evaluation import perplexity
 
     documents = texts.read_documents(options.text)
-    model, tokenizer = checkpoint.load_model(options.model, options.dtype, options.device)
+    model, tokenizer = _load(options)
     if not _is_causal(model):
         raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
     sequences = texts.evaluation_sequences(
@@ -275,8 +276,24 @@ def _info(options: argparse.Namespace) -> None:
     for key, value in versions().items():
         print(f"{key:32} {value}")
     print(f"{'criteria':32} {', '.join(known.name for known in list_criteria())}")
+    optional = {"gguf": "GGUF files", "datasets": "datasets by name", "accelerate": "device_map"}
+    for package, what in optional.items():
+        state = "available" if find_spec(package) else f"pip install {package}"
+        print(f"{what:32} {state}")
     print(f"{'families':32} {', '.join(FAMILIES)}")
     print(f"{'extension':32} {Path(ops.__file__).parent}")
+
+
+def _load(options: argparse.Namespace):
+    from liar_ext import checkpoint
+
+    model, tokenizer = checkpoint.load_model(options.model, options.dtype, options.device)
+    if tokenizer is None:
+        raise InputError(
+            f"load_model: {options.model} has no tokenizer to read text with; put one into the "
+            "folder, or call liar_ext.prune with batches of your own"
+        )
+    return model, tokenizer
 
 
 def _damp(text: str) -> float | str:

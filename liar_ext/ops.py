@@ -41,7 +41,7 @@ def gram_update_(
 
     A row of weight 0 is skipped unread, so padding may hold anything. A row that holds a non-finite
     value, or whose weight is negative or not finite, is left out of all sums and counted in
-    ``count[1]``. Products are summed in float32 within at most 512 tokens and then in the dtype of
+    ``count[1]``. Products are summed in float32 over at most 1024 tokens and then in the dtype of
     ``gram``: when that is float64 the error does not grow with the number of tokens. Float64 rows
     are summed in float64 throughout. The result is the same bit for bit from run to run.
 
@@ -83,6 +83,7 @@ def reconstruct(
     holdout: Tensor | None = None,
     cross: Tensor | None = None,
     holdout_cross: Tensor | None = None,
+    errors_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Fold the removed input features of a linear layer into the weights that stay.
 
@@ -110,11 +111,13 @@ def reconstruct(
         ``C = Σ x (y* − b)ᵀ``, ``(d, d_out)``: solve for the dense targets ``y*`` instead.
     holdout_cross : Tensor, optional
         The same over the other fold; required with ``holdout`` and ``cross``.
+    errors_only : bool
+        Do not form the weights: what choosing λ by its held-out error needs, at less cost.
 
     Returns
     -------
     weight : Tensor
-        ``W'``, ``(L, d_out, n)`` float64.
+        ``W'``, ``(L, d_out, n)`` float64; ``(0, d_out, n)`` with ``errors_only``.
     error : Tensor
         ``(L,)`` float64: ``tr(ΔW G ΔWᵀ)``, where ``ΔW`` is ``W' − W_K`` on K and ``−W_P`` on P.
         With ``cross``: ``tr(V G Vᵀ) − 2 tr(V C)``, ``V`` being ``W'`` on K and 0 on P; add
@@ -135,7 +138,9 @@ def reconstruct(
     -----
     Source: LIAR (arXiv 2407.13331), eq. for the transfer matrix, in the damped-transfer form.
     """
-    return torch.ops.liar_ext.reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross)
+    return torch.ops.liar_ext.reconstruct(
+        weight, gram, kept, damps, holdout, cross, holdout_cross, errors_only
+    )
 
 
 def build_info() -> dict[str, str]:
@@ -146,7 +151,7 @@ def build_info() -> dict[str, str]:
     dict of str to str
         ``compiler``, ``torch_target`` (oldest torch that the binary runs with), ``torch_built``,
         ``cpu_kernel`` (instruction set in use; the environment variable ``LIAR_CPU_KERNEL`` forces
-        one) and ``cuda`` (whether CUDA kernels were compiled in).
+        one of ``cpu_kernels``) and ``cuda`` (whether CUDA kernels were compiled in).
     """
     lines = torch.ops.liar_ext.build_info().splitlines()
     return dict(line.split("=", 1) for line in lines)
@@ -159,14 +164,15 @@ def _(gram, total, count, x, y=None, weight=None):
 
 
 @torch.library.register_fake("liar_ext::reconstruct")
-def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None):
+def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, errors_only=False):
     ladder, n = damps.shape[0], kept.shape[0]
 
     def empty(*shape):
         return weight.new_empty(shape, dtype=torch.float64)
 
     held_out = empty(0 if holdout is None else ladder)
-    return empty(ladder, weight.shape[0], n), empty(ladder), held_out, empty(ladder, 2)
+    new = empty(0 if errors_only else ladder, weight.shape[0], n)
+    return new, empty(ladder), held_out, empty(ladder, 2)
 
 
 def _serve_other_devices() -> None:

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from liar_ext import ops
 from liar_ext.allocation import allocate, check_budget, total_cost
-from liar_ext.arch import Site, get_consumer_bias, sites
+from liar_ext.arch import Site, sites
 from liar_ext.calibration import calibrate
 from liar_ext.criteria import get_criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
-from liar_ext.plan import Budget, Plan
-from liar_ext.reconstruction import check_settings
+from liar_ext.plan import Budget
+from liar_ext.reconstruction import check_settings, with_bias
 from liar_ext.reconstruction import reconstruct as solve_sites
 from liar_ext.report import Report, SiteRow
 from liar_ext.surgery import apply_plan, is_pruned
@@ -115,8 +115,7 @@ def prune(
         scores = score(model, bank, at, criterion, seed=seed)
         model_type = model.config.model_type
         plan = allocate(at, scores, budget, allocation, model_type=model_type, total=total)
-        if reconstruct in ("bias", "affine"):
-            plan = _with_bias(plan, model, at)
+        plan = with_bias(plan, model, reconstruct)
     with clock("reconstruct"):
         weights, rows = solve_sites(
             model, bank, plan, mode=reconstruct, damp=damp, progress=progress
@@ -168,15 +167,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{f"liar_ext.{key}": str(value) for key, value in ops.build_info().items()},
     }
-
-
-def _with_bias(plan: Plan, model: nn.Module, at: Sequence[Site]) -> Plan:
-    """Return the plan with a bias for each consumer that lacks one."""
-    lacks = {site.name for site in at if get_consumer_bias(model, site) is None}
-    planned = {
-        name: replace(site_plan, bias=name in lacks) for name, site_plan in plan.sites.items()
-    }
-    return replace(plan, sites=planned)
 
 
 def _count(model: nn.Module) -> int:

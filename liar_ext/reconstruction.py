@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
 
 MODES = ("none", "bias", "linear", "affine")
+WITH_BIAS = ("bias", "affine")
 DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
 
 
@@ -74,7 +75,7 @@ def reconstruct(
     bank : mapping of str to Moments
         From :func:`liar_ext.calibrate`.
     plan : Plan
-        What stays.
+        What stays; for the modes that give a bias, from :func:`with_bias`.
     mode : {"none", "bias", "linear", "affine"}
         What is put back.
     damp : float or "auto"
@@ -118,6 +119,18 @@ def reconstruct(
         seconds = time.perf_counter() - start
         rows.append(_row(site, len(kept.kept), bank[name], solution, seconds))
     return weights, rows
+
+
+def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
+    """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it."""
+    if mode not in WITH_BIAS:
+        return plan
+    by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    planned = {
+        name: replace(site, bias=get_consumer_bias(model, by_name[name]) is None)
+        for name, site in plan.sites.items()
+    }
+    return replace(plan, sites=planned)
 
 
 def check_settings(mode: str, damp: float | str) -> None:
@@ -181,7 +194,7 @@ def solve(
         )
     device = moments.gram.device
     wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
-    affine = mode in ("bias", "affine")
+    affine = mode in WITH_BIAS
     if mode in ("none", "bias") or len(kept) == wide.shape[1]:
         ladder = [math.inf]
     else:

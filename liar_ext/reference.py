@@ -52,6 +52,7 @@ def reconstruct(
     holdout: Tensor | None = None,
     cross: Tensor | None = None,
     holdout_cross: Tensor | None = None,
+    errors_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fold the removed features into the weights that stay; see :func:`liar_ext.ops.reconstruct`.
 
@@ -86,7 +87,7 @@ def reconstruct(
         return weight.new_empty(0, d_out, len(kept)), empty, empty.clone(), weight.new_empty(0, 2)
     new, error, held_out, info = zip(*results, strict=True)
     return (
-        torch.stack(new),
+        weight.new_empty(0, d_out, len(kept)) if errors_only else torch.stack(new),
         torch.stack(error),
         weight.new_empty(0) if holdout is None else torch.stack(held_out),
         torch.stack(info),

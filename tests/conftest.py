@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
 import string
+
+# Tiny models gain nothing from threads, and two processes with two OpenMP threads each spin against
+# each other. Tests of threading set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

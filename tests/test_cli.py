@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny import tiny
+import torch
+from tiny import outputs, tiny
 
-from liar_ext import cli
+from liar_ext import cli, load_pruned
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,64 @@ def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
     out = tmp_path / "out"
     assert run("prune", tmp_path / "bert", *arguments, "--out", out, "--quiet") == 0
     assert run("verify", out) == 0
+
+
+def write_gguf(path, model, tokenizer) -> None:
+    """Write a tiny Llama as llama.cpp stores it: its names, and query and key rows interleaved."""
+    import gguf
+
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = [f"<{i}>" for i in range(config.vocab_size)]
+    for token, index in tokenizer.get_vocab().items():
+        tokens[index] = {" ": "Ġ", "\n": "Ċ"}.get(token, token)
+    tokens[-1] = "ab"
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        if name == "lm_head.weight":
+            continue  # tied to the embeddings
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for projection, count in heads.items():
+            if projection in name:
+                tensor = tensor.view(count, 2, -1, tensor.shape[1]).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    dense = tiny("llama", **sizes)
+    write_gguf(tmp_path / "tiny.gguf", dense, tokenizer)
+    out = tmp_path / "out"
+    arguments = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
+    assert run("prune", tmp_path / "tiny.gguf", *arguments, "--keep", 1, "--out", out) == 0
+    assert run("verify", out) == 0
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert torch.equal(outputs(load_pruned(out)), outputs(dense))
+
+
+def test_a_model_without_tokenizer_is_refused(corpus, tmp_path, capsys):
+    tiny("vit").save_pretrained(tmp_path / "vit")
+    out = tmp_path / "out"
+    assert run("prune", tmp_path / "vit", "--calibration", corpus[0], "--out", out) == 2
+    assert "has no tokenizer" in capsys.readouterr().err
 
 
 def test_info(capsys):

@@ -62,6 +62,14 @@ def test_agrees_with_the_reference(size, form):
     compare(kernels().reconstruct(*arguments), expected(*arguments))
 
 
+def test_errors_alone():
+    weight, gram, kept, holdout, *crosses = problem(8, 70, 9, 50)
+    arguments = (weight, gram, kept, np.array(DAMPS), holdout, *crosses)
+    whole, alone = (kernels().reconstruct(*arguments, errors_only=e) for e in (False, True))
+    assert alone[0].shape == (0, 9, 50)
+    assert all(np.array_equal(a, b) for a, b in zip(whole[1:], alone[1:], strict=True))
+
+
 @pytest.mark.parametrize("order", [1, 5])
 def test_any_thread_order(order):
     weight, gram, kept, *_ = problem(2, 90, 20, 66)

@@ -16,14 +16,28 @@ def test_sources_are_documents(tmp_path):
     assert len(texts.read_documents(str(tmp_path))) == 3
 
 
-def test_a_dataset_by_name(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    (tmp_path / "set").mkdir()
-    rows = datasets.Dataset.from_dict({"text": ["p", "q"]})
-    rows.to_json(tmp_path / "set" / "train.jsonl")
-    # A folder is read as text files; the library is reached for names that are no path here.
-    with pytest.raises(InputError, match="neither a file nor a dataset"):
-        texts.read_documents("no_such_dataset_anywhere")
+def test_a_dataset_by_name(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        column = "text" if config != "bare" else "body"
+        return datasets.Dataset.from_dict({column: ["p", "q"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert texts.read_documents("org/name") == ["p", "q"]
+    assert texts.read_documents("name:raw:test") == ["p", "q"]
+    assert asked == [("org/name", None, "train"), ("name", "raw", "test")]
+    with pytest.raises(InputError, match="must have a column text, got body"):
+        texts.read_documents("name:bare")
+
+
+def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="neither a file nor a dataset: no_such_dataset"):
+        texts.read_documents("no_such_dataset")
 
 
 @pytest.mark.parametrize(

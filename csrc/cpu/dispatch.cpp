@@ -35,18 +35,23 @@ bool supported(const KernelSet& set) {
 
 const KernelSet& choose() {
   const char* wanted = std::getenv("LIAR_CPU_KERNEL");
-  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;
-  std::string names;
+  const bool any = wanted == nullptr || *wanted == '\0';
   for (const KernelSet& set : kSets) {
-    if (!supported(set)) continue;
-    if (wanted == nullptr || std::strcmp(wanted, set.name) == 0) return set;
-    names += (names.empty() ? "" : ", ") + std::string(set.name);
+    if (supported(set) && (any || std::strcmp(wanted, set.name) == 0)) return set;
   }
-  throw std::runtime_error(std::string("LIAR_CPU_KERNEL: must be one of ") + names +
+  throw std::runtime_error("LIAR_CPU_KERNEL: must be one of " + kernel_names() +
                            " on this CPU, got " + wanted + "; unset it to take the best");
 }
 
 }  // namespace
+
+std::string kernel_names() {
+  std::string names;
+  for (const KernelSet& set : kSets) {
+    if (supported(set)) names += (names.empty() ? "" : ", ") + std::string(set.name);
+  }
+  return names;
+}
 
 const KernelSet& kernels() {
   static const KernelSet& chosen = choose();

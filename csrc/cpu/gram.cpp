@@ -28,9 +28,9 @@
 namespace liar {
 namespace {
 
-constexpr int64_t kChunkSteps = 256;      // a panel of a chunk: 256 · 192 B = 48 KiB, L1-sized
-constexpr int64_t kGroupBytes = 8 << 20;  // packed tokens at a time, shared L3-sized
-constexpr int64_t kBlockPanels = 4;       // 192² doubles = 288 KiB of a 1 MiB L2
+constexpr int64_t kChunkSteps = 512;      // a packed panel is 96 KiB
+constexpr int64_t kGroupBytes = 8 << 20;  // a core's share of an L3 cache
+constexpr int64_t kBlockPanels = 2;       // 2 + 2 panels and 96² doubles: half of an L2 cache
 
 struct Rows {
   std::vector<int64_t> index;  // rows to read; empty and `all` set: every row
@@ -142,10 +142,10 @@ class Update {
     p.right_chunk = shared ? 0 : panels(right_cols) * p.right_stride;
     const int64_t group = std::clamp<int64_t>(kGroupBytes / (p.left_chunk + p.right_chunk + 1), 1,
                                               std::min<int64_t>(chunks, 64));
-    Workspace left(group * p.left_chunk), right(group * p.right_chunk);
+    Workspace memory(group * (p.left_chunk + p.right_chunk));
     std::vector<double> sums(static_cast<size_t>(group * u.x.cols));
-    p.left = left.data();
-    p.right = shared ? p.left : right.data();
+    p.left = memory.data();
+    p.right = shared ? p.left : p.left + group * p.left_chunk;
     if (shared) p.right_chunk = p.left_chunk;
     p.sums = sums.data();
 
@@ -247,7 +247,7 @@ class Update {
         product.j1 = std::min(product.j0 + block, right_cols);
         product.out = u.gram;
         product.out_row = u.gram_row;
-        product.lower = u.y == nullptr;
+        product.triangle = u.y == nullptr ? Triangle::kLower : Triangle::kAll;
         if (product.steps > 0) (u.wide ? kernel->multiply_f64 : kernel->multiply_f32)(product);
       }
     });

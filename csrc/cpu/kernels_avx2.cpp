@@ -77,6 +77,6 @@ struct SimdF64 {
 }  // namespace
 
 const PanelKernel kAvx2F32 = single_kernel<SimdF32>();
-const PanelKernel kAvx2F64 = one_type_kernel<SimdF64, Rows<SimdF64, double>>();
+const PanelKernel kAvx2F64 = one_type_kernel<SimdF64, Rows<SimdF64, double>, substitute<SimdF64>>();
 
 }  // namespace liar

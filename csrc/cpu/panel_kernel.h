@@ -12,10 +12,14 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace liar {
 
 enum class DType : int { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+/// Which out[i, j] a product touches: all, j <= i, or j >= i.
+enum class Triangle { kAll, kLower, kUpper };
 
 /// One product of packed panels over features [i0, i1) of `a` and [j0, j1) of `b`.
 struct PanelProduct {
@@ -28,7 +32,7 @@ struct PanelProduct {
   int64_t j0, j1;
   void* out;        // out[0, 0]
   int64_t out_row;  // elements from a row of `out` to the next one
-  bool lower;       // touch out[i, j] for j <= i only
+  Triangle triangle;
 };
 
 /// Float16 and bfloat16 values by their bits.
@@ -54,6 +58,17 @@ struct PackRows {
   double* sums;  // gets the column sums of what was packed added; null: not wanted
 };
 
+constexpr int64_t kSolveRows = 16;  // unknowns of a substitution that stays in registers
+
+/// In-place substitution on kSolveRows rows of right-hand sides, in the order of the rows:
+/// row[j] *= inverse[j], then row[i] -= factor[j][i] · row[j] for every i > j.
+struct Substitution {
+  const double* factor;   // kSolveRows × kSolveRows
+  const double* inverse;  // kSolveRows reciprocals of the diagonal
+  double* const* rows;    // kSolveRows pointers
+  int64_t columns;
+};
+
 /// The micro-kernels of one instruction set for one arithmetic type.
 struct PanelKernel {
   int64_t panel;            // features per panel
@@ -63,6 +78,7 @@ struct PanelKernel {
   void (*pack)(const PackRows&);
   void (*multiply_f32)(const PanelProduct&);  // out is float32
   void (*multiply_f64)(const PanelProduct&);  // out is float64
+  void (*substitute)(const Substitution&);    // float64 kernels only, else null
 };
 
 extern const PanelKernel kPortableF32, kPortableF64;
@@ -81,5 +97,8 @@ struct KernelSet {
 /// The set in use: the best that this CPU supports, or the one that the environment variable
 /// LIAR_CPU_KERNEL names. Throws std::runtime_error if that is unknown or unsupported here.
 const KernelSet& kernels();
+
+/// The names of the sets that this CPU supports, best first, separated by ", ".
+std::string kernel_names();
 
 }  // namespace liar

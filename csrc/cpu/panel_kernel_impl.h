@@ -23,6 +23,8 @@
 namespace liar {
 namespace {
 
+constexpr int64_t kSegmentTokens = 128;
+
 template <class Simd>
 struct Panels {
   using Slot = typename Simd::Slot;
@@ -31,37 +33,64 @@ struct Panels {
   static constexpr int kRows = Simd::kRows;
   static constexpr int kVectors = Simd::kVectors;
   static constexpr int kPanel = kLanes * kVectors;
+  // Steps that one register sums up: short, because a sum loses bits with its length.
+  static constexpr int64_t kSegment = kSegmentTokens / Simd::kTokensPerStep;
   static_assert(kPanel % kRows == 0, "a register tile must not straddle two panels");
 
   // ---- product ------------------------------------------------------------------------------
 
   /// One register tile. `vectors` of the panel are live; the tile's rows below `rows` and columns
-  /// below `cols` are stored, and with `lower` only columns at or left of the diagonal, which
+  /// below `cols` are stored, of those the part that `triangle` names; the diagonal
   /// passes through column `diagonal` of the tile's first row.
   template <int vectors, class Out>
   static void tile(int64_t steps, const Slot* a, const Slot* b, Out* out, int64_t out_row,
-                   int64_t rows, int64_t cols, bool lower, int64_t diagonal) {
+                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal) {
     Vector sum[kRows][vectors];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
+    typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
+    // The sums go to `out` in the end: fetch it while they grow.
+    for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
+      for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(Out))) {
+        __builtin_prefetch(out + r * out_row + c, 1);
+      }
     }
-    for (int64_t step = 0; step < steps; ++step) {
-      typename Simd::Operand right[vectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
+    int64_t begin = 0, end = 0;
+    do {
+      begin = end;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const typename Simd::Operand left = Simd::splat(a + r);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
+        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
       }
-      a += kPanel;
-      b += kPanel;
-    }
-    const bool whole =
-        rows >= kRows && cols >= vectors * kLanes && (!lower || diagonal + 1 >= vectors * kLanes);
+      end = steps - begin < kSegment ? steps : begin + kSegment;
+      for (int64_t step = begin; step < end; ++step) {
+        typename Simd::Operand right[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          const typename Simd::Operand left = Simd::splat(a + r);
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
+          }
+        }
+        a += kPanel;
+        b += kPanel;
+      }
+      if (begin == 0 && end == steps) break;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          if (begin > 0) sum[r][v] = Simd::add(sum[r][v], Simd::load(&part[r][v * kLanes]));
+          if (end < steps) Simd::store(&part[r][v * kLanes], sum[r][v]);
+        }
+      }
+    } while (end < steps);
+    const bool inside = triangle == Triangle::kLower   ? diagonal + 1 >= vectors * kLanes
+                        : triangle == Triangle::kUpper ? diagonal + kRows <= 1
+                                                       : true;
+    const bool whole = inside && rows >= kRows && cols >= vectors * kLanes;
     if (whole) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
@@ -71,15 +100,16 @@ struct Panels {
       }
       return;
     }
-    typename Simd::Sum edge[kRows][vectors * kLanes];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) Simd::store(&edge[r][v * kLanes], sum[r][v]);
+      for (int v = 0; v < vectors; ++v) Simd::store(&part[r][v * kLanes], sum[r][v]);
     }
     for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
-      const int64_t limit = lower && diagonal + r + 1 < cols ? diagonal + r + 1 : cols;
-      for (int64_t c = 0; c < limit; ++c) out[r * out_row + c] += static_cast<Out>(edge[r][c]);
+      const int64_t middle = diagonal + r;  // column of the diagonal
+      const int64_t first = triangle == Triangle::kUpper && middle > 0 ? middle : 0;
+      const int64_t limit = triangle == Triangle::kLower && middle + 1 < cols ? middle + 1 : cols;
+      for (int64_t c = first; c < limit; ++c) out[r * out_row + c] += static_cast<Out>(part[r][c]);
     }
   }
 
@@ -88,22 +118,24 @@ struct Panels {
     for (int64_t j = p.j0; j < p.j1; j += kPanel) {
       const auto* b = reinterpret_cast<const Slot*>(static_cast<const char*>(p.b) +
                                                     j / kPanel * p.b_panel_stride);
-      const int64_t first = p.lower && j > p.i0 ? j : p.i0;  // j is a multiple of kRows
-      for (int64_t i = first; i < p.i1; i += kRows) {
+      const bool lower = p.triangle == Triangle::kLower, upper = p.triangle == Triangle::kUpper;
+      const int64_t first = lower && j > p.i0 ? j : p.i0;  // j is a multiple of kRows
+      const int64_t last = upper && j + kPanel < p.i1 ? j + kPanel : p.i1;
+      for (int64_t i = first; i < last; i += kRows) {
         const auto* a = reinterpret_cast<const Slot*>(static_cast<const char*>(p.a) +
                                                       i / kPanel * p.a_panel_stride) +
                         i % kPanel;
         Out* out = static_cast<Out*>(p.out) + i * p.out_row + j;
         const int64_t rows = p.i1 - i;
         int64_t cols = p.j1 - j < kPanel ? p.j1 - j : kPanel;
-        if (p.lower && i + kRows - j < cols) cols = i + kRows - j;
+        if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
         if (live == 1) {
-          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.lower, i - j);
+          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j);
         } else if (live == 2) {
-          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.lower, i - j);
+          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j);
         } else if constexpr (kVectors >= 3) {
-          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.lower, i - j);
+          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j);
         }
       }
     }
@@ -205,6 +237,44 @@ struct Rows {
   }
 };
 
+/// One vector's width of a substitution; the kSolveRows values stay in registers.
+template <class Simd>
+void substitute_vector(const double* factor, const double* inverse, double* const* rows,
+                       int64_t c) {
+  typename Simd::Vector x[kSolveRows];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSolveRows; ++i) x[i] = Simd::load(rows[i] + c);
+#pragma GCC unroll 16
+  for (int j = 0; j < kSolveRows; ++j) {
+    x[j] = Simd::scale(x[j], inverse[j]);
+    const typename Simd::Vector minus = Simd::scale(x[j], -1.0);
+#pragma GCC unroll 16
+    for (int i = j + 1; i < kSolveRows; ++i) {
+      x[i] = Simd::multiply_add(Simd::splat(factor + j * kSolveRows + i), minus, x[i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kSolveRows; ++i) Simd::store(rows[i] + c, x[i]);
+}
+
+template <class Simd>
+void substitute(const Substitution& s) {
+  int64_t c = 0;
+  for (; c + Simd::kLanes <= s.columns; c += Simd::kLanes) {
+    substitute_vector<Simd>(s.factor, s.inverse, s.rows, c);
+  }
+  if (c == s.columns) return;
+  double padded[kSolveRows][Simd::kLanes] = {};
+  double* rows[kSolveRows];
+  const size_t bytes = static_cast<size_t>(s.columns - c) * sizeof(double);
+  for (int i = 0; i < kSolveRows; ++i) {
+    rows[i] = padded[i];
+    std::memcpy(padded[i], s.rows[i] + c, bytes);
+  }
+  substitute_vector<Simd>(s.factor, s.inverse, rows, 0);
+  for (int i = 0; i < kSolveRows; ++i) std::memcpy(s.rows[i] + c, padded[i], bytes);
+}
+
 /// The table entry for a policy whose rows are float16, bfloat16 or float32.
 template <class Simd>
 constexpr PanelKernel single_kernel() {
@@ -223,11 +293,12 @@ constexpr PanelKernel single_kernel() {
             return P::template pack_rows<Rows<Simd, float>>(p);
           },
           [](const PanelProduct& p) { P::template multiply<float>(p); },
-          [](const PanelProduct& p) { P::template multiply<double>(p); }};
+          [](const PanelProduct& p) { P::template multiply<double>(p); },
+          nullptr};
 }
 
 /// The table entry for a policy that takes rows of one type only, read by `Source`.
-template <class Simd, class Source>
+template <class Simd, class Source, void (*Solve)(const Substitution&) = nullptr>
 constexpr PanelKernel one_type_kernel() {
   using P = Panels<Simd>;
   return {P::kPanel,
@@ -236,7 +307,8 @@ constexpr PanelKernel one_type_kernel() {
           [](DType, const void* row, int64_t n) { return P::template finite_row<Source>(row, n); },
           [](const PackRows& p) { P::template pack_rows<Source>(p); },
           [](const PanelProduct& p) { P::template multiply<float>(p); },
-          [](const PanelProduct& p) { P::template multiply<double>(p); }};
+          [](const PanelProduct& p) { P::template multiply<double>(p); },
+          Solve};
 }
 
 }  // namespace

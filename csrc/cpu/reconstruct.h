@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "panel_kernel.h"
 #include "parallel.h"
 
 namespace liar {
@@ -22,12 +23,12 @@ struct Reconstruct {
   const Float64View* holdout;        // (d, d), lower triangle; null: none
   const Float64View* cross;          // (d, d_out); null: the plain form
   const Float64View* holdout_cross;  // (d, d_out)
-  double* weight_out;                // (ladder, d_out, n)
+  double* weight_out;                // (ladder, d_out, n); null: only the errors are wanted
   double* error_out;                 // (ladder,)
   double* holdout_out;               // (ladder,)
   double* info_out;                  // (ladder, 2)
 };
 
-void reconstruct(const Reconstruct& args, const Pool& pool);
+void reconstruct(const Reconstruct& args, const PanelKernel& kernel, const Pool& pool);
 
 }  // namespace liar

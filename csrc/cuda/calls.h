@@ -38,7 +38,7 @@ struct ReconstructCall {
   std::int64_t holdout_cross_stride;
   const std::int64_t* kept;
   const double* damps;
-  double* weight_out;
+  double* weight_out;  // null: the errors alone
   double* error;
   double* holdout_error;
   double* info;

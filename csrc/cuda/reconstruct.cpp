@@ -32,11 +32,9 @@ struct Float64 {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(Tensor weight, Tensor gram, Tensor kept,
-                                                            Tensor damps,
-                                                            std::optional<Tensor> holdout,
-                                                            std::optional<Tensor> cross,
-                                                            std::optional<Tensor> holdout_cross) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(
+    Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,
+    std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only) {
   check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
   check_device(kOp, "gram", gram, weight);
   check_device(kOp, "kept", kept, weight);
@@ -48,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(Tensor weight, Tenso
   const int64_t d_out = weight.size(0), n = kept.size(0), ladder = damps.size(0);
   check(n <= weight.size(1), kOp, "kept must hold at most ", weight.size(1), " features, got ", n);
 
-  const int64_t weight_shape[] = {ladder, d_out, n}, ladder_shape[] = {ladder},
+  const int64_t weight_shape[] = {errors_only ? 0 : ladder, d_out, n}, ladder_shape[] = {ladder},
                 info_shape[] = {ladder, 2}, none[] = {0};
   const auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef shape) {
     return torch::stable::new_empty(weight, shape, ScalarType::Double);
@@ -75,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(Tensor weight, Tenso
   call.holdout_cross_stride = hc.stride();
   call.kept = static_cast<const int64_t*>(kept.const_data_ptr());
   call.damps = static_cast<const double*>(damps.const_data_ptr());
-  call.weight_out = static_cast<double*>(weight_out.mutable_data_ptr());
+  if (!errors_only) call.weight_out = static_cast<double*>(weight_out.mutable_data_ptr());
   call.error = static_cast<double*>(error.mutable_data_ptr());
   call.holdout_error = static_cast<double*>(holdout_error.mutable_data_ptr());
   call.info = static_cast<double*>(info.mutable_data_ptr());

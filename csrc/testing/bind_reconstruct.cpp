@@ -11,7 +11,7 @@ using Maybe = std::optional<Doubles>;
 py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
                           const py::array_t<std::int64_t>& kept, const Doubles& damps,
                           const Maybe& holdout, const Maybe& cross, const Maybe& holdout_cross,
-                          int processors) {
+                          bool errors_only, int processors) {
   Reconstruct r;
   r.d_out = weight.shape(0);
   r.d = weight.shape(1);
@@ -24,9 +24,9 @@ py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
   if (holdout_cross) r.holdout_cross = matrix(*holdout_cross);
   r.kept = kept.data();
   r.damps = damps.data();
-  Doubles out({py::ssize_t(r.ladder), py::ssize_t(r.d_out), py::ssize_t(r.n)}), error(r.ladder),
-      holdout_error(holdout ? r.ladder : 0), info({r.ladder, 2});
-  r.weight_out = out.mutable_data();
+  Doubles out({py::ssize_t(errors_only ? 0 : r.ladder), py::ssize_t(r.d_out), py::ssize_t(r.n)}),
+      error(r.ladder), holdout_error(holdout ? r.ladder : 0), info({r.ladder, 2});
+  if (!errors_only) r.weight_out = out.mutable_data();
   r.error = error.mutable_data();
   r.holdout_error = holdout_error.mutable_data();
   r.info = info.mutable_data();
@@ -39,7 +39,8 @@ py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
 void bind_reconstruct(py::module_& m) {
   m.def("reconstruct", &run_reconstruct, py::arg("weight"), py::arg("gram"), py::arg("kept"),
         py::arg("damps"), py::arg("holdout") = py::none(), py::arg("cross") = py::none(),
-        py::arg("holdout_cross") = py::none(), py::arg("processors") = 2);
+        py::arg("holdout_cross") = py::none(), py::arg("errors_only") = false,
+        py::arg("processors") = 2);
 }
 
 }  // namespace liar::testing

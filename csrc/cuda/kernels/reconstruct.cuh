@@ -27,7 +27,7 @@ struct Reconstruct {
   Matrix cross, holdout_cross;         // d × d_out, or none
   const std::int64_t* kept = nullptr;  // n, ascending
   const double* damps = nullptr;       // ladder
-  double* weight_out = nullptr;        // ladder × d_out × n
+  double* weight_out = nullptr;        // ladder × d_out × n, or none: the errors alone
   double* error = nullptr;             // ladder
   double* holdout_error = nullptr;     // ladder, or none
   double* info = nullptr;              // ladder × [code, condition]

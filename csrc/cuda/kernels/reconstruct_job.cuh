@@ -140,7 +140,7 @@ inline std::int64_t reconstruct(const Reconstruct& r, void* memory, Stream& stre
              OutputParams{system, s.kept_weight, s.mean, s.linear_stride, in_place, add, out});
     };
     if (targets) output(true, false, nullptr);
-    output(false, !targets, r.weight_out + l * r.d_out * r.n);
+    if (r.weight_out) output(false, !targets, r.weight_out + l * r.d_out * r.n);
     for (int f = 0; f < 2; ++f) {
       const Fold& fold = s.folds[f];
       if (!fold.gram.data) continue;

@@ -1,0 +1,79 @@
+"""The build: one binary for every Python and torch, and kernels that run without torch."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import liar_ext
+from liar_ext import _C
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc").rglob("*.cpp")) + sorted((ROOT / "csrc").rglob("*.h"))
+
+
+def test_extension_is_abi3():
+    assert Path(_C.__file__).name == "_C.abi3.so"
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_extension_asks_torch_for_c_functions_only():
+    """Nothing of libtorch's unstable C++: such a symbol would tie the binary to one version."""
+    output = subprocess.run(
+        ["nm", "-D", "--undefined-only", _C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    wanted = [line.split()[-1] for line in output.splitlines()]
+    assert not [name for name in wanted if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
+    # Python's stable ABI: no private function.
+    assert not [name for name in wanted if name.startswith("_Py") and "_Py_" not in name]
+
+
+def test_kernels_include_no_torch_header():
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert "torch/extension.h" not in text, path
+        if path.parent.name in ("cpu", "kernels"):
+            assert not re.search(r"#include [<\"](torch|ATen|c10)/", text), path
+
+
+def test_wide_vectors_stay_in_their_own_units():
+    """Only the units that are compiled for an instruction set may name it."""
+    for path in SOURCES:
+        if "immintrin.h" in path.read_text(encoding="utf-8"):
+            assert re.match(r"(kernels|simd)_avx", path.name), path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_native_kernels_under_sanitizers(tmp_path):
+    """All kernel paths of this machine under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DLIAR_SANITIZE=ON"],
+        ["cmake", "--build", str(tmp_path), "-j", "2"],
+        ["ctest", "--test-dir", str(tmp_path), "--output-on-failure"],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert (tmp_path / "compile_commands.json").exists()
+
+
+def test_a_missing_extension_says_what_to_run(tmp_path):
+    package = tmp_path / "liar_ext"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("ops.py", "reference.py"):
+        shutil.copy(Path(liar_ext.__file__).parent / name, package)
+    result = subprocess.run(
+        [sys.executable, "-c", "import liar_ext.ops"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "pip install --no-build-isolation -e ." in result.stderr

@@ -1,0 +1,255 @@
+"""reconstruct against least squares, brute force and degenerate Gram matrices."""
+
+import math
+
+import pytest
+import torch
+
+from liar_ext import ops, reference
+
+LADDER = torch.tensor([0.0, 1e-4, 1e-2, 1.0, math.inf], dtype=torch.float64)
+
+
+def problem(tokens=300, d=40, d_out=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(d, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+    x = torch.randn(tokens, d, generator=generator, dtype=torch.float64) @ mix
+    weight = torch.randn(d_out, d, generator=generator, dtype=torch.float64)
+    return weight, x
+
+
+def gram_of(x):
+    """The lower triangle, with NaN above it: whatever reads that is found out."""
+    gram = x.mT @ x
+    gram[torch.ones_like(gram, dtype=torch.bool).triu(1)] = torch.nan
+    return gram
+
+
+def every_third_removed(d):
+    return torch.tensor([k for k in range(d) if k % 3 != 1])
+
+
+def output_error(weight, new, kept, x):
+    """Brute force: the squared change of the layer's output over the tokens ``x``."""
+    return (x[:, kept] @ new.mT - x @ weight.mT).square().sum()
+
+
+@pytest.mark.parametrize(("d", "d_out"), [(2, 1), (7, 3), (40, 6), (129, 200), (260, 31)])
+def test_undamped_equals_least_squares(d, d_out):
+    weight, x = problem(3 * d + 50, d, d_out)
+    kept = every_third_removed(d)
+    new, error, held_out, info = ops.reconstruct(weight, gram_of(x), kept, LADDER[:1])
+    refit = torch.linalg.lstsq(x[:, kept], x @ weight.mT).solution.mT
+    assert (new[0] - refit).abs().max() <= 1e-10 * refit.abs().max()
+    brute = output_error(weight, new[0], kept, x)
+    assert abs(error[0] - brute) <= 1e-10 * (x @ weight.mT).square().sum()
+    assert held_out.shape == (0,)
+    assert info[0, 0] == 0 and info[0, 1] >= 1
+
+
+@pytest.mark.parametrize(("d", "d_out"), [(7, 3), (129, 20), (129, 300)])
+def test_errors_equal_brute_force(d, d_out):
+    weight, x = problem(400, d, d_out)
+    _, held_out_x = problem(350, d, d_out, seed=1)
+    kept = every_third_removed(d)
+    new, error, held_out, _ = ops.reconstruct(
+        weight, gram_of(x), kept, LADDER, holdout=gram_of(held_out_x)
+    )
+    for k in range(len(LADDER)):
+        for value, tokens in ((error[k], x), (held_out[k], held_out_x)):
+            brute = output_error(weight, new[k], kept, tokens)
+            assert abs(value - brute) <= 1e-10 * brute
+
+
+@pytest.mark.parametrize("errors_only", [False, True])
+@pytest.mark.parametrize("holdout", [False, True])
+@pytest.mark.parametrize("dense_targets", [False, True])
+@pytest.mark.parametrize("d_out", [1, 9, 70])
+def test_matches_the_reference(errors_only, holdout, dense_targets, d_out):
+    weight, x = problem(200, 40, d_out)
+    other = problem(200, 40, d_out, seed=2)[1]
+    target = torch.randn(200, d_out, generator=torch.Generator().manual_seed(4)).double()
+    extra = {"errors_only": errors_only}
+    if holdout:
+        extra["holdout"] = gram_of(other)
+    if dense_targets:
+        extra["cross"] = x.mT @ target
+        if holdout:
+            extra["holdout_cross"] = other.mT @ target
+    arguments = (weight, gram_of(x), every_third_removed(40), LADDER)
+    got = ops.reconstruct(*arguments, **extra)
+    want = reference.reconstruct(*arguments, **extra)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        assert a.is_contiguous()
+
+
+def test_dense_targets_error_is_the_squared_distance():
+    weight, x = problem(200, 20, 5)
+    target = torch.randn(200, 5, generator=torch.Generator().manual_seed(4)).double()
+    kept = every_third_removed(20)
+    new, error, _, _ = ops.reconstruct(weight, gram_of(x), kept, LADDER, cross=x.mT @ target)
+    for k in range(len(LADDER)):
+        brute = (x[:, kept] @ new[k].mT - target).square().sum()
+        assert abs(error[k] + target.square().sum() - brute) <= 1e-10 * brute
+    refit = torch.linalg.lstsq(x[:, kept], target).solution.mT
+    assert (new[0] - refit).abs().max() <= 1e-10
+
+
+def test_infinite_damp_is_plain_dropping():
+    weight, x = problem()
+    kept = every_third_removed(40)
+    new, error, _, info = ops.reconstruct(weight, gram_of(x), kept, LADDER[-1:])
+    assert torch.equal(new[0], weight[:, kept])
+    brute = output_error(weight, weight[:, kept], kept, x)
+    assert abs(error[0] - brute) <= 1e-12 * brute
+    assert info.tolist() == [[0, 1]]
+
+
+def test_keeping_everything_is_the_identity():
+    weight, x = problem()
+    kept = torch.arange(40)
+    new, error, held_out, info = ops.reconstruct(
+        weight, gram_of(x), kept, LADDER, holdout=gram_of(x)
+    )
+    assert torch.equal(new, weight.expand_as(new))
+    assert not error.any() and not held_out.any()
+    assert not info[:, 0].any()
+
+
+def test_keeping_nothing_loses_everything():
+    weight, x = problem()
+    new, error, _, info = ops.reconstruct(
+        weight, gram_of(x), torch.empty(0, dtype=torch.long), LADDER
+    )
+    assert new.shape == (len(LADDER), 6, 0)
+    energy = (x @ weight.mT).square().sum()
+    assert (error - energy).abs().max() <= 1e-12 * energy
+    assert not info[:, 0].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_never_worse_than_dropping_on_the_calibration_tokens(seed):
+    weight, x = problem(60 + 30 * seed, 50, 8, seed)
+    kept = torch.randperm(50, generator=torch.Generator().manual_seed(seed))[:30].sort().values
+    ladder = torch.tensor([1e-8, 1e-5, 1e-2, 0.1, 1, 100, 1e6, math.inf], dtype=torch.float64)
+    error = ops.reconstruct(weight, gram_of(x), kept, ladder)[1]
+    assert (error <= error[-1] * (1 + 1e-12)).all()
+    assert (error.diff() >= -1e-12 * error[-1]).all(), "more damping, more calibration error"
+
+
+def degenerate(kind):
+    weight, x = problem(200, 40, 6)
+    if kind == "few tokens":
+        x = x[:10]
+    elif kind == "one token":
+        x = x[:1]
+    elif kind == "duplicates":
+        x[:, 20:] = x[:, :20]
+    elif kind == "dead":
+        x[:, ::2] = 0
+    elif kind == "all dead":
+        x = torch.zeros_like(x)
+    elif kind == "huge scale":
+        x = x * 1e12
+    elif kind == "tiny scale":
+        x = x * 1e-12
+    return weight, x
+
+
+@pytest.mark.parametrize("damp", [1e-9, 1e-6, 1e-2])
+@pytest.mark.parametrize(
+    "kind",
+    ["few tokens", "one token", "duplicates", "dead", "all dead", "huge scale", "tiny scale"],
+)
+def test_degenerate_grams_give_finite_certified_results(kind, damp):
+    weight, x = degenerate(kind)
+    kept = every_third_removed(40)
+    damps = torch.tensor([damp, math.inf], dtype=torch.float64)
+    new, error, held_out, info = ops.reconstruct(
+        weight, gram_of(x), kept, damps, holdout=gram_of(x)
+    )
+    assert not info[:, 0].any()
+    assert new.isfinite().all() and error.isfinite().all() and held_out.isfinite().all()
+    energy = (x @ weight.mT).square().sum()
+    for k in range(2):
+        brute = output_error(weight, new[k], kept, x)
+        assert abs(error[k] - brute) <= 1e-10 * energy
+        assert abs(held_out[k] - brute) <= 1e-10 * energy
+    assert error[0] <= error[1] * (1 + 1e-12)
+
+
+def test_a_gram_that_is_not_positive_definite_is_reported():
+    gram = torch.diag(torch.tensor([1.0, 1.0, -4.0, 1.0], dtype=torch.float64))
+    weight = torch.ones(2, 4, dtype=torch.float64)
+    kept = torch.tensor([0, 1, 2])
+    damps = torch.tensor([0.0, math.inf], dtype=torch.float64)
+    new, error, held_out, info = ops.reconstruct(weight, gram, kept, damps, holdout=gram)
+    assert info[0, 0] == 3 and info[1].tolist() == [0, 1]
+    assert new[0].isnan().all() and error[0].isnan() and held_out[0].isnan()
+    assert torch.equal(new[1], weight[:, kept])
+    dead = torch.zeros(4, 4, dtype=torch.float64)
+    assert ops.reconstruct(weight, dead, kept, damps)[3][:, 0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_narrow_weights_and_grams_are_widened(dtype):
+    weight, x = problem(200, 40, 6)
+    kept = every_third_removed(40)
+    narrow, gram = weight.to(dtype), gram_of(x).float()
+    got = ops.reconstruct(narrow, gram, kept, LADDER[1:], holdout=gram)
+    want = ops.reconstruct(narrow.double(), gram.double(), kept, LADDER[1:], holdout=gram.double())
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float64 and torch.equal(a, b)
+
+
+def test_strided_arguments_equal_contiguous():
+    weight, x = problem(200, 40, 6)
+    kept, gram = every_third_removed(40), gram_of(x)
+    wide = torch.zeros(40, 60, dtype=torch.float64)
+    wide[:, :40] = gram
+    want = ops.reconstruct(weight, gram, kept, LADDER)
+    transposed = weight.mT.contiguous().mT
+    got = ops.reconstruct(transposed, wide[:, :40], kept, LADDER)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_bit_identical_whatever_the_threads():
+    weight, x = problem(700, 300, 129)
+    arguments = (weight, gram_of(x), every_third_removed(300), LADDER, gram_of(x[:350]))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 1, 2, 2):
+            torch.set_num_threads(count)
+            results.append(ops.reconstruct(*arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for first, second in ((0, 1), (2, 3)):
+        for a, b in zip(results[first], results[second], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_rejected_arguments_name_the_rule_and_the_remedy():
+    weight, x = problem(50, 6, 3)
+    gram, kept = x.mT @ x, torch.tensor([0, 2, 5])
+    cases = [
+        ((weight, gram[:5], kept, LADDER), {}, r"gram must be \(6, 6\), got \(5, 6\)"),
+        ((weight, gram, kept.int(), LADDER), {}, r"kept must be \(n,\) int64"),
+        ((weight, gram, torch.tensor([0, 6]), LADDER), {}, "kept must index 6 features, got 6"),
+        ((weight, gram, torch.tensor([2, 2]), LADDER), {}, "strictly ascending"),
+        ((weight, gram, kept, LADDER.float()), {}, r"damps must be \(L,\) float64"),
+        ((weight, gram, kept, -LADDER), {}, "damps must be at least 0"),
+        ((weight, gram, kept, LADDER * torch.nan), {}, "damps must be at least 0"),
+        ((weight.int(), gram, kept, LADDER), {}, "weight must be a float tensor"),
+        ((weight, gram, kept, LADDER), {"holdout": gram[1:]}, r"holdout must be \(6, 6\)"),
+        ((weight, gram, kept, LADDER), {"cross": weight}, r"cross must be \(6, 3\)"),
+        (
+            (weight, gram, kept, LADDER),
+            {"holdout": gram, "cross": weight.mT},
+            "holdout_cross must be given exactly when",
+        ),
+    ]
+    for arguments, extra, message in cases:
+        with pytest.raises(RuntimeError, match="reconstruct: .*" + message):
+            ops.reconstruct(*arguments, **extra)
