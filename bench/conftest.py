@@ -1,0 +1,81 @@
+"""Shared by the benches: threads, CPU time, the machine's peak, one line of facts per result.
+
+    pytest bench/bench_gram.py bench/bench_reconstruct.py --benchmark-json=bench.json
+
+``LIAR_BENCH_THREADS`` sets the number of threads (1). Times are CPU time of the process, so that a
+busy machine disturbs them less; with several threads they are wall time.
+"""
+
+import os
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+THREADS = int(os.environ.get("LIAR_BENCH_THREADS", "1"))
+os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)  # scipy's own BLAS; read when it is imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(scope="session")
+def peaks(tmp_path_factory):
+    """Peak GFLOP/s of one core by dtype, measured now; empty without a compiler."""
+    program = tmp_path_factory.mktemp("peak") / "peak"
+    source = Path(__file__).parent / "peak.cpp"
+    try:
+        subprocess.run(
+            ["c++", "-std=c++17", "-O2", "-march=native", str(source), "-o", str(program)],
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    output = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
+    single, double, brain = (float(value) for value in output.split())
+    return {
+        torch.float16: single,  # multiplied in float32
+        torch.bfloat16: brain or single,
+        torch.float32: single,
+        torch.float64: double,
+    }
+
+
+@pytest.fixture
+def measure(benchmark, peaks):
+    """Time a call and note GFLOP/s of the work needed, its share of peak, and peak memory."""
+
+    def run(call, *, flops, dtype, rounds=7):
+        benchmark._timer = time.process_time if THREADS == 1 else time.perf_counter
+        benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+        rate = flops / benchmark.stats.stats.min / 1e9
+        benchmark.extra_info["gflops"] = round(rate, 1)
+        if peaks:
+            benchmark.extra_info["share_of_peak"] = round(rate / peaks[dtype] / THREADS, 3)
+            benchmark.extra_info["peak_gflops"] = peaks[dtype]
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        benchmark.extra_info["peak_memory_mib"] = usage.ru_maxrss // 1024
+        benchmark.extra_info["threads"] = THREADS
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print what the standard table has no column for."""
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    terminalreporter.section(f"best time, rate of the needed work, share of peak; {THREADS} thread")
+    for bench in session.benchmarks:
+        info = bench.extra_info
+        if "gflops" not in info:
+            continue
+        terminalreporter.write_line(
+            f"{bench.name:66} {bench.stats.min * 1e3:10.2f} ms {info['gflops']:8.1f} GFLOP/s "
+            f"{100 * info.get('share_of_peak', 0):6.1f} %"
+        )
