@@ -22,6 +22,7 @@ from pathlib import Path
 
 from liar_ext import Budget, allocate, apply_plan, calibrate, perplexity, reconstruct, score, sites
 from liar_ext.checkpoint import load_model
+from liar_ext.pipeline import measure_losses, probe_batches
 from liar_ext.reconstruction import with_bias
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
@@ -94,8 +95,19 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
             for keep in options.keep:
                 start = time.perf_counter()
                 scores = score(model, bank, at, criterion, seed=seed)
+                losses = None
+                if allocation == "curve":
+                    probe = probe_batches(calibration.batches())
+                    losses, _ = measure_losses(
+                        model, bank, at, scores, Budget(keep), probe, mode=mode
+                    )
                 plan = allocate(
-                    at, scores, Budget(keep), allocation, model_type=model.config.model_type
+                    at,
+                    scores,
+                    Budget(keep),
+                    allocation,
+                    model_type=model.config.model_type,
+                    losses=losses,
                 )
                 plan = with_bias(plan, model, mode)
                 weights, _ = reconstruct(model, bank, plan, mode=mode)

@@ -41,6 +41,9 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
       "reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, Tensor? holdout=None, "
       "Tensor? cross=None, Tensor? holdout_cross=None, bool errors_only=False) -> "
       "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)");
+  m.def(
+      "obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, int groups=1) -> "
+      "(Tensor order, Tensor error, Tensor info)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {
@@ -50,6 +53,7 @@ STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CPU, m) {
   m.impl("gram_update_", TORCH_BOX(&liar::gram_update_cpu));
   m.impl("reconstruct", TORCH_BOX(&liar::reconstruct_cpu));
+  m.impl("obs_curve", TORCH_BOX(&liar::obs_curve_cpu));
 }
 
 /// `import liar_ext._C` loads the library, which registers the operators; the module is empty.

@@ -6,13 +6,16 @@ from liar_ext.arch import register_family, sites
 from liar_ext.calibration import calibrate
 from liar_ext.checkpoint import load_pruned, save_pruned, verify_pruned
 from liar_ext.criteria import criterion, score
+from liar_ext.curves import error_curves
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
+from liar_ext.evaluation import kl_divergence, perplexity
+from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.moments import MomentBank, Moments
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct
 from liar_ext.report import Report
+from liar_ext.sensitivity import site_divergences
 from liar_ext.surgery import apply_plan
 
 __all__ = [
@@ -26,14 +29,18 @@ __all__ = [
     "apply_plan",
     "calibrate",
     "criterion",
+    "error_curves",
+    "kl_divergence",
     "load_pruned",
     "ops",
     "perplexity",
     "prune",
     "reconstruct",
+    "reconstruct_layerwise",
     "register_family",
     "save_pruned",
     "score",
+    "site_divergences",
     "sites",
     "verify_pruned",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from liar_ext.arch import Site
 from liar_ext.errors import InputError
+from liar_ext.knapsack import choose
 from liar_ext.plan import Budget, Plan, SitePlan
 
 Counts = dict[str, int]
@@ -26,6 +27,7 @@ def allocate(
     *,
     model_type: str = "",
     total: float | None = None,
+    losses: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Decide which units stay so that the cost kept is at most ``budget.keep`` of the dense cost.
 
@@ -37,16 +39,21 @@ def allocate(
         ``(units,)`` by site name, higher = keep.
     budget : Budget
         What may stay.
-    method : {"uniform", "global"}
+    method : {"uniform", "global", "curve"}
         ``uniform``: every site keeps the same fraction, as near as its units allow: heads are
         rounded to a count and channels make up for it. ``global``: scores
         are standardised within a site and compared across all sites (FLAP's way; a site's cost per
-        unit is constant, so dividing by it changes nothing after standardising).
+        unit is constant, so dividing by it changes nothing after standardising). ``curve``: the
+        least sum of ``losses``, exactly up to 1/8192 of the budget.
     model_type : str
         For the record in the plan.
     total : float, optional
         Dense cost of the whole model in the budget's unit, from :func:`total_cost`; needed where
         the budget counts more than the sites.
+    losses : mapping of str to Tensor, optional
+        For ``curve``: ``(units + 1,)`` by site name, what the model loses when k units of the site
+        are gone; for instance an error curve times the sensitivity of its site. Losses of
+        different sites must have one unit, and they add up.
 
     Returns
     -------
@@ -55,17 +62,43 @@ def allocate(
     Raises
     ------
     InputError
-        If the method is unknown or no plan can meet the budget.
+        If the method is unknown, ``curve`` lacks its losses, or no plan can meet the budget.
     """
     check_budget(at, budget, method, total)
+    if method == "curve" and losses is None:
+        raise InputError("allocate: method curve needs losses, such as those of error_curves")
     problem = _Problem.of(at, budget, total)
-    counts = _METHODS[method](problem, scores)
+    counts = _METHODS[method](problem, losses if method == "curve" else scores)
+    return _plan(at, scores, counts, model_type, {**asdict(budget), "allocation": method})
+
+
+def probe_plan(
+    at: Sequence[Site], scores: Mapping[str, Tensor], budget: Budget, *, model_type: str = ""
+) -> Plan:
+    """Return a plan that takes about the budget's fraction, and at least one step, off every site.
+
+    For measuring how the model feels each site alone; it need not meet the budget.
+    """
+    counts = {}
+    for site in at:
+        fewer = _allowed_counts(site, budget)[:-1] or (site.units,)
+        counts[site.name] = _round(fewer, budget.keep * site.units, up=False)
+    return _plan(at, scores, counts, model_type, asdict(budget))
+
+
+def _plan(
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    counts: Counts,
+    model_type: str,
+    budget: dict[str, object],
+) -> Plan:
     plan = {
         site.name: SitePlan(site.units, select(scores[site.name], counts[site.name], site.groups))
         for site in at
     }
     attn_unit = next((site.unit for site in at if site.kind == "attn"), "kv_group")
-    return Plan(model_type, attn_unit, plan, {**asdict(budget), "allocation": method})
+    return Plan(model_type, attn_unit, plan, budget)
 
 
 def check_budget(
@@ -154,13 +187,15 @@ class _Problem:
     def spent(self, counts: Counts) -> float:
         return sum(self.cost[name] * count for name, count in counts.items())
 
-    def fill(self, gain: Callable[[tuple[Site, ...], int, int], float]) -> Counts:
-        """Start from the least counts and spend the limit on the best gains, one step at a time.
+    def fill(
+        self, gain: Callable[[tuple[Site, ...], int, int], float], start: Counts | None = None
+    ) -> Counts:
+        """Spend what the limit leaves on the best gains, one step of one team at a time.
 
         ``gain(team, now, then)`` is the worth per unit of raising a team's count; a team whose next
-        step does not fit leaves the race.
+        step does not fit leaves the race. ``start`` is the least counts if not given.
         """
-        counts = {site.name: self.allowed[site.name][0] for site in self.sites}
+        counts = start or {site.name: self.allowed[site.name][0] for site in self.sites}
         left = self.limit - self.spent(counts)
         race: list[tuple[float, int, int]] = []  # (-gain, team, index of the next allowed count)
 
@@ -171,8 +206,8 @@ class _Problem:
                 worth = gain(team, allowed[step - 1], allowed[step])
                 heapq.heappush(race, (-worth, team_index, step))
 
-        for team_index in range(len(self.teams)):
-            enter(team_index, 1)
+        for team_index, team in enumerate(self.teams):
+            enter(team_index, self.allowed[team[0].name].index(counts[team[0].name]) + 1)
         while race:
             _, team_index, step = heapq.heappop(race)
             team = self.teams[team_index]
@@ -257,7 +292,45 @@ def _global(problem: _Problem, scores: Mapping[str, Tensor]) -> Counts:
     return problem.fill(gain)
 
 
+def _curve(problem: _Problem, losses: Mapping[str, Tensor]) -> Counts:
+    """Keep the counts of the least sum of losses, then spend what is left step by step."""
+    # A site that loses more units loses no less; where a curve dips, that is noise.
+    lost = {
+        site.name: losses[site.name].double().cummax(0).values.flip(0).tolist()
+        for site in problem.sites
+    }
+
+    def loss(team: tuple[Site, ...], count: int) -> float:
+        return sum(lost[site.name][count] for site in team)
+
+    options = [problem.allowed[team[0].name] for team in problem.teams]
+    prices = [sum(int(problem.cost[site.name]) for site in team) for team in problem.teams]
+    taken = choose(
+        [
+            [price * count for count in counts]
+            for price, counts in zip(prices, options, strict=True)
+        ],
+        [
+            [loss(team, count) for count in counts]
+            for team, counts in zip(problem.teams, options, strict=True)
+        ],
+        problem.limit,
+    )
+    counts = {
+        site.name: allowed[index]
+        for team, allowed, index in zip(problem.teams, options, taken, strict=True)
+        for site in team
+    }
+
+    def gain(team: tuple[Site, ...], now: int, then: int) -> float:
+        price = sum(problem.cost[site.name] for site in team) * (then - now)
+        return (loss(team, now) - loss(team, then)) / price
+
+    return problem.fill(gain, counts)
+
+
 _METHODS: dict[str, Callable[[_Problem, Mapping[str, Tensor]], Counts]] = {
     "uniform": _uniform,
     "global": _global,
+    "curve": _curve,
 }

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from liar_ext.arch import Site, sites
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, MomentBank, Moments
+from liar_ext.outputs import evaluating
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def calibrate(
     bank = MomentBank({site.name: Moments.zeros(site.d_in, device=device) for site in at})
     current = _Batch()
     sequences = 0
-    with _collecting(model, at, bank, current), _evaluating(model):
+    with _collecting(model, at, bank, current), evaluating(model):
         for index, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
             inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
             inputs = {name: value.to(device) for name, value in inputs.items()}
@@ -119,6 +120,8 @@ def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current:
     def hook(moments: Moments):
         def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x, weight = arguments[0], current.weight
+            if x.dim() == 2:  # OPT flattens sequences and tokens before its MLP
+                x = x.unflatten(0, (sum(map(len, current.rows)), -1))
             if current.whole is not None:
                 folds = [(current.whole, x, weight)]
             else:
@@ -142,18 +145,3 @@ def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Switch dropout and the key-value cache off while the context is open."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.train(training)
-        if use_cache is not None:
-            model.config.use_cache = use_cache

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.errors import InputError
+from liar_ext.outputs import evaluating, output_divergence
 
 
 @torch.no_grad()
@@ -68,3 +69,46 @@ def perplexity(
         "sequences": sequences,
         "seq_len": seq_len,
     }
+
+
+@torch.no_grad()
+def kl_divergence(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    progress: bool = False,
+) -> float:
+    """Return ``(1/N) Σ KL(p ‖ q)`` in nats: p the dense model's predictions, q those of ``model``.
+
+    It says how much of the dense model's behaviour is lost, whatever the text, where perplexity
+    says how well a text is predicted. Models without logits are compared by their last hidden
+    state; see :func:`liar_ext.outputs.output_divergence`.
+
+    Parameters
+    ----------
+    model, dense : nn.Module
+        Models with the same outputs.
+    batches : iterable of mapping
+        Inputs of the models, such as ``input_ids`` and ``attention_mask``.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    InputError
+        If there is no batch.
+    """
+    total, rows = 0.0, 0
+    with evaluating(model), evaluating(dense):
+        for batch in tqdm(batches, desc="divergence", disable=not progress):
+            inputs = {key: value for key, value in batch.items() if key != "fold"}
+            outputs = []
+            for each in (dense, model):
+                device = next(each.parameters()).device
+                outputs.append(each(**{key: value.to(device) for key, value in inputs.items()}))
+            part, count = output_divergence(*outputs, inputs.get("attention_mask"))
+            total, rows = total + part, rows + count
+    if not rows:
+        raise InputError("kl_divergence: needs at least one batch, got none; give more text")
+    return total / rows

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 
 from liar_ext import Budget, InputError, allocate, sites
-from liar_ext.allocation import check_budget, select, total_cost
+from liar_ext.allocation import check_budget, probe_plan, select, total_cost
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,18 @@ def llama():
     return model, at, scores
 
 
+@pytest.fixture(scope="module")
+def losses(llama):
+    """Rising curves that are convex nowhere in particular, with a dip as held-out errors have."""
+    generator = torch.Generator().manual_seed(6)
+    curves = {}
+    for site in llama[1]:
+        curve = torch.rand(site.units + 1, generator=generator).double().cumsum(0)
+        curve[site.units // 2] -= 0.7
+        curves[site.name] = (curve - curve[0]) * torch.rand(1, generator=generator).double()
+    return curves
+
+
 def kept_cost(plan, at, budget, total):
     cost = {
         s.name: s.unit_flops(budget.seq_len) if budget.of == "flops" else s.unit_params for s in at
@@ -27,14 +39,14 @@ def kept_cost(plan, at, budget, total):
     return (total - removed) / total
 
 
-@pytest.mark.parametrize("method", ["uniform", "global"])
+@pytest.mark.parametrize("method", ["uniform", "global", "curve"])
 @pytest.mark.parametrize("of", ["prunable", "params", "flops"])
 @pytest.mark.parametrize("keep", [0.5, 0.7, 0.9, 1.0])
-def test_budget_is_met_and_used(llama, method, of, keep):
+def test_budget_is_met_and_used(llama, losses, method, of, keep):
     model, at, scores = llama
     budget = Budget(keep, of, seq_len=16)
     total = total_cost(model, at, budget)
-    plan = allocate(at, scores, budget, method, total=total)
+    plan = allocate(at, scores, budget, method, total=total, losses=losses)
     kept = kept_cost(plan, at, budget, total)
     coarsest = max(s.unit_flops(16) if of == "flops" else s.unit_params for s in at)
     mlps = sum(s.kind == "mlp" for s in at)
@@ -69,13 +81,48 @@ def test_global_equals_brute_force_order(llama):
     assert len(kept) == room + len(mlps)
 
 
-def test_constraints_hold(llama):
+@pytest.mark.parametrize("uniform_layers", [False, True])
+@pytest.mark.parametrize("of", ["prunable", "flops"])
+@pytest.mark.parametrize("keep", [0.6, 0.75, 0.9])
+def test_curve_equals_brute_force(llama, losses, of, keep, uniform_layers):
+    """Every combination of counts of two blocks' sites, attention against MLP."""
+    model, at, scores = llama
+    at = [site for site in at if site.block < 2]
+    budget = Budget(keep, of, multiple_of=4, uniform_layers=uniform_layers, seq_len=16)
+    cost = {s.name: s.unit_flops(16) if of == "flops" else s.unit_params for s in at}
+    dense = sum(cost[s.name] * s.units for s in at)
+    total = total_cost(model, at, budget)
+    rising = {name: curve.cummax(0).values for name, curve in losses.items()}
+    steps = [[n for n in range(1, s.units + 1) if n * s.width % 4 == 0] for s in at]
+    least = float("inf")
+    for counts in itertools.product(*steps):
+        named = dict(zip((s.name for s in at), counts, strict=True))
+        equal = all(len({named[f"{b}.{kind}"] for b in (0, 1)}) == 1 for kind in ("attn", "mlp"))
+        spent = total - dense + sum(cost[name] * count for name, count in named.items())
+        if spent <= keep * total and (equal or not uniform_layers):
+            lost = sum(float(rising[s.name][s.units - named[s.name]]) for s in at)
+            least = min(least, lost)
+    plan = allocate(at, scores, budget, "curve", total=total, losses=losses)
+    lost = sum(float(rising[s.name][len(plan.sites[s.name].removed)]) for s in at)
+    assert lost == pytest.approx(least, abs=1e-12)
+
+
+def test_probe_plans_take_something_off_every_site(llama):
+    _, at, scores = llama
+    for keep, multiple_of in itertools.product((0.5, 0.8, 0.99, 1.0), (1, 8)):
+        plan = probe_plan(at, scores, Budget(keep, multiple_of=multiple_of))
+        for site in at:
+            kept = plan.sites[site.name].kept
+            assert 0 < len(kept) < site.units and len(kept) <= max(1, keep * site.units)
+
+
+def test_constraints_hold(llama, losses):
     model, at, scores = llama
     for method, multiple_of, at_least in itertools.product(
-        ("uniform", "global"), (1, 4, 8), (1, 3)
+        ("uniform", "global", "curve"), (1, 4, 8), (1, 3)
     ):
         budget = Budget(0.6, multiple_of=multiple_of, at_least=at_least, uniform_layers=True)
-        plan = allocate(at, scores, budget, method)
+        plan = allocate(at, scores, budget, method, losses=losses)
         for site in at:
             kept = len(plan.sites[site.name].kept)
             assert kept >= at_least
@@ -101,8 +148,10 @@ def test_budget_that_no_plan_meets(llama):
         check_budget(at, budget, "global", total_cost(model, at, budget))
     with pytest.raises(InputError, match="needs total=total_cost"):
         allocate(at, scores, Budget(0.5, "params"))
-    with pytest.raises(InputError, match="method must be one of uniform, global"):
+    with pytest.raises(InputError, match="method must be one of uniform, global, curve"):
         allocate(at, scores, Budget(0.5), "best")
+    with pytest.raises(InputError, match="method curve needs losses"):
+        allocate(at, scores, Budget(0.5), "curve")
 
 
 def test_flops_of_a_model_equal_counted_ones():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import tiny, tiny_inputs
 
-from liar_ext import InputError, calibrate, criterion, score, sites
+from liar_ext import InputError, calibrate, criterion, ops, score, sites
+from liar_ext.allocation import select
 from liar_ext.arch import get_consumer_weight
 from liar_ext.criteria import _CRITERIA, list_criteria
 
@@ -96,3 +97,28 @@ def test_unknown_and_broken_criteria(job):
             score(model, bank, at, "nan")
     finally:
         del _CRITERIA["nan"]
+
+
+@pytest.mark.parametrize("attn_unit", ["kv_group", "head"])
+def test_obs_keeps_what_greedy_elimination_leaves(attn_unit):
+    model = tiny("llama")
+    at = sites(model, attn_unit=attn_unit)
+    bank = calibrate(model, [tiny_inputs(model, batch=8, seed=seed) for seed in range(3)], at)
+    scores = score(model, bank, at, "obs")
+    for site in at:
+        gram, _, tokens = bank[site.name].pooled()
+        weight = get_consumer_weight(model, site).double()
+        order, error, _ = ops.obs_curve(weight, gram, site.width, 1e-2, 0, site.groups)
+        for gone in range(0, site.units, site.groups):
+            kept = select(scores[site.name], site.units - gone, site.groups)
+            assert set(kept) == set(range(site.units)) - set(order[:gone].tolist())
+        assert torch.equal(scores[site.name].sort().values, error[1:] / tokens)
+
+
+def test_obs_names_moments_that_are_damaged():
+    model = tiny("llama")
+    at = sites(model)
+    bank = calibrate(model, [tiny_inputs(model, batch=8)], at)
+    bank["1.mlp"].gram[0, 3, 3] = -1e9
+    with pytest.raises(InputError, match="obs cannot factor a Gram matrix"):
+        score(model, bank, at, "obs")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import outputs, tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, prune
+from liar_ext import Budget, InputError, kl_divergence, prune
 from liar_ext.report import Report
 
 
@@ -18,7 +18,7 @@ def batches(model, count=6):
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "bert", "gpt2", "gpt_neox", "opt", "mpnet", "vit"]
 )
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "curve"])
 def test_the_whole_job(family, allocation):
     model = tiny(family)
     data = batches(model)
@@ -56,6 +56,43 @@ def test_reconstruction_is_nearer_to_the_dense_model_than_dropping():
         prune(model, data, 0.8, kinds=("mlp",), reconstruct=mode)
         distance[mode] = float((outputs(model, held_out) - wanted).square().mean())
     assert distance["linear"] < distance["none"]
+
+
+@pytest.mark.parametrize("criterion", ["wifv", "obs"])
+@pytest.mark.parametrize("mode", ["none", "linear", "affine"])
+def test_curve_allocation_with_any_criterion_and_mode(criterion, mode):
+    model = tiny("llama")
+    report = prune(
+        model, iter(batches(model)), 0.7, criterion=criterion, allocation="curve", reconstruct=mode
+    )
+    assert report.params["prunable_after"] <= 0.7 * report.params["prunable_before"]
+    assert all(row.sensitivity > 0 for row in report.sites)
+    assert 0 < report.settings["predicted_divergence"] < 10
+
+
+def test_predicted_divergence_is_near_the_measured_one():
+    """Single-site losses add up, as long as little is lost."""
+    dense = tiny("llama")
+    model, data = copy.deepcopy(dense), batches(dense)
+    report = prune(model, data, 0.9, criterion="obs", allocation="curve")
+    measured = kl_divergence(model, dense, data)
+    assert 1 / 3 < report.settings["predicted_divergence"] / measured < 3
+
+
+def test_curve_allocation_loses_less_than_uniform():
+    dense = tiny("llama")
+    # One block that hardly matters: its outputs are a tenth of the others'.
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        dense.model.layers[1].get_submodule(name).weight.data *= 0.1
+    data, held_out = batches(dense), [tiny_inputs(dense, batch=16, tokens=16, seed=99)]
+    lost = {}
+    for allocation in ("uniform", "curve"):
+        model = copy.deepcopy(dense)
+        report = prune(model, data, 0.7, allocation=allocation)
+        lost[allocation] = kl_divergence(model, dense, held_out)
+    kept = {name: len(site.kept) for name, site in report.plan.sites.items()}
+    assert kept["1.mlp"] < min(kept["0.mlp"], kept["2.mlp"])
+    assert lost["curve"] < lost["uniform"]
 
 
 def test_keeping_everything_changes_nothing():

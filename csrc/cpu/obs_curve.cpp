@@ -1,0 +1,364 @@
+// Two symmetric matrices over the features that are left say everything:
+//
+//     H = (G_KK + Λ)⁻¹        M = WᵀW  of the re-solved weights W
+//
+// Unit u costs δ_u = tr(W_u S⁻¹ W_uᵀ) = tr(M_uu S⁻¹) with S = H_uu = C Cᵀ. Removing it is one step
+// of a block Cholesky factorisation with the cheapest unit as pivot:
+//
+//     L = C⁻¹ H_u:    Q = C⁻¹ M_u:    N = C⁻¹ M_uu C⁻ᵀ    R = Q − ½ N L    δ_u = tr N
+//     H ← H − LᵀL     M ← M − LᵀR − RᵀL
+//
+// M follows from W ← W − W_u S⁻¹ H_u:, so the number of outputs is gone after M = WᵀW. Both updates
+// wait until a panel of rows of L and R is full; then they are matrix products. In between only
+// what the next choice needs is kept up to date: the diagonal blocks, and the rows of the unit
+// that goes.
+//
+//     slots of units   [ . . x . . . x . | . . ]      x: removed in this panel
+//     after a panel    [ . . t . . . t . ]            the last survivors t move into the holes
+#include "obs_curve.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cholesky.h"
+#include "dense.h"
+
+namespace liar {
+namespace {
+
+constexpr int64_t kPanelRows = 64;  // rows of L: the panels of L and R fit a second-level cache
+constexpr int64_t kSweepRows = 128;
+constexpr int64_t kFewRows = 8;  // below, packing costs more than it saves
+
+/// x ← C⁻¹ x for x (n, cols), where C = Uᵀ and U is upper triangular (n, n); all row-major.
+void solve_lower(int64_t n, int64_t cols, const double* u, double* x, int64_t x_row) {
+  for (int64_t i = 0; i < n; ++i) {
+    double* row = x + i * x_row;
+    for (int64_t k = 0; k < i; ++k) {
+      const double scale = u[k * n + i];
+      for (int64_t j = 0; j < cols; ++j) row[j] -= scale * x[k * x_row + j];
+    }
+    for (int64_t j = 0; j < cols; ++j) row[j] /= u[i * n + i];
+  }
+}
+
+class Elimination {
+ public:
+  Elimination(const ObsCurve& args, const PanelKernel& kernel, const Pool& pool)
+      : a_(args),
+        kernel_(kernel),
+        pool_(pool),
+        w_(args.width),
+        slots_(args.d / args.width),
+        panel_(std::max<int64_t>(1, kPanelRows / args.width) * args.width),
+        unit_(static_cast<size_t>(slots_)),
+        open_(static_cast<size_t>(slots_), 1),
+        left_(static_cast<size_t>(panel_ * args.d)),
+        right_(static_cast<size_t>(panel_ * args.d)),
+        inverse_blocks_(static_cast<size_t>(args.d * w_)),
+        energy_blocks_(static_cast<size_t>(args.d * w_)) {
+    for (int64_t s = 0; s < slots_; ++s) unit_[static_cast<size_t>(s)] = s;
+  }
+
+  void run() {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    const int64_t removed = slots_ - a_.at_least;
+    int64_t code = invert();
+    if (code == 0) {
+      std::fill_n(a_.energy, a_.d * a_.d, 0.0);
+      add_lower(a_.d, a_.d_out, 1, a_.weight, a_.weight, a_.energy);
+      read_blocks();
+    }
+    a_.error_out[0] = 0;
+    for (int64_t k = 0; k < removed && code == 0; ++k) {
+      if (k % a_.groups == 0) gone_.assign(static_cast<size_t>(a_.groups), 0);
+      const int64_t slot = cheapest();
+      double cost = 0;
+      if (slot < 0 || !eliminate(slot, &cost)) {
+        code = a_.d + k + 1;
+        break;
+      }
+      a_.order_out[k] = unit_[static_cast<size_t>(slot)];
+      a_.error_out[k + 1] = a_.error_out[k] + cost;
+      if (rows_ + w_ > panel_) flush();
+    }
+    a_.info_out[0] = static_cast<double>(code);
+    a_.info_out[1] = code == 0 ? condition_ : nan;
+    if (code == 0) return;
+    std::fill_n(a_.error_out, removed + 1, nan);
+    for (int64_t k = 0; k < removed; ++k) a_.order_out[k] = k;
+  }
+
+ private:
+  /// H = (G + Λ)⁻¹ in the lower triangle by sweeping a block of pivots S at a time:
+  ///
+  ///     A_pp = S → −S⁻¹     A_pr → S⁻¹ A_pr     A_rr → A_rr − A_rp S⁻¹ A_pr
+  ///
+  /// ends in −A⁻¹. The diagonals of the factors of all S are those of the factor of A. Returns the
+  /// order of the first leading minor that is not positive definite, or 0.
+  int64_t invert() {
+    const int64_t d = a_.d;
+    double* h = a_.inverse;
+    double mean = 0;
+    for (int64_t i = 0; i < d; ++i) mean += h[i * d + i];
+    mean = mean > 0 ? mean / static_cast<double>(d) : 1;
+    for (int64_t i = 0; i < d; ++i) {
+      // A dead feature gives nothing to the output: without its column it costs nothing either.
+      if (h[i * d + i] == 0) {
+        for (int64_t o = 0; o < a_.d_out; ++o) a_.weight[o * d + i] = 0;
+      }
+      h[i * d + i] += a_.damp * mean;
+    }
+    double low = std::numeric_limits<double>::infinity(), high = 0;
+    std::vector<double> rows(static_cast<size_t>(kSweepRows * d)), solved(rows.size()),
+        pivot(static_cast<size_t>(kSweepRows * kSweepRows));
+    for (int64_t first = 0; first < d; first += kSweepRows) {
+      const int64_t n = std::min(kSweepRows, d - first);
+      for (int64_t i = 0; i < n; ++i) {
+        double* row = &rows[static_cast<size_t>(i * d)];
+        read_row(h, first + i, d, row);
+        std::copy_n(row + first, n, &pivot[static_cast<size_t>(i * n)]);
+        std::fill_n(row + first, n, 0.0);
+        row[first + i] = -1;
+      }
+      const int64_t failed = cholesky(pivot.data(), n, n, kernel_, pool_);
+      if (failed != 0) return first + failed;
+      for (int64_t i = 0; i < n; ++i) {
+        low = std::min(low, pivot[static_cast<size_t>(i * n + i)]);
+        high = std::max(high, pivot[static_cast<size_t>(i * n + i)]);
+      }
+      std::copy(rows.begin(), rows.end(), solved.begin());
+      cholesky_solve(pivot.data(), n, n, solved.data(), d, d, kernel_, pool_);
+      add_lower(d, n, -1, rows.data(), solved.data(), h);
+      for (int64_t i = 0; i < n; ++i) {
+        const double* row = &solved[static_cast<size_t>(i * d)];
+        std::copy_n(row, first + i + 1, h + (first + i) * d);
+        for (int64_t j = first + n; j < d; ++j) h[j * d + first + i] = row[j];
+      }
+    }
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = 0; j <= i; ++j) h[i * d + j] = -h[i * d + j];
+    }
+    condition_ = high / low * (high / low);
+    return 0;
+  }
+
+  /// Lower triangle of c (n, n) += sign · aᵀ b, with a and b (steps, n); rows of d everywhere.
+  void add_lower(int64_t n, int64_t steps, double sign, const double* a, const double* b,
+                 double* c) const {
+    liar::add_product({{a, a_.d}, {b, a_.d}, steps, n, n, sign, c, a_.d, Triangle::kLower}, kernel_,
+                      pool_);
+  }
+
+  /// c (rows, cols) += scale · aᵀ b, with a (steps, rows) and b (steps, cols).
+  void add_product(int64_t rows, int64_t cols, int64_t steps, double scale, const double* a,
+                   int64_t a_row, const double* b, double* c, int64_t c_row) const {
+    if (rows >= kFewRows) {
+      liar::add_product({{a, a_row}, {b, a_.d}, steps, rows, cols, scale, c, c_row}, kernel_,
+                        pool_);
+      return;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < steps; ++k) {
+        const double value = scale * a[k * a_row + i];
+        for (int64_t j = 0; j < cols; ++j) c[i * c_row + j] += value * b[k * a_.d + j];
+      }
+    }
+  }
+
+  /// Overwrites the upper triangle of a (n, n) by U, a = UᵀU; false if there is none.
+  bool factor(int64_t n, double* a) const {
+    if (n > 1) return cholesky(a, n, n, kernel_, pool_) == 0;
+    const bool positive = a[0] > 0;
+    a[0] = std::sqrt(a[0]);
+    return positive;
+  }
+
+  double* inverse_block(int64_t slot) {
+    return &inverse_blocks_[static_cast<size_t>(slot * w_ * w_)];
+  }
+  double* energy_block(int64_t slot) {
+    return &energy_blocks_[static_cast<size_t>(slot * w_ * w_)];
+  }
+
+  void read_blocks() {
+    for (int64_t s = 0; s < slots_; ++s) {
+      for (int64_t i = 0; i < w_; ++i) {
+        for (int64_t j = 0; j < w_; ++j) {
+          inverse_block(s)[i * w_ + j] = at(a_.inverse, s * w_ + i, s * w_ + j);
+          energy_block(s)[i * w_ + j] = at(a_.energy, s * w_ + i, s * w_ + j);
+        }
+      }
+    }
+  }
+
+  double& at(double* matrix, int64_t i, int64_t j) const {
+    return i >= j ? matrix[i * a_.d + j] : matrix[j * a_.d + i];
+  }
+
+  /// The slot of least cost in a group that has not lost a unit in this round; -1 if H is spoilt.
+  int64_t cheapest() {
+    const int64_t per_group = a_.d / w_ / a_.groups;
+    int64_t best = -1;
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t s = 0; s < slots_; ++s) {
+      const int64_t unit = unit_[static_cast<size_t>(s)];
+      if (!open_[static_cast<size_t>(s)] || gone_[static_cast<size_t>(unit / per_group)]) continue;
+      const double cost = cost_of(s);
+      // Slots are not in the order of the units: break ties by the unit.
+      if (cost < least || (cost == least && best >= 0 && unit < unit_[static_cast<size_t>(best)])) {
+        best = s;
+        least = cost;
+      }
+    }
+    return best;
+  }
+
+  /// tr(M_uu S⁻¹), not below 0; NaN if S is not positive definite.
+  double cost_of(int64_t slot) {
+    if (w_ == 1) return std::max(0.0, *energy_block(slot) / *inverse_block(slot));
+    factor_.assign(inverse_block(slot), inverse_block(slot) + w_ * w_);
+    if (!factor(w_, factor_.data())) return std::numeric_limits<double>::quiet_NaN();
+    square_.assign(energy_block(slot), energy_block(slot) + w_ * w_);
+    return whiten_square();
+  }
+
+  /// square_ ← N = C⁻¹ square_ C⁻ᵀ with C = factor_; returns its trace, not below 0.
+  double whiten_square() {
+    const auto transpose = [&] {
+      for (int64_t i = 0; i < w_; ++i) {
+        for (int64_t j = 0; j < i; ++j) {
+          std::swap(square_[static_cast<size_t>(i * w_ + j)],
+                    square_[static_cast<size_t>(j * w_ + i)]);
+        }
+      }
+    };
+    solve_lower(w_, w_, factor_.data(), square_.data(), w_);
+    transpose();
+    solve_lower(w_, w_, factor_.data(), square_.data(), w_);
+    double trace = 0;
+    for (int64_t i = 0; i < w_; ++i) trace += square_[static_cast<size_t>(i * w_ + i)];
+    return std::max(0.0, trace);
+  }
+
+  /// Appends the rows of L and R of one unit; false if S is not positive definite.
+  bool eliminate(int64_t slot, double* cost) {
+    const int64_t n = slots_ * w_, first = slot * w_;
+    double* left = &left_[static_cast<size_t>(rows_ * a_.d)];
+    double* right = &right_[static_cast<size_t>(rows_ * a_.d)];
+    for (int64_t i = 0; i < w_; ++i) {
+      read_row(a_.inverse, first + i, n, left + i * a_.d);
+      read_row(a_.energy, first + i, n, right + i * a_.d);
+    }
+    // What this panel has taken from these rows so far.
+    const double *l = left_.data(), *r = right_.data();
+    add_product(w_, n, rows_, -1, l + first, a_.d, l, left, a_.d);
+    add_product(w_, n, rows_, -1, l + first, a_.d, r, right, a_.d);
+    add_product(w_, n, rows_, -1, r + first, a_.d, l, right, a_.d);
+
+    factor_.resize(static_cast<size_t>(w_ * w_));
+    square_.resize(static_cast<size_t>(w_ * w_));
+    for (int64_t i = 0; i < w_; ++i) {
+      for (int64_t j = 0; j < w_; ++j) {
+        factor_[static_cast<size_t>(i * w_ + j)] = left[i * a_.d + first + j];
+        square_[static_cast<size_t>(i * w_ + j)] = right[i * a_.d + first + j];
+      }
+    }
+    if (!factor(w_, factor_.data())) return false;
+    *cost = whiten_square();
+    solve_lower(w_, n, factor_.data(), left, a_.d);
+    solve_lower(w_, n, factor_.data(), right, a_.d);
+    add_product(w_, n, w_, -0.5, square_.data(), w_, left, right, a_.d);  // N is symmetric
+
+    open_[static_cast<size_t>(slot)] = 0;
+    gone_[static_cast<size_t>(unit_[static_cast<size_t>(slot)] / (a_.d / w_ / a_.groups))] = 1;
+    rows_ += w_;
+    update_blocks(left, right);
+    return true;
+  }
+
+  /// Row i of a symmetric matrix of which the lower triangle is kept.
+  void read_row(const double* matrix, int64_t i, int64_t n, double* row) const {
+    std::copy_n(matrix + i * a_.d, i + 1, row);
+    for (int64_t j = i + 1; j < n; ++j) row[j] = matrix[j * a_.d + i];
+  }
+
+  void update_blocks(const double* left, const double* right) {
+    if (w_ == 1) {
+      for (int64_t s = 0; s < slots_; ++s) {
+        inverse_blocks_[static_cast<size_t>(s)] -= left[s] * left[s];
+        energy_blocks_[static_cast<size_t>(s)] -= 2 * left[s] * right[s];
+      }
+      return;
+    }
+    for (int64_t s = 0; s < slots_; ++s) {
+      if (!open_[static_cast<size_t>(s)]) continue;
+      const double *l = left + s * w_, *r = right + s * w_;
+      add_product(w_, w_, w_, -1, l, a_.d, l, inverse_block(s), w_);
+      add_product(w_, w_, w_, -1, l, a_.d, r, energy_block(s), w_);
+      add_product(w_, w_, w_, -1, r, a_.d, l, energy_block(s), w_);
+    }
+  }
+
+  /// Applies the panel to H and M and closes the ranks.
+  void flush() {
+    const int64_t n = slots_ * w_;
+    const double *l = left_.data(), *r = right_.data();
+    add_lower(n, rows_, -1, l, l, a_.inverse);
+    add_lower(n, rows_, -1, l, r, a_.energy);
+    add_lower(n, rows_, -1, r, l, a_.energy);
+    int64_t last = slots_;
+    for (int64_t hole = 0; hole < last; ++hole) {
+      if (open_[static_cast<size_t>(hole)]) continue;
+      do {
+        --last;
+      } while (last > hole && !open_[static_cast<size_t>(last)]);
+      if (last > hole) move_slot(last, hole);
+    }
+    slots_ = last;
+    rows_ = 0;
+  }
+
+  void move_slot(int64_t from, int64_t to) {
+    for (double* matrix : {a_.inverse, a_.energy}) {
+      for (int64_t i = 0; i < w_; ++i) {
+        for (int64_t j = 0; j < from * w_; ++j) {
+          if (j / w_ != to) at(matrix, to * w_ + i, j) = matrix[(from * w_ + i) * a_.d + j];
+        }
+        for (int64_t j = 0; j <= i; ++j) {
+          matrix[(to * w_ + i) * a_.d + to * w_ + j] =
+              matrix[(from * w_ + i) * a_.d + from * w_ + j];
+        }
+      }
+    }
+    std::copy_n(inverse_block(from), w_ * w_, inverse_block(to));
+    std::copy_n(energy_block(from), w_ * w_, energy_block(to));
+    unit_[static_cast<size_t>(to)] = unit_[static_cast<size_t>(from)];
+    open_[static_cast<size_t>(to)] = 1;
+  }
+
+  const ObsCurve& a_;
+  const PanelKernel& kernel_;
+  const Pool& pool_;
+  const int64_t w_;
+  int64_t slots_;     // units that are left, or went within the panel
+  int64_t panel_;     // rows of L that are collected
+  int64_t rows_ = 0;  // of them, so far
+  double condition_ = 1;
+  std::vector<int64_t> unit_;         // by slot
+  std::vector<char> open_;            // by slot: whether the unit is still there
+  std::vector<char> gone_;            // by group: whether it lost a unit in this round
+  std::vector<double> left_, right_;  // L and R, (panel, d)
+  std::vector<double> inverse_blocks_, energy_blocks_;  // by slot, (width, width)
+  std::vector<double> factor_, square_;                 // C and N of one unit
+};
+
+}  // namespace
+
+void obs_curve(const ObsCurve& args, const PanelKernel& kernel, const Pool& pool) {
+  Elimination(args, kernel, pool).run();
+}
+
+}  // namespace liar

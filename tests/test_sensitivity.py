@@ -1,0 +1,110 @@
+"""Sensitivities against pruning each site alone for real, and divergences against their formula."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TINY, outputs, tiny, tiny_inputs
+
+from liar_ext import (
+    Budget,
+    InputError,
+    apply_plan,
+    calibrate,
+    kl_divergence,
+    reconstruct,
+    score,
+    site_divergences,
+    sites,
+)
+from liar_ext.allocation import probe_plan
+from liar_ext.reconstruction import with_bias
+from liar_ext.sensitivity import plan_divergence
+
+
+def job(family, mode="linear"):
+    model = tiny(family)
+    at = sites(model)
+    data = [tiny_inputs(model, batch=4, tokens=12, seed=seed) for seed in range(3)]
+    bank = calibrate(model, data, at)
+    scores = score(model, bank, at, "wifv")
+    plan = probe_plan(at, scores, Budget(0.7), model_type=model.config.model_type)
+    plan = with_bias(plan, model, mode)
+    weights, _ = reconstruct(model, bank, plan, mode=mode, damp=1e-2)
+    return model, data[:2], plan, weights
+
+
+@pytest.mark.parametrize("mode", ["linear", "affine"])
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_equal_to_pruning_each_site_for_real(family, mode):
+    if family == "gemma3":
+        pytest.skip("the same blocks as gemma3_text")
+    model, data, plan, weights = job(family, mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    got = site_divergences(model, data, plan, weights)
+    assert list(got) == list(plan.sites)
+    for name in ("0.attn", "1.mlp", "2.attn"):
+        pruned = copy.deepcopy(model)
+        alone = replace(plan, sites={name: plan.sites[name]})
+        apply_plan(pruned, alone, {name: weights[name]})
+        want = kl_divergence(pruned, model, data)
+        assert want > 0 and got[name] == pytest.approx(want, rel=1e-3, abs=1e-7)
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, plan, weights)
+    whole = plan_divergence(model, data, plan, weights)
+    assert whole == pytest.approx(kl_divergence(pruned, model, data), rel=1e-3, abs=1e-7)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_blocks_before_the_site_do_not_run_again():
+    model, data, plan, weights = job("llama")
+    runs = [0, 0, 0]
+    for index, layer in enumerate(model.model.layers):
+
+        def count(module, arguments, index=index):
+            runs[index] += 1
+
+        layer.mlp.register_forward_pre_hook(count)
+    site_divergences(model, data[:1], plan, weights)
+    assert runs == [1 + 2, 1 + 4, 1 + 6]
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
+def test_a_site_that_keeps_everything_loses_nothing():
+    model, data, plan, weights = job("llama")
+    whole = replace(plan.sites["1.mlp"], kept=tuple(range(24)))
+    plan = replace(plan, sites={**plan.sites, "1.mlp": whole})
+    assert site_divergences(model, data, plan, weights)["1.mlp"] == 0.0
+
+
+def test_kl_divergence_equals_its_formula():
+    model, other = tiny("llama"), tiny("llama", seed=1)
+    inputs = tiny_inputs(model, batch=3)
+    inputs["attention_mask"][1, 5:] = 0
+    p = outputs(model, inputs).double().softmax(-1)
+    q = outputs(other, inputs).double().softmax(-1)
+    each = (p * (p / q).log()).sum(-1)
+    want = float(each[inputs["attention_mask"].bool()].mean())
+    assert kl_divergence(other, model, [inputs]) == pytest.approx(want, rel=1e-5)
+    assert kl_divergence(model, model, [inputs]) == 0.0
+
+
+def test_models_without_logits_are_compared_by_their_hidden_states():
+    model, other = tiny("distilbert"), tiny("distilbert", seed=1)
+    inputs = tiny_inputs(model)
+    p, q = outputs(model, inputs), outputs(other, inputs)
+    want = 0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).mean()
+    assert kl_divergence(other, model, [inputs]) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_no_batch_is_refused():
+    model, _, plan, weights = job("llama")
+    with pytest.raises(InputError, match="needs at least one batch"):
+        site_divergences(model, [], plan, weights)
+    with pytest.raises(InputError, match="needs at least one batch"):
+        kl_divergence(model, model, [])
