@@ -4,6 +4,7 @@ One library serves every Python from 3.10 and every torch from TORCH_TARGET on, 
 depends on either. Metadata is in pyproject.toml.
 """
 
+import importlib.util
 import platform
 import subprocess
 from pathlib import Path
@@ -37,6 +38,10 @@ class Build(BuildExtension):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.spawn(["c++", *COMMON, *flags, "-c", str(source), "-o", str(target)])
             ext.extra_objects.append(str(target))
+        if CUDA_HOME:
+            objects = cuda.compile_kernels(CUDA_HOME, Path(self.build_temp).resolve() / "cuda")
+            ext.extra_objects += [str(path) for path in objects]
+            ext.extra_link_args += cuda.link_flags(CUDA_HOME)
         super().build_extension(ext)
 
 
@@ -61,6 +66,14 @@ COMMON = [
 ]
 sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
 
+# Its own file, because the check of the compiled kernels uses it too.
+spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
+cuda = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda)
+CUDA_HOME = cuda.wanted()
+if CUDA_HOME:
+    sources += sorted(ROOT.glob("csrc/cuda/*.cpp"))
+
 setup(
     ext_modules=[
         CppExtension(
@@ -70,6 +83,7 @@ setup(
                 *COMMON,
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
                 f'-DLIAR_COMPILER="{compiler_name()}"',
+                *(["-DLIAR_WITH_CUDA"] if CUDA_HOME else []),
             ],
             py_limited_api=True,
         )

@@ -1,7 +1,7 @@
 // The launcher of gram_update_: checks, then raw pointers.
 #include <optional>
 
-#include "check.h"
+#include "check_ops.h"
 #include "cpu/gram.h"
 #include "launch.h"
 #include "torch_pool.h"
@@ -37,36 +37,6 @@ MatrixView view_rows(const Tensor& x, const char* name) {
   return view;
 }
 
-void check_shapes(const Tensor& gram, const Tensor& total, const Tensor& count, const Tensor& x,
-                  const std::optional<Tensor>& y, const std::optional<Tensor>& weight) {
-  check(total.dim() == 1 && columns_contiguous(total), kOp,
-        "total must be (d,) and contiguous, got ", shape_of(total));
-  const int64_t d = total.size(0);
-  check(x.dim() == 2 && x.size(1) == d, kOp, "x must be (tokens, ", d, "), got ", shape_of(x),
-        "; flatten batch and sequence first");
-  const int64_t tokens = x.size(0);
-  if (y.has_value()) {
-    check(y->dim() == 2 && y->size(0) == tokens, kOp, "y must be (", tokens, ", dy), got ",
-          shape_of(*y), "; give one row per row of x");
-    check(y->scalar_type() == x.scalar_type(), kOp, "y must have the dtype of x; convert it first");
-  }
-  const int64_t cols = y.has_value() ? y->size(1) : d;
-  check(gram.dim() == 2 && gram.size(0) == d && gram.size(1) == cols, kOp, "gram must be (", d,
-        ", ", cols, "), got ", shape_of(gram));
-  check(columns_contiguous(gram), kOp,
-        "gram must have contiguous columns; allocate it with torch.zeros");
-  check((gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double) &&
-            gram.scalar_type() == total.scalar_type(),
-        kOp, "gram and total must both be float32 or both be float64");
-  check(count.dim() == 1 && count.size(0) == 2 && count.scalar_type() == ScalarType::Double &&
-            count.is_contiguous(),
-        kOp, "count must be (2,) float64 and contiguous, got ", shape_of(count));
-  if (weight.has_value()) {
-    check(weight->dim() == 1 && weight->size(0) == tokens, kOp, "weight must be (", tokens,
-          ",), got ", shape_of(*weight), "; give one weight per row of x");
-  }
-}
-
 WeightType weight_type(const std::optional<Tensor>& weight) {
   if (!weight.has_value()) return WeightType::kNone;
   switch (weight->scalar_type()) {
@@ -86,7 +56,7 @@ WeightType weight_type(const std::optional<Tensor>& weight) {
 
 void gram_update_cpu(Tensor gram, Tensor total, Tensor count, Tensor x, std::optional<Tensor> y,
                      std::optional<Tensor> weight) {
-  check_shapes(gram, total, count, x, y, weight);
+  check_gram_update(gram, total, count, x, y, weight);
   GramUpdate update{};
   update.gram = gram.mutable_data_ptr();
   update.gram_row = gram.stride(0);

@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "check.h"
+#include "check_ops.h"
 #include "launch.h"
 #include "torch_pool.h"
 
@@ -15,12 +15,6 @@ namespace liar {
 namespace {
 
 constexpr const char* kOp = "reconstruct: ";
-
-bool is_float(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
-         type == ScalarType::Double;
-}
 
 /// `tensor` itself if it is float64 with contiguous columns, else a float64 copy.
 Tensor as_float64(const Tensor& tensor) {
@@ -33,22 +27,7 @@ Float64View view(const Tensor& tensor) {
   return {static_cast<const double*>(tensor.const_data_ptr()), tensor.stride(0)};
 }
 
-void check_square(const Tensor& tensor, const char* name, int64_t d) {
-  check(tensor.dim() == 2 && tensor.size(0) == d && tensor.size(1) == d, kOp, name, " must be (", d,
-        ", ", d, "), got ", shape_of(tensor), "; give the moments of the layer that weight is of");
-  check(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
-        kOp, name, " must be float32 or float64; convert it first");
-}
-
-void check_cross(const Tensor& tensor, const char* name, int64_t d, int64_t d_out) {
-  check(tensor.dim() == 2 && tensor.size(0) == d && tensor.size(1) == d_out, kOp, name,
-        " must be (", d, ", ", d_out, "), got ", shape_of(tensor));
-  check(is_float(tensor), kOp, name, " must be a float tensor; convert it first");
-}
-
 void check_kept(const Tensor& kept, int64_t d) {
-  check(kept.dim() == 1 && kept.scalar_type() == ScalarType::Long && kept.is_contiguous(), kOp,
-        "kept must be (n,) int64 and contiguous, got ", shape_of(kept));
   const auto* index = static_cast<const int64_t*>(kept.const_data_ptr());
   for (int64_t k = 0; k < kept.size(0); ++k) {
     check(index[k] >= 0 && index[k] < d, kOp, "kept must index ", d, " features, got ", index[k],
@@ -59,8 +38,6 @@ void check_kept(const Tensor& kept, int64_t d) {
 }
 
 void check_damps(const Tensor& damps) {
-  check(damps.dim() == 1 && damps.scalar_type() == ScalarType::Double && damps.is_contiguous(), kOp,
-        "damps must be (L,) float64 and contiguous, got ", shape_of(damps));
   const auto* value = static_cast<const double*>(damps.const_data_ptr());
   for (int64_t l = 0; l < damps.size(0); ++l) {
     check(value[l] >= 0, kOp, "damps must be at least 0, got ", value[l], " at position ", l,
@@ -73,17 +50,10 @@ void check_damps(const Tensor& damps) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(
     Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,
     std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only) {
-  check(weight.dim() == 2 && is_float(weight), kOp,
-        "weight must be a float tensor (d_out, d), got ", shape_of(weight));
+  check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
   const int64_t d_out = weight.size(0), d = weight.size(1);
-  check_square(gram, "gram", d);
   check_kept(kept, d);
   check_damps(damps);
-  if (holdout.has_value()) check_square(*holdout, "holdout", d);
-  if (cross.has_value()) check_cross(*cross, "cross", d, d_out);
-  if (holdout_cross.has_value()) check_cross(*holdout_cross, "holdout_cross", d, d_out);
-  check(holdout_cross.has_value() == (holdout.has_value() && cross.has_value()), kOp,
-        "holdout_cross must be given exactly when both holdout and cross are");
 
   const int64_t n = kept.size(0), ladder = damps.size(0);
   const int64_t weight_shape[] = {errors_only ? 0 : ladder, d_out, n}, ladder_shape[] = {ladder},

@@ -5,6 +5,9 @@
 #include <string>
 
 #include "cpu/panel_kernel.h"
+#ifdef LIAR_WITH_CUDA
+#include "cuda/calls.h"
+#endif
 #include "launch.h"
 
 namespace liar {
@@ -20,7 +23,7 @@ std::string build_info() {
   text += std::string("cpu_kernel=") + kernels().name + "\n";
   text += "cpu_kernels=" + kernel_names() + "\n";
 #ifdef LIAR_WITH_CUDA
-  text += "cuda=compiled\n";
+  text += "cuda=compiled\ncuda_devices=" + std::to_string(cuda::device_count()) + "\n";
 #else
   text += "cuda=not compiled\n";
 #endif

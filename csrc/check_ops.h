@@ -1,0 +1,87 @@
+// The rules that every device has for the operators' arguments: shapes and dtypes, no values.
+#pragma once
+
+#include <optional>
+
+#include "check.h"
+
+namespace liar {
+
+inline bool is_float(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float ||
+         type == ScalarType::Double;
+}
+
+inline void check_gram_update(const Tensor& gram, const Tensor& total, const Tensor& count,
+                              const Tensor& x, const std::optional<Tensor>& y,
+                              const std::optional<Tensor>& weight) {
+  constexpr const char* kOp = "gram_update_: ";
+  check(total.dim() == 1 && columns_contiguous(total), kOp,
+        "total must be (d,) and contiguous, got ", shape_of(total));
+  const int64_t d = total.size(0);
+  check(x.dim() == 2 && x.size(1) == d, kOp, "x must be (tokens, ", d, "), got ", shape_of(x),
+        "; flatten batch and sequence first");
+  const int64_t tokens = x.size(0);
+  if (y.has_value()) {
+    check(y->dim() == 2 && y->size(0) == tokens, kOp, "y must be (", tokens, ", dy), got ",
+          shape_of(*y), "; give one row per row of x");
+    check(y->scalar_type() == x.scalar_type(), kOp, "y must have the dtype of x; convert it first");
+  }
+  const int64_t cols = y.has_value() ? y->size(1) : d;
+  check(gram.dim() == 2 && gram.size(0) == d && gram.size(1) == cols, kOp, "gram must be (", d,
+        ", ", cols, "), got ", shape_of(gram));
+  check(columns_contiguous(gram), kOp,
+        "gram must have contiguous columns; allocate it with torch.zeros");
+  check((gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double) &&
+            gram.scalar_type() == total.scalar_type(),
+        kOp, "gram and total must both be float32 or both be float64");
+  check(count.dim() == 1 && count.size(0) == 2 && count.scalar_type() == ScalarType::Double &&
+            count.is_contiguous(),
+        kOp, "count must be (2,) float64 and contiguous, got ", shape_of(count));
+  if (weight.has_value()) {
+    check(weight->dim() == 1 && weight->size(0) == tokens, kOp, "weight must be (", tokens,
+          ",), got ", shape_of(*weight), "; give one weight per row of x");
+  }
+}
+
+namespace checks {
+
+constexpr const char* kOp = "reconstruct: ";
+
+inline void check_square(const Tensor& tensor, const char* name, int64_t d) {
+  check(tensor.dim() == 2 && tensor.size(0) == d && tensor.size(1) == d, kOp, name, " must be (", d,
+        ", ", d, "), got ", shape_of(tensor), "; give the moments of the layer that weight is of");
+  check(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
+        kOp, name, " must be float32 or float64; convert it first");
+}
+
+inline void check_cross(const Tensor& tensor, const char* name, int64_t d, int64_t d_out) {
+  check(tensor.dim() == 2 && tensor.size(0) == d && tensor.size(1) == d_out, kOp, name,
+        " must be (", d, ", ", d_out, "), got ", shape_of(tensor));
+  check(is_float(tensor), kOp, name, " must be a float tensor; convert it first");
+}
+
+}  // namespace checks
+
+inline void check_reconstruct(const Tensor& weight, const Tensor& gram, const Tensor& kept,
+                              const Tensor& damps, const std::optional<Tensor>& holdout,
+                              const std::optional<Tensor>& cross,
+                              const std::optional<Tensor>& holdout_cross) {
+  using namespace checks;
+  check(weight.dim() == 2 && is_float(weight), kOp,
+        "weight must be a float tensor (d_out, d), got ", shape_of(weight));
+  const int64_t d_out = weight.size(0), d = weight.size(1);
+  check_square(gram, "gram", d);
+  check(kept.dim() == 1 && kept.scalar_type() == ScalarType::Long && kept.is_contiguous(), kOp,
+        "kept must be (n,) int64 and contiguous, got ", shape_of(kept));
+  check(damps.dim() == 1 && damps.scalar_type() == ScalarType::Double && damps.is_contiguous(), kOp,
+        "damps must be (L,) float64 and contiguous, got ", shape_of(damps));
+  if (holdout.has_value()) check_square(*holdout, "holdout", d);
+  if (cross.has_value()) check_cross(*cross, "cross", d, d_out);
+  if (holdout_cross.has_value()) check_cross(*holdout_cross, "holdout_cross", d, d_out);
+  check(holdout_cross.has_value() == (holdout.has_value() && cross.has_value()), kOp,
+        "holdout_cross must be given exactly when both holdout and cross are");
+}
+
+}  // namespace liar

@@ -1,0 +1,100 @@
+"""Compile the CUDA kernels with bare nvcc, without torch and without a GPU; used by setup.py.
+
+Environment: ``LIAR_CUDA`` is ``auto`` (compile them where a toolkit is found), ``0`` (never) or
+``1`` (fail without). ``LIAR_CUDA_ARCHS`` lists compute capabilities, separated by semicolons;
+``+PTX`` after one embeds its PTX for devices to come. ``MAX_JOBS`` compilers run at a time.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# No kernel needs more than 8.0 offers, so its PTX runs on every later device that isn't listed, at
+# the price of a compilation when first loaded.
+ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0a;12.0a"
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+
+
+def find_toolkit() -> Path | None:
+    """Return the folder of a CUDA toolkit that can compile and link, or None.
+
+    The nvcc on PATH may be a script that calls another, so a folder counts only with headers and
+    the static runtime in it.
+    """
+    named = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    found = shutil.which("nvcc")
+    around = [Path(found).resolve().parents[1]] if found else []
+    usual = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    for home in [*(Path(n) for n in named if n), *around, *usual]:
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            if runtime_library(home):
+                return home
+    return None
+
+
+def runtime_library(home: Path) -> Path | None:
+    """Return libcudart_static.a of a toolkit."""
+    folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+    return next((p for f in folders if (p := f / "libcudart_static.a").exists()), None)
+
+
+def wanted() -> Path | None:
+    """Return the toolkit to compile with, as ``LIAR_CUDA`` says."""
+    mode = os.environ.get("LIAR_CUDA", "auto").lower()
+    if mode not in ("auto", "0", "1"):
+        raise RuntimeError(f"LIAR_CUDA must be auto, 0 or 1, got {mode!r}")
+    home = None if mode == "0" else find_toolkit()
+    if mode == "1" and home is None:
+        raise RuntimeError(
+            "LIAR_CUDA=1: no CUDA toolkit with nvcc, headers and libcudart_static.a was found; set "
+            "CUDA_HOME to one, or LIAR_CUDA=0 to build without"
+        )
+    return home
+
+
+def code_flags(archs: str | None = None) -> list[str]:
+    """Return nvcc's -gencode flags for a list such as ``8.0;9.0+PTX``."""
+    flags = []
+    for entry in (archs or os.environ.get("LIAR_CUDA_ARCHS") or ARCHS).replace(" ", ";").split(";"):
+        if not entry:
+            continue
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def nvcc(home: Path, source: Path, target: Path, *extra: str) -> str:
+    """Compile one file and return what the compiler says."""
+    command = [home / "bin" / "nvcc", *FLAGS, *extra, "-c", source, "-o", target]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"nvcc failed on {source.name}:\n{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def compile_kernels(home: Path, output: Path, extra: list[str] | None = None) -> dict[Path, str]:
+    """Compile every .cu that is out of date; return what nvcc said for each object."""
+    output.mkdir(parents=True, exist_ok=True)
+    sources = sorted(HERE.glob("*.cu"))
+    headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("kernels/*.cuh")]
+    newest = max(p.stat().st_mtime for p in [*headers, Path(__file__)])
+
+    def one(source: Path) -> str:
+        target = output / f"{source.stem}.cu.o"
+        if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
+            return ""
+        return nvcc(home, source, target, *code_flags(), *(extra or []))
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        said = list(pool.map(one, sources))
+    return {output / f"{s.stem}.cu.o": text for s, text in zip(sources, said, strict=True)}
+
+
+def link_flags(home: Path) -> list[str]:
+    """Return the static CUDA runtime and what it needs."""
+    return [str(runtime_library(home)), "-ldl", "-lrt", "-lpthread"]

@@ -1,0 +1,93 @@
+// What the launchers know of the kernels: plain structs and functions, no CUDA and no torch header.
+#pragma once
+
+#include <cstdint>
+
+namespace liar::cuda {
+
+enum class Element { kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class Weights { kNone, kBool, kFloat32, kFloat64 };
+
+struct GramCall {
+  Element element;
+  const void* x;
+  const void* y;  // null: the symmetric Gram matrix
+  std::int64_t tokens, d, d_right;
+  std::int64_t x_stride, y_stride;
+  const void* weight;
+  Weights weights;
+  void* gram;
+  std::int64_t gram_stride;
+  bool wide;  // gram and total are float64
+  void* total;
+  double* count;
+};
+
+struct ReconstructCall {
+  std::int64_t d_out, d, n;
+  int ladder;
+  const double* weight;
+  std::int64_t weight_stride;
+  const double* gram;
+  std::int64_t gram_stride;
+  const double* holdout;  // null: none, as below
+  std::int64_t holdout_stride;
+  const double* cross;
+  std::int64_t cross_stride;
+  const double* holdout_cross;
+  std::int64_t holdout_cross_stride;
+  const std::int64_t* kept;
+  const double* damps;
+  double* weight_out;  // null: the errors alone
+  double* error;
+  double* holdout_error;
+  double* info;
+};
+
+// Elimination of features one by one; `steps` of them.
+struct CurveCall {
+  std::int64_t d, d_out, steps;
+  const double* weight;
+  std::int64_t weight_stride;
+  const double* gram;
+  std::int64_t gram_stride;
+  double damp;
+  std::int64_t* order;
+  double* error;
+  double* info;
+};
+
+struct EnergyCall {
+  std::int64_t d, d_out, width;
+  const double* weight;
+  std::int64_t weight_stride;
+  const double* gram;
+  std::int64_t gram_stride;
+  double* energy;
+};
+
+struct FisherCall {
+  Element element;
+  const void *x, *grad;
+  std::int64_t tokens, d, width, x_stride, grad_stride;
+  double* fisher;
+};
+
+struct Place {
+  int device;
+  void* stream;
+};
+
+// Bytes of workspace with `workspace` null, else launches; never waits and never allocates.
+// Throws std::runtime_error with what CUDA says and what to do.
+std::int64_t gram_update(const GramCall& call, void* workspace, Place place);
+std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place);
+
+std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
+void unit_energy(const EnergyCall& call, Place place);
+void fisher_update(const FisherCall& call, Place place);
+
+// How many devices the driver offers; 0, without an error, where there is no driver.
+int device_count();
+
+}  // namespace liar::cuda

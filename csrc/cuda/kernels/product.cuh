@@ -1,0 +1,348 @@
+// C += α · Aᵀ diag(w) B over a list of rows: the one main loop of the package. The Gram update,
+// cross moments, the trailing updates of the Cholesky factorisation and its triangular solves are
+// all calls of it.
+//
+//   rows k ──▶ ┌────────┐ cp.async  ┌─────────┐ ldmatrix / ld.shared ┌──────────┐ every kFlush rows
+//              │ global │ ────────▶ │ kStages │ ───────────────────▶ │ registers│ ──────▶ C +=
+//              └────────┘           └─────────┘         mma          └──────────┘
+//
+// While stage i is multiplied, stages i+1 … i+kStages-1 are on their way. One barrier a stage does
+// both jobs: stage i has arrived for everybody, and everybody has left stage i-1, which is
+// refilled.
+#pragma once
+
+#include "mma.cuh"
+#include "schedule.cuh"
+
+namespace liar::cuda {
+
+template <class T>
+struct Operand {
+  const T* data = nullptr;
+  std::int64_t stride = 0;  // elements from row to row
+  std::int64_t columns = 0;
+  std::int64_t batch = 0;  // elements from matrix to matrix
+};
+
+template <class T>
+struct ProductParams {
+  Operand<T> a, b;                          // no b: Aᵀ diag(w) A, and only its triangle
+  const std::int64_t* rows = nullptr;       // which rows, or all of them in order
+  const double* weights = nullptr;          // one per listed row
+  const std::int64_t* row_count = nullptr;  // on the device; or `depth`
+  std::int64_t depth = 0;
+  void* out = nullptr;
+  std::int64_t out_stride = 0, out_batch = 0;
+  bool out_f64 = true;
+  bool upper = false;  // with no b: write the upper triangle instead
+  bool accumulate = true;
+  double alpha = 1;
+  void* sums = nullptr;            // += Aᵀ w, of out's type
+  int splits = 1;                  // parts of the rows, each with a partial result
+  double* partial = nullptr;       // splits × tiles × kTile², when splits > 1
+  double* partial_sums = nullptr;  // splits × a.columns
+  int batches = 1;
+  bool vector = false;  // operands allow 16-byte loads; see can_vectorize
+};
+
+template <class T>
+bool can_vectorize(const Operand<T>& x) {
+  constexpr std::int64_t kElements = 16 / sizeof(T);
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride % kElements == 0 &&
+         x.batch % kElements == 0;
+}
+
+template <class Mma>
+struct ProductShared {
+  using T = typename Mma::Element;
+  struct Stage {
+    alignas(16) T a[Mma::kDepth * Mma::kStride];
+    alignas(16) T b[Mma::kDepth * Mma::kStride];
+    double weights[Mma::kWeighted ? Mma::kDepth : 1];
+  } stages[Mma::kStages];
+};
+
+struct ProductShape {
+  std::int64_t tile_rows, tile_columns, tiles;
+
+  template <class T>
+  LIAR_BOTH static ProductShape of(const ProductParams<T>& p, int tile) {
+    ProductShape s{divide_up(p.a.columns, tile), 0, 0};
+    s.tile_columns = p.b.data ? divide_up(p.b.columns, tile) : s.tile_rows;
+    s.tiles = p.b.data ? s.tile_rows * s.tile_columns : triangle(s.tile_rows);
+    return s;
+  }
+
+  LIAR_BOTH Tile tile(std::int64_t index, bool symmetric, bool upper) const {
+    if (!symmetric) return rectangular_tile(index, tile_rows, tile_columns);
+    const Tile t = triangular_tile(index, tile_rows);
+    return upper ? Tile{t.column, t.row} : t;
+  }
+};
+
+// Brings one stage of rows into shared memory. A thread always moves the same column of 16 bytes,
+// and reads its row numbers one stage ahead, so that no copy waits for them.
+template <class Mma>
+struct Loader {
+  using T = typename Mma::Element;
+  static constexpr int kElements = 16 / sizeof(T);
+  static constexpr int kPerRow = Mma::kTile / kElements;
+  static constexpr int kRowStep = Mma::kThreads / kPerRow;
+  static constexpr int kPasses = Mma::kDepth / kRowStep;
+  static_assert(kRowStep * kPerRow == Mma::kThreads && kPasses * kRowStep == Mma::kDepth);
+
+  const ProductParams<T>& p;
+  const T *a, *b;
+  std::int64_t next, end;  // this thread's first row of the next stage
+  int valid_a, valid_b;    // elements of this thread's 16 bytes that exist
+  bool same;               // a tile on the diagonal: B is A
+  std::int64_t row[kPasses];
+
+  LIAR_DEVICE Loader(const ProductParams<T>& params, Tile tile, std::int64_t batch, bool same_tile,
+                     std::int64_t first, std::int64_t last)
+      : p(params), next(first + threadIdx.x / kPerRow), end(last), same(same_tile) {
+    const Operand<T>& right = p.b.data ? p.b : p.a;
+    a = locate(p.a, tile.row, batch, valid_a);
+    b = locate(right, tile.column, batch, valid_b);
+    fetch_rows();
+  }
+
+  LIAR_DEVICE static const T* locate(const Operand<T>& x, std::int64_t tile, std::int64_t batch,
+                                     int& valid) {
+    const std::int64_t column = tile * Mma::kTile + threadIdx.x % kPerRow * kElements;
+    const std::int64_t left = x.columns - column;
+    valid = static_cast<int>(larger<std::int64_t>(0, smaller<std::int64_t>(left, kElements)));
+    return x.data + batch * x.batch + (valid ? column : 0);
+  }
+
+  LIAR_DEVICE void fetch_rows() {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const std::int64_t k = next + i * kRowStep;
+      row[i] = k >= end ? -1 : p.rows ? p.rows[k] : k;
+    }
+    next += Mma::kDepth;
+  }
+
+  LIAR_DEVICE void load(typename ProductShared<Mma>::Stage& stage) {
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const int slot =
+          (threadIdx.x / kPerRow + i * kRowStep) * Mma::kStride + threadIdx.x % kPerRow * kElements;
+      const bool real = row[i] >= 0;
+      const std::int64_t r = real ? row[i] : 0;
+      move(stage.a + slot, a + r * p.a.stride, real ? valid_a : 0);
+      if (!same)
+        move(stage.b + slot, b + r * (p.b.data ? p.b.stride : p.a.stride), real ? valid_b : 0);
+    }
+    if constexpr (Mma::kWeighted) {
+      if (threadIdx.x < Mma::kDepth) {
+        // `next` is one stage ahead of the rows that are loaded now.
+        const std::int64_t k = next - Mma::kDepth - threadIdx.x / kPerRow + threadIdx.x;
+        if (p.weights)
+          copy_async<8>(&stage.weights[threadIdx.x], p.weights + (k < end ? k : 0),
+                        k < end ? 8 : 0);
+        else
+          stage.weights[threadIdx.x] = 1;
+      }
+    }
+    copy_commit();
+    fetch_rows();
+  }
+
+  LIAR_DEVICE void move(T* to, const T* from, int valid) const {
+    if (p.vector) {
+      copy_async<16>(to, from, valid * static_cast<int>(sizeof(T)));
+    } else {
+      for (int e = 0; e < kElements; ++e) to[e] = e < valid ? from[e] : T{};
+    }
+  }
+};
+
+LIAR_DEVICE int clip(std::int64_t size, int tile) {
+  return static_cast<int>(smaller<std::int64_t>(size, tile));
+}
+
+LIAR_DEVICE void* at(void* out, bool f64, std::int64_t i) {
+  return f64 ? static_cast<void*>(static_cast<double*>(out) + i) : static_cast<float*>(out) + i;
+}
+
+// out[i] (+)= value, in float or double.
+LIAR_DEVICE void store(void* out, bool f64, std::int64_t i, double value, bool accumulate) {
+  if (f64) {
+    double* p = static_cast<double*>(out) + i;
+    *p = accumulate ? *p + value : value;
+  } else {
+    float* p = static_cast<float*>(out) + i;
+    *p = static_cast<float>(accumulate ? *p + value : value);
+  }
+}
+
+template <class Mma>
+__global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
+    product_kernel(const ProductParams<typename Mma::Element> p) {
+  using Scalar = typename Mma::Scalar;
+  // f32 sums stay short: 2048 tokens, then on into the output, so that the error of a long
+  // calibration doesn't grow with it. 64 stages: the epilogue's 2 × 64 KB are 6 % of their loads.
+  constexpr int kFlushSteps = sizeof(Scalar) == 4 ? 2048 / Mma::kDepth : INT32_MAX;
+
+  auto& shared = shared_memory<ProductShared<Mma>>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int row0 = warp / Mma::kWarpColumns * (Mma::kTile / Mma::kWarpRows);
+  const int column0 = warp % Mma::kWarpColumns * (Mma::kTile / Mma::kWarpColumns);
+  const bool symmetric = !p.b.data;
+  const auto shape = ProductShape::of(p, Mma::kTile);
+  const std::int64_t columns = symmetric ? p.a.columns : p.b.columns;
+  const std::int64_t count = p.row_count ? *p.row_count : p.depth;
+  const std::int64_t part = divide_up(divide_up(count, p.splits), Mma::kDepth) * Mma::kDepth;
+  const std::int64_t batch = blockIdx.y;
+
+  for (std::int64_t item = blockIdx.x; item < shape.tiles * p.splits; item += gridDim.x) {
+    const std::int64_t split = item / shape.tiles;
+    const Tile tile = shape.tile(item % shape.tiles, symmetric, p.upper);
+    const bool diagonal = symmetric && tile.row == tile.column;
+    const bool sums_here = p.sums && (symmetric ? diagonal : tile.column == 0);
+    const std::int64_t begin = smaller(split * part, count), end = smaller(begin + part, count);
+    // At least one step: an empty part still has a result, zero.
+    const int steps =
+        static_cast<int>(larger<std::int64_t>(1, divide_up(end - begin, Mma::kDepth)));
+
+    Loader<Mma> loader(p, tile, batch, diagonal, begin, end);
+    typename Mma::Accumulator c = {};
+    double sum = 0;
+    bool first = true;
+
+    const auto flush = [&] {
+      // Where this tile's values go: its own partial tile, or their place in the output.
+      const bool split_rows = p.splits > 1;
+      const bool add = !first || (p.accumulate && !split_rows);
+      const std::int64_t row = tile.row * Mma::kTile, column = tile.column * Mma::kTile;
+      const std::int64_t stride = split_rows ? Mma::kTile : p.out_stride;
+      const int row_end = split_rows ? Mma::kTile : clip(p.a.columns - row, Mma::kTile);
+      const int column_end = split_rows ? Mma::kTile : clip(columns - column, Mma::kTile);
+      const bool lower = diagonal && !split_rows && !p.upper;
+      const bool upper = diagonal && !split_rows && p.upper;
+      const bool f64 = split_rows || p.out_f64;
+      const double alpha = split_rows ? 1 : p.alpha;
+      void* out = split_rows ? p.partial + item * Mma::kTile * Mma::kTile
+                             : at(p.out, f64, batch * p.out_batch + row * stride + column);
+      for_each_value<Mma>(c, row0, column0, lane, [&](int r, int s, Scalar value) {
+        if (r < row_end && s < column_end && !(lower && s > r) && !(upper && s < r))
+          store(out, f64, r * stride + s, alpha * value, add);
+      });
+      const std::int64_t mine = row + threadIdx.x;
+      if (sums_here && threadIdx.x < Mma::kTile && mine < p.a.columns) {
+        if (split_rows)
+          store(p.partial_sums, true, split * p.a.columns + mine, sum, add);
+        else
+          store(p.sums, p.out_f64, mine, sum, true);
+      }
+      sum = 0;
+      first = false;
+#pragma unroll
+      for (int m = 0; m < Mma::kM; ++m)
+#pragma unroll
+        for (int n = 0; n < Mma::kN; ++n)
+#pragma unroll
+          for (int r = 0; r < int(sizeof(c[0][0]) / sizeof(Scalar)); ++r) c[m][n][r] = 0;
+    };
+
+#pragma unroll
+    for (int s = 0; s < Mma::kStages - 1; ++s) loader.load(shared.stages[s]);
+    int since_flush = 0, stage = 0;
+    for (int step = 0; step < steps; ++step) {
+      copy_wait<Mma::kStages - 2>();
+      __syncthreads();  // this stage is here, and the one before is free
+      loader.load(shared.stages[stage == 0 ? Mma::kStages - 1 : stage - 1]);
+      const auto& now = shared.stages[stage];
+      const auto* right = diagonal ? now.a : now.b;
+      Mma::multiply(c, now.a, right, now.weights, row0, column0, lane);
+      // Column sums come off the tiles on the diagonal, which have only half the loads to wait for.
+      if (sums_here && threadIdx.x < Mma::kTile) {
+        Scalar part = 0;
+#pragma unroll 4
+        for (int k = 0; k < Mma::kDepth; ++k) {
+          const auto x = static_cast<Scalar>(to_double(now.a[k * Mma::kStride + threadIdx.x]));
+          if constexpr (Mma::kWeighted)
+            part += static_cast<Scalar>(now.weights[k]) * x;
+          else
+            part += x;
+        }
+        sum += part;
+      }
+      if (++stage == Mma::kStages) stage = 0;
+      if (++since_flush == kFlushSteps || step == steps - 1) {
+        flush();
+        since_flush = 0;
+      }
+    }
+    copy_wait<0>();
+    __syncthreads();  // nobody refills a stage that another warp still reads
+  }
+}
+
+// out += Σ over splits of the partial tiles, always in the same order.
+template <class Mma>
+__global__ void reduce_kernel(const ProductParams<typename Mma::Element> p) {
+  const auto shape = ProductShape::of(p, Mma::kTile);
+  const bool symmetric = !p.b.data;
+  constexpr std::int64_t kArea = Mma::kTile * Mma::kTile;
+  const std::int64_t columns = symmetric ? p.a.columns : p.b.columns;
+  for (std::int64_t index = blockIdx.x; index < shape.tiles; index += gridDim.x) {
+    const Tile tile = shape.tile(index, symmetric, p.upper);
+    for (int e = threadIdx.x; e < kArea; e += blockDim.x) {
+      const std::int64_t row = tile.row * Mma::kTile + e / Mma::kTile;
+      const std::int64_t column = tile.column * Mma::kTile + e % Mma::kTile;
+      if (row >= p.a.columns || column >= columns) continue;
+      if (symmetric && (p.upper ? column < row : column > row)) continue;
+      double value = 0;
+      for (int s = 0; s < p.splits; ++s) value += p.partial[(s * shape.tiles + index) * kArea + e];
+      store(p.out, p.out_f64, row * p.out_stride + column, p.alpha * value, p.accumulate);
+    }
+  }
+  if (!p.sums) return;
+  for (std::int64_t i = blockIdx.x * std::int64_t(blockDim.x) + threadIdx.x; i < p.a.columns;
+       i += std::int64_t(gridDim.x) * blockDim.x) {
+    double value = 0;
+    for (int s = 0; s < p.splits; ++s) value += p.partial_sums[s * p.a.columns + i];
+    store(p.sums, p.out_f64, i, value, true);
+  }
+}
+
+// How many parts to cut the rows into, so that few tiles still fill the machine; each part keeps at
+// least 1024 rows, below which loading and adding partial tiles costs more than it spreads.
+template <class Mma>
+int choose_splits(const ProductParams<typename Mma::Element>& p, std::int64_t rows,
+                  Stream& stream) {
+  const auto shape = ProductShape::of(p, Mma::kTile);
+  const std::int64_t slots = stream.processors * std::int64_t(Mma::kBlocks);
+  const std::int64_t most = smaller(slots / larger<std::int64_t>(1, shape.tiles), rows / 1024);
+  return static_cast<int>(larger<std::int64_t>(1, most));
+}
+
+// Doubles of workspace that `splits` parts need.
+template <class Mma>
+std::int64_t partial_size(const ProductParams<typename Mma::Element>& p, int splits) {
+  if (splits < 2) return 0;
+  const auto shape = ProductShape::of(p, Mma::kTile);
+  return splits * (shape.tiles * Mma::kTile * Mma::kTile + p.a.columns);
+}
+
+template <class Mma>
+void product(ProductParams<typename Mma::Element> p, Stream& stream) {
+  const auto shape = ProductShape::of(p, Mma::kTile);
+  if (shape.tiles == 0 || p.batches == 0) return;
+  p.vector = can_vectorize(p.a) && (!p.b.data || can_vectorize(p.b));
+  if (p.splits > 1) p.partial_sums = p.partial + p.splits * shape.tiles * Mma::kTile * Mma::kTile;
+  constexpr std::size_t kShared = sizeof(ProductShared<Mma>);
+  const std::int64_t slots =
+      std::int64_t(stream.processors) *
+      blocks_per_processor(product_kernel<Mma>, Mma::kThreads, kShared, stream);
+  const auto grid = static_cast<unsigned>(smaller(shape.tiles * p.splits, slots));
+  const auto batches = static_cast<unsigned>(p.batches);
+  launch(product_kernel<Mma>, {grid, batches, 1}, Mma::kThreads, kShared, stream, p);
+  if (p.splits > 1)
+    launch(reduce_kernel<Mma>, {static_cast<unsigned>(shape.tiles), 1, 1}, 256, 0, stream, p);
+}
+
+}  // namespace liar::cuda

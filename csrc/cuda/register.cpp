@@ -1,0 +1,9 @@
+// The operators on CUDA tensors; compiled only where the kernels are.
+#include <torch/csrc/stable/library.h>
+
+#include "launchers.h"
+
+STABLE_TORCH_LIBRARY_IMPL(liar_ext, CUDA, m) {
+  m.impl("gram_update_", TORCH_BOX(&liar::gram_update_cuda));
+  m.impl("reconstruct", TORCH_BOX(&liar::reconstruct_cuda));
+}

@@ -1,0 +1,46 @@
+#include "../cuda/kernels/reconstruct_job.cuh"
+#include "bindings.h"
+
+namespace liar::testing {
+
+Matrix matrix(const py::array_t<double>& a) { return {a.data(), row_stride(a)}; }
+
+using Doubles = py::array_t<double>;
+using Maybe = std::optional<Doubles>;
+
+py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
+                          const py::array_t<std::int64_t>& kept, const Doubles& damps,
+                          const Maybe& holdout, const Maybe& cross, const Maybe& holdout_cross,
+                          bool errors_only, int processors) {
+  Reconstruct r;
+  r.d_out = weight.shape(0);
+  r.d = weight.shape(1);
+  r.n = kept.shape(0);
+  r.ladder = int(damps.shape(0));
+  r.weight = matrix(weight);
+  r.gram = matrix(gram);
+  if (holdout) r.holdout = matrix(*holdout);
+  if (cross) r.cross = matrix(*cross);
+  if (holdout_cross) r.holdout_cross = matrix(*holdout_cross);
+  r.kept = kept.data();
+  r.damps = damps.data();
+  Doubles out({py::ssize_t(errors_only ? 0 : r.ladder), py::ssize_t(r.d_out), py::ssize_t(r.n)}),
+      error(r.ladder), holdout_error(holdout ? r.ladder : 0), info({r.ladder, 2});
+  if (!errors_only) r.weight_out = out.mutable_data();
+  r.error = error.mutable_data();
+  r.holdout_error = holdout_error.mutable_data();
+  r.info = info.mutable_data();
+  Stream stream = host_stream(processors);
+  Scratch scratch(reconstruct(r, nullptr, stream));
+  reconstruct(r, scratch.data(), stream);
+  return py::make_tuple(out, error, holdout_error, info);
+}
+
+void bind_reconstruct(py::module_& m) {
+  m.def("reconstruct", &run_reconstruct, py::arg("weight"), py::arg("gram"), py::arg("kept"),
+        py::arg("damps"), py::arg("holdout") = py::none(), py::arg("cross") = py::none(),
+        py::arg("holdout_cross") = py::none(), py::arg("errors_only") = false,
+        py::arg("processors") = 2);
+}
+
+}  // namespace liar::testing

@@ -1,0 +1,50 @@
+// Shared by the files of the test module: numpy arrays as operands.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../cuda/kernels/device.cuh"
+
+namespace liar::testing {
+
+namespace py = pybind11;
+using namespace liar::cuda;
+
+void bind_settings(py::module_& m);
+void bind_gram(py::module_& m);
+void bind_reconstruct(py::module_& m);
+void bind_selection(py::module_& m);
+void bind_faults(py::module_& m);
+
+// A workspace filled with NaNs: nothing may count on zeros.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t bytes) : memory_(std::size_t(bytes) + 256, '\xff') {}
+  void* data() {
+    auto p = reinterpret_cast<std::uintptr_t>(memory_.data());
+    return reinterpret_cast<void*>((p + 255) & ~std::uintptr_t(255));
+  }
+
+ private:
+  std::vector<char> memory_;
+};
+
+// A 2-d array as (data, stride in elements); the last axis must be contiguous.
+template <class T>
+T* pointer(const py::array& a) {
+  return static_cast<T*>(const_cast<void*>(a.data()));
+}
+
+inline std::int64_t row_stride(const py::array& a) {
+  return a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1);
+}
+
+inline Stream host_stream(int processors) {
+  Stream stream;
+  stream.processors = processors;
+  return stream;
+}
+
+}  // namespace liar::testing
