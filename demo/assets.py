@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 PACKAGES = Path(__file__).parents[1] / ".cache" / "assets"
@@ -57,3 +58,7 @@ def write_texts(folder: Path) -> dict[str, Path]:
         lines = (json.dumps({"text": text}) for text in documents)
         paths[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
     return paths
+
+
+if __name__ == "__main__":
+    write_texts(Path(sys.argv[1]))

@@ -9,6 +9,7 @@ from liar_ext.criteria import criterion, score
 from liar_ext.curves import error_curves
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
+from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.moments import MomentBank, Moments
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
@@ -35,6 +36,7 @@ __all__ = [
     "perplexity",
     "prune",
     "reconstruct",
+    "reconstruct_layerwise",
     "register_family",
     "save_pruned",
     "score",

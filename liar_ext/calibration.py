@@ -120,6 +120,8 @@ def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current:
     def hook(moments: Moments):
         def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             x, weight = arguments[0], current.weight
+            if x.dim() == 2:  # OPT flattens sequences and tokens before its MLP
+                x = x.unflatten(0, (sum(map(len, current.rows)), -1))
             if current.whole is not None:
                 folds = [(current.whole, x, weight)]
             else:

@@ -114,6 +114,19 @@ def _add_prune(commands) -> None:
         help="what is put back; bias and affine give consumers a bias if they lack one",
     )
     add("--damp", default="auto", metavar="LAMBDA", help="ridge, or auto: by held-out error")
+    add(
+        "--schedule",
+        choices=("one-pass", "layerwise"),
+        default="one-pass",
+        help="solve all layers on the dense model's activations, or walk them on the pruned one's",
+    )
+    add(
+        "--target",
+        choices=("dense-input", "branch", "stream", "auto"),
+        help="layerwise: restore what a layer loses, its dense output, the dense residual stream, "
+        "or as much of the latter as held-out text bears out (auto, the default)",
+    )
+    add("--refit", action="store_true", help="layerwise: solve layers that lose nothing, too")
     add("--samples", type=int, default=128, help="calibration sequences")
     add("--batch-size", type=int, default=4, help="sequences per forward pass")
     add("--seed", type=int, default=0, help="of the draw and the folds")
@@ -203,6 +216,9 @@ def _prune(options: argparse.Namespace) -> None:
         allocation=options.allocation,
         reconstruct=options.reconstruct,
         damp=damp,
+        schedule=options.schedule,
+        target=options.target,
+        refit=options.refit,
         kinds=("attn", "mlp") if options.sites == "all" else (options.sites,),
         attn_unit=options.attn_unit,
         seed=options.seed,

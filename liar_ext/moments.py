@@ -103,6 +103,15 @@ class Moments:
         return (self.second_moment() - mean.square()).clamp_min(0.0)
 
 
+def check_folds(moments: Moments) -> None:
+    """Raise InputError unless both folds hold tokens."""
+    if (moments.tokens <= 0).any():
+        raise InputError(
+            "reconstruct: both folds need tokens for the held-out error, got "
+            f"{moments.tokens.tolist()}; calibrate with at least two sequences"
+        )
+
+
 def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
     """Return ``Σ w (x − mean)(x − mean)ᵀ`` from plain sums; lower triangle in and out.
 

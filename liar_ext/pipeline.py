@@ -21,15 +21,18 @@ from liar_ext.criteria import get_criterion, score
 from liar_ext.curves import CURVE_DAMP, error_curves
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
+from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.moments import MomentBank
 from liar_ext.plan import Budget
-from liar_ext.reconstruction import check_settings, with_bias
 from liar_ext.reconstruction import reconstruct as solve_sites
+from liar_ext.reconstruction import with_bias
 from liar_ext.report import Report, SiteRow
 from liar_ext.sensitivity import site_divergences
+from liar_ext.solution import check_settings
 from liar_ext.surgery import apply_plan, is_pruned
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
+SCHEDULES = ("one-pass", "layerwise")
 PROBE_SEQUENCES = 4
 
 
@@ -42,6 +45,9 @@ def prune(
     allocation: str = "uniform",
     reconstruct: str = "linear",
     damp: float | str = "auto",
+    schedule: str = "one-pass",
+    target: str | None = None,
+    refit: bool = False,
     kinds: Sequence[str] = ("attn", "mlp"),
     attn_unit: str = "auto",
     seed: int = 0,
@@ -71,6 +77,14 @@ def prune(
         What is put back; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"
         λ, or the held-out choice.
+    schedule : {"one-pass", "layerwise"}
+        Solve all sites on what the dense model computes, or one after the other on what the pruned
+        model computes up to there. Layerwise holds all batches and runs the model some four times.
+    target : {"dense-input", "branch", "stream", "auto"}, optional
+        What a site is solved for in layerwise mode, "auto" by default; see
+        :func:`liar_ext.reconstruct_layerwise`.
+    refit : bool
+        Solve the sites that lose nothing, too, in layerwise mode.
     kinds : sequence of {"attn", "mlp"}
         Sites that may be pruned.
     attn_unit : {"auto", "kv_group", "head"}
@@ -101,6 +115,7 @@ def prune(
     budget = keep if isinstance(keep, Budget) else Budget(keep)
     get_criterion(criterion)
     check_settings(reconstruct, damp)
+    target = _check_schedule(schedule, target, refit, reconstruct)
     if is_pruned(model):
         raise InputError(
             "prune: the model is pruned already; start from the dense model, with a smaller keep"
@@ -116,6 +131,8 @@ def prune(
     if evaluate_on is not None:
         with clock("evaluate"):
             evaluation["dense"] = perplexity(model, evaluate_on, progress=progress)
+    if schedule == "layerwise":
+        batches = list(batches)  # to be gone through twice
     with clock("calibrate"):
         bank = calibrate(model, batches, at, progress=progress)
     with clock("score"):
@@ -133,9 +150,13 @@ def prune(
     )
     plan = with_bias(plan, model, reconstruct)
     with clock("reconstruct"):
-        weights, rows = solve_sites(
-            model, bank, plan, mode=reconstruct, damp=damp, progress=progress
-        )
+        settings = {"mode": reconstruct, "damp": damp, "progress": progress}
+        if schedule == "one-pass":
+            weights, rows = solve_sites(model, bank, plan, **settings)
+        else:
+            weights, rows = reconstruct_layerwise(
+                model, batches, plan, target=target, refit=refit, **settings
+            )
     measured = {}
     if losses is not None:
         rows = [replace(row, sensitivity=sensitivities[row.name]) for row in rows]
@@ -158,6 +179,9 @@ def prune(
             "allocation": allocation,
             "reconstruct": reconstruct,
             "damp": damp,
+            "schedule": schedule,
+            "target": target,
+            "refit": refit,
             "kinds": list(kinds),
             "attn_unit": plan.attn_unit,
             "seed": seed,
@@ -252,6 +276,22 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{f"liar_ext.{key}": str(value) for key, value in ops.build_info().items()},
     }
+
+
+def _check_schedule(schedule: str, target: str | None, refit: bool, mode: str) -> str:
+    """Return the target; raise InputError unless the schedule can have it."""
+    if schedule not in SCHEDULES:
+        raise InputError(f"prune: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if schedule == "layerwise":
+        target = "auto" if target is None else target
+        check_target(target, mode)
+        return target
+    if refit or target not in (None, "dense-input"):
+        raise InputError(
+            "prune: in one pass a site knows its dense input only, got "
+            f'target={target!r}, refit={refit}; use schedule="layerwise"'
+        )
+    return "dense-input"
 
 
 def _count(model: nn.Module) -> int:

@@ -21,6 +21,8 @@ class SiteRow:
 
     Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output; ``damp`` is λ, with
     infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
+    ``target`` is what errors are measured to, and ``share`` how far towards it, from the site's own
+    dense weight on its input, the solve was taken.
     ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
     nats; None where it was not measured.
     """
@@ -37,6 +39,8 @@ class SiteRow:
     dropped_rows: int
     path: str
     seconds: float
+    target: str = "dense-input"
+    share: float = 0.0
     sensitivity: float | None = None
 
 
@@ -93,15 +97,15 @@ class Report:
             "half of the calibration documents and measured on the other.",
             "",
             "| site | units | parameters | damp | error | held-out | condition | dropped rows "
-            "| path | s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| path | target | s |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in self.sites:
             lines.append(
                 f"| {row.name} | {row.units_before} → {row.units_after} "
                 f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
                 f"| {row.error:.4f} | {row.holdout_error:.4f} | {row.condition:.1e} "
-                f"| {row.dropped_rows} | {row.path} | {row.seconds:.2f} |"
+                f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.2f} |"
             )
         for title, facts in (
             ("Budget", self.budget),
@@ -117,6 +121,10 @@ class Report:
         """Write ``liar_report.json`` and ``liar_report.md`` into ``folder``."""
         Path(folder, REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
         Path(folder, REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
+
+
+def _target(row: SiteRow) -> str:
+    return f"{row.share:.2f} {row.target}" if row.share else "dense-input"
 
 
 def _summary(report: Report) -> list[str]:

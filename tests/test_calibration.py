@@ -50,6 +50,24 @@ def test_folds_follow_the_batch_or_alternate():
         torch.testing.assert_close(moments.gram, pure[name].gram, rtol=1e-4, atol=1e-5)
 
 
+def test_folds_are_of_sequences_where_the_mlp_gets_flat_tokens():
+    model = tiny("opt")
+    batch = tiny_inputs(model, batch=4, tokens=6)
+    batch["attention_mask"][0, -2:] = 0
+    fold = torch.tensor([0, 1, 1, 1])
+    moments = calibrate(model, [{**batch, "fold": fold}])
+    assert all(m.tokens.tolist() == [4, 18] for m in moments.values())
+    alone = calibrate(
+        model,
+        [
+            {**{k: v[:1] for k, v in batch.items()}, "fold": fold[:1]},
+            {**{k: v[1:] for k, v in batch.items()}, "fold": fold[1:]},
+        ],
+    )
+    for name, expected in alone.items():
+        torch.testing.assert_close(moments[name].gram, expected.gram, rtol=1e-5, atol=1e-5)
+
+
 def test_padding_does_not_count():
     model = tiny("bert")
     batch = tiny_inputs(model, batch=4, tokens=9)

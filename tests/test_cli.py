@@ -78,6 +78,18 @@ def test_quiet_prints_nothing(llama_folder, corpus, tmp_path, capfd):
     assert capfd.readouterr().out == ""
 
 
+def test_layerwise_is_an_option(llama_folder, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    texts = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
+    options = ("--schedule", "layerwise", "--target", "stream", "--refit")
+    assert run("prune", llama_folder, *texts, *options, "--out", out) == 0
+    settings = json.loads((out / "liar_report.json").read_text())["settings"]
+    assert (settings["schedule"], settings["target"]) == ("layerwise", "stream")
+    assert run("verify", out) == 0
+    assert run("prune", llama_folder, *texts, "--refit", "--out", tmp_path / "other") == 2
+    assert 'use schedule="layerwise"' in capsys.readouterr().err
+
+
 def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
     tiny("bert").save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
@@ -182,7 +194,7 @@ def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
     refuse("holds no text", calibration=tmp_path / "empty.txt")
     refuse("does not exist", calibration=tmp_path / "absent.txt")
     refuse("calibrated on too", "--eval", str(corpus[0]))
-    refuse("can't load", model=tmp_path / "no_model")
+    refuse("give a folder, a hub id", model=tmp_path / "no_model")
 
 
 def test_a_pruned_model_is_refused(refuse, pruned):

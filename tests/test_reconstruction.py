@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from liar_ext import InputError, Moments
-from liar_ext.reconstruction import DAMP_LADDER, solve
+from liar_ext.ridge import solve
+from liar_ext.solution import DAMP_LADDER
 
 
 def problem(tokens=400, d_in=24, d_out=9, seed=0, rank=None, offset=0.5):

@@ -12,11 +12,12 @@ import liar_ext
 FLOORS = {
     0: "errors knapsack reference",
     1: "ops families plan",
-    2: "arch moments outputs report",
-    3: "stock probe texts calibration criteria curves sensitivity allocation reconstruction "
+    2: "arch moments outputs report solution",
+    3: "stock probe texts calibration criteria curves sensitivity allocation ridge towards walk "
     "surgery evaluation",
-    4: "pipeline checkpoint",
-    5: "cli",
+    4: "reconstruction layerwise",
+    5: "pipeline checkpoint",
+    6: "cli",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 PACKAGE = Path(liar_ext.__file__).parent

@@ -35,7 +35,12 @@ def test_a_dataset_by_name(monkeypatch):
 
 
 def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    def load(name, config, split):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(InputError, match="neither a file nor a dataset: no_such_dataset"):
         texts.read_documents("no_such_dataset")
 

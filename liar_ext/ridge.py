@@ -1,0 +1,145 @@
+"""The ridge problem of one consumer: from sums over tokens to a new weight with a certificate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from liar_ext import ops
+from liar_ext.arch import Site
+from liar_ext.errors import InputError
+from liar_ext.moments import FOLDS, Moments, centre, check_folds
+from liar_ext.report import SiteRow
+from liar_ext.solution import MODES, WITH_BIAS, Solution, check_settings, damp_ladder, ratio
+
+
+def solve(
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments,
+    kept: Tensor,
+    *,
+    mode: str = "linear",
+    damp: float | str = "auto",
+) -> Solution:
+    """Reconstruct one consumer ``y = W x + b`` from the features that stay.
+
+    ``linear``: ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with ``Λ = λ · mean(diag G_KK) · I``.
+    ``affine``: the same with the centred Gram ``C``, and ``b' = b + W_P (μ_P − T μ_K)``.
+    ``bias``: the affine form with ``T = 0`` (FLAP). ``none``: plain dropping.
+    λ is the one with the least error on held-out tokens: solved on fold A and judged on fold B, and
+    the other way round; the returned weight is solved with it on both folds together.
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``W``, ``(d_out, d_in)``.
+    bias : Tensor or None
+        ``b``, ``(d_out,)``.
+    moments : Moments
+        Of the consumer's input.
+    kept : Tensor
+        ``(n_kept,)`` int64, ascending: features that stay.
+    mode : {"none", "bias", "linear", "affine"}
+        What is put back.
+    damp : float or "auto"
+        λ, or the choice among ``DAMP_LADDER``.
+
+    Returns
+    -------
+    Solution
+
+    Raises
+    ------
+    InputError
+        If a fold has no tokens, or a given damp leaves ``G_KK + Λ`` singular.
+
+    Notes
+    -----
+    Source: METHOD sections 1 and 2; LIAR, arXiv:2407.13331.
+    """
+    check_settings(mode, damp)
+    check_folds(moments)
+    device = moments.gram.device
+    wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
+    affine = mode in WITH_BIAS
+    if mode in ("none", "bias") or len(kept) == wide.shape[1]:
+        ladder = [math.inf]
+    else:
+        ladder = damp_ladder(damp)
+    damps = torch.tensor(ladder, dtype=torch.float64, device=device)
+
+    held_out, energy = _cross_validate(wide, moments, kept, damps, affine)
+    best = int(held_out.nan_to_num(nan=math.inf).argmin())
+    gram, total, tokens = moments.pooled()
+    mean = total / tokens
+    if affine:
+        gram = centre(gram, total, tokens, mean)
+    new, error, _, info = ops.reconstruct(wide, gram, kept, damps[best : best + 1])
+    if info[0, 0] != 0 or not torch.isfinite(held_out[best]):
+        raise InputError(
+            f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
+            'use damp="auto" or a larger damp'
+        )
+    new_bias = None
+    if affine:
+        start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
+        new_bias = start + wide @ mean - new[0] @ mean[kept]
+    path = mode if ladder[best] < math.inf else f"{mode}, drop" if mode in MODES[2:] else mode
+    return Solution(
+        weight=new[0],
+        bias=new_bias,
+        damp=ladder[best],
+        error=ratio(error[0], energy),
+        holdout_error=ratio(held_out[best], energy),
+        condition=float(info[0, 1]),
+        path=f"{path}, cholesky float64" if ladder[best] < math.inf else path,
+    )
+
+
+def _cross_validate(
+    weight: Tensor, moments: Moments, kept: Tensor, damps: Tensor, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the held-out error per damp and ``tr(W G Wᵀ)``, both summed over the folds."""
+    held_out = torch.zeros_like(damps)
+    energy = damps.new_zeros(())
+    for fold in range(FOLDS):
+        other = FOLDS - 1 - fold
+        gram, holdout = moments.gram[fold], moments.gram[other]
+        full = holdout.tril() + holdout.tril(-1).mT
+        energy += torch.linalg.vecdot(weight @ full, weight).sum()
+        if affine:
+            mean = moments.total[fold] / moments.tokens[fold]
+            gram = centre(gram, moments.total[fold], moments.tokens[fold], mean)
+            holdout = centre(holdout, moments.total[other], moments.tokens[other], mean)
+        held_out += ops.reconstruct(weight, gram, kept, damps, holdout=holdout, errors_only=True)[2]
+    return held_out, energy
+
+
+def report_row(
+    site: Site,
+    units: int,
+    moments: Moments,
+    solution: Solution,
+    seconds: float,
+    target: str = "dense-input",
+) -> SiteRow:
+    """Return the row of the report on a site that keeps ``units`` units."""
+    return SiteRow(
+        name=site.name,
+        units_before=site.units,
+        units_after=units,
+        params_before=site.params,
+        params_after=units * site.unit_params,
+        damp=solution.damp,
+        error=solution.error,
+        holdout_error=solution.holdout_error,
+        condition=solution.condition,
+        dropped_rows=moments.dropped_rows,
+        path=solution.path,
+        seconds=seconds,
+        target=target,
+        share=solution.share,
+    )

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TINY, outputs, tiny, tiny_inputs
+
+from liar_ext import (
+    Budget,
+    InputError,
+    allocate,
+    apply_plan,
+    calibrate,
+    prune,
+    reconstruct,
+    reconstruct_layerwise,
+    score,
+    sites,
+)
+from liar_ext.layerwise import Walk
+from liar_ext.reconstruction import with_bias
+from liar_ext.towards import solve_towards
+from liar_ext.walk import Blocks
+
+FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
+PLAIN = "llama mistral qwen2 qwen3 smollm3 opt gpt2 gpt_neox vit".split()
+
+
+def batches(model, count=4, tokens=12):
+    data = [tiny_inputs(model, batch=6, tokens=tokens, seed=seed) for seed in range(count)]
+    if "attention_mask" in data[0]:
+        data[1]["attention_mask"][2, 5:] = 0
+    return data
+
+
+def plan_for(model, data, keep=0.7, mode="linear"):
+    at = sites(model)
+    scores = score(model, calibrate(model, data, at), at, "wifv")
+    total = sum(site.params for site in at)
+    budget = Budget(keep)
+    plan = allocate(at, scores, budget, model_type=model.config.model_type, total=total)
+    return with_bias(plan, model, mode)
+
+
+def walk_blocks(model, data, plan, steps, target="stream", mode="linear", damp="auto"):
+    """Take a walk over the first blocks, and return it with the blocks still open."""
+    blocks = Blocks(model, sites(model, attn_unit=plan.attn_unit))
+    context = blocks.opened()
+    context.__enter__()
+    walk = Walk(model, blocks, plan, mode, damp, target, refit=False)
+    walk.start(data)
+    for index in range(steps):
+        walk.step(index)
+    return walk, context
+
+
+def stream_after(model, block, inputs):
+    """Return what leaves a block in the model's own forward."""
+    seen = {}
+    path = next(site.path for site in sites(model) if site.block == block)
+
+    def note(module, args, output):
+        seen["output"] = output[0] if isinstance(output, tuple) else output
+
+    hook = model.get_submodule(path).register_forward_hook(note)
+    getattr(model, "base_model", model)(**inputs)
+    hook.remove()
+    return seen["output"]
+
+
+@pytest.mark.parametrize("target", ["dense-input", "stream", "auto"])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name, target):
+    model = tiny(name, dtype=torch.float64)
+    mode = "affine" if name == "gpt2" else "linear"
+    data = batches(model)
+    plan = plan_for(model, data, mode=mode)
+    walk, context = walk_blocks(model, data, plan, 3, target, mode)
+    context.__exit__(None, None, None)
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, plan, walk.weights)
+    for part in walk.parts[:3]:
+        after = stream_after(pruned, 2, part.inputs)
+        assert torch.allclose(part.pruned, after, rtol=1e-9, atol=1e-10)
+        if target != "dense-input":
+            assert torch.equal(part.dense, stream_after(model, 2, part.inputs))
+
+
+@pytest.mark.parametrize("kind", ["attn", "mlp"])
+@pytest.mark.parametrize("target", ["branch", "stream"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@torch.no_grad()
+def test_sums_equal_brute_force(name, target, kind):
+    model = tiny(name, dtype=torch.float64)
+    data = batches(model)
+    plan = plan_for(model, data)
+    walk, context = walk_blocks(model, data, plan, 1, target)
+    here = {site.kind: site for site in walk.blocks.sites[1]}
+    site = here[kind]
+    # What _collect sees in the middle of a step: the goals of the block, and attention solved.
+    for part in walk.parts:
+        walk._dense_run(1, part, {other.name: target for other in here.values()})
+    consumers = {}
+    if kind == "mlp":
+        consumers["1.attn"] = walk._solve(here["attn"], target, {})
+    moments, shortfall = walk._collect(site, target, consumers)
+    context.__exit__(None, None, None)
+
+    done = {name for name in walk.weights}
+    part_plan = replace(plan, sites={name: plan.sites[name] for name in done})
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, part_plan, walk.weights)
+    gram = torch.zeros_like(moments.gram)
+    cross, energy = torch.zeros_like(shortfall.cross), torch.zeros_like(shortfall.energy)
+    for part in walk.parts:
+        ends = []
+        for which in (model, pruned):
+            seen = {}
+            hook = which.get_submodule(site.consumer).register_forward_hook(
+                lambda module, args, output, seen=seen: seen.update(x=args[0], y=output)
+            )
+            before = stream_after(which, 0, part.inputs)
+            after = stream_after(which, 1, part.inputs)
+            hook.remove()
+            stream = after if kind == "mlp" else before + seen["y"]
+            ends.append((seen["x"], stream if target == "stream" else seen["y"]))
+        real = part.inputs["attention_mask"].bool()
+        x, r = ends[1][0][real], (ends[0][1] - ends[1][1])[real]
+        gram[part.fold] += x.T @ x
+        cross[part.fold] += x.T @ r
+        energy[part.fold] += r.square().sum()
+    assert torch.allclose(moments.gram.tril(), gram.tril(), rtol=1e-9, atol=1e-9)
+    assert torch.allclose(shortfall.cross, cross, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(shortfall.energy, energy, rtol=1e-9)
+    tokens = [p.inputs["attention_mask"].sum() for p in walk.parts]
+    assert moments.tokens.sum() == sum(tokens)
+    # The rule of choice: on held-out sequences never worse than the own target.
+    weight = model.get_submodule(site.consumer).weight
+    kept = site.features(plan.sites[site.name].kept)
+    own, chosen = (
+        solve_towards(weight, None, moments, shortfall, kept, shares=shares).holdout_error
+        for shares in ((0.0, 0.0), (0.0, 1.0))
+    )
+    assert chosen <= own * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("target", ["dense-input", "branch", "stream", "auto"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+def test_the_first_site_is_the_one_pass_solution(name, target):
+    model = tiny(name)
+    data = batches(model)
+    plan = plan_for(model, data)
+    bank = calibrate(model, data, sites(model))
+    one_pass, rows = reconstruct(model, bank, plan)
+    walked, walked_rows = reconstruct_layerwise(model, data, plan, target=target)
+    assert torch.allclose(walked["0.attn"][0], one_pass["0.attn"][0], rtol=1e-4, atol=1e-5)
+    assert walked_rows[0].holdout_error == pytest.approx(rows[0].holdout_error, rel=1e-4)
+    assert [row.name for row in walked_rows] == list(plan.sites)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("target", ["stream", "auto"])
+def test_keeping_everything_is_the_identity_even_when_refitted(name, target):
+    model = tiny(name)
+    data = batches(model)
+    plan = plan_for(model, data, keep=1.0)
+    before = outputs(model)
+    weights, rows = reconstruct_layerwise(model, data, plan, target=target, refit=True)
+    assert torch.equal(outputs(model), before)
+    apply_plan(model, plan, weights)
+    assert torch.allclose(outputs(model), before, rtol=1e-4, atol=1e-4)
+    assert all(row.error < 1e-8 for row in rows)
+
+
+def test_sites_that_lose_nothing_are_kept_or_refitted():
+    model = tiny("llama")
+    data = batches(model)
+    plan = plan_for(model, data)
+    whole = {"2.mlp": replace(plan.sites["2.mlp"], kept=tuple(range(24)))}
+    plan = replace(plan, sites={**plan.sites, **whole})
+    dense = model.model.layers[2].mlp.down_proj.weight.double()
+    kept, kept_rows = reconstruct_layerwise(model, data, plan, target="stream")
+    assert torch.equal(kept["2.mlp"][0], dense) and kept_rows[-1].path == "kept as it is"
+    refitted, rows = reconstruct_layerwise(
+        model, data, plan, target="stream", refit=True, damp=1e-3
+    )
+    assert not torch.allclose(refitted["2.mlp"][0], dense)
+    assert rows[-1].units_after == rows[-1].units_before and rows[-1].share == 1
+
+
+@pytest.mark.parametrize("target", ["dense-input", "branch", "stream", "auto"])
+def test_infinite_damp_is_dropping(target):
+    model = tiny("llama")
+    data = batches(model)
+    plan = plan_for(model, data)
+    weights, _ = reconstruct_layerwise(model, data, plan, target=target, damp=math.inf)
+    for site in sites(model):
+        dense = model.get_submodule(site.consumer).weight.double()
+        kept = site.features(plan.sites[site.name].kept)
+        assert torch.equal(weights[site.name][0], dense[:, kept])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_target_that_the_block_cannot_have_is_replaced_aloud(name):
+    model = tiny(name)
+    data = batches(model)
+    plan = plan_for(model, data)
+    _, rows = reconstruct_layerwise(model, data, plan, target="stream")
+    plain = name in PLAIN
+    assert {row.target for row in rows} == {"stream" if plain else "branch"}
+    assert all(("branch, as the stream" in row.path) != plain for row in rows)
+
+
+def test_the_stream_target_brings_the_stream_nearer():
+    model = tiny("llama")
+    data = batches(model, count=16)
+    plan = plan_for(model, data)
+    distance = {}
+    for target in ("dense-input", "stream"):
+        walk, context = walk_blocks(model, data, plan, 3, target)
+        context.__exit__(None, None, None)
+        distance[target] = sum(
+            float((stream_after(model, 2, part.inputs) - part.pruned).detach().square().sum())
+            for part in walk.parts
+        )
+    assert distance["stream"] < distance["dense-input"]
+
+
+def test_a_thousand_tokens_are_survived():
+    model = tiny("llama")
+    data = [tiny_inputs(model, batch=4, tokens=25, seed=seed) for seed in range(10)]
+    report = prune(model, data, 0.7, schedule="layerwise")
+    assert report.settings["calibration_tokens"] == 1000
+    assert all(0 <= row.share <= 1 and math.isfinite(row.holdout_error) for row in report.sites)
+
+
+@pytest.mark.parametrize("mode", ["linear", "affine"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_the_whole_job(name, mode):
+    model = tiny(name)
+    data = batches(model)
+    report = prune(model, iter(data), 0.7, schedule="layerwise", reconstruct=mode)
+    assert report.settings["schedule"] == "layerwise" and report.settings["target"] == "auto"
+    assert {row.path.split(",")[0] for row in report.sites} == {mode}
+    assert torch.isfinite(outputs(model)).all()
+    assert "| stream |" in report.to_markdown() or "stream |" in report.to_markdown()
+
+
+def test_the_model_is_not_changed_even_by_a_failure():
+    model = tiny("llama")
+    data = batches(model)
+    plan = plan_for(model, data)
+    before = outputs(model)
+    reconstruct_layerwise(model, data, plan)
+    with pytest.raises(InputError, match="both folds need tokens"):
+        reconstruct_layerwise(model, [{**data[0], "fold": torch.zeros(6)}], plan)
+    assert torch.equal(outputs(model), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedule": "backwards"}, "schedule must be one of one-pass, layerwise"),
+        ({"schedule": "layerwise", "target": "dense"}, "target must be one of"),
+        ({"schedule": "layerwise", "reconstruct": "bias"}, "must be linear or affine"),
+        ({"schedule": "layerwise", "reconstruct": "none"}, "must be linear or affine"),
+        ({"target": "stream"}, 'use schedule="layerwise"'),
+        ({"refit": True}, 'use schedule="layerwise"'),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_batch(arguments, message):
+    def no_batch():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    with pytest.raises(InputError, match=message):
+        prune(tiny("llama"), no_batch(), **arguments)
+
+
+def test_a_plan_for_another_model_is_refused():
+    model = tiny("llama")
+    data = batches(model)
+    plan = plan_for(model, data)
+    with pytest.raises(InputError, match="every site of the plan, missing 2.attn, 2.mlp"):
+        reconstruct_layerwise(tiny("llama", num_hidden_layers=2), data, plan)

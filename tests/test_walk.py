@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import TINY, tiny, tiny_inputs
+
+from liar_ext import sites
+from liar_ext.walk import Blocks
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_blocks_run_one_by_one_are_the_model(name):
+    model, wanted = tiny(name), {}
+    inputs = tiny_inputs(model)
+    if "attention_mask" in inputs:
+        inputs["attention_mask"][0, -3:] = 0
+    every = sites(model)
+    last = model.get_submodule(every[-1].path)
+    hook = last.register_forward_hook(lambda module, args, output: wanted.update(last=output))
+    body = getattr(model, "base_model", model)
+    body(**inputs)
+    hook.remove()
+    with Blocks(model, every).opened() as blocks:
+        hidden = blocks.enter(0, inputs)[0][0]
+        for index in range(len(blocks)):
+            hidden = blocks.run(index, inputs, hidden).output
+    expected = wanted["last"][0] if isinstance(wanted["last"], tuple) else wanted["last"]
+    assert torch.equal(hidden, expected)
+
+
+@torch.no_grad()
+def test_a_run_sees_consumers_replaces_them_and_ends_early():
+    model = tiny("llama")
+    inputs, site = tiny_inputs(model), next(s for s in sites(model) if s.name == "0.attn")
+    consumer = model.get_submodule(site.consumer)
+    with Blocks(model, sites(model)).opened() as blocks:
+        hidden = blocks.enter(0, inputs)[0][0]
+        run = blocks.run(0, inputs, hidden, end="0.attn")
+        assert run.output is None and run.seen.keys() == {"0.attn"}
+        x, y = run.seen["0.attn"]
+        assert torch.equal(consumer(x), y)
+        zero = blocks.run(0, inputs, hidden, {"0.attn": lambda x: torch.zeros_like(y)})
+        assert (zero.seen["0.attn"][1] == 0).all()
+        assert torch.equal(blocks.run(0, inputs, hidden).seen["0.attn"][1], y)
+
+
+def test_the_model_is_given_back():
+    model = tiny("llama")
+    block, previous = model.model.layers[1], model.model.layers[1].forward
+    block.forward = previous  # as accelerate leaves it
+    with pytest.raises(KeyError), Blocks(model, sites(model)).opened():
+        raise KeyError
+    assert block.forward is previous
+    assert "forward" not in vars(model.model.layers[0])
