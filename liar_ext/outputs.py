@@ -43,7 +43,7 @@ def output_divergence(
     """
     key = "logits" if dense.get("logits") is not None else "last_hidden_state"
     p, q = dense[key], pruned[key]
-    if mask is not None and p.dim() == 3 and mask.shape == p.shape[:2]:
+    if mask is not None and p.dim() == 3 and mask.shape == p.shape[:2] and not mask.all():
         p, q = p[mask.bool()], q[mask.bool()]
     p, q = p.flatten(0, -2).float(), q.flatten(0, -2).float()
     if key == "logits":

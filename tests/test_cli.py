@@ -43,6 +43,19 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     assert "calibrate" in done.stderr and "perplexity" in done.stdout
 
 
+def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
+    out = tmp_path / "pruned"
+    options = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--quiet"]
+    options += ["--criterion", "obs", "--allocation", "curve"]
+    assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
+    report = json.loads((out / "liar_report.json").read_text())
+    assert report["settings"]["criterion"] == "obs"
+    assert report["settings"]["predicted_divergence"] > 0
+    assert all(site["sensitivity"] > 0 for site in report["sites"])
+    assert report["seconds"]["allocate"] > 0
+    assert run("verify", out) == 0
+
+
 def test_verify_and_eval_the_result(pruned, corpus, capsys):
     out, _ = pruned
     assert run("verify", out) == 0

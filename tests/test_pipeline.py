@@ -70,6 +70,15 @@ def test_curve_allocation_with_any_criterion_and_mode(criterion, mode):
     assert 0 < report.settings["predicted_divergence"] < 10
 
 
+def test_query_heads_are_pruned_by_curves_too():
+    model = tiny("llama")
+    report = prune(
+        model, batches(model), 0.7, criterion="obs", allocation="curve", attn_unit="head"
+    )
+    kept = [len(report.plan.sites[f"{block}.attn"].kept) for block in range(3)]
+    assert all(count % 4 == 0 for count in kept) and torch.isfinite(outputs(model)).all()
+
+
 def test_predicted_divergence_is_near_the_measured_one():
     """Single-site losses add up, as long as little is lost."""
     dense = tiny("llama")
