@@ -188,6 +188,12 @@ class Walk:
                     chosen = {name: value[rows.to(value.device)] for name, value in inputs.items()}
                     hidden = self.blocks.enter(0, self._on_device(chosen))[0][0].cpu()
                     self.parts.append(Part(chosen, index, hidden, hidden))
+        folds = {part.fold for part in self.parts}
+        if folds != set(range(FOLDS)):
+            raise InputError(
+                f"layerwise: each of the {FOLDS} folds needs sequences, got {sequences} in folds "
+                f"{sorted(folds)}; give at least 2 sequences"
+            )
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
@@ -195,7 +201,7 @@ class Walk:
         lossless = {
             site.name for site in here if len(self.plan.sites[site.name].kept) == site.units
         }
-        dense_too = self.target != "dense-input"
+        dense_too = self.target != "dense-input"  # which needs no dense stream
         targets = {site.name: self._target_at(site) for site in here}
         after = [self._dense_run(index, part, targets) for part in self.parts] if dense_too else []
         consumers: dict[str, Forward] = {}

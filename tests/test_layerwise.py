@@ -215,6 +215,16 @@ def test_a_target_that_the_block_cannot_have_is_replaced_aloud(name):
     assert all(("branch, as the stream" in row.path) != plain for row in rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert", "gemma3_text"])
+def test_half_precision_tells_a_plain_sum_by_its_rounding(name, dtype):
+    model = tiny(name, dtype=dtype)
+    data = batches(model)
+    weights, rows = reconstruct_layerwise(model, data, plan_for(model, data), target="auto")
+    assert {row.target for row in rows} == {"stream" if name in PLAIN else "branch"}
+    assert all(torch.isfinite(weight).all() for weight, _ in weights.values())
+
+
 def test_the_stream_target_brings_the_stream_nearer():
     model = tiny("llama")
     data = batches(model, count=16)
@@ -256,8 +266,10 @@ def test_the_model_is_not_changed_even_by_a_failure():
     plan = plan_for(model, data)
     before = outputs(model)
     reconstruct_layerwise(model, data, plan)
-    with pytest.raises(InputError, match="both folds need tokens"):
+    with pytest.raises(InputError, match=r"each of the 2 folds needs sequences, got 6"):
         reconstruct_layerwise(model, [{**data[0], "fold": torch.zeros(6)}], plan)
+    with pytest.raises(InputError, match=r"each of the 2 folds needs sequences, got 0"):
+        reconstruct_layerwise(model, [], plan)
     assert torch.equal(outputs(model), before)
     assert not any("forward" in vars(module) for module in model.modules())
 
