@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test bench quality lint format clean
+.PHONY: setup demo test bench quality host-kernels cuda-check lint format clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,19 @@ HELD_OUT ?= out/demo/texts/held_out_news.jsonl
 quality: setup $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
 	$(BIN)/python bench/quality.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT)
+
+# The CUDA kernels, executed on the host; the second time under ASan and UBSan.
+host-kernels: setup
+	$(BIN)/python -m pytest tests/test_host_*.py
+	$(BIN)/python csrc/testing/build.py --sanitize
+	LIAR_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD=$$($(BIN)/python csrc/testing/build.py --preload) \
+	$(BIN)/python -m pytest tests/test_host_*.py -k "not every_barrier"
+
+# Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
+cuda-check: setup
+	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python csrc/cuda/check.py --write
 
 lint: setup
 	$(BIN)/ruff check .
