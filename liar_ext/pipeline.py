@@ -24,6 +24,7 @@ from liar_ext.evaluation import perplexity
 from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.moments import MomentBank
 from liar_ext.plan import Budget
+from liar_ext.probe import count_params
 from liar_ext.reconstruction import reconstruct as solve_sites
 from liar_ext.reconstruction import with_bias
 from liar_ext.report import Report, SiteRow
@@ -124,15 +125,13 @@ def prune(
     total = total_cost(model, at, budget)
     check_budget(at, budget, allocation, total)
     clock = _Clock()
-    if allocation == "curve":
-        batches = list(batches)  # some of them run again, for the sensitivities
+    if allocation == "curve" or schedule == "layerwise":
+        batches = list(batches)  # to be gone through again
 
     evaluation = {}
     if evaluate_on is not None:
         with clock("evaluate"):
             evaluation["dense"] = perplexity(model, evaluate_on, progress=progress)
-    if schedule == "layerwise":
-        batches = list(batches)  # to be gone through twice
     with clock("calibrate"):
         bank = calibrate(model, batches, at, progress=progress)
     with clock("score"):
@@ -163,7 +162,7 @@ def prune(
         measured["predicted_divergence"] = sum(
             float(losses[name][len(site.removed)]) for name, site in plan.sites.items()
         )
-    before = _count(model)
+    before = count_params(model)
     dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
     with clock("surgery"):
         apply_plan(model, plan, weights)
@@ -196,7 +195,7 @@ def prune(
         sites=rows,
         params={
             "before": before,
-            "after": _count(model),
+            "after": count_params(model),
             "prunable_before": sum(row.params_before for row in rows),
             "prunable_after": sum(row.params_after for row in rows),
         },
@@ -292,11 +291,6 @@ def _check_schedule(schedule: str, target: str | None, refit: bool, mode: str) -
             f'target={target!r}, refit={refit}; use schedule="layerwise"'
         )
     return "dense-input"
-
-
-def _count(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _warnings(rows: Sequence[SiteRow], mode: str, tokens: int, at: Sequence[Site]) -> list[str]:
