@@ -22,7 +22,7 @@ from pathlib import Path
 
 from liar_ext import Budget, allocate, apply_plan, calibrate, perplexity, reconstruct, score, sites
 from liar_ext.checkpoint import load_model
-from liar_ext.pipeline import measure_losses, probe_batches
+from liar_ext.losses import measure_losses, probe_batches
 from liar_ext.reconstruction import with_bias
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
