@@ -12,7 +12,7 @@ publish:
 
 `liar` is what `liar_ext.prune` does by default. All methods of a seed see the same calibration
 text; the texts to evaluate on share no document with it. Writes quality.json, quality.md and
-quality.png.
+quality.png. Rows that the output folder has already are kept and not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import inspect
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from liar_ext.arch import Site
 from liar_ext.checkpoint import load_model
 from liar_ext.evaluation import kl_divergence
 from liar_ext.layerwise import reconstruct_layerwise
+from liar_ext.losses import measure_losses, probe_batches
 from liar_ext.moments import MomentBank
-from liar_ext.pipeline import measure_losses, probe_batches
 from liar_ext.reconstruction import reconstruct, with_bias
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
@@ -47,6 +47,7 @@ OTHERS = (
     "obs+uniform+linear",
 )
 STEPS = ("wifv+uniform+linear", "wifv+curve+linear", "obs+curve+linear+equal")
+KEY = ("model", "sites", "seq_len", "calibration_tokens", "seed", "ratio", "method", "text")
 KL_EVERY = 4  # windows: the divergence runs the dense model as well
 
 
@@ -54,8 +55,9 @@ def main() -> None:
     """Measure, and write after every row, so that an interrupted run keeps what it has."""
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for row in measure(options):
+    record = options.out / "quality.json"
+    rows = json.loads(record.read_text()) if record.exists() else []
+    for row in measure(options, {tuple(row[key] for key in KEY) for row in rows}):
         rows.append(row)
         print(
             f"{row['method']:28} remove {row['ratio']:.2f} seed {row['seed']} {row['text']}: "
@@ -63,7 +65,7 @@ def main() -> None:
             f"{row['seconds']:.0f} s",
             flush=True,
         )
-        (options.out / "quality.json").write_text(json.dumps(rows, indent=1) + "\n")
+        record.write_text(json.dumps(rows, indent=1) + "\n")
         (options.out / "quality.md").write_text(markdown(rows))
     plot(rows, options.out / "quality.png")
 
@@ -182,8 +184,8 @@ class Case:
         return self.losses[key]
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict]:
-    """Yield one row per seed, fraction, method and text."""
+def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
+    """Yield one row per seed, fraction, method and text, less those of a known key."""
     methods = {name: Method.read(name) for name in options.methods}
     model, tokenizer = load_model(options.model)
     at = sites(model, ("attn", "mlp") if options.sites == "all" else (options.sites,))
@@ -207,24 +209,33 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         case = Case(model, at, batches, bank, seed, time.perf_counter() - start)
         for ratio in options.ratios:
             for name, method in methods.items():
+                shared = {
+                    "model": Path(options.model).name,
+                    "method": name,
+                    "ratio": ratio,
+                    "sites": options.sites,
+                    "seq_len": options.seq_len,
+                    "calibration": [Path(source).name for source in options.calibration],
+                    "calibration_tokens": bank.source["tokens"],
+                    "seed": seed,
+                }
+                wanted = [
+                    text
+                    for text in held_out
+                    if tuple((shared | {"text": text})[key] for key in KEY) not in known
+                ]
+                if not wanted:
+                    continue
                 pruned, plan, seconds = case.prune(method, ratio)
-                for text, windows in held_out.items():
-                    after = perplexity(pruned, windows)
-                    yield {
-                        "model": Path(options.model).name,
-                        "method": name,
-                        "ratio": ratio,
+                for text in wanted:
+                    after = perplexity(pruned, held_out[text])
+                    yield shared | {
                         "removed": removed(plan, at),
-                        "sites": options.sites,
                         "text": text,
-                        "seq_len": options.seq_len,
                         "tokens": after["tokens"],
-                        "calibration": [Path(source).name for source in options.calibration],
-                        "calibration_tokens": bank.source["tokens"],
-                        "seed": seed,
                         "dense": dense[text]["perplexity"],
                         "perplexity": after["perplexity"],
-                        "kl": kl_divergence(pruned, model, windows[::KL_EVERY]),
+                        "kl": kl_divergence(pruned, model, held_out[text][::KL_EVERY]),
                         "seconds": seconds,
                     }
 

@@ -108,6 +108,13 @@ def _add_prune(commands) -> None:
         "curves and the measured sensitivity of each site (a few more forward passes)",
     )
     add(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="N",
+        help="curve: measure N whole plans more, and keep the best",
+    )
+    add(
         "--reconstruct",
         choices=("none", "bias", "linear", "affine"),
         default="linear",
@@ -214,6 +221,7 @@ def _prune(options: argparse.Namespace) -> None:
         budget,
         criterion=options.criterion,
         allocation=options.allocation,
+        refine=options.refine,
         reconstruct=options.reconstruct,
         damp=damp,
         schedule=options.schedule,
@@ -288,7 +296,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from liar_ext.pipeline import versions
+    from liar_ext.report import versions
 
     for key, value in versions().items():
         print(f"{key:32} {value}")

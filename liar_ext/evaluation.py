@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.errors import InputError
-from liar_ext.outputs import evaluating, output_divergence
+from liar_ext.outputs import DenseOutputs, evaluating
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def kl_divergence(
 
     It says how much of the dense model's behaviour is lost, whatever the text, where perplexity
     says how well a text is predicted. Models without logits are compared by their last hidden
-    state; see :func:`liar_ext.outputs.output_divergence`.
+    state; see :class:`liar_ext.outputs.DenseOutputs`.
 
     Parameters
     ----------
@@ -102,13 +102,8 @@ def kl_divergence(
     total, rows = 0.0, 0
     with evaluating(model), evaluating(dense):
         for batch in tqdm(batches, desc="divergence", disable=not progress):
-            inputs = {key: value for key, value in batch.items() if key != "fold"}
-            outputs = []
-            for each in (dense, model):
-                device = next(each.parameters()).device
-                outputs.append(each(**{key: value.to(device) for key, value in inputs.items()}))
-            part, count = output_divergence(*outputs, inputs.get("attention_mask"))
-            total, rows = total + part, rows + count
+            compared = DenseOutputs(dense, batch)
+            total, rows = total + compared.divergence(model), rows + len(compared)
     if not rows:
         raise InputError("kl_divergence: needs at least one batch, got none; give more text")
     return total / rows

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+# Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
+ROW_CHUNK = 32
 
 
 @contextmanager
@@ -24,31 +29,77 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             model.config.use_cache = use_cache
 
 
-def output_divergence(
-    dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor], mask: Tensor | None = None
-) -> tuple[float, int]:
-    """Return the summed divergence of ``pruned`` from ``dense`` outputs, and of how many rows.
+class DenseOutputs:
+    """What the dense model gives for one batch, to tell how far pruned models are from it.
 
-    With logits: ``KL(p ‖ q) = Σ p (log p − log q)`` in nats, p the dense model's distribution and
-    q the pruned one's, per token or per sequence. Without: ``½ |h − h'|² / |h|²`` of the last
-    hidden state, which has the same meaning to second order but for its scale.
+    With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
+    log q)`` in nats, p the dense model's distribution and q the pruned one's. Without it is
+    ``½ |h − h'|² / |h|²`` of the last hidden state, which has the same meaning to second order but
+    for its scale.
 
     Parameters
     ----------
-    dense, pruned : mapping of str to Tensor
-        Outputs of a transformers model: ``logits`` ``(batch, tokens, vocabulary)`` or ``(batch,
-        classes)``, else ``last_hidden_state``.
-    mask : Tensor, optional
-        ``(batch, tokens)``: zero where a token is padding and does not count.
+    dense : nn.Module
+        The dense model, in evaluation mode; it is run now.
+    inputs : mapping of str to Tensor
+        The batch as the model takes it. ``attention_mask`` ``(batch, tokens)`` is zero where a
+        token is padding and does not count.
+    positions : int, optional
+        Compare at this many positions of the sequences, evenly spread, instead of at all of them.
+        A language model's head is then run there only; every other layer sees all tokens.
     """
-    key = "logits" if dense.get("logits") is not None else "last_hidden_state"
-    p, q = dense[key], pruned[key]
-    if mask is not None and p.dim() == 3 and mask.shape == p.shape[:2] and not mask.all():
-        p, q = p[mask.bool()], q[mask.bool()]
-    p, q = p.flatten(0, -2).float(), q.flatten(0, -2).float()
-    if key == "logits":
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        total = functional.kl_div(q, p, reduction="sum", log_target=True)
-    else:
-        total = 0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum()
-    return float(total), len(p)
+
+    def __init__(
+        self, dense: nn.Module, inputs: Mapping[str, Tensor], positions: int | None = None
+    ) -> None:
+        self._inputs = {key: value for key, value in inputs.items() if key != "fold"}
+        mask = self._inputs.get("attention_mask")
+        self._mask = mask if mask is not None and mask.dim() == 2 else None
+        self._positions = _spread(self._inputs.get("input_ids"), self._mask, positions)
+        self._has_logits, rows = self._run(dense)
+        self._rows = rows.float().log_softmax(-1) if self._has_logits else rows.float()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def divergence(self, pruned: nn.Module) -> float:
+        """Return the sum over rows of the divergence of a model, which is run for it."""
+        total = 0.0
+        _, rows = self._run(pruned)
+        for p, q in zip(self._rows.split(ROW_CHUNK), rows.split(ROW_CHUNK), strict=True):
+            q = q.to(p)
+            if self._has_logits:
+                q = q.log_softmax(-1)
+                total += float(functional.kl_div(q, p, reduction="sum", log_target=True))
+            else:
+                total += float(0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum())
+        return total
+
+    def _run(self, model: nn.Module) -> tuple[bool, Tensor]:
+        """Return whether there are logits, and them or the last hidden states, (rows, features)."""
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in self._inputs.items()}
+        mask, at, extra = self._mask, self._positions, {}
+        if at is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
+            extra["logits_to_keep"] = at.to(device)
+        outputs = model(**inputs, **extra)
+        has_logits = outputs.get("logits") is not None
+        value = outputs["logits" if has_logits else "last_hidden_state"]
+        if at is not None and value.dim() == 3:
+            value = value if value.shape[1] == len(at) else value[:, at]
+            mask = None if mask is None else mask[:, at]
+        if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
+            value = value[mask.bool().to(device)]
+        return has_logits, value.flatten(0, -2)
+
+
+def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:
+    """Return ``count`` positions spread evenly over the tokens; None if there are no more."""
+    if ids is None or count is None:
+        return None
+    real = torch.arange(ids.shape[1], device=ids.device)
+    if mask is not None:
+        real = real[mask.bool().any(0)]
+    if len(real) <= count:
+        return None
+    return real[((torch.arange(count, device=ids.device) + 0.5) * len(real) / count).long()]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
+from liar_ext import ops
 from liar_ext.plan import Plan
 
 REPORT_JSON = "liar_report.json"
@@ -121,6 +124,53 @@ class Report:
         """Write ``liar_report.json`` and ``liar_report.md`` into ``folder``."""
         Path(folder, REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
         Path(folder, REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on, and the kernels in use."""
+    packages = ("liar_ext", "torch", "transformers", "safetensors", "numpy")
+    return {
+        **{package: version(package) for package in packages},
+        "python": platform.python_version(),
+        **{f"liar_ext.{key}": str(value) for key, value in ops.build_info().items()},
+    }
+
+
+def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -> list[str]:
+    """Return what a user has to know before trusting the result.
+
+    Parameters
+    ----------
+    rows : sequence of SiteRow
+        What happened at the sites.
+    mode : str
+        What was put back.
+    tokens : int
+        Calibration tokens.
+    widest : int
+        Features of the widest site.
+    """
+    warnings = []
+    dropped = max((row.dropped_rows for row in rows), default=0)
+    if dropped:
+        warnings.append(
+            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
+            "calibrate in a wider dtype."
+        )
+    pruned = [row for row in rows if row.units_after < row.units_before]
+    given_up = [row.name for row in pruned if math.isinf(row.damp)]
+    if mode in ("linear", "affine") and given_up:
+        warnings.append(
+            "Held-out text is served best by plain dropping at "
+            f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "
+            f"({len(given_up)} sites): give more calibration text."
+        )
+    if tokens < 2 * widest:
+        warnings.append(
+            f"{tokens} calibration tokens are few for sites of {widest} features; "
+            "the held-out errors say what that costs."
+        )
+    return warnings
 
 
 def _target(row: SiteRow) -> str:

@@ -11,10 +11,14 @@ from tqdm.auto import tqdm
 
 from liar_ext.arch import Site, sites
 from liar_ext.errors import InputError
-from liar_ext.outputs import evaluating, output_divergence
+from liar_ext.outputs import DenseOutputs, evaluating
 from liar_ext.plan import Plan
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
+
+# Tokens of a sequence at which outputs are compared. Neighbours tell little new, and a large
+# vocabulary makes the head as expensive as several blocks.
+POSITIONS = 64
 
 
 def site_divergences(
@@ -43,66 +47,63 @@ def site_divergences(
     Returns
     -------
     dict of str to float
-        Mean ``KL(dense ‖ pruned)`` per token in nats, by site name; see
-        :func:`liar_ext.outputs.output_divergence`. 0 for a site that keeps everything.
+        By site name, see :func:`divergences`; 0 for a site that keeps everything.
     """
     pruned = [name for name, site_plan in plan.sites.items() if site_plan.removed]
-    values = _divergences(model, batches, plan, weights, [(name,) for name in pruned], progress)
+    probes = [(name,) for name in pruned]
+    values = divergences(model, batches, plan, weights, probes, progress=progress)
     return dict.fromkeys(plan.sites, 0.0) | dict(zip(pruned, values, strict=True))
 
 
-def plan_divergence(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
-    plan: Plan,
-    weights: Weights,
-    *,
-    progress: bool = False,
-) -> float:
-    """Return the divergence from the dense model when the whole plan is applied.
-
-    Arguments as for :func:`site_divergences`; nothing is sliced.
-    """
-    return _divergences(model, batches, plan, weights, [tuple(plan.sites)], progress)[0]
-
-
 @torch.no_grad()
-def _divergences(
+def divergences(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor] | Tensor],
     plan: Plan,
     weights: Weights,
     probes: Sequence[Sequence[str]],
-    progress: bool,
+    *,
+    progress: bool = False,
 ) -> list[float]:
-    """Return the mean divergence per probe, the sites that are pruned together.
+    """Return the divergence from the dense model for each set of sites pruned together.
 
-    A probe leaves the blocks before its first site alone, so they repeat what they gave before.
+    Nothing is sliced. The blocks before the first site of a probe are not run again, and outputs
+    are compared at ``POSITIONS`` tokens of a sequence.
+
+    Parameters
+    ----------
+    model, batches, plan, weights, progress
+        As for :func:`site_divergences`.
+    probes : sequence of sequences of str
+        Names of the sites that are pruned, by probe.
+
+    Returns
+    -------
+    list of float
+        Mean ``KL(dense ‖ pruned)`` per token in nats, by probe; see
+        :class:`liar_ext.outputs.DenseOutputs`.
     """
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}
     blocks = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in every)]
-    device = next(model.parameters()).device
+    batches = list(batches)
     total, rows = [0.0] * len(probes), 0
-    bar = tqdm(desc="sensitivity", disable=not progress)
-    with evaluating(model):
+    bar = tqdm(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
+    with evaluating(model), bar:
         for batch in batches:
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            inputs = {key: value.to(device) for key, value in inputs.items() if key != "fold"}
-            mask = inputs.get("attention_mask")
+            inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
             with _recorded(blocks) as given:
-                dense = model(**inputs)
-            rows += output_divergence(dense, dense, mask)[1]
+                dense = DenseOutputs(model, inputs, POSITIONS)
+            rows += len(dense)
             for index, names in enumerate(probes):
-                first = min(found[name].block for name in names)
+                first = min((found[name].block for name in names), default=len(blocks))
                 with ExitStack() as stack:
                     for block, output in zip(blocks[:first], given, strict=False):
                         stack.enter_context(_answering(block, output))
                     for name in names:
                         stack.enter_context(_pruned(model, found[name], plan, weights[name]))
-                    total[index] += output_divergence(dense, model(**inputs), mask)[0]
+                    total[index] += dense.divergence(model)
                 bar.update()
-    bar.close()
     if not rows:
         raise InputError("sensitivity: needs at least one batch to run, got none")
     return [value / rows for value in total]

@@ -46,11 +46,12 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
     out = tmp_path / "pruned"
     options = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--quiet"]
-    options += ["--criterion", "obs", "--allocation", "curve"]
+    options += ["--criterion", "obs", "--allocation", "curve", "--refine", 1]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     report = json.loads((out / "liar_report.json").read_text())
     assert report["settings"]["criterion"] == "obs"
     assert report["settings"]["predicted_divergence"] > 0
+    assert 0 < report["settings"]["measured_divergence"]
     assert all(site["sensitivity"] > 0 for site in report["sites"])
     assert report["seconds"]["allocate"] > 0
     assert run("verify", out) == 0

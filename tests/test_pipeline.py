@@ -70,6 +70,18 @@ def test_curve_allocation_with_any_criterion_and_mode(criterion, mode):
     assert 0 < report.settings["predicted_divergence"] < 10
 
 
+@pytest.mark.parametrize("mode", ["none", "affine"])
+def test_refined_plans_report_what_they_measured(mode):
+    model = tiny("bert")
+    options = {"criterion": "obs", "allocation": "curve", "refine": 2, "reconstruct": mode}
+    report = prune(model, batches(model), 0.5, **options)
+    measured = report.settings["measured_divergence"]
+    assert 0 < measured <= report.settings["unrefined_divergence"]
+    assert report.settings["predicted_divergence"] > 0 and report.settings["refine"] == 2
+    assert report.params["prunable_after"] <= 0.5 * report.params["prunable_before"]
+    assert torch.isfinite(outputs(model)).all()
+
+
 def test_query_heads_are_pruned_by_curves_too():
     model = tiny("llama")
     report = prune(
@@ -136,6 +148,8 @@ def test_perplexity_is_reported_before_and_after():
         ({"reconstruct": "ridge"}, "mode must be one of"),
         ({"damp": "lots"}, "damp must be"),
         ({"allocation": "fair"}, "method must be one of"),
+        ({"refine": 2}, "refine must be 0 or more rounds after allocation='curve', got refine=2"),
+        ({"refine": -1, "allocation": "curve"}, "refine must be 0 or more"),
         ({"kinds": ("ffn",)}, "kinds must be some of"),
     ],
 )

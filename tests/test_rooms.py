@@ -16,8 +16,9 @@ FLOORS = {
     3: "stock probe texts calibration criteria curves sensitivity allocation ridge towards walk "
     "surgery evaluation",
     4: "reconstruction layerwise",
-    5: "pipeline checkpoint",
-    6: "cli",
+    5: "losses checkpoint",
+    6: "pipeline",
+    7: "cli",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 PACKAGE = Path(liar_ext.__file__).parent

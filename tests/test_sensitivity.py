@@ -21,8 +21,9 @@ from liar_ext import (
     sites,
 )
 from liar_ext.allocation import probe_plan
+from liar_ext.outputs import DenseOutputs
 from liar_ext.reconstruction import with_bias
-from liar_ext.sensitivity import plan_divergence
+from liar_ext.sensitivity import divergences
 
 
 def job(family, mode="linear"):
@@ -54,7 +55,7 @@ def test_equal_to_pruning_each_site_for_real(family, mode):
         assert want > 0 and got[name] == pytest.approx(want, rel=1e-3, abs=1e-7)
     pruned = copy.deepcopy(model)
     apply_plan(pruned, plan, weights)
-    whole = plan_divergence(model, data, plan, weights)
+    (whole,) = divergences(model, data, plan, weights, [list(plan.sites)])
     assert whole == pytest.approx(kl_divergence(pruned, model, data), rel=1e-3, abs=1e-7)
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -80,6 +81,37 @@ def test_a_site_that_keeps_everything_loses_nothing():
     whole = replace(plan.sites["1.mlp"], kept=tuple(range(24)))
     plan = replace(plan, sites={**plan.sites, "1.mlp": whole})
     assert site_divergences(model, data, plan, weights)["1.mlp"] == 0.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta", "distilbert"])
+def test_outputs_are_compared_at_tokens_spread_over_the_real_ones(family):
+    model, other = tiny(family), tiny(family, seed=1)
+    inputs = tiny_inputs(model, batch=3, tokens=14)
+    inputs["attention_mask"][:, 12:] = 0
+    inputs["attention_mask"][0, 6:] = 0
+    got = DenseOutputs(model, inputs, 4)
+    counts = inputs["attention_mask"].clone()
+    counts[:, [column for column in range(14) if column not in (1, 4, 7, 10)]] = 0
+    rows = counts.bool()
+    p, q = outputs(model, inputs)[rows].double(), outputs(other, inputs)[rows].double()
+    if family == "distilbert":
+        want = 0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum()
+    else:
+        want = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()
+    assert len(got) == int(rows.sum()) == 10
+    assert got.divergence(other) == pytest.approx(float(want), rel=1e-5)
+    assert got.divergence(model) == 0.0
+
+
+@torch.no_grad()
+def test_the_head_runs_where_outputs_are_compared_only():
+    model = tiny("llama")
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    for positions in (4, 12, 13, None):
+        DenseOutputs(model, tiny_inputs(model, tokens=12), positions)
+    assert seen == [4, 12, 12, 12]
 
 
 def test_kl_divergence_equals_its_formula():
