@@ -27,8 +27,8 @@ def main() -> None:
 
     command = (
         f"prune {shlex.quote(str(model))} --calibration {texts['web']} {texts['news']} "
-        f"--eval {texts['held_out_news']} --eval-samples 12 --keep 0.8 --criterion obs "
-        f"--allocation curve --samples 48 --seq-len 512 --out {folder} --overwrite"
+        f"--eval {texts['held_out_news']} --eval-samples 12 --keep 0.8 "
+        f"--samples 48 --seq-len 512 --out {folder} --overwrite"
     )
     run(command)
     run(f"verify {folder}")

@@ -96,14 +96,14 @@ def _add_prune(commands) -> None:
     )
     add(
         "--criterion",
-        default="wifv",
+        default="obs",
         metavar="NAME",
         help="who goes: " + ", ".join(known.name for known in list_criteria()),
     )
     add(
         "--allocation",
         choices=("uniform", "global", "curve"),
-        default="uniform",
+        default="curve",
         help="how many go where: the same fraction everywhere, by standardised scores, or by error "
         "curves and the measured sensitivity of each site (a few more forward passes)",
     )
@@ -116,9 +116,11 @@ def _add_prune(commands) -> None:
     )
     add(
         "--reconstruct",
-        choices=("none", "bias", "linear", "affine"),
-        default="linear",
-        help="what is put back; bias and affine give consumers a bias if they lack one",
+        choices=("auto", "none", "bias", "linear", "affine"),
+        default="auto",
+        help="what is put back: nothing, means (bias), a linear map of what stays, both (affine); "
+        "auto is affine where a consumer has a bias and linear elsewhere; bias and affine give "
+        "consumers a bias if they lack one",
     )
     add("--damp", default="auto", metavar="LAMBDA", help="ridge, or auto: by held-out error")
     add(

@@ -32,7 +32,7 @@ def reconstruct_layerwise(
     batches: Iterable[Mapping[str, Tensor] | Tensor],
     plan: Plan,
     *,
-    mode: str = "linear",
+    mode: str = "auto",
     damp: float | str = "auto",
     target: str = "auto",
     refit: bool = False,
@@ -62,9 +62,9 @@ def reconstruct_layerwise(
         See :func:`liar_ext.calibrate`; ``attention_mask`` and ``fold`` mean the same here.
     plan : Plan
         What stays.
-    mode : {"linear", "affine"}
+    mode : {"auto", "linear", "affine"}
         The affine form is for consumers that have a bias, or gain one by the plan; any other gets
-        the plain form.
+        the plain form. ``auto`` is the affine one.
     damp : float or "auto"
         λ, or the held-out choice.
     target : {"dense-input", "branch", "stream", "auto"}
@@ -121,10 +121,10 @@ def check_target(target: str, mode: str) -> None:
     """Raise InputError unless a layerwise walk can solve for ``target`` in this ``mode``."""
     if target not in TARGETS:
         raise InputError(f"layerwise: target must be one of {', '.join(TARGETS)}, got {target!r}")
-    if mode not in ("linear", "affine"):
+    if mode not in ("auto", "linear", "affine"):
         raise InputError(
-            f"layerwise: reconstruct must be linear or affine, got {mode!r}, which solves for no "
-            'target; use schedule="one-pass"'
+            f"layerwise: reconstruct must be auto, linear or affine, got {mode!r}, which solves "
+            'for no target; use schedule="one-pass"'
         )
 
 
@@ -233,7 +233,8 @@ class Walk:
         kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
         moments, shortfall = self._collect(site, target, consumers)
         features = site.features(kept).to(self.device)
-        mode = self.mode if bias is not None or planned else "linear"
+        affine = self.mode != "linear" and (bias is not None or planned)
+        mode = "affine" if affine else "linear"
         solution = (
             solve(weight, bias, moments, features, mode=mode, damp=self.damp)
             if shortfall is None

@@ -35,7 +35,7 @@ def decide(
     allocation: str,
     batches: Batches,
     *,
-    mode: str = "linear",
+    mode: str = "auto",
     refine: int = 0,
     total: float | None = None,
     progress: bool = False,
@@ -112,7 +112,7 @@ def measure_losses(
     budget: Budget,
     batches: Batches,
     *,
-    mode: str = "linear",
+    mode: str = "auto",
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Predict what the model's output loses for every number of units gone from every site.
@@ -183,7 +183,7 @@ def refine_plan(
     plan: Plan,
     *,
     rounds: int,
-    mode: str = "linear",
+    mode: str = "auto",
     total: float | None = None,
     progress: bool = False,
 ) -> tuple[Plan, list[float]]:

@@ -37,7 +37,7 @@ def prune(
     criterion: str = "obs",
     allocation: str = "curve",
     refine: int = 0,
-    reconstruct: str = "linear",
+    reconstruct: str = "auto",
     damp: float | str = "auto",
     schedule: str = "one-pass",
     target: str | None = None,
@@ -69,7 +69,7 @@ def prune(
         sensitivities for it: see :func:`liar_ext.losses.measure_losses`.
     refine : int
         For ``curve``: whole plans to measure after that; see :func:`liar_ext.losses.refine_plan`.
-    reconstruct : {"none", "bias", "linear", "affine"}
+    reconstruct : {"auto", "none", "bias", "linear", "affine"}
         What is put back; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"
         λ, or the held-out choice.

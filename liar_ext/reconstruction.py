@@ -23,7 +23,7 @@ def reconstruct(
     bank: Mapping[str, Moments],
     plan: Plan,
     *,
-    mode: str = "linear",
+    mode: str = "auto",
     damp: float | str = "auto",
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
@@ -40,8 +40,8 @@ def reconstruct(
         From :func:`liar_ext.calibrate`.
     plan : Plan
         What stays; for the modes that give a bias, from :func:`with_bias`.
-    mode : {"none", "bias", "linear", "affine"}
-        What is put back.
+    mode : {"auto", "none", "bias", "linear", "affine"}
+        What is put back; ``auto`` is affine at consumers that have a bias, linear at others.
     damp : float or "auto"
         λ, or ``"auto"``: the one of a ladder with the least held-out error, per site.
     progress : bool

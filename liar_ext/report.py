@@ -159,7 +159,7 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
         )
     pruned = [row for row in rows if row.units_after < row.units_before]
     given_up = [row.name for row in pruned if math.isinf(row.damp)]
-    if mode in ("linear", "affine") and given_up:
+    if mode not in ("none", "bias") and given_up:
         warnings.append(
             "Held-out text is served best by plain dropping at "
             f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "

@@ -12,7 +12,7 @@ from liar_ext.arch import Site
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
 from liar_ext.report import SiteRow
-from liar_ext.solution import MODES, WITH_BIAS, Solution, check_settings, damp_ladder, ratio
+from liar_ext.solution import WITH_BIAS, Solution, check_settings, damp_ladder, form_at, ratio
 
 
 def solve(
@@ -21,7 +21,7 @@ def solve(
     moments: Moments,
     kept: Tensor,
     *,
-    mode: str = "linear",
+    mode: str = "auto",
     damp: float | str = "auto",
 ) -> Solution:
     """Reconstruct one consumer ``y = W x + b`` from the features that stay.
@@ -42,8 +42,8 @@ def solve(
         Of the consumer's input.
     kept : Tensor
         ``(n_kept,)`` int64, ascending: features that stay.
-    mode : {"none", "bias", "linear", "affine"}
-        What is put back.
+    mode : {"auto", "none", "bias", "linear", "affine"}
+        What is put back; ``auto`` is ``affine`` where there is a bias, ``linear`` elsewhere.
     damp : float or "auto"
         λ, or the choice among ``DAMP_LADDER``.
 
@@ -61,6 +61,7 @@ def solve(
     Source: METHOD sections 1 and 2; LIAR, arXiv:2407.13331.
     """
     check_settings(mode, damp)
+    mode = form_at(mode, bias is not None)
     check_folds(moments)
     device = moments.gram.device
     wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
@@ -87,7 +88,8 @@ def solve(
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
         new_bias = start + wide @ mean - new[0] @ mean[kept]
-    path = mode if ladder[best] < math.inf else f"{mode}, drop" if mode in MODES[2:] else mode
+    solved = ladder[best] < math.inf
+    given_up = not solved and mode in ("linear", "affine")
     return Solution(
         weight=new[0],
         bias=new_bias,
@@ -95,7 +97,7 @@ def solve(
         error=ratio(error[0], energy),
         holdout_error=ratio(held_out[best], energy),
         condition=float(info[0, 1]),
-        path=f"{path}, cholesky float64" if ladder[best] < math.inf else path,
+        path=mode + (", cholesky float64" if solved else ", drop" if given_up else ""),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from liar_ext.errors import InputError
 
-MODES = ("none", "bias", "linear", "affine")
+MODES = ("auto", "none", "bias", "linear", "affine")
 WITH_BIAS = ("bias", "affine")
 DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
 
@@ -54,6 +54,13 @@ def check_settings(mode: str, damp: float | str) -> None:
         raise InputError(f"reconstruct: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if damp != "auto" and not (isinstance(damp, float | int) and damp >= 0):
         raise InputError(f'reconstruct: damp must be "auto" or a number >= 0, got {damp!r}')
+
+
+def form_at(mode: str, has_bias: bool) -> str:
+    """Return the mode of one consumer: ``auto`` is affine where there is a bias to carry it."""
+    if mode == "auto":
+        return "affine" if has_bias else "linear"
+    return mode
 
 
 def damp_ladder(damp: float | str) -> list[float]:

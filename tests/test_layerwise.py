@@ -253,7 +253,8 @@ def test_a_thousand_tokens_are_survived():
 def test_the_whole_job(name, mode):
     model = tiny(name)
     data = batches(model)
-    report = prune(model, iter(data), 0.7, schedule="layerwise", reconstruct=mode)
+    settings = {"allocation": "uniform", "reconstruct": mode}
+    report = prune(model, iter(data), 0.7, schedule="layerwise", **settings)
     assert report.settings["schedule"] == "layerwise" and report.settings["target"] == "auto"
     assert {row.path.split(",")[0] for row in report.sites} == {mode}
     assert torch.isfinite(outputs(model)).all()
@@ -279,8 +280,8 @@ def test_the_model_is_not_changed_even_by_a_failure():
     [
         ({"schedule": "backwards"}, "schedule must be one of one-pass, layerwise"),
         ({"schedule": "layerwise", "target": "dense"}, "target must be one of"),
-        ({"schedule": "layerwise", "reconstruct": "bias"}, "must be linear or affine"),
-        ({"schedule": "layerwise", "reconstruct": "none"}, "must be linear or affine"),
+        ({"schedule": "layerwise", "reconstruct": "bias"}, "must be auto, linear or affine"),
+        ({"schedule": "layerwise", "reconstruct": "none"}, "must be auto, linear or affine"),
         ({"target": "stream"}, 'use schedule="layerwise"'),
         ({"refit": True}, 'use schedule="layerwise"'),
     ],

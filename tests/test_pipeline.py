@@ -38,13 +38,26 @@ def test_the_whole_job(family, allocation):
             assert row.error == row.holdout_error == 0
 
 
-@pytest.mark.parametrize("mode", ["none", "bias", "linear", "affine"])
+@pytest.mark.parametrize("mode", ["auto", "none", "bias", "linear", "affine"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "bert", "gpt2"])
 def test_every_mode_on_models_with_and_without_biases(family, mode):
     model = tiny(family)
     report = prune(model, batches(model), 0.7, reconstruct=mode)
     assert all(0 <= row.error < 1.5 for row in report.sites)
+    if mode == "auto":
+        mode = "affine" if family in ("bert", "gpt2") else "linear"
     assert {row.path.split(",")[0] for row in report.sites} == {mode}
+
+
+def test_the_mode_auto_adds_no_parameter():
+    """It uses the biases that there are: the same names of tensors, and the affine solution."""
+    for family, mode in (("llama", "linear"), ("bert", "affine")):
+        auto, named = tiny(family), tiny(family)
+        prune(auto, batches(auto), 0.7)
+        prune(named, batches(named), 0.7, reconstruct=mode)
+        assert auto.state_dict().keys() == tiny(family).state_dict().keys()
+        for name, tensor in named.state_dict().items():
+            assert torch.equal(auto.state_dict()[name], tensor)
 
 
 def test_reconstruction_is_nearer_to_the_dense_model_than_dropping():
@@ -148,7 +161,10 @@ def test_perplexity_is_reported_before_and_after():
         ({"reconstruct": "ridge"}, "mode must be one of"),
         ({"damp": "lots"}, "damp must be"),
         ({"allocation": "fair"}, "method must be one of"),
-        ({"refine": 2}, "refine must be 0 or more rounds after allocation='curve', got refine=2"),
+        (
+            {"refine": 2, "allocation": "uniform"},
+            "refine must be 0 or more rounds after allocation='curve', got refine=2",
+        ),
         ({"refine": -1, "allocation": "curve"}, "refine must be 0 or more"),
         ({"kinds": ("ffn",)}, "kinds must be some of"),
     ],

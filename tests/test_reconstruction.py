@@ -144,7 +144,7 @@ def test_keeping_everything_is_the_identity():
 
 def test_refused():
     _, weight, kept, moments = problem()
-    with pytest.raises(InputError, match="mode must be one of none, bias, linear, affine"):
+    with pytest.raises(InputError, match="mode must be one of auto, none, bias, linear, affine"):
         solve(weight, None, moments, kept, mode="ridge")
     with pytest.raises(InputError, match='damp must be "auto" or a number >= 0'):
         solve(weight, None, moments, kept, damp=-1.0)
