@@ -15,7 +15,7 @@ FLOORS = {
     2: "arch moments outputs report solution",
     3: "stock probe texts calibration criteria curves sensitivity allocation ridge towards walk "
     "surgery evaluation",
-    4: "reconstruction layerwise",
+    4: "reconstruction layerwise saving",
     5: "pipeline checkpoint",
     6: "cli",
 }
