@@ -21,6 +21,7 @@ from liar_ext.criteria import get_criterion, score
 from liar_ext.curves import CURVE_DAMP, error_curves
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
+from liar_ext.gradients import check_loss
 from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.moments import MomentBank
 from liar_ext.plan import Budget
@@ -70,7 +71,8 @@ def prune(
     keep : float or Budget
         Fraction of the prunable parameters that may stay, or a :class:`liar_ext.Budget`.
     criterion : str
-        Who goes; see :func:`liar_ext.score`.
+        Who goes; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all batches
+        and run the model backward over them, once.
     allocation : {"uniform", "global", "curve"}
         How many go where; see :func:`liar_ext.allocate`. ``curve`` measures error curves and
         sensitivities for it: see :func:`measure_losses`.
@@ -125,8 +127,11 @@ def prune(
     total = total_cost(model, at, budget)
     check_budget(at, budget, allocation, total)
     clock = _Clock()
-    if allocation == "curve" or schedule == "layerwise":
+    backward = get_criterion(criterion).needs == "gradient"
+    if backward or allocation == "curve" or schedule == "layerwise":
         batches = list(batches)  # to be gone through again
+    if backward and batches:
+        check_loss(model, batches[0])
 
     evaluation = {}
     if evaluate_on is not None:
@@ -135,7 +140,7 @@ def prune(
     with clock("calibrate"):
         bank = calibrate(model, batches, at, progress=progress)
     with clock("score"):
-        scores = score(model, bank, at, criterion, seed=seed)
+        scores = score(model, bank, at, criterion, seed=seed, batches=batches, progress=progress)
     losses = sensitivities = None
     if allocation == "curve":
         with clock("allocate"):

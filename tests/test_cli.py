@@ -56,6 +56,17 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     assert run("verify", out) == 0
 
 
+def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path, capsys):
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    texts = ("--calibration", tmp_path / "rows.jsonl", "--seq-len", 16, "--samples", 8)
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 8)
+    out = tmp_path / "out"
+    assert run("prune", tmp_path / "bert", *texts, "--criterion", "snip", "--out", out) == 2
+    assert "got no labels; give a model with a head and batches" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_verify_and_eval_the_result(pruned, corpus, capsys):
     out, _ = pruned
     assert run("verify", out) == 0
