@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from liar_ext.saving import MARK_VERSION, PLAN_FILE, QUANTISER_MARKS
 from liar_ext.stock import LAYER_FIELDS
 from liar_ext.surgery import apply_plan
 
+# Arguments of from_pretrained that say where to find a repository.
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """Load a model that :func:`liar_ext.save_pruned` wrote, with equal or unequal layers.
@@ -31,7 +35,8 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     folder : path
         What :func:`liar_ext.save_pruned` wrote.
     **kwargs
-        For ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        For ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...; a
+        ``config``, if one is given, must be that of the folder, with other options.
 
     Returns
     -------
@@ -45,14 +50,10 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """
     folder = Path(folder)
     fields = _read_config(folder)
-    stock = _stock_class(fields)
-    if fields["liar"]["layers"] == "equal":
-        loader = stock
-    else:
-        from transformers import CONFIG_MAPPING
-
+    loader = stock = _stock_class(fields)
+    if fields["liar"]["layers"] == "unequal":
         loader = _planned_class(stock, Plan.load(folder / PLAN_FILE))
-        kwargs["config"] = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        kwargs["config"] = _dense_config(fields, kwargs.get("config"))
     model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
         raise InputError(
@@ -62,6 +63,28 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     # Only __init__ differed. As an object of the stock class the model can be pickled and saved.
     model.__class__ = stock
     return model
+
+
+class PrunedModel:
+    """The loader that ``auto_map`` names in the config of a folder with unequal layers.
+
+    With ``trust_remote_code=True`` the auto classes of transformers call it as if it were a model
+    class; what they return is an object of the stock class, ``generate`` and all.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: the folder holds the code already."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> nn.Module:
+        """Load a folder, or a repository of the hub, as :func:`load_pruned` does."""
+        if not Path(name).is_dir():
+            from huggingface_hub import snapshot_download
+
+            own = [key for key in HUB_ARGUMENTS if key in kwargs]
+            name = snapshot_download(os.fspath(name), **{key: kwargs.pop(key) for key in own})
+        return load_pruned(name, **kwargs)
 
 
 def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
@@ -87,7 +110,13 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     ------
     InputError
         If the folder isn't one of ours.
+
+    Notes
+    -----
+    Where the code of the folder is trusted, transformers copies it to its cache of modules.
     """
+    import transformers
+
     folder = Path(folder)
     fields = _read_config(folder)
     probe = read_probe(folder)
@@ -95,6 +124,10 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     if fields["liar"]["layers"] == "equal":
         stock = _stock_class(fields)
         loaders[f"transformers.{stock.__name__}.from_pretrained"] = stock.from_pretrained
+    for name in sorted(fields.get("auto_map", {}))[:1]:
+        loaders[f"transformers.{name}.from_pretrained(trust_remote_code=True)"] = partial(
+            getattr(transformers, name).from_pretrained, trust_remote_code=True
+        )
     results = {}
     for name, loader in loaders.items():
         model = loader(folder, dtype=probe.dtype, attn_implementation=probe.attention)
@@ -168,14 +201,9 @@ def load_model(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config, without the sizes of its layers."""
-
-    def without_layers(fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if name not in LAYER_FIELDS}
-
+    """Return the fields of a folder's config."""
     try:
-        text = (folder / "config.json").read_text(encoding="utf-8")
-        fields = json.loads(text, object_hook=without_layers)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"load_pruned: {folder} holds no readable config.json: {error}") from error
     if "liar" not in fields:
@@ -188,6 +216,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "read it with the liar_ext that wrote it"
         )
     return fields
+
+
+def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
+    """Return the config that the dense model is built from: without the sizes of its layers."""
+    from transformers import CONFIG_MAPPING
+
+    def without_layers(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: without_layers(v) for key, v in value.items() if key not in LAYER_FIELDS}
+
+    fields = fields if given is None else given.to_dict()
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(without_layers(fields))
+    config.__dict__.pop("auto_map", None)  # the loaded model is an ordinary one
+    if given is not None:
+        config._attn_implementation = given._attn_implementation
+    return config
 
 
 def _stock_class(fields: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from liar_ext.reconstruction import with_bias
 from liar_ext.report import Report, SiteRow
 from liar_ext.sensitivity import site_divergences
 from liar_ext.solution import check_settings
+from liar_ext.stock import how_to_load
 from liar_ext.surgery import apply_plan, is_pruned
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
@@ -207,6 +208,7 @@ def prune(
         evaluation=evaluation,
         seconds=clock.seconds,
         warnings=_warnings(rows, reconstruct, bank.source["tokens"], at),
+        loading=how_to_load(model, plan),
     )
 
 

@@ -4,8 +4,9 @@ Weights are safetensors, written and read by transformers itself. What else a fo
 on what the stock class of the model can build::
 
     equal layers      config.json says the new sizes          any loader takes the folder
-    unequal layers    config.json says the dense sizes, and   load_pruned takes it; a stock loader
-                      per_layer_config the real ones          stops at the sizes
+    unequal layers    config.json says the dense sizes, and   load_pruned takes it, and so does a
+                      per_layer_config the real ones;         stock loader that may run the code of
+                      liar_loader.py                          the folder; else it stops at the sizes
     always            liar_plan.json, liar_probe.safetensors  for load_pruned and verify_pruned
 """
 
@@ -28,11 +29,19 @@ from liar_ext.arch import skeleton
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan
 from liar_ext.probe import write_probe
-from liar_ext.stock import equal_config, shapes_of, write_layer_sizes
+from liar_ext.stock import auto_classes, equal_config, shapes_of, write_layer_sizes
 from liar_ext.surgery import apply_plan
 
 PLAN_FILE = "liar_plan.json"
 MARK_VERSION = 1
+# The code that from_pretrained(folder, trust_remote_code=True) runs, named by auto_map.
+LOADER_FILE = "liar_loader.py"
+LOADER_CODE = '''"""Builds the layers that liar_plan.json says; config.json names it."""
+
+from liar_ext.checkpoint import PrunedModel
+
+__all__ = ["PrunedModel"]
+'''
 # What transformers leaves on a model that it read from GGUF, and what forbids to save it.
 QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 
@@ -83,6 +92,7 @@ def save_pruned(
             model.save_pretrained(beside)
         if layers == "unequal":
             write_layer_sizes(model, beside)
+            (beside / LOADER_FILE).write_text(LOADER_CODE, encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         plan.save(beside / PLAN_FILE)
@@ -122,11 +132,14 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
 def _describe(model: nn.Module, plan: Plan) -> tuple[Any, str]:
     """Return the config to save, and whether it alone describes the layers: "equal" if so."""
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
+    for name in ("quantization_config", "auto_map"):
+        config.__dict__.pop(name, None)
     equal = equal_config(model, config)
     layers = "unequal" if equal is None else "equal"
     if equal is None:
         _check_plan(model, config, plan)
+        loader = f"{Path(LOADER_FILE).stem}.PrunedModel"
+        config.auto_map = dict.fromkeys(auto_classes(model), loader)
     config = equal or config
     config.liar = {"version": MARK_VERSION, "layers": layers}
     return config, layers

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from folders import equal_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
 from test_surgery import make_plan
@@ -69,6 +70,57 @@ def test_a_loaded_model_generates(name: str, tmp_path: Path) -> None:
     inputs = tiny_inputs(model)
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(loaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unequal_layers_load_where_the_code_of_the_folder_is_trusted(name: str, tmp_path: Path):
+    model, plan = pruned(name, bias=True)
+    folder = tmp_path / "pruned"
+    save_pruned(model, folder, plan)
+    for auto in read(folder)["auto_map"]:
+        loader = getattr(transformers, auto)
+        loaded = loader.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded) is type(model) and not loaded.training and is_pruned(loaded)
+        assert torch.equal(outputs(loaded), outputs(model))
+        # It is an ordinary model now: what saves it again mustn't name code that it doesn't write.
+        assert not hasattr(loaded.config, "auto_map")
+        if name in CAUSAL:
+            settings = {**tiny_inputs(model), "max_new_tokens": 5, "do_sample": False}
+            assert torch.equal(loaded.generate(**settings), model.generate(**settings))
+    if name in CAUSAL:
+        assert "AutoModelForCausalLM" in read(folder)["auto_map"]
+        with pytest.raises(RuntimeError, match="size"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_options_of_a_trusted_load_are_heard(tmp_path: Path) -> None:
+    model, plan = pruned("llama")
+    save_pruned(model, tmp_path / "pruned", plan)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pruned",
+        trust_remote_code=True,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    assert loaded.dtype == torch.float64 and loaded.config._attn_implementation == "eager"
+    assert loaded.config.use_cache is False
+
+
+def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path) -> None:
+    """Here from the cache of the hub's client, laid out as a download leaves it."""
+    model, plan = pruned("llama")
+    repository = tmp_path / "hub" / "models--someone--pruned"
+    save_pruned(model, repository / "snapshots" / ("0" * 40), plan)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        "someone/pruned",
+        trust_remote_code=True,
+        cache_dir=tmp_path / "hub",
+        local_files_only=True,
+    )
+    assert torch.equal(outputs(loaded), outputs(model))
 
 
 @pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
@@ -170,7 +222,8 @@ def test_verify_proves_and_disproves(name: str, plan_of, tmp_path: Path) -> None
     layers = read(folder)["liar"]["layers"]
     assert facts["agrees"] and facts["layers"] == layers and facts["dtype"] == "float32"
     assert facts["params"] == sum(p.numel() for p in model.parameters())
-    assert len(facts["loaders"]) == (2 if layers == "equal" else 1)
+    stock = "from_pretrained" if layers == "equal" else "from_pretrained(trust_remote_code=True)"
+    assert [name.split(".")[-1] for name in facts["loaders"]] == ["load_pruned", stock]
     for result in facts["loaders"].values():
         # Not 0: weights lie at other addresses, where kernels may take other paths.
         assert result["agrees"] and result["max_abs_difference"] < 1e-6 < facts["tolerance"]

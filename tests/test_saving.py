@@ -20,6 +20,7 @@ from liar_ext.checkpoint import load_pruned
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.saving import check_folder, save_pruned
+from liar_ext.stock import auto_classes, how_to_load
 from liar_ext.surgery import apply_plan
 
 
@@ -182,3 +183,30 @@ def test_biases_alone_that_a_stock_loader_would_drop_are_refused(tmp_path: Path)
     apply_plan(model, plan)
     with pytest.raises(InputError, match="would drop silently"):
         save_pruned(model, tmp_path / "pruned", plan)
+
+
+@pytest.mark.parametrize(
+    ("family", "plan_of", "settings", "options"),
+    [
+        ("llama", make_plan, {}, "`--uniform-layers`"),
+        ("bert", equal_plan, {}, "`--sites mlp --uniform-layers`"),
+        ("dinov2", equal_plan, {}, "`--sites attn --uniform-layers`"),
+        ("mistral", equal_plan, {"bias": True}, "`--reconstruct linear --uniform-layers`"),
+    ],
+)
+def test_the_way_to_a_stock_loader_is_told(family, plan_of, settings, options, tmp_path: Path):
+    model, plan = pruned(family, plan_of, **settings)
+    sentence = how_to_load(model, plan)
+    assert "load_pruned(folder)" in sentence and "trust_remote_code=True" in sentence
+    assert options in sentence
+    save_pruned(model, tmp_path / "pruned", plan)
+    assert read(tmp_path / "pruned")["liar"]["layers"] == "unequal"
+    assert set(read(tmp_path / "pruned")["auto_map"]) == set(auto_classes(model)) != set()
+
+
+def test_a_folder_for_a_stock_loader_says_so(tmp_path: Path):
+    model, plan = pruned("llama", equal_plan)
+    assert "plain `transformers.AutoModelForCausalLM" in how_to_load(model, plan)
+    save_pruned(model, tmp_path / "pruned", plan)
+    assert "auto_map" not in read(tmp_path / "pruned")
+    assert not (tmp_path / "pruned" / "liar_loader.py").exists()
