@@ -111,9 +111,8 @@ def collect_gradients(
             seen = [inputs_of.pop(site.name) for site in at]
             gradients = torch.autograd.grad(loss, [*seen, *parameters], materialize_grads=True)
             rows = len(next(iter(inputs.values())))
-            mask = inputs.get("attention_mask")
             for site, x, gradient in zip(at, seen, gradients, strict=False):
-                fisher[site.name] += _mask_gradients(site, x, gradient, rows, mask).square().sum(0)
+                fisher[site.name] += _mask_gradients(site, x, gradient, rows).square().sum(0)
             for total, gradient in zip(sums, gradients[len(seen) :], strict=True):
                 total += gradient
             items, sequences = items + count, sequences + rows
@@ -191,14 +190,13 @@ def _zeros_for(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, dtype=wide, requires_grad=False)
 
 
-def _mask_gradients(
-    site: Site, x: Tensor, gradient: Tensor, rows: int, mask: Tensor | None
-) -> Tensor:
-    """Return ``∂L_s/∂m_u`` at m = 1, ``(sequences, units)`` float64."""
+def _mask_gradients(site: Site, x: Tensor, gradient: Tensor, rows: int) -> Tensor:
+    """Return ``∂L_s/∂m_u`` at m = 1, ``(sequences, units)`` float64.
+
+    No loss depends on padding, so that its gradient is zero.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     product = (x.detach().to(wide) * gradient.to(wide)).reshape(rows, -1, site.units, site.width)
-    if mask is not None and mask.dim() == 2:
-        product = product.masked_fill(~mask.bool()[:, :, None, None], 0.0)
     return product.sum((1, 3), dtype=torch.float64)
 
 
