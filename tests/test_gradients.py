@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from tiny import tiny, tiny_inputs
 from torch import Tensor
 from torch.nn import functional
@@ -311,3 +312,23 @@ def test_unusable_batches():
     model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(InputError, match="the loss must be finite, got nan in batch 0"):
         collect_gradients(model, [inputs], at)
+
+
+@pytest.mark.parametrize("task", ["regression", "spans"])
+def test_other_heads_count_one_item_per_sequence(task: str):
+    model = tiny("bert", num_labels=2 if task == "spans" else 1, dtype=torch.float64)
+    inputs = tiny_inputs(model, batch=5)
+    if task == "spans":
+        model = transformers.BertForQuestionAnswering(model.config).double().eval()
+        spans = {"start_positions": torch.tensor([0, 3, 1, 8, 2])}
+        inputs |= {**spans, "end_positions": spans["start_positions"] // 2 + 4}
+    else:
+        inputs["labels"] = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    at = sites(model)
+    batches = [{k: v[:2] for k, v in inputs.items()}, {k: v[2:] for k, v in inputs.items()}]
+    gradients = collect_gradients(model, batches, at)
+    model(**inputs).loss.backward()
+    for site in at:
+        weight = model.get_submodule(site.consumer).weight
+        expected = (weight * weight.grad).detach().sum(0).view(site.units, -1).sum(1)
+        torch.testing.assert_close(gradients[site.name].signed[-1], expected)
