@@ -4,7 +4,7 @@ from liar_ext import ops
 from liar_ext.allocation import allocate
 from liar_ext.arch import register_family, sites
 from liar_ext.calibration import calibrate
-from liar_ext.checkpoint import load_pruned, save_pruned, verify_pruned
+from liar_ext.checkpoint import load_pruned, verify_pruned
 from liar_ext.criteria import criterion, score
 from liar_ext.curves import error_curves
 from liar_ext.errors import InputError
@@ -15,6 +15,7 @@ from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct
 from liar_ext.report import Report
+from liar_ext.saving import save_pruned
 from liar_ext.sensitivity import site_divergences
 from liar_ext.surgery import apply_plan
 

@@ -1,106 +1,31 @@
-"""Save a pruned model, load it again, and prove that it is the same.
-
-Weights are safetensors, written and read by transformers itself. What else a folder holds depends
-on what the stock class of the model can build::
-
-    equal layers      config.json says the new sizes          any loader takes the folder
-    unequal layers    config.json says the dense sizes, and   load_pruned takes it; a stock loader
-                      per_layer_config the real ones          stops at the sizes
-    always            liar_plan.json, liar_probe.safetensors  for load_pruned and verify_pruned
-"""
+"""Load a pruned model, or any other, and prove that a pruned one is the one that was saved."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from liar_ext.arch import skeleton
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan
-from liar_ext.probe import compare_probe, read_probe, write_probe
-from liar_ext.stock import LAYER_FIELDS, equal_config, shapes_of, write_layer_sizes
+from liar_ext.probe import compare_probe, read_probe
+from liar_ext.saving import MARK_VERSION, PLAN_FILE, QUANTISER_MARKS
+from liar_ext.stock import LAYER_FIELDS
 from liar_ext.surgery import apply_plan
 
-PLAN_FILE = "liar_plan.json"
-MARK_VERSION = 1
-# What transformers leaves on a model that it read from GGUF, and what forbids to save it.
-_QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
-
-
-def save_pruned(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    plan: Plan,
-    *,
-    report: Any = None,
-    tokenizer: Any = None,
-    overwrite: bool = False,
-) -> None:
-    """Write a pruned model to a folder: weights, config, tokenizer, plan, report and probe.
-
-    All is written beside the folder and renamed at the end, so that a failure leaves neither half
-    a folder nor a lost one. The model itself stays as it is. A model that was read from GGUF is
-    saved as an ordinary one.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model after :func:`liar_ext.apply_plan`.
-    folder : path
-        Where to write; its parents are made.
-    plan : Plan
-        The plan that was applied.
-    report : Report or mapping, optional
-        Anything with ``save(folder)``, or a mapping that is written as ``liar_report.json``.
-    tokenizer : optional
-        Tokenizer or processor to save, with its chat template.
-    overwrite : bool
-        Replace a folder that this function wrote before.
-
-    Raises
-    ------
-    InputError
-        If the folder exists, the plan isn't the one that pruned this model, or writing fails (a
-        full disk, for one).
-    """
-    folder = Path(folder).resolve()
-    check_folder(folder, overwrite)
-    config, layers = _describe(model, plan)
-    beside = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
-    try:
-        beside.mkdir(parents=True)
-        with _wearing(model, config):
-            model.save_pretrained(beside)
-        if layers == "unequal":
-            write_layer_sizes(model, beside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
-        plan.save(beside / PLAN_FILE)
-        write_probe(model, beside)
-        _write_report(report, beside)
-        _replace(folder, beside)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"save_pruned: can't write {folder}: {error}; nothing was left behind, free space or "
-            "choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+# Arguments of from_pretrained that say where to find a repository.
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """Load a model that :func:`save_pruned` wrote, with equal or unequal layers.
+    """Load a model that :func:`liar_ext.save_pruned` wrote, with equal or unequal layers.
 
     Transformers' own loader is in charge; for unequal layers it builds the stock class, to which
     the plan of the folder is applied before the weights come in.
@@ -108,9 +33,10 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     Parameters
     ----------
     folder : path
-        What :func:`save_pruned` wrote.
+        What :func:`liar_ext.save_pruned` wrote.
     **kwargs
-        For ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        For ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...; a
+        ``config``, if one is given, must be that of the folder, with other options.
 
     Returns
     -------
@@ -124,14 +50,10 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """
     folder = Path(folder)
     fields = _read_config(folder)
-    stock = _stock_class(fields)
-    if fields["liar"]["layers"] == "equal":
-        loader = stock
-    else:
-        from transformers import CONFIG_MAPPING
-
+    loader = stock = _stock_class(fields)
+    if fields["liar"]["layers"] == "unequal":
         loader = _planned_class(stock, Plan.load(folder / PLAN_FILE))
-        kwargs["config"] = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+        kwargs["config"] = _dense_config(fields, kwargs.get("config"))
     model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
         raise InputError(
@@ -143,6 +65,28 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     return model
 
 
+class PrunedModel:
+    """The loader that ``auto_map`` names in the config of a folder with unequal layers.
+
+    With ``trust_remote_code=True`` the auto classes of transformers call it as if it were a model
+    class; what they return is an object of the stock class, ``generate`` and all.
+    """
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing: the folder holds the code already."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> nn.Module:
+        """Load a folder, or a repository of the hub, as :func:`load_pruned` does."""
+        if not Path(name).is_dir():
+            from huggingface_hub import snapshot_download
+
+            own = [key for key in HUB_ARGUMENTS if key in kwargs]
+            name = snapshot_download(os.fspath(name), **{key: kwargs.pop(key) for key in own})
+        return load_pruned(name, **kwargs)
+
+
 def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
     """Reload a folder by every loader that it claims, and compare with the model that was saved.
 
@@ -152,7 +96,7 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     Parameters
     ----------
     folder : path
-        What :func:`save_pruned` wrote.
+        What :func:`liar_ext.save_pruned` wrote.
     device : str
         Where to run; another device than the saved model's computes slightly other numbers.
 
@@ -166,7 +110,13 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     ------
     InputError
         If the folder isn't one of ours.
+
+    Notes
+    -----
+    Where the code of the folder is trusted, transformers copies it to its cache of modules.
     """
+    import transformers
+
     folder = Path(folder)
     fields = _read_config(folder)
     probe = read_probe(folder)
@@ -174,6 +124,10 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     if fields["liar"]["layers"] == "equal":
         stock = _stock_class(fields)
         loaders[f"transformers.{stock.__name__}.from_pretrained"] = stock.from_pretrained
+    for name in sorted(fields.get("auto_map", {}))[:1]:
+        loaders[f"transformers.{name}.from_pretrained(trust_remote_code=True)"] = partial(
+            getattr(transformers, name).from_pretrained, trust_remote_code=True
+        )
     results = {}
     for name, loader in loaders.items():
         model = loader(folder, dtype=probe.dtype, attn_implementation=probe.attention)
@@ -246,110 +200,10 @@ def load_model(
     return model.to(device).eval(), _load_tokenizer(path, name, model.config)
 
 
-def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a folder that can't be written to.
-
-    Raises
-    ------
-    InputError
-        If the folder exists and ``overwrite`` is false, or holds something else than a pruned
-        model, which is never overwritten.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise InputError(f"save_pruned: {folder} exists; choose another folder or overwrite it")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / PLAN_FILE).exists()):
-        raise InputError(
-            f"save_pruned: {folder} isn't a pruned model, so it isn't overwritten; choose another "
-            "folder"
-        )
-
-
-def _describe(model: nn.Module, plan: Plan) -> tuple[Any, str]:
-    """Return the config to save, and whether it alone describes the layers: "equal" if so."""
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    equal = equal_config(model, config)
-    layers = "unequal" if equal is None else "equal"
-    if equal is None:
-        _check_plan(model, config, plan)
-    config = equal or config
-    config.liar = {"version": MARK_VERSION, "layers": layers}
-    return config, layers
-
-
-def _check_plan(model: nn.Module, config: Any, plan: Plan) -> None:
-    """Refuse a plan that doesn't make this model of a dense one, or that a stock loader misses."""
-    dense = skeleton(type(model), config)
-    before, ours = shapes_of(dense), shapes_of(model)
-    apply_plan(dense, plan)
-    planned = shapes_of(dense)
-    if planned != ours:
-        name = next(name for name in planned | ours if planned.get(name) != ours.get(name))
-        raise InputError(
-            f"save_pruned: the plan gives {name} the shape {planned.get(name)}, the model has "
-            f"{ours.get(name)}; pass the plan that pruned this model"
-        )
-    if all(ours[name] == shape for name, shape in before.items()):
-        raise InputError(
-            "save_pruned: the plan removes nothing and only adds biases, which a stock loader of "
-            f"{type(model).__name__} would drop silently; leave them out, or remove units too"
-        )
-
-
-@contextmanager
-def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
-    """Give a model another config, and no quantiser marks, for a while."""
-    own = {name: model.__dict__.pop(name) for name in _QUANTISER_MARKS if name in model.__dict__}
-    dense, model.config = model.config, config
-    try:
-        yield
-    finally:
-        model.config = dense
-        model.__dict__.update(own)
-
-
-def _drop_quantisation(model: nn.Module) -> None:
-    """Make an ordinary model of one that was dequantised while it was read."""
-    model.config.__dict__.pop("quantization_config", None)
-    for name in _QUANTISER_MARKS:
-        model.__dict__.pop(name, None)
-
-
-def _write_report(report: Any, folder: Path) -> None:
-    if isinstance(report, Mapping):
-        text = json.dumps(report, indent=1) + "\n"
-        (folder / "liar_report.json").write_text(text, encoding="utf-8")
-    elif report is not None:
-        report.save(folder)
-
-
-def _replace(folder: Path, beside: Path) -> None:
-    """Rename ``beside`` to ``folder``; a folder that is in the way goes last."""
-    if not folder.exists():
-        beside.rename(folder)
-        return
-    old = beside.with_name(beside.name + ".old")
-    folder.rename(old)
-    try:
-        beside.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config, without the sizes of its layers."""
-
-    def without_layers(fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if name not in LAYER_FIELDS}
-
+    """Return the fields of a folder's config."""
     try:
-        text = (folder / "config.json").read_text(encoding="utf-8")
-        fields = json.loads(text, object_hook=without_layers)
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"load_pruned: {folder} holds no readable config.json: {error}") from error
     if "liar" not in fields:
@@ -362,6 +216,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "read it with the liar_ext that wrote it"
         )
     return fields
+
+
+def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
+    """Return the config that the dense model is built from: without the sizes of its layers."""
+    from transformers import CONFIG_MAPPING
+
+    def without_layers(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {key: without_layers(v) for key, v in value.items() if key not in LAYER_FIELDS}
+
+    fields = fields if given is None else given.to_dict()
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(without_layers(fields))
+    config.__dict__.pop("auto_map", None)  # the loaded model is an ordinary one
+    if given is not None:
+        config._attn_implementation = given._attn_implementation
+    return config
 
 
 def _stock_class(fields: Mapping[str, Any]) -> Any:
@@ -387,6 +258,13 @@ def _planned_class(stock: Any, plan: Plan) -> Any:
         apply_plan(self, plan)
 
     return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
+
+
+def _drop_quantisation(model: nn.Module) -> None:
+    """Make an ordinary model of one that was dequantised while it was read."""
+    model.config.__dict__.pop("quantization_config", None)
+    for name in QUANTISER_MARKS:
+        model.__dict__.pop(name, None)
 
 
 def _load_tokenizer(path: Path, name: str | os.PathLike[str], config: Any) -> Any | None:

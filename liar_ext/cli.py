@@ -195,10 +195,11 @@ def _prune(options: argparse.Namespace) -> None:
     get_criterion(options.criterion)
     _check_apart(options.calibration, options.eval)
 
-    from liar_ext import checkpoint, texts
+    from liar_ext import texts
     from liar_ext.pipeline import prune
+    from liar_ext.saving import check_folder, save_pruned
 
-    checkpoint.check_folder(options.out, options.overwrite)
+    check_folder(options.out, options.overwrite)
     sources = [texts.read_documents(source) for source in options.calibration]
     held_out = texts.read_documents(options.eval) if options.eval else None
     model, tokenizer = _load(options)
@@ -246,7 +247,7 @@ def _prune(options: argparse.Namespace) -> None:
     saving = time.perf_counter()
     report.seconds = {"load": load_seconds, **report.seconds}
     report.seconds["save"] = 0.0
-    checkpoint.save_pruned(
+    save_pruned(
         model,
         options.out,
         report.plan,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from liar_ext import ops
 from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.errors import InputError
+from liar_ext.gradients import SiteGradients, collect_gradients
 from liar_ext.moments import Moments
 
 # The choice of units hardly feels λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
-NEEDS = ("weights", "moments", "gram")
+NEEDS = ("weights", "moments", "gram", "gradient")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class SiteStatistics:
         Seeded per site.
     groups : int
         Equal runs of units that must lose equally many; see :class:`liar_ext.arch.Site`.
+    gradients : SiteGradients or None
+        For a criterion that needs them; see :class:`liar_ext.gradients.SiteGradients`.
     """
 
     weight: Tensor
@@ -42,6 +45,7 @@ class SiteStatistics:
     width: int
     generator: torch.Generator
     groups: int = 1
+    gradients: SiteGradients | None = None
 
     def per_unit(self, feature_scores: Tensor) -> Tensor:
         """Sum scores ``(d_in,)`` of features to scores ``(units,)`` of units."""
@@ -68,8 +72,9 @@ def criterion(name: str, *, needs: str, source: str) -> Callable:
     ----------
     name : str
         What users call it.
-    needs : {"weights", "moments", "gram"}
-        The most that it reads.
+    needs : {"weights", "moments", "gram", "gradient"}
+        The most that it reads. With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for
+        which the model is run backward over the calibration text.
     source : str
         Where it was published, e.g. ``"arXiv:2306.11695"``.
 
@@ -115,8 +120,29 @@ def score(
     criterion: str = "wifv",
     *,
     seed: int = 0,
+    batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """Score the units of every site in ``at``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it stays as it is.
+    bank : mapping of str to Moments
+        From :func:`liar_ext.calibrate`, or loaded.
+    at : sequence of Site
+        Sites to score.
+    criterion : str
+        A registered criterion.
+    seed : int
+        For criteria that draw.
+    batches : iterable of mapping or Tensor, optional
+        Text for the criteria that need gradients (``snip``, ``taylor``, ``fisher``), which no
+        moments hold; see :func:`liar_ext.gradients.collect_gradients` for what it costs. No other
+        criterion reads it.
+    progress : bool
+        Show a progress bar for the gradients.
 
     Returns
     -------
@@ -126,15 +152,30 @@ def score(
     Raises
     ------
     InputError
-        If the criterion is unknown, or its scores are not finite.
+        If the criterion is unknown, lacks the batches that it needs, or its scores are not finite.
     """
     chosen = get_criterion(criterion)
+    gradients: Mapping[str, SiteGradients] = {}
+    if chosen.needs == "gradient":
+        if batches is None:
+            raise InputError(
+                f"score: criterion {criterion} needs gradients, which moments do not hold; give "
+                "the calibration text as batches=, or take a criterion such as wifv"
+            )
+        gradients = collect_gradients(model, batches, at, progress=progress)
     scores = {}
     for site in at:
         generator = torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode()))
         weight = get_consumer_weight(model, site).detach().double()
         values = chosen.function(
-            SiteStatistics(weight, bank[site.name], site.width, generator, site.groups)
+            SiteStatistics(
+                weight,
+                bank[site.name],
+                site.width,
+                generator,
+                site.groups,
+                gradients.get(site.name),
+            )
         )
         if values.shape != (site.units,) or not torch.isfinite(values).all():
             raise InputError(
@@ -201,3 +242,34 @@ def obs(stats: SiteStatistics) -> Tensor:
     scores = torch.empty_like(error[1:])
     scores[order] = error[1:] / tokens
     return scores
+
+
+@criterion("snip", needs="gradient", source="arXiv:1810.02340")
+def snip(stats: SiteStatistics) -> Tensor:
+    """``Σ_w |w · ∂L/∂w|`` over all weights of the unit: the SNIP score of connections, summed.
+
+    SNIP divides by the sum over the whole network, a constant that changes no choice and is left
+    out. It is also the element form of LLM-Pruner's first-order importance.
+    """
+    return stats.gradients.absolute.sum(0)
+
+
+@criterion("taylor", needs="gradient", source="arXiv:2305.11627")
+def taylor(stats: SiteStatistics) -> Tensor:
+    """``Σ_i |W_i · ∂L/∂W_i|``: LLM-Pruner's importance, first order, vector form, summed.
+
+    ``W_i`` is all that the unit owns in layer i, as one vector: within a layer products may cancel,
+    across layers they may not. Of the element form the first-order part is ``snip``.
+    """
+    return stats.gradients.signed.abs().sum(0)
+
+
+@criterion("fisher", needs="gradient", source="arXiv:2204.09656")
+def fisher(stats: SiteStatistics) -> Tensor:
+    """``(1/S) Σ_s (∂L_s/∂m_u)²``: the diagonal of the empirical Fisher information of the masks.
+
+    A sample s is a sequence. This is what Kwon et al. search masks by; they then rearrange them by
+    whole blocks of that matrix, which is not done here, and tune them, for which reconstruction
+    stands in.
+    """
+    return stats.gradients.fisher

@@ -101,12 +101,7 @@ def reconstruct_layerwise(
     check_target(target, mode)
     check_settings(mode, damp)
     every = sites(model, attn_unit=plan.attn_unit)
-    missing = plan.sites.keys() - {site.name for site in every}
-    if missing:
-        raise InputError(
-            f"layerwise: the model must have every site of the plan, missing "
-            f"{', '.join(sorted(missing)[:5])}; give the model that the plan is for"
-        )
+    plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
         walk = Walk(model, blocks, plan, mode, damp, target, refit)
         walk.start(batches)

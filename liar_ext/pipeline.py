@@ -16,6 +16,7 @@ from liar_ext.calibration import calibrate
 from liar_ext.criteria import get_criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
+from liar_ext.gradients import check_loss
 from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.losses import check_refine, decide
 from liar_ext.plan import Budget
@@ -23,6 +24,7 @@ from liar_ext.probe import count_params
 from liar_ext.reconstruction import reconstruct as solve_sites
 from liar_ext.report import Report, versions, what_to_know
 from liar_ext.solution import check_settings
+from liar_ext.stock import how_to_load
 from liar_ext.surgery import apply_plan, is_pruned
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
@@ -63,7 +65,8 @@ def prune(
     keep : float or Budget
         Fraction of the prunable parameters that may stay, or a :class:`liar_ext.Budget`.
     criterion : str
-        Who goes; see :func:`liar_ext.score`.
+        Who goes; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all batches
+        and run the model backward over them, once.
     allocation : {"uniform", "global", "curve"}
         How many go where; see :func:`liar_ext.allocate`. ``curve`` measures error curves and
         sensitivities for it: see :func:`liar_ext.losses.measure_losses`.
@@ -121,8 +124,11 @@ def prune(
     total = total_cost(model, at, budget)
     check_budget(at, budget, allocation, total)
     clock = _Clock()
-    if allocation == "curve" or schedule == "layerwise":
+    backward = get_criterion(criterion).needs == "gradient"
+    if backward or allocation == "curve" or schedule == "layerwise":
         batches = list(batches)  # to be gone through again
+    if backward and batches:
+        check_loss(model, batches[0])
 
     evaluation = {}
     if evaluate_on is not None:
@@ -131,7 +137,7 @@ def prune(
     with clock("calibrate"):
         bank = calibrate(model, batches, at, progress=progress)
     with clock("score"):
-        scores = score(model, bank, at, criterion, seed=seed)
+        scores = score(model, bank, at, criterion, seed=seed, batches=batches, progress=progress)
     with clock("allocate"):
         plan, sensitivities, divergences = decide(
             model,
@@ -196,6 +202,7 @@ def prune(
         warnings=what_to_know(
             rows, reconstruct, bank.source["tokens"], max(site.d_in for site in at)
         ),
+        loading=how_to_load(model, plan),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -116,6 +116,15 @@ class Plan:
     attn_unit: str
     sites: Mapping[str, SitePlan]
     budget: Mapping[str, object] = field(default_factory=dict)
+
+    def check_sites(self, held: Collection[str], operation: str) -> None:
+        """Raise InputError unless every site of the plan is in ``held``."""
+        missing = [name for name in self.sites if name not in held]
+        if missing:
+            raise InputError(
+                f"{operation}: model and moments must hold every site of the plan, missing "
+                f"{', '.join(missing[:5])}; give those that the plan was made from"
+            )
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

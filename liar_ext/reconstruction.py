@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.arch import get_consumer_bias, get_consumer_weight, sites
-from liar_ext.errors import InputError
 from liar_ext.moments import Moments
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
@@ -61,12 +60,7 @@ def reconstruct(
     """
     check_settings(mode, damp)
     by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
-    missing = [name for name in plan.sites if name not in bank or name not in by_name]
-    if missing:
-        raise InputError(
-            f"reconstruct: the model and the moments must hold every site of the plan, missing "
-            f"{', '.join(missing[:5])}; calibrate the model that the plan is for"
-        )
+    plan.check_sites(by_name.keys() & bank.keys(), "reconstruct")
     weights, rows = {}, []
     for name, kept in tqdm(plan.sites.items(), desc="reconstruct", disable=not progress):
         start = time.perf_counter()

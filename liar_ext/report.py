@@ -67,6 +67,8 @@ class Report:
         By stage.
     warnings : list of str
         What a user has to know before trusting the result.
+    loading : str
+        Which loaders take the saved model.
     plan : Plan
         What stays; written to a file of its own, not into the report's JSON.
     """
@@ -80,6 +82,7 @@ class Report:
     evaluation: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    loading: str = ""
     plan: Plan | None = None
 
     def to_json(self) -> str:
@@ -92,6 +95,8 @@ class Report:
         """Return the report as Markdown for a person."""
         lines = [f"# Pruning report: {self.model}", ""]
         lines += _summary(self)
+        if self.loading:
+            lines += ["", self.loading]
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
         lines += ["", "## Sites", ""]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.arch import block_config, family_of, get_consumer_bias, sites, skeleton
+from liar_ext.plan import Plan
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
@@ -55,6 +56,39 @@ def write_layer_sizes(model: nn.Module, folder: Path) -> None:
         part = fields[family.config] if family.config else fields
         part |= dict(zip(LAYER_FIELDS, (layers, True), strict=True))
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def auto_classes(model: nn.Module) -> list[str]:
+    """Return the names of transformers' auto classes that load this class of model."""
+    from transformers.models.auto import modeling_auto
+
+    names = []
+    for name in sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel")):
+        mapping = getattr(modeling_auto, name)._model_mapping
+        if mapping is not None and type(model.config) in mapping:
+            classes = mapping[type(model.config)]
+            if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
+                names.append(name)
+    return names
+
+
+def how_to_load(model: nn.Module, plan: Plan) -> str:
+    """Return a sentence on which loaders take a folder with this model, pruned by ``plan``."""
+    auto = min(auto_classes(model), default=type(model).__name__)
+    if equal_config(model, model.config) is not None:
+        return f"The saved folder loads with plain `transformers.{auto}.from_pretrained(folder)`."
+    cut = [site for site in sites(model, attn_unit=plan.attn_unit) if site.name in plan.sites]
+    stuck = {s.kind for s in cut if s.wiring.config is None and plan.sites[s.name].removed}
+    options = [f"--sites {kind}" for kind in ("attn", "mlp") if stuck and kind not in stuck]
+    if any(plan.sites[s.name].bias and s.wiring.bias_flag is None for s in cut):
+        options.append("--reconstruct linear")
+    return (
+        "Plain transformers cannot build these layers: load the saved folder with "
+        f"`liar_ext.load_pruned(folder)` or, where liar_ext is installed, with `transformers.{auto}"
+        f".from_pretrained(folder, trust_remote_code=True)`. With `{' '.join(options)}"
+        f"{' ' if options else ''}--uniform-layers` a folder needs no liar_ext, if the config of "
+        f"{plan.model_type} allows the sizes."
+    )
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

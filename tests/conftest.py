@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import string
+import tempfile
 
 # Tiny models gain nothing from threads, and two processes with two OpenMP threads each spin against
 # each other. Tests of threading set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where transformers copies the code of a folder before it runs it; gone when the tests end.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 
 import pytest
 import torch
 from tiny import VOCAB, tiny
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

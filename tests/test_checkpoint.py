@@ -1,10 +1,7 @@
-"""A saved model is the model: by every loader, whatever fails while it is written."""
+"""A saved model is the model, by every loader."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import pickle
 import subprocess
 import sys
@@ -13,47 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from folders import equal_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
 from test_surgery import make_plan
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
-from torch import nn
 
-from liar_ext import checkpoint
 from liar_ext.arch import get_consumer_bias, sites
-from liar_ext.checkpoint import check_folder, load_model, load_pruned, save_pruned, verify_pruned
+from liar_ext.checkpoint import load_model, load_pruned, verify_pruned
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.saving import save_pruned
 from liar_ext.surgery import apply_plan, is_pruned
 
 # Families whose stock class can be built with fewer attention units.
 EQUAL_ATTENTION = set(GROUPED) | {"vit", "dinov2", "dinov2_swiglu"}
 EQUAL_MLP = set(TINY) - {"dinov2", "dinov2_swiglu"}
-
-
-def equal_plan(model: nn.Module, kinds=("attn", "mlp"), bias: bool = False) -> Plan:
-    """Keep the last half of the units of every site."""
-    kept = {
-        site.name: SitePlan(site.units, tuple(range(site.units // 2, site.units)), bias)
-        for site in sites(model, kinds)
-    }
-    return Plan(model.config.model_type, "auto", kept)
-
-
-def pruned(name: str, plan_of=make_plan, dtype=torch.float32, **settings):
-    """Return a pruned tiny model with random biases where it gained some, and its plan."""
-    model = tiny(name, dtype=dtype)
-    plan = plan_of(model, **settings)
-    apply_plan(model, plan)
-    with torch.no_grad():
-        for site in sites(model):
-            bias = get_consumer_bias(model, site)
-            if bias is not None:
-                bias.normal_()
-    return model, plan
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("kinds", [("attn",), ("mlp",), ("attn", "mlp")])
@@ -99,6 +70,57 @@ def test_a_loaded_model_generates(name: str, tmp_path: Path) -> None:
     inputs = tiny_inputs(model)
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(loaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_unequal_layers_load_where_the_code_of_the_folder_is_trusted(name: str, tmp_path: Path):
+    model, plan = pruned(name, bias=True)
+    folder = tmp_path / "pruned"
+    save_pruned(model, folder, plan)
+    for auto in read(folder)["auto_map"]:
+        loader = getattr(transformers, auto)
+        loaded = loader.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded) is type(model) and not loaded.training and is_pruned(loaded)
+        assert torch.equal(outputs(loaded), outputs(model))
+        # It is an ordinary model now: what saves it again mustn't name code that it doesn't write.
+        assert not hasattr(loaded.config, "auto_map")
+        if name in CAUSAL:
+            settings = {**tiny_inputs(model), "max_new_tokens": 5, "do_sample": False}
+            assert torch.equal(loaded.generate(**settings), model.generate(**settings))
+    if name in CAUSAL:
+        assert "AutoModelForCausalLM" in read(folder)["auto_map"]
+        with pytest.raises(RuntimeError, match="size"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_options_of_a_trusted_load_are_heard(tmp_path: Path) -> None:
+    model, plan = pruned("llama")
+    save_pruned(model, tmp_path / "pruned", plan)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "pruned",
+        trust_remote_code=True,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    assert loaded.dtype == torch.float64 and loaded.config._attn_implementation == "eager"
+    assert loaded.config.use_cache is False
+
+
+def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path) -> None:
+    """Here from the cache of the hub's client, laid out as a download leaves it."""
+    model, plan = pruned("llama")
+    repository = tmp_path / "hub" / "models--someone--pruned"
+    save_pruned(model, repository / "snapshots" / ("0" * 40), plan)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        "someone/pruned",
+        trust_remote_code=True,
+        cache_dir=tmp_path / "hub",
+        local_files_only=True,
+    )
+    assert torch.equal(outputs(loaded), outputs(model))
 
 
 @pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
@@ -164,27 +186,6 @@ def test_query_heads_of_groups_are_saved(tmp_path: Path) -> None:
     assert torch.equal(outputs(type(model).from_pretrained(tmp_path / "pruned")), outputs(model))
 
 
-def test_config_says_the_size_of_each_layer(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "pruned")
-    for block, (attn, mlp) in enumerate(zip(sites(model)[::2], sites(model)[1::2], strict=True)):
-        layer = config.per_layer_config[block]
-        assert layer.intermediate_size == mlp.d_in
-        assert layer.num_attention_heads == attn.sizes["heads"]
-        assert layer.num_key_value_heads == attn.sizes["kv_heads"]
-
-
-@pytest.mark.parametrize("plan_of", [equal_plan, make_plan])
-def test_saving_leaves_the_model_as_it_is(plan_of, tmp_path: Path) -> None:
-    model, plan = pruned("llama", plan_of)
-    expected, config, before = outputs(model), model.config, model.config.to_dict()
-    model.train()
-    save_pruned(model, tmp_path / "pruned", plan)
-    assert model.training and model.config is config and config.to_dict() == before
-    assert torch.equal(outputs(model.eval()), expected)
-
-
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     model, plan = pruned("llama")
     save_pruned(model, tmp_path / "pruned", plan)
@@ -211,156 +212,6 @@ def test_a_loaded_model_can_be_saved_again(plan_of, tmp_path: Path) -> None:
     assert read(tmp_path / "one") == read(tmp_path / "two")
 
 
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    fast.chat_template = "{{ messages[0].content }}!"
-    return fast
-
-
-def test_tokenizer_and_chat_template_are_kept(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan, tokenizer=tokenizer())
-    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "pruned")
-    assert loaded("b a")["input_ids"] == [3, 2]
-    assert loaded.chat_template == "{{ messages[0].content }}!"
-
-
-def test_reports_are_written(tmp_path: Path) -> None:
-    class Report:
-        def save(self, folder) -> None:
-            (Path(folder) / "liar_report.md").write_text("# Report")
-
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "one", plan, report={"seconds": 1})
-    assert json.loads((tmp_path / "one" / "liar_report.json").read_text()) == {"seconds": 1}
-    save_pruned(model, tmp_path / "two", plan, report=Report())
-    assert (tmp_path / "two" / "liar_report.md").read_text() == "# Report"
-
-
-class Quantiser:
-    """What transformers leaves on a model that it dequantised: it refuses to be saved."""
-
-    quantization_config = type("Config", (), {"quant_method": "gguf"})
-
-    def is_serializable(self) -> bool:
-        return False
-
-
-def test_a_dequantised_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
-    from transformers.quantizers.base import HfQuantizer
-
-    model, plan = pruned("llama")
-    quantiser = type("Gguf", (Quantiser, HfQuantizer), {"__init__": lambda self: None})
-    quantiser.__abstractmethods__ = frozenset()
-    model.hf_quantizer = quantiser()
-    model.is_quantized, model.quantization_method = True, "gguf"
-    model.config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "plain")
-    save_pruned(model, tmp_path / "pruned", plan)
-    assert "quantization_config" not in read(tmp_path / "pruned")
-    assert torch.equal(outputs(load_pruned(tmp_path / "pruned")), outputs(model))
-    assert model.is_quantized and model.config.quantization_config and model.hf_quantizer
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    folder = tmp_path / "pruned"
-    save_pruned(model, folder, plan)
-    before = tree(tmp_path)
-    with pytest.raises(InputError, match="exists"):
-        save_pruned(model, folder, plan)
-    assert tree(tmp_path) == before
-    other, other_plan = pruned("qwen2")
-    save_pruned(other, folder, other_plan, overwrite=True)
-    assert torch.equal(outputs(load_pruned(folder)), outputs(other))
-    assert os.listdir(tmp_path) == ["pruned"]
-
-
-def test_only_a_pruned_model_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "precious.txt").write_text("keep me")
-    with pytest.raises(InputError, match="isn't a pruned model"):
-        check_folder(tmp_path, overwrite=True)
-    with pytest.raises(InputError, match="isn't a pruned model"):
-        check_folder(tmp_path / "precious.txt", overwrite=True)
-    (tmp_path / "empty").mkdir()
-    check_folder(tmp_path / "empty", overwrite=True)
-    check_folder(tmp_path / "new")
-
-
-@pytest.mark.parametrize("broken", ["save_pretrained", "write_probe", "rename"])
-@pytest.mark.parametrize("old", [False, True])
-def test_a_full_disk_loses_nothing(old: bool, broken: str, tmp_path: Path, monkeypatch) -> None:
-    model, plan = pruned("llama")
-    folder = tmp_path / "pruned"
-    if old:
-        save_pruned(model, folder, plan)
-    before = tree(tmp_path)
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def write_half(folder, *args, **kwargs):
-        (Path(folder) / "model.safetensors").write_bytes(b"half")
-        full()
-
-    if broken == "save_pretrained":
-        monkeypatch.setattr(model, "save_pretrained", write_half)
-    elif broken == "write_probe":
-        monkeypatch.setattr(checkpoint, "write_probe", full)
-    else:
-        rename = Path.rename
-
-        def refuse(self, to):
-            written = self.name.startswith(".") and not self.name.endswith(".old")
-            full() if written else rename(self, to)
-
-        monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(InputError, match="No space left on device; nothing was left behind"):
-        save_pruned(model, folder, plan, overwrite=old)
-    assert tree(tmp_path) == before
-    assert os.listdir(tmp_path) == (["pruned"] if old else [])
-
-
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None:
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    model, plan = pruned("llama")
-    monkeypatch.setattr(checkpoint, "write_probe", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        save_pruned(model, tmp_path / "pruned", plan)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_plan_that_was_not_applied_is_refused(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    with pytest.raises(InputError, match="pass the plan that pruned this model"):
-        save_pruned(model, tmp_path / "pruned", equal_plan(tiny("llama")))
-    assert os.listdir(tmp_path) == []
-
-
-def test_biases_alone_that_a_stock_loader_would_drop_are_refused(tmp_path: Path) -> None:
-    model = tiny("mistral")
-    kept = {site.name: SitePlan(24, tuple(range(24)), True) for site in sites(model, ("mlp",))}
-    plan = Plan("mistral", "auto", kept)
-    apply_plan(model, plan)
-    with pytest.raises(InputError, match="would drop silently"):
-        save_pruned(model, tmp_path / "pruned", plan)
-
-
 @pytest.mark.parametrize("plan_of", [equal_plan, make_plan])
 @pytest.mark.parametrize("name", ["llama", "bert", "mpnet", "vit", "gemma3"])
 def test_verify_proves_and_disproves(name: str, plan_of, tmp_path: Path) -> None:
@@ -371,7 +222,8 @@ def test_verify_proves_and_disproves(name: str, plan_of, tmp_path: Path) -> None
     layers = read(folder)["liar"]["layers"]
     assert facts["agrees"] and facts["layers"] == layers and facts["dtype"] == "float32"
     assert facts["params"] == sum(p.numel() for p in model.parameters())
-    assert len(facts["loaders"]) == (2 if layers == "equal" else 1)
+    stock = "from_pretrained" if layers == "equal" else "from_pretrained(trust_remote_code=True)"
+    assert [name.split(".")[-1] for name in facts["loaders"]] == ["load_pruned", stock]
     for result in facts["loaders"].values():
         # Not 0: weights lie at other addresses, where kernels may take other paths.
         assert result["agrees"] and result["max_abs_difference"] < 1e-6 < facts["tolerance"]

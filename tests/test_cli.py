@@ -41,6 +41,7 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     fields = "name units_before units_after params_before params_after damp error holdout_error"
     assert set(f"{fields} dropped_rows path seconds".split()) <= set(report["sites"][0])
     assert "calibrate" in done.stderr and "perplexity" in done.stdout
+    assert report["loading"] in done.stdout
 
 
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
@@ -55,6 +56,31 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     assert all(site["sensitivity"] > 0 for site in report["sites"])
     assert report["seconds"]["allocate"] > 0
     assert run("verify", out) == 0
+
+
+def test_prune_by_gradients_says_how_to_load_the_result(llama_folder, corpus, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    options = ["--keep", 0.6, "--samples", 16, "--seq-len", 32]
+    options += ["--criterion", "fisher", "--allocation", "global"]
+    assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
+    printed, report = capsys.readouterr().out, (out / "liar_report.md").read_text()
+    for told in ("liar_ext.load_pruned(folder)", "trust_remote_code=True", "--uniform-layers"):
+        assert told in printed and told in report
+    assert json.loads((out / "liar_report.json").read_text())["loading"] in report
+    assert run("verify", out) == 0
+    name = "transformers.AutoModelForCausalLM.from_pretrained(trust_remote_code=True)"
+    assert f"{name}: same outputs" in capsys.readouterr().out
+
+
+def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path, capsys):
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    texts = ("--calibration", tmp_path / "rows.jsonl", "--seq-len", 16, "--samples", 8)
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 8)
+    out = tmp_path / "out"
+    assert run("prune", tmp_path / "bert", *texts, "--criterion", "snip", "--out", out) == 2
+    assert "got no labels; give a model with a head and batches" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_verify_and_eval_the_result(pruned, corpus, capsys):

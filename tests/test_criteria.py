@@ -62,10 +62,12 @@ def test_random_depends_on_seed_and_site(job):
 def test_a_dead_unit_scores_least():
     model = tiny("llama")
     model.model.layers[0].mlp.up_proj.weight.data[5] = 0
-    bank, at = calibrate(model, [tiny_inputs(model, batch=8)]), sites(model)
+    batches = [tiny_inputs(model, batch=8)]
+    bank, at = calibrate(model, batches), sites(model)
     for known in list_criteria():
         if known.needs != "weights":
-            assert int(score(model, bank, at, known.name)["0.mlp"].argmin()) == 5, known.name
+            scores = score(model, bank, at, known.name, batches=batches)
+            assert int(scores["0.mlp"].argmin()) == 5, known.name
 
 
 def test_users_register_their_own(job):
@@ -83,7 +85,9 @@ def test_users_register_their_own(job):
 
 def test_unknown_and_broken_criteria(job):
     model, bank, at, _ = job
-    with pytest.raises(InputError, match="unknown criterion 'best'; known: energy, magnitude"):
+    with pytest.raises(
+        InputError, match="unknown criterion 'best'; known: energy, fisher, magnitude"
+    ):
         score(model, bank, at, "best")
     with pytest.raises(InputError, match="needs must be one of"):
         criterion("x", needs="magic", source="test")

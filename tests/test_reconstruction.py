@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from tiny import tiny, tiny_inputs
 
-from liar_ext import InputError, Moments
+from liar_ext import InputError, Moments, calibrate, reconstruct, sites
+from liar_ext.plan import Plan, SitePlan
 from liar_ext.ridge import solve
 from liar_ext.solution import DAMP_LADDER
 
@@ -155,3 +157,15 @@ def test_refused():
         one_token.update(torch.randn(1, 24), fold)
     with pytest.raises(InputError, match="not positive definite at damp=0.0"):
         solve(weight, None, one_token, kept, damp=0.0)
+
+
+def test_a_plan_for_another_model_or_bank_is_refused():
+    model = tiny("llama")
+    bank = calibrate(model, [tiny_inputs(model, batch=4)])
+    kept = {site.name: SitePlan(site.units, (0,)) for site in sites(model)}
+    plan = Plan("llama", "kv_group", kept)
+    part = {name: moments for name, moments in bank.items() if name != "1.mlp"}
+    with pytest.raises(InputError, match="hold every site of the plan, missing 1.mlp; give those"):
+        reconstruct(model, part, plan)
+    with pytest.raises(InputError, match="reconstruct: .* missing 2.attn, 2.mlp"):
+        reconstruct(tiny("llama", num_hidden_layers=2), bank, plan)

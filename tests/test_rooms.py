@@ -13,9 +13,9 @@ FLOORS = {
     0: "errors knapsack reference",
     1: "ops families plan",
     2: "arch moments outputs report solution",
-    3: "stock probe texts calibration criteria curves sensitivity allocation ridge towards walk "
+    3: "stock probe texts calibration gradients curves sensitivity allocation ridge towards walk "
     "surgery evaluation",
-    4: "reconstruction layerwise",
+    4: "criteria reconstruction layerwise saving",
     5: "losses checkpoint",
     6: "pipeline",
     7: "cli",

@@ -1,0 +1,52 @@
+"""Pruned tiny models, to be saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from test_surgery import make_plan
+from tiny import tiny
+from torch import nn
+
+from liar_ext.arch import get_consumer_bias, sites
+from liar_ext.plan import Plan, SitePlan
+from liar_ext.surgery import apply_plan
+
+
+def equal_plan(model: nn.Module, kinds=("attn", "mlp"), bias: bool = False) -> Plan:
+    """Keep the last half of the units of every site."""
+    kept = {
+        site.name: SitePlan(site.units, tuple(range(site.units // 2, site.units)), bias)
+        for site in sites(model, kinds)
+    }
+    return Plan(model.config.model_type, "auto", kept)
+
+
+def pruned(name: str, plan_of=make_plan, dtype=torch.float32, **settings):
+    """Return a pruned tiny model with random biases where it gained some, and its plan."""
+    model = tiny(name, dtype=dtype)
+    plan = plan_of(model, **settings)
+    apply_plan(model, plan)
+    with torch.no_grad():
+        for site in sites(model):
+            bias = get_consumer_bias(model, site)
+            if bias is not None:
+                bias.normal_()
+    return model, plan
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2, "b": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    fast.chat_template = "{{ messages[0].content }}!"
+    return fast
