@@ -6,6 +6,7 @@
 busy machine disturbs them less; with several threads they are wall time.
 """
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -46,6 +47,19 @@ def peaks(tmp_path_factory):
     }
 
 
+def reset_peak_memory():
+    """Let :func:`peak_memory` start anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory():
+    """Return the most memory that was resident at once, in MiB."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 @pytest.fixture
 def measure(benchmark, peaks):
     """Time a call and note GFLOP/s of the work needed, its share of peak, and peak memory."""
@@ -58,8 +72,7 @@ def measure(benchmark, peaks):
         if peaks:
             benchmark.extra_info["share_of_peak"] = round(rate / peaks[dtype] / THREADS, 3)
             benchmark.extra_info["peak_gflops"] = peaks[dtype]
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        benchmark.extra_info["peak_memory_mib"] = usage.ru_maxrss // 1024
+        benchmark.extra_info["peak_memory_mib"] = peak_memory()
         benchmark.extra_info["threads"] = THREADS
 
     return run
@@ -73,6 +86,11 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section(f"best time, rate of the needed work, share of peak; {THREADS} thread")
     for bench in session.benchmarks:
         info = bench.extra_info
+        if "forwards" in info:
+            terminalreporter.write_line(
+                f"{bench.name:40} {bench.stats.min:8.1f} s {info['forwards']:8.2f} forward passes "
+                f"{info['peak_memory_mib']:8,} MiB"
+            )
         if "gflops" not in info:
             continue
         terminalreporter.write_line(
