@@ -49,39 +49,68 @@ namespace checks {
 
 constexpr const char* kOp = "reconstruct: ";
 
-inline void check_square(const Tensor& tensor, const char* name, int64_t d) {
-  check(tensor.dim() == 2 && tensor.size(0) == d && tensor.size(1) == d, kOp, name, " must be (", d,
-        ", ", d, "), got ", shape_of(tensor), "; give the moments of the layer that weight is of");
-  check(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
-        kOp, name, " must be float32 or float64; convert it first");
+/// Whether `tensor` is (rows, cols), or (sites, rows, cols) where `batched`.
+inline bool is_matrix(const Tensor& tensor, bool batched, int64_t sites, int64_t rows,
+                      int64_t cols) {
+  const int64_t lead = batched ? 1 : 0;
+  return tensor.dim() == 2 + lead && (!batched || tensor.size(0) == sites) &&
+         tensor.size(lead) == rows && tensor.size(lead + 1) == cols;
 }
 
-inline void check_cross(const Tensor& tensor, const char* name, int64_t d, int64_t d_out) {
-  check(tensor.dim() == 2 && tensor.size(0) == d && tensor.size(1) == d_out, kOp, name,
-        " must be (", d, ", ", d_out, "), got ", shape_of(tensor));
-  check(is_float(tensor), kOp, name, " must be a float tensor; convert it first");
+inline std::string site_shape(bool batched, int64_t sites, int64_t rows, int64_t cols) {
+  std::ostringstream text;
+  text << '(';
+  if (batched) text << sites << ", ";
+  text << rows << ", " << cols << ')';
+  return text.str();
 }
 
 }  // namespace checks
 
-inline void check_reconstruct(const Tensor& weight, const Tensor& gram, const Tensor& kept,
-                              const Tensor& damps, const std::optional<Tensor>& holdout,
-                              const std::optional<Tensor>& cross,
-                              const std::optional<Tensor>& holdout_cross) {
+/// The sizes of a call to reconstruct. All tensors but damps have a leading batch of sites, or none
+/// has.
+struct ReconstructSizes {
+  bool batched;
+  int64_t sites;  // 1 unless batched
+  int64_t d_out, d, n, ladder;
+};
+
+inline ReconstructSizes check_reconstruct(const Tensor& weight, const Tensor& gram,
+                                          const Tensor& kept, const Tensor& damps,
+                                          const std::optional<Tensor>& holdout,
+                                          const std::optional<Tensor>& cross,
+                                          const std::optional<Tensor>& holdout_cross) {
   using namespace checks;
-  check(weight.dim() == 2 && is_float(weight), kOp,
-        "weight must be a float tensor (d_out, d), got ", shape_of(weight));
-  const int64_t d_out = weight.size(0), d = weight.size(1);
-  check_square(gram, "gram", d);
-  check(kept.dim() == 1 && kept.scalar_type() == ScalarType::Long && kept.is_contiguous(), kOp,
-        "kept must be (n,) int64 and contiguous, got ", shape_of(kept));
+  const bool batched = weight.dim() == 3;
+  check((batched || weight.dim() == 2) && is_float(weight), kOp,
+        "weight must be a float tensor (d_out, d), or (sites, d_out, d), got ", shape_of(weight));
+  const int64_t lead = batched ? 1 : 0, sites = batched ? weight.size(0) : 1;
+  const int64_t d_out = weight.size(lead), d = weight.size(lead + 1);
+  const auto check_square = [&](const Tensor& tensor, const char* name) {
+    check(is_matrix(tensor, batched, sites, d, d), kOp, name, " must be ",
+          site_shape(batched, sites, d, d), ", got ", shape_of(tensor),
+          "; give the moments of the layer that weight is of");
+    check(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double,
+          kOp, name, " must be float32 or float64; convert it first");
+  };
+  const auto check_cross = [&](const Tensor& tensor, const char* name) {
+    check(is_matrix(tensor, batched, sites, d, d_out), kOp, name, " must be ",
+          site_shape(batched, sites, d, d_out), ", got ", shape_of(tensor));
+    check(is_float(tensor), kOp, name, " must be a float tensor; convert it first");
+  };
+  check_square(gram, "gram");
+  check(kept.dim() == 1 + lead && kept.scalar_type() == ScalarType::Long &&
+            (!batched || kept.size(0) == sites) && columns_contiguous(kept),
+        kOp, "kept must be ", batched ? "(sites, n)" : "(n,)", " int64 and contiguous, got ",
+        shape_of(kept));
   check(damps.dim() == 1 && damps.scalar_type() == ScalarType::Double && damps.is_contiguous(), kOp,
         "damps must be (L,) float64 and contiguous, got ", shape_of(damps));
-  if (holdout.has_value()) check_square(*holdout, "holdout", d);
-  if (cross.has_value()) check_cross(*cross, "cross", d, d_out);
-  if (holdout_cross.has_value()) check_cross(*holdout_cross, "holdout_cross", d, d_out);
+  if (holdout.has_value()) check_square(*holdout, "holdout");
+  if (cross.has_value()) check_cross(*cross, "cross");
+  if (holdout_cross.has_value()) check_cross(*holdout_cross, "holdout_cross");
   check(holdout_cross.has_value() == (holdout.has_value() && cross.has_value()), kOp,
         "holdout_cross must be given exactly when both holdout and cross are");
+  return {batched, sites, d_out, d, kept.size(lead), damps.size(0)};
 }
 
 }  // namespace liar

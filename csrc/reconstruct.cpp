@@ -6,6 +6,7 @@
 #include <cmath>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "check_ops.h"
 #include "launch.h"
@@ -23,13 +24,35 @@ Tensor as_float64(const Tensor& tensor) {
   return torch::stable::copy_(copy, tensor);
 }
 
-Float64View view(const Tensor& tensor) {
-  return {static_cast<const double*>(tensor.const_data_ptr()), tensor.stride(0)};
+/// What one site reads of a tensor: (rows, cols), or the site's own of (sites, rows, cols).
+Float64View view(const Tensor& tensor, int64_t site) {
+  const int64_t lead = tensor.dim() - 2;
+  const auto* data = static_cast<const double*>(tensor.const_data_ptr());
+  return {lead > 0 ? data + site * tensor.stride(0) : data, tensor.stride(lead)};
 }
 
-void check_kept(const Tensor& kept, int64_t d) {
+/// The float64 form of an argument that may be missing, and the view of it per site.
+struct Optional64 {
+  std::optional<Tensor> tensor;
+  std::vector<Float64View> views;
+
+  Optional64(const std::optional<Tensor>& source, int64_t sites) {
+    if (!source.has_value()) return;
+    tensor = as_float64(*source);
+    for (int64_t site = 0; site < sites; ++site) views.push_back(view(*tensor, site));
+  }
+  const Float64View* of(int64_t site) const {
+    return tensor.has_value() ? &views[static_cast<size_t>(site)] : nullptr;
+  }
+};
+
+const int64_t* kept_of(const Tensor& kept, int64_t site) {
   const auto* index = static_cast<const int64_t*>(kept.const_data_ptr());
-  for (int64_t k = 0; k < kept.size(0); ++k) {
+  return kept.dim() > 1 ? index + site * kept.stride(0) : index;
+}
+
+void check_kept(const int64_t* index, int64_t n, int64_t d) {
+  for (int64_t k = 0; k < n; ++k) {
     check(index[k] >= 0 && index[k] < d, kOp, "kept must index ", d, " features, got ", index[k],
           " at position ", k);
     check(k == 0 || index[k - 1] < index[k], kOp, "kept must be strictly ascending, got ",
@@ -50,53 +73,48 @@ void check_damps(const Tensor& damps) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(
     Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,
     std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only) {
-  check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
-  const int64_t d_out = weight.size(0), d = weight.size(1);
-  check_kept(kept, d);
+  const ReconstructSizes sizes =
+      check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
+  const int64_t ladder = sizes.ladder, held_out = holdout.has_value() ? ladder : 0,
+                solved = errors_only ? 0 : ladder;
+  for (int64_t site = 0; site < sizes.sites; ++site) {
+    check_kept(kept_of(kept, site), sizes.n, sizes.d);
+  }
   check_damps(damps);
 
-  const int64_t n = kept.size(0), ladder = damps.size(0);
-  const int64_t weight_shape[] = {errors_only ? 0 : ladder, d_out, n}, ladder_shape[] = {ladder},
-                info_shape[] = {ladder, 2}, none[] = {0};
-  const auto empty = [&](torch::headeronly::IntHeaderOnlyArrayRef shape) {
-    return torch::stable::new_empty(weight, shape, ScalarType::Double);
+  const auto empty = [&](std::vector<int64_t> shape) {
+    if (sizes.batched) shape.insert(shape.begin(), sizes.sites);
+    return torch::stable::new_empty(weight, {shape.data(), shape.size()}, ScalarType::Double);
   };
-  Tensor weight_out = empty({weight_shape, 3}), error = empty({ladder_shape, 1}),
-         holdout_error = empty({holdout.has_value() ? ladder_shape : none, 1}),
-         info = empty({info_shape, 2});
+  Tensor weight_out = empty({solved, sizes.d_out, sizes.n}), error = empty({ladder}),
+         holdout_error = empty({held_out}), info = empty({ladder, 2});
+  const auto out = [](Tensor& tensor, int64_t offset) {
+    return static_cast<double*>(tensor.mutable_data_ptr()) + offset;
+  };
 
   const Tensor weight64 = as_float64(weight), gram64 = as_float64(gram);
-  Reconstruct args{};
-  args.d_out = d_out;
-  args.d = d;
-  args.n = n;
-  args.ladder = ladder;
-  args.weight = view(weight64);
-  args.gram = view(gram64);
-  args.kept = static_cast<const int64_t*>(kept.const_data_ptr());
-  args.damps = static_cast<const double*>(damps.const_data_ptr());
-  std::optional<Tensor> holdout64, cross64, holdout_cross64;
-  Float64View holdout_view, cross_view, holdout_cross_view;
-  if (holdout.has_value()) {
-    holdout64 = as_float64(*holdout);
-    holdout_view = view(*holdout64);
-    args.holdout = &holdout_view;
+  const Optional64 holdout64(holdout, sizes.sites), cross64(cross, sizes.sites),
+      holdout_cross64(holdout_cross, sizes.sites);
+  std::vector<Reconstruct> jobs(static_cast<size_t>(sizes.sites));
+  for (int64_t site = 0; site < sizes.sites; ++site) {
+    Reconstruct& job = jobs[static_cast<size_t>(site)];
+    job.d_out = sizes.d_out;
+    job.d = sizes.d;
+    job.n = sizes.n;
+    job.ladder = ladder;
+    job.weight = view(weight64, site);
+    job.gram = view(gram64, site);
+    job.kept = kept_of(kept, site);
+    job.damps = static_cast<const double*>(damps.const_data_ptr());
+    job.holdout = holdout64.of(site);
+    job.cross = cross64.of(site);
+    job.holdout_cross = holdout_cross64.of(site);
+    job.weight_out = errors_only ? nullptr : out(weight_out, site * ladder * sizes.d_out * sizes.n);
+    job.error_out = out(error, site * ladder);
+    job.holdout_out = out(holdout_error, site * held_out);
+    job.info_out = out(info, site * ladder * 2);
   }
-  if (cross.has_value()) {
-    cross64 = as_float64(*cross);
-    cross_view = view(*cross64);
-    args.cross = &cross_view;
-  }
-  if (holdout_cross.has_value()) {
-    holdout_cross64 = as_float64(*holdout_cross);
-    holdout_cross_view = view(*holdout_cross64);
-    args.holdout_cross = &holdout_cross_view;
-  }
-  args.weight_out = errors_only ? nullptr : static_cast<double*>(weight_out.mutable_data_ptr());
-  args.error_out = static_cast<double*>(error.mutable_data_ptr());
-  args.holdout_out = static_cast<double*>(holdout_error.mutable_data_ptr());
-  args.info_out = static_cast<double*>(info.mutable_data_ptr());
-  reconstruct(args, *kernels().f64, torch_pool());
+  reconstruct(jobs.data(), sizes.sites, *kernels().f64, torch_pool());
   return {weight_out, error, holdout_error, info};
 }
 

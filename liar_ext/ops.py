@@ -95,10 +95,14 @@ def reconstruct(
     with :math:`R = G_{KP} W_P^T`, or with dense targets :math:`R = C_K - G_{KK} W_K^T`, for every λ
     of ``damps``. λ = ∞ gives :math:`W_K`: plain dropping. Computed in float64.
 
+    Several sites of one shape go in one call: then every tensor but ``damps`` has a leading
+    dimension of sites, and so has every result. Each site gets what a call of its own would give
+    it, bit for bit. Expanded tensors are not copied.
+
     Parameters
     ----------
     weight : Tensor
-        ``W``, ``(d_out, d)``, any float dtype.
+        ``W``, ``(d_out, d)``, any float dtype; ``(sites, d_out, d)`` for several sites.
     gram : Tensor
         ``G``, ``(d, d)`` float32 or float64; only the lower triangle is read.
     kept : Tensor
@@ -224,13 +228,13 @@ def _(gram, total, count, x, y=None, weight=None):
 
 @torch.library.register_fake("liar_ext::reconstruct")
 def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, errors_only=False):
-    ladder, n = damps.shape[0], kept.shape[0]
+    ladder, sites = damps.shape[0], weight.shape[:-2]
 
     def empty(*shape):
-        return weight.new_empty(shape, dtype=torch.float64)
+        return weight.new_empty((*sites, *shape), dtype=torch.float64)
 
     held_out = empty(0 if holdout is None else ladder)
-    new = empty(0 if errors_only else ladder, weight.shape[0], n)
+    new = empty(0 if errors_only else ladder, weight.shape[-2], kept.shape[-1])
     return new, empty(ladder), held_out, empty(ladder, 2)
 
 

@@ -58,6 +58,8 @@ def reconstruct(
 
     The errors are computed the long way, as ``tr(ΔW G ΔWᵀ)`` over all features.
     """
+    if weight.dim() == 3:
+        return _each_site(weight, gram, kept, damps, holdout, cross, holdout_cross, errors_only)
     weight, gram = weight.double(), _symmetric(gram)
     holdout = None if holdout is None else _symmetric(holdout)
     cross = None if cross is None else cross.double()
@@ -142,6 +144,25 @@ def obs_curve(
         torch.where(failed, torch.nan, torch.stack(cost).cumsum(0)),
         torch.stack([code, torch.where(failed, torch.nan, condition)]),
     )
+
+
+def _each_site(
+    weight: Tensor, gram: Tensor, kept: Tensor, damps: Tensor, *others: Tensor | bool | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Reconstruct site by site, and stack what comes of it."""
+    *optional, errors_only = others
+    ladder, held_out = len(damps), 0 if optional[0] is None else len(damps)
+    shapes = (0 if errors_only else ladder, weight.shape[1], kept.shape[1]), (ladder,), (held_out,)
+    results = tuple(
+        weight.new_empty(len(weight), *shape, dtype=torch.float64)
+        for shape in (*shapes, (ladder, 2))
+    )
+    for site in range(len(weight)):
+        own = (None if tensor is None else tensor[site] for tensor in optional)
+        one = reconstruct(weight[site], gram[site], kept[site], damps, *own, errors_only)
+        for stacked, value in zip(results, one, strict=True):
+            stacked[site] = value
+    return results
 
 
 def _solve(block: Tensor, shift: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -69,6 +69,13 @@ def test_opcheck_reconstruct(holdout, dense_targets):
     torch.library.opcheck(OPS.reconstruct.default, (*arguments, *extra))
 
 
+@pytest.mark.parametrize("holdout", [False, True])
+def test_opcheck_reconstruct_of_several_sites(holdout):
+    weight, gram, kept, damps = solve_arguments()
+    sites = [torch.stack([tensor, tensor]) for tensor in (weight, gram, kept)]
+    torch.library.opcheck(OPS.reconstruct.default, (*sites, damps, sites[1] if holdout else None))
+
+
 def test_compiles_into_one_graph():
     def add_and_solve(gram, total, count, x, weight, kept, damps):
         ops.gram_update_(gram, total, count, x)
@@ -90,6 +97,11 @@ def test_meta_tensors_give_shapes():
     new, error, held_out, info = ops.reconstruct(*solve_arguments("meta"))
     assert new.shape == (3, 3, 10) and error.shape == (3,) and held_out.shape == (0,)
     assert info.shape == (3, 2) and new.device.type == "meta"
+    weight, gram, kept, damps = solve_arguments("meta")
+    sites = (weight.expand(4, -1, -1), gram.expand(4, -1, -1), kept.expand(4, -1), damps)
+    new, error, held_out, info = ops.reconstruct(*sites, holdout=sites[1], errors_only=True)
+    assert new.shape == (4, 0, 3, 10) and error.shape == held_out.shape == (4, 3)
+    assert info.shape == (4, 3, 2)
 
 
 def test_build_info_names_what_runs():

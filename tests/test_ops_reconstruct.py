@@ -214,9 +214,16 @@ def test_strided_arguments_equal_contiguous():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_bit_identical_whatever_the_threads():
+@pytest.mark.parametrize("sites", [None, 3])
+def test_bit_identical_whatever_the_threads(sites):
     weight, x = problem(700, 300, 129)
     arguments = (weight, gram_of(x), every_third_removed(300), LADDER, gram_of(x[:350]))
+    if sites is not None:
+        arguments = [
+            tensor if tensor is LADDER else torch.stack([(k + 1) * tensor for k in range(sites)])
+            for tensor in arguments
+        ]
+        arguments[2] = every_third_removed(300).expand(sites, -1)
     threads = torch.get_num_threads()
     try:
         results = []
@@ -228,6 +235,72 @@ def test_bit_identical_whatever_the_threads():
     for first, second in ((0, 1), (2, 3)):
         for a, b in zip(results[first], results[second], strict=True):
             assert torch.equal(a, b)
+
+
+def several_sites(sites, d=40, d_out=6):
+    weights, grams, kept, crosses = [], [], [], []
+    for seed in range(sites):
+        weight, x = problem(200, d, d_out, seed)
+        chosen = torch.randperm(d, generator=torch.Generator().manual_seed(seed))[: d // 2]
+        weights.append(weight)
+        grams.append(gram_of(x))
+        kept.append(chosen.sort().values)
+        crosses.append(x.mT @ x[:, :d_out].flip(0))
+    return [torch.stack(tensors) for tensors in (weights, grams, kept, crosses)]
+
+
+@pytest.mark.parametrize("run", [ops.reconstruct, reference.reconstruct])
+@pytest.mark.parametrize("errors_only", [False, True])
+@pytest.mark.parametrize("holdout", [False, True])
+@pytest.mark.parametrize("dense_targets", [False, True])
+@pytest.mark.parametrize("sites", [0, 1, 5])
+def test_several_sites_equal_a_call_each(run, errors_only, holdout, dense_targets, sites):
+    weight, gram, kept, cross = several_sites(max(sites, 1))
+    extra = {}
+    if holdout:
+        extra["holdout"] = gram.flip(0)
+    if dense_targets:
+        extra["cross"] = cross
+        if holdout:
+            extra["holdout_cross"] = cross.flip(0)
+    got = run(
+        weight[:sites],
+        gram[:sites],
+        kept[:sites],
+        LADDER,
+        **{name: tensor[:sites] for name, tensor in extra.items()},
+        errors_only=errors_only,
+    )
+    assert all(len(tensor) == sites and tensor.is_contiguous() for tensor in got)
+    for site in range(max(sites, 1)):
+        own = {name: tensor[site] for name, tensor in extra.items()}
+        want = run(weight[site], gram[site], kept[site], LADDER, **own, errors_only=errors_only)
+        for a, b in zip(got, want, strict=True):
+            assert a.shape[1:] == b.shape and a.dtype == b.dtype
+            assert sites == 0 or torch.equal(a[site], b)
+
+
+def test_sites_too_large_to_go_side_by_side():
+    d = 1100  # more than csrc/cpu/reconstruct.cpp solves one per thread
+    gram = torch.eye(d, dtype=torch.float64) + 0.5
+    grams = torch.stack([gram, 2 * gram.tril()])
+    weight = torch.linspace(-1, 1, 2 * d, dtype=torch.float64).view(2, 1, d)
+    kept = torch.arange(d - 1).expand(2, -1)
+    got = ops.reconstruct(weight, grams, kept, LADDER[1:3], holdout=grams.flip(0))
+    for site in range(2):
+        want = ops.reconstruct(
+            weight[site], grams[site], kept[site], LADDER[1:3], holdout=grams[1 - site]
+        )
+        assert all(torch.equal(a[site], b) for a, b in zip(got, want, strict=True))
+
+
+def test_expanded_and_narrow_sites_equal_stacked():
+    weight, gram, kept, _ = several_sites(3)
+    single = gram.float()
+    shared, rows = weight[:1].expand(3, -1, -1), kept[:1].expand(3, -1)
+    want = ops.reconstruct(shared.contiguous(), single.double(), rows.contiguous(), LADDER)
+    got = ops.reconstruct(shared, single, rows, LADDER)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_rejected_arguments_name_the_rule_and_the_remedy():
@@ -248,6 +321,20 @@ def test_rejected_arguments_name_the_rule_and_the_remedy():
             (weight, gram, kept, LADDER),
             {"holdout": gram, "cross": weight.mT},
             "holdout_cross must be given exactly when",
+        ),
+        ((weight[None], gram, kept, LADDER), {}, r"gram must be \(1, 6, 6\), got \(6, 6\)"),
+        ((weight, gram[None], kept, LADDER), {}, r"gram must be \(6, 6\), got \(1, 6, 6\)"),
+        ((weight[None], gram[None], kept, LADDER), {}, r"kept must be \(sites, n\) int64"),
+        (
+            (weight[None], gram[None], torch.stack([kept, kept]), LADDER),
+            {},
+            r"kept must be \(sites, n\) .*, got \(2, 3\)",
+        ),
+        ((weight[None], gram[None], kept[None].flip(1), LADDER), {}, "strictly ascending"),
+        (
+            (weight[None], gram[None], kept[None], LADDER),
+            {"holdout": gram},
+            r"holdout must be \(1, 6, 6\)",
         ),
     ]
     for arguments, extra, message in cases:

@@ -33,6 +33,7 @@ namespace {
 
 using Values = std::vector<double>;
 
+constexpr int64_t kSideBySide = 1024;  // sites that keep more than this are solved in turn
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 Values zeros(int64_t count) { return Values(static_cast<size_t>(count), 0.0); }
@@ -328,8 +329,14 @@ class Solver {
 
 }  // namespace
 
-void reconstruct(const Reconstruct& args, const PanelKernel& kernel, const Pool& pool) {
-  Solver(args, kernel, pool).run();
+void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
+                 const Pool& pool) {
+  if (sites == 0) return;
+  if (sites > 1 && jobs[0].n <= kSideBySide) {
+    parallel_tasks(pool, sites, [&](int64_t site) { Solver(jobs[site], kernel, Pool{}).run(); });
+    return;
+  }
+  for (int64_t site = 0; site < sites; ++site) Solver(jobs[site], kernel, pool).run();
 }
 
 }  // namespace liar

@@ -29,6 +29,9 @@ struct Reconstruct {
   double* info_out;                  // (ladder, 2)
 };
 
-void reconstruct(const Reconstruct& args, const PanelKernel& kernel, const Pool& pool);
+/// Solves `sites` jobs of one shape: small ones side by side, one per thread, large ones one after
+/// the other with all threads inside.
+void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
+                 const Pool& pool);
 
 }  // namespace liar

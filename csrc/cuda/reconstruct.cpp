@@ -35,7 +35,10 @@ struct Float64 {
 std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(
     Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,
     std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only) {
-  check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
+  const ReconstructSizes sizes =
+      check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
+  check(!sizes.batched, kOp, "weight must be (d_out, d) on CUDA, got ", shape_of(weight),
+        "; call it once per site");
   check_device(kOp, "gram", gram, weight);
   check_device(kOp, "kept", kept, weight);
   check_device(kOp, "damps", damps, weight);

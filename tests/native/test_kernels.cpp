@@ -180,7 +180,7 @@ void test_reconstruct(int64_t d, int64_t d_out, const Pool& pool) {
   args.error_out = error.data();
   args.holdout_out = holdout.data();
   args.info_out = info.data();
-  liar::reconstruct(args, *liar::kernels().f64, pool);
+  liar::reconstruct(&args, 1, *liar::kernels().f64, pool);
   for (int64_t l = 0; l < 3; ++l) {
     for (int64_t t = 0; t < 4 * d; ++t) {
       for (int64_t o = 0; o < d_out; ++o) {
