@@ -41,7 +41,7 @@ def gram_update_(
 
     A row of weight 0 is skipped unread, so padding may hold anything. A row that holds a non-finite
     value, or whose weight is negative or not finite, is left out of all sums and counted in
-    ``count[1]``. Products are summed in float32 over at most 1024 tokens and then in the dtype of
+    ``count[1]``. Products are summed in float32 over at most 2048 tokens and then in the dtype of
     ``gram``: when that is float64 the error does not grow with the number of tokens. Float64 rows
     are summed in float64 throughout. The result is the same bit for bit from run to run.
 

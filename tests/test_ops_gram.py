@@ -172,9 +172,9 @@ def test_small_integers_are_exact_in_every_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_updates_add_up(dtype):
-    x = rows(2048, 50, dtype)
+    x = rows(4096, 50, dtype)
     whole, parts = run(ops.gram_update_, x), zeros(50)
-    for piece in x.split(1024):
+    for piece in x.split(2048):
         ops.gram_update_(*parts, piece)
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a, b)

@@ -47,7 +47,7 @@ void pack(const Operand& source, int64_t steps, int64_t features, double sign, d
       }
     }
     kernel.pack({DType::kFloat64, rows, count, sign == 1 ? nullptr : weight, features, panel_data,
-                 panel_stride, k, nullptr});
+                 panel_stride, k, nullptr, nullptr, true});
   }
 }
 

@@ -28,8 +28,8 @@
 namespace liar {
 namespace {
 
-constexpr int64_t kChunkSteps = 512;      // a packed panel is 96 KiB
-constexpr int64_t kGroupBytes = 8 << 20;  // a core's share of an L3 cache
+constexpr int64_t kChunkSteps = 1024;     // a packed panel is 192 KiB
+constexpr int64_t kGroupBytes = 4 << 20;  // a core's share of an L3 cache
 constexpr int64_t kBlockPanels = 2;       // 2 + 2 panels and 96² doubles: half of an L2 cache
 
 struct Rows {
@@ -124,6 +124,7 @@ class Update {
     kernel = paired ? kernels.bf16 : u.x.dtype == DType::kFloat64 ? kernels.f64 : kernels.f32;
     right_cols = u.y != nullptr ? u.y->cols : u.x.cols;
     shared = u.y == nullptr && rows.weight.empty();
+    sums_stride = u.x.cols + kMostLanes;
   }
 
   void run() {
@@ -143,7 +144,7 @@ class Update {
     const int64_t group = std::clamp<int64_t>(kGroupBytes / (p.left_chunk + p.right_chunk + 1), 1,
                                               std::min<int64_t>(chunks, 64));
     Workspace memory(group * (p.left_chunk + p.right_chunk));
-    std::vector<double> sums(static_cast<size_t>(group * u.x.cols));
+    std::vector<double> sums(static_cast<size_t>(group * sums_stride));
     p.left = memory.data();
     p.right = shared ? p.left : p.left + group * p.left_chunk;
     if (shared) p.right_chunk = p.left_chunk;
@@ -159,7 +160,7 @@ class Update {
             pack(p, k, begin, std::min(begin + chunk_tokens, rows.size));
       });
       for (int64_t k = 0; k < live; ++k)
-        add_sums(packed[static_cast<size_t>(k)], p.sums + k * u.x.cols);
+        add_sums(packed[static_cast<size_t>(k)], p.sums + k * sums_stride);
       multiply(p, packed, live);
     }
   }
@@ -168,48 +169,97 @@ class Update {
   int64_t panels(int64_t features) const { return (features + kernel->panel - 1) / kernel->panel; }
 
   Chunk pack(const Panels& p, int64_t place, int64_t begin, int64_t end) const {
-    RowReader x(u.x), y(u.y != nullptr ? *u.y : u.x);
-    const int64_t tps = kernel->tokens_per_step;
-    char* left = p.left + place * p.left_chunk;
-    char* right = p.right + place * p.right_chunk;
-    double* sums = p.sums + place * u.x.cols;
+    Packing packing(*this, p, place);
+    for (int64_t k = begin; k < end; ++k) packing.take(k);
+    packing.finish();
+    return packing.chunk;
+  }
+
+  /// Packs the rows of one chunk, kPackRows at a time.
+  struct Packing {
+    Packing(const Update& update, const Panels& panels, int64_t place)
+        : of(update),
+          left(panels.left + place * panels.left_chunk),
+          right(panels.right + place * panels.right_chunk),
+          sums(panels.sums + place * update.sums_stride),
+          left_stride(panels.left_stride),
+          right_stride(panels.right_stride),
+          x(update.u.x),
+          y(update.u.y != nullptr ? *update.u.y : update.u.x),
+          scratch(update.sums_stride * static_cast<int64_t>(sizeof(double))) {}
+
+    void take(int64_t k) {
+      index[held] = k;
+      read(held++);
+      if (held == kPackRows) flush();
+    }
+
+    void finish() {
+      while (held > 0) flush();
+    }
+
+    /// Packs the rows held; if one of them is not finite, leaves out those that are not, and keeps
+    /// the others until there are kPackRows again.
+    void flush() {
+      if (pack(false)) return;
+      int64_t kept = 0;
+      for (int64_t r = 0; r < held; ++r) {
+        const bool finite =
+            of.kernel->finite(of.u.x.dtype, x_rows[r], of.u.x.cols) &&
+            (of.u.y == nullptr || of.kernel->finite(of.u.x.dtype, y_rows[r], of.right_cols));
+        if (finite) index[kept++] = index[r];
+      }
+      if (kept == held) {  // finite values with an infinite sum
+        pack(true);
+        return;
+      }
+      chunk.dropped += static_cast<double>(held - kept);
+      held = kept;
+      for (int64_t r = 0; r < held; ++r) read(r);
+    }
+
+    bool pack(bool trusted) {
+      const int64_t step = chunk.tokens / of.kernel->tokens_per_step;
+      const double* scale = of.rows.weight.empty() ? nullptr : weight;
+      if (!of.shared) {
+        const PackRows rows_out{of.u.x.dtype,  of.u.y != nullptr ? y_rows : x_rows,
+                                held,          nullptr,
+                                of.right_cols, right,
+                                right_stride,  step,
+                                nullptr,       nullptr,
+                                trusted};
+        if (!of.kernel->pack(rows_out) && !trusted) return false;
+      }
+      const PackRows rows_out{of.u.x.dtype, x_rows, held, scale,          of.u.x.cols, left,
+                              left_stride,  step,   sums, scratch.data(), trusted};
+      if (!of.kernel->pack(rows_out) && !trusted) return false;
+      for (int64_t r = 0; r < held; ++r) chunk.weight_sum += weight[r];
+      chunk.tokens += held;
+      held = 0;
+      return true;
+    }
+
+    void read(int64_t place) {
+      const auto k = static_cast<size_t>(index[place]);
+      const int64_t row = of.rows.all ? index[place] : of.rows.index[k];
+      x_rows[place] = x.read(row, place);
+      if (of.u.y != nullptr) y_rows[place] = y.read(row, place);
+      weight[place] = of.rows.weight.empty() ? 1.0 : of.rows.weight[k];
+    }
+
+    const Update& of;
+    char *left, *right;
+    double* sums;
+    int64_t left_stride, right_stride;
+    RowReader x, y;
+    Workspace scratch;
     Chunk chunk;
+    int64_t held = 0;
+    int64_t index[kPackRows];
     const void* x_rows[kPackRows];
     const void* y_rows[kPackRows];
     double weight[kPackRows];
-    int64_t held = 0;
-    const auto flush = [&] {
-      const int64_t step = chunk.tokens / tps;
-      PackRows rows_out{u.x.dtype, x_rows, held,          rows.weight.empty() ? nullptr : weight,
-                        u.x.cols,  left,   p.left_stride, step,
-                        sums};
-      kernel->pack(rows_out);
-      if (!shared) {
-        kernel->pack({u.x.dtype, u.y != nullptr ? y_rows : x_rows, held, nullptr, right_cols, right,
-                      p.right_stride, step, nullptr});
-      }
-      chunk.tokens += held;
-      held = 0;
-    };
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t row = rows.all ? k : rows.index[static_cast<size_t>(k)];
-      x_rows[held] = x.read(row, held);
-      bool finite = kernel->finite(u.x.dtype, x_rows[held], u.x.cols);
-      if (u.y != nullptr && finite) {
-        y_rows[held] = y.read(row, held);
-        finite = kernel->finite(u.y->dtype, y_rows[held], right_cols);
-      }
-      if (!finite) {
-        chunk.dropped += 1;
-        continue;
-      }
-      weight[held] = rows.weight.empty() ? 1.0 : rows.weight[static_cast<size_t>(k)];
-      chunk.weight_sum += weight[held];
-      if (++held == kPackRows) flush();
-    }
-    if (held > 0) flush();
-    return chunk;
-  }
+  };
 
   void add_sums(const Chunk& chunk, const double* sums) const {
     u.count[0] += chunk.weight_sum;
@@ -257,7 +307,7 @@ class Update {
   const Pool& pool;
   Rows rows;
   const PanelKernel* kernel;
-  int64_t right_cols;
+  int64_t right_cols, sums_stride;
   bool shared;  // left and right operand are the same panels
 };
 

@@ -55,8 +55,12 @@ struct PackRows {
   void* panels;
   int64_t panel_stride;  // bytes from a panel to the next one
   int64_t step;
-  double* sums;  // gets the column sums of what was packed added; null: not wanted
+  double* sums;   // gets the column sums of what was packed added; null: not wanted
+  void* scratch;  // with sums: room for kMostLanes more than `features` values, as sums has
+  bool trusted;   // add the sums even if they are not finite
 };
+
+constexpr int64_t kMostLanes = 16;  // of any vector
 
 constexpr int64_t kSolveRows = 16;  // unknowns of a substitution that stays in registers
 
@@ -75,7 +79,10 @@ struct PanelKernel {
   int64_t slot_bytes;       // bytes per feature and step
   int64_t tokens_per_step;  // 1, or 2 where a step holds a pair of tokens
   bool (*finite)(DType dtype, const void* row, int64_t features);
-  void (*pack)(const PackRows&);
+  // Returns whether all column sums are finite, which tells of the rows for next to nothing; false
+  // also where finite values add up to infinity. Sums are added to only if true is returned, or
+  // the rows are trusted.
+  bool (*pack)(const PackRows&);
   void (*multiply_f32)(const PanelProduct&);  // out is float32
   void (*multiply_f64)(const PanelProduct&);  // out is float64
   void (*substitute)(const Substitution&);    // float64 kernels only, else null

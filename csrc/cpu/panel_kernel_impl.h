@@ -160,52 +160,61 @@ struct Panels {
       std::memcpy(rest, row + c, static_cast<size_t>(n - c) * sizeof(*rest));
       bad[1] = Simd::zero_times(Source::load(rest), bad[1]);
     }
-    typename Simd::Sum lanes[4 * kLanes];
-    for (int v = 0; v < 4; ++v) Simd::store(lanes + v * kLanes, bad[v]);
-    for (int v = 0; v < 4 * kLanes; ++v) {
-      if (lanes[v] != 0) return false;
+    return zero_everywhere(Simd::add(Simd::add(bad[0], bad[1]), Simd::add(bad[2], bad[3])));
+  }
+
+  static bool zero_everywhere(Vector v) {
+    typename Simd::Sum lanes[kLanes];
+    Simd::store(lanes, v);
+    for (int i = 0; i < kLanes; ++i) {
+      if (lanes[i] != 0) return false;
     }
     return true;
   }
 
-  /// Packs one vector's width of `count` rows; `rows[r]` is already at the right column.
+  /// Packs one vector's width of `count` rows, and returns their sum; `rows[r]` is already at the
+  /// right column.
   template <class Source>
-  static void pack_column(const typename Source::Value* const* rows, int64_t count,
-                          const double* weight, Slot* out, double* sums) {
+  static Vector pack_column(const typename Source::Value* const* rows, int64_t count,
+                            const double* weight, Slot* out) {
     Vector sum = Simd::zero();
-    int64_t r = 0;
-    for (; r < count; r += Simd::kTokensPerStep) {
+    for (int64_t r = 0; r < count; r += Simd::kTokensPerStep) {
       sum = Source::pack(rows, r, count, weight, out, sum);
       out += kPanel;
     }
-    if (sums != nullptr) Simd::accumulate(sums, sum);
+    return sum;
   }
 
   template <class Source>
-  static void pack_rows(const PackRows& p) {
+  static bool pack_rows(const PackRows& p) {
     using Value = typename Source::Value;
     const Value* rows[kPackRows];
+    auto* scratch = static_cast<typename Simd::Sum*>(p.scratch);
+    Vector bad = Simd::zero();
     for (int64_t c = 0; c < p.features; c += kLanes) {
       auto* out =
           reinterpret_cast<Slot*>(static_cast<char*>(p.panels) + c / kPanel * p.panel_stride) +
           p.step * kPanel + c % kPanel;
       const int64_t live = p.features - c;
-      if (live >= kLanes) {
-        for (int64_t r = 0; r < p.count; ++r) rows[r] = static_cast<const Value*>(p.rows[r]) + c;
-        pack_column<Source>(rows, p.count, p.weight, out, p.sums == nullptr ? nullptr : p.sums + c);
-        continue;
-      }
       Value padded[kPackRows][kLanes] = {};
-      double rest[kLanes] = {};
       for (int64_t r = 0; r < p.count; ++r) {
-        std::memcpy(padded[r], static_cast<const Value*>(p.rows[r]) + c,
-                    static_cast<size_t>(live) * sizeof(Value));
+        rows[r] = static_cast<const Value*>(p.rows[r]) + c;
+        if (live >= kLanes) continue;
+        std::memcpy(padded[r], rows[r], static_cast<size_t>(live) * sizeof(Value));
         rows[r] = padded[r];
       }
-      pack_column<Source>(rows, p.count, p.weight, out, rest);
-      for (int64_t k = 0; p.sums != nullptr && k < live; ++k) p.sums[c + k] += rest[k];
+      const Vector sum = pack_column<Source>(rows, p.count, p.weight, out);
+      bad = Simd::zero_times(sum, bad);
+      if (p.sums != nullptr) Simd::store(scratch + c, sum);
     }
     zero_padding(p);
+    const bool finite = zero_everywhere(bad);
+    if (p.sums != nullptr && (finite || p.trusted)) {
+      for (int64_t c = 0; c < p.features; c += kLanes) {
+        Simd::accumulate(p.sums + c, Simd::load(scratch + c));
+      }
+    }
+    return finite;
   }
 
   /// The vectors of the last panel beyond the last feature.
@@ -305,7 +314,7 @@ constexpr PanelKernel one_type_kernel() {
           sizeof(typename Simd::Slot),
           Simd::kTokensPerStep,
           [](DType, const void* row, int64_t n) { return P::template finite_row<Source>(row, n); },
-          [](const PackRows& p) { P::template pack_rows<Source>(p); },
+          [](const PackRows& p) { return P::template pack_rows<Source>(p); },
           [](const PanelProduct& p) { P::template multiply<float>(p); },
           [](const PanelProduct& p) { P::template multiply<double>(p); },
           Solve};
