@@ -3,143 +3,225 @@
 #include <algorithm>
 #include <vector>
 
-#include "workspace.h"
-
-// A product is cut into blocks of `out`; one task computes one block and packs what it needs
-// itself, so tasks share nothing and the result does not depend on the threads:
+// A product packs kSteps rows of its right side, all columns of them, for all tasks; a task then
+// packs a strip of the left side and multiplies it with as many columns as it was given:
 //
-//                         b: steps × kBlock, packed once per kSteps, in L3
+//                         b: kSteps × cols, packed once, in L3
 //                       [                 ]
 //        a: kStrip wide [ strip 0         ]
-//        packed, in L2  [ strip 1         ]  one block of out, kBlock × kBlock
+//        packed, in L2  [ strip 1         ]  out
 //                       [ ...             ]
+//
+// Where both sides are one matrix the strips are those of the right side. Every element of `out` is
+// summed by one task in the order of the steps, so the result does not depend on the threads.
 
 namespace liar {
 namespace {
 
 constexpr int64_t kSteps = 256;
-constexpr int64_t kStrip = 96;  // 96 · 256 doubles are 192 KiB
-constexpr int64_t kBlock = 480;
-
+constexpr int64_t kStrip = 96;           // 96 · 256 doubles are 192 KiB
+constexpr int64_t kPackColumns = 240;    // that one task packs: a multiple of every panel
+constexpr int64_t kShare = 480;          // columns of a task when there are few strips
+constexpr int64_t kAloneWork = 1 << 22;  // multiply-adds that are not worth a second thread
+constexpr int64_t kTurn = 8;             // steps turned at a time: a cache line of each row
 constexpr Pool kAlone{};
 
-int64_t panels(int64_t features, const PanelKernel& kernel) {
-  return (features + kernel.panel - 1) / kernel.panel;
+int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+/// Bytes from a panel of `steps` to the next; a line more keeps panels off the same cache sets.
+int64_t panel_stride(int64_t steps, const PanelKernel& kernel) {
+  return steps * kernel.panel * kernel.slot_bytes + 64;
 }
 
-/// Packs steps [0, steps) of features [0, features), scaled by `sign`.
-void pack(const Operand& source, int64_t steps, int64_t features, double sign, double* panel_data,
-          int64_t panel_stride, const PanelKernel& kernel) {
-  double turned[kPackRows * kBlock];
-  double weight[kPackRows];
-  std::fill_n(weight, kPackRows, sign);
-  const void* rows[kPackRows];
+/// Panels of features [0, features), which are columns of a row-major matrix.
+void pack_rows(const double* rows, int64_t row, int64_t steps, int64_t features, char* panels,
+               int64_t stride, const PanelKernel& kernel) {
+  const void* group[kPackRows];
   for (int64_t k = 0; k < steps; k += kPackRows) {
     const int64_t count = std::min(kPackRows, steps - k);
-    for (int64_t r = 0; r < count; ++r) {
-      const double* row = source.data + (k + r) * source.step_stride;
-      rows[r] = source.feature_stride == 1 ? row : turned + r * kBlock;
-    }
-    if (source.feature_stride != 1) {
-      for (int64_t i = 0; i < features; ++i) {
-        const double* column = source.data + i * source.feature_stride + k;
-        for (int64_t r = 0; r < count; ++r) turned[r * kBlock + i] = column[r];
+    for (int64_t r = 0; r < count; ++r) group[r] = rows + (k + r) * row;
+    kernel.pack({DType::kFloat64, group, count, nullptr, features, panels, stride, k, nullptr,
+                 nullptr, true});
+  }
+}
+
+/// Panels of features [0, features), which are rows of a row-major matrix.
+void pack_columns(const double* columns, int64_t row, int64_t steps, int64_t features, char* panels,
+                  int64_t stride, const PanelKernel& kernel) {
+  for (int64_t first = 0; first < features; first += kernel.panel) {
+    auto* panel = reinterpret_cast<double*>(panels + first / kernel.panel * stride);
+    const int64_t live = std::min(kernel.panel, features - first);
+    if (live < kernel.panel) std::fill_n(panel, steps * kernel.panel, 0.0);
+    for (int64_t k = 0; k < steps; k += kTurn) {
+      const int64_t count = std::min(kTurn, steps - k);
+      for (int64_t i = 0; i < live; ++i) {
+        const double* from = columns + (first + i) * row + k;
+        double* to = panel + k * kernel.panel + i;
+        for (int64_t r = 0; r < count; ++r) to[r * kernel.panel] = from[r];
       }
     }
-    kernel.pack({DType::kFloat64, rows, count, sign == 1 ? nullptr : weight, features, panel_data,
-                 panel_stride, k, nullptr, nullptr, true});
   }
 }
 
-/// One block: rows and cols at most kBlock.
-void add_block(const Product& p, const PanelKernel& kernel) {
-  const int64_t stride = std::min(kSteps, p.steps) * kernel.panel * kernel.slot_bytes + 64;
-  const int64_t right_bytes = panels(p.cols, kernel) * stride;
-  Workspace memory(right_bytes + panels(kStrip, kernel) * stride);
-  char* right = memory.data();
-  char* left = right + right_bytes;
-  for (int64_t k = 0; k < p.steps; k += kSteps) {
-    const int64_t steps = std::min(kSteps, p.steps - k);
-    pack(p.b.from_step(k), steps, p.cols, 1, reinterpret_cast<double*>(right), stride, kernel);
-    for (int64_t i = 0; i < p.rows; i += kStrip) {
-      const int64_t rows = std::min(kStrip, p.rows - i);
-      pack(p.a.from_step(k).from_feature(i), steps, rows, p.sign, reinterpret_cast<double*>(left),
-           stride, kernel);
-      PanelProduct product{};
-      product.steps = steps;
-      product.a =
-          left - i / kernel.panel * stride;  // the product counts rows from the block's first
-      product.b = right;
-      product.a_panel_stride = product.b_panel_stride = stride;
-      product.i0 = i;
-      product.i1 = i + rows;
-      product.j1 = p.cols;
-      product.out = p.out;
-      product.out_row = p.out_row;
-      product.triangle = p.triangle;
-      kernel.multiply_f64(product);
-    }
+void pack(const Operand& source, int64_t steps, int64_t features, char* panels, int64_t stride,
+          const PanelKernel& kernel) {
+  if (source.feature_stride == 1) {
+    pack_rows(source.data, source.step_stride, steps, features, panels, stride, kernel);
+  } else {
+    pack_columns(source.data, source.feature_stride, steps, features, panels, stride, kernel);
   }
-}
-
-/// The part of `p` that block (i, j) of the result holds.
-Product block_of(const Product& p, int64_t i, int64_t j) {
-  Product part = p;
-  part.a = p.a.from_feature(i);
-  part.b = p.b.from_feature(j);
-  part.rows = std::min(kBlock, p.rows - i);
-  part.cols = std::min(kBlock, p.cols - j);
-  part.out = p.out + i * p.out_row + j;
-  if (i != j) part.triangle = Triangle::kAll;
-  return part;
 }
 
 }  // namespace
 
-void add_product(const Product& p, const PanelKernel& kernel, const Pool& pool) {
-  if (p.steps == 0) return;
-  struct Corner {
-    int64_t i, j;
-  };
-  std::vector<Corner> blocks;
-  for (int64_t i = 0; i < p.rows; i += kBlock) {
-    for (int64_t j = 0; j < p.cols; j += kBlock) {
-      if (p.triangle == Triangle::kLower && j > i) continue;
-      if (p.triangle == Triangle::kUpper && j < i) continue;
-      blocks.push_back({i, j});
-    }
+double dot(const double* a, const double* b, int64_t count) {
+  constexpr int64_t kChains = 16;
+  double sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int64_t c = 0; c < kChains; ++c) sums[c] += a[i + c] * b[i + c];
   }
-  parallel_tasks(pool, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-    const Corner corner = blocks[static_cast<size_t>(task)];
-    add_block(block_of(p, corner.i, corner.j), kernel);
-  });
-}
-
-double dot_product(const Product& p, bool a_upper, const double* left, int64_t left_row,
-                   const PanelKernel& kernel, const Pool& pool) {
-  const int64_t across = (p.cols + kBlock - 1) / kBlock;
-  const int64_t tasks = (p.rows + kBlock - 1) / kBlock * across;
-  std::vector<double> sums(static_cast<size_t>(tasks), 0.0);
-  parallel_tasks(pool, tasks, [&](int64_t task) {
-    const int64_t i = task / across * kBlock, j = task % across * kBlock;
-    Product part = block_of(p, i, j);
-    if (a_upper) part.steps = std::min(p.steps, i + part.rows);
-    std::vector<double> block(static_cast<size_t>(part.rows * part.cols), 0.0);
-    part.out = block.data();
-    part.out_row = part.cols;
-    add_product(part, kernel, kAlone);
-    double sum = 0;
-    for (int64_t r = 0; r < part.rows; ++r) {
-      const double* other = left + (i + r) * left_row + j;
-      for (int64_t c = 0; c < part.cols; ++c) {
-        sum += block[static_cast<size_t>(r * part.cols + c)] * other[c];
-      }
-    }
-    sums[static_cast<size_t>(task)] = sum;
-  });
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
   double total = 0;
   for (double sum : sums) total += sum;
   return total;
+}
+
+void add_product(const Product& p, const PanelKernel& kernel, const Pool& pool) {
+  if (p.steps == 0 || p.rows == 0 || p.cols == 0) return;
+  const bool large = p.steps * p.rows * p.cols > kAloneWork;
+  const Pool& crew = large ? pool : kAlone;
+  const bool same = p.a.same(p.b) && p.rows <= p.cols;
+  const int64_t stride = panel_stride(std::min(kSteps, p.steps), kernel);
+  Workspace right(blocks(p.cols, kernel.panel) * stride);
+  const int64_t strips = blocks(p.rows, kStrip);
+  const int64_t share = strips >= 4 * crew.threads || crew.threads == 1 ? p.cols : kShare;
+  const int64_t shares = blocks(p.cols, share);
+  for (int64_t k = 0; k < p.steps; k += kSteps) {
+    const int64_t steps = std::min(kSteps, p.steps - k);
+    parallel_tasks(crew, blocks(p.cols, kPackColumns), [&](int64_t task) {
+      const int64_t j = task * kPackColumns;
+      pack(p.b.from_step(k).from_feature(j), steps, std::min(kPackColumns, p.cols - j),
+           right.data() + j / kernel.panel * stride, stride, kernel);
+    });
+    parallel_tasks(crew, strips * shares, [&](int64_t task) {
+      const int64_t i = task / shares * kStrip, j = task % shares * share;
+      const int64_t rows = std::min(kStrip, p.rows - i), cols = std::min(share, p.cols - j);
+      if (p.triangle == Triangle::kLower && j >= i + rows) return;
+      if (p.triangle == Triangle::kUpper && j + cols <= i) return;
+      PanelProduct product{};
+      product.steps = steps;
+      product.b = right.data();
+      product.a_panel_stride = product.b_panel_stride = stride;
+      product.i0 = i;
+      product.i1 = i + rows;
+      product.j0 = j;
+      product.j1 = j + cols;
+      product.out = p.out;
+      product.out_row = p.out_row;
+      product.triangle = p.triangle;
+      product.scale = p.scale;
+      if (same) {
+        product.a = right.data();
+        kernel.multiply_f64(product);
+        return;
+      }
+      Workspace left(blocks(kStrip, kernel.panel) * stride);
+      pack(p.a.from_step(k).from_feature(i), steps, rows, left.data(), stride, kernel);
+      product.a = left.data() - i / kernel.panel * stride;  // `a` counts features from 0
+      kernel.multiply_f64(product);
+    });
+  }
+}
+
+// The packed triangle is a run of strips, kStrip rows each, with the steps that they need:
+//
+//        strip 0   [ L00 ]
+//        strip 1   [ L10  L11 ]
+//        strip 2   [ L20  L21  L22 ]
+
+QuadraticForm::QuadraticForm(const double* lower, int64_t row, const int64_t* index, int64_t n,
+                             const PanelKernel& kernel, const Pool& pool)
+    : n_(n), kernel_(kernel), packed_(strip_offset(blocks(n, kStrip))) {
+  parallel_tasks(pool, strips(), [&](int64_t strip) {
+    const int64_t begin = strip * kStrip, steps = steps_of(strip);
+    const int64_t stride = panel_stride(steps, kernel);
+    for (int64_t first = begin; first < begin + kStrip; first += kernel.panel) {
+      auto* panel = reinterpret_cast<double*>(packed_.data() + strip_offset(strip) +
+                                              (first - begin) / kernel.panel * stride);
+      std::fill_n(panel, steps * kernel.panel, 0.0);
+      const int64_t end = std::min(first + kernel.panel, n);
+      for (int64_t block = 0; block < end; block += kTurn) {
+        for (int64_t i = first; i < end; ++i) {
+          const double* from = lower + index[i] * row;
+          double* to = panel + i - first;
+          const int64_t limit = std::min(block + kTurn, i);
+          for (int64_t k = block; k < limit; ++k) to[k * kernel.panel] = from[index[k]];
+        }
+      }
+      for (int64_t i = first; i < end; ++i) {
+        panel[i * kernel.panel + i - first] = 0.5 * lower[index[i] * (row + 1)];
+      }
+    }
+  });
+}
+
+int64_t QuadraticForm::strips() const { return blocks(n_, kStrip); }
+
+int64_t QuadraticForm::steps_of(int64_t strip) const { return std::min(n_, (strip + 1) * kStrip); }
+
+int64_t QuadraticForm::strip_offset(int64_t strip) const {
+  // Strips are packed as if all had kStrip rows and a multiple of kStrip steps.
+  const int64_t panels = kStrip / kernel_.panel;
+  return panels *
+         (strip * (strip + 1) / 2 * kStrip * kernel_.panel * kernel_.slot_bytes + strip * 64);
+}
+
+double QuadraticForm::evaluate(const double* v, const double* x, int64_t columns,
+                               const Pool& pool) const {
+  if (n_ == 0 || columns == 0) return 0;
+  const int64_t stride = panel_stride(n_, kernel_);
+  const int64_t spans = blocks(columns, kShare);
+  const int64_t span = blocks(blocks(columns, spans), kernel_.panel) * kernel_.panel;
+  Workspace right(span / kernel_.panel * stride);
+  double total = 0;
+  for (int64_t first = 0; first < columns; first += span) {
+    const int64_t cols = std::min(span, columns - first);
+    parallel_tasks(pool, blocks(n_, kSteps), [&](int64_t task) {
+      const int64_t k = task * kSteps;
+      pack_rows(x + k * columns + first, columns, std::min(kSteps, n_ - k), cols,
+                right.data() + k * kernel_.panel * kernel_.slot_bytes, stride, kernel_);
+    });
+    std::vector<double> sums(static_cast<size_t>(strips()), 0.0);
+    parallel_tasks(pool, strips(), [&](int64_t task) {
+      const int64_t strip = strips() - 1 - task;  // the longest first
+      const int64_t begin = strip * kStrip, rows = std::min(kStrip, n_ - begin);
+      const Workspace memory = Workspace::of_doubles(rows * cols);
+      double* block = memory.doubles();
+      std::fill_n(block, rows * cols, 0.0);
+      for (int64_t k = 0; k < steps_of(strip); k += kSteps) {
+        const int64_t skipped = k * kernel_.panel * kernel_.slot_bytes;
+        PanelProduct product{};
+        product.steps = std::min(kSteps, steps_of(strip) - k);
+        product.a = packed_.data() + strip_offset(strip) + skipped;
+        product.b = right.data() + skipped;
+        product.a_panel_stride = panel_stride(steps_of(strip), kernel_);
+        product.b_panel_stride = stride;
+        product.i1 = rows;
+        product.j1 = cols;
+        product.out = block;
+        product.out_row = cols;
+        kernel_.multiply_f64(product);
+      }
+      double sum = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        sum += dot(block + r * cols, v + (begin + r) * columns + first, cols);
+      }
+      sums[static_cast<size_t>(strip)] = sum;
+    });
+    for (double sum : sums) total += sum;
+  }
+  return 2 * total;
 }
 
 }  // namespace liar

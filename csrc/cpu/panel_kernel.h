@@ -33,6 +33,7 @@ struct PanelProduct {
   void* out;        // out[0, 0]
   int64_t out_row;  // elements from a row of `out` to the next one
   Triangle triangle;
+  double scale = 1;  // of what is added to `out`
 };
 
 /// Float16 and bfloat16 values by their bits.

@@ -44,7 +44,7 @@ struct Panels {
   /// passes through column `diagonal` of the tile's first row.
   template <int vectors, class Out>
   static void tile(int64_t steps, const Slot* a, const Slot* b, Out* out, int64_t out_row,
-                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal) {
+                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale) {
     Vector sum[kRows][vectors];
     typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
     // The sums go to `out` in the end: fetch it while they grow.
@@ -87,6 +87,13 @@ struct Panels {
         }
       }
     } while (end < steps);
+    if (scale != 1) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::scale(sum[r][v], scale);
+      }
+    }
     const bool inside = triangle == Triangle::kLower   ? diagonal + 1 >= vectors * kLanes
                         : triangle == Triangle::kUpper ? diagonal + kRows <= 1
                                                        : true;
@@ -131,11 +138,11 @@ struct Panels {
         if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
         if (live == 1) {
-          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j);
+          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
         } else if (live == 2) {
-          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j);
+          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
         } else if constexpr (kVectors >= 3) {
-          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j);
+          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
         }
       }
     }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "cholesky.h"
@@ -25,27 +27,23 @@
 //      error         = −⟨Y, C_K + Λ X⟩
 //      held-out      = ⟨Y, H_KK Y⟩ − 2 ⟨Y, C_H,K⟩
 //
-// H is symmetric, so ⟨V, H X⟩ = 2 ⟨V, U X⟩ with U its triangle and half its diagonal whenever V is
-// symmetric in X: half the work.
+// Where only errors are wanted for several λ, S = C Cᵀ and X C takes the place of X: then V = X,
+// and no λ needs a product with S.
 
 namespace liar {
 namespace {
 
-using Values = std::vector<double>;
-
 constexpr int64_t kSideBySide = 1024;  // sites that keep more than this are solved in turn
+constexpr int64_t kLine = 8;           // doubles in a cache line
+constexpr int64_t kTile = 64;          // turned at a time: both sides stay in cache
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-Values zeros(int64_t count) { return Values(static_cast<size_t>(count), 0.0); }
+int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
-double dot(const Values& a, const Values& b) {
-  double sum = 0;
-  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-double at(const Float64View& lower, int64_t i, int64_t j) {
-  return i >= j ? lower.data[i * lower.row_stride + j] : lower.data[j * lower.row_stride + i];
+Workspace zeros(int64_t count) {
+  Workspace to = Workspace::of_doubles(count);
+  std::fill_n(to.doubles(), count, 0.0);
+  return to;
 }
 
 class Solver {
@@ -64,71 +62,96 @@ class Solver {
   }
 
   void run() {
-    gram = kept_triangle(a.gram, 1.0);
-    if (a.holdout != nullptr) holdout = kept_triangle(*a.holdout, 0.5);
+    read_gram();
+    if (a.holdout != nullptr) {
+      holdout.emplace(a.holdout->data, a.holdout->row_stride, a.kept, a.n, kernel, pool);
+    }
     if (dense) {
       prepare_dense();
     } else {
       prepare_plain();
     }
     double mean = 0;
-    for (int64_t k = 0; k < a.n; ++k) mean += gram[at_diagonal(k)];
+    for (double value : diagonal) mean += value;
     mean = a.n > 0 ? mean / static_cast<double>(a.n) : 1;
     if (mean == 0) mean = 1;
     for (int64_t l = 0; l < a.ladder; ++l) solve_one(l, a.damps[l], a.damps[l] * mean);
   }
 
  private:
-  size_t at_diagonal(int64_t k) const { return static_cast<size_t>(k * a.n + k); }
+  /// The kept block of G, its lower triangle by rows.
+  void read_gram() {
+    // Rows begin at cache lines and, where n is a power of two, not all in the same cache set.
+    square_row = (a.n + kLine - 1) / kLine * kLine + kLine;
+    square = Workspace::of_doubles(a.n * square_row);
+    parallel_tasks(pool, tiles(a.n), [&](int64_t task) {
+      for (int64_t j = task * kTile; j < std::min((task + 1) * kTile, a.n); ++j) {
+        const double* row = a.gram.data + a.kept[j] * a.gram.row_stride;
+        double* to = square.doubles() + j * square_row;
+        for (int64_t i = 0; i <= j; ++i) to[i] = row[a.kept[i]];
+      }
+    });
+    for (int64_t k = 0; k < a.n; ++k) diagonal.push_back(square.doubles()[k * (square_row + 1)]);
+  }
 
-  /// The upper triangle by rows of the kept block, its diagonal times `diagonal`; zero below.
-  Values kept_triangle(const Float64View& from, double diagonal) const {
-    Values to = zeros(a.n * a.n);
-    constexpr int64_t kTile = 64;  // both sides of the turn stay in cache
-    parallel_tasks(pool, (a.n + kTile - 1) / kTile, [&](int64_t task) {
-      const int64_t begin = task * kTile, end = std::min(begin + kTile, a.n);
-      for (int64_t other = begin; other < a.n; other += kTile) {
-        for (int64_t j = other; j < std::min(other + kTile, a.n); ++j) {
-          const double* row = from.data + a.kept[j] * from.row_stride;
-          for (int64_t i = begin; i < std::min(end, j + 1); ++i) {
-            to[static_cast<size_t>(i * a.n + j)] = row[a.kept[i]];
-          }
+  /// Writes the upper triangle of `square`, with `shift` added to the diagonal; the strictly lower
+  /// one stays G for the next λ.
+  void turn_up(double shift) {
+    double* u = square.doubles();
+    parallel_tasks(pool, tiles(a.n), [&](int64_t task) {
+      const int64_t end = std::min((task + 1) * kTile, a.n);
+      for (int64_t first = task * kTile; first < end; first += kLine) {
+        const int64_t stop = std::min(first + kLine, end);
+        for (int64_t j = first + 1; j < a.n; ++j) {
+          const int64_t limit = std::min(stop, j);
+          for (int64_t i = first; i < limit; ++i) u[i * square_row + j] = u[j * square_row + i];
+        }
+        for (int64_t i = first; i < stop; ++i) {
+          u[i * (square_row + 1)] = diagonal[static_cast<size_t>(i)] + shift;
         }
       }
     });
-    for (int64_t k = 0; k < a.n; ++k) to[at_diagonal(k)] *= diagonal;
-    return to;
   }
 
-  /// Rows K and columns P of a Gram matrix, (n, n_P).
-  Values kept_by_removed(const Float64View& from) const {
-    Values to = zeros(a.n * n_removed);
-    parallel_tasks(pool, a.n, [&](int64_t k) {
-      for (int64_t p = 0; p < n_removed; ++p) {
-        to[static_cast<size_t>(k * n_removed + p)] =
-            at(from, a.kept[k], removed[static_cast<size_t>(p)]);
+  /// Rows K and columns P of a Gram matrix, (n, n_P), from its lower triangle.
+  Workspace kept_by_removed(const Float64View& from) const {
+    Workspace to = Workspace::of_doubles(a.n * n_removed);
+    parallel_tasks(pool, tiles(a.n), [&](int64_t task) {
+      const int64_t end = std::min((task + 1) * kTile, a.n);
+      for (int64_t first = 0; first < n_removed; first += kLine) {
+        const int64_t stop = std::min(first + kLine, n_removed);
+        for (int64_t k = task * kTile; k < end; ++k) {
+          const int64_t stays = a.kept[k];
+          for (int64_t p = first; p < stop; ++p) {
+            const int64_t gone = removed[static_cast<size_t>(p)];
+            to.doubles()[k * n_removed + p] =
+                from.data[std::max(gone, stays) * from.row_stride + std::min(gone, stays)];
+          }
+        }
       }
     });
     return to;
   }
 
   /// Columns K of the weights, turned: (n, d_out).
-  Values turned_kept_weight() const {
-    Values to = zeros(a.n * a.d_out);
-    for (int64_t o = 0; o < a.d_out; ++o) {
-      for (int64_t k = 0; k < a.n; ++k) {
-        to[static_cast<size_t>(k * a.d_out + o)] =
-            a.weight.data[o * a.weight.row_stride + a.kept[k]];
+  Workspace turned_kept_weight() const {
+    Workspace to = Workspace::of_doubles(a.n * a.d_out);
+    for (int64_t begin = 0; begin < a.n; begin += kTile) {
+      for (int64_t o = 0; o < a.d_out; ++o) {
+        const double* row = a.weight.data + o * a.weight.row_stride;
+        for (int64_t k = begin; k < std::min(begin + kTile, a.n); ++k) {
+          to.doubles()[k * a.d_out + o] = row[a.kept[k]];
+        }
       }
     }
     return to;
   }
 
   /// Rows K of a cross-Gram matrix, (n, d_out).
-  Values kept_rows(const Float64View& from) const {
-    Values to = zeros(a.n * a.d_out);
+  Workspace kept_rows(const Float64View& from) const {
+    Workspace to = Workspace::of_doubles(a.n * a.d_out);
     for (int64_t k = 0; k < a.n; ++k) {
-      std::copy_n(from.data + a.kept[k] * from.row_stride, a.d_out, to.data() + k * a.d_out);
+      std::copy_n(from.data + a.kept[k] * from.row_stride, a.d_out, to.doubles() + k * a.d_out);
     }
     return to;
   }
@@ -138,7 +161,7 @@ class Solver {
     double sum = 0;
     for (int64_t p = 0; p < n_removed; ++p) {
       const double* row = from.data + removed[static_cast<size_t>(p)] * from.row_stride;
-      const double* s = metric.data() + p * n_removed;
+      const double* s = metric.doubles() + p * n_removed;
       for (int64_t q = 0; q < p; ++q) sum += 2 * s[q] * row[removed[static_cast<size_t>(q)]];
       sum += s[p] * row[removed[static_cast<size_t>(p)]];
     }
@@ -146,83 +169,118 @@ class Solver {
   }
 
   /// G_KP, or G_KP W_Pᵀ.
-  Values plain_side(const Float64View& from) const {
-    Values block = kept_by_removed(from);
+  Workspace plain_side(const Float64View& from) const {
+    Workspace block = kept_by_removed(from);
     if (transfer) return block;
-    Values side = zeros(a.n * width);
-    add_product({{block.data(), 1, n_removed},
-                 {removed_weight.data(), 1, n_removed},
+    Workspace to = zeros(a.n * width);
+    add_product({{block.doubles(), 1, n_removed},
+                 {removed_weight.doubles(), 1, n_removed},
                  n_removed,
                  a.n,
                  width,
                  1,
-                 side.data(),
+                 to.doubles(),
                  width},
                 kernel, pool);
-    return side;
+    return to;
   }
 
   void prepare_plain() {
-    removed_weight = zeros(a.d_out * n_removed);
+    removed_weight = Workspace::of_doubles(a.d_out * n_removed);
     for (int64_t o = 0; o < a.d_out; ++o) {
-      for (int64_t p = 0; p < n_removed; ++p) {
-        removed_weight[static_cast<size_t>(o * n_removed + p)] =
-            a.weight.data[o * a.weight.row_stride + removed[static_cast<size_t>(p)]];
-      }
+      const double* row = a.weight.data + o * a.weight.row_stride;
+      double* to = removed_weight.doubles() + o * n_removed;
+      for (int64_t p = 0; p < n_removed; ++p) to[p] = row[removed[static_cast<size_t>(p)]];
     }
     metric = zeros(n_removed * n_removed);
-    const Operand rows{removed_weight.data(), n_removed};
-    add_product(
-        {rows, rows, a.d_out, n_removed, n_removed, 1, metric.data(), n_removed, Triangle::kLower},
-        kernel, pool);
+    double* s = metric.doubles();
+    const Operand rows{removed_weight.doubles(), n_removed};
+    add_product({rows, rows, a.d_out, n_removed, n_removed, 1, s, n_removed, Triangle::kLower},
+                kernel, pool);
     for (int64_t p = 0; p < n_removed; ++p) {
-      for (int64_t q = 0; q < p; ++q) {
-        metric[static_cast<size_t>(q * n_removed + p)] =
-            metric[static_cast<size_t>(p * n_removed + q)];
-      }
+      for (int64_t q = 0; q < p; ++q) s[q * n_removed + p] = s[p * n_removed + q];
     }
     side = plain_side(a.gram);
     removed_error = removed_energy(a.gram);
-    if (a.holdout == nullptr) return;
-    holdout_side = plain_side(*a.holdout);
-    removed_holdout = removed_energy(*a.holdout);
+    if (a.holdout != nullptr) {
+      holdout_side = plain_side(*a.holdout);
+      removed_holdout = removed_energy(*a.holdout);
+    }
+    const auto finite =
+        std::count_if(a.damps, a.damps + a.ladder, [](double damp) { return !std::isinf(damp); });
+    if (transfer && a.weight_out == nullptr && finite > 2) take_root();
+  }
+
+  /// Replaces the right-hand sides Q by Q C with S = C Cᵀ: the errors are then those of X C, and no
+  /// λ needs the product X S. S may be singular, so its diagonal, scaled to 1, is raised by
+  /// rounding.
+  void take_root() {
+    const int64_t r = width;
+    std::vector<double> scale(static_cast<size_t>(r));
+    Workspace root = zeros(r * r);
+    double* u = root.doubles();
+    for (int64_t p = 0; p < r; ++p) {
+      const double square_root = std::sqrt(metric.doubles()[p * (r + 1)]);
+      scale[static_cast<size_t>(p)] = square_root > 0 ? square_root : 1;
+    }
+    for (int64_t p = 0; p < r; ++p) {
+      const double* s = metric.doubles() + p * r;
+      for (int64_t q = p + 1; q < r; ++q) {
+        u[p * r + q] = s[q] / (scale[static_cast<size_t>(p)] * scale[static_cast<size_t>(q)]);
+      }
+      u[p * (r + 1)] = 1 + static_cast<double>(r) * std::numeric_limits<double>::epsilon();
+    }
+    if (cholesky(u, r, r, kernel, pool) != 0) return;
+    for (int64_t p = 0; p < r; ++p) {
+      for (int64_t q = p; q < r; ++q) u[p * r + q] *= scale[static_cast<size_t>(q)];
+    }
+    for (Workspace* rows : {&side, &holdout_side}) {
+      if (rows->empty()) continue;
+      Workspace to = zeros(a.n * r);
+      add_product({{rows->doubles(), 1, r}, {u, 1, r}, r, a.n, r, 1, to.doubles(), r}, kernel,
+                  pool);
+      *rows = std::move(to);
+    }
+    transfer = false;
   }
 
   void prepare_dense() {
     kept_weight = turned_kept_weight();
     cross = kept_rows(*a.cross);
     if (a.holdout_cross != nullptr) holdout_side = kept_rows(*a.holdout_cross);
-    // G_KK W_Kᵀ = U W_Kᵀ + Uᵀ W_Kᵀ with the diagonal halved, U turned by swapping its strides.
-    Values triangle = gram;
-    for (int64_t k = 0; k < a.n; ++k) triangle[at_diagonal(k)] *= 0.5;
-    side = cross;
-    const Operand right{kept_weight.data(), width};
-    const double* u = triangle.data();
-    add_product({{u, a.n, 1}, right, a.n, a.n, width, -1, side.data(), width}, kernel, pool);
-    add_product({{u, 1, a.n}, right, a.n, a.n, width, -1, side.data(), width}, kernel, pool);
+    side = kept_rows(*a.cross);
+    turn_up(0);  // now `square` is all of G_KK
+    add_product({{square.doubles(), square_row},
+                 {kept_weight.doubles(), width},
+                 a.n,
+                 a.n,
+                 width,
+                 -1,
+                 side.doubles(),
+                 width},
+                kernel, pool);
   }
 
   void solve_one(int64_t l, double damp, double shift) {
     double code = 0, condition = 1;
-    const bool drop = std::isinf(damp) || a.n == 0;
-    Values x;
-    if (!drop) {
-      if (factor.empty()) factor = zeros(a.n * a.n);
-      for (int64_t k = 0; k < a.n; ++k) {
-        std::copy(gram.begin() + k * a.n + k, gram.begin() + (k + 1) * a.n,
-                  factor.begin() + k * a.n + k);
-      }
-      for (int64_t k = 0; k < a.n; ++k) factor[at_diagonal(k)] += shift;
-      code = static_cast<double>(cholesky(factor.data(), a.n, a.n, kernel, pool));
+    const double* solution = nullptr;  // stays null where the removed features are just dropped
+    if (!std::isinf(damp) && a.n > 0) {
+      turn_up(shift);
+      double* u = square.doubles();
+      code = static_cast<double>(cholesky(u, a.n, square_row, kernel, pool));
       if (code == 0) {
-        double low = factor[0], high = factor[0];
+        double low = u[0], high = u[0];
         for (int64_t k = 0; k < a.n; ++k) {
-          low = std::min(low, factor[at_diagonal(k)]);
-          high = std::max(high, factor[at_diagonal(k)]);
+          low = std::min(low, u[k * (square_row + 1)]);
+          high = std::max(high, u[k * (square_row + 1)]);
         }
         condition = high / low * (high / low);
-        x = side;
-        cholesky_solve(factor.data(), a.n, a.n, x.data(), width, width, kernel, pool);
+        if (x.empty()) x = Workspace::of_doubles(a.n * width);
+        if (width > 0) {
+          std::copy_n(side.doubles(), a.n * width, x.doubles());
+          cholesky_solve(u, a.n, square_row, x.doubles(), width, width, kernel, pool);
+          solution = x.doubles();
+        }
       }
     }
     a.info_out[2 * l] = code;
@@ -235,64 +293,67 @@ class Solver {
       return;
     }
     if (dense) {
-      certify_dense(l, x, shift);
+      certify_dense(l, solution, shift);
     } else {
-      certify_plain(l, x, shift);
+      certify_plain(l, solution, shift);
     }
-    if (a.weight_out != nullptr) write_weight(a.weight_out + l * a.d_out * a.n, x);
+    if (a.weight_out != nullptr) write_weight(a.weight_out + l * a.d_out * a.n, solution);
   }
 
-  /// ⟨v, H_KK x⟩.
-  double holdout_quadratic(const Values& v, const Values& x) const {
-    const Product product{{holdout.data(), a.n}, {x.data(), width}, a.n, a.n, width, 1, nullptr, 0};
-    return 2 * dot_product(product, /*a_upper=*/true, v.data(), width, kernel, pool);
-  }
-
-  void certify_plain(int64_t l, const Values& x, double shift) const {
+  void certify_plain(int64_t l, const double* solution, double shift) {
     a.error_out[l] = removed_error;
     if (a.holdout != nullptr) a.holdout_out[l] = removed_holdout;
-    if (x.empty()) return;
-    Values weighted;
+    if (solution == nullptr) return;
+    const int64_t count = a.n * width;
+    const double* v = solution;
     if (transfer) {
-      weighted = zeros(a.n * width);
-      add_product({{x.data(), 1, width},
-                   {metric.data(), width},
+      if (other.empty()) other = Workspace::of_doubles(count);
+      std::fill_n(other.doubles(), count, 0.0);
+      add_product({{solution, 1, width},
+                   {metric.doubles(), width},
                    width,
                    a.n,
                    width,
                    1,
-                   weighted.data(),
+                   other.doubles(),
                    width},
                   kernel, pool);
+      v = other.doubles();
     }
-    const Values& v = transfer ? weighted : x;
-    a.error_out[l] = std::max(0.0, removed_error - dot(v, side) - shift * dot(v, x));
+    a.error_out[l] = std::max(
+        0.0, removed_error - dot(v, side.doubles(), count) - shift * dot(v, solution, count));
     if (a.holdout != nullptr) {
-      a.holdout_out[l] += holdout_quadratic(v, x) - 2 * dot(v, holdout_side);
+      a.holdout_out[l] +=
+          holdout->evaluate(v, solution, width, pool) - 2 * dot(v, holdout_side.doubles(), count);
     }
   }
 
-  void certify_dense(int64_t l, const Values& x, double shift) const {
-    Values y = kept_weight;
-    Values pulled = cross;  // C_K + Λ X; without X: C_K + Q, the limit of Λ X
-    for (size_t i = 0; i < y.size(); ++i) {
-      pulled[i] += x.empty() ? side[i] : shift * x[i];
-      if (!x.empty()) y[i] += x[i];
+  void certify_dense(int64_t l, const double* solution, double shift) {
+    const int64_t count = a.n * width;
+    if (other.empty()) other = Workspace::of_doubles(count);
+    double* y = other.doubles();
+    std::copy_n(kept_weight.doubles(), count, y);
+    for (int64_t i = 0; solution != nullptr && i < count; ++i) y[i] += solution[i];
+    // ⟨Y, C_K + Λ X⟩; without X: Q, the limit of Λ X.
+    const double pulled =
+        solution == nullptr ? dot(y, side.doubles(), count) : shift * dot(y, solution, count);
+    a.error_out[l] = -dot(y, cross.doubles(), count) - pulled;
+    if (a.holdout != nullptr) {
+      a.holdout_out[l] =
+          holdout->evaluate(y, y, width, pool) - 2 * dot(y, holdout_side.doubles(), count);
     }
-    a.error_out[l] = -dot(y, pulled);
-    if (a.holdout != nullptr) a.holdout_out[l] = holdout_quadratic(y, y) - 2 * dot(y, holdout_side);
   }
 
   /// W' = W_K + D, (d_out, n).
-  void write_weight(double* out, const Values& x) const {
+  void write_weight(double* out, const double* solution) const {
     for (int64_t o = 0; o < a.d_out; ++o) {
       const double* w = a.weight.data + o * a.weight.row_stride;
       for (int64_t k = 0; k < a.n; ++k) out[o * a.n + k] = w[a.kept[k]];
     }
-    if (x.empty()) return;
+    if (solution == nullptr) return;
     if (transfer) {
-      add_product({{removed_weight.data(), 1, n_removed},
-                   {x.data(), 1, width},
+      add_product({{removed_weight.doubles(), 1, n_removed},
+                   {solution, 1, width},
                    width,
                    a.d_out,
                    a.n,
@@ -302,11 +363,10 @@ class Solver {
                   kernel, pool);
       return;
     }
-    constexpr int64_t kTile = 64;
     for (int64_t begin = 0; begin < a.n; begin += kTile) {
       for (int64_t o = 0; o < a.d_out; ++o) {
         for (int64_t k = begin; k < std::min(begin + kTile, a.n); ++k) {
-          out[o * a.n + k] += x[static_cast<size_t>(k * width + o)];
+          out[o * a.n + k] += solution[k * width + o];
         }
       }
     }
@@ -316,14 +376,16 @@ class Solver {
   const PanelKernel& kernel;
   const Pool& pool;
   std::vector<int64_t> removed;
-  int64_t n_removed, width;  // width: right-hand sides
-  bool dense, transfer;
-  Values gram, holdout;       // (n, n) upper triangles; the diagonal of holdout is halved
-  Values side, holdout_side;  // (n, width): Q; Q_H or C_H,K
-  Values removed_weight;      // (d_out, n_P)
-  Values metric;              // (n_P, n_P): S
-  Values factor;              // (n, n): U of the λ at hand
-  Values kept_weight, cross;  // (n, d_out): W_Kᵀ, C_K
+  int64_t n_removed, square_row, width;  // width: right-hand sides
+  bool dense, transfer;                  // transfer: X is the transfer turned, and V = X S
+  Workspace square;                      // (n, n): G_KK strictly below, U of the λ at hand above
+  std::vector<double> diagonal;          // (n,): of G_KK
+  std::optional<QuadraticForm> holdout;  // H_KK
+  Workspace side, holdout_side;          // (n, width): Q; Q_H or C_H,K
+  Workspace x, other;                    // (n, width): X; V or Y
+  Workspace removed_weight;              // (d_out, n_P)
+  Workspace metric;                      // (n_P, n_P): S
+  Workspace kept_weight, cross;          // (n, d_out): W_Kᵀ, C_K
   double removed_error = 0, removed_holdout = 0;
 };
 

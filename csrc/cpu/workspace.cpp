@@ -11,7 +11,7 @@ namespace liar {
 namespace {
 
 constexpr int64_t kLine = 64, kHugePage = 2 << 20;
-constexpr int64_t kKeptBytes = 16 << 20;  // larger blocks go back to the system at once
+constexpr int64_t kKeptBytes = 32 << 20;  // larger blocks go back to the system at once
 
 struct Block {
   char* data = nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace liar {
 
@@ -9,19 +10,28 @@ namespace liar {
 /// for small products is as much time as the work itself.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes);
+  explicit Workspace(int64_t bytes = 0);
   ~Workspace();
-  Workspace(Workspace&& other) noexcept : data_(other.data_), bytes_(other.bytes_) {
-    other.data_ = nullptr;
+  Workspace(Workspace&& other) noexcept { swap(other); }
+  Workspace& operator=(Workspace&& other) noexcept {
+    swap(other);
+    return *this;
   }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  Workspace& operator=(Workspace&&) = delete;
+
+  static Workspace of_doubles(int64_t count) {
+    return Workspace(count * static_cast<int64_t>(sizeof(double)));
+  }
 
   char* data() const { return data_; }
   double* doubles() const { return reinterpret_cast<double*>(data_); }
+  bool empty() const { return data_ == nullptr; }
 
  private:
+  void swap(Workspace& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+
   char* data_ = nullptr;
   int64_t bytes_ = 0;
 };
