@@ -4,22 +4,29 @@
 #include <cmath>
 #include <vector>
 
-#include "dense.h"
-
-// Both halve the problem until kSolveRows unknowns are left, so that nearly all work is in
-// products:
+// Both go through U in strips of kStrip rows. A strip takes in one long product what all strips
+// before it contribute, and is then solved with its diagonal block:
 //
-//      U  =  [ U11 U12 ]     factor:   U11ᵀ U11 = A11,  U11ᵀ U12 = A12,  U22ᵀ U22 = A22 − U12ᵀ U12
-//            [     U22 ]     forward:  U11ᵀ z1 = x1,    U22ᵀ z2 = x2 − U12ᵀ z1
-//                            backward: U22 y2 = z2,     U11 y1 = z1 − U12 y2
+//        [ U00  U01  U02 ]     U11ᵀ U11 = A11 − U01ᵀ U01
+//        [      U11  U12 ]     U11ᵀ U12 = A12 − U01ᵀ U02
+//        [           U22 ]
 //
-// U is kept as the upper triangle by rows, because then the rows of U12 and of the right-hand sides
-// are packed as they lie. Only the backward solve needs U12 turned.
+// A finished strip is packed once, as steps of the strips to come: U01 above is left and right side
+// of the products, and the left side again when right-hand sides are solved for (zᵢ = Uᵢᵢ⁻ᵀ (xᵢ −
+// Σ Uₖᵢᵀ zₖ)). Only the way back, yᵢ = Uᵢᵢ⁻¹ (zᵢ − Σ Uᵢₖ yₖ), needs U turned.
+//
+// Within a diagonal block the problem is halved until kSolveRows unknowns are left, which stay in
+// registers:
+//
+//            factor:   U11ᵀ U11 = A11,  U11ᵀ U12 = A12,  U22ᵀ U22 = A22 − U12ᵀ U12
+//            forward:  U11ᵀ z1 = x1,    U22ᵀ z2 = x2 − U12ᵀ z1
+//            backward: U22 y2 = z2,     U11 y1 = z1 − U12 y2
 
 namespace liar {
 namespace {
 
-constexpr int64_t kColumns = 480;  // right-hand sides that one task solves
+constexpr int64_t kColumns = 480;   // right-hand sides that one task solves
+constexpr int64_t kStripGroup = 4;  // strips to the right of the diagonal that one task updates
 constexpr Pool kAlone{};
 
 int64_t half(int64_t n) {
@@ -50,33 +57,21 @@ void substitute(const double* u, int64_t n, int64_t u_row, double* x, int64_t co
   kernel.substitute({factor, inverse, rows, columns});
 }
 
-void solve(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns, int64_t x_row,
-           Way way, const PanelKernel& kernel) {
+void solve_block(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns,
+                 int64_t x_row, Way way, const PanelKernel& kernel) {
   if (n <= kSolveRows) return substitute(u, n, u_row, x, columns, x_row, way, kernel);
   const int64_t h = half(n);
   const double* u22 = u + h * u_row + h;
   double* x2 = x + h * x_row;
   if (way == Way::kForward) {
-    solve(u, h, u_row, x, columns, x_row, way, kernel);
+    solve_block(u, h, u_row, x, columns, x_row, way, kernel);
     add_product({{u + h, u_row}, {x, x_row}, h, n - h, columns, -1, x2, x_row}, kernel, kAlone);
-    solve(u22, n - h, u_row, x2, columns, x_row, way, kernel);
+    solve_block(u22, n - h, u_row, x2, columns, x_row, way, kernel);
   } else {
-    solve(u22, n - h, u_row, x2, columns, x_row, way, kernel);
+    solve_block(u22, n - h, u_row, x2, columns, x_row, way, kernel);
     add_product({{u + h, 1, u_row}, {x2, x_row}, n - h, h, columns, -1, x, x_row}, kernel, kAlone);
-    solve(u, h, u_row, x, columns, x_row, way, kernel);
+    solve_block(u, h, u_row, x, columns, x_row, way, kernel);
   }
-}
-
-/// Solves for all columns: those of one task do not depend on those of another.
-void solve_columns(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns,
-                   int64_t x_row, bool forward, bool backward, const PanelKernel& kernel,
-                   const Pool& pool) {
-  parallel_tasks(pool, (columns + kColumns - 1) / kColumns, [&](int64_t task) {
-    double* first = x + task * kColumns;
-    const int64_t width = std::min(kColumns, columns - task * kColumns);
-    if (forward) solve(u, n, u_row, first, width, x_row, Way::kForward, kernel);
-    if (backward) solve(u, n, u_row, first, width, x_row, Way::kBackward, kernel);
-  });
 }
 
 int64_t factor_small(double* a, int64_t n, int64_t row) {
@@ -92,25 +87,98 @@ int64_t factor_small(double* a, int64_t n, int64_t row) {
   return 0;
 }
 
-}  // namespace
-
-int64_t cholesky(double* a, int64_t n, int64_t row, const PanelKernel& kernel, const Pool& pool) {
+int64_t factor(double* a, int64_t n, int64_t row, const PanelKernel& kernel) {
   if (n <= kSolveRows) return factor_small(a, n, row);
   const int64_t h = half(n);
-  const int64_t first = cholesky(a, h, row, kernel, pool);
+  const int64_t first = factor(a, h, row, kernel);
   if (first != 0) return first;
   double* u12 = a + h;
   double* a22 = a + h * row + h;
-  solve_columns(a, h, row, u12, n - h, row, true, false, kernel, pool);
+  solve_block(a, h, row, u12, n - h, row, Way::kForward, kernel);
   add_product({{u12, row}, {u12, row}, h, n - h, n - h, -1, a22, row, Triangle::kUpper}, kernel,
-              pool);
-  const int64_t second = cholesky(a22, n - h, row, kernel, pool);
+              kAlone);
+  const int64_t second = factor(a22, n - h, row, kernel);
   return second == 0 ? 0 : h + second;
 }
 
-void cholesky_solve(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns,
-                    int64_t x_row, const PanelKernel& kernel, const Pool& pool) {
-  solve_columns(u, n, u_row, x, columns, x_row, true, true, kernel, pool);
+}  // namespace
+
+Cholesky::Cholesky(double* a, int64_t n, int64_t row, const PanelKernel& kernel, const Pool& pool)
+    : u_(a), row_(row), layout_{n, kernel}, panels_(n > kStrip ? layout_.bytes() : 0) {
+  for (int64_t strip = 0; strip < layout_.count() && code_ == 0; ++strip) {
+    code_ = factor_strip(strip, pool);
+  }
+}
+
+int64_t Cholesky::factor_strip(int64_t strip, const Pool& pool) {
+  const PanelKernel& kernel = layout_.kernel;
+  const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
+  double* first = u_ + begin * row_;
+  const auto panels = [&](int64_t s) {
+    return Packed{panels_.data() + layout_.offset(s), layout_.stride(s)};
+  };
+  multiply(panels(strip), panels(strip), begin, rows, rows, -1, first + begin, row_,
+           Triangle::kUpper, kernel);
+  const int64_t failed = factor(first + begin, rows, row_, kernel);
+  if (failed != 0) return begin + failed;
+  const int64_t later = layout_.count() - strip - 1;
+  parallel_tasks(pool, (later + kStripGroup - 1) / kStripGroup, [&](int64_t task) {
+    const int64_t from = strip + 1 + task * kStripGroup;
+    const int64_t to = std::min(from + kStripGroup, layout_.count());
+    for (int64_t s = from; s < to; ++s) {
+      multiply(panels(strip), panels(s), begin, rows, layout_.size(s), -1, first + layout_.begin(s),
+               row_, Triangle::kAll, kernel);
+    }
+    const int64_t column = layout_.begin(from);
+    solve_block(first + begin, rows, row_, first + column, layout_.end(to - 1) - column, row_,
+                Way::kForward, kernel);
+    for (int64_t s = from; s < to; ++s) {
+      pack({first + layout_.begin(s), row_}, rows, layout_.size(s),
+           panels_.data() + layout_.offset(s), layout_.stride(s), begin, kernel);
+    }
+  });
+  return 0;
+}
+
+void Cholesky::solve(double* x, int64_t columns, int64_t x_row, const Pool& pool) const {
+  parallel_tasks(pool, (columns + kColumns - 1) / kColumns, [&](int64_t task) {
+    const int64_t first = task * kColumns;
+    solve_columns(x + first, std::min(kColumns, columns - first), x_row);
+  });
+}
+
+void Cholesky::solve_columns(double* x, int64_t columns, int64_t x_row) const {
+  const PanelKernel& kernel = layout_.kernel;
+  const int64_t n = layout_.n, strips = layout_.count();
+  const int64_t stride = panel_stride(n, kernel);
+  const int64_t left_stride = panel_stride(kSteps, kernel);
+  Workspace solved(strips > 1 ? (columns + kernel.panel - 1) / kernel.panel * stride : 0);
+  Workspace left(strips > 1 ? kStrip / kernel.panel * left_stride : 0);
+  const Packed right{solved.data(), stride};
+  const auto finish = [&](int64_t strip, Way way, bool needed) {
+    const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
+    solve_block(u_ + begin * (row_ + 1), rows, row_, x + begin * x_row, columns, x_row, way,
+                kernel);
+    if (needed) {
+      pack({x + begin * x_row, x_row}, rows, columns, solved.data(), stride, begin, kernel);
+    }
+  };
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t begin = layout_.begin(strip);
+    multiply({panels_.data() + layout_.offset(strip), layout_.stride(strip)}, right, begin,
+             layout_.size(strip), columns, -1, x + begin * x_row, x_row, Triangle::kAll, kernel);
+    finish(strip, Way::kForward, strip + 1 < strips);
+  }
+  for (int64_t strip = strips - 1; strip >= 0; --strip) {
+    const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
+    for (int64_t k = layout_.end(strip); k < n; k += kSteps) {
+      const int64_t steps = std::min(kSteps, n - k);
+      pack({u_ + begin * row_ + k, 1, row_}, steps, rows, left.data(), left_stride, 0, kernel);
+      multiply({left.data(), left_stride}, right.from_step(k, kernel), steps, rows, columns, -1,
+               x + begin * x_row, x_row, Triangle::kAll, kernel);
+    }
+    finish(strip, Way::kBackward, strip > 0);
+  }
 }
 
 }  // namespace liar

@@ -3,18 +3,34 @@
 
 #include <cstdint>
 
+#include "dense.h"
 #include "panel_kernel.h"
 #include "parallel.h"
+#include "workspace.h"
 
 namespace liar {
 
-/// Overwrites the upper triangle of the row-major (n, n) matrix `a` with U, a = Uᵀ U. The strictly
-/// lower triangle is neither read nor written. Returns 0, or the order of the first leading minor
-/// that is not positive definite; `a` is then spoilt.
-int64_t cholesky(double* a, int64_t n, int64_t row, const PanelKernel& kernel, const Pool& pool);
+/// a = Uᵀ U. U takes the place of the upper triangle of the row-major (n, n) matrix `a`, which has
+/// to live as long as this does; the strictly lower triangle is neither read nor written.
+class Cholesky {
+ public:
+  Cholesky(double* a, int64_t n, int64_t row, const PanelKernel& kernel, const Pool& pool);
 
-/// Overwrites the row-major (n, columns) matrix `x` with the solution of Uᵀ U y = x.
-void cholesky_solve(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns,
-                    int64_t x_row, const PanelKernel& kernel, const Pool& pool);
+  /// 0, or the order of the first leading minor that is not positive definite; `a` is then spoilt.
+  int64_t code() const { return code_; }
+
+  /// Overwrites the row-major (n, columns) matrix `x` with the solution of Uᵀ U y = x.
+  void solve(double* x, int64_t columns, int64_t x_row, const Pool& pool) const;
+
+ private:
+  int64_t factor_strip(int64_t strip, const Pool& pool);
+  void solve_columns(double* x, int64_t columns, int64_t x_row) const;
+
+  double* u_;
+  int64_t row_;
+  StripLayout layout_;
+  Workspace panels_;  // U above its diagonal blocks
+  int64_t code_ = 0;
+};
 
 }  // namespace liar

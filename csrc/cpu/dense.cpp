@@ -18,8 +18,6 @@
 namespace liar {
 namespace {
 
-constexpr int64_t kSteps = 256;
-constexpr int64_t kStrip = 96;           // 96 · 256 doubles are 192 KiB
 constexpr int64_t kPackColumns = 240;    // that one task packs: a multiple of every panel
 constexpr int64_t kShare = 480;          // columns of a task when there are few strips
 constexpr int64_t kAloneWork = 1 << 22;  // multiply-adds that are not worth a second thread
@@ -28,20 +26,15 @@ constexpr Pool kAlone{};
 
 int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-/// Bytes from a panel of `steps` to the next; a line more keeps panels off the same cache sets.
-int64_t panel_stride(int64_t steps, const PanelKernel& kernel) {
-  return steps * kernel.panel * kernel.slot_bytes + 64;
-}
-
 /// Panels of features [0, features), which are columns of a row-major matrix.
 void pack_rows(const double* rows, int64_t row, int64_t steps, int64_t features, char* panels,
-               int64_t stride, const PanelKernel& kernel) {
+               int64_t stride, int64_t step, const PanelKernel& kernel) {
   const void* group[kPackRows];
   for (int64_t k = 0; k < steps; k += kPackRows) {
     const int64_t count = std::min(kPackRows, steps - k);
     for (int64_t r = 0; r < count; ++r) group[r] = rows + (k + r) * row;
-    kernel.pack({DType::kFloat64, group, count, nullptr, features, panels, stride, k, nullptr,
-                 nullptr, true});
+    kernel.pack({DType::kFloat64, group, count, nullptr, features, panels, stride, step + k,
+                 nullptr, nullptr, true});
   }
 }
 
@@ -63,16 +56,49 @@ void pack_columns(const double* columns, int64_t row, int64_t steps, int64_t fea
   }
 }
 
+}  // namespace
+
+int64_t panel_stride(int64_t steps, const PanelKernel& kernel) {
+  return steps * kernel.panel * kernel.slot_bytes + 64;
+}
+
+int64_t StripLayout::stride(int64_t strip) const { return panel_stride(end(strip), kernel); }
+
+int64_t StripLayout::offset(int64_t strip) const {
+  // As if the last strip were as long as it would be in a larger triangle.
+  const int64_t steps = strip * (strip + 1) / 2 * kStrip;
+  return kStrip / kernel.panel * (steps * kernel.panel * kernel.slot_bytes + strip * 64);
+}
+
 void pack(const Operand& source, int64_t steps, int64_t features, char* panels, int64_t stride,
-          const PanelKernel& kernel) {
+          int64_t step, const PanelKernel& kernel) {
   if (source.feature_stride == 1) {
-    pack_rows(source.data, source.step_stride, steps, features, panels, stride, kernel);
+    pack_rows(source.data, source.step_stride, steps, features, panels, stride, step, kernel);
   } else {
-    pack_columns(source.data, source.feature_stride, steps, features, panels, stride, kernel);
+    pack_columns(source.data, source.feature_stride, steps, features,
+                 panels + step * kernel.panel * kernel.slot_bytes, stride, kernel);
   }
 }
 
-}  // namespace
+void multiply(const Packed& a, const Packed& b, int64_t steps, int64_t rows, int64_t cols,
+              double scale, double* out, int64_t out_row, Triangle triangle,
+              const PanelKernel& kernel) {
+  for (int64_t k = 0; k < steps; k += kSteps) {
+    PanelProduct product{};
+    product.steps = std::min(kSteps, steps - k);
+    product.a = a.from_step(k, kernel).panels;
+    product.b = b.from_step(k, kernel).panels;
+    product.a_panel_stride = a.stride;
+    product.b_panel_stride = b.stride;
+    product.i1 = rows;
+    product.j1 = cols;
+    product.out = out;
+    product.out_row = out_row;
+    product.triangle = triangle;
+    product.scale = scale;
+    kernel.multiply_f64(product);
+  }
+}
 
 double dot(const double* a, const double* b, int64_t count) {
   constexpr int64_t kChains = 16;
@@ -102,7 +128,7 @@ void add_product(const Product& p, const PanelKernel& kernel, const Pool& pool) 
     parallel_tasks(crew, blocks(p.cols, kPackColumns), [&](int64_t task) {
       const int64_t j = task * kPackColumns;
       pack(p.b.from_step(k).from_feature(j), steps, std::min(kPackColumns, p.cols - j),
-           right.data() + j / kernel.panel * stride, stride, kernel);
+           right.data() + j / kernel.panel * stride, stride, 0, kernel);
     });
     parallel_tasks(crew, strips * shares, [&](int64_t task) {
       const int64_t i = task / shares * kStrip, j = task % shares * share;
@@ -127,27 +153,21 @@ void add_product(const Product& p, const PanelKernel& kernel, const Pool& pool) 
         return;
       }
       Workspace left(blocks(kStrip, kernel.panel) * stride);
-      pack(p.a.from_step(k).from_feature(i), steps, rows, left.data(), stride, kernel);
+      pack(p.a.from_step(k).from_feature(i), steps, rows, left.data(), stride, 0, kernel);
       product.a = left.data() - i / kernel.panel * stride;  // `a` counts features from 0
       kernel.multiply_f64(product);
     });
   }
 }
 
-// The packed triangle is a run of strips, kStrip rows each, with the steps that they need:
-//
-//        strip 0   [ L00 ]
-//        strip 1   [ L10  L11 ]
-//        strip 2   [ L20  L21  L22 ]
-
 QuadraticForm::QuadraticForm(const double* lower, int64_t row, const int64_t* index, int64_t n,
                              const PanelKernel& kernel, const Pool& pool)
-    : n_(n), kernel_(kernel), packed_(strip_offset(blocks(n, kStrip))) {
-  parallel_tasks(pool, strips(), [&](int64_t strip) {
-    const int64_t begin = strip * kStrip, steps = steps_of(strip);
-    const int64_t stride = panel_stride(steps, kernel);
+    : layout_{n, kernel}, packed_(layout_.bytes()) {
+  parallel_tasks(pool, layout_.count(), [&](int64_t strip) {
+    const int64_t begin = layout_.begin(strip), steps = layout_.end(strip);
+    const int64_t stride = layout_.stride(strip);
     for (int64_t first = begin; first < begin + kStrip; first += kernel.panel) {
-      auto* panel = reinterpret_cast<double*>(packed_.data() + strip_offset(strip) +
+      auto* panel = reinterpret_cast<double*>(packed_.data() + layout_.offset(strip) +
                                               (first - begin) / kernel.panel * stride);
       std::fill_n(panel, steps * kernel.panel, 0.0);
       const int64_t end = std::min(first + kernel.panel, n);
@@ -166,53 +186,33 @@ QuadraticForm::QuadraticForm(const double* lower, int64_t row, const int64_t* in
   });
 }
 
-int64_t QuadraticForm::strips() const { return blocks(n_, kStrip); }
-
-int64_t QuadraticForm::steps_of(int64_t strip) const { return std::min(n_, (strip + 1) * kStrip); }
-
-int64_t QuadraticForm::strip_offset(int64_t strip) const {
-  // Strips are packed as if all had kStrip rows and a multiple of kStrip steps.
-  const int64_t panels = kStrip / kernel_.panel;
-  return panels *
-         (strip * (strip + 1) / 2 * kStrip * kernel_.panel * kernel_.slot_bytes + strip * 64);
-}
-
 double QuadraticForm::evaluate(const double* v, const double* x, int64_t columns,
                                const Pool& pool) const {
-  if (n_ == 0 || columns == 0) return 0;
-  const int64_t stride = panel_stride(n_, kernel_);
+  const int64_t n = layout_.n, strips = layout_.count();
+  const PanelKernel& kernel = layout_.kernel;
+  if (n == 0 || columns == 0) return 0;
+  const int64_t stride = panel_stride(n, kernel);
   const int64_t spans = blocks(columns, kShare);
-  const int64_t span = blocks(blocks(columns, spans), kernel_.panel) * kernel_.panel;
-  Workspace right(span / kernel_.panel * stride);
+  const int64_t span = blocks(blocks(columns, spans), kernel.panel) * kernel.panel;
+  Workspace right(span / kernel.panel * stride);
   double total = 0;
   for (int64_t first = 0; first < columns; first += span) {
     const int64_t cols = std::min(span, columns - first);
-    parallel_tasks(pool, blocks(n_, kSteps), [&](int64_t task) {
+    parallel_tasks(pool, blocks(n, kSteps), [&](int64_t task) {
       const int64_t k = task * kSteps;
-      pack_rows(x + k * columns + first, columns, std::min(kSteps, n_ - k), cols,
-                right.data() + k * kernel_.panel * kernel_.slot_bytes, stride, kernel_);
+      pack_rows(x + k * columns + first, columns, std::min(kSteps, n - k), cols, right.data(),
+                stride, k, kernel);
     });
-    std::vector<double> sums(static_cast<size_t>(strips()), 0.0);
-    parallel_tasks(pool, strips(), [&](int64_t task) {
-      const int64_t strip = strips() - 1 - task;  // the longest first
-      const int64_t begin = strip * kStrip, rows = std::min(kStrip, n_ - begin);
+    std::vector<double> sums(static_cast<size_t>(strips), 0.0);
+    parallel_tasks(pool, strips, [&](int64_t task) {
+      const int64_t strip = strips - 1 - task;  // the longest first
+      const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
       const Workspace memory = Workspace::of_doubles(rows * cols);
       double* block = memory.doubles();
       std::fill_n(block, rows * cols, 0.0);
-      for (int64_t k = 0; k < steps_of(strip); k += kSteps) {
-        const int64_t skipped = k * kernel_.panel * kernel_.slot_bytes;
-        PanelProduct product{};
-        product.steps = std::min(kSteps, steps_of(strip) - k);
-        product.a = packed_.data() + strip_offset(strip) + skipped;
-        product.b = right.data() + skipped;
-        product.a_panel_stride = panel_stride(steps_of(strip), kernel_);
-        product.b_panel_stride = stride;
-        product.i1 = rows;
-        product.j1 = cols;
-        product.out = block;
-        product.out_row = cols;
-        kernel_.multiply_f64(product);
-      }
+      multiply({packed_.data() + layout_.offset(strip), layout_.stride(strip)},
+               {right.data(), stride}, layout_.end(strip), rows, cols, 1, block, cols,
+               Triangle::kAll, kernel);
       double sum = 0;
       for (int64_t r = 0; r < rows; ++r) {
         sum += dot(block + r * cols, v + (begin + r) * columns + first, cols);

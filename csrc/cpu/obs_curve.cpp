@@ -123,14 +123,14 @@ class Elimination {
         std::fill_n(row + first, n, 0.0);
         row[first + i] = -1;
       }
-      const int64_t failed = cholesky(pivot.data(), n, n, kernel_, pool_);
-      if (failed != 0) return first + failed;
+      const Cholesky factor(pivot.data(), n, n, kernel_, pool_);
+      if (factor.code() != 0) return first + factor.code();
       for (int64_t i = 0; i < n; ++i) {
         low = std::min(low, pivot[static_cast<size_t>(i * n + i)]);
         high = std::max(high, pivot[static_cast<size_t>(i * n + i)]);
       }
       std::copy(rows.begin(), rows.end(), solved.begin());
-      cholesky_solve(pivot.data(), n, n, solved.data(), d, d, kernel_, pool_);
+      factor.solve(solved.data(), d, d, pool_);
       add_lower(d, n, -1, rows.data(), solved.data(), h);
       for (int64_t i = 0; i < n; ++i) {
         const double* row = &solved[static_cast<size_t>(i * d)];
@@ -170,7 +170,7 @@ class Elimination {
 
   /// Overwrites the upper triangle of a (n, n) by U, a = UᵀU; false if there is none.
   bool factor(int64_t n, double* a) const {
-    if (n > 1) return cholesky(a, n, n, kernel_, pool_) == 0;
+    if (n > 1) return Cholesky(a, n, n, kernel_, pool_).code() == 0;
     const bool positive = a[0] > 0;
     a[0] = std::sqrt(a[0]);
     return positive;

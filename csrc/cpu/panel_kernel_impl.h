@@ -202,13 +202,15 @@ struct Panels {
       auto* out =
           reinterpret_cast<Slot*>(static_cast<char*>(p.panels) + c / kPanel * p.panel_stride) +
           p.step * kPanel + c % kPanel;
-      const int64_t live = p.features - c;
-      Value padded[kPackRows][kLanes] = {};
-      for (int64_t r = 0; r < p.count; ++r) {
-        rows[r] = static_cast<const Value*>(p.rows[r]) + c;
-        if (live >= kLanes) continue;
-        std::memcpy(padded[r], rows[r], static_cast<size_t>(live) * sizeof(Value));
-        rows[r] = padded[r];
+      for (int64_t r = 0; r < p.count; ++r) rows[r] = static_cast<const Value*>(p.rows[r]) + c;
+      Value padded[kPackRows][kLanes];
+      if (p.features - c < kLanes) {
+        const auto live = static_cast<size_t>(p.features - c);
+        std::memset(padded, 0, sizeof(padded));
+        for (int64_t r = 0; r < p.count; ++r) {
+          std::memcpy(padded[r], rows[r], live * sizeof(Value));
+          rows[r] = padded[r];
+        }
       }
       const Vector sum = pack_column<Source>(rows, p.count, p.weight, out);
       bad = Simd::zero_times(sum, bad);

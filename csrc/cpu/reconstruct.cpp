@@ -230,7 +230,7 @@ class Solver {
       }
       u[p * (r + 1)] = 1 + static_cast<double>(r) * std::numeric_limits<double>::epsilon();
     }
-    if (cholesky(u, r, r, kernel, pool) != 0) return;
+    if (Cholesky(u, r, r, kernel, pool).code() != 0) return;
     for (int64_t p = 0; p < r; ++p) {
       for (int64_t q = p; q < r; ++q) u[p * r + q] *= scale[static_cast<size_t>(q)];
     }
@@ -267,7 +267,8 @@ class Solver {
     if (!std::isinf(damp) && a.n > 0) {
       turn_up(shift);
       double* u = square.doubles();
-      code = static_cast<double>(cholesky(u, a.n, square_row, kernel, pool));
+      const Cholesky factor(u, a.n, square_row, kernel, pool);
+      code = static_cast<double>(factor.code());
       if (code == 0) {
         double low = u[0], high = u[0];
         for (int64_t k = 0; k < a.n; ++k) {
@@ -278,7 +279,7 @@ class Solver {
         if (x.empty()) x = Workspace::of_doubles(a.n * width);
         if (width > 0) {
           std::copy_n(side.doubles(), a.n * width, x.doubles());
-          cholesky_solve(u, a.n, square_row, x.doubles(), width, width, kernel, pool);
+          factor.solve(x.doubles(), width, width, pool);
           solution = x.doubles();
         }
       }

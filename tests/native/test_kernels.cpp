@@ -133,8 +133,9 @@ void test_solve(int64_t n, int64_t columns, const Pool& pool) {
   for (int64_t i = 0; i < n; ++i)
     a[static_cast<size_t>(i * n + i)] += 10.0 * static_cast<double>(n);
   Values u = a, y = rhs, back(rhs.size(), 0.0);
-  if (liar::cholesky(u.data(), n, n, kernel, pool) != 0) ++failures;
-  liar::cholesky_solve(u.data(), n, n, y.data(), columns, columns, kernel, pool);
+  const liar::Cholesky factor(u.data(), n, n, kernel, pool);
+  if (factor.code() != 0) ++failures;
+  factor.solve(y.data(), columns, columns, pool);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k < n; ++k) {
       const double value = a[static_cast<size_t>(k >= i ? i * n + k : k * n + i)];
@@ -144,7 +145,7 @@ void test_solve(int64_t n, int64_t columns, const Pool& pool) {
       }
     }
   }
-  expect_near(back, rhs, 1e-10, "cholesky_solve");
+  expect_near(back, rhs, 1e-10, "Cholesky::solve");
 }
 
 void test_reconstruct(int64_t d, int64_t d_out, const Pool& pool) {
