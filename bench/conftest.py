@@ -53,11 +53,16 @@ def reset_peak_memory():
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory():
+def peak_memory(field="VmHWM:"):
     """Return the most memory that was resident at once, in MiB."""
     with contextlib.suppress(OSError):
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+        return int(Path("/proc/self/status").read_text().split(field)[1].split()[0]) // 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def resident_memory():
+    """Return the memory that is resident now, in MiB."""
+    return peak_memory("VmRSS:")
 
 
 @pytest.fixture
@@ -89,7 +94,7 @@ def pytest_terminal_summary(terminalreporter, config):
         if "forwards" in info:
             terminalreporter.write_line(
                 f"{bench.name:40} {bench.stats.min:8.1f} s {info['forwards']:8.2f} forward passes "
-                f"{info['peak_memory_mib']:8,} MiB"
+                f"{info['peak_memory_mib']:8,} MiB, grown by {info['memory_growth_mib']:6,} MiB"
             )
         if "gflops" not in info:
             continue

@@ -306,9 +306,13 @@ class Solver {
     if (a.holdout != nullptr) a.holdout_out[l] = removed_holdout;
     if (solution == nullptr) return;
     const int64_t count = a.n * width;
+    if (transfer && other.empty()) other = Workspace::of_doubles(count);
+    if (transfer && a.holdout == nullptr) {
+      a.error_out[l] = std::max(0.0, removed_error - restored(solution, shift));
+      return;
+    }
     const double* v = solution;
     if (transfer) {
-      if (other.empty()) other = Workspace::of_doubles(count);
       std::fill_n(other.doubles(), count, 0.0);
       add_product({{solution, 1, width},
                    {metric.doubles(), width},
@@ -327,6 +331,22 @@ class Solver {
       a.holdout_out[l] +=
           holdout->evaluate(v, solution, width, pool) - 2 * dot(v, holdout_side.doubles(), count);
     }
+  }
+
+  /// ⟨S, Xᵀ (Q + Λ X)⟩. Both are symmetric: half the work of X S, where that is not needed.
+  double restored(const double* solution, double shift) const {
+    double* y = other.doubles();
+    for (int64_t i = 0; i < a.n * width; ++i) y[i] = side.doubles()[i] + shift * solution[i];
+    const Workspace square_of = zeros(width * width);
+    double* m = square_of.doubles();
+    add_product({{solution, width}, {y, width}, a.n, width, width, 1, m, width, Triangle::kLower},
+                kernel, pool);
+    double sum = 0;
+    for (int64_t p = 0; p < width; ++p) {
+      const double* s = metric.doubles() + p * width;
+      sum += 2 * dot(s, m + p * width, p) + s[p] * m[p * width + p];
+    }
+    return sum;
   }
 
   void certify_dense(int64_t l, const double* solution, double shift) {

@@ -221,7 +221,7 @@ int main() {
     }
     for (int64_t n : {1, 7, 16, 17, 100, 530}) test_solve(n, n % 7 + 1, pool);
     test_solve(70, 500, pool);
-    for (int64_t d : {2, 9, 65}) {
+    for (int64_t d : {2, 9, 65, 150}) {
       test_reconstruct(d, 1, pool);
       test_reconstruct(d, 80, pool);
     }
