@@ -44,9 +44,9 @@ struct ReconstructCall {
   double* info;
 };
 
-// Elimination of features one by one; `steps` of them.
+// Elimination of units one by one; `steps` of them.
 struct CurveCall {
-  std::int64_t d, d_out, steps;
+  std::int64_t d, d_out, width, groups, steps;
   const double* weight;
   std::int64_t weight_stride;
   const double* gram;
@@ -69,7 +69,8 @@ struct EnergyCall {
 struct FisherCall {
   Element element;
   const void *x, *grad;
-  std::int64_t tokens, d, width, x_stride, grad_stride;
+  std::int64_t sequences, tokens, d, width;
+  std::int64_t x_sequence, x_stride, grad_sequence, grad_stride;
   double* fisher;
 };
 
@@ -82,10 +83,9 @@ struct Place {
 // Throws std::runtime_error with what CUDA says and what to do.
 std::int64_t gram_update(const GramCall& call, void* workspace, Place place);
 std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place);
-
 std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
-void unit_energy(const EnergyCall& call, Place place);
-void fisher_update(const FisherCall& call, Place place);
+std::int64_t unit_energy(const EnergyCall& call, void* workspace, Place place);
+std::int64_t fisher_update(const FisherCall& call, void* workspace, Place place);
 
 // How many devices the driver offers; 0, without an error, where there is no driver.
 int device_count();
