@@ -23,19 +23,16 @@ struct GramCall {
   double* count;
 };
 
+// Elements from row to row and from matrix to matrix; no data: none.
+struct Float64Matrix {
+  const double* data;
+  std::int64_t stride, batch;
+};
+
 struct ReconstructCall {
-  std::int64_t d_out, d, n;
+  std::int64_t batches, d_out, d, n;
   int ladder;
-  const double* weight;
-  std::int64_t weight_stride;
-  const double* gram;
-  std::int64_t gram_stride;
-  const double* holdout;  // null: none, as below
-  std::int64_t holdout_stride;
-  const double* cross;
-  std::int64_t cross_stride;
-  const double* holdout_cross;
-  std::int64_t holdout_cross_stride;
+  Float64Matrix weight, gram, holdout, cross, holdout_cross;
   const std::int64_t* kept;
   const double* damps;
   double* weight_out;  // null: the errors alone
