@@ -97,6 +97,29 @@ def test_a_batch_is_its_items_one_by_one(size, form, small):
 
 
 @pytest.mark.parametrize("small", [BLOCKED, 128])
+@pytest.mark.parametrize("kilobytes", [1, 12, 40, 60])
+def test_a_workspace_that_holds_some_items_or_some_damps_changes_nothing(small, kilobytes):
+    # 1: one λ at a time; 12: two λ; 40 and 60: two items with all their λ, or nearly all.
+    items = [problem(seed, 12, 9, 7) for seed in range(3)]
+    weight, gram, kept, *extra = (np.stack(a) for a in zip(*items, strict=True))
+    arguments = (weight, gram, kept, np.array(DAMPS), *extra)
+    want = kernels().reconstruct(*arguments, small=small)
+    got = kernels().reconstruct(*arguments, small=small, group_bytes=kilobytes << 10)
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("small", "fault"), [(BLOCKED, "swapped_fragments"), (128, "shifted_shuffles")]
+)
+def test_a_wrong_fragment_or_lane_is_seen(small, fault):
+    arguments = *problem(9, 40, 6, 33)[:3], np.array(DAMPS)
+    right = kernels().reconstruct(*arguments, small=small)
+    kernels().configure(**{fault: True})
+    wrong = kernels().reconstruct(*arguments, small=small)
+    assert not np.array_equal(right[0][1], wrong[0][1])
+
+
+@pytest.mark.parametrize("small", [BLOCKED, 128])
 def test_errors_alone(small):
     weight, gram, kept, holdout, *crosses = problem(8, 70, 9, 50)
     arguments = (weight, gram, kept, np.array(DAMPS), holdout, *crosses)

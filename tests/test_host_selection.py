@@ -153,6 +153,14 @@ def test_fisher_update(dtype, sequences, tokens, d, width):
     np.testing.assert_allclose(fisher, 1 + (products.sum((1, 3)) ** 2).sum(0), rtol=1e-12)
 
 
+def test_a_wrong_fragment_is_seen():
+    weight, gram = problem(9, 24, 6)
+    right = kernels().obs_curve(weight, gram, 4, 1e-2), kernels().unit_energy(weight, gram, 4)
+    kernels().configure(swapped_fragments=True)
+    assert not np.array_equal(kernels().obs_curve(weight, gram, 4, 1e-2)[1], right[0][1])
+    assert not np.array_equal(kernels().unit_energy(weight, gram, 4), right[1])
+
+
 def test_every_barrier_is_needed_and_its_loss_seen():
     weight, gram = problem(8, 300, 20)
     weight[:, 256:] *= 1e-3  # the second block of threads holds the first pivots

@@ -43,6 +43,12 @@ def test_schemas():
         "bool errors_only=False) -> "
         "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)"
     )
+    assert str(OPS.unit_energy.default._schema) == (
+        "liar_ext::unit_energy(Tensor weight, Tensor gram, int width) -> Tensor"
+    )
+    assert str(OPS.fisher_update_.default._schema) == (
+        "liar_ext::fisher_update_(Tensor(a!) fisher, Tensor x, Tensor grad, int width) -> ()"
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])

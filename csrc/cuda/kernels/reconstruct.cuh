@@ -36,7 +36,9 @@ struct Reconstruct {
   double* error = nullptr;             // batches × ladder
   double* holdout_error = nullptr;     // batches × ladder, or none
   double* info = nullptr;              // batches × ladder × [code, condition]
-  int small = kSmall;                  // most rows of the one-block kernel; tests take less
+  // What tests take less of: most rows of the one-block kernel, and bytes of a group's workspace.
+  int small = kSmall;
+  std::int64_t group_bytes = std::int64_t(2) << 30;
 };
 
 // What one fold contributes, of each item: H_KK, L and c.

@@ -17,13 +17,13 @@ struct Group {
 inline bool is_small(const Reconstruct& r) { return r.n <= r.small; }
 
 inline Group group_of(const Reconstruct& r) {
-  constexpr std::int64_t kBytes = std::int64_t(2) << 30, kMost = 32768;  // the latter of a grid
+  constexpr std::int64_t kMost = 32768;  // systems: a grid has room for twice as many
   const std::int64_t p = r.d - r.n, folds = r.holdout.data ? 2 : 1;
   const std::int64_t system = is_small(r) ? r.n + 1 : (r.n + 1) * (r.n + 2 * r.d_out + 2 * kPanel);
   const std::int64_t gathered = (r.n + 1) * (folds * (r.n + r.d_out) + 2 * r.d_out);
   const std::int64_t removed = r.cross.data ? 0 : p * (r.n + p + 2 * r.d_out);
   const auto fit = [&](std::int64_t doubles, std::int64_t most) {
-    const std::int64_t count = smaller(kBytes / 8 / larger<std::int64_t>(1, doubles), most);
+    const std::int64_t count = smaller(r.group_bytes / 8 / larger<std::int64_t>(1, doubles), most);
     return larger<std::int64_t>(1, count);
   };
   Group group;
