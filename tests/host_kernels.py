@@ -6,6 +6,7 @@ needs `LD_PRELOAD` of the sanitizer's library (see docs/cuda.md).
 
 import importlib.util
 import os
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,10 @@ def kernels():
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     kind = "sanitized" if SANITIZED else "plain"
-    path = build.build(ROOT / "build" / "host_kernels" / kind, SANITIZED)
+    try:
+        path = build.build(ROOT / "build" / "host_kernels" / kind, SANITIZED)
+    except subprocess.CalledProcessError as error:
+        pytest.exit(f"the host kernels do not compile: {error}", returncode=1)
     spec = importlib.util.spec_from_file_location("liar_host_kernels", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["liar_host_kernels"] = module

@@ -175,7 +175,7 @@ def test_every_barrier_is_needed_and_its_loss_seen():
     sites = [
         s
         for s in kernels().synchronization_sites()
-        if any(f in s for f in ("curve.cuh", "scores.cuh", "block.cuh"))
+        if any(f in s for f in ("choice.cuh", "curve.cuh", "scores.cuh", "block.cuh"))
     ]
 
     def survives(site):

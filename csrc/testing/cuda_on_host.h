@@ -364,7 +364,7 @@ T __shfl_sync(unsigned mask, T value, int source, LIAR_SITE) {
   return liar::testing::Block::current().collective<Message, T>(
       "__shfl_sync", mask, {file, line}, {value, source}, [=](auto& in, auto& out) {
         for (int l = 0; l < 32; ++l)
-          out[l] = in[(in[l].source + settings().shifted_shuffles) & 31].value;
+          out[l] = in[(in[l].source + liar::testing::settings().shifted_shuffles) & 31].value;
       });
 }
 
