@@ -1,7 +1,8 @@
 """The CUDA kernels compiled for the host, and numpy's view of 16-bit floats.
 
 `LIAR_SANITIZE=1` takes the build with address and undefined-behaviour sanitizers; the process then
-needs `LD_PRELOAD` of the sanitizer's library (see docs/cuda.md).
+needs `LD_PRELOAD` of the sanitizer's library (see docs/cuda.md). `LIAR_HOST_KERNELS` names a module
+that CMake has built.
 """
 
 import importlib.util
@@ -19,9 +20,7 @@ SANITIZED = os.environ.get("LIAR_SANITIZE", "0") == "1"
 DTYPES = ("bf16", "f16", "f32", "f64")
 
 
-@cache
-def kernels():
-    """Build (if out of date) and import the module; skip where there is no pybind11."""
+def _build() -> Path:
     pytest.importorskip("pybind11")
     spec = importlib.util.spec_from_file_location(
         "host_build", ROOT / "csrc" / "testing" / "build.py"
@@ -30,9 +29,15 @@ def kernels():
     spec.loader.exec_module(build)
     kind = "sanitized" if SANITIZED else "plain"
     try:
-        path = build.build(ROOT / "build" / "host_kernels" / kind, SANITIZED)
+        return build.build(ROOT / "build" / "host_kernels" / kind, SANITIZED)
     except subprocess.CalledProcessError as error:
         pytest.exit(f"the host kernels do not compile: {error}", returncode=1)
+
+
+@cache
+def kernels():
+    """Build (if out of date) and import the module; skip where there is no pybind11."""
+    path = os.environ.get("LIAR_HOST_KERNELS") or _build()
     spec = importlib.util.spec_from_file_location("liar_host_kernels", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["liar_host_kernels"] = module
