@@ -327,19 +327,16 @@ def _(fisher, x, grad, width):
 def _refuse(op, device: str):
     """Return what ``op`` does on a device without kernels: raise, or plain torch where asked."""
     device = "ROCm" if device == "CUDA" and torch.version.hip else device
-    lack = f"liar_ext has no kernels for {device}"
+    build = ""
     if device == "CUDA":
-        lack = (
-            "this liar_ext was built without CUDA kernels; build it where nvcc is, with "
-            "`LIAR_CUDA=1 pip install --no-build-isolation -e .`"
-        )
+        build = "build with `LIAR_CUDA=1 pip install --no-build-isolation -e .` where nvcc is, "
 
     def refuse_or_refer(*arguments):
         if os.environ.get("LIAR_REFERENCE") == "1":
             return op(*arguments)
         raise InputError(
-            f"{op.__name__}: tensors must be on a device with kernels, got {device}: {lack}, or "
-            "move them to the CPU, or set LIAR_REFERENCE=1 for plain torch there, slower"
+            f"{op.__name__}: tensors must be on a device that this build has kernels for, got "
+            f"{device}; {build}move them to the CPU, or set LIAR_REFERENCE=1 for plain torch, slow"
         )
 
     return refuse_or_refer

@@ -75,7 +75,7 @@ def test_a_device_without_kernels_is_refused_and_says_what_to_do(op, device, mon
     if device == "CUDA" and BUILT:
         pytest.skip("built with CUDA kernels")
     monkeypatch.delenv("LIAR_REFERENCE", raising=False)
-    message = rf"{op}: tensors must be on a device with kernels, got {device}: .*LIAR_REFERENCE=1"
+    message = rf"{op}: tensors must be on a device that .* got {device}; .*LIAR_REFERENCE=1"
     with pytest.raises(InputError, match=message) as error:
         call_on(device, op, *arguments_of(op))
     assert ("LIAR_CUDA=1 pip install" in str(error.value)) == (device == "CUDA")
