@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(
   Tensor weight_out = empty({errors_only ? 0 : ladder, d_out, n}), error = empty({ladder}),
          holdout_error = empty({holdout.has_value() ? ladder : 0}), info = empty({ladder, 2});
   if (ladder == 0 || batches == 0) return {weight_out, error, holdout_error, info};
+  kept = torch::stable::contiguous(kept);
   const Float64 w(weight), g(gram), h(holdout), c(cross), hc(holdout_cross);
 
   cuda::ReconstructCall call{};
