@@ -114,10 +114,8 @@ def collect_gradients(
             rows = len(next(iter(inputs.values())))
             for site, x, gradient in zip(at, seen, gradients, strict=False):
                 # No loss depends on padding, so that its gradient is zero.
-                by_sequence = (
-                    part.detach().reshape(rows, -1, x.shape[-1]) for part in (x, gradient)
-                )
-                ops.fisher_update_(fisher[site.name], *by_sequence, site.width)
+                x, gradient = (a.detach().reshape(rows, -1, a.shape[-1]) for a in (x, gradient))
+                ops.fisher_update_(fisher[site.name], x, gradient, site.width)
             for total, gradient in zip(sums, gradients[len(seen) :], strict=True):
                 total += gradient
             items, sequences = items + count, sequences + rows

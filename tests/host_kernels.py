@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = os.environ.get("LIAR_SANITIZE", "0") == "1"
+# For sizes that take minutes under sanitizers, where smaller ones run the same lines.
+LARGE = pytest.mark.skipif(SANITIZED, reason="minutes under sanitizers")
 DTYPES = ("bf16", "f16", "f32", "f64")
 
 
