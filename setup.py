@@ -39,8 +39,7 @@ class Build(BuildExtension):
             self.spawn(["c++", *COMMON, *flags, "-c", str(source), "-o", str(target)])
             ext.extra_objects.append(str(target))
         if CUDA_HOME:
-            objects = cuda.compile_kernels(CUDA_HOME, Path(self.build_temp).resolve() / "cuda")
-            ext.extra_objects += [str(path) for path in objects]
+            ext.extra_objects += [str(path) for path in cuda.compile_kernels(CUDA_HOME)]
             ext.extra_link_args += cuda.link_flags(CUDA_HOME)
         super().build_extension(ext)
 

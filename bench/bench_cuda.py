@@ -1,7 +1,8 @@
 """CUDA kernels beside cuBLAS, torch.linalg and the peers' way, on real shapes: needs a GPU.
 
-`python bench/bench_cuda.py [--tokens 262144] [--json FILE]`. Every number is the median of CUDA
-event timings with a cold L2; the ceilings of the machine are measured first, in the same run.
+`python bench/bench_cuda.py [--tokens 262144] [--only gram] [--json FILE]`. Every number is the
+median of CUDA event timings with a cold L2; the ceilings of the machine are measured first, in the
+same run. A way that this torch or this memory does not allow is reported as such.
 """
 
 import argparse
@@ -11,14 +12,16 @@ import sys
 
 import torch
 
-from liar_ext import ops
+from liar_ext import ops, reference
 
 SHAPES = {
     "Llama-2-7B o_proj, Llama-3-8B o_proj": 4096,
     "Llama-2-7B down_proj": 11008,
     "Llama-3-8B down_proj": 14336,
 }
+D_OUT = 4096
 CHUNK = 8192  # tokens a call: what a calibration batch brings
+F64 = {"device": "cuda", "dtype": torch.float64}
 
 
 def median_ms(job, repeats=7):
@@ -66,58 +69,164 @@ def gram_rows(name, d, tokens, peak):
         "ours bf16": lambda: ops.gram_update_(gram, total, count, x),
         "ours bf16, 10 % padding": lambda: ops.gram_update_(gram, total, count, x, None, mask),
         "ours f32": lambda: ops.gram_update_(gram, total, count, wide),
-        "torch.mm bf16 to bf16 (no Gram)": lambda: torch.mm(x.mT, x),
+        "torch.mm bf16 to f32 (no sum)": lambda: torch.mm(x.mT, x, out_dtype=torch.float32),
+        "torch.addmm bf16 into f32": lambda: torch.addmm(gram, x.mT, x, out_dtype=torch.float32),
+        "torch.mm bf16 to bf16 (no sum)": lambda: torch.mm(x.mT, x),
         "addmm_ f32": lambda: gram.addmm_(wide.mT, wide),
         "peers: float(), mm, add": peers,
     }
     needed = CHUNK * d * (d + 1)
     for way, job in ways.items():
-        ms = median_ms(job)
-        rate = needed / ms / 1e9
-        yield {
-            "job": f"gram, d = {d} ({name})",
-            "way": way,
-            "ms": ms,
-            f"s for {tokens} tokens": ms / 1e3 * tokens / CHUNK,
-            "TFLOP/s needed": rate,
-            "of bf16 matmul": rate / peak,
-        }
+        yield measured(
+            f"gram, d = {d} ({name})",
+            way,
+            job,
+            lambda ms: {
+                f"s for {tokens} tokens": ms / 1e3 * tokens / CHUNK,
+                "TFLOP/s needed": needed / ms / 1e9,
+                "of bf16 matmul": needed / ms / 1e9 / peak,
+            },
+        )
 
 
-def reconstruct_rows(d, d_out, keep):
-    """Time a ladder of one and of eight beside torch.linalg in float64."""
-    x = torch.randn(2 * d, d, device="cuda", dtype=torch.float64)
-    gram = x.mT @ x
-    del x
-    weight = torch.randn(d_out, d, device="cuda", dtype=torch.float64)
-    kept = torch.randperm(d, device="cuda")[: int(d * keep)].sort().values
+def measured(job, way, call, numbers=lambda ms: {}, repeats=7):
+    """Time one way, or say why it can't run."""
+    try:
+        ms = median_ms(call, repeats)
+    except (RuntimeError, TypeError) as error:  # out of memory is one
+        return {"job": job, "way": way, "not run": str(error).splitlines()[0]}
+    finally:
+        torch.cuda.empty_cache()
+    return {"job": job, "way": way, "ms": ms, **numbers(ms)}
+
+
+def gram_of(d, *batch):
+    """Return a well-conditioned Gram matrix."""
+    x = torch.randn(*batch, 2 * d, d, **F64)
+    return x.mT @ x
+
+
+def reconstruct_rows(d, peak):
+    """Time ladders of one and eight beside torch.linalg in float64, which is cuSOLVER."""
+    gram, weight = gram_of(d), torch.randn(D_OUT, d, **F64)
+    kept = torch.randperm(d, device="cuda")[: int(d * 0.8)].sort().values
     stays = torch.zeros(d, dtype=torch.bool, device="cuda")
     stays[kept] = True
-    rhs = gram[kept][:, ~stays] @ weight[:, ~stays].mT
-    block = gram[kept][:, kept] + torch.eye(len(kept), device="cuda", dtype=torch.float64)
+    n = len(kept)
+
+    def ours(count, holdout, errors_only=False):
+        damps = torch.logspace(-5, 0, count, **F64)
+        return lambda: ops.reconstruct(weight, gram, kept, damps, holdout, errors_only=errors_only)
 
     def linalg():
-        factor, _ = torch.linalg.cholesky_ex(block)
-        torch.cholesky_solve(rhs, factor)
+        rhs = gram[kept][:, ~stays] @ weight[:, ~stays].mT
+        block = gram[kept][:, kept]
+        block.diagonal().add_(block.diagonal().mean())
+        torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(block).L)
 
-    def ours(count, holdout):
-        damps = torch.logspace(-5, 0, count, device="cuda", dtype=torch.float64)
-        return lambda: ops.reconstruct(weight, gram, kept, damps, holdout)
+    solve = n**3 / 3 + 2 * n**2 * D_OUT + 2 * n * (d - n) * D_OUT
+    ways = {
+        "ours, one damp": (ours(1, None), solve + 2 * n**2 * D_OUT),
+        "ours, eight damps, held-out errors alone": (ours(8, gram, True), 0),
+        "torch.linalg: gather, cholesky_ex, cholesky_solve": (linalg, solve),
+    }
+    for way, (job, flops) in ways.items():
+        yield measured(
+            f"reconstruct, d = {d}, d_out = {D_OUT}, n = {n}",
+            way,
+            job,
+            lambda ms, flops=flops: {
+                "TFLOP/s": flops / ms / 1e9,
+                "of f64 matmul": flops / ms / 1e9 / peak,
+            },
+            repeats=3,
+        )
+
+
+def small_rows(count, d, d_out, n):
+    """Time many small systems in one call: beside one call each, and torch.linalg's batch."""
+    gram, weight = gram_of(d, count), torch.randn(count, d_out, d, **F64)
+    kept = torch.stack([torch.randperm(d, device="cuda")[:n].sort().values for _ in range(count)])
+    damps = torch.logspace(-5, 0, 8, **F64)
+    block = gram[:, :n, :n] + torch.eye(n, **F64)
+    rhs = torch.randn(count, n, d_out, **F64)
+
+    def one_by_one():
+        for i in range(count):
+            ops.reconstruct(weight[i], gram[i], kept[i], damps)
+
+    def linalg():
+        for _ in damps:
+            torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(block).L)
 
     ways = {
-        "torch.linalg cholesky_ex + cholesky_solve": linalg,
-        "ours, one damp": ours(1, None),
-        "ours, eight damps with held-out errors": ours(8, gram),
+        "ours, one call": lambda: ops.reconstruct(weight, gram, kept, damps),
+        "ours, a call each": one_by_one,
+        "torch.linalg, batched, eight times": linalg,
     }
     for way, job in ways.items():
-        job_name = f"reconstruct, d = {d}, d_out = {d_out}, n = {len(kept)}"
-        yield {"job": job_name, "way": way, "ms": median_ms(job, repeats=3)}
+        yield measured(f"reconstruct, {count} × (n = {n}, d_out = {d_out}), 8 damps", way, job)
+
+
+def curve_rows(d, width, steps):
+    """Time eliminations beside the same in plain torch, which keeps all of W."""
+    gram, weight = gram_of(d), torch.randn(D_OUT, d, **F64)
+    units = d // width
+    removed = min(steps, units)
+    whole = {"ours, all units": 0} if removed < units else {}
+    ways = {f"ours, {removed} units": units - removed, **whole}
+    for way, at_least in ways.items():
+        call = lambda at_least=at_least: ops.obs_curve(weight, gram, width, 1e-2, at_least)  # noqa: E731
+        yield measured(f"obs_curve, d = {d}, width = {width}", way, call, repeats=3)
+    yield measured(
+        f"obs_curve, d = {d}, width = {width}",
+        f"plain torch, {removed} units",
+        lambda: reference.obs_curve(weight, gram, width, 1e-2, units - removed),
+        repeats=3,
+    )
+    for way, op in {"ours": ops, "plain torch": reference}.items():
+        yield measured(
+            f"unit_energy, d = {d}, width = {width}",
+            way,
+            lambda op=op: op.unit_energy(weight, gram, width),
+        )
+
+
+def fisher_rows(d, width):
+    """Time one batch of sequences; the bytes are those of x and its gradient."""
+    x = torch.randn(4, 2048, d, device="cuda").to(torch.bfloat16)
+    fisher = torch.zeros(d // width, **F64)
+    for way, op in {"ours": ops, "plain torch": reference}.items():
+        yield measured(
+            f"fisher_update_, d = {d}, width = {width}",
+            way,
+            lambda op=op: op.fisher_update_(fisher, x, x, width),
+            lambda ms: {"TB/s": 2 * x.nbytes / ms / 1e9},
+        )
+
+
+def jobs(found, tokens):
+    """Yield (group, rows) of everything that is measured."""
+    bf16, f64 = found["bf16 matmul TFLOP/s"], found["f64 matmul TFLOP/s"]
+    for name, d in SHAPES.items():
+        yield "gram", gram_rows(name, d, tokens, bf16)
+    # Where cuSOLVER overtakes, if it does, shows between these sizes.
+    for d in (256, 1024, 2048, *SHAPES.values()):
+        yield "reconstruct", reconstruct_rows(d, f64)
+    for n in (32, 64, 128, 129, 256):
+        yield "small", small_rows(64, 2 * n, 1024, n)
+    # Attention of Llama-2-7B (a head is 128) and Llama-3-8B (a KV group is 512), then MLPs.
+    for d, width in ((4096, 128), (4096, 512), (4096, 1), (11008, 1), (14336, 1)):
+        yield "curve", curve_rows(d, width, 64)
+    for d, width in ((4096, 128), (14336, 1)):
+        yield "fisher", fisher_rows(d, width)
 
 
 def main():
     """Run everything and print one line a measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128 * 2048)
+    parser.add_argument("--only", choices=["gram", "reconstruct", "small", "curve", "fisher"])
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or ops.build_info()["cuda"] != "compiled":
@@ -126,18 +235,13 @@ def main():
     found = ceilings()
     rows = []
     print(card, {k: round(v, 2) for k, v in found.items()})
-    jobs = [
-        *(
-            gram_rows(n, d, arguments.tokens, found["bf16 matmul TFLOP/s"])
-            for n, d in SHAPES.items()
-        ),
-        *(reconstruct_rows(d, 4096, 0.8) for d in SHAPES.values()),
-    ]
-    for job in jobs:
-        for row in job:
+    for group, results in jobs(found, arguments.tokens):
+        if arguments.only not in (None, group):
+            continue
+        for row in results:
             rows.append(row)
             numbers = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
-            print(f"{row['job']:48} {row['way']:42} {numbers}", flush=True)
+            print(f"{row['job']:52} {row['way']:50} {row.get('not run') or numbers}", flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump({"card": card, "ceilings": found, "rows": rows}, file, indent=1)

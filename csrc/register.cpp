@@ -44,6 +44,8 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
   m.def(
       "obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, int groups=1) -> "
       "(Tensor order, Tensor error, Tensor info)");
+  m.def("unit_energy(Tensor weight, Tensor gram, int width) -> Tensor");
+  m.def("fisher_update_(Tensor(a!) fisher, Tensor x, Tensor grad, int width) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {
@@ -54,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(liar_ext, CPU, m) {
   m.impl("gram_update_", TORCH_BOX(&liar::gram_update_cpu));
   m.impl("reconstruct", TORCH_BOX(&liar::reconstruct_cpu));
   m.impl("obs_curve", TORCH_BOX(&liar::obs_curve_cpu));
+  m.impl("unit_energy", TORCH_BOX(&liar::unit_energy_cpu));
+  m.impl("fisher_update_", TORCH_BOX(&liar::fisher_update_cpu));
 }
 
 /// `import liar_ext._C` loads the library, which registers the operators; the module is empty.

@@ -216,11 +216,7 @@ def wifv(stats: SiteStatistics) -> Tensor:
 def energy(stats: SiteStatistics) -> Tensor:
     """``tr(W_u G_uu W_uᵀ) / n``: the output's squared error when unit ``u`` alone is dropped."""
     gram, _, tokens = stats.moments.pooled()
-    units, width = gram.shape[0] // stats.width, stats.width
-    blocks = gram.reshape(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    blocks = blocks.tril() + blocks.tril(-1).mT
-    columns = stats.weight.reshape(-1, units, width)
-    return torch.einsum("oui,uij,ouj->u", columns, blocks, columns) / tokens
+    return ops.unit_energy(stats.weight.to(gram.device), gram, stats.width) / tokens
 
 
 @criterion("obs", needs="gram", source="METHOD: greedy by tr W_u [(G_KK + Λ)⁻¹]_uu⁻¹ W_uᵀ")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from liar_ext import ops
 from liar_ext.arch import Site
 from liar_ext.errors import InputError
 from liar_ext.outputs import evaluating
@@ -112,7 +113,9 @@ def collect_gradients(
             gradients = torch.autograd.grad(loss, [*seen, *parameters], materialize_grads=True)
             rows = len(next(iter(inputs.values())))
             for site, x, gradient in zip(at, seen, gradients, strict=False):
-                fisher[site.name] += _mask_gradients(site, x, gradient, rows).square().sum(0)
+                # No loss depends on padding, so that its gradient is zero.
+                x, gradient = (a.detach().reshape(rows, -1, a.shape[-1]) for a in (x, gradient))
+                ops.fisher_update_(fisher[site.name], x, gradient, site.width)
             for total, gradient in zip(sums, gradients[len(seen) :], strict=True):
                 total += gradient
             items, sequences = items + count, sequences + rows
@@ -188,16 +191,6 @@ def _owned_parameters(model: nn.Module, site: Site) -> list[list[nn.Parameter]]:
 def _zeros_for(parameter: Tensor) -> Tensor:
     wide = torch.promote_types(parameter.dtype, torch.float32)
     return torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-
-
-def _mask_gradients(site: Site, x: Tensor, gradient: Tensor, rows: int) -> Tensor:
-    """Return ``∂L_s/∂m_u`` at m = 1, ``(sequences, units)`` float64.
-
-    No loss depends on padding, so that its gradient is zero.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    product = (x.detach().to(wide) * gradient.to(wide)).reshape(rows, -1, site.units, site.width)
-    return product.sum((1, 3), dtype=torch.float64)
 
 
 def _summarise(

@@ -2,15 +2,19 @@
 
 Importing this module registers them as ``torch.ops.liar_ext.*``, with fake kernels so that
 ``torch.compile`` and meta tensors work. On a device that the extension has no kernels for (see
-``build_info()["cuda"]``) they run :mod:`liar_ext.reference`: the same in plain torch, slower.
+``build_info()["cuda"]``) they raise and say what to do; with ``LIAR_REFERENCE=1`` in the
+environment they run :mod:`liar_ext.reference` there, the same in plain torch, slower.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
 
 from liar_ext import reference
+from liar_ext.errors import InputError
 
 try:
     from liar_ext import _C  # noqa: F401  importing it registers the operators
@@ -20,7 +24,14 @@ except ImportError as error:
         "`pip install --no-build-isolation -e .` in the source tree, with torch >= 2.10 installed"
     ) from error
 
-__all__ = ["build_info", "gram_update_", "obs_curve", "reconstruct"]
+__all__ = [
+    "build_info",
+    "fisher_update_",
+    "gram_update_",
+    "obs_curve",
+    "reconstruct",
+    "unit_energy",
+]
 
 
 def gram_update_(
@@ -206,6 +217,64 @@ def obs_curve(
     return torch.ops.liar_ext.obs_curve(weight, gram, width, damp, at_least, groups)
 
 
+def unit_energy(weight: Tensor, gram: Tensor, width: int) -> Tensor:
+    r"""Return the output's squared error when a unit alone is dropped, for every unit.
+
+    .. math:: e_u = \mathrm{tr}\,W_u G_{uu} W_u^T
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``W``, ``(d_out, d)``, any float dtype.
+    gram : Tensor
+        ``G``, ``(d, d)`` float32 or float64; only the lower triangle is read.
+    width : int
+        Features per unit; unit u is the features ``[u · width, (u + 1) · width)``.
+
+    Returns
+    -------
+    Tensor
+        ``(d / width,)`` float64.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, a dtype or the width is not as above.
+    """
+    return torch.ops.liar_ext.unit_energy(weight, gram, width)
+
+
+def fisher_update_(fisher: Tensor, x: Tensor, grad: Tensor, width: int) -> None:
+    r"""Add the squared gradients of the units' masks, one per sequence, in place.
+
+    .. math:: F_u \mathrel{+}= \sum_s \Big(\sum_t \sum_{j \in u} x_{stj}\, g_{stj}\Big)^2
+
+    where ``g`` is the gradient of a sequence's loss by ``x``; the inner sum is then its gradient by
+    a mask that multiplies the features of unit u. Summed in float64.
+
+    Parameters
+    ----------
+    fisher : Tensor
+        ``(d / width,)`` float64, contiguous.
+    x : Tensor
+        ``(sequences, tokens, d)`` float16, bfloat16, float32 or float64; any strides.
+    grad : Tensor
+        Shape and dtype of ``x``.
+    width : int
+        Features per unit; unit u is the features ``[u · width, (u + 1) · width)``.
+
+    Raises
+    ------
+    RuntimeError
+        If a shape, a dtype or the width is not as above.
+
+    Notes
+    -----
+    Source: the diagonal of the empirical Fisher information of masks (arXiv 2204.09656).
+    """
+    torch.ops.liar_ext.fisher_update_(fisher, x, grad, width)
+
+
 def build_info() -> dict[str, str]:
     """Return how the extension was built and what it uses on this machine.
 
@@ -214,7 +283,8 @@ def build_info() -> dict[str, str]:
     dict of str to str
         ``compiler``, ``torch_target`` (oldest torch that the binary runs with), ``torch_built``,
         ``cpu_kernel`` (instruction set in use; the environment variable ``LIAR_CPU_KERNEL`` forces
-        one of ``cpu_kernels``) and ``cuda`` (whether CUDA kernels were compiled in).
+        one of ``cpu_kernels``), ``cuda`` (whether CUDA kernels were compiled in) and, if they were,
+        ``cuda_devices`` (how many the driver offers).
     """
     lines = torch.ops.liar_ext.build_info().splitlines()
     return dict(line.split("=", 1) for line in lines)
@@ -248,13 +318,36 @@ def _(weight, gram, width, damp, at_least, groups=1):
     )
 
 
-def _serve_other_devices() -> None:
-    """Register the plain-torch reference for devices that the extension has no kernels for."""
-    for op in (reference.gram_update_, reference.obs_curve, reference.reconstruct):
-        for device in ("CUDA", "XPU"):
-            name = f"liar_ext::{op.__name__}"
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(name, device):
-                torch.library.impl(name, device.lower(), op)
+@torch.library.register_fake("liar_ext::unit_energy")
+def _(weight, gram, width):
+    return weight.new_empty(weight.shape[1] // width, dtype=torch.float64)
 
 
-_serve_other_devices()
+@torch.library.register_fake("liar_ext::fisher_update_")
+def _(fisher, x, grad, width):
+    torch._check(x.dim() == 3, lambda: f"fisher_update_: x must have 3 dimensions, got {x.shape}")
+
+
+def _refuse(op, device: str):
+    """Return what ``op`` does on a device without kernels: raise, or plain torch where asked."""
+    device = "ROCm" if device == "CUDA" and torch.version.hip else device
+    build = ""
+    if device == "CUDA":
+        build = "build with `LIAR_CUDA=1 pip install --no-build-isolation -e .` where nvcc is, "
+
+    def refuse_or_refer(*arguments):
+        if os.environ.get("LIAR_REFERENCE") == "1":
+            return op(*arguments)
+        raise InputError(
+            f"{op.__name__}: tensors must be on a device that this build has kernels for, got "
+            f"{device}; {build}move them to the CPU, or set LIAR_REFERENCE=1 for plain torch, slow"
+        )
+
+    return refuse_or_refer
+
+
+_without_kernels = torch.library.Library("liar_ext", "IMPL")
+for _name in __all__[1:]:
+    for _device in ("CUDA", "XPU", "MPS"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{_name}", _device):
+            _without_kernels.impl(_name, _refuse(getattr(reference, _name), _device), _device)

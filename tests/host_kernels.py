@@ -1,11 +1,13 @@
 """The CUDA kernels compiled for the host, and numpy's view of 16-bit floats.
 
 `LIAR_SANITIZE=1` takes the build with address and undefined-behaviour sanitizers; the process then
-needs `LD_PRELOAD` of the sanitizer's library (see docs/cuda.md).
+needs `LD_PRELOAD` of the sanitizer's library (see docs/cuda.md). `LIAR_HOST_KERNELS` names a module
+that CMake has built.
 """
 
 import importlib.util
 import os
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -15,12 +17,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZED = os.environ.get("LIAR_SANITIZE", "0") == "1"
+# For sizes that take minutes under sanitizers, where smaller ones run the same lines.
+LARGE = pytest.mark.skipif(SANITIZED, reason="minutes under sanitizers")
 DTYPES = ("bf16", "f16", "f32", "f64")
 
 
-@cache
-def kernels():
-    """Build (if out of date) and import the module; skip where there is no pybind11."""
+def _build() -> Path:
     pytest.importorskip("pybind11")
     spec = importlib.util.spec_from_file_location(
         "host_build", ROOT / "csrc" / "testing" / "build.py"
@@ -28,7 +30,16 @@ def kernels():
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     kind = "sanitized" if SANITIZED else "plain"
-    path = build.build(ROOT / "build" / "host_kernels" / kind, SANITIZED)
+    try:
+        return build.build(ROOT / "build" / "host_kernels" / kind, SANITIZED)
+    except subprocess.CalledProcessError as error:
+        pytest.exit(f"the host kernels do not compile: {error}", returncode=1)
+
+
+@cache
+def kernels():
+    """Build (if out of date) and import the module; skip where there is no pybind11."""
+    path = os.environ.get("LIAR_HOST_KERNELS") or _build()
     spec = importlib.util.spec_from_file_location("liar_host_kernels", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules["liar_host_kernels"] = module

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from liar_ext import ops
+from liar_ext.errors import InputError
 
 BUILT = ops.build_info()["cuda"] == "compiled"
+OPERATORS = ("gram_update_", "reconstruct", "obs_curve", "unit_energy", "fisher_update_")
 needs_kernels = pytest.mark.skipif(not BUILT, reason="built without CUDA kernels")
 
 
@@ -23,32 +25,66 @@ def test_import_without_a_driver_finds_no_device():
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["gram_update_", "reconstruct"])
+@pytest.mark.parametrize("name", OPERATORS)
 def test_kernels_are_registered_for_cuda(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{name}", "CUDA")
 
 
-def on_cuda(op, *arguments):
-    """Call the CUDA launcher itself, whose checks need no GPU."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    return op.default.redispatch(keys, *arguments)
+def call_on(device, op, *arguments):
+    """Call what an operator does on a device, whose checks need no such device."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    return getattr(torch.ops.liar_ext, op).default.redispatch(keys, *arguments)
+
+
+def arguments_of(op):
+    """Valid ones, on the CPU."""
+    gram, total, count = torch.eye(4), torch.zeros(4), torch.zeros(2, dtype=torch.float64)
+    x, weight, fisher = torch.ones(3, 4), torch.ones(2, 4), torch.zeros(2, dtype=torch.float64)
+    return {
+        "gram_update_": (gram, total, count, x),
+        "reconstruct": (weight, gram, torch.tensor([0]), torch.ones(1, dtype=torch.float64)),
+        "obs_curve": (weight, gram, 2, 0.1, 0),
+        "unit_energy": (weight, gram, 2),
+        "fisher_update_": (fisher, x[None], x[None], 2),
+    }[op]
 
 
 @needs_kernels
-def test_launchers_check_first():
-    gram, total, count = torch.zeros(3, 3), torch.zeros(3), torch.zeros(2, dtype=torch.float64)
-    x = torch.zeros(4, 3)
-    with pytest.raises(RuntimeError, match=r"gram_update_: x must be \(tokens, 3\), got \(4, 2\)"):
-        on_cuda(torch.ops.liar_ext.gram_update_, gram, total, count, x[:, :2])
-    with pytest.raises(RuntimeError, match="gram_update_: gram must be on the CUDA device of x"):
-        on_cuda(torch.ops.liar_ext.gram_update_, gram, total, count, x)
-    arguments = x, gram, torch.tensor([0]), torch.ones(1, dtype=torch.float64)
-    with pytest.raises(
-        RuntimeError, match="reconstruct: gram must be on the CUDA device of weight"
-    ):
-        on_cuda(torch.ops.liar_ext.reconstruct, *arguments)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_launchers_want_everything_on_one_cuda_device(op):
+    first = {"gram_update_": "x", "fisher_update_": "x"}.get(op, "weight")
+    message = rf"{op}: \w+ must be on the CUDA device of {first}; move it"
+    with pytest.raises(RuntimeError, match=message):
+        call_on("CUDA", op, *arguments_of(op))
+
+
+@needs_kernels
+def test_launchers_check_shapes_first():
+    gram, total, count, x = arguments_of("gram_update_")
+    with pytest.raises(RuntimeError, match=r"gram_update_: x must be \(tokens, 4\), got \(3, 2\)"):
+        call_on("CUDA", "gram_update_", gram, total, count, x[:, :2])
     with pytest.raises(RuntimeError, match=r"reconstruct: damps must be \(L,\) float64"):
-        on_cuda(torch.ops.liar_ext.reconstruct, *arguments[:3], torch.ones(1))
+        call_on("CUDA", "reconstruct", *arguments_of("reconstruct")[:3], torch.ones(1))
+    with pytest.raises(RuntimeError, match="obs_curve: width must divide the 4 features, got 3"):
+        call_on("CUDA", "obs_curve", torch.ones(2, 4), gram, 3, 0.1, 0)
+
+
+@pytest.mark.parametrize("device", ["CUDA", "XPU", "MPS"])
+@pytest.mark.parametrize("op", OPERATORS)
+def test_a_device_without_kernels_is_refused_and_says_what_to_do(op, device, monkeypatch):
+    if device == "CUDA" and BUILT:
+        pytest.skip("built with CUDA kernels")
+    monkeypatch.delenv("LIAR_REFERENCE", raising=False)
+    message = rf"{op}: tensors must be on a device that .* got {device}; .*LIAR_REFERENCE=1"
+    with pytest.raises(InputError, match=message) as error:
+        call_on(device, op, *arguments_of(op))
+    assert ("LIAR_CUDA=1 pip install" in str(error.value)) == (device == "CUDA")
+
+
+def test_the_reference_serves_a_device_on_request(monkeypatch):
+    monkeypatch.setenv("LIAR_REFERENCE", "1")
+    arguments = arguments_of("unit_energy")
+    assert torch.equal(call_on("XPU", "unit_energy", *arguments), ops.unit_energy(*arguments))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -94,3 +130,77 @@ def test_reconstruct_on_a_gpu(size):
         ops.reconstruct(*arguments), reference.reconstruct(*arguments), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("size", [(9, 4, 3), (70, 33, 65), (300, 100, 211)])
+def test_reconstruct_a_batch_on_a_gpu(size):
+    d, d_out, n = size
+    x = torch.randn(5, 3 * d, d, dtype=torch.float64, device="cuda")
+    weight = torch.randn(5, d_out, d, dtype=torch.float64, device="cuda")
+    kept = torch.stack([torch.randperm(d, device="cuda")[:n].sort().values for _ in range(5)])
+    damps = torch.tensor([0, 1e-3, torch.inf], dtype=torch.float64, device="cuda")
+    gram = (x.mT @ x).tril()
+    batch = ops.reconstruct(weight, gram, kept, damps, gram)
+    for i in range(5):
+        alone = ops.reconstruct(weight[i], gram[i], kept[i], damps, gram[i])
+        for mine, theirs in zip(batch, alone, strict=True):
+            assert torch.equal(mine[i], theirs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(
+    ("d", "width", "groups"), [(70, 1, 7), (300, 1, 1), (192, 64, 1), (96, 8, 3)]
+)
+def test_scores_on_a_gpu(d, width, groups):
+    from liar_ext import reference
+
+    x = torch.randn(3, d, d, dtype=torch.float64, device="cuda")
+    weight = torch.randn(40, d, dtype=torch.float64, device="cuda")
+    gram = (x.flatten(0, 1).mT @ x.flatten(0, 1)).tril()
+    arguments = weight, gram, width, 1e-2, groups, groups
+    order, error, info = ops.obs_curve(*arguments)
+    want = reference.obs_curve(*arguments)
+    assert torch.equal(order, want[0])
+    torch.testing.assert_close((error, info), want[1:], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        ops.unit_energy(weight, gram, width), reference.unit_energy(weight, gram, width)
+    )
+    sums = [torch.zeros(d // width, dtype=torch.float64, device="cuda") for _ in range(2)]
+    for op, into in zip((ops, reference), sums, strict=True):
+        op.fisher_update_(into, x, x.flip(0), width)
+    torch.testing.assert_close(*sums)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_operators_are_captured_into_a_graph():
+    """Capture forbids synchronising and allocating outside torch's pool."""
+    x = torch.randn(300, 64, device="cuda")
+    weight = torch.randn(8, 64, device="cuda", dtype=torch.float64)
+    sums = [torch.zeros(s, device="cuda", dtype=torch.float64) for s in [(64, 64), (64,), (2,)]]
+    kept = torch.arange(0, 64, 2, device="cuda")
+    damps = torch.ones(2, device="cuda", dtype=torch.float64)
+    fisher = torch.zeros(4, device="cuda", dtype=torch.float64)
+
+    def work():
+        ops.gram_update_(*sums, x)
+        ops.fisher_update_(fisher, x[None], x[None], 16)
+        gram = sums[0]
+        return [
+            *ops.reconstruct(weight, gram, kept, damps),
+            *ops.obs_curve(weight, gram, 16, 1e-2, 0),
+            ops.unit_energy(weight, gram, 16),
+        ]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        want = work()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = work()
+    for a in [*sums, fisher]:
+        a.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -43,6 +43,12 @@ def test_schemas():
         "bool errors_only=False) -> "
         "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)"
     )
+    assert str(OPS.unit_energy.default._schema) == (
+        "liar_ext::unit_energy(Tensor weight, Tensor gram, int width) -> Tensor"
+    )
+    assert str(OPS.fisher_update_.default._schema) == (
+        "liar_ext::fisher_update_(Tensor(a!) fisher, Tensor x, Tensor grad, int width) -> ()"
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
@@ -125,7 +131,7 @@ def test_every_kernel_path_of_this_machine(kernel):
     """The numerical tests once more, on each instruction set that the CPU has."""
     if kernel == ops.build_info()["cpu_kernel"]:
         pytest.skip("the path that all other tests take")
-    numerical = [str(CHILD / "test_ops_gram.py"), str(CHILD / "test_ops_reconstruct.py")]
+    numerical = [str(CHILD / f"test_ops_{op}.py") for op in ("gram", "reconstruct", "scores")]
     result = run_with_kernel(kernel, "-m", "pytest", "-q", "-p", "no:cacheprovider", *numerical)
     assert result.returncode == 0, result.stdout[-3000:]
 

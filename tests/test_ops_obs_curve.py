@@ -214,7 +214,7 @@ def test_rejected_arguments_name_the_rule_and_the_remedy():
     weight, x = problem()
     gram = x.mT @ x
     cases = [
-        ((weight[0], gram, 1, DAMP, 0), r"weight must be \(d_out, d\)"),
+        ((weight[0], gram, 1, DAMP, 0), r"weight must be a float tensor \(d_out, d\)"),
         ((weight, gram[:5], 1, DAMP, 0), r"gram must be \(24, 24\), got \(5, 24\)"),
         ((weight, gram.half(), 1, DAMP, 0), "gram must be float32 or float64"),
         ((weight, gram, 5, DAMP, 0), "width must divide the 24 features, got 5"),

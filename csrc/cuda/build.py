@@ -5,6 +5,7 @@ Environment: ``LIAR_CUDA`` is ``auto`` (compile them where a toolkit is found), 
 ``+PTX`` after one embeds its PTX for devices to come. ``MAX_JOBS`` compilers run at a time.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 # No kernel needs more than 8.0 offers, so its PTX runs on every later device that isn't listed, at
 # the price of a compilation when first loaded.
 ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0a;12.0a"
-FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v"]
 
 
 def find_toolkit() -> Path | None:
@@ -68,31 +69,41 @@ def code_flags(archs: str | None = None) -> list[str]:
     return flags
 
 
-def nvcc(home: Path, source: Path, target: Path, *extra: str) -> str:
-    """Compile one file and return what the compiler says."""
-    command = [home / "bin" / "nvcc", *FLAGS, *extra, "-c", source, "-o", target]
+def nvcc(home: Path, source: Path, target: Path) -> None:
+    """Compile one file; what ptxas says of its kernels goes into a file beside the object."""
+    command = [home / "bin" / "nvcc", *FLAGS, *code_flags(), "-c", source, "-o", target]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"nvcc failed on {source.name}:\n{result.stderr}")
-    return result.stdout + result.stderr
+    report(target).write_text(result.stdout + result.stderr)
 
 
-def compile_kernels(home: Path, output: Path, extra: list[str] | None = None) -> dict[Path, str]:
-    """Compile every .cu that is out of date; return what nvcc said for each object."""
+def report(target: Path) -> Path:
+    """Return where ptxas's words on an object are."""
+    return target.with_suffix(".txt")
+
+
+def compile_kernels(home: Path, output: Path = HERE.parents[1] / "build" / "cuda") -> list[Path]:
+    """Compile every .cu that is out of date, and return the objects.
+
+    Each toolkit and list of architectures has a folder of its own under ``output``.
+    """
+    made_by = " ".join([str(home.resolve()), *FLAGS, *code_flags()])
+    output /= hashlib.sha256(made_by.encode()).hexdigest()[:12]
     output.mkdir(parents=True, exist_ok=True)
-    sources = sorted(HERE.glob("*.cu"))
     headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("kernels/*.cuh")]
     newest = max(p.stat().st_mtime for p in [*headers, Path(__file__)])
 
-    def one(source: Path) -> str:
-        target = output / f"{source.stem}.cu.o"
-        if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
-            return ""
-        return nvcc(home, source, target, *code_flags(), *(extra or []))
+    def one(source: Path) -> Path:
+        target = output / f"{source.stem}.o"
+        done = report(target)  # written last
+        if not done.exists() or done.stat().st_mtime <= max(newest, source.stat().st_mtime):
+            done.unlink(missing_ok=True)
+            nvcc(home, source, target)
+        return target
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        said = list(pool.map(one, sources))
-    return {output / f"{s.stem}.cu.o": text for s, text in zip(sources, said, strict=True)}
+        return list(pool.map(one, sorted(HERE.glob("*.cu"))))
 
 
 def link_flags(home: Path) -> list[str]:

@@ -23,16 +23,18 @@ std::int64_t gram_update(const GramCall& call, void* workspace, Place place) {
 }
 
 std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place) {
+  const auto matrix = [](const Float64Matrix& m) { return Matrix{m.data, m.stride, m.batch}; };
   Reconstruct r;
+  r.batches = call.batches;
   r.d_out = call.d_out;
   r.d = call.d;
   r.n = call.n;
   r.ladder = call.ladder;
-  r.weight = {call.weight, call.weight_stride};
-  r.gram = {call.gram, call.gram_stride};
-  r.holdout = {call.holdout, call.holdout_stride};
-  r.cross = {call.cross, call.cross_stride};
-  r.holdout_cross = {call.holdout_cross, call.holdout_cross_stride};
+  r.weight = matrix(call.weight);
+  r.gram = matrix(call.gram);
+  r.holdout = matrix(call.holdout);
+  r.cross = matrix(call.cross);
+  r.holdout_cross = matrix(call.holdout_cross);
   r.kept = call.kept;
   r.damps = call.damps;
   r.weight_out = call.weight_out;

@@ -23,19 +23,16 @@ struct GramCall {
   double* count;
 };
 
+// Elements from row to row and from matrix to matrix; no data: none.
+struct Float64Matrix {
+  const double* data;
+  std::int64_t stride, batch;
+};
+
 struct ReconstructCall {
-  std::int64_t d_out, d, n;
+  std::int64_t batches, d_out, d, n;
   int ladder;
-  const double* weight;
-  std::int64_t weight_stride;
-  const double* gram;
-  std::int64_t gram_stride;
-  const double* holdout;  // null: none, as below
-  std::int64_t holdout_stride;
-  const double* cross;
-  std::int64_t cross_stride;
-  const double* holdout_cross;
-  std::int64_t holdout_cross_stride;
+  Float64Matrix weight, gram, holdout, cross, holdout_cross;
   const std::int64_t* kept;
   const double* damps;
   double* weight_out;  // null: the errors alone
@@ -44,9 +41,9 @@ struct ReconstructCall {
   double* info;
 };
 
-// Elimination of features one by one; `steps` of them.
+// Elimination of units one by one; `steps` of them.
 struct CurveCall {
-  std::int64_t d, d_out, steps;
+  std::int64_t d, d_out, width, groups, steps;
   const double* weight;
   std::int64_t weight_stride;
   const double* gram;
@@ -69,7 +66,8 @@ struct EnergyCall {
 struct FisherCall {
   Element element;
   const void *x, *grad;
-  std::int64_t tokens, d, width, x_stride, grad_stride;
+  std::int64_t sequences, tokens, d, width;
+  std::int64_t x_sequence, x_stride, grad_sequence, grad_stride;
   double* fisher;
 };
 
@@ -82,10 +80,9 @@ struct Place {
 // Throws std::runtime_error with what CUDA says and what to do.
 std::int64_t gram_update(const GramCall& call, void* workspace, Place place);
 std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place);
-
 std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
-void unit_energy(const EnergyCall& call, Place place);
-void fisher_update(const FisherCall& call, Place place);
+std::int64_t unit_energy(const EnergyCall& call, void* workspace, Place place);
+std::int64_t fisher_update(const FisherCall& call, void* workspace, Place place);
 
 // How many devices the driver offers; 0, without an error, where there is no driver.
 int device_count();

@@ -2,28 +2,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check_ops.h"
+#include "../launch.h"
 #include "current.h"
-#include "launchers.h"
 
 namespace liar {
 namespace {
 
 constexpr const char* kOp = "gram_update_: ";
-
-cuda::Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      return cuda::Element::kFloat16;
-    case ScalarType::BFloat16:
-      return cuda::Element::kBFloat16;
-    case ScalarType::Float:
-      return cuda::Element::kFloat32;
-    default:
-      check(x.scalar_type() == ScalarType::Double, kOp,
-            "x must be float16, bfloat16, float32 or float64; convert it first");
-      return cuda::Element::kFloat64;
-  }
-}
 
 cuda::Weights weights_of(const std::optional<Tensor>& weight) {
   if (!weight.has_value()) return cuda::Weights::kNone;
@@ -39,28 +24,23 @@ cuda::Weights weights_of(const std::optional<Tensor>& weight) {
   }
 }
 
-// Rows may be strided; columns that are get copied.
-Tensor with_columns(const Tensor& x) {
-  return columns_contiguous(x) ? x : torch::stable::contiguous(x);
-}
-
 }  // namespace
 
 void gram_update_cuda(Tensor gram, Tensor total, Tensor count, Tensor x, std::optional<Tensor> y,
                       std::optional<Tensor> weight) {
   check_gram_update(gram, total, count, x, y, weight);
-  check_device(kOp, "gram", gram, x);
-  check_device(kOp, "total", total, x);
-  check_device(kOp, "count", count, x);
-  check_device(kOp, "y", y, x);
-  check_device(kOp, "weight", weight, x);
+  check_device(kOp, "gram", gram, x, "x");
+  check_device(kOp, "total", total, x, "x");
+  check_device(kOp, "count", count, x, "x");
+  check_device(kOp, "y", y, x, "x");
+  check_device(kOp, "weight", weight, x, "x");
   const Current current(kOp, x);
   x = with_columns(x);
   if (y.has_value()) y = with_columns(*y);
   if (weight.has_value()) weight = torch::stable::contiguous(*weight);
 
   cuda::GramCall call{};
-  call.element = element_of(x);
+  call.element = element_of(kOp, x);
   call.x = x.const_data_ptr();
   call.tokens = x.size(0);
   call.d = x.size(1);
@@ -78,9 +58,7 @@ void gram_update_cuda(Tensor gram, Tensor total, Tensor count, Tensor x, std::op
   call.total = total.mutable_data_ptr();
   call.count = static_cast<double*>(count.mutable_data_ptr());
   if (call.tokens == 0) return;
-  const int64_t bytes[] = {cuda::gram_update(call, nullptr, current.place())};
-  Tensor workspace = torch::stable::new_empty(x, {bytes, 1}, ScalarType::Byte);
-  cuda::gram_update(call, workspace.mutable_data_ptr(), current.place());
+  run(current, x, call, &cuda::gram_update);
 }
 
 }  // namespace liar

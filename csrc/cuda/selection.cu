@@ -1,5 +1,6 @@
 // The torch-free entry points of the scores of units.
-#include "kernels/selection.cuh"
+#include "kernels/curve_job.cuh"
+#include "kernels/scores.cuh"
 #include "place.cuh"
 
 namespace liar::cuda {
@@ -8,6 +9,8 @@ std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place) {
   Curve c;
   c.d = call.d;
   c.d_out = call.d_out;
+  c.width = call.width;
+  c.groups = call.groups;
   c.steps = call.steps;
   c.weight = call.weight;
   c.weight_stride = call.weight_stride;
@@ -23,38 +26,57 @@ std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place) {
   return bytes;
 }
 
-void unit_energy(const EnergyCall& call, Place place) {
+std::int64_t unit_energy(const EnergyCall& call, void* workspace, Place place) {
+  Energy q;
+  q.d = call.d;
+  q.d_out = call.d_out;
+  q.width = call.width;
+  q.weight = call.weight;
+  q.weight_stride = call.weight_stride;
+  q.gram = call.gram;
+  q.gram_stride = call.gram_stride;
+  q.energy = call.energy;
   Stream stream = open_stream("unit_energy", place);
-  unit_energy(EnergyParams{call.weight, call.weight_stride, call.d_out, call.gram, call.gram_stride,
-                           call.width, call.energy},
-              call.d / call.width, stream);
+  const std::int64_t bytes = unit_energy(q, workspace, stream);
   require("unit_energy", stream.error);
+  return bytes;
 }
 
 template <class T>
-void fisher_update_of(const FisherCall& call, Stream& stream) {
-  fisher_update(
-      FisherParams<T>{static_cast<const T*>(call.x), static_cast<const T*>(call.grad),
-                      call.x_stride, call.grad_stride, call.tokens, call.width, call.fisher},
-      call.d / call.width, stream);
+std::int64_t fisher_update_of(const FisherCall& call, void* workspace, Stream& stream) {
+  Fisher<T> q;
+  q.x = static_cast<const T*>(call.x);
+  q.grad = static_cast<const T*>(call.grad);
+  q.x_sequence = call.x_sequence;
+  q.x_stride = call.x_stride;
+  q.grad_sequence = call.grad_sequence;
+  q.grad_stride = call.grad_stride;
+  q.sequences = call.sequences;
+  q.tokens = call.tokens;
+  q.d = call.d;
+  q.width = call.width;
+  q.fisher = call.fisher;
+  return fisher_update(q, workspace, stream);
 }
 
-void fisher_update(const FisherCall& call, Place place) {
+std::int64_t fisher_update(const FisherCall& call, void* workspace, Place place) {
   Stream stream = open_stream("fisher_update_", place);
+  std::int64_t bytes = 0;
   switch (call.element) {
     case Element::kFloat16:
-      fisher_update_of<f16>(call, stream);
+      bytes = fisher_update_of<f16>(call, workspace, stream);
       break;
     case Element::kBFloat16:
-      fisher_update_of<bf16>(call, stream);
+      bytes = fisher_update_of<bf16>(call, workspace, stream);
       break;
     case Element::kFloat32:
-      fisher_update_of<float>(call, stream);
+      bytes = fisher_update_of<float>(call, workspace, stream);
       break;
     default:
-      fisher_update_of<double>(call, stream);
+      bytes = fisher_update_of<double>(call, workspace, stream);
   }
   require("fisher_update_", stream.error);
+  return bytes;
 }
 
 }  // namespace liar::cuda

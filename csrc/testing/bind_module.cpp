@@ -5,11 +5,14 @@ namespace liar::testing {
 void bind_settings(py::module_& m) {
   m.def(
       "configure",
-      [](unsigned order, bool late_copies, std::set<std::string> removed, bool swapped_fragments) {
-        settings() = {order, late_copies, std::move(removed), swapped_fragments, {}};
+      [](unsigned order, bool late_copies, std::set<std::string> removed, bool swapped_fragments,
+         bool shifted_shuffles) {
+        settings() = {order, late_copies, std::move(removed), swapped_fragments, shifted_shuffles,
+                      {}};
       },
       py::arg("order") = 0, py::arg("late_copies") = true,
       py::arg("removed") = std::set<std::string>{}, py::arg("swapped_fragments") = false,
+      py::arg("shifted_shuffles") = false,
       "How the next launches run, and which faults they carry.");
   m.def(
       "synchronization_sites", [] { return settings().seen; },

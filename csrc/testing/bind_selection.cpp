@@ -1,50 +1,84 @@
-#include "../cuda/kernels/selection.cuh"
+#include "../cuda/kernels/curve_job.cuh"
+#include "../cuda/kernels/scores.cuh"
 #include "bindings.h"
 
 namespace liar::testing {
 
 using Doubles = py::array_t<double>;
 
+py::tuple run_curve(const Doubles& weight, const Doubles& gram, int width, double damp,
+                    int at_least, int groups, int processors) {
+  Curve c;
+  c.d = weight.shape(1);
+  c.d_out = weight.shape(0);
+  c.width = width;
+  c.groups = groups;
+  c.steps = c.d / width - at_least;
+  c.weight = weight.data();
+  c.weight_stride = row_stride(weight);
+  c.gram = gram.data();
+  c.gram_stride = row_stride(gram);
+  c.damp = damp;
+  py::array_t<std::int64_t> order(c.steps);
+  Doubles error(c.steps + 1), info(2);
+  c.order = order.mutable_data();
+  c.error = error.mutable_data();
+  c.info = info.mutable_data();
+  Stream stream = host_stream(processors);
+  Scratch scratch(obs_curve(c, nullptr, stream));
+  obs_curve(c, scratch.data(), stream);
+  return py::make_tuple(order, error, info);
+}
+
+template <class T>
+void run_fisher(Doubles& fisher, const py::array& x, const py::array& grad, std::int64_t width) {
+  Fisher<T> q;
+  q.x = pointer<T>(x);
+  q.grad = pointer<T>(grad);
+  q.sequences = x.shape(0);
+  q.tokens = x.shape(1);
+  q.d = x.shape(2);
+  q.width = width;
+  q.x_sequence = x.strides(0) / x.itemsize();
+  q.x_stride = x.strides(1) / x.itemsize();
+  q.grad_sequence = grad.strides(0) / grad.itemsize();
+  q.grad_stride = grad.strides(1) / grad.itemsize();
+  q.fisher = fisher.mutable_data();
+  Stream stream = host_stream(1);
+  Scratch scratch(fisher_update(q, nullptr, stream));
+  fisher_update(q, scratch.data(), stream);
+}
+
 void bind_selection(py::module_& m) {
-  m.def(
-      "obs_curve",
-      [](const Doubles& weight, const Doubles& gram, double damp, int at_least, int processors) {
-        Curve c;
-        c.d = weight.shape(1);
-        c.d_out = weight.shape(0);
-        c.steps = std::max<std::int64_t>(0, c.d - at_least);
-        c.weight = weight.data();
-        c.weight_stride = row_stride(weight);
-        c.gram = gram.data();
-        c.gram_stride = row_stride(gram);
-        c.damp = damp;
-        py::array_t<std::int64_t> order(c.steps);
-        Doubles error(c.steps), info(2);
-        c.order = order.mutable_data();
-        c.error = error.mutable_data();
-        c.info = info.mutable_data();
-        Stream stream = host_stream(processors);
-        Scratch scratch(obs_curve(c, nullptr, stream));
-        obs_curve(c, scratch.data(), stream);
-        return py::make_tuple(order, error, info);
-      },
-      py::arg("weight"), py::arg("gram"), py::arg("damp"), py::arg("at_least") = 0,
-      py::arg("processors") = 2);
+  m.def("obs_curve", &run_curve, py::arg("weight"), py::arg("gram"), py::arg("width"),
+        py::arg("damp"), py::arg("at_least") = 0, py::arg("groups") = 1, py::arg("processors") = 2);
   m.def("unit_energy", [](const Doubles& weight, const Doubles& gram, std::int64_t width) {
     Doubles energy(weight.shape(1) / width);
-    Stream stream = host_stream(1);
-    unit_energy({weight.data(), row_stride(weight), weight.shape(0), gram.data(), row_stride(gram),
-                 width, energy.mutable_data()},
-                weight.shape(1) / width, stream);
+    Energy q;
+    q.d = weight.shape(1);
+    q.d_out = weight.shape(0);
+    q.width = width;
+    q.weight = weight.data();
+    q.weight_stride = row_stride(weight);
+    q.gram = gram.data();
+    q.gram_stride = row_stride(gram);
+    q.energy = energy.mutable_data();
+    Stream stream = host_stream(2);
+    Scratch scratch(unit_energy(q, nullptr, stream));
+    unit_energy(q, scratch.data(), stream);
     return energy;
   });
-  m.def("fisher_update_",
-        [](Doubles fisher, const Doubles& x, const Doubles& grad, std::int64_t width) {
-          Stream stream = host_stream(1);
-          fisher_update<double>({x.data(), grad.data(), row_stride(x), row_stride(grad), x.shape(0),
-                                 width, fisher.mutable_data()},
-                                x.shape(1) / width, stream);
-        });
+  m.def("fisher_update_", [](Doubles fisher, const py::array& x, const py::array& grad,
+                             std::int64_t width, const std::string& dtype) {
+    if (dtype == "bf16")
+      run_fisher<bf16>(fisher, x, grad, width);
+    else if (dtype == "f16")
+      run_fisher<f16>(fisher, x, grad, width);
+    else if (dtype == "f32")
+      run_fisher<float>(fisher, x, grad, width);
+    else
+      run_fisher<double>(fisher, x, grad, width);
+  });
 }
 
 }  // namespace liar::testing

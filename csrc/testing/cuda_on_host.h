@@ -67,6 +67,8 @@ struct Settings {
   std::set<std::string> removed;
   // A lane reads its neighbour's accumulator: a planted fault in the fragment layout.
   bool swapped_fragments = false;
+  // A shuffle reads the lane after the one it asked for: a planted fault in an index.
+  bool shifted_shuffles = false;
   // Every synchronisation site that ran, so that a test can remove each in turn.
   std::set<std::string> seen;
 };
@@ -361,7 +363,8 @@ T __shfl_sync(unsigned mask, T value, int source, LIAR_SITE) {
   };
   return liar::testing::Block::current().collective<Message, T>(
       "__shfl_sync", mask, {file, line}, {value, source}, [=](auto& in, auto& out) {
-        for (int l = 0; l < 32; ++l) out[l] = in[in[l].source & 31].value;
+        for (int l = 0; l < 32; ++l)
+          out[l] = in[(in[l].source + liar::testing::settings().shifted_shuffles) & 31].value;
       });
 }
 

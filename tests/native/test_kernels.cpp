@@ -14,6 +14,7 @@
 #include "cpu/dense.h"
 #include "cpu/gram.h"
 #include "cpu/reconstruct.h"
+#include "cpu/scores.h"
 
 namespace {
 
@@ -200,6 +201,42 @@ void test_reconstruct(int64_t d, int64_t d_out, const Pool& pool) {
   expect_near(holdout, want, 1e-10, "holdout_error");
 }
 
+void test_scores(int64_t d, int64_t width, const Pool& pool) {
+  const int64_t d_out = 11, sequences = 3, tokens = 5, units = d / width;
+  const Values weight = random_values(d_out * d, 7), gram = random_values(d * d, 8),
+               x = random_values(sequences * tokens * d, 9),
+               grad = random_values(sequences * tokens * d, 10);
+  Values energy(static_cast<size_t>(units)), fisher(energy.size(), 1.0), want(energy.size(), 0.0),
+      squares(energy.size(), 1.0);
+  liar::unit_energy({d_out, d, width, weight.data(), d, gram.data(), d, energy.data()},
+                    *liar::kernels().f64, pool);
+  liar::fisher_update<double>({sequences, tokens, d, width, x.data(), tokens * d, d, grad.data(),
+                               tokens * d, d, fisher.data()},
+                              pool);
+  for (int64_t u = 0; u < units; ++u) {
+    const auto unit = static_cast<size_t>(u);
+    for (int64_t i = u * width; i < (u + 1) * width; ++i) {
+      for (int64_t j = u * width; j < (u + 1) * width; ++j) {
+        const double g = gram[static_cast<size_t>(std::max(i, j) * d + std::min(i, j))];
+        for (int64_t o = 0; o < d_out; ++o) {
+          want[unit] +=
+              weight[static_cast<size_t>(o * d + i)] * g * weight[static_cast<size_t>(o * d + j)];
+        }
+      }
+    }
+    for (int64_t s = 0; s < sequences; ++s) {
+      double sum = 0;
+      for (int64_t t = s * tokens; t < (s + 1) * tokens; ++t) {
+        for (int64_t i = t * d + u * width; i < t * d + (u + 1) * width; ++i)
+          sum += x[static_cast<size_t>(i)] * grad[static_cast<size_t>(i)];
+      }
+      squares[unit] += sum * sum;
+    }
+  }
+  expect_near(energy, want, 1e-12, "unit_energy");
+  expect_near(fisher, squares, 1e-12, "fisher_update_");
+}
+
 }  // namespace
 
 int main() {
@@ -221,6 +258,8 @@ int main() {
     }
     for (int64_t n : {1, 7, 16, 17, 100, 530}) test_solve(n, n % 7 + 1, pool);
     test_solve(70, 500, pool);
+    for (int64_t width : {1, 2, 9, 65}) test_scores(width * 17, width, pool);
+    test_scores(600, 1, pool);
     for (int64_t d : {2, 9, 65, 150}) {
       test_reconstruct(d, 1, pool);
       test_reconstruct(d, 80, pool);

@@ -33,7 +33,11 @@ struct System {
   double* diagonal = nullptr;                                // batches × n: of U
   double* code = nullptr;                                    // batches: as LAPACK's info
 
-  std::int64_t batch() const { return n * stride; }
+  LIAR_BOTH std::int64_t batch() const { return n * stride; }
+
+  Operand<double> part(std::int64_t row, std::int64_t column, std::int64_t columns) const {
+    return {data + row * stride + column, stride, columns, batch()};
+  }
 
   // Rows start on 16 bytes, B's too.
   static System lay_out(std::int64_t n, std::int64_t m, int batches, Workspace& workspace) {
@@ -146,50 +150,61 @@ static __global__ void transpose_panel_kernel(const FactorParams params) {
   }
 }
 
-// Solves every system; `code` must be zero before.
-inline void solve(const System& s, Stream& stream) {
+// out (+)= α AᵀB for every system; with no b, the upper triangle of AᵀA.
+inline void multiply(const System& s, Operand<double> a, Operand<double> b, std::int64_t depth,
+                     double* out, double alpha, bool accumulate, Stream& stream) {
+  ProductParams<double> q;
+  q.a = a;
+  q.b = b;
+  q.depth = depth;
+  q.out = out;
+  q.out_stride = s.stride;
+  q.out_batch = s.batch();
+  q.alpha = alpha;
+  q.accumulate = accumulate;
+  q.upper = true;
+  q.batches = s.batches;
+  product<Mma64>(q, stream);
+}
+
+// The half solve: B becomes U⁻ᵀB. `code` must be zero before.
+inline void solve_forward(const System& s, Stream& stream) {
   const std::int64_t panels = divide_up(s.n, kPanel) * kPanel;
   const auto batches = static_cast<unsigned>(s.batches);
-  const auto part = [&](std::int64_t row, std::int64_t column, std::int64_t columns) {
-    return Operand<double>{s.data + row * s.stride + column, s.stride, columns, s.batch()};
-  };
-  const auto multiply = [&](Operand<double> a, Operand<double> b, std::int64_t depth, double* out,
-                            double alpha, bool accumulate) {
-    ProductParams<double> q;
-    q.a = a;
-    q.b = b;
-    q.depth = depth;
-    q.out = out;
-    q.out_stride = s.stride;
-    q.out_batch = s.batch();
-    q.alpha = alpha;
-    q.accumulate = accumulate;
-    q.upper = true;
-    q.batches = s.batches;
-    product<Mma64>(q, stream);
-  };
   for (std::int64_t p = 0; p < s.n; p += kPanel) {
     const std::int64_t size = smaller<std::int64_t>(kPanel, s.n - p), next = p + size;
     launch(factor_kernel, {batches, 1, 1}, kFactorThreads, sizeof(FactorShared), stream,
            FactorParams{s, p});
     const Operand<double> inverse{s.inverse + p * kPanel, kPanel, size, panels * kPanel};
-    const Operand<double> rest = part(p, next, s.n - next), right = part(p, s.right, s.m);
-    multiply(inverse, rest, size, s.data + p * s.stride + next, 1, false);
-    multiply(inverse, right, size, s.data + p * s.stride + s.right, 1, false);
+    const Operand<double> rest = s.part(p, next, s.n - next), right = s.part(p, s.right, s.m);
+    multiply(s, inverse, rest, size, s.data + p * s.stride + next, 1, false, stream);
+    multiply(s, inverse, right, size, s.data + p * s.stride + s.right, 1, false, stream);
     if (next == s.n) continue;
-    multiply(rest, {}, size, s.data + next * s.stride + next, -1, true);
-    multiply(rest, right, size, s.data + next * s.stride + s.right, -1, true);
+    multiply(s, rest, {}, size, s.data + next * s.stride + next, -1, true, stream);
+    multiply(s, rest, right, size, s.data + next * s.stride + s.right, -1, true, stream);
   }
+}
+
+// The other half, after it: B becomes U⁻¹B.
+inline void solve_backward(const System& s, Stream& stream) {
+  const std::int64_t panels = divide_up(s.n, kPanel) * kPanel;
+  const auto batches = static_cast<unsigned>(s.batches);
   for (std::int64_t p = panels - kPanel; p >= 0; p -= kPanel) {
     const std::int64_t size = smaller<std::int64_t>(kPanel, s.n - p);
-    const Operand<double> right = part(p, s.right, s.m);
-    multiply({s.inverse_transposed + p * kPanel, kPanel, size, panels * kPanel}, right, size,
-             s.data + p * s.stride + s.right, 1, false);
+    const Operand<double> right = s.part(p, s.right, s.m);
+    multiply(s, {s.inverse_transposed + p * kPanel, kPanel, size, panels * kPanel}, right, size,
+             s.data + p * s.stride + s.right, 1, false, stream);
     if (p == 0) continue;
     launch(transpose_panel_kernel, {static_cast<unsigned>(divide_up(p, 32)), batches, 1}, 256,
            sizeof(TransposeShared), stream, FactorParams{s, p});
-    multiply({s.panel, s.right, p, kPanel * s.right}, right, size, s.data + s.right, -1, true);
+    multiply(s, {s.panel, s.right, p, kPanel * s.right}, right, size, s.data + s.right, -1, true,
+             stream);
   }
+}
+
+inline void solve(const System& s, Stream& stream) {
+  solve_forward(s, stream);
+  solve_backward(s, stream);
 }
 
 }  // namespace liar::cuda

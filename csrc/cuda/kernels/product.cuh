@@ -11,153 +11,9 @@
 // refilled.
 #pragma once
 
-#include "mma.cuh"
-#include "schedule.cuh"
+#include "loader.cuh"
 
 namespace liar::cuda {
-
-template <class T>
-struct Operand {
-  const T* data = nullptr;
-  std::int64_t stride = 0;  // elements from row to row
-  std::int64_t columns = 0;
-  std::int64_t batch = 0;  // elements from matrix to matrix
-};
-
-template <class T>
-struct ProductParams {
-  Operand<T> a, b;                          // no b: Aᵀ diag(w) A, and only its triangle
-  const std::int64_t* rows = nullptr;       // which rows, or all of them in order
-  const double* weights = nullptr;          // one per listed row
-  const std::int64_t* row_count = nullptr;  // on the device; or `depth`
-  std::int64_t depth = 0;
-  void* out = nullptr;
-  std::int64_t out_stride = 0, out_batch = 0;
-  bool out_f64 = true;
-  bool upper = false;  // with no b: write the upper triangle instead
-  bool accumulate = true;
-  double alpha = 1;
-  void* sums = nullptr;            // += Aᵀ w, of out's type
-  int splits = 1;                  // parts of the rows, each with a partial result
-  double* partial = nullptr;       // splits × tiles × kTile², when splits > 1
-  double* partial_sums = nullptr;  // splits × a.columns
-  int batches = 1;
-  bool vector = false;  // operands allow 16-byte loads; see can_vectorize
-};
-
-template <class T>
-bool can_vectorize(const Operand<T>& x) {
-  constexpr std::int64_t kElements = 16 / sizeof(T);
-  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride % kElements == 0 &&
-         x.batch % kElements == 0;
-}
-
-template <class Mma>
-struct ProductShared {
-  using T = typename Mma::Element;
-  struct Stage {
-    alignas(16) T a[Mma::kDepth * Mma::kStride];
-    alignas(16) T b[Mma::kDepth * Mma::kStride];
-    double weights[Mma::kWeighted ? Mma::kDepth : 1];
-  } stages[Mma::kStages];
-};
-
-struct ProductShape {
-  std::int64_t tile_rows, tile_columns, tiles;
-
-  template <class T>
-  LIAR_BOTH static ProductShape of(const ProductParams<T>& p, int tile) {
-    ProductShape s{divide_up(p.a.columns, tile), 0, 0};
-    s.tile_columns = p.b.data ? divide_up(p.b.columns, tile) : s.tile_rows;
-    s.tiles = p.b.data ? s.tile_rows * s.tile_columns : triangle(s.tile_rows);
-    return s;
-  }
-
-  LIAR_BOTH Tile tile(std::int64_t index, bool symmetric, bool upper) const {
-    if (!symmetric) return rectangular_tile(index, tile_rows, tile_columns);
-    const Tile t = triangular_tile(index, tile_rows);
-    return upper ? Tile{t.column, t.row} : t;
-  }
-};
-
-// Brings one stage of rows into shared memory. A thread always moves the same column of 16 bytes,
-// and reads its row numbers one stage ahead, so that no copy waits for them.
-template <class Mma>
-struct Loader {
-  using T = typename Mma::Element;
-  static constexpr int kElements = 16 / sizeof(T);
-  static constexpr int kPerRow = Mma::kTile / kElements;
-  static constexpr int kRowStep = Mma::kThreads / kPerRow;
-  static constexpr int kPasses = Mma::kDepth / kRowStep;
-  static_assert(kRowStep * kPerRow == Mma::kThreads && kPasses * kRowStep == Mma::kDepth);
-
-  const ProductParams<T>& p;
-  const T *a, *b;
-  std::int64_t next, end;  // this thread's first row of the next stage
-  int valid_a, valid_b;    // elements of this thread's 16 bytes that exist
-  bool same;               // a tile on the diagonal: B is A
-  std::int64_t row[kPasses];
-
-  LIAR_DEVICE Loader(const ProductParams<T>& params, Tile tile, std::int64_t batch, bool same_tile,
-                     std::int64_t first, std::int64_t last)
-      : p(params), next(first + threadIdx.x / kPerRow), end(last), same(same_tile) {
-    const Operand<T>& right = p.b.data ? p.b : p.a;
-    a = locate(p.a, tile.row, batch, valid_a);
-    b = locate(right, tile.column, batch, valid_b);
-    fetch_rows();
-  }
-
-  LIAR_DEVICE static const T* locate(const Operand<T>& x, std::int64_t tile, std::int64_t batch,
-                                     int& valid) {
-    const std::int64_t column = tile * Mma::kTile + threadIdx.x % kPerRow * kElements;
-    const std::int64_t left = x.columns - column;
-    valid = static_cast<int>(larger<std::int64_t>(0, smaller<std::int64_t>(left, kElements)));
-    return x.data + batch * x.batch + (valid ? column : 0);
-  }
-
-  LIAR_DEVICE void fetch_rows() {
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const std::int64_t k = next + i * kRowStep;
-      row[i] = k >= end ? -1 : p.rows ? p.rows[k] : k;
-    }
-    next += Mma::kDepth;
-  }
-
-  LIAR_DEVICE void load(typename ProductShared<Mma>::Stage& stage) {
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int slot =
-          (threadIdx.x / kPerRow + i * kRowStep) * Mma::kStride + threadIdx.x % kPerRow * kElements;
-      const bool real = row[i] >= 0;
-      const std::int64_t r = real ? row[i] : 0;
-      move(stage.a + slot, a + r * p.a.stride, real ? valid_a : 0);
-      if (!same)
-        move(stage.b + slot, b + r * (p.b.data ? p.b.stride : p.a.stride), real ? valid_b : 0);
-    }
-    if constexpr (Mma::kWeighted) {
-      if (threadIdx.x < Mma::kDepth) {
-        // `next` is one stage ahead of the rows that are loaded now.
-        const std::int64_t k = next - Mma::kDepth - threadIdx.x / kPerRow + threadIdx.x;
-        if (p.weights)
-          copy_async<8>(&stage.weights[threadIdx.x], p.weights + (k < end ? k : 0),
-                        k < end ? 8 : 0);
-        else
-          stage.weights[threadIdx.x] = 1;
-      }
-    }
-    copy_commit();
-    fetch_rows();
-  }
-
-  LIAR_DEVICE void move(T* to, const T* from, int valid) const {
-    if (p.vector) {
-      copy_async<16>(to, from, valid * static_cast<int>(sizeof(T)));
-    } else {
-      for (int e = 0; e < kElements; ++e) to[e] = e < valid ? from[e] : T{};
-    }
-  }
-};
 
 LIAR_DEVICE int clip(std::int64_t size, int tile) {
   return static_cast<int>(smaller<std::int64_t>(size, tile));
@@ -190,24 +46,25 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row0 = warp / Mma::kWarpColumns * (Mma::kTile / Mma::kWarpRows);
   const int column0 = warp % Mma::kWarpColumns * (Mma::kTile / Mma::kWarpColumns);
-  const bool symmetric = !p.b.data;
+  const bool triangular = p.triangular();
   const auto shape = ProductShape::of(p, Mma::kTile);
-  const std::int64_t columns = symmetric ? p.a.columns : p.b.columns;
+  const std::int64_t columns = p.b.data ? p.b.columns : p.a.columns;
   const std::int64_t count = p.row_count ? *p.row_count : p.depth;
   const std::int64_t part = divide_up(divide_up(count, p.splits), Mma::kDepth) * Mma::kDepth;
   const std::int64_t batch = blockIdx.y;
 
   for (std::int64_t item = blockIdx.x; item < shape.tiles * p.splits; item += gridDim.x) {
     const std::int64_t split = item / shape.tiles;
-    const Tile tile = shape.tile(item % shape.tiles, symmetric, p.upper);
-    const bool diagonal = symmetric && tile.row == tile.column;
-    const bool sums_here = p.sums && (symmetric ? diagonal : tile.column == 0);
+    const Tile tile = shape.tile(item % shape.tiles, triangular, p.upper);
+    const bool diagonal = triangular && tile.row == tile.column;
+    const bool same = diagonal && !p.b.data;
+    const bool sums_here = p.sums && (triangular ? diagonal : tile.column == 0);
     const std::int64_t begin = smaller(split * part, count), end = smaller(begin + part, count);
     // At least one step: an empty part still has a result, zero.
     const int steps =
         static_cast<int>(larger<std::int64_t>(1, divide_up(end - begin, Mma::kDepth)));
 
-    Loader<Mma> loader(p, tile, batch, diagonal, begin, end);
+    Loader<Mma> loader(p, tile, batch, same, begin, end);
     typename Mma::Accumulator c = {};
     double sum = 0;
     bool first = true;
@@ -255,7 +112,7 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
       __syncthreads();  // this stage is here, and the one before is free
       loader.load(shared.stages[stage == 0 ? Mma::kStages - 1 : stage - 1]);
       const auto& now = shared.stages[stage];
-      const auto* right = diagonal ? now.a : now.b;
+      const auto* right = same ? now.a : now.b;
       Mma::multiply(c, now.a, right, now.weights, row0, column0, lane);
       // Column sums come off the tiles on the diagonal, which have only half the loads to wait for.
       if (sums_here && threadIdx.x < Mma::kTile) {
@@ -285,16 +142,16 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
 template <class Mma>
 __global__ void reduce_kernel(const ProductParams<typename Mma::Element> p) {
   const auto shape = ProductShape::of(p, Mma::kTile);
-  const bool symmetric = !p.b.data;
+  const bool triangular = p.triangular();
   constexpr std::int64_t kArea = Mma::kTile * Mma::kTile;
-  const std::int64_t columns = symmetric ? p.a.columns : p.b.columns;
+  const std::int64_t columns = p.b.data ? p.b.columns : p.a.columns;
   for (std::int64_t index = blockIdx.x; index < shape.tiles; index += gridDim.x) {
-    const Tile tile = shape.tile(index, symmetric, p.upper);
+    const Tile tile = shape.tile(index, triangular, p.upper);
     for (int e = threadIdx.x; e < kArea; e += blockDim.x) {
       const std::int64_t row = tile.row * Mma::kTile + e / Mma::kTile;
       const std::int64_t column = tile.column * Mma::kTile + e % Mma::kTile;
       if (row >= p.a.columns || column >= columns) continue;
-      if (symmetric && (p.upper ? column < row : column > row)) continue;
+      if (triangular && (p.upper ? column < row : column > row)) continue;
       double value = 0;
       for (int s = 0; s < p.splits; ++s) value += p.partial[(s * shape.tiles + index) * kArea + e];
       store(p.out, p.out_f64, row * p.out_stride + column, p.alpha * value, p.accumulate);

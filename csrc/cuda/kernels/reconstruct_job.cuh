@@ -1,50 +1,80 @@
 // The host side of reconstruct: the workspace, and the order of launches. No value is read back.
 #pragma once
 
-#include "reconstruct.cuh"
+#include "small.cuh"
 
 namespace liar::cuda {
 
 inline std::int64_t even(std::int64_t n) { return divide_up(n, 2) * 2; }
 
-// How many λ are solved at once: all of them while they fit 2 GiB, for small matrices leave most of
-// the machine idle one by one.
-inline int ladder_group(const Reconstruct& r) {
-  const std::int64_t bytes = 8 * larger<std::int64_t>(1, r.n) * (r.n + 2 * r.d_out);
-  const std::int64_t fit = larger<std::int64_t>(1, (std::int64_t(2) << 30) / bytes);
-  return static_cast<int>(smaller<std::int64_t>(r.ladder, fit));
+// How many items of the batch, and λ of each, go through a launch together: all that fit 2 GiB, as
+// small matrices leave most of the machine idle one by one. Several items bring all their λ.
+struct Group {
+  std::int64_t items = 1;
+  int ladder = 1;
+};
+
+inline bool is_small(const Reconstruct& r) { return r.n <= r.small; }
+
+inline Group group_of(const Reconstruct& r) {
+  constexpr std::int64_t kMost = 32768;  // systems: a grid has room for twice as many
+  const std::int64_t p = r.d - r.n, folds = r.holdout.data ? 2 : 1;
+  const std::int64_t system = is_small(r) ? r.n + 1 : (r.n + 1) * (r.n + 2 * r.d_out + 2 * kPanel);
+  const std::int64_t gathered = (r.n + 1) * (folds * (r.n + r.d_out) + 2 * r.d_out);
+  const std::int64_t removed = r.cross.data ? 0 : p * (r.n + p + 2 * r.d_out);
+  const auto fit = [&](std::int64_t doubles, std::int64_t most) {
+    const std::int64_t count = smaller(r.group_bytes / 8 / larger<std::int64_t>(1, doubles), most);
+    return larger<std::int64_t>(1, count);
+  };
+  Group group;
+  const std::int64_t ladder = larger(1, r.ladder);
+  group.items =
+      smaller(fit(gathered + removed + ladder * system, larger<std::int64_t>(1, kMost / ladder)),
+              r.batches);
+  group.ladder = group.items > 1 ? r.ladder : static_cast<int>(smaller(fit(system, kMost), ladder));
+  return group;
 }
 
-inline ReconstructSpace lay_out(const Reconstruct& r, Workspace& workspace) {
+inline ReconstructSpace lay_out(const Reconstruct& r, Group group, Workspace& workspace) {
   ReconstructSpace s{};
-  const std::int64_t p = r.d - r.n, group = ladder_group(r);
+  const std::int64_t p = r.d - r.n, items = group.items, systems = items * group.ladder;
   s.removed_count = p;
   s.square_stride = even(r.n);
   s.linear_stride = even(r.d_out);
-  s.removed = workspace.take<std::int64_t>(p);
-  s.mean = workspace.take<double>(2);
-  s.kept_weight = workspace.take<double>(r.n * s.linear_stride);
-  if (r.cross.data) {
-    s.rhs = workspace.take<double>(r.n * s.linear_stride);
-  } else {
-    s.removed_weight = workspace.take<double>(p * s.linear_stride);
-    s.mixed = workspace.take<double>(p * s.square_stride);
-    s.removed_square = workspace.take<double>(p * even(p));
-    s.removed_product = workspace.take<double>(p * s.linear_stride);
+  s.removed = workspace.take<std::int64_t>(items * p);
+  s.mean = workspace.take<double>(items * 2);
+  s.kept_weight = workspace.take<double>(items * r.n * s.linear_stride);
+  if (!r.cross.data) {
+    s.removed_weight = workspace.take<double>(items * p * s.linear_stride);
+    s.mixed = workspace.take<double>(items * p * s.square_stride);
+    s.removed_square = workspace.take<double>(items * p * even(p));
+    s.removed_product = workspace.take<double>(items * p * s.linear_stride);
   }
-  s.product = workspace.take<double>(group * r.n * s.linear_stride);
-  s.partial = workspace.take<double>(group * kFormBlocks);
   s.folds[0].gram = r.gram;
   s.folds[0].cross = r.cross;
   s.folds[1].gram = r.holdout;
   s.folds[1].cross = r.holdout_cross;
   for (Fold& fold : s.folds) {
     if (!fold.gram.data) continue;
-    fold.square = workspace.take<double>(r.n * s.square_stride);
-    fold.linear = workspace.take<double>(r.n * s.linear_stride);
-    fold.constant = r.cross.data ? nullptr : workspace.take<double>(1);
+    fold.square = workspace.take<double>(items * r.n * s.square_stride);
+    fold.linear = workspace.take<double>(items * r.n * s.linear_stride);
+    fold.constant = r.cross.data ? nullptr : workspace.take<double>(items);
   }
-  s.system = System::lay_out(r.n, r.d_out, static_cast<int>(group), workspace);
+  s.rhs = r.cross.data ? workspace.take<double>(items * r.n * s.linear_stride) : s.folds[0].linear;
+  const int batches = static_cast<int>(systems);
+  if (is_small(r)) {
+    s.system.n = r.n;
+    s.system.m = r.d_out;
+    s.system.batches = batches;
+    s.system.diagonal = workspace.take<double>(systems * r.n);
+    s.system.code = workspace.take<double>(systems);
+    s.parts = static_cast<int>(larger<std::int64_t>(1, divide_up(r.d_out, kSlice)));
+  } else {
+    s.system = System::lay_out(r.n, r.d_out, batches, workspace);
+    s.product = workspace.take<double>(systems * r.n * s.linear_stride);
+    s.parts = kFormBlocks;
+  }
+  s.partial = workspace.take<double>(2 * systems * s.parts);
   return s;
 }
 
@@ -54,8 +84,8 @@ inline unsigned blocks_for(std::int64_t rows) {
 
 // out = α AᵀB (+ out), for matrices that lie in the workspace.
 inline void multiply(Operand<double> a, Operand<double> b, std::int64_t depth, double* out,
-                     std::int64_t stride, double alpha, bool accumulate, Stream& stream,
-                     int batches = 1, std::int64_t out_batch = 0) {
+                     std::int64_t stride, std::int64_t out_batch, int batches, double alpha,
+                     bool accumulate, Stream& stream) {
   ProductParams<double> q;
   q.a = a;
   q.b = b;
@@ -69,90 +99,134 @@ inline void multiply(Operand<double> a, Operand<double> b, std::int64_t depth, d
   product<Mma64>(q, stream);
 }
 
-// H_KK, L and c of one fold.
-inline void prepare(const Reconstruct& r, const ReconstructSpace& s, const Fold& fold,
-                    Stream& stream) {
-  const auto gather = [&](Matrix from, const std::int64_t* rows, std::int64_t row_count,
-                          const std::int64_t* columns, std::int64_t column_count, double* to,
-                          std::int64_t stride) {
-    const GatherParams q{
-        from, r.d, rows, columns, row_count, column_count, to, stride, columns != nullptr, false};
-    launch(gather_kernel, {blocks_for(row_count), 1, 1}, 256, 0, stream, q);
-  };
-  const std::int64_t p = s.removed_count, m = r.d_out;
-  gather(fold.gram, r.kept, r.n, r.kept, r.n, fold.square, s.square_stride);
-  if (fold.cross.data) {
-    gather(fold.cross, r.kept, r.n, nullptr, m, fold.linear, s.linear_stride);
-    return;
+// What a group's systems have in common: P, the weights, and of each fold H_KK, L and c.
+class Gatherer {
+ public:
+  Gatherer(const Reconstruct& r, const ReconstructSpace& s, std::int64_t items, Stream& stream)
+      : r_(r), s_(s), items_(static_cast<int>(items)), stream_(stream) {}
+
+  void run() const {
+    const std::int64_t p = s_.removed_count;
+    launch(index_kernel, {static_cast<unsigned>(items_), 1, 1}, 1024, sizeof(SumShared), stream_,
+           IndexParams{r_, s_.removed, s_.mean});
+    weights(kept(), s_.kept_weight);
+    if (!r_.cross.data) weights(removed(), s_.removed_weight);
+    for (const Fold& fold : s_.folds) {
+      if (!fold.gram.data) continue;
+      gather(fold.gram, kept(), kept(), fold.square, s_.square_stride);
+      if (r_.cross.data) {
+        gather(fold.cross, kept(), outputs(), fold.linear, s_.linear_stride);
+        continue;
+      }
+      gather(fold.gram, removed(), kept(), s_.mixed, s_.square_stride);
+      gather(fold.gram, removed(), removed(), s_.removed_square, even(p));
+      product(s_.mixed, s_.square_stride, r_.n, s_.removed_weight, p, fold.linear, 1, false);
+      product(s_.removed_square, even(p), p, s_.removed_weight, p, s_.removed_product, 1, false);
+      launch(dot_kernel, {static_cast<unsigned>(items_), 1, 1}, 1024, sizeof(SumShared), stream_,
+             DotParams{s_.removed_weight, s_.removed_product, p, r_.d_out, s_.linear_stride,
+                       fold.constant});
+    }
+    if (!r_.cross.data) return;
+    // The right-hand side with targets, C_K − G_KK W_Kᵀ.
+    gather(r_.cross, kept(), outputs(), s_.rhs, s_.linear_stride);
+    product(s_.folds[0].square, s_.square_stride, r_.n, s_.kept_weight, r_.n, s_.rhs, -1, true);
   }
-  gather(fold.gram, s.removed, p, r.kept, r.n, s.mixed, s.square_stride);
-  gather(fold.gram, s.removed, p, s.removed, p, s.removed_square, even(p));
-  const Operand<double> weight{s.removed_weight, s.linear_stride, m, 0};
-  multiply({s.mixed, s.square_stride, r.n, 0}, weight, p, fold.linear, s.linear_stride, 1, false,
-           stream);
-  multiply({s.removed_square, even(p), p, 0}, weight, p, s.removed_product, s.linear_stride, 1,
-           false, stream);
-  launch(dot_kernel, {1, 1, 1}, 1024, sizeof(SumShared), stream,
-         DotParams{s.removed_weight, s.removed_product, p, m, s.linear_stride, fold.constant});
+
+ private:
+  Indices kept() const { return {r_.kept, r_.n, r_.n}; }
+  Indices removed() const { return {s_.removed, s_.removed_count, s_.removed_count}; }
+  Indices outputs() const { return {nullptr, r_.d_out, 0}; }
+
+  void launch_gather(const GatherParams& q) const {
+    launch(gather_kernel, {blocks_for(q.rows.count), static_cast<unsigned>(items_), 1}, 256, 0,
+           stream_, q);
+  }
+
+  void gather(Matrix from, Indices rows, Indices columns, double* to, std::int64_t stride) const {
+    launch_gather({from, r_.d, rows, columns, to, stride, rows.count * stride,
+                   columns.data != nullptr, false});
+  }
+
+  void weights(Indices features, double* to) const {
+    launch_gather({r_.weight, r_.d, features, outputs(), to, s_.linear_stride,
+                   features.count * s_.linear_stride, false, true});
+  }
+
+  // Left (depth × rows) and right (depth × d_out), both of each item.
+  void product(const double* left, std::int64_t stride, std::int64_t rows, const double* right,
+               std::int64_t depth, double* out, double alpha, bool accumulate) const {
+    multiply({left, stride, rows, depth * stride},
+             {right, s_.linear_stride, r_.d_out, depth * s_.linear_stride}, depth, out,
+             s_.linear_stride, rows * s_.linear_stride, items_, alpha, accumulate, stream_);
+  }
+
+  const Reconstruct& r_;
+  const ReconstructSpace& s_;
+  int items_;
+  Stream& stream_;
+};
+
+// The systems of more rows, by the blocked solver.
+inline void solve_large_systems(GroupParams q, Stream& stream) {
+  const System& t = q.s.system;
+  const auto batches = static_cast<unsigned>(t.batches);
+  launch(start_kernel, {blocks_for(t.n), batches, 1}, 256, 0, stream, q);
+  solve(t, stream);
+  if (q.r.cross.data) launch(add_weight_kernel, {blocks_for(t.n), batches, 1}, 256, 0, stream, q);
+  if (q.r.weight_out) {
+    const auto tiles = static_cast<unsigned>(divide_up(t.n, 32) * divide_up(t.m, 32));
+    launch(output_kernel, {tiles, batches, 1}, 256, sizeof(TransposeShared), stream, q);
+  }
+  for (q.fold = 0; q.fold < 2; ++q.fold) {
+    const Fold& fold = q.s.folds[q.fold];
+    if (!fold.gram.data) continue;
+    multiply({fold.square, q.s.square_stride, t.n, q.s.square_batch(), q.ladder},
+             {t.data + t.right, t.stride, t.m, t.batch()}, t.n, q.s.product, q.s.linear_stride,
+             q.s.linear_batch(), t.batches, 1, false, stream);
+    launch(form_kernel, {kFormBlocks, batches, 1}, kFormThreads, sizeof(SumShared), stream, q);
+  }
+}
+
+// The problem that starts at one item of the batch and one λ.
+inline Reconstruct from(Reconstruct r, std::int64_t item, std::int64_t damp) {
+  for (Matrix* m : {&r.weight, &r.gram, &r.holdout, &r.cross, &r.holdout_cross})
+    if (m->data) m->data += item * m->batch;
+  r.kept += item * r.n;
+  r.damps += damp;
+  const std::int64_t at = item * r.ladder + damp;
+  if (r.weight_out) r.weight_out += at * r.d_out * r.n;
+  r.error += at;
+  if (r.holdout_error) r.holdout_error += at;
+  r.info += 2 * at;
+  return r;
 }
 
 // Returns the bytes of workspace; with a workspace, launches.
 inline std::int64_t reconstruct(const Reconstruct& r, void* memory, Stream& stream) {
   Workspace workspace(memory);
-  const ReconstructSpace s = lay_out(r, workspace);
+  const Group group = group_of(r);
+  const ReconstructSpace space = lay_out(r, group, workspace);
   if (!memory || r.ladder == 0) return workspace.bytes();
-  const bool targets = r.cross.data != nullptr;
-  const auto weights = [&](const std::int64_t* rows, std::int64_t count, double* to) {
-    const GatherParams q{r.weight,        r.d,   rows, nullptr, count, r.d_out, to,
-                         s.linear_stride, false, true};
-    launch(gather_kernel, {blocks_for(count), 1, 1}, 256, 0, stream, q);
-  };
-  launch(index_kernel, {1, 1, 1}, 1024, sizeof(SumShared), stream,
-         IndexParams{r, s.removed, s.mean});
-  weights(r.kept, r.n, s.kept_weight);
-  if (!targets) weights(s.removed, s.removed_count, s.removed_weight);
-  for (const Fold& fold : s.folds)
-    if (fold.gram.data) prepare(r, s, fold, stream);
-
-  // The right-hand side: L itself, or C_K − G_KK W_Kᵀ.
-  const Fold& first = s.folds[0];
-  const double* rhs = first.linear;
-  if (targets) {
-    const GatherParams copy{r.cross, r.d,   r.kept,          nullptr, r.n,
-                            r.d_out, s.rhs, s.linear_stride, false,   false};
-    launch(gather_kernel, {blocks_for(r.n), 1, 1}, 256, 0, stream, copy);
-    multiply({first.square, s.square_stride, r.n, 0}, {s.kept_weight, s.linear_stride, r.d_out, 0},
-             r.n, s.rhs, s.linear_stride, -1, true, stream);
-    rhs = s.rhs;
-  }
-  const int group = s.system.batches;
-  for (int l = 0; l < r.ladder; l += group) {
-    System system = s.system;
-    system.batches = smaller(group, r.ladder - l);
-    const auto batches = static_cast<unsigned>(system.batches);
-    launch(start_kernel, {blocks_for(r.n), batches, 1}, 256, 0, stream,
-           StartParams{system, first.square, rhs, s.square_stride, s.linear_stride, r.damps + l,
-                       s.mean});
-    solve(system, stream);
-    const auto tiles = static_cast<unsigned>(divide_up(r.n, 32) * divide_up(r.d_out, 32));
-    const auto output = [&](bool in_place, bool add, double* out) {
-      launch(output_kernel, {tiles, batches, 1}, 256, sizeof(TransposeShared), stream,
-             OutputParams{system, s.kept_weight, s.mean, s.linear_stride, in_place, add, out});
-    };
-    if (targets) output(true, false, nullptr);
-    if (r.weight_out) output(false, !targets, r.weight_out + l * r.d_out * r.n);
-    for (int f = 0; f < 2; ++f) {
-      const Fold& fold = s.folds[f];
+  for (std::int64_t item = 0; item < r.batches; item += group.items) {
+    const std::int64_t items = smaller(group.items, r.batches - item);
+    GroupParams q{from(r, item, 0), space, 1, 0};
+    for (Fold& fold : q.s.folds) {
       if (!fold.gram.data) continue;
-      multiply({fold.square, s.square_stride, r.n, 0},
-               {system.data + system.right, system.stride, r.d_out, system.batch()}, r.n, s.product,
-               s.linear_stride, 1, false, stream, system.batches, r.n * s.linear_stride);
-      launch(form_kernel, {kFormBlocks, batches, 1}, kFormThreads, sizeof(SumShared), stream,
-             FormParams{system, s.product, fold.linear, s.linear_stride, s.partial});
-      launch(finish_kernel, {batches, 1, 1}, kFormThreads, sizeof(SumShared), stream,
-             FinishParams{system, s.partial, fold.constant, s.mean,
-                          (f == 0 ? r.error : r.holdout_error) + l,
-                          f == 0 ? r.info + 2 * l : nullptr});
+      fold.gram.data += item * fold.gram.batch;
+      if (fold.cross.data) fold.cross.data += item * fold.cross.batch;
+    }
+    Gatherer(q.r, q.s, items, stream).run();
+    for (int l = 0; l < r.ladder; l += group.ladder) {
+      q.r = from(r, item, l);
+      q.ladder = smaller(group.ladder, r.ladder - l);
+      q.s.system.batches = static_cast<int>(items) * q.ladder;
+      if (is_small(r))
+        solve_small_systems(q, stream);
+      else
+        solve_large_systems(q, stream);
+      for (q.fold = 0; q.fold < (r.holdout.data ? 2 : 1); ++q.fold)
+        launch(finish_kernel, {static_cast<unsigned>(q.s.system.batches), 1, 1}, kFormThreads,
+               sizeof(SumShared), stream, q);
     }
   }
   return workspace.bytes();

@@ -1,0 +1,55 @@
+// The launchers of unit_energy and fisher_update_: checks, then raw pointers.
+#include "cpu/scores.h"
+
+#include "check_selection.h"
+#include "launch.h"
+#include "torch_pool.h"
+#include "widen.h"
+
+namespace liar {
+namespace {
+
+/// 16-bit rows as float32, float32 and float64 as they are; columns contiguous.
+Tensor as_float32_or_64(const Tensor& tensor) {
+  const bool wide = tensor.scalar_type() == ScalarType::Double;
+  if ((wide || tensor.scalar_type() == ScalarType::Float) && columns_contiguous(tensor))
+    return tensor;
+  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes(),
+                                         wide ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::copy_(copy, tensor);
+}
+
+template <class T>
+void update(Tensor& fisher, const Tensor& x, const Tensor& grad, int64_t width) {
+  fisher_update<T>(
+      {x.size(0), x.size(1), x.size(2), width, static_cast<const T*>(x.const_data_ptr()),
+       x.stride(0), x.stride(1), static_cast<const T*>(grad.const_data_ptr()), grad.stride(0),
+       grad.stride(1), static_cast<double*>(fisher.mutable_data_ptr())},
+      torch_pool());
+}
+
+}  // namespace
+
+Tensor unit_energy_cpu(Tensor weight, Tensor gram, int64_t width) {
+  check_unit_energy(weight, gram, width);
+  const Tensor weight64 = as_float64(weight), gram64 = as_float64(gram);
+  const int64_t d_out = weight.size(0), d = weight.size(1), shape[] = {d / width};
+  Tensor energy = torch::stable::new_empty(weight, {shape, 1}, ScalarType::Double);
+  unit_energy({d_out, d, width, static_cast<const double*>(weight64.const_data_ptr()),
+               weight64.stride(0), static_cast<const double*>(gram64.const_data_ptr()),
+               gram64.stride(0), static_cast<double*>(energy.mutable_data_ptr())},
+              *kernels().f64, torch_pool());
+  return energy;
+}
+
+void fisher_update_cpu(Tensor fisher, Tensor x, Tensor grad, int64_t width) {
+  check_fisher_update(fisher, x, grad, width);
+  x = as_float32_or_64(x);
+  grad = as_float32_or_64(grad);
+  if (x.scalar_type() == ScalarType::Double)
+    update<double>(fisher, x, grad, width);
+  else
+    update<float>(fisher, x, grad, width);
+}
+
+}  // namespace liar
