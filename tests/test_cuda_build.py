@@ -89,7 +89,7 @@ def test_the_reference_serves_a_device_on_request(monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1), (129, 7), (300, 129), (5000, 264)])
+@pytest.mark.parametrize("shape", [(1, 1), (129, 7), (300, 129), (5000, 264)], ids=str)
 @pytest.mark.parametrize("weighted", ["none", "mask", "real"])
 def test_gram_on_a_gpu(dtype, shape, weighted):
     from liar_ext import reference
@@ -116,7 +116,7 @@ def test_gram_on_a_gpu(dtype, shape, weighted):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("size", [(9, 4, 3), (70, 33, 65), (300, 100, 211)])
+@pytest.mark.parametrize("size", [(9, 4, 3), (70, 33, 65), (300, 100, 211)], ids=str)
 def test_reconstruct_on_a_gpu(size):
     from liar_ext import reference
 
@@ -133,7 +133,7 @@ def test_reconstruct_on_a_gpu(size):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("size", [(9, 4, 3), (70, 33, 65), (300, 100, 211)])
+@pytest.mark.parametrize("size", [(9, 4, 3), (70, 33, 65), (300, 100, 211)], ids=str)
 def test_reconstruct_a_batch_on_a_gpu(size):
     d, d_out, n = size
     x = torch.randn(5, 3 * d, d, dtype=torch.float64, device="cuda")

@@ -110,7 +110,9 @@ static __global__ void index_kernel(const IndexParams q) {
       else
         high = middle;
     }
-    if ((low == r.n || kept[low] != i) && i - low < r.d - r.n) removed[i - low] = i;
+    // Indices that are not ascending within d may count more or fewer than there are.
+    const std::int64_t at = i - low;
+    if ((low == r.n || kept[low] != i) && at >= 0 && at < r.d - r.n) removed[at] = i;
   }
   sum = block_sum(sum, shared.scratch);
   wrong = block_sum(wrong, shared.scratch);

@@ -38,6 +38,8 @@ struct SmallShared {
 
 LIAR_DEVICE int packed(int i, int j) { return i * (i + 1) / 2 + j; }
 
+static_assert(sizeof(SmallShared) + kSmall * (kSmall + 1) / 2 * sizeof(double) <= 99 << 10);
+
 // Overwrites the triangle below the diagonal by L; `diagonal`, if given, receives L_kk. Thread 0
 // gets LAPACK's info. A pivot that is not positive counts as 1: see factor_kernel.
 LIAR_DEVICE int factor_small(SmallShared& shared, int n, double* diagonal) {
