@@ -11,18 +11,12 @@
 #include "check_ops.h"
 #include "launch.h"
 #include "torch_pool.h"
+#include "widen.h"
 
 namespace liar {
 namespace {
 
 constexpr const char* kOp = "reconstruct: ";
-
-/// `tensor` itself if it is float64 with contiguous columns, else a float64 copy.
-Tensor as_float64(const Tensor& tensor) {
-  if (tensor.scalar_type() == ScalarType::Double && columns_contiguous(tensor)) return tensor;
-  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes(), ScalarType::Double);
-  return torch::stable::copy_(copy, tensor);
-}
 
 /// What one site reads of a tensor: (rows, cols), or the site's own of (sites, rows, cols).
 Float64View view(const Tensor& tensor, int64_t site) {

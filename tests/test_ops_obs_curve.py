@@ -163,6 +163,15 @@ def test_a_gram_that_cannot_be_factored_is_reported():
         assert order.tolist() == list(range(24))
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_weight_that_is_no_number_is_reported(width):
+    weight, x = problem()
+    weight[0, 3] = torch.nan
+    for op in (ops.obs_curve, reference.obs_curve):
+        _, error, info = op(weight, gram_of(x), width, DAMP, 0)
+        assert info[0] > 0 and error.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_narrow_arguments_are_widened_and_left_alone(dtype):
     weight, x = problem()

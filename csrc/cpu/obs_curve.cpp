@@ -216,9 +216,12 @@ class Elimination {
     return best;
   }
 
+  /// Rounding may leave a cost of nothing below 0. A NaN stays one, so that it is never chosen.
+  static double not_below_zero(double cost) { return cost < 0 ? 0.0 : cost; }
+
   /// tr(M_uu S⁻¹), not below 0; NaN if S is not positive definite.
   double cost_of(int64_t slot) {
-    if (w_ == 1) return std::max(0.0, *energy_block(slot) / *inverse_block(slot));
+    if (w_ == 1) return not_below_zero(*energy_block(slot) / *inverse_block(slot));
     factor_.assign(inverse_block(slot), inverse_block(slot) + w_ * w_);
     if (!factor(w_, factor_.data())) return std::numeric_limits<double>::quiet_NaN();
     square_.assign(energy_block(slot), energy_block(slot) + w_ * w_);
@@ -240,7 +243,7 @@ class Elimination {
     solve_lower(w_, w_, factor_.data(), square_.data(), w_);
     double trace = 0;
     for (int64_t i = 0; i < w_; ++i) trace += square_[static_cast<size_t>(i * w_ + i)];
-    return std::max(0.0, trace);
+    return not_below_zero(trace);
   }
 
   /// Appends the rows of L and R of one unit; false if S is not positive definite.
