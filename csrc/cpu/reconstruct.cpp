@@ -33,7 +33,7 @@
 namespace liar {
 namespace {
 
-constexpr int64_t kSideBySide = 1024;  // sites that keep more than this are solved in turn
+constexpr int64_t kSideBySide = 2048;  // sites that keep more than this are solved in turn
 constexpr int64_t kLine = 8;           // doubles in a cache line
 constexpr int64_t kTile = 64;          // turned at a time: both sides stay in cache
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
