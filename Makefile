@@ -34,7 +34,7 @@ test: setup
 
 bench: setup
 	mkdir -p out
-	$(BIN)/python -m pytest bench --benchmark-columns=min,median --benchmark-json=out/bench.json
+	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json=out/bench.json
 
 # Perplexity of methods at equal budgets, in the domain of the calibration text and (code) out of it.
 # MODEL, TEXTS, HELD_OUT and QUALITY, more options of bench/quality.py, may be given.

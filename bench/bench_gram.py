@@ -68,7 +68,8 @@ def test_gram(measure, benchmark, shape, dtype, contender):
         pytest.skip("minutes")
     benchmark.group = f"{shape} {tokens}x{d} {dtype}"
     x = torch.randn(tokens, d, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    measure(CONTENDERS[contender](x), flops=tokens * d * d, dtype=DTYPES[dtype], rounds=5)
+    rounds = 1 if contender == "torch" and dtype == "f16" and tokens * d * d > 1e9 else 7
+    measure(CONTENDERS[contender](x), flops=tokens * d * d, dtype=DTYPES[dtype], rounds=rounds)
 
 
 @pytest.mark.parametrize("contender", ["ours", "peers"])

@@ -34,8 +34,9 @@ CONTENDERS = {"ours": ours, "torch_inverse": torch_inverse}
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_obs_curve(measure, shape, contender):
+def test_obs_curve(measure, benchmark, shape, contender):
     d_out, d, width = SHAPES[shape]
+    benchmark.group = f"obs_curve {shape}"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(d, d, generator=generator) @ torch.randn(d, d, generator=generator)
     weight = torch.randn(d_out, d, generator=generator).double()

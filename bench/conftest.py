@@ -1,6 +1,7 @@
 """Shared by the benches: threads, CPU time, the machine's peak, one line of facts per result.
 
-    pytest bench/bench_gram.py bench/bench_reconstruct.py --benchmark-json=bench.json
+    make bench
+    pytest bench/bench_gram.py bench/bench_reconstruct.py --benchmark-quiet --benchmark-json=FILE
 
 ``LIAR_BENCH_THREADS`` sets the number of threads (1). Times are CPU time of the process, so that a
 busy machine disturbs them less; with several threads they are wall time.
@@ -13,11 +14,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
-import torch
-
 THREADS = int(os.environ.get("LIAR_BENCH_THREADS", "1"))
-os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)  # scipy's own BLAS; read when it is imported
+os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)  # read when torch loads numpy, and by scipy
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+OURS = ("ours", "one+holdout")  # what the others of a group are compared with
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,21 +87,28 @@ def measure(benchmark, peaks):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Print what the standard table has no column for."""
+    """Print one table: times, rates of the work needed, and ratios to ours in the same group."""
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks:
         return
-    terminalreporter.section(f"best time, rate of the needed work, share of peak; {THREADS} thread")
+    write = terminalreporter.write_line
+    terminalreporter.section(f"best times; {THREADS} thread")
+    write(f"{'':60} {'ms':>10} {'x ours':>7} {'GFLOP/s':>8} {'of peak':>8} {'peak MiB':>9}")
+    ours = {
+        bench.group: bench.stats.min
+        for bench in session.benchmarks
+        if bench.group and (bench.params or {}).get("contender") in OURS
+    }
     for bench in session.benchmarks:
-        info = bench.extra_info
+        info, best = bench.extra_info, bench.stats.min
+        memory = f"{info['peak_memory_mib']:9,}"
         if "forwards" in info:
-            terminalreporter.write_line(
-                f"{bench.name:40} {bench.stats.min:8.1f} s {info['forwards']:8.2f} forward passes "
-                f"{info['peak_memory_mib']:8,} MiB, grown by {info['memory_growth_mib']:6,} MiB"
+            of_forward = f"{info['forwards']:.2f} forward passes, {info['memory_growth_mib']:,} MiB"
+            write(
+                f"{bench.name:60} {best * 1e3:10.0f} {memory:>34} ({of_forward} more than before)"
             )
-        if "gflops" not in info:
             continue
-        terminalreporter.write_line(
-            f"{bench.name:66} {bench.stats.min * 1e3:10.2f} ms {info['gflops']:8.1f} GFLOP/s "
-            f"{100 * info.get('share_of_peak', 0):6.1f} %"
-        )
+        ratio = f"{best / ours[bench.group]:.2f}" if bench.group in ours else ""
+        share = f"{100 * info['share_of_peak']:.1f} %" if "share_of_peak" in info else ""
+        rate = f"{info['gflops']:8.1f} {share:>8} {memory}"
+        write(f"{bench.name:60} {best * 1e3:10.3f} {ratio:>7} {rate}")

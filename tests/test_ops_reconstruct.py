@@ -281,7 +281,7 @@ def test_several_sites_equal_a_call_each(run, errors_only, holdout, dense_target
 
 
 def test_sites_too_large_to_go_side_by_side():
-    d = 1100  # more than csrc/cpu/reconstruct.cpp solves one per thread
+    d = 2100  # more than csrc/cpu/reconstruct.cpp solves one per thread
     gram = torch.eye(d, dtype=torch.float64) + 0.5
     grams = torch.stack([gram, 2 * gram.tril()])
     weight = torch.linspace(-1, 1, 2 * d, dtype=torch.float64).view(2, 1, d)

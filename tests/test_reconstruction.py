@@ -51,6 +51,16 @@ def test_reported_errors_are_those_of_the_tokens(mode):
     assert solution.holdout_error == pytest.approx(float(held_out / energy), rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["linear", "affine"])
+def test_folds_solved_in_turn_equal_folds_solved_together(mode, monkeypatch):
+    _, weight, kept, moments = problem()
+    together = solve(weight, None, moments, kept, mode=mode)
+    monkeypatch.setattr("liar_ext.ridge.PAIRED_BYTES", 0)
+    in_turn = solve(weight, None, moments, kept, mode=mode)
+    assert torch.equal(together.weight, in_turn.weight)
+    assert (together.damp, together.holdout_error) == (in_turn.damp, in_turn.holdout_error)
+
+
 def brute_force(x, weight, kept, mode, damp):
     """Solve from tokens with the normal equations written out."""
     gone = [i for i in range(x.shape[1]) if i not in set(kept.tolist())]

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 // Both go through U in strips of kStrip rows. A strip takes in one long product what all strips
@@ -179,6 +180,27 @@ void Cholesky::solve_columns(double* x, int64_t columns, int64_t x_row) const {
     }
     finish(strip, Way::kBackward, strip > 0);
   }
+}
+
+Workspace square_root(const double* s, int64_t n, const PanelKernel& kernel, const Pool& pool) {
+  std::vector<double> scale;
+  for (int64_t i = 0; i < n; ++i) {
+    scale.push_back(s[i * (n + 1)] > 0 ? std::sqrt(s[i * (n + 1)]) : 1);
+  }
+  Workspace root = Workspace::of_doubles(n * n);
+  double* u = root.doubles();
+  std::fill_n(u, n * n, 0.0);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = i + 1; j < n; ++j) {
+      u[i * n + j] = s[i * n + j] / (scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)]);
+    }
+    u[i * (n + 1)] = 1 + static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+  }
+  if (Cholesky(u, n, n, kernel, pool).code() != 0) return Workspace();
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = i; j < n; ++j) u[i * n + j] *= scale[static_cast<size_t>(j)];
+  }
+  return root;
 }
 
 }  // namespace liar

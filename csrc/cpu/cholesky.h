@@ -33,4 +33,8 @@ class Cholesky {
   int64_t code_ = 0;
 };
 
+/// U with s = Uᵀ U, by rows and zero below its diagonal, of a symmetric (n, n) matrix that may be
+/// singular: its diagonal, scaled to 1, is raised by rounding. Empty if it is not semidefinite.
+Workspace square_root(const double* s, int64_t n, const PanelKernel& kernel, const Pool& pool);
+
 }  // namespace liar

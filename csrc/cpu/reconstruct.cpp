@@ -9,6 +9,7 @@
 
 #include "cholesky.h"
 #include "dense.h"
+#include "gather.h"
 
 // Everything that does not depend on λ is computed once; a λ then costs one factorisation, one
 // solve with as few right-hand sides as possible, and one triangular product for the held-out
@@ -33,12 +34,9 @@
 namespace liar {
 namespace {
 
-constexpr int64_t kSideBySide = 1024;  // sites that keep more than this are solved in turn
-constexpr int64_t kLine = 8;           // doubles in a cache line
+constexpr int64_t kSideBySide = 2048;  // sites that keep more than this are solved in turn
 constexpr int64_t kTile = 64;          // turned at a time: both sides stay in cache
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-
-int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 
 Workspace zeros(int64_t count) {
   Workspace to = Workspace::of_doubles(count);
@@ -84,76 +82,17 @@ class Solver {
     // Rows begin at cache lines and, where n is a power of two, not all in the same cache set.
     square_row = (a.n + kLine - 1) / kLine * kLine + kLine;
     square = Workspace::of_doubles(a.n * square_row);
-    parallel_tasks(pool, tiles(a.n), [&](int64_t task) {
-      for (int64_t j = task * kTile; j < std::min((task + 1) * kTile, a.n); ++j) {
-        const double* row = a.gram.data + a.kept[j] * a.gram.row_stride;
-        double* to = square.doubles() + j * square_row;
-        for (int64_t i = 0; i <= j; ++i) to[i] = row[a.kept[i]];
-      }
-    });
+    gather_lower(a.gram, a.kept, a.n, square.doubles(), square_row, pool);
     for (int64_t k = 0; k < a.n; ++k) diagonal.push_back(square.doubles()[k * (square_row + 1)]);
   }
 
   /// Writes the upper triangle of `square`, with `shift` added to the diagonal; the strictly lower
   /// one stays G for the next λ.
   void turn_up(double shift) {
-    double* u = square.doubles();
-    parallel_tasks(pool, tiles(a.n), [&](int64_t task) {
-      const int64_t end = std::min((task + 1) * kTile, a.n);
-      for (int64_t first = task * kTile; first < end; first += kLine) {
-        const int64_t stop = std::min(first + kLine, end);
-        for (int64_t j = first + 1; j < a.n; ++j) {
-          const int64_t limit = std::min(stop, j);
-          for (int64_t i = first; i < limit; ++i) u[i * square_row + j] = u[j * square_row + i];
-        }
-        for (int64_t i = first; i < stop; ++i) {
-          u[i * (square_row + 1)] = diagonal[static_cast<size_t>(i)] + shift;
-        }
-      }
-    });
-  }
-
-  /// Rows K and columns P of a Gram matrix, (n, n_P), from its lower triangle.
-  Workspace kept_by_removed(const Float64View& from) const {
-    Workspace to = Workspace::of_doubles(a.n * n_removed);
-    parallel_tasks(pool, tiles(a.n), [&](int64_t task) {
-      const int64_t end = std::min((task + 1) * kTile, a.n);
-      for (int64_t first = 0; first < n_removed; first += kLine) {
-        const int64_t stop = std::min(first + kLine, n_removed);
-        for (int64_t k = task * kTile; k < end; ++k) {
-          const int64_t stays = a.kept[k];
-          for (int64_t p = first; p < stop; ++p) {
-            const int64_t gone = removed[static_cast<size_t>(p)];
-            to.doubles()[k * n_removed + p] =
-                from.data[std::max(gone, stays) * from.row_stride + std::min(gone, stays)];
-          }
-        }
-      }
-    });
-    return to;
-  }
-
-  /// Columns K of the weights, turned: (n, d_out).
-  Workspace turned_kept_weight() const {
-    Workspace to = Workspace::of_doubles(a.n * a.d_out);
-    for (int64_t begin = 0; begin < a.n; begin += kTile) {
-      for (int64_t o = 0; o < a.d_out; ++o) {
-        const double* row = a.weight.data + o * a.weight.row_stride;
-        for (int64_t k = begin; k < std::min(begin + kTile, a.n); ++k) {
-          to.doubles()[k * a.d_out + o] = row[a.kept[k]];
-        }
-      }
-    }
-    return to;
-  }
-
-  /// Rows K of a cross-Gram matrix, (n, d_out).
-  Workspace kept_rows(const Float64View& from) const {
-    Workspace to = Workspace::of_doubles(a.n * a.d_out);
+    copy_lower_to_upper(square.doubles(), a.n, square_row, pool);
     for (int64_t k = 0; k < a.n; ++k) {
-      std::copy_n(from.data + a.kept[k] * from.row_stride, a.d_out, to.doubles() + k * a.d_out);
+      square.doubles()[k * (square_row + 1)] = diagonal[static_cast<size_t>(k)] + shift;
     }
-    return to;
   }
 
   /// ⟨S, M_PP⟩ from lower triangles.
@@ -170,7 +109,7 @@ class Solver {
 
   /// G_KP, or G_KP W_Pᵀ.
   Workspace plain_side(const Float64View& from) const {
-    Workspace block = kept_by_removed(from);
+    Workspace block = gather_block(from, a.kept, a.n, removed.data(), n_removed, pool);
     if (transfer) return block;
     Workspace to = zeros(a.n * width);
     add_product({{block.doubles(), 1, n_removed},
@@ -212,43 +151,27 @@ class Solver {
   }
 
   /// Replaces the right-hand sides Q by Q C with S = C Cᵀ: the errors are then those of X C, and no
-  /// λ needs the product X S. S may be singular, so its diagonal, scaled to 1, is raised by
-  /// rounding.
+  /// λ needs the product X S.
   void take_root() {
     const int64_t r = width;
-    std::vector<double> scale(static_cast<size_t>(r));
-    Workspace root = zeros(r * r);
-    double* u = root.doubles();
-    for (int64_t p = 0; p < r; ++p) {
-      const double square_root = std::sqrt(metric.doubles()[p * (r + 1)]);
-      scale[static_cast<size_t>(p)] = square_root > 0 ? square_root : 1;
-    }
-    for (int64_t p = 0; p < r; ++p) {
-      const double* s = metric.doubles() + p * r;
-      for (int64_t q = p + 1; q < r; ++q) {
-        u[p * r + q] = s[q] / (scale[static_cast<size_t>(p)] * scale[static_cast<size_t>(q)]);
-      }
-      u[p * (r + 1)] = 1 + static_cast<double>(r) * std::numeric_limits<double>::epsilon();
-    }
-    if (Cholesky(u, r, r, kernel, pool).code() != 0) return;
-    for (int64_t p = 0; p < r; ++p) {
-      for (int64_t q = p; q < r; ++q) u[p * r + q] *= scale[static_cast<size_t>(q)];
-    }
+    const Workspace root = square_root(metric.doubles(), r, kernel, pool);
+    if (root.empty()) return;
     for (Workspace* rows : {&side, &holdout_side}) {
       if (rows->empty()) continue;
       Workspace to = zeros(a.n * r);
-      add_product({{rows->doubles(), 1, r}, {u, 1, r}, r, a.n, r, 1, to.doubles(), r}, kernel,
-                  pool);
+      add_product({{rows->doubles(), 1, r}, {root.doubles(), 1, r}, r, a.n, r, 1, to.doubles(), r},
+                  kernel, pool);
       *rows = std::move(to);
     }
     transfer = false;
   }
 
   void prepare_dense() {
-    kept_weight = turned_kept_weight();
-    cross = kept_rows(*a.cross);
-    if (a.holdout_cross != nullptr) holdout_side = kept_rows(*a.holdout_cross);
-    side = kept_rows(*a.cross);
+    kept_weight = gather_columns_turned(a.weight, a.d_out, a.kept, a.n);
+    cross = gather_rows(*a.cross, a.kept, a.n, a.d_out);
+    if (a.holdout_cross != nullptr)
+      holdout_side = gather_rows(*a.holdout_cross, a.kept, a.n, a.d_out);
+    side = gather_rows(*a.cross, a.kept, a.n, a.d_out);
     turn_up(0);  // now `square` is all of G_KK
     add_product({{square.doubles(), square_row},
                  {kept_weight.doubles(), width},

@@ -3,16 +3,11 @@
 
 #include <cstdint>
 
+#include "gather.h"
 #include "panel_kernel.h"
 #include "parallel.h"
 
 namespace liar {
-
-/// A float64 matrix whose columns are contiguous.
-struct Float64View {
-  const double* data;
-  int64_t row_stride;
-};
 
 struct Reconstruct {
   int64_t d_out, d, n, ladder;
