@@ -28,10 +28,11 @@ from liar_ext.errors import InputError
 from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
 from liar_ext.moments import MomentBank, Moments, check_folds
 from liar_ext.norms import fit_norm, lost_moments, symmetric
-from liar_ext.plan import SitePlan
+from liar_ext.plan import Plan, SitePlan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import solve
 from liar_ext.solution import Solution, check_settings, form_at
+from liar_ext.surgery import apply_plan
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
 DAMP = 1e-4  # of the scores, where G may be singular
@@ -49,11 +50,21 @@ class Narrowing:
         New weight and bias of readers and norms, by path.
     rows : list of SiteRow
         One per norm, or other place where features are read.
+    source : dict
+        Facts on the calibration: model type, sequences, tokens.
     """
 
     kept: SitePlan
     weights: dict[str, tuple[Tensor, Tensor | None]]
     rows: list[SiteRow]
+    source: dict[str, object]
+
+    def applied_to_copy(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the dense model with the stream narrowed and nothing else pruned."""
+        narrowed = copy.deepcopy(model)
+        plan = Plan(model.config.model_type, "auto", {}, hidden=self.kept)
+        apply_plan(narrowed, plan, self.weights)
+        return narrowed
 
 
 @torch.no_grad()
@@ -111,7 +122,8 @@ def narrow(
         solver.solve(source, bank[source.name])
         for source in tqdm(hidden.sources, desc="narrow", disable=not progress)
     ]
-    return Narrowing(SitePlan(hidden.size, tuple(kept.tolist())), solver.weights, rows)
+    kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))
+    return Narrowing(kept_plan, solver.weights, rows, bank.source)
 
 
 def count_kept(hidden: Hidden, keep: float, multiple_of: int = 1) -> int:
