@@ -124,9 +124,13 @@ def hidden_of(model: nn.Module) -> Hidden:
 
 def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:
     """Return the paths of those layers of a step that are in the base model or in the head."""
-    paths = ((base + name, name) for name in step.layers)
-    found = (next((path for path in pair if path in layers), None) for pair in paths)
-    return [path for path in found if path is not None]
+    # By the same name one head is a layer, and another one holds layers.
+    return [
+        path
+        for name in step.layers
+        for path in dict.fromkeys((base + name, name))
+        if getattr(layers.get(path), "weight", None) is not None
+    ]
 
 
 class _Trail:
