@@ -38,8 +38,6 @@ class Source:
         Paths of linear layers with these features as their columns.
     tied : tuple of str
         Readers whose weight is the one of an embedding; not among ``readers``.
-    residual : bool
-        The block adds to what the norm puts out, instead of to what it gets (post-norm).
     """
 
     module: str
@@ -47,7 +45,6 @@ class Source:
     first: bool
     readers: tuple[str, ...]
     tied: tuple[str, ...]
-    residual: bool
 
     @property
     def name(self) -> str:
@@ -104,13 +101,12 @@ def hidden_of(model: nn.Module) -> Hidden:
         )
     base = base_path(model)
     layers = dict(model.named_modules())
-    trail = _Trail(layers, post_norm=family.stream.block[-1].does == "norm")
+    trail = _Trail(layers)
     for step in family.stream.start:
         trail.add(step.does, [base + name for name in step.layers])
     for path, _ in blocks_of(model, family):
         for step in family.stream.block:
             trail.add(step.does, [f"{path}.{name}" for name in step.layers])
-    trail.post_norm = False  # what the norm of a head puts out is added to nothing
     stream = trail.at
     for chain in family.stream.ends:
         trail.at = stream
@@ -136,11 +132,11 @@ def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str
 class _Trail:
     """Collects what the steps of a stream say."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], post_norm: bool) -> None:
-        self.layers, self.post_norm = layers, post_norm
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
         self.writers: list[str] = []
         self.read: dict[tuple[str, bool], list[str]] = {}  # by source and whether the first token
-        self.norms: dict[str, bool] = {}  # and whether the block adds to its output
+        self.norms: list[str] = []
         self.at = ""
 
     def add(self, does: str, paths: list[str]) -> None:
@@ -154,8 +150,8 @@ class _Trail:
         if does == "write":
             self.writers += paths
         elif does == "norm":
+            self.norms += paths
             for self.at in paths:
-                self.norms[self.at] = self.post_norm
                 self.read[self.at, False] = []
         elif does == "take":
             self.read |= {(path, False): [path] for path in free}
@@ -186,7 +182,6 @@ class _Trail:
                 first=first,
                 readers=tuple(path for path in paths if path not in tied),
                 tied=tuple(path for path in paths if path in tied),
-                residual=self.norms.get(module, False) and not first,
             )
             for (module, first), paths in self.read.items()
         )

@@ -27,7 +27,7 @@ from liar_ext.calibration import Tap, check_finite_weights, collect
 from liar_ext.errors import InputError
 from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
 from liar_ext.moments import MomentBank, Moments, check_folds
-from liar_ext.norms import fit_norm, lost_moments, symmetric
+from liar_ext.norms import fit_norm, lost_moments
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import solve
@@ -35,7 +35,6 @@ from liar_ext.solution import Solution, check_settings, form_at
 from liar_ext.surgery import apply_plan
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
-DAMP = 1e-4  # of the scores, where G may be singular
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def narrow(
     check_finite_weights(model)
     hidden = hidden_of(model)
     count = count_kept(hidden, keep, multiple_of)
-    scores = score_hidden(model, hidden, _dense_moments(model, hidden, batches, progress))
+    scores = score_hidden(_stream_moments(model, hidden, batches, progress))
     kept = scores.argsort(descending=True, stable=True)[:count].sort().values
     bank = _narrow_moments(model, hidden, kept, batches, progress)
     solver = _Solver(model, kept, mode, damp)
@@ -146,56 +145,32 @@ def count_kept(hidden: Hidden, keep: float, multiple_of: int = 1) -> int:
     return count
 
 
-def score_hidden(model: nn.Module, hidden: Hidden, bank: Mapping[str, Moments]) -> Tensor:
-    """Score the hidden features: what readers lose without one, after they are solved again.
+def score_hidden(bank: Mapping[str, Moments]) -> Tensor:
+    """Score the hidden features by their share of the stream's energy.
 
-    ``Σ_r |W_j|² / [(G + Λ)⁻¹]_jj / tr(W G Wᵀ)`` over the norms r, with G the Gram matrix of what
-    the norm puts out and W the weights of its readers: the ``obs`` error of removing j alone. A
-    head that is tied to the embedding, and a stream to which the norm's output is added
-    (post-norm), can't be solved again: they count ``|W_j|² G_jj`` and ``G_jj`` instead.
+    ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over the norms, with h what a norm gets: a feature that
+    holds much of it rules the statistic of every norm, which no reader can put right.
+
+    Parameters
+    ----------
+    bank : mapping of str to Moments
+        Of h, by norm.
 
     Returns
     -------
     Tensor
         ``(hidden,)`` float64, higher = keep.
-
-    Notes
-    -----
-    Source: Optimal Brain Surgeon (Hassibi and Stork 1993), summed over layers.
     """
-    score: Tensor | float = 0.0
-    for source in hidden.sources:
-        gram, _, _ = bank[source.name].pooled()
-        gram = symmetric(gram)
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        diagonal = gram.diagonal()
-        scale = DAMP * diagonal.mean()
-        remaining = 1 / torch.linalg.inv(gram + (scale if scale > 0 else 1.0) * eye).diagonal()
-        for metric, cost in (
-            (_metric(model, source.readers, gram), remaining),
-            (_metric(model, source.tied, gram, centred=True), diagonal),
-            (eye if source.residual else None, diagonal),
-        ):
-            if metric is not None:
-                energy = (metric * gram).sum()
-                score = score + metric.diagonal() * cost / (energy if energy > 0 else 1.0)
-    return score
+    energy = torch.stack([moments.second_moment() for moments in bank.values()])
+    whole = energy.sum(1, keepdim=True)
+    return (energy / torch.where(whole > 0, whole, 1.0)).mean(0)
 
 
-def _dense_moments(
+def _stream_moments(
     model: nn.Module, hidden: Hidden, batches: Batches, progress: bool
 ) -> MomentBank:
-    """Return the moments of what every source puts out."""
-    taps = [
-        Tap(
-            source.name,
-            source.module,
-            hidden.size,
-            (lambda _, output: output) if source.norm else (lambda args, _: args[0]),
-            source.first,
-        )
-        for source in hidden.sources
-    ]
+    """Return the moments of the stream before every norm."""
+    taps = [Tap(norm, norm, hidden.size, lambda args, _: args[0]) for norm in hidden.norms]
     return collect(model, _body(model, hidden), batches, taps, progress=progress)
 
 
@@ -296,18 +271,3 @@ class _Solver:
         pairs = zip(solution.weight.split(sizes), biases, strict=True)
         self.weights |= dict(zip(source.readers, pairs, strict=True))
         return solution
-
-
-def _metric(
-    model: nn.Module, readers: tuple[str, ...], like: Tensor, centred: bool = False
-) -> Tensor | None:
-    """Return ``WᵀW`` of readers in the dtype and place of ``like``; None of none.
-
-    Centred: without what all outputs have in common, which a softmax does not see.
-    """
-    if not readers:
-        return None
-    weight = torch.cat([model.get_submodule(path).weight for path in readers]).to(like)
-    if centred:
-        weight = weight - weight.mean(0)
-    return weight.mT @ weight

@@ -32,8 +32,9 @@ def narrowed(model, data, keep, **settings):
 def wanting(monkeypatch, kept):
     """Let the features that stay be these."""
 
-    def scores(model, hidden, bank):
-        return torch.isin(torch.arange(hidden.size), torch.tensor(kept)).double()
+    def scores(bank):
+        size = next(iter(bank.values())).d_in
+        return torch.isin(torch.arange(size), torch.tensor(kept)).double()
 
     monkeypatch.setattr(narrowing, "score_hidden", scores)
 
@@ -213,6 +214,19 @@ def test_scales_and_what_is_lost_equal_brute_force(with_offset):
     torch.testing.assert_close(moments.total.sum(0), z.sum(0))
     _, total, tokens = moments.pooled()
     assert tokens == 100
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@torch.no_grad()
+def test_features_stay_by_their_share_of_the_energy(name):
+    model = tiny(name, dtype=torch.float64)
+    data = batches(model)
+    shares = []
+    for path in hidden_of(model).norms:
+        h = torch.cat([h for h, _ in tokens_of(model, data, path)])
+        shares.append(h.square().sum(0) / h.square().sum())
+    best = sum(shares).topk(24).indices.sort().values.tolist()
+    assert list(narrow(model, data, 24 / hidden_of(model).size).kept.kept) == best
 
 
 def test_a_norm_without_spread_keeps_its_scale():
