@@ -90,8 +90,8 @@ def hidden_of(model: nn.Module) -> Hidden:
     Raises
     ------
     InputError
-        If the family has no row for its stream, or a layer outside of the blocks has the hidden
-        size and isn't in the row.
+        If the family has no row for its stream, or a layer has the hidden size and isn't in the
+        row.
     """
     family = family_of(model)
     if family.stream is None:
@@ -115,7 +115,7 @@ def hidden_of(model: nn.Module) -> Hidden:
             for step, paths in zip(chain, found, strict=True):
                 trail.add(step.does, paths)
     heads = block_config(family, model.config).num_attention_heads
-    return trail.hidden(model, base + family.blocks, family.stream.multiple_of == "heads", heads)
+    return trail.hidden(model, family.stream.multiple_of == "heads", heads)
 
 
 def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:
@@ -158,13 +158,13 @@ class _Trail:
         elif free:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
 
-    def hidden(self, model: nn.Module, blocks: str, by_heads: bool, heads: int) -> Hidden:
+    def hidden(self, model: nn.Module, by_heads: bool, heads: int) -> Hidden:
         tables = [layer for path in self.writers if _is_table(layer := self.layers[path])]
         size = tables[0].weight.shape[1]
         known = {*self.writers, *self.norms}.union(*self.read.values())
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            if size in parameter.shape and owner not in known and not name.startswith(blocks):
+            if size in parameter.shape and owner not in known:
                 raise InputError(
                     f"hidden: {owner} of {type(model).__name__} has {size} features, and the "
                     "stream of the family doesn't name it; prune the base model, or register a "
@@ -209,11 +209,13 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
     def keep(path: str, name: str, dim: int) -> None:
         layer = model.get_submodule(path)
         old = getattr(layer, name, None)
-        if old is not None:
-            # A weight that two layers share stays shared; holding the old one keeps its id its own.
-            pair = done.setdefault((id(old), dim), (old, select(old, dim, index)))
-            setattr(layer, name, pair[1])
-            _fit(layer)
+        if old is None:
+            return
+        if (id(old), dim) not in done:
+            done[id(old), dim] = (old, select(old, dim, index))
+        # A weight that two layers share stays shared. Held here, the old one keeps its id its own.
+        setattr(layer, name, done[id(old), dim][1])
+        _fit(layer)
 
     for path in hidden.norms:
         narrow_norm(model.get_submodule(path), index)

@@ -134,6 +134,13 @@ def test_a_head_that_the_family_does_not_name_is_refused():
         hidden_of(model)
 
 
+def test_a_block_with_more_norms_than_the_family_has_is_refused():
+    model = tiny("llama")
+    model.model.layers[1].extra = nn.LayerNorm(model.config.hidden_size)
+    with pytest.raises(InputError, match="model.layers.1.extra of LlamaForCausalLM"):
+        hidden_of(model)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "vit"])
 def test_a_family_without_a_stream_is_refused(name):
     with pytest.raises(InputError, match=f"no stream for family '{name}'"):

@@ -327,14 +327,26 @@ def test_fractions_that_leave_nothing_or_make_no_sense(keep):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize("settings", [{"keep": 1.0}, {"keep": 0.7}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep": 1.0},
+        {"keep": 0.7},
+        {"keep": 0.7, "reconstruct": "affine", "allocation": "uniform"},
+        {"keep": 0.7, "schedule": "layerwise", "criterion": "taylor", "allocation": "global"},
+        {"keep": Budget(0.7, of="params", multiple_of=2)},
+    ],
+)
 def test_the_whole_job(name, settings):
     model = tiny(name)
     before = sum(p.numel() for p in model.parameters())
-    report = prune(model, iter(batches(model)), keep_hidden=0.8, **settings)
+    data = batches(model)
+    if "criterion" in settings and name == "bert":
+        data = [{**batch, "labels": torch.arange(8) % 2} for batch in data]
+    report = prune(model, iter(data), keep_hidden=0.8, **settings)
     hidden = {"llama": 32, "bert": 24}[name]
     assert len(report.plan.hidden.kept) == hidden and is_pruned(model)
-    assert bool(report.sites) == (settings["keep"] < 1)
+    assert bool(report.sites) == (settings["keep"] != 1.0)
     assert report.params["before"] == before
     assert report.params["after"] == sum(p.numel() for p in model.parameters())
     assert report.params["prunable_after"] < report.params["prunable_before"]
