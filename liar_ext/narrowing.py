@@ -79,14 +79,16 @@ def narrow(
 ) -> Narrowing:
     """Choose the hidden features that stay and solve all their readers; the model isn't changed.
 
-    Two passes over the batches: one for the scores, one for the sums with the features chosen.
+    The features of most energy stay, see :func:`score_hidden`. Every norm gets new scales, and
+    offsets where it has a bias, by least squares. Then its readers are solved for their dense
+    outputs.
 
     Parameters
     ----------
     model : nn.Module
         The dense model, of a family with a stream in the table.
     batches : iterable of mapping
-        See :func:`liar_ext.calibrate`; gone through twice.
+        See :func:`liar_ext.calibrate`.
     keep : float
         Fraction of the hidden features that may stay, in (0, 1].
     mode : {"auto", "none", "bias", "linear", "affine"}
@@ -108,8 +110,22 @@ def narrow(
     ------
     InputError
         If the family has no stream, or a fold has no tokens.
+
+    Notes
+    -----
+    Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
+    which take ``(n_kept + hidden)²`` numbers per norm and fold. Held-out errors are solved on one
+    fold and judged on the other; which features stay and the scales of the norms, some thousand
+    numbers in all, are decided on both.
+
+    A head that is tied to the embedding is only sliced, as the two could not be one matrix
+    otherwise: it has the scales of its norm and no solve. In a post-norm model what a norm puts out
+    is also what the block adds to, and its scales are all that can be done about that.
+
+    Source: METHOD section 4.
     """
     check_settings(mode, damp)
+    batches = list(batches)
     check_finite_weights(model)
     hidden = hidden_of(model)
     count = count_kept(hidden, keep, multiple_of)
