@@ -232,7 +232,9 @@ def prune(
             "before": before,
             "after": count_params(model),
             "prunable_before": prunable,
-            "prunable_after": sum(site.params for site in sites(model, kinds, attn_unit)),
+            "prunable_after": sum(
+                [row.params_after for row in rows] or [site.params for site in at]
+            ),
         },
         evaluation=evaluation,
         seconds=clock.seconds,
