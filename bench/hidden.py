@@ -73,32 +73,22 @@ def main() -> None:
             small = copy.deepcopy(model)
             apply_plan(small, plan, weights)
             note(f"hidden, {method}", small, start)
+        kept = count_params(small) / dense
         if options.then:
-            start = time.process_time()
-            share = options.then * dense / count_params(small)
-            prune_sites(small, calibration, share)
-            note("hidden, then units", small, start)
-            start = time.process_time()
-            other = copy.deepcopy(model)
-            prune_sites(other, calibration, share)
-            done = narrow(other, calibration, fraction)
-            apply_plan(
-                other, Plan(model.config.model_type, "auto", {}, hidden=done.kept), done.weights
-            )
-            note("units, then hidden", other, start)
+            budget = Budget(options.then / kept, of="params")
+            start, both = time.process_time(), copy.deepcopy(model)
+            prune(both, calibration, budget, keep_hidden=fraction)
+            note("hidden, then units", both, start)
+            start, both = time.process_time(), copy.deepcopy(model)
+            prune(both, calibration, budget)
+            done = narrow(both, calibration, fraction)
+            plan = Plan(model.config.model_type, "auto", {}, hidden=done.kept)
+            apply_plan(both, plan, done.weights)
+            note("units, then hidden", both, start)
         if not options.hidden_only:
-            start = time.process_time()
-            other = copy.deepcopy(model)
-            kept = next(row["kept"] for row in rows[::-1] if row["method"] == "hidden, solved")
-            prune_sites(other, calibration, kept)
+            start, other = time.process_time(), copy.deepcopy(model)
+            prune(other, calibration, Budget(kept, of="params"))
             note("units", other, start)
-
-
-def prune_sites(model: nn.Module, batches: list, kept: float) -> None:
-    """Remove units by the default method until a fraction of all parameters is left."""
-    # A narrow model is a dense one as soon as its config says so.
-    model.config.hidden_size = hidden_of(model).size
-    prune(model, batches, Budget(kept, of="params"))
 
 
 def parse() -> argparse.Namespace:
