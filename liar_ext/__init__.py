@@ -11,6 +11,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.moments import MomentBank, Moments
+from liar_ext.narrowing import narrow
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct
@@ -33,6 +34,7 @@ __all__ = [
     "error_curves",
     "kl_divergence",
     "load_pruned",
+    "narrow",
     "ops",
     "perplexity",
     "prune",

@@ -13,16 +13,16 @@ so that a model with unequal layers is read like any other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.families import Family, HeadInput, Wiring, family_of, register_family
+from liar_ext.families import block_config, blocks_of, family_of, get_path, register_family
+from liar_ext.wiring import Family, HeadInput, Wiring
 
 __all__ = [
     "Family",
@@ -162,7 +162,7 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
         )
     family = family_of(model)
     found = []
-    for index, (path, block) in enumerate(_blocks(model, family)):
+    for index, (path, block) in enumerate(blocks_of(model, family)):
         for kind in KINDS:
             if kind in kinds:
                 wiring = _wiring(family, kind, block)
@@ -195,32 +195,6 @@ def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
     """Build a model without its weights: shapes only, on the meta device."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
-
-
-def block_config(family: Family, config: Any) -> Any:
-    """Return the part of a model's config that describes the blocks."""
-    return get_path(config, family.config) if family.config else config
-
-
-def get_path(root: Any, path: str) -> Any:
-    """Return the attribute of ``root`` at a dotted path."""
-    return reduce(getattr, path.split("."), root)
-
-
-def _blocks(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
-    """Yield path and module of each block."""
-    base = getattr(model, "base_model", model)
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    path = f"{prefix}.{family.blocks}".lstrip(".")
-    try:
-        blocks = model.get_submodule(path)
-    except AttributeError as error:
-        raise InputError(
-            f"sites: {type(model).__name__} has no {path!r}, where family {family.name!r} keeps "
-            "its blocks; pass the whole model, or register a family that fits"
-        ) from error
-    for index, block in enumerate(blocks):
-        yield f"{path}.{index}", block
 
 
 def _wiring(family: Family, kind: str, block: nn.Module) -> Wiring:

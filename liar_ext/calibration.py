@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,13 +53,54 @@ def calibrate(
         If a weight is not finite, a batch holds only padding, or a fold gets no token.
     """
     check_finite_weights(model)
-    at = list(at) if at is not None else sites(model)
-    body = getattr(model, "base_model", model)
+    at = at if at is not None else sites(model)
+    taps = [Tap(site.name, site.consumer, site.d_in, lambda args, _: args[0]) for site in at]
+    return collect(model, getattr(model, "base_model", model), batches, taps, progress=progress)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor to take the moments of.
+
+    Parameters
+    ----------
+    name : str
+        What the bank calls it.
+    module : str
+        Path of the module that is watched.
+    d_in : int
+        Number of features.
+    take : callable
+        Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output.
+    first : bool
+        Only the first token counts.
+    """
+
+    name: str
+    module: str
+    d_in: int
+    take: Callable[[tuple, Tensor], Tensor]
+    first: bool = False
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    body: nn.Module,
+    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    taps: Sequence[Tap],
+    *,
+    progress: bool = False,
+) -> MomentBank:
+    """Run ``body``, the model or its base model, over ``batches``; return the moments of ``taps``.
+
+    Batches, and what is raised, are as for :func:`calibrate`.
+    """
     device = next(model.parameters()).device
-    bank = MomentBank({site.name: Moments.zeros(site.d_in, device=device) for site in at})
+    bank = MomentBank({tap.name: Moments.zeros(tap.d_in, device=device) for tap in taps})
     current = _Batch()
     sequences = 0
-    with _collecting(model, at, bank, current), evaluating(model):
+    with _collecting(model, taps, bank, current), evaluating(model):
         for index, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
             inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
             inputs = {name: value.to(device) for name, value in inputs.items()}
@@ -114,14 +155,20 @@ class _Batch:
 
 
 @contextmanager
-def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current: _Batch):
-    """Feed each consumer's input to its moments while the context is open."""
+def _collecting(model: nn.Module, taps: Sequence[Tap], bank: MomentBank, current: _Batch):
+    """Feed each tapped tensor to its moments while the context is open."""
 
-    def hook(moments: Moments):
-        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x, weight = arguments[0], current.weight
-            if x.dim() == 2:  # OPT flattens sequences and tokens before its MLP
-                x = x.unflatten(0, (sum(map(len, current.rows)), -1))
+    def hook(tap: Tap):
+        moments = bank[tap.name]
+
+        def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            x, weight = tap.take(arguments, output), current.weight
+            sequences = sum(map(len, current.rows))
+            # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
+            if x.dim() == 2:
+                x = x.unflatten(0, (sequences, -1))
+            if tap.first or x.shape[1] == 1:
+                x, weight = x[:, :1], None if weight is None else weight[:, :1]
             if current.whole is not None:
                 folds = [(current.whole, x, weight)]
             else:
@@ -136,10 +183,7 @@ def _collecting(model: nn.Module, at: Sequence[Site], bank: MomentBank, current:
 
         return add
 
-    handles = [
-        model.get_submodule(site.consumer).register_forward_pre_hook(hook(bank[site.name]))
-        for site in at
-    ]
+    handles = [model.get_submodule(tap.module).register_forward_hook(hook(tap)) for tap in taps]
     try:
         yield
     finally:

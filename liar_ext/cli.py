@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -81,6 +82,14 @@ def _add_prune(commands) -> None:
         "--uniform-layers",
         action="store_true",
         help="all layers keep equally many units, so that stock loaders take the result",
+    )
+    add(
+        "--keep-hidden",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
+        "--keep 1 to narrow only",
     )
     add(
         "--sites",
@@ -230,6 +239,7 @@ def _prune(options: argparse.Namespace) -> None:
         schedule=options.schedule,
         target=options.target,
         refit=options.refit,
+        keep_hidden=options.keep_hidden,
         kinds=("attn", "mlp") if options.sites == "all" else (options.sites,),
         attn_unit=options.attn_unit,
         seed=options.seed,
@@ -259,7 +269,8 @@ def _prune(options: argparse.Namespace) -> None:
     report.seconds |= {"save": now - saving, "total": now - start}
     report.save(options.out)
     if not options.quiet:
-        print("\n".join(report.to_markdown().splitlines()[2:]).split("\n## Sites")[0])
+        lines = "\n".join(report.to_markdown().splitlines()[2:])
+        print(re.split("\n## (?:Sites|Hidden)", lines)[0])
         print(f"{options.out}: saved in {report.seconds['total']:.0f} s")
 
 

@@ -6,102 +6,15 @@ row means for a given model is read by :mod:`liar_ext.arch`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import reduce
+from typing import Any
 
 from torch import nn
 
 from liar_ext.errors import InputError
-
-
-@dataclass(frozen=True)
-class HeadInput:
-    """An input of an attention module that is computed once, for all heads of the dense model.
-
-    Parameters
-    ----------
-    module : str
-        Path of the module inside the block.
-    position, keyword : int, str
-        Where its ``forward`` takes the tensor, of shape (batch, heads, queries, keys).
-    """
-
-    module: str
-    position: int
-    keyword: str
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """How one kind of site is wired; every path is relative to the block.
-
-    ``numbers`` and ``config`` name the sizes of :attr:`Site.sizes`.
-
-    Parameters
-    ----------
-    producers : tuple of str
-        Linear layers whose rows belong to the units: one run of rows per channel or query head.
-    consumer : str
-        The linear layer that reads the units.
-    key_value : tuple of str
-        Producers with one run of rows per key/value head.
-    head_dim : str
-        Attribute that holds the size of a head; empty for an MLP.
-    stacked : int
-        Runs of all units that one producer stacks: 3 where a layer computes ``[q; k; v]``.
-    transposed : bool
-        Weights are stored as (d_in, d_out), as in ``Conv1D``.
-    numbers : mapping of str to str
-        Integers that the modules keep, and the size that each one must hold.
-    config : mapping of str to str, or None
-        Config fields that express equal layers, and the size that each one holds; None if the
-        stock class can't be built with fewer units.
-    bias_flag : str or None
-        Config field that gives all these layers a bias.
-    head_input : HeadInput or None
-        An input from outside of the block with one slice per head.
-    """
-
-    producers: tuple[str, ...]
-    consumer: str
-    key_value: tuple[str, ...] = ()
-    head_dim: str = ""
-    stacked: int = 1
-    transposed: bool = False
-    numbers: Mapping[str, str] = field(default_factory=dict)
-    config: Mapping[str, str] | None = None
-    bias_flag: str | None = None
-    head_input: HeadInput | None = None
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """All linear layers of the site: producers, then the consumer."""
-        return (*self.producers, *self.key_value, self.consumer)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model family.
-
-    Parameters
-    ----------
-    name : str
-        ``config.model_type``.
-    blocks : str
-        Path of the list of blocks inside the base model.
-    attn, mlp : Wiring
-        The two sites of a block. ``mlp`` may be several alternatives: the first whose layers
-        exist is taken.
-    config : str
-        Path inside the config of the part that describes the blocks; empty for the config itself.
-    """
-
-    name: str
-    blocks: str
-    attn: Wiring
-    mlp: Wiring | tuple[Wiring, ...]
-    config: str = ""
-
+from liar_ext.wiring import Family, HeadInput, Step, Stream, Wiring
 
 # The table. One row a family, checked against the source of transformers 5.24 and by a test that
 # slicing equals zeroing.
@@ -143,9 +56,54 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+def block_config(family: Family, config: Any) -> Any:
+    """Return the part of a model's config that describes the blocks."""
+    return get_path(config, family.config) if family.config else config
+
+
+def get_path(root: Any, path: str) -> Any:
+    """Return the attribute of ``root`` at a dotted path."""
+    return reduce(getattr, path.split("."), root)
+
+
+def blocks_of(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of each block of a model."""
+    path = f"{base_path(model)}{family.blocks}"
+    try:
+        blocks = model.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(
+            f"sites: {type(model).__name__} has no {path!r}, where family {family.name!r} keeps "
+            "its blocks; pass the whole model, or register a family that fits"
+        ) from error
+    for index, block in enumerate(blocks):
+        yield f"{path}.{index}", block
+
+
+def base_path(model: nn.Module) -> str:
+    """Return what the paths inside the base model begin with: nothing, or a path and a dot."""
+    base = getattr(model, "base_model", model)
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    return f"{prefix}." if prefix else ""
+
+
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
 _HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+_PRE_NORM = Stream(
+    start=(Step("write", ("embed_tokens",)),),
+    block=(
+        Step("norm", ("input_layernorm",)),
+        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Step("write", ("self_attn.o_proj",)),
+        Step("norm", ("post_attention_layernorm",)),
+        Step("read", ("mlp.gate_proj", "mlp.up_proj")),
+        Step("write", ("mlp.down_proj",)),
+    ),
+    ends=((Step("norm", ("norm",)), Step("read", ("lm_head", "score", "qa_outputs"))),),
+    config={"hidden_size": "hidden"},
+    multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
+)
 _LLAMA = Family(
     name="llama",
     blocks="layers",
@@ -165,6 +123,7 @@ _LLAMA = Family(
         config={"intermediate_size": "features"},
         bias_flag="mlp_bias",
     ),
+    stream=_PRE_NORM,
 )
 _NO_ATTN_FLAG = replace(_LLAMA.attn, bias_flag=None)
 _NO_MLP_FLAG = replace(_LLAMA.mlp, bias_flag=None)
@@ -172,7 +131,7 @@ _NO_MLP_FLAG = replace(_LLAMA.mlp, bias_flag=None)
 register_family(_LLAMA)
 register_family(replace(_LLAMA, name="smollm3"))
 register_family(replace(_LLAMA, name="qwen3", mlp=_NO_MLP_FLAG))
-register_family(replace(_LLAMA, name="gemma3_text", mlp=_NO_MLP_FLAG))
+register_family(replace(_LLAMA, name="gemma3_text", mlp=_NO_MLP_FLAG, stream=None))
 register_family(replace(_LLAMA, name="mistral", attn=_NO_ATTN_FLAG, mlp=_NO_MLP_FLAG))
 register_family(replace(_LLAMA, name="qwen2", attn=_NO_ATTN_FLAG, mlp=_NO_MLP_FLAG))
 register_family(
@@ -182,11 +141,53 @@ register_family(
         blocks="language_model.layers",
         mlp=_NO_MLP_FLAG,
         config="text_config",
+        stream=None,
     )
 )
 
 # BERT derives the size of a head from hidden_size / num_attention_heads, so that no config builds
 # fewer heads of the same size.
+
+
+def _pooled(layer: str, *heads: str) -> tuple[Step, ...]:
+    """Return the chain of a layer that reads the first token, and of heads that read the layer."""
+    return Step("read_first", (layer,)), Step("write", (layer,)), Step("take", heads)
+
+
+def _masked(dense: str, norm: str, decoder: str) -> tuple[Step, ...]:
+    """Return the chain of a head that predicts masked tokens."""
+    step = Step("read", (dense,)), Step("write", (dense,))
+    return *step, Step("norm", (norm,)), Step("read", (decoder,))
+
+
+_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+_POST_NORM = Stream(
+    start=(
+        Step("write", tuple(f"embeddings.{name}" for name in _EMBEDDINGS)),
+        Step("norm", ("embeddings.LayerNorm",)),
+    ),
+    block=(
+        Step("read", ("attention.self.query", "attention.self.key", "attention.self.value")),
+        Step("write", ("attention.output.dense",)),
+        Step("norm", ("attention.output.LayerNorm",)),
+        Step("read", ("intermediate.dense",)),
+        Step("write", ("output.dense",)),
+        Step("norm", ("output.LayerNorm",)),
+    ),
+    ends=(
+        _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
+        _pooled("classifier.dense", "classifier.out_proj"),
+        _masked(
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.decoder",
+        ),
+        _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+        (Step("read", ("classifier", "qa_outputs")),),
+    ),
+    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
+    multiple_of="head_dim",
+)
 _BERT = Family(
     name="bert",
     blocks="encoder.layer",
@@ -205,6 +206,7 @@ _BERT = Family(
         consumer="output.dense",
         config={"intermediate_size": "features"},
     ),
+    stream=_POST_NORM,
 )
 register_family(_BERT)
 register_family(replace(_BERT, name="roberta"))
@@ -224,6 +226,7 @@ register_family(
             # The encoder computes the relative position bias once, for all blocks and heads.
             head_input=HeadInput("attention.attn", 2, "position_bias"),
         ),
+        stream=None,
     )
 )
 register_family(

@@ -17,9 +17,11 @@ from liar_ext.criteria import get_criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.gradients import check_loss
+from liar_ext.hidden import hidden_of
 from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.losses import check_refine, decide
-from liar_ext.plan import Budget
+from liar_ext.narrowing import count_kept, narrow
+from liar_ext.plan import Budget, Plan
 from liar_ext.probe import count_params
 from liar_ext.reconstruction import reconstruct as solve_sites
 from liar_ext.report import Report, versions, what_to_know
@@ -44,6 +46,7 @@ def prune(
     schedule: str = "one-pass",
     target: str | None = None,
     refit: bool = False,
+    keep_hidden: float = 1.0,
     kinds: Sequence[str] = ("attn", "mlp"),
     attn_unit: str = "auto",
     seed: int = 0,
@@ -84,6 +87,10 @@ def prune(
         :func:`liar_ext.reconstruct_layerwise`.
     refit : bool
         Solve the sites that lose nothing, too, in layerwise mode.
+    keep_hidden : float
+        Fraction of the hidden size that may stay, in (0, 1]; see :func:`liar_ext.narrow`. The
+        stream is narrowed first, on a copy of the model; ``keep`` counts what is left then, and
+        the sites are calibrated and solved there. With ``keep=1.0`` they stay as they are.
     kinds : sequence of {"attn", "mlp"}
         Sites that may be pruned.
     attn_unit : {"auto", "kv_group", "head"}
@@ -124,8 +131,10 @@ def prune(
     total = total_cost(model, at, budget)
     check_budget(at, budget, allocation, total)
     clock = _Clock()
+    if keep_hidden != 1.0:
+        count_kept(hidden_of(model), keep_hidden, budget.multiple_of)
     backward = get_criterion(criterion).needs == "gradient"
-    if backward or allocation == "curve" or schedule == "layerwise":
+    if backward or allocation == "curve" or schedule == "layerwise" or keep_hidden != 1.0:
         batches = list(batches)  # to be gone through again
     if backward and batches:
         check_loss(model, batches[0])
@@ -134,32 +143,58 @@ def prune(
     if evaluate_on is not None:
         with clock("evaluate"):
             evaluation["dense"] = perplexity(model, evaluate_on, progress=progress)
-    with clock("calibrate"):
-        bank = calibrate(model, batches, at, progress=progress)
-    with clock("score"):
-        scores = score(model, bank, at, criterion, seed=seed, batches=batches, progress=progress)
-    with clock("allocate"):
-        plan, sensitivities, divergences = decide(
-            model,
-            bank,
-            at,
-            scores,
-            budget,
-            allocation,
-            batches,
-            mode=reconstruct,
-            refine=refine,
-            total=total,
-            progress=progress,
-        )
-    with clock("reconstruct"):
-        settings = {"mode": reconstruct, "damp": damp, "progress": progress}
-        if schedule == "one-pass":
-            weights, rows = solve_sites(model, bank, plan, **settings)
-        else:
-            weights, rows = reconstruct_layerwise(
-                model, batches, plan, target=target, refit=refit, **settings
+    prunable = sum(site.params for site in at)
+    narrow_model, narrowing = model, None
+    if keep_hidden != 1.0:
+        with clock("narrow"):
+            narrowing = narrow(
+                model,
+                batches,
+                keep_hidden,
+                mode=reconstruct,
+                damp=damp,
+                multiple_of=budget.multiple_of,
+                progress=progress,
             )
+            narrow_model = narrowing.applied_to_copy(model)
+        at = sites(narrow_model, kinds, attn_unit)
+        total = total_cost(narrow_model, at, budget)
+    plan = Plan(model.config.model_type, attn_unit, {}, asdict(budget))
+    weights, rows, sensitivities, divergences = {}, [], {}, {}
+    if narrowing is None or budget.keep < 1.0:
+        with clock("calibrate"):
+            bank = calibrate(narrow_model, batches, at, progress=progress)
+        source = bank.source
+        with clock("score"):
+            scores = score(
+                narrow_model, bank, at, criterion, seed=seed, batches=batches, progress=progress
+            )
+        with clock("allocate"):
+            plan, sensitivities, divergences = decide(
+                narrow_model,
+                bank,
+                at,
+                scores,
+                budget,
+                allocation,
+                batches,
+                mode=reconstruct,
+                refine=refine,
+                total=total,
+                progress=progress,
+            )
+        with clock("reconstruct"):
+            settings = {"mode": reconstruct, "damp": damp, "progress": progress}
+            if schedule == "one-pass":
+                weights, rows = solve_sites(narrow_model, bank, plan, **settings)
+            else:
+                weights, rows = reconstruct_layerwise(
+                    narrow_model, batches, plan, target=target, refit=refit, **settings
+                )
+    hidden_rows = []
+    if narrowing is not None:
+        plan, weights = replace(plan, hidden=narrowing.kept), {**narrowing.weights, **weights}
+        source, hidden_rows = narrowing.source, narrowing.rows
     before = count_params(model)
     with clock("surgery"):
         apply_plan(model, plan, weights)
@@ -179,11 +214,12 @@ def prune(
             "schedule": schedule,
             "target": target,
             "refit": refit,
+            "keep_hidden": keep_hidden,
             "kinds": list(kinds),
             "attn_unit": plan.attn_unit,
             "seed": seed,
-            "calibration_sequences": bank.source["sequences"],
-            "calibration_tokens": bank.source["tokens"],
+            "calibration_sequences": source["sequences"],
+            "calibration_tokens": source["tokens"],
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
             "threads": torch.get_num_threads(),
@@ -191,16 +227,19 @@ def prune(
         },
         versions=versions(),
         sites=[replace(row, sensitivity=sensitivities.get(row.name)) for row in rows],
+        hidden=hidden_rows,
         params={
             "before": before,
             "after": count_params(model),
-            "prunable_before": sum(row.params_before for row in rows),
-            "prunable_after": sum(row.params_after for row in rows),
+            "prunable_before": prunable,
+            "prunable_after": sum(
+                [row.params_after for row in rows] or [site.params for site in at]
+            ),
         },
         evaluation=evaluation,
         seconds=clock.seconds,
         warnings=what_to_know(
-            rows, reconstruct, bank.source["tokens"], max(site.d_in for site in at)
+            [*rows, *hidden_rows], reconstruct, source["tokens"], max(site.d_in for site in at)
         ),
         loading=how_to_load(model, plan),
     )

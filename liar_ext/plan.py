@@ -7,10 +7,12 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from liar_ext.errors import InputError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+READABLE = (1, 2)  # version 1 has no hidden features
 BUDGET_UNITS = ("prunable", "params", "flops")
 
 
@@ -89,6 +91,11 @@ class SitePlan:
                 f"got {list(self.kept[:8])}{'...' if len(self.kept) > 8 else ''}"
             )
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SitePlan:
+        """Make one of what :meth:`Plan.to_json` wrote."""
+        return cls(fields["units"], tuple(fields["kept"]), fields["bias"])
+
     @property
     def removed(self) -> tuple[int, ...]:
         """Indices of the units that go, ascending."""
@@ -110,12 +117,15 @@ class Plan:
         One entry per site, by name such as ``"3.mlp"``.
     budget : mapping
         The budget as it was asked for; for the record only.
+    hidden : SitePlan or None
+        The features of the residual stream that stay, the same in every block; None: all.
     """
 
     model_type: str
     attn_unit: str
     sites: Mapping[str, SitePlan]
     budget: Mapping[str, object] = field(default_factory=dict)
+    hidden: SitePlan | None = None
 
     def check_sites(self, held: Collection[str], operation: str) -> None:
         """Raise InputError unless every site of the plan is in ``held``."""
@@ -142,16 +152,15 @@ class Plan:
         try:
             data = json.loads(text)
             version = data.pop("version")
-            if version != PLAN_VERSION:
+            if version not in READABLE:
                 raise InputError(
                     f"Plan: version {version} is not {PLAN_VERSION}; "
                     "read it with the liar_ext that wrote it"
                 )
-            sites = {
-                name: SitePlan(site["units"], tuple(site["kept"]), site["bias"])
-                for name, site in data.pop("sites").items()
-            }
-            return cls(sites=sites, **data)
+            sites = {name: SitePlan.from_dict(site) for name, site in data.pop("sites").items()}
+            hidden = data.pop("hidden", None)
+            hidden = None if hidden is None else SitePlan.from_dict(hidden)
+            return cls(sites=sites, hidden=hidden, **data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise InputError(f"Plan: not a plan: {error!r}") from error
 

@@ -59,6 +59,8 @@ class Report:
         As asked for, and with which software.
     sites : list of SiteRow
         One per site.
+    hidden : list of SiteRow
+        One per place where hidden features are read, if the hidden size was pruned.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
     evaluation : dict
@@ -78,6 +80,7 @@ class Report:
     settings: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
     sites: list[SiteRow] = field(default_factory=list)
+    hidden: list[SiteRow] = field(default_factory=list)
     params: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
@@ -88,7 +91,8 @@ class Report:
     def to_json(self) -> str:
         """Return the report as strict JSON; an infinite number is the string ``"inf"``."""
         facts = {key: value for key, value in vars(self).items() if key != "plan"}
-        facts["sites"] = [asdict(row) for row in self.sites]
+        for name in ("sites", "hidden"):
+            facts[name] = [asdict(row) for row in facts[name]]
         return json.dumps(_strict(facts), indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
@@ -99,22 +103,9 @@ class Report:
             lines += ["", self.loading]
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
-        lines += ["", "## Sites", ""]
-        lines += [
-            "Errors are relative to the energy of the site's output; *held-out* is solved on one "
-            "half of the calibration documents and measured on the other.",
-            "",
-            "| site | units | parameters | damp | error | held-out | condition | dropped rows "
-            "| path | target | s |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for row in self.sites:
-            lines.append(
-                f"| {row.name} | {row.units_before} → {row.units_after} "
-                f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
-                f"| {row.error:.4f} | {row.holdout_error:.4f} | {row.condition:.1e} "
-                f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.2f} |"
-            )
+        for title, rows in (("Sites", self.sites), ("Hidden features", self.hidden)):
+            if rows:
+                lines += ["", f"## {title}", "", *_table(rows)]
         for title, facts in (
             ("Budget", self.budget),
             ("Settings", self.settings),
@@ -176,6 +167,25 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             "the held-out errors say what that costs."
         )
     return warnings
+
+
+def _table(rows: Sequence[SiteRow]) -> list[str]:
+    """Return the lines of a table of sites, or of places where hidden features are read."""
+    lines = [
+        "Errors are relative to the energy of the dense output; *held-out* is solved on one half "
+        "of the calibration documents and measured on the other.",
+        "",
+        "| site | units | parameters | damp | error | held-out | condition | dropped rows "
+        "| path | target | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {row.name} | {row.units_before} → {row.units_after} "
+        f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
+        f"| {row.error:.4f} | {row.holdout_error:.4f} | {row.condition:.1e} "
+        f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.2f} |"
+        for row in rows
+    ]
 
 
 def _target(row: SiteRow) -> str:

@@ -29,6 +29,8 @@ def equal_config(model: nn.Module, config: Any) -> Any | None:
             setattr(part, name, site.sizes[size])
         if site.wiring.bias_flag and get_consumer_bias(model, site) is not None:
             setattr(part, site.wiring.bias_flag, True)
+    for name, size in _narrowed_fields(model).items():
+        setattr(part, name, size)
     try:
         # Through a dict, as a loader reads it, so that the config's own rules are checked.
         stock = skeleton(type(model), type(config).from_dict(config.to_dict()))
@@ -82,13 +84,32 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
     options = [f"--sites {kind}" for kind in ("attn", "mlp") if stuck and kind not in stuck]
     if any(plan.sites[s.name].bias and s.wiring.bias_flag is None for s in cut):
         options.append("--reconstruct linear")
+    narrowed = ""
+    if plan.hidden is not None and "heads" in family_of(model).stream.config.values():
+        heads = len(plan.hidden.kept) // sites(model, ("attn",))[0].head_dim
+        narrowed = f" {len(plan.hidden.kept)} hidden features go with {heads} heads in every layer."
     return (
         "Plain transformers cannot build these layers: load the saved folder with "
         f"`liar_ext.load_pruned(folder)` or, where liar_ext is installed, with `transformers.{auto}"
         f".from_pretrained(folder, trust_remote_code=True)`. With `{' '.join(options)}"
         f"{' ' if options else ''}--uniform-layers` a folder needs no liar_ext, if the config of "
-        f"{plan.model_type} allows the sizes."
+        f"{plan.model_type} allows the sizes.{narrowed}"
     )
+
+
+def _narrowed_fields(model: nn.Module) -> dict[str, int]:
+    """Return the config fields that a smaller hidden size sets; none if it is the dense one."""
+    family = family_of(model)
+    if family.stream is None:
+        return {}
+    site = sites(model, ("attn",))[0]
+    sizes = {**site.sizes, "hidden": site.d_out}
+    fields = {name: sizes[size] for name, size in family.stream.config.items()}
+    dense = block_config(family, model.config)
+    same = all(
+        getattr(dense, n) == fields[n] for n, s in family.stream.config.items() if s == "hidden"
+    )
+    return {} if same else fields
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

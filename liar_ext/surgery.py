@@ -5,7 +5,8 @@ Nothing is masked and no number is computed. Of a site that keeps the units K::
     producers   W ← W[rows of K, :]   b ← b[rows of K]
     consumer    W ← W[:, columns of K], or the reconstructed weight that is given
 
-The head counts that ``forward`` reads follow; the size of a head stays.
+The head counts that ``forward`` reads follow; the size of a head stays. Hidden features go first:
+:func:`liar_ext.hidden.slice_hidden`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from liar_ext.arch import Site, get_consumer_bias, sites, skeleton
 from liar_ext.errors import InputError
+from liar_ext.hidden import hidden_of, select, slice_hidden
 from liar_ext.plan import Plan, SitePlan
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -40,6 +42,8 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
     weights : mapping of str to (Tensor, Tensor or None), optional
         New consumer weight, shape (d_out, n_kept · width), and bias, shape (d_out,), by site
         name. A site without an entry keeps the columns of its units, which is plain dropping.
+        With hidden features, d_out is the number of them that stay, and the new weights of norms
+        and readers come by path, from :func:`liar_ext.narrowing.narrow`.
 
     Raises
     ------
@@ -56,7 +60,11 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
     """
     found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     weights = weights or {}
-    _check(model, found, plan, weights)
+    layers = _hidden_layers(model, plan, weights)
+    _check(model, found, plan, {name: weights[name] for name in weights if name not in layers})
+    if plan.hidden is not None:
+        slice_hidden(model, plan.hidden.kept, layers)
+        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     _grow_biases(model, found, plan)
     for name, site_plan in plan.sites.items():
         _slice_site(model, found[name], site_plan)
@@ -76,7 +84,8 @@ def is_pruned(model: nn.Module) -> bool:
     base = getattr(model, "base_model", model)
     dense = skeleton(type(base), model.config)
     return any(
-        ours.d_in != theirs.d_in for ours, theirs in zip(sites(base), sites(dense), strict=True)
+        (ours.d_in, ours.d_out) != (theirs.d_in, theirs.d_out)
+        for ours, theirs in zip(sites(base), sites(dense), strict=True)
     )
 
 
@@ -125,7 +134,28 @@ def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Wei
     for name, (weight, bias) in weights.items():
         if name not in plan.sites:
             raise InputError(f"apply_plan: a weight came for {name}, which the plan doesn't name")
-        _check_weight(model, found[name], plan.sites[name], weight, bias)
+        _check_weight(model, found[name], plan, weight, bias)
+
+
+def _hidden_layers(model: nn.Module, plan: Plan, weights: Weights) -> Weights:
+    """Return the weights of norms and readers among ``weights``; refuse what doesn't fit."""
+    if plan.hidden is None:
+        return {}
+    hidden, count = hidden_of(model), len(plan.hidden.kept)
+    if plan.hidden.units != hidden.size:
+        raise InputError(
+            f"apply_plan: the model has {hidden.size} hidden features, the plan counts "
+            f"{plan.hidden.units}; is the model pruned already? Apply the plan to the dense model"
+        )
+    layers = {name: weights[name] for name in hidden.solved if name in weights}
+    for name, (weight, _) in layers.items():
+        shape = (*model.get_submodule(name).weight.shape[:-1], count)
+        if tuple(weight.shape) != shape:
+            raise InputError(
+                f"apply_plan: the weight of {name} must have shape {shape}, got "
+                f"{tuple(weight.shape)}"
+            )
+    return layers
 
 
 def _check_site(site: Site, site_plan: SitePlan) -> None:
@@ -145,10 +175,12 @@ def _check_site(site: Site, site_plan: SitePlan) -> None:
 
 
 def _check_weight(
-    model: nn.Module, site: Site, site_plan: SitePlan, weight: Tensor, bias: Tensor | None
+    model: nn.Module, site: Site, plan: Plan, weight: Tensor, bias: Tensor | None
 ) -> None:
     """Refuse a consumer weight or bias of another shape, or a bias with no place."""
-    shape = (site.d_out, len(site_plan.kept) * site.width)
+    d_out = site.d_out if plan.hidden is None else len(plan.hidden.kept)
+    site_plan = plan.sites[site.name]
+    shape = (d_out, len(site_plan.kept) * site.width)
     if tuple(weight.shape) != shape:
         raise InputError(
             f"apply_plan: the weight of {site.name} must have shape {shape}, got "
@@ -156,9 +188,9 @@ def _check_weight(
         )
     if bias is None:
         return
-    if tuple(bias.shape) != (site.d_out,):
+    if tuple(bias.shape) != (d_out,):
         raise InputError(
-            f"apply_plan: the bias of {site.name} must have shape ({site.d_out},), got "
+            f"apply_plan: the bias of {site.name} must have shape ({d_out},), got "
             f"{tuple(bias.shape)}"
         )
     if not site_plan.bias and get_consumer_bias(model, site) is None:
@@ -196,12 +228,12 @@ def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
     for path in site.producers:
         layer = model.get_submodule(path)
         rows = unit_rows(site, site_plan.kept, layer.weight.shape[output])
-        layer.weight = _select(layer.weight, output, rows)
+        layer.weight = select(layer.weight, output, rows)
         if layer.bias is not None:
-            layer.bias = _select(layer.bias, 0, rows)
+            layer.bias = select(layer.bias, 0, rows)
         _fit_layer(layer, site)
     consumer = model.get_submodule(site.consumer)
-    consumer.weight = _select(consumer.weight, input_, site.features(site_plan.kept))
+    consumer.weight = select(consumer.weight, input_, site.features(site_plan.kept))
     _fit_layer(consumer, site)
     if site.wiring.head_input is not None:
         _select_head_input(model, site, site_plan.kept)
@@ -213,12 +245,6 @@ def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | N
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:
         consumer.bias.copy_(bias)
-
-
-def _select(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
-    """Return a parameter that holds the given slices of another."""
-    chosen = parameter.detach().index_select(dim, index.to(parameter.device))
-    return nn.Parameter(chosen.contiguous(), requires_grad=parameter.requires_grad)
 
 
 def _fit_layer(layer: nn.Module, site: Site) -> None:

@@ -130,6 +130,21 @@ def test_layerwise_is_an_option(llama_folder, corpus, tmp_path, capsys):
     assert 'use schedule="layerwise"' in capsys.readouterr().err
 
 
+def test_the_hidden_size_alone_is_an_option(llama_folder, corpus, tmp_path, capsys):
+    out = tmp_path / "pruned"
+    options = ["--keep", 1, "--keep-hidden", 0.8, "--samples", 16, "--seq-len", 32]
+    assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "plain `transformers.AutoModelForCausalLM" in printed and "input_layernorm" not in printed
+    )
+    report = json.loads((out / "liar_report.json").read_text())
+    assert report["sites"] == [] and {row["units_after"] for row in report["hidden"]} == {32}
+    assert json.loads((out / "config.json").read_text())["hidden_size"] == 32
+    assert run("verify", out) == 0
+    assert "transformers.LlamaForCausalLM.from_pretrained: same outputs" in capsys.readouterr().out
+
+
 def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
     tiny("bert").save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")

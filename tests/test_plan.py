@@ -33,7 +33,19 @@ def test_plan_round_trips(tmp_path):
     assert plan.sites["0.mlp"].removed == (1, 2)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1}'])
+def test_plan_of_hidden_features_round_trips():
+    plan = Plan("llama", "kv_group", {}, hidden=SitePlan(6, (0, 2, 5)))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.hidden.removed == (1, 3, 4)
+
+
+def test_a_plan_of_version_1_is_one_without_hidden_features():
+    site = '{"units": 4, "kept": [0, 3], "bias": false}'
+    text = '{"version": 1, "model_type": "llama", "attn_unit": "head", "sites": {"0.mlp": %s}}'
+    assert Plan.from_json(text % site) == Plan("llama", "head", {"0.mlp": SitePlan(4, (0, 3))})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 2}'])
 def test_what_is_not_a_plan(text):
     with pytest.raises(InputError, match="Plan: "):
         Plan.from_json(text)

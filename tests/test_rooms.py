@@ -10,12 +10,12 @@ from pathlib import Path
 import liar_ext
 
 FLOORS = {
-    0: "errors knapsack reference",
+    0: "errors knapsack reference wiring",
     1: "ops families plan",
-    2: "arch moments outputs report solution",
+    2: "arch hidden moments outputs report solution",
     3: "stock probe texts calibration gradients curves sensitivity allocation ridge towards walk "
-    "surgery evaluation",
-    4: "criteria reconstruction layerwise saving",
+    "norms surgery evaluation",
+    4: "criteria reconstruction layerwise narrowing saving",
     5: "losses checkpoint",
     6: "pipeline",
     7: "cli",

@@ -1,0 +1,115 @@
+"""Perplexity of a model with a smaller hidden size, beside units removed at equal parameters.
+
+For every fraction of the hidden size, one row each for: features sliced and nothing put back; the
+norms scaled to what they put out before; the readers solved as well, which is what `--keep-hidden`
+does; and attention and MLP units removed by the default method until as few parameters are left.
+With `--then` the two are also combined, in both orders, at that fraction of all parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+from torch import nn
+
+from liar_ext import Budget, Plan, apply_plan, narrow, perplexity, prune
+from liar_ext.checkpoint import load_model
+from liar_ext.hidden import hidden_of
+from liar_ext.probe import count_params
+from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
+
+
+def main() -> None:
+    """Measure, and write after every row."""
+    options = parse()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_model(options.model)
+    sources = [read_documents(text) for text in options.calibration]
+    calibration = calibration_sequences(
+        sources,
+        tokenizer,
+        samples=options.samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        packed=True,
+    ).batches(4)
+    evaluation = evaluation_sequences(
+        read_documents(options.eval),
+        tokenizer,
+        seq_len=options.seq_len,
+        samples=options.eval_samples,
+    ).batches(4)
+    dense, rows = count_params(model), []
+
+    def note(method: str, pruned: nn.Module, start: float) -> None:
+        seconds = time.process_time() - start
+        result = perplexity(pruned, evaluation)
+        rows.append(
+            {
+                "method": method,
+                "hidden": hidden_of(pruned).size,
+                "params": count_params(pruned),
+                "kept": count_params(pruned) / dense,
+                "perplexity": result["perplexity"],
+                "tokens": result["tokens"],
+                "cpu_seconds": seconds,
+            }
+        )
+        print(rows[-1], flush=True)
+        settings = {k: str(v) for k, v in vars(options).items()}
+        options.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+
+    note("dense", model, time.process_time())
+    for fraction in options.keep_hidden:
+        start = time.process_time()
+        done = narrow(model, calibration, fraction)
+        plan = Plan(model.config.model_type, "auto", {}, hidden=done.kept)
+        norms = {path: done.weights[path] for path in hidden_of(model).norms}
+        for method, weights in (("sliced", {}), ("norms", norms), ("solved", done.weights)):
+            small = copy.deepcopy(model)
+            apply_plan(small, plan, weights)
+            note(f"hidden, {method}", small, start)
+        kept = count_params(small) / dense
+        if options.then:
+            budget = Budget(options.then / kept, of="params")
+            start, both = time.process_time(), copy.deepcopy(model)
+            prune(both, calibration, budget, keep_hidden=fraction)
+            note("hidden, then units", both, start)
+            start, both = time.process_time(), copy.deepcopy(model)
+            prune(both, calibration, budget)
+            done = narrow(both, calibration, fraction)
+            plan = Plan(model.config.model_type, "auto", {}, hidden=done.kept)
+            apply_plan(both, plan, done.weights)
+            note("units, then hidden", both, start)
+        if not options.hidden_only:
+            start, other = time.process_time(), copy.deepcopy(model)
+            prune(other, calibration, Budget(kept, of="params"))
+            note("units", other, start)
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="model folder, hub id or GGUF file")
+    add("--calibration", nargs="+", required=True)
+    add("--eval", required=True)
+    add("--keep-hidden", nargs="+", type=float, default=[0.91, 0.82])
+    add("--then", type=float, help="fraction of all parameters to reach with units as well")
+    add("--hidden-only", action="store_true", help="leave out the rows of units alone")
+    add("--samples", type=int, default=32)
+    add("--eval-samples", type=int, default=16)
+    add("--seq-len", type=int, default=512)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("out/hidden/hidden.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

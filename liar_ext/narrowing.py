@@ -1,0 +1,289 @@
+"""Narrow the residual stream: choose the hidden features that stay, and let every reader make good.
+
+The stream h is written by embeddings and by the last layer of every branch, and read through
+norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, and will read
+``x' = norm_K(h_K)``, whose statistic is that of K alone. With r what x' does not give of x::
+
+    y = W_K x' + W r + b,     r = x − x' on K,  x on P
+
+which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.ridge.solve` folds r into
+``W_K``, with the ridge that held-out tokens bear out, down to plain dropping. x' comes from the
+dense stream and the norm of the narrow model, so that what the norm changes is solved for, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from liar_ext.calibration import Tap, check_finite_weights, collect
+from liar_ext.errors import InputError
+from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
+from liar_ext.moments import MomentBank, Moments, check_folds
+from liar_ext.norms import fit_norm, lost_moments
+from liar_ext.plan import Plan, SitePlan
+from liar_ext.report import SiteRow
+from liar_ext.ridge import solve
+from liar_ext.solution import Solution, check_settings, form_at
+from liar_ext.surgery import apply_plan
+
+Batches = Iterable[Mapping[str, Tensor] | Tensor]
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What :func:`narrow` decided and solved.
+
+    Parameters
+    ----------
+    kept : SitePlan
+        The hidden features that stay.
+    weights : dict of str to (Tensor, Tensor or None)
+        New weight and bias of readers and norms, by path.
+    rows : list of SiteRow
+        One per norm, or other place where features are read.
+    source : dict
+        Facts on the calibration: model type, sequences, tokens.
+    """
+
+    kept: SitePlan
+    weights: dict[str, tuple[Tensor, Tensor | None]]
+    rows: list[SiteRow]
+    source: dict[str, object]
+
+    def applied_to_copy(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the dense model with the stream narrowed and nothing else pruned."""
+        narrowed = copy.deepcopy(model)
+        plan = Plan(model.config.model_type, "auto", {}, hidden=self.kept)
+        apply_plan(narrowed, plan, self.weights)
+        return narrowed
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module,
+    batches: Batches,
+    keep: float,
+    *,
+    mode: str = "auto",
+    damp: float | str = "auto",
+    multiple_of: int = 1,
+    progress: bool = False,
+) -> Narrowing:
+    """Choose the hidden features that stay and solve all their readers; the model isn't changed.
+
+    The features of most energy stay, see :func:`score_hidden`. Every norm gets new scales, and
+    offsets where it has a bias, by least squares. Then its readers are solved for their dense
+    outputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, of a family with a stream in the table.
+    batches : iterable of mapping
+        See :func:`liar_ext.calibrate`.
+    keep : float
+        Fraction of the hidden features that may stay, in (0, 1].
+    mode : {"auto", "none", "bias", "linear", "affine"}
+        What is put back. Readers without a bias gain none: there ``affine`` is ``linear`` and
+        ``bias`` is ``none``. With ``none`` the norms keep their scales, too.
+    damp : float or "auto"
+        λ, or the choice by held-out error, per norm.
+    multiple_of : int
+        Of the features that stay, besides what the stock class asks for.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    Narrowing
+        For ``Plan(..., hidden=kept)`` and :func:`liar_ext.apply_plan`.
+
+    Raises
+    ------
+    InputError
+        If the family has no stream, or a fold has no tokens.
+
+    Notes
+    -----
+    Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
+    which take ``(n_kept + hidden)²`` numbers per norm and fold. Held-out errors are solved on one
+    fold and judged on the other; which features stay and the scales of the norms, some thousand
+    numbers in all, are decided on both.
+
+    A head that is tied to the embedding is only sliced, as the two could not be one matrix
+    otherwise: it has the scales of its norm and no solve. In a post-norm model what a norm puts out
+    is also what the block adds to, and its scales are all that can be done about that.
+
+    Source: METHOD section 4.
+    """
+    check_settings(mode, damp)
+    batches = list(batches)
+    check_finite_weights(model)
+    hidden = hidden_of(model)
+    count = count_kept(hidden, keep, multiple_of)
+    scores = score_hidden(_stream_moments(model, hidden, batches, progress))
+    kept = scores.argsort(descending=True, stable=True)[:count].sort().values
+    bank = _narrow_moments(model, hidden, kept, batches, progress)
+    solver = _Solver(model, kept, mode, damp)
+    rows = [
+        solver.solve(source, bank[source.name])
+        for source in tqdm(hidden.sources, desc="narrow", disable=not progress)
+    ]
+    kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))
+    return Narrowing(kept_plan, solver.weights, rows, bank.source)
+
+
+def count_kept(hidden: Hidden, keep: float, multiple_of: int = 1) -> int:
+    """Return how many features stay: at most the fraction ``keep``, as a multiple allows.
+
+    Raises
+    ------
+    InputError
+        If ``keep`` is out of range, or no count is small enough.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise InputError(f"hidden: keep_hidden must be in (0, 1], got {keep}; 0.9 keeps 90 %")
+    step = math.lcm(hidden.multiple_of, multiple_of)
+    count = hidden.size if keep == 1.0 else math.floor(keep * hidden.size / step + 1e-9) * step
+    if not count:
+        raise InputError(
+            f"hidden: {keep:.4g} of {hidden.size} features is less than {step}, of which the "
+            "hidden size must be a multiple; raise keep_hidden"
+        )
+    return count
+
+
+def score_hidden(bank: Mapping[str, Moments]) -> Tensor:
+    """Score the hidden features by their share of the stream's energy.
+
+    ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over the norms, with h what a norm gets: a feature that
+    holds much of it rules the statistic of every norm, which no reader can put right.
+
+    Parameters
+    ----------
+    bank : mapping of str to Moments
+        Of h, by norm.
+
+    Returns
+    -------
+    Tensor
+        ``(hidden,)`` float64, higher = keep.
+    """
+    energy = torch.stack([moments.second_moment() for moments in bank.values()])
+    whole = energy.sum(1, keepdim=True)
+    return (energy / torch.where(whole > 0, whole, 1.0)).mean(0)
+
+
+def _stream_moments(
+    model: nn.Module, hidden: Hidden, batches: Batches, progress: bool
+) -> MomentBank:
+    """Return the moments of the stream before every norm."""
+    taps = [Tap(norm, norm, hidden.size, lambda args, _: args[0]) for norm in hidden.norms]
+    return collect(model, _body(model, hidden), batches, taps, progress=progress)
+
+
+def _narrow_moments(
+    model: nn.Module, hidden: Hidden, kept: Tensor, batches: Batches, progress: bool
+) -> MomentBank:
+    """Return the moments of ``[norm_K(h_K); norm(h)]`` of every source."""
+
+    def take(source: Source):
+        if not source.norm:
+            return lambda args, _: torch.cat([args[0][..., kept], args[0]], dim=-1)
+        norm = copy.deepcopy(model.get_submodule(source.module))
+        narrow_norm(norm, kept)
+        return lambda args, output: torch.cat([norm(args[0][..., kept]), output], dim=-1)
+
+    taps = [
+        Tap(source.name, source.module, len(kept) + hidden.size, take(source), source.first)
+        for source in hidden.sources
+    ]
+    return collect(model, _body(model, hidden), batches, taps, progress=progress)
+
+
+def _body(model: nn.Module, hidden: Hidden) -> nn.Module:
+    """Return the base model, or the whole one where features are read in its head."""
+    base = getattr(model, "base_model", model)
+    inside = dict(base.named_modules()).values()
+    heads = (model.get_submodule(source.module) for source in hidden.sources)
+    return base if all(any(head is m for m in inside) for head in heads) else model
+
+
+class _Solver:
+    """Solves the sources of one model one after the other, in the order of computation."""
+
+    def __init__(self, model: nn.Module, kept: Tensor, mode: str, damp: float | str) -> None:
+        self.model, self.kept, self.mode, self.damp = model, kept, mode, damp
+        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.scales: dict[str, tuple[Tensor, Tensor]] = {}  # of the norms
+
+    def solve(self, source: Source, both: Moments) -> SiteRow:
+        """Solve a norm and its readers, from the moments of ``[v; x]``."""
+        start = time.perf_counter()
+        check_folds(both)
+        n, hidden = len(self.kept), both.d_in - len(self.kept)
+        one = both.gram.new_ones(n)
+        solution = Solution(one, None, math.inf, 0.0, 0.0, 1.0, "sliced")
+        layers = [self.model.get_submodule(path) for path in source.readers]
+        if source.norm and not source.first:
+            norm = self.model.get_submodule(source.module)
+            layers.append(norm)
+            if self.mode != "none":
+                solution = self._fit_norm(source.module, norm, both)
+        if source.readers:
+            scales = self.scales.get(source.module, (one, torch.zeros_like(one)))
+            solution = self._solve_readers(source, lost_moments(both, self.kept, *scales))
+        per_feature = sum(layer.weight.numel() for layer in layers) // hidden
+        return SiteRow(
+            name=source.name,
+            units_before=hidden,
+            units_after=n,
+            params_before=per_feature * hidden,
+            params_after=per_feature * n,
+            damp=solution.damp,
+            error=solution.error,
+            holdout_error=solution.holdout_error,
+            condition=solution.condition,
+            dropped_rows=both.dropped_rows,
+            path=solution.path,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _fit_norm(self, path: str, norm: nn.Module, both: Moments) -> Solution:
+        bias = getattr(norm, "bias", None)
+        slope, offset, solution = fit_norm(both, self.kept, bias is not None)
+        self.scales[path] = slope, offset
+        weight = slope * norm.weight[self.kept].double()
+        new_bias = None if bias is None else slope * bias[self.kept].double() + offset
+        self.weights[path] = (weight, new_bias)
+        return solution
+
+    def _solve_readers(self, source: Source, moments: Moments) -> Solution:
+        readers = [self.model.get_submodule(path) for path in source.readers]
+        sizes = [len(reader.weight) for reader in readers]
+        wide = torch.cat([reader.weight for reader in readers]).to(moments.gram)
+        with_bias = all(reader.bias is not None for reader in readers)
+        bias = torch.cat([reader.bias for reader in readers]) if with_bias else None
+        mode = form_at(self.mode, with_bias)
+        if not with_bias:
+            mode = {"affine": "linear", "bias": "none"}.get(mode, mode)
+        solution = solve(
+            torch.cat([wide[:, self.kept], wide], dim=1),
+            bias,
+            moments,
+            torch.arange(len(self.kept)),
+            mode=mode,
+            damp=self.damp,
+        )
+        biases = [None] * len(sizes) if solution.bias is None else solution.bias.split(sizes)
+        pairs = zip(solution.weight.split(sizes), biases, strict=True)
+        self.weights |= dict(zip(source.readers, pairs, strict=True))
+        return solution

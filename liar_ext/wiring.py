@@ -1,0 +1,147 @@
+"""How a model family is described: the words of a row of the table in :mod:`liar_ext.families`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """An input of an attention module that is computed once, for all heads of the dense model.
+
+    Parameters
+    ----------
+    module : str
+        Path of the module inside the block.
+    position, keyword : int, str
+        Where its ``forward`` takes the tensor, of shape (batch, heads, queries, keys).
+    """
+
+    module: str
+    position: int
+    keyword: str
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """How one kind of site is wired; every path is relative to the block.
+
+    ``numbers`` and ``config`` name the sizes of :attr:`Site.sizes`.
+
+    Parameters
+    ----------
+    producers : tuple of str
+        Linear layers whose rows belong to the units: one run of rows per channel or query head.
+    consumer : str
+        The linear layer that reads the units.
+    key_value : tuple of str
+        Producers with one run of rows per key/value head.
+    head_dim : str
+        Attribute that holds the size of a head; empty for an MLP.
+    stacked : int
+        Runs of all units that one producer stacks: 3 where a layer computes ``[q; k; v]``.
+    transposed : bool
+        Weights are stored as (d_in, d_out), as in ``Conv1D``.
+    numbers : mapping of str to str
+        Integers that the modules keep, and the size that each one must hold.
+    config : mapping of str to str, or None
+        Config fields that express equal layers, and the size that each one holds; None if the
+        stock class can't be built with fewer units.
+    bias_flag : str or None
+        Config field that gives all these layers a bias.
+    head_input : HeadInput or None
+        An input from outside of the block with one slice per head.
+    """
+
+    producers: tuple[str, ...]
+    consumer: str
+    key_value: tuple[str, ...] = ()
+    head_dim: str = ""
+    stacked: int = 1
+    transposed: bool = False
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, str] | None = None
+    bias_flag: str | None = None
+    head_input: HeadInput | None = None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All linear layers of the site: producers, then the consumer."""
+        return (*self.producers, *self.key_value, self.consumer)
+
+
+class Step(NamedTuple):
+    """One step of what happens to the residual stream.
+
+    Parameters
+    ----------
+    does : {"write", "norm", "read", "read_first", "take"}
+        ``write``: layers whose rows, or embeddings whose columns, are features of the stream.
+        ``norm``: a norm over the features; what it puts out is read from there on.
+        ``read``: linear layers whose columns are the features; ``read_first``: those that read the
+        first token alone. ``take``: those that read what a layer wrote, through no norm.
+    layers : tuple of str
+        Paths. A layer may read in one step and write in the next.
+    """
+
+    does: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How the residual stream of a family is written, normalised and read, in that order.
+
+    Readers read what the last norm before them put out, be it in the block before.
+
+    Parameters
+    ----------
+    start : tuple of Step
+        Before the blocks; paths inside the base model.
+    block : tuple of Step
+        In every block; paths inside the block.
+    ends : tuple of tuple of Step
+        After the blocks: chains that begin with the stream each, the first of which has a layer
+        decides about it. Paths inside the base model, or inside the model with its task head. What
+        a model lacks is skipped, and so is a chain whose first step it lacks.
+    config : mapping of str to str
+        Config fields that follow, and the size that each one holds: ``hidden``, or one of
+        :attr:`Site.sizes` of attention, which the stock class ties to the hidden size.
+    multiple_of : {"heads", "head_dim"}
+        What the hidden size of the stock class must be a multiple of.
+    """
+
+    start: tuple[Step, ...]
+    block: tuple[Step, ...]
+    ends: tuple[tuple[Step, ...], ...]
+    config: Mapping[str, str]
+    multiple_of: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Parameters
+    ----------
+    name : str
+        ``config.model_type``.
+    blocks : str
+        Path of the list of blocks inside the base model.
+    attn, mlp : Wiring
+        The two sites of a block. ``mlp`` may be several alternatives: the first whose layers
+        exist is taken.
+    config : str
+        Path inside the config of the part that describes the blocks; empty for the config itself.
+    stream : Stream or None
+        Its residual stream; None if the hidden size can't be pruned.
+    """
+
+    name: str
+    blocks: str
+    attn: Wiring
+    mlp: Wiring | tuple[Wiring, ...]
+    config: str = ""
+    stream: Stream | None = None

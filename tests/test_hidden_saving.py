@@ -1,0 +1,115 @@
+"""A model with a smaller hidden size is a model folder like any other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folders import equal_plan, read
+from test_hidden import NARROWABLE
+from tiny import outputs, tiny, tiny_inputs
+
+from liar_ext import load_pruned, save_pruned, verify_pruned
+from liar_ext.arch import sites
+from liar_ext.plan import Plan, SitePlan
+from liar_ext.stock import how_to_load
+from liar_ext.surgery import apply_plan, is_pruned
+
+PLAIN = """
+import sys
+import torch
+import transformers
+inputs, expected = torch.load("probe.pt")
+model = transformers.{loader}.from_pretrained("pruned").eval()
+with torch.no_grad():
+    assert torch.equal(model(**inputs)[0], expected)
+assert model.config.hidden_size == {hidden}
+assert not any(name.startswith("liar_ext") for name in sys.modules)
+"""
+
+
+def narrow_plan(model, count: int, sites_of=None) -> Plan:
+    """Keep the last features."""
+    size = model.config.hidden_size
+    kept = SitePlan(size, tuple(range(size - count, size)))
+    plan = sites_of(model) if sites_of else Plan(model.config.model_type, "auto", {})
+    return Plan(plan.model_type, plan.attn_unit, plan.sites, hidden=kept)
+
+
+def saved(name: str, folder: Path, count: int, sites_of=None):
+    model = tiny(name)
+    plan = narrow_plan(model, count, sites_of)
+    apply_plan(model, plan)
+    save_pruned(model, folder, plan)
+    return model, plan
+
+
+def heads_plan(count: int):
+    """Return a maker of plans that keep some heads of every layer, and everything else."""
+
+    def plan(model) -> Plan:
+        kept = {s.name: SitePlan(s.units, tuple(range(count))) for s in sites(model, ("attn",))}
+        return Plan(model.config.model_type, "auto", kept)
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("name", "loader", "sites_of"),
+    [
+        ("llama", "AutoModelForCausalLM", None),
+        ("smollm3", "AutoModelForCausalLM", None),
+        ("qwen3", "AutoModelForCausalLM", equal_plan),
+        ("bert", "AutoModelForSequenceClassification", heads_plan(3)),
+        ("roberta", "AutoModelForMaskedLM", heads_plan(3)),
+    ],
+)
+def test_plain_transformers_loads_it(name, loader, sites_of, tmp_path):
+    hidden = 24  # of 40; of 32, where 3 of 4 heads of 8 must go with them
+    model, plan = saved(name, tmp_path / "pruned", hidden, sites_of)
+    assert f"plain `transformers.{loader}" in how_to_load(model, plan)
+    assert read(tmp_path / "pruned")["liar"]["layers"] == "equal"
+    inputs = tiny_inputs(model)
+    torch.save((inputs, outputs(model, inputs)), tmp_path / "probe.pt")
+    script = PLAIN.format(loader=loader, hidden=hidden)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", NARROWABLE)
+def test_sizes_that_no_config_says_load_with_the_plan(name, tmp_path):
+    """An odd hidden size, which heads do not divide, and BERT with all its heads."""
+    hidden = 23
+    model, plan = saved(name, tmp_path / "pruned", hidden, equal_plan)
+    fields = read(tmp_path / "pruned")
+    if fields["liar"]["layers"] == "unequal":
+        assert fields["hidden_size"] == plan.hidden.units
+        with pytest.raises(Exception, match="size|shape|mismatch"):
+            type(model).from_pretrained(tmp_path / "pruned")
+    loaded = load_pruned(tmp_path / "pruned")
+    assert torch.equal(outputs(loaded), outputs(model))
+    assert is_pruned(loaded)
+    facts = verify_pruned(tmp_path / "pruned")
+    assert facts["agrees"] and facts["params"] == sum(p.numel() for p in model.parameters())
+    plan_file = json.loads((tmp_path / "pruned" / "liar_plan.json").read_text())
+    assert plan_file["version"] == 2 and len(plan_file["hidden"]["kept"]) == hidden
+
+
+def test_an_encoder_is_told_which_heads_a_stock_loader_needs(tmp_path):
+    model, plan = saved("bert", tmp_path / "pruned", 24)
+    assert "24 hidden features go with 3 heads in every layer" in how_to_load(model, plan)
+
+
+def test_a_tied_head_stays_tied(tmp_path):
+    model, _ = saved("llama", tmp_path / "pruned", 24)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    loaded = load_pruned(tmp_path / "pruned")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    tokens = loaded.generate(**tiny_inputs(loaded), max_new_tokens=4, do_sample=False)
+    assert torch.equal(tokens, model.generate(**tiny_inputs(model), max_new_tokens=4))
