@@ -27,16 +27,19 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
-from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, prune, score, sites
-from liar_ext.arch import Site
+from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, prune, score, sites
+from liar_ext.arch import Site, get_consumer_bias
 from liar_ext.checkpoint import load_model
-from liar_ext.evaluation import kl_divergence
 from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.losses import measure_losses, probe_batches
 from liar_ext.moments import MomentBank
+from liar_ext.outputs import evaluating
 from liar_ext.reconstruction import reconstruct, with_bias
+from liar_ext.solution import form_at
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
 OTHERS = (
@@ -48,7 +51,7 @@ OTHERS = (
 )
 STEPS = ("wifv+uniform+linear", "wifv+curve+linear", "obs+curve+linear+equal")
 KEY = ("model", "sites", "seq_len", "calibration_tokens", "seed", "ratio", "method", "text")
-KL_EVERY = 4  # windows: the divergence runs the dense model as well
+KL_EVERY = 4  # windows: the dense outputs of a window of 512 tokens are 100 MB of float32
 
 
 def main() -> None:
@@ -85,6 +88,7 @@ def parse() -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--samples", type=int, default=128)
     add("--eval-samples", type=int, default=None)
+    add("--eval-dtype", default="float32", help="dtype that models are judged in")
     add("--seq-len", type=int, default=512)
     add("--out", type=Path, default=Path("out/quality"))
     return parser.parse_args()
@@ -142,7 +146,7 @@ class Case:
         if method.allocation == "curve":
             losses, more = self._losses(method, ratio)
             seconds += more
-        start = time.perf_counter()
+        start = time.process_time()
         plan = allocate(
             self.at,
             scores,
@@ -158,19 +162,20 @@ class Case:
             weights, _ = reconstruct(self.model, self.bank, plan, mode=method.mode)
         pruned = copy.deepcopy(self.model)
         apply_plan(pruned, plan, weights)
-        return pruned, plan, seconds + time.perf_counter() - start
+        return pruned, plan, seconds + time.process_time() - start
 
     def _scores(self, criterion: str) -> tuple[dict[str, Tensor], float]:
         if criterion not in self.scores:
-            start = time.perf_counter()
+            start = time.process_time()
             scores = score(self.model, self.bank, self.at, criterion, seed=self.seed)
-            self.scores[criterion] = scores, time.perf_counter() - start
+            self.scores[criterion] = scores, time.process_time() - start
         return self.scores[criterion]
 
     def _losses(self, method: Method, ratio: float) -> tuple[dict[str, Tensor], float]:
-        key = (method.criterion, method.mode, ratio)
+        biased = any(get_consumer_bias(self.model, site) is not None for site in self.at)
+        key = (method.criterion, form_at(method.mode, biased), ratio)
         if key not in self.losses:
-            start = time.perf_counter()
+            start = time.process_time()
             losses, _ = measure_losses(
                 self.model,
                 self.bank,
@@ -180,8 +185,46 @@ class Case:
                 probe_batches(self.batches),
                 mode=method.mode,
             )
-            self.losses[key] = losses, time.perf_counter() - start
+            self.losses[key] = losses, time.process_time() - start
         return self.losses[key]
+
+
+class HeldOut:
+    """A text to judge models by, and what the dense model gives for it.
+
+    Models are judged in ``dtype``, the dense one as well.
+    """
+
+    def __init__(
+        self, dense: nn.Module, windows: Sequence[dict[str, Tensor]], dtype: torch.dtype
+    ) -> None:
+        self.windows, self.dtype = windows, dtype
+        self.outputs: list[Tensor] = []
+        self.dense = self.judge(dense)["perplexity"]
+
+    @torch.no_grad()
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Return a model's perplexity, and its divergence from the one that was judged first."""
+        model = copy.deepcopy(model).to(self.dtype)
+        loss, tokens, lost, rows, outputs = 0.0, 0, 0.0, 0, []
+        with evaluating(model):
+            for index, window in enumerate(self.windows):
+                ids = window["input_ids"]
+                logits = model(ids).logits[0].float().log_softmax(-1)
+                loss += float(cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
+                tokens += len(logits) - 1
+                if index % KL_EVERY == 0:
+                    outputs.append(logits)
+        self.outputs = self.outputs or outputs
+        for p, q in zip(self.outputs, outputs, strict=True):
+            lost += float(kl_div(q, p, reduction="sum", log_target=True))
+            rows += len(p)
+        return {
+            "tokens": tokens,
+            "dense": getattr(self, "dense", math.nan),
+            "perplexity": math.exp(loss / tokens),
+            "kl": lost / rows,
+        }
 
 
 def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
@@ -197,16 +240,17 @@ def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
             seq_len=options.seq_len,
             samples=options.eval_samples,
         )
-        held_out[Path(source).name] = windows.batches(1)
-    dense = {text: perplexity(model, batches) for text, batches in held_out.items()}
+        held_out[Path(source).name] = HeldOut(
+            model, windows.batches(1), getattr(torch, options.eval_dtype)
+        )
     sources = [read_documents(source) for source in options.calibration]
     for seed in options.seeds:
         batches = calibration_sequences(
             sources, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=seed
         ).batches()
-        start = time.perf_counter()
+        start = time.process_time()
         bank = calibrate(model, batches, at)
-        case = Case(model, at, batches, bank, seed, time.perf_counter() - start)
+        case = Case(model, at, batches, bank, seed, time.process_time() - start)
         for ratio in options.ratios:
             for name, method in methods.items():
                 shared = {
@@ -228,14 +272,10 @@ def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
                     continue
                 pruned, plan, seconds = case.prune(method, ratio)
                 for text in wanted:
-                    after = perplexity(pruned, held_out[text])
                     yield shared | {
                         "removed": removed(plan, at),
                         "text": text,
-                        "tokens": after["tokens"],
-                        "dense": dense[text]["perplexity"],
-                        "perplexity": after["perplexity"],
-                        "kl": kl_divergence(pruned, model, held_out[text][::KL_EVERY]),
+                        **held_out[text].judge(pruned),
                         "seconds": seconds,
                     }
 

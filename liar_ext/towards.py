@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ from liar_ext import ops
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
 from liar_ext.solution import Solution, damp_ladder, ratio
+
+_SINGULAR = (
+    'reconstruct: G_KK + Λ is not positive definite at damp={}; use damp="auto" or a larger damp'
+)
 
 
 @dataclass
@@ -115,7 +120,7 @@ def solve_towards(
     -------
     Solution
         Its errors are those to the full target ``y*``, whatever the share, relative to
-        ``tr(W Ĝ Wᵀ)``.
+        ``tr(W Ĝ Wᵀ)``. It has ``halves``.
 
     Raises
     ------
@@ -139,45 +144,61 @@ def solve_towards(
     )
     best, share, held_out = _least(first + second, *shares)
 
+    if not torch.isfinite(held_out):
+        raise InputError(_SINGULAR.format(ladder[best]))
     sums = folds[0] + folds[1]
-    mean, offset = sums.means(affine)
-    gram = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
-    own = gram @ wide.mT
-    # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
-    asked = sums.cross - torch.outer(sums.total, offset)
-    new, _, error, info = ops.reconstruct(
-        wide,
-        gram,
-        kept,
-        damps[best : best + 1],
-        holdout=gram,
-        cross=own + share * asked,
-        holdout_cross=own + asked,
-    )
-    if info[0, 0] != 0 or not torch.isfinite(held_out):
-        raise InputError(
-            f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
-            'use damp="auto" or a larger damp'
-        )
-    left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
-    error = error[0] + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
-    error += (1 - share) ** 2 * left
-    new_bias = None
-    if affine:
-        start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
-        new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
+    fit = partial(_fit, wide, bias, kept, damp=ladder[best], share=share, affine=affine)
+    new, new_bias, error, condition = fit(sums)
     energy = (wide.mT * (_symmetric(sums.gram) @ wide.mT)).sum()
     solved = ladder[best] < math.inf
     return Solution(
-        weight=new[0],
+        weight=new,
         bias=new_bias,
         damp=ladder[best],
         error=ratio(error, energy),
         holdout_error=ratio(held_out, energy),
-        condition=float(info[0, 1]),
+        condition=condition,
         path=f"{mode}, cholesky float64" if solved else f"{mode}, drop",
         share=share,
+        halves=tuple(fit(fold)[:2] for fold in folds),
     )
+
+
+def _fit(
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    sums: _Sums,
+    *,
+    damp: float,
+    share: float,
+    affine: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, float]:
+    """Return the new weight and bias, the error to the full target, and the condition number."""
+    mean, offset = sums.means(affine)
+    gram = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
+    own = gram @ weight.mT
+    # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
+    asked = sums.cross - torch.outer(sums.total, offset)
+    (new,), _, (error,), info = ops.reconstruct(
+        weight,
+        gram,
+        kept,
+        weight.new_tensor([damp]),
+        holdout=gram,
+        cross=own + share * asked,
+        holdout_cross=own + asked,
+    )
+    if info[0, 0] != 0:
+        raise InputError(_SINGULAR.format(damp))
+    left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
+    error = error + (weight.mT * (own + 2 * asked)).sum() + sums.energy - left
+    error += (1 - share) ** 2 * left
+    new_bias = None
+    if affine:
+        start = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight)
+        new_bias = start + weight @ mean - new @ mean[kept] + share * offset
+    return new, new_bias, error, float(info[0, 1])
 
 
 @dataclass(frozen=True)
