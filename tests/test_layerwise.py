@@ -268,7 +268,8 @@ def test_the_whole_job(name, mode):
     assert {row.path.split(",")[0] for row in report.sites} == {mode}
     assert torch.isfinite(outputs(model)).all()
     assert {row.target for row in report.sites} == {"stream"}
-    assert "| dense-input |" in report.to_markdown()
+    share = report.sites[-1].share
+    assert f"| {f'{share:.2f} stream' if share else 'dense-input'} |" in report.to_markdown()
 
 
 def test_the_model_is_not_changed_even_by_a_failure():
