@@ -12,7 +12,15 @@ from liar_ext.arch import Site
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
 from liar_ext.report import SiteRow
-from liar_ext.solution import WITH_BIAS, Solution, check_settings, damp_ladder, form_at, ratio
+from liar_ext.solution import (
+    WITH_BIAS,
+    Solution,
+    check_settings,
+    damp_ladder,
+    form_at,
+    least_held_out,
+    ratio,
+)
 
 
 def solve(
@@ -30,7 +38,8 @@ def solve(
     ``affine``: the same with the centred Gram ``C``, and ``b' = b + W_P (μ_P − T μ_K)``.
     ``bias``: the affine form with ``T = 0`` (FLAP). ``none``: plain dropping.
     λ is the one with the least error on held-out tokens: solved on fold A and judged on fold B, and
-    the other way round; the returned weight is solved with it on both folds together.
+    the other way round, see :func:`liar_ext.solution.least_held_out`; the returned weight is solved
+    with it on both folds together.
 
     Parameters
     ----------
@@ -73,13 +82,13 @@ def solve(
     damps = torch.tensor(ladder, dtype=torch.float64, device=device)
 
     held_out, energy = _cross_validate(wide, moments, kept, damps, affine)
-    best = int(held_out.nan_to_num(nan=math.inf).argmin())
+    best = least_held_out(held_out, ladder)
     gram, total, tokens = moments.pooled()
     mean = total / tokens
     if affine:
         gram = centre(gram, total, tokens, mean)
     new, error, _, info = ops.reconstruct(wide, gram, kept, damps[best : best + 1])
-    if info[0, 0] != 0 or not torch.isfinite(held_out[best]):
+    if info[0, 0] != 0 or not torch.isfinite(held_out[:, best]).all():
         raise InputError(
             f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
             'use damp="auto" or a larger damp'
@@ -95,7 +104,7 @@ def solve(
         bias=new_bias,
         damp=ladder[best],
         error=ratio(error[0], energy),
-        holdout_error=ratio(held_out[best], energy),
+        holdout_error=ratio(held_out[:, best].sum(), energy),
         condition=float(info[0, 1]),
         path=mode + (", cholesky float64" if solved else ", drop" if given_up else ""),
     )
@@ -104,8 +113,8 @@ def solve(
 def _cross_validate(
     weight: Tensor, moments: Moments, kept: Tensor, damps: Tensor, affine: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the held-out error per damp and ``tr(W G Wᵀ)``, both summed over the folds."""
-    held_out = torch.zeros_like(damps)
+    """Return the held-out error by fold and damp, and ``tr(W G Wᵀ)`` over both folds."""
+    held_out = []
     energy = damps.new_zeros(())
     for fold in range(FOLDS):
         other = FOLDS - 1 - fold
@@ -116,8 +125,9 @@ def _cross_validate(
             mean = moments.total[fold] / moments.tokens[fold]
             gram = centre(gram, moments.total[fold], moments.tokens[fold], mean)
             holdout = centre(holdout, moments.total[other], moments.tokens[other], mean)
-        held_out += ops.reconstruct(weight, gram, kept, damps, holdout=holdout, errors_only=True)[2]
-    return held_out, energy
+        judged = ops.reconstruct(weight, gram, kept, damps, holdout=holdout, errors_only=True)
+        held_out.append(judged[2])
+    return torch.stack(held_out), energy
 
 
 def report_row(

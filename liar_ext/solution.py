@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -70,6 +71,25 @@ def form_at(mode: str, has_bias: bool) -> str:
 def damp_ladder(damp: float | str) -> list[float]:
     """Return the λ to choose from."""
     return list(DAMP_LADDER) if damp == "auto" else [float(damp)]
+
+
+def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
+    """Return the index of the λ to take.
+
+    The least sum over the folds counts, of those λ that do no worse than plain dropping in either
+    fold: with few tokens a sum may be less by the luck of one.
+
+    Parameters
+    ----------
+    errors : Tensor
+        ``(2, λ)``: held-out error by fold; NaN where nothing could be solved.
+    ladder : sequence of float
+        The λ; plain dropping, infinity, is the last where it is among them.
+    """
+    total = errors.sum(0)
+    if ladder[-1] == math.inf:
+        total = total.masked_fill((errors > errors[:, -1:]).any(0), math.inf)
+    return int(total.nan_to_num(nan=math.inf).argmin())
 
 
 def ratio(error: Tensor, energy: Tensor) -> float:

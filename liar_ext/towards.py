@@ -13,6 +13,7 @@ Both the solution and the sums are linear in α, so one solve serves every α.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
-from liar_ext.solution import Solution, damp_ladder, ratio
+from liar_ext.solution import Solution, damp_ladder, least_held_out, ratio
 
 _SINGULAR = (
     'reconstruct: G_KK + Λ is not positive definite at damp={}; use damp="auto" or a larger damp'
@@ -138,11 +139,13 @@ def solve_towards(
     ladder = damp_ladder(damp)
     damps = torch.tensor(ladder, dtype=torch.float64, device=device)
     folds = [_Sums.of_fold(moments, shortfall, fold) for fold in range(FOLDS)]
-    first, second = (
-        _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
-        for fold in range(FOLDS)
+    parabolas = torch.stack(
+        [
+            _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
+            for fold in range(FOLDS)
+        ]
     )
-    best, share, held_out = _least(first + second, *shares)
+    best, share, held_out = _least(parabolas, ladder, *shares)
 
     if not torch.isfinite(held_out):
         raise InputError(_SINGULAR.format(ladder[best]))
@@ -303,13 +306,21 @@ def _held_out(
     return torch.stack([constant, slope, quadratic(shortfall, shortfall)], dim=1)
 
 
-def _least(parabolas: Tensor, low: float, high: float) -> tuple[int, float, Tensor]:
-    """Return the λ, by index, and the share of least error, and that error."""
-    constant, slope, curve = parabolas.unbind(1)
+def _least(
+    parabolas: Tensor, ladder: Sequence[float], low: float, high: float
+) -> tuple[int, float, Tensor]:
+    """Return the λ, by index, and the share of least error, and that error.
+
+    ``parabolas`` are by fold and λ, ``(2, L, 3)``.
+    """
+    _, slope, curve = parabolas.sum(0).unbind(1)
     share = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
-    error = constant + share * slope + share.square() * curve
-    best = int(error.nan_to_num(nan=math.inf).argmin())
-    return best, float(share[best]), error[best]
+    # The least share competes at every λ, whatever the folds say of a greater one.
+    share = torch.cat([torch.full_like(share, low), share])
+    constant, slope, curve = parabolas.repeat(1, 2, 1).unbind(2)
+    errors = constant + share * slope + share.square() * curve
+    best = least_held_out(errors, [*ladder, *ladder])
+    return best % len(ladder), float(share[best]), errors[:, best].sum()
 
 
 def _symmetric(gram: Tensor) -> Tensor:
