@@ -225,7 +225,7 @@ class Walk:
         """Note what the dense model has at each site, and return its stream after the block."""
         run = self._run(index, part, part.dense)
         part.goals = {
-            site.name: _reached(site, targets[site.name], part.dense, run)
+            site.name: run.reached(site, targets[site.name], part.dense)
             for site in self.blocks.sites[index]
             if site.name in targets
         }
@@ -277,7 +277,7 @@ class Walk:
                 continue
             # The shortfall is what the dense model has there less what the pruned one has with
             # the dense weight in this site.
-            r = part.goals[site.name] - _reached(site, target, part.pruned, run)
+            r = part.goals[site.name] - run.reached(site, target, part.pruned)
             x, r = x.to(r.dtype), r.to(self.device).flatten(0, -2)
             usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
             moments.count[part.fold, 1] += (weight & ~usable).sum()
@@ -324,21 +324,6 @@ class Walk:
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in inputs.items()}
-
-
-def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
-    """Return the consumer's output, or the stream after the site, on the CPU.
-
-    In float32, or float64 as the model is: the difference of two of these is the shortfall.
-    """
-
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
-
-    if target == "stream" and site.kind == "mlp":
-        return wide(run.output)
-    output = wide(run.seen[site.name][1]).view_as(hidden)
-    return output + wide(hidden) if target == "stream" else output
 
 
 def _counting_tokens(inputs: Mapping[str, Tensor], tokens: int, device: torch.device) -> Tensor:
