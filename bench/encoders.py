@@ -15,7 +15,7 @@ import copy
 import csv
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -43,11 +43,14 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    rows = sentiment(options, tokenizer) + similarity(options, tokenizer)
-    (options.out / "encoders.json").write_text(json.dumps(rows, indent=1) + "\n")
-    table = markdown(rows)
-    (options.out / "encoders.md").write_text(table)
-    print(table)
+    rows: list[dict] = []
+    for task in (similarity, sentiment):
+        for row in task(options, tokenizer):
+            rows.append(row)
+            print(row, flush=True)
+            (options.out / "encoders.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (options.out / "encoders.md").write_text(markdown(rows))
+    print(markdown(rows))
 
 
 def parse() -> argparse.Namespace:
@@ -67,7 +70,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sentiment(options: argparse.Namespace, tokenizer) -> list[dict]:
+def sentiment(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
     """Accuracy on the SST-2 test sentences, dense and pruned."""
     train, test = (read_tsv(options.sst2 / name) for name in ("train.tsv", "test.tsv"))
     model = fine_tuned(options, tokenizer, train)
@@ -85,7 +88,7 @@ def sentiment(options: argparse.Namespace, tokenizer) -> list[dict]:
     return compare("SST-2 accuracy", model, accuracy, sentences, tokenizer, options)
 
 
-def similarity(options: argparse.Namespace, tokenizer) -> list[dict]:
+def similarity(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
     """Spearman correlation of cosine similarity with the human score, on the STS-B test pairs."""
     train, test = (read_sts(options.stsb / name) for name in ("sts-train.csv", "sts-test.csv"))
 
@@ -117,10 +120,9 @@ def compare(
     sentences: Sequence[str],
     tokenizer,
     options: argparse.Namespace,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Measure the dense model and every method on a copy of it."""
     before = measure(dense)
-    rows = []
     generator = torch.Generator().manual_seed(options.seed)
     chosen = torch.randperm(len(sentences), generator=generator)[: options.samples].tolist()
     texts = sorted((sentences[i] for i in chosen), key=len)  # little padding
@@ -132,21 +134,17 @@ def compare(
         seconds = time.process_time() - start
         after = measure(model)
         params = report.params
-        rows.append(
-            {
-                "task": task,
-                "method": name,
-                "keep": params["prunable_after"] / params["prunable_before"],
-                "dense": before,
-                "pruned": after,
-                "retained": after / before,
-                "calibration_tokens": report.settings["calibration_tokens"],
-                "seed": options.seed,
-                "seconds": seconds,
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+        yield {
+            "task": task,
+            "method": name,
+            "keep": params["prunable_after"] / params["prunable_before"],
+            "dense": before,
+            "pruned": after,
+            "retained": after / before,
+            "calibration_tokens": report.settings["calibration_tokens"],
+            "seed": options.seed,
+            "seconds": seconds,
+        }
 
 
 def fine_tuned(options: argparse.Namespace, tokenizer, train: list[tuple[str, int]]):

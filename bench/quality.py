@@ -10,9 +10,10 @@ publish:
     wifv+global+linear      another
     obs+uniform+linear      like SlimGPT
 
-`liar` is what `liar_ext.prune` does by default. All methods of a seed see the same calibration
-text; the texts to evaluate on share no document with it. Writes quality.json, quality.md and
-quality.png. Rows that the output folder has already are kept and not measured again.
+`liar` is what `liar_ext.prune` does by default, obs+curve+auto; `steps` are ablations of it. All
+methods of a seed see the same calibration text; the texts to evaluate on share no document with it.
+Writes quality.json, quality.md and quality.png. Rows that the output folder has already are kept
+and not measured again. Seconds are CPU seconds of all that a method needs, calibration included.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from quality_report import OTHERS, markdown, plot
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -42,14 +44,13 @@ from liar_ext.reconstruction import reconstruct, with_bias
 from liar_ext.solution import form_at
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
-OTHERS = (
-    "wanda+uniform+none",
-    "wifv+global+bias",
-    "wanda+uniform+linear",
-    "wifv+global+linear",
-    "obs+uniform+linear",
+STEPS = (
+    "wifv+uniform+linear",
+    "wifv+curve+auto",
+    "obs+curve+none",
+    "obs+curve+auto+equal",
+    "obs+curve+auto+layerwise",
 )
-STEPS = ("wifv+uniform+linear", "wifv+curve+linear", "obs+curve+linear+equal")
 KEY = ("model", "sites", "seq_len", "calibration_tokens", "seed", "ratio", "method", "text")
 KL_EVERY = 4  # windows: the dense outputs of a window of 512 tokens are 100 MB of float32
 
@@ -82,7 +83,7 @@ def parse() -> argparse.Namespace:
     add("model", help="model folder, hub id or GGUF file")
     add("--calibration", nargs="+", required=True)
     add("--eval", nargs="+", required=True, help="texts to evaluate on, the plot is of the first")
-    add("--methods", nargs="+", default=["liar", *OTHERS, *STEPS])
+    add("--methods", nargs="+", default=["liar", *OTHERS], help="steps stands for ablations")
     add("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5], help="fractions removed")
     add("--sites", choices=("all", "attn", "mlp"), default="all")
     add("--seeds", nargs="+", type=int, default=[0, 1])
@@ -229,7 +230,8 @@ class HeldOut:
 
 def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
     """Yield one row per seed, fraction, method and text, less those of a known key."""
-    methods = {name: Method.read(name) for name in options.methods}
+    names = [name for wish in options.methods for name in (STEPS if wish == "steps" else (wish,))]
+    methods = {name: Method.read(name) for name in names}
     model, tokenizer = load_model(options.model)
     at = sites(model, ("attn", "mlp") if options.sites == "all" else (options.sites,))
     held_out = {}
@@ -284,74 +286,6 @@ def removed(plan: Plan, at: Sequence[Site]) -> float:
     """Return the fraction of the sites' parameters that is gone."""
     gone = sum(len(plan.sites[site.name].removed) * site.unit_params for site in at)
     return gone / sum(site.params for site in at)
-
-
-def mean(rows: Sequence[dict], **where: object) -> tuple[float, float]:
-    """Return the geometric mean of the perplexities, and the mean divergence, of matching rows."""
-    found = [row for row in rows if all(row[key] == value for key, value in where.items())]
-    if not found:
-        return math.nan, math.nan
-    log = sum(math.log(row["perplexity"]) for row in found) / len(found)
-    return math.exp(log), sum(row["kl"] for row in found) / len(found)
-
-
-def markdown(rows: list[dict]) -> str:
-    """Return one table per text: methods down, fractions removed across, means over seeds."""
-    first = rows[0]
-    seeds = ", ".join(dict.fromkeys(str(row["seed"]) for row in rows))
-    lines = []
-    for text in dict.fromkeys(row["text"] for row in rows):
-        chosen = [row for row in rows if row["text"] == text]
-        ratios = list(dict.fromkeys(row["ratio"] for row in chosen))
-        methods = list(dict.fromkeys(row["method"] for row in chosen))
-        dense = chosen[0]["dense"]
-        lines += [
-            f"{first['model']} on {text}: perplexity (KL to the dense model in nats per token), "
-            f"{chosen[0]['tokens']:,} tokens in windows of {first['seq_len']}, dense {dense:.2f}. "
-            f"Calibrated on {first['calibration_tokens']:,} tokens of "
-            f"{', '.join(first['calibration'])}; mean over seeds {seeds}. "
-            f"Columns: fraction removed of the parameters of {first['sites']} sites.",
-            "",
-            "| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
-            "|---|" + "---|" * len(ratios),
-        ]
-        table = {
-            method: [mean(chosen, method=method, ratio=ratio) for ratio in ratios]
-            for method in methods
-        }
-        for method, cells in table.items():
-            shown = (f"{value:.2f} ({kl:.3f})" if not math.isnan(kl) else "" for value, kl in cells)
-            lines.append(f"| {method} | " + " | ".join(shown) + " |")
-        others = [method for method in methods if method in OTHERS]
-        if "liar" in methods and others:
-            shares = []
-            for column, (value, _) in enumerate(table["liar"]):
-                best = min(table[method][column][0] for method in others)
-                shares.append(f"{math.log(value / dense) / math.log(best / dense):.2f}")
-            lines.append("| gap of liar / best gap of others | " + " | ".join(shares) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Draw perplexity on the first text against the fraction kept, a line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["text"] == rows[0]["text"]]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        ratios = list(dict.fromkeys(row["ratio"] for row in rows if row["method"] == method))
-        means = [mean(rows, method=method, ratio=ratio)[0] for ratio in ratios]
-        kept = [1.0, *(1 - ratio for ratio in ratios)]
-        strong = {"linewidth": 2.5, "color": "black"} if method == "liar" else {"linewidth": 1.2}
-        axes.plot(kept, [rows[0]["dense"], *means], marker="o", label=method, **strong)
-    axes.set(xlabel="fraction of prunable parameters kept", ylabel="perplexity", yscale="log")
-    axes.set_title(f"{rows[0]['model']} on {rows[0]['text']}")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=140)
 
 
 if __name__ == "__main__":
