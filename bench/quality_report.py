@@ -13,6 +13,7 @@ OTHERS = (
     "wifv+global+linear",
     "obs+uniform+linear",
 )
+TOP = 40.0  # of the plot, times the dense perplexity; what lies above tells nothing
 
 
 def mean(rows: Sequence[dict], **where: object) -> tuple[float, float]:
@@ -79,6 +80,7 @@ def plot(rows: list[dict], path: Path) -> None:
         strong = {"linewidth": 2.5, "color": "black"} if method == "liar" else {"linewidth": 1.2}
         axes.plot(kept, [rows[0]["dense"], *means], marker="o", label=method, **strong)
     axes.set(xlabel="fraction of prunable parameters kept", ylabel="perplexity", yscale="log")
+    axes.set_ylim(top=TOP * rows[0]["dense"])
     axes.set_title(f"{rows[0]['model']} on {rows[0]['text']}")
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=140)
