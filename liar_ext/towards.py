@@ -96,7 +96,8 @@ def solve_towards(
     The pair (λ, α) is the one with the least held-out error ``Σ_B |W' x̂_K + b' − y*|²``: solved on
     fold A and judged on fold B, and the other way round. For each λ that is a parabola in α, whose
     minimum over ``shares`` is taken exactly. Where ``shares`` begins at 0 the own target competes
-    by the same yardstick, so that the choice is never worse on held-out tokens than it.
+    by the same yardstick, so that the choice is never worse on held-out tokens than it. What does
+    worse than plain dropping in one of the folds is left out, as in :func:`liar_ext.ridge.solve`.
 
     Parameters
     ----------
