@@ -108,7 +108,7 @@ def similarity(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
         cosine = [float(of[left] @ of[right]) for _, left, right in test]
         return float(spearmanr(cosine, [score for score, *_ in test]).statistic)
 
-    sentences = [text for _, *pair in train for text in pair]
+    sentences = list(dict.fromkeys(text for _, *pair in train for text in pair))
     model = AutoModel.from_pretrained(options.encoder).eval()
     return compare("STS-B Spearman", model, spearman, sentences, tokenizer, options)
 
