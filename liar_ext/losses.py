@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -17,7 +18,8 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct, with_bias
 from liar_ext.sensitivity import divergences, site_divergences
 
-PROBE_SEQUENCES = 4
+# Sensitivities scatter with the tokens compared, and with the sequences that these come from.
+PROBE_SEQUENCES, PROBE_TOKENS = 4, 2048
 # Depths that refinement tells apart: early, middle and late blocks, for each kind of site.
 DEPTHS = 3
 # One round of refinement changes the losses of a group by this factor at most.
@@ -161,15 +163,36 @@ def predict_divergence(
 
 
 def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
-    """Return ``PROBE_SEQUENCES`` batches of one sequence each, evenly spread."""
-    sequences = []
-    for batch in batches:
-        inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        for row in range(len(next(iter(inputs.values())))):
-            sequences.append((inputs, row))
-    count = min(PROBE_SEQUENCES, len(sequences))
-    chosen = [sequences[(2 * index + 1) * len(sequences) // (2 * count)] for index in range(count)]
-    return [{key: value[row : row + 1] for key, value in inputs.items()} for inputs, row in chosen]
+    """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
+
+    Sequences of one batch stay together, so that short ones need few passes.
+    """
+    inputs = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
+    places = [
+        (index, row)
+        for index, batch in enumerate(inputs)
+        for row in range(len(next(iter(batch.values()))))
+    ]
+    tokens = sum(_tokens(batch) for batch in inputs)
+    count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * len(places) / max(tokens, 1)))
+    count = min(count, len(places))
+    chosen: dict[int, list[int]] = {}
+    for step in range(count):
+        index, row = places[(2 * step + 1) * len(places) // (2 * count)]
+        chosen.setdefault(index, []).append(row)
+    return [
+        {key: value[rows] for key, value in inputs[index].items()} for index, rows in chosen.items()
+    ]
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    """Return the tokens of a batch that are not padding; an image counts as a long sequence."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None:
+        return int(mask.sum())
+    if ids is not None:
+        return ids.numel()
+    return len(next(iter(batch.values()))) * PROBE_TOKENS // PROBE_SEQUENCES
 
 
 def refine_plan(

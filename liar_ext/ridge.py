@@ -12,7 +12,15 @@ from liar_ext.arch import Site
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
 from liar_ext.report import SiteRow
-from liar_ext.solution import WITH_BIAS, Solution, check_settings, damp_ladder, form_at, ratio
+from liar_ext.solution import (
+    WITH_BIAS,
+    Solution,
+    check_settings,
+    damp_ladder,
+    form_at,
+    least_held_out,
+    ratio,
+)
 
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
 
@@ -32,7 +40,8 @@ def solve(
     ``affine``: the same with the centred Gram ``C``, and ``b' = b + W_P (μ_P − T μ_K)``.
     ``bias``: the affine form with ``T = 0`` (FLAP). ``none``: plain dropping.
     λ is the one with the least error on held-out tokens: solved on fold A and judged on fold B, and
-    the other way round; the returned weight is solved with it on both folds together.
+    the other way round, see :func:`liar_ext.solution.least_held_out`; the returned weight is solved
+    with it on both folds together.
 
     Parameters
     ----------
@@ -75,7 +84,7 @@ def solve(
     damps = torch.tensor(ladder, dtype=torch.float64, device=device)
 
     held_out = _cross_validate(wide, moments, kept, damps, affine)
-    best = int(held_out.sum(0).nan_to_num(nan=math.inf).argmin())
+    best = least_held_out(held_out, ladder)
     gram, total, tokens = moments.pooled()
     energy = _energy(wide, gram)
     mean = total / tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -36,6 +37,9 @@ class Solution:
         What was solved, e.g. ``"linear, cholesky float64"``.
     share : float
         How far the solve went from the consumer's own target, 0, to the target given, 1.
+    halves : tuple of (Tensor, Tensor or None)
+        Weight and bias solved on one fold alone, with the same λ and share, by fold; what layerwise
+        mode needs, and empty elsewhere.
     """
 
     weight: Tensor
@@ -46,6 +50,7 @@ class Solution:
     condition: float
     path: str
     share: float = 0.0
+    halves: tuple[tuple[Tensor, Tensor | None], ...] = ()
 
 
 def check_settings(mode: str, damp: float | str) -> None:
@@ -66,6 +71,25 @@ def form_at(mode: str, has_bias: bool) -> str:
 def damp_ladder(damp: float | str) -> list[float]:
     """Return the λ to choose from."""
     return list(DAMP_LADDER) if damp == "auto" else [float(damp)]
+
+
+def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
+    """Return the index of the λ to take.
+
+    The least sum over the folds counts, of those λ that do no worse than plain dropping in either
+    fold: with few tokens a sum may be less by the luck of one.
+
+    Parameters
+    ----------
+    errors : Tensor
+        ``(2, λ)``: held-out error by fold; NaN where nothing could be solved.
+    ladder : sequence of float
+        The λ; plain dropping, infinity, is the last where it is among them.
+    """
+    total = errors.sum(0)
+    if ladder[-1] == math.inf:
+        total = total.masked_fill((errors > errors[:, -1:]).any(0), math.inf)
+    return int(total.nan_to_num(nan=math.inf).argmin())
 
 
 def ratio(error: Tensor, energy: Tensor) -> float:

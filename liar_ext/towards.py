@@ -13,7 +13,9 @@ Both the solution and the sums are linear in α, so one solve serves every α.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,7 +23,11 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
-from liar_ext.solution import Solution, damp_ladder, ratio
+from liar_ext.solution import Solution, damp_ladder, least_held_out, ratio
+
+_SINGULAR = (
+    'reconstruct: G_KK + Λ is not positive definite at damp={}; use damp="auto" or a larger damp'
+)
 
 
 @dataclass
@@ -90,7 +96,8 @@ def solve_towards(
     The pair (λ, α) is the one with the least held-out error ``Σ_B |W' x̂_K + b' − y*|²``: solved on
     fold A and judged on fold B, and the other way round. For each λ that is a parabola in α, whose
     minimum over ``shares`` is taken exactly. Where ``shares`` begins at 0 the own target competes
-    by the same yardstick, so that the choice is never worse on held-out tokens than it.
+    by the same yardstick, so that the choice is never worse on held-out tokens than it. What does
+    worse than plain dropping in one of the folds is left out, as in :func:`liar_ext.ridge.solve`.
 
     Parameters
     ----------
@@ -115,7 +122,7 @@ def solve_towards(
     -------
     Solution
         Its errors are those to the full target ``y*``, whatever the share, relative to
-        ``tr(W Ĝ Wᵀ)``.
+        ``tr(W Ĝ Wᵀ)``. It has ``halves``.
 
     Raises
     ------
@@ -133,51 +140,69 @@ def solve_towards(
     ladder = damp_ladder(damp)
     damps = torch.tensor(ladder, dtype=torch.float64, device=device)
     folds = [_Sums.of_fold(moments, shortfall, fold) for fold in range(FOLDS)]
-    first, second = (
-        _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
-        for fold in range(FOLDS)
+    parabolas = torch.stack(
+        [
+            _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
+            for fold in range(FOLDS)
+        ]
     )
-    best, share, held_out = _least(first + second, *shares)
+    best, share, held_out = _least(parabolas, ladder, *shares)
 
+    if not torch.isfinite(held_out):
+        raise InputError(_SINGULAR.format(ladder[best]))
     sums = folds[0] + folds[1]
-    mean, offset = sums.means(affine)
-    gram = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
-    own = gram @ wide.mT
-    # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
-    asked = sums.cross - torch.outer(sums.total, offset)
-    new, _, error, info = ops.reconstruct(
-        wide,
-        gram,
-        kept,
-        damps[best : best + 1],
-        holdout=gram,
-        cross=own + share * asked,
-        holdout_cross=own + asked,
-    )
-    if info[0, 0] != 0 or not torch.isfinite(held_out):
-        raise InputError(
-            f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
-            'use damp="auto" or a larger damp'
-        )
-    left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
-    error = error[0] + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
-    error += (1 - share) ** 2 * left
-    new_bias = None
-    if affine:
-        start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
-        new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
+    fit = partial(_fit, wide, bias, kept, damp=ladder[best], share=share, affine=affine)
+    new, new_bias, error, condition = fit(sums)
     energy = (wide.mT * (_symmetric(sums.gram) @ wide.mT)).sum()
     solved = ladder[best] < math.inf
     return Solution(
-        weight=new[0],
+        weight=new,
         bias=new_bias,
         damp=ladder[best],
         error=ratio(error, energy),
         holdout_error=ratio(held_out, energy),
-        condition=float(info[0, 1]),
+        condition=condition,
         path=f"{mode}, cholesky float64" if solved else f"{mode}, drop",
         share=share,
+        halves=tuple(fit(fold)[:2] for fold in folds),
     )
+
+
+def _fit(
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    sums: _Sums,
+    *,
+    damp: float,
+    share: float,
+    affine: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, float]:
+    """Return the new weight and bias, the error to the full target, and the condition number."""
+    mean, offset = sums.means(affine)
+    gram = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
+    own = gram @ weight.mT
+    # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
+    asked = sums.cross - torch.outer(sums.total, offset)
+    (new,), _, (error,), info = ops.reconstruct(
+        weight,
+        gram,
+        kept,
+        weight.new_tensor([damp]),
+        holdout=gram,
+        cross=own + share * asked,
+        holdout_cross=own + asked,
+    )
+    if info[0, 0] != 0:
+        raise InputError(_SINGULAR.format(damp))
+    left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
+    error = error + (weight.mT * (own + 2 * asked)).sum() + sums.energy - left
+    error += (1 - share) ** 2 * left
+    new_bias = None
+    if affine:
+        start = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight)
+        new_bias = start + weight @ mean - new @ mean[kept] + share * offset
+    return new, new_bias, error, float(info[0, 1])
 
 
 @dataclass(frozen=True)
@@ -282,13 +307,21 @@ def _held_out(
     return torch.stack([constant, slope, quadratic(shortfall, shortfall)], dim=1)
 
 
-def _least(parabolas: Tensor, low: float, high: float) -> tuple[int, float, Tensor]:
-    """Return the λ, by index, and the share of least error, and that error."""
-    constant, slope, curve = parabolas.unbind(1)
+def _least(
+    parabolas: Tensor, ladder: Sequence[float], low: float, high: float
+) -> tuple[int, float, Tensor]:
+    """Return the λ, by index, and the share of least error, and that error.
+
+    ``parabolas`` are by fold and λ, ``(2, L, 3)``.
+    """
+    _, slope, curve = parabolas.sum(0).unbind(1)
     share = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
-    error = constant + share * slope + share.square() * curve
-    best = int(error.nan_to_num(nan=math.inf).argmin())
-    return best, float(share[best]), error[best]
+    # The least share competes at every λ, whatever the folds say of a greater one.
+    share = torch.cat([torch.full_like(share, low), share])
+    constant, slope, curve = parabolas.repeat(1, 2, 1).unbind(2)
+    errors = constant + share * slope + share.square() * curve
+    best = least_held_out(errors, [*ladder, *ladder])
+    return best % len(ladder), float(share[best]), errors[:, best].sum()
 
 
 def _symmetric(gram: Tensor) -> Tensor:

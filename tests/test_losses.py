@@ -36,13 +36,25 @@ def test_losses_pass_through_what_was_measured(job):
     assert predict_divergence(losses, plan) == pytest.approx(sum(measured.values()))
 
 
-def test_probes_are_single_sequences_spread_evenly():
-    ids = torch.arange(22).view(11, 2)
+def test_probes_are_spread_evenly():
+    ids = torch.arange(11 * 512).view(11, 512)
     batches = [{"input_ids": ids[:5], "fold": torch.zeros(5)}, ids[5:]]
-    assert [batch["input_ids"].tolist() for batch in probe_batches(batches)] == [
-        [ids[row].tolist()] for row in (1, 4, 6, 9)
+    probes = [batch["input_ids"] for batch in probe_batches(batches)]
+    assert [probe[:, 0].tolist() for probe in probes] == [[512, 4 * 512], [6 * 512, 9 * 512]]
+    assert len(probe_batches([ids[:3]])[0]["input_ids"]) == 3 and not probe_batches([])
+    assert len(probe_batches([{"pixel_values": torch.zeros(9, 3, 8, 8)}])[0]["pixel_values"]) == 4
+
+
+def test_short_sequences_make_up_for_their_length_by_their_number():
+    mask = torch.zeros(1000, 20, dtype=torch.long)
+    mask[:, :8] = 1
+    batches = [
+        {"input_ids": mask[start : start + 10], "attention_mask": mask[start : start + 10]}
+        for start in range(0, 1000, 10)
     ]
-    assert len(probe_batches([ids[:3]])) == 3 and not probe_batches([])
+    probes = probe_batches(batches)
+    assert sum(int(probe["attention_mask"].sum()) for probe in probes) == 2048
+    assert len(probes) == 100
 
 
 def refined(job, plan, rounds, budget=BUDGET, at=None, start=None):
