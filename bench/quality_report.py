@@ -58,7 +58,8 @@ def markdown(rows: list[dict]) -> str:
             for column, (value, _) in enumerate(table["liar"]):
                 found = [table[method][column][0] for method in others]
                 best = min((other for other in found if not math.isnan(other)), default=math.nan)
-                shares.append(f"{math.log(value / dense) / math.log(best / dense):.2f}")
+                share = math.log(value / dense) / math.log(best / dense)
+                shares.append("" if math.isnan(share) else f"{share:.2f}")
             lines.append("| gap of liar / best gap of others | " + " | ".join(shares) + " |")
         lines.append("")
     return "\n".join(lines)
