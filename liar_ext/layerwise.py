@@ -17,21 +17,13 @@ from liar_ext.moments import FOLDS, Moments
 from liar_ext.outputs import evaluating
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
-from liar_ext.ridge import report_row
+from liar_ext.ridge import report_row, solve
 from liar_ext.solution import Solution, check_settings
 from liar_ext.towards import Shortfall, solve_towards
 from liar_ext.walk import Blocks, Forward, Run
 
 TARGETS = ("dense-input", "branch", "stream", "auto")
-SHARES = {
-    "dense-input": (0.0, 0.0),
-    "branch": (1.0, 1.0),
-    "stream": (1.0, 1.0),
-    "auto": (0.0, 1.0),
-}
-
-# What takes a consumer's place while the streams are computed: for each fold, its own.
-Crossed = tuple[Forward, ...]
+SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
 
 
 @torch.no_grad()
@@ -58,10 +50,7 @@ def reconstruct_layerwise(
         stream        y* = h_after − ĥ_before     make the stream equal the dense one after the site
         auto          dense-input + α (stream − dense-input)     α in [0, 1] by held-out error
 
-    Attention comes first; the MLP then reads the stream that the new attention leaves. The pruned
-    stream of each fold passes through weights solved on the other fold alone, as the stream of
-    unseen text would, and the weights returned are solved on both: otherwise every later site would
-    be fitted, and judged, on inputs that come out better than they ever will again. λ, and for
+    Attention comes first; the MLP then reads the stream that the new attention leaves. λ, and for
     ``auto`` α, are those of least held-out error, see :func:`liar_ext.towards.solve_towards`. At
     the first site of the walk all targets are the same, and so is the one-pass solution.
 
@@ -210,7 +199,7 @@ class Walk:
         dense_too = self.target != "dense-input"  # which needs no dense stream
         targets = {site.name: self._target_at(site) for site in here}
         after = [self._dense_run(index, part, targets) for part in self.parts] if dense_too else []
-        consumers: dict[str, Crossed] = {}
+        consumers: dict[str, Forward] = {}
         for site in here:
             if site.name in lossless and not (self.refit and dense_too):
                 self._keep(site)
@@ -225,13 +214,13 @@ class Walk:
         """Note what the dense model has at each site, and return its stream after the block."""
         run = self._run(index, part, part.dense)
         part.goals = {
-            site.name: run.reached(site, targets[site.name], part.dense)
+            site.name: _reached(site, targets[site.name], part.dense, run)
             for site in self.blocks.sites[index]
             if site.name in targets
         }
         return run.output.cpu()
 
-    def _solve(self, site: Site, target: str, consumers: Mapping[str, Crossed]) -> Crossed:
+    def _solve(self, site: Site, target: str, consumers: Mapping[str, Forward]) -> Forward:
         """Collect the sums of a site, solve it, and return what takes the consumer's place."""
         start = time.perf_counter()
         weight = get_consumer_weight(self.model, site)
@@ -241,43 +230,45 @@ class Walk:
         features = site.features(kept).to(self.device)
         affine = self.mode != "linear" and (bias is not None or planned)
         mode = "affine" if affine else "linear"
-        solution = solve_towards(
-            weight,
-            bias,
-            moments,
-            shortfall,
-            features,
-            mode=mode,
-            damp=self.damp,
-            shares=SHARES[self.target],
+        solution = (
+            solve(weight, bias, moments, features, mode=mode, damp=self.damp)
+            if shortfall is None
+            else solve_towards(
+                weight,
+                bias,
+                moments,
+                shortfall,
+                features,
+                mode=mode,
+                damp=self.damp,
+                shares=SHARES[self.target],
+            )
         )
         self._store(site, solution, moments, target, time.perf_counter() - start)
-
-        def forward(half: tuple[Tensor, Tensor | None]) -> Forward:
-            new = half[0].to(weight.dtype)
-            new_bias = bias if half[1] is None else half[1].to(weight.dtype)
-            return lambda x: nn.functional.linear(x[..., features], new, new_bias)
-
-        return tuple(forward(half) for half in reversed(solution.halves))
+        new = solution.weight.to(weight.dtype)
+        new_bias = bias if solution.bias is None else solution.bias.to(weight.dtype)
+        return lambda x: nn.functional.linear(x[..., features], new, new_bias)
 
     def _collect(
-        self, site: Site, target: str, consumers: Mapping[str, Crossed]
-    ) -> tuple[Moments, Shortfall]:
-        """Return the sums over x̂, and over the shortfall, which the site's own target has not."""
+        self, site: Site, target: str, consumers: Mapping[str, Forward]
+    ) -> tuple[Moments, Shortfall | None]:
+        """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
         moments = Moments.zeros(site.d_in, device=self.device)
-        shortfall = Shortfall.zeros(site.d_in, site.d_out, device=self.device)
+        shortfall = None
+        if target != "dense-input":
+            shortfall = Shortfall.zeros(site.d_in, site.d_out, device=self.device)
         # Only the stream after an MLP needs the block run to its end.
         end = None if target == "stream" and site.kind == "mlp" else site.name
         for part in self.parts:
             run = self._run(site.block, part, part.pruned, consumers, end)
             x = run.seen[site.name][0].flatten(0, -2)
             weight = _counting_tokens(part.inputs, len(x), self.device)
-            if target == "dense-input":
+            if shortfall is None:
                 moments.update(x, part.fold, weight)
                 continue
             # The shortfall is what the dense model has there less what the pruned one has with
             # the dense weight in this site.
-            r = part.goals[site.name] - run.reached(site, target, part.pruned)
+            r = part.goals[site.name] - _reached(site, target, part.pruned, run)
             x, r = x.to(r.dtype), r.to(self.device).flatten(0, -2)
             usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
             moments.count[part.fold, 1] += (weight & ~usable).sum()
@@ -315,15 +306,29 @@ class Walk:
         index: int,
         part: Part,
         hidden: Tensor,
-        consumers: Mapping[str, Crossed] | None = None,
+        consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
         inputs = self._on_device(part.inputs)
-        own = {name: crossed[part.fold] for name, crossed in (consumers or {}).items()}
-        return self.blocks.run(index, inputs, hidden.to(self.device), own, end)
+        return self.blocks.run(index, inputs, hidden.to(self.device), consumers, end)
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in inputs.items()}
+
+
+def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
+    """Return the consumer's output, or the stream after the site, on the CPU.
+
+    In float32, or float64 as the model is: the difference of two of these is the shortfall.
+    """
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+
+    if target == "stream" and site.kind == "mlp":
+        return wide(run.output)
+    output = wide(run.seen[site.name][1]).view_as(hidden)
+    return output + wide(hidden) if target == "stream" else output
 
 
 def _counting_tokens(inputs: Mapping[str, Tensor], tokens: int, device: torch.device) -> Tensor:

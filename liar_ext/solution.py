@@ -37,9 +37,6 @@ class Solution:
         What was solved, e.g. ``"linear, cholesky float64"``.
     share : float
         How far the solve went from the consumer's own target, 0, to the target given, 1.
-    halves : tuple of (Tensor, Tensor or None)
-        Weight and bias solved on one fold alone, with the same λ and share, by fold; what layerwise
-        mode needs, and empty elsewhere.
     """
 
     weight: Tensor
@@ -50,7 +47,6 @@ class Solution:
     condition: float
     path: str
     share: float = 0.0
-    halves: tuple[tuple[Tensor, Tensor | None], ...] = ()
 
 
 def check_settings(mode: str, damp: float | str) -> None:

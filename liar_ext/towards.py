@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,10 +23,6 @@ from liar_ext import ops
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments, centre, check_folds
 from liar_ext.solution import Solution, damp_ladder, least_held_out, ratio
-
-_SINGULAR = (
-    'reconstruct: G_KK + Λ is not positive definite at damp={}; use damp="auto" or a larger damp'
-)
 
 
 @dataclass
@@ -122,7 +117,7 @@ def solve_towards(
     -------
     Solution
         Its errors are those to the full target ``y*``, whatever the share, relative to
-        ``tr(W Ĝ Wᵀ)``. It has ``halves``.
+        ``tr(W Ĝ Wᵀ)``.
 
     Raises
     ------
@@ -140,69 +135,51 @@ def solve_towards(
     ladder = damp_ladder(damp)
     damps = torch.tensor(ladder, dtype=torch.float64, device=device)
     folds = [_Sums.of_fold(moments, shortfall, fold) for fold in range(FOLDS)]
-    parabolas = torch.stack(
-        [
-            _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
-            for fold in range(FOLDS)
-        ]
-    )
-    best, share, held_out = _least(parabolas, ladder, *shares)
+    parabolas = [
+        _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
+        for fold in range(FOLDS)
+    ]
+    best, share, held_out = _least(torch.stack(parabolas), ladder, *shares)
 
-    if not torch.isfinite(held_out):
-        raise InputError(_SINGULAR.format(ladder[best]))
     sums = folds[0] + folds[1]
-    fit = partial(_fit, wide, bias, kept, damp=ladder[best], share=share, affine=affine)
-    new, new_bias, error, condition = fit(sums)
-    energy = (wide.mT * (_symmetric(sums.gram) @ wide.mT)).sum()
-    solved = ladder[best] < math.inf
-    return Solution(
-        weight=new,
-        bias=new_bias,
-        damp=ladder[best],
-        error=ratio(error, energy),
-        holdout_error=ratio(held_out, energy),
-        condition=condition,
-        path=f"{mode}, cholesky float64" if solved else f"{mode}, drop",
-        share=share,
-        halves=tuple(fit(fold)[:2] for fold in folds),
-    )
-
-
-def _fit(
-    weight: Tensor,
-    bias: Tensor | None,
-    kept: Tensor,
-    sums: _Sums,
-    *,
-    damp: float,
-    share: float,
-    affine: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, float]:
-    """Return the new weight and bias, the error to the full target, and the condition number."""
     mean, offset = sums.means(affine)
     gram = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
-    own = gram @ weight.mT
+    own = gram @ wide.mT
     # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
     asked = sums.cross - torch.outer(sums.total, offset)
-    (new,), _, (error,), info = ops.reconstruct(
-        weight,
+    new, _, error, info = ops.reconstruct(
+        wide,
         gram,
         kept,
-        weight.new_tensor([damp]),
+        damps[best : best + 1],
         holdout=gram,
         cross=own + share * asked,
         holdout_cross=own + asked,
     )
-    if info[0, 0] != 0:
-        raise InputError(_SINGULAR.format(damp))
+    if info[0, 0] != 0 or not torch.isfinite(held_out):
+        raise InputError(
+            f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
+            'use damp="auto" or a larger damp'
+        )
     left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
-    error = error + (weight.mT * (own + 2 * asked)).sum() + sums.energy - left
+    error = error[0] + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
     error += (1 - share) ** 2 * left
     new_bias = None
     if affine:
-        start = weight.new_zeros(len(weight)) if bias is None else bias.detach().to(weight)
-        new_bias = start + weight @ mean - new @ mean[kept] + share * offset
-    return new, new_bias, error, float(info[0, 1])
+        start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
+        new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
+    energy = (wide.mT * (_symmetric(sums.gram) @ wide.mT)).sum()
+    solved = ladder[best] < math.inf
+    return Solution(
+        weight=new[0],
+        bias=new_bias,
+        damp=ladder[best],
+        error=ratio(error, energy),
+        holdout_error=ratio(held_out, energy),
+        condition=float(info[0, 1]),
+        path=f"{mode}, cholesky float64" if solved else f"{mode}, drop",
+        share=share,
+    )
 
 
 @dataclass(frozen=True)

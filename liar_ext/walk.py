@@ -30,21 +30,6 @@ class Run:
     output: Tensor | None
     seen: dict[str, tuple[Tensor, Tensor]]
 
-    def reached(self, site: Site, target: str, hidden: Tensor) -> Tensor:
-        """Return the consumer's output, or for the target ``stream`` the stream after the site.
-
-        On the CPU, in float32, or float64 as the model is: the difference of two of these is a
-        shortfall. ``hidden`` is the stream before the block.
-        """
-
-        def wide(tensor: Tensor) -> Tensor:
-            return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
-
-        if target == "stream" and site.kind == "mlp":
-            return wide(self.output)
-        output = wide(self.seen[site.name][1]).view_as(hidden)
-        return output + wide(hidden) if target == "stream" else output
-
 
 class _Ended(Exception):
     """Raised to leave a forward pass early; it carries what was on its way."""

@@ -69,9 +69,6 @@ def test_weights_and_errors_are_those_of_the_tokens(mode, share, damp):
     for fold in range(2):
         fit = brute_force(x[fold], r[fold], weight, bias, mode, damp, share)
         held_out += distance(x[1 - fold], r[1 - fold], weight, bias, *fit)
-        half, half_bias = solution.halves[fold]
-        assert torch.allclose(half, fit[0], rtol=1e-8, atol=1e-10)
-        assert half_bias is None or torch.allclose(half_bias, fit[1], rtol=1e-8, atol=1e-10)
     assert solution.holdout_error == pytest.approx(float(held_out / energy), rel=1e-8)
 
 
