@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, Moments
+from liar_ext.moments import FOLDS, Moments, symmetric
 
 # The curves hardly feel λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
@@ -144,5 +144,4 @@ def removal_order(scores: Tensor, groups: int = 1) -> Tensor:
 
 def _arranged(gram: Tensor, features: Tensor) -> Tensor:
     """Return the full float64 matrix over ``features`` from a lower triangle."""
-    gram = gram.double()
-    return (gram.tril() + gram.tril(-1).mT)[features][:, features]
+    return symmetric(gram.double())[features][:, features]

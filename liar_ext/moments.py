@@ -122,6 +122,11 @@ def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
     return gram - cross - cross.T + tokens * torch.outer(mean, mean)
 
 
+def symmetric(gram: Tensor) -> Tensor:
+    """Return the full matrix, or batch of them, of which the lower triangle is given."""
+    return gram.tril() + gram.tril(-1).mT
+
+
 @dataclass
 class MomentBank(Mapping[str, Moments]):
     """The moments of every site of a model by site name, and where they come from.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext.moments import FOLDS, Moments
+from liar_ext.moments import FOLDS, Moments, symmetric
 from liar_ext.solution import Solution, ratio
 
 
@@ -104,8 +104,3 @@ def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> tuple[Tensor, Te
         path="norm only, least squares",
     )
     return slope, offset, solution
-
-
-def symmetric(gram: Tensor) -> Tensor:
-    """Return the full matrix of which the lower triangle is given."""
-    return gram.tril() + gram.tril(-1).mT

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, Moments, centre, check_folds
+from liar_ext.moments import FOLDS, Moments, centre, check_folds, symmetric
 from liar_ext.solution import Solution, damp_ladder, least_held_out, ratio
 
 
@@ -143,7 +143,7 @@ def solve_towards(
 
     sums = folds[0] + folds[1]
     mean, offset = sums.means(affine)
-    gram = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
+    gram = symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
     own = gram @ wide.mT
     # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
     asked = sums.cross - torch.outer(sums.total, offset)
@@ -168,7 +168,7 @@ def solve_towards(
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
         new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
-    energy = (wide.mT * (_symmetric(sums.gram) @ wide.mT)).sum()
+    energy = (wide.mT * (symmetric(sums.gram) @ wide.mT)).sum()
     solved = ladder[best] < math.inf
     return Solution(
         weight=new[0],
@@ -230,7 +230,7 @@ class _Normal:
     def about(cls, mean: Tensor, weight: Tensor, sums: _Sums, kept: Tensor) -> _Normal:
         d = len(mean)
         gram = sums.gram.new_empty(d + 1, d + 1)
-        gram[:d, :d] = _symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
+        gram[:d, :d] = symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
         gram[d, :d] = gram[:d, d] = sums.total - sums.tokens * mean
         gram[d, d] = sums.tokens
         cross = torch.cat([sums.cross - torch.outer(mean, sums.missing), sums.missing[None]])
@@ -299,8 +299,3 @@ def _least(
     errors = constant + share * slope + share.square() * curve
     best = least_held_out(errors, [*ladder, *ladder])
     return best % len(ladder), float(share[best]), errors[:, best].sum()
-
-
-def _symmetric(gram: Tensor) -> Tensor:
-    """Return the full matrix of which the lower triangle is given."""
-    return gram.tril() + gram.tril(-1).mT
