@@ -347,7 +347,7 @@ def _refuse(op, device: str):
 
 
 _without_kernels = torch.library.Library("liar_ext", "IMPL")
-for _name in __all__[1:]:
+for _name in (name for name in __all__ if name != "build_info"):
     for _device in ("CUDA", "XPU", "MPS"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{_name}", _device):
             _without_kernels.impl(_name, _refuse(getattr(reference, _name), _device), _device)
