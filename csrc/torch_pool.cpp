@@ -25,7 +25,7 @@ void run(int64_t threads, void (*worker)(void*), void* context) {
 
 Pool torch_pool() {
   uint32_t threads = 1;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
+  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&threads));
   return {static_cast<int64_t>(threads), &run};
 }
 
