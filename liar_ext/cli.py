@@ -89,7 +89,8 @@ def _add_prune(commands) -> None:
         default=1.0,
         metavar="F",
         help="fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
-        "--keep 1 to narrow only",
+        "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
+        "of all norms are over 8 GiB",
     )
     add(
         "--sites",
