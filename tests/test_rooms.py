@@ -11,13 +11,13 @@ import liar_ext
 
 FLOORS = {
     0: "errors knapsack reference wiring",
-    1: "ops streams plan",
-    2: "families moments outputs report solution",
-    3: "arch hidden",
+    1: "dispatch streams plan",
+    2: "ops families",
+    3: "arch hidden moments outputs report solution",
     4: "stock probe texts calibration gradients curves sensitivity allocation ridge towards walk "
     "norms surgery evaluation",
     5: "criteria reconstruction layerwise narrowing saving",
-    6: "losses checkpoint",
+    6: "losses checkpoint options",
     7: "pipeline",
     8: "cli",
 }
