@@ -2,10 +2,12 @@
 
 Takes a sentence encoder (all-MiniLM-L6-v2, say) as a folder, and the two data sets as folders with
 `train.tsv`, `test.tsv` (sentence, label) and `sts-train.csv`, `sts-test.csv` (tab-separated, score
-in column 5, sentences in 6 and 7). For SST-2 the encoder is first fine-tuned, once, and kept.
-Both tasks calibrate on training sentences without labels and are measured on test data. The rows
-none to affine are wifv+uniform with what is put back; the others choose by obs, and the full method
-also allocates by curves.
+in column 5, sentences in 6 and 7); a task whose folder is not given is left out. For SST-2 the
+encoder is first fine-tuned, once, and kept. Both tasks calibrate on training sentences without
+labels and are measured on test data. The rows none to affine are wifv+uniform with what is put
+back; the others choose by obs, and the full method also allocates by curves. With `--keep-hidden`
+there are two more rows for each fraction of the hidden size: hidden features sliced, and all that
+read them solved, and nothing else removed. What they keep is of all parameters, not of the units'.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from liar_ext import prune
+from liar_ext import Plan, apply_plan, narrow, prune
+from liar_ext.probe import count_params
 
 PLAIN = {"criterion": "wifv", "allocation": "uniform"}
 METHODS = {
@@ -44,7 +47,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(options.encoder)
     rows: list[dict] = []
-    for task in (similarity, sentiment):
+    tasks = {similarity: options.stsb, sentiment: options.sst2}
+    for task in [task for task, folder in tasks.items() if folder is not None]:
         for row in task(options, tokenizer):
             rows.append(row)
             print(row, flush=True)
@@ -60,14 +64,18 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("encoder", type=Path, help="folder of the sentence encoder")
-    add("--sst2", type=Path, required=True)
-    add("--stsb", type=Path, required=True)
+    add("--sst2", type=Path)
+    add("--stsb", type=Path)
     add("--keep", type=float, default=0.5)
     add("--samples", type=int, default=4096, help="calibration sentences")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    add("--keep-hidden", nargs="+", type=float, default=[], help="fractions of the hidden size")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/encoders"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.sst2 is None and options.stsb is None:
+        parser.error("give the folder of a task: --sst2, --stsb, or both")
+    return options
 
 
 def sentiment(options: argparse.Namespace, tokenizer) -> Iterator[dict]:
@@ -123,6 +131,21 @@ def compare(
 ) -> Iterator[dict]:
     """Measure the dense model and every method on a copy of it."""
     before = measure(dense)
+
+    def row(method: str, model, keep: float, tokens: int, seconds: float) -> dict:
+        after = measure(model)
+        return {
+            "task": task,
+            "method": method,
+            "keep": keep,
+            "dense": before,
+            "pruned": after,
+            "retained": after / before,
+            "calibration_tokens": tokens,
+            "seed": options.seed,
+            "seconds": seconds,
+        }
+
     generator = torch.Generator().manual_seed(options.seed)
     chosen = torch.randperm(len(sentences), generator=generator)[: options.samples].tolist()
     texts = sorted((sentences[i] for i in chosen), key=len)  # little padding
@@ -132,19 +155,19 @@ def compare(
         start = time.process_time()
         report = prune(model, batches, options.keep, **METHODS[name])
         seconds = time.process_time() - start
-        after = measure(model)
-        params = report.params
-        yield {
-            "task": task,
-            "method": name,
-            "keep": params["prunable_after"] / params["prunable_before"],
-            "dense": before,
-            "pruned": after,
-            "retained": after / before,
-            "calibration_tokens": report.settings["calibration_tokens"],
-            "seed": options.seed,
-            "seconds": seconds,
-        }
+        keep = report.params["prunable_after"] / report.params["prunable_before"]
+        yield row(name, model, keep, report.settings["calibration_tokens"], seconds)
+    for fraction in options.keep_hidden:
+        start = time.process_time()
+        done = narrow(dense, batches, fraction)
+        seconds = time.process_time() - start
+        plan = Plan(dense.config.model_type, "auto", {}, hidden=done.kept)
+        for name, weights in (("sliced", {}), ("solved", done.weights)):
+            model = copy.deepcopy(dense)
+            apply_plan(model, plan, weights)
+            method = f"{len(done.kept.kept)} of {done.kept.units} hidden features, {name}"
+            keep = count_params(model) / count_params(dense)
+            yield row(method, model, keep, done.source["tokens"], seconds)
 
 
 def fine_tuned(options: argparse.Namespace, tokenizer, train: list[tuple[str, int]]):

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from liar_ext.arch import Site, sites
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, MomentBank, Moments
+from liar_ext.moments import FOLDS, MomentBank, Moments, Squares
 from liar_ext.outputs import evaluating
 
 
@@ -74,6 +74,8 @@ class Tap:
         Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output.
     first : bool
         Only the first token counts.
+    sums : type
+        What is summed: moments, or the squares alone.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Tap:
     d_in: int
     take: Callable[[tuple, Tensor], Tensor]
     first: bool = False
+    sums: type[Moments] | type[Squares] = Moments
 
 
 @torch.no_grad()
@@ -91,17 +94,18 @@ def collect(
     taps: Sequence[Tap],
     *,
     progress: bool = False,
+    title: str = "calibrate",
 ) -> MomentBank:
-    """Run ``body``, the model or its base model, over ``batches``; return the moments of ``taps``.
+    """Run ``body``, the model or its base model, over ``batches``; return the sums of ``taps``.
 
-    Batches, and what is raised, are as for :func:`calibrate`.
+    Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar.
     """
     device = next(model.parameters()).device
-    bank = MomentBank({tap.name: Moments.zeros(tap.d_in, device=device) for tap in taps})
+    bank = MomentBank({tap.name: tap.sums.zeros(tap.d_in, device=device) for tap in taps})
     current = _Batch()
     sequences = 0
     with _collecting(model, taps, bank, current), evaluating(model):
-        for index, batch in enumerate(tqdm(batches, desc="calibrate", disable=not progress)):
+        for index, batch in enumerate(tqdm(batches, desc=title, disable=not progress)):
             inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
             inputs = {name: value.to(device) for name, value in inputs.items()}
             fold = inputs.pop("fold", None)

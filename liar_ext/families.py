@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from liar_ext import streams
 from liar_ext.errors import InputError
-from liar_ext.wiring import Family, HeadInput, Step, Stream, Wiring
+from liar_ext.wiring import Family, HeadInput, Wiring
 
 # The table. One row a family, checked against the source of transformers 5.24 and by a test that
 # slicing equals zeroing.
@@ -90,20 +91,6 @@ def base_path(model: nn.Module) -> str:
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
 _HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
-_PRE_NORM = Stream(
-    start=(Step("write", ("embed_tokens",)),),
-    block=(
-        Step("norm", ("input_layernorm",)),
-        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Step("write", ("self_attn.o_proj",)),
-        Step("norm", ("post_attention_layernorm",)),
-        Step("read", ("mlp.gate_proj", "mlp.up_proj")),
-        Step("write", ("mlp.down_proj",)),
-    ),
-    ends=((Step("norm", ("norm",)), Step("read", ("lm_head", "score", "qa_outputs"))),),
-    config={"hidden_size": "hidden"},
-    multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
-)
 _LLAMA = Family(
     name="llama",
     blocks="layers",
@@ -123,7 +110,7 @@ _LLAMA = Family(
         config={"intermediate_size": "features"},
         bias_flag="mlp_bias",
     ),
-    stream=_PRE_NORM,
+    stream=streams.LLAMA,
 )
 _NO_ATTN_FLAG = replace(_LLAMA.attn, bias_flag=None)
 _NO_MLP_FLAG = replace(_LLAMA.mlp, bias_flag=None)
@@ -147,47 +134,6 @@ register_family(
 
 # BERT derives the size of a head from hidden_size / num_attention_heads, so that no config builds
 # fewer heads of the same size.
-
-
-def _pooled(layer: str, *heads: str) -> tuple[Step, ...]:
-    """Return the chain of a layer that reads the first token, and of heads that read the layer."""
-    return Step("read_first", (layer,)), Step("write", (layer,)), Step("take", heads)
-
-
-def _masked(dense: str, norm: str, decoder: str) -> tuple[Step, ...]:
-    """Return the chain of a head that predicts masked tokens."""
-    step = Step("read", (dense,)), Step("write", (dense,))
-    return *step, Step("norm", (norm,)), Step("read", (decoder,))
-
-
-_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-_POST_NORM = Stream(
-    start=(
-        Step("write", tuple(f"embeddings.{name}" for name in _EMBEDDINGS)),
-        Step("norm", ("embeddings.LayerNorm",)),
-    ),
-    block=(
-        Step("read", ("attention.self.query", "attention.self.key", "attention.self.value")),
-        Step("write", ("attention.output.dense",)),
-        Step("norm", ("attention.output.LayerNorm",)),
-        Step("read", ("intermediate.dense",)),
-        Step("write", ("output.dense",)),
-        Step("norm", ("output.LayerNorm",)),
-    ),
-    ends=(
-        _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
-        _pooled("classifier.dense", "classifier.out_proj"),
-        _masked(
-            "cls.predictions.transform.dense",
-            "cls.predictions.transform.LayerNorm",
-            "cls.predictions.decoder",
-        ),
-        _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-        (Step("read", ("classifier", "qa_outputs")),),
-    ),
-    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
-    multiple_of="head_dim",
-)
 _BERT = Family(
     name="bert",
     blocks="encoder.layer",
@@ -206,7 +152,7 @@ _BERT = Family(
         consumer="output.dense",
         config={"intermediate_size": "features"},
     ),
-    stream=_POST_NORM,
+    stream=streams.BERT,
 )
 register_family(_BERT)
 register_family(replace(_BERT, name="roberta"))
@@ -226,7 +172,7 @@ register_family(
             # The encoder computes the relative position bias once, for all blocks and heads.
             head_input=HeadInput("attention.attn", 2, "position_bias"),
         ),
-        stream=None,
+        stream=streams.MPNET,
     )
 )
 register_family(
@@ -241,6 +187,7 @@ register_family(
             numbers={"attention.n_heads": "heads"},
         ),
         mlp=Wiring(producers=("ffn.lin1",), consumer="ffn.lin2", config={"hidden_dim": "features"}),
+        stream=streams.DISTILBERT,
     )
 )
 register_family(
@@ -255,6 +202,7 @@ register_family(
             numbers={"self_attn.num_heads": "heads", "self_attn.embed_dim": "features"},
         ),
         mlp=Wiring(producers=("fc1",), consumer="fc2", config={"ffn_dim": "features"}),
+        stream=streams.OPT,
     )
 )
 # GPT-2 computes [q; k; v] in one transposed layer and splits the result at split_size.
@@ -298,6 +246,7 @@ register_family(
             consumer="mlp.dense_4h_to_h",
             config={"intermediate_size": "features"},
         ),
+        stream=streams.GPT_NEOX,
     )
 )
 _VIT = Family(

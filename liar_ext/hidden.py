@@ -90,8 +90,8 @@ def hidden_of(model: nn.Module) -> Hidden:
     Raises
     ------
     InputError
-        If the family has no row for its stream, or a layer has the hidden size and isn't in the
-        row.
+        If the family has no row for its stream, the row isn't for this config, or a layer has the
+        hidden size and isn't in the row.
     """
     family = family_of(model)
     if family.stream is None:
@@ -99,6 +99,13 @@ def hidden_of(model: nn.Module) -> Hidden:
             f"hidden: the table has no stream for family {family.name!r}; prune other sites, or "
             "register the family with a Stream"
         )
+    config = block_config(family, model.config)
+    for name, value in family.stream.requires.items():
+        if getattr(config, name) != value:
+            raise InputError(
+                f"hidden: the stream of {family.name!r} is that of models with {name}={value}, got "
+                f"{getattr(config, name)}; prune other sites, or register a family that fits"
+            )
     base = base_path(model)
     layers = dict(model.named_modules())
     trail = _Trail(layers)
@@ -114,8 +121,7 @@ def hidden_of(model: nn.Module) -> Hidden:
         if found[0]:
             for step, paths in zip(chain, found, strict=True):
                 trail.add(step.does, paths)
-    heads = block_config(family, model.config).num_attention_heads
-    return trail.hidden(model, family.stream.multiple_of == "heads", heads)
+    return trail.hidden(model, family.stream.multiple_of, config.num_attention_heads)
 
 
 def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:
@@ -158,9 +164,14 @@ class _Trail:
         elif free:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
 
-    def hidden(self, model: nn.Module, by_heads: bool, heads: int) -> Hidden:
+    def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         tables = [layer for path in self.writers if _is_table(layer := self.layers[path])]
-        size = tables[0].weight.shape[1]
+        size, *others = sorted({table.weight.shape[1] for table in tables})
+        if others:
+            raise InputError(
+                f"hidden: all embeddings must have the features of the stream, got {size} and "
+                f"{others[0]}; prune other sites"
+            )
         known = {*self.writers, *self.norms}.union(*self.read.values())
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
@@ -185,7 +196,8 @@ class _Trail:
             )
             for (module, first), paths in self.read.items()
         )
-        return Hidden(size, heads if by_heads else size // heads, tuple(self.writers), sources)
+        step = {"heads": heads, "head_dim": size // heads, None: 1}[multiple_of]
+        return Hidden(size, step, tuple(self.writers), sources)
 
 
 @torch.no_grad()

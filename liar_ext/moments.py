@@ -103,6 +103,51 @@ class Moments:
         return (self.second_moment() - mean.square()).clamp_min(0.0)
 
 
+@dataclass
+class Squares:
+    """Sums of the squares of each feature alone: Moments without the products, ``d_in`` numbers.
+
+    ``total[f] = Σ_t w_t x_t²`` over the tokens of fold ``f``; rows are left out as in Moments.
+
+    Parameters
+    ----------
+    total : Tensor
+        ``(2, d_in)`` float64.
+    count : Tensor
+        ``(2, 2)`` float64, as in :class:`Moments`.
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def zeros(cls, d_in: int, *, device: str | torch.device = "cpu") -> Squares:
+        """Return the sums over no tokens."""
+        total = torch.zeros(FOLDS, d_in, dtype=torch.float64, device=device)
+        return cls(total, torch.zeros(FOLDS, 2, dtype=torch.float64, device=device))
+
+    @property
+    def d_in(self) -> int:
+        """Number of features."""
+        return self.total.shape[-1]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Sum of the token weights per fold, ``(2,)`` float64."""
+        return self.count[:, 0]
+
+    def update(self, x: Tensor, fold: int, weight: Tensor | None = None) -> None:
+        """Add tokens ``x`` of shape ``(tokens, d_in)`` to a fold, ``weight`` per token or 1."""
+        square = x.to(torch.promote_types(x.dtype, torch.float32)).square()
+        # The operator knows which rows count; of its products only one column is made.
+        product = torch.zeros_like(self.total[fold]).unsqueeze(1)
+        ops.gram_update_(product, self.total[fold], self.count[fold], square, square[:, :1], weight)
+
+    def second_moment(self) -> Tensor:
+        """Return ``Σ w x² / Σ w`` per feature over both folds, ``(d_in,)`` float64."""
+        return self.total.sum(0) / self.tokens.sum()
+
+
 def check_folds(moments: Moments) -> None:
     """Raise InputError unless both folds hold tokens."""
     if (moments.tokens <= 0).any():

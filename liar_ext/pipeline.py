@@ -191,10 +191,11 @@ def prune(
                 weights, rows = reconstruct_layerwise(
                     narrow_model, batches, plan, target=target, refit=refit, **settings
                 )
-    hidden_rows = []
+    hidden_rows, passes = [], {}
     if narrowing is not None:
         plan, weights = replace(plan, hidden=narrowing.kept), {**narrowing.weights, **weights}
         source, hidden_rows = narrowing.source, narrowing.rows
+        passes = {"narrow_passes": source["passes"]}
     before = count_params(model)
     with clock("surgery"):
         apply_plan(model, plan, weights)
@@ -224,6 +225,7 @@ def prune(
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             **divergences,
+            **passes,
         },
         versions=versions(),
         sites=[replace(row, sensitivity=sensitivities.get(row.name)) for row in rows],

@@ -109,15 +109,19 @@ class Stream:
     config : mapping of str to str
         Config fields that follow, and the size that each one holds: ``hidden``, or one of
         :attr:`Site.sizes` of attention, which the stock class ties to the hidden size.
-    multiple_of : {"heads", "head_dim"}
-        What the hidden size of the stock class must be a multiple of.
+    multiple_of : {"heads", "head_dim"} or None
+        What the hidden size of the stock class must be a multiple of; None where that class can't
+        be built anyway.
+    requires : mapping of str to object
+        Config fields, and the values of them that all this is true for.
     """
 
     start: tuple[Step, ...]
     block: tuple[Step, ...]
     ends: tuple[tuple[Step, ...], ...]
     config: Mapping[str, str]
-    multiple_of: str
+    multiple_of: str | None
+    requires: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from liar_ext.hidden import hidden_of, slice_hidden
 from liar_ext.plan import SitePlan
 from liar_ext.surgery import apply_plan, is_pruned
 
-NARROWABLE = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "bert", "roberta"]
+NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
 HEADS = {
     "llama": [
         "ForSequenceClassification",
@@ -41,12 +41,35 @@ HEADS = {
         "ForQuestionAnswering",
         "Model",
     ],
+    "mpnet": [
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "Model",
+    ],
+    "distilbert": [
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "Model",
+    ],
+    "opt": ["ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model"],
+    "gpt_neox": [
+        "ForCausalLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "Model",
+    ],
 }
 
 
 def with_head(name: str, head: str) -> nn.Module:
     """Return a tiny model with another head, and random weights like those of the others."""
-    prefix, config_class, fields = TINY[name][0].split("For")[0], *TINY[name][1:]
+    prefix = TINY[name][0].split("For")[0].removesuffix("Model")
+    config_class, fields = TINY[name][1:]
     config = getattr(transformers, config_class)(**fields)
     torch.manual_seed(0)
     return getattr(transformers, prefix + head)(config).eval()
@@ -123,7 +146,7 @@ def test_every_head_reads_the_stream_somewhere(name, head):
         result, dense = small(**inputs), model(**inputs)
         first, expected = result[0], dense[0]
         assert first.shape == (expected.shape if head != "Model" else (*expected.shape[:-1], 16))
-    if head == "Model" and name != "llama":
+    if head == "Model" and name in ("bert", "roberta", "mpnet"):
         assert result["pooler_output"].shape == (2, 16)
 
 
@@ -145,6 +168,23 @@ def test_a_block_with_more_norms_than_the_family_has_is_refused():
 def test_a_family_without_a_stream_is_refused(name):
     with pytest.raises(InputError, match=f"no stream for family '{name}'"):
         hidden_of(tiny(name))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before=True, got False"),
+        ({"layer_norm_elementwise_affine": False}, "elementwise_affine=True, got False"),
+        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=False, got True"),
+        ({"word_embed_proj_dim": 16}, "all embeddings must have .* got 16 and 32"),
+    ],
+)
+def test_an_opt_that_is_built_otherwise_is_refused(fields, message):
+    model = tiny("opt", **fields)
+    before = outputs(model)
+    with pytest.raises(InputError, match=message):
+        narrowed(model, (0, 1, 2, 3))
+    assert torch.equal(outputs(model), before)
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_changes():

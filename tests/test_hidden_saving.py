@@ -66,6 +66,9 @@ def heads_plan(count: int):
         ("qwen3", "AutoModelForCausalLM", equal_plan),
         ("bert", "AutoModelForSequenceClassification", heads_plan(3)),
         ("roberta", "AutoModelForMaskedLM", heads_plan(3)),
+        ("distilbert", "AutoModel", heads_plan(3)),
+        ("opt", "AutoModelForCausalLM", heads_plan(3)),
+        ("gpt_neox", "AutoModelForCausalLM", heads_plan(3)),
     ],
 )
 def test_plain_transformers_loads_it(name, loader, sites_of, tmp_path):
@@ -89,7 +92,7 @@ def test_sizes_that_no_config_says_load_with_the_plan(name, tmp_path):
     model, plan = saved(name, tmp_path / "pruned", hidden, equal_plan)
     fields = read(tmp_path / "pruned")
     if fields["liar"]["layers"] == "unequal":
-        assert fields["hidden_size"] == plan.hidden.units
+        assert fields.get("hidden_size", fields.get("dim")) == plan.hidden.units
         with pytest.raises(Exception, match="size|shape|mismatch"):
             type(model).from_pretrained(tmp_path / "pruned")
     loaded = load_pruned(tmp_path / "pruned")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from liar_ext import InputError, MomentBank, Moments
-from liar_ext.moments import centre
+from liar_ext.moments import Squares, centre
 
 
 def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, list]:
@@ -43,6 +43,23 @@ def test_centring_by_sums_equals_centring_the_tokens(own):
     mean = a.mean(0) if own else b.mean(0)
     got = centre(moments.gram[0], moments.total[0], moments.tokens[0], mean)
     torch.testing.assert_close(got.tril(), ((a - mean).T @ (a - mean)).tril())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_squares_are_the_diagonal_of_the_moments(dtype):
+    """Rows of no weight, and rows with a value that is not finite, are left out of both."""
+    both = Moments.zeros(7), Squares.zeros(7)
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0] * 8)
+    for fold, x in enumerate(filled()[1]):
+        x = x.to(dtype)
+        x[1], x[2, 3] = torch.nan, torch.inf
+        for sums in both:
+            sums.update(x, fold, weight)
+    moments, squares = both
+    diagonal = moments.gram.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(squares.total, diagonal, rtol=1e-5, atol=0)
+    assert torch.equal(squares.count, moments.count) and squares.count[0].tolist() == [27.0, 1.0]
+    torch.testing.assert_close(squares.second_moment(), moments.second_moment(), rtol=1e-5, atol=0)
 
 
 def test_bank_round_trips_and_merges(tmp_path):

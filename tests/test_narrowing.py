@@ -11,11 +11,11 @@ from test_hidden import NARROWABLE
 from tiny import outputs, tiny, tiny_inputs
 from torch import nn
 
-from liar_ext import Budget, InputError, Plan, narrow, narrowing, prune
+from liar_ext import Plan, narrow, narrowing
 from liar_ext.hidden import hidden_of
 from liar_ext.moments import Moments
 from liar_ext.norms import fit_norm, lost_moments
-from liar_ext.surgery import apply_plan, is_pruned
+from liar_ext.surgery import apply_plan
 
 
 def batches(model, count=6):
@@ -67,10 +67,12 @@ def test_keeping_everything_is_the_identity(name, mode):
     assert all(row.error < 1e-10 and row.units_after == row.units_before for row in done.rows)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "bert", "roberta"])
+@pytest.mark.parametrize("name", [name for name in NARROWABLE if name not in ("llama", "smollm3")])
 def test_features_that_others_repeat_are_given_back(name, monkeypatch):
     """With half the features a copy of the other half every statistic stays, and readers add up."""
-    model = tiny(name, dtype=torch.float64, hidden_size=32)
+    size = 40 if name == "mpnet" else 32
+    untied = {"tie_word_embeddings": False} if name == "opt" else {}
+    model = tiny(name, dtype=torch.float64, hidden_size=size, **untied)
     if name == "roberta":
         model = model.roberta  # a head that is tied to the embedding cannot add up
     half = double_features(model)
@@ -79,12 +81,13 @@ def test_features_that_others_repeat_are_given_back(name, monkeypatch):
     small, done = narrowed(model, data, 0.5, damp=1e-12)
     held_out = tiny_inputs(model, batch=16, tokens=16, seed=99)
     wanted = outputs(model, held_out)
-    wanted = wanted if name != "roberta" else wanted[..., :half]
+    whole = wanted.shape[-1] != 2 * half
+    wanted = wanted if whole else wanted[..., :half]
     torch.testing.assert_close(outputs(small, held_out), wanted, rtol=1e-4, atol=1e-4)
     read = [row for row in done.rows if "cholesky" in row.path]
     assert read and all(row.holdout_error < 1e-7 for row in read)
     dropped, _ = narrowed(model, data, 0.5, mode="none")
-    if name != "roberta":
+    if whole:
         assert (outputs(dropped, held_out) - wanted).abs().max() > 1e-2
 
 
@@ -130,6 +133,10 @@ def tokens_of(model, data, path):
         ("mistral", "model.norm", ["lm_head"]),
         ("bert", "bert.encoder.layer.0.attention.output.LayerNorm", ["intermediate.dense"]),
         ("bert", "bert.encoder.layer.0.output.LayerNorm", ["query", "key", "value"]),
+        ("mpnet", "encoder.layer.1.attention.LayerNorm", ["intermediate.dense"]),
+        ("distilbert", "transformer.layer.0.sa_layer_norm", ["ffn.lin1"]),
+        ("opt", "model.decoder.layers.1.self_attn_layer_norm", ["q_proj", "k_proj", "v_proj"]),
+        ("gpt_neox", "gpt_neox.layers.1.post_attention_layernorm", ["dense_h_to_4h"]),
     ],
 )
 @torch.no_grad()
@@ -141,7 +148,7 @@ def test_the_weights_and_errors_are_those_of_brute_force(name, path, readers):
     done = narrow(model, data, 0.8, damp=damp)
     kept = list(done.kept.kept)
     source = next(s for s in hidden_of(model).sources if s.module == path)
-    assert [p.split(".", 4)[-1].endswith(r) for p, r in zip(source.readers, readers, strict=True)]
+    assert all(p.endswith(reader) for p, reader in zip(source.readers, readers, strict=True))
     layers = [model.get_submodule(p) for p in source.readers]
     weight = torch.cat([layer.weight for layer in layers])
     biased = layers[0].bias is not None
@@ -245,8 +252,10 @@ def test_reconstruction_is_nearer_to_the_dense_model_than_slicing(name):
     held_out = tiny_inputs(model, batch=16, tokens=16, seed=99)
     wanted, distance = outputs(model, held_out), {}
     for mode in ("none", "auto"):
-        small, _ = narrowed(model, data, 0.8, mode=mode)
-        distance[mode] = float((outputs(small, held_out) - wanted).square().mean())
+        small, done = narrowed(model, data, 0.8, mode=mode)
+        got = outputs(small, held_out)
+        kept = range(wanted.shape[-1]) if got.shape == wanted.shape else done.kept.kept
+        distance[mode] = float((got - wanted[..., list(kept)]).square().mean())
     assert distance["auto"] < distance["none"]
 
 
@@ -267,8 +276,8 @@ def test_infinite_damp_slices_readers():
     done = narrow(model, batches(model), 0.8, damp=math.inf)
     kept = list(done.kept.kept)
     path = "model.layers.0.mlp.up_proj"
-    dense = model.get_submodule(path).weight.double()
-    torch.testing.assert_close(done.weights[path][0], dense[:, kept])
+    dense = model.get_submodule(path).weight
+    assert torch.equal(done.weights[path][0], dense[:, kept])
 
 
 def test_the_first_token_alone_counts_for_what_reads_it_alone():
@@ -281,8 +290,9 @@ def test_the_first_token_alone_counts_for_what_reads_it_alone():
         collect = narrowing.collect
 
         def spy(*args, collect=collect, seen=seen, **settings):
-            seen["bank"] = collect(*args, **settings)
-            return seen["bank"]
+            bank = collect(*args, **settings)
+            seen["bank"] = dict(bank)  # which lets go of what is solved
+            return bank
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(narrowing, "collect", spy)
@@ -310,72 +320,3 @@ def test_padding_does_not_count():
     assert plain.kept == masked.kept
     for path, (weight, _) in plain.weights.items():
         torch.testing.assert_close(masked.weights[path][0], weight, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("keep", "multiple_of", "count"), [(0.9, 1, 32), (0.8, 1, 32), (0.79, 1, 24), (0.5, 16, 16)]
-)
-def test_the_count_is_a_multiple_at_most_the_fraction(keep, multiple_of, count):
-    model = tiny("llama")  # 40 features, 8 heads
-    assert narrowing.count_kept(hidden_of(model), keep, multiple_of) == count
-
-
-@pytest.mark.parametrize("keep", [0.0, -1.0, 1.1, float("nan"), 0.1])
-def test_fractions_that_leave_nothing_or_make_no_sense(keep):
-    with pytest.raises(InputError, match="hidden: "):
-        prune(tiny("llama"), iter(()), keep_hidden=keep)
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"keep": 1.0},
-        {"keep": 0.7},
-        {"keep": 0.7, "reconstruct": "affine", "allocation": "uniform"},
-        {"keep": 0.7, "schedule": "layerwise", "criterion": "taylor", "allocation": "global"},
-        {"keep": Budget(0.7, of="params", multiple_of=2)},
-    ],
-)
-def test_the_whole_job(name, settings):
-    model = tiny(name)
-    before = sum(p.numel() for p in model.parameters())
-    data = batches(model)
-    if "criterion" in settings and name == "bert":
-        data = [{**batch, "labels": torch.arange(8) % 2} for batch in data]
-    report = prune(model, iter(data), keep_hidden=0.8, **settings)
-    hidden = {"llama": 32, "bert": 24}[name]
-    assert len(report.plan.hidden.kept) == hidden and is_pruned(model)
-    assert bool(report.sites) == (settings["keep"] != 1.0)
-    assert report.params["before"] == before
-    assert report.params["after"] == sum(p.numel() for p in model.parameters())
-    assert report.params["prunable_after"] < report.params["prunable_before"]
-    assert all(row.units_after == hidden for row in report.hidden)
-    assert "## Hidden features" in report.to_markdown()
-    assert report.settings["keep_hidden"] == 0.8 and report.settings["calibration_sequences"] == 48
-    assert torch.isfinite(outputs(model)).all()
-    with pytest.raises(InputError, match="pruned already"):
-        prune(model, batches(model), keep_hidden=0.8)
-
-
-def test_sites_are_solved_on_the_narrow_model():
-    """The same as narrowing first and pruning what comes out, as if it were a dense model."""
-    together, one_by_one = tiny("mistral"), tiny("mistral")
-    data = batches(together)
-    settings = {"allocation": "uniform", "criterion": "wifv"}
-    report = prune(together, data, Budget(0.7), keep_hidden=0.8, **settings)
-    small, _ = narrowed(one_by_one, data, 0.8)
-    small.config.hidden_size = 32
-    alone = prune(small, data, Budget(0.7), **settings)
-    assert report.plan.sites == alone.plan.sites
-    for name, tensor in small.state_dict().items():
-        torch.testing.assert_close(together.state_dict()[name], tensor)
-
-
-def test_a_family_without_a_stream_is_refused_before_the_first_batch():
-    def no_batch():
-        raise AssertionError("a batch was asked for")
-        yield
-
-    with pytest.raises(InputError, match="no stream for family 'gpt2'"):
-        prune(tiny("gpt2"), no_batch(), keep_hidden=0.8)

@@ -11,14 +11,15 @@ import liar_ext
 
 FLOORS = {
     0: "errors knapsack reference wiring",
-    1: "ops families plan",
-    2: "arch hidden moments outputs report solution",
-    3: "stock probe texts calibration gradients curves sensitivity allocation ridge towards walk "
+    1: "dispatch streams plan",
+    2: "ops families",
+    3: "arch hidden moments outputs report solution",
+    4: "stock probe texts calibration gradients curves sensitivity allocation ridge towards walk "
     "norms surgery evaluation",
-    4: "criteria reconstruction layerwise narrowing saving",
-    5: "losses checkpoint",
-    6: "pipeline",
-    7: "cli",
+    5: "criteria reconstruction layerwise narrowing saving",
+    6: "losses checkpoint options",
+    7: "pipeline",
+    8: "cli",
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 PACKAGE = Path(liar_ext.__file__).parent

@@ -47,7 +47,8 @@ TINY: dict[str, tuple[str, str, dict]] = {
         "DistilBertConfig",
         {**_TEXT, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 24},
     ),
-    "mpnet": ("MPNetModel", "MPNetConfig", _ENCODER),
+    # Not 32 features, which are also the buckets of its relative positions.
+    "mpnet": ("MPNetModel", "MPNetConfig", {**_ENCODER, "hidden_size": 40}),
     "opt": (
         "OPTForCausalLM",
         "OPTConfig",

@@ -1,0 +1,86 @@
+"""What the operators do where they have no kernel: shapes alone, a refusal, or plain torch.
+
+Importing this module loads the extension, which registers the operators and their kernels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from liar_ext import reference
+from liar_ext.errors import InputError
+
+try:
+    from liar_ext import _C  # noqa: F401  importing it registers the operators
+except ImportError as error:
+    raise ImportError(
+        f"liar_ext: the compiled extension liar_ext._C cannot be imported ({error}); build it with "
+        "`pip install --no-build-isolation -e .` in the source tree, with torch >= 2.10 installed"
+    ) from error
+
+OPERATORS = ("fisher_update_", "gram_update_", "obs_curve", "reconstruct", "unit_energy")
+
+
+@torch.library.register_fake("liar_ext::gram_update_")
+def _(gram, total, count, x, y=None, weight=None):
+    d = total.shape[0]
+    torch._check(x.dim() == 2, lambda: f"gram_update_: x must be (tokens, {d}), got {x.shape}")
+
+
+@torch.library.register_fake("liar_ext::reconstruct")
+def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, errors_only=False):
+    ladder, sites = damps.shape[0], weight.shape[:-2]
+
+    def empty(*shape):
+        return weight.new_empty((*sites, *shape), dtype=torch.float64)
+
+    held_out = empty(0 if holdout is None else ladder)
+    new = empty(0 if errors_only else ladder, weight.shape[-2], kept.shape[-1])
+    return new, empty(ladder), held_out, empty(ladder, 2)
+
+
+@torch.library.register_fake("liar_ext::obs_curve")
+def _(weight, gram, width, damp, at_least, groups=1):
+    removed = weight.shape[1] // width - at_least
+    return (
+        weight.new_empty(removed, dtype=torch.int64),
+        weight.new_empty(removed + 1, dtype=torch.float64),
+        weight.new_empty(2, dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("liar_ext::unit_energy")
+def _(weight, gram, width):
+    return weight.new_empty(weight.shape[1] // width, dtype=torch.float64)
+
+
+@torch.library.register_fake("liar_ext::fisher_update_")
+def _(fisher, x, grad, width):
+    torch._check(x.dim() == 3, lambda: f"fisher_update_: x must have 3 dimensions, got {x.shape}")
+
+
+def _refuse(op, device: str):
+    """Return what ``op`` does on a device without kernels: raise, or plain torch where asked."""
+    device = "ROCm" if device == "CUDA" and torch.version.hip else device
+    build = ""
+    if device == "CUDA":
+        build = "build with `LIAR_CUDA=1 pip install --no-build-isolation -e .` where nvcc is, "
+
+    def refuse_or_refer(*arguments):
+        if os.environ.get("LIAR_REFERENCE") == "1":
+            return op(*arguments)
+        raise InputError(
+            f"{op.__name__}: tensors must be on a device that this build has kernels for, got "
+            f"{device}; {build}move them to the CPU, or set LIAR_REFERENCE=1 for plain torch, slow"
+        )
+
+    return refuse_or_refer
+
+
+_without_kernels = torch.library.Library("liar_ext", "IMPL")
+for _name in OPERATORS:
+    for _device in ("CUDA", "XPU", "MPS"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{_name}", _device):
+            _without_kernels.impl(_name, _refuse(getattr(reference, _name), _device), _device)
