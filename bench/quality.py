@@ -1,8 +1,8 @@
 """Perplexity and divergence of pruned models: methods × fractions removed × seeds.
 
 A method is written criterion+allocation+reconstruction, with `+equal` for layers of equal sizes
-(which plain transformers loads) and `+layerwise` for the layerwise schedule. Some are what others
-publish:
+(which plain transformers loads), `+refine=N` for N whole plans measured after `curve`, and
+`+layerwise` for the layerwise schedule. Some are what others publish:
 
     wanda+uniform+none      Wanda-sp
     wifv+global+bias        FLAP
@@ -37,7 +37,7 @@ from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, prune, score
 from liar_ext.arch import Site, get_consumer_bias
 from liar_ext.checkpoint import load_model
 from liar_ext.layerwise import reconstruct_layerwise
-from liar_ext.losses import measure_losses, probe_batches
+from liar_ext.losses import check_refine, measure_losses, probe_batches, refine_plan
 from liar_ext.moments import MomentBank
 from liar_ext.outputs import evaluating
 from liar_ext.reconstruction import reconstruct, with_bias
@@ -104,6 +104,7 @@ class Method:
     mode: str
     equal: bool = False
     layerwise: bool = False
+    refine: int = 0
 
     @classmethod
     def read(cls, name: str) -> Method:
@@ -118,11 +119,21 @@ class Method:
                 default["reconstruct"],
                 layerwise=default["schedule"] == "layerwise",
             )
-        criterion, allocation, mode, *options = name.split("+")
+        criterion, allocation, mode, *words = name.split("+")
+        options = {key: value for key, _, value in (word.partition("=") for word in words)}
+        refine = options.pop("refine", "0")
         unknown = set(options) - {"equal", "layerwise"}
-        if unknown:
-            raise SystemExit(f"quality: unknown option {', '.join(unknown)} in method {name}")
-        return cls(criterion, allocation, mode, "equal" in options, "layerwise" in options)
+        if unknown or not refine.isdigit() or any(options.values()):
+            raise SystemExit(f"quality: no such option in method {name}")
+        check_refine(int(refine), allocation)
+        return cls(
+            criterion,
+            allocation,
+            mode,
+            equal="equal" in options,
+            layerwise="layerwise" in options,
+            refine=int(refine),
+        )
 
 
 @dataclass
@@ -157,6 +168,19 @@ class Case:
             losses=losses,
         )
         plan = with_bias(plan, self.model, method.mode)
+        if method.refine:
+            plan, _ = refine_plan(
+                self.model,
+                self.bank,
+                self.at,
+                scores,
+                budget,
+                probe_batches(self.batches),
+                losses,
+                plan,
+                rounds=method.refine,
+                mode=method.mode,
+            )
         if method.layerwise:
             weights, _ = reconstruct_layerwise(self.model, self.batches, plan, mode=method.mode)
         else:
