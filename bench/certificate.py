@@ -2,7 +2,9 @@
 
 For several amounts of calibration text: calibrate, plan, reconstruct; then compare the held-out
 error that the report of a site shows with the same site's error on text that no decision has seen,
-and both with plain dropping of the same units. Writes certificate.json and certificate.md.
+and both with plain dropping of the same units at that site. With `--schedule layerwise` the fresh
+text takes the same walk, through the weights solved before, and errors are those to the same
+targets. Writes certificate.json and certificate.md.
 """
 
 from __future__ import annotations
@@ -21,9 +23,14 @@ from torch import Tensor, nn
 from liar_ext import Budget, Plan, apply_plan, calibrate, perplexity, reconstruct, score, sites
 from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.checkpoint import load_model
+from liar_ext.layerwise import Walk, reconstruct_layerwise
 from liar_ext.losses import decide
 from liar_ext.moments import Moments
+from liar_ext.outputs import evaluating
+from liar_ext.pipeline import SCHEDULES
 from liar_ext.texts import calibration_sequences, evaluation_sequences, read_documents
+from liar_ext.towards import Shortfall
+from liar_ext.walk import Blocks
 
 PERPLEXITY_EVERY = 2  # windows of the fresh text
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -56,6 +63,7 @@ def parse() -> argparse.Namespace:
     add("--keep", type=float, default=0.8)
     add("--criterion", default="obs")
     add("--allocation", default="uniform", help="curve takes the most time by far")
+    add("--schedule", choices=SCHEDULES, default="one-pass")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/certificate"))
     return parser.parse_args()
@@ -72,9 +80,8 @@ def measure(options: argparse.Namespace):
         samples=options.fresh_samples,
     ).batches(1)
     # The folds do not matter here: both are summed.
-    judge = calibrate(
-        model, [{**b, "fold": torch.tensor([i % 2])} for i, b in enumerate(fresh)], at
-    )
+    folded = [{**b, "fold": torch.tensor([i % 2])} for i, b in enumerate(fresh)]
+    judge = calibrate(model, folded, at)
     sources = [read_documents(source) for source in options.calibration]
     for samples in options.samples:
         batches = calibration_sequences(
@@ -95,20 +102,30 @@ def measure(options: argparse.Namespace):
             "seq_len": options.seq_len,
             "seed": options.seed,
             "keep": options.keep,
-            "method": f"{options.criterion}+{options.allocation}",
+            "method": f"{options.criterion}+{options.allocation}, {options.schedule}",
             "seconds": time.process_time() - start,
             "sites": [],
         }
-        weights, reports = reconstruct(model, bank, plan)
         dropped, _ = reconstruct(model, bank, plan, mode="none")
-        for site, report in zip(at, reports, strict=True):
-            if not plan.sites[site.name].removed:
+        if options.schedule == "layerwise":
+            weights, reports = reconstruct_layerwise(model, batches, plan)
+            found = walk_through(model, folded, plan, weights, dropped)
+        else:
+            weights, reports = reconstruct(model, bank, plan)
+            found = {
+                site.name: [
+                    errors(model, site, plan, some[site.name][0], judge[site.name])
+                    for some in (weights, dropped)
+                ]
+                for site in at
+            }
+        for report in reports:
+            if not plan.sites[report.name].removed:
                 continue
-            energy, error = on_fresh(model, site, plan, weights, judge[site.name])
-            without = on_fresh(model, site, plan, dropped, judge[site.name])[1]
+            (error, energy), (without, _) = found[report.name]
             row["sites"].append(
                 {
-                    "name": site.name,
+                    "name": report.name,
                     "damp": report.damp if math.isfinite(report.damp) else "inf",
                     "predicted": report.holdout_error,
                     "measured": error / energy,
@@ -124,17 +141,56 @@ def measure(options: argparse.Namespace):
         yield row
 
 
-def on_fresh(
-    model: nn.Module, site: Site, plan: Plan, weights: Weights, moments: Moments
+def errors(
+    model: nn.Module,
+    site: Site,
+    plan: Plan,
+    weight: Tensor,
+    moments: Moments,
+    shortfall: Shortfall | None = None,
 ) -> tuple[float, float]:
-    """Return energy ``tr(W G Wᵀ)`` and error ``tr(ΔW G ΔWᵀ)`` of a consumer that has no bias."""
+    """Return the error ``Σ |W' x_K − W x − r|²`` of a consumer without a bias, and ``Σ |W x|²``."""
     gram, _, _ = moments.pooled()
     gram = gram.tril() + gram.tril(-1).mT
     dense = get_consumer_weight(model, site).double()
     change = -dense.clone()
-    kept = site.features(plan.sites[site.name].kept)
-    change[:, kept] += weights[site.name][0]
-    return tuple(float(((w @ gram) * w).sum()) for w in (dense, change))
+    change[:, site.features(plan.sites[site.name].kept)] += weight
+    error, energy = (float(((w @ gram) * w).sum()) for w in (change, dense))
+    if shortfall is not None:
+        error -= float(2 * (change.mT * shortfall.cross.sum(0)).sum() - shortfall.energy.sum())
+    return error, energy
+
+
+class Judged(Walk):
+    """A walk through weights that are given: where another one solves, this one judges."""
+
+    def judge(self, batches: Sequence[dict], weights: Weights, dropped: Weights) -> dict:
+        """Return the errors and energies by site name, with the weights and with units dropped."""
+        self.given, self.dropped, self.found = weights, dropped, {}
+        self.start(batches)
+        for index in range(len(self.blocks)):
+            self.step(index)
+        return self.found
+
+    def _solve(self, site, target, consumers):
+        moments, shortfall = self._collect(site, target, consumers)
+        self.found[site.name] = [
+            errors(self.model, site, self.plan, weights[site.name][0], moments, shortfall)
+            for weights in (self.given, self.dropped)
+        ]
+        weight = self.given[site.name][0].to(self.model.dtype)
+        features = site.features(self.plan.sites[site.name].kept)
+        return lambda x: nn.functional.linear(x[..., features], weight)
+
+
+@torch.no_grad()
+def walk_through(
+    model: nn.Module, batches: Sequence[dict], plan: Plan, weights: Weights, dropped: Weights
+) -> dict:
+    """Return what :meth:`Judged.judge` does."""
+    with evaluating(model), Blocks(model, sites(model)).opened() as blocks:
+        walk = Judged(model, blocks, plan, "auto", "auto", "auto", refit=False)
+        return walk.judge(batches, weights, dropped)
 
 
 def summary(row: dict) -> dict[str, float]:
