@@ -33,8 +33,9 @@ struct Panels {
   static constexpr int kRows = Simd::kRows;
   static constexpr int kVectors = Simd::kVectors;
   static constexpr int kPanel = kLanes * kVectors;
-  // Steps that one register sums up: short, because a sum loses bits with its length.
-  static constexpr int64_t kSegment = kSegmentTokens / Simd::kTokensPerStep;
+  // Steps that one register sums up: few, because a float32 sum loses bits with its length.
+  static constexpr int64_t kSegment =
+      sizeof(typename Simd::Sum) == 8 ? 512 : kSegmentTokens / Simd::kTokensPerStep;
   static_assert(kPanel % kRows == 0, "a register tile must not straddle two panels");
 
   // ---- product ------------------------------------------------------------------------------
@@ -255,49 +256,12 @@ struct Rows {
   }
 };
 
-/// One vector's width of a substitution; the kSolveRows values stay in registers.
-template <class Simd>
-void substitute_vector(const double* factor, const double* inverse, double* const* rows,
-                       int64_t c) {
-  typename Simd::Vector x[kSolveRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kSolveRows; ++i) x[i] = Simd::load(rows[i] + c);
-#pragma GCC unroll 16
-  for (int j = 0; j < kSolveRows; ++j) {
-    x[j] = Simd::scale(x[j], inverse[j]);
-    const typename Simd::Vector minus = Simd::scale(x[j], -1.0);
-#pragma GCC unroll 16
-    for (int i = j + 1; i < kSolveRows; ++i) {
-      x[i] = Simd::multiply_add(Simd::splat(factor + j * kSolveRows + i), minus, x[i]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kSolveRows; ++i) Simd::store(rows[i] + c, x[i]);
-}
-
-template <class Simd>
-void substitute(const Substitution& s) {
-  int64_t c = 0;
-  for (; c + Simd::kLanes <= s.columns; c += Simd::kLanes) {
-    substitute_vector<Simd>(s.factor, s.inverse, s.rows, c);
-  }
-  if (c == s.columns) return;
-  double padded[kSolveRows][Simd::kLanes] = {};
-  double* rows[kSolveRows];
-  const size_t bytes = static_cast<size_t>(s.columns - c) * sizeof(double);
-  for (int i = 0; i < kSolveRows; ++i) {
-    rows[i] = padded[i];
-    std::memcpy(padded[i], s.rows[i] + c, bytes);
-  }
-  substitute_vector<Simd>(s.factor, s.inverse, rows, 0);
-  for (int i = 0; i < kSolveRows; ++i) std::memcpy(s.rows[i] + c, padded[i], bytes);
-}
-
 /// The table entry for a policy whose rows are float16, bfloat16 or float32.
 template <class Simd>
 constexpr PanelKernel single_kernel() {
   using P = Panels<Simd>;
   return {P::kPanel,
+          P::kRows,
           sizeof(float),
           1,
           [](DType dtype, const void* row, int64_t n) {
@@ -316,10 +280,11 @@ constexpr PanelKernel single_kernel() {
 }
 
 /// The table entry for a policy that takes rows of one type only, read by `Source`.
-template <class Simd, class Source, void (*Solve)(const Substitution&) = nullptr>
+template <class Simd, class Source, void (*Solve)(const PanelSolve&) = nullptr>
 constexpr PanelKernel one_type_kernel() {
   using P = Panels<Simd>;
   return {P::kPanel,
+          P::kRows,
           sizeof(typename Simd::Slot),
           Simd::kTokensPerStep,
           [](DType, const void* row, int64_t n) { return P::template finite_row<Source>(row, n); },

@@ -133,10 +133,13 @@ void test_solve(int64_t n, int64_t columns, const Pool& pool) {
                     kernel, pool);
   for (int64_t i = 0; i < n; ++i)
     a[static_cast<size_t>(i * n + i)] += 10.0 * static_cast<double>(n);
-  Values u = a, y = rhs, back(rhs.size(), 0.0);
-  const liar::Cholesky factor(u.data(), n, n, kernel, pool);
+  Values y = rhs, back(rhs.size(), 0.0);
+  const liar::Cholesky factor(liar::TrianglePanels(a.data(), n, n, kernel), pool);
   if (factor.code() != 0) ++failures;
-  factor.solve(y.data(), columns, columns, pool);
+  liar::Panels solution(n, columns, kernel);
+  for (int64_t i = 0; i < n; ++i) solution.read_step(i, &rhs[static_cast<size_t>(i * columns)]);
+  factor.solve(solution, pool);
+  for (int64_t i = 0; i < n; ++i) solution.write_step(i, &y[static_cast<size_t>(i * columns)]);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k < n; ++k) {
       const double value = a[static_cast<size_t>(k >= i ? i * n + k : k * n + i)];

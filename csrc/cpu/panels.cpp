@@ -1,0 +1,180 @@
+#include "panels.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace liar {
+namespace {
+
+constexpr int64_t kTurn = 8;  // rows turned together: a cache line of each column
+
+}  // namespace
+
+int64_t panel_stride(int64_t steps, const PanelKernel& kernel) {
+  return steps * kernel.panel * kernel.slot_bytes + 64;
+}
+
+Panels::Panels(int64_t steps, int64_t features, const PanelKernel& kernel)
+    : kernel_(&kernel),
+      steps_(steps),
+      features_(features),
+      stride_(panel_stride(whole_tiles(steps, kernel), kernel)),
+      memory_((features + kernel.panel - 1) / kernel.panel * stride_) {
+  const int64_t padding = (whole_tiles(steps, kernel) - steps) * width();
+  for (int64_t p = 0; p < count(); ++p) std::fill_n(panel(p) + steps * width(), padding, 0.0);
+  if (features % width() != 0) std::fill_n(panel(count() - 1), steps * width(), 0.0);
+}
+
+Panels Panels::copy() const {
+  Panels result(steps_, features_, *kernel_);
+  if (!empty()) {
+    std::memcpy(result.memory_.data(), memory_.data(), static_cast<size_t>(count() * stride_));
+  }
+  return result;
+}
+
+void Panels::fill_zero() {
+  for (int64_t p = 0; p < count(); ++p) std::fill_n(panel(p), steps_ * width(), 0.0);
+}
+
+void Panels::add(double scale, const Panels& other) {
+  for (int64_t p = 0; p < count(); ++p) {
+    double* to = panel(p);
+    const double* from = other.panel(p);
+    for (int64_t i = 0; i < steps_ * width(); ++i) to[i] += scale * from[i];
+  }
+}
+
+Panels Panels::turned() const {
+  Panels result(features_, steps_, *kernel_);
+  for (int64_t p = 0; p < count(); ++p) {
+    const int64_t first = p * width(), live = std::min(width(), features_ - first);
+    for (int64_t k = 0; k < steps_; k += width()) {
+      turn(panel(p) + k * width(), width(), std::min(width(), steps_ - k), live,
+           result.panel(k / width()) + first * width(), width());
+    }
+  }
+  return result;
+}
+
+void Panels::read_step(int64_t step, const double* row) {
+  for (int64_t i = 0; i < features_; i += width()) {
+    std::copy_n(row + i, std::min(width(), features_ - i), &at(step, i));
+  }
+}
+
+void Panels::write_step(int64_t step, double* row) const {
+  for (int64_t i = 0; i < features_; i += width()) {
+    std::copy_n(&at(step, i), std::min(width(), features_ - i), row + i);
+  }
+}
+
+TrianglePanels::TrianglePanels(int64_t n, const PanelKernel& kernel)
+    : kernel_(&kernel), n_(n), memory_(0) {
+  memory_ = Workspace(offset(strips()));
+  for (int64_t s = 0; s < strips(); ++s) {
+    const int64_t rows = whole_tiles(end(s), kernel) - begin(s);
+    for (int64_t first = begin(s); first < end(s); first += kernel.panel) {
+      double* to = panel(first);
+      // Beyond the last feature there are zeros in every step.
+      const int64_t from = first + kernel.panel > n ? 0 : begin(s);
+      std::fill_n(to + from * kernel.panel, (begin(s) + rows - from) * kernel.panel, 0.0);
+    }
+  }
+}
+
+TrianglePanels::TrianglePanels(const double* upper, int64_t n, int64_t row,
+                               const PanelKernel& kernel)
+    : TrianglePanels(n, kernel) {
+  for (int64_t first = 0; first < n; first += kernel.panel) {
+    const int64_t end = std::min(first + kernel.panel, n);
+    for (int64_t k = 0; k < end; ++k) {
+      const int64_t begin = std::max(first, k);
+      std::copy_n(upper + k * row + begin, end - begin,
+                  panel(first) + k * kernel.panel + begin - first);
+    }
+  }
+}
+
+TrianglePanels TrianglePanels::copy() const {
+  TrianglePanels result;
+  result.kernel_ = kernel_;
+  result.n_ = n_;
+  result.memory_ = Workspace(offset(strips()));
+  if (n_ > 0) {
+    std::memcpy(result.memory_.data(), memory_.data(), static_cast<size_t>(offset(strips())));
+  }
+  return result;
+}
+
+int64_t TrianglePanels::stride(int64_t strip) const {
+  return panel_stride(whole_tiles(end(strip), *kernel_), *kernel_);
+}
+
+int64_t TrianglePanels::offset(int64_t strip) const {
+  // As if the last strip were as long as it would be in a larger triangle.
+  const int64_t steps = strip * (strip + 1) / 2 * kStrip;
+  return kStrip / kernel_->panel * (steps * kernel_->panel * kernel_->slot_bytes + strip * 64);
+}
+
+void turn(const double* from, int64_t from_row, int64_t rows, int64_t cols, double* to,
+          int64_t to_row) {
+  for (int64_t first = 0; first < rows; first += kTurn) {
+    const int64_t count = std::min(kTurn, rows - first);
+    for (int64_t c = 0; c < cols; ++c) {
+      const double* source = from + first * from_row + c;
+      double* line = to + c * to_row + first;
+      if (count == kTurn) {
+        for (int64_t r = 0; r < kTurn; ++r) line[r] = source[r * from_row];
+      } else {
+        for (int64_t r = 0; r < count; ++r) line[r] = source[r * from_row];
+      }
+    }
+  }
+}
+
+void multiply(const Packed& a, const Packed& b, int64_t steps, const Block& block, double scale,
+              const Output& out, Triangle triangle, const PanelKernel& kernel) {
+  for (int64_t k = 0; k < steps; k += kSteps) {
+    PanelProduct product{};
+    product.steps = std::min(kSteps, steps - k);
+    product.a = a.from_step(k, kernel).panels;
+    product.b = b.from_step(k, kernel).panels;
+    product.a_panel_stride = a.stride;
+    product.b_panel_stride = b.stride;
+    product.i0 = block.i0;
+    product.i1 = block.i1;
+    product.out_row = out.row;
+    product.triangle = triangle;
+    product.scale = scale;
+    for (int64_t j = block.j0; j < block.j1; j += kernel.panel) {
+      product.j0 = j;
+      product.j1 = std::min(j + kernel.panel, block.j1);
+      product.out = out.data + j / kernel.panel * out.panel - j;  // the kernel counts from 0
+      kernel.multiply_f64(product);
+    }
+  }
+}
+
+double dot(const double* a, const double* b, int64_t count) {
+  constexpr int64_t kChains = 16;
+  double sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int64_t c = 0; c < kChains; ++c) sums[c] += a[i + c] * b[i + c];
+  }
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+double dot(const Panels& a, const Panels& b) {
+  double sum = 0;
+  for (int64_t p = 0; p < a.count(); ++p) {
+    sum += dot(a.panel(p), b.panel(p), a.steps() * a.width());
+  }
+  return sum;
+}
+
+}  // namespace liar
