@@ -42,10 +42,12 @@ struct Panels {
 
   /// One register tile. `vectors` of the panel are live; the tile's rows below `rows` and columns
   /// below `cols` are stored, of those the part that `triangle` names; the diagonal
-  /// passes through column `diagonal` of the tile's first row.
+  /// passes through column `diagonal` of the tile's first row. Every step also fetches what is
+  /// at `ahead`, `ahead_step` bytes further each time.
   template <int vectors, class Out>
   static void tile(int64_t steps, const Slot* a, const Slot* b, Out* out, int64_t out_row,
-                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale) {
+                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale,
+                   const char* ahead, int64_t ahead_step) {
     Vector sum[kRows][vectors];
     typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
     // The sums go to `out` in the end: fetch it while they grow.
@@ -65,6 +67,8 @@ struct Panels {
       end = steps - begin < kSegment ? steps : begin + kSegment;
       for (int64_t step = begin; step < end; ++step) {
         typename Simd::Operand right[vectors];
+        __builtin_prefetch(ahead);
+        ahead += ahead_step;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
 #pragma GCC unroll 16
@@ -129,7 +133,11 @@ struct Panels {
       const bool lower = p.triangle == Triangle::kLower, upper = p.triangle == Triangle::kUpper;
       const int64_t first = lower && j > p.i0 ? j : p.i0;  // j is a multiple of kRows
       const int64_t last = upper && j + kPanel < p.i1 ? j + kPanel : p.i1;
-      for (int64_t i = first; i < last; i += kRows) {
+      // Every tile fetches its part of the panel that comes next, which may be in memory still.
+      const char* ahead = reinterpret_cast<const char*>(b) + p.b_panel_stride;
+      const int64_t tiles = last > first ? (last - first + kRows - 1) / kRows : 1;
+      const int64_t ahead_step = kPanel * static_cast<int64_t>(sizeof(Slot)) / tiles;
+      for (int64_t i = first; i < last; i += kRows, ahead += ahead_step * p.steps) {
         const auto* a = reinterpret_cast<const Slot*>(static_cast<const char*>(p.a) +
                                                       i / kPanel * p.a_panel_stride) +
                         i % kPanel;
@@ -139,11 +147,11 @@ struct Panels {
         if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
         if (live == 1) {
-          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
+          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead, ahead_step);
         } else if (live == 2) {
-          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
+          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead, ahead_step);
         } else if constexpr (kVectors >= 3) {
-          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
+          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead, ahead_step);
         }
       }
     }
