@@ -7,6 +7,8 @@ namespace {
 
 constexpr int64_t kTile = 64;  // steps of one task
 constexpr int64_t kTurn = 8;   // steps turned together: a cache line of each row
+constexpr int64_t kAhead = 4;  // rows, and such lines, that are fetched before they are read:
+                               // rows are too far apart for the processor to foresee them
 
 /// to[k, i] = from[i, k] for steps [k0, k1), all of them at most `limit(i)`: reads lines of rows.
 template <class Row, class Limit>
@@ -16,6 +18,7 @@ void turn_rows(const Row& row, const Index& steps, int64_t k0, int64_t k1, int64
     for (int64_t i = 0; i < features; ++i) {
       const double* from = row(i);
       const int64_t end = std::min({block + kTurn, k1, limit(i)});
+      __builtin_prefetch(from + steps[block] + kAhead * kTurn);
       for (int64_t k = block; k < end; ++k) to[k * width + i] = from[steps[k]];
     }
   }
@@ -60,9 +63,13 @@ Panels gather_symmetric(const Float64View& lower, const Index& steps, const Inde
     }
     for (int64_t k = k0; k < k1; ++k) {
       const double* row = lower.row(steps[k]);
+      const double* later = lower.row(steps[std::min(k + kAhead, k1 - 1)]);
       double* line = to + k * width - first;
       int64_t i = first;
-      for (; i < end && features[i] <= steps[k]; ++i) line[i] = row[features[i]];
+      for (; i < end && features[i] <= steps[k]; ++i) {
+        __builtin_prefetch(later + features[i]);
+        line[i] = row[features[i]];
+      }
       for (; i < end; ++i) line[i] = lower.row(features[i])[steps[k]];
     }
   });

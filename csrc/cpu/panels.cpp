@@ -45,12 +45,14 @@ void Panels::fill_zero() {
   for (int64_t p = 0; p < count(); ++p) std::fill_n(panel(p), steps_ * width(), 0.0);
 }
 
-void Panels::add(double scale, const Panels& other) {
+Panels Panels::plus(double scale, const Panels& other) const {
+  Panels result(steps_, features_, *kernel_);
   for (int64_t p = 0; p < count(); ++p) {
-    double* to = panel(p);
-    const double* from = other.panel(p);
-    for (int64_t i = 0; i < steps_ * width(); ++i) to[i] += scale * from[i];
+    const double *a = panel(p), *b = other.panel(p);
+    double* to = result.panel(p);
+    for (int64_t i = 0; i < steps_ * width(); ++i) to[i] = a[i] + scale * b[i];
   }
+  return result;
 }
 
 Panels Panels::turned() const {

@@ -69,8 +69,8 @@ class Panels {
   }
 
   void fill_zero();
-  /// itself += scale · other, of its shape.
-  void add(double scale, const Panels& other);
+  /// itself + scale · other, of its shape.
+  Panels plus(double scale, const Panels& other) const;
   /// (features, steps): what was a step is a feature.
   Panels turned() const;
   void read_step(int64_t step, const double* row);

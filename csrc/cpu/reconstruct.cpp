@@ -97,7 +97,7 @@ class Solver {
     turned_weight = gather_turned(a.weight, removed, a.d_out, kernel, pool);
     metric = Panels(removed.count, removed.count, kernel);
     metric.fill_zero();
-    const Panels weight = gather(a.weight, {nullptr, a.d_out}, removed, kernel, pool);
+    const Panels weight = turned_weight.turned();
     add_product(weight, weight, 1, metric.output(), Triangle::kUpper, pool);
     for (int64_t p = 0; p < removed.count; ++p) {
       for (int64_t q = 0; q < p; ++q) metric.at(p, q) = metric.at(q, p);
@@ -199,18 +199,16 @@ class Solver {
 
   /// ⟨S, Xᵀ (Q + Λ X)⟩. Both are symmetric: half the work of X S, where that is not needed.
   double restored(const Panels& x, double shift) const {
-    Panels y = side.copy(), inner(width, width, kernel);
-    y.add(shift, x);
+    Panels inner(width, width, kernel);
     inner.fill_zero();
-    add_product(x, y, 1, inner.output(), Triangle::kUpper, pool);
+    add_product(x, side.plus(shift, x), 1, inner.output(), Triangle::kUpper, pool);
     double sum = 2 * dot(metric, inner);
     for (int64_t p = 0; p < width; ++p) sum -= metric.at(p, p) * inner.at(p, p);
     return sum;
   }
 
   void certify_dense(int64_t l, const Panels& x, double shift) {
-    Panels y = kept_weight.copy();
-    if (!x.empty()) y.add(1, x);
+    const Panels y = x.empty() ? kept_weight.copy() : kept_weight.plus(1, x);
     // ⟨Y, C_K + Λ X⟩; without X: Q, the limit of Λ X.
     const double pulled = x.empty() ? dot(y, side) : shift * dot(y, x);
     a.error_out[l] = -dot(y, cross) - pulled;
