@@ -188,26 +188,31 @@ int64_t factor_upper(double* a, int64_t n, const PanelKernel& kernel, const Pool
 }
 
 Panels square_root(const Panels& s, const Pool& pool) {
-  const int64_t n = s.features();
+  const int64_t n = s.features(), width = s.width();
   std::vector<double> scale;
   for (int64_t i = 0; i < n; ++i) scale.push_back(s.at(i, i) > 0 ? std::sqrt(s.at(i, i)) : 1);
   TrianglePanels scaled(n, s.kernel());
   for (int64_t j = 0; j < n; ++j) {
+    const double* from = &s.at(0, j);
+    double* to = &scaled.at(0, j);
     for (int64_t i = 0; i < j; ++i) {
-      scaled.at(i, j) = s.at(i, j) / (scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)]);
+      to[i * width] =
+          from[i * width] / (scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)]);
     }
-    scaled.at(j, j) = 1 + static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+    to[j * width] = 1 + static_cast<double>(n) * std::numeric_limits<double>::epsilon();
   }
   const Cholesky factor(std::move(scaled), pool);
   if (factor.code() != 0) return Panels();
-  Panels root(n, n, s.kernel());
-  root.fill_zero();
+  Panels upper(n, n, s.kernel());
+  upper.fill_zero();
   for (int64_t j = 0; j < n; ++j) {
+    const double* from = &factor.factor().at(0, j);
+    double* to = &upper.at(0, j);
     for (int64_t i = 0; i <= j; ++i) {
-      root.at(j, i) = factor.factor().at(i, j) * scale[static_cast<size_t>(j)];
+      to[i * width] = from[i * width] * scale[static_cast<size_t>(j)];
     }
   }
-  return root;
+  return upper.turned();
 }
 
 }  // namespace liar

@@ -45,6 +45,20 @@ void Panels::fill_zero() {
   for (int64_t p = 0; p < count(); ++p) std::fill_n(panel(p), steps_ * width(), 0.0);
 }
 
+void Panels::mirror() {
+  for (int64_t p = 0; p < count(); ++p) {
+    const int64_t first = p * width(), live = std::min(width(), features_ - first);
+    for (int64_t k = 0; k < first; k += width()) {
+      turn(panel(p) + k * width(), width(), width(), live, panel(k / width()) + first * width(),
+           width());
+    }
+    double* block = panel(p) + first * width();
+    for (int64_t i = 0; i < live; ++i) {
+      for (int64_t j = 0; j < i; ++j) block[i * width() + j] = block[j * width() + i];
+    }
+  }
+}
+
 Panels Panels::plus(double scale, const Panels& other) const {
   Panels result(steps_, features_, *kernel_);
   for (int64_t p = 0; p < count(); ++p) {

@@ -69,6 +69,8 @@ class Panels {
   }
 
   void fill_zero();
+  /// The upper triangle of a square matrix, copied to the lower one.
+  void mirror();
   /// itself + scale · other, of its shape.
   Panels plus(double scale, const Panels& other) const;
   /// (features, steps): what was a step is a feature.

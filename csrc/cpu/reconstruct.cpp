@@ -36,6 +36,7 @@ namespace liar {
 namespace {
 
 constexpr int64_t kSideBySide = 2048;  // sites that keep more than this are solved in turn
+constexpr int64_t kTile = 64;          // columns of W' written together: X stays in cache
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 class Solver {
@@ -77,8 +78,9 @@ class Solver {
     double sum = 0;
     for (int64_t p = 0; p < removed.count; ++p) {
       const double* row = from.row(removed[p]);
-      for (int64_t q = 0; q < p; ++q) sum += 2 * metric.at(q, p) * row[removed[q]];
-      sum += metric.at(p, p) * row[removed[p]];
+      const double* s = &metric.at(0, p);
+      for (int64_t q = 0; q < p; ++q) sum += 2 * s[q * kernel.panel] * row[removed[q]];
+      sum += s[p * kernel.panel] * row[removed[p]];
     }
     return sum;
   }
@@ -99,9 +101,7 @@ class Solver {
     metric.fill_zero();
     const Panels weight = turned_weight.turned();
     add_product(weight, weight, 1, metric.output(), Triangle::kUpper, pool);
-    for (int64_t p = 0; p < removed.count; ++p) {
-      for (int64_t q = 0; q < p; ++q) metric.at(p, q) = metric.at(q, p);
-    }
+    if (transfer) metric.mirror();
     side = plain_side(a.gram);
     removed_error = removed_energy(a.gram);
     if (a.holdout != nullptr) {
@@ -222,18 +222,19 @@ class Solver {
     const Panels turned = x.empty() || !transfer ? Panels() : x.turned();
     parallel_tasks(pool, (a.d_out + kStrip - 1) / kStrip, [&](int64_t strip) {
       const int64_t first = strip * kStrip, end = std::min(first + kStrip, a.d_out);
-      for (int64_t o = first; o < end; ++o) {
-        const double* w = a.weight.row(o);
-        for (int64_t k = 0; k < a.n; ++k) out[o * a.n + k] = w[a.kept[k]];
-      }
-      if (transfer && !x.empty()) {
-        multiply(turned_weight.packed(), turned.packed(), width, {first, end, 0, a.n}, 1,
-                 {out, a.n, kernel.panel}, Triangle::kAll, kernel);
-      } else if (!x.empty()) {
+      for (int64_t begin = 0; begin < a.n; begin += kTile) {
         for (int64_t o = first; o < end; ++o) {
-          for (int64_t k = 0; k < a.n; ++k) out[o * a.n + k] += x.at(k, o);
+          const double* w = a.weight.row(o);
+          const double* change = x.empty() || transfer ? nullptr : &x.at(0, o);
+          double* to = out + o * a.n;
+          for (int64_t k = begin; k < std::min(begin + kTile, a.n); ++k) {
+            to[k] = w[a.kept[k]] + (change != nullptr ? change[k * kernel.panel] : 0);
+          }
         }
       }
+      if (turned.empty()) return;
+      multiply(turned_weight.packed(), turned.packed(), width, {first, end, 0, a.n}, 1,
+               {out, a.n, kernel.panel}, Triangle::kAll, kernel);
     });
   }
 
