@@ -90,9 +90,19 @@ class Solver {
     if (transfer) return gather_symmetric(from, kept, removed, kernel, pool);
     Panels to(a.n, width, kernel);
     to.fill_zero();
-    add_product(gather_symmetric(from, removed, kept, kernel, pool), turned_weight, 1, to.output(),
-                Triangle::kAll, pool);
+    add_symmetric_product(from, removed, turned_weight, 1, to);
     return to;
+  }
+
+  /// to (n, width) += scale · M_K,steps right, a strip of M at a time.
+  void add_symmetric_product(const Float64View& from, const Index& steps, const Panels& right,
+                             double scale, const Panels& to) const {
+    parallel_tasks(pool, (a.n + kStrip - 1) / kStrip, [&](int64_t strip) {
+      const int64_t first = strip * kStrip, rows = std::min(kStrip, a.n - first);
+      const Panels left = gather_symmetric(from, steps, kept.slice(first, rows), kernel, Pool{});
+      multiply(left.packed(), right.packed(), steps.count, {0, rows, 0, width}, scale,
+               to.output().from_row(first), Triangle::kAll, kernel);
+    });
   }
 
   void prepare_plain() {
@@ -139,13 +149,7 @@ class Solver {
       holdout_side = gather(*a.holdout_cross, kept, outputs, kernel, pool);
     }
     side = cross.copy();
-    parallel_tasks(pool, (a.n + kStrip - 1) / kStrip, [&](int64_t strip) {
-      const int64_t first = strip * kStrip, rows = std::min(kStrip, a.n - first);
-      const Panels gram_rows =
-          gather_symmetric(a.gram, kept, kept.slice(first, rows), kernel, Pool{});
-      multiply(gram_rows.packed(), kept_weight.packed(), a.n, {0, rows, 0, width}, -1,
-               side.output().from_row(first), Triangle::kAll, kernel);
-    });
+    add_symmetric_product(a.gram, kept, kept_weight, -1, side);
   }
 
   void solve_one(int64_t l, double damp, double shift) {
