@@ -76,8 +76,8 @@ int64_t Cholesky::factor_strip(int64_t strip, const Pool& pool) {
   parallel_tasks(pool, (later + kStripGroup - 1) / kStripGroup, [&](int64_t task) {
     const int64_t from = strip + 1 + task * kStripGroup;
     for (int64_t s = from; s < std::min(from + kStripGroup, u_.strips()); ++s) {
-      multiply(left, u_.strip(s), begin, {0, rows, 0, u_.size(s)}, -1,
-               u_.output(s).from_row(begin), Triangle::kAll, kernel);
+      multiply(left, u_.strip(s), begin, {0, rows, 0, u_.size(s)}, -1, u_.output(s).from_row(begin),
+               Triangle::kAll, kernel);
       for (int64_t j = u_.begin(s); j < u_.end(s); j += kernel.panel) {
         const int64_t live = std::min(kernel.panel, u_.end(s) - j);
         kernel.solve({diagonal, left.stride, &inverse_[static_cast<size_t>(begin)],
@@ -116,9 +116,8 @@ int64_t Cholesky::factor_diagonal(int64_t strip) {
     exchange(true);
     for (int64_t j = (size - 1) / width * width; j >= first; j -= width) {
       // The tile's own panel comes last and has taken in the rows above already.
-      kernel.solve({block.data, packed.stride, inverse,
-                    block.data + j / width * block.panel, std::min(width, size - j), i, i + rows,
-                    j == first ? i : 0, i, false});
+      kernel.solve({block.data, packed.stride, inverse, block.data + j / width * block.panel,
+                    std::min(width, size - j), i, i + rows, j == first ? i : 0, i, false});
     }
     exchange(true);  // the substitution went over the tile itself
   }
@@ -154,8 +153,8 @@ void Cholesky::solve_panels(Panels& x, int64_t first, int64_t count) const {
     const int64_t begin = u_.begin(strip), rows = u_.size(strip);
     for (int64_t j = 0; j < columns; j += width) {
       kernel.solve({diagonal, stride, &inverse_[static_cast<size_t>(begin)],
-                    out.from_row(begin).data + j / width * out.panel,
-                    std::min(width, columns - j), 0, rows, 0, rows, backward});
+                    out.from_row(begin).data + j / width * out.panel, std::min(width, columns - j),
+                    0, rows, 0, rows, backward});
     }
   };
   for (int64_t strip = 0; strip < u_.strips(); ++strip) {

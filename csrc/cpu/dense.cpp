@@ -87,7 +87,8 @@ void add_product(const Panels& a, const Panels& b, double scale, const Output& o
   const int64_t share = share_of(b.features(), strips, pool), shares = blocks(b.features(), share);
   parallel_tasks(pool, strips * shares, [&](int64_t task) {
     const int64_t i = task / shares * kStrip, j = task % shares * share;
-    const int64_t rows = std::min(kStrip, a.features() - i), cols = std::min(share, b.features() - j);
+    const int64_t rows = std::min(kStrip, a.features() - i),
+                  cols = std::min(share, b.features() - j);
     if (triangle == Triangle::kLower && j >= i + rows) return;
     if (triangle == Triangle::kUpper && j + cols <= i) return;
     multiply(a.packed(), b.packed(), a.steps(), {i, i + rows, j, j + cols}, scale, out, triangle,
@@ -116,8 +117,8 @@ double QuadraticForm::evaluate(const Panels& v, const Panels& x, const Pool& poo
       multiply(half_.strip(strip), x.packed(first / width), half_.end(strip), {0, rows, 0, cols}, 1,
                product.output(), Triangle::kAll, kernel);
       for (int64_t j = 0; j < cols; j += width) {
-        sums[static_cast<size_t>(strip)] +=
-            dot(product.panel(j / width), v.panel((first + j) / width) + begin * width, rows * width);
+        sums[static_cast<size_t>(strip)] += dot(
+            product.panel(j / width), v.panel((first + j) / width) + begin * width, rows * width);
       }
     }
   });

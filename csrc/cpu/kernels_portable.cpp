@@ -87,7 +87,6 @@ struct SimdF64 {
 }  // namespace
 
 const PanelKernel kPortableF32 = single_kernel<SimdF32>();
-const PanelKernel kPortableF64 =
-    one_type_kernel<SimdF64, Rows<SimdF64, double>, solve<SimdF64>>();
+const PanelKernel kPortableF64 = one_type_kernel<SimdF64, Rows<SimdF64, double>, solve<SimdF64>>();
 
 }  // namespace liar

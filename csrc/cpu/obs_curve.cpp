@@ -30,7 +30,7 @@ namespace liar {
 namespace {
 
 constexpr int64_t kPanelRows = 64;  // rows of L: the panels of L and R fit a second-level cache
-constexpr int64_t kFewRows = 8;  // below, packing costs more than it saves
+constexpr int64_t kFewRows = 8;     // below, packing costs more than it saves
 
 /// x ← C⁻¹ x for x (n, cols), where C = Uᵀ and U is upper triangular (n, n); all row-major.
 void solve_lower(int64_t n, int64_t cols, const double* u, double* x, int64_t x_row) {

@@ -147,11 +147,14 @@ struct Panels {
         if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
         if (live == 1) {
-          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead, ahead_step);
+          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
+                  ahead_step);
         } else if (live == 2) {
-          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead, ahead_step);
+          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
+                  ahead_step);
         } else if constexpr (kVectors >= 3) {
-          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead, ahead_step);
+          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
+                  ahead_step);
         }
       }
     }

@@ -55,9 +55,7 @@ class Panels {
   int64_t count() const { return (features_ + width() - 1) / width(); }
   int64_t stride() const { return stride_; }
 
-  double* panel(int64_t p) const {
-    return reinterpret_cast<double*>(memory_.data() + p * stride_);
-  }
+  double* panel(int64_t p) const { return reinterpret_cast<double*>(memory_.data() + p * stride_); }
   double& at(int64_t step, int64_t feature) const {
     return panel(feature / width())[step * width() + feature % width()];
   }
