@@ -180,9 +180,7 @@ void Cholesky::solve_panels(Panels& x, int64_t first, int64_t count) const {
 
 int64_t factor_upper(double* a, int64_t n, const PanelKernel& kernel, const Pool& pool) {
   const Cholesky factor(TrianglePanels(a, n, n, kernel), pool);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = i; j < n; ++j) a[i * n + j] = factor.factor().at(i, j);
-  }
+  for (int64_t i = 0; i < n; ++i) factor.factor().write_step(i, a + i * n);
   return factor.code();
 }
 

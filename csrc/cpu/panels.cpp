@@ -110,13 +110,20 @@ TrianglePanels::TrianglePanels(int64_t n, const PanelKernel& kernel)
 TrianglePanels::TrianglePanels(const double* upper, int64_t n, int64_t row,
                                const PanelKernel& kernel)
     : TrianglePanels(n, kernel) {
-  for (int64_t first = 0; first < n; first += kernel.panel) {
-    const int64_t end = std::min(first + kernel.panel, n);
-    for (int64_t k = 0; k < end; ++k) {
-      const int64_t begin = std::max(first, k);
-      std::copy_n(upper + k * row + begin, end - begin,
-                  panel(first) + k * kernel.panel + begin - first);
-    }
+  for (int64_t k = 0; k < n; ++k) read_step(k, upper + k * row);
+}
+
+void TrianglePanels::read_step(int64_t step, const double* row) {
+  const int64_t width = kernel_->panel;
+  for (int64_t i = step; i < n_; i = (i / width + 1) * width) {
+    std::copy_n(row + i, std::min((i / width + 1) * width, n_) - i, &at(step, i));
+  }
+}
+
+void TrianglePanels::write_step(int64_t step, double* row) const {
+  const int64_t width = kernel_->panel;
+  for (int64_t i = step; i < n_; i = (i / width + 1) * width) {
+    std::copy_n(&at(step, i), std::min((i / width + 1) * width, n_) - i, row + i);
   }
 }
 

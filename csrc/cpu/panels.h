@@ -73,6 +73,7 @@ class Panels {
   Panels plus(double scale, const Panels& other) const;
   /// (features, steps): what was a step is a feature.
   Panels turned() const;
+  /// Values of a row; row[i] belongs to feature i.
   void read_step(int64_t step, const double* row);
   void write_step(int64_t step, double* row) const;
 
@@ -97,6 +98,9 @@ class TrianglePanels {
   /// Of the upper triangle of a row-major matrix.
   TrianglePanels(const double* upper, int64_t n, int64_t row, const PanelKernel& kernel);
   TrianglePanels copy() const;
+  /// Values of a row from the diagonal on; row[i] belongs to feature i.
+  void read_step(int64_t step, const double* row);
+  void write_step(int64_t step, double* row) const;
 
   const PanelKernel& kernel() const { return *kernel_; }
   int64_t n() const { return n_; }

@@ -35,7 +35,7 @@ int64_t invert_lower(double* a, int64_t d, double* condition, const PanelKernel&
     TrianglePanels pivot(n, kernel);
     for (int64_t i = 0; i < n; ++i) {
       read_symmetric_row(a, d, first + i, d, row.data());
-      for (int64_t j = i; j < n; ++j) pivot.at(i, j) = row[static_cast<size_t>(first + j)];
+      pivot.read_step(i, row.data() + first);
       std::fill_n(row.begin() + first, n, 0.0);
       row[static_cast<size_t>(first + i)] = -1;
       rows.read_step(i, row.data());
