@@ -24,16 +24,7 @@ void turn_rows(const Row& row, const Index& steps, int64_t k0, int64_t k1, int64
   }
 }
 
-/// Calls task(k0, k1, first, end) for tiles of steps and panels of features.
-template <class Task>
-void over_tiles(const Panels& to, const Pool& pool, const Task& task) {
-  parallel_tasks(pool, (to.steps() + kTile - 1) / kTile, [&](int64_t tile) {
-    const int64_t k0 = tile * kTile, k1 = std::min(k0 + kTile, to.steps());
-    for (int64_t p = 0; p < to.count(); ++p) {
-      task(k0, k1, p * to.width(), std::min((p + 1) * to.width(), to.features()), to.panel(p));
-    }
-  });
-}
+int64_t tiles(int64_t steps) { return (steps + kTile - 1) / kTile; }
 
 }  // namespace
 
@@ -54,23 +45,28 @@ TrianglePanels gather_triangle(const Float64View& lower, const Index& index,
 Panels gather_symmetric(const Float64View& lower, const Index& steps, const Index& features,
                         const PanelKernel& kernel, const Pool& pool) {
   Panels result(steps.count, features.count, kernel);
-  over_tiles(result, pool, [&](int64_t k0, int64_t k1, int64_t first, int64_t end, double* to) {
-    const int64_t width = kernel.panel;
-    if (steps[k1 - 1] <= features[first]) {
-      turn_rows([&](int64_t i) { return lower.row(features[first + i]); }, steps, k0, k1,
-                end - first, [&](int64_t) { return k1; }, to, width);
-      return;
-    }
-    for (int64_t k = k0; k < k1; ++k) {
-      const double* row = lower.row(steps[k]);
-      const double* later = lower.row(steps[std::min(k + kAhead, k1 - 1)]);
-      double* line = to + k * width - first;
-      int64_t i = first;
-      for (; i < end && features[i] <= steps[k]; ++i) {
-        __builtin_prefetch(later + features[i]);
-        line[i] = row[features[i]];
+  const int64_t width = kernel.panel;
+  parallel_tasks(pool, tiles(steps.count), [&](int64_t tile) {
+    const int64_t k0 = tile * kTile, k1 = std::min(k0 + kTile, steps.count);
+    for (int64_t first = 0; first < features.count; first += width) {
+      const int64_t end = std::min(first + width, features.count);
+      double* to = result.panel(first / width);
+      if (steps[k1 - 1] <= features[first]) {
+        turn_rows([&](int64_t i) { return lower.row(features[first + i]); }, steps, k0, k1,
+                  end - first, [&](int64_t) { return k1; }, to, width);
+        continue;
       }
-      for (; i < end; ++i) line[i] = lower.row(features[i])[steps[k]];
+      for (int64_t k = k0; k < k1; ++k) {
+        const double* row = lower.row(steps[k]);
+        const double* later = lower.row(steps[std::min(k + kAhead, k1 - 1)]);
+        double* line = to + k * width - first;
+        int64_t i = first;
+        for (; i < end && features[i] <= steps[k]; ++i) {
+          __builtin_prefetch(later + features[i]);
+          line[i] = row[features[i]];
+        }
+        for (; i < end; ++i) line[i] = lower.row(features[i])[steps[k]];
+      }
     }
   });
   return result;
@@ -79,21 +75,15 @@ Panels gather_symmetric(const Float64View& lower, const Index& steps, const Inde
 Panels gather(const Float64View& from, const Index& steps, const Index& features,
               const PanelKernel& kernel, const Pool& pool) {
   Panels result(steps.count, features.count, kernel);
-  over_tiles(result, pool, [&](int64_t k0, int64_t k1, int64_t first, int64_t end, double* to) {
-    for (int64_t k = k0; k < k1; ++k) {
+  parallel_tasks(pool, tiles(steps.count), [&](int64_t tile) {
+    for (int64_t k = tile * kTile; k < std::min((tile + 1) * kTile, steps.count); ++k) {
       const double* row = from.row(steps[k]);
-      for (int64_t i = first; i < end; ++i) to[k * kernel.panel + i - first] = row[features[i]];
+      for (int64_t first = 0; first < features.count; first += kernel.panel) {
+        double* to = &result.at(k, first) - first;
+        const int64_t end = std::min(first + kernel.panel, features.count);
+        for (int64_t i = first; i < end; ++i) to[i] = row[features[i]];
+      }
     }
-  });
-  return result;
-}
-
-Panels gather_turned(const Float64View& from, const Index& steps, int64_t features,
-                     const PanelKernel& kernel, const Pool& pool) {
-  Panels result(steps.count, features, kernel);
-  over_tiles(result, pool, [&](int64_t k0, int64_t k1, int64_t first, int64_t end, double* to) {
-    turn_rows([&](int64_t i) { return from.row(first + i); }, steps, k0, k1, end - first,
-              [&](int64_t) { return k1; }, to, kernel.panel);
   });
   return result;
 }

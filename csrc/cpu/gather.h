@@ -37,8 +37,4 @@ Panels gather_symmetric(const Float64View& lower, const Index& steps, const Inde
 Panels gather(const Float64View& from, const Index& steps, const Index& features,
               const PanelKernel& kernel, const Pool& pool);
 
-/// The first `features` rows and the columns `steps` of any matrix, turned.
-Panels gather_turned(const Float64View& from, const Index& steps, int64_t features,
-                     const PanelKernel& kernel, const Pool& pool);
-
 }  // namespace liar

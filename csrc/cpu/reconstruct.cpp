@@ -106,10 +106,10 @@ class Solver {
   }
 
   void prepare_plain() {
-    turned_weight = gather_turned(a.weight, removed, a.d_out, kernel, pool);
+    const Panels weight = gather(a.weight, {nullptr, a.d_out}, removed, kernel, pool);
+    turned_weight = weight.turned();
     metric = Panels(removed.count, removed.count, kernel);
     metric.fill_zero();
-    const Panels weight = turned_weight.turned();
     add_product(weight, weight, 1, metric.output(), Triangle::kUpper, pool);
     if (transfer) metric.mirror();
     side = plain_side(a.gram);
@@ -143,7 +143,7 @@ class Solver {
 
   void prepare_dense() {
     const Index outputs{nullptr, a.d_out};
-    kept_weight = gather_turned(a.weight, kept, a.d_out, kernel, pool);
+    kept_weight = gather(a.weight, outputs, kept, kernel, pool).turned();
     cross = gather(*a.cross, kept, outputs, kernel, pool);
     if (a.holdout_cross != nullptr) {
       holdout_side = gather(*a.holdout_cross, kept, outputs, kernel, pool);
@@ -226,14 +226,16 @@ class Solver {
     const Panels turned = x.empty() || !transfer ? Panels() : x.turned();
     parallel_tasks(pool, (a.d_out + kStrip - 1) / kStrip, [&](int64_t strip) {
       const int64_t first = strip * kStrip, end = std::min(first + kStrip, a.d_out);
-      for (int64_t begin = 0; begin < a.n; begin += kTile) {
+      const int64_t tile = turned.empty() && !x.empty() ? kTile : std::max<int64_t>(1, a.n);
+      for (int64_t begin = 0; begin < a.n; begin += tile) {
         for (int64_t o = first; o < end; ++o) {
           const double* w = a.weight.row(o);
           const double* change = x.empty() || transfer ? nullptr : &x.at(0, o);
           double* to = out + o * a.n;
-          for (int64_t k = begin; k < std::min(begin + kTile, a.n); ++k) {
-            to[k] = w[a.kept[k]] + (change != nullptr ? change[k * kernel.panel] : 0);
-          }
+          const int64_t limit = std::min(begin + tile, a.n);
+          for (int64_t k = begin; k < limit; ++k) to[k] = w[a.kept[k]];
+          if (change == nullptr) continue;
+          for (int64_t k = begin; k < limit; ++k) to[k] += change[k * kernel.panel];
         }
       }
       if (turned.empty()) return;
