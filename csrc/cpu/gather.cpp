@@ -10,7 +10,7 @@ constexpr int64_t kTurn = 8;   // steps turned together: a cache line of each ro
 constexpr int64_t kAhead = 4;  // rows, and such lines, that are fetched before they are read:
                                // rows are too far apart for the processor to foresee them
 
-/// to[k, i] = from[i, k] for steps [k0, k1), all of them at most `limit(i)`: reads lines of rows.
+/// to[k, i] = row(i)[steps[k]] for k in [k0, k1) below limit(i): reads whole lines of rows.
 template <class Row, class Limit>
 void turn_rows(const Row& row, const Index& steps, int64_t k0, int64_t k1, int64_t features,
                const Limit& limit, double* to, int64_t width) {
