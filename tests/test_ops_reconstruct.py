@@ -84,6 +84,31 @@ def test_matches_the_reference(errors_only, holdout, dense_targets, d_out):
         assert a.is_contiguous()
 
 
+@pytest.mark.parametrize("errors_only", [False, True])
+@pytest.mark.parametrize("d_out", [1, 25, 130])
+@pytest.mark.parametrize("n", [23, 24, 25, 95, 96, 97, 200])
+def test_matches_the_reference_at_the_edges_of_panels_and_strips(n, d_out, errors_only):
+    d = n + 50
+    weight, x = problem(2 * d, d, d_out)
+    kept = torch.randperm(d, generator=torch.Generator().manual_seed(n))[:n].sort().values
+    arguments = (weight, gram_of(x), kept, LADDER[1:], gram_of(x[:d]))
+    got = ops.reconstruct(*arguments, errors_only=errors_only)
+    want = reference.reconstruct(*arguments, errors_only=errors_only)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_units_of_features_change_no_bit():
+    d = 260
+    weight, x = problem(3 * d, d, 31)
+    kept = every_third_removed(d)
+    generator = torch.Generator().manual_seed(5)
+    unit = 2.0 ** torch.randint(-30, 30, (d,), generator=generator).double()
+    want = ops.reconstruct(weight, gram_of(x), kept, LADDER[:1])
+    got = ops.reconstruct(weight / unit, gram_of(x * unit), kept, LADDER[:1])
+    assert torch.equal(got[0] * unit[kept], want[0]) and torch.equal(got[1], want[1])
+
+
 def test_dense_targets_error_is_the_squared_distance():
     weight, x = problem(200, 20, 5)
     target = torch.randn(200, 5, generator=torch.Generator().manual_seed(4)).double()

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <utility>
 
 // Both go through U in strips of kStrip rows. A strip takes in one long product what all strips
 // before it contribute, and is then solved with its diagonal block:
@@ -12,195 +12,204 @@
 //        [      U11  U12 ]     U11ᵀ U12 = A12 − U01ᵀ U02
 //        [           U22 ]
 //
-// A finished strip is packed once, as steps of the strips to come: U01 above is left and right side
-// of the products, and the left side again when right-hand sides are solved for (zᵢ = Uᵢᵢ⁻ᵀ (xᵢ −
-// Σ Uₖᵢᵀ zₖ)). Only the way back, yᵢ = Uᵢᵢ⁻¹ (zᵢ − Σ Uᵢₖ yₖ), needs U turned.
-//
-// Within a diagonal block the problem is halved until kSolveRows unknowns are left, which stay in
-// registers:
-//
-//            factor:   U11ᵀ U11 = A11,  U11ᵀ U12 = A12,  U22ᵀ U22 = A22 − U12ᵀ U12
-//            forward:  U11ᵀ z1 = x1,    U22ᵀ z2 = x2 − U12ᵀ z1
-//            backward: U22 y2 = z2,     U11 y1 = z1 − U12 y2
+// U grows in the panels of A, where the rows of a strip are steps of the strips to come: U01 above
+// is left and right side of the products, and the left side again when right-hand sides are solved
+// for (zᵢ = Uᵢᵢ⁻ᵀ (xᵢ − Σ Uₖᵢᵀ zₖ)), in their panels too. Nothing is packed but, for the way back,
+// yᵢ = Uᵢᵢ⁻¹ (zᵢ − Σ Uᵢₖ yₖ), U turned.
 
 namespace liar {
 namespace {
 
-constexpr int64_t kColumns = 480;   // right-hand sides that one task solves
-constexpr int64_t kStripGroup = 4;  // strips to the right of the diagonal that one task updates
-constexpr Pool kAlone{};
+constexpr int64_t kStripGroup = 4;   // strips to the right of the diagonal that one task updates
+constexpr int64_t kMostPanels = 40;  // of right-hand sides that one task solves
+constexpr int64_t kMostRows = 8;     // of any register tile
 
-int64_t half(int64_t n) {
-  const int64_t tiles = (n + kSolveRows - 1) / kSolveRows;
-  return (tiles + 1) / 2 * kSolveRows;
-}
-
-enum class Way { kForward, kBackward };
-
-/// Substitution with the whole of u (n ≤ kSolveRows); padded with unknowns that nothing depends on.
-void substitute(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns,
-                int64_t x_row, Way way, const PanelKernel& kernel) {
-  double factor[kSolveRows * kSolveRows] = {}, inverse[kSolveRows];
-  double* rows[kSolveRows];
-  std::vector<double> unused(n < kSolveRows ? static_cast<size_t>(columns) : 0, 0.0);
-  std::fill_n(inverse, kSolveRows, 1.0);
-  std::fill_n(rows, kSolveRows, unused.data());
-  for (int64_t place = 0; place < n; ++place) {
-    const int64_t j = way == Way::kForward ? place : n - 1 - place;
-    rows[place] = x + j * x_row;
-    inverse[place] = 1 / u[j * u_row + j];
-    for (int64_t later = place + 1; later < n; ++later) {
-      const int64_t i = way == Way::kForward ? later : n - 1 - later;
-      factor[place * kSolveRows + later] =
-          way == Way::kForward ? u[j * u_row + i] : u[i * u_row + j];
-    }
-  }
-  kernel.substitute({factor, inverse, rows, columns});
-}
-
-void solve_block(const double* u, int64_t n, int64_t u_row, double* x, int64_t columns,
-                 int64_t x_row, Way way, const PanelKernel& kernel) {
-  if (n <= kSolveRows) return substitute(u, n, u_row, x, columns, x_row, way, kernel);
-  const int64_t h = half(n);
-  const double* u22 = u + h * u_row + h;
-  double* x2 = x + h * x_row;
-  if (way == Way::kForward) {
-    solve_block(u, h, u_row, x, columns, x_row, way, kernel);
-    add_product({{u + h, u_row}, {x, x_row}, h, n - h, columns, -1, x2, x_row}, kernel, kAlone);
-    solve_block(u22, n - h, u_row, x2, columns, x_row, way, kernel);
-  } else {
-    solve_block(u22, n - h, u_row, x2, columns, x_row, way, kernel);
-    add_product({{u + h, 1, u_row}, {x2, x_row}, n - h, h, columns, -1, x, x_row}, kernel, kAlone);
-    solve_block(u, h, u_row, x, columns, x_row, way, kernel);
-  }
-}
-
-int64_t factor_small(double* a, int64_t n, int64_t row) {
+/// Uᵀ U = a for a row-major tile; U overwrites the upper triangle.
+int64_t factor_tile(double* a, int64_t n) {
   for (int64_t j = 0; j < n; ++j) {
-    double* pivot = a + j * row;
+    double* pivot = a + j * kMostRows;
     if (!(pivot[j] > 0) || std::isinf(pivot[j])) return j + 1;
     pivot[j] = std::sqrt(pivot[j]);
     for (int64_t c = j + 1; c < n; ++c) pivot[c] /= pivot[j];
     for (int64_t i = j + 1; i < n; ++i) {
-      for (int64_t c = i; c < n; ++c) a[i * row + c] -= pivot[i] * pivot[c];
+      for (int64_t c = i; c < n; ++c) a[i * kMostRows + c] -= pivot[i] * pivot[c];
     }
   }
   return 0;
 }
 
-int64_t factor(double* a, int64_t n, int64_t row, const PanelKernel& kernel) {
-  if (n <= kSolveRows) return factor_small(a, n, row);
-  const int64_t h = half(n);
-  const int64_t first = factor(a, h, row, kernel);
-  if (first != 0) return first;
-  double* u12 = a + h;
-  double* a22 = a + h * row + h;
-  solve_block(a, h, row, u12, n - h, row, Way::kForward, kernel);
-  add_product({{u12, row}, {u12, row}, h, n - h, n - h, -1, a22, row, Triangle::kUpper}, kernel,
-              kAlone);
-  const int64_t second = factor(a22, n - h, row, kernel);
-  return second == 0 ? 0 : h + second;
+/// Rows of a strip of U, turned: left(k, i) = U(begin + i, first + k) for `steps` columns of U from
+/// `first`, the first of a panel.
+void turn_strip(const TrianglePanels& u, int64_t strip, int64_t first, int64_t steps,
+                const Panels& left) {
+  const int64_t width = left.width(), begin = u.begin(strip);
+  const int64_t rows = whole_tiles(u.size(strip), u.kernel());
+  const int64_t columns = whole_tiles(steps, u.kernel());
+  for (int64_t k = 0; k < columns; k += width) {
+    const double* from = u.panel(first + k) + begin * width;
+    for (int64_t i = 0; i < rows; i += width) {
+      turn(from + i * width, width, std::min(width, rows - i), std::min(width, columns - k),
+           left.panel(i / width) + k * width, width);
+    }
+  }
 }
 
 }  // namespace
 
-Cholesky::Cholesky(double* a, int64_t n, int64_t row, const PanelKernel& kernel, const Pool& pool)
-    : u_(a), row_(row), layout_{n, kernel}, panels_(n > kStrip ? layout_.bytes() : 0) {
-  for (int64_t strip = 0; strip < layout_.count() && code_ == 0; ++strip) {
+Cholesky::Cholesky(TrianglePanels a, const Pool& pool)
+    : u_(std::move(a)), inverse_(static_cast<size_t>(whole_tiles(u_.n(), u_.kernel())), 1.0) {
+  for (int64_t strip = 0; strip < u_.strips() && code_ == 0; ++strip) {
     code_ = factor_strip(strip, pool);
   }
 }
 
 int64_t Cholesky::factor_strip(int64_t strip, const Pool& pool) {
-  const PanelKernel& kernel = layout_.kernel;
-  const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
-  double* first = u_ + begin * row_;
-  const auto panels = [&](int64_t s) {
-    return Packed{panels_.data() + layout_.offset(s), layout_.stride(s)};
-  };
-  multiply(panels(strip), panels(strip), begin, rows, rows, -1, first + begin, row_,
+  const PanelKernel& kernel = u_.kernel();
+  const int64_t begin = u_.begin(strip), rows = u_.size(strip);
+  const Packed left = u_.strip(strip);
+  multiply(left, left, begin, {0, rows, 0, rows}, -1, u_.output(strip).from_row(begin),
            Triangle::kUpper, kernel);
-  const int64_t failed = factor(first + begin, rows, row_, kernel);
+  const int64_t failed = factor_diagonal(strip);
   if (failed != 0) return begin + failed;
-  const int64_t later = layout_.count() - strip - 1;
+  const auto* diagonal = reinterpret_cast<const double*>(left.from_step(begin, kernel).panels);
+  const int64_t later = u_.strips() - strip - 1;
   parallel_tasks(pool, (later + kStripGroup - 1) / kStripGroup, [&](int64_t task) {
     const int64_t from = strip + 1 + task * kStripGroup;
-    const int64_t to = std::min(from + kStripGroup, layout_.count());
-    for (int64_t s = from; s < to; ++s) {
-      multiply(panels(strip), panels(s), begin, rows, layout_.size(s), -1, first + layout_.begin(s),
-               row_, Triangle::kAll, kernel);
-    }
-    const int64_t column = layout_.begin(from);
-    solve_block(first + begin, rows, row_, first + column, layout_.end(to - 1) - column, row_,
-                Way::kForward, kernel);
-    for (int64_t s = from; s < to; ++s) {
-      pack({first + layout_.begin(s), row_}, rows, layout_.size(s),
-           panels_.data() + layout_.offset(s), layout_.stride(s), begin, kernel);
+    for (int64_t s = from; s < std::min(from + kStripGroup, u_.strips()); ++s) {
+      multiply(left, u_.strip(s), begin, {0, rows, 0, u_.size(s)}, -1, u_.output(s).from_row(begin),
+               Triangle::kAll, kernel);
+      for (int64_t j = u_.begin(s); j < u_.end(s); j += kernel.panel) {
+        const int64_t live = std::min(kernel.panel, u_.end(s) - j);
+        kernel.solve({diagonal, left.stride, &inverse_[static_cast<size_t>(begin)],
+                      u_.panel(j) + begin * kernel.panel, live, 0, rows, 0, rows, false});
+      }
     }
   });
   return 0;
 }
 
-void Cholesky::solve(double* x, int64_t columns, int64_t x_row, const Pool& pool) const {
-  parallel_tasks(pool, (columns + kColumns - 1) / kColumns, [&](int64_t task) {
-    const int64_t first = task * kColumns;
-    solve_columns(x + first, std::min(kColumns, columns - first), x_row);
+/// A register tile of rows at a time: what the rows above contribute to its own tile on the
+/// diagonal, the factor of that, and the rest of the rows by substitution.
+int64_t Cholesky::factor_diagonal(int64_t strip) {
+  const PanelKernel& kernel = u_.kernel();
+  const int64_t begin = u_.begin(strip), size = u_.size(strip), width = kernel.panel;
+  const Output block = u_.output(strip).from_row(begin);
+  const Packed packed = u_.strip(strip).from_step(begin, kernel);
+  double* inverse = &inverse_[static_cast<size_t>(begin)];
+  for (int64_t i = 0; i < size; i += kernel.rows) {
+    const int64_t rows = std::min(kernel.rows, size - i), first = i / width * width;
+    multiply(packed, packed, i, {i, i + rows, first, std::min(first + width, size)}, -1, block,
+             Triangle::kUpper, kernel);
+    double* corner = block.data + i / width * block.panel + i * width + i % width;
+    double tile[kMostRows * kMostRows];
+    const auto exchange = [&](bool out) {
+      for (int64_t r = 0; r < rows; ++r) {
+        double* kept = tile + r * kMostRows + r;
+        double* there = corner + r * width + r;
+        std::copy_n(out ? kept : there, rows - r, out ? there : kept);
+      }
+    };
+    exchange(false);
+    const int64_t failed = factor_tile(tile, rows);
+    if (failed != 0) return i + failed;
+    for (int64_t r = 0; r < rows; ++r) inverse[i + r] = 1 / tile[r * (kMostRows + 1)];
+    exchange(true);
+    for (int64_t j = (size - 1) / width * width; j >= first; j -= width) {
+      // The tile's own panel comes last and has taken in the rows above already.
+      kernel.solve({block.data, packed.stride, inverse, block.data + j / width * block.panel,
+                    std::min(width, size - j), i, i + rows, j == first ? i : 0, i, false});
+    }
+    exchange(true);  // the substitution went over the tile itself
+  }
+  return 0;
+}
+
+double Cholesky::least() const {
+  return u_.n() == 0 ? 1 : 1 / *std::max_element(inverse_.begin(), inverse_.begin() + u_.n());
+}
+
+double Cholesky::largest() const {
+  return u_.n() == 0 ? 1 : 1 / *std::min_element(inverse_.begin(), inverse_.begin() + u_.n());
+}
+
+void Cholesky::solve(Panels& x, const Pool& pool) const {
+  const int64_t share = std::min(kMostPanels, (x.count() + pool.threads - 1) / pool.threads);
+  if (x.count() == 0) return;
+  parallel_tasks(pool, (x.count() + share - 1) / share, [&](int64_t task) {
+    const int64_t first = task * share;
+    solve_panels(x, first, std::min(share, x.count() - first));
   });
 }
 
-void Cholesky::solve_columns(double* x, int64_t columns, int64_t x_row) const {
-  const PanelKernel& kernel = layout_.kernel;
-  const int64_t n = layout_.n, strips = layout_.count();
-  const int64_t stride = panel_stride(n, kernel);
-  const int64_t left_stride = panel_stride(kSteps, kernel);
-  Workspace solved(strips > 1 ? (columns + kernel.panel - 1) / kernel.panel * stride : 0);
-  Workspace left(strips > 1 ? kStrip / kernel.panel * left_stride : 0);
-  const Packed right{solved.data(), stride};
-  const auto finish = [&](int64_t strip, Way way, bool needed) {
-    const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
-    solve_block(u_ + begin * (row_ + 1), rows, row_, x + begin * x_row, columns, x_row, way,
-                kernel);
-    if (needed) {
-      pack({x + begin * x_row, x_row}, rows, columns, solved.data(), stride, begin, kernel);
+void Cholesky::solve_panels(Panels& x, int64_t first, int64_t count) const {
+  const PanelKernel& kernel = u_.kernel();
+  const int64_t n = u_.n(), width = kernel.panel;
+  const int64_t columns = std::min(count * width, x.features() - first * width);
+  const Packed right = x.packed(first);
+  const Output out{x.panel(first), width, x.output().panel};
+  const Panels left(std::min(kSteps, n), std::min(kStrip, n), kernel);
+  const auto substitute = [&](int64_t strip, const double* diagonal, int64_t stride,
+                              bool backward) {
+    const int64_t begin = u_.begin(strip), rows = u_.size(strip);
+    for (int64_t j = 0; j < columns; j += width) {
+      kernel.solve({diagonal, stride, &inverse_[static_cast<size_t>(begin)],
+                    out.from_row(begin).data + j / width * out.panel, std::min(width, columns - j),
+                    0, rows, 0, rows, backward});
     }
   };
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t begin = layout_.begin(strip);
-    multiply({panels_.data() + layout_.offset(strip), layout_.stride(strip)}, right, begin,
-             layout_.size(strip), columns, -1, x + begin * x_row, x_row, Triangle::kAll, kernel);
-    finish(strip, Way::kForward, strip + 1 < strips);
+  for (int64_t strip = 0; strip < u_.strips(); ++strip) {
+    const int64_t begin = u_.begin(strip);
+    const Packed rows = u_.strip(strip);
+    multiply(rows, right, begin, {0, u_.size(strip), 0, columns}, -1, out.from_row(begin),
+             Triangle::kAll, kernel);
+    substitute(strip, reinterpret_cast<const double*>(rows.from_step(begin, kernel).panels),
+               rows.stride, false);
   }
-  for (int64_t strip = strips - 1; strip >= 0; --strip) {
-    const int64_t begin = layout_.begin(strip), rows = layout_.size(strip);
-    for (int64_t k = layout_.end(strip); k < n; k += kSteps) {
+  for (int64_t strip = u_.strips() - 1; strip >= 0; --strip) {
+    const int64_t begin = u_.begin(strip);
+    for (int64_t k = u_.end(strip); k < n; k += kSteps) {
       const int64_t steps = std::min(kSteps, n - k);
-      pack({u_ + begin * row_ + k, 1, row_}, steps, rows, left.data(), left_stride, 0, kernel);
-      multiply({left.data(), left_stride}, right.from_step(k, kernel), steps, rows, columns, -1,
-               x + begin * x_row, x_row, Triangle::kAll, kernel);
+      turn_strip(u_, strip, k, steps, left);
+      multiply(left.packed(), right.from_step(k, kernel), steps, {0, u_.size(strip), 0, columns},
+               -1, out.from_row(begin), Triangle::kAll, kernel);
     }
-    finish(strip, Way::kBackward, strip > 0);
+    turn_strip(u_, strip, begin, u_.size(strip), left);
+    substitute(strip, left.panel(0), left.stride(), true);
   }
 }
 
-Workspace square_root(const double* s, int64_t n, const PanelKernel& kernel, const Pool& pool) {
+int64_t factor_upper(double* a, int64_t n, const PanelKernel& kernel, const Pool& pool) {
+  const Cholesky factor(TrianglePanels(a, n, n, kernel), pool);
+  for (int64_t i = 0; i < n; ++i) factor.factor().write_step(i, a + i * n);
+  return factor.code();
+}
+
+Panels square_root(const Panels& s, const Pool& pool) {
+  const int64_t n = s.features(), width = s.width();
   std::vector<double> scale;
-  for (int64_t i = 0; i < n; ++i) {
-    scale.push_back(s[i * (n + 1)] > 0 ? std::sqrt(s[i * (n + 1)]) : 1);
-  }
-  Workspace root = Workspace::of_doubles(n * n);
-  double* u = root.doubles();
-  std::fill_n(u, n * n, 0.0);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = i + 1; j < n; ++j) {
-      u[i * n + j] = s[i * n + j] / (scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)]);
+  for (int64_t i = 0; i < n; ++i) scale.push_back(s.at(i, i) > 0 ? std::sqrt(s.at(i, i)) : 1);
+  TrianglePanels scaled(n, s.kernel());
+  for (int64_t j = 0; j < n; ++j) {
+    const double* from = &s.at(0, j);
+    double* to = &scaled.at(0, j);
+    for (int64_t i = 0; i < j; ++i) {
+      to[i * width] =
+          from[i * width] / (scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)]);
     }
-    u[i * (n + 1)] = 1 + static_cast<double>(n) * std::numeric_limits<double>::epsilon();
+    to[j * width] = 1 + static_cast<double>(n) * std::numeric_limits<double>::epsilon();
   }
-  if (Cholesky(u, n, n, kernel, pool).code() != 0) return Workspace();
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = i; j < n; ++j) u[i * n + j] *= scale[static_cast<size_t>(j)];
+  const Cholesky factor(std::move(scaled), pool);
+  if (factor.code() != 0) return Panels();
+  Panels upper(n, n, s.kernel());
+  upper.fill_zero();
+  for (int64_t j = 0; j < n; ++j) {
+    const double* from = &factor.factor().at(0, j);
+    double* to = &upper.at(0, j);
+    for (int64_t i = 0; i <= j; ++i) {
+      to[i * width] = from[i * width] * scale[static_cast<size_t>(j)];
+    }
   }
-  return root;
+  return upper.turned();
 }
 
 }  // namespace liar

@@ -2,39 +2,47 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
-#include "dense.h"
-#include "panel_kernel.h"
+#include "panels.h"
 #include "parallel.h"
-#include "workspace.h"
 
 namespace liar {
 
-/// a = Uᵀ U. U takes the place of the upper triangle of the row-major (n, n) matrix `a`, which has
-/// to live as long as this does; the strictly lower triangle is neither read nor written.
+/// a = Uᵀ U; U takes the place of `a`.
 class Cholesky {
  public:
-  Cholesky(double* a, int64_t n, int64_t row, const PanelKernel& kernel, const Pool& pool);
+  Cholesky(TrianglePanels a, const Pool& pool);
 
-  /// 0, or the order of the first leading minor that is not positive definite; `a` is then spoilt.
+  /// 0, or the order of the first leading minor that is not positive definite; U is then spoilt.
   int64_t code() const { return code_; }
 
-  /// Overwrites the row-major (n, columns) matrix `x` with the solution of Uᵀ U y = x.
-  void solve(double* x, int64_t columns, int64_t x_row, const Pool& pool) const;
+  /// Of the diagonal of U; 1 where that is empty.
+  double least() const;
+  double largest() const;
+
+  /// Overwrites x, (n, columns), with the solution of Uᵀ U y = x.
+  void solve(Panels& x, const Pool& pool) const;
+
+  const TrianglePanels& factor() const { return u_; }
 
  private:
   int64_t factor_strip(int64_t strip, const Pool& pool);
-  void solve_columns(double* x, int64_t columns, int64_t x_row) const;
+  int64_t factor_diagonal(int64_t strip);
+  void solve_panels(Panels& x, int64_t first, int64_t count) const;
 
-  double* u_;
-  int64_t row_;
-  StripLayout layout_;
-  Workspace panels_;  // U above its diagonal blocks
+  TrianglePanels u_;
+  std::vector<double> inverse_;  // of the diagonal of U; 1 beyond
   int64_t code_ = 0;
 };
 
-/// U with s = Uᵀ U, by rows and zero below its diagonal, of a symmetric (n, n) matrix that may be
-/// singular: its diagonal, scaled to 1, is raised by rounding. Empty if it is not semidefinite.
-Workspace square_root(const double* s, int64_t n, const PanelKernel& kernel, const Pool& pool);
+/// Overwrites the upper triangle of the row-major matrix a (n, n) by U with a = UᵀU, and returns
+/// Cholesky::code().
+int64_t factor_upper(double* a, int64_t n, const PanelKernel& kernel, const Pool& pool);
+
+/// C with s = C Cᵀ, (n, n) with zeros above the diagonal, of a symmetric matrix that may be
+/// singular, from its upper triangle: the diagonal, scaled to 1, is raised by rounding. Empty if s
+/// is not semidefinite.
+Panels square_root(const Panels& s, const Pool& pool);
 
 }  // namespace liar

@@ -5,72 +5,87 @@
 namespace liar {
 namespace {
 
-constexpr int64_t kTile = 64;  // rows of one task; what is turned stays in cache
+constexpr int64_t kTile = 64;  // steps of one task
+constexpr int64_t kTurn = 8;   // steps turned together: a cache line of each row
+constexpr int64_t kAhead = 4;  // rows, and such lines, that are fetched before they are read:
+                               // rows are too far apart for the processor to foresee them
 
-int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+/// to[k, i] = row(i)[steps[k]] for k in [k0, k1) below limit(i): reads whole lines of rows.
+template <class Row, class Limit>
+void turn_rows(const Row& row, const Index& steps, int64_t k0, int64_t k1, int64_t features,
+               const Limit& limit, double* to, int64_t width) {
+  for (int64_t block = k0; block < k1; block += kTurn) {
+    for (int64_t i = 0; i < features; ++i) {
+      const double* from = row(i);
+      const int64_t end = std::min({block + kTurn, k1, limit(i)});
+      __builtin_prefetch(from + steps[block] + kAhead * kTurn);
+      for (int64_t k = block; k < end; ++k) to[k * width + i] = from[steps[k]];
+    }
+  }
+}
+
+int64_t tiles(int64_t steps) { return (steps + kTile - 1) / kTile; }
 
 }  // namespace
 
-void gather_lower(const Float64View& from, const int64_t* index, int64_t n, double* to,
-                  int64_t to_row, const Pool& pool) {
-  parallel_tasks(pool, tiles(n), [&](int64_t task) {
-    for (int64_t j = task * kTile; j < std::min((task + 1) * kTile, n); ++j) {
-      const double* row = from.data + index[j] * from.row_stride;
-      for (int64_t i = 0; i <= j; ++i) to[j * to_row + i] = row[index[i]];
+TrianglePanels gather_triangle(const Float64View& lower, const Index& index,
+                               const PanelKernel& kernel, const Pool& pool) {
+  TrianglePanels to(index.count, kernel);
+  parallel_tasks(pool, to.strips(), [&](int64_t task) {
+    const int64_t s = to.strips() - 1 - task;  // the longest first
+    for (int64_t first = to.begin(s); first < to.end(s); first += kernel.panel) {
+      const int64_t end = std::min(first + kernel.panel, to.end(s));
+      turn_rows([&](int64_t i) { return lower.row(index[first + i]); }, index, 0, end, end - first,
+                [&](int64_t i) { return first + i + 1; }, to.panel(first), kernel.panel);
     }
   });
+  return to;
 }
 
-Workspace gather_block(const Float64View& from, const int64_t* rows, int64_t n, const int64_t* cols,
-                       int64_t m, const Pool& pool) {
-  Workspace result = Workspace::of_doubles(n * m);
-  double* to = result.doubles();
-  parallel_tasks(pool, tiles(n), [&](int64_t task) {
-    const int64_t end = std::min((task + 1) * kTile, n);
-    for (int64_t first = 0; first < m; first += kLine) {
-      for (int64_t k = task * kTile; k < end; ++k) {
-        for (int64_t p = first; p < std::min(first + kLine, m); ++p) {
-          const int64_t low = std::min(rows[k], cols[p]), high = std::max(rows[k], cols[p]);
-          to[k * m + p] = from.data[high * from.row_stride + low];
+Panels gather_symmetric(const Float64View& lower, const Index& steps, const Index& features,
+                        const PanelKernel& kernel, const Pool& pool) {
+  Panels result(steps.count, features.count, kernel);
+  const int64_t width = kernel.panel;
+  parallel_tasks(pool, tiles(steps.count), [&](int64_t tile) {
+    const int64_t k0 = tile * kTile, k1 = std::min(k0 + kTile, steps.count);
+    for (int64_t first = 0; first < features.count; first += width) {
+      const int64_t end = std::min(first + width, features.count);
+      double* to = result.panel(first / width);
+      if (steps[k1 - 1] <= features[first]) {
+        turn_rows([&](int64_t i) { return lower.row(features[first + i]); }, steps, k0, k1,
+                  end - first, [&](int64_t) { return k1; }, to, width);
+        continue;
+      }
+      for (int64_t k = k0; k < k1; ++k) {
+        const double* row = lower.row(steps[k]);
+        const double* later = lower.row(steps[std::min(k + kAhead, k1 - 1)]);
+        double* line = to + k * width - first;
+        int64_t i = first;
+        for (; i < end && features[i] <= steps[k]; ++i) {
+          __builtin_prefetch(later + features[i]);
+          line[i] = row[features[i]];
         }
+        for (; i < end; ++i) line[i] = lower.row(features[i])[steps[k]];
       }
     }
   });
   return result;
 }
 
-Workspace gather_rows(const Float64View& from, const int64_t* index, int64_t n, int64_t cols) {
-  Workspace to = Workspace::of_doubles(n * cols);
-  for (int64_t k = 0; k < n; ++k) {
-    std::copy_n(from.data + index[k] * from.row_stride, cols, to.doubles() + k * cols);
-  }
-  return to;
-}
-
-Workspace gather_columns_turned(const Float64View& from, int64_t rows, const int64_t* index,
-                                int64_t n) {
-  Workspace to = Workspace::of_doubles(n * rows);
-  for (int64_t begin = 0; begin < n; begin += kTile) {
-    for (int64_t o = 0; o < rows; ++o) {
-      const double* row = from.data + o * from.row_stride;
-      for (int64_t k = begin; k < std::min(begin + kTile, n); ++k) {
-        to.doubles()[k * rows + o] = row[index[k]];
-      }
-    }
-  }
-  return to;
-}
-
-void copy_lower_to_upper(double* square, int64_t n, int64_t row, const Pool& pool) {
-  parallel_tasks(pool, tiles(n), [&](int64_t task) {
-    const int64_t end = std::min((task + 1) * kTile, n);
-    for (int64_t first = task * kTile; first < end; first += kLine) {
-      for (int64_t j = first + 1; j < n; ++j) {
-        const int64_t limit = std::min({first + kLine, end, j});
-        for (int64_t i = first; i < limit; ++i) square[i * row + j] = square[j * row + i];
+Panels gather(const Float64View& from, const Index& steps, const Index& features,
+              const PanelKernel& kernel, const Pool& pool) {
+  Panels result(steps.count, features.count, kernel);
+  parallel_tasks(pool, tiles(steps.count), [&](int64_t tile) {
+    for (int64_t k = tile * kTile; k < std::min((tile + 1) * kTile, steps.count); ++k) {
+      const double* row = from.row(steps[k]);
+      for (int64_t first = 0; first < features.count; first += kernel.panel) {
+        double* to = &result.at(k, first) - first;
+        const int64_t end = std::min(first + kernel.panel, features.count);
+        for (int64_t i = first; i < end; ++i) to[i] = row[features[i]];
       }
     }
   });
+  return result;
 }
 
 }  // namespace liar

@@ -1,37 +1,40 @@
-// Parts of row-major float64 matrices by index, of symmetric ones from their lower triangle.
+// Parts of row-major float64 matrices by index, gathered into panels.
 #pragma once
 
 #include <cstdint>
 
+#include "panels.h"
 #include "parallel.h"
-#include "workspace.h"
 
 namespace liar {
-
-constexpr int64_t kLine = 8;  // doubles in a cache line
 
 /// A float64 matrix whose columns are contiguous.
 struct Float64View {
   const double* data;
   int64_t row_stride;
+
+  const double* row(int64_t i) const { return data + i * row_stride; }
 };
 
-/// Lower triangle of rows and columns `index` of a symmetric matrix.
-void gather_lower(const Float64View& from, const int64_t* index, int64_t n, double* to,
-                  int64_t to_row, const Pool& pool);
+/// Ascending places.
+struct Index {
+  const int64_t* at;  // null: 0, 1, 2, ...
+  int64_t count;
 
-/// Rows `rows` and columns `cols`, which have no index in common, of a symmetric matrix: (n, m).
-Workspace gather_block(const Float64View& from, const int64_t* rows, int64_t n, const int64_t* cols,
-                       int64_t m, const Pool& pool);
+  int64_t operator[](int64_t k) const { return at != nullptr ? at[k] : k; }
+  Index slice(int64_t first, int64_t size) const { return {at + first, size}; }
+};
 
-/// Rows `index`: (n, cols).
-Workspace gather_rows(const Float64View& from, const int64_t* index, int64_t n, int64_t cols);
+/// Rows and columns `index` of a symmetric matrix of which the lower triangle is read.
+TrianglePanels gather_triangle(const Float64View& lower, const Index& index,
+                               const PanelKernel& kernel, const Pool& pool);
 
-/// Columns `index`, turned: (n, rows).
-Workspace gather_columns_turned(const Float64View& from, int64_t rows, const int64_t* index,
-                                int64_t n);
+/// Rows `steps` and columns `features` of such a matrix.
+Panels gather_symmetric(const Float64View& lower, const Index& steps, const Index& features,
+                        const PanelKernel& kernel, const Pool& pool);
 
-/// The strictly lower triangle, mirrored.
-void copy_lower_to_upper(double* square, int64_t n, int64_t row, const Pool& pool);
+/// Rows `steps` and columns `features` of any matrix.
+Panels gather(const Float64View& from, const Index& steps, const Index& features,
+              const PanelKernel& kernel, const Pool& pool);
 
 }  // namespace liar

@@ -1,7 +1,7 @@
 // AVX2 + FMA + F16C micro-kernels: 4 rows × 3 vectors = 12 of 16 registers hold sums.
 #include <immintrin.h>
 
-#include "panel_kernel_impl.h"
+#include "panel_solve_impl.h"
 
 namespace liar {
 namespace {
@@ -77,6 +77,6 @@ struct SimdF64 {
 }  // namespace
 
 const PanelKernel kAvx2F32 = single_kernel<SimdF32>();
-const PanelKernel kAvx2F64 = one_type_kernel<SimdF64, Rows<SimdF64, double>, substitute<SimdF64>>();
+const PanelKernel kAvx2F64 = one_type_kernel<SimdF64, Rows<SimdF64, double>, solve<SimdF64>>();
 
 }  // namespace liar

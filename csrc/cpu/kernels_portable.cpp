@@ -1,5 +1,5 @@
 // Micro-kernels for any CPU: GCC/Clang vectors of 16 bytes, which SSE2 and NEON both have.
-#include "panel_kernel_impl.h"
+#include "panel_solve_impl.h"
 
 namespace liar {
 namespace {
@@ -87,7 +87,6 @@ struct SimdF64 {
 }  // namespace
 
 const PanelKernel kPortableF32 = single_kernel<SimdF32>();
-const PanelKernel kPortableF64 =
-    one_type_kernel<SimdF64, Rows<SimdF64, double>, substitute<SimdF64>>();
+const PanelKernel kPortableF64 = one_type_kernel<SimdF64, Rows<SimdF64, double>, solve<SimdF64>>();
 
 }  // namespace liar

@@ -24,13 +24,13 @@
 
 #include "cholesky.h"
 #include "dense.h"
+#include "sweep.h"
 
 namespace liar {
 namespace {
 
 constexpr int64_t kPanelRows = 64;  // rows of L: the panels of L and R fit a second-level cache
-constexpr int64_t kSweepRows = 128;
-constexpr int64_t kFewRows = 8;  // below, packing costs more than it saves
+constexpr int64_t kFewRows = 8;     // below, packing costs more than it saves
 
 /// x ← C⁻¹ x for x (n, cols), where C = Uᵀ and U is upper triangular (n, n); all row-major.
 void solve_lower(int64_t n, int64_t cols, const double* u, double* x, int64_t x_row) {
@@ -65,7 +65,17 @@ class Elimination {
   void run() {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     const int64_t removed = slots_ - a_.at_least;
-    int64_t code = invert();
+    double mean = 0;
+    for (int64_t i = 0; i < a_.d; ++i) mean += a_.inverse[i * (a_.d + 1)];
+    mean = mean > 0 ? mean / static_cast<double>(a_.d) : 1;
+    for (int64_t i = 0; i < a_.d; ++i) {
+      // A dead feature gives nothing to the output: without its column it costs nothing either.
+      if (a_.inverse[i * (a_.d + 1)] == 0) {
+        for (int64_t o = 0; o < a_.d_out; ++o) a_.weight[o * a_.d + i] = 0;
+      }
+      a_.inverse[i * (a_.d + 1)] += a_.damp * mean;
+    }
+    int64_t code = invert_lower(a_.inverse, a_.d, &condition_, kernel_, pool_);
     if (code == 0) {
       std::fill_n(a_.energy, a_.d * a_.d, 0.0);
       add_lower(a_.d, a_.d_out, 1, a_.weight, a_.weight, a_.energy);
@@ -92,59 +102,6 @@ class Elimination {
   }
 
  private:
-  /// H = (G + Λ)⁻¹ in the lower triangle by sweeping a block of pivots S at a time:
-  ///
-  ///     A_pp = S → −S⁻¹     A_pr → S⁻¹ A_pr     A_rr → A_rr − A_rp S⁻¹ A_pr
-  ///
-  /// ends in −A⁻¹. The diagonals of the factors of all S are those of the factor of A. Returns the
-  /// order of the first leading minor that is not positive definite, or 0.
-  int64_t invert() {
-    const int64_t d = a_.d;
-    double* h = a_.inverse;
-    double mean = 0;
-    for (int64_t i = 0; i < d; ++i) mean += h[i * d + i];
-    mean = mean > 0 ? mean / static_cast<double>(d) : 1;
-    for (int64_t i = 0; i < d; ++i) {
-      // A dead feature gives nothing to the output: without its column it costs nothing either.
-      if (h[i * d + i] == 0) {
-        for (int64_t o = 0; o < a_.d_out; ++o) a_.weight[o * d + i] = 0;
-      }
-      h[i * d + i] += a_.damp * mean;
-    }
-    double low = std::numeric_limits<double>::infinity(), high = 0;
-    std::vector<double> rows(static_cast<size_t>(kSweepRows * d)), solved(rows.size()),
-        pivot(static_cast<size_t>(kSweepRows * kSweepRows));
-    for (int64_t first = 0; first < d; first += kSweepRows) {
-      const int64_t n = std::min(kSweepRows, d - first);
-      for (int64_t i = 0; i < n; ++i) {
-        double* row = &rows[static_cast<size_t>(i * d)];
-        read_row(h, first + i, d, row);
-        std::copy_n(row + first, n, &pivot[static_cast<size_t>(i * n)]);
-        std::fill_n(row + first, n, 0.0);
-        row[first + i] = -1;
-      }
-      const Cholesky factor(pivot.data(), n, n, kernel_, pool_);
-      if (factor.code() != 0) return first + factor.code();
-      for (int64_t i = 0; i < n; ++i) {
-        low = std::min(low, pivot[static_cast<size_t>(i * n + i)]);
-        high = std::max(high, pivot[static_cast<size_t>(i * n + i)]);
-      }
-      std::copy(rows.begin(), rows.end(), solved.begin());
-      factor.solve(solved.data(), d, d, pool_);
-      add_lower(d, n, -1, rows.data(), solved.data(), h);
-      for (int64_t i = 0; i < n; ++i) {
-        const double* row = &solved[static_cast<size_t>(i * d)];
-        std::copy_n(row, first + i + 1, h + (first + i) * d);
-        for (int64_t j = first + n; j < d; ++j) h[j * d + first + i] = row[j];
-      }
-    }
-    for (int64_t i = 0; i < d; ++i) {
-      for (int64_t j = 0; j <= i; ++j) h[i * d + j] = -h[i * d + j];
-    }
-    condition_ = high / low * (high / low);
-    return 0;
-  }
-
   /// Lower triangle of c (n, n) += sign · aᵀ b, with a and b (steps, n); rows of d everywhere.
   void add_lower(int64_t n, int64_t steps, double sign, const double* a, const double* b,
                  double* c) const {
@@ -170,7 +127,7 @@ class Elimination {
 
   /// Overwrites the upper triangle of a (n, n) by U, a = UᵀU; false if there is none.
   bool factor(int64_t n, double* a) const {
-    if (n > 1) return Cholesky(a, n, n, kernel_, pool_).code() == 0;
+    if (n > 1) return factor_upper(a, n, kernel_, pool_) == 0;
     const bool positive = a[0] > 0;
     a[0] = std::sqrt(a[0]);
     return positive;
@@ -252,8 +209,8 @@ class Elimination {
     double* left = &left_[static_cast<size_t>(rows_ * a_.d)];
     double* right = &right_[static_cast<size_t>(rows_ * a_.d)];
     for (int64_t i = 0; i < w_; ++i) {
-      read_row(a_.inverse, first + i, n, left + i * a_.d);
-      read_row(a_.energy, first + i, n, right + i * a_.d);
+      read_symmetric_row(a_.inverse, a_.d, first + i, n, left + i * a_.d);
+      read_symmetric_row(a_.energy, a_.d, first + i, n, right + i * a_.d);
     }
     // What this panel has taken from these rows so far.
     const double *l = left_.data(), *r = right_.data();
@@ -280,12 +237,6 @@ class Elimination {
     rows_ += w_;
     update_blocks(left, right);
     return true;
-  }
-
-  /// Row i of a symmetric matrix of which the lower triangle is kept.
-  void read_row(const double* matrix, int64_t i, int64_t n, double* row) const {
-    std::copy_n(matrix + i * a_.d, i + 1, row);
-    for (int64_t j = i + 1; j < n; ++j) row[j] = matrix[j * a_.d + i];
   }
 
   void update_blocks(const double* left, const double* right) {

@@ -63,20 +63,25 @@ struct PackRows {
 
 constexpr int64_t kMostLanes = 16;  // of any vector
 
-constexpr int64_t kSolveRows = 16;  // unknowns of a substitution that stays in registers
-
-/// In-place substitution on kSolveRows rows of right-hand sides, in the order of the rows:
-/// row[j] *= inverse[j], then row[i] -= factor[j][i] · row[j] for every i > j.
-struct Substitution {
-  const double* factor;   // kSolveRows × kSolveRows
-  const double* inverse;  // kSolveRows reciprocals of the diagonal
-  double* const* rows;    // kSolveRows pointers
-  int64_t columns;
+/// A substitution with a diagonal block of a triangular matrix, in place on one panel of right-hand
+/// sides. For i from i0 up to i1, or from i1 down to i0,
+///
+///     x[i] = (x[i] − Σ_k a(k, i) x[k]) · inverse[i]     over k in [first, i), or in (i, last)
+struct PanelSolve {
+  const double* a;         // panels; the block's rows are steps and its columns features
+  int64_t a_panel_stride;  // bytes
+  const double* inverse;   // reciprocals of the diagonal
+  double* x;               // row-major, rows of the panel width
+  int64_t columns;         // that are live
+  int64_t i0, i1;          // up to whole register tiles; what is beyond the block has to be zero
+  int64_t first, last;
+  bool backward;
 };
 
 /// The micro-kernels of one instruction set for one arithmetic type.
 struct PanelKernel {
   int64_t panel;            // features per panel
+  int64_t rows;             // features of the left side in a register tile; divides `panel`
   int64_t slot_bytes;       // bytes per feature and step
   int64_t tokens_per_step;  // 1, or 2 where a step holds a pair of tokens
   bool (*finite)(DType dtype, const void* row, int64_t features);
@@ -86,7 +91,7 @@ struct PanelKernel {
   bool (*pack)(const PackRows&);
   void (*multiply_f32)(const PanelProduct&);  // out is float32
   void (*multiply_f64)(const PanelProduct&);  // out is float64
-  void (*substitute)(const Substitution&);    // float64 kernels only, else null
+  void (*solve)(const PanelSolve&);           // float64 kernels only, else null
 };
 
 extern const PanelKernel kPortableF32, kPortableF64;

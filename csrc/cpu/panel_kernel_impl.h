@@ -33,18 +33,21 @@ struct Panels {
   static constexpr int kRows = Simd::kRows;
   static constexpr int kVectors = Simd::kVectors;
   static constexpr int kPanel = kLanes * kVectors;
-  // Steps that one register sums up: short, because a sum loses bits with its length.
-  static constexpr int64_t kSegment = kSegmentTokens / Simd::kTokensPerStep;
+  // Steps that one register sums up: few, because a float32 sum loses bits with its length.
+  static constexpr int64_t kSegment =
+      sizeof(typename Simd::Sum) == 8 ? 512 : kSegmentTokens / Simd::kTokensPerStep;
   static_assert(kPanel % kRows == 0, "a register tile must not straddle two panels");
 
   // ---- product ------------------------------------------------------------------------------
 
   /// One register tile. `vectors` of the panel are live; the tile's rows below `rows` and columns
   /// below `cols` are stored, of those the part that `triangle` names; the diagonal
-  /// passes through column `diagonal` of the tile's first row.
+  /// passes through column `diagonal` of the tile's first row. Every step also fetches what is
+  /// at `ahead`, `ahead_step` bytes further each time.
   template <int vectors, class Out>
   static void tile(int64_t steps, const Slot* a, const Slot* b, Out* out, int64_t out_row,
-                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale) {
+                   int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale,
+                   const char* ahead, int64_t ahead_step) {
     Vector sum[kRows][vectors];
     typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
     // The sums go to `out` in the end: fetch it while they grow.
@@ -64,6 +67,8 @@ struct Panels {
       end = steps - begin < kSegment ? steps : begin + kSegment;
       for (int64_t step = begin; step < end; ++step) {
         typename Simd::Operand right[vectors];
+        __builtin_prefetch(ahead);
+        ahead += ahead_step;
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
 #pragma GCC unroll 16
@@ -128,7 +133,11 @@ struct Panels {
       const bool lower = p.triangle == Triangle::kLower, upper = p.triangle == Triangle::kUpper;
       const int64_t first = lower && j > p.i0 ? j : p.i0;  // j is a multiple of kRows
       const int64_t last = upper && j + kPanel < p.i1 ? j + kPanel : p.i1;
-      for (int64_t i = first; i < last; i += kRows) {
+      // Every tile fetches its part of the panel that comes next, which may be in memory still.
+      const char* ahead = reinterpret_cast<const char*>(b) + p.b_panel_stride;
+      const int64_t tiles = last > first ? (last - first + kRows - 1) / kRows : 1;
+      const int64_t ahead_step = kPanel * static_cast<int64_t>(sizeof(Slot)) / tiles;
+      for (int64_t i = first; i < last; i += kRows, ahead += ahead_step * p.steps) {
         const auto* a = reinterpret_cast<const Slot*>(static_cast<const char*>(p.a) +
                                                       i / kPanel * p.a_panel_stride) +
                         i % kPanel;
@@ -138,11 +147,14 @@ struct Panels {
         if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
         if (live == 1) {
-          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
+          tile<1>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
+                  ahead_step);
         } else if (live == 2) {
-          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
+          tile<2>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
+                  ahead_step);
         } else if constexpr (kVectors >= 3) {
-          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale);
+          tile<3>(p.steps, a, b, out, p.out_row, rows, cols, p.triangle, i - j, p.scale, ahead,
+                  ahead_step);
         }
       }
     }
@@ -255,49 +267,12 @@ struct Rows {
   }
 };
 
-/// One vector's width of a substitution; the kSolveRows values stay in registers.
-template <class Simd>
-void substitute_vector(const double* factor, const double* inverse, double* const* rows,
-                       int64_t c) {
-  typename Simd::Vector x[kSolveRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kSolveRows; ++i) x[i] = Simd::load(rows[i] + c);
-#pragma GCC unroll 16
-  for (int j = 0; j < kSolveRows; ++j) {
-    x[j] = Simd::scale(x[j], inverse[j]);
-    const typename Simd::Vector minus = Simd::scale(x[j], -1.0);
-#pragma GCC unroll 16
-    for (int i = j + 1; i < kSolveRows; ++i) {
-      x[i] = Simd::multiply_add(Simd::splat(factor + j * kSolveRows + i), minus, x[i]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kSolveRows; ++i) Simd::store(rows[i] + c, x[i]);
-}
-
-template <class Simd>
-void substitute(const Substitution& s) {
-  int64_t c = 0;
-  for (; c + Simd::kLanes <= s.columns; c += Simd::kLanes) {
-    substitute_vector<Simd>(s.factor, s.inverse, s.rows, c);
-  }
-  if (c == s.columns) return;
-  double padded[kSolveRows][Simd::kLanes] = {};
-  double* rows[kSolveRows];
-  const size_t bytes = static_cast<size_t>(s.columns - c) * sizeof(double);
-  for (int i = 0; i < kSolveRows; ++i) {
-    rows[i] = padded[i];
-    std::memcpy(padded[i], s.rows[i] + c, bytes);
-  }
-  substitute_vector<Simd>(s.factor, s.inverse, rows, 0);
-  for (int i = 0; i < kSolveRows; ++i) std::memcpy(s.rows[i] + c, padded[i], bytes);
-}
-
 /// The table entry for a policy whose rows are float16, bfloat16 or float32.
 template <class Simd>
 constexpr PanelKernel single_kernel() {
   using P = Panels<Simd>;
   return {P::kPanel,
+          P::kRows,
           sizeof(float),
           1,
           [](DType dtype, const void* row, int64_t n) {
@@ -316,10 +291,11 @@ constexpr PanelKernel single_kernel() {
 }
 
 /// The table entry for a policy that takes rows of one type only, read by `Source`.
-template <class Simd, class Source, void (*Solve)(const Substitution&) = nullptr>
+template <class Simd, class Source, void (*Solve)(const PanelSolve&) = nullptr>
 constexpr PanelKernel one_type_kernel() {
   using P = Panels<Simd>;
   return {P::kPanel,
+          P::kRows,
           sizeof(typename Simd::Slot),
           Simd::kTokensPerStep,
           [](DType, const void* row, int64_t n) { return P::template finite_row<Source>(row, n); },

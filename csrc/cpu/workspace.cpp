@@ -11,16 +11,21 @@ namespace liar {
 namespace {
 
 constexpr int64_t kLine = 64, kHugePage = 2 << 20;
-constexpr int64_t kKeptBytes = 32 << 20;  // larger blocks go back to the system at once
+constexpr int64_t kKeptBytes = 128 << 20;  // of all blocks; what is more goes back to the system
 
 struct Block {
   char* data = nullptr;
   int64_t bytes = 0;
 };
 
-/// The blocks that a thread keeps, with at most kKeptBytes in each.
+/// The blocks that a thread keeps.
 struct Shelf {
-  Block blocks[4];
+  Block blocks[12];
+  int64_t bytes() const {
+    int64_t sum = 0;
+    for (const Block& block : blocks) sum += block.bytes;
+    return sum;
+  }
   ~Shelf() {
     for (Block& block : blocks) std::free(block.data);
   }
@@ -54,7 +59,7 @@ Workspace::Workspace(int64_t bytes) {
 
 Workspace::~Workspace() {
   Block block{data_, bytes_};
-  if (bytes_ <= kKeptBytes) {
+  if (shelf.bytes() + bytes_ <= kKeptBytes) {
     for (Block& place : shelf.blocks) {  // the largest stay
       if (place.bytes < block.bytes) std::swap(place, block);
     }

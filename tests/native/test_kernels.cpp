@@ -8,6 +8,7 @@
 #include <random>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/cholesky.h"
@@ -133,10 +134,13 @@ void test_solve(int64_t n, int64_t columns, const Pool& pool) {
                     kernel, pool);
   for (int64_t i = 0; i < n; ++i)
     a[static_cast<size_t>(i * n + i)] += 10.0 * static_cast<double>(n);
-  Values u = a, y = rhs, back(rhs.size(), 0.0);
-  const liar::Cholesky factor(u.data(), n, n, kernel, pool);
+  Values y = rhs, back(rhs.size(), 0.0);
+  const liar::Cholesky factor(liar::TrianglePanels(a.data(), n, n, kernel), pool);
   if (factor.code() != 0) ++failures;
-  factor.solve(y.data(), columns, columns, pool);
+  liar::Panels solution(n, columns, kernel);
+  for (int64_t i = 0; i < n; ++i) solution.read_step(i, &rhs[static_cast<size_t>(i * columns)]);
+  factor.solve(solution, pool);
+  for (int64_t i = 0; i < n; ++i) solution.write_step(i, &y[static_cast<size_t>(i * columns)]);
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t k = 0; k < n; ++k) {
       const double value = a[static_cast<size_t>(k >= i ? i * n + k : k * n + i)];
@@ -147,6 +151,15 @@ void test_solve(int64_t n, int64_t columns, const Pool& pool) {
     }
   }
   expect_near(back, rhs, 1e-10, "Cholesky::solve");
+}
+
+void test_indefinite(int64_t n, int64_t at, const Pool& pool) {
+  liar::TrianglePanels a(n, *liar::kernels().f64);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < i; ++k) a.at(k, i) = 0;
+    a.at(i, i) = i == at ? -1 : 4;
+  }
+  if (liar::Cholesky(std::move(a), pool).code() != at + 1) ++failures;
 }
 
 void test_reconstruct(int64_t d, int64_t d_out, const Pool& pool) {
@@ -257,7 +270,11 @@ int main() {
       }
     }
     for (int64_t n : {1, 7, 16, 17, 100, 530}) test_solve(n, n % 7 + 1, pool);
+    for (int64_t n : {23, 24, 25, 95, 96, 97, 193, 385}) test_solve(n, n % 3 + 23, pool);
     test_solve(70, 500, pool);
+    for (int64_t n : {1, 8, 25, 200}) {
+      for (int64_t at = 0; at < n; at += n / 9 + 1) test_indefinite(n, at, pool);
+    }
     for (int64_t width : {1, 2, 9, 65}) test_scores(width * 17, width, pool);
     test_scores(600, 1, pool);
     for (int64_t d : {2, 9, 65, 150}) {
