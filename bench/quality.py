@@ -8,7 +8,7 @@ A method is written criterion+allocation+reconstruction, with `+equal` for layer
     wifv+global+bias        FLAP
     wanda+uniform+linear    one of GRAIL's configurations
     wifv+global+linear      another
-    obs+uniform+linear      like SlimGPT
+    obs+uniform+linear      like SlimGPT; which solves layer by layer, as +layerwise does
 
 `liar` is what `liar_ext.prune` does by default, obs+curve+auto; `steps` are ablations of it. All
 methods of a seed see the same calibration text; the texts to evaluate on share no document with it.
