@@ -78,15 +78,18 @@ def test_cross_gram_matches_the_oracle(dtype, d, cols, kind):
     assert_like_torch(x, run(ops.gram_update_, x, y, weight), y, weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [9, 130, 700])  # in strips and in blocks
 @pytest.mark.parametrize("d", [576, 1537])
-def test_wide_gram_matches_the_oracle(d):
-    x = rows(130, d, torch.float32)
+def test_wide_gram_matches_the_oracle(d, tokens, dtype):
+    x = rows(tokens, d, dtype)
     assert_like_torch(x, run(ops.gram_update_, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_upper_triangle_is_neither_read_nor_written(dtype):
-    x = rows(70, 129, dtype)
+@pytest.mark.parametrize("tokens", [70, 4500])  # in strips and in blocks
+def test_upper_triangle_is_neither_read_nor_written(dtype, tokens):
+    x = rows(tokens, 129, dtype)
     gram, total, count = zeros(129)
     gram[torch.ones_like(gram, dtype=torch.bool).triu(1)] = torch.nan
     gram[torch.ones_like(gram, dtype=torch.bool).tril()] = 0

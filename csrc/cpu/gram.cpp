@@ -22,6 +22,10 @@
 //              | 3 | 4 | 5 |
 //              +---+---+---+
 //
+// Few tokens make small panels, and then the time goes into reading and writing `gram`: where all
+// panels of the right side stay in the L2 cache, a task is a strip of whole rows instead, one
+// register tile high, which is read and written as it lies in memory.
+//
 // Every element of `gram` is written by one task per group, with chunks in a fixed order, so the
 // result is bit-identical whatever the number of threads.
 
@@ -30,6 +34,7 @@ namespace {
 
 constexpr int64_t kChunkSteps = 1024;     // a packed panel is 192 KiB
 constexpr int64_t kGroupBytes = 4 << 20;  // a core's share of an L3 cache
+constexpr int64_t kStripBytes = 1 << 20;  // an L2 cache
 constexpr int64_t kBlockPanels = 2;       // 2 + 2 panels and 96² doubles: half of an L2 cache
 
 struct Rows {
@@ -274,12 +279,13 @@ class Update {
   }
 
   void multiply(const Panels& p, const std::vector<Chunk>& packed, int64_t live) const {
-    const int64_t block = kBlockPanels * kernel->panel;
-    const int64_t block_rows = (u.x.cols + block - 1) / block;
-    const int64_t block_cols = (right_cols + block - 1) / block;
-    std::vector<std::pair<int64_t, int64_t>> blocks;
-    for (int64_t i = 0; i < block_rows; ++i) {
-      for (int64_t j = 0; j < (u.y != nullptr ? block_cols : i + 1); ++j) blocks.emplace_back(i, j);
+    const bool strips = live * panels(right_cols) * p.right_stride <= kStripBytes;
+    const int64_t high = strips ? kernel->rows : kBlockPanels * kernel->panel;
+    const int64_t wide = strips ? right_cols : kBlockPanels * kernel->panel;
+    std::vector<std::pair<int64_t, int64_t>> blocks;  // first row, first column
+    for (int64_t i = 0; i < u.x.cols; i += high) {
+      const int64_t end = u.y != nullptr ? right_cols : std::min(i + high, right_cols);
+      for (int64_t j = 0; j < end; j += wide) blocks.emplace_back(i, j);
     }
     parallel_tasks(pool, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
       const auto [i, j] = blocks[static_cast<size_t>(task)];
@@ -291,10 +297,10 @@ class Update {
         product.b = p.right + k * p.right_chunk;
         product.a_panel_stride = p.left_stride;
         product.b_panel_stride = p.right_stride;
-        product.i0 = i * block;
-        product.i1 = std::min(product.i0 + block, u.x.cols);
-        product.j0 = j * block;
-        product.j1 = std::min(product.j0 + block, right_cols);
+        product.i0 = i;
+        product.i1 = std::min(i + high, u.x.cols);
+        product.j0 = j;
+        product.j1 = std::min(j + wide, right_cols);
         product.out = u.gram;
         product.out_row = u.gram_row;
         product.triangle = u.y == nullptr ? Triangle::kLower : Triangle::kAll;
