@@ -3,7 +3,6 @@
 For every fraction of the hidden size, one row each for: features sliced and nothing put back; the
 norms scaled to what they put out before; the readers solved as well, which is what `--keep-hidden`
 does; and attention and MLP units removed by the default method until as few parameters are left.
-With `--then` the two are also combined, in both orders, at that fraction of all parameters.
 """
 
 from __future__ import annotations
@@ -74,17 +73,6 @@ def main() -> None:
             apply_plan(small, plan, weights)
             note(f"hidden, {method}", small, start)
         kept = count_params(small) / dense
-        if options.then:
-            budget = Budget(options.then / kept, of="params")
-            start, both = time.process_time(), copy.deepcopy(model)
-            prune(both, calibration, budget, keep_hidden=fraction)
-            note("hidden, then units", both, start)
-            start, both = time.process_time(), copy.deepcopy(model)
-            prune(both, calibration, budget)
-            done = narrow(both, calibration, fraction)
-            plan = Plan(model.config.model_type, "auto", {}, hidden=done.kept)
-            apply_plan(both, plan, done.weights)
-            note("units, then hidden", both, start)
         if not options.hidden_only:
             start, other = time.process_time(), copy.deepcopy(model)
             prune(other, calibration, Budget(kept, of="params"))
@@ -101,7 +89,6 @@ def parse() -> argparse.Namespace:
     add("--calibration", nargs="+", required=True)
     add("--eval", required=True)
     add("--keep-hidden", nargs="+", type=float, default=[0.91, 0.82])
-    add("--then", type=float, help="fraction of all parameters to reach with units as well")
     add("--hidden-only", action="store_true", help="leave out the rows of units alone")
     add("--samples", type=int, default=32)
     add("--eval-samples", type=int, default=16)
