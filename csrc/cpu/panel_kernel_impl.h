@@ -40,6 +40,47 @@ struct Panels {
 
   // ---- product ------------------------------------------------------------------------------
 
+  /// The sums of one register tile over `steps` steps, from zero.
+  template <int vectors>
+  static inline __attribute__((always_inline)) void add_steps(int64_t steps, const Slot* a,
+                                                              const Slot* b,
+                                                              Vector (&sum)[kRows][vectors],
+                                                              const char* ahead,
+                                                              int64_t ahead_step) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+      typename Simd::Operand right[vectors];
+      __builtin_prefetch(ahead);
+      ahead += ahead_step;
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const typename Simd::Operand left = Simd::splat(a + r);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
+        }
+      }
+      a += kPanel;
+      b += kPanel;
+    }
+  }
+
+  template <int vectors>
+  static void store_tile(const Vector (&sum)[kRows][vectors],
+                         typename Simd::Sum (&to)[kRows][vectors * kLanes]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) Simd::store(&to[r][v * kLanes], sum[r][v]);
+    }
+  }
+
   /// One register tile. `vectors` of the panel are live; the tile's rows below `rows` and columns
   /// below `cols` are stored, of those the part that `triangle` names; the diagonal
   /// passes through column `diagonal` of the tile's first row. Every step also fetches what is
@@ -49,49 +90,32 @@ struct Panels {
                    int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale,
                    const char* ahead, int64_t ahead_step) {
     Vector sum[kRows][vectors];
-    typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
     // The sums go to `out` in the end: fetch it while they grow.
-    for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
-      for (int64_t c = 0; c < cols; c += 64 / static_cast<int64_t>(sizeof(Out))) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Out));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < vectors * kLanes; c += kLine) {
         __builtin_prefetch(out + r * out_row + c, 1);
       }
     }
-    int64_t begin = 0, end = 0;
-    do {
-      begin = end;
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = Simd::zero();
-      }
-      end = steps - begin < kSegment ? steps : begin + kSegment;
-      for (int64_t step = begin; step < end; ++step) {
-        typename Simd::Operand right[vectors];
-        __builtin_prefetch(ahead);
-        ahead += ahead_step;
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) right[v] = Simd::load_slot(b + v * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const typename Simd::Operand left = Simd::splat(a + r);
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) {
-            sum[r][v] = Simd::multiply_add(left, right[v], sum[r][v]);
-          }
-        }
-        a += kPanel;
-        b += kPanel;
-      }
-      if (begin == 0 && end == steps) break;
+    typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
+    add_steps<vectors>(steps < kSegment ? steps : kSegment, a, b, sum, ahead, ahead_step);
+    for (int64_t begin = kSegment; begin < steps; begin += kSegment) {
+      store_tile<vectors>(sum, part);
+      a += kSegment * kPanel;
+      b += kSegment * kPanel;
+      ahead += kSegment * ahead_step;
+      add_steps<vectors>(steps - begin < kSegment ? steps - begin : kSegment, a, b, sum, ahead,
+                         ahead_step);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          if (begin > 0) sum[r][v] = Simd::add(sum[r][v], Simd::load(&part[r][v * kLanes]));
-          if (end < steps) Simd::store(&part[r][v * kLanes], sum[r][v]);
+          sum[r][v] = Simd::add(sum[r][v], Simd::load(&part[r][v * kLanes]));
         }
       }
-    } while (end < steps);
+    }
     if (scale != 1) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
@@ -112,11 +136,7 @@ struct Panels {
       }
       return;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) Simd::store(&part[r][v * kLanes], sum[r][v]);
-    }
+    store_tile<vectors>(sum, part);
     for (int64_t r = 0; r < (rows < kRows ? rows : kRows); ++r) {
       const int64_t middle = diagonal + r;  // column of the diagonal
       const int64_t first = triangle == Triangle::kUpper && middle > 0 ? middle : 0;
