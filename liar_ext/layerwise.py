@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.arch import Site, get_consumer_bias, get_consumer_weight, sites
+from liar_ext.arch import sites
+from liar_ext.blocks import Blocks
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, Moments
 from liar_ext.outputs import evaluating
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
-from liar_ext.ridge import report_row, solve
-from liar_ext.solution import Solution, check_settings
-from liar_ext.towards import Shortfall, solve_towards
-from liar_ext.walk import Blocks, Forward, Run
+from liar_ext.solution import check_settings
+from liar_ext.walk import Walk
 
 TARGETS = ("dense-input", "branch", "stream", "auto")
-SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
 
 
 @torch.no_grad()
@@ -92,9 +86,10 @@ def reconstruct_layerwise(
 
     Notes
     -----
-    Memory: two streams of tokens × hidden, up to three more while a block is worked on, all on the
-    CPU; and the sums of one site. Work: one run of each dense block, and up to
-    one per site and one more of each pruned block.
+    Memory: two streams of tokens × hidden, up to four more and the input of one MLP consumer while
+    a block is worked on, all on the CPU; and the sums of one site. Work: one run of each dense
+    block and one per site of each pruned block, and one more of the latter unless both its sites
+    add to the stream as they are and the target is ``stream`` or ``auto``.
 
     Source: METHOD section 3.
     """
@@ -121,219 +116,3 @@ def check_target(target: str, mode: str) -> None:
             f"layerwise: reconstruct must be auto, linear or affine, got {mode!r}, which solves "
             'for no target; use schedule="one-pass"'
         )
-
-
-@dataclass
-class Part:
-    """Calibration sequences of one fold, and how far they are.
-
-    Parameters
-    ----------
-    inputs : dict of str to Tensor
-        As the model takes them.
-    fold : int
-        Their fold.
-    dense, pruned : Tensor
-        Both streams before the block that comes next, (sequences, tokens, hidden).
-    goals : dict of str to Tensor
-        By site of the block in work, what the dense model has there: the output of the consumer, or
-        the stream after it.
-    """
-
-    inputs: dict[str, Tensor]
-    fold: int
-    dense: Tensor
-    pruned: Tensor
-    goals: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Walk:
-    """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Blocks,
-        plan: Plan,
-        mode: str,
-        damp: float | str,
-        target: str,
-        refit: bool,
-    ) -> None:
-        self.model, self.blocks, self.plan = model, blocks, plan
-        self.mode, self.damp, self.target, self.refit = mode, damp, target, refit
-        self.device = next(model.parameters()).device
-        self.parts: list[Part] = []
-        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self.rows: dict[str, SiteRow] = {}
-
-    def start(self, batches: Iterable[Mapping[str, Tensor] | Tensor]) -> None:
-        """Split the batches by fold, and take their hidden states to the first block."""
-        sequences = 0
-        for batch in batches:
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            fold = inputs.pop("fold", None)
-            count = len(next(iter(inputs.values())))
-            if fold is None:
-                fold = (torch.arange(count) + sequences) % FOLDS
-            sequences += count
-            for index in range(FOLDS):
-                rows = (fold == index).nonzero().flatten()
-                if len(rows):
-                    chosen = {name: value[rows.to(value.device)] for name, value in inputs.items()}
-                    hidden = self.blocks.enter(0, self._on_device(chosen))[0][0].cpu()
-                    self.parts.append(Part(chosen, index, hidden, hidden))
-        folds = {part.fold for part in self.parts}
-        if folds != set(range(FOLDS)):
-            raise InputError(
-                f"layerwise: each of the {FOLDS} folds needs sequences, got {sequences} in folds "
-                f"{sorted(folds)}; give at least 2 sequences"
-            )
-
-    def step(self, index: int) -> None:
-        """Solve the sites of block ``index``, and take both streams past it."""
-        here = [site for site in self.blocks.sites[index] if site.name in self.plan.sites]
-        lossless = {
-            site.name for site in here if len(self.plan.sites[site.name].kept) == site.units
-        }
-        dense_too = self.target != "dense-input"  # which needs no dense stream
-        targets = {site.name: self._target_at(site) for site in here}
-        after = [self._dense_run(index, part, targets) for part in self.parts] if dense_too else []
-        consumers: dict[str, Forward] = {}
-        for site in here:
-            if site.name in lossless and not (self.refit and dense_too):
-                self._keep(site)
-            else:
-                consumers[site.name] = self._solve(site, targets[site.name], consumers)
-        for part in self.parts:
-            part.pruned = self._run(index, part, part.pruned, consumers).output.cpu()
-        for part, dense in zip(self.parts, after, strict=False):
-            part.dense = dense
-
-    def _dense_run(self, index: int, part: Part, targets: Mapping[str, str]) -> Tensor:
-        """Note what the dense model has at each site, and return its stream after the block."""
-        run = self._run(index, part, part.dense)
-        part.goals = {
-            site.name: _reached(site, targets[site.name], part.dense, run)
-            for site in self.blocks.sites[index]
-            if site.name in targets
-        }
-        return run.output.cpu()
-
-    def _solve(self, site: Site, target: str, consumers: Mapping[str, Forward]) -> Forward:
-        """Collect the sums of a site, solve it, and return what takes the consumer's place."""
-        start = time.perf_counter()
-        weight = get_consumer_weight(self.model, site)
-        bias = get_consumer_bias(self.model, site)
-        kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
-        moments, shortfall = self._collect(site, target, consumers)
-        features = site.features(kept).to(self.device)
-        affine = self.mode != "linear" and (bias is not None or planned)
-        mode = "affine" if affine else "linear"
-        solution = (
-            solve(weight, bias, moments, features, mode=mode, damp=self.damp)
-            if shortfall is None
-            else solve_towards(
-                weight,
-                bias,
-                moments,
-                shortfall,
-                features,
-                mode=mode,
-                damp=self.damp,
-                shares=SHARES[self.target],
-            )
-        )
-        self._store(site, solution, moments, target, time.perf_counter() - start)
-        new = solution.weight.to(weight.dtype)
-        new_bias = bias if solution.bias is None else solution.bias.to(weight.dtype)
-        return lambda x: nn.functional.linear(x[..., features], new, new_bias)
-
-    def _collect(
-        self, site: Site, target: str, consumers: Mapping[str, Forward]
-    ) -> tuple[Moments, Shortfall | None]:
-        """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
-        moments = Moments.zeros(site.d_in, device=self.device)
-        shortfall = None
-        if target != "dense-input":
-            shortfall = Shortfall.zeros(site.d_in, site.d_out, device=self.device)
-        # Only the stream after an MLP needs the block run to its end.
-        end = None if target == "stream" and site.kind == "mlp" else site.name
-        for part in self.parts:
-            run = self._run(site.block, part, part.pruned, consumers, end)
-            x = run.seen[site.name][0].flatten(0, -2)
-            weight = _counting_tokens(part.inputs, len(x), self.device)
-            if shortfall is None:
-                moments.update(x, part.fold, weight)
-                continue
-            # The shortfall is what the dense model has there less what the pruned one has with
-            # the dense weight in this site.
-            r = part.goals[site.name] - _reached(site, target, part.pruned, run)
-            x, r = x.to(r.dtype), r.to(self.device).flatten(0, -2)
-            usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
-            moments.count[part.fold, 1] += (weight & ~usable).sum()
-            moments.update(x, part.fold, weight & usable)
-            shortfall.update(x, r, part.fold, weight & usable)
-        return moments, shortfall
-
-    def _target_at(self, site: Site) -> str:
-        """Return the target that the arithmetic of the block allows."""
-        if self.target in ("dense-input", "branch"):
-            return self.target
-        part = self.parts[0]
-        one = self._on_device({name: value[:1] for name, value in part.inputs.items()})
-        plain = self.blocks.adds_plainly(site, one, part.dense[:1].to(self.device))
-        return "stream" if plain else "branch"
-
-    def _keep(self, site: Site) -> None:
-        """Note that a site loses nothing and keeps the weight that it has."""
-        weight = get_consumer_weight(self.model, site).double()
-        solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
-        self._store(site, solution, Moments.zeros(0), "dense-input", 0.0)
-
-    def _store(
-        self, site: Site, solution: Solution, moments: Moments, target: str, seconds: float
-    ) -> None:
-        self.weights[site.name] = (solution.weight, solution.bias)
-        units = len(self.plan.sites[site.name].kept)
-        row = report_row(site, units, moments, solution, seconds, target)
-        if self.target in ("stream", "auto") and target == "branch":
-            row = replace(row, path=f"{row.path}; branch, as the stream is not a plain sum here")
-        self.rows[site.name] = row
-
-    def _run(
-        self,
-        index: int,
-        part: Part,
-        hidden: Tensor,
-        consumers: Mapping[str, Forward] | None = None,
-        end: str | None = None,
-    ) -> Run:
-        inputs = self._on_device(part.inputs)
-        return self.blocks.run(index, inputs, hidden.to(self.device), consumers, end)
-
-    def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in inputs.items()}
-
-
-def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
-    """Return the consumer's output, or the stream after the site, on the CPU.
-
-    In float32, or float64 as the model is: the difference of two of these is the shortfall.
-    """
-
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
-
-    if target == "stream" and site.kind == "mlp":
-        return wide(run.output)
-    output = wide(run.seen[site.name][1]).view_as(hidden)
-    return output + wide(hidden) if target == "stream" else output
-
-
-def _counting_tokens(inputs: Mapping[str, Tensor], tokens: int, device: torch.device) -> Tensor:
-    """Return which tokens are not padding, ``(tokens,)`` bool."""
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        return torch.ones(tokens, dtype=torch.bool, device=device)
-    return mask.flatten().bool().to(device)

@@ -1,186 +1,262 @@
-"""Run the blocks of a model one by one, on hidden states of the caller's choosing."""
+"""A walk over the blocks of a model: two streams, and one solve per site on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.arch import Site
+from liar_ext.arch import Site, get_consumer_bias, get_consumer_weight
+from liar_ext.blocks import Blocks, Forward, Run
 from liar_ext.errors import InputError
+from liar_ext.moments import FOLDS, Moments
+from liar_ext.plan import Plan
+from liar_ext.report import SiteRow
+from liar_ext.ridge import report_row, solve
+from liar_ext.solution import Solution
+from liar_ext.towards import Shortfall, solve_towards
 
-Forward = Callable[..., Tensor]
+SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
 
 
 @dataclass
-class Run:
-    """What one run of a block gave.
+class Part:
+    """Calibration sequences of one fold, and how far they are.
 
     Parameters
     ----------
-    output : Tensor or None
-        Hidden states after the block; None if the run ended at a consumer.
-    seen : dict of str to (Tensor, Tensor)
-        Input and output of each consumer, by site name.
+    inputs : dict of str to Tensor
+        As the model takes them.
+    fold : int
+        Their fold.
+    dense, pruned : Tensor
+        Both streams before the block that comes next, (sequences, tokens, hidden).
+    goals : dict of str to Tensor
+        By site of the block in work, what the dense model has there: the output of the consumer, or
+        the stream after it.
+    halfway : (Tensor, Tensor), optional
+        The pruned stream between attention and MLP of the block in work, and what the MLP's
+        consumer reads: all that a new one needs to finish the block.
     """
 
-    output: Tensor | None
-    seen: dict[str, tuple[Tensor, Tensor]]
+    inputs: dict[str, Tensor]
+    fold: int
+    dense: Tensor
+    pruned: Tensor
+    goals: dict[str, Tensor] = field(default_factory=dict)
+    halfway: tuple[Tensor, Tensor] | None = None
 
 
-class _Ended(Exception):
-    """Raised to leave a forward pass early; it carries what was on its way."""
+class Walk:
+    """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block."""
 
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        plan: Plan,
+        mode: str,
+        damp: float | str,
+        target: str,
+        refit: bool,
+    ) -> None:
+        self.model, self.blocks, self.plan = model, blocks, plan
+        self.mode, self.damp, self.target, self.refit = mode, damp, target, refit
+        self.device = next(model.parameters()).device
+        self.parts: list[Part] = []
+        self.targets: dict[str, str] = {}  # by site of the block in work
+        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.rows: dict[str, SiteRow] = {}
 
-class Blocks:
-    """The blocks of a model, each to be run by itself with the arguments that the model gives it.
+    def start(self, batches: Iterable[Mapping[str, Tensor] | Tensor]) -> None:
+        """Split the batches by fold, and take their hidden states to the first block."""
+        sequences = 0
+        for batch in batches:
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            fold = inputs.pop("fold", None)
+            count = len(next(iter(inputs.values())))
+            if fold is None:
+                fold = (torch.arange(count) + sequences) % FOLDS
+            sequences += count
+            for index in range(FOLDS):
+                rows = (fold == index).nonzero().flatten()
+                if len(rows):
+                    chosen = {name: value[rows.to(value.device)] for name, value in inputs.items()}
+                    hidden = self.blocks.enter(0, self._on_device(chosen))[0][0].cpu()
+                    self.parts.append(Part(chosen, index, hidden, hidden))
+        folds = {part.fold for part in self.parts}
+        if folds != set(range(FOLDS)):
+            raise InputError(
+                f"layerwise: each of the {FOLDS} folds needs sequences, got {sequences} in folds "
+                f"{sorted(folds)}; give at least 2 sequences"
+            )
 
-    Masks and positions are made anew for every run by the model's own code: it is run up to the
-    block with all blocks before it switched off. So nothing but hidden states has to be stored,
-    and a model whose layers get different masks needs no special case.
+    def step(self, index: int) -> None:
+        """Solve the sites of block ``index``, and take both streams past it."""
+        here = [site for site in self.blocks.sites[index] if site.name in self.plan.sites]
+        lossless = {
+            site.name for site in here if len(self.plan.sites[site.name].kept) == site.units
+        }
+        dense_too = self.target != "dense-input"  # which needs no dense stream
+        self.targets = {site.name: self._target_at(site) for site in self.blocks.sites[index]}
+        after = [self._dense_run(index, part) for part in self.parts] if dense_too else []
+        consumers: dict[str, Forward] = {}
+        for site in here:
+            if site.name in lossless and not (self.refit and dense_too):
+                self._keep(site)
+            else:
+                consumers[site.name] = self._solve(site, self.targets[site.name], consumers)
+        for part in self.parts:
+            part.pruned = self._after(index, part, consumers)
+        for part, dense in zip(self.parts, after, strict=False):
+            part.dense = dense
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model, in evaluation mode.
-    sites : sequence of Site
-        All its sites.
-    """
+    def _dense_run(self, index: int, part: Part) -> Tensor:
+        """Note what the dense model has at each site, and return its stream after the block."""
+        run = self._run(index, part, part.dense)
+        part.goals = {
+            site.name: _reached(site, self.targets[site.name], part.dense, run)
+            for site in self.blocks.sites[index]
+            if site.name in self.plan.sites
+        }
+        return run.output.cpu()
 
-    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
-        self._model = model
-        self._body = getattr(model, "base_model", model)
-        self.sites: dict[int, list[Site]] = {}
-        for site in sites:
-            self.sites.setdefault(site.block, []).append(site)
-        self._blocks = [model.get_submodule(at[0].path) for at in self.sites.values()]
-        self._forwards = [block.forward for block in self._blocks]
-        self._tuples = False  # whether a block returns its hidden states in a tuple
-        self._wanted = 0
+    def _after(self, index: int, part: Part, consumers: Mapping[str, Forward]) -> Tensor:
+        """Return the pruned stream after a block whose sites are solved."""
+        if part.halfway is None:
+            return self._run(index, part, part.pruned, consumers).output.cpu()
+        (stream, x), part.halfway = part.halfway, None
+        (mlp,) = (site.name for site in self.blocks.sites[index] if site.kind == "mlp")
+        return stream + consumers[mlp](x.to(self.device)).cpu().view_as(stream)
 
-    def __len__(self) -> int:
-        return len(self._blocks)
+    def _solve(self, site: Site, target: str, consumers: Mapping[str, Forward]) -> Forward:
+        """Collect the sums of a site, solve it, and return what takes the consumer's place."""
+        start = time.perf_counter()
+        weight = get_consumer_weight(self.model, site)
+        bias = get_consumer_bias(self.model, site)
+        kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
+        moments, shortfall = self._collect(site, target, consumers)
+        features = site.features(kept).to(self.device)
+        affine = self.mode != "linear" and (bias is not None or planned)
+        mode = "affine" if affine else "linear"
+        solution = (
+            solve(weight, bias, moments, features, mode=mode, damp=self.damp)
+            if shortfall is None
+            else solve_towards(
+                weight,
+                bias,
+                moments,
+                shortfall,
+                features,
+                mode=mode,
+                damp=self.damp,
+                shares=SHARES[self.target],
+            )
+        )
+        self._store(site, solution, moments, target, time.perf_counter() - start)
+        new = solution.weight.to(weight.dtype)
+        new_bias = bias if solution.bias is None else solution.bias.to(weight.dtype)
+        return lambda x: nn.functional.linear(x[..., features], new, new_bias)
 
-    @contextmanager
-    def opened(self) -> Iterator[Blocks]:
-        """Take the blocks over; outside of the context the model runs as ever."""
-        with ExitStack() as stack:
-            for index, block in enumerate(self._blocks):
-                stack.enter_context(_replaced(block, self._arrive(index)))
-            yield self
+    def _collect(
+        self, site: Site, target: str, consumers: Mapping[str, Forward]
+    ) -> tuple[Moments, Shortfall | None]:
+        """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
+        moments = Moments.zeros(site.d_in, device=self.device)
+        shortfall = None
+        if target != "dense-input":
+            shortfall = Shortfall.zeros(site.d_in, site.d_out, device=self.device)
+        # Only the stream after an MLP needs the block run to its end.
+        end = None if target == "stream" and site.kind == "mlp" else site.name
+        for part in self.parts:
+            run = self._run(site.block, part, part.pruned, consumers, end)
+            x = run.seen[site.name][0].flatten(0, -2)
+            weight = _counting_tokens(part.inputs, len(x), self.device)
+            if shortfall is None:
+                moments.update(x, part.fold, weight)
+                continue
+            # The shortfall is what the dense model has there less what the pruned one has with
+            # the dense weight in this site.
+            r = part.goals[site.name] - _reached(site, target, part.pruned, run)
+            part.halfway = self._halfway(site, part, run)
+            x, r = x.to(r.dtype), r.to(self.device).flatten(0, -2)
+            usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
+            moments.count[part.fold, 1] += (weight & ~usable).sum()
+            moments.update(x, part.fold, weight & usable)
+            shortfall.update(x, r, part.fold, weight & usable)
+        return moments, shortfall
 
-    def enter(self, index: int, inputs: Mapping[str, Tensor]) -> tuple[tuple, dict]:
-        """Return the arguments that block ``index`` gets for a batch, hidden states first.
+    def _halfway(self, site: Site, part: Part, run: Run) -> tuple[Tensor, Tensor] | None:
+        """Return what :class:`Part` keeps of a run, if the block is a plain sum of both sites."""
+        others = [other.name for other in self.blocks.sites[site.block] if other.kind == "attn"]
+        plain = all(self.targets.get(name) == "stream" for name in [*others, site.name])
+        if site.kind != "mlp" or len(others) != 1 or not plain:
+            return None
+        stream = part.pruned + run.seen[others[0]][1].cpu().view_as(part.pruned)
+        return stream, run.seen[site.name][0].cpu()
 
-        Hidden states are those of the dense model at block 0, and meaningless further on.
-        """
-        self._wanted = index
-        try:
-            self._body(**inputs)
-        except _Ended as ended:
-            args, kwargs = ended.args
-            if not args:
-                kwargs = dict(kwargs)
-                args = (kwargs.pop("hidden_states"),)
-            return args, kwargs
-        raise InputError(f"layerwise: {type(self._body).__name__} never calls its block {index}")
+    def _target_at(self, site: Site) -> str:
+        """Return the target that the arithmetic of the block allows."""
+        if self.target in ("dense-input", "branch"):
+            return self.target
+        part = self.parts[0]
+        one = self._on_device({name: value[:1] for name, value in part.inputs.items()})
+        plain = self.blocks.adds_plainly(site, one, part.dense[:1].to(self.device))
+        return "stream" if plain else "branch"
 
-    def run(
+    def _keep(self, site: Site) -> None:
+        """Note that a site loses nothing and keeps the weight that it has."""
+        weight = get_consumer_weight(self.model, site).double()
+        solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
+        self._store(site, solution, Moments.zeros(0), "dense-input", 0.0)
+
+    def _store(
+        self, site: Site, solution: Solution, moments: Moments, target: str, seconds: float
+    ) -> None:
+        self.weights[site.name] = (solution.weight, solution.bias)
+        units = len(self.plan.sites[site.name].kept)
+        row = report_row(site, units, moments, solution, seconds, target)
+        if self.target in ("stream", "auto") and target == "branch":
+            row = replace(row, path=f"{row.path}; branch, as the stream is not a plain sum here")
+        self.rows[site.name] = row
+
+    def _run(
         self,
         index: int,
-        inputs: Mapping[str, Tensor],
+        part: Part,
         hidden: Tensor,
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
-        """Run one block.
+        inputs = self._on_device(part.inputs)
+        return self.blocks.run(index, inputs, hidden.to(self.device), consumers, end)
 
-        Parameters
-        ----------
-        index : int
-            The block.
-        inputs : mapping of str to Tensor
-            The batch, as the model takes it.
-        hidden : Tensor
-            Hidden states before the block, (batch, tokens, hidden).
-        consumers : mapping of str to callable, optional
-            What to compute in place of a consumer, by site name.
-        end : str, optional
-            Site after whose consumer the run may end.
-        """
-        (_, *args), kwargs = self.enter(index, inputs)
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-        with ExitStack() as stack:
-            for site in self.sites[index]:
-                consumer = self._model.get_submodule(site.consumer)
-                if consumers and site.name in consumers:
-                    stack.enter_context(_replaced(consumer, consumers[site.name]))
-                hook = consumer.register_forward_hook(_note(seen, site.name, end))
-                stack.callback(hook.remove)
-            try:
-                output = self._forwards[index](hidden, *args, **kwargs)
-            except _Ended:
-                return Run(None, seen)
-        self._tuples = isinstance(output, tuple)
-        return Run(output[0] if self._tuples else output, seen)
-
-    def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
-        """Tell whether the block adds the consumer's output to the stream as it is.
-
-        Judged by running the block on ``hidden``, to rounding: with the MLP silent, the stream
-        after the block is the one before it plus what attention's consumer puts out; the MLP's
-        consumer adds its own to that. A norm or a scale in between shows.
-        """
-
-        def silence(x: Tensor) -> Tensor:
-            return hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
-
-        mlp = {other.name: silence for other in self.sites[site.block] if other.kind == "mlp"}
-        quiet = self.run(site.block, inputs, hidden, mlp)
-        if site.kind == "attn":
-            before, run = hidden, quiet
-        else:
-            before, run = quiet.output, self.run(site.block, inputs, hidden)
-        added = run.seen[site.name][1].view_as(hidden)
-        terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
-        tolerance = 4 * torch.finfo(hidden.dtype).eps * terms
-        return not bool(((run.output - before - added).abs() > tolerance).any())
-
-    def _arrive(self, index: int) -> Callable:
-        """Return the forward that stands in for a block: pass hidden states on, or stop there."""
-
-        def forward(*args, **kwargs):
-            if index == self._wanted:
-                raise _Ended(args, kwargs)
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if self._tuples else hidden
-
-        return forward
+    def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
 
-def _note(seen: dict[str, tuple[Tensor, Tensor]], name: str, end: str | None) -> Callable:
-    """Return a forward hook that keeps a consumer's input and output, and may end the run."""
+def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
+    """Return the consumer's output, or the stream after the site, on the CPU.
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (args[0], output)
-        if name == end:
-            raise _Ended
+    In float32, or float64 as the model is: the difference of two of these is the shortfall.
+    """
 
-    return hook
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+
+    if target == "stream" and site.kind == "mlp":
+        return wide(run.output)
+    output = wide(run.seen[site.name][1]).view_as(hidden)
+    return output + wide(hidden) if target == "stream" else output
 
 
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module compute something else; a forward that others put there is given back."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+def _counting_tokens(inputs: Mapping[str, Tensor], tokens: int, device: torch.device) -> Tensor:
+    """Return which tokens are not padding, ``(tokens,)`` bool."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return torch.ones(tokens, dtype=torch.bool, device=device)
+    return mask.flatten().bool().to(device)

@@ -20,10 +20,10 @@ from liar_ext import (
     score,
     sites,
 )
-from liar_ext.layerwise import Walk
+from liar_ext.blocks import Blocks
 from liar_ext.reconstruction import with_bias
 from liar_ext.towards import solve_towards
-from liar_ext.walk import Blocks
+from liar_ext.walk import Walk
 
 FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
 PLAIN = "llama mistral qwen2 qwen3 smollm3 opt gpt2 gpt_neox vit".split()
@@ -102,8 +102,9 @@ def test_sums_equal_brute_force(name, target, kind):
     here = {site.kind: site for site in walk.blocks.sites[1]}
     site = here[kind]
     # What _collect sees in the middle of a step: the goals of the block, and attention solved.
+    walk.targets = {other.name: target for other in here.values()}
     for part in walk.parts:
-        walk._dense_run(1, part, {other.name: target for other in here.values()})
+        walk._dense_run(1, part)
     consumers = {}
     if kind == "mlp":
         consumers["1.attn"] = walk._solve(here["attn"], target, {})
@@ -301,3 +302,22 @@ def test_a_plan_for_another_model_is_refused():
     plan = plan_for(model, data)
     with pytest.raises(InputError, match="every site of the plan, missing 2.attn, 2.mlp"):
         reconstruct_layerwise(tiny("llama", num_hidden_layers=2), data, plan)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("llama", 2), ("gpt_neox", 2), ("bert", 3)])
+def test_a_block_of_plain_sums_is_not_run_again_to_pass_it(name, runs, monkeypatch):
+    seen = []
+    run = Blocks.run
+
+    def noting(self, index, inputs, hidden, consumers=None, end=None):
+        if consumers is not None and len(hidden) > 1:  # of the pruned model; one row is a trial
+            seen.append(index)
+        return run(self, index, inputs, hidden, consumers, end)
+
+    model = tiny(name, dtype=torch.float64)
+    data = batches(model)
+    plan = plan_for(model, data)
+    monkeypatch.setattr(Blocks, "run", noting)
+    walk, context = walk_blocks(model, data, plan, 2, "auto")
+    context.__exit__(None, None, None)
+    assert seen.count(0) == seen.count(1) == runs * len(walk.parts)

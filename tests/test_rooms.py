@@ -14,10 +14,10 @@ FLOORS = {
     1: "dispatch streams plan",
     2: "ops families",
     3: "arch hidden moments outputs report solution",
-    4: "stock probe texts calibration gradients curves sensitivity allocation ridge towards walk "
+    4: "stock probe texts calibration gradients curves sensitivity allocation ridge towards blocks "
     "norms surgery evaluation",
-    5: "criteria reconstruction layerwise narrowing saving",
-    6: "losses checkpoint options",
+    5: "criteria reconstruction walk narrowing saving",
+    6: "losses checkpoint options layerwise",
     7: "pipeline",
     8: "cli",
 }
