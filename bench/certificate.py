@@ -91,9 +91,7 @@ def measure(options: argparse.Namespace):
         start = time.process_time()
         bank = calibrate(model, batches, at)
         scores = score(model, bank, at, options.criterion, seed=options.seed)
-        plan, *_ = decide(
-            model, bank, at, scores, Budget(options.keep), options.allocation, batches
-        )
+        plan, _ = decide(model, bank, at, scores, Budget(options.keep), options.allocation, batches)
         row = {
             "model": Path(options.model).name,
             "calibration": [Path(source).name for source in options.calibration],

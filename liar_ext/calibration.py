@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, MomentBank, Moments, Squares
 from liar_ext.outputs import evaluating
 
+# Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
+MEMORY = 32 << 30
+Item = TypeVar("Item")
+
 
 @torch.no_grad()
 def calibrate(
@@ -23,6 +28,7 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     progress: bool = False,
+    title: str = "calibrate",
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
 
@@ -41,11 +47,13 @@ def calibrate(
         Sites to collect; all of the model's by default.
     progress : bool
         Show a progress bar.
+    title : str
+        Of the progress bar.
 
     Returns
     -------
     MomentBank
-        Float64 sums by site name.
+        Float64 sums by site name, ``16 d_in²`` bytes each. A pass ends at the last site.
 
     Raises
     ------
@@ -55,7 +63,71 @@ def calibrate(
     check_finite_weights(model)
     at = at if at is not None else sites(model)
     taps = [Tap(site.name, site.consumer, site.d_in, lambda args, _: args[0]) for site in at]
-    return collect(model, getattr(model, "base_model", model), batches, taps, progress=progress)
+    body = getattr(model, "base_model", model)
+    return collect(model, body, batches, taps, progress=progress, title=title)
+
+
+class Passes:
+    """The moments of all sites, where they don't fit at once: in groups of sites, a pass each.
+
+    Iterating gives the groups, in order and with their moments at hand as :attr:`bank`; going
+    :meth:`back` takes them the other way round, and begins with the moments that are there still.
+
+    Parameters
+    ----------
+    model, batches, at, progress
+        As for :func:`calibrate`.
+    memory : int
+        Bytes that sums may take at a time, but at least those of one site.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Tensor] | Tensor],
+        at: Sequence[Site],
+        memory: int = MEMORY,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.progress = model, progress
+        self.groups = group_sites(at, memory)
+        self.batches = batches if len(self.groups) == 1 else list(batches)
+        self.bank = MomentBank({})
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Sequence[Site]]:
+        return map(self._load, self.groups)
+
+    def back(self) -> Iterator[Sequence[Site]]:
+        """Return the groups, last first."""
+        return map(self._load, reversed(self.groups))
+
+    def _load(self, group: Sequence[Site]) -> Sequence[Site]:
+        if self.bank.keys() != {site.name for site in group}:
+            self.bank = MomentBank({})  # its memory is for the next
+            self.taken += 1
+            title = f"calibrate, pass {self.taken}" if len(self.groups) > 1 else "calibrate"
+            self.bank = calibrate(
+                self.model, self.batches, group, progress=self.progress, title=title
+            )
+        return group
+
+
+def group_sites(at: Sequence[Site], memory: int = MEMORY) -> list[Sequence[Site]]:
+    """Return the groups that :class:`Passes` takes."""
+    return split(at, [FOLDS * 8 * site.d_in**2 for site in at], memory)
+
+
+def split(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[Sequence[Item]]:
+    """Return runs of ``items`` whose sizes add up to at most ``limit``, or of one item."""
+    starts, filled = [0], 0
+    for index, size in enumerate(sizes):
+        if filled + size > limit and index > starts[-1]:
+            starts.append(index)
+            filled = 0
+        filled += size
+    return [items[a:b] for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +170,8 @@ def collect(
 ) -> MomentBank:
     """Run ``body``, the model or its base model, over ``batches``; return the sums of ``taps``.
 
-    Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar.
+    Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
+    forward pass ends where all taps have got their tensor.
     """
     device = next(model.parameters()).device
     bank = MomentBank({tap.name: tap.sums.zeros(tap.d_in, device=device) for tap in taps})
@@ -113,7 +186,8 @@ def collect(
             if fold is None:
                 fold = (torch.arange(len(first), device=device) + sequences) % FOLDS
             current.set(fold, inputs.get("attention_mask"), index)
-            body(**inputs)
+            with suppress(_Collected):
+                body(**inputs)
             sequences += len(first)
     if not sequences or any((moments.tokens == 0).any() for moments in bank.values()):
         raise InputError(
@@ -139,6 +213,10 @@ def check_finite_weights(model: nn.Module) -> None:
             )
 
 
+class _Collected(Exception):
+    """Raised to leave a forward pass that no tap waits for any more."""
+
+
 @dataclass
 class _Batch:
     """What the hooks need to know of the batch in flight."""
@@ -146,6 +224,7 @@ class _Batch:
     rows: tuple[Tensor | None, ...] = (None,) * FOLDS  # sequences per fold; None: not one
     whole: int | None = None  # the fold, when all sequences belong to one
     weight: Tensor | None = None  # (batch, tokens) bool; None: every token counts
+    seen: set[str] = field(default_factory=set)  # taps that have got their tensor
 
     def set(self, fold: Tensor, mask: Tensor | None, index: int) -> None:
         if mask is not None and not mask.any():
@@ -155,6 +234,7 @@ class _Batch:
         full = mask is None or mask.dim() != 2 or bool(mask.all())
         self.weight = None if full else mask.bool()
         self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
+        self.seen.clear()
         self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
 
 
@@ -184,6 +264,9 @@ def _collecting(model: nn.Module, taps: Sequence[Tap], bank: MomentBank, current
             for fold, part, part_weight in folds:
                 flat = None if part_weight is None else part_weight.flatten()
                 moments.update(part.flatten(0, -2), fold, flat)
+            current.seen.add(tap.name)
+            if len(current.seen) == len(taps):
+                raise _Collected
 
         return add
 

@@ -92,6 +92,7 @@ def _prune(options: argparse.Namespace) -> None:
         attn_unit=options.attn_unit,
         seed=options.seed,
         evaluate_on=evaluation,
+        memory=None if options.memory is None else int(options.memory * 2**30),
         progress=not options.quiet,
     )
     report.model = options.model

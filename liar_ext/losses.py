@@ -40,9 +40,10 @@ def decide(
     mode: str = "auto",
     refine: int = 0,
     total: float | None = None,
+    losses: Mapping[str, Tensor] | None = None,
     progress: bool = False,
-) -> tuple[Plan, dict[str, float], dict[str, float]]:
-    """Return the plan of an allocation method, measuring what it needs.
+) -> tuple[Plan, dict[str, float]]:
+    """Return the plan of an allocation method.
 
     Parameters
     ----------
@@ -55,15 +56,15 @@ def decide(
     mode : str
         What is put back.
     refine : int
-        Rounds of :func:`refine_plan`, for ``curve``.
+        Rounds of :func:`refine_plan`, for ``curve``; they need the moments of all sites.
+    losses : mapping of str to Tensor, optional
+        For ``curve``, from :func:`measure_losses`; measured here if not given.
     progress : bool
         Show progress bars.
 
     Returns
     -------
     plan : Plan
-    sensitivities : dict of str to float
-        By site name, from :func:`measure_losses`; empty for other methods than ``curve``.
     divergences : dict of str to float
         ``predicted_divergence`` of the plan for ``curve``; with ``refine`` also its
         ``measured_divergence``, and ``unrefined_divergence``, measured before the first round.
@@ -71,10 +72,11 @@ def decide(
     model_type = model.config.model_type
     if allocation != "curve":
         plan = allocate(at, scores, budget, allocation, model_type=model_type, total=total)
-        return with_bias(plan, model, mode), {}, {}
+        return with_bias(plan, model, mode), {}
     settings = {"mode": mode, "progress": progress}
     probe = probe_batches(batches)
-    losses, sensitivities = measure_losses(model, bank, at, scores, budget, probe, **settings)
+    if losses is None:
+        losses, _ = measure_losses(model, bank, at, scores, budget, probe, **settings)
     plan = allocate(at, scores, budget, "curve", model_type=model_type, total=total, losses=losses)
     plan = with_bias(plan, model, mode)
     measured = {}
@@ -94,7 +96,7 @@ def decide(
         )
         measured = {"unrefined_divergence": history[0], "measured_divergence": history[-1]}
     predicted = predict_divergence(losses, plan)
-    return plan, sensitivities, {"predicted_divergence": predicted, **measured}
+    return plan, {"predicted_divergence": predicted, **measured}
 
 
 def check_refine(refine: int, allocation: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.calibration import Tap, check_finite_weights, collect
+from liar_ext.calibration import Tap, check_finite_weights, collect, split
 from liar_ext.errors import InputError
 from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
 from liar_ext.moments import FOLDS, MomentBank, Moments, Squares, check_folds
@@ -141,7 +141,8 @@ def narrow(
     check_finite_weights(model)
     hidden = hidden_of(model)
     count = count_kept(hidden, keep, multiple_of)
-    groups = _groups(hidden.sources, FOLDS * 8 * (count + hidden.size) ** 2, memory)
+    each = FOLDS * 8 * (count + hidden.size) ** 2
+    groups = split(hidden.sources, [each] * len(hidden.sources), memory)
     titles = [f"narrow, pass {i + 1} of {1 + len(groups)}" for i in range(1 + len(groups))]
     energy = _stream_energy(model, hidden, batches, progress=progress, title=titles[0])
     kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values
@@ -194,12 +195,6 @@ def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
     energy = torch.stack([squares.second_moment() for squares in bank.values()])
     whole = energy.sum(1, keepdim=True)
     return (energy / torch.where(whole > 0, whole, 1.0)).mean(0)
-
-
-def _groups(sources: Sequence[Source], each: int, memory: int) -> list[Sequence[Source]]:
-    """Split sources of ``each`` bytes of sums into the fewest groups of at most ``memory``."""
-    size = max(1, memory // each)
-    return [sources[at : at + size] for at in range(0, len(sources), size)]
 
 
 def _stream_energy(model: nn.Module, hidden: Hidden, batches: Batches, **bar) -> MomentBank:

@@ -61,7 +61,7 @@ def _add_prune(commands) -> None:
         metavar="F",
         help="fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
         "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
-        "of all norms are over 8 GiB",
+        "of all norms are over 8 GiB, or --memory",
     )
     add(
         "--sites",
@@ -120,6 +120,14 @@ def _add_prune(commands) -> None:
     add("--samples", type=int, default=128, help="calibration sequences")
     add("--batch-size", type=int, default=4, help="sequences per forward pass")
     add("--seed", type=int, default=0, help="of the draw and the folds")
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="for sums over the calibration text at a time, 16 d² bytes for a layer of d inputs: "
+        "what needs more is summed in groups of layers, with more passes and the same result "
+        "(default: 32)",
+    )
     add("--eval", metavar="TEXT", help="held-out text: report perplexity before and after")
     add("--eval-samples", type=int, metavar="N", help="evaluate on N windows, evenly spread")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -12,19 +10,19 @@ from torch import Tensor, nn
 
 from liar_ext.allocation import check_budget, total_cost
 from liar_ext.arch import sites
-from liar_ext.calibration import calibrate
+from liar_ext.calibration import MEMORY, Passes, group_sites
 from liar_ext.criteria import get_criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.gradients import check_loss
 from liar_ext.hidden import hidden_of
 from liar_ext.layerwise import check_target, reconstruct_layerwise
-from liar_ext.losses import check_refine, decide
+from liar_ext.losses import check_refine, decide, measure_losses, probe_batches
 from liar_ext.narrowing import count_kept, narrow
 from liar_ext.plan import Budget, Plan
 from liar_ext.probe import count_params
 from liar_ext.reconstruction import reconstruct as solve_sites
-from liar_ext.report import Report, versions, what_to_know
+from liar_ext.report import Clock, Report, SiteRow, versions, what_to_know
 from liar_ext.solution import check_settings
 from liar_ext.stock import how_to_load
 from liar_ext.surgery import apply_plan, is_pruned
@@ -51,6 +49,7 @@ def prune(
     attn_unit: str = "auto",
     seed: int = 0,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    memory: int | None = None,
     progress: bool = False,
 ) -> Report:
     """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
@@ -99,6 +98,11 @@ def prune(
         For criteria that draw.
     evaluate_on : sequence of mapping, optional
         Batches of held-out text; the report then has dense and pruned perplexity.
+    memory : int, optional
+        Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
+        and 8 GiB for those of :func:`liar_ext.narrow` unless given. What needs more is summed in
+        groups, with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
+        ``layerwise``. ``refine`` needs all sites at once.
     progress : bool
         Show progress bars.
 
@@ -130,7 +134,15 @@ def prune(
     at = sites(model, kinds, attn_unit)
     total = total_cost(model, at, budget)
     check_budget(at, budget, allocation, total)
-    clock = _Clock()
+    if memory is not None and memory <= 0:
+        raise InputError(f"prune: memory must be more than 0 bytes, got {memory}")
+    bound = {} if memory is None else {"memory": memory}
+    if refine and len(group_sites(at, **bound)) > 1:
+        raise InputError(
+            "prune: refine solves all sites for each plan, and their sums are over "
+            f"{(memory or MEMORY) / 2**30:.3g} GiB; raise memory, or leave refine out"
+        )
+    clock = Clock()
     if keep_hidden != 1.0:
         count_kept(hidden_of(model), keep_hidden, budget.multiple_of)
     backward = get_criterion(criterion).needs == "gradient"
@@ -155,47 +167,47 @@ def prune(
                 damp=damp,
                 multiple_of=budget.multiple_of,
                 progress=progress,
+                **bound,
             )
             narrow_model = narrowing.applied_to_copy(model)
         at = sites(narrow_model, kinds, attn_unit)
         total = total_cost(narrow_model, at, budget)
     plan = Plan(model.config.model_type, attn_unit, {}, asdict(budget))
-    weights, rows, sensitivities, divergences = {}, [], {}, {}
+    weights, rows, sensitivities, divergences, taken = {}, [], {}, {}, {}
     if narrowing is None or budget.keep < 1.0:
-        with clock("calibrate"):
-            bank = calibrate(narrow_model, batches, at, progress=progress)
-        source = bank.source
-        with clock("score"):
-            scores = score(
-                narrow_model, bank, at, criterion, seed=seed, batches=batches, progress=progress
-            )
+        passes = Passes(narrow_model, batches, at, progress=progress, **bound)
+        settings = {"mode": reconstruct, "progress": progress}
+        scores, losses, sensitivities = _measure(
+            passes, criterion, allocation, budget, seed, clock, **settings
+        )
         with clock("allocate"):
-            plan, sensitivities, divergences = decide(
+            plan, divergences = decide(
                 narrow_model,
-                bank,
+                passes.bank,
                 at,
                 scores,
                 budget,
                 allocation,
                 batches,
-                mode=reconstruct,
                 refine=refine,
                 total=total,
-                progress=progress,
+                losses=losses,
+                **settings,
             )
-        with clock("reconstruct"):
-            settings = {"mode": reconstruct, "damp": damp, "progress": progress}
-            if schedule == "one-pass":
-                weights, rows = solve_sites(narrow_model, bank, plan, **settings)
-            else:
+        settings["damp"] = damp
+        if schedule == "one-pass":
+            weights, rows = _solve(passes, plan, clock, **settings)
+        else:
+            with clock("reconstruct"):
                 weights, rows = reconstruct_layerwise(
                     narrow_model, batches, plan, target=target, refit=refit, **settings
                 )
-    hidden_rows, passes = [], {}
+        source, taken["calibrate_passes"] = passes.bank.source, passes.taken
+    hidden_rows = []
     if narrowing is not None:
         plan, weights = replace(plan, hidden=narrowing.kept), {**narrowing.weights, **weights}
         source, hidden_rows = narrowing.source, narrowing.rows
-        passes = {"narrow_passes": source["passes"]}
+        taken["narrow_passes"] = source["passes"]
     before = count_params(model)
     with clock("surgery"):
         apply_plan(model, plan, weights)
@@ -225,7 +237,7 @@ def prune(
             "device": str(model.device),
             "threads": torch.get_num_threads(),
             **divergences,
-            **passes,
+            **taken,
         },
         versions=versions(),
         sites=[replace(row, sensitivity=sensitivities.get(row.name)) for row in rows],
@@ -247,6 +259,48 @@ def prune(
     )
 
 
+def _measure(
+    passes: Passes,
+    criterion: str,
+    allocation: str,
+    budget: Budget,
+    seed: int,
+    clock: Clock,
+    *,
+    mode: str,
+    progress: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+    """Return the scores of all sites, and for ``curve`` their losses and sensitivities."""
+    model, batches = passes.model, passes.batches
+    scores, losses, sensitivities = {}, {}, {}
+    for group in clock.each("calibrate", passes):
+        with clock("score"):
+            scores |= score(
+                model, passes.bank, group, criterion, seed=seed, batches=batches, progress=progress
+            )
+        if allocation == "curve":
+            with clock("allocate"):
+                probe = probe_batches(batches)
+                measured = measure_losses(
+                    model, passes.bank, group, scores, budget, probe, mode=mode, progress=progress
+                )
+                losses |= measured[0]
+                sensitivities |= measured[1]
+    return scores, losses, sensitivities
+
+
+def _solve(passes: Passes, plan: Plan, clock: Clock, **settings) -> tuple[dict, list[SiteRow]]:
+    """Solve the sites of a plan on the dense model's moments."""
+    weights, rows = {}, {}
+    for group in clock.each("calibrate", passes.back()):
+        with clock("reconstruct"):
+            here = replace(plan, sites={site.name: plan.sites[site.name] for site in group})
+            more, some = solve_sites(passes.model, passes.bank, here, **settings)
+            weights |= more
+            rows |= {row.name: row for row in some}
+    return weights, [rows[name] for name in plan.sites]
+
+
 def _check_schedule(schedule: str, target: str | None, refit: bool, mode: str) -> str:
     """Return the target; raise InputError unless the schedule can have it."""
     if schedule not in SCHEDULES:
@@ -261,19 +315,3 @@ def _check_schedule(schedule: str, target: str | None, refit: bool, mode: str) -
             f'target={target!r}, refit={refit}; use schedule="layerwise"'
         )
     return "dense-input"
-
-
-class _Clock:
-    """Seconds by stage; stages of one name add up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent

@@ -6,16 +6,20 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 from liar_ext import ops
 from liar_ext.plan import Plan
 
 REPORT_JSON = "liar_report.json"
 REPORT_MARKDOWN = "liar_report.md"
+Step = TypeVar("Step")
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,11 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "
             f"({len(given_up)} sites): give more calibration text."
         )
+    if any(row.target != "dense-input" for row in pruned):
+        warnings.append(
+            "Layerwise errors count what the layers before have lost, on text that those were "
+            "solved for: fresh text can show several times as much. Judge the model by --eval."
+        )
     if tokens < 2 * widest:
         warnings.append(
             f"{tokens} calibration tokens are few for sites of {widest} features; "
@@ -221,3 +230,30 @@ def _strict(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     return value
+
+
+class Clock:
+    """Seconds by stage; stages of one name add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Count the seconds of the context for a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def each(self, stage: str, steps: Iterable[Step]) -> Iterator[Step]:
+        """Yield the steps; what getting them takes is of the stage."""
+        steps, step = iter(steps), None
+        while True:
+            with self(stage):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
