@@ -22,7 +22,7 @@ SEQ_LEN = 512
 CHEAP = {"criterion": "wifv", "allocation": "uniform"}  # no sensitivities, no error curves
 JOBS = {
     "prune one-pass": CHEAP,
-    "prune curve": {"criterion": "obs", "allocation": "curve"},
+    "prune curve": {"criterion": "wifv", "allocation": "curve"},
     "prune layerwise": {"schedule": "layerwise", **CHEAP},
 }
 

@@ -5,7 +5,7 @@ Takes a sentence encoder (all-MiniLM-L6-v2, say) as a folder, and the two data s
 in column 5, sentences in 6 and 7); a task whose folder is not given is left out. For SST-2 the
 encoder is first fine-tuned, once, and kept. Both tasks calibrate on training sentences without
 labels and are measured on test data. The rows none to affine are wifv+uniform with what is put
-back; the others choose by obs, and the full method also allocates by curves. With `--keep-hidden`
+back; the full method allocates by curves, and obs is another choice of units. With `--keep-hidden`
 there are two more rows for each fraction of the hidden size: hidden features sliced, and all that
 read them solved, and nothing else removed. What they keep is of all parameters, not of the units'.
 """
@@ -35,6 +35,7 @@ METHODS = {
     "linear": {**PLAIN, "reconstruct": "linear"},
     "affine": {**PLAIN, "reconstruct": "affine"},
     "affine, obs": {"criterion": "obs", "allocation": "uniform"},
+    "full, obs": {"criterion": "obs"},
     "full (the default)": {},
     "full, layerwise": {"schedule": "layerwise"},
 }

@@ -10,7 +10,7 @@ A method is written criterion+allocation+reconstruction, with `+equal` for layer
     wifv+global+linear      another
     obs+uniform+linear      like SlimGPT; which solves layer by layer, as +layerwise does
 
-`liar` is what `liar_ext.prune` does by default, obs+curve+auto; `steps` are ablations of it. All
+`liar` is what `liar_ext.prune` does by default, wifv+curve+auto; `steps` are ablations of it. All
 methods of a seed see the same calibration text; the texts to evaluate on share no document with it.
 Writes quality.json, quality.md and quality.png. Rows that the output folder has already are kept
 and not measured again. Seconds are CPU seconds of all that a method needs, calibration included.
@@ -46,10 +46,10 @@ from liar_ext.texts import calibration_sequences, evaluation_sequences, read_doc
 
 STEPS = (
     "wifv+uniform+linear",
-    "wifv+curve+auto",
-    "obs+curve+none",
-    "obs+curve+auto+equal",
-    "obs+curve+auto+layerwise",
+    "wifv+curve+none",
+    "wifv+curve+auto+equal",
+    "obs+curve+auto",
+    "wifv+curve+auto+layerwise",
 )
 KEY = ("model", "sites", "seq_len", "calibration_tokens", "seed", "ratio", "method", "text")
 KL_EVERY = 4  # windows: the dense outputs of a window of 512 tokens are 100 MB of float32

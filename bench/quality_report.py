@@ -15,7 +15,7 @@ OTHERS = (
     "obs+uniform+linear+layerwise",
 )
 # Each beside the others of its schedule; layerwise, which takes longer, beside all of them.
-OURS = ("liar", "obs+curve+auto+layerwise")
+OURS = ("liar", "wifv+curve+auto+layerwise")
 TOP = 40.0  # of the plot, times the dense perplexity; what lies above tells nothing
 
 

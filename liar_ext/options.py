@@ -77,7 +77,7 @@ def _add_prune(commands) -> None:
     )
     add(
         "--criterion",
-        default="obs",
+        default="wifv",
         metavar="NAME",
         help="who goes: " + ", ".join(known.name for known in list_criteria()),
     )

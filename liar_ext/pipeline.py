@@ -36,7 +36,7 @@ def prune(
     batches: Batches,
     keep: float | Budget = 0.8,
     *,
-    criterion: str = "obs",
+    criterion: str = "wifv",
     allocation: str = "curve",
     refine: int = 0,
     reconstruct: str = "auto",
