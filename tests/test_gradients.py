@@ -11,7 +11,7 @@ from tiny import tiny, tiny_inputs
 from torch import Tensor
 from torch.nn import functional
 
-from liar_ext import InputError, MomentBank, calibrate, criterion, pipeline, prune, score, sites
+from liar_ext import InputError, MomentBank, calibrate, calibration, criterion, prune, score, sites
 from liar_ext.criteria import _CRITERIA
 from liar_ext.gradients import collect_gradients
 from liar_ext.surgery import unit_rows
@@ -293,7 +293,7 @@ def test_a_model_without_a_loss_is_refused_before_any_work(family, message, monk
         raise AssertionError("calibrated first")
 
     model = tiny(family)
-    monkeypatch.setattr(pipeline, "calibrate", not_yet)
+    monkeypatch.setattr(calibration, "calibrate", not_yet)
     with pytest.raises(InputError, match=f"{message}; give a model with a head"):
         prune(model, [tiny_inputs(model)], 0.7, criterion="fisher")
     with pytest.raises(InputError, match=message):
