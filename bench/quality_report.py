@@ -88,6 +88,7 @@ def plot(rows: list[dict], path: Path) -> None:
         means = [mean(rows, method=method, ratio=ratio)[0] for ratio in ratios]
         kept = [1.0, *(1 - ratio for ratio in ratios)]
         strong = {"linewidth": 2.5, "color": "black"} if method == "liar" else {"linewidth": 1.2}
+        strong["linestyle"] = "--" if layerwise(method) else "-"
         axes.plot(kept, [rows[0]["dense"], *means], marker="o", label=method, **strong)
     axes.set(xlabel="fraction of prunable parameters kept", ylabel="perplexity", yscale="log")
     axes.set_ylim(top=TOP * rows[0]["dense"])
