@@ -28,7 +28,6 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     progress: bool = False,
-    title: str = "calibrate",
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
 
@@ -47,8 +46,6 @@ def calibrate(
         Sites to collect; all of the model's by default.
     progress : bool
         Show a progress bar.
-    title : str
-        Of the progress bar.
 
     Returns
     -------
@@ -62,9 +59,15 @@ def calibrate(
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
+    return _collect_at(model, batches, at, progress=progress)
+
+
+def _collect_at(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor] | Tensor], at: Sequence[Site], **bar
+) -> MomentBank:
+    """Return the moments of what the consumers of sites read."""
     taps = [Tap(site.name, site.consumer, site.d_in, lambda args, _: args[0]) for site in at]
-    body = getattr(model, "base_model", model)
-    return collect(model, body, batches, taps, progress=progress, title=title)
+    return collect(model, getattr(model, "base_model", model), batches, taps, **bar)
 
 
 class Passes:
@@ -90,6 +93,7 @@ class Passes:
         *,
         progress: bool = False,
     ) -> None:
+        check_finite_weights(model)
         self.model, self.progress = model, progress
         self.groups = group_sites(at, memory)
         self.batches = batches if len(self.groups) == 1 else list(batches)
@@ -108,7 +112,7 @@ class Passes:
             self.bank = MomentBank({})  # its memory is for the next
             self.taken += 1
             title = f"calibrate, pass {self.taken}" if len(self.groups) > 1 else "calibrate"
-            self.bank = calibrate(
+            self.bank = _collect_at(
                 self.model, self.batches, group, progress=self.progress, title=title
             )
         return group

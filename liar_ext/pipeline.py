@@ -273,6 +273,7 @@ def _measure(
     """Return the scores of all sites, and for ``curve`` their losses and sensitivities."""
     model, batches = passes.model, passes.batches
     scores, losses, sensitivities = {}, {}, {}
+    probe = probe_batches(batches) if allocation == "curve" else []
     for group in clock.each("calibrate", passes):
         with clock("score"):
             scores |= score(
@@ -280,7 +281,6 @@ def _measure(
             )
         if allocation == "curve":
             with clock("allocate"):
-                probe = probe_batches(batches)
                 measured = measure_losses(
                     model, passes.bank, group, scores, budget, probe, mode=mode, progress=progress
                 )

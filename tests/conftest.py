@@ -4,6 +4,7 @@ import os
 import shutil
 import string
 import tempfile
+import weakref
 
 # Tiny models gain nothing from threads, and two processes with two OpenMP threads each spin against
 # each other. Tests of threading set their own number.
@@ -16,6 +17,8 @@ import torch
 from tiny import VOCAB, tiny
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from liar_ext.moments import Moments
 
 
 def pytest_unconfigure():
@@ -63,3 +66,28 @@ def corpus(tmp_path_factory):
         (folder / name).write_text(" ".join(words))
         paths.append(folder / name)
     return paths
+
+
+@pytest.fixture
+def watch_sums(monkeypatch):
+    """Give a function that returns the bytes of Gram matrices alive after each `module.collect`."""
+
+    def watch(module) -> list[int]:
+        made, held = weakref.WeakValueDictionary(), []
+        zeros, collect = Moments.zeros, module.collect
+
+        def counted(*args, **settings):
+            moments = zeros(*args, **settings)
+            made[len(made), id(moments)] = moments
+            return moments
+
+        def watched(*args, **settings):
+            bank = collect(*args, **settings)
+            held.append(sum(moments.gram.nbytes for moments in made.values()))
+            return bank
+
+        monkeypatch.setattr(Moments, "zeros", counted)
+        monkeypatch.setattr(module, "collect", watched)
+        return held
+
+    return watch

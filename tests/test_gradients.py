@@ -293,7 +293,7 @@ def test_a_model_without_a_loss_is_refused_before_any_work(family, message, monk
         raise AssertionError("calibrated first")
 
     model = tiny(family)
-    monkeypatch.setattr(calibration, "calibrate", not_yet)
+    monkeypatch.setattr(calibration, "collect", not_yet)
     with pytest.raises(InputError, match=f"{message}; give a model with a head"):
         prune(model, [tiny_inputs(model)], 0.7, criterion="fisher")
     with pytest.raises(InputError, match=message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from tiny import tiny
 
 from liar_ext import narrow, narrowing
 from liar_ext.hidden import hidden_of
-from liar_ext.moments import Moments
 
 KEPT = {"llama": 32, "bert": 24}
 
@@ -46,24 +44,10 @@ def test_the_result_is_the_same_bit_for_bit(name, norms):
 
 @pytest.mark.parametrize("norms", [1, 3])
 @pytest.mark.parametrize("name", KEPT)
-def test_the_sums_of_a_pass_are_within_the_memory(name, norms, monkeypatch):
+def test_the_sums_of_a_pass_are_within_the_memory(name, norms, watch_sums):
     model = tiny(name)
     memory = norms * bytes_of_one(model)
-    made, held = weakref.WeakValueDictionary(), []
-    zeros, collect = Moments.zeros, narrowing.collect
-
-    def counted(*args, **settings):
-        moments = zeros(*args, **settings)
-        made[len(made), id(moments)] = moments
-        return moments
-
-    def watched(*args, **settings):
-        bank = collect(*args, **settings)
-        held.append(sum(moments.gram.nbytes for moments in made.values()))
-        return bank
-
-    monkeypatch.setattr(Moments, "zeros", counted)
-    monkeypatch.setattr(narrowing, "collect", watched)
+    held = watch_sums(narrowing)
     narrow(model, batches(model), 0.8, memory=memory)
     assert held[0] == 0 and held[1] == memory
     assert all(0 < here <= memory for here in held[1:])

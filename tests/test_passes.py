@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from tiny import tiny
 
 from liar_ext import InputError, calibrate, calibration, prune, sites
 from liar_ext.calibration import Passes, group_sites, split
-from liar_ext.moments import Moments
 
 
 def bytes_of_most(model) -> int:
@@ -68,24 +66,10 @@ def test_narrowing_has_the_same_bound():
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
-def test_the_sums_of_a_pass_are_within_the_memory(schedule, monkeypatch):
+def test_the_sums_of_a_pass_are_within_the_memory(schedule, watch_sums):
     model = tiny("llama")
     memory = bytes_of_most(model)
-    made, held = weakref.WeakValueDictionary(), []
-    zeros, collect = Moments.zeros, calibration.collect
-
-    def counted(*args, **settings):
-        moments = zeros(*args, **settings)
-        made[len(made), id(moments)] = moments
-        return moments
-
-    def watched(*args, **settings):
-        bank = collect(*args, **settings)
-        held.append(sum(moments.gram.nbytes for moments in made.values()))
-        return bank
-
-    monkeypatch.setattr(Moments, "zeros", counted)
-    monkeypatch.setattr(calibration, "collect", watched)
+    held = watch_sums(calibration)
     prune(model, batches(model), 0.7, memory=memory, schedule=schedule)
     assert max(held) == memory and len(held) > 1
 
