@@ -18,6 +18,7 @@ SHAPES = {
     "Qwen2.5-0.5B.mlp": (2048, 4864),
     "Llama-3-8B.mlp": (256, 14336),
     "8tokens": (8, 1536),
+    "8tokens.wide": (8, 14336),
 }
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
