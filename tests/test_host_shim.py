@@ -62,6 +62,28 @@ def test_divergence_and_deadlock_are_named(name, n, message):
     assert np.array_equal(out, np.roll(x, -1))
 
 
+def test_shared_memory_beyond_48_kib_is_asked_for():
+    x, out = run("rotate", shared=99 << 10)
+    assert np.array_equal(out, np.roll(x, -1))
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        ({"shared": (99 << 10) + 1}, "invalid argument"),
+        ({"rows": 65536}, "invalid configuration"),
+        ({"threads": 1056}, "invalid configuration"),
+    ],
+    ids=str,
+)
+def test_launches_that_a_gpu_refuses(launch, message):
+    """Shared memory is that of the smallest cards, 99 KiB a block."""
+    with pytest.raises(RuntimeError, match=f'rotate: CUDA says "{message}'):
+        run("rotate", **launch)
+    x, out = run("rotate")
+    assert np.array_equal(out, np.roll(x, -1))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_shuffle_within_masks(order):
     kernels().configure(order=order)

@@ -148,7 +148,7 @@ void bind_faults(py::module_& m) {
   m.def(
       "run_fault",
       [](const std::string& name, py::array_t<float> in, py::array_t<float> out, int n,
-         unsigned threads, unsigned blocks) {
+         unsigned threads, unsigned blocks, std::size_t shared, unsigned rows) {
         const std::map<std::string, std::pair<void (*)(FaultParams), std::size_t>> kernels = {
             {"rotate", {rotate, sizeof(RotateShared)}},
             {"rotate_unguarded", {rotate_unguarded, sizeof(RotateShared)}},
@@ -166,12 +166,14 @@ void bind_faults(py::module_& m) {
             {"fragments", {fragments, 0}},
         };
         const auto [kernel, bytes] = kernels.at(name);
-        Stream stream = host_stream(1);
-        launch(kernel, {blocks, 1, 1}, threads, bytes, stream,
+        Stream stream;
+        launch(kernel, {blocks, rows, 1}, threads, std::max(bytes, shared), stream,
                FaultParams{in.data(), out.mutable_data(), n});
+        require(name.c_str(), stream.error);
       },
       py::arg("name"), py::arg("input"), py::arg("output"), py::arg("n") = 0,
-      py::arg("threads") = kThreads, py::arg("blocks") = 1);
+      py::arg("threads") = kThreads, py::arg("blocks") = 1, py::arg("shared") = 0,
+      py::arg("rows") = 1);
 }
 
 }  // namespace liar::testing

@@ -25,9 +25,8 @@ void run(const py::array& gram, const py::array& total, py::array_t<double> coun
   g.gram_f64 = gram.itemsize() == 8;
   g.total = const_cast<void*>(total.data());
   g.count = count.mutable_data();
-  Stream stream = host_stream(processors);
-  Scratch scratch(gram_update(g, nullptr, stream));
-  gram_update(g, scratch.data(), stream);
+  execute("gram_update_", processors,
+          [&](void* workspace, Stream& stream) { return gram_update(g, workspace, stream); });
 }
 
 void bind_gram(py::module_& m) {

@@ -44,9 +44,8 @@ py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
   r.error = error.mutable_data();
   r.holdout_error = holdout_error.mutable_data();
   r.info = info.mutable_data();
-  Stream stream = host_stream(processors);
-  Scratch scratch(reconstruct(r, nullptr, stream));
-  reconstruct(r, scratch.data(), stream);
+  execute("reconstruct", processors,
+          [&](void* workspace, Stream& stream) { return reconstruct(r, workspace, stream); });
   return py::make_tuple(out, error, holdout_error, info);
 }
 

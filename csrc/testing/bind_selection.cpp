@@ -24,9 +24,8 @@ py::tuple run_curve(const Doubles& weight, const Doubles& gram, int width, doubl
   c.order = order.mutable_data();
   c.error = error.mutable_data();
   c.info = info.mutable_data();
-  Stream stream = host_stream(processors);
-  Scratch scratch(obs_curve(c, nullptr, stream));
-  obs_curve(c, scratch.data(), stream);
+  execute("obs_curve", processors,
+          [&](void* workspace, Stream& stream) { return obs_curve(c, workspace, stream); });
   return py::make_tuple(order, error, info);
 }
 
@@ -44,9 +43,8 @@ void run_fisher(Doubles& fisher, const py::array& x, const py::array& grad, std:
   q.grad_sequence = grad.strides(0) / grad.itemsize();
   q.grad_stride = grad.strides(1) / grad.itemsize();
   q.fisher = fisher.mutable_data();
-  Stream stream = host_stream(1);
-  Scratch scratch(fisher_update(q, nullptr, stream));
-  fisher_update(q, scratch.data(), stream);
+  execute("fisher_update_", 1,
+          [&](void* workspace, Stream& stream) { return fisher_update(q, workspace, stream); });
 }
 
 void bind_selection(py::module_& m) {
@@ -63,9 +61,8 @@ void bind_selection(py::module_& m) {
     q.gram = gram.data();
     q.gram_stride = row_stride(gram);
     q.energy = energy.mutable_data();
-    Stream stream = host_stream(2);
-    Scratch scratch(unit_energy(q, nullptr, stream));
-    unit_energy(q, scratch.data(), stream);
+    execute("unit_energy", 2,
+            [&](void* workspace, Stream& stream) { return unit_energy(q, workspace, stream); });
     return energy;
   });
   m.def("fisher_update_", [](Doubles fisher, const py::array& x, const py::array& grad,

@@ -5,7 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../cuda/kernels/device.cuh"
+#include "../cuda/place.cuh"
 
 namespace liar::testing {
 
@@ -41,10 +41,15 @@ inline std::int64_t row_stride(const py::array& a) {
   return a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1);
 }
 
-inline Stream host_stream(int processors) {
+// Runs a job as launchers do: once for the bytes of workspace, once with it. Raises what CUDA would
+// refuse.
+template <class Job>
+void execute(const char* op, int processors, Job job) {
   Stream stream;
   stream.processors = processors;
-  return stream;
+  Scratch scratch(job(nullptr, stream));
+  job(scratch.data(), stream);
+  require(op, stream.error);
 }
 
 }  // namespace liar::testing

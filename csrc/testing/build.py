@@ -1,7 +1,8 @@
 """Build the kernels for the host: `python csrc/testing/build.py [--sanitize] [--output DIR]`.
 
-Writes `liar_host_kernels`, a pybind11 module, and prints its path. Nothing is rebuilt that is
-newer than every source.
+Writes `liar_host_kernels`, a pybind11 module, and prints its path. `--simulate` writes instead the
+simulated GPU of simulated_gpu.cpp and the launchers on it. Nothing is rebuilt that is newer than
+every source.
 """
 
 import argparse
@@ -9,10 +10,13 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA = HERE.parent / "cuda"
 FLAGS = [
     "-std=c++17",
     "-fPIC",
@@ -33,31 +37,60 @@ def compiler() -> str:
     return found
 
 
-def build(output: Path, sanitize: bool = False, jobs: int | None = None) -> Path:
-    """Compile what is out of date and return the module's path."""
-    import pybind11
+def run(*arguments: str | Path) -> None:
+    """Run the compiler."""
+    subprocess.run([compiler(), *arguments], check=True)
 
+
+def compile_all(sources: Sequence[Path], output: Path, flags: Sequence[str]) -> list[Path]:
+    """Compile what is older than its source or any header, and return the objects."""
     output.mkdir(parents=True, exist_ok=True)
-    module = output / f"liar_host_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    headers = [*HERE.glob("*.h"), *(HERE.parent / "cuda" / "kernels").glob("*.cuh")]
+    headers = [p for suffix in ("h", "cuh") for p in (ROOT / "csrc").rglob(f"*.{suffix}")]
     newest = max(p.stat().st_mtime for p in [*headers, Path(__file__)])
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    flags = [*FLAGS, *(["-O1", "-g", *SANITIZE] if sanitize else ["-O2"]), *includes]
 
     def compile_one(source: Path) -> Path:
-        target = output / f"{source.stem}.o"
-        if target.exists() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
-            return target
-        subprocess.run([compiler(), *flags, "-c", source, "-o", target], check=True)
+        target = output / f"{source.name}.o"
+        if not target.exists() or target.stat().st_mtime <= max(newest, source.stat().st_mtime):
+            run(*flags, "-x", "c++", "-c", source, "-o", target)
         return target
 
-    with ThreadPoolExecutor(jobs or int(os.environ.get("MAX_JOBS", "2"))) as pool:
-        objects = list(pool.map(compile_one, sorted(HERE.glob("bind_*.cpp"))))
-    if not module.exists() or module.stat().st_mtime < max(p.stat().st_mtime for p in objects):
-        link = SANITIZE if sanitize else []
-        command = [compiler(), "-shared", *link, *objects, "-o", module]
-        subprocess.run(command, check=True)
-    return module
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", "2"))) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(objects: Sequence[Path], target: Path, flags: Sequence[str] = ()) -> Path:
+    """Link a shared library, unless it is newer than its objects, and return its path."""
+    if not target.exists() or target.stat().st_mtime < max(p.stat().st_mtime for p in objects):
+        run("-shared", *objects, *flags, "-o", target)
+    return target
+
+
+def build(output: Path, sanitize: bool = False) -> Path:
+    """Return the path of the module, built if it is out of date."""
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags = [*FLAGS, *(["-O1", "-g", *SANITIZE] if sanitize else ["-O2"]), *includes]
+    objects = compile_all(sorted(HERE.glob("bind_*.cpp")), output, flags)
+    module = output / f"liar_host_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return link(objects, module, SANITIZE if sanitize else [])
+
+
+def simulate(output: Path) -> tuple[Path, Path]:
+    """Return the paths of the simulated GPU and of the launchers, built if they are out of date."""
+    from torch.utils import cpp_extension
+
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    folder = cpp_extension.library_paths()[0]
+    torch = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
+    flags = [*FLAGS, "-O2", *includes]
+    device = compile_all([HERE / "simulated_gpu.cpp"], output, [*flags, "-std=c++20"])
+    device = link(device, output / "libtorch_cuda.so", [*torch, "-Wl,-soname,libtorch_cuda.so"])
+    launchers = [HERE / "simulated_launchers.cpp", *CUDA.glob("*.cpp"), *CUDA.glob("*.cu")]
+    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    objects = compile_all(sorted(launchers), output / "launchers", [*flags, *stable])
+    target = output / "liar_simulated_launchers.so"
+    return device, link(objects, target, [str(device), *torch, f"-Wl,-rpath,{output}"])
 
 
 def preload() -> str:
@@ -73,13 +106,16 @@ def main() -> None:
     parser.add_argument("--sanitize", action="store_true", help="with address and UB sanitizers")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--preload", action="store_true", help="print LD_PRELOAD and build nothing")
+    parser.add_argument("--simulate", action="store_true", help="the simulated GPU instead")
     arguments = parser.parse_args()
     if arguments.preload:
         print(preload())
         return
+    if arguments.simulate:
+        print(*simulate(arguments.output or ROOT / "build" / "simulated_gpu"), sep="\n")
+        return
     kind = "sanitized" if arguments.sanitize else "plain"
-    output = arguments.output or HERE.parents[1] / "build" / "host_kernels" / kind
-    print(build(output, arguments.sanitize))
+    print(build(arguments.output or ROOT / "build" / "host_kernels" / kind, arguments.sanitize))
 
 
 if __name__ == "__main__":

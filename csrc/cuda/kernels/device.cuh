@@ -9,6 +9,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #else
+#include "../../testing/runtime_on_host.h"
 #include "../../testing/tensor_core.h"
 #endif
 
@@ -110,41 +111,6 @@ LIAR_DEVICE Shared& shared_memory() {
   return *reinterpret_cast<Shared*>(liar_shared);
 }
 
-// Where kernels go, how many blocks fill the machine, and the first error on the way.
-struct Stream {
-  cudaStream_t handle = nullptr;
-  int processors = 1;
-  cudaError_t error = cudaSuccess;
-};
-
-template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, unsigned threads, std::size_t shared_bytes,
-            Stream& stream, const Params& params) {
-  if (stream.error != cudaSuccess || grid.x == 0 || grid.y == 0) return;
-  // Above 48 KB a kernel must ask; asking twice costs less than remembering.
-  if (shared_bytes > 48 << 10)
-    stream.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes));
-  if (stream.error != cudaSuccess) return;
-  kernel<<<grid, threads, shared_bytes, stream.handle>>>(params);
-  stream.error = cudaGetLastError();
-}
-
-// How many blocks of `kernel` fit one multiprocessor at a time.
-template <class Params>
-int blocks_per_processor(void (*kernel)(Params), unsigned threads, std::size_t shared_bytes,
-                         Stream& stream) {
-  if (stream.error != cudaSuccess) return 1;
-  if (shared_bytes > 48 << 10)
-    stream.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes));
-  int blocks = 0;
-  if (stream.error == cudaSuccess)
-    stream.error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &blocks, kernel, static_cast<int>(threads), shared_bytes);
-  return blocks > 0 ? blocks : 1;
-}
-
 #else
 
 #define LIAR_DEVICE inline
@@ -171,22 +137,6 @@ Shared& shared_memory() {
   return *static_cast<Shared*>(testing::Block::current().shared());
 }
 
-struct Stream {
-  int processors = 1;
-};
-
-template <class Params>
-void launch(void (*kernel)(Params), dim3 grid, unsigned threads, std::size_t shared_bytes, Stream&,
-            const Params& params) {
-  if (grid.x == 0 || grid.y == 0) return;
-  testing::Block::current().run(grid, {threads}, shared_bytes, [&] { kernel(params); });
-}
-
-template <class Params>
-int blocks_per_processor(void (*)(Params), unsigned, std::size_t, Stream&) {
-  return 1;
-}
-
 #endif
 
 LIAR_DEVICE float to_float(float x) { return x; }
@@ -210,5 +160,45 @@ LIAR_BOTH T larger(T a, T b) {
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Where kernels go, how many blocks fill the machine, and the first error on the way.
+struct Stream {
+  cudaStream_t handle = nullptr;
+  int processors = 1;
+  cudaError_t error = cudaSuccess;
+};
+
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, unsigned threads, std::size_t shared_bytes,
+            Stream& stream, const Params& params) {
+  if (stream.error != cudaSuccess || grid.x == 0 || grid.y == 0) return;
+  // Above 48 KB a kernel must ask; asking twice costs less than remembering.
+  if (shared_bytes > 48 << 10)
+    stream.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes));
+  if (stream.error != cudaSuccess) return;
+#ifdef __CUDACC__
+  kernel<<<grid, threads, shared_bytes, stream.handle>>>(params);
+#else
+  testing::launch(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, stream.handle,
+                  [&] { kernel(params); });
+#endif
+  stream.error = cudaGetLastError();
+}
+
+// How many blocks of `kernel` fit one multiprocessor at a time.
+template <class Params>
+int blocks_per_processor(void (*kernel)(Params), unsigned threads, std::size_t shared_bytes,
+                         Stream& stream) {
+  if (stream.error != cudaSuccess) return 1;
+  if (shared_bytes > 48 << 10)
+    stream.error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes));
+  int blocks = 0;
+  if (stream.error == cudaSuccess)
+    stream.error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, kernel, static_cast<int>(threads), shared_bytes);
+  return blocks > 0 ? blocks : 1;
+}
 
 }  // namespace liar::cuda

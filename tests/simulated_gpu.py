@@ -1,0 +1,40 @@
+"""A pytest plugin, `-p simulated_gpu`: `cuda` is a device that the host simulates.
+
+Builds csrc/testing/simulated_gpu.cpp and loads it before torch, which must not be there yet; then
+liar_ext, and the launchers with the kernels that the host shim runs.
+"""
+
+import ctypes
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+BUILD = Path(__file__).resolve().parents[1] / "csrc" / "testing" / "build.py"
+
+
+def _load() -> ctypes.CDLL:
+    assert "torch" not in sys.modules, "the simulated GPU must be loaded before torch"
+    command = [sys.executable, BUILD, "--simulate"]
+    device, launchers = subprocess.check_output(command, text=True).split()
+    ctypes.CDLL(device, mode=ctypes.RTLD_GLOBAL)
+    import torch
+
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+    torch.cuda.synchronize = lambda device=None: None
+    torch.UntypedStorage.clone = _clone
+    importlib.import_module("liar_ext")
+    return ctypes.CDLL(launchers)
+
+
+def _clone(storage):
+    """Copy a storage, for `copy.deepcopy`: torch without CUDA can't make one on such a device."""
+    import torch
+
+    data = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return data.set_(storage, 0, (storage.nbytes(),), (1,)).clone().untyped_storage()
+
+
+launchers = _load()
