@@ -187,7 +187,27 @@ at::Tensor& set_storage(at::Tensor& self, at::Storage storage, int64_t offset, a
   return self;
 }
 
+// The rule of CUDA's kernels: one device for all arguments, but for numbers. Indices may come from
+// the host; they come as optional tensors, which are not looked at.
+void check_devices(const std::string& name, const torch::jit::Stack& arguments) {
+  std::optional<c10::Device> device;
+  const auto check = [&](const at::Tensor& t) {
+    if (!t.defined() || (t.is_cpu() && t.dim() == 0)) return;
+    if (!device) device = t.device();
+    TORCH_CHECK(*device == t.device(), name,
+                ": Expected all tensors to be on the same device, got ", *device, " and ",
+                t.device());
+  };
+  for (const c10::IValue& argument : arguments) {
+    if (argument.isTensor()) check(argument.toTensor());
+    if (argument.isTensorList()) {
+      for (const at::Tensor& t : argument.toTensorVector()) check(t);
+    }
+  }
+}
+
 void on_copies(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  check_devices(op.schema().name(), torch::jit::last(*stack, op.schema().arguments().size()).vec());
   at::native::cpu_fallback(op, stack);
 }
 
