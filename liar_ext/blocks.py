@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from liar_ext.arch import Site
 from liar_ext.errors import InputError
+from liar_ext.outputs import device_of
 
 Forward = Callable[..., Tensor]
 
@@ -63,6 +64,10 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def device(self, index: int) -> torch.device:
+        """Return where a block computes; blocks may be spread over several devices."""
+        return device_of(self._blocks[index])
 
     @contextmanager
     def opened(self) -> Iterator[Blocks]:

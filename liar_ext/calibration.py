@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from liar_ext.arch import Site, sites
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, MomentBank, Moments, Squares
-from liar_ext.outputs import evaluating
+from liar_ext.outputs import device_of, evaluating
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
 MEMORY = 32 << 30
@@ -177,8 +177,9 @@ def collect(
     Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
     forward pass ends where all taps have got their tensor.
     """
-    device = next(model.parameters()).device
-    bank = MomentBank({tap.name: tap.sums.zeros(tap.d_in, device=device) for tap in taps})
+    device = device_of(model)
+    watched = {tap.name: device_of(model.get_submodule(tap.module), device) for tap in taps}
+    bank = MomentBank({t.name: t.sums.zeros(t.d_in, device=watched[t.name]) for t in taps})
     current = _Batch()
     sequences = 0
     with _collecting(model, taps, bank, current), evaluating(model):
@@ -208,8 +209,13 @@ def collect(
 
 
 def check_finite_weights(model: nn.Module) -> None:
-    """Raise InputError if any parameter of ``model`` holds a NaN or an infinity."""
+    """Raise InputError if a parameter of ``model`` is offloaded, or holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"calibrate: weights must be in memory, got {name} on the meta device; load the "
+                "model without offloading, on more devices or on the CPU"
+            )
         if not torch.isfinite(parameter.detach()).all():
             raise InputError(
                 f"calibrate: weights must be finite, got NaN or infinity in {name}; "
@@ -255,6 +261,7 @@ def _collecting(model: nn.Module, taps: Sequence[Tap], bank: MomentBank, current
             # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
             if x.dim() == 2:
                 x = x.unflatten(0, (sequences, -1))
+            weight = None if weight is None else weight.to(x.device)
             if tap.first or x.shape[1] == 1:
                 x, weight = x[:, :1], None if weight is None else weight[:, :1]
             if current.whole is not None:
@@ -262,7 +269,7 @@ def _collecting(model: nn.Module, taps: Sequence[Tap], bank: MomentBank, current
             else:
                 folds = [
                     (fold, x[rows], None if weight is None else weight[rows])
-                    for fold, rows in enumerate(current.rows)
+                    for fold, rows in enumerate(rows.to(x.device) for rows in current.rows)
                     if len(rows)
                 ]
             for fold, part, part_weight in folds:

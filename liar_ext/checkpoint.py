@@ -98,7 +98,8 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     folder : path
         What :func:`liar_ext.save_pruned` wrote.
     device : str
-        Where to run; another device than the saved model's computes slightly other numbers.
+        Where to run, as for :func:`load_model`; another device than the saved model's computes
+        slightly other numbers.
 
     Returns
     -------
@@ -109,7 +110,7 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     Raises
     ------
     InputError
-        If the folder isn't one of ours.
+        If the folder isn't one of ours, or there is no such device.
 
     Notes
     -----
@@ -117,6 +118,7 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     """
     import transformers
 
+    spread = _placement(device)
     folder = Path(folder)
     fields = _read_config(folder)
     probe = read_probe(folder)
@@ -130,8 +132,8 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
         )
     results = {}
     for name, loader in loaders.items():
-        model = loader(folder, dtype=probe.dtype, attn_implementation=probe.attention)
-        results[name] = compare_probe(model.to(device).eval(), probe)
+        model = loader(folder, dtype=probe.dtype, attn_implementation=probe.attention, **spread)
+        results[name] = compare_probe((model if spread else model.to(device)).eval(), probe)
         del model
     return {
         "folder": str(folder),
@@ -156,7 +158,7 @@ def load_model(
     dtype : str or torch.dtype
         Of the weights.
     device : str
-        Where the model goes.
+        Where the model goes; ``"auto"`` spreads its blocks over all devices that there are.
 
     Returns
     -------
@@ -168,11 +170,12 @@ def load_model(
     Raises
     ------
     InputError
-        If it can't be loaded.
+        If it can't be loaded, or there is no such device.
     """
     import transformers
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    spread = _placement(device)
     path = Path(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if (path.is_absolute() or path.suffix == ".gguf") and not path.exists():
@@ -182,22 +185,37 @@ def load_model(
     try:
         if path.suffix == ".gguf":
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype
+                path.parent, gguf_file=path.name, dtype=dtype, **spread
             )
             _drop_quantisation(model)
         elif (path / PLAN_FILE).exists():
-            model = load_pruned(path, dtype=dtype)
+            model = load_pruned(path, dtype=dtype, **spread)
         else:
             named = (AutoConfig.from_pretrained(name).architectures or [""])[0]
             model_class = getattr(transformers, named, AutoModel)
-            model = model_class.from_pretrained(name, dtype=dtype)
+            model = model_class.from_pretrained(name, dtype=dtype, **spread)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"load_model: can't load {name}: {error}; give a folder, a hub id or a GGUF file"
         ) from error
-    return model.to(device).eval(), _load_tokenizer(path, name, model.config)
+    model = model if spread else model.to(device)
+    return model.eval(), _load_tokenizer(path, name, model.config)
+
+
+def _placement(device: str) -> dict[str, str]:
+    """Return what ``from_pretrained`` needs for a device: nothing, unless it spreads the model."""
+    if device == "auto":
+        return {"device_map": "auto"}
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the second: a torch built without it
+        raise InputError(
+            f"load_model: device must be one that torch can use here, or auto, got {device!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return {}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.errors import InputError
-from liar_ext.outputs import DenseOutputs, evaluating
+from liar_ext.outputs import DenseOutputs, device_of, evaluating
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def perplexity(
     """
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
     try:
         for batch in tqdm(batches, desc="evaluate", disable=not progress):

@@ -17,9 +17,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from liar_ext import ops
-from liar_ext.arch import Site
+from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.errors import InputError
-from liar_ext.outputs import evaluating
+from liar_ext.outputs import device_of, evaluating
 
 IGNORED = -100  # the label that transformers leaves out of every loss
 TARGETS = ("labels", "start_positions")  # batch keys from which a head computes a loss
@@ -92,11 +92,14 @@ def collect_gradients(
     Llama of 135M parameters in float32 took 2.1 GiB more than its forward pass, and 3.4 times as
     long, on one sequence of 512 tokens at a time on a CPU.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     owned = {site.name: _owned_parameters(model, site) for site in at}
     parameters = [parameter for layers in owned.values() for part in layers for parameter in part]
     sums = [_zeros_for(parameter) for parameter in parameters]
-    fisher = {site.name: torch.zeros(site.units, dtype=torch.float64, device=device) for site in at}
+    fisher = {
+        site.name: get_consumer_weight(model, site).new_zeros(site.units, dtype=torch.float64)
+        for site in at
+    }
     items = sequences = 0
     with evaluating(model), _differentiable(model, parameters), _noting(model, at) as inputs_of:
         for index, batch in enumerate(tqdm(batches, desc="gradients", disable=not progress)):

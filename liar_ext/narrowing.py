@@ -28,6 +28,7 @@ from liar_ext.errors import InputError
 from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
 from liar_ext.moments import FOLDS, MomentBank, Moments, Squares, check_folds
 from liar_ext.norms import fit_norm, lost_moments
+from liar_ext.outputs import device_of
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import solve
@@ -190,9 +191,9 @@ def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
     Returns
     -------
     Tensor
-        ``(hidden,)`` float64, higher = keep.
+        ``(hidden,)`` float64 on the CPU, higher = keep.
     """
-    energy = torch.stack([squares.second_moment() for squares in bank.values()])
+    energy = torch.stack([squares.second_moment().cpu() for squares in bank.values()])
     whole = energy.sum(1, keepdim=True)
     return (energy / torch.where(whole > 0, whole, 1.0)).mean(0)
 
@@ -216,11 +217,13 @@ def _narrow_moments(
     """Return the moments of ``[norm_K(h_K); norm(h)]`` of some sources."""
 
     def take(source: Source):
+        module = model.get_submodule(source.module)
+        here = kept.to(device_of(module))
         if not source.norm:
-            return lambda args, _: torch.cat([args[0][..., kept], args[0]], dim=-1)
-        norm = copy.deepcopy(model.get_submodule(source.module))
-        narrow_norm(norm, kept)
-        return lambda args, output: torch.cat([norm(args[0][..., kept]), output], dim=-1)
+            return lambda args, _: torch.cat([args[0][..., here], args[0]], dim=-1)
+        norm = copy.deepcopy(module)
+        narrow_norm(norm, here)
+        return lambda args, output: torch.cat([norm(args[0][..., here]), output], dim=-1)
 
     size = len(kept) + hidden.size
     taps = [Tap(source.name, source.module, size, take(source), source.first) for source in sources]
@@ -246,7 +249,8 @@ class _Solver:
         """Solve a norm and its readers, from the moments of ``[v; x]``."""
         start = time.perf_counter()
         check_folds(both)
-        n, hidden = len(self.kept), both.d_in - len(self.kept)
+        kept = self.kept.to(both.gram.device)
+        n, hidden = len(kept), both.d_in - len(kept)
         one = both.gram.new_ones(n)
         solution = Solution(one, None, math.inf, 0.0, 0.0, 1.0, "sliced")
         layers = [self.model.get_submodule(path) for path in source.readers]
@@ -254,10 +258,10 @@ class _Solver:
             norm = self.model.get_submodule(source.module)
             layers.append(norm)
             if self.mode != "none":
-                solution = self._fit_norm(source.module, norm, both)
+                solution = self._fit_norm(source.module, norm, both, kept)
         if source.readers:
             scales = self.scales.get(source.module, (one, torch.zeros_like(one)))
-            solution = self._solve_readers(source, lost_moments(both, self.kept, *scales))
+            solution = self._solve_readers(source, lost_moments(both, kept, *scales), kept)
         per_feature = sum(layer.weight.numel() for layer in layers) // hidden
         return SiteRow(
             name=source.name,
@@ -274,16 +278,16 @@ class _Solver:
             seconds=time.perf_counter() - start,
         )
 
-    def _fit_norm(self, path: str, norm: nn.Module, both: Moments) -> Solution:
+    def _fit_norm(self, path: str, norm: nn.Module, both: Moments, kept: Tensor) -> Solution:
         bias = getattr(norm, "bias", None)
-        slope, offset, solution = fit_norm(both, self.kept, bias is not None)
+        slope, offset, solution = fit_norm(both, kept, bias is not None)
         self.scales[path] = slope, offset
-        weight = slope * norm.weight[self.kept].double()
-        new_bias = None if bias is None else slope * bias[self.kept].double() + offset
+        weight = slope * norm.weight[kept].double()
+        new_bias = None if bias is None else slope * bias[kept].double() + offset
         self._set(path, weight, new_bias)
         return solution
 
-    def _solve_readers(self, source: Source, moments: Moments) -> Solution:
+    def _solve_readers(self, source: Source, moments: Moments, kept: Tensor) -> Solution:
         readers = [self.model.get_submodule(path) for path in source.readers]
         sizes = [len(reader.weight) for reader in readers]
         wide = torch.cat([reader.weight for reader in readers]).to(moments.gram)
@@ -293,10 +297,10 @@ class _Solver:
         if not with_bias:
             mode = {"affine": "linear", "bias": "none"}.get(mode, mode)
         solution = solve(
-            torch.cat([wide[:, self.kept], wide], dim=1),
+            torch.cat([wide[:, kept], wide], dim=1),
             bias,
             moments,
-            torch.arange(len(self.kept)),
+            torch.arange(len(kept)),
             mode=mode,
             damp=self.damp,
         )

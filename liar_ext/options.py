@@ -163,5 +163,5 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="model folder, hub id, or GGUF file")
     add("--seq-len", type=int, default=512, help="tokens per sequence")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; auto: spread over all")
     add("--quiet", action="store_true", help="no progress bars")

@@ -14,6 +14,11 @@ from torch.nn import functional
 ROW_CHUNK = 32
 
 
+def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device | None:
+    """Return the device of a module's first parameter: a model's is where its inputs go."""
+    return next((parameter.device for parameter in module.parameters()), default)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the key-value cache off while the context is open."""
@@ -77,7 +82,7 @@ class DenseOutputs:
 
     def _run(self, model: nn.Module) -> tuple[bool, Tensor]:
         """Return whether there are logits, and them or the last hidden states, (rows, features)."""
-        device = next(model.parameters()).device
+        device = device_of(model)
         inputs = {key: value.to(device) for key, value in self._inputs.items()}
         mask, at, extra = self._mask, self._positions, {}
         if at is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -234,7 +234,7 @@ def prune(
             "calibration_sequences": source["sequences"],
             "calibration_tokens": source["tokens"],
             "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "device": ", ".join(sorted({str(each.device) for each in model.parameters()})),
             "threads": torch.get_num_threads(),
             **divergences,
             **taken,

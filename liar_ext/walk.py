@@ -14,6 +14,7 @@ from liar_ext.arch import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.blocks import Blocks, Forward, Run
 from liar_ext.errors import InputError
 from liar_ext.moments import FOLDS, Moments
+from liar_ext.outputs import device_of
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import report_row, solve
@@ -66,7 +67,7 @@ class Walk:
     ) -> None:
         self.model, self.blocks, self.plan = model, blocks, plan
         self.mode, self.damp, self.target, self.refit = mode, damp, target, refit
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.parts: list[Part] = []
         self.targets: dict[str, str] = {}  # by site of the block in work
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -131,7 +132,7 @@ class Walk:
             return self._run(index, part, part.pruned, consumers).output.cpu()
         (stream, x), part.halfway = part.halfway, None
         (mlp,) = (site.name for site in self.blocks.sites[index] if site.kind == "mlp")
-        return stream + consumers[mlp](x.to(self.device)).cpu().view_as(stream)
+        return stream + consumers[mlp](x.to(self.blocks.device(index))).cpu().view_as(stream)
 
     def _solve(self, site: Site, target: str, consumers: Mapping[str, Forward]) -> Forward:
         """Collect the sums of a site, solve it, and return what takes the consumer's place."""
@@ -140,7 +141,7 @@ class Walk:
         bias = get_consumer_bias(self.model, site)
         kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
         moments, shortfall = self._collect(site, target, consumers)
-        features = site.features(kept).to(self.device)
+        features = site.features(kept).to(weight.device)
         affine = self.mode != "linear" and (bias is not None or planned)
         mode = "affine" if affine else "linear"
         solution = (
@@ -166,16 +167,17 @@ class Walk:
         self, site: Site, target: str, consumers: Mapping[str, Forward]
     ) -> tuple[Moments, Shortfall | None]:
         """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
-        moments = Moments.zeros(site.d_in, device=self.device)
+        device = get_consumer_weight(self.model, site).device
+        moments = Moments.zeros(site.d_in, device=device)
         shortfall = None
         if target != "dense-input":
-            shortfall = Shortfall.zeros(site.d_in, site.d_out, device=self.device)
+            shortfall = Shortfall.zeros(site.d_in, site.d_out, device=device)
         # Only the stream after an MLP needs the block run to its end.
         end = None if target == "stream" and site.kind == "mlp" else site.name
         for part in self.parts:
             run = self._run(site.block, part, part.pruned, consumers, end)
             x = run.seen[site.name][0].flatten(0, -2)
-            weight = _counting_tokens(part.inputs, len(x), self.device)
+            weight = _counting_tokens(part.inputs, len(x), device)
             if shortfall is None:
                 moments.update(x, part.fold, weight)
                 continue
@@ -183,7 +185,7 @@ class Walk:
             # the dense weight in this site.
             r = part.goals[site.name] - _reached(site, target, part.pruned, run)
             part.halfway = self._halfway(site, part, run)
-            x, r = x.to(r.dtype), r.to(self.device).flatten(0, -2)
+            x, r = x.to(r.dtype), r.to(device).flatten(0, -2)
             usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
             moments.count[part.fold, 1] += (weight & ~usable).sum()
             moments.update(x, part.fold, weight & usable)
@@ -205,7 +207,8 @@ class Walk:
             return self.target
         part = self.parts[0]
         one = self._on_device({name: value[:1] for name, value in part.inputs.items()})
-        plain = self.blocks.adds_plainly(site, one, part.dense[:1].to(self.device))
+        hidden = part.dense[:1].to(self.blocks.device(site.block))
+        plain = self.blocks.adds_plainly(site, one, hidden)
         return "stream" if plain else "branch"
 
     def _keep(self, site: Site) -> None:
@@ -233,7 +236,8 @@ class Walk:
         end: str | None = None,
     ) -> Run:
         inputs = self._on_device(part.inputs)
-        return self.blocks.run(index, inputs, hidden.to(self.device), consumers, end)
+        hidden = hidden.to(self.blocks.device(index))
+        return self.blocks.run(index, inputs, hidden, consumers, end)
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in inputs.items()}

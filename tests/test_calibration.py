@@ -110,6 +110,13 @@ def test_damaged_weights_are_named():
         calibrate(model, [tiny_inputs(model)])
 
 
+def test_offloaded_weights_are_named():
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(InputError, match=r"in memory, got model.layers.1.mlp.up_proj.weight on"):
+        calibrate(model, [tiny_inputs(model)])
+
+
 def test_overflowing_rows_are_dropped_and_counted():
     model = tiny("llama", dtype=torch.float16)
     model.model.layers[2].mlp.up_proj.weight.data *= 12000

@@ -72,6 +72,19 @@ def test_prune_by_gradients_says_how_to_load_the_result(llama_folder, corpus, tm
     assert f"{name}: same outputs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("device", ["cuda:9", "gpu"])
+def test_a_device_that_is_not_there_is_refused(device, llama_folder, corpus, tmp_path, capsys):
+    texts = ("--calibration", corpus[0], "--keep", 0.7)
+    for command in (
+        ("prune", llama_folder, *texts, "--out", tmp_path / "out"),
+        ("eval", llama_folder, "--text", corpus[1]),
+    ):
+        assert run(*command, "--device", device) == 2
+        said = capsys.readouterr().err.strip()
+        assert f"device must be one that torch can use here, or auto, got '{device}'" in said
+        assert "\n" not in said
+
+
 def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path, capsys):
     tiny("bert").save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")

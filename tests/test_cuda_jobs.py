@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import accelerate
 import pytest
 import torch
 from tiny import TINY, outputs, tiny, tiny_inputs
@@ -33,18 +34,28 @@ def batches(model):
     return [tiny_inputs(model, batch=4, tokens=12, seed=seed) for seed in range(4)]
 
 
-def pruned(device, family="llama", **options):
-    """Return the pruned model's outputs and its plan."""
-    model = tiny(family).to(device)
-    report = prune(model, batches(model), 0.7, **options)
-    assert {parameter.device.type for parameter in model.parameters()} == {device}
-    return outputs(model.cpu()), report.plan
+def on_cuda(model):
+    return model.to("cuda")
 
 
-def assert_as_on_the_cpu(**options):
-    (want, plan), (got, planned) = (pruned(device, **options) for device in ("cpu", "cuda"))
-    assert planned == plan
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+def over_two_devices(model):
+    """Place a llama-like model as `device_map` does; its inputs and outputs are on the first."""
+    blocks = {f"model.layers.{i}": min(i, 1) for i in range(len(model.model.layers))}
+    ends = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 0}
+    return accelerate.dispatch_model(model, blocks | ends)
+
+
+def devices(model):
+    return {name: parameter.device for name, parameter in model.named_parameters()}
+
+
+def assert_as_on_the_cpu(family="llama", place=on_cuda, **options):
+    dense, model = tiny(family), place(tiny(family))
+    want, before = prune(dense, batches(dense), 0.7, **options), devices(model)
+    got = prune(model, batches(model), 0.7, **options)
+    assert got.plan == want.plan and before.items() <= devices(model).items()
+    inputs = {name: value.to("cuda") for name, value in tiny_inputs(model).items()}
+    torch.testing.assert_close(outputs(model, inputs).cpu(), outputs(dense), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -62,6 +73,12 @@ def test_a_family_is_narrowed_as_on_the_cpu(family):
     assert_as_on_the_cpu(family=family, allocation="uniform", keep_hidden=0.75)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("job", JOBS)
+def test_a_model_over_two_devices_is_pruned_as_on_the_cpu(job):
+    assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("job", ["default", "layerwise auto", "fisher"])
 def test_narrow_dtypes(dtype, job):
@@ -71,15 +88,25 @@ def test_narrow_dtypes(dtype, job):
     assert all(0 <= row.error < 1.5 for row in report.sites)
 
 
-def test_the_command_on_a_device(llama_folder, corpus, tmp_path, capsys):
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])
+def test_the_command_on_a_device(device, llama_folder, corpus, tmp_path, capsys, monkeypatch):
     def run(*arguments) -> str:
-        assert cli.main([*map(str, arguments), "--device", "cuda"]) == 0
+        assert cli.main([*map(str, arguments), "--device", device]) == 0
         return capsys.readouterr().out
+
+    count = torch.cuda.device_count()
+    if device == "cuda:1" and count < 2:
+        pytest.skip("one GPU")
+    # So little on the first that `auto` needs the second as well.
+    memory = [40_000, *[8 << 30] * (count - 1)] if count > 1 else [8 << 30]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d=None: (memory[d or 0], 8 << 30))
 
     out, texts = tmp_path / "pruned", ("--calibration", corpus[0], "--eval", corpus[1])
     options = ("--sites", "mlp", "--uniform-layers", "--samples", 16, "--seq-len", 32, "--quiet")
     run("prune", llama_folder, *texts, "--keep", 0.7, *options, "--out", out)
     report = json.loads((out / "liar_report.json").read_text())
     assert report["evaluation"]["pruned"]["perplexity"] > 1
+    used = {"cuda": "cuda:0", "auto": ", ".join(f"cuda:{i}" for i in range(min(count, 2)))}
+    assert report["settings"]["device"] == used.get(device, device)
     assert "LlamaForCausalLM.from_pretrained: same outputs" in run("verify", out)
     assert "perplexity" in run("eval", out, "--text", corpus[1], "--seq-len", 32)
