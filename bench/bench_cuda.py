@@ -21,12 +21,13 @@ SHAPES = {
 }
 D_OUT = 4096
 CHUNK = 8192  # tokens a call: what a calibration batch brings
+EVICTED = 512 << 20  # bytes written before each run, more than any L2
 F64 = {"device": "cuda", "dtype": torch.float64}
 
 
 def median_ms(job, repeats=7):
     """Time `job` with everything evicted from L2 before each run."""
-    flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(EVICTED, dtype=torch.uint8, device="cuda")
     job()
     times = []
     for _ in range(repeats):

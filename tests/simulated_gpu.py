@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 BUILD = Path(__file__).resolve().parents[1] / "csrc" / "testing" / "build.py"
@@ -24,9 +25,26 @@ def _load() -> ctypes.CDLL:
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 2
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.Event = _Event
     torch.UntypedStorage.clone = _clone
     importlib.import_module("liar_ext")
     return ctypes.CDLL(launchers)
+
+
+class _Event:
+    """A time, as everything before it is done."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "_Event") -> float:
+        return 1e3 * (end.time - self.time)
 
 
 def _clone(storage):

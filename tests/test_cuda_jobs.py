@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -86,6 +88,33 @@ def test_narrow_dtypes(dtype, job):
     report = prune(model, batches(model), 0.7, **JOBS[job])
     assert model.dtype == dtype and torch.isfinite(outputs(model.cpu())).all()
     assert all(0 <= row.error < 1.5 for row in report.sites)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Give bench/bench_cuda.py with sizes that take no time."""
+    path = Path(__file__).parents[1] / "bench" / "bench_cuda.py"
+    spec = importlib.util.spec_from_file_location("bench_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in {"CHUNK": 40, "D_OUT": 8, "EVICTED": 64}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_the_calls_of_the_bench(bench):
+    """A session with a GPU is short: what it will call has run."""
+    rows = [
+        *bench.gram_rows("tiny", 24, 80, 1.0),
+        *bench.reconstruct_rows(20, 1.0),
+        *bench.small_rows(2, 16, 8, 8),
+        *bench.curve_rows(16, 1, 4),
+        *bench.curve_rows(16, 4, 2),
+        *bench.fisher_rows(16, 4),
+    ]
+    refused = {row["way"] for row in rows if "not run" in row}
+    assert refused <= {"torch.mm bf16 to f32 (no sum)", "torch.addmm bf16 into f32"}
+    assert sum("ours" in row["way"] for row in rows) == 14
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])
