@@ -80,8 +80,9 @@ class Passes:
     ----------
     model, batches, at, progress
         As for :func:`calibrate`.
-    memory : int
-        Bytes that sums may take at a time, but at least those of one site.
+    memory : int, optional
+        Bytes that sums may take at a time, but at least those of one site; by default what
+        :func:`room_for_sums` says.
     """
 
     def __init__(
@@ -89,13 +90,13 @@ class Passes:
         model: nn.Module,
         batches: Iterable[Mapping[str, Tensor] | Tensor],
         at: Sequence[Site],
-        memory: int = MEMORY,
+        memory: int | None = None,
         *,
         progress: bool = False,
     ) -> None:
         check_finite_weights(model)
         self.model, self.progress = model, progress
-        self.groups = group_sites(at, memory)
+        self.groups = group_sites(at, room_for_sums(model) if memory is None else memory)
         self.batches = batches if len(self.groups) == 1 else list(batches)
         self.bank = MomentBank({})
         self.taken = 0
@@ -118,7 +119,14 @@ class Passes:
         return group
 
 
-def group_sites(at: Sequence[Site], memory: int = MEMORY) -> list[Sequence[Site]]:
+def room_for_sums(model: nn.Module, most: int = MEMORY) -> int:
+    """Return the bytes that sums may take: ``most``, or half of what is free on any GPU in use."""
+    devices = {parameter.device for parameter in model.parameters()}
+    free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
+    return min([most, *(count // 2 for count in free)])
+
+
+def group_sites(at: Sequence[Site], memory: int) -> list[Sequence[Site]]:
     """Return the groups that :class:`Passes` takes."""
     return split(at, [FOLDS * 8 * site.d_in**2 for site in at], memory)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.calibration import Tap, check_finite_weights, collect, split
+from liar_ext.calibration import Tap, check_finite_weights, collect, room_for_sums, split
 from liar_ext.errors import InputError
 from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
 from liar_ext.moments import FOLDS, MomentBank, Moments, Squares, check_folds
@@ -79,7 +79,7 @@ def narrow(
     mode: str = "auto",
     damp: float | str = "auto",
     multiple_of: int = 1,
-    memory: int = MEMORY,
+    memory: int | None = None,
     progress: bool = False,
 ) -> Narrowing:
     """Choose the hidden features that stay and solve all their readers; the model isn't changed.
@@ -103,9 +103,9 @@ def narrow(
         λ, or the choice by held-out error, per norm.
     multiple_of : int
         Of the features that stay, besides what the stock class asks for.
-    memory : int
-        Bytes that sums may take at a time, but at least those of one norm. The result is the same
-        bit for bit, whatever it is.
+    memory : int, optional
+        Bytes that sums may take at a time, but at least those of one norm; by default 8 GiB, or
+        half of what is free on a GPU in use. The result is the same bit for bit, whatever it is.
     progress : bool
         Show progress bars.
 
@@ -143,7 +143,8 @@ def narrow(
     hidden = hidden_of(model)
     count = count_kept(hidden, keep, multiple_of)
     each = FOLDS * 8 * (count + hidden.size) ** 2
-    groups = split(hidden.sources, [each] * len(hidden.sources), memory)
+    room = room_for_sums(model, MEMORY) if memory is None else memory
+    groups = split(hidden.sources, [each] * len(hidden.sources), room)
     titles = [f"narrow, pass {i + 1} of {1 + len(groups)}" for i in range(1 + len(groups))]
     energy = _stream_energy(model, hidden, batches, progress=progress, title=titles[0])
     kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values

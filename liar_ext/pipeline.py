@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from liar_ext.allocation import check_budget, total_cost
 from liar_ext.arch import sites
-from liar_ext.calibration import MEMORY, Passes, group_sites
+from liar_ext.calibration import Passes, group_sites, room_for_sums
 from liar_ext.criteria import get_criterion, score
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
@@ -100,9 +100,10 @@ def prune(
         Batches of held-out text; the report then has dense and pruned perplexity.
     memory : int, optional
         Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
-        and 8 GiB for those of :func:`liar_ext.narrow` unless given. What needs more is summed in
-        groups, with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
-        ``layerwise``. ``refine`` needs all sites at once.
+        and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
+        GPU where that is less. What needs more is summed in groups, with the same result: of G
+        groups of sites in 2 G − 1 passes, G with the schedule ``layerwise``. ``refine`` needs all
+        sites at once.
     progress : bool
         Show progress bars.
 
@@ -136,11 +137,11 @@ def prune(
     check_budget(at, budget, allocation, total)
     if memory is not None and memory <= 0:
         raise InputError(f"prune: memory must be more than 0 bytes, got {memory}")
-    bound = {} if memory is None else {"memory": memory}
-    if refine and len(group_sites(at, **bound)) > 1:
+    room = room_for_sums(model) if memory is None else memory
+    if refine and len(group_sites(at, room)) > 1:
         raise InputError(
             "prune: refine solves all sites for each plan, and their sums are over "
-            f"{(memory or MEMORY) / 2**30:.3g} GiB; raise memory, or leave refine out"
+            f"{room / 2**30:.3g} GiB; raise memory, or leave refine out"
         )
     clock = Clock()
     if keep_hidden != 1.0:
@@ -166,8 +167,8 @@ def prune(
                 mode=reconstruct,
                 damp=damp,
                 multiple_of=budget.multiple_of,
+                memory=memory,
                 progress=progress,
-                **bound,
             )
             narrow_model = narrowing.applied_to_copy(model)
         at = sites(narrow_model, kinds, attn_unit)
@@ -175,7 +176,7 @@ def prune(
     plan = Plan(model.config.model_type, attn_unit, {}, asdict(budget))
     weights, rows, sensitivities, divergences, taken = {}, [], {}, {}, {}
     if narrowing is None or budget.keep < 1.0:
-        passes = Passes(narrow_model, batches, at, progress=progress, **bound)
+        passes = Passes(narrow_model, batches, at, memory, progress=progress)
         settings = {"mode": reconstruct, "progress": progress}
         scores, losses, sensitivities = _measure(
             passes, criterion, allocation, budget, seed, clock, **settings

@@ -26,6 +26,7 @@ def _load() -> ctypes.CDLL:
     torch.cuda.device_count = lambda: 2
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.Event = _Event
+    torch.cuda.mem_get_info = lambda device=None: (8 << 30, 8 << 30)
     torch.UntypedStorage.clone = _clone
     importlib.import_module("liar_ext")
     return ctypes.CDLL(launchers)

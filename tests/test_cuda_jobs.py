@@ -81,6 +81,17 @@ def test_a_model_over_two_devices_is_pruned_as_on_the_cpu(job):
     assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
 
 
+def test_sums_take_half_of_what_is_free(monkeypatch):
+    dense, model = tiny("llama"), tiny("llama").to("cuda")
+    want = prune(dense, batches(dense), 0.7)
+    # Sites of 32 and of 24 features, three of each: room for one of each at a time.
+    free = 2 * 2 * 8 * (32**2 + 24**2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8 << 30))
+    got = prune(model, batches(model), 0.7)
+    assert got.plan == want.plan
+    assert (want.settings["calibrate_passes"], got.settings["calibrate_passes"]) == (1, 5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("job", ["default", "layerwise auto", "fisher"])
 def test_narrow_dtypes(dtype, job):
@@ -127,8 +138,12 @@ def test_the_command_on_a_device(device, llama_folder, corpus, tmp_path, capsys,
     if device == "cuda:1" and count < 2:
         pytest.skip("one GPU")
     # So little on the first that `auto` needs the second as well.
-    memory = [40_000, *[8 << 30] * (count - 1)] if count > 1 else [8 << 30]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d=None: (memory[d or 0], 8 << 30))
+    if count > 1:
+
+        def little(device=None):
+            return 8 << 30 if torch.device(device or 0).index else 40_000, 8 << 30
+
+        monkeypatch.setattr(torch.cuda, "mem_get_info", little)
 
     out, texts = tmp_path / "pruned", ("--calibration", corpus[0], "--eval", corpus[1])
     options = ("--sites", "mlp", "--uniform-layers", "--samples", 16, "--seq-len", 32, "--quiet")

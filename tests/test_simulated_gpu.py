@@ -59,6 +59,30 @@ def test_launches_follow_the_device_of_their_tensors():
     assert done.stdout == "cuda:1 [9.0, 0.0]\n", done.stderr
 
 
+def test_launchers_wait_for_no_value():
+    """Nor can a graph be captured of what waits. float32 sums are widened on the device."""
+    done = script("""
+        count_waits = ctypes.CDLL("libtorch_cuda.so").liar_count_waits
+        x, kept = torch.randn(40, 12, device="cuda"), torch.arange(0, 12, 2, device="cuda")
+        damps = torch.tensor([0.1, torch.inf], dtype=torch.float64, device="cuda")
+        fisher = torch.zeros(3, dtype=torch.float64, device="cuda")
+        gram, weight = x.T @ x, torch.randn(5, 12, device="cuda")
+        moments, mask, turned = sums(12, "cuda"), x[:, 0] > 0, x.T.contiguous().T
+        before = count_waits()
+        ops.gram_update_(*moments, turned, None, mask)
+        ops.reconstruct(weight, gram, kept, damps, gram)
+        ops.reconstruct(weight[None], gram[None], kept[None], damps, errors_only=True)
+        ops.obs_curve(weight, gram, 1, 0.1, 0)
+        ops.obs_curve(weight, gram, 4, 0.1, 1)
+        ops.unit_energy(weight, gram, 4)
+        ops.fisher_update_(fisher, x[None], x[None], 4)
+        print(count_waits() - before)
+        gram[0, 0].item()
+        print(count_waits() - before)
+    """)
+    assert done.stdout == "0\n1\n", done.stderr
+
+
 def test_tensors_of_two_devices_are_refused():
     done = script("""ops.gram_update_(*sums(5, "cuda:1"), torch.ones(9, 5, device="cuda:0"))""")
     assert "gram must be on the CUDA device of x; move it with .to(device)" in done.stderr

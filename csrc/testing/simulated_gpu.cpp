@@ -19,6 +19,8 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "device_memory.h"
 
 #define LIAR_EXPORT __attribute__((visibility("default")))
@@ -136,16 +138,15 @@ class SeenByHost {
   std::optional<DeviceMemory::Open> open_;
 };
 
+std::atomic<int64_t> waits{0};  // for a value to reach the host
+
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool) {
   if (self.numel() == 0) return self;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  if (self.is_cuda() && source.is_cuda()) {  // by way of the host: one lock at a time
-    const at::Tensor between = at::empty(source.sizes(), source.scalar_type());
-    between.copy_(source);
-    self.copy_(between);
-    return self;
-  }
-  SeenByHost to(self), from(source);
+  at::Tensor between = source;
+  if (self.is_cuda() && source.is_cuda()) between = (*SeenByHost(source)).clone();
+  if (!self.is_cuda()) ++waits;
+  SeenByHost to(self), from(between);
   (*to).copy_(*from);
   return self;
 }
@@ -175,6 +176,7 @@ at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& to) {
 }
 
 at::Scalar local_scalar_dense(const at::Tensor& self) {
+  ++waits;
   SeenByHost seen(self);
   return at::_local_scalar_dense(*seen);
 }
@@ -250,6 +252,9 @@ LIAR_EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** st
   *stream = kStreams[device];
   return 0;
 }
+
+// How often the host has waited for a value of a device.
+LIAR_EXPORT int64_t liar_count_waits() { return waits; }
 
 // Around each kernel; what the first returns is for the second.
 LIAR_EXPORT void* liar_open_memory(int device) { return new DeviceMemory::Open(memory(device)); }
