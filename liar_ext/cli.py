@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from liar_ext import ops
 from liar_ext.criteria import get_criterion, list_criteria
 from liar_ext.errors import InputError
@@ -22,7 +24,8 @@ from liar_ext.plan import Budget
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done; 1: ``verify`` found other outputs; 2: input that cannot be used; 130: interrupted.
+    0: done; 1: ``verify`` found other outputs; 2: input that cannot be used, or too little memory
+    for it on the device; 130: interrupted.
     """
     options = parser().parse_args(arguments)
     if getattr(options, "quiet", False):
@@ -33,6 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[options.command](options) or 0
     except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
         print(f"liar: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"liar: error: {str(error).split('. ')[0]}; give smaller --batch-size or --memory, "
+            "--dtype bfloat16, or --device auto for several GPUs",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -85,6 +85,16 @@ def test_a_device_that_is_not_there_is_refused(device, llama_folder, corpus, tmp
         assert "\n" not in said
 
 
+def test_a_device_with_too_little_memory_says_what_to_do(monkeypatch, capsys):
+    def prune(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setitem(cli.COMMANDS, "prune", prune)
+    assert run("prune", "model", "--calibration", "text", "--keep", 0.7, "--out", "out") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("liar: error: CUDA out of memory; give smaller --batch-size or --memory")
+
+
 def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path, capsys):
     tiny("bert").save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
