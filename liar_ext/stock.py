@@ -79,6 +79,13 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
     auto = min(auto_classes(model), default=type(model).__name__)
     if equal_config(model, model.config) is not None:
         return f"The saved folder loads with plain `transformers.{auto}.from_pretrained(folder)`."
+    needs = (
+        "Plain transformers cannot build these layers: load the saved folder with "
+        f"`liar_ext.load_pruned(folder)` or, where liar_ext is installed, with `transformers.{auto}"
+        ".from_pretrained(folder, trust_remote_code=True)`."
+    )
+    if plan.hidden is not None and family_of(model).stream.multiple_of is None:
+        return f"{needs} No config of {plan.model_type} can tell of a smaller hidden size."
     cut = [site for site in sites(model, attn_unit=plan.attn_unit) if site.name in plan.sites]
     stuck = {s.kind for s in cut if s.wiring.config is None and plan.sites[s.name].removed}
     options = [f"--sites {kind}" for kind in ("attn", "mlp") if stuck and kind not in stuck]
@@ -88,12 +95,10 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
     if plan.hidden is not None and "heads" in family_of(model).stream.config.values():
         heads = len(plan.hidden.kept) // sites(model, ("attn",))[0].head_dim
         narrowed = f" {len(plan.hidden.kept)} hidden features go with {heads} heads in every layer."
+    choices = " ".join([*options, "--uniform-layers"])
     return (
-        "Plain transformers cannot build these layers: load the saved folder with "
-        f"`liar_ext.load_pruned(folder)` or, where liar_ext is installed, with `transformers.{auto}"
-        f".from_pretrained(folder, trust_remote_code=True)`. With `{' '.join(options)}"
-        f"{' ' if options else ''}--uniform-layers` a folder needs no liar_ext, if the config of "
-        f"{plan.model_type} allows the sizes.{narrowed}"
+        f"{needs} With `{choices}` a folder needs no liar_ext, if the config of {plan.model_type} "
+        f"allows the sizes.{narrowed}"
     )
 
 

@@ -109,6 +109,13 @@ def test_an_encoder_is_told_which_heads_a_stock_loader_needs(tmp_path):
     assert "24 hidden features go with 3 heads in every layer" in how_to_load(model, plan)
 
 
+def test_no_option_is_offered_where_no_config_can_help(tmp_path):
+    model, plan = saved("mpnet", tmp_path / "pruned", 24)
+    sentence = how_to_load(model, plan)
+    assert sentence.endswith("No config of mpnet can tell of a smaller hidden size.")
+    assert "load_pruned(folder)" in sentence and "--uniform-layers" not in sentence
+
+
 def test_a_tied_head_stays_tied(tmp_path):
     model, _ = saved("llama", tmp_path / "pruned", 24)
     assert model.lm_head.weight is model.model.embed_tokens.weight
