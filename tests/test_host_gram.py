@@ -126,7 +126,7 @@ def test_all_rows_skipped_or_dropped():
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_bitwise_repeatable_in_any_thread_order(dtype):
+def test_bitwise_repeatable_in_any_order(dtype):
     x = random(np.random.default_rng(8), 2200, 30, dtype)
     first = run(x, dtype, processors=8)
     for order, late in [(1, True), (7, False)]:

@@ -135,7 +135,7 @@ def test_errors_alone(small):
 
 @pytest.mark.parametrize("small", [BLOCKED, 128])
 @pytest.mark.parametrize("order", [1, 5])
-def test_any_thread_order(order, small):
+def test_any_order(order, small):
     arguments = *problem(2, 90, 20, 66)[:3], np.array(DAMPS)
     first = kernels().reconstruct(*arguments, small=small)
     kernels().configure(order=order, late_copies=False)

@@ -118,13 +118,30 @@ def test_costs_that_are_not_finite_say_so(width):
     assert info[0] > 8 and np.isnan(error).all() and list(order) == list(range(8 // width))
 
 
-@pytest.mark.parametrize(("width", "order"), [(1, 1), (1, 6), (10, 1), (10, 6)])
-def test_curve_in_any_thread_order(width, order):
-    weight, gram = problem(5, 70, 6)
-    first = kernels().obs_curve(weight, gram, width, 1e-2)
+@pytest.mark.parametrize(("d", "width", "at_least"), [(70, 1, 0), (600, 1, 570), (70, 10, 0)])
+@pytest.mark.parametrize("order", [1, 6])
+def test_curve_in_any_order(d, width, at_least, order):
+    """Of threads, and at 600 features of the blocks that share a step."""
+    weight, gram = problem(5, d, 6)
+    first = kernels().obs_curve(weight, gram, width, 1e-2, at_least)
     kernels().configure(order=order, late_copies=False)
-    again = kernels().obs_curve(weight, gram, width, 1e-2)
+    again = kernels().obs_curve(weight, gram, width, 1e-2, at_least)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("order", [1, 6])
+def test_scores_in_any_order(order):
+    weight, gram = problem(6, 300, 11)
+    x = np.random.default_rng(7).normal(size=(3, 5, 300))
+
+    def scores():
+        fisher = np.zeros(30)
+        kernels().fisher_update_(fisher, x, x[::-1].copy(), 10, "f64")
+        return [fisher, *(kernels().unit_energy(weight, gram, width) for width in (1, 10))]
+
+    first = scores()
+    kernels().configure(order=order, late_copies=False)
+    assert all(np.array_equal(a, b) for a, b in zip(first, scores(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def test_atomics_and_grid():
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_blocks_that_count_on_their_order_are_wrong_in_another(order):
+    kernels().configure(order=order)
+    x, out = run("chained_blocks", blocks=9)
+    assert np.array_equal(out[:9], np.arange(9)) == (order == 0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_block_sum_used_twice(order):
     kernels().configure(order=order)
     x, out = run("block_total")

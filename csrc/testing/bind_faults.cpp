@@ -98,6 +98,11 @@ void atomic_sum(const FaultParams p) {
   if (threadIdx.x == 0 && blockIdx.x == 0) atomicAdd(p.out + 1, float(gridDim.x));
 }
 
+// Counts on the block before it having run.
+void chained_blocks(const FaultParams p) {
+  if (threadIdx.x == 0 && blockIdx.x > 0) p.out[blockIdx.x] = p.out[blockIdx.x - 1] + 1;
+}
+
 void block_total(const FaultParams p) {
   struct Shared {
     double scratch[kThreads / kWarp];
@@ -162,6 +167,7 @@ void bind_faults(py::module_& m) {
             {"async_rotate", {async_rotate, sizeof(AsyncShared)}},
             {"misaligned_async", {misaligned_async, sizeof(AsyncShared)}},
             {"atomic_sum", {atomic_sum, 0}},
+            {"chained_blocks", {chained_blocks, 0}},
             {"block_total", {block_total, kThreads / kWarp * sizeof(double)}},
             {"fragments", {fragments, 0}},
         };

@@ -5,10 +5,10 @@
 //                                    └──────────────┘ (barrier, warp collective) or ends
 //
 // What it shows that a plain loop over threads can't: a missing barrier gives a wrong result under
-// one of the thread orders; threads that wait at different places, or for ever, are named with file
-// and line. Shared memory lies in an allocation of exactly its size, filled with NaNs, so that an
-// overrun or an uninitialised read is seen. What it can't show: races between blocks, which run in
-// turn, and anything about time.
+// one of the orders, and so does a block that counts on another; threads that wait at different
+// places, or for ever, are named with file and line. Shared memory lies in an allocation of exactly
+// its size, filled with NaNs, so that an overrun or an uninitialised read is seen. What it can't
+// show: races between blocks that run at the same time, and anything about time.
 #pragma once
 
 #include <algorithm>
@@ -59,7 +59,7 @@ struct Site {
 
 // How the next launches run, and which faults they carry.
 struct Settings {
-  // 0: threads in ascending order, 1: descending, more: shuffled with this seed.
+  // 0: blocks and threads in ascending order, 1: descending, more: shuffled with this seed.
   unsigned order = 0;
   // cp.async copies as late as the rules allow (at the wait that needs it), or at once.
   bool late_copies = true;
@@ -150,9 +150,8 @@ class Block {
     body_ = &body;
     threads_.resize(count);
     skip.forget();
-    for (unsigned z = 0; z < grid.z; ++z)
-      for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) run_block({x, y, z}, block, shared_bytes);
+    for (unsigned b : shuffled(grid.x * grid.y * grid.z))
+      run_block({b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y}, block, shared_bytes);
   }
 
   void* shared() { return shared_; }
@@ -229,6 +228,16 @@ class Block {
   }
 
  private:
+  // Indices below `count` in the order of the settings.
+  static std::vector<unsigned> shuffled(unsigned count) {
+    const unsigned seed = settings().order;
+    std::vector<unsigned> order(count);
+    std::iota(order.begin(), order.end(), 0u);
+    if (seed == 1) std::reverse(order.begin(), order.end());
+    if (seed > 1) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    return order;
+  }
+
   std::string name(unsigned t) const {
     const dim3 i = threads_[t].index;
     return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
@@ -263,13 +272,6 @@ class Block {
     warps_.assign(threads_.size() / 32, WarpSlot{});
     barrier_arrived_ = 0;
     error_.clear();
-    const auto shuffled = [seed = settings().order](unsigned count) {
-      std::vector<unsigned> order(count);
-      std::iota(order.begin(), order.end(), 0u);
-      if (seed == 1) std::reverse(order.begin(), order.end());
-      if (seed > 1) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-      return order;
-    };
     const auto warp_order = shuffled(unsigned(warps_.size())), lane_order = shuffled(32);
     for (unsigned t = 0; t < threads_.size(); ++t) {
       threads_[t].index = {t % block.x, t / block.x % block.y, t / block.x / block.y};
