@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test bench quality host-kernels cuda-check lint format clean
+.PHONY: setup demo test bench quality host-kernels cuda-check gpu lint format clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,17 @@ host-kernels: setup
 cuda-check: setup
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python csrc/cuda/check.py --write
+
+# What only a GPU can say: needs one, nvcc, compute-sanitizer and a CUDA build of torch.
+SANITIZER := compute-sanitizer --error-exitcode 1
+gpu: export LIAR_REQUIRE_CUDA = 1
+gpu: setup
+	$(BIN)/python -m pytest tests/test_cuda_build.py tests/test_cuda_jobs.py
+	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest tests/test_cuda_build.py
+	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/test_cuda_build.py -k "129 or 70"
+	$(SANITIZER) --tool initcheck $(BIN)/python -m pytest tests/test_cuda_build.py -k "129 or 70"
+	mkdir -p out
+	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json
 
 lint: setup
 	$(BIN)/ruff check .
