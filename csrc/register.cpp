@@ -23,7 +23,13 @@ std::string build_info() {
   text += std::string("cpu_kernel=") + kernels().name + "\n";
   text += "cpu_kernels=" + kernel_names() + "\n";
 #ifdef LIAR_WITH_CUDA
-  text += "cuda=compiled\ncuda_devices=" + std::to_string(cuda::device_count()) + "\n";
+  const auto cuda_version = [](int packed) {
+    return packed == 0 ? "none"
+                       : std::to_string(packed / 1000) + "." + std::to_string(packed % 1000 / 10);
+  };
+  text += "cuda=compiled\ncuda_runtime=" + cuda_version(cuda::runtime_version()) + "\n";
+  text += "cuda_driver=" + cuda_version(cuda::driver_version()) + "\n";
+  text += "cuda_devices=" + std::to_string(cuda::device_count()) + "\n";
 #else
   text += "cuda=not compiled\n";
 #endif

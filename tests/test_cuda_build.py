@@ -1,6 +1,7 @@
 """The build with CUDA kernels in it, on whatever machine this is."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -20,8 +21,18 @@ def test_cuda_kernels_were_built_if_required():
 
 @needs_kernels
 def test_import_without_a_driver_finds_no_device():
-    if not torch.cuda.is_available():
-        assert ops.build_info()["cuda_devices"] == "0"
+    info = ops.build_info()
+    if info["cuda_driver"] == "none":
+        assert info["cuda_devices"] == "0"
+
+
+@needs_kernels
+def test_versions_of_cuda_are_told():
+    """A driver older than the runtime offers no device, and nobody would know why."""
+    info = ops.build_info()
+    assert re.fullmatch(r"\d+\.\d+", info["cuda_runtime"])
+    assert re.fullmatch(r"\d+\.\d+|none", info["cuda_driver"])
+    assert info["cuda_driver"] != "none" or not torch.cuda.is_available()
 
 
 @needs_kernels

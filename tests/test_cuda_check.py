@@ -57,11 +57,13 @@ def test_launches_neither_wait_nor_allocate():
     """Both are what a CUDA graph can't capture; these calls of the runtime are what it can."""
     allowed = {
         "cudaDeviceGetAttribute",
+        "cudaDriverGetVersion",
         "cudaFuncSetAttribute",
         "cudaGetDeviceCount",
         "cudaGetErrorString",
         "cudaGetLastError",
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor",
+        "cudaRuntimeGetVersion",
         "cudaSetDevice",
     }
     called = {

@@ -21,7 +21,7 @@ JOBS = {
     "refine": {"refine": 1},
     "heads": {"attn_unit": "head"},
     "affine": {"reconstruct": "affine"},
-    "groups of sites": {"memory": 1e-5},
+    "groups of sites": {"memory": 1},
     "hidden": {"keep_hidden": 0.8},
     "refit": {"schedule": "layerwise", "refit": True},
     **{

@@ -88,10 +88,17 @@ def test_tensors_of_two_devices_are_refused():
     assert "gram must be on the CUDA device of x; move it with .to(device)" in done.stderr
 
 
-def test_what_cuda_says_is_passed_on_with_what_to_do():
-    done = script("""
+@pytest.mark.parametrize(
+    ("code", "words", "hint"),
+    [
+        (209, "no kernel image is available", "rebuild with LIAR_CUDA_ARCHS"),
+        (35, "CUDA driver version is insufficient", "update the driver, or rebuild with its CUDA"),
+    ],
+)
+def test_what_cuda_says_is_passed_on_with_what_to_do(code, words, hint):
+    done = script(f"""
         eye = torch.eye(4, device="cuda")
-        launchers.liar_refuse_launches(209)
+        launchers.liar_refuse_launches({code})
         try:
             ops.unit_energy(eye, eye, 2)
         except RuntimeError as error:
@@ -100,8 +107,8 @@ def test_what_cuda_says_is_passed_on_with_what_to_do():
         print(ops.unit_energy(eye, eye, 2).tolist())
     """)
     said, *_, energy = done.stdout.splitlines()
-    assert 'unit_energy: CUDA says "no kernel image is available' in said
-    assert "rebuild with LIAR_CUDA_ARCHS" in said and energy == "[2.0, 2.0]"
+    assert f'unit_energy: CUDA says "{words}' in said and hint in said
+    assert energy == "[2.0, 2.0]"
 
 
 def test_a_host_that_reads_the_memory_of_a_device_ends():

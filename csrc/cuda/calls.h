@@ -84,7 +84,12 @@ std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
 std::int64_t unit_energy(const EnergyCall& call, void* workspace, Place place);
 std::int64_t fisher_update(const FisherCall& call, void* workspace, Place place);
 
-// How many devices the driver offers; 0, without an error, where there is no driver.
+// How many devices the driver offers; 0, without an error, where there is no driver or an old one.
 int device_count();
+
+// CUDA's versions as 1000 · major + 10 · minor: of the runtime in this library, and the newest that
+// the driver knows, 0 where there is none.
+int runtime_version();
+int driver_version();
 
 }  // namespace liar::cuda

@@ -16,6 +16,8 @@ inline void require(const char* op, cudaError_t error) {
     text +=
         "; this build holds no kernels for this GPU or driver: rebuild with LIAR_CUDA_ARCHS set "
         "to its compute capability, or update the driver";
+  if (error == cudaErrorInsufficientDriver)
+    text += "; `liar info` has both versions: update the driver, or rebuild with its CUDA toolkit";
   throw std::runtime_error(text);
 }
 
