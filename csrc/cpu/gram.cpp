@@ -232,16 +232,21 @@ class Update {
                                 of.right_cols, right,
                                 right_stride,  step,
                                 nullptr,       nullptr,
-                                trusted};
+                                trusted,       ahead(of.u.y != nullptr ? y : x)};
         if (!of.kernel->pack(rows_out) && !trusted) return false;
       }
       const PackRows rows_out{of.u.x.dtype, x_rows, held, scale,          of.u.x.cols, left,
-                              left_stride,  step,   sums, scratch.data(), trusted};
+                              left_stride,  step,   sums, scratch.data(), trusted,     ahead(x)};
       if (!of.kernel->pack(rows_out) && !trusted) return false;
       for (int64_t r = 0; r < held; ++r) chunk.weight_sum += weight[r];
       chunk.tokens += held;
       held = 0;
       return true;
+    }
+
+    int64_t ahead(const RowReader& reader) const {
+      return of.rows.all && reader.scratch.empty() ? kPackRows * reader.m.row_stride * reader.bytes
+                                                   : 0;
     }
 
     void read(int64_t place) {

@@ -59,6 +59,7 @@ struct PackRows {
   double* sums;   // gets the column sums of what was packed added; null: not wanted
   void* scratch;  // with sums: room for kMostLanes more than `features` values, as sums has
   bool trusted;   // add the sums even if they are not finite
+  int64_t ahead;  // bytes from a row to the one that is packed after these; 0: not known
 };
 
 constexpr int64_t kMostLanes = 16;  // of any vector

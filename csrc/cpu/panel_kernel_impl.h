@@ -81,6 +81,19 @@ struct Panels {
     }
   }
 
+  /// Fetches where a tile's sums go, into the L1 cache (locality 3) or the L2 (2).
+  template <int vectors, int locality = 3, class Out>
+  static inline __attribute__((always_inline)) void fetch(const Out* out, int64_t out_row) {
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Out));
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int64_t c = 0; c < vectors * kLanes; c += kLine) {
+        __builtin_prefetch(out + r * out_row + c, locality == 3, locality);
+      }
+    }
+  }
+
   /// One register tile. `vectors` of the panel are live; the tile's rows below `rows` and columns
   /// below `cols` are stored, of those the part that `triangle` names; the diagonal
   /// passes through column `diagonal` of the tile's first row. Every step also fetches what is
@@ -90,22 +103,16 @@ struct Panels {
                    int64_t rows, int64_t cols, Triangle triangle, int64_t diagonal, double scale,
                    const char* ahead, int64_t ahead_step) {
     Vector sum[kRows][vectors];
-    // The sums go to `out` in the end: fetch it while they grow.
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(Out));
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-      for (int64_t c = 0; c < vectors * kLanes; c += kLine) {
-        __builtin_prefetch(out + r * out_row + c, 1);
-      }
-    }
     typename Simd::Sum part[kRows][vectors * kLanes];  // segments so far, in the L1 cache
+    // While the last sums grow: what is fetched earlier is gone from the L1 cache by then.
+    if (steps <= kSegment) fetch<vectors>(out, out_row);
     add_steps<vectors>(steps < kSegment ? steps : kSegment, a, b, sum, ahead, ahead_step);
     for (int64_t begin = kSegment; begin < steps; begin += kSegment) {
       store_tile<vectors>(sum, part);
       a += kSegment * kPanel;
       b += kSegment * kPanel;
       ahead += kSegment * ahead_step;
+      if (steps - begin <= kSegment) fetch<vectors>(out, out_row);
       add_steps<vectors>(steps - begin < kSegment ? steps - begin : kSegment, a, b, sum, ahead,
                          ahead_step);
 #pragma GCC unroll 16
@@ -163,6 +170,9 @@ struct Panels {
                         i % kPanel;
         Out* out = static_cast<Out*>(p.out) + i * p.out_row + j;
         const int64_t rows = p.i1 - i;
+        // The next tile's may be in memory still; one of few steps is done before they come.
+        if (p.steps > kSegment && rows > kRows)
+          fetch<kVectors, 2>(out + kRows * p.out_row, p.out_row);
         int64_t cols = p.j1 - j < kPanel ? p.j1 - j : kPanel;
         if (lower && i + kRows - j < cols) cols = i + kRows - j;
         const int64_t live = (cols + kLanes - 1) / kLanes;
@@ -234,7 +244,10 @@ struct Panels {
       auto* out =
           reinterpret_cast<Slot*>(static_cast<char*>(p.panels) + c / kPanel * p.panel_stride) +
           p.step * kPanel + c % kPanel;
-      for (int64_t r = 0; r < p.count; ++r) rows[r] = static_cast<const Value*>(p.rows[r]) + c;
+      for (int64_t r = 0; r < p.count; ++r) {
+        rows[r] = static_cast<const Value*>(p.rows[r]) + c;
+        __builtin_prefetch(reinterpret_cast<const char*>(rows[r]) + p.ahead);
+      }
       Value padded[kPackRows][kLanes];
       if (p.features - c < kLanes) {
         const auto live = static_cast<size_t>(p.features - c);
