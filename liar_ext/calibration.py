@@ -96,7 +96,7 @@ class Passes:
     ) -> None:
         check_finite_weights(model)
         self.model, self.progress = model, progress
-        self.groups = group_sites(at, room_for_sums(model) if memory is None else memory)
+        self.groups = group_sites(at, room_for_sums(model, memory))
         self.batches = batches if len(self.groups) == 1 else list(batches)
         self.bank = MomentBank({})
         self.taken = 0
@@ -119,8 +119,13 @@ class Passes:
         return group
 
 
-def room_for_sums(model: nn.Module, most: int = MEMORY) -> int:
-    """Return the bytes that sums may take: ``most``, or half of what is free on any GPU in use."""
+def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMORY) -> int:
+    """Return the bytes that sums may take: ``memory``, if that is given.
+
+    Else ``most``, or half of what is free on any GPU in use.
+    """
+    if memory is not None:
+        return memory
     devices = {parameter.device for parameter in model.parameters()}
     free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
     return min([most, *(count // 2 for count in free)])
@@ -186,8 +191,10 @@ def collect(
     forward pass ends where all taps have got their tensor.
     """
     device = device_of(model)
-    watched = {tap.name: device_of(model.get_submodule(tap.module), device) for tap in taps}
-    bank = MomentBank({t.name: t.sums.zeros(t.d_in, device=watched[t.name]) for t in taps})
+    bank = MomentBank()
+    for tap in taps:
+        here = device_of(model.get_submodule(tap.module), device)
+        bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
     current = _Batch()
     sequences = 0
     with _collecting(model, taps, bank, current), evaluating(model):

@@ -143,7 +143,7 @@ def narrow(
     hidden = hidden_of(model)
     count = count_kept(hidden, keep, multiple_of)
     each = FOLDS * 8 * (count + hidden.size) ** 2
-    room = room_for_sums(model, MEMORY) if memory is None else memory
+    room = room_for_sums(model, memory, MEMORY)
     groups = split(hidden.sources, [each] * len(hidden.sources), room)
     titles = [f"narrow, pass {i + 1} of {1 + len(groups)}" for i in range(1 + len(groups))]
     energy = _stream_energy(model, hidden, batches, progress=progress, title=titles[0])

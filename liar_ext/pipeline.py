@@ -137,7 +137,7 @@ def prune(
     check_budget(at, budget, allocation, total)
     if memory is not None and memory <= 0:
         raise InputError(f"prune: memory must be more than 0 bytes, got {memory}")
-    room = room_for_sums(model) if memory is None else memory
+    room = room_for_sums(model, memory)
     if refine and len(group_sites(at, room)) > 1:
         raise InputError(
             "prune: refine solves all sites for each plan, and their sums are over "
@@ -176,7 +176,7 @@ def prune(
     plan = Plan(model.config.model_type, attn_unit, {}, asdict(budget))
     weights, rows, sensitivities, divergences, taken = {}, [], {}, {}, {}
     if narrowing is None or budget.keep < 1.0:
-        passes = Passes(narrow_model, batches, at, memory, progress=progress)
+        passes = Passes(narrow_model, batches, at, room, progress=progress)
         settings = {"mode": reconstruct, "progress": progress}
         scores, losses, sensitivities = _measure(
             passes, criterion, allocation, budget, seed, clock, **settings

@@ -167,7 +167,7 @@ class Walk:
         self, site: Site, target: str, consumers: Mapping[str, Forward]
     ) -> tuple[Moments, Shortfall | None]:
         """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
-        device = get_consumer_weight(self.model, site).device
+        device = self.blocks.device(site.block)
         moments = Moments.zeros(site.d_in, device=device)
         shortfall = None
         if target != "dense-input":
