@@ -114,7 +114,7 @@ def bench(monkeypatch):
 
 
 def test_the_calls_of_the_bench(bench):
-    """A session with a GPU is short: what it will call has run."""
+    """Time on a GPU is dear: what the bench will call there has run."""
     rows = [
         *bench.gram_rows("tiny", 24, 80, 1.0),
         *bench.reconstruct_rows(20, 1.0),

@@ -7,6 +7,7 @@ every source.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -87,10 +88,11 @@ def simulate(output: Path) -> tuple[Path, Path]:
     device = compile_all([HERE / "simulated_gpu.cpp"], output, [*flags, "-std=c++20"])
     device = link(device, output / "libtorch_cuda.so", [*torch, "-Wl,-soname,libtorch_cuda.so"])
     launchers = [HERE / "simulated_launchers.cpp", *CUDA.glob("*.cpp"), *CUDA.glob("*.cu")]
-    stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    target = re.search(r'^TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    stable = [f"-DTORCH_TARGET_VERSION={target[1]}"]
     objects = compile_all(sorted(launchers), output / "launchers", [*flags, *stable])
-    target = output / "liar_simulated_launchers.so"
-    return device, link(objects, target, [str(device), *torch, f"-Wl,-rpath,{output}"])
+    found = [str(device), *torch, f"-Wl,-rpath,{output}"]
+    return device, link(objects, output / "liar_simulated_launchers.so", found)
 
 
 def preload() -> str:
