@@ -7,13 +7,34 @@ from pathlib import Path
 
 import torch
 import transformers
-from test_surgery import make_plan
 from tiny import tiny
 from torch import nn
 
-from liar_ext.arch import get_consumer_bias, sites
+from liar_ext.arch import Site, get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery import apply_plan
+
+
+def keep_some(site: Site, seed: int = 0, bias: bool = False) -> SitePlan:
+    """Keep a random half of the units of a site, one more in each next block."""
+    generator = torch.Generator().manual_seed(seed + 7 * site.block)
+    run = site.units // site.groups
+    n_kept = min(max(run // 2, 1) + site.block % 2, run)
+    kept = [
+        group * run + unit
+        for group in range(site.groups)
+        for unit in torch.randperm(run, generator=generator)[:n_kept].sort().values.tolist()
+    ]
+    return SitePlan(site.units, tuple(kept), bias)
+
+
+def make_plan(model: nn.Module, kinds=("attn", "mlp"), attn_unit="auto", bias=False) -> Plan:
+    chosen = sites(model, kinds, attn_unit)
+    return Plan(
+        model.config.model_type,
+        attn_unit,
+        {site.name: keep_some(site, bias=bias) for site in chosen},
+    )
 
 
 def equal_plan(model: nn.Module, kinds=("attn", "mlp"), bias: bool = False) -> Plan:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from folders import equal_plan, pruned, read, tokenizer
+from folders import equal_plan, make_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
-from test_surgery import make_plan
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 
 from liar_ext.arch import get_consumer_bias, sites

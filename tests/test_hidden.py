@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny import TINY, outputs, tiny, tiny_inputs
+from tiny import NARROWABLE, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import InputError, Plan
@@ -16,7 +16,6 @@ from liar_ext.hidden import hidden_of, slice_hidden
 from liar_ext.plan import SitePlan
 from liar_ext.surgery import apply_plan, is_pruned
 
-NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
 HEADS = {
     "llama": [
         "ForSequenceClassification",

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import equal_plan, read
-from test_hidden import NARROWABLE
-from tiny import outputs, tiny, tiny_inputs
+from tiny import NARROWABLE, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, save_pruned, verify_pruned
 from liar_ext.arch import sites

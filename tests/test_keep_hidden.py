@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_narrowing import batches, narrowed
-from tiny import outputs, tiny
+from test_narrowing import narrowed
+from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, narrowing, prune
 from liar_ext.hidden import hidden_of

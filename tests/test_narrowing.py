@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from test_hidden import NARROWABLE
-from tiny import outputs, tiny, tiny_inputs
+from tiny import NARROWABLE, batches, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import Plan, narrow, narrowing
@@ -16,10 +15,6 @@ from liar_ext.hidden import hidden_of
 from liar_ext.moments import Moments
 from liar_ext.norms import fit_norm, lost_moments
 from liar_ext.surgery import apply_plan
-
-
-def batches(model, count=6):
-    return [tiny_inputs(model, batch=8, tokens=16, seed=seed) for seed in range(count)]
 
 
 def narrowed(model, data, keep, **settings):

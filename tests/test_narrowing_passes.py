@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_narrowing import batches
-from tiny import tiny
+from tiny import batches, tiny
 
 from liar_ext import narrow, narrowing
 from liar_ext.hidden import hidden_of

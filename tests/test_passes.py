@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_pipeline import batches
-from tiny import tiny
+from tiny import batches, tiny
 
 from liar_ext import InputError, calibrate, calibration, prune, sites
 from liar_ext.calibration import Passes, group_sites, split

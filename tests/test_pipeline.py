@@ -5,14 +5,10 @@ import json
 
 import pytest
 import torch
-from tiny import outputs, tiny, tiny_inputs
+from tiny import batches, outputs, tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, kl_divergence, prune
 from liar_ext.report import Report
-
-
-def batches(model, count=6):
-    return [tiny_inputs(model, batch=8, tokens=16, seed=seed) for seed in range(count)]
 
 
 @pytest.mark.parametrize(

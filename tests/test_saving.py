@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from folders import equal_plan, pruned, read, tokenizer
-from test_surgery import make_plan
+from folders import equal_plan, make_plan, pruned, read, tokenizer
 from tiny import outputs, tiny
 
 from liar_ext import saving

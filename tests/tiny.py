@@ -69,6 +69,7 @@ TINY: dict[str, tuple[str, str, dict]] = {
     ),
 }
 CAUSAL = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3 opt gpt2 gpt_neox".split()
+NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
 GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
 
 
@@ -96,6 +97,11 @@ def tiny_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: i
         return {"pixel_values": pixels.to(model.dtype)}
     ids = torch.randint(3, VOCAB - 1, (batch, tokens), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def batches(model: PreTrainedModel, count: int = 6) -> list[dict]:
+    """Return batches of random inputs."""
+    return [tiny_inputs(model, batch=8, tokens=16, seed=seed) for seed in range(count)]
 
 
 @torch.no_grad()
