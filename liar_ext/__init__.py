@@ -1,6 +1,6 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
-from liar_ext import ops
+from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
 from liar_ext.allocation import allocate
 from liar_ext.arch import register_family, sites
 from liar_ext.calibration import calibrate

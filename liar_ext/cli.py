@@ -62,7 +62,7 @@ def _prune(options: argparse.Namespace) -> None:
     get_criterion(options.criterion)
     _check_apart(options.calibration, options.eval)
 
-    from liar_ext import texts
+    from liar_ext.data import texts
     from liar_ext.pipeline import prune
     from liar_ext.saving import check_folder, save_pruned
 
@@ -134,7 +134,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from liar_ext import texts
+    from liar_ext.data import texts
     from liar_ext.evaluation import perplexity
 
     documents = texts.read_documents(options.text)

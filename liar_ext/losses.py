@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -12,20 +11,17 @@ from tqdm.auto import tqdm
 from liar_ext.allocation import allocate, probe_plan
 from liar_ext.arch import Site
 from liar_ext.curves import CURVE_DAMP, error_curves
+from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.moments import MomentBank
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct, with_bias
 from liar_ext.sensitivity import divergences, site_divergences
 
-# Sensitivities scatter with the tokens compared, and with the sequences that these come from.
-PROBE_SEQUENCES, PROBE_TOKENS = 4, 2048
 # Depths that refinement tells apart: early, middle and late blocks, for each kind of site.
 DEPTHS = 3
 # One round of refinement changes the losses of a group by this factor at most.
 MOST_RESCALED = 4.0
-
-Batches = Sequence[Mapping[str, Tensor] | Tensor]
 
 
 def decide(
@@ -162,39 +158,6 @@ def predict_divergence(
     """Return the sum of the losses of a plan, at all its sites or at those named."""
     names = plan.sites if names is None else names
     return sum(float(losses[name][len(plan.sites[name].removed)]) for name in names)
-
-
-def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
-    """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
-
-    Sequences of one batch stay together, so that short ones need few passes.
-    """
-    inputs = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
-    places = [
-        (index, row)
-        for index, batch in enumerate(inputs)
-        for row in range(len(next(iter(batch.values()))))
-    ]
-    tokens = sum(_tokens(batch) for batch in inputs)
-    count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * len(places) / max(tokens, 1)))
-    count = min(count, len(places))
-    chosen: dict[int, list[int]] = {}
-    for step in range(count):
-        index, row = places[(2 * step + 1) * len(places) // (2 * count)]
-        chosen.setdefault(index, []).append(row)
-    return [
-        {key: value[rows] for key, value in inputs[index].items()} for index, rows in chosen.items()
-    ]
-
-
-def _tokens(batch: Mapping[str, Tensor]) -> int:
-    """Return the tokens of a batch that are not padding; an image counts as a long sequence."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if mask is not None:
-        return int(mask.sum())
-    if ids is not None:
-        return ids.numel()
-    return len(next(iter(batch.values()))) * PROBE_TOKENS // PROBE_SEQUENCES
 
 
 def refine_plan(

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from liar_ext import ops
+from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 
 BANK_VERSION = 1
-FOLDS = 2
 
 
 @dataclass

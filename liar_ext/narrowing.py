@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.calibration import Tap, check_finite_weights, collect, room_for_sums, split
+from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
-from liar_ext.moments import FOLDS, MomentBank, Moments, Squares, check_folds
+from liar_ext.moments import MomentBank, Moments, Squares, check_folds
 from liar_ext.norms import fit_norm, lost_moments
 from liar_ext.outputs import device_of
 from liar_ext.plan import Plan, SitePlan

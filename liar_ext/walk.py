@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from liar_ext.arch import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.blocks import Blocks, Forward, Run
+from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS, Moments
+from liar_ext.moments import Moments
 from liar_ext.outputs import device_of
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow

@@ -10,7 +10,7 @@ from liar_ext import InputError, calibrate, ops, score, sites
 from liar_ext.allocation import select
 from liar_ext.arch import get_consumer_weight
 from liar_ext.curves import error_curve, error_curves, removal_order
-from liar_ext.moments import FOLDS
+from liar_ext.data.batches import FOLDS
 
 DAMP = 1e-2
 

@@ -9,7 +9,8 @@ from tiny import tiny, tiny_inputs
 from liar_ext import Budget, allocate, calibrate, reconstruct, score, site_divergences, sites
 from liar_ext.allocation import probe_plan
 from liar_ext.curves import CURVE_DAMP
-from liar_ext.losses import measure_losses, predict_divergence, probe_batches, refine_plan
+from liar_ext.data.batches import probe_batches
+from liar_ext.losses import measure_losses, predict_divergence, refine_plan
 from liar_ext.sensitivity import divergences
 
 BUDGET = Budget(0.5)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.moments import FOLDS
 
 JSON_LINES = (".jsonl", ".ndjson")
 

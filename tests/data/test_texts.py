@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from liar_ext import InputError, texts
+from liar_ext import InputError
+from liar_ext.data import texts
 
 
 def test_sources_are_documents(tmp_path):

@@ -1,0 +1,11 @@
+"""Modules under the names that version 0.1.0 gave them, for code that imports them so."""
+
+import importlib
+import sys
+
+MOVED = {
+    "texts": "data.texts",
+}
+
+for _old, _new in MOVED.items():
+    sys.modules[f"liar_ext.{_old}"] = importlib.import_module(f"liar_ext.{_new}")

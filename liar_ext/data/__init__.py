@@ -1,0 +1,1 @@
+"""Texts and batches: from documents to what a model takes."""
