@@ -50,11 +50,11 @@ quality: setup $(ASSETS)/.installed
 # The CUDA kernels, executed on the host; the second time under ASan and UBSan. A fake stack for each
 # fiber would take ten times as long.
 host-kernels: setup
-	$(BIN)/python -m pytest tests/test_host_*.py
+	$(BIN)/python -m pytest tests/csrc/test_host_*.py
 	$(BIN)/python csrc/testing/build.py --sanitize
 	LIAR_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	LD_PRELOAD=$$($(BIN)/python csrc/testing/build.py --preload) \
-	$(BIN)/python -m pytest tests/test_host_*.py -k "not every_barrier"
+	$(BIN)/python -m pytest tests/csrc/test_host_*.py -k "not every_barrier"
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup
@@ -65,10 +65,10 @@ cuda-check: setup
 SANITIZER := compute-sanitizer --error-exitcode 1
 gpu: export LIAR_REQUIRE_CUDA = 1
 gpu: setup
-	$(BIN)/python -m pytest tests/test_cuda_build.py tests/test_cuda_jobs.py
-	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest tests/test_cuda_build.py
-	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/test_cuda_build.py -k "129 or 70"
-	$(SANITIZER) --tool initcheck $(BIN)/python -m pytest tests/test_cuda_build.py -k "129 or 70"
+	$(BIN)/python -m pytest tests/csrc/test_cuda_build.py tests/csrc/test_cuda_jobs.py
+	$(SANITIZER) --tool memcheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py
+	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
+	$(SANITIZER) --tool initcheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
 	mkdir -p out
 	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json
 

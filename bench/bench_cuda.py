@@ -12,7 +12,8 @@ import sys
 
 import torch
 
-from liar_ext import ops, reference
+from liar_ext import ops
+from liar_ext.ops import reference
 
 SHAPES = {
     "Llama-2-7B o_proj, Llama-3-8B o_proj": 4096,

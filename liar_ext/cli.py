@@ -179,7 +179,7 @@ def _info(options: argparse.Namespace) -> None:
         state = "available" if find_spec(package) else f"pip install {package}"
         print(f"{what:32} {state}")
     print(f"{'families':32} {', '.join(FAMILIES)}")
-    print(f"{'extension':32} {Path(ops.__file__).parent}")
+    print(f"{'extension':32} {Path(ops.__file__).parents[1]}")
 
 
 def _load(options: argparse.Namespace):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from host_kernels import DTYPES, LARGE, kernels, narrow, widen
 
-from liar_ext import reference
+from liar_ext.ops import reference
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from host_kernels import LARGE, kernels
 
-from liar_ext import reference
+from liar_ext.ops import reference
 
 DAMPS = (0.0, 1e-3, 0.5, np.inf)
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from liar_ext import ops, reference
+from liar_ext import ops
+from liar_ext.ops import reference
 
 LADDER = torch.tensor([0.0, 1e-4, 1e-2, 1.0, math.inf], dtype=torch.float64)
 

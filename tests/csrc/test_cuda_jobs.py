@@ -104,7 +104,7 @@ def test_narrow_dtypes(dtype, job):
 @pytest.fixture
 def bench(monkeypatch):
     """Give bench/bench_cuda.py with sizes that take no time."""
-    path = Path(__file__).parents[1] / "bench" / "bench_cuda.py"
+    path = Path(__file__).parents[2] / "bench" / "bench_cuda.py"
     spec = importlib.util.spec_from_file_location("bench_cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -10,7 +10,7 @@ import pytest
 
 from liar_ext import _C
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU_ONLY = ("-DLIAR_CUDA=OFF", "-DLIAR_HOST_KERNELS=OFF")  # other tests compile and run these
 SOURCES = sorted((ROOT / "csrc").rglob("*.cpp")) + sorted((ROOT / "csrc").rglob("*.h"))
 

@@ -9,7 +9,7 @@ from textwrap import dedent
 import pytest
 import torch
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.backends.cuda.is_built(),
     reason="the simulation wants a build of torch for the CPU, on Linux",
@@ -38,7 +38,7 @@ def script(text: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "chosen",
-    [["test_cuda_build.py", "-k", "on_a_gpu"], ["test_cuda_jobs.py"]],
+    [["csrc/test_cuda_build.py", "-k", "on_a_gpu"], ["csrc/test_cuda_jobs.py"]],
     ids=["operators", "jobs"],
 )
 def test_what_is_tested_on_a_gpu(chosen):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from liar_ext import ops, reference
+from liar_ext import ops
+from liar_ext.ops import reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOKENS = [0, 1, 7, 129, 600]

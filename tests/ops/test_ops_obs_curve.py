@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from liar_ext import ops, reference
+from liar_ext import ops
+from liar_ext.ops import reference
 
 DAMP = 1e-3
 

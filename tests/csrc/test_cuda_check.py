@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 KERNELS = sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cuh"), *CUDA.glob("kernels/*.cuh")])
 
 spec = importlib.util.spec_from_file_location("cuda_check", CUDA / "check.py")

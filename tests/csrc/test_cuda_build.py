@@ -103,7 +103,7 @@ def test_the_reference_serves_a_device_on_request(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 1), (129, 7), (300, 129), (5000, 264)], ids=str)
 @pytest.mark.parametrize("weighted", ["none", "mask", "real"])
 def test_gram_on_a_gpu(dtype, shape, weighted):
-    from liar_ext import reference
+    from liar_ext.ops import reference
 
     x = torch.randn(shape, device="cuda").to(dtype)
     weight = {
@@ -129,7 +129,7 @@ def test_gram_on_a_gpu(dtype, shape, weighted):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("size", [(9, 4, 3), (70, 33, 65), (300, 100, 211)], ids=str)
 def test_reconstruct_on_a_gpu(size):
-    from liar_ext import reference
+    from liar_ext.ops import reference
 
     d, d_out, n = size
     x = torch.randn(3 * d, d, dtype=torch.float64, device="cuda")
@@ -164,7 +164,7 @@ def test_reconstruct_a_batch_on_a_gpu(size):
     ("d", "width", "groups"), [(70, 1, 7), (300, 1, 1), (192, 64, 1), (96, 8, 3)]
 )
 def test_scores_on_a_gpu(d, width, groups):
-    from liar_ext import reference
+    from liar_ext.ops import reference
 
     x = torch.randn(3, d, d, dtype=torch.float64, device="cuda")
     weight = torch.randn(40, d, dtype=torch.float64, device="cuda")

@@ -3,8 +3,8 @@
 Importing this module registers them as ``torch.ops.liar_ext.*``, with fake kernels so that
 ``torch.compile`` and meta tensors work. On a device that the extension has no kernels for (see
 ``build_info()["cuda"]``) they raise and say what to do; with ``LIAR_REFERENCE=1`` in the
-environment they run :mod:`liar_ext.reference` there, the same in plain torch, slower. See
-:mod:`liar_ext.dispatch`.
+environment they run :mod:`liar_ext.ops.reference` there, the same in plain torch, slower. See
+:mod:`liar_ext.ops.dispatch`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext import dispatch  # noqa: F401  importing it registers the operators
+from liar_ext.ops import dispatch  # noqa: F401  importing it registers the operators
 
 __all__ = [
     "build_info",

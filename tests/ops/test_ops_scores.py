@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from liar_ext import ops, reference
+from liar_ext import ops
+from liar_ext.ops import reference
 
 OPS = torch.ops.liar_ext
 SHAPES = [(1, 1, 1), (7, 7, 1), (4, 12, 3), (9, 600, 1), (129, 129, 43), (33, 70, 70), (5, 1030, 2)]

@@ -9,8 +9,8 @@ import os
 
 import torch
 
-from liar_ext import reference
 from liar_ext.errors import InputError
+from liar_ext.ops import reference
 
 try:
     from liar_ext import _C  # noqa: F401  importing it registers the operators

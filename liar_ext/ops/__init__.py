@@ -1,0 +1,19 @@
+"""The operators: wrappers of the compiled kernels, their fakes, and the float64 reference."""
+
+from liar_ext.ops.wrappers import (
+    build_info,
+    fisher_update_,
+    gram_update_,
+    obs_curve,
+    reconstruct,
+    unit_energy,
+)
+
+__all__ = [
+    "build_info",
+    "fisher_update_",
+    "gram_update_",
+    "obs_curve",
+    "reconstruct",
+    "unit_energy",
+]
