@@ -4,6 +4,7 @@ import importlib
 import sys
 
 MOVED = {
+    "arch": "models.sites",
     "texts": "data.texts",
 }
 

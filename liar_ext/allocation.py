@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from liar_ext.arch import Site
 from liar_ext.errors import InputError
 from liar_ext.knapsack import choose
+from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan, SitePlan
 
 Counts = dict[str, int]

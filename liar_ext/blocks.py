@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liar_ext.arch import Site
 from liar_ext.errors import InputError
-from liar_ext.outputs import device_of
+from liar_ext.models.running import device_of
+from liar_ext.models.sites import Site
 
 Forward = Callable[..., Tensor]
 

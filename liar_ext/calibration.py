@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.arch import Site, sites
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
+from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.sites import Site, sites
 from liar_ext.moments import MomentBank, Moments, Squares
-from liar_ext.outputs import device_of, evaluating
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
 MEMORY = 32 << 30

@@ -16,7 +16,7 @@ import torch
 from liar_ext import ops
 from liar_ext.criteria import get_criterion, list_criteria
 from liar_ext.errors import InputError
-from liar_ext.families import FAMILIES
+from liar_ext.models.registry import FAMILIES
 from liar_ext.options import parser
 from liar_ext.plan import Budget
 

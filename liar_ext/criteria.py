@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import ops
-from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.errors import InputError
 from liar_ext.gradients import SiteGradients, collect_gradients
+from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.moments import Moments
 
 # The choice of units hardly feels λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
@@ -35,7 +35,7 @@ class SiteStatistics:
     generator : torch.Generator
         Seeded per site.
     groups : int
-        Equal runs of units that must lose equally many; see :class:`liar_ext.arch.Site`.
+        Equal runs of units that must lose equally many; see :class:`liar_ext.models.sites.Site`.
     gradients : SiteGradients or None
         For a criterion that needs them; see :class:`liar_ext.gradients.SiteGradients`.
     """

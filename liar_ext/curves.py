@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
+from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.moments import Moments, symmetric
 
 # The curves hardly feel λ; 1e-2 is where most held-out choices end with some 50,000 tokens.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.errors import InputError
-from liar_ext.outputs import DenseOutputs, device_of, evaluating
+from liar_ext.models.running import device_of, evaluating
+from liar_ext.outputs import DenseOutputs
 
 
 @torch.no_grad()

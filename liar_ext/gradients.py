@@ -17,9 +17,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from liar_ext import ops
-from liar_ext.arch import Site, get_consumer_weight
 from liar_ext.errors import InputError
-from liar_ext.outputs import device_of, evaluating
+from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.sites import Site, get_consumer_weight
 
 IGNORED = -100  # the label that transformers leaves out of every loss
 TARGETS = ("labels", "start_positions")  # batch keys from which a head computes a loss

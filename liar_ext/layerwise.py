@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.arch import sites
 from liar_ext.blocks import Blocks
 from liar_ext.errors import InputError
-from liar_ext.outputs import evaluating
+from liar_ext.models.running import evaluating
+from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
 from liar_ext.solution import check_settings

@@ -26,15 +26,16 @@ from tqdm.auto import tqdm
 from liar_ext.calibration import Tap, check_finite_weights, collect, room_for_sums, split
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.hidden import Hidden, Source, hidden_of, narrow_norm
+from liar_ext.models.residual_stream import Hidden, Source, hidden_of
+from liar_ext.models.running import device_of
 from liar_ext.moments import MomentBank, Moments, Squares, check_folds
 from liar_ext.norms import fit_norm, lost_moments
-from liar_ext.outputs import device_of
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import solve
 from liar_ext.solution import Solution, check_settings, form_at
 from liar_ext.surgery import apply_plan
+from liar_ext.surgery_residual_stream import narrow_norm
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
 # Of the sums of one pass: a third of the float32 weights of a Llama of hidden size 4096, which then

@@ -1,37 +1,18 @@
-"""Run a model for its outputs alone, and tell how far two outputs are apart."""
+"""How far the outputs of a pruned model are from those of the dense one."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from liar_ext.models.running import device_of
+
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
-
-
-def device_of(module: nn.Module, default: torch.device | None = None) -> torch.device | None:
-    """Return the device of a module's first parameter: a model's is where its inputs go."""
-    return next((parameter.device for parameter in module.parameters()), default)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the key-value cache off while the context is open."""
-    training, use_cache = model.training, getattr(model.config, "use_cache", None)
-    model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.train(training)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
 
 
 class DenseOutputs:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.allocation import check_budget, total_cost
-from liar_ext.arch import sites
 from liar_ext.calibration import Passes, group_sites, room_for_sums
 from liar_ext.criteria import get_criterion, score
 from liar_ext.data.batches import probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.gradients import check_loss
-from liar_ext.hidden import hidden_of
 from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.losses import check_refine, decide, measure_losses
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.sites import sites
 from liar_ext.narrowing import count_kept, narrow
 from liar_ext.plan import Budget, Plan
 from liar_ext.probe import count_params

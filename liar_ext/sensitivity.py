@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.arch import Site, sites
 from liar_ext.errors import InputError
-from liar_ext.outputs import DenseOutputs, evaluating
+from liar_ext.models.running import evaluating
+from liar_ext.models.sites import Site, sites
+from liar_ext.outputs import DenseOutputs
 from liar_ext.plan import Plan
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]

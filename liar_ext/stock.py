@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.arch import block_config, family_of, get_consumer_bias, sites, skeleton
+from liar_ext.models.sites import block_config, family_of, get_consumer_bias, sites, skeleton
 from liar_ext.plan import Plan
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")

@@ -10,7 +10,7 @@ import transformers
 from tiny import tiny
 from torch import nn
 
-from liar_ext.arch import Site, get_consumer_bias, sites
+from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery import apply_plan
 

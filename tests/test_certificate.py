@@ -9,7 +9,7 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, allocate, calibrate, reconstruct, score, sites
-from liar_ext.arch import get_consumer_weight
+from liar_ext.models.sites import get_consumer_weight
 from liar_ext.solution import least_held_out
 
 

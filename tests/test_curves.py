@@ -8,9 +8,9 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, ops, score, sites
 from liar_ext.allocation import select
-from liar_ext.arch import get_consumer_weight
 from liar_ext.curves import error_curve, error_curves, removal_order
 from liar_ext.data.batches import FOLDS
+from liar_ext.models.sites import get_consumer_weight
 
 DAMP = 1e-2
 

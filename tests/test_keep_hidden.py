@@ -8,7 +8,7 @@ from test_narrowing import narrowed
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, narrowing, prune
-from liar_ext.hidden import hidden_of
+from liar_ext.models.residual_stream import hidden_of
 from liar_ext.surgery import is_pruned
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny import batches, tiny
 
 from liar_ext import narrow, narrowing
-from liar_ext.hidden import hidden_of
+from liar_ext.models.residual_stream import hidden_of
 
 KEPT = {"llama": 32, "bert": 24}
 

@@ -12,8 +12,8 @@ from folders import keep_some, make_plan
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
-from liar_ext.arch import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.errors import InputError
+from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery import apply_plan, is_pruned, unit_rows
 

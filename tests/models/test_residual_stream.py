@@ -11,10 +11,11 @@ from tiny import NARROWABLE, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import InputError, Plan
-from liar_ext.arch import sites
-from liar_ext.hidden import hidden_of, slice_hidden
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
 from liar_ext.surgery import apply_plan, is_pruned
+from liar_ext.surgery_residual_stream import slice_hidden
 
 HEADS = {
     "llama": [

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.families import block_config, blocks_of, family_of, get_path, register_family
-from liar_ext.wiring import Family, HeadInput, Wiring
+from liar_ext.models.family import Family, HeadInput, Wiring
+from liar_ext.models.reading import block_config, blocks_of, get_path
+from liar_ext.models.registry import family_of, register_family
 
 __all__ = [
     "Family",

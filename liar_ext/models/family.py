@@ -1,4 +1,4 @@
-"""How a model family is described: the words of a row of the table in :mod:`liar_ext.families`."""
+"""How a model family is described: the words of a row of the table of families."""
 
 from __future__ import annotations
 

@@ -9,17 +9,15 @@ Its features, the hidden size, are the same in every block, embeddings and heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.families import base_path, block_config, blocks_of, family_of
-from liar_ext.wiring import Step
-
-LayerWeights = Mapping[str, tuple[Tensor, Tensor | None]]
+from liar_ext.models.family import Step
+from liar_ext.models.reading import base_path, block_config, blocks_of
+from liar_ext.models.registry import family_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ class _Trail:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
 
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
-        tables = [layer for path in self.writers if _is_table(layer := self.layers[path])]
+        tables = [layer for path in self.writers if is_table(layer := self.layers[path])]
         size, *others = sorted({table.weight.shape[1] for table in tables})
         if others:
             raise InputError(
@@ -200,77 +198,6 @@ class _Trail:
         return Hidden(size, step, tuple(self.writers), sources)
 
 
-@torch.no_grad()
-def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -> None:
-    """Keep some hidden features of a model and remove the others, in place.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    kept : sequence of int
-        Features that stay, ascending.
-    weights : mapping of str to (Tensor, Tensor or None)
-        New weight and bias by path: ``(d_out, n_kept)`` of a reader, ``(n_kept,)`` of a norm. Any
-        other layer keeps the slices that it has.
-    """
-    hidden = hidden_of(model)
-    index = torch.tensor(kept, device="cpu")
-    done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
-
-    def keep(path: str, name: str, dim: int) -> None:
-        layer = model.get_submodule(path)
-        old = getattr(layer, name, None)
-        if old is None:
-            return
-        if (id(old), dim) not in done:
-            done[id(old), dim] = (old, select(old, dim, index))
-        # A weight that two layers share stays shared. Held here, the old one keeps its id its own.
-        setattr(layer, name, done[id(old), dim][1])
-        _fit(layer)
-
-    for path in hidden.norms:
-        narrow_norm(model.get_submodule(path), index)
-    for source in hidden.sources:
-        for path in (*source.readers, *source.tied):
-            keep(path, "weight", 1)
-    for path, (weight, bias) in weights.items():
-        layer = model.get_submodule(path)
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    for path in hidden.writers:
-        if _is_table(model.get_submodule(path)):
-            # A tied head has been here already, and has sliced the weight of both.
-            keep(path, "weight", 1)
-        else:
-            keep(path, "weight", 0)
-            keep(path, "bias", 0)
-
-
-def select(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
-    """Return a parameter that holds the given slices of another."""
-    chosen = parameter.detach().index_select(dim, index.to(parameter.device))
-    return nn.Parameter(chosen.contiguous(), requires_grad=parameter.requires_grad)
-
-
-def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
-    """Let a norm work on the features ``kept`` alone, in place; its statistic is theirs then."""
-    for name in ("weight", "bias"):
-        if getattr(norm, name, None) is not None:
-            setattr(norm, name, select(getattr(norm, name), 0, kept))
-    _fit(norm)
-
-
-def _is_table(layer: nn.Module) -> bool:
+def is_table(layer: nn.Module) -> bool:
+    """Tell whether a layer looks features up, by its columns, instead of computing them."""
     return isinstance(layer, nn.Embedding)
-
-
-def _fit(layer: nn.Module) -> None:
-    """Make the sizes that a layer keeps those of its weight."""
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, nn.Embedding):
-        layer.embedding_dim = layer.weight.shape[1]
-    elif isinstance(layer, nn.LayerNorm):
-        layer.normalized_shape = tuple(layer.weight.shape)

@@ -1,77 +1,10 @@
-"""How the residual stream of each family is written, normalised and read: part of its row.
-
-Checked against the source of transformers 5.24, and by tests that narrowing loses nothing where
-there is nothing to lose.
-"""
+"""BERT and its kin: separate q, k and v, norms after the sums."""
 
 from __future__ import annotations
 
-from liar_ext.wiring import Step, Stream
+from dataclasses import replace
 
-LLAMA = Stream(
-    start=(Step("write", ("embed_tokens",)),),
-    block=(
-        Step("norm", ("input_layernorm",)),
-        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Step("write", ("self_attn.o_proj",)),
-        Step("norm", ("post_attention_layernorm",)),
-        Step("read", ("mlp.gate_proj", "mlp.up_proj")),
-        Step("write", ("mlp.down_proj",)),
-    ),
-    ends=((Step("norm", ("norm",)), Step("read", ("lm_head", "score", "qa_outputs"))),),
-    config={"hidden_size": "hidden"},
-    multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
-)
-# The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also has
-# its norms elsewhere.
-OPT = Stream(
-    start=(Step("write", ("decoder.embed_tokens", "decoder.embed_positions")),),
-    block=(
-        Step("norm", ("self_attn_layer_norm",)),
-        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Step("write", ("self_attn.out_proj",)),
-        Step("norm", ("final_layer_norm",)),
-        Step("read", ("fc1",)),
-        Step("write", ("fc2",)),
-    ),
-    ends=(
-        (
-            Step("norm", ("decoder.final_layer_norm",)),
-            Step("read", ("lm_head", "score", "qa_outputs")),
-        ),
-    ),
-    config={
-        "hidden_size": "hidden",
-        "word_embed_proj_dim": "hidden",
-        "num_attention_heads": "heads",
-    },
-    multiple_of="head_dim",
-    requires={
-        "do_layer_norm_before": True,
-        "_remove_final_layer_norm": False,
-        "layer_norm_elementwise_affine": True,
-    },
-)
-# Both norms read the same stream where the two branches are parallel, and each its own else.
-GPT_NEOX = Stream(
-    start=(Step("write", ("embed_in",)),),
-    block=(
-        Step("norm", ("input_layernorm",)),
-        Step("read", ("attention.query_key_value",)),
-        Step("write", ("attention.dense",)),
-        Step("norm", ("post_attention_layernorm",)),
-        Step("read", ("mlp.dense_h_to_4h",)),
-        Step("write", ("mlp.dense_4h_to_h",)),
-    ),
-    ends=(
-        (
-            Step("norm", ("final_layer_norm",)),
-            Step("read", ("lm_head", "score", "classifier", "qa_outputs")),
-        ),
-    ),
-    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
-    multiple_of="head_dim",
-)
+from liar_ext.models.family import Family, HeadInput, Step, Stream, Wiring
 
 
 def _pooled(layer: str, *heads: str) -> tuple[Step, ...]:
@@ -148,4 +81,63 @@ DISTILBERT = Stream(
     ),
     config={"dim": "hidden", "n_heads": "heads"},
     multiple_of="head_dim",
+)
+
+# BERT derives the size of a head from hidden_size / num_attention_heads, so that no config builds
+# fewer heads of the same size.
+_BERT = Family(
+    name="bert",
+    blocks="encoder.layer",
+    attn=Wiring(
+        producers=("attention.self.query",),
+        key_value=("attention.self.key", "attention.self.value"),
+        consumer="attention.output.dense",
+        head_dim="attention.self.attention_head_size",
+        numbers={
+            "attention.self.num_attention_heads": "heads",
+            "attention.self.all_head_size": "features",
+        },
+    ),
+    mlp=Wiring(
+        producers=("intermediate.dense",),
+        consumer="output.dense",
+        config={"intermediate_size": "features"},
+    ),
+    stream=BERT,
+)
+
+# The rows of the table.
+ROWS = (
+    _BERT,
+    replace(_BERT, name="roberta"),
+    replace(
+        _BERT,
+        name="mpnet",
+        attn=Wiring(
+            producers=("attention.attn.q",),
+            key_value=("attention.attn.k", "attention.attn.v"),
+            consumer="attention.attn.o",
+            head_dim="attention.attn.attention_head_size",
+            numbers={
+                "attention.attn.num_attention_heads": "heads",
+                "attention.attn.all_head_size": "features",
+            },
+            # The encoder computes the relative position bias once, for all blocks and heads.
+            head_input=HeadInput("attention.attn", 2, "position_bias"),
+        ),
+        stream=MPNET,
+    ),
+    Family(
+        name="distilbert",
+        blocks="transformer.layer",
+        attn=Wiring(
+            producers=("attention.q_lin",),
+            key_value=("attention.k_lin", "attention.v_lin"),
+            consumer="attention.out_lin",
+            head_dim="attention.attention_head_size",
+            numbers={"attention.n_heads": "heads"},
+        ),
+        mlp=Wiring(producers=("ffn.lin1",), consumer="ffn.lin2", config={"hidden_dim": "features"}),
+        stream=DISTILBERT,
+    ),
 )

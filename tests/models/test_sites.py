@@ -10,7 +10,9 @@ from tiny import GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from liar_ext.arch import (
+from liar_ext.errors import InputError
+from liar_ext.models.registry import FAMILIES
+from liar_ext.models.sites import (
     can_gain_bias,
     family_of,
     get_consumer_bias,
@@ -18,8 +20,6 @@ from liar_ext.arch import (
     register_family,
     sites,
 )
-from liar_ext.errors import InputError
-from liar_ext.families import FAMILIES
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery import apply_plan
 
@@ -147,7 +147,7 @@ def test_an_unknown_architecture_is_told_how_to_register() -> None:
 
 
 def test_the_advice_in_the_error_is_a_family_that_works() -> None:
-    from liar_ext.arch import Family, Wiring
+    from liar_ext.models.sites import Family, Wiring
 
     model = tiny("llama")
     expected = [site.name for site in sites(model)]

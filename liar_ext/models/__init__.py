@@ -1,0 +1,1 @@
+"""Models: which families there are, where their sites and residual streams lie, how they run."""

@@ -1,0 +1,1 @@
+"""The rows of the table of families, one module per kind of model."""

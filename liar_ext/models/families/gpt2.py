@@ -1,0 +1,32 @@
+"""GPT-2: q, k and v stacked in one transposed layer."""
+
+from __future__ import annotations
+
+from liar_ext.models.family import Family, Wiring
+
+# The rows of the table.
+ROWS = (
+    # GPT-2 computes [q; k; v] in one transposed layer and splits the result at split_size.
+    Family(
+        name="gpt2",
+        blocks="h",
+        attn=Wiring(
+            producers=("attn.c_attn",),
+            consumer="attn.c_proj",
+            head_dim="attn.head_dim",
+            stacked=3,
+            transposed=True,
+            numbers={
+                "attn.num_heads": "heads",
+                "attn.embed_dim": "features",
+                "attn.split_size": "features",
+            },
+        ),
+        mlp=Wiring(
+            producers=("mlp.c_fc",),
+            consumer="mlp.c_proj",
+            transposed=True,
+            config={"n_inner": "features"},
+        ),
+    ),
+)

@@ -1,0 +1,52 @@
+"""The table of model families: how the blocks of each are wired.
+
+A family is one row, and :func:`register_family` adds a row. Nothing here looks at tensors; what a
+row means for a given model is read by :mod:`liar_ext.models.sites`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from liar_ext.errors import InputError
+from liar_ext.models.families import bert, gpt2, gpt_neox, llama, opt, vit
+from liar_ext.models.family import Family
+
+# One row a family, checked against the source of transformers 5.24 and by a test that slicing
+# equals zeroing.
+FAMILIES: dict[str, Family] = {
+    row.name: row for module in (llama, bert, opt, gpt2, gpt_neox, vit) for row in module.ROWS
+}
+
+
+def register_family(family: Family) -> Family:
+    """Add a family to the table, or replace the row of that name, and return it.
+
+    Examples
+    --------
+    >>>     >>> from liar_ext.models.sites import family_of, register_family
+    >>> register_family(replace(family_of(llama), name="my_llama"))  # doctest: +SKIP
+    """
+    FAMILIES[family.name] = family
+    return family
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family of a model, by its ``config.model_type``.
+
+    Raises
+    ------
+    InputError
+        If the model has no config, or the table has no such family.
+    """
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    if name in FAMILIES:
+        return FAMILIES[name]
+    raise InputError(
+        f"sites: unknown architecture {name!r} ({type(model).__name__}); known are "
+        f"{', '.join(sorted(FAMILIES))}. Describe it once: liar_ext.register_family(Family("
+        f"name={name!r}, blocks='layers', attn=Wiring(producers=('self_attn.q_proj',), "
+        "key_value=('self_attn.k_proj', 'self_attn.v_proj'), consumer='self_attn.o_proj', "
+        "head_dim='self_attn.head_dim'), mlp=Wiring(producers=('mlp.gate_proj', 'mlp.up_proj'), "
+        "consumer='mlp.down_proj'))) with Family and Wiring from liar_ext.models.sites"
+    )

@@ -1,0 +1,84 @@
+"""Keep some features of the residual stream: slice what writes, norms and reads it, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.models.residual_stream import hidden_of, is_table
+
+LayerWeights = Mapping[str, tuple[Tensor, Tensor | None]]
+
+
+@torch.no_grad()
+def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -> None:
+    """Keep some hidden features of a model and remove the others, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    kept : sequence of int
+        Features that stay, ascending.
+    weights : mapping of str to (Tensor, Tensor or None)
+        New weight and bias by path: ``(d_out, n_kept)`` of a reader, ``(n_kept,)`` of a norm. Any
+        other layer keeps the slices that it has.
+    """
+    hidden = hidden_of(model)
+    index = torch.tensor(kept, device="cpu")
+    done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def keep(path: str, name: str, dim: int) -> None:
+        layer = model.get_submodule(path)
+        old = getattr(layer, name, None)
+        if old is None:
+            return
+        if (id(old), dim) not in done:
+            done[id(old), dim] = (old, select(old, dim, index))
+        # A weight that two layers share stays shared. Held here, the old one keeps its id its own.
+        setattr(layer, name, done[id(old), dim][1])
+        _fit(layer)
+
+    for path in hidden.norms:
+        narrow_norm(model.get_submodule(path), index)
+    for source in hidden.sources:
+        for path in (*source.readers, *source.tied):
+            keep(path, "weight", 1)
+    for path, (weight, bias) in weights.items():
+        layer = model.get_submodule(path)
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    for path in hidden.writers:
+        if is_table(model.get_submodule(path)):
+            # A tied head has been here already, and has sliced the weight of both.
+            keep(path, "weight", 1)
+        else:
+            keep(path, "weight", 0)
+            keep(path, "bias", 0)
+
+
+def select(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
+    """Return a parameter that holds the given slices of another."""
+    chosen = parameter.detach().index_select(dim, index.to(parameter.device))
+    return nn.Parameter(chosen.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
+    """Let a norm work on the features ``kept`` alone, in place; its statistic is theirs then."""
+    for name in ("weight", "bias"):
+        if getattr(norm, name, None) is not None:
+            setattr(norm, name, select(getattr(norm, name), 0, kept))
+    _fit(norm)
+
+
+def _fit(layer: nn.Module) -> None:
+    """Make the sizes that a layer keeps those of its weight."""
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Embedding):
+        layer.embedding_dim = layer.weight.shape[1]
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(layer.weight.shape)
