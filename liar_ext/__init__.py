@@ -2,7 +2,8 @@
 
 from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
 from liar_ext.allocation import allocate
-from liar_ext.calibration import calibrate
+from liar_ext.calibration.collect import calibrate
+from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned, verify_pruned
 from liar_ext.criteria import criterion, score
 from liar_ext.curves import error_curves
@@ -10,7 +11,6 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.models.sites import register_family, sites
-from liar_ext.moments import MomentBank, Moments
 from liar_ext.narrowing import narrow
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan

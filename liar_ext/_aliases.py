@@ -5,6 +5,7 @@ import sys
 
 MOVED = {
     "arch": "models.sites",
+    "gradients": "calibration.gradients",
     "texts": "data.texts",
 }
 

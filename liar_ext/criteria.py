@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import ops
+from liar_ext.calibration.gradients import SiteGradients, collect_gradients
+from liar_ext.calibration.moments import Moments
 from liar_ext.errors import InputError
-from liar_ext.gradients import SiteGradients, collect_gradients
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.moments import Moments
 
 # The choice of units hardly feels λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
@@ -37,7 +37,7 @@ class SiteStatistics:
     groups : int
         Equal runs of units that must lose equally many; see :class:`liar_ext.models.sites.Site`.
     gradients : SiteGradients or None
-        For a criterion that needs them; see :class:`liar_ext.gradients.SiteGradients`.
+        For a criterion that needs them; see :class:`liar_ext.calibration.gradients.SiteGradients`.
     """
 
     weight: Tensor
@@ -139,8 +139,8 @@ def score(
         For criteria that draw.
     batches : iterable of mapping or Tensor, optional
         Text for the criteria that need gradients (``snip``, ``taylor``, ``fisher``), which no
-        moments hold; see :func:`liar_ext.gradients.collect_gradients` for what it costs. No other
-        criterion reads it.
+        moments hold; see :func:`liar_ext.calibration.gradients.collect_gradients` for what it
+        costs. No other criterion reads it.
     progress : bool
         Show a progress bar for the gradients.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.moments import Moments, symmetric
 
 # The curves hardly feel λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.allocation import allocate, probe_plan
+from liar_ext.calibration.moments import MomentBank
 from liar_ext.curves import CURVE_DAMP, error_curves
 from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
-from liar_ext.moments import MomentBank
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct, with_bias
 from liar_ext.sensitivity import divergences, site_divergences

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.calibration import Tap, check_finite_weights, collect, room_for_sums, split
+from liar_ext.calibration.collect import Tap, check_finite_weights, collect
+from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds
+from liar_ext.calibration.passes import room_for_sums, split
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
-from liar_ext.moments import MomentBank, Moments, Squares, check_folds
 from liar_ext.norms import fit_norm, lost_moments
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.report import SiteRow

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.moments import Moments, symmetric
 from liar_ext.solution import Solution, ratio
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.allocation import check_budget, total_cost
-from liar_ext.calibration import Passes, group_sites, room_for_sums
+from liar_ext.calibration.gradients import check_loss
+from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.criteria import get_criterion, score
 from liar_ext.data.batches import probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
-from liar_ext.gradients import check_loss
 from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.losses import check_refine, decide, measure_losses
 from liar_ext.models.residual_stream import hidden_of

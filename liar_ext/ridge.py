@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
+from liar_ext.calibration.moments import Moments, centre, check_folds
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
-from liar_ext.moments import Moments, centre, check_folds
 from liar_ext.report import SiteRow
 from liar_ext.solution import (
     WITH_BIAS,

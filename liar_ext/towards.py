@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
+from liar_ext.calibration.moments import Moments, centre, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.moments import Moments, centre, check_folds, symmetric
 from liar_ext.solution import Solution, damp_ladder, least_held_out, ratio
 
 

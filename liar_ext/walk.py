@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.blocks import Blocks, Forward, Run
+from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
-from liar_ext.moments import Moments
 from liar_ext.plan import Plan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import report_row, solve

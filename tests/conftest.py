@@ -18,7 +18,7 @@ from tiny import VOCAB, tiny
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from liar_ext.moments import Moments
+from liar_ext.calibration.moments import Moments
 
 
 def pytest_unconfigure():

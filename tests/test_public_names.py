@@ -31,6 +31,7 @@ def test_modules_that_users_name_keep_working():
     """Names of modules in the documentation of 0.1.0, and in folders saved by it."""
     for name, members in {
         "arch": ("Family", "HeadInput", "Wiring", "family_of", "get_consumer_weight", "sites"),
+        "gradients": ("SiteGradients", "collect_gradients"),
         "texts": ("read_documents", "calibration_sequences"),
     }.items():
         module = importlib.import_module(f"liar_ext.{name}")

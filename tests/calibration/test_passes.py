@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import batches, tiny
 
-from liar_ext import InputError, calibrate, calibration, prune, sites
-from liar_ext.calibration import Passes, group_sites, split
+from liar_ext import InputError, calibrate, prune, sites
+from liar_ext.calibration import collect as calibration
+from liar_ext.calibration.passes import Passes, group_sites, split
 
 
 def bytes_of_most(model) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from liar_ext import InputError, MomentBank, Moments
-from liar_ext.moments import Squares, centre
+from liar_ext.calibration.moments import Squares, centre
 
 
 def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, list]:

@@ -1,0 +1,95 @@
+"""The moments of all sites, where they don't fit into memory at once: in several passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.collect import collect_at, check_finite_weights
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.data.batches import FOLDS
+from liar_ext.models.sites import Site
+
+# Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
+MEMORY = 32 << 30
+Item = TypeVar("Item")
+
+
+class Passes:
+    """The moments of all sites, where they don't fit at once: in groups of sites, a pass each.
+
+    Iterating gives the groups, in order and with their moments at hand as :attr:`bank`; going
+    :meth:`back` takes them the other way round, and begins with the moments that are there still.
+
+    Parameters
+    ----------
+    model, batches, at, progress
+        As for :func:`calibrate`.
+    memory : int, optional
+        Bytes that sums may take at a time, but at least those of one site; by default what
+        :func:`room_for_sums` says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Tensor] | Tensor],
+        at: Sequence[Site],
+        memory: int | None = None,
+        *,
+        progress: bool = False,
+    ) -> None:
+        check_finite_weights(model)
+        self.model, self.progress = model, progress
+        self.groups = group_sites(at, room_for_sums(model, memory))
+        self.batches = batches if len(self.groups) == 1 else list(batches)
+        self.bank = MomentBank({})
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[Sequence[Site]]:
+        return map(self._load, self.groups)
+
+    def back(self) -> Iterator[Sequence[Site]]:
+        """Return the groups, last first."""
+        return map(self._load, reversed(self.groups))
+
+    def _load(self, group: Sequence[Site]) -> Sequence[Site]:
+        if self.bank.keys() != {site.name for site in group}:
+            self.bank = MomentBank({})  # its memory is for the next
+            self.taken += 1
+            title = f"calibrate, pass {self.taken}" if len(self.groups) > 1 else "calibrate"
+            self.bank = collect_at(
+                self.model, self.batches, group, progress=self.progress, title=title
+            )
+        return group
+
+
+def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMORY) -> int:
+    """Return the bytes that sums may take: ``memory``, if that is given.
+
+    Else ``most``, or half of what is free on any GPU in use.
+    """
+    if memory is not None:
+        return memory
+    devices = {parameter.device for parameter in model.parameters()}
+    free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
+    return min([most, *(count // 2 for count in free)])
+
+
+def group_sites(at: Sequence[Site], memory: int) -> list[Sequence[Site]]:
+    """Return the groups that :class:`Passes` takes."""
+    return split(at, [FOLDS * 8 * site.d_in**2 for site in at], memory)
+
+
+def split(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[Sequence[Item]]:
+    """Return runs of ``items`` whose sizes add up to at most ``limit``, or of one item."""
+    starts, filled = [0], 0
+    for index, size in enumerate(sizes):
+        if filled + size > limit and index > starts[-1]:
+            starts.append(index)
+            filled = 0
+        filled += size
+    return [items[a:b] for a, b in zip(starts, [*starts[1:], len(items)], strict=True)]
