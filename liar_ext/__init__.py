@@ -18,7 +18,7 @@ from liar_ext.reconstruction import reconstruct
 from liar_ext.report import Report
 from liar_ext.saving import save_pruned
 from liar_ext.sensitivity import site_divergences
-from liar_ext.surgery import apply_plan
+from liar_ext.surgery.units import apply_plan
 
 __all__ = [
     "Budget",

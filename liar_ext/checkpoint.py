@@ -18,7 +18,7 @@ from liar_ext.plan import Plan
 from liar_ext.probe import compare_probe, read_probe
 from liar_ext.saving import MARK_VERSION, PLAN_FILE, QUANTISER_MARKS
 from liar_ext.stock import LAYER_FIELDS
-from liar_ext.surgery import apply_plan
+from liar_ext.surgery.units import apply_plan
 
 # Arguments of from_pretrained that say where to find a repository.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")

@@ -35,8 +35,8 @@ from liar_ext.plan import Plan, SitePlan
 from liar_ext.report import SiteRow
 from liar_ext.ridge import solve
 from liar_ext.solution import Solution, check_settings, form_at
-from liar_ext.surgery import apply_plan
-from liar_ext.surgery_residual_stream import narrow_norm
+from liar_ext.surgery.residual_stream import narrow_norm
+from liar_ext.surgery.units import apply_plan
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
 # Of the sums of one pass: a third of the float32 weights of a Llama of hidden size 4096, which then

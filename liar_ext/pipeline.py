@@ -26,7 +26,7 @@ from liar_ext.reconstruction import reconstruct as solve_sites
 from liar_ext.report import Clock, Report, SiteRow, versions, what_to_know
 from liar_ext.solution import check_settings
 from liar_ext.stock import how_to_load
-from liar_ext.surgery import apply_plan, is_pruned
+from liar_ext.surgery.units import apply_plan, is_pruned
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
 SCHEDULES = ("one-pass", "layerwise")

@@ -30,7 +30,7 @@ from liar_ext.models.sites import skeleton
 from liar_ext.plan import Plan
 from liar_ext.probe import write_probe
 from liar_ext.stock import auto_classes, equal_config, shapes_of, write_layer_sizes
-from liar_ext.surgery import apply_plan
+from liar_ext.surgery.units import apply_plan
 
 PLAN_FILE = "liar_plan.json"
 MARK_VERSION = 1

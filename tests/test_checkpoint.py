@@ -19,7 +19,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.saving import save_pruned
-from liar_ext.surgery import apply_plan, is_pruned
+from liar_ext.surgery.units import apply_plan, is_pruned
 
 # Families whose stock class can be built with fewer attention units.
 EQUAL_ATTENTION = set(GROUPED) | {"vit", "dinov2", "dinov2_swiglu"}

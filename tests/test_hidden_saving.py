@@ -16,7 +16,7 @@ from liar_ext import load_pruned, save_pruned, verify_pruned
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.stock import how_to_load
-from liar_ext.surgery import apply_plan, is_pruned
+from liar_ext.surgery.units import apply_plan, is_pruned
 
 PLAIN = """
 import sys

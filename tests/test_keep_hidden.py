@@ -9,7 +9,7 @@ from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, narrowing, prune
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.surgery import is_pruned
+from liar_ext.surgery.units import is_pruned
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from liar_ext import Plan, narrow, narrowing
 from liar_ext.calibration.moments import Moments
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.norms import fit_norm, lost_moments
-from liar_ext.surgery import apply_plan
+from liar_ext.surgery.units import apply_plan
 
 
 def narrowed(model, data, keep, **settings):

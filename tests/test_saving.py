@@ -20,7 +20,7 @@ from liar_ext.models.sites import sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.saving import check_folder, save_pruned
 from liar_ext.stock import auto_classes, how_to_load
-from liar_ext.surgery import apply_plan
+from liar_ext.surgery.units import apply_plan
 
 
 def test_config_says_the_size_of_each_layer(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.collect import collect_at, check_finite_weights
+from liar_ext.calibration.collect import check_finite_weights, collect_at
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import FOLDS
 from liar_ext.models.sites import Site

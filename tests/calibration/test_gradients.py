@@ -15,7 +15,7 @@ from liar_ext import InputError, MomentBank, calibrate, criterion, prune, score,
 from liar_ext.calibration import collect as calibration
 from liar_ext.calibration.gradients import collect_gradients
 from liar_ext.criteria import _CRITERIA
-from liar_ext.surgery import unit_rows
+from liar_ext.surgery.units import unit_rows
 
 STEP = 0.02  # norms of a float64 model round to float32 in some families
 # Grouped heads, a head for classes, transposed fused layers, tokens and sequences flattened.

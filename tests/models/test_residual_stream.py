@@ -14,8 +14,8 @@ from liar_ext import InputError, Plan
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
-from liar_ext.surgery import apply_plan, is_pruned
-from liar_ext.surgery_residual_stream import slice_hidden
+from liar_ext.surgery.residual_stream import slice_hidden
+from liar_ext.surgery.units import apply_plan, is_pruned
 
 HEADS = {
     "llama": [

@@ -21,7 +21,7 @@ from liar_ext.models.sites import (
     sites,
 )
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery import apply_plan
+from liar_ext.surgery.units import apply_plan
 
 
 def drop_one(model: nn.Module, name: str, attn_unit: str = "auto") -> None:

@@ -6,7 +6,7 @@ Nothing is masked and no number is computed. Of a site that keeps the units K::
     consumer    W ← W[:, columns of K], or the reconstructed weight that is given
 
 The head counts that ``forward`` reads follow; the size of a head stays. Hidden features go first:
-:func:`liar_ext.surgery_residual_stream.slice_hidden`.
+:func:`liar_ext.surgery.residual_stream.slice_hidden`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, skeleton
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery_residual_stream import select, slice_hidden
+from liar_ext.surgery.residual_stream import select, slice_hidden
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 

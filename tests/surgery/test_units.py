@@ -15,7 +15,7 @@ from torch import nn
 from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery import apply_plan, is_pruned, unit_rows
+from liar_ext.surgery.units import apply_plan, is_pruned, unit_rows
 
 
 def zero_removed(model: nn.Module, plan: Plan) -> nn.Module:
