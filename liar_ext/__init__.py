@@ -15,7 +15,7 @@ from liar_ext.narrowing import narrow
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction import reconstruct
-from liar_ext.report import Report
+from liar_ext.report.report import Report
 from liar_ext.saving import save_pruned
 from liar_ext.sensitivity import site_divergences
 from liar_ext.surgery.units import apply_plan

@@ -169,7 +169,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from liar_ext.report import versions
+    from liar_ext.report.report import versions
 
     for key, value in versions().items():
         print(f"{key:32} {value}")

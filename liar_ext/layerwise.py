@@ -13,7 +13,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
-from liar_ext.report import SiteRow
+from liar_ext.report.rows import SiteRow
 from liar_ext.solution import check_settings
 from liar_ext.walk import Walk
 

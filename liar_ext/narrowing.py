@@ -32,7 +32,7 @@ from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.norms import fit_norm, lost_moments
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.report import SiteRow
+from liar_ext.report.rows import SiteRow
 from liar_ext.ridge import solve
 from liar_ext.solution import Solution, check_settings, form_at
 from liar_ext.surgery.residual_stream import narrow_norm

@@ -23,7 +23,9 @@ from liar_ext.narrowing import count_kept, narrow
 from liar_ext.plan import Budget, Plan
 from liar_ext.probe import count_params
 from liar_ext.reconstruction import reconstruct as solve_sites
-from liar_ext.report import Clock, Report, SiteRow, versions, what_to_know
+from liar_ext.report.clock import Clock
+from liar_ext.report.report import Report, versions, what_to_know
+from liar_ext.report.rows import SiteRow
 from liar_ext.solution import check_settings
 from liar_ext.stock import how_to_load
 from liar_ext.surgery.units import apply_plan, is_pruned

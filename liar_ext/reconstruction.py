@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from liar_ext.calibration.moments import Moments
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
-from liar_ext.report import SiteRow
+from liar_ext.report.rows import SiteRow
 from liar_ext.ridge import report_row, solve
 from liar_ext.solution import WITH_BIAS, check_settings
 

@@ -12,7 +12,7 @@ from liar_ext.calibration.moments import Moments, centre, check_folds
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
-from liar_ext.report import SiteRow
+from liar_ext.report.rows import SiteRow
 from liar_ext.solution import (
     WITH_BIAS,
     Solution,

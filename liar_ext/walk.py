@@ -17,7 +17,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
-from liar_ext.report import SiteRow
+from liar_ext.report.rows import SiteRow
 from liar_ext.ridge import report_row, solve
 from liar_ext.solution import Solution
 from liar_ext.towards import Shortfall, solve_towards

@@ -8,7 +8,7 @@ import torch
 from tiny import batches, outputs, tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, kl_divergence, prune
-from liar_ext.report import Report
+from liar_ext.report.report import Report
 
 
 @pytest.mark.parametrize(

@@ -6,49 +6,18 @@ import json
 import math
 import os
 import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 from liar_ext import ops
 from liar_ext.plan import Plan
+from liar_ext.report.markdown import site_table, summary
+from liar_ext.report.rows import SiteRow
 
 REPORT_JSON = "liar_report.json"
 REPORT_MARKDOWN = "liar_report.md"
-Step = TypeVar("Step")
-
-
-@dataclass(frozen=True)
-class SiteRow:
-    """What happened at one site.
-
-    Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output; ``damp`` is λ, with
-    infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
-    ``target`` is what errors are measured to, and ``share`` how far towards it, from the site's own
-    dense weight on its input, the solve was taken.
-    ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
-    nats; None where it was not measured.
-    """
-
-    name: str
-    units_before: int
-    units_after: int
-    params_before: int
-    params_after: int
-    damp: float
-    error: float
-    holdout_error: float
-    condition: float
-    dropped_rows: int
-    path: str
-    seconds: float
-    target: str = "dense-input"
-    share: float = 0.0
-    sensitivity: float | None = None
 
 
 @dataclass
@@ -102,14 +71,14 @@ class Report:
     def to_markdown(self) -> str:
         """Return the report as Markdown for a person."""
         lines = [f"# Pruning report: {self.model}", ""]
-        lines += _summary(self)
+        lines += summary(self)
         if self.loading:
             lines += ["", self.loading]
         if self.warnings:
             lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
         for title, rows in (("Sites", self.sites), ("Hidden features", self.hidden)):
             if rows:
-                lines += ["", f"## {title}", "", *_table(rows)]
+                lines += ["", f"## {title}", "", *site_table(rows)]
         for title, facts in (
             ("Budget", self.budget),
             ("Settings", self.settings),
@@ -178,49 +147,6 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     return warnings
 
 
-def _table(rows: Sequence[SiteRow]) -> list[str]:
-    """Return the lines of a table of sites, or of places where hidden features are read."""
-    lines = [
-        "Errors are relative to the energy of the dense output; *held-out* is solved on one half "
-        "of the calibration documents and measured on the other.",
-        "",
-        "| site | units | parameters | damp | error | held-out | condition | dropped rows "
-        "| path | target | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {row.name} | {row.units_before} → {row.units_after} "
-        f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
-        f"| {row.error:.4f} | {row.holdout_error:.4f} | {row.condition:.1e} "
-        f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.2f} |"
-        for row in rows
-    ]
-
-
-def _target(row: SiteRow) -> str:
-    return f"{row.share:.2f} {row.target}" if row.share else "dense-input"
-
-
-def _summary(report: Report) -> list[str]:
-    lines = ["| | dense | pruned | pruned / dense |", "|---|---|---|---|"]
-    params = report.params
-    for title, before, after in (
-        ("parameters", "before", "after"),
-        ("prunable parameters", "prunable_before", "prunable_after"),
-    ):
-        if params.get(before):
-            ratio = params[after] / params[before]
-            lines.append(f"| {title} | {params[before]:,} | {params[after]:,} | {ratio:.3f} |")
-    dense, pruned = report.evaluation.get("dense"), report.evaluation.get("pruned")
-    if dense and pruned:
-        ratio = pruned["perplexity"] / dense["perplexity"]
-        lines.append(
-            f"| perplexity, {dense['tokens']:,} tokens in windows of {dense['seq_len']} "
-            f"| {dense['perplexity']:.2f} | {pruned['perplexity']:.2f} | {ratio:.3f} |"
-        )
-    return lines
-
-
 def _strict(value: object) -> object:
     """Replace infinities and NaN, which JSON lacks, by their names."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -230,30 +156,3 @@ def _strict(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     return value
-
-
-class Clock:
-    """Seconds by stage; stages of one name add up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Count the seconds of the context for a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-
-    def each(self, stage: str, steps: Iterable[Step]) -> Iterator[Step]:
-        """Yield the steps; what getting them takes is of the stage."""
-        steps, step = iter(steps), None
-        while True:
-            with self(stage):
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step

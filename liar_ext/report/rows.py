@@ -1,0 +1,34 @@
+"""What a report says of one site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What happened at one site.
+
+    Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output; ``damp`` is λ, with
+    infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
+    ``target`` is what errors are measured to, and ``share`` how far towards it, from the site's own
+    dense weight on its input, the solve was taken.
+    ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
+    nats; None where it was not measured.
+    """
+
+    name: str
+    units_before: int
+    units_after: int
+    params_before: int
+    params_after: int
+    damp: float
+    error: float
+    holdout_error: float
+    condition: float
+    dropped_rows: int
+    path: str
+    seconds: float
+    target: str = "dense-input"
+    share: float = 0.0
+    sensitivity: float | None = None
