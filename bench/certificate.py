@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import Budget, Plan, apply_plan, calibrate, perplexity, reconstruct, score, sites
-from liar_ext.blocks import Blocks
 from liar_ext.calibration.moments import Moments
 from liar_ext.checkpoint import load_model
 from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
-from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.losses import decide
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.pipeline import SCHEDULES
-from liar_ext.towards import Shortfall
-from liar_ext.walk import Walk
+from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.reconstruction.targets import Shortfall
+from liar_ext.reconstruction.walk import Walk
 
 PERPLEXITY_EVERY = 2  # windows of the fresh text
 Weights = dict[str, tuple[Tensor, Tensor | None]]

@@ -9,12 +9,12 @@ from liar_ext.criteria import criterion, score
 from liar_ext.curves import error_curves
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
-from liar_ext.layerwise import reconstruct_layerwise
 from liar_ext.models.sites import register_family, sites
 from liar_ext.narrowing import narrow
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
-from liar_ext.reconstruction import reconstruct
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.reconstruction.one_pass import reconstruct
 from liar_ext.report.report import Report
 from liar_ext.saving import save_pruned
 from liar_ext.sensitivity import site_divergences

@@ -6,6 +6,7 @@ import sys
 MOVED = {
     "arch": "models.sites",
     "gradients": "calibration.gradients",
+    "layerwise": "reconstruction.layerwise",
     "texts": "data.texts",
 }
 

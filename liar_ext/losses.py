@@ -15,7 +15,7 @@ from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
-from liar_ext.reconstruction import reconstruct, with_bias
+from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.sensitivity import divergences, site_divergences
 
 # Depths that refinement tells apart: early, middle and late blocks, for each kind of site.

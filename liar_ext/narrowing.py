@@ -6,9 +6,10 @@ norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, 
 
     y = W_K x' + W r + b,     r = x − x' on K,  x on P
 
-which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.ridge.solve` folds r into
-``W_K``, with the ridge that held-out tokens bear out, down to plain dropping. x' comes from the
-dense stream and the norm of the narrow model, so that what the norm changes is solved for, too.
+which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.ridge.solve`
+folds r into ``W_K``, with the ridge that held-out tokens bear out, down to plain dropping. x' comes
+from the dense stream and the norm of the narrow model, so that what the norm changes is solved for,
+too.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.norms import fit_norm, lost_moments
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.reconstruction.result import Solution
+from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.settings import check_settings, form_at
 from liar_ext.report.rows import SiteRow
-from liar_ext.ridge import solve
-from liar_ext.solution import Solution, check_settings, form_at
 from liar_ext.surgery.residual_stream import narrow_norm
 from liar_ext.surgery.units import apply_plan
 

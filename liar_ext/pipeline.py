@@ -15,18 +15,18 @@ from liar_ext.criteria import get_criterion, score
 from liar_ext.data.batches import probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
-from liar_ext.layerwise import check_target, reconstruct_layerwise
 from liar_ext.losses import check_refine, decide, measure_losses
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.narrowing import count_kept, narrow
 from liar_ext.plan import Budget, Plan
 from liar_ext.probe import count_params
-from liar_ext.reconstruction import reconstruct as solve_sites
+from liar_ext.reconstruction.layerwise import check_target, reconstruct_layerwise
+from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
+from liar_ext.reconstruction.settings import check_settings
 from liar_ext.report.clock import Clock
 from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
-from liar_ext.solution import check_settings
 from liar_ext.stock import how_to_load
 from liar_ext.surgery.units import apply_plan, is_pruned
 

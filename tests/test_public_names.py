@@ -32,6 +32,7 @@ def test_modules_that_users_name_keep_working():
     for name, members in {
         "arch": ("Family", "HeadInput", "Wiring", "family_of", "get_consumer_weight", "sites"),
         "gradients": ("SiteGradients", "collect_gradients"),
+        "layerwise": ("reconstruct_layerwise",),
         "texts": ("read_documents", "calibration_sequences"),
     }.items():
         module = importlib.import_module(f"liar_ext.{name}")

@@ -22,7 +22,7 @@ from liar_ext import (
 )
 from liar_ext.allocation import probe_plan
 from liar_ext.outputs import DenseOutputs
-from liar_ext.reconstruction import with_bias
+from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.sensitivity import divergences
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from liar_ext import InputError, Moments
-from liar_ext.ridge import solve
-from liar_ext.towards import Shortfall, solve_towards
+from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.targets import Shortfall, solve_towards
 
 KEPT = torch.tensor([i for i in range(24) if i % 3])
 

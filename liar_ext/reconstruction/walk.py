@@ -10,17 +10,18 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.blocks import Blocks, Forward, Run
 from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
+from liar_ext.reconstruction.block_runner import Blocks, Forward, Run
+from liar_ext.reconstruction.result import Solution
+from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.rows import report_row
+from liar_ext.reconstruction.targets import Shortfall, solve_towards
 from liar_ext.report.rows import SiteRow
-from liar_ext.ridge import report_row, solve
-from liar_ext.solution import Solution
-from liar_ext.towards import Shortfall, solve_towards
 
 SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
 

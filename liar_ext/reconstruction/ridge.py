@@ -11,17 +11,8 @@ from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_folds
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.models.sites import Site
-from liar_ext.report.rows import SiteRow
-from liar_ext.solution import (
-    WITH_BIAS,
-    Solution,
-    check_settings,
-    damp_ladder,
-    form_at,
-    least_held_out,
-    ratio,
-)
+from liar_ext.reconstruction.result import Solution, least_held_out, ratio
+from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, damp_ladder, form_at
 
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
 
@@ -41,8 +32,8 @@ def solve(
     ``affine``: the same with the centred Gram ``C``, and ``b' = b + W_P (μ_P − T μ_K)``.
     ``bias``: the affine form with ``T = 0`` (FLAP). ``none``: plain dropping.
     λ is the one with the least error on held-out tokens: solved on fold A and judged on fold B, and
-    the other way round, see :func:`liar_ext.solution.least_held_out`; the returned weight is solved
-    with it on both folds together.
+    the other way round, see :func:`liar_ext.reconstruction.result.least_held_out`; the returned
+    weight is solved with it on both folds together.
 
     Parameters
     ----------
@@ -149,30 +140,3 @@ def _fit_and_judge(moments: Moments, fold: int, affine: bool) -> tuple[Tensor, T
         gram = centre(gram, moments.total[fold], moments.tokens[fold], mean)
         holdout = centre(holdout, moments.total[other], moments.tokens[other], mean)
     return gram, holdout
-
-
-def report_row(
-    site: Site,
-    units: int,
-    moments: Moments,
-    solution: Solution,
-    seconds: float,
-    target: str = "dense-input",
-) -> SiteRow:
-    """Return the row of the report on a site that keeps ``units`` units."""
-    return SiteRow(
-        name=site.name,
-        units_before=site.units,
-        units_after=units,
-        params_before=site.params,
-        params_after=units * site.unit_params,
-        damp=solution.damp,
-        error=solution.error,
-        holdout_error=solution.holdout_error,
-        condition=solution.condition,
-        dropped_rows=moments.dropped_rows,
-        path=solution.path,
-        seconds=seconds,
-        target=target,
-        share=solution.share,
-    )

@@ -23,7 +23,8 @@ from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.solution import Solution, damp_ladder, least_held_out, ratio
+from liar_ext.reconstruction.result import Solution, least_held_out, ratio
+from liar_ext.reconstruction.settings import damp_ladder
 
 
 @dataclass
@@ -93,7 +94,8 @@ def solve_towards(
     fold A and judged on fold B, and the other way round. For each λ that is a parabola in α, whose
     minimum over ``shares`` is taken exactly. Where ``shares`` begins at 0 the own target competes
     by the same yardstick, so that the choice is never worse on held-out tokens than it. What does
-    worse than plain dropping in one of the folds is left out, as in :func:`liar_ext.ridge.solve`.
+    worse than plain dropping in one of the folds is left out, as in
+    :func:`liar_ext.reconstruction.ridge.solve`.
 
     Parameters
     ----------

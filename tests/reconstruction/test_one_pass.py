@@ -8,8 +8,8 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, Moments, calibrate, reconstruct, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.ridge import solve
-from liar_ext.solution import DAMP_LADDER
+from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.settings import DAMP_LADDER
 
 
 def problem(tokens=400, d_in=24, d_out=9, seed=0, rank=None, offset=0.5):
@@ -55,7 +55,7 @@ def test_reported_errors_are_those_of_the_tokens(mode):
 def test_folds_solved_in_turn_equal_folds_solved_together(mode, monkeypatch):
     _, weight, kept, moments = problem()
     together = solve(weight, None, moments, kept, mode=mode)
-    monkeypatch.setattr("liar_ext.ridge.PAIRED_BYTES", 0)
+    monkeypatch.setattr("liar_ext.reconstruction.ridge.PAIRED_BYTES", 0)
     in_turn = solve(weight, None, moments, kept, mode=mode)
     assert torch.equal(together.weight, in_turn.weight)
     assert (together.damp, together.holdout_error) == (in_turn.damp, in_turn.holdout_error)

@@ -20,10 +20,10 @@ from liar_ext import (
     score,
     sites,
 )
-from liar_ext.blocks import Blocks
-from liar_ext.reconstruction import with_bias
-from liar_ext.towards import solve_towards
-from liar_ext.walk import Walk
+from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.targets import solve_towards
+from liar_ext.reconstruction.walk import Walk
 
 FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
 PLAIN = "llama mistral qwen2 qwen3 smollm3 opt gpt2 gpt_neox vit".split()

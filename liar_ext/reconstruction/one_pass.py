@@ -12,9 +12,10 @@ from tqdm.auto import tqdm
 from liar_ext.calibration.moments import Moments
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
+from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.rows import report_row
+from liar_ext.reconstruction.settings import WITH_BIAS, check_settings
 from liar_ext.report.rows import SiteRow
-from liar_ext.ridge import report_row, solve
-from liar_ext.solution import WITH_BIAS, check_settings
 
 
 def reconstruct(
@@ -28,7 +29,7 @@ def reconstruct(
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve every site of ``plan`` and return its new consumer weights and its report row.
 
-    See :func:`liar_ext.ridge.solve` for the mathematics. The model is read, not
+    See :func:`liar_ext.reconstruction.ridge.solve` for the mathematics. The model is read, not
     changed; hand the weights to :func:`liar_ext.apply_plan`.
 
     Parameters

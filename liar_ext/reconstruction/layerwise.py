@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.blocks import Blocks
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
+from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.settings import check_settings
+from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
-from liar_ext.solution import check_settings
-from liar_ext.walk import Walk
 
 TARGETS = ("dense-input", "branch", "stream", "auto")
 
@@ -45,8 +45,9 @@ def reconstruct_layerwise(
         auto          dense-input + α (stream − dense-input)     α in [0, 1] by held-out error
 
     Attention comes first; the MLP then reads the stream that the new attention leaves. λ, and for
-    ``auto`` α, are those of least held-out error, see :func:`liar_ext.towards.solve_towards`. At
-    the first site of the walk all targets are the same, and so is the one-pass solution.
+    ``auto`` α, are those of least held-out error, see
+    :func:`liar_ext.reconstruction.targets.solve_towards`. At the first site of the walk all targets
+    are the same, and so is the one-pass solution.
 
     Parameters
     ----------

@@ -5,7 +5,7 @@ import torch
 from tiny import TINY, tiny, tiny_inputs
 
 from liar_ext import sites
-from liar_ext.blocks import Blocks
+from liar_ext.reconstruction.block_runner import Blocks
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -1,0 +1,1 @@
+"""Reconstruction: solve consumers for what was removed, with errors on held-out tokens."""
