@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from liar_ext import Plan, apply_plan, narrow, prune
-from liar_ext.probe import count_params
+from liar_ext.checkpoint.fingerprint import count_params
 
 PLAIN = {"criterion": "wifv", "allocation": "uniform"}
 METHODS = {

@@ -62,9 +62,9 @@ def _prune(options: argparse.Namespace) -> None:
     get_criterion(options.criterion)
     _check_apart(options.calibration, options.eval)
 
+    from liar_ext.checkpoint.saving import check_folder, save_pruned
     from liar_ext.data import texts
     from liar_ext.pipeline import prune
-    from liar_ext.saving import check_folder, save_pruned
 
     check_folder(options.out, options.overwrite)
     sources = [texts.read_documents(source) for source in options.calibration]

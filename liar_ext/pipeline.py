@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from liar_ext.allocation import check_budget, total_cost
 from liar_ext.calibration.gradients import check_loss
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.stock_config import how_to_load
 from liar_ext.criteria import get_criterion, score
 from liar_ext.data.batches import probe_batches
 from liar_ext.errors import InputError
@@ -20,14 +22,12 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.narrowing import count_kept, narrow
 from liar_ext.plan import Budget, Plan
-from liar_ext.probe import count_params
 from liar_ext.reconstruction.layerwise import check_target, reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.report.clock import Clock
 from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
-from liar_ext.stock import how_to_load
 from liar_ext.surgery.units import apply_plan, is_pruned
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]

@@ -12,7 +12,7 @@ import transformers
 
 import liar_ext
 
-SAVED = Path(__file__).parent / "assets" / "saved_by_0.1.0"
+SAVED = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
 
 
 @pytest.fixture

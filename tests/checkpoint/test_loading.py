@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 
 from liar_ext.checkpoint import load_model, load_pruned, verify_pruned
+from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.saving import save_pruned
 from liar_ext.surgery.units import apply_plan, is_pruned
 
 # Families whose stock class can be built with fewer attention units.

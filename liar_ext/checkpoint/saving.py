@@ -25,11 +25,16 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from torch import nn
 
+from liar_ext.checkpoint.fingerprint import write_probe
+from liar_ext.checkpoint.stock_config import (
+    auto_classes,
+    equal_config,
+    shapes_of,
+    write_layer_sizes,
+)
 from liar_ext.errors import InputError
 from liar_ext.models.sites import skeleton
 from liar_ext.plan import Plan
-from liar_ext.probe import write_probe
-from liar_ext.stock import auto_classes, equal_config, shapes_of, write_layer_sizes
 from liar_ext.surgery.units import apply_plan
 
 PLAN_FILE = "liar_plan.json"

@@ -13,9 +13,9 @@ from folders import equal_plan, read
 from tiny import NARROWABLE, outputs, tiny, tiny_inputs
 
 from liar_ext import load_pruned, save_pruned, verify_pruned
+from liar_ext.checkpoint.stock_config import how_to_load
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.stock import how_to_load
 from liar_ext.surgery.units import apply_plan, is_pruned
 
 PLAIN = """

@@ -13,13 +13,12 @@ import transformers
 from folders import equal_plan, make_plan, pruned, read, tokenizer
 from tiny import outputs, tiny
 
-from liar_ext import saving
-from liar_ext.checkpoint import load_pruned
+from liar_ext.checkpoint import load_pruned, saving
+from liar_ext.checkpoint.saving import check_folder, save_pruned
+from liar_ext.checkpoint.stock_config import auto_classes, how_to_load
 from liar_ext.errors import InputError
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.saving import check_folder, save_pruned
-from liar_ext.stock import auto_classes, how_to_load
 from liar_ext.surgery.units import apply_plan
 
 

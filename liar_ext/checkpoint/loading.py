@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from liar_ext.checkpoint.fingerprint import compare_probe, read_probe
+from liar_ext.checkpoint.saving import MARK_VERSION, PLAN_FILE, QUANTISER_MARKS
+from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan
-from liar_ext.probe import compare_probe, read_probe
-from liar_ext.saving import MARK_VERSION, PLAN_FILE, QUANTISER_MARKS
-from liar_ext.stock import LAYER_FIELDS
 from liar_ext.surgery.units import apply_plan
 
 # Arguments of from_pretrained that say where to find a repository.

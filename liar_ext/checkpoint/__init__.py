@@ -1,0 +1,6 @@
+"""Checkpoints: save a pruned model, load it, prove that it is the one that was saved."""
+
+from liar_ext.checkpoint.loading import PrunedModel, load_model, load_pruned, verify_pruned
+from liar_ext.checkpoint.saving import save_pruned
+
+__all__ = ["PrunedModel", "load_model", "load_pruned", "save_pruned", "verify_pruned"]
