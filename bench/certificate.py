@@ -24,7 +24,6 @@ from liar_ext import Budget, Plan, apply_plan, calibrate, perplexity, reconstruc
 from liar_ext.calibration.moments import Moments
 from liar_ext.checkpoint import load_model
 from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
-from liar_ext.losses import decide
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.pipeline import SCHEDULES
@@ -32,6 +31,7 @@ from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.targets import Shortfall
 from liar_ext.reconstruction.walk import Walk
+from liar_ext.selection.curve_allocation import decide
 
 PERPLEXITY_EVERY = 2  # windows of the fresh text
 Weights = dict[str, tuple[Tensor, Tensor | None]]

@@ -38,12 +38,13 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import load_model
 from liar_ext.data.batches import probe_batches
 from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
-from liar_ext.losses import check_refine, measure_losses, refine_plan
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.reconstruction.settings import form_at
+from liar_ext.selection.curve_allocation import measure_losses
+from liar_ext.selection.refine import check_refine, refine_plan
 
 STEPS = (
     "wifv+uniform+linear",

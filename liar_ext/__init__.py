@@ -1,13 +1,10 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
 from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
-from liar_ext.allocation import allocate
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned, verify_pruned
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.criteria import criterion, score
-from liar_ext.curves import error_curves
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.models.sites import register_family, sites
@@ -17,7 +14,10 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct
 from liar_ext.report.report import Report
-from liar_ext.sensitivity import site_divergences
+from liar_ext.selection.allocation import allocate
+from liar_ext.selection.criteria import criterion, score
+from liar_ext.selection.error_curves import error_curves
+from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.surgery.units import apply_plan
 
 __all__ = [

@@ -5,6 +5,8 @@ import sys
 
 MOVED = {
     "arch": "models.sites",
+    "criteria": "selection.criteria",
+    "curves": "selection.error_curves",
     "gradients": "calibration.gradients",
     "layerwise": "reconstruction.layerwise",
     "texts": "data.texts",

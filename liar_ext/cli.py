@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from liar_ext import ops
-from liar_ext.criteria import get_criterion, list_criteria
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
 from liar_ext.options import parser
 from liar_ext.plan import Budget
+from liar_ext.selection.criteria import get_criterion, list_criteria
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
-from liar_ext.outputs import DenseOutputs
+from liar_ext.selection.divergence import DenseOutputs
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def kl_divergence(
 
     It says how much of the dense model's behaviour is lost, whatever the text, where perplexity
     says how well a text is predicted. Models without logits are compared by their last hidden
-    state; see :class:`liar_ext.outputs.DenseOutputs`.
+    state; see :class:`liar_ext.selection.divergence.DenseOutputs`.
 
     Parameters
     ----------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from liar_ext.criteria import list_criteria
 from liar_ext.plan import BUDGET_UNITS
+from liar_ext.selection.criteria import list_criteria
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

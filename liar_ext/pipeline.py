@@ -8,16 +8,13 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.allocation import check_budget, total_cost
 from liar_ext.calibration.gradients import check_loss
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.criteria import get_criterion, score
 from liar_ext.data.batches import probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
-from liar_ext.losses import check_refine, decide, measure_losses
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.narrowing import count_kept, narrow
@@ -28,6 +25,10 @@ from liar_ext.reconstruction.settings import check_settings
 from liar_ext.report.clock import Clock
 from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
+from liar_ext.selection.allocation import check_budget, total_cost
+from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.curve_allocation import decide, measure_losses
+from liar_ext.selection.refine import check_refine
 from liar_ext.surgery.units import apply_plan, is_pruned
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor]
@@ -74,9 +75,10 @@ def prune(
         and run the model backward over them, once.
     allocation : {"uniform", "global", "curve"}
         How many go where; see :func:`liar_ext.allocate`. ``curve`` measures error curves and
-        sensitivities for it: see :func:`liar_ext.losses.measure_losses`.
+        sensitivities for it: see :func:`liar_ext.selection.curve_allocation.measure_losses`.
     refine : int
-        For ``curve``: whole plans to measure after that; see :func:`liar_ext.losses.refine_plan`.
+        For ``curve``: whole plans to measure after that; see
+        :func:`liar_ext.selection.refine.refine_plan`.
     reconstruct : {"auto", "none", "bias", "linear", "affine"}
         What is put back; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"

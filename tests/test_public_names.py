@@ -31,6 +31,8 @@ def test_modules_that_users_name_keep_working():
     """Names of modules in the documentation of 0.1.0, and in folders saved by it."""
     for name, members in {
         "arch": ("Family", "HeadInput", "Wiring", "family_of", "get_consumer_weight", "sites"),
+        "criteria": ("criterion", "get_criterion", "list_criteria", "score"),
+        "curves": ("error_curves",),
         "gradients": ("SiteGradients", "collect_gradients"),
         "layerwise": ("reconstruct_layerwise",),
         "texts": ("read_documents", "calibration_sequences"),

@@ -14,7 +14,7 @@ from torch.nn import functional
 from liar_ext import InputError, MomentBank, calibrate, criterion, prune, score, sites
 from liar_ext.calibration import collect as calibration
 from liar_ext.calibration.gradients import collect_gradients
-from liar_ext.criteria import _CRITERIA
+from liar_ext.selection.criteria import _CRITERIA
 from liar_ext.surgery.units import unit_rows
 
 STEP = 0.02  # norms of a float64 model round to float32 in some families

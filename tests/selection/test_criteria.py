@@ -5,9 +5,9 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, criterion, ops, score, sites
-from liar_ext.allocation import select
-from liar_ext.criteria import _CRITERIA, list_criteria
 from liar_ext.models.sites import get_consumer_weight
+from liar_ext.selection.allocation import select
+from liar_ext.selection.criteria import _CRITERIA, list_criteria
 
 
 @pytest.fixture(scope="module")

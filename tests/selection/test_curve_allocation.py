@@ -7,11 +7,12 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, allocate, calibrate, reconstruct, score, site_divergences, sites
-from liar_ext.allocation import probe_plan
-from liar_ext.curves import CURVE_DAMP
 from liar_ext.data.batches import probe_batches
-from liar_ext.losses import measure_losses, predict_divergence, refine_plan
-from liar_ext.sensitivity import divergences
+from liar_ext.selection.allocation import probe_plan
+from liar_ext.selection.curve_allocation import measure_losses
+from liar_ext.selection.error_curves import CURVE_DAMP
+from liar_ext.selection.refine import predict_divergence, refine_plan
+from liar_ext.selection.sensitivity import divergences
 
 BUDGET = Budget(0.5)
 

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny
 
 from liar_ext import Budget, InputError, allocate, sites
-from liar_ext.allocation import check_budget, probe_plan, select, total_cost
+from liar_ext.selection.allocation import check_budget, probe_plan, select, total_cost
 
 
 @pytest.fixture(scope="module")

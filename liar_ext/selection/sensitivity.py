@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites
-from liar_ext.outputs import DenseOutputs
 from liar_ext.plan import Plan
+from liar_ext.selection.divergence import DenseOutputs
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -82,7 +82,7 @@ def divergences(
     -------
     list of float
         Mean ``KL(dense ‖ pruned)`` per token in nats, by probe; see
-        :class:`liar_ext.outputs.DenseOutputs`.
+        :class:`liar_ext.selection.divergence.DenseOutputs`.
     """
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}

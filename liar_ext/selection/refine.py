@@ -1,4 +1,4 @@
-"""Losses: what the whole model's output loses for every number of units gone, and for plans."""
+"""Refine a plan by the measured divergence of whole plans."""
 
 from __future__ import annotations
 
@@ -8,91 +8,20 @@ from functools import partial
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.allocation import allocate, probe_plan
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.curves import CURVE_DAMP, error_curves
-from liar_ext.data.batches import Batches, probe_batches
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.sensitivity import divergences, site_divergences
+from liar_ext.selection.allocation import allocate
+from liar_ext.selection.error_curves import CURVE_DAMP
+from liar_ext.selection.sensitivity import divergences
 
 # Depths that refinement tells apart: early, middle and late blocks, for each kind of site.
 DEPTHS = 3
 # One round of refinement changes the losses of a group by this factor at most.
 MOST_RESCALED = 4.0
-
-
-def decide(
-    model: nn.Module,
-    bank: MomentBank,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    allocation: str,
-    batches: Batches,
-    *,
-    mode: str = "auto",
-    refine: int = 0,
-    total: float | None = None,
-    losses: Mapping[str, Tensor] | None = None,
-    progress: bool = False,
-) -> tuple[Plan, dict[str, float]]:
-    """Return the plan of an allocation method.
-
-    Parameters
-    ----------
-    model, bank, at, scores, budget, total
-        As for :func:`liar_ext.allocate`; the model stays as it is.
-    allocation : {"uniform", "global", "curve"}
-        Method.
-    batches : sequence
-        Calibration batches, of which ``curve`` takes :func:`probe_batches`.
-    mode : str
-        What is put back.
-    refine : int
-        Rounds of :func:`refine_plan`, for ``curve``; they need the moments of all sites.
-    losses : mapping of str to Tensor, optional
-        For ``curve``, from :func:`measure_losses`; measured here if not given.
-    progress : bool
-        Show progress bars.
-
-    Returns
-    -------
-    plan : Plan
-    divergences : dict of str to float
-        ``predicted_divergence`` of the plan for ``curve``; with ``refine`` also its
-        ``measured_divergence``, and ``unrefined_divergence``, measured before the first round.
-    """
-    model_type = model.config.model_type
-    if allocation != "curve":
-        plan = allocate(at, scores, budget, allocation, model_type=model_type, total=total)
-        return with_bias(plan, model, mode), {}
-    settings = {"mode": mode, "progress": progress}
-    probe = probe_batches(batches)
-    if losses is None:
-        losses, _ = measure_losses(model, bank, at, scores, budget, probe, **settings)
-    plan = allocate(at, scores, budget, "curve", model_type=model_type, total=total, losses=losses)
-    plan = with_bias(plan, model, mode)
-    measured = {}
-    if refine:
-        plan, history = refine_plan(
-            model,
-            bank,
-            at,
-            scores,
-            budget,
-            probe,
-            losses,
-            plan,
-            rounds=refine,
-            total=total,
-            **settings,
-        )
-        measured = {"unrefined_divergence": history[0], "measured_divergence": history[-1]}
-    predicted = predict_divergence(losses, plan)
-    return plan, {"predicted_divergence": predicted, **measured}
 
 
 def check_refine(refine: int, allocation: str) -> None:
@@ -102,54 +31,6 @@ def check_refine(refine: int, allocation: str) -> None:
             "prune: refine must be 0 or more rounds after allocation='curve', got "
             f"refine={refine}, allocation={allocation!r}"
         )
-
-
-def measure_losses(
-    model: nn.Module,
-    bank: MomentBank,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    batches: Batches,
-    *,
-    mode: str = "auto",
-    progress: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Predict what the model's output loses for every number of units gone from every site.
-
-    ``L_s(k) = a_s · E_s(k)``: the site's held-out error curve times its sensitivity
-    ``a_s = KL(dense ‖ only s pruned) / E_s``, measured with about the budget's fraction of the
-    site gone. The losses of a plan add up to its predicted divergence.
-
-    Parameters
-    ----------
-    model, bank, at, scores, budget
-        As for :func:`liar_ext.allocate`; the model stays as it is.
-    batches : sequence
-        A few sequences to measure the divergence on, from :func:`probe_batches`.
-    mode : str
-        What is put back when a site is pruned for the measurement.
-    progress : bool
-        Show progress bars.
-
-    Returns
-    -------
-    losses : dict of str to Tensor
-        ``(units + 1,)`` float64 by site name, in nats per token.
-    sensitivities : dict of str to float
-        ``a_s`` by site name.
-    """
-    curves = error_curves(model, bank, at, scores, progress=progress)
-    probe = probe_plan(at, scores, budget, model_type=model.config.model_type)
-    probe = with_bias(probe, model, mode)
-    weights, _ = reconstruct(model, bank, probe, mode=mode, damp=CURVE_DAMP, progress=progress)
-    measured = site_divergences(model, batches, probe, weights, progress=progress)
-    losses, sensitivities = {}, {}
-    for name, curve in curves.items():
-        error = float(curve[len(probe.sites[name].removed)])
-        sensitivities[name] = measured[name] / error if error > 0 else 0.0
-        losses[name] = sensitivities[name] * curve
-    return losses, sensitivities
 
 
 def predict_divergence(

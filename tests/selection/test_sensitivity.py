@@ -20,10 +20,10 @@ from liar_ext import (
     site_divergences,
     sites,
 )
-from liar_ext.allocation import probe_plan
-from liar_ext.outputs import DenseOutputs
 from liar_ext.reconstruction.one_pass import with_bias
-from liar_ext.sensitivity import divergences
+from liar_ext.selection.allocation import probe_plan
+from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.selection.sensitivity import divergences
 
 
 def job(family, mode="linear"):

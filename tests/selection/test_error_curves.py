@@ -7,10 +7,10 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, ops, score, sites
-from liar_ext.allocation import select
-from liar_ext.curves import error_curve, error_curves, removal_order
 from liar_ext.data.batches import FOLDS
 from liar_ext.models.sites import get_consumer_weight
+from liar_ext.selection.allocation import select
+from liar_ext.selection.error_curves import error_curve, error_curves, removal_order
 
 DAMP = 1e-2
 

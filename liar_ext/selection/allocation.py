@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.knapsack import choose
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.selection.knapsack import choose
 
 Counts = dict[str, int]
 

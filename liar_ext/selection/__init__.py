@@ -1,0 +1,1 @@
+"""Selection: score units, measure what the model feels, spread the budget over layers."""
