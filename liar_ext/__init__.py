@@ -8,7 +8,7 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.models.sites import register_family, sites
-from liar_ext.narrowing import narrow
+from liar_ext.narrowing.narrowing import narrow
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise

@@ -17,7 +17,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
-from liar_ext.narrowing import count_kept, narrow
+from liar_ext.narrowing.narrowing import count_kept, narrow
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.layerwise import check_target, reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct as solve_sites

@@ -44,7 +44,7 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
         New consumer weight, shape (d_out, n_kept · width), and bias, shape (d_out,), by site
         name. A site without an entry keeps the columns of its units, which is plain dropping.
         With hidden features, d_out is the number of them that stay, and the new weights of norms
-        and readers come by path, from :func:`liar_ext.narrowing.narrow`.
+        and readers come by path, from :func:`liar_ext.narrowing.narrowing.narrow`.
 
     Raises
     ------

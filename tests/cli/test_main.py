@@ -9,6 +9,7 @@ import torch
 from tiny import outputs, tiny
 
 from liar_ext import cli, load_pruned
+from liar_ext.cli.main import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_device_with_too_little_memory_says_what_to_do(monkeypatch, capsys):
     def prune(options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    monkeypatch.setitem(cli.COMMANDS, "prune", prune)
+    monkeypatch.setitem(COMMANDS, "prune", prune)
     assert run("prune", "model", "--calibration", "text", "--keep", 0.7, "--out", "out") == 2
     said = capsys.readouterr().err
     assert said.startswith("liar: error: CUDA out of memory; give smaller --batch-size or --memory")

@@ -31,7 +31,7 @@ from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
-from liar_ext.norms import fit_norm, lost_moments
+from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.reconstruction.result import Solution
 from liar_ext.reconstruction.ridge import solve

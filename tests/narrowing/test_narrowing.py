@@ -10,10 +10,11 @@ import torch
 from tiny import NARROWABLE, batches, outputs, tiny, tiny_inputs
 from torch import nn
 
-from liar_ext import Plan, narrow, narrowing
+from liar_ext import Plan, narrow
 from liar_ext.calibration.moments import Moments
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.norms import fit_norm, lost_moments
+from liar_ext.narrowing import narrowing
+from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
 from liar_ext.surgery.units import apply_plan
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from liar_ext import ops
+from liar_ext.cli.options import parser
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
-from liar_ext.options import parser
 from liar_ext.plan import Budget
 from liar_ext.selection.criteria import get_criterion, list_criteria
 
@@ -216,7 +216,3 @@ def _is_causal(model) -> bool:
 
 
 COMMANDS = {"prune": _prune, "eval": _eval, "verify": _verify, "info": _info}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny import batches, tiny
 
-from liar_ext import narrow, narrowing
+from liar_ext import narrow
 from liar_ext.models.residual_stream import hidden_of
+from liar_ext.narrowing import narrowing
 
 KEPT = {"llama": 32, "bert": 24}
 

@@ -7,8 +7,9 @@ import torch
 from test_narrowing import narrowed
 from tiny import batches, outputs, tiny
 
-from liar_ext import Budget, InputError, narrowing, prune
+from liar_ext import Budget, InputError, prune
 from liar_ext.models.residual_stream import hidden_of
+from liar_ext.narrowing import narrowing
 from liar_ext.surgery.units import is_pruned
 
 

@@ -1,0 +1,5 @@
+"""The ``liar`` command."""
+
+from liar_ext.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,133 @@
+"""The layers of imports, as CONTRIBUTING shows them, and the size of modules and functions.
+
+The table stands in CONTRIBUTING.md alone and is read from there: a number and the modules and
+folders of ``liar_ext`` on that layer. Whatever stands on a layer imports from lower ones only;
+modules of one folder may import one another.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "liar_ext"
+NO_LAYER = {"__init__", "__main__", "_aliases"}  # the public names, and nothing else
+MOST_LINES, MOST_IN_FUNCTION = 400, 80
+
+
+def layers(text: str) -> dict[str, int]:
+    """Return the layer of each module or folder, from the table of CONTRIBUTING."""
+    rows = re.findall(r"^    (\d)  (\S.*)$", text, re.M)
+    return {name: int(layer) for layer, names in rows for name in re.findall(r"\w+", names)}
+
+
+def modules(package: Path) -> list[Path]:
+    return sorted(package.rglob("*.py"))
+
+
+def home(path: Path, package: Path) -> str:
+    """Return the folder of a module below the package, or the module if it lies in none."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the folder, or top module, of whatever a module imports from the package."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layers"
+            if node.module == "liar_ext":
+                yield from (alias.name for alias in node.names)
+            elif (node.module or "").startswith("liar_ext."):
+                yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            names = (alias.name for alias in node.names)
+            yield from (name.split(".")[1] for name in names if name.startswith("liar_ext."))
+
+
+def violations(package: Path, layer_of: dict[str, int]) -> list[str]:
+    """Return every import that doesn't go down, and every module without a layer."""
+    found = []
+    for path in modules(package):
+        own = home(path, package)
+        if own in NO_LAYER:
+            continue
+        if own not in layer_of:
+            found.append(f"{own} stands on no layer")
+            continue
+        for name in imported(path):
+            if name != own and layer_of.get(name, 99) >= layer_of[own]:
+                found.append(f"{path.relative_to(package)} imports {name}")
+    return found
+
+
+def too_long(package: Path) -> list[str]:
+    """Return the modules and functions over their limits."""
+    found = []
+    for path in modules(package):
+        text = path.read_text(encoding="utf-8")
+        if len(text.splitlines()) > MOST_LINES:
+            found.append(f"{path.relative_to(package)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1 - docstring_lines(node)
+                if length > MOST_IN_FUNCTION:
+                    found.append(f"{path.relative_to(package)}: {node.name}, {length} lines")
+    return found
+
+
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    first = node.body[0]
+    if ast.get_docstring(node) is None:
+        return 0
+    return first.end_lineno - first.lineno + 1
+
+
+def table() -> dict[str, int]:
+    return layers((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
+def test_imports_go_down_only():
+    assert violations(PACKAGE, table()) == []
+
+
+def test_the_table_names_what_there_is():
+    there = {home(path, PACKAGE) for path in modules(PACKAGE)} | {"_C"}
+    assert set(table()) == there - NO_LAYER
+
+
+def test_modules_and_functions_fit():
+    assert too_long(PACKAGE) == []
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A package of two folders; the higher one imports from the lower one."""
+    for folder in ("high", "low"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "high" / "a.py").write_text("from liar_ext.low.b import x\n")
+    (tmp_path / "low" / "b.py").write_text("x = 1\n")
+    return tmp_path
+
+
+def test_an_import_that_goes_up_is_found(small):
+    layer_of = {"high": 2, "low": 1}
+    assert violations(small, layer_of) == []
+    (small / "low" / "b.py").write_text("def f():\n    from liar_ext.high import a\n")
+    assert violations(small, layer_of) == ["low/b.py imports high"]
+    (small / "low" / "b.py").write_text("from liar_ext import high\n")
+    assert violations(small, layer_of) == ["low/b.py imports high"]
+    (small / "low" / "deeper").mkdir()
+    (small / "low" / "deeper" / "c.py").write_text("import liar_ext.high.a\n")
+    assert "low/deeper/c.py imports high" in violations(small, layer_of)
+
+
+def test_what_is_too_long_is_found(small):
+    assert too_long(small) == []
+    (small / "low" / "b.py").write_text("x = 1\n" * 401)
+    (small / "high" / "a.py").write_text("def f():\n" + "    x = 1\n" * 81)
+    assert too_long(small) == ["high/a.py: f, 82 lines", "low/b.py: 401 lines"]
