@@ -63,7 +63,7 @@ COMMON = [
     "-Wno-unused-parameter",
     "-g0",
 ]
-sources = sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))
+FOLDERS = ["csrc", "csrc/cpu", "csrc/launchers/cpu"]
 
 # Its own file, because the check of the compiled kernels uses it too.
 spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
@@ -71,7 +71,8 @@ cuda = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cuda)
 CUDA_HOME = cuda.wanted()
 if CUDA_HOME:
-    sources += sorted(ROOT.glob("csrc/cuda/*.cpp"))
+    FOLDERS.append("csrc/launchers/cuda")
+sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.cpp"))]
 
 setup(
     ext_modules=[

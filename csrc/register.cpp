@@ -1,4 +1,5 @@
-// Every schema of the extension, and the build_info op. No implementation.
+// Every schema of the extension, and the build_info op. No implementation: launchers/cpu and
+// launchers/cuda register theirs.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -8,7 +9,6 @@
 #ifdef LIAR_WITH_CUDA
 #include "cuda/calls.h"
 #endif
-#include "launch.h"
 
 namespace liar {
 
@@ -56,14 +56,6 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&liar::build_info));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(liar_ext, CPU, m) {
-  m.impl("gram_update_", TORCH_BOX(&liar::gram_update_cpu));
-  m.impl("reconstruct", TORCH_BOX(&liar::reconstruct_cpu));
-  m.impl("obs_curve", TORCH_BOX(&liar::obs_curve_cpu));
-  m.impl("unit_energy", TORCH_BOX(&liar::unit_energy_cpu));
-  m.impl("fisher_update_", TORCH_BOX(&liar::fisher_update_cpu));
 }
 
 /// `import liar_ext._C` loads the library, which registers the operators; the module is empty.

@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = HERE.parent / "cuda"
+LAUNCHERS = HERE.parent / "launchers" / "cuda"
 FLAGS = [
     "-std=c++17",
     "-fPIC",
@@ -87,7 +88,7 @@ def simulate(output: Path) -> tuple[Path, Path]:
     flags = [*FLAGS, "-O2", *includes]
     device = compile_all([HERE / "simulated_gpu.cpp"], output, [*flags, "-std=c++20"])
     device = link(device, output / "libtorch_cuda.so", [*torch, "-Wl,-soname,libtorch_cuda.so"])
-    launchers = [HERE / "simulated_launchers.cpp", *CUDA.glob("*.cpp"), *CUDA.glob("*.cu")]
+    launchers = [HERE / "simulated_launchers.cpp", *LAUNCHERS.glob("*.cpp"), *CUDA.glob("*.cu")]
     target = re.search(r'^TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
     stable = [f"-DTORCH_TARGET_VERSION={target[1]}"]
     objects = compile_all(sorted(launchers), output / "launchers", [*flags, *stable])

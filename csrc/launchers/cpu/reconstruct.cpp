@@ -1,5 +1,5 @@
 // The launcher of reconstruct: checks, float64 copies of what is not float64 yet, raw pointers.
-#include "cpu/reconstruct.h"
+#include "../../cpu/reconstruct.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -8,10 +8,10 @@
 #include <tuple>
 #include <vector>
 
-#include "check_ops.h"
-#include "launch.h"
+#include "../check_ops.h"
+#include "../launch.h"
+#include "../widen.h"
 #include "torch_pool.h"
-#include "widen.h"
 
 namespace liar {
 namespace {

@@ -1,12 +1,12 @@
 // The launcher of obs_curve: checks, float64 copies to work in, raw pointers.
-#include "cpu/obs_curve.h"
+#include "../../cpu/obs_curve.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
-#include "check_selection.h"
-#include "launch.h"
+#include "../check_selection.h"
+#include "../launch.h"
 #include "torch_pool.h"
 
 namespace liar {

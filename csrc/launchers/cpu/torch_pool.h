@@ -1,7 +1,7 @@
 // Torch's own thread pool and thread count as the kernels' Pool.
 #pragma once
 
-#include "cpu/parallel.h"
+#include "../../cpu/parallel.h"
 
 namespace liar {
 

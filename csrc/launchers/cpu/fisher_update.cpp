@@ -1,10 +1,10 @@
-// The launchers of unit_energy and fisher_update_: checks, then raw pointers.
-#include "cpu/scores.h"
+// The launcher of fisher_update_: checks, then raw pointers.
+#include <torch/csrc/stable/ops.h>
 
-#include "check_selection.h"
-#include "launch.h"
+#include "../../cpu/scores.h"
+#include "../check_selection.h"
+#include "../launch.h"
 #include "torch_pool.h"
-#include "widen.h"
 
 namespace liar {
 namespace {
@@ -29,18 +29,6 @@ void update(Tensor& fisher, const Tensor& x, const Tensor& grad, int64_t width) 
 }
 
 }  // namespace
-
-Tensor unit_energy_cpu(Tensor weight, Tensor gram, int64_t width) {
-  check_unit_energy(weight, gram, width);
-  const Tensor weight64 = as_float64(weight), gram64 = as_float64(gram);
-  const int64_t d_out = weight.size(0), d = weight.size(1), shape[] = {d / width};
-  Tensor energy = torch::stable::new_empty(weight, {shape, 1}, ScalarType::Double);
-  unit_energy({d_out, d, width, static_cast<const double*>(weight64.const_data_ptr()),
-               weight64.stride(0), static_cast<const double*>(gram64.const_data_ptr()),
-               gram64.stride(0), static_cast<double*>(energy.mutable_data_ptr())},
-              *kernels().f64, torch_pool());
-  return energy;
-}
 
 void fisher_update_cpu(Tensor fisher, Tensor x, Tensor grad, int64_t width) {
   check_fisher_update(fisher, x, grad, width);

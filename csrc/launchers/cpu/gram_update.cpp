@@ -1,9 +1,9 @@
 // The launcher of gram_update_: checks, then raw pointers.
 #include <optional>
 
-#include "check_ops.h"
-#include "cpu/gram.h"
-#include "launch.h"
+#include "../../cpu/gram.h"
+#include "../check_ops.h"
+#include "../launch.h"
 #include "torch_pool.h"
 
 namespace liar {

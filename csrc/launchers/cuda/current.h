@@ -9,8 +9,8 @@
 
 #include <optional>
 
+#include "../../cuda/calls.h"
 #include "../check.h"
-#include "calls.h"
 
 namespace liar {
 
