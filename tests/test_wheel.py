@@ -1,0 +1,61 @@
+"""A built wheel, in a virtual environment of its own, holds every module and runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+USE = """
+import importlib, pathlib, pkgutil, sys
+import torch, liar_ext
+for module in pkgutil.walk_packages(liar_ext.__path__, "liar_ext."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+        print(module.name)
+gram = torch.zeros(3, 3, dtype=torch.float64)
+liar_ext.ops.gram_update_(gram, gram[0].clone(), gram[0, :2].clone(), torch.ones(5, 3))
+assert gram.tril().sum() == 5 * 6, gram
+assert pathlib.Path(liar_ext.__file__).is_relative_to(sys.prefix), liar_ext.__file__
+"""
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A new environment with the wheel in it; torch and transformers are those of this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
+    (wheel,) = folder.glob("*.whl")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv")
+    python = folder / "venv" / "bin" / "python"
+    run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    (site,) = (folder / "venv").glob("lib/python*/site-packages")
+    # A path in a .pth file is searched, but the .pth files there, one of which names this source
+    # tree, are not read.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python, folder
+
+
+def test_every_module_imports_from_the_wheel(environment):
+    python, folder = environment
+    imported = set(run(python, "-I", "-c", USE, cwd=folder).split())
+    sources = (ROOT / "liar_ext").rglob("*.py")
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources}
+    wanted = {name.removesuffix(".__init__") for name in names if not name.endswith("__main__")}
+    assert wanted - {"liar_ext"} <= imported
+
+
+def test_the_command_runs_from_the_wheel(environment):
+    python, folder = environment
+    assert "cpu_kernel" in run(python.parent / "liar", "info", cwd=folder)
