@@ -112,7 +112,8 @@ class Plan:
     model_type : str
         ``config.model_type`` of the model that the plan is for.
     attn_unit : str
-        What an attention unit is: ``"kv_group"`` or ``"head"``.
+        What an attention unit is: ``"kv_group"`` or ``"head"``; ``"auto"``, which leaves it to the
+        model, only in a plan without sites, that narrows the hidden size alone.
     sites : mapping of str to SitePlan
         One entry per site, by name such as ``"3.mlp"``.
     budget : mapping

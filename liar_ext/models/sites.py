@@ -31,7 +31,6 @@ __all__ = [
     "Site",
     "Wiring",
     "block_config",
-    "can_gain_bias",
     "family_of",
     "get_consumer_bias",
     "get_consumer_weight",
@@ -181,15 +180,6 @@ def get_consumer_bias(model: nn.Module, site: Site) -> Tensor | None:
     """Return the consumer's bias b, shape (d_out,), without a copy; None if it has none."""
     bias = model.get_submodule(site.consumer).bias
     return None if bias is None else bias.detach()
-
-
-def can_gain_bias(model: nn.Module, site: Site) -> bool:
-    """Tell whether the stock class of the model can store a bias for this consumer.
-
-    True where the consumer has one already, or where the config has a flag for it
-    (``attention_bias``, ``mlp_bias``).
-    """
-    return get_consumer_bias(model, site) is not None or site.wiring.bias_flag is not None
 
 
 def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:

@@ -18,8 +18,9 @@ def choose(
     Dynamic programming over the cost: ``best[c]`` is the least loss of the lists so far at a cost
     of at most c grains. What the first options cost is set aside; the rest is counted in grains,
     rounded up. The grain is the greatest common divisor of the costs, and the result exact, if
-    there are at most ``MAX_GRAINS`` of them; else the limit divided by ``MAX_GRAINS``, and up to
-    one grain per list stays unspent.
+    what is left of the limit holds at most ``MAX_GRAINS`` of them. Else it is that rest divided by
+    ``MAX_GRAINS``, and rounding wastes less than one grain per list: the loss is at most the least
+    one of a limit that is lower by a grain per list.
 
     Parameters
     ----------

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import (
-    can_gain_bias,
     family_of,
     get_consumer_bias,
     get_consumer_weight,
@@ -118,16 +117,16 @@ def test_sizes_are_read_from_the_modules() -> None:
     assert sites(model, ("attn",))[2].sizes["heads"] == 6
 
 
-def test_which_consumers_can_store_a_bias() -> None:
-    stored = {
-        name: [can_gain_bias(model, site) for site in sites(model)[:2]]
-        for name, model in ((name, tiny(name)) for name in ("llama", "qwen2", "qwen3", "bert"))
+def test_which_config_flags_store_a_bias() -> None:
+    flags = {
+        name: [site.wiring.bias_flag for site in sites(tiny(name))[:2]]
+        for name in ("llama", "qwen2", "qwen3", "bert")
     }
-    assert stored == {
-        "llama": [True, True],
-        "qwen2": [False, False],
-        "qwen3": [True, False],
-        "bert": [True, True],
+    assert flags == {
+        "llama": ["attention_bias", "mlp_bias"],
+        "qwen2": [None, None],
+        "qwen3": ["attention_bias", None],
+        "bert": [None, None],
     }
 
 
