@@ -148,13 +148,15 @@ class Case:
     bank: MomentBank
     seed: int
     calibrating: float
-    scores: dict[str, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+    scores: dict[tuple, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
     losses: dict[tuple, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
 
     def prune(self, method: Method, ratio: float) -> tuple[nn.Module, Plan, float]:
         """Return a pruned copy, its plan, and the seconds that the method takes by itself."""
         budget = Budget(1 - ratio, uniform_layers=method.equal)
-        scores, seconds = self._scores(method.criterion)
+        # As in liar_ext.prune: FLAP's allocation standardises scores of features.
+        per = "feature" if method.allocation == "global" else "unit"
+        scores, seconds = self._scores(method.criterion, per)
         seconds += self.calibrating
         losses = None
         if method.allocation == "curve":
@@ -191,12 +193,12 @@ class Case:
         apply_plan(pruned, plan, weights)
         return pruned, plan, seconds + time.process_time() - start
 
-    def _scores(self, criterion: str) -> tuple[dict[str, Tensor], float]:
-        if criterion not in self.scores:
+    def _scores(self, criterion: str, per: str = "unit") -> tuple[dict[str, Tensor], float]:
+        if (criterion, per) not in self.scores:
             start = time.process_time()
-            scores = score(self.model, self.bank, self.at, criterion, seed=self.seed)
-            self.scores[criterion] = scores, time.process_time() - start
-        return self.scores[criterion]
+            scores = score(self.model, self.bank, self.at, criterion, seed=self.seed, per=per)
+            self.scores[criterion, per] = scores, time.process_time() - start
+        return self.scores[criterion, per]
 
     def _losses(self, method: Method, ratio: float) -> tuple[dict[str, Tensor], float]:
         biased = any(get_consumer_bias(self.model, site) is not None for site in self.at)

@@ -283,7 +283,14 @@ def _measure(
     for group in clock.each("calibrate", passes):
         with clock("score"):
             scores |= score(
-                model, passes.bank, group, criterion, seed=seed, batches=batches, progress=progress
+                model,
+                passes.bank,
+                group,
+                criterion,
+                seed=seed,
+                batches=batches,
+                per="feature" if allocation == "global" else "unit",
+                progress=progress,
             )
         if allocation == "curve":
             with clock("allocate"):

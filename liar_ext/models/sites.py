@@ -125,6 +125,23 @@ class Site:
         features = torch.arange(self.d_in, device="cpu").view(self.units, self.width)
         return features[list(kept)].flatten()
 
+    def per_unit(self, values: Tensor) -> Tensor:
+        """Return ``Σ_{j∈u} values_j``, shape (units,), of values of features, shape (d_in,).
+
+        Values of units, shape (units,), come back as they are.
+
+        Raises
+        ------
+        InputError
+            If there are as many values as neither.
+        """
+        if values.shape not in ((self.units,), (self.d_in,)):
+            raise InputError(
+                f"per_unit: {self.name} takes {self.units} values by unit or {self.d_in} by "
+                f"feature, got shape {tuple(values.shape)}; score its own model's sites"
+            )
+        return values if len(values) == self.units else values.reshape(self.units, -1).sum(1)
+
     def unit_flops(self, seq_len: int) -> int:
         """Return the FLOPs of one forward pass that leave with one unit.
 

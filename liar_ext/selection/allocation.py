@@ -36,15 +36,18 @@ def allocate(
     at : sequence of Site
         The sites that may be pruned.
     scores : mapping of str to Tensor
-        ``(units,)`` by site name, higher = keep.
+        ``(units,)``, or ``(d_in,)`` by feature, by site name, higher = keep.
     budget : Budget
         What may stay.
     method : {"uniform", "global", "curve"}
         ``uniform``: every site keeps the same fraction, as near as its units allow: heads are
-        rounded to a count and channels make up for it. ``global``: scores
-        are standardised within a site and compared across all sites (FLAP's way; a site's cost per
-        unit is constant, so dividing by it changes nothing after standardising). ``curve``: the
-        least sum of ``losses``, exactly up to 1/8192 of the budget.
+        rounded to a count and channels make up for it. ``global``: scores are standardised within
+        a site, a unit has the mean over its features, and the highest stay, wherever they are. It
+        is FLAP's way with scores of features, from ``score(..., per="feature")``, where those of
+        attention are squared first; scores of units are standardised as they are. ``curve``: the
+        least sum of ``losses``: exact where the costs share few enough grains, else no more than
+        with 1/8192 of the budget less for each site; see
+        :func:`liar_ext.selection.knapsack.choose`.
     model_type : str
         For the record in the plan.
     total : float, optional
@@ -68,6 +71,8 @@ def allocate(
     if method == "curve" and losses is None:
         raise InputError("allocate: method curve needs losses, such as those of error_curves")
     problem = _Problem.of(at, budget, total)
+    if method == "global":
+        scores = {site.name: _metric(site, scores[site.name]) for site in at}
     counts = _METHODS[method](problem, losses if method == "curve" else scores)
     return _plan(at, scores, counts, model_type, {**asdict(budget), "allocation": method})
 
@@ -93,10 +98,10 @@ def _plan(
     model_type: str,
     budget: dict[str, object],
 ) -> Plan:
-    plan = {
-        site.name: SitePlan(site.units, select(scores[site.name], counts[site.name], site.groups))
-        for site in at
-    }
+    plan = {}
+    for site in at:
+        values = site.per_unit(scores[site.name])
+        plan[site.name] = SitePlan(site.units, select(values, counts[site.name], site.groups))
     attn_unit = next((site.unit for site in at if site.kind == "attn"), "kv_group")
     return Plan(model_type, attn_unit, plan, budget)
 
@@ -277,14 +282,32 @@ def _largest_fraction(problem: _Problem, at: Sequence[Site], limit: float) -> Co
     return at_fraction(low)
 
 
-def _global(problem: _Problem, scores: Mapping[str, Tensor]) -> Counts:
-    """Keep the units of highest standardised score, wherever they are, while the limit allows."""
+def _metric(site: Site, scores: Tensor) -> Tensor:
+    """Return what ``global`` standardises, float64: attention's scores of features are squared.
+
+    So does the code of FLAP, of which the paper does not speak; a negative score stays below zero.
+    """
+    values = scores.double()
+    squared = site.kind == "attn" and len(values) != site.units
+    return values * values.abs() if squared else values
+
+
+def _global(problem: _Problem, metric: Mapping[str, Tensor]) -> Counts:
+    """Keep the units of highest standardised metric, wherever they are, while the limit allows.
+
+    ``(mean_{j∈u} m_j − mean m) / std m``. The mean over its features brings a head near 0, so that
+    few heads go before many channels have gone. (All units of a site cost the same, so that FLAP's
+    order is that of the score per cost, too.)
+    """
     ranked = {}
     for site in problem.sites:
-        values = scores[site.name].double()
+        values = metric[site.name]
         spread = values.std(unbiased=False)
-        standard = (values - values.mean()) / spread if spread > 0 else torch.zeros_like(values)
-        ranked[site.name] = standard.sort(descending=True).values.numpy(force=True)
+        unit = site.per_unit(values) * (site.units / len(values))
+        standard = (unit - values.mean()) / spread if spread > 0 else torch.zeros_like(unit)
+        # Of several groups each loses its least unit in turn.
+        by_group = standard.reshape(site.groups, -1).sort(descending=True).values
+        ranked[site.name] = by_group.T.flatten().numpy(force=True)
 
     def gain(team: tuple[Site, ...], now: int, then: int) -> float:
         return sum(float(ranked[site.name][now:then].mean()) for site in team) / len(team)

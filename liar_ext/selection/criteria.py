@@ -17,7 +17,8 @@ from liar_ext.models.sites import Site, get_consumer_weight
 
 # The choice of units hardly feels λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
-NEEDS = ("weights", "moments", "gram", "gradient")
+NEEDS = ("moments", "gradient")
+PER = ("unit", "feature")
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,6 @@ class SiteStatistics:
     groups: int = 1
     gradients: SiteGradients | None = None
 
-    def per_unit(self, feature_scores: Tensor) -> Tensor:
-        """Sum scores ``(d_in,)`` of features to scores ``(units,)`` of units."""
-        return feature_scores.reshape(-1, self.width).sum(1)
-
 
 @dataclass(frozen=True)
 class Criterion:
@@ -65,16 +62,20 @@ class Criterion:
 _CRITERIA: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, needs: str, source: str) -> Callable:
-    """Register a function ``SiteStatistics -> (units,)`` scores as the criterion ``name``.
+def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
+    """Register a function ``SiteStatistics -> scores`` as the criterion ``name``.
+
+    It returns scores of features, ``(d_in,)``, which :func:`score` sums to units, where it has
+    them; else of units, ``(units,)``. Only scores of features can be allocated as FLAP does, see
+    :func:`liar_ext.allocate`.
 
     Parameters
     ----------
     name : str
         What users call it.
-    needs : {"weights", "moments", "gram", "gradient"}
-        The most that it reads. With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for
-        which the model is run backward over the calibration text.
+    needs : {"moments", "gradient"}
+        With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for which the model is run
+        backward over the calibration text; weight and moments it gets either way.
     source : str
         Where it was published, e.g. ``"arXiv:2306.11695"``.
 
@@ -121,6 +122,7 @@ def score(
     *,
     seed: int = 0,
     batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    per: str = "unit",
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Score the units of every site in ``at``.
@@ -141,19 +143,25 @@ def score(
         Text for the criteria that need gradients (``snip``, ``taylor``, ``fisher``), which no
         moments hold; see :func:`liar_ext.calibration.gradients.collect_gradients` for what it
         costs. No other criterion reads it.
+    per : {"unit", "feature"}
+        ``unit``: scores of units, the sum over their features. ``feature``: scores of features
+        where the criterion has them (``magnitude``, ``wanda``, ``wifv``), which allocation
+        ``global`` takes; of units elsewhere.
     progress : bool
         Show a progress bar for the gradients.
 
     Returns
     -------
     dict of str to Tensor
-        ``(units,)`` float64 by site name; higher means keep.
+        ``(units,)`` float64, or ``(d_in,)`` by feature, by site name; higher means keep.
 
     Raises
     ------
     InputError
         If the criterion is unknown, lacks the batches that it needs, or its scores are not finite.
     """
+    if per not in PER:
+        raise InputError(f"score: per must be one of {', '.join(PER)}, got {per!r}")
     chosen = get_criterion(criterion)
     gradients: Mapping[str, SiteGradients] = {}
     if chosen.needs == "gradient":
@@ -163,68 +171,82 @@ def score(
                 "the calibration text as batches=, or take a criterion such as wifv"
             )
         gradients = collect_gradients(model, batches, at, progress=progress)
-    scores = {}
-    for site in at:
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode()))
-        weight = get_consumer_weight(model, site).detach().double()
-        values = chosen.function(
-            SiteStatistics(
-                weight,
-                bank[site.name],
-                site.width,
-                generator,
-                site.groups,
-                gradients.get(site.name),
-            )
+    return {
+        site.name: _site_scores(
+            chosen, model, bank[site.name], site, gradients.get(site.name), seed=seed, per=per
         )
-        if values.shape != (site.units,) or not torch.isfinite(values).all():
-            raise InputError(
-                f"score: criterion {criterion} must give {site.units} finite scores at "
-                f"{site.name}, got shape {tuple(values.shape)}"
-            )
-        scores[site.name] = values
-    return scores
+        for site in at
+    }
 
 
-@criterion("random", needs="weights", source="baseline")
+def _site_scores(
+    chosen: Criterion,
+    model: nn.Module,
+    moments: Moments,
+    site: Site,
+    gradients: SiteGradients | None,
+    *,
+    seed: int,
+    per: str,
+) -> Tensor:
+    """Return the scores of one site; see :func:`score`."""
+    stats = SiteStatistics(
+        weight=get_consumer_weight(model, site).double(),
+        moments=moments,
+        width=site.width,
+        generator=torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode())),
+        groups=site.groups,
+        gradients=gradients,
+    )
+    values = chosen.function(stats)
+    if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
+        raise InputError(
+            f"score: criterion {chosen.name} must give {site.units} finite scores at "
+            f"{site.name}, or {site.d_in} by feature, got shape {tuple(values.shape)}"
+        )
+    return values if per == "feature" else site.per_unit(values)
+
+
+@criterion("random", source="baseline")
 def random(stats: SiteStatistics) -> Tensor:
     """Uniform noise: what any other criterion has to beat."""
     units = stats.weight.shape[1] // stats.width
     return torch.rand(units, generator=stats.generator, dtype=torch.float64)
 
 
-@criterion("magnitude", needs="weights", source="Han et al. 2015")
+@criterion("magnitude", source="Han et al. 2015")
 def magnitude(stats: SiteStatistics) -> Tensor:
-    """``‖W_u‖²_F`` of the consumer's columns; blind to the activations."""
-    return stats.per_unit(stats.weight.square().sum(0))
+    """``‖W_:j‖²`` by feature, the consumer's columns; blind to the activations."""
+    return stats.weight.square().sum(0)
 
 
-@criterion("wanda", needs="moments", source="arXiv:2306.11695")
+@criterion("wanda", source="arXiv:2306.11695")
 def wanda(stats: SiteStatistics) -> Tensor:
-    """``Σ_{j∈u} Σ_i |W_ij| · ‖x_j‖``, the Wanda score summed to a unit (Wanda-sp in FLAP)."""
+    """``Σ_i |W_ij| · ‖x_j‖`` by feature, the Wanda score of a column (Wanda-sp in FLAP)."""
     norm = stats.moments.second_moment().sqrt()
-    return stats.per_unit(stats.weight.abs().sum(0) * norm)
+    return stats.weight.abs().sum(0) * norm
 
 
-@criterion("wifv", needs="moments", source="arXiv:2312.11983")
+@criterion("wifv", source="arXiv:2312.11983")
 def wifv(stats: SiteStatistics) -> Tensor:
-    """``Σ_{j∈u} Var(x_j) · ‖W_:j‖²``: what a bias cannot restore (FLAP)."""
-    return stats.per_unit(stats.weight.square().sum(0) * stats.moments.variance())
+    """``Var(x_j) · ‖W_:j‖²`` by feature: what a bias cannot restore (FLAP)."""
+    return stats.weight.square().sum(0) * stats.moments.variance()
 
 
-@criterion("energy", needs="gram", source="METHOD: tr W_u G_uu W_uᵀ")
+@criterion("energy", source="output error without reconstruction")
 def energy(stats: SiteStatistics) -> Tensor:
     """``tr(W_u G_uu W_uᵀ) / n``: the output's squared error when unit ``u`` alone is dropped."""
     gram, _, tokens = stats.moments.pooled()
     return ops.unit_energy(stats.weight.to(gram.device), gram, stats.width) / tokens
 
 
-@criterion("obs", needs="gram", source="METHOD: greedy by tr W_u [(G_KK + Λ)⁻¹]_uu⁻¹ W_uᵀ")
+@criterion("obs", source="output error after reconstruction, as in Optimal Brain Surgeon")
 def obs(stats: SiteStatistics) -> Tensor:
     """Error per token once ``u`` is gone, units going by least error after reconstruction.
 
-    The scores rise along the greedy order, so that the best k of them are what is left of it, and
-    they are the error curve itself; see :func:`liar_ext.ops.obs_curve`.
+    The next to go is the unit of least ``tr W_u [(G_KK + Λ)⁻¹]_uu⁻¹ W_uᵀ``. The scores rise along
+    the greedy order, so that the best k of them are what is left of it, and they are the error
+    curve itself; see :func:`liar_ext.ops.obs_curve`.
     """
     gram, _, tokens = stats.moments.pooled()
     order, error, info = ops.obs_curve(

@@ -42,7 +42,7 @@ def error_curves(
     at : sequence of Site
         Sites to evaluate.
     scores : mapping of str to Tensor
-        ``(units,)`` by site name, from :func:`liar_ext.score`.
+        ``(units,)``, or ``(d_in,)`` by feature, by site name, from :func:`liar_ext.score`.
     damp : float
         λ of the reconstruction, relative to the mean diagonal of the whole Gram matrix.
     progress : bool
@@ -63,7 +63,7 @@ def error_curves(
     for site in tqdm(at, desc="curves", disable=not progress):
         moments = bank[site.name]
         weight = get_consumer_weight(model, site).to(moments.gram.device, torch.float64)
-        order = removal_order(scores[site.name], site.groups)
+        order = removal_order(site.per_unit(scores[site.name]), site.groups)
         curve = sum(
             error_curve(
                 weight, moments.gram[fold], order, damp, holdout=moments.gram[FOLDS - 1 - fold]

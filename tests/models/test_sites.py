@@ -130,6 +130,18 @@ def test_which_config_flags_store_a_bias() -> None:
     }
 
 
+def test_values_of_features_are_summed_to_units() -> None:
+    attn, mlp = sites(tiny("llama"))[:2]
+    features = torch.arange(attn.d_in, dtype=torch.float64)
+    summed = [sum(range(u * attn.width, (u + 1) * attn.width)) for u in range(attn.units)]
+    assert attn.per_unit(features).tolist() == summed
+    for site in (attn, mlp):
+        units = torch.randn(site.units)
+        assert torch.equal(site.per_unit(units), units)
+    with pytest.raises(InputError, match="0.attn takes 4 values by unit or 32 by feature, got"):
+        attn.per_unit(torch.zeros(8))
+
+
 def test_an_unknown_architecture_is_told_how_to_register() -> None:
     model = tiny("llama")
     model.config.model_type = "my_llama"

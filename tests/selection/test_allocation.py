@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, allocate, sites
+from liar_ext import Budget, InputError, allocate, calibrate, error_curves, prune, score, sites
 from liar_ext.selection.allocation import check_budget, probe_plan, select, total_cost
 
 
@@ -79,6 +79,137 @@ def test_global_equals_brute_force_order(llama):
     kept = {(s.name, u) for s in mlps for u in plan.sites[s.name].kept}
     assert kept >= {(name, u) for _, name, u in expected}
     assert len(kept) == room + len(mlps)
+
+
+def features_of(at, seed=7):
+    """Scores of features with a tail, as variances have."""
+    generator = torch.Generator().manual_seed(seed)
+    return {s.name: torch.randn(s.d_in, generator=generator).double() ** 4 for s in at}
+
+
+def flap(at, features, keep):
+    """FLAP unit by unit: square, standardise the features, average, keep from the top."""
+    queue = []
+    for site in at:
+        power = 2 if site.kind == "attn" else 1
+        metric = [float(value) ** power for value in features[site.name]]
+        mean = sum(metric) / len(metric)
+        spread = (sum((value - mean) ** 2 for value in metric) / len(metric)) ** 0.5
+        for unit in range(site.units):
+            own = metric[unit * site.width : (unit + 1) * site.width]
+            value = sum((each - mean) / spread for each in own) / site.width
+            queue.append((value, site, unit))
+    queue.sort(key=lambda entry: -entry[0])
+    left = keep * sum(site.params for site in at) + 1e-6
+    firsts = {}
+    for _, site, unit in queue:
+        firsts.setdefault(site.name, unit)
+    left -= sum(site.unit_params for site in at)
+    kept, closed = {(name, unit) for name, unit in firsts.items()}, set()
+    for _, site, unit in queue:
+        if (site.name, unit) in kept or site.name in closed:
+            continue
+        if site.unit_params <= left:
+            left -= site.unit_params
+            kept.add((site.name, unit))
+        else:
+            closed.add(site.name)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.8, 0.95])
+def test_global_of_features_is_flaps(llama, keep, seed):
+    _, at, _ = llama
+    features = features_of(at, seed)
+    plan = allocate(at, features, Budget(keep), "global")
+    found = {(name, unit) for name, site in plan.sites.items() for unit in site.kept}
+    assert found == flap(at, features, keep)
+
+
+def test_global_by_hand(llama):
+    """A head has the mean of its standardised squares, a channel its own standardised score."""
+    at = llama[1][:2]
+    attn, mlp = at
+    # Squares 0 and 4 by halves of every group but the last, which has all 1: mean 2 or 1, so that
+    # over 32 features μ = 1.75, σ² = 3.1875; the groups stand at 0.14, the last at -0.42.
+    values = torch.tensor([0.0, 2.0], dtype=torch.float64).repeat(16)
+    values[24:] = 1.0
+    # Channels at ±1: half of them go before the last group, and none before the other groups.
+    channels = torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(12)
+    scores = {attn.name: values, mlp.name: channels}
+    dense = sum(site.params for site in at)
+    low = 12 * mlp.unit_params
+    for gone, kept_attn, kept_mlp in (
+        (low, (0, 1, 2, 3), tuple(range(1, 24, 2))),
+        (low + attn.unit_params, (0, 1, 2), tuple(range(1, 24, 2))),
+        (low + 3 * attn.unit_params, (0,), tuple(range(1, 24, 2))),
+    ):
+        plan = allocate(at, scores, Budget(1 - gone / dense), "global")
+        assert plan.sites[attn.name].kept == kept_attn
+        assert plan.sites[mlp.name].kept == kept_mlp
+    # Standardised by the unit instead, the last group stands at -1.7 and goes first.
+    units = {site.name: site.per_unit(scores[site.name].square()) for site in at}
+    plan = allocate(at, units, Budget(1 - attn.unit_params / dense), "global")
+    assert plan.sites[attn.name].kept == (0, 1, 2) and not plan.sites[mlp.name].removed
+
+
+def test_global_chooses_heads_by_their_squares(llama):
+    attn = llama[1][0]
+    values = torch.zeros(attn.d_in, dtype=torch.float64)
+    values[0] = 3.0  # squares sum to 9
+    values[attn.width :] = 1.0  # to 8 each, the sum being larger
+    at = [attn]
+    budget = Budget(1 / attn.units)
+    assert allocate(at, {attn.name: values}, budget, "global").sites[attn.name].kept == (0,)
+    assert allocate(at, {attn.name: values}, budget, "uniform").sites[attn.name].kept == (1,)
+    # A square does not turn the order of scores below zero.
+    assert allocate(at, {attn.name: -values}, budget, "global").sites[attn.name].kept == (1,)
+
+
+def test_global_does_not_feel_the_scale_of_a_site(llama):
+    _, at, _ = llama
+    features = features_of(at)
+    scaled = {name: values * 2.0 ** (i - 3) for i, (name, values) in enumerate(features.items())}
+    plans = [allocate(at, each, Budget(0.7), "global") for each in (features, scaled)]
+    assert plans[0] == plans[1]
+
+
+def test_query_heads_stand_by_what_each_group_loses(llama):
+    """Its weakest head each; two strong heads of one group save no head of another."""
+    at = sites(llama[0], ["attn"], "head")[:2]
+    assert (at[0].units, at[0].groups) == (8, 4)
+    # The first site: in every group a strong and a weak head. The second: two strong groups.
+    strong = {at[0].name: [9, 0] * 4, at[1].name: [9, 9, 9, 9, 0, 0, 0, 0]}
+    scores = {name: torch.tensor(values).double() for name, values in strong.items()}
+    plan = allocate(at, scores, Budget(0.75), "global")
+    assert [len(plan.sites[site.name].kept) for site in at] == [4, 8]
+
+
+def test_scores_of_features_serve_wherever_those_of_units_do(llama, losses):
+    model, at, _ = llama
+    features = features_of(at)
+    units = {site.name: site.per_unit(features[site.name]) for site in at}
+    for method in ("uniform", "curve"):
+        plans = [allocate(at, s, Budget(0.7), method, losses=losses) for s in (features, units)]
+        assert plans[0] == plans[1]
+    assert probe_plan(at, features, Budget(0.7)) == probe_plan(at, units, Budget(0.7))
+    bank = calibrate(model, [tiny_inputs(model, batch=8, seed=seed) for seed in range(2)], at)
+    one, other = (error_curves(model, bank, at, scores) for scores in (features, units))
+    assert all(torch.equal(one[site.name], other[site.name]) for site in at)
+
+
+def test_prune_allocates_as_flap_does():
+    model = tiny("llama")
+    batches = [tiny_inputs(model, batch=8, seed=seed) for seed in range(3)]
+    at = sites(model)
+    bank = calibrate(model, batches, at)
+    by_feature, by_unit = (
+        allocate(at, score(model, bank, at, "wifv", per=per), Budget(0.7), "global").sites
+        for per in ("feature", "unit")
+    )
+    report = prune(model, batches, 0.7, criterion="wifv", allocation="global", reconstruct="none")
+    assert report.plan.sites == by_feature != by_unit
 
 
 @pytest.mark.parametrize("uniform_layers", [False, True])

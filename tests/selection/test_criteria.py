@@ -51,6 +51,27 @@ def test_scores_equal_their_definition(job, name):
         torch.testing.assert_close(scores[site.name], expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "wifv"])
+def test_scores_of_features_equal_their_definition(job, name):
+    model, bank, at, inputs = job
+    by_feature, by_unit = (score(model, bank, at, name, per=per) for per in ("feature", "unit"))
+    for site in at:
+        weight = get_consumer_weight(model, site).double()
+        expected = by_definition(name, weight, inputs[site.name], 1)
+        torch.testing.assert_close(by_feature[site.name], expected, rtol=1e-5, atol=1e-8)
+        summed = by_feature[site.name].reshape(-1, site.width).sum(1)
+        assert torch.equal(by_unit[site.name], summed)
+
+
+def test_criteria_without_scores_of_features_give_those_of_units(job):
+    model, bank, at, _ = job
+    for name in ("random", "energy", "obs"):
+        by_feature, by_unit = (score(model, bank, at, name, per=per) for per in ("feature", "unit"))
+        assert all(torch.equal(by_feature[site.name], by_unit[site.name]) for site in at)
+    with pytest.raises(InputError, match="per must be one of unit, feature, got 'head'"):
+        score(model, bank, at, per="head")
+
+
 def test_random_depends_on_seed_and_site(job):
     model, bank, at, _ = job
     one, same, other = (score(model, bank, at, "random", seed=seed) for seed in (0, 0, 1))
@@ -65,7 +86,7 @@ def test_a_dead_unit_scores_least():
     batches = [tiny_inputs(model, batch=8)]
     bank, at = calibrate(model, batches), sites(model)
     for known in list_criteria():
-        if known.needs != "weights":
+        if known.name not in ("random", "magnitude"):
             scores = score(model, bank, at, known.name, batches=batches)
             assert int(scores["0.mlp"].argmin()) == 5, known.name
 
@@ -73,14 +94,20 @@ def test_a_dead_unit_scores_least():
 def test_users_register_their_own(job):
     model, bank, at, _ = job
 
-    @criterion("last", needs="weights", source="test")
+    @criterion("last", source="test")
     def last(stats):
         return torch.arange(stats.weight.shape[1] // stats.width).double()
 
+    @criterion("last_feature", source="test")
+    def last_feature(stats):
+        return torch.arange(stats.weight.shape[1]).double()
+
     try:
         assert score(model, bank, at, "last")["0.mlp"].tolist()[:3] == [0, 1, 2]
+        assert score(model, bank, at, "last")["0.attn"].tolist() == [0, 1, 2, 3]
+        assert score(model, bank, at, "last_feature")["0.attn"].tolist() == [28, 92, 156, 220]
     finally:
-        del _CRITERIA["last"]
+        del _CRITERIA["last"], _CRITERIA["last_feature"]
 
 
 def test_unknown_and_broken_criteria(job):
@@ -92,12 +119,12 @@ def test_unknown_and_broken_criteria(job):
     with pytest.raises(InputError, match="needs must be one of"):
         criterion("x", needs="magic", source="test")
 
-    @criterion("nan", needs="weights", source="test")
+    @criterion("nan", source="test")
     def nan(stats):
         return torch.full((stats.weight.shape[1] // stats.width,), float("nan"))
 
     try:
-        with pytest.raises(InputError, match="must give 4 finite scores at 0.attn"):
+        with pytest.raises(InputError, match="give 4 finite scores at 0.attn, or 32 by feature"):
             score(model, bank, at, "nan")
     finally:
         del _CRITERIA["nan"]
