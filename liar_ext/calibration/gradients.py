@@ -50,6 +50,12 @@ class SiteGradients:
     absolute: Tensor
     fisher: Tensor
 
+    def to(self, device: torch.device) -> SiteGradients:
+        """Return the same on another device."""
+        return SiteGradients(
+            *(each.to(device) for each in (self.signed, self.absolute, self.fisher))
+        )
+
 
 def collect_gradients(
     model: nn.Module,

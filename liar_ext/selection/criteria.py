@@ -28,7 +28,7 @@ class SiteStatistics:
     Parameters
     ----------
     weight : Tensor
-        The consumer's weight ``W``, ``(d_out, d_in)`` float64.
+        The consumer's weight ``W``, ``(d_out, d_in)`` float64, on the device of the moments.
     moments : Moments
         Moments of its input ``x``, ``(tokens, d_in)``.
     width : int
@@ -153,7 +153,8 @@ def score(
     Returns
     -------
     dict of str to Tensor
-        ``(units,)`` float64, or ``(d_in,)`` by feature, by site name; higher means keep.
+        ``(units,)`` float64, or ``(d_in,)`` by feature, by site name, on the device of the site's
+        moments; higher means keep.
 
     Raises
     ------
@@ -190,15 +191,17 @@ def _site_scores(
     per: str,
 ) -> Tensor:
     """Return the scores of one site; see :func:`score`."""
+    # Moments that were loaded lie on the CPU, wherever the model is.
+    device = moments.gram.device
     stats = SiteStatistics(
-        weight=get_consumer_weight(model, site).double(),
+        weight=get_consumer_weight(model, site).to(device, torch.float64),
         moments=moments,
         width=site.width,
         generator=torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode())),
         groups=site.groups,
-        gradients=gradients,
+        gradients=None if gradients is None else gradients.to(device),
     )
-    values = chosen.function(stats)
+    values = chosen.function(stats).to(device)
     if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
         raise InputError(
             f"score: criterion {chosen.name} must give {site.units} finite scores at "
@@ -237,7 +240,7 @@ def wifv(stats: SiteStatistics) -> Tensor:
 def energy(stats: SiteStatistics) -> Tensor:
     """``tr(W_u G_uu W_uᵀ) / n``: the output's squared error when unit ``u`` alone is dropped."""
     gram, _, tokens = stats.moments.pooled()
-    return ops.unit_energy(stats.weight.to(gram.device), gram, stats.width) / tokens
+    return ops.unit_energy(stats.weight, gram, stats.width) / tokens
 
 
 @criterion("obs", source="output error after reconstruction, as in Optimal Brain Surgeon")
@@ -249,9 +252,7 @@ def obs(stats: SiteStatistics) -> Tensor:
     curve itself; see :func:`liar_ext.ops.obs_curve`.
     """
     gram, _, tokens = stats.moments.pooled()
-    order, error, info = ops.obs_curve(
-        stats.weight.to(gram.device), gram, stats.width, OBS_DAMP, 0, stats.groups
-    )
+    order, error, info = ops.obs_curve(stats.weight, gram, stats.width, OBS_DAMP, 0, stats.groups)
     if info[0] != 0:
         raise InputError(
             f"score: criterion obs cannot factor a Gram matrix (code {int(info[0])}); the moments "

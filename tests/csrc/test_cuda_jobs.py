@@ -11,7 +11,21 @@ import pytest
 import torch
 from tiny import TINY, outputs, tiny, tiny_inputs
 
-from liar_ext import cli, prune
+from liar_ext import (
+    Budget,
+    MomentBank,
+    allocate,
+    apply_plan,
+    calibrate,
+    cli,
+    criterion,
+    error_curves,
+    prune,
+    reconstruct,
+    score,
+    sites,
+)
+from liar_ext.criteria import _CRITERIA, list_criteria
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -79,6 +93,43 @@ def test_a_family_is_narrowed_as_on_the_cpu(family):
 @pytest.mark.parametrize("job", JOBS)
 def test_a_model_over_two_devices_is_pruned_as_on_the_cpu(job):
     assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
+
+
+@pytest.mark.parametrize("name", [known.name for known in list_criteria()])
+def test_a_bank_that_was_loaded_serves_a_model_on_a_gpu(name, tmp_path):
+    """It lies on the CPU: what was summed on one machine is used on another."""
+    dense, model = tiny("llama"), tiny("llama").to("cuda")
+    at = sites(dense)
+    calibrate(dense, batches(dense), at).save(tmp_path / "bank.safetensors")
+    bank = MomentBank.load(tmp_path / "bank.safetensors")
+    plans = []
+    for each in (dense, model):
+        scores = score(each, bank, at, name, batches=batches(each))
+        curves = error_curves(each, bank, at, scores)
+        plans += [allocate(at, scores, Budget(0.7), "curve", model_type="llama", losses=curves)]
+        for site in at:
+            assert scores[site.name].device == bank[site.name].gram.device
+        apply_plan(each, plans[-1], reconstruct(each, bank, plans[-1])[0])
+    assert plans[0] == plans[1]
+    inputs = {name: value.to("cuda") for name, value in tiny_inputs(model).items()}
+    torch.testing.assert_close(outputs(model, inputs).cpu(), outputs(dense), rtol=1e-3, atol=1e-4)
+
+
+def test_a_criterion_may_weigh_gradients_by_moments_that_were_loaded():
+    dense, model = tiny("llama"), tiny("llama").to("cuda")
+    at = sites(dense)
+    bank = calibrate(dense, batches(dense), at)
+
+    @criterion("mixed", needs="gradient", source="test")
+    def mixed(stats):
+        return stats.gradients.fisher * stats.moments.variance().view(-1, stats.width).sum(1)
+
+    try:
+        want, got = (score(m, bank, at, "mixed", batches=batches(m)) for m in (dense, model))
+        for site in at:
+            torch.testing.assert_close(got[site.name], want[site.name], rtol=1e-3, atol=1e-9)
+    finally:
+        del _CRITERIA["mixed"]
 
 
 def test_sums_take_half_of_what_is_free(monkeypatch):
