@@ -17,7 +17,7 @@ from liar_ext.models.sites import Site, get_consumer_weight
 
 # The choice of units hardly feels λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
-NEEDS = ("moments", "gradient")
+NEEDS = ("weights", "moments", "gram", "gradient")
 PER = ("unit", "feature")
 
 
@@ -48,6 +48,10 @@ class SiteStatistics:
     groups: int = 1
     gradients: SiteGradients | None = None
 
+    def per_unit(self, feature_scores: Tensor) -> Tensor:
+        """Sum scores ``(d_in,)`` of features to scores ``(units,)`` of units."""
+        return feature_scores.reshape(-1, self.width).sum(1)
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -75,7 +79,8 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
         What users call it.
     needs : {"moments", "gradient"}
         With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for which the model is run
-        backward over the calibration text; weight and moments it gets either way.
+        backward over the calibration text; weight and moments it gets either way, so that
+        ``"weights"`` and ``"gram"`` mean no more than ``"moments"``.
     source : str
         Where it was published, e.g. ``"arXiv:2306.11695"``.
 
