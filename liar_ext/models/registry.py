@@ -24,7 +24,8 @@ def register_family(family: Family) -> Family:
 
     Examples
     --------
-    >>>     >>> from liar_ext.models.sites import family_of, register_family
+    >>> from dataclasses import replace
+    >>> from liar_ext.models.sites import family_of, register_family
     >>> register_family(replace(family_of(llama), name="my_llama"))  # doctest: +SKIP
     """
     FAMILIES[family.name] = family

@@ -132,7 +132,8 @@ def reconstruct(
     info : Tensor
         ``(L, 2)`` float64: code and condition. Code 0 is solved; k > 0 says that the leading minor
         of order k of ``G_KK + Λ`` is not positive definite, and then this λ's weight and errors are
-        NaN. Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor, a lower bound.
+        NaN. On a GPU indices are not read back, and bad ones give code −1 instead of an error.
+        Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor, a lower bound.
 
     Raises
     ------
