@@ -1,4 +1,4 @@
-"""The whole job: calibrate, score, allocate, reconstruct, operate."""
+"""The whole job: calibrate, score, allocate, reconstruct, slice."""
 
 from __future__ import annotations
 
@@ -71,16 +71,17 @@ def prune(
     keep : float or Budget
         Fraction of the prunable parameters that may stay, or a :class:`liar_ext.Budget`.
     criterion : str
-        Who goes; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all batches
-        and run the model backward over them, once.
+        Importance score; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all
+        batches and run the model backward over them, once.
     allocation : {"uniform", "global", "curve"}
-        How many go where; see :func:`liar_ext.allocate`. ``curve`` measures error curves and
-        sensitivities for it: see :func:`liar_ext.selection.curve_allocation.measure_losses`.
+        How the pruning ratio is distributed over the sites; see :func:`liar_ext.allocate`.
+        ``curve`` measures error curves and sensitivities for it:
+        see :func:`liar_ext.selection.curve_allocation.measure_losses`.
     refine : int
         For ``curve``: whole plans to measure after that; see
         :func:`liar_ext.selection.refine.refine_plan`.
     reconstruct : {"auto", "none", "bias", "linear", "affine"}
-        What is put back; see :func:`liar_ext.reconstruct`.
+        Error compensation in the weights that stay; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"
         λ, or the held-out choice.
     schedule : {"one-pass", "layerwise"}

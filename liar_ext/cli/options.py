@@ -79,13 +79,13 @@ def _add_prune(commands) -> None:
         "--criterion",
         default="wifv",
         metavar="NAME",
-        help="who goes: " + ", ".join(known.name for known in list_criteria()),
+        help="importance score: " + ", ".join(known.name for known in list_criteria()),
     )
     add(
         "--allocation",
         choices=("uniform", "global", "curve"),
         default="curve",
-        help="how many go where: the same fraction everywhere, by standardised scores, or by error "
+        help="distribution of the ratio: the same everywhere, by standardised scores, or by error "
         "curves and the measured sensitivity of each site (a few more forward passes)",
     )
     add(
@@ -99,7 +99,7 @@ def _add_prune(commands) -> None:
         "--reconstruct",
         choices=("auto", "none", "bias", "linear", "affine"),
         default="auto",
-        help="what is put back: nothing, means (bias), a linear map of what stays, both (affine); "
+        help="error compensation: none, means (bias), a linear map of what stays, both (affine); "
         "auto is affine where a consumer has a bias and linear elsewhere; bias and affine give "
         "consumers a bias if they lack one",
     )
@@ -114,7 +114,7 @@ def _add_prune(commands) -> None:
         "--target",
         choices=("dense-input", "branch", "stream", "auto"),
         help="layerwise: restore what a layer loses, its dense output, the dense residual stream, "
-        "or as much of the latter as held-out text bears out (auto, the default)",
+        "or as much of the latter as held-out text supports (auto, the default)",
     )
     add("--refit", action="store_true", help="layerwise: solve layers that lose nothing, too")
     add("--samples", type=int, default=128, help="calibration sequences")

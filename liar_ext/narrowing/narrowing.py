@@ -1,4 +1,4 @@
-"""Narrow the residual stream: choose the hidden features that stay, and let every reader make good.
+"""Narrow the residual stream: choose the hidden features that stay, and solve every reader.
 
 The stream h is written by embeddings and by the last layer of every branch, and read through
 norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, and will read
@@ -7,7 +7,7 @@ norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, 
     y = W_K x' + W r + b,     r = x − x' on K,  x on P
 
 which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.ridge.solve`
-folds r into ``W_K``, with the ridge that held-out tokens bear out, down to plain dropping. x' comes
+folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping. x' comes
 from the dense stream and the norm of the narrow model, so that what the norm changes is solved for,
 too.
 """
@@ -102,8 +102,8 @@ def narrow(
     keep : float
         Fraction of the hidden features that may stay, in (0, 1].
     mode : {"auto", "none", "bias", "linear", "affine"}
-        What is put back. Readers without a bias gain none: there ``affine`` is ``linear`` and
-        ``bias`` is ``none``. With ``none`` the norms keep their scales, too.
+        Form of the new weights. Readers without a bias gain none: there ``affine`` is
+        ``linear`` and ``bias`` is ``none``. With ``none`` the norms keep their scales, too.
     damp : float or "auto"
         λ, or the choice by held-out error, per norm.
     multiple_of : int
@@ -140,7 +140,7 @@ def narrow(
     otherwise: it has the scales of its norm and no solve. In a post-norm model what a norm puts out
     is also what the block adds to, and its scales are all that can be done about that.
 
-    Source: METHOD section 4.
+    Source: docs/method.md, section "Hidden size".
     """
     check_settings(mode, damp)
     batches = list(batches)
@@ -157,7 +157,7 @@ def narrow(
     for group, title in zip(groups, titles[1:], strict=True):
         bank = _narrow_moments(model, hidden, group, kept, batches, progress=progress, title=title)
         for source in tqdm(group, desc="solve", disable=not progress):
-            # Let go of at once: the next group is summed in the memory of this one.
+            # Released at once: the next group is summed in the memory of this one.
             rows.append(solver.solve(source, bank.moments.pop(source.name)))
     kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))
     return Narrowing(kept_plan, solver.weights, rows, energy.source | {"passes": len(titles)})
@@ -187,7 +187,7 @@ def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
     """Score the hidden features by their share of the stream's energy.
 
     ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over the norms, with h what a norm gets: a feature that
-    holds much of it rules the statistic of every norm, which no reader can put right.
+    holds much of it dominates the statistic of every norm, which no reader can compensate.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Layerwise reconstruction: walk the blocks, and let each site make good what went wrong before."""
+"""Layerwise reconstruction: walk the blocks, and let each site compensate for those before it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def reconstruct_layerwise(
         as it is. Where a norm or a scale comes between (BERT, Gemma 3, DINOv2) ``branch`` takes its
         place, and the row of the site says so.
     refit : bool
-        Solve the sites that lose nothing, too, so that they make good what others lost; with the
+        Solve the sites that lose nothing, too, to compensate for what others lost; with the
         target ``dense-input`` that changes nothing.
     progress : bool
         Show a progress bar.
@@ -92,7 +92,7 @@ def reconstruct_layerwise(
     block and one per site of each pruned block, and one more of the latter unless both its sites
     add to the stream as they are and the target is ``stream`` or ``auto``.
 
-    Source: METHOD section 3.
+    Source: docs/method.md, section "Layerwise reconstruction".
     """
     check_target(target, mode)
     check_settings(mode, damp)

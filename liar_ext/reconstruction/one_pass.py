@@ -1,4 +1,4 @@
-"""Reconstruction: fold what was removed into the weights that stay, with a held-out certificate."""
+"""Reconstruction: fold what was removed into the weights that stay, with its held-out error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def reconstruct(
     plan : Plan
         What stays; for the modes that give a bias, from :func:`with_bias`.
     mode : {"auto", "none", "bias", "linear", "affine"}
-        What is put back; ``auto`` is affine at consumers that have a bias, linear at others.
+        Form of the new weights; ``auto`` is affine at consumers that have a bias, linear at others.
     damp : float or "auto"
         λ, or ``"auto"``: the one of a ladder with the least held-out error, per site.
     progress : bool

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Solution:
-    """The new consumer of one site and the certificate of its error.
+    """The new consumer of one site, with its errors.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The ridge problem of one consumer: from sums over tokens to a new weight with a certificate."""
+"""The ridge problem of one consumer: from sums over tokens to a new weight and its errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def solve(
     kept : Tensor
         ``(n_kept,)`` int64, ascending: features that stay.
     mode : {"auto", "none", "bias", "linear", "affine"}
-        What is put back; ``auto`` is ``affine`` where there is a bias, ``linear`` elsewhere.
+        Form of the new weight; ``auto`` is ``affine`` where there is a bias, ``linear`` elsewhere.
     damp : float or "auto"
         λ, or the choice among ``DAMP_LADDER``.
 
@@ -61,7 +61,8 @@ def solve(
 
     Notes
     -----
-    Source: METHOD sections 1 and 2; LIAR, arXiv:2407.13331.
+    Source: LIAR, arXiv:2407.13331; docs/method.md, section "Reconstruction", and
+    docs/method.md, section "Choice of λ".
     """
     check_settings(mode, damp)
     mode = form_at(mode, bias is not None)

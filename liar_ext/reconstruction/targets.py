@@ -84,7 +84,7 @@ def solve_towards(
     damp: float | str = "auto",
     shares: tuple[float, float] = (0.0, 1.0),
 ) -> Solution:
-    """Reconstruct one consumer towards a target, as far as held-out tokens bear it out.
+    """Reconstruct one consumer towards a target, as far as held-out tokens support it.
 
     ``W'ᵀ = (Ĝ_KK + Λ)⁻¹ (Ĉ_K + Λ W_Kᵀ)`` with ``Ĉ = Ĝ Wᵀ + α Σ x̂ rᵀ``, which is
     ``W'_K = W_K + W_P Ĝ_PK (Ĝ_KK + Λ)⁻¹ + α (Σ r x̂_Kᵀ) (Ĝ_KK + Λ)⁻¹``. In the affine form all
@@ -112,7 +112,7 @@ def solve_towards(
     mode : {"linear", "affine"}
         Whether the bias takes part.
     damp : float or "auto"
-        λ, or the choice among ``ridge.DAMP_LADDER``.
+        λ, or the choice among ``DAMP_LADDER``.
     shares : (float, float)
         Least and greatest α.
 
@@ -129,7 +129,7 @@ def solve_towards(
 
     Notes
     -----
-    Source: METHOD section 3; the held-out choice is its section 2.
+    Source: docs/method.md, section "Layerwise reconstruction".
     """
     check_folds(moments)
     affine = mode == "affine"

@@ -113,7 +113,7 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     rows : sequence of SiteRow
         What happened at the sites.
     mode : str
-        What was put back.
+        How the pruned units were reconstructed.
     tokens : int
         Calibration tokens.
     widest : int

@@ -1,1 +1,1 @@
-"""Selection: score units, measure what the model feels, spread the budget over layers."""
+"""Selection: importance scores, error curves, sensitivities, and the budget over the sites."""

@@ -82,7 +82,7 @@ def probe_plan(
 ) -> Plan:
     """Return a plan that takes about the budget's fraction, and at least one step, off every site.
 
-    For measuring how the model feels each site alone; it need not meet the budget.
+    For measuring the sensitivity of each site; it need not meet the budget.
     """
     counts = {}
     for site in at:

@@ -15,7 +15,7 @@ from liar_ext.calibration.moments import Moments
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_weight
 
-# The choice of units hardly feels λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
+# The choice of units hardly depends on λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
 NEEDS = ("weights", "moments", "gram", "gradient")
 PER = ("unit", "feature")

@@ -43,7 +43,7 @@ def decide(
     batches : sequence
         Calibration batches, of which ``curve`` takes :func:`probe_batches`.
     mode : str
-        What is put back.
+        How the pruned units are reconstructed.
     refine : int
         Rounds of :func:`refine_plan`, for ``curve``; they need the moments of all sites.
     losses : mapping of str to Tensor, optional
@@ -112,7 +112,7 @@ def measure_losses(
     batches : sequence
         A few sequences to measure the divergence on, from :func:`probe_batches`.
     mode : str
-        What is put back when a site is pruned for the measurement.
+        How a site is reconstructed when it is pruned for the measurement.
     progress : bool
         Show progress bars.
 

@@ -13,7 +13,7 @@ from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_weight
 
-# The curves hardly feel λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
+# The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
 ROW_BLOCK = 256
 

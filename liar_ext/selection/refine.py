@@ -78,7 +78,7 @@ def refine_plan(
     rounds : int
         Plans to try; each costs one solve of all sites and up to seven passes over ``batches``.
     mode : str
-        What is put back.
+        How the pruned units are reconstructed.
     progress : bool
         Show a progress bar.
 
