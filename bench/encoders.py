@@ -4,10 +4,11 @@ Takes a sentence encoder (all-MiniLM-L6-v2, say) as a folder, and the two data s
 `train.tsv`, `test.tsv` (sentence, label) and `sts-train.csv`, `sts-test.csv` (tab-separated, score
 in column 5, sentences in 6 and 7); a task whose folder is not given is left out. For SST-2 the
 encoder is first fine-tuned, once, and kept. Both tasks calibrate on training sentences without
-labels and are measured on test data. The rows none to affine are wifv+uniform with what is put
-back; the full method allocates by curves, and obs is another choice of units. With `--keep-hidden`
-there are two more rows for each fraction of the hidden size: hidden features sliced, and all that
-read them solved, and nothing else removed. What they keep is of all parameters, not of the units'.
+labels and are measured on test data. The rows none to affine are wifv+uniform and a form of
+reconstruction; the full method allocates by curves, and obs is another choice of units. With
+`--keep-hidden` there are two more rows for each fraction of the hidden size: hidden features
+sliced, and all that read them solved, and nothing else removed. What they keep is of all
+parameters, not of the units'.
 """
 
 from __future__ import annotations

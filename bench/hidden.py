@@ -1,6 +1,6 @@
 """Perplexity of a model with a smaller hidden size, beside units removed at equal parameters.
 
-For every fraction of the hidden size, one row each for: features sliced and nothing put back; the
+For every fraction of the hidden size, one row each for: features sliced, no reconstruction; the
 norms scaled to what they put out before; the readers solved as well, which is what `--keep-hidden`
 does; and attention and MLP units removed by the default method until as few parameters are left.
 """
