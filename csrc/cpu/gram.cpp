@@ -325,6 +325,7 @@ class Update {
 }  // namespace
 
 void gram_update(const GramUpdate& update, const KernelSet& kernels, const Pool& pool) {
+  const WorkspaceCall call;
   Update(update, kernels, pool).run();
 }
 

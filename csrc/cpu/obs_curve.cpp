@@ -25,6 +25,7 @@
 #include "cholesky.h"
 #include "dense.h"
 #include "sweep.h"
+#include "workspace.h"
 
 namespace liar {
 namespace {
@@ -312,6 +313,7 @@ class Elimination {
 }  // namespace
 
 void obs_curve(const ObsCurve& args, const PanelKernel& kernel, const Pool& pool) {
+  const WorkspaceCall call;
   Elimination(args, kernel, pool).run();
 }
 

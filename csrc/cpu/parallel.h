@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace liar {
 
@@ -14,7 +15,8 @@ struct Pool {
 
 /// Calls `task(i)` once for every i in [0, tasks). Threads take the next index when they are free,
 /// so tasks of unequal size balance. A task may only write what no other task touches: then the
-/// result does not depend on which thread took it.
+/// result does not depend on which thread took it. What a task throws comes out here, once every
+/// thread has left: a pool may not know exceptions.
 template <class Task>
 void parallel_tasks(const Pool& pool, int64_t tasks, Task&& task) {
   const int64_t threads = pool.threads < tasks ? pool.threads : tasks;
@@ -26,16 +28,22 @@ void parallel_tasks(const Pool& pool, int64_t tasks, Task&& task) {
     std::atomic<int64_t> next{0};
     int64_t tasks;
     Task* task;
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // the first; written by one thread, read when all are done
+
+    void work() {
+      try {
+        for (int64_t i; (i = next.fetch_add(1)) < tasks;) (*task)(i);
+      } catch (...) {
+        next.store(tasks);  // nobody takes another task
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
   } context;
   context.tasks = tasks;
   context.task = &task;
-  pool.run(
-      threads,
-      [](void* raw) {
-        auto& shared = *static_cast<Context*>(raw);
-        for (int64_t i; (i = shared.next.fetch_add(1)) < shared.tasks;) (*shared.task)(i);
-      },
-      &context);
+  pool.run(threads, [](void* raw) { static_cast<Context*>(raw)->work(); }, &context);
+  if (context.error) std::rethrow_exception(context.error);
 }
 
 }  // namespace liar

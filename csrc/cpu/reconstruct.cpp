@@ -265,6 +265,7 @@ class Solver {
 
 void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
                  const Pool& pool) {
+  const WorkspaceCall call;
   if (sites == 0) return;
   if (sites > 1 && jobs[0].n <= kSideBySide) {
     parallel_tasks(pool, sites, [&](int64_t site) { Solver(jobs[site], kernel, Pool{}).run(); });

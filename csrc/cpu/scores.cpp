@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dense.h"
+#include "workspace.h"
 
 namespace liar {
 namespace {
@@ -27,6 +28,7 @@ void energy_of_features(const UnitEnergy& a, const Pool& pool) {
 }  // namespace
 
 void unit_energy(const UnitEnergy& a, const PanelKernel& kernel, const Pool& pool) {
+  const WorkspaceCall call;
   if (a.width == 1) return energy_of_features(a, pool);
   // tr(W_u G_uu W_uᵀ) = ⟨G_uu, W_uᵀW_u⟩, of which the lower triangles say all.
   std::vector<double> square(static_cast<size_t>(a.width * a.width));

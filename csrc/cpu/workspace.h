@@ -6,8 +6,9 @@
 
 namespace liar {
 
-/// A thread keeps a few blocks that it has used: fresh memory costs a page fault per 4 KiB, which
-/// for small products is as much time as the work itself.
+/// Blocks go to a shelf that all threads share and come from there again: fresh memory costs a page
+/// fault per 4 KiB, which for small products is as much time as the work itself. Throws
+/// std::bad_alloc.
 class Workspace {
  public:
   explicit Workspace(int64_t bytes = 0);
@@ -35,5 +36,20 @@ class Workspace {
   char* data_ = nullptr;
   int64_t bytes_ = 0;
 };
+
+constexpr int64_t kShelfBytes = 256 << 20;  // while a call runs
+constexpr int64_t kIdleBytes = 32 << 20;    // between calls: what many small ones use again
+
+/// Lives as long as a call of an operator, after which the shelf keeps kIdleBytes at most.
+class WorkspaceCall {
+ public:
+  WorkspaceCall() = default;
+  WorkspaceCall(const WorkspaceCall&) = delete;
+  WorkspaceCall& operator=(const WorkspaceCall&) = delete;
+  ~WorkspaceCall();
+};
+
+/// Bytes on the shelf now.
+int64_t shelf_bytes();
 
 }  // namespace liar

@@ -12,13 +12,14 @@ struct Job {
 
 void run(int64_t threads, void (*worker)(void*), void* context) {
   Job job{worker, context};
-  torch_parallel_for(
+  // An error here is torch's own, such as a thread that did not start: workers do not throw.
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(
       0, threads, /*grain_size=*/1,
       [](int64_t begin, int64_t end, void* raw) {
         auto& each = *static_cast<Job*>(raw);
         for (int64_t i = begin; i < end; ++i) each.worker(each.context);
       },
-      &job);
+      &job));
 }
 
 }  // namespace
