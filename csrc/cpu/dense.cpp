@@ -40,7 +40,7 @@ void pack(const Operand& source, int64_t step, int64_t steps, int64_t first, int
       group[r] = source.data + (step + k + r) * source.step_stride + first;
     }
     kernel.pack({DType::kFloat64, group, count, nullptr, features, panels, stride, k, nullptr,
-                 nullptr, true});
+                 nullptr, true, 0});
   }
 }
 

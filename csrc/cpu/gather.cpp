@@ -1,6 +1,7 @@
 #include "gather.h"
 
 #include <algorithm>
+#include <atomic>
 
 namespace liar {
 namespace {
@@ -26,7 +27,39 @@ void turn_rows(const Row& row, const Index& steps, int64_t k0, int64_t k1, int64
 
 int64_t tiles(int64_t steps) { return (steps + kTile - 1) / kTile; }
 
+/// 0 · x is 0 for a finite x and NaN otherwise; in several chains so that no sum waits for another.
+bool finite_row(const double* x, int64_t count) {
+  constexpr int64_t kChains = 16;
+  double bad[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int64_t c = 0; c < kChains; ++c) bad[c] += 0 * x[i + c];
+  }
+  for (; i < count; ++i) bad[0] += 0 * x[i];
+  return std::all_of(bad, bad + kChains, [](double chain) { return chain == 0; });
+}
+
+/// Whether rows are finite, each up to limit(i).
+template <class Limit>
+bool finite_rows(const Float64View& from, int64_t rows, const Limit& limit, const Pool& pool) {
+  std::atomic<bool> finite{true};
+  parallel_tasks(pool, tiles(rows), [&](int64_t tile) {
+    for (int64_t i = tile * kTile; i < std::min((tile + 1) * kTile, rows) && finite; ++i) {
+      if (!finite_row(from.row(i), limit(i))) finite = false;
+    }
+  });
+  return finite;
+}
+
 }  // namespace
+
+bool all_finite(const Float64View& from, int64_t rows, int64_t cols, const Pool& pool) {
+  return finite_rows(from, rows, [&](int64_t) { return cols; }, pool);
+}
+
+bool lower_finite(const Float64View& from, int64_t d, const Pool& pool) {
+  return finite_rows(from, d, [](int64_t i) { return i + 1; }, pool);
+}
 
 TrianglePanels gather_triangle(const Float64View& lower, const Index& index,
                                const PanelKernel& kernel, const Pool& pool) {

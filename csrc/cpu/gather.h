@@ -33,6 +33,10 @@ TrianglePanels gather_triangle(const Float64View& lower, const Index& index,
 Panels gather_symmetric(const Float64View& lower, const Index& steps, const Index& features,
                         const PanelKernel& kernel, const Pool& pool);
 
+/// Whether every value is finite; of the second, the lower triangle of a (d, d) matrix.
+bool all_finite(const Float64View& from, int64_t rows, int64_t cols, const Pool& pool);
+bool lower_finite(const Float64View& from, int64_t d, const Pool& pool);
+
 /// Rows `steps` and columns `features` of any matrix.
 Panels gather(const Float64View& from, const Index& steps, const Index& features,
               const PanelKernel& kernel, const Pool& pool);

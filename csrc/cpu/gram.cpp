@@ -1,9 +1,10 @@
 #include "gram.h"
 
 #include <algorithm>
-#include <cmath>
+#include <utility>
 #include <vector>
 
+#include "gram_rows.h"
 #include "workspace.h"
 
 // The order of the loops, for d features:
@@ -36,74 +37,6 @@ constexpr int64_t kChunkSteps = 1024;     // a packed panel is 192 KiB
 constexpr int64_t kGroupBytes = 4 << 20;  // a core's share of an L3 cache
 constexpr int64_t kStripBytes = 1 << 20;  // an L2 cache
 constexpr int64_t kBlockPanels = 2;       // 2 + 2 panels and 96² doubles: half of an L2 cache
-
-struct Rows {
-  std::vector<int64_t> index;  // rows to read; empty and `all` set: every row
-  std::vector<double> weight;  // per entry of index; empty: all 1
-  bool all = false;
-  int64_t size = 0;
-  double weight_sum = 0, dropped = 0;
-};
-
-double weight_at(const GramUpdate& u, int64_t row) {
-  switch (u.weight_type) {
-    case WeightType::kBool:
-      return static_cast<const uint8_t*>(u.weight)[row * u.weight_stride] != 0 ? 1.0 : 0.0;
-    case WeightType::kFloat32:
-      return static_cast<const float*>(u.weight)[row * u.weight_stride];
-    case WeightType::kFloat64:
-      return static_cast<const double*>(u.weight)[row * u.weight_stride];
-    default:
-      return 1.0;
-  }
-}
-
-Rows choose_rows(const GramUpdate& u) {
-  Rows rows;
-  rows.size = u.x.rows;
-  rows.all = u.weight_type == WeightType::kNone;
-  if (rows.all) return rows;
-  bool ones = true;
-  for (int64_t t = 0; t < u.x.rows; ++t) {
-    const double w = weight_at(u, t);
-    if (w == 0) continue;
-    if (!(w > 0) || std::isinf(w)) {
-      rows.dropped += 1;
-      continue;
-    }
-    rows.index.push_back(t);
-    rows.weight.push_back(w);
-    ones = ones && w == 1;
-  }
-  rows.size = static_cast<int64_t>(rows.index.size());
-  if (ones) rows.weight.clear();
-  return rows;
-}
-
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-/// Pointers to contiguous rows: into the matrix itself, or into `scratch` where columns are
-/// strided.
-struct RowReader {
-  RowReader(const MatrixView& matrix) : m(matrix), bytes(bytes_of(matrix.dtype)) {
-    if (m.col_stride != 1 && m.cols > 1)
-      scratch.resize(static_cast<size_t>(kPackRows * m.cols * bytes));
-  }
-  const void* read(int64_t row, int64_t place) {
-    const char* source = static_cast<const char*>(m.data) + row * m.row_stride * bytes;
-    if (scratch.empty()) return source;
-    char* target = scratch.data() + place * m.cols * bytes;
-    for (int64_t c = 0; c < m.cols; ++c) {
-      std::copy_n(source + c * m.col_stride * bytes, bytes, target + c * bytes);
-    }
-    return target;
-  }
-  const MatrixView& m;
-  int64_t bytes;
-  std::vector<char> scratch;
-};
 
 /// One packed chunk of tokens.
 struct Chunk {
@@ -203,24 +136,28 @@ class Update {
       while (held > 0) flush();
     }
 
-    /// Packs the rows held; if one of them is not finite, leaves out those that are not, and keeps
-    /// the others until there are kPackRows again.
+    /// Packs the rows held; if one of them is beyond the limit, leaves out those that are, and
+    /// keeps the others until there are kPackRows again.
     void flush() {
       if (pack(false)) return;
       int64_t kept = 0;
       for (int64_t r = 0; r < held; ++r) {
-        const bool finite =
-            of.kernel->finite(of.u.x.dtype, x_rows[r], of.u.x.cols) &&
-            (of.u.y == nullptr || of.kernel->finite(of.u.x.dtype, y_rows[r], of.right_cols));
-        if (finite) index[kept++] = index[r];
+        if (within(r)) index[kept++] = index[r];
       }
-      if (kept == held) {  // finite values with an infinite sum
+      if (kept == held) {  // many values near the limit
         pack(true);
         return;
       }
       chunk.dropped += static_cast<double>(held - kept);
       held = kept;
       for (int64_t r = 0; r < held; ++r) read(r);
+    }
+
+    bool within(int64_t r) const {
+      const DType dtype = of.u.x.dtype;
+      const double limit = of.u.limit, most = limit / std::max(1.0, weight[r]);
+      return of.kernel->within(dtype, x_rows[r], of.u.x.cols, most) &&
+             (of.u.y == nullptr || of.kernel->within(dtype, y_rows[r], of.right_cols, limit));
     }
 
     bool pack(bool trusted) {
@@ -232,11 +169,13 @@ class Update {
                                 of.right_cols, right,
                                 right_stride,  step,
                                 nullptr,       nullptr,
-                                trusted,       ahead(of.u.y != nullptr ? y : x)};
+                                trusted,       ahead(of.u.y != nullptr ? y : x),
+                                of.u.limit};
         if (!of.kernel->pack(rows_out) && !trusted) return false;
       }
-      const PackRows rows_out{of.u.x.dtype, x_rows, held, scale,          of.u.x.cols, left,
-                              left_stride,  step,   sums, scratch.data(), trusted,     ahead(x)};
+      const PackRows rows_out{of.u.x.dtype, x_rows,      held,      scale, of.u.x.cols,
+                              left,         left_stride, step,      sums,  scratch.data(),
+                              trusted,      ahead(x),    of.u.limit};
       if (!of.kernel->pack(rows_out) && !trusted) return false;
       for (int64_t r = 0; r < held; ++r) chunk.weight_sum += weight[r];
       chunk.tokens += held;
@@ -316,7 +255,7 @@ class Update {
 
   const GramUpdate& u;
   const Pool& pool;
-  Rows rows;
+  ChosenRows rows;
   const PanelKernel* kernel;
   int64_t right_cols, sums_stride;
   bool shared;  // left and right operand are the same panels

@@ -29,12 +29,13 @@ struct GramUpdate {
   WeightType weight_type;
   const void* weight;
   int64_t weight_stride;
+  double limit = 0x1p48;  // of |x|, |y|, w and |w x|: see largest_entry in launchers/check_ops.h
 };
 
-/// Runs the update. Rows of weight 0 are not read; rows that hold a non-finite value, and rows
-/// whose weight is negative or not finite, are left out and counted in count[1]. Products are
-/// summed in float32 (float64 for float64 rows) over at most kChunkSteps steps, then added to
-/// `gram`.
+/// Runs the update. Rows of weight 0 are not read; rows that hold a value that is not finite or
+/// beyond `limit`, and rows whose weight is negative or beyond it, are left out and counted in
+/// count[1]. Products are summed in float32 (float64 for float64 rows) over at most kChunkSteps
+/// steps, then added to `gram`.
 void gram_update(const GramUpdate& update, const KernelSet& kernels, const Pool& pool);
 
 }  // namespace liar

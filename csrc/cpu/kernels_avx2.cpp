@@ -31,9 +31,6 @@ struct SimdF32 {
   static Vector scale(Vector a, double by) {
     return _mm256_mul_ps(a, _mm256_set1_ps(static_cast<float>(by)));
   }
-  static Vector zero_times(Vector a, Vector sum) {
-    return _mm256_fmadd_ps(a, _mm256_setzero_ps(), sum);
-  }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
   static void accumulate(float* p, Vector v) {
     _mm256_storeu_ps(p, _mm256_add_ps(_mm256_loadu_ps(p), v));
@@ -62,9 +59,6 @@ struct SimdF64 {
   }
   static Vector add(Vector a, Vector b) { return _mm256_add_pd(a, b); }
   static Vector scale(Vector a, double by) { return _mm256_mul_pd(a, _mm256_set1_pd(by)); }
-  static Vector zero_times(Vector a, Vector sum) {
-    return _mm256_fmadd_pd(a, _mm256_setzero_pd(), sum);
-  }
   static void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
   static void accumulate(double* p, Vector v) {
     _mm256_storeu_pd(p, _mm256_add_pd(_mm256_loadu_pd(p), v));

@@ -50,7 +50,6 @@ struct SimdF32 {
   static Vector multiply_add(Operand a, Operand b, Vector sum) { return sum + a * b; }
   static Vector add(Vector a, Vector b) { return a + b; }
   static Vector scale(Vector a, double by) { return a * static_cast<float>(by); }
-  static Vector zero_times(Vector a, Vector sum) { return sum + a * 0.0f; }
   static void store(float* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
   static void accumulate(float* p, Vector v) { store(p, load(p) + v); }
   static void accumulate(double* p, Vector v) {
@@ -76,7 +75,6 @@ struct SimdF64 {
   static Vector multiply_add(Operand a, Operand b, Vector sum) { return sum + a * b; }
   static Vector add(Vector a, Vector b) { return a + b; }
   static Vector scale(Vector a, double by) { return a * by; }
-  static Vector zero_times(Vector a, Vector sum) { return sum + a * 0.0; }
   static void store(double* p, Vector v) { std::memcpy(p, &v, sizeof(v)); }
   static void accumulate(double* p, Vector v) { store(p, load(p) + v); }
   static void accumulate(float* p, Vector v) {

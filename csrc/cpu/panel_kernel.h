@@ -56,10 +56,11 @@ struct PackRows {
   void* panels;
   int64_t panel_stride;  // bytes from a panel to the next one
   int64_t step;
-  double* sums;   // gets the column sums of what was packed added; null: not wanted
-  void* scratch;  // with sums: room for kMostLanes more than `features` values, as sums has
-  bool trusted;   // add the sums even if they are not finite
-  int64_t ahead;  // bytes from a row to the one that is packed after these; 0: not known
+  double* sums;      // gets the column sums of what was packed added; null: not wanted
+  void* scratch;     // with sums: room for kMostLanes more than `features` values, as sums has
+  bool trusted;      // add the sums whatever is returned
+  int64_t ahead;     // bytes from a row to the one that is packed after these; 0: not known
+  double limit = 0;  // no |value|, weighed, may be more
 };
 
 constexpr int64_t kMostLanes = 16;  // of any vector
@@ -85,10 +86,10 @@ struct PanelKernel {
   int64_t rows;             // features of the left side in a register tile; divides `panel`
   int64_t slot_bytes;       // bytes per feature and step
   int64_t tokens_per_step;  // 1, or 2 where a step holds a pair of tokens
-  bool (*finite)(DType dtype, const void* row, int64_t features);
-  // Returns whether all column sums are finite, which tells of the rows for next to nothing; false
-  // also where finite values add up to infinity. Sums are added to only if true is returned, or
-  // the rows are trusted.
+  bool (*within)(DType dtype, const void* row, int64_t features, double limit);
+  // Returns whether all values are known to be within `limit`: their squares, a multiplication
+  // each, add up to less than a quarter of its square. False also where many values near it do not.
+  // Sums are added to only if true is returned, or the rows are trusted.
   bool (*pack)(const PackRows&);
   void (*multiply_f32)(const PanelProduct&);  // out is float32
   void (*multiply_f64)(const PanelProduct&);  // out is float64

@@ -13,7 +13,7 @@ namespace {
 template <class Simd, int vectors, bool backward>
 void solve_tile(const PanelSolve& p, int64_t i) {
   constexpr int kLanes = Simd::kLanes, kRows = Simd::kRows;
-  constexpr int64_t kPanel = Panels<Simd>::kPanel;
+  constexpr int64_t kPanel = PanelProducts<Simd>::kPanel;
   const double* a = reinterpret_cast<const double*>(reinterpret_cast<const char*>(p.a) +
                                                     i / kPanel * p.a_panel_stride) +
                     i % kPanel;

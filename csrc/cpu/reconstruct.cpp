@@ -36,6 +36,8 @@ namespace liar {
 namespace {
 
 constexpr int64_t kSideBySide = 2048;  // sites that keep more than this are solved in turn
+constexpr int64_t kThreadRows = 256;   // kept features that give one more thread enough to do
+constexpr double kNotFinite = -2;      // code: an argument or an error is not finite
 constexpr int64_t kTile = 64;          // columns of W' written together: X stays in cache
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
@@ -56,6 +58,10 @@ class Solver {
   }
 
   void run() {
+    if (!arguments_are_finite()) {
+      for (int64_t l = 0; l < a.ladder; ++l) fail(l, kNotFinite);
+      return;
+    }
     if (a.holdout != nullptr) holdout.emplace(*a.holdout, kept, kernel, pool);
     if (dense) {
       prepare_dense();
@@ -73,6 +79,23 @@ class Solver {
   }
 
  private:
+  bool arguments_are_finite() const {
+    const auto finite = [&](const Float64View* m, int64_t rows, int64_t cols) {
+      return m == nullptr || all_finite(*m, rows, cols, pool);
+    };
+    return finite(&a.weight, a.d_out, a.d) && finite(a.cross, a.d, a.d_out) &&
+           finite(a.holdout_cross, a.d, a.d_out) && lower_finite(a.gram, a.d, pool) &&
+           (a.holdout == nullptr || lower_finite(*a.holdout, a.d, pool));
+  }
+
+  /// Says that λ has no solution, and why.
+  void fail(int64_t l, double code) {
+    a.info_out[2 * l] = code;
+    a.info_out[2 * l + 1] = a.error_out[l] = kNan;
+    if (a.holdout != nullptr) a.holdout_out[l] = kNan;
+    if (a.weight_out != nullptr) std::fill_n(a.weight_out + l * a.d_out * a.n, a.d_out * a.n, kNan);
+  }
+
   /// ⟨S, M_PP⟩ from lower triangles.
   double removed_energy(const Float64View& from) const {
     double sum = 0;
@@ -153,35 +176,29 @@ class Solver {
   }
 
   void solve_one(int64_t l, double damp, double shift) {
-    double code = 0, condition = 1;
+    double condition = 1;
     Panels x;  // stays empty where the removed features are just dropped
     if (!std::isinf(damp) && a.n > 0) {
       --finite;
       TrianglePanels shifted = finite > 0 ? gram.copy() : std::move(gram);
       for (int64_t k = 0; k < a.n; ++k) shifted.at(k, k) += shift;
       const Cholesky factor(std::move(shifted), pool);
-      code = static_cast<double>(factor.code());
-      if (code == 0) {
-        condition = std::pow(factor.largest() / factor.least(), 2);
-        x = side.copy();
-        factor.solve(x, pool);
-      }
+      if (factor.code() != 0) return fail(l, static_cast<double>(factor.code()));
+      condition = std::pow(factor.largest() / factor.least(), 2);
+      x = side.copy();
+      factor.solve(x, pool);
     }
-    a.info_out[2 * l] = code;
-    a.info_out[2 * l + 1] = code == 0 ? condition : kNan;
-    double* weight = a.weight_out == nullptr ? nullptr : a.weight_out + l * a.d_out * a.n;
-    if (code != 0) {
-      a.error_out[l] = kNan;
-      if (a.holdout != nullptr) a.holdout_out[l] = kNan;
-      if (weight != nullptr) std::fill_n(weight, a.d_out * a.n, kNan);
-      return;
-    }
+    a.info_out[2 * l] = 0;
+    a.info_out[2 * l + 1] = condition;
     if (dense) {
       certify_dense(l, x, shift);
     } else {
       certify_plain(l, x, shift);
     }
-    if (weight != nullptr) write_weight(weight, x);
+    if (!std::isfinite(a.error_out[l]) ||
+        (a.holdout != nullptr && !std::isfinite(a.holdout_out[l])))
+      return fail(l, kNotFinite);
+    if (a.weight_out != nullptr) write_weight(a.weight_out + l * a.d_out * a.n, x);
   }
 
   void certify_plain(int64_t l, const Panels& x, double shift) {
@@ -189,17 +206,20 @@ class Solver {
     if (a.holdout != nullptr) a.holdout_out[l] = removed_holdout;
     if (x.empty()) return;
     if (transfer && a.holdout == nullptr) {
-      a.error_out[l] = std::max(0.0, removed_error - restored(x, shift));
+      a.error_out[l] = not_below_zero(removed_error - restored(x, shift));
       return;
     }
     Panels product;
     if (transfer) product = turned_product(x, metric);
     const Panels& v = transfer ? product : x;
-    a.error_out[l] = std::max(0.0, removed_error - dot(v, side) - shift * dot(v, x));
+    a.error_out[l] = not_below_zero(removed_error - dot(v, side) - shift * dot(v, x));
     if (a.holdout != nullptr) {
       a.holdout_out[l] += holdout->evaluate(v, x, pool) - 2 * dot(v, holdout_side);
     }
   }
+
+  /// What rounding took below 0; a NaN stays one.
+  static double not_below_zero(double error) { return error < 0 ? 0.0 : error; }
 
   /// ⟨S, Xᵀ (Q + Λ X)⟩. Both are symmetric: half the work of X S, where that is not needed.
   double restored(const Panels& x, double shift) const {
@@ -261,13 +281,22 @@ class Solver {
   double removed_error = 0, removed_holdout = 0;
 };
 
+/// Whether sites are solved sooner one per thread than one after the other with all threads inside,
+/// where a site of n kept features keeps n / kThreadRows threads busy.
+bool side_by_side(int64_t sites, int64_t n, int64_t threads) {
+  if (sites < 2 || n > kSideBySide) return false;
+  const int64_t inside = std::clamp<int64_t>(n / kThreadRows, 1, threads);
+  const int64_t rounds = (sites + threads - 1) / threads;
+  return rounds * inside <= sites;
+}
+
 }  // namespace
 
 void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
                  const Pool& pool) {
   const WorkspaceCall call;
   if (sites == 0) return;
-  if (sites > 1 && jobs[0].n <= kSideBySide) {
+  if (side_by_side(sites, jobs[0].n, pool.threads)) {
     parallel_tasks(pool, sites, [&](int64_t site) { Solver(jobs[site], kernel, Pool{}).run(); });
     return;
   }

@@ -21,11 +21,11 @@ struct Reconstruct {
   double* weight_out;                // (ladder, d_out, n); null: only the errors are wanted
   double* error_out;                 // (ladder,)
   double* holdout_out;               // (ladder,)
-  double* info_out;                  // (ladder, 2)
+  double* info_out;                  // (ladder, 2): code and condition
 };
 
-/// Solves `sites` jobs of one shape: small ones side by side, one per thread, large ones one after
-/// the other with all threads inside.
+/// Solves `sites` jobs of one shape: many small ones side by side, one per thread, few or large
+/// ones one after the other with all threads inside.
 void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
                  const Pool& pool);
 

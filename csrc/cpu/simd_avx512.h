@@ -33,9 +33,6 @@ struct SimdF32 {
   static Vector scale(Vector a, double by) {
     return _mm512_mul_ps(a, _mm512_set1_ps(static_cast<float>(by)));
   }
-  static Vector zero_times(Vector a, Vector sum) {
-    return _mm512_fmadd_ps(a, _mm512_setzero_ps(), sum);
-  }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
   static void accumulate(float* p, Vector v) {
     _mm512_storeu_ps(p, _mm512_add_ps(_mm512_loadu_ps(p), v));
@@ -64,9 +61,6 @@ struct SimdF64 {
   }
   static Vector add(Vector a, Vector b) { return _mm512_add_pd(a, b); }
   static Vector scale(Vector a, double by) { return _mm512_mul_pd(a, _mm512_set1_pd(by)); }
-  static Vector zero_times(Vector a, Vector sum) {
-    return _mm512_fmadd_pd(a, _mm512_setzero_pd(), sum);
-  }
   static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
   static void accumulate(double* p, Vector v) {
     _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), v));

@@ -21,6 +21,7 @@ struct GramCall {
   bool wide;  // gram and total are float64
   void* total;
   double* count;
+  double limit;  // of |x|, |y|, weight and |weight x|; rows beyond are dropped and counted
 };
 
 // Elements from row to row and from matrix to matrix; no data: none.

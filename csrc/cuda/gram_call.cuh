@@ -6,6 +6,11 @@
 
 namespace liar::cuda {
 
+static_assert(static_cast<int>(Weights::kNone) == static_cast<int>(WeightType::kNone) &&
+              static_cast<int>(Weights::kBool) == static_cast<int>(WeightType::kBool) &&
+              static_cast<int>(Weights::kFloat32) == static_cast<int>(WeightType::kFloat) &&
+              static_cast<int>(Weights::kFloat64) == static_cast<int>(WeightType::kDouble));
+
 template <class T>
 std::int64_t gram_update_of(const GramCall& call, void* workspace, Place place) {
   GramUpdate<T> g;
@@ -19,6 +24,7 @@ std::int64_t gram_update_of(const GramCall& call, void* workspace, Place place) 
   g.gram_f64 = call.wide;
   g.total = call.total;
   g.count = call.count;
+  g.limit = call.limit;
   Stream stream = open_stream("gram_update_", place);
   const std::int64_t bytes = gram_update(g, workspace, stream);
   require("gram_update_", stream.error);

@@ -45,6 +45,14 @@ inline void check_gram_update(const Tensor& gram, const Tensor& total, const Ten
   }
 }
 
+/// The largest size that an entry of x or y, a weight, or an entry times its weight may have; a row
+/// beyond it is dropped and counted, as one that is not finite. Products are at most 2^96 then, and
+/// 2^31 of them still fit a float32 sum; in float64 throughout, 2^23 products of 2^1000 fit.
+inline double largest_entry(const Tensor& gram, const Tensor& x) {
+  const bool wide = x.scalar_type() == ScalarType::Double && gram.scalar_type() == x.scalar_type();
+  return wide ? 0x1p500 : 0x1p48;
+}
+
 namespace checks {
 
 constexpr const char* kOp = "reconstruct: ";

@@ -50,21 +50,26 @@ void run_fisher(Doubles& fisher, const py::array& x, const py::array& grad, std:
 void bind_selection(py::module_& m) {
   m.def("obs_curve", &run_curve, py::arg("weight"), py::arg("gram"), py::arg("width"),
         py::arg("damp"), py::arg("at_least") = 0, py::arg("groups") = 1, py::arg("processors") = 2);
-  m.def("unit_energy", [](const Doubles& weight, const Doubles& gram, std::int64_t width) {
-    Doubles energy(weight.shape(1) / width);
-    Energy q;
-    q.d = weight.shape(1);
-    q.d_out = weight.shape(0);
-    q.width = width;
-    q.weight = weight.data();
-    q.weight_stride = row_stride(weight);
-    q.gram = gram.data();
-    q.gram_stride = row_stride(gram);
-    q.energy = energy.mutable_data();
-    execute("unit_energy", 2,
-            [&](void* workspace, Stream& stream) { return unit_energy(q, workspace, stream); });
-    return energy;
-  });
+  m.def(
+      "unit_energy",
+      [](const Doubles& weight, const Doubles& gram, std::int64_t width, int most_batches) {
+        Doubles energy(weight.shape(1) / width);
+        Energy q;
+        q.most_batches = most_batches;
+        q.d = weight.shape(1);
+        q.d_out = weight.shape(0);
+        q.width = width;
+        q.weight = weight.data();
+        q.weight_stride = row_stride(weight);
+        q.gram = gram.data();
+        q.gram_stride = row_stride(gram);
+        q.energy = energy.mutable_data();
+        execute("unit_energy", 2,
+                [&](void* workspace, Stream& stream) { return unit_energy(q, workspace, stream); });
+        return energy;
+      },
+      py::arg("weight"), py::arg("gram"), py::arg("width"),
+      py::arg("most_batches") = Energy().most_batches);
   m.def("fisher_update_", [](Doubles fisher, const py::array& x, const py::array& grad,
                              std::int64_t width, const std::string& dtype) {
     if (dtype == "bf16")

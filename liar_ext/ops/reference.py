@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = 256
+LARGEST, LARGEST_FLOAT64 = 2.0**48, 2.0**500  # see `gram_update_` in liar_ext.ops
+NOT_FINITE = -2.0  # a code of `reconstruct`
 
 
 def gram_update_(
@@ -28,12 +30,14 @@ def gram_update_(
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = x.new_ones(len(x), dtype=torch.float64) if weight is None else weight.double()
     wanted = weight != 0
-    finite = torch.isfinite(x).all(-1) & torch.isfinite(weight) & (weight >= 0)
+    largest = LARGEST_FLOAT64 if x.dtype == gram.dtype == torch.float64 else LARGEST
+    within = (x.abs() <= largest / weight.clamp(min=1)[:, None]).all(-1)
+    within &= (weight >= 0) & (weight <= largest)
     if y is not None:
-        finite &= torch.isfinite(y).all(-1)
-    use = wanted & finite
+        within &= (y.abs() <= largest).all(-1)
+    use = wanted & within
     weight = torch.where(use, weight, 0.0)
-    count += torch.stack([weight.sum(), (wanted & ~finite).sum()])
+    count += torch.stack([weight.sum(), (wanted & ~within).sum()])
     for start in range(0, len(x), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         left = torch.where(use[part, None], x[part], 0).to(compute)
@@ -74,6 +78,8 @@ def reconstruct(
         rhs = cross[kept] - block @ weight[:, kept].mT
     mean = block.diagonal().mean() if len(kept) else gram.new_ones(())
     mean = torch.where(mean == 0, 1.0, mean)
+    arguments = (weight, gram, holdout, cross, holdout_cross)
+    finite = all(one is None or bool(torch.isfinite(one).all()) for one in arguments)
 
     results = []
     for damp in damps:
@@ -83,7 +89,7 @@ def reconstruct(
         full[:, kept] = new if cross is not None else change.mT
         error = _quadratic(full, gram, cross)
         held_out = None if holdout is None else _quadratic(full, holdout, holdout_cross)
-        results.append((new, error, held_out, torch.stack([code, condition])))
+        results.append(_unless_spoilt(finite, new, error, held_out, code, condition))
     if not results:
         empty = weight.new_empty(0)
         return weight.new_empty(0, d_out, len(kept)), empty, empty.clone(), weight.new_empty(0, 2)
@@ -192,6 +198,19 @@ def _solve(block: Tensor, shift: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, T
     diagonal = factor.diagonal()
     condition = (diagonal.max() / diagonal.min()) ** 2
     return torch.cholesky_solve(rhs, factor), code.to(rhs.dtype), condition
+
+
+def _unless_spoilt(
+    finite: bool, new: Tensor, error: Tensor, held_out: Tensor | None, code: Tensor, cond: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the result for one λ; NaNs with a code where it can't be one."""
+    errors = (error, error if held_out is None else held_out)
+    if not finite or (code == 0 and not all(bool(torch.isfinite(one)) for one in errors)):
+        code = torch.full_like(code, NOT_FINITE)
+    if code != 0:
+        new, error, cond = (torch.full_like(one, torch.nan) for one in (new, error, cond))
+        held_out = None if held_out is None else torch.full_like(held_out, torch.nan)
+    return new, error, held_out, torch.stack([code, cond])
 
 
 def _symmetric(gram: Tensor) -> Tensor:

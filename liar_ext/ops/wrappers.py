@@ -40,24 +40,26 @@ def gram_update_(
         s \mathrel{+}= X^T w, \qquad
         c \mathrel{+}= [\textstyle\sum_t w_t,\ \text{rows dropped}]
 
-    A row of weight 0 is skipped unread, so padding may hold anything. A row that holds a non-finite
-    value, or whose weight is negative or not finite, is left out of all sums and counted in
-    ``count[1]``. Products are summed in float32 over at most 2048 tokens and then in the dtype of
-    ``gram``: when that is float64 the error does not grow with the number of tokens. Float64 rows
-    are summed in float64 throughout. The result is the same bit for bit from run to run.
+    A row of weight 0 is skipped unread, so padding may hold anything. A row that holds a NaN, an
+    infinity or a value beyond 2⁴⁸ (2.8e14), in itself or times its weight, and one whose weight is
+    negative or beyond that, is left out of all sums and counted in ``count[1]``: larger products
+    would overflow float32. Where ``x`` and ``gram`` are both float64 the limit is 2⁵⁰⁰. Products
+    are summed in float32 over at most 2048 tokens and then in the dtype of ``gram``: when that is
+    float64 the error does not grow with the number of tokens. Float64 rows are summed in float64
+    throughout. The result is the same bit for bit from run to run.
 
     Parameters
     ----------
     gram : Tensor
         ``(d, d)`` float32 or float64, of which only the lower triangle with the diagonal is read or
-        written; with ``y``, ``(d, dy)``, all of it. Columns contiguous.
+        written; with ``y``, ``(d, dy)``, all of it. Columns contiguous. No two of the tensors that
+        are written share memory, nor one of them with one that is read.
     total : Tensor
         ``(d,)``, dtype of ``gram``.
     count : Tensor
         ``(2,)`` float64.
     x : Tensor
-        ``(tokens, d)`` float16, bfloat16, float32 or float64; any strides. The product of two
-        entries must fit float32 unless ``x`` is float64.
+        ``(tokens, d)`` float16, bfloat16, float32 or float64; any strides.
     y : Tensor, optional
         ``(tokens, dy)``, dtype of ``x``: sums the cross-Gram matrix instead of the Gram matrix.
     weight : Tensor, optional
@@ -66,7 +68,7 @@ def gram_update_(
     Raises
     ------
     RuntimeError
-        If a shape or a dtype is not as above.
+        If a shape, a dtype or a device is not as above, or memory is shared.
 
     Notes
     -----
@@ -130,15 +132,17 @@ def reconstruct(
     holdout_error : Tensor
         The same on ``holdout``, ``(L,)``; ``(0,)`` without.
     info : Tensor
-        ``(L, 2)`` float64: code and condition. Code 0 is solved; k > 0 says that the leading minor
-        of order k of ``G_KK + Λ`` is not positive definite, and then this λ's weight and errors are
-        NaN. On a GPU indices are not read back, and bad ones give code −1 instead of an error.
-        Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor, a lower bound.
+        ``(L, 2)`` float64: code and condition. Code 0 is solved; else this λ's errors and condition
+        are NaN, and its weight means nothing. Code k > 0 says that the leading minor of order k of
+        ``G_KK + Λ`` is not positive definite; −2 that an argument holds a NaN or an infinity, or
+        that an error is beyond float64; −1, on CUDA only, that ``kept`` is not ascending within
+        ``d``. Condition is ``(max L_ii / min L_ii)²`` of the Cholesky factor, a lower bound.
 
     Raises
     ------
     RuntimeError
-        If a shape, a dtype or an index is not as above.
+        If a shape, a dtype or a device is not as above; on the CPU also if an index or a λ is not.
+        On CUDA nothing waits for their values: see ``info``.
 
     Notes
     -----
@@ -246,7 +250,7 @@ def fisher_update_(fisher: Tensor, x: Tensor, grad: Tensor, width: int) -> None:
     Parameters
     ----------
     fisher : Tensor
-        ``(d / width,)`` float64, contiguous.
+        ``(d / width,)`` float64, contiguous; shares no memory with the others.
     x : Tensor
         ``(sequences, tokens, d)`` float16, bfloat16, float32 or float64; any strides.
     grad : Tensor

@@ -22,9 +22,6 @@ LIAR_DEVICE double block_sum(double x, double* scratch) {
   return sum;
 }
 
-LIAR_DEVICE bool is_finite(f16 x) { return (x.bits & 0x7c00) != 0x7c00; }
-LIAR_DEVICE bool is_finite(bf16 x) { return (x.bits & 0x7f80) != 0x7f80; }
-LIAR_DEVICE bool is_finite(float x) { return x - x == 0; }
 LIAR_DEVICE bool is_finite(double x) { return x - x == 0; }
 
 }  // namespace liar::cuda

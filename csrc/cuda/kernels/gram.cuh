@@ -4,9 +4,9 @@
 //   compact   ──▶ list of the rows that count, their weights, and `count`
 //   product   ──▶ gram, total                        (product.cuh; rows not listed are never read)
 //
-// A row counts only if all of it is finite, which no tile of columns can see: hence one pass over X
-// before the product. It reads d elements a token where the product's tiles read d²/128: at d =
-// 4096 one part in 33 of the loads.
+// A row counts only if all of it is within a limit, which no tile of columns can see: hence one
+// pass over X before the product. It reads d elements a token where the product's tiles read
+// d²/128: at d = 4096 one part in 33 of the loads.
 #pragma once
 
 #include "block.cuh"
@@ -28,6 +28,7 @@ struct GramUpdate {
   bool gram_f64 = true;
   void* total = nullptr;    // of gram's type
   double* count = nullptr;  // [Σ w, rows dropped]
+  double limit = 0x1p48;    // of |x|, |y|, w and |w x|; rows beyond are dropped
 };
 
 template <class T>
@@ -41,6 +42,7 @@ struct RowListParams {
   double* weights;     // tokens: their weights
   std::int64_t* row_count;
   double* count;
+  double limit;
 };
 
 LIAR_DEVICE double weight_of(const void* weight, WeightType type, std::int64_t row) {
@@ -56,11 +58,25 @@ LIAR_DEVICE double weight_of(const void* weight, WeightType type, std::int64_t r
   }
 }
 
+// Sizes are compared in float32, but for those of float64. A NaN is within nothing.
 template <class T>
-LIAR_DEVICE bool row_is_finite(const Operand<T>& x, std::int64_t row, unsigned lane) {
+struct Size {
+  using Type = float;
+  LIAR_DEVICE static float of(T x) { return fabsf(to_float(x)); }
+};
+template <>
+struct Size<double> {
+  using Type = double;
+  LIAR_DEVICE static double of(double x) { return fabs(x); }
+};
+
+template <class T>
+LIAR_DEVICE bool row_is_within(const Operand<T>& x, std::int64_t row, double largest,
+                               unsigned lane) {
+  const auto limit = static_cast<typename Size<T>::Type>(largest);
   constexpr std::int64_t kElements = 16 / sizeof(T);
   const T* p = x.data + row * x.stride;
-  bool finite = true;
+  bool within = true;
   std::int64_t done = 0;
   if (reinterpret_cast<std::uintptr_t>(p) % 16 == 0) {
     done = x.columns / kElements * kElements;
@@ -71,11 +87,12 @@ LIAR_DEVICE bool row_is_finite(const Operand<T>& x, std::int64_t row, unsigned l
       load_16_bytes(words, p + i);
       memcpy(element, words, 16);
 #pragma unroll
-      for (int e = 0; e < kElements; ++e) finite &= is_finite(element[e]);
+      for (int e = 0; e < kElements; ++e) within &= Size<T>::of(element[e]) <= limit;
     }
   }
-  for (std::int64_t i = done + lane; i < x.columns; i += kWarp) finite &= is_finite(p[i]);
-  return !__any_sync(kAllLanes, !finite);
+  for (std::int64_t i = done + lane; i < x.columns; i += kWarp)
+    within &= Size<T>::of(p[i]) <= limit;
+  return !__any_sync(kAllLanes, !within);
 }
 
 // One warp a row.
@@ -87,9 +104,9 @@ __global__ void scan_rows_kernel(const RowListParams<T> p) {
        row < p.tokens; row += step) {
     double weight = weight_of(p.weight, p.weight_type, row);
     if (weight != 0) {  // uniform in the warp; a row of weight 0 may hold anything
-      bool good = is_finite(weight) && weight > 0;
-      if (good) good = row_is_finite(p.x, row, lane);
-      if (good && p.y.data) good = row_is_finite(p.y, row, lane);
+      bool good = weight > 0 && weight <= p.limit;
+      if (good) good = row_is_within(p.x, row, p.limit / larger(1.0, weight), lane);
+      if (good && p.y.data) good = row_is_within(p.y, row, p.limit, lane);
       if (!good) weight = -1;
     }
     if (lane == 0) p.row_weight[row] = weight;
@@ -177,6 +194,7 @@ std::int64_t gram_update_with(const GramUpdate<T>& g, Workspace workspace, bool 
   list.weights = workspace.take<double>(g.tokens);
   list.row_count = workspace.take<std::int64_t>(1);
   list.count = g.count;
+  list.limit = g.limit;
 
   ProductParams<T> p;
   p.a = g.x;

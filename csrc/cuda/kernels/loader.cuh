@@ -34,7 +34,8 @@ struct ProductParams {
   double* partial = nullptr;       // splits × tiles × kTile², when splits > 1
   double* partial_sums = nullptr;  // splits × a.columns
   int batches = 1;
-  bool vector = false;  // operands allow 16-byte loads; see can_vectorize
+  int most_batches = 65535;  // of one launch; tests take less
+  bool vector = false;       // operands allow 16-byte loads; see can_vectorize
 
   LIAR_BOTH bool triangular() const { return triangle || !b.data; }
 };

@@ -19,7 +19,7 @@ LIAR_DEVICE int clip(std::int64_t size, int tile) {
   return static_cast<int>(smaller<std::int64_t>(size, tile));
 }
 
-LIAR_DEVICE void* at(void* out, bool f64, std::int64_t i) {
+LIAR_BOTH void* at(void* out, bool f64, std::int64_t i) {
   return f64 ? static_cast<void*>(static_cast<double*>(out) + i) : static_cast<float*>(out) + i;
 }
 
@@ -196,8 +196,16 @@ void product(ProductParams<typename Mma::Element> p, Stream& stream) {
       std::int64_t(stream.processors) *
       blocks_per_processor(product_kernel<Mma>, Mma::kThreads, kShared, stream);
   const auto grid = static_cast<unsigned>(smaller(shape.tiles * p.splits, slots));
-  const auto batches = static_cast<unsigned>(p.batches);
-  launch(product_kernel<Mma>, {grid, batches, 1}, Mma::kThreads, kShared, stream, p);
+  // A grid is at most 65,535 high; matrices that are shared must not be cut from each other.
+  const int shared = p.a.repeat * p.b.repeat, slice = p.most_batches / shared * shared;
+  auto part = p;
+  for (int left = p.batches; left > 0; left -= slice) {
+    const auto batches = static_cast<unsigned>(smaller(left, slice));
+    launch(product_kernel<Mma>, {grid, batches, 1}, Mma::kThreads, kShared, stream, part);
+    part.a.data += slice / p.a.repeat * p.a.batch;
+    if (p.b.data) part.b.data += slice / p.b.repeat * p.b.batch;
+    part.out = at(part.out, p.out_f64, slice * p.out_batch);
+  }
   if (p.splits > 1)
     launch(reduce_kernel<Mma>, {static_cast<unsigned>(shape.tiles), 1, 1}, 256, 0, stream, p);
 }

@@ -51,7 +51,7 @@ struct Fold {
 struct ReconstructSpace {
   std::int64_t removed_count, square_stride, linear_stride;
   std::int64_t* removed;
-  double* mean;  // [mean of the diagonal, 1 if kept is not ascending within d]
+  double* mean;  // [mean of the diagonal, what is wrong with the arguments: a code below 0, or 0]
   double *kept_weight, *removed_weight;  // transposed: n × d_out, n_P × d_out
   double *mixed, *removed_square, *removed_product;
   double* rhs;  // n × d_out
@@ -74,6 +74,7 @@ struct GroupParams {
 };
 
 constexpr unsigned kFormBlocks = 64, kFormThreads = 256;
+constexpr double kBadIndex = -1, kNotFinite = -2;  // codes; above 0 as LAPACK's info
 
 struct IndexParams {
   Reconstruct r;
@@ -119,8 +120,29 @@ static __global__ void index_kernel(const IndexParams q) {
   if (threadIdx.x == 0) {
     const double mean = r.n > 0 ? sum / static_cast<double>(r.n) : 1;
     q.mean[2 * blockIdx.x] = mean == 0 ? 1 : mean;
-    q.mean[2 * blockIdx.x + 1] = wrong > 0;
+    q.mean[2 * blockIdx.x + 1] = wrong > 0 ? kBadIndex : 0;
   }
+}
+
+struct FiniteParams {
+  Matrix from;
+  std::int64_t rows, columns;
+  bool lower;  // only columns up to the row's own
+  double* mean;
+};
+
+// Says so where an argument is not finite. Block (some rows, item); whoever finds it, writes the
+// same.
+static __global__ void finite_kernel(const FiniteParams q) {
+  const double* from = q.from.data + blockIdx.y * q.from.batch;
+  bool finite = true;
+  for (std::int64_t i = blockIdx.x; i < q.rows; i += gridDim.x) {
+    const std::int64_t end = q.lower ? i + 1 : q.columns;
+    for (std::int64_t j = threadIdx.x; j < end; j += blockDim.x)
+      finite &= is_finite(from[i * q.from.stride + j]);
+  }
+  double& code = q.mean[2 * blockIdx.y + 1];
+  if (!finite && code == 0) code = kNotFinite;
 }
 
 struct Indices {
@@ -214,20 +236,29 @@ static __global__ void form_kernel(const GroupParams q) {
   if (threadIdx.x == 0) q.s.partial[(q.fold * t.batches + system) * q.s.parts + blockIdx.x] = sum;
 }
 
-// One block per system: the sum of the partial sums, the code, and the condition of the factor.
+// One block per system: the sum of the partial sums, the code, and the condition of the factor. The
+// held-out fold comes second, and what it finds wrong is wrong for both.
 static __global__ void finish_kernel(const GroupParams q) {
   auto& shared = shared_memory<SumShared>();
   const System& t = q.s.system;
   const std::int64_t system = blockIdx.x, item = system / q.ladder;
   const double nothing = NAN;
-  const double code = q.s.mean[2 * item + 1] != 0 ? -1 : t.code[system];
+  const double wrong = q.s.mean[2 * item + 1];
+  double code = q.fold != 0 ? q.r.info[2 * system] : wrong != 0 ? wrong : t.code[system];
   const double* partial = q.s.partial + (q.fold * t.batches + system) * q.s.parts;
   const double* constant = q.s.folds[q.fold].constant;
   double part = 0;
   for (int k = threadIdx.x; k < q.s.parts; k += blockDim.x) part += partial[k];
   const double error = block_sum(part, shared.scratch) + (constant ? constant[item] : 0);
-  if (threadIdx.x == 0)
+  const bool spoilt = code == 0 && !is_finite(error);
+  if (spoilt) code = kNotFinite;
+  if (threadIdx.x == 0) {
     (q.fold == 0 ? q.r.error : q.r.holdout_error)[system] = code == 0 ? error : nothing;
+    if (q.fold != 0 && spoilt) {
+      q.r.error[system] = q.r.info[2 * system + 1] = nothing;
+      q.r.info[2 * system] = code;
+    }
+  }
   if (q.fold != 0 || threadIdx.x >= kWarp) return;
   const double* diagonal = t.diagonal + system * t.n;
   double low = t.n > 0 ? diagonal[0] : 1, high = low;

@@ -109,6 +109,7 @@ class Gatherer {
     const std::int64_t p = s_.removed_count;
     launch(index_kernel, {static_cast<unsigned>(items_), 1, 1}, 1024, sizeof(SumShared), stream_,
            IndexParams{r_, s_.removed, s_.mean});
+    look_for_nans();
     weights(kept(), s_.kept_weight);
     if (!r_.cross.data) weights(removed(), s_.removed_weight);
     for (const Fold& fold : s_.folds) {
@@ -133,6 +134,19 @@ class Gatherer {
   }
 
  private:
+  void look_for_nans() const {
+    const auto look = [&](const Matrix& from, std::int64_t rows, std::int64_t columns, bool lower) {
+      if (from.data)
+        launch(finite_kernel, {blocks_for(rows), static_cast<unsigned>(items_), 1}, 256, 0, stream_,
+               FiniteParams{from, rows, columns, lower, s_.mean});
+    };
+    look(r_.weight, r_.d_out, r_.d, false);
+    for (const Fold& fold : s_.folds) {
+      look(fold.gram, r_.d, r_.d, true);
+      look(fold.cross, r_.d, r_.d_out, false);
+    }
+  }
+
   Indices kept() const { return {r_.kept, r_.n, r_.n}; }
   Indices removed() const { return {s_.removed, s_.removed_count, s_.removed_count}; }
   Indices outputs() const { return {nullptr, r_.d_out, 0}; }

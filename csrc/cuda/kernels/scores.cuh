@@ -24,6 +24,7 @@ struct Energy {
   std::int64_t gram_stride = 0;
   double* energy = nullptr;  // d / width
   double* square = nullptr;  // units × width × width: W_uᵀW_u, lower triangle
+  int most_batches = 65535;  // see ProductParams
 };
 
 // Width 1: a thread per feature, so that a warp reads neighbours.
@@ -71,6 +72,7 @@ inline std::int64_t unit_energy(Energy q, void* memory, Stream& stream) {
   p.out_batch = q.width * q.width;
   p.accumulate = false;
   p.batches = static_cast<int>(units);
+  p.most_batches = q.most_batches;
   product<MmaF64<false>>(p, stream);
   launch(energy_of_units_kernel, {static_cast<unsigned>(units), 1, 1}, kScoreThreads,
          sizeof(ScoreShared), stream, q);

@@ -74,6 +74,7 @@ void gram_update_cpu(Tensor gram, Tensor total, Tensor count, Tensor x, std::opt
     update.weight = weight->const_data_ptr();
     update.weight_stride = weight->stride(0);
   }
+  update.limit = largest_entry(gram, x);
   gram_update(update, kernels(), torch_pool());
 }
 

@@ -57,6 +57,7 @@ void gram_update_cuda(Tensor gram, Tensor total, Tensor count, Tensor x, std::op
   call.wide = gram.scalar_type() == ScalarType::Double;
   call.total = total.mutable_data_ptr();
   call.count = static_cast<double*>(count.mutable_data_ptr());
+  call.limit = largest_entry(gram, x);
   if (call.tokens == 0) return;
   run(current, x, call, &cuda::gram_update);
 }
