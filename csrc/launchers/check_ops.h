@@ -2,8 +2,10 @@
 #pragma once
 
 #include <optional>
+#include <utility>
 
 #include "check.h"
+#include "written.h"
 
 namespace liar {
 
@@ -31,8 +33,9 @@ inline void check_gram_update(const Tensor& gram, const Tensor& total, const Ten
   const int64_t cols = y.has_value() ? y->size(1) : d;
   check(gram.dim() == 2 && gram.size(0) == d && gram.size(1) == cols, kOp, "gram must be (", d,
         ", ", cols, "), got ", shape_of(gram));
-  check(columns_contiguous(gram), kOp,
-        "gram must have contiguous columns; allocate it with torch.zeros");
+  check(columns_contiguous(gram) && (d <= 1 || gram.stride(0) >= cols), kOp,
+        "gram must have contiguous columns and rows that do not overlap; allocate it with "
+        "torch.zeros");
   check((gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double) &&
             gram.scalar_type() == total.scalar_type(),
         kOp, "gram and total must both be float32 or both be float64");
@@ -51,6 +54,24 @@ inline void check_gram_update(const Tensor& gram, const Tensor& total, const Ten
 inline double largest_entry(const Tensor& gram, const Tensor& x) {
   const bool wide = x.scalar_type() == ScalarType::Double && gram.scalar_type() == x.scalar_type();
   return wide ? 0x1p500 : 0x1p48;
+}
+
+/// What gram_update_ writes, when it is known to be on one device with what it reads.
+inline void check_and_mark_sums(Tensor& gram, Tensor& total, Tensor& count, const Tensor& x,
+                                const std::optional<Tensor>& y,
+                                const std::optional<Tensor>& weight) {
+  constexpr const char* kOp = "gram_update_: ";
+  check_apart(kOp, "gram", gram, "total", total);
+  check_apart(kOp, "gram", gram, "count", count);
+  check_apart(kOp, "total", total, "count", count);
+  const std::pair<const char*, Tensor*> sums[] = {
+      {"gram", &gram}, {"total", &total}, {"count", &count}};
+  for (const auto& [name, sum] : sums) {
+    check_apart(kOp, name, *sum, "x", x);
+    check_apart(kOp, name, *sum, "y", y);
+    check_apart(kOp, name, *sum, "weight", weight);
+  }
+  for (const auto& [name, sum] : sums) mark_changed(kOp, name, *sum);
 }
 
 namespace checks {

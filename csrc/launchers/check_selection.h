@@ -55,4 +55,12 @@ inline void check_fisher_update(const Tensor& fisher, const Tensor& x, const Ten
         kOp, "fisher must be (", d / width, ",) float64 and contiguous, got ", shape_of(fisher));
 }
 
+/// What fisher_update_ writes, when it is known to be on one device with what it reads.
+inline void check_and_mark_fisher(Tensor& fisher, const Tensor& x, const Tensor& grad) {
+  constexpr const char* kOp = "fisher_update_: ";
+  check_apart(kOp, "fisher", fisher, "x", x);
+  check_apart(kOp, "fisher", fisher, "grad", grad);
+  mark_changed(kOp, "fisher", fisher);
+}
+
 }  // namespace liar

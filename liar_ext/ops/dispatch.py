@@ -23,14 +23,39 @@ except ImportError as error:
 OPERATORS = ("fisher_update_", "gram_update_", "obs_curve", "reconstruct", "unit_energy")
 
 
+def _check_device(op: str, first: str, **tensors) -> None:
+    """Refuse tensors of several devices, of which torch picks the kernel of one."""
+    device = tensors[first].device
+    for name, tensor in tensors.items():
+        torch._check(
+            tensor is None or tensor.device == device,
+            lambda name=name, tensor=tensor: (
+                f"{op}: {name} must be on the device of {first}, {device}, got {tensor.device}; "
+                "move it with .to(device)"
+            ),
+        )
+
+
 @torch.library.register_fake("liar_ext::gram_update_")
 def _(gram, total, count, x, y=None, weight=None):
+    _check_device("gram_update_", "x", x=x, gram=gram, total=total, count=count, y=y, weight=weight)
     d = total.shape[0]
     torch._check(x.dim() == 2, lambda: f"gram_update_: x must be (tokens, {d}), got {x.shape}")
 
 
 @torch.library.register_fake("liar_ext::reconstruct")
 def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, errors_only=False):
+    _check_device(
+        "reconstruct",
+        "weight",
+        weight=weight,
+        gram=gram,
+        kept=kept,
+        damps=damps,
+        holdout=holdout,
+        cross=cross,
+        holdout_cross=holdout_cross,
+    )
     ladder, sites = damps.shape[0], weight.shape[:-2]
 
     def empty(*shape):
@@ -43,6 +68,7 @@ def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, e
 
 @torch.library.register_fake("liar_ext::obs_curve")
 def _(weight, gram, width, damp, at_least, groups=1):
+    _check_device("obs_curve", "weight", weight=weight, gram=gram)
     removed = weight.shape[1] // width - at_least
     return (
         weight.new_empty(removed, dtype=torch.int64),
@@ -53,11 +79,13 @@ def _(weight, gram, width, damp, at_least, groups=1):
 
 @torch.library.register_fake("liar_ext::unit_energy")
 def _(weight, gram, width):
+    _check_device("unit_energy", "weight", weight=weight, gram=gram)
     return weight.new_empty(weight.shape[1] // width, dtype=torch.float64)
 
 
 @torch.library.register_fake("liar_ext::fisher_update_")
 def _(fisher, x, grad, width):
+    _check_device("fisher_update_", "x", x=x, fisher=fisher, grad=grad)
     torch._check(x.dim() == 3, lambda: f"fisher_update_: x must have 3 dimensions, got {x.shape}")
 
 

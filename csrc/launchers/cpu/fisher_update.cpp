@@ -4,6 +4,7 @@
 #include "../../cpu/scores.h"
 #include "../check_selection.h"
 #include "../launch.h"
+#include "on_cpu.h"
 #include "torch_pool.h"
 
 namespace liar {
@@ -31,7 +32,12 @@ void update(Tensor& fisher, const Tensor& x, const Tensor& grad, int64_t width) 
 }  // namespace
 
 void fisher_update_cpu(Tensor fisher, Tensor x, Tensor grad, int64_t width) {
+  constexpr const char* kOp = "fisher_update_: ";
   check_fisher_update(fisher, x, grad, width);
+  check_cpu(kOp, "x", x, "x");
+  check_cpu(kOp, "fisher", fisher, "x");
+  check_cpu(kOp, "grad", grad, "x");
+  check_and_mark_fisher(fisher, x, grad);
   x = as_float32_or_64(x);
   grad = as_float32_or_64(grad);
   if (x.scalar_type() == ScalarType::Double)

@@ -4,6 +4,7 @@
 #include "../../cpu/gram.h"
 #include "../check_ops.h"
 #include "../launch.h"
+#include "on_cpu.h"
 #include "torch_pool.h"
 
 namespace liar {
@@ -57,6 +58,13 @@ WeightType weight_type(const std::optional<Tensor>& weight) {
 void gram_update_cpu(Tensor gram, Tensor total, Tensor count, Tensor x, std::optional<Tensor> y,
                      std::optional<Tensor> weight) {
   check_gram_update(gram, total, count, x, y, weight);
+  check_cpu(kOp, "x", x, "x");
+  check_cpu(kOp, "gram", gram, "x");
+  check_cpu(kOp, "total", total, "x");
+  check_cpu(kOp, "count", count, "x");
+  check_cpu(kOp, "y", y, "x");
+  check_cpu(kOp, "weight", weight, "x");
+  check_and_mark_sums(gram, total, count, x, y, weight);
   GramUpdate update{};
   update.gram = gram.mutable_data_ptr();
   update.gram_row = gram.stride(0);

@@ -7,6 +7,7 @@
 
 #include "../check_selection.h"
 #include "../launch.h"
+#include "on_cpu.h"
 #include "torch_pool.h"
 
 namespace liar {
@@ -23,7 +24,10 @@ double* data(Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_p
 
 std::tuple<Tensor, Tensor, Tensor> obs_curve_cpu(Tensor weight, Tensor gram, int64_t width,
                                                  double damp, int64_t at_least, int64_t groups) {
+  constexpr const char* kOp = "obs_curve: ";
   check_obs_curve(weight, gram, width, damp, at_least, groups);
+  check_cpu(kOp, "weight", weight, "weight");
+  check_cpu(kOp, "gram", gram, "weight");
   const int64_t d = weight.size(1), units = d / width;
   Tensor columns = copy_float64(weight), inverse = copy_float64(gram),
          energy = torch::stable::new_empty(inverse, inverse.sizes(), ScalarType::Double);

@@ -11,6 +11,7 @@
 #include "../check_ops.h"
 #include "../launch.h"
 #include "../widen.h"
+#include "on_cpu.h"
 #include "torch_pool.h"
 
 namespace liar {
@@ -69,6 +70,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cpu(
     std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only) {
   const ReconstructSizes sizes =
       check_reconstruct(weight, gram, kept, damps, holdout, cross, holdout_cross);
+  check_cpu(kOp, "weight", weight, "weight");
+  check_cpu(kOp, "gram", gram, "weight");
+  check_cpu(kOp, "kept", kept, "weight");
+  check_cpu(kOp, "damps", damps, "weight");
+  check_cpu(kOp, "holdout", holdout, "weight");
+  check_cpu(kOp, "cross", cross, "weight");
+  check_cpu(kOp, "holdout_cross", holdout_cross, "weight");
   const int64_t ladder = sizes.ladder, held_out = holdout.has_value() ? ladder : 0,
                 solved = errors_only ? 0 : ladder;
   for (int64_t site = 0; site < sizes.sites; ++site) {

@@ -10,6 +10,7 @@ void fisher_update_cuda(Tensor fisher, Tensor x, Tensor grad, int64_t width) {
   check_fisher_update(fisher, x, grad, width);
   check_device(kOp, "fisher", fisher, x, "x");
   check_device(kOp, "grad", grad, x, "x");
+  check_and_mark_fisher(fisher, x, grad);
   const Current current(kOp, x);
   x = with_columns(x);
   grad = with_columns(grad);

@@ -34,6 +34,7 @@ void gram_update_cuda(Tensor gram, Tensor total, Tensor count, Tensor x, std::op
   check_device(kOp, "count", count, x, "x");
   check_device(kOp, "y", y, x, "x");
   check_device(kOp, "weight", weight, x, "x");
+  check_and_mark_sums(gram, total, count, x, y, weight);
   const Current current(kOp, x);
   x = with_columns(x);
   if (y.has_value()) y = with_columns(*y);

@@ -10,6 +10,10 @@ std::tuple<Tensor, Tensor, Tensor> obs_curve_cuda(Tensor weight, Tensor gram, in
                                                   double damp, int64_t at_least, int64_t groups) {
   constexpr const char* kOp = "obs_curve: ";
   check_obs_curve(weight, gram, width, damp, at_least, groups);
+  constexpr int64_t kMost = 65535;  // the height of a grid
+  check(width == 1 || (width <= kMost && weight.size(1) / width <= kMost), kOp,
+        "units of more than 1 feature must be at most ", kMost, ", and no wider, on CUDA, got ",
+        weight.size(1) / width, " of width ", width, "; move the tensors to the CPU");
   check_device(kOp, "gram", gram, weight, "weight");
   const Current current(kOp, weight);
   const int64_t removed = weight.size(1) / width - at_least, order_shape[] = {removed},
