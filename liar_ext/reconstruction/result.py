@@ -6,7 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from liar_ext.errors import InputError
+
+NOT_FINITE = -2  # a code of `liar_ext.ops.reconstruct`
 
 
 @dataclass(frozen=True)
@@ -63,5 +68,25 @@ def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
 
 
 def ratio(error: Tensor, energy: Tensor) -> float:
-    """Return ``error / energy``; a consumer whose output is zero has no error to speak of."""
-    return max(0.0, float(error / energy)) if energy > 0 else 0.0
+    """Return ``error / energy``; a consumer whose output is zero has no error to speak of.
+
+    Rounding below 0 is 0; a NaN stays one.
+    """
+    if energy == 0 and torch.isfinite(error):
+        return 0.0
+    value = float(error / energy)
+    return 0.0 if value < 0 else value
+
+
+def check_solved(code: Tensor, held_out: Tensor, damp: float) -> None:
+    """Raise what the code of :func:`liar_ext.ops.reconstruct` means for the user."""
+    if code == NOT_FINITE:
+        raise InputError(
+            "reconstruct: weights and moments must be finite, got a NaN or an infinity in one of "
+            "them; look for it in the model's weights and in what is added to the moments"
+        )
+    if code != 0 or not torch.isfinite(held_out).all():
+        raise InputError(
+            f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
+            'use damp="auto" or a larger damp'
+        )

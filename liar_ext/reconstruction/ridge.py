@@ -10,8 +10,7 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_folds
 from liar_ext.data.batches import FOLDS
-from liar_ext.errors import InputError
-from liar_ext.reconstruction.result import Solution, least_held_out, ratio
+from liar_ext.reconstruction.result import Solution, check_solved, least_held_out, ratio
 from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, damp_ladder, form_at
 
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
@@ -84,11 +83,7 @@ def solve(
     if affine:
         gram = centre(gram, total, tokens, mean)
     new, error, _, info = ops.reconstruct(wide, gram, kept, damps[best : best + 1])
-    if info[0, 0] != 0 or not torch.isfinite(held_out[:, best]).all():
-        raise InputError(
-            f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
-            'use damp="auto" or a larger damp'
-        )
+    check_solved(info[0, 0], held_out[:, best], ladder[best])
     new_bias = None
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
@@ -118,7 +113,7 @@ def _cross_validate(
 ) -> Tensor:
     """Return the held-out error by fold and damp, ``(2, L)``."""
     pairs = (_fit_and_judge(moments, fold, affine) for fold in range(FOLDS))
-    # Both folds in one call use the threads better, but take copies of the sums.
+    # Folds in one call go side by side where that is sooner, but take copies of the sums.
     groups = zip(pairs) if moments.gram.nbytes > PAIRED_BYTES else [tuple(pairs)]
     held_out = []
     for group in groups:

@@ -22,8 +22,7 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.errors import InputError
-from liar_ext.reconstruction.result import Solution, least_held_out, ratio
+from liar_ext.reconstruction.result import Solution, check_solved, least_held_out, ratio
 from liar_ext.reconstruction.settings import damp_ladder
 
 
@@ -159,11 +158,7 @@ def solve_towards(
         cross=own + share * asked,
         holdout_cross=own + asked,
     )
-    if info[0, 0] != 0 or not torch.isfinite(held_out):
-        raise InputError(
-            f"reconstruct: G_KK + Λ is not positive definite at damp={ladder[best]}; "
-            'use damp="auto" or a larger damp'
-        )
+    check_solved(info[0, 0], held_out, ladder[best])
     left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
     error = error[0] + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
     error += (1 - share) ** 2 * left
