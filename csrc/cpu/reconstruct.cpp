@@ -36,9 +36,9 @@ namespace liar {
 namespace {
 
 constexpr int64_t kSideBySide = 2048;  // sites that keep more than this are solved in turn
-// Kept features that give one more thread enough to do. From the number of tasks, and measured with
-// two threads only: a factorisation has n / 768 on average, and the right-hand sides, which are
-// most of the work, one for each thread.
+// Kept features that give one more thread enough to do. Counted in tasks, not measured: a
+// factorisation has n / 768 on average, and the right-hand sides, which are most of the work, one
+// for each thread.
 constexpr int64_t kThreadRows = 256;
 constexpr double kNotFinite = -2;  // code: an argument or an error is not finite
 constexpr int64_t kTile = 64;      // columns of W' written together: X stays in cache
