@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liar_ext.errors import InputError
+from liar_ext.checkpoint.names import PROBE_FILE
+from liar_ext.errors import InputError, one_line
 
-PROBE_FILE = "liar_probe.safetensors"
 PROBE_TOKENS = 16
+NAMES = ("input_ids", "pixel_values")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,26 @@ class Probe:
 
 
 def write_probe(model: nn.Module, folder: Path) -> None:
-    """Run a model on a fixed random input, and write both to ``liar_probe.safetensors``."""
+    """Run a model on a fixed random input, and write both to ``liar_probe.safetensors``.
+
+    Raises
+    ------
+    InputError
+        If the output isn't finite: nothing could be compared with it.
+    """
     name, value = _draw_input(model)
     tensors = {"input": value, "output": _run(model, name, value)}
+    if not tensors["output"].isfinite().all():
+        raise InputError(
+            "save_pruned: the model's output for a random input holds NaN or infinity in "
+            f"{model.dtype}, so it can't be verified once it is saved; look for damaged weights, "
+            "or load and prune the model in a wider dtype"
+        )
+    attention = model.config._attn_implementation  # of the hub, it is no name of transformers' own
     facts = {
         "name": name,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
+        "attention": attention if str(attention).isidentifier() else "eager",
         "params": str(count_params(model)),
     }
     save_file(tensors, folder / PROBE_FILE, metadata=facts)
@@ -72,21 +87,45 @@ def read_probe(folder: Path) -> Probe:
     Raises
     ------
     InputError
-        If the folder has no probe.
+        If the folder has no probe, or none that :func:`write_probe` could have written.
     """
     path = folder / PROBE_FILE
-    if not path.exists():
+    if not path.is_file():
         raise InputError(f"verify: {folder} has no {PROBE_FILE}; save the model with save_pruned")
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata()
-        return Probe(
-            name=facts["name"],
-            input=file.get_tensor("input"),
-            output=file.get_tensor("output"),
-            dtype=getattr(torch, facts["dtype"]),
-            attention=facts["attention"],
-            params=int(facts["params"]),
-        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+            probe = Probe(
+                name=facts["name"],
+                input=file.get_tensor("input"),
+                output=file.get_tensor("output"),
+                dtype=getattr(torch, facts["dtype"]),
+                attention=facts["attention"],
+                params=int(facts["params"]),
+            )
+        _check_probe(probe, facts["dtype"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"verify: {path} is damaged: {type(error).__name__}: {one_line(error)}; copy the "
+            "folder again"
+        ) from error
+    return probe
+
+
+def _check_probe(probe: Probe, dtype: str) -> None:
+    """Raise ValueError unless a probe is what :func:`write_probe` writes."""
+    if probe.name not in NAMES or dtype not in DTYPES or not probe.attention.isidentifier():
+        raise ValueError(f"unknown name, dtype or attention {probe.name, dtype, probe.attention}")
+    if probe.name == "input_ids" and (
+        probe.input.dtype != torch.int64
+        or probe.input.ndim != 2
+        or not 0 < probe.input.numel() <= PROBE_TOKENS
+    ):
+        raise ValueError(f"the input is {tuple(probe.input.shape)} of {probe.input.dtype}")
+    if not probe.output.is_floating_point() or not probe.output.numel():
+        raise ValueError(f"the output is {tuple(probe.output.shape)} of {probe.output.dtype}")
+    if not probe.output.isfinite().all():
+        raise ValueError("the output holds NaN or infinity, which agrees with nothing")
 
 
 def compare_probe(model: nn.Module, probe: Probe) -> dict[str, Any]:
@@ -98,9 +137,25 @@ def compare_probe(model: nn.Module, probe: Probe) -> dict[str, Any]:
         ``max_abs_difference`` of the outputs, ``params``, and ``agrees``: within the tolerance,
         with as many parameters.
     """
-    output = _run(model, probe.name, probe.input)
+    if probe.name == "input_ids":
+        rows = model.get_input_embeddings().weight.shape[0]
+        if not 0 <= int(probe.input.min()) <= int(probe.input.max()) < rows:
+            raise InputError(
+                f"verify: the fingerprint has tokens beyond the {rows} that the model knows; copy "
+                "the folder again"
+            )
+    try:
+        output = _run(model, probe.name, probe.input)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"verify: the model can't run on the fingerprint's input: {one_line(error)}; copy the "
+            "folder again"
+        ) from error
     same_shape = output.shape == probe.output.shape
     difference = float((output - probe.output).abs().max()) if same_shape else math.inf
+    difference = math.inf if math.isnan(difference) else difference
     params = count_params(model)
     return {
         "max_abs_difference": difference,

@@ -1,27 +1,48 @@
-"""Load a pruned model, or any other, and prove that a pruned one is the one that was saved."""
+"""Load a pruned model, or any other.
+
+Transformers' own loaders read the weights. No code of a folder is run here, and what its files
+claim is looked over first: :mod:`liar_ext.checkpoint.inspection`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from liar_ext.checkpoint.fingerprint import compare_probe, read_probe
-from liar_ext.checkpoint.saving import MARK_VERSION, PLAN_FILE, QUANTISER_MARKS
+from liar_ext.checkpoint.inspection import inspect_folder, read_json
+from liar_ext.checkpoint.names import PLAN_FILE, QUANTISER_MARKS
+from liar_ext.checkpoint.reading import (
+    check_keys,
+    quiet,
+    read_marked_config,
+    read_weights,
+    reading,
+    stock_class,
+)
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 from liar_ext.plan import Plan
-from liar_ext.surgery.units import apply_plan
 
 # Arguments of from_pretrained that say where to find a repository.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+# Arguments that would have transformers run code of the folder, or read other files of it.
+REFUSED_ARGUMENTS = (
+    "trust_remote_code",
+    "use_safetensors",
+    "custom_generate",
+    "adapter_kwargs",
+    "ignore_mismatched_sizes",
+)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
 
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -46,23 +67,31 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     Raises
     ------
     InputError
-        If the folder isn't one of ours, or lacks weights.
+        If the folder isn't one of ours, is damaged, or its weights aren't those of its config and
+        plan: some missing, some more, some of another shape.
+
+    Notes
+    -----
+    No code of the folder is run, whatever the arguments.
     """
     folder = Path(folder)
-    fields = _read_config(folder)
-    loader = stock = _stock_class(fields)
-    if fields["liar"]["layers"] == "unequal":
-        loader = _planned_class(stock, Plan.load(folder / PLAN_FILE))
-        kwargs["config"] = _dense_config(fields, kwargs.get("config"))
-    model, info = loader.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
+    fields = read_marked_config(folder)
+    found = inspect_folder(folder, "load_pruned")
+    stock = stock_class(fields, "load_pruned")
+    if "quantization_config" in fields:
         raise InputError(
-            f"load_pruned: {folder} lacks {', '.join(sorted(info['missing_keys'])[:4])}; "
-            "copy the folder again"
+            f"load_pruned: {folder} is quantised; load it with plain transformers, or load the one "
+            "that it was made from"
         )
-    # Only __init__ differed. As an object of the stock class the model can be pickled and saved.
-    model.__class__ = stock
-    return model
+    plan = None
+    if fields["liar"]["layers"] == "unequal":
+        plan = _read_plan(folder)
+        with reading(folder, "load_pruned"):
+            kwargs["config"] = _dense_config(fields, kwargs.get("config"))
+    elif os.path.lexists(folder / PLAN_FILE):
+        _read_plan(folder)  # the config says it all, but a damaged folder is told of
+    kwargs = {name: value for name, value in kwargs.items() if name not in REFUSED_ARGUMENTS}
+    return read_weights(stock, found, "load_pruned", plan, strict=True, **kwargs)
 
 
 class PrunedModel:
@@ -85,65 +114,6 @@ class PrunedModel:
             own = [key for key in HUB_ARGUMENTS if key in kwargs]
             name = snapshot_download(os.fspath(name), **{key: kwargs.pop(key) for key in own})
         return load_pruned(name, **kwargs)
-
-
-def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
-    """Reload a folder by every loader that it claims, and compare with the model that was saved.
-
-    The output on the fixed input of the folder's probe agrees if
-    ``max |y − ŷ| ≤ √ε · max |y|``, ε of the model's dtype: half of its digits.
-
-    Parameters
-    ----------
-    folder : path
-        What :func:`liar_ext.save_pruned` wrote.
-    device : str
-        Where to run, as for :func:`load_model`; another device than the saved model's computes
-        slightly other numbers.
-
-    Returns
-    -------
-    dict
-        ``agrees`` (all of them), ``layers`` ("equal" or "unequal"), ``dtype``, ``params``,
-        ``tolerance``, and ``loaders``: by name ``max_abs_difference``, ``params``, ``agrees``.
-
-    Raises
-    ------
-    InputError
-        If the folder isn't one of ours, or there is no such device.
-
-    Notes
-    -----
-    Where the code of the folder is trusted, transformers copies it to its cache of modules.
-    """
-    import transformers
-
-    spread = _placement(device)
-    folder = Path(folder)
-    fields = _read_config(folder)
-    probe = read_probe(folder)
-    loaders = {"liar_ext.load_pruned": load_pruned}
-    if fields["liar"]["layers"] == "equal":
-        stock = _stock_class(fields)
-        loaders[f"transformers.{stock.__name__}.from_pretrained"] = stock.from_pretrained
-    for name in sorted(fields.get("auto_map", {}))[:1]:
-        loaders[f"transformers.{name}.from_pretrained(trust_remote_code=True)"] = partial(
-            getattr(transformers, name).from_pretrained, trust_remote_code=True
-        )
-    results = {}
-    for name, loader in loaders.items():
-        model = loader(folder, dtype=probe.dtype, attn_implementation=probe.attention, **spread)
-        results[name] = compare_probe((model if spread else model.to(device)).eval(), probe)
-        del model
-    return {
-        "folder": str(folder),
-        "agrees": all(result["agrees"] for result in results.values()),
-        "layers": fields["liar"]["layers"],
-        "dtype": str(probe.dtype).removeprefix("torch."),
-        "params": probe.params,
-        "tolerance": probe.tolerance,
-        "loaders": results,
-    }
 
 
 def load_model(
@@ -172,39 +142,28 @@ def load_model(
     InputError
         If it can't be loaded, or there is no such device.
     """
-    import transformers
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    spread = _placement(device)
-    path = Path(name)
+    spread = placement(device)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if (path.is_absolute() or path.suffix == ".gguf") and not path.exists():
+    try:
+        path = Path(name)
+        there = path.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"load_model: {os.fspath(name)!r} can't be read: {error}") from error
+    if (path.is_absolute() or path.suffix == ".gguf") and not there:
         raise InputError(
             f"load_model: {name} doesn't exist; give a folder, a hub id or a GGUF file"
         )
-    try:
-        if path.suffix == ".gguf":
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=dtype, **spread
-            )
-            _drop_quantisation(model)
-        elif (path / PLAN_FILE).exists():
-            model = load_pruned(path, dtype=dtype, **spread)
-        else:
-            named = (AutoConfig.from_pretrained(name).architectures or [""])[0]
-            model_class = getattr(transformers, named, AutoModel)
-            model = model_class.from_pretrained(name, dtype=dtype, **spread)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"load_model: can't load {name}: {error}; give a folder, a hub id or a GGUF file"
-        ) from error
+    if path.suffix == ".gguf":
+        model = _read_gguf(path, dtype=dtype, **spread)
+    elif (path / PLAN_FILE).exists():
+        model = load_pruned(path, dtype=dtype, **spread)
+    else:
+        model = _read_dense(name, dtype=dtype, **spread)
     model = model if spread else model.to(device)
-    return model.eval(), _load_tokenizer(path, name, model.config)
+    return model.eval(), _load_tokenizer(path, name, model)
 
 
-def _placement(device: str) -> dict[str, str]:
+def placement(device: str) -> dict[str, str]:
     """Return what ``from_pretrained`` needs for a device: nothing, unless it spreads the model."""
     if device == "auto":
         return {"device_map": "auto"}
@@ -218,22 +177,51 @@ def _placement(device: str) -> dict[str, str]:
     return {}
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a folder's config."""
+def _read_plan(folder: Path) -> Plan:
+    """Return the plan of a folder, read with the bounds of any other JSON."""
+    fields = read_json(folder / PLAN_FILE, "load_pruned")
     try:
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"load_pruned: {folder} holds no readable config.json: {error}") from error
-    if "liar" not in fields:
-        raise InputError(
-            f"load_pruned: {folder} isn't a pruned model; load it with plain transformers"
+        return Plan.from_json(json.dumps(fields))
+    except InputError as error:
+        raise InputError(f"load_pruned: {folder / PLAN_FILE}: {one_line(error)}") from error
+
+
+def _read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """Load an ordinary model by the class that its config names."""
+    from transformers import AutoConfig
+
+    path = Path(name)
+    if path.is_dir():
+        found = inspect_folder(path, "load_model")
+        stock = stock_class(found.config, "load_model")
+        return read_weights(stock, found, "load_model", strict=False, **kwargs)
+    with quiet(), reading(name, "load_model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        stock = stock_class(config.to_dict(), "load_model")
+        model, info = stock.from_pretrained(
+            name,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **kwargs,
         )
-    if fields["liar"]["version"] != MARK_VERSION:
-        raise InputError(
-            f"load_pruned: {folder} has version {fields['liar']['version']}, not {MARK_VERSION}; "
-            "read it with the liar_ext that wrote it"
+    check_keys(info, name, "load_model", strict=False)
+    return model
+
+
+def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
+    """Load a causal language model from a GGUF file, dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    with reading(path, "load_model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False, **kwargs
         )
-    return fields
+    # An ordinary model now.
+    model.config.__dict__.pop("quantization_config", None)
+    for name in QUANTISER_MARKS:
+        model.__dict__.pop(name, None)
+    return model
 
 
 def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
@@ -253,45 +241,33 @@ def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
     return config
 
 
-def _stock_class(fields: Mapping[str, Any]) -> Any:
-    """Return the class of transformers that a config names."""
-    import transformers
-
-    name = (fields.get("architectures") or [None])[0]
-    stock = getattr(transformers, name or "", None)
-    if stock is None:
-        raise InputError(f"load_pruned: transformers has no class {name!r}; update transformers")
-    return stock
-
-
-def _planned_class(stock: Any, plan: Plan) -> Any:
-    """Return a class that builds the stock model and applies a plan to it.
-
-    It goes by the name of the stock class, by which transformers finds how to rename the weights
-    of older checkpoints.
-    """
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        stock.__init__(self, config, *args, **kwargs)
-        apply_plan(self, plan)
-
-    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
-
-
-def _drop_quantisation(model: nn.Module) -> None:
-    """Make an ordinary model of one that was dequantised while it was read."""
-    model.config.__dict__.pop("quantization_config", None)
-    for name in QUANTISER_MARKS:
-        model.__dict__.pop(name, None)
-
-
-def _load_tokenizer(path: Path, name: str | os.PathLike[str], config: Any) -> Any | None:
+def _load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -> Any | None:
     """Return the tokenizer of a model, or None where there is none."""
     from transformers import AutoTokenizer
 
-    try:
-        if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        return AutoTokenizer.from_pretrained(name, config=config)
-    except (OSError, ValueError, KeyError):
-        return None
+    if path.suffix == ".gguf":
+        with reading(path, "load_model"):
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            largest = max(tokenizer.get_vocab().values(), default=-1)
+    elif model.main_input_name != "input_ids":
+        return None  # a vision model, which has a processor
+    else:
+        if path.is_dir():
+            there = [file for file in TOKENIZER_FILES if (path / file).exists()]
+            if not there:
+                return None
+            for file in there:
+                if file.endswith("_config.json"):
+                    read_json(path / file, "load_model")
+        with reading(f"the tokenizer of {name}", "load_model"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, config=model.config, trust_remote_code=False
+            )
+            largest = max(tokenizer.get_vocab().values(), default=-1)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise InputError(
+            f"load_model: the tokenizer of {name} has tokens up to {largest}, the model knows "
+            f"{rows}; put the tokenizer of this model there"
+        )
+    return tokenizer

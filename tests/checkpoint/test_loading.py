@@ -273,5 +273,5 @@ def test_load_model_takes_dense_and_pruned_folders(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="doesn't exist"):
             load_model(missing)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="can't load"):
+    with pytest.raises(InputError, match="no readable config.json"):
         load_model(tmp_path / "empty")

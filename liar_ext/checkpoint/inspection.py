@@ -1,0 +1,220 @@
+"""Look a model folder over before anything is built from it.
+
+A folder comes from anywhere. Its JSON is read with bounds, of its weights the headers only, and
+sizes that its config claims are compared with those that the weights have, so that what can't be
+right is refused at once, in one line, and before memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from liar_ext.errors import InputError, one_line
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+MOST_JSON = 64 << 20  # bytes; a config has some thousands, an index of 10⁵ tensors some millions
+LARGEST = 2**27  # of a size; the largest contexts have 10⁷ positions
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIZES = (
+    *("hidden_size", "n_embd", "dim", "d_model", "word_embed_proj_dim"),
+    *("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "mlp_ratio"),
+    *("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings", "n_positions"),
+    *("image_size", "patch_size", "num_channels"),
+)
+# Fields by which a config sends transformers to other files, other code or another repository.
+DETOURS = ("configuration_files", "transformers_weights", "custom_generate")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a model folder says of itself.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    config : dict
+        The fields of ``config.json``.
+    tensors : dict
+        Shapes by name, from the headers of the weights.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+
+    @property
+    def numel(self) -> int:
+        """Numbers that the weights hold."""
+        total = 0
+        for shape in self.tensors.values():
+            count = 1
+            for size in shape:
+                count *= size
+            total += count
+        return total
+
+
+def inspect_folder(path: Path, operation: str) -> Folder:
+    """Read the config and the headers of the weights of a folder.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, damaged, no safetensors or outside the folder, or the config can't be
+        that of the weights.
+    """
+    config = read_config(path, operation)
+    if (path / "adapter_config.json").exists():
+        raise InputError(
+            f"{operation}: {path} holds an adapter of PEFT; merge it into its model and save that"
+        )
+    if (path / "generation_config.json").exists():
+        read_json(path / "generation_config.json", operation)
+    tensors: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(path, operation):
+        tensors |= _read_header(file, operation)
+    if not tensors:
+        raise InputError(f"{operation}: {path} has no tensor in its weights; copy it again")
+    _check_config(config, len(tensors), f"{operation}: config.json of {path}")
+    return Folder(path, config, tensors)
+
+
+def read_config(path: Path, operation: str) -> dict[str, Any]:
+    """Return the fields of a folder's config.
+
+    Raises
+    ------
+    InputError
+        If there is none, or no readable one.
+    """
+    try:
+        there = (path / "config.json").exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{operation}: {path} can't be read: {one_line(error)}") from error
+    if not there:
+        raise InputError(
+            f"{operation}: {path} holds no readable config.json: no such file; give a model folder"
+        )
+    return read_json(path / "config.json", operation)
+
+
+def read_json(path: Path, operation: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises
+    ------
+    InputError
+        If it is no ordinary file, too large, too deep, or no JSON object.
+    """
+    try:
+        _check_file(path, operation)
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"it is a {type(fields).__name__} and no object")
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{operation}: {path.parent} holds no readable {path.name}: {one_line(error)}; copy "
+            "the folder again"
+        ) from error
+    return fields
+
+
+def _weight_files(path: Path, operation: str) -> list[Path]:
+    """Return the files of the weights, as transformers chooses them."""
+    if (path / WEIGHTS).exists() or (path / WEIGHTS).is_symlink():
+        return [path / WEIGHTS]
+    if not (path / INDEX).exists():
+        pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
+        if pickled:
+            raise InputError(
+                f"{operation}: {path} has weights as {pickled[0]} only, whose format can run code "
+                "when it is read; save them as safetensors"
+            )
+        raise InputError(f"{operation}: {path} has neither {WEIGHTS} nor {INDEX}; copy it again")
+    listed = read_json(path / INDEX, operation).get("weight_map")
+    names = set(map(str, listed.values())) if isinstance(listed, Mapping) else set()
+    bad = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    if bad or not names:
+        raise InputError(
+            f"{operation}: {INDEX} of {path} must name safetensors files that lie beside it, got "
+            f"{min(bad, default='none')[:80]!r}; copy the folder again"
+        )
+    return [path / name for name in sorted(names)]
+
+
+def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors in a file."""
+    _check_file(path, operation)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{operation}: {path} is damaged: {one_line(error)}; copy the folder again"
+        ) from error
+
+
+def _check_file(path: Path, operation: str) -> None:
+    """Refuse what is no ordinary file, or may not be read."""
+    if not path.exists():
+        raise InputError(f"{operation}: {path} is missing; copy the folder again")
+    if not path.is_file():
+        raise InputError(f"{operation}: {path} must be an ordinary file; copy the folder again")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{operation}: no permission to read {path}; ask its owner, or chmod it")
+
+
+def _check_config(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Refuse sizes that no model has, and fields that lead to other files or code."""
+    for name, value in _fields(config):
+        if name in DETOURS:
+            raise InputError(f"{where} has {name}, which leads to other files; remove it")
+        if name.lstrip("_").startswith("attn_implementation") and "/" in str(value):
+            raise InputError(f"{where} asks for code of {str(value)[:80]!r}; remove {name}")
+        if value is None or isinstance(value, Mapping):
+            continue
+        if name in DEPTHS and not (_is_size(value) and value <= tensors):
+            raise InputError(
+                f"{where}: {name} must be a number of layers that {tensors} tensors can make, got "
+                f"{str(value)[:40]!r}; copy the folder again"
+            )
+        if name in SIZES:
+            many = value if isinstance(value, list | tuple) and value else [value]
+            if not all(_is_size(each, float if name == "mlp_ratio" else int) for each in many):
+                raise InputError(
+                    f"{where}: {name} must be a size from 1 to {LARGEST:,}, got "
+                    f"{str(value)[:40]!r}; copy the folder again"
+                )
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InputError(f"{where}: {name} is no number of a model; copy the folder again")
+
+
+def _is_size(value: Any, kind: type = int) -> bool:
+    number = isinstance(value, int | kind) and not isinstance(value, bool)
+    return number and 1 <= value <= LARGEST
+
+
+def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every field of a config and of its parts, by its own name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield key, item
+            yield from _fields(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _fields(item, name)

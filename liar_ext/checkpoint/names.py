@@ -1,0 +1,21 @@
+"""The files of a saved folder, by name."""
+
+from __future__ import annotations
+
+PLAN_FILE = "liar_plan.json"
+PROBE_FILE = "liar_probe.safetensors"
+MANIFEST_FILE = "liar_manifest.json"
+# In a folder that is being written, or removed: nobody else's folder has it.
+MARKER_FILE = ".liar_saving"
+MARK_VERSION = 1
+# The code that from_pretrained(folder, trust_remote_code=True) runs, named by auto_map.
+LOADER_FILE = "liar_loader.py"
+LOADER_CLASS = "liar_loader.PrunedModel"
+LOADER_CODE = '''"""Builds the layers that liar_plan.json says; config.json names it."""
+
+from liar_ext.checkpoint import PrunedModel
+
+__all__ = ["PrunedModel"]
+'''
+# What transformers leaves on a model that it read from GGUF, and what forbids to save it.
+QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")

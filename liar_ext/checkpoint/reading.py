@@ -1,0 +1,203 @@
+"""Read a folder's weights with transformers, and turn what it raises into one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liar_ext.checkpoint.inspection import Folder, read_config
+from liar_ext.checkpoint.names import MARK_VERSION
+from liar_ext.errors import InputError, one_line
+from liar_ext.plan import Plan
+from liar_ext.surgery.units import apply_plan
+
+QUIETENED = (
+    "transformers.integrations.heterogeneity.configuration_utils",
+    "transformers.modeling_utils",
+)
+
+
+def read_marked_config(folder: Path) -> dict[str, Any]:
+    """Return the fields of a pruned folder's config, with a mark that this version can read."""
+    fields = read_config(folder, "load_pruned")
+    mark = fields.get("liar")
+    if mark is None:
+        raise InputError(
+            f"load_pruned: {folder} isn't a pruned model; load it with plain transformers"
+        )
+    mark = mark if isinstance(mark, Mapping) else {"version": mark}
+    version = mark.get("version")
+    if version != MARK_VERSION or isinstance(version, bool):
+        raise InputError(
+            f"load_pruned: {folder} has version {str(version)[:40]}, not {MARK_VERSION}; "
+            "read it with the liar_ext that wrote it"
+        )
+    if mark.get("layers") not in ("equal", "unequal"):
+        raise InputError(
+            f"load_pruned: {folder} says its layers are {str(mark.get('layers'))[:40]!r}, which "
+            "must be equal or unequal; copy the folder again"
+        )
+    return fields
+
+
+@contextmanager
+def reading(what: Any, operation: str) -> Iterator[None]:
+    """Turn whatever transformers raises at what it reads into one line.
+
+    It raises anything at a damaged file, from KeyError to ZeroDivisionError.
+    """
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        needs = "trust_remote_code" in str(error)
+        hint = (
+            "it needs code of its own, which liar_ext doesn't run; take a model whose class is in "
+            "transformers"
+            if needs
+            else "give a folder, a hub id or a GGUF file that transformers can load"
+        )
+        raise InputError(
+            f"{operation}: can't load {what}: {type(error).__name__}: {one_line(error)}; {hint}"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what transformers logs of sizes that differ by layer, and of lacking weights.
+
+    The one is meant, the other raises an error of one line here.
+    """
+    loggers = [logging.getLogger(name) for name in QUIETENED]
+    for logger in loggers:
+        logger.addFilter(_is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    refused = "LOAD REPORT" in text and any(word in text for word in ("MISSING", "MISMATCH"))
+    return not refused and "per-layer attribute" not in text
+
+
+def read_weights(
+    stock: Any,
+    found: Folder,
+    operation: str,
+    plan: Plan | None = None,
+    *,
+    strict: bool,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load a folder by its stock class; refuse weights that lack, or add, any of the model's."""
+    numel = None if "quantization_config" in found.config else found.numel
+    loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
+    with quiet(), reading(found.path, operation):
+        model, info = loader.from_pretrained(
+            found.path,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # to refuse them below, by name
+            **kwargs,
+        )
+    check_keys(info, found.path, operation, strict)
+    # Only __init__ differed. As an object of the stock class the model can be pickled and saved.
+    model.__class__ = stock
+    return model
+
+
+def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool) -> None:
+    """Refuse missing weights, and weights of layers that the model hasn't.
+
+    A stranger's folder may hold a head that the class doesn't read (``strict=False``).
+    """
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, theirs, ours = mismatched[0]
+        raise InputError(
+            f"{operation}: {path} has {name} with shape {tuple(theirs)}, its config or plan says "
+            f"{tuple(ours)} ({len(mismatched)} such weights); copy the folder again"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"{operation}: {path} lacks {_some(missing)}; copy the folder again")
+    extra = [
+        key
+        for key in sorted(info["unexpected_keys"])
+        if strict or re.search(r"\.\d+\..*(weight|bias)$", key)
+    ]
+    if extra:
+        raise InputError(
+            f"{operation}: {path} has weights that its config, or plan, doesn't: {_some(extra)}; "
+            "copy the folder again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
+    """Return the class of transformers that a config names.
+
+    Raises
+    ------
+    InputError
+        If it names none, none that there is, or one for another type of model.
+    """
+    import transformers
+
+    names = fields.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    stock = None
+    if isinstance(name, str) and name.isidentifier():
+        with reading(name, operation):
+            stock = getattr(transformers, name, None)
+    if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
+        raise InputError(
+            f"{operation}: transformers {transformers.__version__} has no model class "
+            f"{str(name)[:80]!r}, which config.json must name in architectures; update "
+            "transformers, or take a model that needs no code of its own"
+        )
+    expected = getattr(stock.config_class, "model_type", None)
+    if fields.get("model_type") != expected:
+        raise InputError(
+            f"{operation}: {name} is of type {expected!r}, config.json says "
+            f"{str(fields.get('model_type'))[:80]!r}; copy the folder again"
+        )
+    return stock
+
+
+def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
+    """Return a class that builds the stock model, and applies a plan to it.
+
+    It is built without memory for its weights; if it wants far more of them than the files hold
+    (twice: before they are tied, weights count twice), no memory is taken. It goes by the name of
+    the stock class, by which transformers finds how to rename the weights of older checkpoints.
+    """
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, config, *args, **kwargs)
+        if plan is not None:
+            apply_plan(self, plan)
+        claimed = sum(parameter.numel() for parameter in self.parameters())
+        if numel is not None and claimed > 2 * numel:
+            raise InputError(
+                f"{what} has {numel:,} numbers in its weights, and its config claims {claimed:,}; "
+                "copy the folder again"
+            )
+
+    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
