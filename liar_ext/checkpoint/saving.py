@@ -8,6 +8,7 @@ on what the stock class of the model can build::
                       per_layer_config the real ones;         stock loader that may run the code of
                       liar_loader.py                          the folder; else it stops at the sizes
     always            liar_plan.json, liar_probe.safetensors  for load_pruned and verify_pruned
+                      liar_manifest.json                      what may be overwritten one day
 """
 
 from __future__ import annotations
@@ -15,40 +16,39 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError
 from torch import nn
 
 from liar_ext.checkpoint.fingerprint import write_probe
+from liar_ext.checkpoint.manifest import write_manifest
+from liar_ext.checkpoint.names import (
+    LOADER_CLASS,
+    LOADER_CODE,
+    LOADER_FILE,
+    MARK_VERSION,
+    MARKER_FILE,
+    PLAN_FILE,
+    QUANTISER_MARKS,
+)
+from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.stock_config import (
     auto_classes,
     equal_config,
     shapes_of,
     write_layer_sizes,
 )
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 from liar_ext.models.sites import skeleton
 from liar_ext.plan import Plan
 from liar_ext.surgery.units import apply_plan
 
-PLAN_FILE = "liar_plan.json"
-MARK_VERSION = 1
-# The code that from_pretrained(folder, trust_remote_code=True) runs, named by auto_map.
-LOADER_FILE = "liar_loader.py"
-LOADER_CODE = '''"""Builds the layers that liar_plan.json says; config.json names it."""
-
-from liar_ext.checkpoint import PrunedModel
-
-__all__ = ["PrunedModel"]
-'''
-# What transformers leaves on a model that it read from GGUF, and what forbids to save it.
-QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+__all__ = ["PLAN_FILE", "check_folder", "save_pruned"]
 
 
 def save_pruned(
@@ -62,9 +62,9 @@ def save_pruned(
 ) -> None:
     """Write a pruned model to a folder: weights, config, tokenizer, plan, report and probe.
 
-    All is written beside the folder and renamed at the end, so that a failure leaves neither half
-    a folder nor a lost one. The model itself stays as it is. A model that was read from GGUF is
-    saved as an ordinary one.
+    All is written beside the folder and takes its place at the end, at once, so that neither a
+    failure nor a kill leaves half a folder or loses one. The model itself stays as it is. A model
+    that was read from GGUF is saved as an ordinary one.
 
     Parameters
     ----------
@@ -75,63 +75,43 @@ def save_pruned(
     plan : Plan
         The plan that was applied.
     report : Report or mapping, optional
-        Anything with ``save(folder)``, or a mapping that is written as ``liar_report.json``.
+        Anything with ``save(folder)``, or a mapping that is written as ``liar_report.json``. It is
+        written last. If it has ``seconds``, a dict, those of saving are put there first as
+        ``save``, and added to ``total`` if that is there.
     tokenizer : optional
         Tokenizer or processor to save, with its chat template.
     overwrite : bool
-        Replace a folder that this function wrote before.
+        Replace a folder that this function wrote before, and that nobody has changed since.
 
     Raises
     ------
     InputError
-        If the folder exists, the plan isn't the one that pruned this model, or writing fails (a
-        full disk, for one).
+        If the folder exists or holds anything else, the plan isn't the one that pruned this model,
+        the model's outputs aren't finite, or writing fails (a full disk, for one).
     """
+    start = time.perf_counter()
     folder = Path(folder).resolve()
     check_folder(folder, overwrite)
     config, layers = _describe(model, plan)
-    beside = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
     try:
-        beside.mkdir(parents=True)
-        with _wearing(model, config):
-            model.save_pretrained(beside)
-        if layers == "unequal":
-            write_layer_sizes(model, beside)
-            (beside / LOADER_FILE).write_text(LOADER_CODE, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
-        plan.save(beside / PLAN_FILE)
-        write_probe(model, beside)
-        _write_report(report, beside)
-        _replace(folder, beside)
+        with beside(folder) as path:
+            with _wearing(model, config):
+                model.save_pretrained(path)
+            if layers == "unequal":
+                write_layer_sizes(model, path)
+                (path / LOADER_FILE).write_text(LOADER_CODE, encoding="utf-8")
+            _save_tokenizer(tokenizer, path)
+            plan.save(path / PLAN_FILE)
+            write_probe(model, path)
+            _write_report(report, path, start)
+            _open_to_readers(path)
+            write_manifest(path)
+            put_in_place(path, folder, overwrite)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"save_pruned: can't write {folder}: {error}; nothing was left behind, free space or "
-            "choose another folder"
+            f"save_pruned: can't write {folder}: {one_line(error)}; nothing was left behind, free "
+            "space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a folder that can't be written to.
-
-    Raises
-    ------
-    InputError
-        If the folder exists and ``overwrite`` is false, or holds something else than a pruned
-        model, which is never overwritten.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise InputError(f"save_pruned: {folder} exists; choose another folder or overwrite it")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / PLAN_FILE).exists()):
-        raise InputError(
-            f"save_pruned: {folder} isn't a pruned model, so it isn't overwritten; choose another "
-            "folder"
-        )
 
 
 def _describe(model: nn.Module, plan: Plan) -> tuple[Any, str]:
@@ -143,8 +123,7 @@ def _describe(model: nn.Module, plan: Plan) -> tuple[Any, str]:
     layers = "unequal" if equal is None else "equal"
     if equal is None:
         _check_plan(model, config, plan)
-        loader = f"{Path(LOADER_FILE).stem}.PrunedModel"
-        config.auto_map = dict.fromkeys(auto_classes(model), loader)
+        config.auto_map = dict.fromkeys(auto_classes(model), LOADER_CLASS)
     config = equal or config
     config.liar = {"version": MARK_VERSION, "layers": layers}
     return config, layers
@@ -181,24 +160,33 @@ def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
         model.__dict__.update(own)
 
 
-def _write_report(report: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer; whatever its library raises, of a full disk or else, is an OSError."""
+    if tokenizer is None:
+        return
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust library raises nothing more special
+        raise OSError(f"the tokenizer can't be saved: {one_line(error)}") from error
+
+
+def _write_report(report: Any, folder: Path, start: float) -> None:
+    """Write the report, with the seconds since ``start`` as those of saving."""
     if isinstance(report, Mapping):
         text = json.dumps(report, indent=1) + "\n"
         (folder / "liar_report.json").write_text(text, encoding="utf-8")
     elif report is not None:
+        seconds = getattr(report, "seconds", None)
+        if isinstance(seconds, dict):
+            seconds["save"] = time.perf_counter() - start
+            if "total" in seconds:
+                seconds["total"] += seconds["save"]
         report.save(folder)
 
 
-def _replace(folder: Path, beside: Path) -> None:
-    """Rename ``beside`` to ``folder``; a folder that is in the way goes last."""
-    if not folder.exists():
-        beside.rename(folder)
-        return
-    old = beside.with_name(beside.name + ".old")
-    folder.rename(old)
-    try:
-        beside.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the mode that the umask says; safetensors writes 0600."""
+    mode = (folder / MARKER_FILE).stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

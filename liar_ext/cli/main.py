@@ -113,9 +113,8 @@ def _prune(options: argparse.Namespace) -> None:
         report.warnings.append(
             f"The calibration text gave {len(calibration)} of {options.samples} sequences."
         )
-    saving = time.perf_counter()
-    report.seconds = {"load": load_seconds, **report.seconds}
-    report.seconds["save"] = 0.0
+    report.seconds = {"load": load_seconds, **report.seconds, "save": 0.0}
+    report.seconds["total"] = time.perf_counter() - start  # save_pruned adds its own
     save_pruned(
         model,
         options.out,
@@ -124,9 +123,6 @@ def _prune(options: argparse.Namespace) -> None:
         tokenizer=tokenizer,
         overwrite=options.overwrite,
     )
-    now = time.perf_counter()
-    report.seconds |= {"save": now - saving, "total": now - start}
-    report.save(options.out)
     if not options.quiet:
         lines = "\n".join(report.to_markdown().splitlines()[2:])
         print(re.split("\n## (?:Sites|Hidden)", lines)[0])

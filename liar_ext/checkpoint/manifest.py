@@ -1,0 +1,92 @@
+"""What of a folder was written by ``save_pruned``: only that may be replaced.
+
+``liar_manifest.json`` lists every file with its SHA-256. Folders of version 0.1.0 have none; there
+the names decide that it, and transformers' ``save_pretrained``, gave their files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path, PurePosixPath
+
+from liar_ext.checkpoint.names import MANIFEST_FILE, MARKER_FILE, PLAN_FILE
+
+MANIFEST_VERSION = 1
+BLOCK = 1 << 20
+# Of a model, its tokenizer or processor, and of version 0.1.0 itself.
+KNOWN = re.compile(
+    r"(generation_|tokenizer_|preprocessor_|processor_|video_preprocessor_)?config\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
+    r"|merges\.txt|(spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[^/]+\.jinja"
+    r"|liar_(plan\.json|probe\.safetensors|loader\.py|report\.(json|md))"
+)
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file below a folder, with its digest, in ``liar_manifest.json``."""
+    files = {name: digest(folder / name) for name in entries(folder) if name != MARKER_FILE}
+    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def strangers(folder: Path, *, contents: bool = True) -> list[str]:
+    """Return the entries of a folder that ``save_pruned`` didn't write, or not as they are now.
+
+    Parameters
+    ----------
+    folder : Path
+        An existing folder; an empty one holds no strangers.
+    contents : bool
+        Compare digests, too, and not only names: it reads every file.
+    """
+    found = [name for name in entries(folder) if name != MARKER_FILE]
+    if MANIFEST_FILE not in found:
+        old = PLAN_FILE in found
+        return [name for name in found if not (old and _is_known(folder / name, name))]
+    files = _listed(folder / MANIFEST_FILE)
+    if files is None:
+        return [MANIFEST_FILE]
+    return [
+        name
+        for name in found
+        if name != MANIFEST_FILE
+        and not (name in files and (not contents or digest(folder / name) == files[name]))
+    ]
+
+
+def entries(folder: Path) -> list[str]:
+    """Return what is no directory below a folder, and the empty directories, relative to it."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        inner = entries(path) if path.is_dir() and not path.is_symlink() else []
+        name = path.name
+        found += [str(PurePosixPath(name, each)) for each in inner] or [name]
+    return found
+
+
+def digest(path: Path) -> str | None:
+    """Return the SHA-256 of an ordinary file; None of anything else, a link for one."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    value = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            value.update(block)
+    return value.hexdigest()
+
+
+def _is_known(path: Path, name: str) -> bool:
+    return bool(KNOWN.fullmatch(name)) and path.is_file() and not path.is_symlink()
+
+
+def _listed(path: Path) -> dict[str, str] | None:
+    """Return the digests by name; None if the manifest can't be read."""
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return dict(files)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

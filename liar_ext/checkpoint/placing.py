@@ -1,0 +1,269 @@
+"""Put a folder in its place: whole, at once, and without losing what was there.
+
+A folder is written beside its place and takes it by one rename::
+
+    .pruned.1a2b3c4d   written here; locked by its writer; .liar_saving says whose it is
+    pruned             takes its place at once: a rename, or an exchange with what was there
+    .pruned.1a2b3c4d   what was there, on its way out
+
+A writer that was killed leaves the hidden folder, unlocked. The next one finds it by name, mark and
+lock, and removes it. Where the file system can't exchange two folders there is a moment with none
+in place; what a writer that was killed in it has left is put back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.names import MARKER_FILE
+from liar_ext.errors import InputError
+
+# Of Linux' <linux/fs.h> and <fcntl.h>.
+RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+MARK = (
+    "liar_ext writes here, or was stopped while it did. The next run that saves to the same place "
+    "removes this folder.\n"
+)
+
+
+def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Refuse a folder that can't be written to, by writing beside it.
+
+    What a run that was killed has left beside the folder is removed first.
+
+    Raises
+    ------
+    InputError
+        If the folder exists and ``overwrite`` is false, or holds anything that
+        :func:`liar_ext.save_pruned` didn't write, which is never overwritten; or if no folder can
+        be made there.
+    """
+    try:
+        folder = Path(folder).resolve()
+        clean_leftovers(folder)
+        _check_existing(folder, overwrite)
+        with beside(folder, keep_parents=False):
+            pass
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InputError(
+            f"save_pruned: can't write {os.fspath(folder)!r}: "
+            f"{getattr(error, 'strerror', None) or error}; choose another folder"
+        ) from error
+
+
+@contextmanager
+def beside(folder: Path, *, keep_parents: bool = True) -> Iterator[Path]:
+    """Make a hidden, locked folder beside ``folder``; remove what lies there in the end."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        path, lock = _make_locked(folder)
+        try:
+            yield path
+        finally:
+            _remove(path)
+            os.close(lock)
+    finally:
+        if not (keep_parents and folder.exists()):
+            with suppress(OSError):  # not empty: somebody else has come
+                for parent in missing:
+                    parent.rmdir()
+
+
+def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
+    """Let ``path`` take the place of ``folder``; after that ``path`` is what was there, if any.
+
+    Raises
+    ------
+    InputError
+        If something came there that may not be replaced. ``path`` then gets a name of its own,
+        which the error tells, so that no work is lost.
+    """
+    if not _rename_to_nothing(path, folder):
+        with _lock_existing(folder):
+            try:
+                _check_existing(folder, overwrite)
+            except InputError as error:
+                kept = folder.with_name(path.name.removeprefix("."))
+                path.rename(kept)
+                (kept / MARKER_FILE).unlink()
+                raise InputError(
+                    f"save_pruned: {folder} has changed while this ran, and was left alone "
+                    f"({str(error).removeprefix('save_pruned: ')}); this model is in {kept}"
+                ) from error
+            try:
+                (folder / MARKER_FILE).write_text(MARK, encoding="utf-8")
+                _exchange(path, folder)
+            finally:
+                (folder / MARKER_FILE).unlink(missing_ok=True)
+    else:
+        (folder / MARKER_FILE).unlink()
+
+
+def clean_leftovers(folder: Path) -> None:
+    """Remove, or put back, what killed runs have left beside a folder; none that is in use."""
+    if not folder.parent.is_dir():
+        return
+    name = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}(\.old)?")
+    found = [path for path in folder.parent.iterdir() if name.fullmatch(path.name)]
+    for path in sorted(found, reverse=True):  # an old folder before the one that was to replace it
+        lock = None if path.is_symlink() else _try_lock(path)
+        if lock is None:
+            continue
+        try:
+            if not (path / MARKER_FILE).exists():
+                with suppress(OSError):  # not empty: not ours
+                    path.rmdir()
+            elif path.suffix == ".old" and not folder.exists():
+                path.rename(folder)
+            else:
+                _remove(path)
+        finally:
+            os.close(lock)
+    lock = _try_lock(folder) if (folder / MARKER_FILE).is_file() else None
+    if lock is not None:
+        (folder / MARKER_FILE).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _check_existing(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that exists, unless it may be overwritten and is all ours."""
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise InputError(f"save_pruned: {folder} exists; choose another folder or overwrite it")
+    others = strangers(folder) if folder.is_dir() else [folder.name]
+    if others:
+        raise InputError(
+            f"save_pruned: {folder} holds {', '.join(others[:4])}"
+            f"{f' and {len(others) - 4} more' if len(others) > 4 else ''}, which save_pruned "
+            "didn't write or which was changed since, so it isn't overwritten; move what you need, "
+            "or choose another folder"
+        )
+
+
+def _make_locked(folder: Path) -> tuple[Path, int]:
+    """Make a folder beside another and lock it; return it with the descriptor of the lock."""
+    while True:
+        path = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
+        path.mkdir(parents=True)
+        # Another run that starts now may take the empty folder for a leftover.
+        with suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(
+                OSError
+            ):  # a file system without locks: no run removes what it can't lock
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_open_as(lock, path):
+                (path / MARKER_FILE).write_text(MARK, encoding="utf-8")
+                return path, lock
+            os.close(lock)
+
+
+@contextmanager
+def _lock_existing(folder: Path) -> Iterator[None]:
+    """Wait for other runs that replace the same folder."""
+    while True:
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_open_as(lock, folder):
+            break
+        os.close(lock)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return the descriptor of a lock; None where another run holds it, or nobody can."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; until it is empty its mark says that it may be removed."""
+    if not path.is_dir():
+        return
+    with suppress(OSError):
+        (path / MARKER_FILE).touch()
+        for entry in path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != MARKER_FILE:
+                entry.unlink()
+        (path / MARKER_FILE).unlink()
+        path.rmdir()
+
+
+def _rename_to_nothing(path: Path, folder: Path) -> bool:
+    """Rename unless there is something already; tell whether it was done."""
+    try:
+        if not _renameat2(path, folder, RENAME_NOREPLACE):
+            if os.path.lexists(folder):
+                return False
+            path.rename(folder)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False
+    return True
+
+
+def _exchange(path: Path, folder: Path) -> None:
+    """Exchange two folders: at once, or in three renames where the file system can't."""
+    if _renameat2(path, folder, RENAME_EXCHANGE):
+        return
+    old = path.with_name(path.name + ".old")
+    try:
+        folder.rename(old)
+        path.rename(folder)
+        old.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path if folder.exists() else folder)
+        raise
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Call Linux' renameat2; False where system or file system don't have it."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    paths = os.fsencode(source), os.fsencode(target)
+    if function(AT_FDCWD, paths[0], AT_FDCWD, paths[1], ctypes.c_uint(flags)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in UNABLE:
+        return False
+    raise OSError(code, os.strerror(code), os.fspath(target))
