@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test bench quality host-kernels cuda-check gpu lint format clean
+.PHONY: setup demo test reliability bench quality host-kernels cuda-check gpu lint format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,11 @@ demo: setup $(ASSETS)/.installed
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Hostile folders, kills while a folder is saved, bad command lines, operators: writes
+# docs/reliability.md, in under ten minutes on one core.
+reliability: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m reliability
 
 bench: setup
 	mkdir -p out

@@ -1,0 +1,131 @@
+"""Run every attack and write docs/reliability.json and docs/reliability.md: ``make reliability``.
+
+A check is a module of this package with a ``TITLE``, numbers of cases ``FULL`` and ``SHORT``, and
+``run(count, seed, folder)``, which yields an :class:`~reliability.outcome.Outcome` per attack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RECORD, TABLE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
+CHECKS = ("folders_attacked", "kills", "commands", "operators")
+COLUMNS = ("traceback", "crash", "hang", "code run", "data lost", "left behind")
+INTRODUCTION = """# Reliability
+
+What was done to the package to break it, and what came of it. `make reliability` runs all of it
+({minutes:.0f} minutes on one core here) and writes this page; `make test` runs a few of each.
+
+- **tampered folders**: a saved folder with bytes flipped, files cut, deleted, linked elsewhere or
+  replaced by pipes, fields of its JSON replaced by nasty values, sizes that its weights don't have,
+  code of a stranger, pickles for weights; given to `load_pruned`, `verify_pruned`, `load_model` and
+  `liar verify`. Each call must refuse in one line, or do its work, within 60 seconds and 12 GiB of
+  address space, and run none of the code.
+- **kills in the save phase**: SIGKILL, SIGINT and SIGTERM at file operations of a save and at
+  random times, with and without an older folder to replace, with and without the system's exchange
+  of two folders. The folder must be absent, the old one or the new one, and the next run must find,
+  or put back, what was there, and leave nothing else behind.
+- **commands** and **operators**, where listed: `liar` with bad arguments and input, which must say
+  so in one line and exit with 2; operators with shapes, strides, types and values of every kind,
+  which must answer or raise.
+"""
+
+
+def load_checks(names: Iterable[str] = CHECKS) -> list:
+    """Return the modules of the checks that there are."""
+    return [
+        import_module(f"reliability.{name}") for name in names if find_spec(f"reliability.{name}")
+    ]
+
+
+def attack(check, count: int, seed: int) -> dict:
+    """Run a check and return what is recorded of it."""
+    work = Path(tempfile.mkdtemp(prefix="reliability"))
+    start, verdicts, bad, slowest, cases = time.monotonic(), Counter(), [], 0.0, set()
+    try:
+        for outcome in check.run(count, seed, work):
+            verdicts[outcome.verdict] += 1
+            cases.add(outcome.case)
+            slowest = max(slowest, outcome.seconds)
+            if outcome.bad:
+                bad.append(vars(outcome))
+                text = f"{outcome.verdict}: {outcome.case}: {outcome.call}\n{outcome.detail}\n"
+                print(ascii(text), file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return {
+        "check": check.TITLE,
+        "cases": len(cases),
+        "calls": sum(verdicts.values()),
+        "seed": seed,
+        "verdicts": dict(sorted(verdicts.items())),
+        "bad": bad,
+        "slowest_seconds": round(slowest, 1),
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+def to_markdown(record: dict) -> str:
+    """Return the page."""
+    rows = record["checks"]
+    minutes = sum(row["seconds"] for row in rows) / 60
+    head = ["attack", "cases", "calls", "answered", "refused", *COLUMNS, "slowest, s"]
+    lines = [INTRODUCTION.format(minutes=max(minutes, 1)), _row(head), _row(["---"] * len(head))]
+    for row in rows:
+        count = Counter(row["verdicts"])
+        answered = count["done"] + count["other outputs"]
+        cells = [row["check"], row["cases"], row["calls"], answered, count["refused"]]
+        lines.append(_row([*cells, *(count[name] for name in COLUMNS), row["slowest_seconds"]]))
+    where = record["where"]
+    lines += ["", f"{where}. The calls behind each row: `docs/reliability.json`, drawn by seed."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> int:
+    """Run the checks; exit code 1 if anything bad came of one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checks", nargs="+", default=CHECKS, help="which; the others stay")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="a few cases each; writes nothing")
+    options = parser.parse_args()
+
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # before transformers is imported
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    old = json.loads(RECORD.read_text(encoding="utf-8"))["checks"] if RECORD.exists() else []
+    rows = {row["check"]: row for row in old}
+    for check in load_checks(options.checks):
+        count = check.SHORT if options.short else check.FULL
+        row = rows[check.TITLE] = attack(check, count, options.seed)
+        print(f"{check.TITLE}: {row['cases']} cases, {row['calls']} calls, {row['verdicts']}")
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    where = f"{platform.system()}, Python {platform.python_version()}, {versions}"
+    record = {"where": where, "checks": list(rows.values())}
+    if not options.short:
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        TABLE.write_text(to_markdown(record), encoding="utf-8")
+    return int(any(row["bad"] for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
