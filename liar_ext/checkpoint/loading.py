@@ -247,23 +247,21 @@ def _load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) 
 
     if path.suffix == ".gguf":
         with reading(path, "load_model"):
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            largest = max(tokenizer.get_vocab().values(), default=-1)
-    elif model.main_input_name != "input_ids":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if model.main_input_name != "input_ids":
         return None  # a vision model, which has a processor
-    else:
-        if path.is_dir():
-            there = [file for file in TOKENIZER_FILES if (path / file).exists()]
-            if not there:
-                return None
-            for file in there:
-                if file.endswith("_config.json"):
-                    read_json(path / file, "load_model")
-        with reading(f"the tokenizer of {name}", "load_model"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, config=model.config, trust_remote_code=False
-            )
-            largest = max(tokenizer.get_vocab().values(), default=-1)
+    if path.is_dir():
+        there = [file for file in TOKENIZER_FILES if (path / file).exists()]
+        if not there:
+            return None
+        for file in there:
+            if file.endswith("_config.json"):
+                read_json(path / file, "load_model")
+    with reading(f"the tokenizer of {name}", "load_model"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, config=model.config, trust_remote_code=False
+        )
+        largest = _largest_token(tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if largest >= rows:
         raise InputError(
@@ -271,3 +269,10 @@ def _load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) 
             f"{rows}; put the tokenizer of this model there"
         )
     return tokenizer
+
+
+def _largest_token(tokenizer: Any) -> int:
+    """Return the largest token that plain text can have: special ones may have come later."""
+    special = set(tokenizer.all_special_tokens)
+    known = tokenizer.get_vocab().items()
+    return max((index for token, index in known if token not in special), default=-1)

@@ -8,7 +8,7 @@ A folder is written beside its place and takes it by one rename::
 
 A writer that was killed leaves the hidden folder, unlocked. The next one finds it by name, mark and
 lock, and removes it. Where the file system can't exchange two folders there is a moment with none
-in place; what a writer that was killed in it has left is put back.
+in place; after a kill in it the next start moves the old folder back.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Remove, or put back, what killed runs have left beside a folder; none that is in use."""
+    """Remove, or move back, what killed runs have left beside a folder; none that is in use."""
     if not folder.parent.is_dir():
         return
     name = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}(\.old)?")

@@ -36,8 +36,8 @@ What was done to the package to break it, and what came of it. `make reliability
   address space, and run none of the code.
 - **kills in the save phase**: SIGKILL, SIGINT and SIGTERM at file operations of a save and at
   random times, with and without an older folder to replace, with and without the system's exchange
-  of two folders. The folder must be absent, the old one or the new one, and the next run must find,
-  or put back, what was there, and leave nothing else behind.
+  of two folders. The folder must be absent, the old one or the new one, and the next run must find
+  what was there, or move it back, and leave nothing else behind.
 - **commands** and **operators**, where listed: `liar` with bad arguments and input, which must say
   so in one line and exit with 2; operators with shapes, strides, types and values of every kind,
   which must answer or raise.
