@@ -60,7 +60,6 @@ def _prune(options: argparse.Namespace) -> None:
         options.seq_len,
     )
     get_criterion(options.criterion)
-    _check_apart(options.calibration, options.eval)
 
     from liar_ext.checkpoint.saving import check_folder, save_pruned
     from liar_ext.data import texts
@@ -69,7 +68,10 @@ def _prune(options: argparse.Namespace) -> None:
     check_folder(options.out, options.overwrite)
     sources = [texts.read_documents(source) for source in options.calibration]
     held_out = texts.read_documents(options.eval) if options.eval else None
+    if held_out is not None:
+        texts.check_apart([text for documents in sources for text in documents], held_out)
     model, tokenizer = _load(options)
+    texts.check_seq_len(model, options.seq_len)
     calibration = texts.calibration_sequences(
         sources,
         tokenizer,
@@ -107,6 +109,8 @@ def _prune(options: argparse.Namespace) -> None:
     )
     report.model = options.model
     report.settings |= {"calibration": options.calibration, "seq_len": options.seq_len}
+    report.settings["bos"] = calibration.bos
+    report.warnings += calibration.notes
     if options.eval:
         report.settings["eval"] = options.eval
     if len(calibration) < options.samples:
@@ -137,6 +141,7 @@ def _eval(options: argparse.Namespace) -> None:
     model, tokenizer = _load(options)
     if not _is_causal(model):
         raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
+    texts.check_seq_len(model, options.seq_len)
     sequences = texts.evaluation_sequences(
         documents, tokenizer, seq_len=options.seq_len, samples=options.samples
     )
@@ -197,14 +202,6 @@ def _damp(text: str) -> float | str:
         return float(text)
     except ValueError:
         raise InputError(f'prune: --damp must be a number or "auto", got {text!r}') from None
-
-
-def _check_apart(calibration: Sequence[str], held_out: str | None) -> None:
-    """Refuse a held-out text that is calibrated on."""
-    if held_out and Path(held_out).resolve() in {Path(source).resolve() for source in calibration}:
-        raise InputError(
-            f"prune: --eval {held_out} is calibrated on too; perplexity on it would prove nothing"
-        )
 
 
 def _is_causal(model) -> bool:

@@ -1,90 +1,30 @@
-"""Texts: read documents, split them into two folds, cut them into sequences for a model."""
+"""Texts: documents are split into two folds and cut into sequences for a model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from liar_ext.data.batches import FOLDS
+from liar_ext.data.documents import Documents, check_apart, read_documents
+from liar_ext.data.folds import CHARACTERS, halve, split_documents
 from liar_ext.errors import InputError
 
-JSON_LINES = (".jsonl", ".ndjson")
+__all__ = [
+    "Documents",
+    "Sequences",
+    "calibration_sequences",
+    "check_apart",
+    "check_seq_len",
+    "evaluation_sequences",
+    "read_documents",
+]
 
-
-def read_documents(source: str) -> list[str]:
-    """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
-
-    A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
-    holds one per file; a dataset of the ``datasets`` library, written ``NAME[:CONFIG[:SPLIT]]``
-    (split ``train`` if not given), holds one per row (its column ``text``).
-
-    Raises
-    ------
-    InputError
-        If the source does not exist, is not UTF-8, lacks the field or holds no text.
-    """
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        documents = [text for file in files for text in _read_file(file)]
-    elif path.exists():
-        documents = _read_file(path)
-    elif path.is_absolute() or source.startswith(".") or path.suffix in (".txt", *JSON_LINES):
-        raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
-    else:
-        documents = _read_dataset(source)
-    documents = [text for text in documents if text.strip()]
-    if not documents:
-        raise InputError(f"text: {source} holds no text; give a file with text in it")
-    return documents
-
-
-def _read_file(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"text: {path} must be UTF-8, got byte {error.object[error.start]:#04x} at position "
-            f"{error.start}; convert it first, e.g. iconv -f latin1 -t utf-8"
-        ) from None
-    if path.suffix not in JSON_LINES:
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(str(json.loads(line)["text"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise InputError(
-                f'text: {path} line {number} must be a JSON object with a field "text"'
-            ) from None
-    return documents
-
-
-def _read_dataset(source: str) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise InputError(
-            f"text: no file {source}, and dataset names need the package datasets; "
-            "pip install 'liar_ext[eval]' or give a text file"
-        ) from None
-    name, config, split = (*source.split(":"), "", "")[:3]
-    try:
-        rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the library raises a dozen kinds for a name it cannot serve
-        raise InputError(f"text: neither a file nor a dataset: {source} ({error})") from error
-    if "text" not in rows.column_names:
-        raise InputError(
-            f"text: dataset {source} must have a column text, got {', '.join(rows.column_names)}"
-        )
-    return list(rows["text"])
+# Characters to tokenise of a source and a fold, at least; and this many for each one needed.
+ENOUGH, TIMES = 1 << 22, 16
 
 
 @dataclass(frozen=True)
@@ -97,11 +37,22 @@ class Sequences:
         ``(sequences, seq_len)`` int64.
     fold : Tensor
         ``(sequences,)`` int64: 0 or 1. Sequences of one document share a fold.
+    bos : str
+        Special tokens that every packed window begins with, as the tokenizer begins a document;
+        empty where it adds none.
+    certification : Sequences, optional
+        Sequences of documents that none of these come from, for a figure that no decision has
+        seen. Their fold only takes turns.
+    notes : tuple of str
+        What a user has to know of the draw.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     fold: Tensor
+    bos: str = ""
+    certification: Sequences | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -112,7 +63,15 @@ class Sequences:
         return int(self.attention_mask.sum())
 
     def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
-        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds."""
+        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
+
+        Raises
+        ------
+        InputError
+            If ``batch_size`` is less than 1.
+        """
+        if batch_size < 1:
+            raise InputError(f"batches: batch_size must be at least 1, got {batch_size}")
         batches = []
         for fold in self.fold.unique():
             for rows in (self.fold == fold).nonzero().flatten().split(batch_size):
@@ -134,11 +93,13 @@ def calibration_sequences(
     seq_len: int = 512,
     seed: int = 0,
     packed: bool = True,
+    certify: int = 0,
+    lone: str = "blocks",
 ) -> Sequences:
     """Draw calibration sequences from several texts, in two folds split by document.
 
-    Each source (a list of documents) contributes evenly, as far as it reaches. A source that is a
-    single document is cut in two halves, one for each fold.
+    Each source (a list of documents) contributes evenly, as far as it reaches. Documents are drawn
+    first, and what is drawn is tokenised: all of a source up to some millions of characters.
 
     Parameters
     ----------
@@ -149,41 +110,64 @@ def calibration_sequences(
     samples : int
         Sequences to draw, half of them for each fold; all there are if the text holds fewer.
     seq_len : int
-        Tokens per sequence.
+        Tokens per sequence, special ones included.
     seed : int
         Seed of the split and of the draw.
     packed : bool
-        True (causal models): documents of a fold are joined and cut into full windows without
-        special tokens. False (encoders): one sequence per document, with special tokens, truncated
-        and padded.
+        True (causal models): documents of a fold are joined and cut into full windows, each of
+        which begins as the tokenizer begins a document, with a BOS token or without. False
+        (encoders): one sequence per document, with special tokens, truncated and padded.
+    certify : int
+        Sequences of documents that no other sequence comes from, returned as
+        :attr:`Sequences.certification`.
+    lone : {"blocks", "halves"}
+        A source that is a single document is cut into blocks of paragraphs, which take turns in
+        going to the folds, or into two halves, one for each.
 
     Raises
     ------
     InputError
-        If a fold gets no sequence.
+        If a number is out of range, or a part gets no sequence.
     """
-    if samples < FOLDS or seq_len < 2:
-        raise InputError(
-            f"calibration: samples and seq_len must be at least 2, got {samples} and {seq_len}"
-        )
+    _check_draw(samples, seq_len, seed, certify, lone)
     generator = torch.Generator().manual_seed(seed)
-    drawn: list[tuple[list[int], int]] = []
-    for fold in range(FOLDS):
+    shares = [samples // FOLDS] * FOLDS + [certify] * (certify > 0)
+    prefix = _prefix(tokenizer) if packed else []
+    split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
+    for documents in sources:
+        if lone == "halves" and len(documents) == 1:
+            documents_by_part = [[half] for half in halve(documents[0])]
+            note = "A calibration text of one document was cut into two halves, one for each fold."
+        else:
+            most = max(ENOUGH, TIMES * max(shares) * seq_len * CHARACTERS)
+            documents_by_part, note = split_documents(documents, shares, seed, seq_len, most)
+        notes += [note] * (note != "")
+        split.append(documents_by_part)
+    drawn = []
+    for part, share in enumerate(shares):
         queues = []
-        for documents in sources:
-            pieces = _fold_documents(documents, fold, seed)
-            cut = _packed_windows if packed else _single_sequences
-            windows = cut(pieces, tokenizer, seq_len)
-            order = torch.randperm(len(windows), generator=generator).tolist()
-            queues.append([windows[i] for i in order])
-        drawn += [(window, fold) for window in _take_evenly(queues, samples // FOLDS)]
-    if {fold for _, fold in drawn} != set(range(FOLDS)):
-        characters = sum(len(text) for documents in sources for text in documents)
-        raise InputError(
-            f"calibration: the text is too short: {characters} characters do not fill one sequence "
-            f"of {seq_len} tokens in each of {FOLDS} folds; give more text or a smaller seq_len"
-        )
-    return _pad(drawn, tokenizer)
+        for documents_by_part in split:
+            pieces = documents_by_part[part]
+            if packed:
+                windows = _packed_windows(pieces, tokenizer, seq_len, prefix)
+                order = torch.randperm(len(windows), generator=generator).tolist()
+                queues.append([windows[i] for i in order[:share]])
+            else:
+                order = torch.randperm(len(pieces), generator=generator).tolist()
+                chosen = [pieces[i] for i in order[:share]]
+                queues.append(_single_sequences(chosen, tokenizer, seq_len))
+        drawn.append(_take_evenly(queues, share))
+    _check_filled(drawn, sources, seq_len)
+    if certify and len(drawn[-1]) < certify:
+        notes.append(f"The text gave {len(drawn[-1])} of {certify} sequences to certify with.")
+    bos = tokenizer.decode(prefix) if prefix else ""
+    third = None
+    if certify:
+        turns = [index % FOLDS for index in range(len(drawn[FOLDS]))]
+        third = _pad(drawn[FOLDS], turns, tokenizer, bos)
+    folds = [fold for fold in range(FOLDS) for _ in drawn[fold]]
+    rows = [window for fold in range(FOLDS) for window in drawn[fold]]
+    return _pad(rows, folds, tokenizer, bos, third, tuple(notes))
 
 
 def evaluation_sequences(
@@ -191,12 +175,25 @@ def evaluation_sequences(
 ) -> Sequences:
     """Cut text into consecutive windows of ``seq_len`` tokens; ``samples`` takes every n-th.
 
+    Windows begin as those of :func:`calibration_sequences` do. If a few windows are asked for of
+    very much text, every n-th document is read.
+
     Raises
     ------
     InputError
-        If the text does not fill one window.
+        If a number is out of range, or the text does not fill one window.
     """
-    windows = _packed_windows(documents, tokenizer, seq_len)
+    if seq_len < 2 or (samples is not None and samples < 1):
+        raise InputError(
+            "evaluation: seq_len must be at least 2 and samples at least 1, got "
+            f"{seq_len} and {samples}"
+        )
+    notes = tuple(getattr(documents, "notes", ()))
+    if samples is not None:
+        most = max(4 * ENOUGH, TIMES * samples * seq_len * CHARACTERS)
+        documents = documents[:: -(-sum(map(len, documents)) // most) or 1]
+    prefix = _prefix(tokenizer)
+    windows = _packed_windows(documents, tokenizer, seq_len, prefix)
     if not windows:
         raise InputError(
             f"evaluation: the text does not fill one window of {seq_len} tokens; "
@@ -205,36 +202,85 @@ def evaluation_sequences(
     if samples is not None and samples < len(windows):
         stride = len(windows) // samples
         windows = windows[::stride][:samples]
-    return _pad([(window, 0) for window in windows], tokenizer)
+    bos = tokenizer.decode(prefix) if prefix else ""
+    return _pad(windows, [0] * len(windows), tokenizer, bos, notes=notes)
 
 
-def _fold_documents(documents: Sequence[str], fold: int, seed: int) -> list[str]:
-    """Return the documents of one fold; a lone document is halved at a white space."""
-    if len(documents) == 1:
-        text = documents[0]
-        middle = text.find(" ", len(text) // 2)
-        middle = middle if middle >= 0 else len(text) // 2
-        return [text[:middle] if fold == 0 else text[middle:]]
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    sizes, mine = [0] * FOLDS, []
-    for index in order:
-        smaller = sizes.index(min(sizes))
-        sizes[smaller] += len(documents[index])
-        if smaller == fold:
-            mine.append(documents[index])
-    return mine
+def check_seq_len(model: nn.Module, seq_len: int) -> None:
+    """Raise InputError if sequences are longer than the positions that a model knows."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    embeddings = [module for name, module in model.named_modules() if "position_emb" in name]
+    if any(getattr(module, "padding_idx", None) is not None for module in embeddings):
+        positions -= config.pad_token_id + 1  # RoBERTa's and MPNet's tables begin with padding's
+    if seq_len > positions:
+        raise InputError(
+            f"text: {type(model).__name__} has {positions} positions, got seq_len {seq_len}; "
+            f"give a seq_len of at most {positions}"
+        )
 
 
-def _packed_windows(documents: Sequence[str], tokenizer, seq_len: int) -> list[list[int]]:
+def _check_draw(samples: int, seq_len: int, seed: int, certify: int, lone: str) -> None:
+    """Raise InputError unless sequences can be drawn by these numbers."""
+    if samples < FOLDS or seq_len < 2:
+        raise InputError(
+            f"calibration: samples and seq_len must be at least 2, got {samples} and {seq_len}"
+        )
+    if certify and certify < FOLDS:
+        raise InputError(f"calibration: certify must be 0, or at least {FOLDS}, got {certify}")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"calibration: seed must be at least 0 and less than 2^63, got {seed}")
+    if lone not in ("blocks", "halves") or (certify and lone == "halves"):
+        raise InputError(
+            f'calibration: lone must be "blocks", or "halves" without certify, got {lone!r}'
+        )
+
+
+def _check_filled(
+    drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], seq_len: int
+) -> None:
+    """Raise InputError unless every part got the sequences that it cannot do without."""
+    if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
+        return
+    characters = sum(len(text) for documents in sources for text in documents)
+    parts = f"{FOLDS} folds" + (" and for certify" if len(drawn) > FOLDS else "")
+    raise InputError(
+        f"calibration: the text is too short: {characters} characters do not fill one sequence "
+        f"of {seq_len} tokens in each of {parts}; give more text or a smaller seq_len"
+    )
+
+
+def _prefix(tokenizer) -> list[int]:
+    """Return the special tokens with which the tokenizer begins a document, such as BOS."""
+    text = "a"
+    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    return []
+
+
+def _packed_windows(
+    documents: Sequence[str], tokenizer, seq_len: int, prefix: list[int]
+) -> list[list[int]]:
     text = "\n\n".join(documents)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return [tokens[at : at + seq_len] for at in range(0, len(tokens) - seq_len + 1, seq_len)]
+    step = seq_len - len(prefix)
+    if step < 1:
+        raise InputError(
+            f"text: seq_len must be more than the {len(prefix)} special tokens that a document "
+            f"begins with, got {seq_len}"
+        )
+    return [prefix + tokens[at : at + step] for at in range(0, len(tokens) - step + 1, step)]
 
 
 def _single_sequences(documents: Sequence[str], tokenizer, seq_len: int) -> list[list[int]]:
-    encoded = tokenizer(list(documents), truncation=True, max_length=seq_len)
-    return encoded["input_ids"]
+    if not documents:
+        return []
+    return tokenizer(list(documents), truncation=True, max_length=seq_len)["input_ids"]
 
 
 def _take_evenly(queues: list[list[list[int]]], number: int) -> list[list[int]]:
@@ -244,12 +290,13 @@ def _take_evenly(queues: list[list[list[int]]], number: int) -> list[list[int]]:
     return [window for window, _ in zip(rounds, range(number), strict=False)]
 
 
-def _pad(drawn: list[tuple[list[int], int]], tokenizer) -> Sequences:
-    longest = max(len(window) for window, _ in drawn)
+def _pad(rows: list[list[int]], fold: list[int], tokenizer, *more, **facts) -> Sequences:
+    """Return sequences padded to the longest."""
+    longest = max(len(window) for window in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(drawn), longest), pad, dtype=torch.long)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, (window, _) in enumerate(drawn):
+    for row, window in enumerate(rows):
         ids[row, : len(window)] = torch.tensor(window)
         mask[row, : len(window)] = 1
-    return Sequences(ids, mask, torch.tensor([fold for _, fold in drawn]))
+    return Sequences(ids, mask, torch.tensor(fold), *more, **facts)

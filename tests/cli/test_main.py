@@ -36,6 +36,7 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     }
     assert report["budget"]["keep"] == 0.7
     assert report["evaluation"]["dense"]["perplexity"] > 1
+    assert report["settings"]["bos"] == "" and "cut into" in report["warnings"][-1]
     stages = "load calibrate score allocate reconstruct surgery save evaluate total".split()
     assert set(stages) == set(report["seconds"])
     assert report["params"]["prunable_after"] <= 0.7 * report["params"]["prunable_before"]
@@ -269,10 +270,14 @@ def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
     refuse("unknown criterion 'best'; known: energy", "--criterion", "best")
     refuse("--damp must be a number", "--damp", "much")
     refuse("must be UTF-8", calibration=tmp_path / "latin.txt")
-    refuse("too short", calibration=tmp_path / "short.txt")
+    refuse("too short", "--seq-len", "64", calibration=tmp_path / "short.txt")
     refuse("holds no text", calibration=tmp_path / "empty.txt")
     refuse("does not exist", calibration=tmp_path / "absent.txt")
-    refuse("calibrated on too", "--eval", str(corpus[0]))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_text(json.dumps({"text": corpus[0].read_text().upper() + "\n"}))
+    for same in (corpus[0], corpus[0].parent, copy):
+        refuse("documents are in the calibration text too", "--eval", str(same))
+    refuse("has 64 positions, got seq_len 65", "--seq-len", "65")
     refuse("give a folder, a hub id", model=tmp_path / "no_model")
 
 

@@ -1,69 +1,16 @@
 from __future__ import annotations
 
-import json
+import string
 
 import pytest
 import torch
+from tiny import outputs, tiny, tiny_inputs
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
 
 from liar_ext import InputError
 from liar_ext.data import texts
-
-
-def test_sources_are_documents(tmp_path):
-    (tmp_path / "a.txt").write_text("one document\n\nof two paragraphs")
-    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n{"text": " "}\n')
-    assert texts.read_documents(str(tmp_path / "a.txt")) == ["one document\n\nof two paragraphs"]
-    assert texts.read_documents(str(tmp_path / "b.jsonl")) == ["x", "y"]
-    assert len(texts.read_documents(str(tmp_path))) == 3
-
-
-def test_a_dataset_by_name(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load(name, config, split):
-        asked.append((name, config, split))
-        column = "text" if config != "bare" else "body"
-        return datasets.Dataset.from_dict({column: ["p", "q"]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert texts.read_documents("org/name") == ["p", "q"]
-    assert texts.read_documents("name:raw:test") == ["p", "q"]
-    assert asked == [("org/name", None, "train"), ("name", "raw", "test")]
-    with pytest.raises(InputError, match="must have a column text, got body"):
-        texts.read_documents("name:bare")
-
-
-def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
-    import datasets
-
-    def load(name, config, split):
-        raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(InputError, match="neither a file nor a dataset: no_such_dataset"):
-        texts.read_documents("no_such_dataset")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"", "holds no text"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "must be UTF-8, got byte 0xe9 at position 3"),
-        ("rows.jsonl", b'{"body": "x"}', 'line 1 must be a JSON object with a field "text"'),
-        ("rows.jsonl", b'{"text": "x"}\nnot json', "line 2 must be"),
-    ],
-)
-def test_unusable_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        texts.read_documents(str(tmp_path / name))
-
-
-def test_missing_file():
-    with pytest.raises(InputError, match="does not exist"):
-        texts.read_documents("/nowhere/text.txt")
+from liar_ext.data.folds import cut_blocks
 
 
 def test_no_document_stands_in_both_folds(tokenizer):
@@ -75,12 +22,151 @@ def test_no_document_stands_in_both_folds(tokenizer):
         assert len(folds) <= 1, "a document that stands in both folds voids the certificate"
 
 
-def test_a_lone_document_is_halved(tokenizer):
+def test_a_lone_document_is_cut_into_blocks_with_gaps(tokenizer):
+    paragraphs = [f"{index:03} " * 25 for index in range(260)]
+    text = "\n\n".join(paragraphs)
+    parts = cut_blocks(text, 2, 8, len(text))
+    assert [len(part) for part in parts] == [8, 8]
+    places = sorted((text.index(b), fold) for fold, part in enumerate(parts) for b in part)
+    blocks = {text.index(block): block for part in parts for block in part}
+    assert [fold for _, fold in places] == [0, 1] * 8
+    for (at, _), (following, _) in zip(places, places[1:], strict=False):
+        assert blocks[at] in text and set(blocks[at].split("\n\n")) <= set(paragraphs)
+        assert text[at + len(blocks[at]) : following].strip("\n") in paragraphs, "one left out"
+    drawn = texts.calibration_sequences([[text]], tokenizer, samples=8, seq_len=8)
+    assert drawn.notes == (
+        "A calibration text of 1 document(s) was cut into 16 blocks of consecutive paragraphs, 8 "
+        "for each of 2 parts, with a gap between them: held-out errors are those on the same "
+        "document. Give more documents.",
+    )
+
+
+@pytest.mark.parametrize("text", ["x" * 1000, "word " * 200, "a line\n" * 150])
+def test_blocks_of_a_text_without_paragraphs_have_gaps_too(text):
+    (first,), (second,) = cut_blocks(text, 2, 8, len(text))
+    assert text.startswith(first) and text.endswith(second)
+    lost = len(text) - len(first) - len(second)
+    assert 0 < lost <= len(text) / 2 / 8 + 16
+    assert len(first) > 400 and len(second) > 400
+
+
+def test_halves_are_what_they_were(tokenizer):
     text = "a" * 50 + " " + "b" * 50
-    drawn = texts.calibration_sequences([[text]], tokenizer, samples=8, seq_len=10)
+    settings = {"samples": 8, "seq_len": 10, "lone": "halves"}
+    drawn = texts.calibration_sequences([[text]], tokenizer, **settings)
     a, b = tokenizer("ab")["input_ids"]
     assert (drawn.input_ids[drawn.fold == 0] == a).all()
     assert not (drawn.input_ids[drawn.fold == 1] == a).any()
+    assert drawn.notes == (
+        "A calibration text of one document was cut into two halves, one for each fold.",
+    )
+
+
+def test_certification_shares_no_document_with_the_folds(tokenizer):
+    documents = [letter * 60 for letter in string.ascii_lowercase]
+    drawn = texts.calibration_sequences(
+        [documents[:10], documents[10:]], tokenizer, samples=8, seq_len=8, certify=6
+    )
+    third = drawn.certification
+    assert len(drawn) == 8 and len(third) == 6 and third.fold.tolist() == [0, 1] * 3
+    seen = set(drawn.input_ids.flatten().tolist()) & set(third.input_ids.flatten().tolist())
+    assert seen <= set(tokenizer("\n")["input_ids"])
+    assert texts.calibration_sequences([documents], tokenizer, seq_len=8).certification is None
+    alone = texts.calibration_sequences(
+        ["".join(documents).split("  ")], tokenizer, samples=8, seq_len=8, certify=4
+    )
+    letters = [set(part.input_ids.flatten().tolist()) for part in (alone, alone.certification)]
+    assert not letters[0] & letters[1] and len(alone.certification) == 4
+    with pytest.raises(InputError, match="too short: .* and for certify"):
+        texts.calibration_sequences([["ab" * 30] * 2], tokenizer, seq_len=32, certify=90)
+    short = texts.calibration_sequences([documents], tokenizer, seq_len=8, certify=900)
+    assert short.notes == (
+        f"The text gave {len(short.certification)} of 900 sequences to certify with.",
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"samples": 1},
+        {"seq_len": 1},
+        {"seed": -1},
+        {"seed": 2**70},
+        {"certify": 1},
+        {"certify": -2},
+        {"lone": "thirds"},
+    ],
+)
+def test_bad_numbers_of_a_draw(tokenizer, settings):
+    with pytest.raises(InputError, match=f"calibration: .*{next(iter(settings))} .*must"):
+        texts.calibration_sequences([["ab" * 300] * 9], tokenizer, **settings)
+
+
+def test_bad_numbers_of_an_evaluation(tokenizer):
+    for settings in ({"seq_len": 0}, {"seq_len": 1}, {"samples": 0}, {"samples": -3}):
+        with pytest.raises(InputError, match="evaluation: .* must be at least"):
+            texts.evaluation_sequences(["ab" * 300], tokenizer, **settings)
+    windows = texts.evaluation_sequences(["ab" * 300], tokenizer, seq_len=8)
+    for size in (0, -1):
+        with pytest.raises(InputError, match=f"batch_size must be at least 1, got {size}"):
+            windows.batches(size)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_of_much_text_only_a_part_is_tokenised(tokenizer, packed, monkeypatch):
+    read = []
+
+    class Counting:
+        pad_token_id = 0
+
+        def __call__(self, text, **settings):
+            read.append(sum(map(len, text if isinstance(text, list) else [text])))
+            return tokenizer(text, **settings)
+
+    monkeypatch.setattr(texts, "ENOUGH", 2000)
+    documents = [letter * 500 for letter in string.ascii_lowercase] * 20
+    settings = {"samples": 8, "seq_len": 8, "packed": packed}
+    assert len(texts.calibration_sequences([documents], Counting(), **settings)) == 8
+    assert sum(read) < 2 * 2600
+    read.clear()
+    assert len(texts.evaluation_sequences(documents, Counting(), seq_len=8, samples=8)) == 8
+    assert sum(read) < 8600
+
+
+@pytest.fixture(scope="session")
+def with_bos(tokenizer):
+    """The tokenizer as Gemma's and Llama's are: a document begins with BOS."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A", special_tokens=[("[BOS]", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", bos_token="[BOS]")
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_document(tokenizer, with_bos):
+    documents = [letter * 60 for letter in "abcd"]
+    drawn = texts.calibration_sequences([documents], with_bos, samples=8, seq_len=10)
+    windows = texts.evaluation_sequences(documents, with_bos, seq_len=10)
+    for sequences in (drawn, windows):
+        assert sequences.bos == "[BOS]" and sequences.input_ids.shape[1] == 10
+        assert (sequences.input_ids[:, 0] == 1).all() and (sequences.input_ids[:, 1:] != 1).all()
+    text = with_bos("\n\n".join(documents), add_special_tokens=False)["input_ids"]
+    assert windows.input_ids[:, 1:].flatten().tolist() == text[: len(windows) * 9]
+    without = texts.evaluation_sequences(documents, tokenizer, seq_len=10)
+    assert without.bos == "" and without.input_ids[0].tolist() == text[:10]
+    with pytest.raises(InputError, match="more than the 1 special tokens"):
+        texts._packed_windows(documents, with_bos, 1, [1])
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"), [("llama", 64), ("gpt2", 64), ("opt", 64), ("bert", 64), ("roberta", 63)]
+)
+def test_sequences_fit_the_positions_of_the_model(name, positions):
+    model = tiny(name)
+    texts.check_seq_len(model, positions)
+    outputs(model, tiny_inputs(model, tokens=positions))
+    with pytest.raises(InputError, match=f"has {positions} positions, got seq_len {positions + 1}"):
+        texts.check_seq_len(model, positions + 1)
 
 
 def test_sources_contribute_evenly(tokenizer):
@@ -123,9 +209,3 @@ def test_evaluation_windows_spread_over_the_text(tokenizer):
     text = "".join(letter * 10 for letter in "abcdefgh")
     windows = texts.evaluation_sequences([text], tokenizer, seq_len=10, samples=4)
     assert tokenizer.decode(windows.input_ids[:, 0]).replace(" ", "") == "aceg"
-
-
-def test_json_lines_survive_unicode(tmp_path):
-    path = tmp_path / "u.jsonl"
-    path.write_text(json.dumps({"text": "ünïcode 文"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert texts.read_documents(str(path)) == ["ünïcode 文"]

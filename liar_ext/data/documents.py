@@ -1,0 +1,181 @@
+"""Documents: read text from files, folders and datasets, and keep what judges apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from liar_ext.errors import InputError
+
+JSON_LINES = (".jsonl", ".ndjson")
+# Of a dataset, characters that are read: some 16 million tokens, and seconds to read them.
+MOST_OF_A_DATASET = 1 << 26
+# Headings and boilerplate of fewer characters stand in many texts and prove nothing.
+TELLING = 100
+
+
+class Documents(list):
+    """A list of texts, with notes on what a user has to know of how they were read.
+
+    Parameters
+    ----------
+    texts : iterable of str
+        The documents.
+    notes : sequence of str
+        Sentences for the report.
+    """
+
+    def __init__(self, texts: Iterable[str] = (), notes: Sequence[str] = ()) -> None:
+        super().__init__(texts)
+        self.notes = list(notes)
+
+
+def read_documents(source: str) -> Documents:
+    """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
+
+    A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
+    holds one per file; a dataset of the ``datasets`` library, written ``NAME[:CONFIG[:SPLIT]]``
+    (split ``train`` if not given), holds one per row (its column ``text``). A dataset is streamed,
+    and its first ``MOST_OF_A_DATASET`` characters are read; the notes say so if there is more.
+
+    Raises
+    ------
+    InputError
+        If the source does not exist, is not UTF-8, lacks the field or holds no text.
+    """
+    if not source.strip():
+        raise InputError("text: the source is empty; give a text file, a folder or a dataset")
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        documents = Documents(text for file in files for text in _read_file(file))
+    elif path.exists():
+        documents = Documents(_read_file(path))
+    elif path.is_absolute() or source.startswith(".") or path.suffix in (".txt", *JSON_LINES):
+        raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
+    else:
+        documents = _read_dataset(source)
+    documents[:] = [text for text in documents if text.strip()]
+    if not documents:
+        raise InputError(f"text: {source} holds no text; give a file with text in it")
+    return documents
+
+
+def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
+    """Raise InputError if documents of the evaluation are calibrated on.
+
+    Documents are compared by a hash of their text without case and white space, wherever they come
+    from. Those of less than ``TELLING`` characters, such as headings, stand in many texts; they
+    count if at least half of the evaluation is shared.
+
+    Parameters
+    ----------
+    calibration, evaluation : iterable of str
+        Documents.
+    """
+    known = {_digest(text) for text in calibration}
+    documents = list(evaluation)
+    shared = [text for text in documents if _digest(text) in known]
+    telling = [text for text in shared if len(text) >= TELLING]
+    if telling or (shared and 2 * len(shared) >= len(documents)):
+        raise InputError(
+            f"evaluation: {len(shared)} of {len(documents)} documents are in the calibration text "
+            "too, and a model judged on what it was calibrated on proves nothing; evaluate on "
+            "other documents"
+        )
+
+
+def _digest(text: str) -> bytes:
+    plain = "".join(text.split()).casefold()
+    return blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _read_file(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"text: {path} must be UTF-8, got byte {error.object[error.start]:#04x} at position "
+            f"{error.start}; convert it first, e.g. iconv -f latin1 -t utf-8"
+        ) from None
+    if path.suffix not in JSON_LINES:
+        return [text]
+    # str.splitlines breaks at U+2028 and U+0085, too, which a JSON string may hold.
+    lines = enumerate(text.split("\n"), start=1)
+    return [_read_line(line, f"{path} line {number}") for number, line in lines if line.strip()]
+
+
+def _read_line(line: str, place: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise InputError(f'text: {place} must be a JSON object with a field "text", a string')
+    return _checked(text, place)
+
+
+def _checked(text: str, place: str) -> str:
+    """Return a text; raise InputError if it holds half a character, which no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text: {place} must be Unicode, got the lone surrogate "
+            f"U+{ord(text[error.start]):04X}; write the whole character, or leave it out"
+        ) from None
+    return text
+
+
+def _read_dataset(source: str) -> Documents:
+    rows = _rows(source)
+    documents, characters, missing = Documents(), 0, 0
+    for number, row in enumerate(rows):
+        if "text" not in row:
+            raise InputError(
+                f"text: dataset {source} must have a column text, got {', '.join(row)}"
+            )
+        text = row["text"]
+        if text is None:
+            missing += 1
+            continue
+        if not isinstance(text, str):
+            raise InputError(
+                f"text: dataset {source} must have text in its column text, got "
+                f"{type(text).__name__} in row {number}"
+            )
+        if characters >= MOST_OF_A_DATASET:
+            documents.notes.append(
+                f"Of the dataset {source} the first {len(documents):,} documents were read, "
+                f"{characters:,} characters."
+            )
+            break
+        documents.append(_checked(text, f"dataset {source} row {number}"))
+        characters += len(text)
+    if missing:
+        documents.notes.append(f"{missing:,} rows of the dataset {source} have no text.")
+    return documents
+
+
+def _rows(source: str) -> Iterator[dict]:
+    """Return the rows of a dataset: streamed, or from the cache where there is no network."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise InputError(
+            f"text: no file {source}, and dataset names need the package datasets; "
+            "pip install 'liar_ext[eval]' or give a text file"
+        ) from None
+    name, config, split = (*source.split(":"), "", "")[:3]
+    failure = None
+    for streaming in (True, False):
+        try:
+            rows = load_dataset(name, config or None, split=split or "train", streaming=streaming)
+            first = next(iter(rows), None)  # a stream asks for nothing before that
+        except Exception as error:  # the library raises a dozen kinds for a name it cannot serve
+            failure = error
+            continue
+        return iter(()) if first is None else iter(rows)
+    raise InputError(f"text: neither a file nor a dataset: {source} ({failure})") from failure
