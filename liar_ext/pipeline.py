@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -12,7 +12,7 @@ from liar_ext.calibration.gradients import check_loss
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.data.batches import probe_batches
+from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
@@ -31,7 +31,6 @@ from liar_ext.selection.curve_allocation import decide, measure_losses
 from liar_ext.selection.refine import check_refine
 from liar_ext.surgery.units import apply_plan, is_pruned
 
-Batches = Iterable[Mapping[str, Tensor] | Tensor]
 SCHEDULES = ("one-pass", "layerwise")
 
 

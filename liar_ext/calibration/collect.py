@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.moments import MomentBank, Moments, Squares
-from liar_ext.data.batches import FOLDS
+from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites
@@ -20,7 +21,7 @@ from liar_ext.models.sites import Site, sites
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    batches: Batches,
     at: Sequence[Site] | None = None,
     *,
     progress: bool = False,
@@ -58,9 +59,7 @@ def calibrate(
     return collect_at(model, batches, at, progress=progress)
 
 
-def collect_at(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor] | Tensor], at: Sequence[Site], **bar
-) -> MomentBank:
+def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) -> MomentBank:
     """Return the moments of what the consumers of sites read."""
     taps = [Tap(site.name, site.consumer, site.d_in, lambda args, _: args[0]) for site in at]
     return collect(model, getattr(model, "base_model", model), batches, taps, **bar)
@@ -98,7 +97,7 @@ class Tap:
 def collect(
     model: nn.Module,
     body: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    batches: Batches,
     taps: Sequence[Tap],
     *,
     progress: bool = False,
@@ -114,20 +113,21 @@ def collect(
     for tap in taps:
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current = _Batch()
-    sequences = 0
-    with _collecting(model, taps, bank, current), evaluating(model):
-        for index, batch in enumerate(tqdm(batches, desc=title, disable=not progress)):
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            inputs = {name: value.to(device) for name, value in inputs.items()}
-            fold = inputs.pop("fold", None)
-            first = next(iter(inputs.values()))
-            if fold is None:
-                fold = (torch.arange(len(first), device=device) + sequences) % FOLDS
-            current.set(fold, inputs.get("attention_mask"), index)
-            with suppress(_Collected):
-                body(**inputs)
-            sequences += len(first)
+    current, sequences = _InFlight(), 0
+    bar = tqdm(batches, desc=title, disable=not progress)
+    with ExitStack() as stack:
+        for tap in taps:
+            callback = _adding(tap, bank[tap.name], current, len(taps))
+            stack.enter_context(watched(model.get_submodule(tap.module), callback))
+        stack.enter_context(evaluating(model))
+        for index, batch in enumerate(read_batches(bar)):
+            if batch.mask is not None and not batch.mask.any():
+                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+            batch = batch.to(device)
+            current.set(batch)
+            with suppress(Ended):
+                body(**batch.inputs)
+            sequences += len(batch)
     if not sequences or any((moments.tokens == 0).any() for moments in bank.values()):
         raise InputError(
             f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
@@ -157,67 +157,48 @@ def check_finite_weights(model: nn.Module) -> None:
             )
 
 
-class _Collected(Exception):
-    """Raised to leave a forward pass that no tap waits for any more."""
-
-
 @dataclass
-class _Batch:
-    """What the hooks need to know of the batch in flight."""
+class _InFlight:
+    """What the taps need to know of the batch that is run."""
 
-    rows: tuple[Tensor | None, ...] = (None,) * FOLDS  # sequences per fold; None: not one
+    rows: tuple[Tensor, ...] = ()  # sequences by fold
     whole: int | None = None  # the fold, when all sequences belong to one
     weight: Tensor | None = None  # (batch, tokens) bool; None: every token counts
     seen: set[str] = field(default_factory=set)  # taps that have got their tensor
 
-    def set(self, fold: Tensor, mask: Tensor | None, index: int) -> None:
-        if mask is not None and not mask.any():
-            raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
-        if fold.min() < 0 or fold.max() >= FOLDS:
-            raise InputError(f"calibrate: fold must be 0 or 1, got {fold.tolist()}")
-        full = mask is None or mask.dim() != 2 or bool(mask.all())
-        self.weight = None if full else mask.bool()
+    def set(self, batch: Batch) -> None:
+        fold = batch.fold
+        self.weight = batch.mask
         self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
         self.seen.clear()
         self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
 
 
-@contextmanager
-def _collecting(model: nn.Module, taps: Sequence[Tap], bank: MomentBank, current: _Batch):
-    """Feed each tapped tensor to its moments while the context is open."""
+def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, taps: int) -> Callable:
+    """Return what adds a tapped tensor to its moments, and ends the run after the last of them."""
 
-    def hook(tap: Tap):
-        moments = bank[tap.name]
+    def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        x, weight = tap.take(arguments, output), current.weight
+        sequences = sum(map(len, current.rows))
+        # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
+        if x.dim() == 2:
+            x = x.unflatten(0, (sequences, -1))
+        weight = None if weight is None else weight.to(x.device)
+        if tap.first or x.shape[1] == 1:
+            x, weight = x[:, :1], None if weight is None else weight[:, :1]
+        if current.whole is not None:
+            folds = [(current.whole, x, weight)]
+        else:
+            folds = [
+                (fold, x[rows], None if weight is None else weight[rows])
+                for fold, rows in enumerate(rows.to(x.device) for rows in current.rows)
+                if len(rows)
+            ]
+        for fold, part, part_weight in folds:
+            flat = None if part_weight is None else part_weight.flatten()
+            moments.update(part.flatten(0, -2), fold, flat)
+        current.seen.add(tap.name)
+        if len(current.seen) == taps:
+            raise Ended
 
-        def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            x, weight = tap.take(arguments, output), current.weight
-            sequences = sum(map(len, current.rows))
-            # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
-            if x.dim() == 2:
-                x = x.unflatten(0, (sequences, -1))
-            weight = None if weight is None else weight.to(x.device)
-            if tap.first or x.shape[1] == 1:
-                x, weight = x[:, :1], None if weight is None else weight[:, :1]
-            if current.whole is not None:
-                folds = [(current.whole, x, weight)]
-            else:
-                folds = [
-                    (fold, x[rows], None if weight is None else weight[rows])
-                    for fold, rows in enumerate(rows.to(x.device) for rows in current.rows)
-                    if len(rows)
-                ]
-            for fold, part, part_weight in folds:
-                flat = None if part_weight is None else part_weight.flatten()
-                moments.update(part.flatten(0, -2), fold, flat)
-            current.seen.add(tap.name)
-            if len(current.seen) == len(taps):
-                raise _Collected
-
-        return add
-
-    handles = [model.get_submodule(tap.module).register_forward_hook(hook(tap)) for tap in taps]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return add

@@ -7,7 +7,7 @@ whatever the model's head computes from ``labels``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,12 +17,13 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from liar_ext import ops
+from liar_ext.calibration.hooks import watched
+from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
 
 IGNORED = -100  # the label that transformers leaves out of every loss
-TARGETS = ("labels", "start_positions")  # batch keys from which a head computes a loss
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class SiteGradients:
 
 def collect_gradients(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    batches: Batches,
     at: Sequence[Site],
     *,
     progress: bool = False,
@@ -108,11 +109,11 @@ def collect_gradients(
     }
     items = sequences = 0
     with evaluating(model), _differentiable(model, parameters), _noting(model, at) as inputs_of:
-        for index, batch in enumerate(tqdm(batches, desc="gradients", disable=not progress)):
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            inputs = {key: value.to(device) for key, value in inputs.items() if key != "fold"}
-            check_loss(model, inputs)
-            loss, count = _summed_loss(model, inputs)
+        bar = tqdm(batches, desc="gradients", disable=not progress)
+        for index, batch in enumerate(read_batches(bar)):
+            batch = batch.to(device)
+            check_loss(model, batch)
+            loss, count = _summed_loss(model, batch)
             if not torch.isfinite(loss):
                 raise InputError(
                     f"gradients: the loss must be finite, got {loss.item()} in batch {index}; "
@@ -120,7 +121,7 @@ def collect_gradients(
                 )
             seen = [inputs_of.pop(site.name) for site in at]
             gradients = torch.autograd.grad(loss, [*seen, *parameters], materialize_grads=True)
-            rows = len(next(iter(inputs.values())))
+            rows = len(batch)
             for site, x, gradient in zip(at, seen, gradients, strict=False):
                 # No loss depends on padding, so that its gradient is zero.
                 x, gradient = (a.detach().reshape(rows, -1, a.shape[-1]) for a in (x, gradient))
@@ -143,11 +144,10 @@ def collect_gradients(
     }
 
 
-def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor) -> None:
+def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -> None:
     """Raise InputError unless ``model`` can compute a loss for ``batch``."""
     headless = getattr(model, "base_model", model) is model
-    labelled = isinstance(batch, Mapping) and any(key in batch for key in TARGETS)
-    if headless or not (labelled or model.can_generate()):
+    if headless or not (read_batch(batch).labels or model.can_generate()):
         lacks = "has no head" if headless else "is no causal language model and got no labels"
         raise InputError(
             f"gradients: criteria that need gradients need a loss, and {type(model).__name__} "
@@ -156,12 +156,12 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor) -> None:
         )
 
 
-def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+def _summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Return the loss of a batch summed over its items, and how many there are."""
     if not model.can_generate():
-        return _head_loss(model, inputs)
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    targets = inputs.pop("labels", ids)
+        return _head_loss(model, batch)
+    ids, mask = batch.inputs["input_ids"], batch.mask
+    targets = batch.labels.get("labels", ids)
     if targets.shape != ids.shape:
         raise InputError(
             f"gradients: labels of a causal language model must have the shape of input_ids, "
@@ -169,20 +169,20 @@ def _summed_loss(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, i
         )
     counts = targets[:, 1:] != IGNORED
     if mask is not None:
-        counts &= mask[:, 1:].bool() & mask[:, :-1].bool()
-    logits = model(**inputs).logits[:, :-1][counts]
+        counts &= mask[:, 1:] & mask[:, :-1]
+    logits = model(**batch.inputs).logits[:, :-1][counts]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(logits, targets[:, 1:][counts], reduction="sum"), len(logits)
 
 
-def _head_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+def _head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Return the loss that the model's head averages over a batch, as a sum."""
-    loss = getattr(model(**inputs), "loss", None)
+    loss = getattr(model(**batch.inputs, **batch.labels), "loss", None)
     if loss is None:
         raise InputError(
             f"gradients: {type(model).__name__} gave no loss; give a model with a head"
         )
-    labels = inputs[next(key for key in TARGETS if key in inputs)]
+    labels = next(iter(batch.labels.values()))
     # Classes and tokens are counted one by one; a row of numbers is one item.
     count = len(labels) if labels.is_floating_point() else int((labels != IGNORED).sum())
     return loss * count, count
@@ -249,10 +249,10 @@ def _noting(model: nn.Module, at: Sequence[Site]) -> Iterator[dict[str, Tensor]]
     inputs: dict[str, Tensor] = {}
 
     def note(name: str):
-        return lambda module, arguments: inputs.update({name: arguments[0]})
+        return lambda arguments, _: inputs.update({name: arguments[0]})
 
     with ExitStack() as stack:
         for site in at:
             consumer = model.get_submodule(site.consumer)
-            stack.callback(consumer.register_forward_pre_hook(note(site.name)).remove)
+            stack.enter_context(watched(consumer, note(site.name)))
         yield inputs

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.calibration.collect import check_finite_weights, collect_at
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.data.batches import FOLDS
+from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.models.sites import Site
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
@@ -36,7 +36,7 @@ class Passes:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Mapping[str, Tensor] | Tensor],
+        batches: Batches,
         at: Sequence[Site],
         memory: int | None = None,
         *,

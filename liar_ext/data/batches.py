@@ -3,16 +3,125 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from liar_ext.errors import InputError
 
 FOLDS = 2
 
-
 # Sensitivities scatter with the tokens compared, and with the sequences that these come from.
 PROBE_SEQUENCES, PROBE_TOKENS = 4, 2048
-Batches = Sequence[Mapping[str, Tensor] | Tensor]
+# What a head computes a loss from; only who asks for a loss gets it.
+LABELS = ("labels", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: what the model takes, and what is known of its sequences.
+
+    Parameters
+    ----------
+    inputs : dict of str to Tensor
+        Keyword arguments of the model's forward, without folds and labels.
+    fold : Tensor
+        ``(sequences,)`` int64: 0 or 1.
+    mask : Tensor or None
+        ``(sequences, tokens)`` bool, False where a token is padding; None if every token counts.
+    labels : dict of str to Tensor
+        ``labels``, or ``start_positions`` and ``end_positions``, where the batch has them.
+    """
+
+    inputs: dict[str, Tensor]
+    fold: Tensor
+    mask: Tensor | None = None
+    labels: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.fold)
+
+    def to(self, device: torch.device | None) -> Batch:
+        """Return the batch on a device."""
+        return Batch(
+            {name: value.to(device) for name, value in self.inputs.items()},
+            self.fold.to(device),
+            None if self.mask is None else self.mask.to(device),
+            {name: value.to(device) for name, value in self.labels.items()},
+        )
+
+    def select(self, rows: Tensor | Sequence[int]) -> Batch:
+        """Return some of the sequences."""
+        rows = torch.as_tensor(rows, dtype=torch.long)
+
+        def pick(value: Tensor) -> Tensor:
+            return value[rows.to(value.device)]
+
+        return Batch(
+            {name: pick(value) for name, value in self.inputs.items()},
+            pick(self.fold),
+            None if self.mask is None else pick(self.mask),
+            {name: pick(value) for name, value in self.labels.items()},
+        )
+
+    def counting(self, tokens: int, device: torch.device) -> Tensor:
+        """Return which of all ``tokens`` are not padding, ``(tokens,)`` bool."""
+        if self.mask is None:
+            return torch.ones(tokens, dtype=torch.bool, device=device)
+        return self.mask.flatten().to(device)
+
+
+Batches = Iterable[Mapping[str, Tensor] | Tensor | Batch]
+
+
+def read_batches(batches: Batches) -> Iterator[Batch]:
+    """Yield batches in their one form; sequences without a ``fold`` alternate from 0.
+
+    Parameters
+    ----------
+    batches : iterable of mapping or Tensor
+        Keyword arguments of a model, or ``input_ids`` alone. ``attention_mask`` ``(batch, tokens)``
+        is zero where a token is padding, ``fold`` ``(batch,)`` is 0 or 1.
+
+    Raises
+    ------
+    InputError
+        If a batch is anything else.
+    """
+    sequences = 0
+    for batch in batches:
+        read = read_batch(batch, sequences)
+        sequences += len(read)
+        yield read
+
+
+def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0) -> Batch:
+    """Return one batch in that form, after ``sequences`` others."""
+    if isinstance(batch, Batch):
+        return batch
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise InputError(
+                "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
+                f"sequence, got {name} of type {type(value).__name__}"
+            )
+    fold = inputs.pop("fold", None)
+    labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
+    if not inputs:
+        raise InputError("batches: a batch holds no input of the model; give input_ids, say")
+    first = next(iter(inputs.values()))
+    if fold is None:
+        fold = (torch.arange(len(first), device=first.device) + sequences) % FOLDS
+    if fold.shape != (len(first),) or not bool(((fold == 0) | (fold == 1)).all()):
+        raise InputError(
+            f"batches: fold must be 0 or 1 for each of {len(first)} sequences, got {fold.tolist()}"
+        )
+    mask = inputs.get("attention_mask")
+    full = mask is None or mask.dim() != 2 or bool(mask.all())
+    return Batch(inputs, fold.long(), None if full else mask.bool(), labels)
 
 
 def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
@@ -20,29 +129,22 @@ def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
 
     Sequences of one batch stay together, so that short ones need few passes.
     """
-    inputs = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
-    places = [
-        (index, row)
-        for index, batch in enumerate(inputs)
-        for row in range(len(next(iter(batch.values()))))
-    ]
-    tokens = sum(_tokens(batch) for batch in inputs)
+    read = list(read_batches(batches))
+    places = [(index, row) for index, batch in enumerate(read) for row in range(len(batch))]
+    tokens = sum(map(_tokens, read))
     count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * len(places) / max(tokens, 1)))
     count = min(count, len(places))
     chosen: dict[int, list[int]] = {}
     for step in range(count):
         index, row = places[(2 * step + 1) * len(places) // (2 * count)]
         chosen.setdefault(index, []).append(row)
-    return [
-        {key: value[rows] for key, value in inputs[index].items()} for index, rows in chosen.items()
-    ]
+    return [read[index].select(rows).inputs for index, rows in chosen.items()]
 
 
-def _tokens(batch: Mapping[str, Tensor]) -> int:
+def _tokens(batch: Batch) -> int:
     """Return the tokens of a batch that are not padding; an image counts as a long sequence."""
-    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
-    if mask is not None:
-        return int(mask.sum())
-    if ids is not None:
-        return ids.numel()
-    return len(next(iter(batch.values()))) * PROBE_TOKENS // PROBE_SEQUENCES
+    if batch.mask is not None:
+        return int(batch.mask.sum())
+    if "input_ids" in batch.inputs:
+        return batch.inputs["input_ids"].numel()
+    return len(batch) * PROBE_TOKENS // PROBE_SEQUENCES

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from liar_ext.calibration.collect import Tap, check_finite_weights, collect
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds
 from liar_ext.calibration.passes import room_for_sums, split
-from liar_ext.data.batches import FOLDS
+from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
@@ -40,7 +40,6 @@ from liar_ext.report.rows import SiteRow
 from liar_ext.surgery.residual_stream import narrow_norm
 from liar_ext.surgery.units import apply_plan
 
-Batches = Iterable[Mapping[str, Tensor] | Tensor]
 # Of the sums of one pass: a third of the float32 weights of a Llama of hidden size 4096, which then
 # takes ten passes; up to hidden size 1536 in 28 blocks two are enough.
 MEMORY = 8 << 30

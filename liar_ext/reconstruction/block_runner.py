@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from liar_ext.calibration.hooks import Ended, replaced, watched
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site
@@ -30,10 +31,6 @@ class Run:
 
     output: Tensor | None
     seen: dict[str, tuple[Tensor, Tensor]]
-
-
-class _Ended(Exception):
-    """Raised to leave a forward pass early; it carries what was on its way."""
 
 
 class Blocks:
@@ -74,7 +71,7 @@ class Blocks:
         """Take the blocks over; outside of the context the model runs as ever."""
         with ExitStack() as stack:
             for index, block in enumerate(self._blocks):
-                stack.enter_context(_replaced(block, self._arrive(index)))
+                stack.enter_context(replaced(block, self._arrive(index)))
             yield self
 
     def enter(self, index: int, inputs: Mapping[str, Tensor]) -> tuple[tuple, dict]:
@@ -85,7 +82,7 @@ class Blocks:
         self._wanted = index
         try:
             self._body(**inputs)
-        except _Ended as ended:
+        except Ended as ended:
             args, kwargs = ended.args
             if not args:
                 kwargs = dict(kwargs)
@@ -122,12 +119,11 @@ class Blocks:
             for site in self.sites[index]:
                 consumer = self._model.get_submodule(site.consumer)
                 if consumers and site.name in consumers:
-                    stack.enter_context(_replaced(consumer, consumers[site.name]))
-                hook = consumer.register_forward_hook(_note(seen, site.name, end))
-                stack.callback(hook.remove)
+                    stack.enter_context(replaced(consumer, consumers[site.name]))
+                stack.enter_context(watched(consumer, _note(seen, site.name, end)))
             try:
                 output = self._forwards[index](hidden, *args, **kwargs)
-            except _Ended:
+            except Ended:
                 return Run(None, seen)
         self._tuples = isinstance(output, tuple)
         return Run(output[0] if self._tuples else output, seen)
@@ -159,7 +155,7 @@ class Blocks:
 
         def forward(*args, **kwargs):
             if index == self._wanted:
-                raise _Ended(args, kwargs)
+                raise Ended(args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
             return (hidden,) if self._tuples else hidden
 
@@ -167,25 +163,11 @@ class Blocks:
 
 
 def _note(seen: dict[str, tuple[Tensor, Tensor]], name: str, end: str | None) -> Callable:
-    """Return a forward hook that keeps a consumer's input and output, and may end the run."""
+    """Return a callback that keeps a consumer's input and output, and may end the run."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(args: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = (args[0], output)
         if name == end:
-            raise _Ended
+            raise Ended
 
-    return hook
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a module compute something else; a forward that others put there is given back."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
+    return note

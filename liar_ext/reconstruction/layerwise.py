@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import sites
@@ -23,7 +22,7 @@ TARGETS = ("dense-input", "branch", "stream", "auto")
 @torch.no_grad()
 def reconstruct_layerwise(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    batches: Batches,
     plan: Plan,
     *,
     mode: str = "auto",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.moments import Moments
-from liar_ext.data.batches import FOLDS
+from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
@@ -32,7 +32,7 @@ class Part:
 
     Parameters
     ----------
-    inputs : dict of str to Tensor
+    batch : Batch
         As the model takes them.
     fold : int
         Their fold.
@@ -46,7 +46,7 @@ class Part:
         consumer reads: all that a new one needs to finish the block.
     """
 
-    inputs: dict[str, Tensor]
+    batch: Batch
     fold: int
     dense: Tensor
     pruned: Tensor
@@ -75,21 +75,16 @@ class Walk:
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.rows: dict[str, SiteRow] = {}
 
-    def start(self, batches: Iterable[Mapping[str, Tensor] | Tensor]) -> None:
+    def start(self, batches: Batches) -> None:
         """Split the batches by fold, and take their hidden states to the first block."""
         sequences = 0
-        for batch in batches:
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            fold = inputs.pop("fold", None)
-            count = len(next(iter(inputs.values())))
-            if fold is None:
-                fold = (torch.arange(count) + sequences) % FOLDS
-            sequences += count
+        for batch in read_batches(batches):
+            sequences += len(batch)
             for index in range(FOLDS):
-                rows = (fold == index).nonzero().flatten()
+                rows = (batch.fold == index).nonzero().flatten()
                 if len(rows):
-                    chosen = {name: value[rows.to(value.device)] for name, value in inputs.items()}
-                    hidden = self.blocks.enter(0, self._on_device(chosen))[0][0].cpu()
+                    chosen = batch.select(rows)
+                    hidden = self.blocks.enter(0, chosen.to(self.device).inputs)[0][0].cpu()
                     self.parts.append(Part(chosen, index, hidden, hidden))
         folds = {part.fold for part in self.parts}
         if folds != set(range(FOLDS)):
@@ -179,7 +174,7 @@ class Walk:
         for part in self.parts:
             run = self._run(site.block, part, part.pruned, consumers, end)
             x = run.seen[site.name][0].flatten(0, -2)
-            weight = _counting_tokens(part.inputs, len(x), device)
+            weight = part.batch.counting(len(x), device)
             if shortfall is None:
                 moments.update(x, part.fold, weight)
                 continue
@@ -208,7 +203,7 @@ class Walk:
         if self.target in ("dense-input", "branch"):
             return self.target
         part = self.parts[0]
-        one = self._on_device({name: value[:1] for name, value in part.inputs.items()})
+        one = part.batch.select([0]).to(self.device).inputs
         hidden = part.dense[:1].to(self.blocks.device(site.block))
         plain = self.blocks.adds_plainly(site, one, hidden)
         return "stream" if plain else "branch"
@@ -237,12 +232,9 @@ class Walk:
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
-        inputs = self._on_device(part.inputs)
+        inputs = part.batch.to(self.device).inputs
         hidden = hidden.to(self.blocks.device(index))
         return self.blocks.run(index, inputs, hidden, consumers, end)
-
-    def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in inputs.items()}
 
 
 def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
@@ -258,11 +250,3 @@ def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
         return wide(run.output)
     output = wide(run.seen[site.name][1]).view_as(hidden)
     return output + wide(hidden) if target == "stream" else output
-
-
-def _counting_tokens(inputs: Mapping[str, Tensor], tokens: int, device: torch.device) -> Tensor:
-    """Return which tokens are not padding, ``(tokens,)`` bool."""
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        return torch.ones(tokens, dtype=torch.bool, device=device)
-    return mask.flatten().bool().to(device)

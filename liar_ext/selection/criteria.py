@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from liar_ext import ops
 from liar_ext.calibration.gradients import SiteGradients, collect_gradients
 from liar_ext.calibration.moments import Moments
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_weight
 
@@ -126,7 +127,7 @@ def score(
     criterion: str = "wifv",
     *,
     seed: int = 0,
-    batches: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    batches: Batches | None = None,
     per: str = "unit",
     progress: bool = False,
 ) -> dict[str, Tensor]:

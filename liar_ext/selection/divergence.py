@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from liar_ext.data.batches import Batch, read_batch
 from liar_ext.models.running import device_of
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
@@ -27,21 +28,23 @@ class DenseOutputs:
     ----------
     dense : nn.Module
         The dense model, in evaluation mode; it is run now.
-    inputs : mapping of str to Tensor
-        The batch as the model takes it. ``attention_mask`` ``(batch, tokens)`` is zero where a
-        token is padding and does not count.
+    batch : mapping of str to Tensor
+        See :func:`liar_ext.data.batches.read_batches`. Padding does not count, and labels are not
+        handed on: no loss is asked for.
     positions : int, optional
         Compare at this many positions of the sequences, evenly spread, instead of at all of them.
         A language model's head is then run there only; every other layer sees all tokens.
     """
 
     def __init__(
-        self, dense: nn.Module, inputs: Mapping[str, Tensor], positions: int | None = None
+        self,
+        dense: nn.Module,
+        batch: Mapping[str, Tensor] | Tensor | Batch,
+        positions: int | None = None,
     ) -> None:
-        self._inputs = {key: value for key, value in inputs.items() if key != "fold"}
-        mask = self._inputs.get("attention_mask")
-        self._mask = mask if mask is not None and mask.dim() == 2 else None
-        self._positions = _spread(self._inputs.get("input_ids"), self._mask, positions)
+        self._batch = read_batch(batch)
+        ids = self._batch.inputs.get("input_ids")
+        self._positions = _spread(ids, self._batch.mask, positions)
         self._has_logits, rows = self._run(dense)
         self._rows = rows.float().log_softmax(-1) if self._has_logits else rows.float()
 
@@ -64,18 +67,18 @@ class DenseOutputs:
     def _run(self, model: nn.Module) -> tuple[bool, Tensor]:
         """Return whether there are logits, and them or the last hidden states, (rows, features)."""
         device = device_of(model)
-        inputs = {key: value.to(device) for key, value in self._inputs.items()}
-        mask, at, extra = self._mask, self._positions, {}
+        batch = self._batch.to(device)
+        mask, at, extra = batch.mask, self._positions, {}
         if at is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
             extra["logits_to_keep"] = at.to(device)
-        outputs = model(**inputs, **extra)
+        outputs = model(**batch.inputs, **extra)
         has_logits = outputs.get("logits") is not None
         value = outputs["logits" if has_logits else "last_hidden_state"]
         if at is not None and value.dim() == 3:
             value = value if value.shape[1] == len(at) else value[:, at]
             mask = None if mask is None else mask[:, at]
         if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
-            value = value[mask.bool().to(device)]
+            value = value[mask.to(value.device)]
         return has_logits, value.flatten(0, -2)
 
 
@@ -85,7 +88,7 @@ def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tenso
         return None
     real = torch.arange(ids.shape[1], device=ids.device)
     if mask is not None:
-        real = real[mask.bool().any(0)]
+        real = real[mask.any(0)]
     if len(real) <= count:
         return None
     return real[((torch.arange(count, device=ids.device) + 0.5) * len(real) / count).long()]

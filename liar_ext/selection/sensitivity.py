@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from liar_ext.calibration.hooks import replaced, watched
+from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites
@@ -24,7 +26,7 @@ POSITIONS = 256
 
 def site_divergences(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    batches: Batches,
     plan: Plan,
     weights: Weights,
     *,
@@ -59,7 +61,7 @@ def site_divergences(
 @torch.no_grad()
 def divergences(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],
+    batches: Batches,
     plan: Plan,
     weights: Weights,
     probes: Sequence[Sequence[str]],
@@ -87,20 +89,19 @@ def divergences(
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}
     blocks = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in every)]
-    batches = list(batches)
+    batches = list(read_batches(batches))
     total, rows = [0.0] * len(probes), 0
     bar = tqdm(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
     with evaluating(model), bar:
         for batch in batches:
-            inputs = batch if isinstance(batch, Mapping) else {"input_ids": batch}
             with _recorded(blocks) as given:
-                dense = DenseOutputs(model, inputs, POSITIONS)
+                dense = DenseOutputs(model, batch, POSITIONS)
             rows += len(dense)
             for index, names in enumerate(probes):
                 first = min((found[name].block for name in names), default=len(blocks))
                 with ExitStack() as stack:
                     for block, output in zip(blocks[:first], given, strict=False):
-                        stack.enter_context(_answering(block, output))
+                        stack.enter_context(replaced(block, _answering(output)))
                     for name in names:
                         stack.enter_context(_pruned(model, found[name], plan, weights[name]))
                     total[index] += dense.divergence(model)
@@ -114,28 +115,15 @@ def divergences(
 def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
     """Collect what each block returns while the context is open."""
     given: list = []
-    handles = [
-        block.register_forward_hook(lambda module, args, output: given.append(output))
-        for block in blocks
-    ]
-    try:
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(watched(block, lambda _, output: given.append(output)))
         yield given
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-@contextmanager
-def _answering(block: nn.Module, output: object) -> Iterator[None]:
-    """Let a block return ``output`` without computing it."""
-    before = vars(block).get("forward")
-    block.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del block.forward
-        if before is not None:
-            block.forward = before
+def _answering(output: object) -> Callable:
+    """Return a forward that gives ``output`` without computing it."""
+    return lambda *args, **kwargs: output
 
 
 @contextmanager

@@ -84,10 +84,10 @@ def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name, target):
     pruned = copy.deepcopy(model)
     apply_plan(pruned, plan, walk.weights)
     for part in walk.parts[:3]:
-        after = stream_after(pruned, 2, part.inputs)
+        after = stream_after(pruned, 2, part.batch.inputs)
         assert torch.allclose(part.pruned, after, rtol=1e-9, atol=1e-10)
         if target != "dense-input":
-            assert torch.equal(part.dense, stream_after(model, 2, part.inputs))
+            assert torch.equal(part.dense, stream_after(model, 2, part.batch.inputs))
 
 
 @pytest.mark.parametrize("kind", ["attn", "mlp"])
@@ -124,12 +124,12 @@ def test_sums_equal_brute_force(name, target, kind):
             hook = which.get_submodule(site.consumer).register_forward_hook(
                 lambda module, args, output, seen=seen: seen.update(x=args[0], y=output)
             )
-            before = stream_after(which, 0, part.inputs)
-            after = stream_after(which, 1, part.inputs)
+            before = stream_after(which, 0, part.batch.inputs)
+            after = stream_after(which, 1, part.batch.inputs)
             hook.remove()
             stream = after if kind == "mlp" else before + seen["y"]
             ends.append((seen["x"], stream if target == "stream" else seen["y"]))
-        real = part.inputs["attention_mask"].bool()
+        real = part.batch.inputs["attention_mask"].bool()
         x, r = ends[1][0][real], (ends[0][1] - ends[1][1])[real]
         gram[part.fold] += x.T @ x
         cross[part.fold] += x.T @ r
@@ -137,7 +137,7 @@ def test_sums_equal_brute_force(name, target, kind):
     assert torch.allclose(moments.gram.tril(), gram.tril(), rtol=1e-9, atol=1e-9)
     assert torch.allclose(shortfall.cross, cross, rtol=1e-9, atol=1e-9)
     assert torch.allclose(shortfall.energy, energy, rtol=1e-9)
-    tokens = [p.inputs["attention_mask"].sum() for p in walk.parts]
+    tokens = [p.batch.inputs["attention_mask"].sum() for p in walk.parts]
     assert moments.tokens.sum() == sum(tokens)
     # The rule of choice: on held-out sequences never worse than the own target.
     weight = model.get_submodule(site.consumer).weight
@@ -235,7 +235,7 @@ def test_the_stream_target_brings_the_stream_nearer():
         walk, context = walk_blocks(model, data, plan, 3, target)
         context.__exit__(None, None, None)
         distance[target] = sum(
-            float((stream_after(model, 2, part.inputs) - part.pruned).detach().square().sum())
+            float((stream_after(model, 2, part.batch.inputs) - part.pruned).detach().square().sum())
             for part in walk.parts
         )
     assert distance["stream"] < distance["dense-input"]

@@ -140,3 +140,14 @@ def test_no_batch_is_refused():
         site_divergences(model, [], plan, weights)
     with pytest.raises(InputError, match="needs at least one batch"):
         kl_divergence(model, model, [])
+
+
+def test_labels_are_no_matter_of_divergence():
+    """Outputs are compared at some positions, and labels stand at all of them."""
+    model, (batch, *_), plan, weights = job("llama")
+    long = {key: value.repeat(1, 30)[:, :300] for key, value in batch.items()}
+    model.config.max_position_embeddings = 300
+    labelled = {**long, "labels": long["input_ids"]}
+    assert site_divergences(model, [labelled], plan, weights) == site_divergences(
+        model, [long], plan, weights
+    )
