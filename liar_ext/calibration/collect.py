@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites
+
+SAMPLED = 64  # values of each weight that tell one model from another
 
 
 @torch.no_grad()
@@ -113,7 +116,7 @@ def collect(
     for tap in taps:
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current, sequences = _InFlight(), 0
+    current, sequences, digest = _InFlight(), 0, blake2b(digest_size=16)
     bar = tqdm(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
@@ -123,6 +126,7 @@ def collect(
         for index, batch in enumerate(read_batches(bar)):
             if batch.mask is not None and not batch.mask.any():
                 raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+            _add_to(digest, batch)
             batch = batch.to(device)
             current.set(batch)
             with suppress(Ended):
@@ -138,8 +142,29 @@ def collect(
         "model_type": model.config.model_type,
         "sequences": sequences,
         "tokens": tokens,
+        "model": _fingerprint(model.state_dict()),
+        "data": [digest.hexdigest()],
     }
     return bank
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of the names, shapes and some values of tensors, quick to take."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        step = max(tensor.numel() // SAMPLED, 1)
+        # An index, not a flattened copy: tied and transposed weights are views.
+        some = tensor.detach().reshape(-1)[::step] if tensor.is_contiguous() else tensor.sum()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _add_to(digest: blake2b, batch: Batch) -> None:
+    """Add what a batch holds, and its folds, to the digest of the text."""
+    for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().double().cpu().numpy().tobytes())
 
 
 def check_finite_weights(model: nn.Module) -> None:

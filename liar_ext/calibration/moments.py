@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from liar_ext import ops
+from liar_ext.calibration.bank_file import read_bank, write_bank
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-
-BANK_VERSION = 1
 
 
 @dataclass
@@ -40,6 +36,16 @@ class Moments:
     gram: Tensor
     total: Tensor
     count: Tensor
+
+    def __post_init__(self) -> None:
+        d = self.total.shape[-1]
+        got = [tuple(part.shape) for part in (self.gram, self.total, self.count)]
+        wanted = [(FOLDS, d, d), (FOLDS, d), (FOLDS, 2)]
+        if got != wanted:
+            raise InputError(
+                f"Moments: gram, total and count must be {wanted}, got {got}; give sums of "
+                f"{FOLDS} folds over the same features"
+            )
 
     @classmethod
     def zeros(
@@ -77,16 +83,21 @@ class Moments:
         Raises
         ------
         InputError
-            If the numbers of features differ.
+            If the numbers of features differ, or these are the same sums.
         """
+        if other is self:
+            raise InputError(
+                "Moments.merge: sums cannot be merged with themselves, which would count every "
+                "token twice; merge those of other text"
+            )
         if other.d_in != self.d_in:
             raise InputError(
                 f"Moments.merge: d_in must agree, got {self.d_in} and {other.d_in}; "
                 "merge moments of the same site of the same model"
             )
-        self.gram += other.gram
-        self.total += other.total
-        self.count += other.count
+        self.gram += other.gram.to(self.gram)
+        self.total += other.total.to(self.total)
+        self.count += other.count.to(self.count)
 
     def pooled(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return gram (lower triangle), total and Σw over both folds together."""
@@ -181,7 +192,8 @@ class MomentBank(Mapping[str, Moments]):
     moments : dict of str to Moments
         By site name such as ``"3.mlp"``.
     source : dict
-        JSON-ready facts on the calibration: model type, sequences, tokens.
+        JSON-ready facts on the calibration: ``model_type``, ``sequences``, ``tokens``; ``model``, a
+        fingerprint of its weights; ``data``, a list with a fingerprint of each text run over.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
@@ -197,62 +209,51 @@ class MomentBank(Mapping[str, Moments]):
         return len(self.moments)
 
     def merge(self, other: MomentBank) -> None:
-        """Add another bank of the same model, site by site.
+        """Add another bank of the same model on other text, site by site.
 
         Raises
         ------
         InputError
-            If the banks hold different sites; nothing is added then.
+            If the banks hold different sites, are of different models, or of the same text; nothing
+            is added then.
         """
         if self.moments.keys() != other.moments.keys() or any(
             self[name].d_in != other[name].d_in for name in self
         ):
             raise InputError("MomentBank.merge: both banks must hold the same sites of one model")
+        for key in ("model_type", "model"):
+            mine, theirs = self.source.get(key), other.source.get(key)
+            if mine != theirs:
+                raise InputError(
+                    f"MomentBank.merge: both banks must be of one model, got {key} {mine} and "
+                    f"{theirs}; calibrate the same weights for both"
+                )
+        data = [*self.source.get("data", ()), *other.source.get("data", ())]  # type: ignore[misc]
+        if other is self or len(set(data)) < len(data):
+            raise InputError(
+                "MomentBank.merge: both banks hold sums over the same text, which would count it "
+                "twice; calibrate on other text"
+            )
         for name, moments in self.moments.items():
             moments.merge(other[name])
         for key in ("sequences", "tokens"):
             self.source[key] = self.source.get(key, 0) + other.source.get(key, 0)  # type: ignore[operator]
+        if data:
+            self.source["data"] = data
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank as one safetensors file, each Gram as its packed lower triangle."""
-        tensors = {}
-        for name, moments in self.moments.items():
-            triangle = torch.ones(moments.d_in, moments.d_in, dtype=torch.bool).tril_()
-            tensors[f"{name}.gram"] = moments.gram.cpu()[:, triangle]
-            tensors[f"{name}.total"] = moments.total.cpu()
-            tensors[f"{name}.count"] = moments.count.cpu()
-        metadata = {"liar_bank": str(BANK_VERSION), "source": json.dumps(self.source)}
-        temporary = f"{os.fspath(path)}.tmp"
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`."""
+        sums = {name: (part.gram, part.total, part.count) for name, part in self.moments.items()}
+        write_bank(path, sums, self.source)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MomentBank:
-        """Read a bank that :meth:`save` wrote.
+        """Read a bank that :meth:`save` wrote, of this version or of one without fingerprints.
 
         Raises
         ------
         InputError
-            If the file is not a moment bank of this version.
+            If the file is not a moment bank, or is damaged.
         """
-        with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("liar_bank") != str(BANK_VERSION):
-                raise InputError(f"MomentBank.load: {path} is not a moment bank of this version")
-            bank = cls(source=json.loads(metadata["source"]))
-            for key in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                name, _, part = key.rpartition(".")
-                if part != "gram":
-                    continue
-                total = file.get_tensor(f"{name}.total")
-                moments = Moments.zeros(total.shape[-1], dtype=total.dtype)
-                triangle = torch.ones(moments.d_in, moments.d_in, dtype=torch.bool).tril_()
-                moments.gram[:, triangle] = file.get_tensor(key)
-                moments.total.copy_(total)
-                moments.count.copy_(file.get_tensor(f"{name}.count"))
-                bank.moments[name] = moments
-        return bank
+        sums, source = read_bank(path)
+        return cls({name: Moments(*parts) for name, parts in sums.items()}, source)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import tiny, tiny_inputs
 
-from liar_ext import InputError, MomentBank, Moments
+from liar_ext import InputError, MomentBank, Moments, calibrate
 from liar_ext.calibration.moments import Squares, centre
 
 
@@ -80,9 +82,92 @@ def test_what_does_not_merge(tmp_path):
         MomentBank({"0.mlp": Moments.zeros(3)}).merge(MomentBank({"1.mlp": Moments.zeros(3)}))
 
 
-def test_other_files_are_no_bank(tmp_path):
-    from safetensors.torch import save_file
+def test_moments_of_other_fold_counts_are_none():
+    gram, total, count = (getattr(filled()[0], name) for name in ("gram", "total", "count"))
+    for sums in ((gram[:1], total, count), (gram, total[:1], count), (gram, total, count[:, :1])):
+        with pytest.raises(InputError, match="sums of 2 folds over the same features"):
+            Moments(*sums)
 
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="not a moment bank"):
-        MomentBank.load(tmp_path / "other.safetensors")
+
+def test_banks_of_other_models_or_the_same_text_do_not_merge(tmp_path):
+    data = [[tiny_inputs(tiny("llama"), batch=4, seed=seed)] for seed in range(2)]
+    bank, more = (calibrate(tiny("llama"), part) for part in data)
+    before = bank["0.mlp"].gram.clone()
+    for other in (calibrate(tiny("llama", seed=1), data[1]), calibrate(tiny("mistral"), data[1])):
+        with pytest.raises(InputError, match="both banks must be of one model, got model"):
+            bank.merge(other)
+    with pytest.raises(InputError, match="over the same text"):
+        bank.merge(bank)
+    bank.save(tmp_path / "bank.safetensors")
+    copy = MomentBank.load(tmp_path / "bank.safetensors")
+    with pytest.raises(InputError, match="over the same text"):
+        bank.merge(copy)
+    assert torch.equal(bank["0.mlp"].gram, before)
+    with pytest.raises(InputError, match="merged with themselves"):
+        bank["0.mlp"].merge(bank["0.mlp"])
+    bank.merge(more)
+    torch.testing.assert_close(bank["0.mlp"].gram, before + more["0.mlp"].gram)
+    with pytest.raises(InputError, match="over the same text"):
+        bank.merge(copy)
+    assert bank.source["sequences"] == 8 and len(bank.source["data"]) == 2
+
+
+def tensors(d: int = 3) -> dict[str, torch.Tensor]:
+    return {
+        "0.mlp.gram": torch.ones(2, d * (d + 1) // 2, dtype=torch.float64),
+        "0.mlp.total": torch.ones(2, d, dtype=torch.float64),
+        "0.mlp.count": torch.ones(2, 2, dtype=torch.float64),
+    }
+
+
+def write(path, sums, **metadata) -> None:
+    save_file(sums, path, metadata={"liar_bank": "1", "source": "{}", **metadata})
+
+
+def test_banks_without_fingerprints_are_read(tmp_path):
+    write(tmp_path / "bank", tensors())
+    bank = MomentBank.load(tmp_path / "bank")
+    assert bank["0.mlp"].d_in == 3 and bank.source == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.mlp.gram": None}, "must have gram, total and count"),
+        ({"x": torch.ones(1)}, "must have gram, total and count"),
+        ({"0.mlp.total": torch.ones(2, 20_000, dtype=torch.float64)}, "must be .*20000"),
+        ({"0.mlp.count": torch.ones(3, 2, dtype=torch.float64)}, "must be"),
+        ({"0.mlp.count": torch.ones(2, dtype=torch.float64)}, "must be"),
+        ({"0.mlp.total": torch.tensor(1.0, dtype=torch.float64)}, "must be"),
+        ({"0.mlp.total": torch.ones(2, 3, dtype=torch.int64)}, "must be F64"),
+        ({"0.mlp.gram": torch.full((2, 6), torch.nan, dtype=torch.float64)}, "must be finite"),
+        ({"0.mlp.gram": torch.full((2, 6), -1.0, dtype=torch.float64)}, "not < 0"),
+        ({"0.mlp.count": torch.full((2, 2), -1.0, dtype=torch.float64)}, "not < 0"),
+    ],
+)
+def test_tampered_banks_are_refused(tmp_path, change, message, monkeypatch):
+    sums = {name: value for name, value in (tensors() | change).items() if value is not None}
+    write(tmp_path / "bank", sums)
+    if "nan" not in str(change) and "-1" not in str(change):
+        monkeypatch.setattr(torch, "ones", None)  # nothing of that size is made
+    with pytest.raises(InputError, match=f"MomentBank.load: .*{message}"):
+        MomentBank.load(tmp_path / "bank")
+
+
+@pytest.mark.parametrize("source", ["[]", "no", "[" * 100_000, '{"tokens": "3"}', '{"tokens": -1}'])
+def test_tampered_sources_are_refused(tmp_path, source):
+    write(tmp_path / "bank", tensors(), source=source)
+    with pytest.raises(InputError, match="source must be a JSON object"):
+        MomentBank.load(tmp_path / "bank")
+
+
+def test_torn_and_other_files_are_no_bank(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    write(tmp_path / "whole", tensors())
+    whole = (tmp_path / "whole").read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        (tmp_path / f"torn{size}").write_bytes(whole[:size])
+    for path in tmp_path.iterdir():
+        if path.name != "whole":
+            with pytest.raises(InputError, match="not a moment bank"):
+                MomentBank.load(path)
