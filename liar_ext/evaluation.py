@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
+from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
-from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.selection.divergence import DenseOutputs
+
+MOST_EXPONENT = 709  # of exp in float64
 
 
 @torch.no_grad()
-def perplexity(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False
-) -> dict[str, float]:
+def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) -> dict[str, float]:
     """Return the perplexity ``exp(−(1/N) Σ log p(token | tokens before it in its window))``.
 
     Parameters
     ----------
     model : nn.Module
         A causal language model.
-    batches : iterable of mapping
-        ``input_ids`` and ``attention_mask``, ``(batch, seq_len)`` each.
+    batches : iterable of mapping or Tensor
+        ``input_ids`` and ``attention_mask``, ``(batch, seq_len)`` each; without a mask every token
+        counts. Padding is neither predicted nor predicted from.
     progress : bool
         Show a progress bar.
 
@@ -38,20 +39,26 @@ def perplexity(
     Raises
     ------
     InputError
-        If the model gives no token logits or there is nothing to predict.
+        If the model doesn't predict each token from those before it, gives no token logits, or
+        there is nothing to predict.
     """
-    training = model.training
-    model.eval()
+    if not predicts_next_token(model):
+        raise InputError(
+            "perplexity: needs a causal language model, got "
+            f"{type(model).__name__}, which sees the tokens that it is to predict, or predicts none"
+        )
     device = device_of(model)
     loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
-    try:
-        for batch in tqdm(batches, desc="evaluate", disable=not progress):
-            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+    with evaluating(model):
+        for batch in read_batches(tqdm(batches, desc="evaluate", disable=not progress)):
+            batch = batch.to(device)
+            ids = batch.inputs["input_ids"]
+            mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
+            output = model(input_ids=ids, attention_mask=mask.to(ids.dtype), use_cache=False)
             if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
                 raise InputError("perplexity: needs a causal language model with token logits")
             for logits, target, real in zip(output.logits, ids, mask, strict=True):
-                chosen = real[1:].bool()
+                chosen = real[:-1] & real[1:]
                 loss += float(
                     nn.functional.cross_entropy(
                         logits[:-1][chosen].float(), target[1:][chosen], reduction="sum"
@@ -60,12 +67,11 @@ def perplexity(
                 tokens += int(chosen.sum())
             sequences += len(ids)
             seq_len = max(seq_len, ids.shape[1])
-    finally:
-        model.train(training)
     if not tokens:
         raise InputError("perplexity: no token to predict; give more text")
+    mean = loss / tokens
     return {
-        "perplexity": math.exp(loss / tokens),
+        "perplexity": math.inf if mean > MOST_EXPONENT else math.exp(mean),
         "tokens": tokens,
         "sequences": sequences,
         "seq_len": seq_len,
@@ -76,7 +82,7 @@ def perplexity(
 def kl_divergence(
     model: nn.Module,
     dense: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Batches,
     *,
     progress: bool = False,
 ) -> float:
@@ -102,7 +108,7 @@ def kl_divergence(
     """
     total, rows = 0.0, 0
     with evaluating(model), evaluating(dense):
-        for batch in tqdm(batches, desc="divergence", disable=not progress):
+        for batch in read_batches(tqdm(batches, desc="divergence", disable=not progress)):
             compared = DenseOutputs(dense, batch)
             total, rows = total + compared.divergence(model), rows + len(compared)
     if not rows:

@@ -159,8 +159,19 @@ class Squares:
         return self.total.sum(0) / self.tokens.sum()
 
 
+def check_finite(*sums: Tensor) -> None:
+    """Raise InputError if sums over the calibration text are not finite."""
+    if not all(bool(torch.isfinite(part).all()) for part in sums):
+        raise InputError(
+            "reconstruct: sums over the calibration text must be finite, got an overflow of "
+            "float32; a token has activations over 1e19: leave that text out, or load the model "
+            "in float64"
+        )
+
+
 def check_folds(moments: Moments) -> None:
-    """Raise InputError unless both folds hold tokens."""
+    """Raise InputError unless both folds hold tokens, and finite sums over them."""
+    check_finite(moments.gram, moments.total)
     if (moments.tokens <= 0).any():
         raise InputError(
             "reconstruct: both folds need tokens for the held-out error, got "

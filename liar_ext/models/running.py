@@ -14,6 +14,15 @@ def device_of(module: nn.Module, default: torch.device | None = None) -> torch.d
     return next((parameter.device for parameter in module.parameters()), default)
 
 
+def predicts_next_token(model: nn.Module) -> bool:
+    """Tell whether a model predicts each token from those before it alone."""
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    # BERT's family has classes with a language head that see both sides unless told not to.
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return any(causal) or not causal
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the key-value cache off while the context is open."""

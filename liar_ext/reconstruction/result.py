@@ -70,23 +70,24 @@ def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
 def ratio(error: Tensor, energy: Tensor) -> float:
     """Return ``error / energy``; a consumer whose output is zero has no error to speak of.
 
-    Rounding below 0 is 0; a NaN stays one.
+    What isn't finite gives NaN, which the report shows, and never 0.
     """
-    if energy == 0 and torch.isfinite(error):
-        return 0.0
-    value = float(error / energy)
-    return 0.0 if value < 0 else value
+    if not (torch.isfinite(error) and torch.isfinite(energy)):
+        return math.nan
+    return max(0.0, float(error / energy)) if energy > 0 else 0.0
 
 
-def check_solved(code: Tensor, held_out: Tensor, damp: float) -> None:
-    """Raise what the code of :func:`liar_ext.ops.reconstruct` means for the user."""
-    if code == NOT_FINITE:
+def check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | str) -> None:
+    """Raise what the code of :func:`liar_ext.ops.reconstruct` means to who gave ``asked``."""
+    if code == 0 and torch.isfinite(held_out).all():
+        return
+    if code == NOT_FINITE or asked == "auto":
         raise InputError(
-            "reconstruct: weights and moments must be finite, got a NaN or an infinity in one of "
-            "them; look for it in the model's weights and in what is added to the moments"
+            "reconstruct: weights must be finite, got a NaN or an infinity in one of them, or "
+            "values so large that no damp gives a finite held-out error, not even plain dropping; "
+            "load the model in a wider dtype, or leave the site out"
         )
-    if code != 0 or not torch.isfinite(held_out).all():
-        raise InputError(
-            f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
-            'use damp="auto" or a larger damp'
-        )
+    raise InputError(
+        f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
+        'use damp="auto" or a larger damp'
+    )

@@ -83,7 +83,7 @@ def solve(
     if affine:
         gram = centre(gram, total, tokens, mean)
     new, error, _, info = ops.reconstruct(wide, gram, kept, damps[best : best + 1])
-    check_solved(info[0, 0], held_out[:, best], ladder[best])
+    check_solved(info[0, 0], held_out[:, best], ladder[best], damp)
     new_bias = None
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
-from liar_ext.calibration.moments import Moments, centre, check_folds, symmetric
+from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.reconstruction.result import Solution, check_solved, least_held_out, ratio
 from liar_ext.reconstruction.settings import damp_ladder
@@ -131,6 +131,7 @@ def solve_towards(
     Source: docs/method.md, section "Layerwise reconstruction".
     """
     check_folds(moments)
+    check_finite(shortfall.cross, shortfall.total, shortfall.energy)
     affine = mode == "affine"
     device = moments.gram.device
     wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
@@ -158,7 +159,7 @@ def solve_towards(
         cross=own + share * asked,
         holdout_cross=own + asked,
     )
-    check_solved(info[0, 0], held_out, ladder[best])
+    check_solved(info[0, 0], held_out, ladder[best], damp)
     left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
     error = error[0] + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
     error += (1 - share) ** 2 * left

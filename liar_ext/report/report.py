@@ -126,6 +126,12 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             f"Up to {dropped} token rows per site held a non-finite value and were left out; "
             "calibrate in a wider dtype."
         )
+    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
+    if unknown:
+        warnings.append(
+            f"The errors of {', '.join(unknown[:8])} ({len(unknown)} sites) are not finite and say "
+            "nothing; load the model in a wider dtype."
+        )
     pruned = [row for row in rows if row.units_after < row.units_before]
     given_up = [row.name for row in pruned if math.isinf(row.damp)]
     if mode not in ("none", "bias") and given_up:

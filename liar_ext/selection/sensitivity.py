@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -108,6 +109,12 @@ def divergences(
                 bar.update()
     if not rows:
         raise InputError("sensitivity: needs at least one batch to run, got none")
+    for names, value in zip(probes, total, strict=True):
+        if not math.isfinite(value):
+            raise InputError(
+                f"sensitivity: outputs must be finite, got a divergence of {value} with "
+                f"{', '.join(names)} pruned; load the model in a wider dtype"
+            )
     return [value / rows for value in total]
 
 

@@ -28,7 +28,7 @@ def test_a_nan_is_refused_with_its_cause(where, kept):
     weight, sums = torch.ones(3, 8), moments()
     solve(weight, None, sums, torch.tensor(kept))
     (weight if where == "weight" else sums.gram[0])[2, 1] = torch.nan
-    with pytest.raises(InputError, match="must be finite, got a NaN or an infinity"):
+    with pytest.raises(InputError, match="must be finite, got"):
         solve(weight, None, sums, torch.tensor(kept))
 
 

@@ -8,8 +8,10 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, Moments, calibrate, reconstruct, sites
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.reconstruction.result import check_solved, ratio
 from liar_ext.reconstruction.ridge import solve
 from liar_ext.reconstruction.settings import DAMP_LADDER
+from liar_ext.reconstruction.targets import Shortfall, solve_towards
 
 
 def problem(tokens=400, d_in=24, d_out=9, seed=0, rank=None, offset=0.5):
@@ -179,3 +181,38 @@ def test_a_plan_for_another_model_or_bank_is_refused():
         reconstruct(model, part, plan)
     with pytest.raises(InputError, match="reconstruct: .* missing 2.attn, 2.mlp"):
         reconstruct(tiny("llama", num_hidden_layers=2), bank, plan)
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 2, 3]])
+def test_sums_that_overflow_are_no_error_of_zero(kept, target):
+    """Of a feature that stays they gave an error of 0, of one that goes a hint to what was done."""
+    weight, moments = torch.randn(3, 5), Moments.zeros(5)
+    for fold in range(2):
+        moments.update(torch.randn(40, 5), fold)
+    moments.gram[0, 1, 1] = math.inf
+    kept = torch.tensor(kept)
+    with pytest.raises(InputError, match="sums over the calibration text must be finite"):
+        if target:
+            solve_towards(weight, None, moments, Shortfall.zeros(5, 3), kept)
+        else:
+            solve(weight, None, moments, kept)
+
+
+def test_what_is_not_finite_is_not_zero():
+    number, nothing = torch.tensor(2.0), torch.tensor(0.0)
+    for value in (math.nan, math.inf, -math.inf):
+        assert math.isnan(ratio(torch.tensor(value), number))
+        assert math.isnan(ratio(number, torch.tensor(value)))
+    assert ratio(number, number) == 1.0 and ratio(number, nothing) == 0.0
+    assert ratio(-1e-9 * number, number) == 0.0
+
+
+def test_a_refusal_does_not_advise_what_was_done():
+    weight, moments = torch.full((3, 5), 1e200, dtype=torch.float64), Moments.zeros(5)
+    for fold in range(2):
+        moments.update(torch.randn(40, 5), fold)
+    with pytest.raises(InputError, match="no damp gives a finite held-out error"):
+        solve(weight, None, moments, torch.tensor([0, 2]))
+    with pytest.raises(InputError, match='use damp="auto"'):
+        check_solved(torch.tensor(3.0), torch.tensor([math.nan]), 1e-3, asked=1e-3)
