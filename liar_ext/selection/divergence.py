@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 
 import torch
@@ -22,7 +23,7 @@ class DenseOutputs:
     With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
     log q)`` in nats, p the dense model's distribution and q the pruned one's. Without it is
     ``½ |h − h'|² / |h|²`` of the last hidden state, which has the same meaning to second order but
-    for its scale.
+    for its scale. Rows where the dense model's output is not finite are left out.
 
     Parameters
     ----------
@@ -45,24 +46,38 @@ class DenseOutputs:
         self._batch = read_batch(batch)
         ids = self._batch.inputs.get("input_ids")
         self._positions = _spread(ids, self._batch.mask, positions)
+        self._usable: Tensor | None = None
         self._has_logits, rows = self._run(dense)
+        usable = torch.isfinite(rows).all(-1)
+        if not usable.all():
+            self._usable, rows = usable, rows[usable]
         self._rows = rows.float().log_softmax(-1) if self._has_logits else rows.float()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def divergence(self, pruned: nn.Module) -> float:
-        """Return the sum over rows of the divergence of a model, which is run for it."""
-        total = 0.0
+    def divergence(self, pruned: nn.Module, *, finite_only: bool = False) -> float:
+        """Return the sum over rows of the divergence of a model, which is run for it.
+
+        With ``finite_only`` rows where that model overflows count as the mean of the others do,
+        which serves to compare sites; if all do, or without it, the sum is not finite either.
+        """
+        total, dense = 0.0, self._rows
         _, rows = self._run(pruned)
-        for p, q in zip(self._rows.split(ROW_CHUNK), rows.split(ROW_CHUNK), strict=True):
+        scale = 1.0
+        if finite_only:
+            finite = torch.isfinite(rows).all(-1)
+            if not finite.all():
+                dense, rows = dense[finite], rows[finite]
+                scale = len(self) / len(rows) if len(rows) else math.nan
+        for p, q in zip(dense.split(ROW_CHUNK), rows.split(ROW_CHUNK), strict=True):
             q = q.to(p)
             if self._has_logits:
                 q = q.log_softmax(-1)
                 total += float(functional.kl_div(q, p, reduction="sum", log_target=True))
             else:
                 total += float(0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum())
-        return total
+        return total * scale
 
     def _run(self, model: nn.Module) -> tuple[bool, Tensor]:
         """Return whether there are logits, and them or the last hidden states, (rows, features)."""
@@ -79,7 +94,8 @@ class DenseOutputs:
             mask = None if mask is None else mask[:, at]
         if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
             value = value[mask.to(value.device)]
-        return has_logits, value.flatten(0, -2)
+        rows = value.flatten(0, -2)
+        return has_logits, rows if self._usable is None else rows[self._usable.to(rows.device)]
 
 
 def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:

@@ -105,10 +105,13 @@ def divergences(
                         stack.enter_context(replaced(block, _answering(output)))
                     for name in names:
                         stack.enter_context(_pruned(model, found[name], plan, weights[name]))
-                    total[index] += dense.divergence(model)
+                    total[index] += dense.divergence(model, finite_only=True)
                 bar.update()
     if not rows:
-        raise InputError("sensitivity: needs at least one batch to run, got none")
+        raise InputError(
+            "sensitivity: needs at least one batch to run, and outputs of the dense model that are "
+            "finite, got none; give text, or load the model in a wider dtype"
+        )
     for names, value in zip(probes, total, strict=True):
         if not math.isfinite(value):
             raise InputError(

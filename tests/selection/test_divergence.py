@@ -1,0 +1,108 @@
+"""Divergence of outputs against closed forms."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import outputs, tiny, tiny_inputs
+from torch import Tensor, nn
+
+from liar_ext.selection.divergence import DenseOutputs, _spread
+
+
+class Fixed(nn.Module):
+    """A model that gives the same outputs whatever it gets."""
+
+    def __init__(self, value: Tensor, key: str = "logits") -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.outputs, self.config = {key: value}, SimpleNamespace()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict:
+        return self.outputs
+
+
+def logits(*probabilities: float) -> Tensor:
+    """Return logits of one distribution per token of one sequence, over two words."""
+    return torch.tensor([[[math.log(p), math.log(1 - p)] for p in probabilities]])
+
+
+def kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def test_divergence_of_two_coins():
+    ids = torch.ones(1, 2, dtype=torch.long)
+    dense = DenseOutputs(Fixed(logits(0.5, 0.9)), {"input_ids": ids})
+    assert len(dense) == 2
+    got = dense.divergence(Fixed(logits(0.25, 0.6) + 3.0))  # a constant changes no distribution
+    assert got == pytest.approx(kl(0.5, 0.25) + kl(0.9, 0.6), rel=1e-5)
+    assert dense.divergence(Fixed(logits(0.5, 0.9))) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_padding_and_labels_do_not_count():
+    ids = torch.ones(1, 3, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1]]), "labels": ids}
+    dense = DenseOutputs(Fixed(logits(0.1, 0.5, 0.9)), batch)
+    assert len(dense) == 2
+    got = dense.divergence(Fixed(logits(0.9, 0.25, 0.9)))
+    assert got == pytest.approx(kl(0.5, 0.25), rel=1e-5)
+
+
+def test_hidden_states_are_compared_relative_to_their_energy():
+    ids = torch.ones(1, 2, dtype=torch.long)
+    state = torch.tensor([[[3.0, 4.0], [0.0, 2.0]]])
+    dense = DenseOutputs(Fixed(state, "last_hidden_state"), {"input_ids": ids})
+    other = state + torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+    got = dense.divergence(Fixed(other, "last_hidden_state"))
+    assert got == pytest.approx(0.5 * (1 / 25 + 4 / 4))
+
+
+def test_rows_that_the_dense_model_cannot_give_are_left_out():
+    ids = torch.ones(1, 3, dtype=torch.long)
+    value = logits(0.5, 0.5, 0.9)
+    value[0, 1, 0] = math.inf
+    dense = DenseOutputs(Fixed(value), {"input_ids": ids})
+    assert len(dense) == 2
+    got = dense.divergence(Fixed(logits(0.25, 0.1, 0.6)))
+    assert got == pytest.approx(kl(0.5, 0.25) + kl(0.9, 0.6), rel=1e-5)
+    broken = logits(0.25, 0.1, 0.6)
+    broken[0, 0, 0] = math.nan
+    assert math.isnan(dense.divergence(Fixed(broken)))
+    got = dense.divergence(Fixed(broken), finite_only=True)
+    assert got == pytest.approx(2 * kl(0.9, 0.6), rel=1e-5)
+    assert math.isnan(dense.divergence(Fixed(broken * math.nan), finite_only=True))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 11])
+def test_positions_are_spread_over_the_tokens(count):
+    ids = torch.ones(2, 12, dtype=torch.long)
+    mask = torch.ones_like(ids).bool()
+    mask[:, 8:] = False
+    at = _spread(ids, mask, count)
+    if count >= 8:
+        assert at is None
+        return
+    assert at.tolist() == [int((step + 0.5) * 8 / count) for step in range(count)]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit", "distilbert"])
+def test_some_positions_are_those_of_the_whole_output(family):
+    model, other = tiny(family), tiny(family, seed=1)
+    batch = tiny_inputs(model, batch=2, tokens=9)
+    dense = DenseOutputs(model, batch, 4)
+    p, q = outputs(model, batch).double(), outputs(other, batch).double()
+    if p.dim() == 3 and "input_ids" in batch:
+        at = [int((step + 0.5) * 9 / 4) for step in range(4)]
+        p, q = p[:, at], q[:, at]
+    if family == "distilbert":
+        want = 0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum()
+    else:
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        want = (p.exp() * (p - q)).sum()
+    assert len(dense) == p.shape[:-1].numel()
+    with torch.no_grad():
+        assert dense.divergence(other) == pytest.approx(float(want), rel=1e-3)
