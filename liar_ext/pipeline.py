@@ -106,9 +106,9 @@ def prune(
     memory : int, optional
         Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
         and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
-        GPU where that is less. What needs more is summed in groups, with the same result: of G
-        groups of sites in 2 G − 1 passes, G with the schedule ``layerwise``. ``refine`` needs all
-        sites at once.
+        device in use, the CPU included, where that is less. What needs more is summed in groups,
+        with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
+        ``layerwise``. ``refine`` needs all sites at once.
     progress : bool
         Show progress bars.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.collect import check_finite_weights, collect_at
+from liar_ext.calibration.memory import available_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.models.sites import Site
@@ -70,12 +71,14 @@ class Passes:
 def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMORY) -> int:
     """Return the bytes that sums may take: ``memory``, if that is given.
 
-    Else ``most``, or half of what is free on any GPU in use.
+    Else ``most``, or half of what is free now on any device in use, the CPU included.
     """
     if memory is not None:
         return memory
     devices = {parameter.device for parameter in model.parameters()}
     free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
+    if any(at.type == "cpu" for at in devices):
+        free += [count for count in [available_memory()] if count is not None]
     return min([most, *(count // 2 for count in free)])
 
 

@@ -126,7 +126,7 @@ def _add_prune(commands) -> None:
         metavar="GIB",
         help="for sums over the calibration text at a time, 16 d² bytes for a layer of d inputs: "
         "what needs more is summed in groups of layers, with more passes and the same result "
-        "(default: 32, or half of what is free on the GPU)",
+        "(default: 32, or half of what is free)",
     )
     add("--eval", metavar="TEXT", help="held-out text: report perplexity before and after")
     add("--eval-samples", type=int, metavar="N", help="evaluate on N windows, evenly spread")

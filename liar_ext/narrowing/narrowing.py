@@ -109,7 +109,8 @@ def narrow(
         Of the features that stay, besides what the stock class asks for.
     memory : int, optional
         Bytes that sums may take at a time, but at least those of one norm; by default 8 GiB, or
-        half of what is free on a GPU in use. The result is the same bit for bit, whatever it is.
+        half of what is free on a device in use, the CPU included. The result is the same bit for
+        bit, whatever it is.
     progress : bool
         Show progress bars.
 

@@ -1,0 +1,73 @@
+"""The memory that sums may take is half of what there is, whoever limits it."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny
+
+from liar_ext.calibration import passes
+from liar_ext.calibration.memory import available_memory
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Write files as a machine has them, by path below /."""
+
+    def write(files: dict[str, str]) -> int | None:
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return available_memory(tmp_path / "proc", tmp_path / "cgroup")
+
+    return write
+
+
+MEMINFO = "MemTotal:       9000 kB\nMemFree:  1000 kB\nMemAvailable: 4000 kB\nCached: 5 kB\n"
+
+
+def test_what_the_kernel_calls_available(machine):
+    assert machine({"proc/meminfo": MEMINFO}) == 4000 << 10
+
+
+def test_old_kernels_and_no_kernel(machine):
+    assert machine({}) is None
+    assert machine({"proc/meminfo": "nonsense\n\n"}) is None
+    assert machine({"proc/meminfo": "MemFree: 10 kB\nCached: 5 kB\n"}) == 15 << 10
+
+
+def test_a_container_of_version_2(machine):
+    files = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/cgroup": "0::/a/b\n",
+        "cgroup/a/b/memory.max": "max\n",
+        "cgroup/a/b/memory.current": "900000\n",
+        "cgroup/a/memory.max": "1000000\n",
+        "cgroup/a/memory.current": "900000\n",
+        "cgroup/a/memory.stat": "anon 700000\ninactive_file 50000\n",
+    }
+    assert machine(files) == 150_000
+    assert machine({"cgroup/a/memory.current": "2000000\n"}) == 0
+
+
+def test_a_container_of_version_1_that_sees_itself_as_the_root(machine):
+    files = {
+        "proc/meminfo": MEMINFO,
+        "proc/self/cgroup": "5:cpu:/x\n4:memory:/docker/1\n",
+        "cgroup/memory/memory.limit_in_bytes": "800000",
+        "cgroup/memory/memory.usage_in_bytes": "300000",
+    }
+    assert machine(files) == 500_000
+
+
+def test_this_machine_has_some():
+    free = available_memory()
+    assert free is None or 0 < free < 1 << 50
+
+
+@pytest.mark.parametrize(("free", "room"), [(100, 50), (None, 1000), (10_000, 1000)])
+def test_sums_take_half_of_what_is_free(monkeypatch, free, room):
+    monkeypatch.setattr(passes, "available_memory", lambda: free)
+    model = tiny("llama")
+    assert passes.room_for_sums(model, None, 1000) == room
+    assert passes.room_for_sums(model, 70) == 70
