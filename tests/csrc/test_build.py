@@ -51,7 +51,7 @@ def test_wide_vectors_stay_in_their_own_units():
 def test_native_kernels_under_sanitizers(tmp_path):
     """All kernel paths of this machine under AddressSanitizer and UndefinedBehaviorSanitizer."""
     for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DLIAR_SANITIZE=ON", *CPU_ONLY],
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DLIAR_SANITIZE=address", *CPU_ONLY],
         ["cmake", "--build", str(tmp_path), "-j", "2"],
         ["ctest", "--test-dir", str(tmp_path), "--output-on-failure"],
     ):
