@@ -187,14 +187,14 @@ int64_t factor_upper(double* a, int64_t n, const PanelKernel& kernel, const Pool
 Panels square_root(const Panels& s, const Pool& pool) {
   const int64_t n = s.features(), width = s.width();
   std::vector<double> scale;
-  for (int64_t i = 0; i < n; ++i) scale.push_back(s.at(i, i) > 0 ? std::sqrt(s.at(i, i)) : 1);
+  for (int64_t i = 0; i < n; ++i) scale.push_back(std::sqrt(s.at(i, i)));
   TrianglePanels scaled(n, s.kernel());
   for (int64_t j = 0; j < n; ++j) {
     const double* from = &s.at(0, j);
     double* to = &scaled.at(0, j);
     for (int64_t i = 0; i < j; ++i) {
-      to[i * width] =
-          from[i * width] / (scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)]);
+      const double size = scale[static_cast<size_t>(i)] * scale[static_cast<size_t>(j)];
+      to[i * width] = size > 0 ? from[i * width] / size : 0;
     }
     to[j * width] = 1 + static_cast<double>(n) * std::numeric_limits<double>::epsilon();
   }

@@ -180,6 +180,9 @@ void test_reconstruct(const Pool& pool) {
       check_site(make_site(d, 1, 5, two_thirds), dense, pool);
       check_site(make_site(d, 80, 6, two_thirds), dense, pool);
     }
+    Site blind = make_site(40, 30, 9, two_thirds);
+    for (int64_t o = 0; o < blind.d_out; ++o) blind.weight[at(o * 40 + 1)] = 0;
+    check_site(blind, dense, pool);  // a removed feature that no output reads
     check_site(make_site(40, 7, 7, [](int64_t) { return true; }), dense, pool);
     check_site(make_site(40, 7, 8, [](int64_t) { return false; }), dense, pool);
     check_batch(11, 5, dense, pool);
