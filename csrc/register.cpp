@@ -1,6 +1,5 @@
 // Every schema of the extension, and the build_info op. No implementation: launchers/cpu and
 // launchers/cuda register theirs.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -56,11 +55,4 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&liar::build_info));
-}
-
-/// `import liar_ext._C` loads the library, which registers the operators; the module is empty.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }
