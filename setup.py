@@ -1,12 +1,16 @@
 """Build csrc/ into liar_ext/_C.abi3.so over the LibTorch Stable ABI.
 
 One library serves every Python from 3.10 and every torch from TORCH_TARGET on, so nothing here
-depends on either. Metadata is in pyproject.toml.
+depends on either; only a free-threaded Python, which has no stable ABI, needs a library of its own.
+CXX, CPPFLAGS, CFLAGS, CXXFLAGS and LDFLAGS are obeyed. Metadata is in pyproject.toml.
 """
 
 import importlib.util
+import os
 import platform
+import shlex
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -14,6 +18,12 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10
+STABLE_PYTHON = not sysconfig.get_config_var("Py_GIL_DISABLED")
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+# Last in every command: setuptools puts them before ours, and leaves them out where this file compiles.
+USER_FLAGS = [
+    flag for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS") for flag in shlex.split(os.getenv(name, ""))
+]
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
 # One unit per instruction set; which one runs is decided on the user's CPU.
@@ -36,7 +46,8 @@ class Build(BuildExtension):
             source = ROOT / "csrc" / "cpu" / name
             target = Path(self.build_temp).resolve() / f"{name}.o"
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.spawn(["c++", *COMMON, *flags, "-c", str(source), "-o", str(target)])
+            command = [*COMPILER, *COMMON, *flags, *USER_FLAGS]
+            self.spawn([*command, "-c", str(source), "-o", str(target)])
             ext.extra_objects.append(str(target))
         if CUDA_HOME:
             ext.extra_objects += [str(path) for path in cuda.compile_kernels(CUDA_HOME)]
@@ -47,8 +58,9 @@ class Build(BuildExtension):
 def compiler_name():
     """First line of the compiler's version, for `liar info`."""
     try:
-        text = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=True)
-        return text.stdout.splitlines()[0].replace('"', "")
+        command = [*COMPILER, "--version"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return text.splitlines()[0].replace('"', "")
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
 
@@ -82,12 +94,14 @@ setup(
             extra_compile_args=[
                 *COMMON,
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+                "-DTORCH_STABLE_ONLY",  # torch's other headers then stop the build
                 f'-DLIAR_COMPILER="{compiler_name()}"',
                 *(["-DLIAR_WITH_CUDA"] if CUDA_HOME else []),
+                *USER_FLAGS,
             ],
-            py_limited_api=True,
+            py_limited_api=STABLE_PYTHON,
         )
     ],
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_PYTHON else {},
 )
