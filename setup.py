@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10
 STABLE_PYTHON = not sysconfig.get_config_var("Py_GIL_DISABLED")
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-# Last in every command: setuptools puts them before ours, and leaves them out where this file compiles.
+# Last in every command: setuptools puts them first, and nowhere where this file compiles itself.
 USER_FLAGS = [
     flag for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS") for flag in shlex.split(os.getenv(name, ""))
 ]

@@ -136,7 +136,8 @@ def obs_curve(
         costs = torch.where(gone | lost[group], torch.inf, costs)
         unit = costs.argmin()
         at = features[unit]
-        step = torch.linalg.solve(inverse[at][:, at], inverse[at])
+        # Not `solve`, which raises where NaNs have made the block singular: the cost tells.
+        step = torch.linalg.solve_ex(inverse[at][:, at], inverse[at]).result
         weight = weight - weight[:, at] @ step
         inverse = inverse - inverse[:, at] @ step
         gone[unit], lost[group[unit]] = True, True
