@@ -46,6 +46,10 @@ def test_schemas():
     assert str(OPS.unit_energy.default._schema) == (
         "liar_ext::unit_energy(Tensor weight, Tensor gram, int width) -> Tensor"
     )
+    assert str(OPS.obs_curve.default._schema) == (
+        "liar_ext::obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, "
+        "int groups=1) -> (Tensor order, Tensor error, Tensor info)"
+    )
     assert str(OPS.fisher_update_.default._schema) == (
         "liar_ext::fisher_update_(Tensor(a!) fisher, Tensor x, Tensor grad, int width) -> ()"
     )
@@ -131,7 +135,9 @@ def test_every_kernel_path_of_this_machine(kernel):
     """The numerical tests once more, on each instruction set that the CPU has."""
     if kernel == ops.build_info()["cpu_kernel"]:
         pytest.skip("the path that all other tests take")
-    numerical = [str(CHILD / f"test_ops_{op}.py") for op in ("gram", "reconstruct", "scores")]
+    numerical = [
+        str(CHILD / f"test_ops_{op}.py") for op in ("gram", "obs_curve", "reconstruct", "scores")
+    ]
     result = run_with_kernel(kernel, "-m", "pytest", "-q", "-p", "no:cacheprovider", *numerical)
     assert result.returncode == 0, result.stdout[-3000:]
 
