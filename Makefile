@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels cuda-check gpu lint format clean
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu lint format clean
 
 setup: $(STAMP)
 
@@ -60,6 +60,51 @@ host-kernels: setup
 	LIAR_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	LD_PRELOAD=$$($(BIN)/python csrc/testing/build.py --preload) \
 	$(BIN)/python -m pytest tests/csrc/test_host_*.py -k "not every_barrier"
+
+# The operators and the CPU kernels of every instruction set under ASan and UBSan, and the kernels
+# with two threads under TSan, which takes the thread pools of torch and of Python for races. Of
+# stacks only the native tests are checked: GCC aligns those of AVX-512 units wrongly (bug 110027).
+SANITIZED := build/sanitized
+SANITIZE_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all \
+  --param=asan-stack=0
+SANITIZE_CALLS ?= 1000
+sanitize: setup
+	set -e; for kind in address thread; do \
+	  cmake -S . -B build/$$kind -DLIAR_SANITIZE=$$kind -DLIAR_CUDA=OFF -DLIAR_HOST_KERNELS=OFF; \
+	  cmake --build build/$$kind -j $$(nproc); \
+	  ctest --test-dir build/$$kind --output-on-failure; \
+	done
+	mkdir -p $(SANITIZED)
+	LIAR_CUDA=0 CFLAGS="$(SANITIZE_FLAGS)" LDFLAGS="$(SANITIZE_FLAGS)" \
+	$(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp \
+	  > $(SANITIZED)/log || { cat $(SANITIZED)/log; exit 1; }
+	set -e; kernels=$$($(BIN)/python -c "$(CPU_KERNELS)"); for kernel in $$kernels; do \
+	  echo "operators under sanitizers: $$kernel"; \
+	  LIAR_CPU_KERNEL=$$kernel OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD=$$($(BIN)/python csrc/testing/build.py --preload) \
+	  $(BIN)/python tests/ops/fuzz.py --calls $(SANITIZE_CALLS) --library $(SANITIZED)/lib; \
+	done
+CPU_KERNELS := from liar_ext import ops; print(ops.build_info()['cpu_kernels'].replace(',', ''))
+
+# The wheel that serves every torch: compiled against the oldest one, the stable ABIs audited, and the
+# operators tested with the oldest and the newest. An index has torch with CUDA's libraries, 7 GB a
+# version: this is no part of continuous integration.
+ABI := build/abi
+OLDEST_TORCH := 2.10.0
+abi: setup
+	rm -rf $(ABI)/wheel
+	$(PYTHON) -m venv $(ABI)/oldest
+	$(ABI)/oldest/bin/pip install -q torch==$(OLDEST_TORCH) 'setuptools>=77' ninja numpy
+	$(ABI)/oldest/bin/pip wheel -q --no-build-isolation --no-deps -w $(ABI)/wheel .
+	$(BIN)/pip install -q auditwheel
+	$(BIN)/auditwheel show $(ABI)/wheel/*.whl
+	$(PYTHON) -m venv $(ABI)/newest
+	set -e; for each in oldest newest; do \
+	  $(ABI)/$$each/bin/pip install -q $(ABI)/wheel/*.whl pytest hypothesis expecttest; \
+	  (cd $(ABI) && $$each/bin/python -c "import torch; print('torch', torch.__version__)" && \
+	   $$each/bin/python -m pytest ../../tests/ops); \
+	done
+	$(BIN)/torch-abi-audit --check both $(ABI)/newest/lib/python3*/site-packages/liar_ext
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup
