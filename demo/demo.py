@@ -1,92 +1,158 @@
-"""The main job on a real model: prune SmolLM2-135M-Instruct to 80 %, save, reload, verify."""
+"""What pruning without retraining is good for: two jobs on real models, in lines to repeat.
+
+1. all-MiniLM-L6-v2, a sentence encoder, at half of the parameters of its heads and channels:
+   retrieval and sentences per second.
+2. SmolLM2-135M-Instruct, a causal language model, at 90 and 80 %: perplexity, tokens per second,
+   and how each goes on with the same openings.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import shlex
+import time
 from pathlib import Path
 
 import assets
+import decoder
+import encoder
+import tables
 import torch
+from transformers.utils import logging as transformers_logging
 
-from liar_ext import cli
-from liar_ext.checkpoint import load_model, load_pruned
+from liar_ext import cli, load_pruned
+from liar_ext.checkpoint import load_model
+from liar_ext.data.texts import read_documents
 
-QUESTION = "In one sentence: why is the sky blue?"
+# What is done, and the seconds that each took on two cores.
+STAGES = {
+    "Write calibration and held-out texts": 4,
+    "Prune all-MiniLM-L6-v2 to 50 %": 40,
+    "Measure retrieval and speed": 40,
+    "Convert SmolLM2-135M-Instruct from GGUF, once": 20,
+    "Prune SmolLM2 to 90 %": 190,
+    "Prune SmolLM2 to 80 %": 190,
+    "Measure perplexity, speed and continuations": 80,
+}
+
+
+class Stages:
+    """Says which stage begins, and how long the rest takes at the pace of those before."""
+
+    def __init__(self, expected: dict[str, float]) -> None:
+        self._expected = expected
+        self._begun = time.perf_counter()
+        self._last: str | None = None
+        self._next = iter(expected)
+        self._started = self._begun
+        self.seconds: dict[str, float] = {}
+
+    def next(self) -> None:
+        """Begin the next stage."""
+        self.end()
+        self._last = next(self._next)
+        number = len(self.seconds) + 1
+        done, elapsed = self._done(), self._started - self._begun
+        pace = elapsed / done if done > 20 else 1.0  # the first few seconds tell nothing
+        left = pace * (sum(self._expected.values()) - done)
+        print(
+            f"\n── {number} of {len(self._expected)} · {self._last} · "
+            f"about {tables.minutes(left)} left ──",
+            flush=True,
+        )
+
+    def end(self) -> None:
+        """End the stage that was begun last, if there is one."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds[self._last] = now - self._started
+        self._started = now
+
+    def _done(self) -> float:
+        return sum(self._expected[name] for name in self.seconds)
 
 
 def main() -> None:
-    """Run the demo and print what a newcomer wants to know."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run both jobs; write what was measured as JSON and Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     out = parser.parse_args().out
-    texts = assets.write_texts(out / "texts")
-    folder = out / "SmolLM2-135M-pruned"
-    model = assets.smollm2()
-
-    command = (
-        f"prune {shlex.quote(str(model))} --calibration {texts['web']} {texts['news']} "
-        f"--eval {texts['held_out_news']} --eval-samples 12 --keep 0.8 "
-        f"--samples 48 --seq-len 512 --out {folder} --overwrite"
+    be_quiet()
+    print(
+        f"Two jobs with {torch.get_num_threads()} threads, some "
+        f"{tables.minutes(sum(STAGES.values()))} on two idle cores. All results go to {out}/."
     )
-    run(command)
-    run(f"verify {folder}")
+    stages = Stages(STAGES)
+    stages.next()
+    texts = assets.write_texts(out / "texts")
+    articles = read_documents(str(texts["held_out_news"]))
+    results = {
+        "encoder": run_encoder(out, texts, articles, stages),
+        "decoder": run_decoder(out, texts, articles, stages),
+    }
+    stages.end()
+    results |= {"seconds": stages.seconds, "threads": torch.get_num_threads()}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    report = tables.report(results)
+    (out / "results.md").write_text(report, encoding="utf-8")
+    print(f"\n{report}\nAll of this: {out / 'results.md'}; numbers: {out / 'results.json'}")
 
-    print("\nThe same question to both models:")
-    dense, tokenizer = load_model(str(model))
-    print(f"  dense : {answer(dense, tokenizer)}")
-    print(f"  pruned: {answer(load_pruned(folder), tokenizer)}")
-    print_table(json.loads((folder / "liar_report.json").read_text()), folder)
+
+def run_encoder(out: Path, texts: dict[str, Path], articles: list[str], stages: Stages) -> dict:
+    """Prune the encoder to half and compare it with the dense one."""
+    folder = out / "MiniLM-50"
+    lines = [
+        f"liar prune {assets.minilm()} \\\n    --calibration {texts['news']} \\\n"
+        f"    --samples 512 --seq-len 128 --keep 0.5 --out {folder} --overwrite",
+        ">>> from liar_ext import load_pruned",
+        f'>>> encoder = load_pruned("{folder}")',
+    ]
+    stages.next()
+    liar(lines[0])
+    stages.next()
+    dense, tokenizer = load_model(assets.minilm())
+    models = {"dense": dense, "50 %": load_pruned(folder)}
+    return {"lines": lines, "models": encoder.compare(models, tokenizer, articles)}
 
 
-def run(command: str) -> None:
-    """Run one ``liar`` command in this process; stop if it fails."""
-    print(f"\n$ liar {command}", flush=True)
-    code = cli.main(shlex.split(command))
+def run_decoder(out: Path, texts: dict[str, Path], articles: list[str], stages: Stages) -> dict:
+    """Prune the language model to 90 and 80 % and compare all three."""
+    stages.next()
+    source, folders, lines = assets.smollm2(), {}, []
+    for percent in (90, 80):
+        folder = folders[f"{percent} %"] = out / f"SmolLM2-{percent}"
+        lines.append(
+            f"liar prune {source} \\\n    --calibration {texts['web']} {texts['news']} \\\n"
+            f"    --samples 32 --keep {percent / 100} --out {folder} --overwrite"
+        )
+        stages.next()
+        liar(lines[-1])
+    stages.next()
+    dense, tokenizer = load_model(source)
+    models = {"dense": dense} | {name: load_pruned(folder) for name, folder in folders.items()}
+    lines.append(f"liar eval {folder} --text {texts['held_out_news']} --samples {decoder.WINDOWS}")
+    return {"lines": lines, **decoder.compare(models, tokenizer, articles)}
+
+
+def liar(command: str) -> None:
+    """Run one ``liar`` command, as it is printed, in this process."""
+    print(f"$ {command}", flush=True)
+    code = cli.main(shlex.split(command.replace("\\\n", " "))[1:])
     if code:
         raise SystemExit(code)
 
 
-def answer(model, tokenizer) -> str:
-    """Return the model's greedy answer to the question."""
-    chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    with torch.no_grad():
-        tokens = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-    text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
-
-
-def print_table(report: dict, folder: Path) -> None:
-    """Print the result in words."""
-    params, seconds = report["params"], report["seconds"]
-    dense, pruned = report["evaluation"]["dense"], report["evaluation"]["pruned"]
-    rows = [
-        ("", "dense", "pruned"),
-        ("parameters (millions)", f"{params['before'] / 1e6:.1f}", f"{params['after'] / 1e6:.1f}"),
-        (
-            "of which prunable (millions)",
-            f"{params['prunable_before'] / 1e6:.1f}",
-            f"{params['prunable_after'] / 1e6:.1f}",
-        ),
-        (
-            "perplexity on news it never saw (lower is better)",
-            f"{dense['perplexity']:.2f}",
-            f"{pruned['perplexity']:.2f}",
-        ),
-    ]
-    print()
-    for title, left, right in rows:
-        print(f"{title:52}{left:>10}{right:>10}")
-    print(
-        f"\nPerplexity over {dense['tokens']:,} tokens in windows of {dense['seq_len']}. "
-        f"No retraining: calibrating took {seconds['calibrate']:.0f} s, solving "
-        f"{seconds['reconstruct']:.0f} s, all of it {seconds['total']:.0f} s.\n"
-        f"Model: {folder}   Report: {folder / 'liar_report.md'}"
-    )
+def be_quiet() -> None:
+    """Leave out what transformers says at every load; ``liar`` shows the progress."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
