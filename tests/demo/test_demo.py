@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,3 +217,20 @@ def test_missing_packages_say_what_to_do(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.endswith("is missing; run: make demo\n")
+
+
+@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("given", [None, "active"])
+def test_make_lets_idle_threads_wait_without_spinning(target, given, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "policy: $OMP_WAIT_POLICY"\n')
+    python.chmod(0o755)
+    others = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        ["make", "-s", target, f"BIN={tmp_path}", "-o", "setup", "-o", ".cache/assets/.installed"],
+        cwd=ROOT,
+        env=others if given is None else {**others, "OMP_WAIT_POLICY": given},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"policy: {given or 'passive'}\n", done.stderr
