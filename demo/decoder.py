@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from liar_ext import perplexity
 from liar_ext.data.texts import evaluation_sequences
 
-WINDOWS, WINDOW = 12, 512
+WINDOWS, WINDOW = 8, 512
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 40
-PREFILL_ROUNDS = 5
+PREFILL_ROUNDS = 3
 PHRASE = 3  # tokens
 
 
