@@ -27,15 +27,15 @@ from liar_ext import cli, load_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.data.texts import read_documents
 
-# What is done, and the seconds that each took on two cores.
+# What is done, and about how many seconds each takes on two cores.
 STAGES = {
     "Write calibration and held-out texts": 4,
-    "Prune all-MiniLM-L6-v2 to 50 %": 40,
-    "Measure retrieval and speed": 40,
-    "Convert SmolLM2-135M-Instruct from GGUF, once": 20,
-    "Prune SmolLM2 to 90 %": 190,
-    "Prune SmolLM2 to 80 %": 190,
-    "Measure perplexity, speed and continuations": 80,
+    "Prune all-MiniLM-L6-v2 to 50 %": 35,
+    "Measure retrieval and speed": 30,
+    "Convert SmolLM2-135M-Instruct from GGUF, once": 12,
+    "Prune SmolLM2 to 90 %": 210,
+    "Prune SmolLM2 to 80 %": 210,
+    "Measure perplexity, speed and continuations": 60,
 }
 
 
