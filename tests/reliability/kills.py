@@ -24,6 +24,7 @@ from reliability.outcome import Outcome, in_child
 TITLE = "kills in the save phase"
 FULL, SHORT = 240, 24
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+STRIDE = 37  # a prime: all steps are hit before one is hit again
 STEPS = ("open", "os.", "shutil.", "ctypes.", "fcntl.")
 
 
@@ -37,21 +38,22 @@ def run(count: int, seed: int, work: Path) -> Iterator[Outcome]:
         liar_ext.save_pruned(model, work / name, plan)
         configs[name] = (work / name / "config.json").read_bytes()
     draw = random.Random(seed)
-    steps = _count_steps(new, work / "counted")
+    steps, seconds = _count_steps(new, work / "counted")
     first = draw.randrange(steps)
     for number in range(count):
         home = work / f"{number:05}"
         home.mkdir()
         overwrite, atomic = bool(number % 2), number % 3 != 0
         sent = SIGNALS[number // 6 % 3]
-        # Step by step, from one that the seed draws; every fourth kill is at any time.
-        step = None if number % 4 == 3 else (first + number - number // 4) % (steps + 4)
+        # Every step in turn, far ones first; every fourth kill is at any time.
+        turn = first + STRIDE * (number - number // 4)
+        step = None if number % 4 == 3 else turn % (steps + 4)
         if overwrite:
             liar_ext.save_pruned(*_arguments(old, home), report=None)
         case = f"{number} {sent.name} at {'any time' if step is None else f'step {step}'}" + (
             f"{', overwriting' if overwrite else ''}{'' if atomic else ', without renameat2'}"
         )
-        delay = draw.random() * 0.3
+        delay = draw.random() * 1.2 * seconds
         start = time.monotonic()
         _kill_a_save(new, home / "pruned", overwrite, atomic, sent, step, delay)
         yield _judge(case, home, configs, overwrite, atomic, new, time.monotonic() - start)
@@ -71,11 +73,13 @@ def _judge(case, home: Path, configs: dict, overwrite, atomic, new, seconds) -> 
     elif left == "nothing" and overwrite and atomic:
         verdict, left = "data lost", "nothing of the old folder"
     kind, answer, _ = in_child(lambda: _start_again(home, overwrite, there, new))
-    if kind != "value":
+    if verdict == "data lost":
+        pass
+    elif kind != "value":
         verdict, left = ("traceback" if kind == "error" else kind), answer
-    elif verdict == "done" and answer != ["pruned"]:
+    elif answer != ["pruned"]:
         verdict, left = "left behind", answer
-    elif verdict == "done" and _which(folder, configs) != "new":
+    elif _which(folder, configs) != "new":
         verdict, left = "data lost", "no complete folder by the next save"
     return Outcome(TITLE, case, f"left {left}", verdict, seconds)
 
@@ -136,10 +140,10 @@ def _die_at(step: int, sent: signal.Signals) -> None:
     sys.addaudithook(hook)
 
 
-def _count_steps(new, home: Path) -> int:
-    """Return how many steps a save over another one has."""
+def _count_steps(new, home: Path) -> tuple[int, float]:
+    """Return how many steps, and seconds, a save over another one has."""
 
-    def count() -> int:
+    def count() -> tuple[int, float]:
         home.mkdir()
         liar_ext.save_pruned(*_arguments(new, home))
         steps = [0]
@@ -148,8 +152,9 @@ def _count_steps(new, home: Path) -> int:
             steps[0] += event.startswith(STEPS)
 
         sys.addaudithook(hook)
+        start = time.monotonic()
         liar_ext.save_pruned(*_arguments(new, home), overwrite=True)
-        return steps[0]
+        return steps[0], time.monotonic() - start
 
     kind, answer, _ = in_child(count)
     assert kind == "value", answer
