@@ -89,6 +89,18 @@ def cut_blocks(text: str, parts: int, seq_len: int, most: int) -> list[list[str]
     return result
 
 
+def cut_pieces(text: str, characters: int) -> list[str]:
+    """Return the consecutive pieces of a text of that many characters, cut at spaces."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + characters
+        space = text.rfind(" ", start, end + 1) if end < len(text) else -1
+        end = space if space > start else end
+        pieces.append(text[start:end].strip())
+        start = end
+    return [piece for piece in pieces if piece]
+
+
 def halve(text: str) -> list[str]:
     """Return the two halves of a text, cut at a white space."""
     middle = text.find(" ", len(text) // 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from liar_ext.data.batches import FOLDS
 from liar_ext.data.documents import Documents, check_apart, read_documents
-from liar_ext.data.folds import CHARACTERS, halve, split_documents
+from liar_ext.data.folds import CHARACTERS, cut_pieces, halve, split_documents
 from liar_ext.errors import InputError
 
 __all__ = [
@@ -142,6 +142,11 @@ def calibration_sequences(
             most = max(ENOUGH, TIMES * max(shares) * seq_len * CHARACTERS)
             documents_by_part, note = split_documents(documents, shares, seed, seq_len, most)
         notes += [note] * (note != "")
+        if note and not packed:  # an encoder reads the beginning of a document alone
+            documents_by_part = [
+                [piece for block in part for piece in cut_pieces(block, seq_len * CHARACTERS)]
+                for part in documents_by_part
+            ]
         split.append(documents_by_part)
     drawn = []
     for part, share in enumerate(shares):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from liar_ext import InputError
 from liar_ext.data import texts
-from liar_ext.data.folds import cut_blocks
+from liar_ext.data.folds import cut_blocks, cut_pieces
 
 
 def test_no_document_stands_in_both_folds(tokenizer):
@@ -48,6 +48,14 @@ def test_blocks_of_a_text_without_paragraphs_have_gaps_too(text):
     lost = len(text) - len(first) - len(second)
     assert 0 < lost <= len(text) / 2 / 8 + 16
     assert len(first) > 400 and len(second) > 400
+
+
+def test_a_lone_document_gives_an_encoder_many_sequences(tokenizer):
+    words = " ".join(f"{index:04}" for index in range(400))
+    drawn = texts.calibration_sequences([[words]], tokenizer, samples=20, seq_len=24, packed=False)
+    assert len(drawn) == 20 and len({tuple(row) for row in drawn.input_ids.tolist()}) == 20
+    assert cut_pieces("aa bb ccccccc d", 5) == ["aa bb", "cccc", "ccc d"]
+    assert cut_pieces(words, 99) != [words] and " ".join(cut_pieces(words, 99)) == words
 
 
 def test_halves_are_what_they_were(tokenizer):
