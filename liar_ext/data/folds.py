@@ -75,18 +75,27 @@ def cut_blocks(text: str, parts: int, seq_len: int, most: int) -> list[list[str]
     list of list of str
         Blocks by part.
     """
+    spans = block_spans(text, parts, seq_len)
+    each = max(most * parts // len(spans), 1)
+    result: list[list[str]] = [[] for _ in range(parts)]
+    for index, (start, end) in enumerate(spans):
+        result[index % parts].append(text[start : min(end, start + each)])
+    return result
+
+
+def block_spans(text: str, parts: int, seq_len: int) -> list[tuple[int, int]]:
+    """Return where the blocks of a text begin and end, a multiple of ``parts`` of them."""
     long = parts * BLOCK_SEQUENCES * seq_len * CHARACTERS
     blocks = parts * min(max(len(text) // long, 1), MOST_BLOCKS)
     size, gap = len(text) / blocks, max(int(len(text) / blocks / GAP), 1)
-    each = max(most * parts // blocks, 1)
-    result: list[list[str]] = [[] for _ in range(parts)]
+    spans = []
     for index in range(blocks):
         start = 0 if index == 0 else _break_after(text, int(index * size), gap)
         end = int((index + 1) * size)
         if index + 1 < blocks:
             end = _gap_before(text, _break_after(text, end, gap), gap)
-        result[index % parts].append(text[start : min(end, start + each)])
-    return result
+        spans.append((start, end))
+    return spans
 
 
 def cut_pieces(text: str, characters: int) -> list[str]:

@@ -4,13 +4,15 @@ import string
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import outputs, tiny, tiny_inputs
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from liar_ext import InputError
 from liar_ext.data import texts
-from liar_ext.data.folds import cut_blocks, cut_pieces
+from liar_ext.data.folds import block_spans, cut_blocks, cut_pieces
 
 
 def test_no_document_stands_in_both_folds(tokenizer):
@@ -94,7 +96,7 @@ def test_certification_shares_no_document_with_the_folds(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "numbers",
     [
         {"samples": 1},
         {"seq_len": 1},
@@ -105,15 +107,15 @@ def test_certification_shares_no_document_with_the_folds(tokenizer):
         {"lone": "thirds"},
     ],
 )
-def test_bad_numbers_of_a_draw(tokenizer, settings):
-    with pytest.raises(InputError, match=f"calibration: .*{next(iter(settings))} .*must"):
-        texts.calibration_sequences([["ab" * 300] * 9], tokenizer, **settings)
+def test_bad_numbers_of_a_draw(tokenizer, numbers):
+    with pytest.raises(InputError, match=f"calibration: .*{next(iter(numbers))} .*must"):
+        texts.calibration_sequences([["ab" * 300] * 9], tokenizer, **numbers)
 
 
 def test_bad_numbers_of_an_evaluation(tokenizer):
-    for settings in ({"seq_len": 0}, {"seq_len": 1}, {"samples": 0}, {"samples": -3}):
+    for numbers in ({"seq_len": 0}, {"seq_len": 1}, {"samples": 0}, {"samples": -3}):
         with pytest.raises(InputError, match="evaluation: .* must be at least"):
-            texts.evaluation_sequences(["ab" * 300], tokenizer, **settings)
+            texts.evaluation_sequences(["ab" * 300], tokenizer, **numbers)
     windows = texts.evaluation_sequences(["ab" * 300], tokenizer, seq_len=8)
     for size in (0, -1):
         with pytest.raises(InputError, match=f"batch_size must be at least 1, got {size}"):
@@ -217,3 +219,21 @@ def test_evaluation_windows_spread_over_the_text(tokenizer):
     text = "".join(letter * 10 for letter in "abcdefgh")
     windows = texts.evaluation_sequences([text], tokenizer, seq_len=10, samples=4)
     assert tokenizer.decode(windows.input_ids[:, 0]).replace(" ", "") == "aceg"
+
+
+@given(
+    pieces=st.lists(st.sampled_from(["word", " ", "\n", "\n\n", "x" * 40, "é. "]), max_size=400),
+    parts=st.sampled_from([2, 3]),
+    seq_len=st.sampled_from([2, 5]),
+)
+@settings(max_examples=60, deadline=None)
+def test_blocks_follow_one_another_and_never_touch(pieces, parts, seq_len):
+    text = "".join(pieces)
+    spans = block_spans(text, parts, seq_len)
+    assert len(spans) % parts == 0
+    assert spans[0][0] == 0 and spans[-1][1] == len(text)
+    if len(text) < 20 * len(spans):
+        return
+    for (start, end), (following, _) in zip(spans, spans[1:], strict=False):
+        assert start < end < following
+        assert following - end <= len(text) / len(spans) / 4 + 2
