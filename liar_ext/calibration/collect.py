@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.calibration.hooks import Ended, watched
-from liar_ext.calibration.moments import MomentBank, Moments, Squares
+from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
@@ -55,7 +55,7 @@ def calibrate(
     Raises
     ------
     InputError
-        If a weight is not finite, a batch holds only padding, or a fold gets no token.
+        If a weight or a sum is not finite, a batch holds only padding, or a fold gets no token.
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
@@ -137,6 +137,8 @@ def collect(
             f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
             "give at least 2 sequences"
         )
+    for name, sums in bank.items():
+        check_finite(sums.total, *([sums.gram] if isinstance(sums, Moments) else []), at=name)
     tokens = int(next(iter(bank.values())).tokens.sum()) if bank else 0
     bank.source = {
         "model_type": model.config.model_type,

@@ -159,13 +159,12 @@ class Squares:
         return self.total.sum(0) / self.tokens.sum()
 
 
-def check_finite(*sums: Tensor) -> None:
-    """Raise InputError if sums over the calibration text are not finite."""
+def check_finite(*sums: Tensor, at: str = "a site") -> None:
+    """Raise InputError if sums over the calibration text, taken ``at`` a site, are not finite."""
     if not all(bool(torch.isfinite(part).all()) for part in sums):
         raise InputError(
-            "reconstruct: sums over the calibration text must be finite, got an overflow of "
-            "float32; a token has activations over 1e19: leave that text out, or load the model "
-            "in float64"
+            f"calibrate: moments must be finite, got a NaN or an infinity in the sums at {at}; "
+            "leave the text with the largest activations out, or load the model in float64"
         )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny, tiny_inputs
 
-from liar_ext import InputError, calibrate, sites
+from liar_ext import InputError, Moments, calibrate, sites
 
 
 def consumer_inputs(model, batches) -> dict[str, torch.Tensor]:
@@ -123,3 +123,17 @@ def test_overflowing_rows_are_dropped_and_counted():
     bank = calibrate(model, [tiny_inputs(model, batch=4)])
     assert bank["2.mlp"].dropped_rows > 0
     assert torch.isfinite(bank["2.mlp"].gram).all()
+
+
+def test_sums_that_overflow_are_named(monkeypatch):
+    update = Moments.update
+
+    def overflow(self, x, fold, weight=None):
+        update(self, x, fold, weight)
+        if x.shape[-1] == 24:
+            self.gram[fold, 3, 3] = torch.inf
+
+    monkeypatch.setattr(Moments, "update", overflow)
+    model = tiny("llama")
+    with pytest.raises(InputError, match=r"must be finite, .* at 0\.mlp"):
+        calibrate(model, [tiny_inputs(model)])
