@@ -90,7 +90,7 @@ def to_markdown(record: dict) -> str:
         cells = [row["check"], row["cases"], row["calls"], answered, count["refused"]]
         lines.append(_row([*cells, *(count[name] for name in COLUMNS), row["slowest_seconds"]]))
     where = record["where"]
-    lines += ["", f"{where}. The calls behind each row: `docs/reliability.json`, drawn by seed."]
+    lines += ["", f"{where}. Seeds and counts: `docs/reliability.json`."]
     return "\n".join(lines) + "\n"
 
 

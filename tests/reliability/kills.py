@@ -53,7 +53,7 @@ def run(count: int, seed: int, work: Path) -> Iterator[Outcome]:
         case = f"{number} {sent.name} at {'any time' if step is None else f'step {step}'}" + (
             f"{', overwriting' if overwrite else ''}{'' if atomic else ', without renameat2'}"
         )
-        delay = draw.random() * 1.2 * seconds
+        delay = 0.01 + draw.random() * 1.2 * seconds  # the child has begun by then
         start = time.monotonic()
         _kill_a_save(new, home / "pruned", overwrite, atomic, sent, step, delay)
         yield _judge(case, home, configs, overwrite, atomic, new, time.monotonic() - start)
