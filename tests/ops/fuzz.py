@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 OPERATORS = ("fisher_update_", "gram_update_", "obs_curve", "reconstruct", "unit_energy")
@@ -55,9 +56,9 @@ def use_library(folder: Path) -> None:
         raise SystemExit(f"fuzz.py: --library {folder} has no liar_ext")
 
 
-def run(seed: int, calls: int, options: list[str]) -> dict:
-    """Return the counts of ``calls`` calls, made in processes that may crash."""
-    counts, done, barren = Counter(dict.fromkeys(OUTCOMES, 0)), 0, 0
+def outcomes(seed: int, calls: int, options: Sequence[str] = ()) -> Iterator[tuple[int, str]]:
+    """Yield number and outcome of ``calls`` calls, made in processes that may crash."""
+    done, barren = 0, 0
     while done < calls:
         first = done
         command = [sys.executable, __file__, "--seed", str(seed), *options]
@@ -65,17 +66,23 @@ def run(seed: int, calls: int, options: list[str]) -> dict:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 number, outcome = line.split()
-                counts[outcome] += 1
                 done = int(number) + 1
+                yield int(number), outcome
         barren = barren + 1 if done == first else 0
         if barren == 3:
             raise SystemExit(
                 f"fuzz.py: no process made a call, the last ended {process.returncode}"
             )
         if done < calls:
-            counts["crashed"] += 1
             print(f"call {done}: the process ended with {process.returncode}", file=sys.stderr)
+            yield done, "crashed"
             done += 1
+
+
+def run(seed: int, calls: int, options: Sequence[str]) -> dict:
+    """Return the counts of ``calls`` calls."""
+    counts = Counter(dict.fromkeys(OUTCOMES, 0))
+    counts.update(outcome for _, outcome in outcomes(seed, calls, options))
     return {
         "what": "operator calls",
         "tried": calls,

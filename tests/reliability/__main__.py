@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RECORD, TABLE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
 CHECKS = ("folders_attacked", "kills", "commands", "operators")
-COLUMNS = ("traceback", "crash", "hang", "code run", "data lost", "left behind")
+COLUMNS = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost", "left behind")
 INTRODUCTION = """# Reliability
 
 What was done to the package to break it, and what came of it. `make reliability` runs all of it
@@ -38,9 +38,10 @@ What was done to the package to break it, and what came of it. `make reliability
   random times, with and without an older folder to replace, with and without the system's exchange
   of two folders. The folder must be absent, the old one or the new one, and the next run must find
   what was there, or move it back, and leave nothing else behind.
-- **commands** and **operators**, where listed: `liar` with bad arguments and input, which must say
-  so in one line and exit with 2; operators with shapes, strides, types and values of every kind,
-  which must answer or raise.
+- **bad command lines**: `liar` with arguments and input that cannot be used, which must say so in
+  one line, exit with 2 and write nothing.
+- **operator calls**: every operator with shapes, strides, types and values of every kind. Each call
+  must agree with the float64 oracle or, where it was spoilt on purpose, be refused by name.
 """
 
 

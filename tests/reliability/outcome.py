@@ -17,7 +17,7 @@ LIMIT = 60.0  # seconds, for one call
 MEMORY = 12 << 30  # bytes of address space for a child; a check of sizes that failed shows here
 
 # What must never come of an attack, and what may.
-BAD = ("traceback", "crash", "hang", "code run", "data lost", "left behind")
+BAD = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost", "left behind")
 GOOD = ("refused", "done", "other outputs")
 
 
