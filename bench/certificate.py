@@ -26,7 +26,7 @@ from liar_ext.checkpoint import load_model
 from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.pipeline import SCHEDULES
+from liar_ext.recipe import SCHEDULES
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.targets import Shortfall

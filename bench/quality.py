@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import json
 import math
 import time
@@ -33,7 +32,7 @@ from quality_report import OTHERS, markdown, plot
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, prune, score, sites
+from liar_ext import Budget, Plan, Recipe, allocate, apply_plan, calibrate, score, sites
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import load_model
 from liar_ext.data.batches import probe_batches
@@ -112,14 +111,12 @@ class Method:
     def read(cls, name: str) -> Method:
         """Return the method that a name stands for."""
         if name == "liar":
-            default = {
-                key: value.default for key, value in inspect.signature(prune).parameters.items()
-            }
+            default = Recipe()
             return cls(
-                default["criterion"],
-                default["allocation"],
-                default["reconstruct"],
-                layerwise=default["schedule"] == "layerwise",
+                default.criterion,
+                default.allocation,
+                default.reconstruct,
+                layerwise=default.schedule == "layerwise",
             )
         criterion, allocation, mode, *words = name.split("+")
         options = {key: value for key, _, value in (word.partition("=") for word in words)}

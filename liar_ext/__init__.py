@@ -1,5 +1,6 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
+import liar_ext.environment  # noqa: F401  (before torch)
 from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments
@@ -11,6 +12,7 @@ from liar_ext.models.sites import register_family, sites
 from liar_ext.narrowing.narrowing import narrow
 from liar_ext.pipeline import prune
 from liar_ext.plan import Budget, Plan
+from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct
 from liar_ext.report.report import Report
@@ -26,6 +28,7 @@ __all__ = [
     "MomentBank",
     "Moments",
     "Plan",
+    "Recipe",
     "Report",
     "allocate",
     "apply_plan",

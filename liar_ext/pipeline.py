@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,315 +16,328 @@ from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import sites
-from liar_ext.narrowing.narrowing import count_kept, narrow
+from liar_ext.models.running import device_of
+from liar_ext.models.sites import Site, sites
+from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.plan import Budget, Plan
-from liar_ext.reconstruction.layerwise import check_target, reconstruct_layerwise
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.choices import DTYPES
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
-from liar_ext.reconstruction.settings import check_settings
 from liar_ext.report.clock import Clock
 from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
 from liar_ext.selection.allocation import check_budget, total_cost
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import decide, measure_losses
-from liar_ext.selection.refine import check_refine
 from liar_ext.surgery.units import apply_plan, is_pruned
 
-SCHEDULES = ("one-pass", "layerwise")
+Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
 def prune(
     model: nn.Module,
     batches: Batches,
-    keep: float | Budget = 0.8,
+    recipe: Recipe | Budget | float | None = None,
     *,
-    criterion: str = "wifv",
-    allocation: str = "curve",
-    refine: int = 0,
-    reconstruct: str = "auto",
-    damp: float | str = "auto",
-    schedule: str = "one-pass",
-    target: str | None = None,
-    refit: bool = False,
-    keep_hidden: float = 1.0,
-    kinds: Sequence[str] = ("attn", "mlp"),
-    attn_unit: str = "auto",
-    seed: int = 0,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
-    memory: int | None = None,
     progress: bool = False,
+    **choices: object,
 ) -> Report:
     """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
 
     Calibrate (one pass of the dense model over ``batches``), score every unit, allocate the budget,
-    solve every consumer ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with λ chosen on held-out tokens, then
-    slice the modules.
+    solve every consumer ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with λ chosen by cross-validation,
+    then slice the modules::
+
+        prune(model, batches, keep=0.8)
+        prune(model, batches, keep=0.5, schedule="layerwise", uniform_layers=True)
+        prune(model, batches, Recipe.load("pruned/liar/recipe.yaml"))
 
     Parameters
     ----------
     model : nn.Module
         A transformers model of a known family; it is changed only in the last step.
     batches : iterable of mapping
-        See :func:`liar_ext.calibrate`.
-    keep : float or Budget
-        Fraction of the prunable parameters that may stay, or a :class:`liar_ext.Budget`.
-    criterion : str
-        Importance score; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all
-        batches and run the model backward over them, once.
-    allocation : {"uniform", "global", "curve"}
-        How the pruning ratio is distributed over the sites; see :func:`liar_ext.allocate`.
-        ``curve`` measures error curves and sensitivities for it:
-        see :func:`liar_ext.selection.curve_allocation.measure_losses`.
-    refine : int
-        For ``curve``: whole plans to measure after that; see
-        :func:`liar_ext.selection.refine.refine_plan`.
-    reconstruct : {"auto", "none", "bias", "linear", "affine"}
-        Error compensation in the weights that stay; see :func:`liar_ext.reconstruct`.
-    damp : float or "auto"
-        λ, or the held-out choice.
-    schedule : {"one-pass", "layerwise"}
-        Solve all sites on what the dense model computes, or one after the other on what the pruned
-        model computes up to there. Layerwise holds all batches and runs the model some four times.
-    target : {"dense-input", "branch", "stream", "auto"}, optional
-        What a site is solved for in layerwise mode, "auto" by default; see
-        :func:`liar_ext.reconstruct_layerwise`.
-    refit : bool
-        Solve the sites that lose nothing, too, in layerwise mode.
-    keep_hidden : float
-        Fraction of the hidden size that may stay, in (0, 1]; see :func:`liar_ext.narrow`. The
-        stream is narrowed first, on a copy of the model; ``keep`` counts what is left then, and
-        the sites are calibrated and solved there. With ``keep=1.0`` they stay as they are.
-    kinds : sequence of {"attn", "mlp"}
-        Sites that may be pruned.
-    attn_unit : {"auto", "kv_group", "head"}
-        What an attention unit is.
-    seed : int
-        For criteria that draw.
+        The calibration set; see :func:`liar_ext.calibrate`.
+    recipe : Recipe, Budget or float, optional
+        Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
+        parameters that may stay, or a :class:`liar_ext.Budget`.
     evaluate_on : sequence of mapping, optional
         Batches of held-out text; the report then has dense and pruned perplexity.
-    memory : int, optional
-        Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
-        and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
-        device in use, the CPU included, where that is less. What needs more is summed in groups,
-        with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
-        ``layerwise``. ``refine`` needs all sites at once.
     progress : bool
         Show progress bars.
+    **choices
+        Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
+        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...
 
     Returns
     -------
     Report
-        With the plan as ``report.plan``.
+        With the plan as ``report.plan`` and the recipe as ``report.recipe``.
 
     Raises
     ------
     InputError
-        If an argument, the model, the data or the budget cannot be used; the model is then as
-        it was.
+        If a choice, the model, the data or the budget cannot be used; the model is then as it was.
 
     Notes
     -----
     FLAP is ``criterion="wifv", allocation="global", reconstruct="bias"``; Wanda-sp is
     ``criterion="wanda", allocation="uniform", reconstruct="none"``.
     """
-    budget = keep if isinstance(keep, Budget) else Budget(keep)
-    get_criterion(criterion)
-    check_refine(refine, allocation)
-    check_settings(reconstruct, damp)
-    target = _check_schedule(schedule, target, refit, reconstruct)
-    if is_pruned(model):
-        raise InputError(
-            "prune: the model is pruned already; start from the dense model, with a smaller keep"
-        )
-    at = sites(model, kinds, attn_unit)
-    total = total_cost(model, at, budget)
-    check_budget(at, budget, allocation, total)
-    if memory is not None and memory <= 0:
-        raise InputError(f"prune: memory must be more than 0 bytes, got {memory}")
-    room = room_for_sums(model, memory)
-    if refine and len(group_sites(at, room)) > 1:
-        raise InputError(
-            "prune: refine solves all sites for each plan, and their sums are over "
-            f"{room / 2**30:.3g} GiB; raise memory, or leave refine out"
-        )
-    clock = Clock()
-    if keep_hidden != 1.0:
-        count_kept(hidden_of(model), keep_hidden, budget.multiple_of)
-    backward = get_criterion(criterion).needs == "gradient"
-    if backward or allocation == "curve" or schedule == "layerwise" or keep_hidden != 1.0:
-        batches = list(batches)  # to be gone through again
-    if backward and batches:
-        check_loss(model, batches[0])
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress)
+    job.check()
+    dense = job.evaluate(evaluate_on)
+    passes = job.calibrate(job.narrow())
+    scores, losses = job.score(passes)
+    plan = job.allocate(passes, scores, losses)
+    weights = job.reconstruct(passes, plan)
+    plan = job.slice(plan, weights)
+    return job.report(plan, dense, job.evaluate(evaluate_on))
 
-    evaluation = {}
-    if evaluate_on is not None:
-        with clock("evaluate"):
-            evaluation["dense"] = perplexity(model, evaluate_on, progress=progress)
-    prunable = sum(site.params for site in at)
-    narrow_model, narrowing = model, None
-    if keep_hidden != 1.0:
-        with clock("narrow"):
-            narrowing = narrow(
-                model,
-                batches,
-                keep_hidden,
-                mode=reconstruct,
-                damp=damp,
-                multiple_of=budget.multiple_of,
-                memory=memory,
-                progress=progress,
+
+@dataclass
+class Job:
+    """One run of :func:`prune`: its steps in their order, and what they find out for the report."""
+
+    model: nn.Module
+    batches: Batches
+    recipe: Recipe
+    progress: bool = False
+    clock: Clock = field(default_factory=Clock)
+    narrowing: Narrowing | None = None
+    rows: list[SiteRow] = field(default_factory=list)
+    sensitivities: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
+    source: Mapping[str, int] = field(default_factory=dict)
+    params: dict[str, int] = field(default_factory=dict)
+    widest: int = 0  # features of the widest site
+
+    def check(self) -> None:
+        """Raise InputError for whatever can't work, before the first batch is asked for."""
+        recipe, model = self.recipe, self.model
+        if is_pruned(model):
+            raise InputError(
+                "prune: the model is pruned already; start from the dense model, with a smaller "
+                "keep"
             )
-            narrow_model = narrowing.applied_to_copy(model)
-        at = sites(narrow_model, kinds, attn_unit)
-        total = total_cost(narrow_model, at, budget)
-    plan = Plan(model.config.model_type, attn_unit, {}, asdict(budget))
-    weights, rows, sensitivities, divergences, taken = {}, [], {}, {}, {}
-    if narrowing is None or budget.keep < 1.0:
-        passes = Passes(narrow_model, batches, at, room, progress=progress)
-        settings = {"mode": reconstruct, "progress": progress}
-        scores, losses, sensitivities = _measure(
-            passes, criterion, allocation, budget, seed, clock, **settings
-        )
-        with clock("allocate"):
+        at = self.sites(model)
+        check_budget(at, recipe.budget, recipe.allocation, total_cost(model, at, recipe.budget))
+        if recipe.refine and len(group_sites(at, self.room)) > 1:
+            raise InputError(
+                "prune: refine solves all sites for each plan, and their sums are over "
+                f"{self.room / 2**30:.3g} GiB; raise memory, or leave refine out"
+            )
+        self.params = {
+            "before": count_params(model),
+            "prunable_before": sum(site.params for site in at),
+        }
+        if self.narrows:
+            count_kept(hidden_of(model), recipe.keep_hidden, recipe.multiple_of)
+        backward = get_criterion(recipe.criterion).needs == "gradient"
+        layerwise = recipe.schedule == "layerwise"
+        if backward or layerwise or recipe.allocation == "curve" or self.narrows:
+            self.batches = list(self.batches)  # to be gone through again
+        if backward and self.batches:
+            check_loss(model, self.batches[0])
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the hidden size is pruned."""
+        return self.recipe.keep_hidden != 1.0
+
+    @property
+    def room(self) -> int:
+        """Bytes that sums may take at a time."""
+        return room_for_sums(self.model, self.recipe.memory)
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Return the sites that may be pruned."""
+        return sites(model, self.recipe.kinds, self.recipe.attn_unit)
+
+    def evaluate(self, batches: Sequence[Mapping[str, Tensor]] | None) -> dict[str, float] | None:
+        """Return the perplexity of the model as it is now, if there is text for it."""
+        if batches is None:
+            return None
+        with self.clock("evaluate"):
+            return perplexity(self.model, batches, progress=self.progress)
+
+    def narrow(self) -> nn.Module:
+        """Return the model to prune: itself, or a copy whose hidden size is pruned already."""
+        if not self.narrows:
+            return self.model
+        recipe = self.recipe
+        with self.clock("narrow"):
+            self.narrowing = narrow(
+                self.model,
+                self.batches,
+                recipe.keep_hidden,
+                mode=recipe.reconstruct,
+                damp=recipe.damp,
+                multiple_of=recipe.multiple_of,
+                memory=recipe.memory,
+                progress=self.progress,
+            )
+            self.source = self.narrowing.source
+            self.facts["narrow_passes"] = self.source["passes"]
+            return self.narrowing.applied_to_copy(self.model)
+
+    def calibrate(self, model: nn.Module) -> Passes | None:
+        """Return the moments of all sites, in groups that fit; None where only narrowing is left.
+
+        They are summed where :meth:`score` and :meth:`reconstruct` ask for them.
+        """
+        at = self.sites(model)
+        self.widest = max(site.d_in for site in at)
+        self.params["prunable_after"] = sum(site.params for site in at)
+        if self.narrowing is not None and self.recipe.keep == 1.0:
+            return None
+        return Passes(model, self.batches, at, self.room, progress=self.progress)
+
+    def score(self, passes: Passes | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the scores of all units, and for ``curve`` the losses of all sites."""
+        scores, losses = {}, {}
+        if passes is None:
+            return scores, losses
+        recipe, curve = self.recipe, self.recipe.allocation == "curve"
+        probe = probe_batches(passes.batches) if curve else []
+        for group in self.clock.each("calibrate", passes):
+            here = passes.model, passes.bank, group
+            with self.clock("score"):
+                scores |= score(
+                    *here,
+                    recipe.criterion,
+                    seed=recipe.seed,
+                    batches=passes.batches,
+                    per="feature" if recipe.allocation == "global" else "unit",
+                    progress=self.progress,
+                )
+            if curve:
+                with self.clock("allocate"):
+                    measured = measure_losses(*here, scores, recipe.budget, probe, **self._mode)
+                    losses |= measured[0]
+                    self.sensitivities |= measured[1]
+        return scores, losses
+
+    def allocate(
+        self, passes: Passes | None, scores: dict[str, Tensor], losses: dict[str, Tensor]
+    ) -> Plan:
+        """Return the plan that meets the budget."""
+        recipe, budget = self.recipe, self.recipe.budget
+        if passes is None:
+            return Plan(self.model.config.model_type, recipe.attn_unit, {}, asdict(budget))
+        at = self.sites(passes.model)
+        with self.clock("allocate"):
             plan, divergences = decide(
-                narrow_model,
+                passes.model,
                 passes.bank,
                 at,
                 scores,
                 budget,
-                allocation,
-                batches,
-                refine=refine,
-                total=total,
+                recipe.allocation,
+                passes.batches,
+                refine=recipe.refine,
+                total=total_cost(passes.model, at, budget),
                 losses=losses,
-                **settings,
+                **self._mode,
             )
-        settings["damp"] = damp
-        if schedule == "one-pass":
-            weights, rows = _solve(passes, plan, clock, **settings)
+        self.facts |= divergences
+        return plan
+
+    def reconstruct(self, passes: Passes | None, plan: Plan) -> Weights:
+        """Return the new weights of all consumers, by the schedule."""
+        if passes is None:
+            return {}
+        settings = {**self._mode, "damp": self.recipe.damp}
+        if self.recipe.schedule == "one-pass":
+            weights, self.rows = self._solve(passes, plan, settings)
         else:
-            with clock("reconstruct"):
-                weights, rows = reconstruct_layerwise(
-                    narrow_model, batches, plan, target=target, refit=refit, **settings
+            settings |= {"target": self.recipe.solve_target, "refit": self.recipe.refit}
+            with self.clock("reconstruct"):
+                weights, self.rows = reconstruct_layerwise(
+                    passes.model, passes.batches, plan, **settings
                 )
-        source, taken["calibrate_passes"] = passes.bank.source, passes.taken
-    hidden_rows = []
-    if narrowing is not None:
-        plan, weights = replace(plan, hidden=narrowing.kept), {**narrowing.weights, **weights}
-        source, hidden_rows = narrowing.source, narrowing.rows
-        taken["narrow_passes"] = source["passes"]
-    before = count_params(model)
-    with clock("surgery"):
-        apply_plan(model, plan, weights)
-    if evaluate_on is not None:
-        with clock("evaluate"):
-            evaluation["pruned"] = perplexity(model, evaluate_on, progress=progress)
-    return Report(
-        model=model.config.name_or_path or type(model).__name__,
-        plan=plan,
-        budget=asdict(budget),
-        settings={
-            "criterion": criterion,
-            "allocation": allocation,
-            "refine": refine,
-            "reconstruct": reconstruct,
-            "damp": damp,
-            "schedule": schedule,
-            "target": target,
-            "refit": refit,
-            "keep_hidden": keep_hidden,
-            "kinds": list(kinds),
-            "attn_unit": plan.attn_unit,
-            "seed": seed,
-            "calibration_sequences": source["sequences"],
-            "calibration_tokens": source["tokens"],
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": ", ".join(sorted({str(each.device) for each in model.parameters()})),
-            "threads": torch.get_num_threads(),
-            **divergences,
-            **taken,
-        },
-        versions=versions(),
-        sites=[replace(row, sensitivity=sensitivities.get(row.name)) for row in rows],
-        hidden=hidden_rows,
-        params={
-            "before": before,
-            "after": count_params(model),
-            "prunable_before": prunable,
-            "prunable_after": sum(
-                [row.params_after for row in rows] or [site.params for site in at]
+        self.source = passes.bank.source
+        self.params["prunable_after"] = sum(row.params_after for row in self.rows)
+        self.facts["calibrate_passes"] = passes.taken
+        return weights
+
+    def slice(self, plan: Plan, weights: Weights) -> Plan:
+        """Slice the model; return the plan, with the hidden features that stay."""
+        if self.narrowing is not None:
+            plan = replace(plan, hidden=self.narrowing.kept)
+            weights = {**self.narrowing.weights, **weights}
+        with self.clock("surgery"):
+            apply_plan(self.model, plan, weights)
+        self.params |= {"after": count_params(self.model)}
+        return plan
+
+    @property
+    def _mode(self) -> dict[str, object]:
+        return {"mode": self.recipe.reconstruct, "progress": self.progress}
+
+    def _solve(
+        self, passes: Passes, plan: Plan, settings: Mapping[str, object]
+    ) -> tuple[Weights, list[SiteRow]]:
+        """Solve the sites of a plan on the dense model's moments."""
+        weights, rows = {}, {}
+        for group in self.clock.each("calibrate", passes.back()):
+            with self.clock("reconstruct"):
+                here = replace(plan, sites={site.name: plan.sites[site.name] for site in group})
+                more, some = solve_sites(passes.model, passes.bank, here, **settings)
+                weights |= more
+                rows |= {row.name: row for row in some}
+        return weights, [rows[name] for name in plan.sites]
+
+    def report(
+        self, plan: Plan, dense: dict[str, float] | None, pruned: dict[str, float] | None
+    ) -> Report:
+        """Return every number that a user needs to trust the result."""
+        model, hidden_rows = self.model, self.narrowing.rows if self.narrowing else []
+        return Report(
+            model=self.recipe.model or model.config.name_or_path or type(model).__name__,
+            plan=plan,
+            recipe=self._as_run(),
+            budget=asdict(self.recipe.budget),
+            settings=self._settings(plan),
+            versions=versions(),
+            sites=[replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows],
+            hidden=hidden_rows,
+            params=self.params,
+            evaluation={"dense": dense, "pruned": pruned} if dense and pruned else {},
+            seconds=self.clock.seconds,
+            warnings=what_to_know(
+                [*self.rows, *hidden_rows],
+                self.recipe.reconstruct,
+                self.source["tokens"],
+                self.widest,
             ),
-        },
-        evaluation=evaluation,
-        seconds=clock.seconds,
-        warnings=what_to_know(
-            [*rows, *hidden_rows], reconstruct, source["tokens"], max(site.d_in for site in at)
-        ),
-        loading=how_to_load(model, plan),
-    )
-
-
-def _measure(
-    passes: Passes,
-    criterion: str,
-    allocation: str,
-    budget: Budget,
-    seed: int,
-    clock: Clock,
-    *,
-    mode: str,
-    progress: bool,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
-    """Return the scores of all sites, and for ``curve`` their losses and sensitivities."""
-    model, batches = passes.model, passes.batches
-    scores, losses, sensitivities = {}, {}, {}
-    probe = probe_batches(batches) if allocation == "curve" else []
-    for group in clock.each("calibrate", passes):
-        with clock("score"):
-            scores |= score(
-                model,
-                passes.bank,
-                group,
-                criterion,
-                seed=seed,
-                batches=batches,
-                per="feature" if allocation == "global" else "unit",
-                progress=progress,
-            )
-        if allocation == "curve":
-            with clock("allocate"):
-                measured = measure_losses(
-                    model, passes.bank, group, scores, budget, probe, mode=mode, progress=progress
-                )
-                losses |= measured[0]
-                sensitivities |= measured[1]
-    return scores, losses, sensitivities
-
-
-def _solve(passes: Passes, plan: Plan, clock: Clock, **settings) -> tuple[dict, list[SiteRow]]:
-    """Solve the sites of a plan on the dense model's moments."""
-    weights, rows = {}, {}
-    for group in clock.each("calibrate", passes.back()):
-        with clock("reconstruct"):
-            here = replace(plan, sites={site.name: plan.sites[site.name] for site in group})
-            more, some = solve_sites(passes.model, passes.bank, here, **settings)
-            weights |= more
-            rows |= {row.name: row for row in some}
-    return weights, [rows[name] for name in plan.sites]
-
-
-def _check_schedule(schedule: str, target: str | None, refit: bool, mode: str) -> str:
-    """Return the target; raise InputError unless the schedule can have it."""
-    if schedule not in SCHEDULES:
-        raise InputError(f"prune: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    if schedule == "layerwise":
-        target = "auto" if target is None else target
-        check_target(target, mode)
-        return target
-    if refit or target not in (None, "dense-input"):
-        raise InputError(
-            "prune: in one pass a site knows its dense input only, got "
-            f'target={target!r}, refit={refit}; use schedule="layerwise"'
+            loading=how_to_load(model, plan),
         )
-    return "dense-input"
+
+    def _as_run(self) -> Recipe:
+        """Return the recipe with what the model was."""
+        model, changes = self.model, {}
+        dtype = str(model.dtype).removeprefix("torch.")
+        if dtype in DTYPES:
+            changes["dtype"] = dtype
+        if self.recipe.device != "auto":
+            changes["device"] = str(device_of(model))
+        return replace(self.recipe, **changes)
+
+    def _settings(self, plan: Plan) -> dict[str, object]:
+        """Return what was asked for and what came of it, as the report shows it."""
+        names = "criterion allocation refine reconstruct damp schedule refit keep_hidden seed"
+        return {
+            **{name: getattr(self.recipe, name) for name in names.split()},
+            "target": self.recipe.solve_target,
+            "kinds": list(self.recipe.kinds),
+            "attn_unit": plan.attn_unit,
+            "calibration_sequences": self.source["sequences"],
+            "calibration_tokens": self.source["tokens"],
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": ", ".join(sorted({str(each.device) for each in self.model.parameters()})),
+            "threads": torch.get_num_threads(),
+            **self.facts,
+        }

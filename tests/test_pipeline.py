@@ -154,15 +154,18 @@ def test_perplexity_is_reported_before_and_after():
         ({"keep": 1.5}, r"keep must be in \(0, 1\]"),
         ({"keep": 0.01}, "no plan keeps"),
         ({"criterion": "best"}, "unknown criterion 'best'; known: energy"),
-        ({"reconstruct": "ridge"}, "mode must be one of"),
+        ({"reconstruct": "ridge"}, "reconstruct must be one of"),
         ({"damp": "lots"}, "damp must be"),
-        ({"allocation": "fair"}, "method must be one of"),
+        ({"allocation": "fair"}, "allocation must be one of"),
         (
             {"refine": 2, "allocation": "uniform"},
             "refine must be 0 or more rounds after allocation='curve', got refine=2",
         ),
-        ({"refine": -1, "allocation": "curve"}, "refine must be 0 or more"),
+        ({"refine": -1, "allocation": "curve"}, "refine must be an integer of at least 0"),
         ({"kinds": ("ffn",)}, "kinds must be some of"),
+        ({"memory": 0}, "memory must be an integer of at least 1, got 0"),
+        ({"seed": 2**70}, "seed must be .* below 2.63, got an integer of 71 bits"),
+        ({"criterium": "wifv"}, "unknown field 'criterium'; did you mean criterion"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_first_batch(arguments, message):

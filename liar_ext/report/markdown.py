@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from liar_ext.report.rows import SiteRow
@@ -11,40 +11,65 @@ if TYPE_CHECKING:
     from liar_ext.report.report import Report
 
 
-def site_table(rows: Sequence[SiteRow]) -> list[str]:
-    """Return the lines of a table of sites, or of places where hidden features are read."""
-    lines = [
-        "Errors are relative to the energy of the dense output; *held-out* is solved on one half "
-        "of the calibration documents and measured on the other.",
-        "",
-        "| site | units | parameters | damp | error | held-out | condition | dropped rows "
-        "| path | target | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    return lines + [
-        f"| {row.name} | {row.units_before} → {row.units_after} "
-        f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
-        f"| {row.error:.4f} | {row.holdout_error:.4f} | {row.condition:.1e} "
-        f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.2f} |"
-        for row in rows
-    ]
-
-
-def _target(row: SiteRow) -> str:
-    return f"{row.share:.2f} {row.target}" if row.share else "dense-input"
+def page(report: Report) -> list[str]:
+    """Return the lines of the whole report."""
+    lines = [f"# Pruning report: {report.model}", "", *size_table(report)]
+    if report.loading:
+        lines += ["", report.loading]
+    if report.warnings:
+        lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
+    for title, rows in (("Sites", report.sites), ("Hidden features", report.hidden)):
+        if rows:
+            lines += ["", f"## {title}", "", *site_table(rows)]
+    facts = {"Budget": report.budget, "Settings": report.settings}
+    if report.recipe is not None:
+        lines += ["", "## Recipe", "", "Repeat the run by `liar prune --recipe FILE --out DIR`,"]
+        lines += ["FILE holding the lines below: `liar/recipe.yaml` of the saved folder.", ""]
+        lines += ["```yaml", *report.recipe.to_yaml().splitlines(), "```"]
+        asked = report.recipe.to_dict()
+        found = {key: value for key, value in report.settings.items() if key not in asked}
+        facts = {"Found": {key: figure(value) for key, value in found.items()}}
+    seconds = {key: f"{value:.1f}" for key, value in report.seconds.items()}
+    facts |= {"Seconds": seconds, "Versions": report.versions}
+    for title, table in facts.items():
+        lines += ["", f"## {title}", "", *fact_table(table)]
+    return lines
 
 
 def summary(report: Report) -> list[str]:
+    """Return a few lines of plain text: sizes, perplexity, errors, how to load, warnings."""
+    lines = []
+    for title, before, after in _sizes(report):
+        lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
+    dense, pruned = report.evaluation.get("dense"), report.evaluation.get("pruned")
+    if dense and pruned:
+        lines.append(
+            f"{'perplexity':20} {dense['perplexity']:>15.2f} → {pruned['perplexity']:>15.2f}  "
+            f"({dense['tokens']:,} tokens in windows of {dense['seq_len']})"
+        )
+    divergence = report.evaluation.get("certified_divergence")
+    if divergence is not None:
+        lines.append(
+            f"{'certified divergence':20} {divergence['nats_per_token']:.3g} nats per token from "
+            f"the dense model, on {divergence['tokens']:,} tokens that no decision has seen"
+        )
+    cut = [row for row in report.sites if row.units_after < row.units_before]
+    if cut:
+        worst = max(cut, key=lambda row: row.holdout_error)
+        lines.append(
+            f"{'error of a site':20} {worst.holdout_error:.2%} at most, at {worst.name}, of its "
+            "output's energy (cross-validated)"
+        )
+    if report.loading:
+        lines.append(report.loading)
+    return lines + [f"Warning: {warning}" for warning in report.warnings]
+
+
+def size_table(report: Report) -> list[str]:
     """Return the lines of a table of what the model was and is."""
     lines = ["| | dense | pruned | pruned / dense |", "|---|---|---|---|"]
-    params = report.params
-    for title, before, after in (
-        ("parameters", "before", "after"),
-        ("prunable parameters", "prunable_before", "prunable_after"),
-    ):
-        if params.get(before):
-            ratio = params[after] / params[before]
-            lines.append(f"| {title} | {params[before]:,} | {params[after]:,} | {ratio:.3f} |")
+    for title, before, after in _sizes(report):
+        lines.append(f"| {title} | {before:,} | {after:,} | {after / before:.3f} |")
     dense, pruned = report.evaluation.get("dense"), report.evaluation.get("pruned")
     if dense and pruned:
         ratio = pruned["perplexity"] / dense["perplexity"]
@@ -52,4 +77,61 @@ def summary(report: Report) -> list[str]:
             f"| perplexity, {dense['tokens']:,} tokens in windows of {dense['seq_len']} "
             f"| {dense['perplexity']:.2f} | {pruned['perplexity']:.2f} | {ratio:.3f} |"
         )
+    divergence = report.evaluation.get("certified_divergence")
+    if divergence is not None:
+        lines.append(
+            f"| KL divergence from the dense model, nats per token, {divergence['tokens']:,} "
+            f"tokens that no decision has seen | 0 | {figure(divergence['nats_per_token'])} | |"
+        )
     return lines
+
+
+def site_table(rows: Sequence[SiteRow]) -> list[str]:
+    """Return the lines of a table of sites, or of places where hidden features are read."""
+    certified = any(row.certified_error is not None for row in rows)
+    lines = [
+        "Errors are relative to the energy of the dense output. *Cross-validated*: solved on one "
+        "half of the calibration documents and measured on the other; the regularisation is chosen "
+        "by it, and importance scores have seen both halves."
+        + (" *Certified*: measured on text that no decision has seen." if certified else ""),
+        "",
+        "| site | units | parameters | damp | error | cross-validated "
+        f"{'| certified ' if certified else ''}| condition | dropped rows | path | target | s |",
+        "|---" * (12 if certified else 11) + "|",
+    ]
+    return lines + [
+        f"| {row.name} | {row.units_before} → {row.units_after} "
+        f"| {row.params_before:,} → {row.params_after:,} | {row.damp:.0e} "
+        f"| {figure(row.error)} | {figure(row.holdout_error)} "
+        f"{f'| {figure(row.certified_error)} ' if certified else ''}| {row.condition:.0e} "
+        f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.1f} |"
+        for row in rows
+    ]
+
+
+def fact_table(facts: Mapping[str, object]) -> list[str]:
+    """Return the lines of a table of names and values."""
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+
+
+def figure(value: object) -> str:
+    """Return a value as a person reads it: a number to three digits."""
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.3g}"
+
+
+def _sizes(report: Report) -> list[tuple[str, int, int]]:
+    """Return title, before and after of whatever was counted."""
+    titles = {"parameters": ("before", "after")}
+    titles["prunable parameters"] = ("prunable_before", "prunable_after")
+    params = report.params
+    return [
+        (title, params[before], params[after])
+        for title, (before, after) in titles.items()
+        if params.get(before)
+    ]
+
+
+def _target(row: SiteRow) -> str:
+    return f"{row.share:.2f} {row.target}" if row.share else "dense-input"

@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from liar_ext import ops
 from liar_ext.plan import Plan
-from liar_ext.report.markdown import site_table, summary
+from liar_ext.report import markdown
 from liar_ext.report.rows import SiteRow
 
 REPORT_JSON = "liar_report.json"
 REPORT_MARKDOWN = "liar_report.md"
+RECIPE_YAML = "liar/recipe.yaml"
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Report:
         Which loaders take the saved model.
     plan : Plan
         What stays; written to a file of its own, not into the report's JSON.
+    recipe : Recipe
+        Every choice of the job, to be repeated: ``liar prune --recipe liar/recipe.yaml``.
     """
 
     model: str
@@ -60,39 +64,33 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     loading: str = ""
     plan: Plan | None = None
+    recipe: Any = None  # a Recipe, which stands on a higher layer
+
+    def summary(self) -> str:
+        """Return what came out in a few lines of text."""
+        return "\n".join(markdown.summary(self))
 
     def to_json(self) -> str:
-        """Return the report as strict JSON; an infinite number is the string ``"inf"``."""
-        facts = {key: value for key, value in vars(self).items() if key != "plan"}
+        """Return the report as strict JSON, numbers to six digits; an infinity is ``"inf"``."""
+        facts = {key: value for key, value in vars(self).items() if key not in ("plan", "recipe")}
         for name in ("sites", "hidden"):
             facts[name] = [asdict(row) for row in facts[name]]
-        return json.dumps(_strict(facts), indent=1, allow_nan=False)
+        facts = _strict(facts)
+        facts["recipe"] = None if self.recipe is None else self.recipe.to_dict()
+        return json.dumps(facts, indent=1, allow_nan=False)
 
     def to_markdown(self) -> str:
         """Return the report as Markdown for a person."""
-        lines = [f"# Pruning report: {self.model}", ""]
-        lines += summary(self)
-        if self.loading:
-            lines += ["", self.loading]
-        if self.warnings:
-            lines += ["", "## Warnings", "", *(f"- {warning}" for warning in self.warnings)]
-        for title, rows in (("Sites", self.sites), ("Hidden features", self.hidden)):
-            if rows:
-                lines += ["", f"## {title}", "", *site_table(rows)]
-        for title, facts in (
-            ("Budget", self.budget),
-            ("Settings", self.settings),
-            ("Seconds", {key: f"{value:.1f}" for key, value in self.seconds.items()}),
-            ("Versions", self.versions),
-        ):
-            lines += ["", f"## {title}", "", "| | |", "|---|---|"]
-            lines += [f"| {key} | {value} |" for key, value in facts.items()]
-        return "\n".join(lines) + "\n"
+        return "\n".join(markdown.page(self)) + "\n"
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``liar_report.json`` and ``liar_report.md`` into ``folder``."""
-        Path(folder, REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
-        Path(folder, REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
+        """Write the report, ``liar_report.json`` and ``.md``, and the recipe into ``folder``."""
+        folder = Path(folder)
+        (folder / REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
+        (folder / REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
+        if self.recipe is not None:
+            (folder / RECIPE_YAML).parent.mkdir(exist_ok=True)
+            self.recipe.save(folder / RECIPE_YAML)
 
 
 def versions() -> dict[str, str]:
@@ -136,27 +134,28 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     given_up = [row.name for row in pruned if math.isinf(row.damp)]
     if mode not in ("none", "bias") and given_up:
         warnings.append(
-            "Held-out text is served best by plain dropping at "
+            "The cross-validated error is least with plain dropping at "
             f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "
             f"({len(given_up)} sites): give more calibration text."
         )
     if any(row.target != "dense-input" for row in pruned):
         warnings.append(
             "Layerwise errors count what the layers before have lost, on text that those were "
-            "solved for: fresh text can show several times as much. Judge the model by --eval."
+            "solved for: fresh text can show several times as much. Judge the model by --eval or "
+            "--certify."
         )
     if tokens < 2 * widest:
         warnings.append(
             f"{tokens} calibration tokens are few for sites of {widest} features; "
-            "the held-out errors say what that costs."
+            "the cross-validated errors say what that costs."
         )
     return warnings
 
 
 def _strict(value: object) -> object:
-    """Replace infinities and NaN, which JSON lacks, by their names."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    """Round to six digits; replace infinities and NaN, which JSON lacks, by their names."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

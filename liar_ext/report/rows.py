@@ -13,6 +13,9 @@ class SiteRow:
     infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
     ``target`` is what errors are measured to, and ``share`` how far towards it, from the site's own
     dense weight on its input, the solve was taken.
+    ``holdout_error`` is cross-validated: solved on one half of the calibration documents and
+    measured on the other, which λ is chosen by, too. ``certified_error`` is measured on text that
+    no decision has seen; None where there was none.
     ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
     nats; None where it was not measured.
     """
@@ -32,3 +35,4 @@ class SiteRow:
     target: str = "dense-input"
     share: float = 0.0
     sensitivity: float | None = None
+    certified_error: float | None = None

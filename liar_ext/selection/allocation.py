@@ -86,7 +86,7 @@ def probe_plan(
     """
     counts = {}
     for site in at:
-        fewer = _allowed_counts(site, budget)[:-1] or (site.units,)
+        fewer = allowed_counts(site, budget)[:-1] or (site.units,)
         counts[site.name] = _round(fewer, budget.keep * site.units, up=False)
     return _plan(at, scores, counts, model_type, asdict(budget))
 
@@ -171,7 +171,7 @@ class _Problem:
                 raise InputError(f"allocate: a budget of {budget.of} needs total=total_cost(...)")
             total = in_sites
         limit = budget.keep * total - (total - in_sites)
-        allowed = {site.name: _allowed_counts(site, budget) for site in at}
+        allowed = {site.name: allowed_counts(site, budget) for site in at}
         least = sum(unit_cost[site.name] * allowed[site.name][0] for site in at)
         slack = 1e-9 * total
         if least > limit + slack:
@@ -225,7 +225,7 @@ class _Problem:
         return counts
 
 
-def _allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
+def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
     """Return the unit counts that a site may keep, ascending."""
     tile = budget.multiple_of // math.gcd(budget.multiple_of, site.width)
     step = math.lcm(tile, site.groups)

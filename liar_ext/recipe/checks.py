@@ -1,0 +1,152 @@
+"""Checks of a recipe's fields: the type, the range, one line on what is wrong."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from liar_ext.errors import InputError
+
+# What a check is: name and value in, the value in its own type out, or InputError.
+Check = Callable[[str, Any], Any]
+MOST = 2**63 - 1  # what torch's generators, sizes and JSON readers take
+
+
+def whole(least: int, *, optional: bool = False) -> Check:
+    """Return the check of an integer of at least ``least``."""
+
+    def check(name: str, value: Any) -> int | None:
+        if optional and value is None:
+            return None
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            if least <= value <= MOST:
+                return int(value)
+        raise InputError(
+            f"recipe: {name} must be an integer of at least {least}"
+            f"{'' if value_fits(value) else ' and below 2^63'}, got {shown(value)}"
+        )
+
+    return check
+
+
+def value_fits(value: Any) -> bool:
+    """Tell whether a value is no integer beyond 63 bits."""
+    return not isinstance(value, numbers.Integral) or value <= MOST
+
+
+def number(name: str, value: Any) -> float:
+    """Check a finite number."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            if math.isfinite(value):
+                return float(value)
+        except OverflowError:  # an integer beyond the largest float
+            pass
+    raise InputError(f"recipe: {name} must be a number, got {shown(value)}")
+
+
+def number_or_auto(name: str, value: Any) -> float | str:
+    """Check a number of at least 0, infinity included, or "auto"; text may hold the number."""
+    if value == "auto":
+        return "auto"
+    try:
+        if isinstance(value, str | numbers.Real) and not isinstance(value, bool):
+            if float(value) >= 0:
+                return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise InputError(f'recipe: {name} must be a number of at least 0 or "auto", got {shown(value)}')
+
+
+def flag(name: str, value: Any) -> bool:
+    """Check true or false."""
+    if isinstance(value, bool):
+        return value
+    raise InputError(f"recipe: {name} must be true or false, got {shown(value)}")
+
+
+def text(*, optional: bool = False) -> Check:
+    """Return the check of a name or path."""
+
+    def check(name: str, value: Any) -> str | None:
+        if optional and value is None:
+            return None
+        if not isinstance(value, str):
+            raise InputError(f"recipe: {name} must be text, got {shown(value)}")
+        if not value.strip():
+            raise InputError(f"recipe: {name} must not be empty, got {value!r}")
+        check_printable(f"recipe: {name}", value)
+        return value
+
+    return check
+
+
+def check_printable(what: str, value: str) -> None:
+    """Raise InputError for text that no UTF-8 file holds, or no path."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} must be UTF-8, got {shown(value)}; rename it") from None
+    if "\0" in value:
+        raise InputError(f"{what} must hold no NUL character, got {shown(value)}")
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Check a list of names or paths."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InputError(f"recipe: {name} must be a list of texts, got {shown(value)}")
+    check = text()
+    return tuple(check(name, each) for each in value)
+
+
+def one_of(names: Sequence[str], *, optional: bool = False) -> Check:
+    """Return the check of one of some names."""
+
+    def check(name: str, value: Any) -> str | None:
+        if (optional and value is None) or (isinstance(value, str) and value in names):
+            return value
+        raise InputError(f"recipe: {name} must be one of {', '.join(names)}, got {shown(value)}")
+
+    check.names = tuple(names)
+    return check
+
+
+def some_of(names: Sequence[str]) -> Check:
+    """Return the check of a list of different names, at least one."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        given = () if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
+        known = all(isinstance(each, str) and each in names for each in given)
+        if not given or not known or len(set(given)) < len(given):
+            raise InputError(
+                f"recipe: {name} must be some of {', '.join(names)}, got {shown(value)}"
+            )
+        return given
+
+    check.names = tuple(names)
+    return check
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message: one short line, whatever it is."""
+    if isinstance(value, numbers.Integral) and abs(value) > MOST:
+        return f"an integer of {int(value).bit_length()} bits"
+    if not isinstance(value, str | numbers.Number | None):
+        return (
+            f"{type(value).__name__} {reprlib.repr(value)[:80]}"
+            if _small(value)
+            else (f"a {type(value).__name__}")
+        )
+    return repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
+
+
+def _small(value: Any) -> bool:
+    """Tell whether a list holds a few plain things, so that showing it is safe and short."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) <= 8
+        and all(isinstance(each, str | float | bool) for each in value)
+    )

@@ -1,0 +1,378 @@
+"""The recipe: every choice of a job, checked in one place, to and from YAML and JSON."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from liar_ext.errors import InputError
+from liar_ext.plan import BUDGET_UNITS, Budget
+from liar_ext.recipe import checks as check
+from liar_ext.recipe import text
+from liar_ext.recipe.choices import (
+    ALLOCATIONS,
+    ATTN_UNITS,
+    DTYPES,
+    GROUPS,
+    KINDS,
+    PRESETS,
+    SCHEDULES,
+    choice,
+)
+from liar_ext.reconstruction.layerwise import TARGETS, check_target
+from liar_ext.reconstruction.settings import MODES
+from liar_ext.selection.criteria import get_criterion
+from liar_ext.selection.refine import check_refine
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of a job, shared by :func:`liar_ext.prune`, the command, report and folder.
+
+    Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
+    The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
+    ``samples``, ``batch_size``, ``eval``, ``eval_samples``) are for the command;
+    :func:`liar_ext.prune` is given the model and the batches.
+
+    Parameters
+    ----------
+    model : str, optional
+        Model folder, hub id, or GGUF file.
+    dtype, device : str
+        Of the weights; where the model goes.
+    calibration : tuple of str
+        Texts of the calibration set; empty where batches are given.
+    samples, seq_len, batch_size : int
+        Sequences to draw; tokens per sequence, also those that FLOPs are counted at; sequences per
+        forward pass.
+    seed : int
+        Of the draw, the folds, and criteria that draw.
+    memory : int, optional
+        Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
+        and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
+        device in use, the CPU included, where that is less. What needs more is summed in groups,
+        with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
+        ``layerwise``. ``refine`` needs all sites at once.
+    keep, of, multiple_of, at_least, uniform_layers
+        As for :class:`liar_ext.Budget`.
+    keep_hidden : float
+        Fraction of the hidden size that stays, in (0, 1]; see :func:`liar_ext.narrow`. The
+        residual stream is narrowed first, on a copy of the model; ``keep`` counts what is left
+        then. With ``keep=1.0`` the sites stay as they are.
+    kinds : tuple of {"attn", "mlp"}
+        Sites that may be pruned.
+    attn_unit : {"auto", "kv_group", "head"}
+        What an attention unit is.
+    criterion : str
+        Importance score; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all
+        batches and run the model backward over them, once.
+    allocation : {"uniform", "global", "curve"}
+        How the pruning ratio is distributed over layers; see :func:`liar_ext.allocate`. ``curve``
+        measures error curves and sensitivities for it: see
+        :func:`liar_ext.selection.curve_allocation.measure_losses`.
+    refine : int
+        For ``curve``: whole plans to measure after that; see
+        :func:`liar_ext.selection.refine.refine_plan`.
+    reconstruct : {"auto", "none", "bias", "linear", "affine"}
+        Error compensation; see :func:`liar_ext.reconstruct`.
+    damp : float or "auto"
+        Ridge regularisation λ, or the choice by cross-validation.
+    schedule : {"one-pass", "layerwise"}
+        Solve all sites on what the dense model computes, or one after the other on what the pruned
+        model computes up to there. Layerwise holds all batches and runs the model some four times.
+    target : {"dense-input", "branch", "stream", "auto"}, optional
+        What a site is solved for in layerwise mode, "auto" by default; see
+        :func:`liar_ext.reconstruct_layerwise`.
+    refit : bool
+        Solve the sites that lose nothing, too, in layerwise mode.
+    eval : str, optional
+        Held-out text for perplexity before and after.
+    eval_samples : int, optional
+        Windows of it, evenly spread; all by default.
+
+    Raises
+    ------
+    InputError
+        If a field has a wrong type, is out of range, or does not go with another.
+    """
+
+    model: str | None = choice(
+        None, "model", check.text(optional=True), "model folder, hub id, or GGUF file"
+    )
+    dtype: str = choice("float32", "model", check.one_of(DTYPES), "of the weights")
+    device: str = choice(
+        "cpu", "model", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all"
+    )
+    calibration: tuple[str, ...] = choice(
+        (),
+        "calibration",
+        check.texts,
+        "text files, .jsonl files with a field text, folders of text files, or names of the "
+        "datasets library (NAME[:CONFIG[:SPLIT]]); sequences are drawn evenly from all",
+        metavar="TEXT",
+    )
+    samples: int = choice(128, "calibration", check.whole(2), "calibration sequences")
+    seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
+    batch_size: int = choice(4, "calibration", check.whole(1), "sequences per forward pass")
+    seed: int = choice(0, "calibration", check.whole(0), "of the draw and the folds")
+    memory: int | None = choice(
+        None,
+        "calibration",
+        check.whole(1, optional=True),
+        "for sums over the calibration text at a time, 16 d² bytes for a layer of d inputs: what "
+        "needs more is summed in groups of layers, with more passes and the same result (32, or "
+        "half of what is free, by default)",
+        metavar="GIB",
+    )
+    keep: float = choice(0.8, "budget", check.number, "fraction to keep, in (0, 1]")
+    of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "what the fraction counts")
+    multiple_of: int = choice(1, "budget", check.whole(1), "kept features per site")
+    at_least: int = choice(1, "budget", check.whole(1), "units that every site keeps")
+    uniform_layers: bool = choice(
+        False,
+        "budget",
+        check.flag,
+        "all layers keep equally many units, so that stock loaders take the result",
+    )
+    keep_hidden: float = choice(
+        1.0,
+        "budget",
+        check.number,
+        "fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
+        "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
+        "of all norms are over 8 GiB, or --memory",
+    )
+    kinds: tuple[str, ...] = choice(
+        KINDS,
+        "budget",
+        check.some_of(KINDS),
+        "sites that may be pruned; prunable parameters are theirs",
+        option="--sites",
+    )
+    attn_unit: str = choice(
+        "auto",
+        "budget",
+        check.one_of(ATTN_UNITS),
+        "attention unit; auto takes KV groups where query heads share keys",
+    )
+    criterion: str = choice("wifv", "selection", check.text(), "importance score")
+    allocation: str = choice(
+        "curve",
+        "selection",
+        check.one_of(ALLOCATIONS),
+        "how the pruning ratio is distributed over layers: the same everywhere, by standardised "
+        "scores, or by error curves and the measured sensitivity of each site (a few more forward "
+        "passes)",
+    )
+    refine: int = choice(
+        0, "selection", check.whole(0), "curve: measure N whole plans more, and keep the best"
+    )
+    reconstruct: str = choice(
+        "auto",
+        "reconstruction",
+        check.one_of(MODES),
+        "error compensation: none, of the means (bias), a linear map of what stays, both (affine); "
+        "auto is affine where a consumer has a bias and linear elsewhere; bias and affine give "
+        "consumers a bias if they lack one",
+    )
+    damp: float | str = choice(
+        "auto",
+        "reconstruction",
+        check.number_or_auto,
+        "ridge regularisation, or auto: by cross-validation",
+        metavar="LAMBDA",
+    )
+    schedule: str = choice(
+        "one-pass",
+        "reconstruction",
+        check.one_of(SCHEDULES),
+        "solve all layers on the dense model's activations, or walk them on the pruned one's",
+    )
+    target: str | None = choice(
+        None,
+        "reconstruction",
+        check.one_of(TARGETS, optional=True),
+        "layerwise: restore what a layer loses, its dense output, the dense residual stream, or as "
+        "much of the latter as held-out text bears out (auto, the default)",
+    )
+    refit: bool = choice(
+        False, "reconstruction", check.flag, "layerwise: solve layers that lose nothing, too"
+    )
+    eval: str | None = choice(
+        None,
+        "evaluation",
+        check.text(optional=True),
+        "held-out text: report perplexity before and after",
+        metavar="TEXT",
+    )
+    eval_samples: int | None = choice(
+        None, "evaluation", check.whole(1, optional=True), "evaluate on N windows, evenly spread"
+    )
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = each.metadata["check"](each.name, getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
+        _ = self.budget
+        if not 0.0 < self.keep_hidden <= 1.0:
+            raise InputError(
+                f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"
+            )
+        if self.calibration and self.seq_len < 2:
+            raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
+        get_criterion(self.criterion)
+        check_refine(self.refine, self.allocation)
+        if self.schedule == "layerwise":
+            check_target(self.solve_target, self.reconstruct)
+        elif self.refit or self.target not in (None, "dense-input"):
+            raise InputError(
+                "recipe: in one pass a site knows its dense input only, got "
+                f'target={self.target!r}, refit={self.refit}; use schedule="layerwise"'
+            )
+
+    @property
+    def budget(self) -> Budget:
+        """The fields that a budget has."""
+        return Budget(**{each.name: getattr(self, each.name) for each in fields(Budget)})
+
+    @property
+    def solve_target(self) -> str:
+        """What sites are solved for: ``target``, or what it is by default."""
+        return self.target or ("auto" if self.schedule == "layerwise" else "dense-input")
+
+    @classmethod
+    def build(cls, start: Recipe | Budget | float | None = None, **choices: Any) -> Recipe:
+        """Return a recipe: ``start``, or the default one, with some choices made otherwise.
+
+        Parameters
+        ----------
+        start : Recipe, Budget or float, optional
+            A budget, or its fraction, stands for ``keep=start``.
+        **choices
+            Fields; ``keep`` may be a :class:`liar_ext.Budget`, which sets all of its fields.
+
+        Raises
+        ------
+        InputError
+            If there is no such field, or the recipe can't be.
+        """
+        if start is not None and not isinstance(start, Recipe):
+            if "keep" in choices:
+                raise InputError(f"recipe: keep must be given once, got {start!r} besides keep=")
+            start, choices = None, {"keep": start, **choices}
+        if isinstance(choices.get("keep"), Budget):
+            budget = asdict(choices.pop("keep"))
+            twice = sorted(budget.keys() & choices.keys())
+            if twice:
+                raise InputError(f"recipe: {', '.join(twice)} must be given once, in the Budget")
+            choices = {**budget, **choices}
+        _check_names(choices)
+        return replace(start or cls(), **choices)
+
+    @classmethod
+    def preset(cls, name: str, **choices: Any) -> Recipe:
+        """Return the recipe ``fast``, ``balanced`` (the default one) or ``best``."""
+        if name not in PRESETS:
+            raise InputError(f"recipe: preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.build(**{**PRESETS[name], **choices})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the version and the fields, as JSON has them."""
+        return {"version": VERSION} | {
+            each.name: text.plain(getattr(self, each.name)) for each in fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of some fields; what is missing is as by default.
+
+        Raises
+        ------
+        InputError
+            If a key is unknown, the version is another one, or the recipe can't be.
+        """
+        if not isinstance(facts, Mapping):
+            raise InputError(
+                f"recipe: must be a mapping of fields, got {check.shown(facts)}; a line is "
+                "keep: 0.8, for one"
+            )
+        facts = dict(facts)
+        version = facts.pop("version", VERSION)
+        if type(version) is not int or version != VERSION:
+            raise InputError(
+                f"recipe: version must be {VERSION}, got {check.shown(version)}; read it with the "
+                "liar_ext that wrote it"
+            )
+        _check_names(facts)
+        return cls(**facts)
+
+    def to_json(self) -> str:
+        """Return the recipe as strict JSON."""
+        return text.to_json(self.to_dict())
+
+    @classmethod
+    def from_json(cls, written: str) -> Recipe:
+        """Read a recipe from JSON text; what :meth:`from_dict` raises is raised."""
+        return cls.from_dict(text.from_json(written))
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, with the stages of the job as headings."""
+        facts = self.to_dict()
+        lines = [text.yaml_lines({"version": facts["version"]})]
+        for group, title in GROUPS.items():
+            names = [each.name for each in recipe_fields() if each.metadata["group"] == group]
+            lines += [f"\n# {title}\n", text.yaml_lines({name: facts[name] for name in names})]
+        return "".join(lines)
+
+    @classmethod
+    def from_yaml(cls, written: str) -> Recipe:
+        """Read a recipe from YAML text, without tags or aliases; see :meth:`from_dict`."""
+        return cls.from_dict(text.from_yaml(written))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe: as JSON where the name ends in ``.json``, else as YAML."""
+        written = self.to_json() + "\n" if Path(path).suffix == ".json" else self.to_yaml()
+        Path(path).write_text(written, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe that :meth:`save` wrote, or a hand did.
+
+        Raises
+        ------
+        InputError
+            If the file can't be read, or holds no recipe.
+        """
+        written = text.read(path)
+        try:
+            return (
+                cls.from_json(written) if Path(path).suffix == ".json" else cls.from_yaml(written)
+            )
+        except InputError as error:
+            raise InputError(f"{error} (in {path})") from None
+
+
+def recipe_fields() -> tuple[Field, ...]:
+    """Return the fields of a recipe, with their group, help and option as metadata."""
+    return fields(Recipe)
+
+
+def option_of(each: Field) -> str:
+    """Return the option of ``liar prune`` that sets a field."""
+    return each.metadata.get("option", "--" + each.name.replace("_", "-"))
+
+
+def _check_names(choices: Mapping[str, Any]) -> None:
+    """Raise InputError for the first name that is no field."""
+    known = [each.name for each in fields(Recipe)]
+    for name in choices:
+        if name not in known:
+            near = difflib.get_close_matches(str(name)[:40], known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise InputError(f"recipe: unknown field {check.shown(name)}; {hint}")
