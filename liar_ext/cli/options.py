@@ -1,22 +1,50 @@
-"""The options of the ``liar`` command."""
+"""The options of the ``liar`` command; those of ``prune`` are the fields of a recipe."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
+from importlib.metadata import version
+from typing import Any, NoReturn
 
-from liar_ext.plan import BUDGET_UNITS
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.checks import check_printable, shown
+from liar_ext.recipe.choices import DTYPES, GROUPS, PRESETS
+from liar_ext.recipe.recipe import option_of, recipe_fields
 from liar_ext.selection.criteria import list_criteria
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_CHARACTERS = 300  # of an error
+GIB = 2**30
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are two lines: how to call it, and what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and one line, and leave with exit code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"liar: error: {one_line(message)}\n")
+
+
+def one_line(message: object) -> str:
+    """Return a message as one line, cut where it is far too long."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser; what it parses has the name of the command as ``command``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="liar",
         description="Prune transformers without retraining: remove attention heads and MLP "
-        "channels and fold what they did into the weights that stay.",
+        "channels, and compensate for them in the weights that stay.",
+        epilog="liar prune MODEL --calibration TEXT --out DIR is all that a first run needs.",
     )
+    parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prune(commands)
     _add_eval(commands)
@@ -25,111 +53,125 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; leave with exit code 2 if they can't be parsed.
+
+    MODEL may be missing where a recipe names it, and argparse misses such an argument where an
+    option stands before it.
+    """
+    commands = parser()
+    options, rest = commands.parse_known_args(arguments)
+    if options.command == "prune" and not hasattr(options, "model") and len(rest) == 1:
+        if not rest[0].startswith("-"):
+            options.model, rest = rest[0], []
+    if rest:
+        commands.error(f"unknown arguments: {' '.join(rest)}")
+    return options
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """Return the recipe: a file's or a preset's, with what the options say on top.
+
+    Raises
+    ------
+    InputError
+        If the recipe can't be.
+    """
+    start = Recipe.load(options.recipe) if options.recipe else Recipe.preset(options.preset)
+    given = {
+        each.name: getattr(options, each.name)
+        for each in recipe_fields()
+        if hasattr(options, each.name)
+    }
+    return Recipe.build(start, **given)
+
+
 def _add_prune(commands) -> None:
     parser = commands.add_parser(
         "prune",
         help="prune a model, reconstruct, save it",
-        description="Prune MODEL, reconstruct what was removed from activation statistics of the "
-        "calibration text, and write an ordinary model folder with a report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="liar prune MODEL --calibration TEXT [TEXT ...] --out DIR [options]",
+        description="Prune MODEL, compensate for what was removed by activation statistics of the "
+        "calibration text, and write an ordinary model folder with a report. Three arguments are "
+        "enough: MODEL, --calibration and --out; every other option has a default that was "
+        "measured.",
     )
-    _add_model(parser)
-    add = parser.add_argument
-    add(
-        "--calibration",
-        nargs="+",
-        required=True,
-        metavar="TEXT",
-        help="text files, .jsonl files with a field text, folders of text files, or names of the "
-        "datasets library (NAME[:CONFIG[:SPLIT]]); sequences are drawn evenly from all",
+    _add_job(parser.add_argument_group("Job"))
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for each in recipe_fields():
+        _add_field(groups[each.metadata["group"]], each)
+    output = parser.add_argument_group("Output")
+    output.add_argument("--out", type=_name, metavar="DIR", help="folder to write")
+    output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+
+
+def _add_job(group: argparse._ArgumentGroup) -> None:
+    start = group.add_mutually_exclusive_group()
+    start.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="balanced",
+        help=f"{PRESET_HELP} (default: balanced)",
     )
-    add("--out", required=True, metavar="DIR", help="folder to write")
-    add("--overwrite", action="store_true", help="replace DIR if it exists")
-    add("--keep", type=float, default=0.8, help="fraction to keep, in (0, 1]")
-    add("--of", choices=BUDGET_UNITS, default="prunable", help="what the fraction counts")
-    add("--multiple-of", type=int, default=1, metavar="N", help="kept features per site")
-    add("--at-least", type=int, default=1, metavar="N", help="units that every site keeps")
-    add(
-        "--uniform-layers",
+    start.add_argument(
+        "--recipe",
+        type=_name,
+        metavar="FILE",
+        help="choices of an earlier run, DIR/liar/recipe.yaml; options beside it override it",
+    )
+    group.add_argument(
+        "--dry-run",
         action="store_true",
-        help="all layers keep equally many units, so that stock loaders take the result",
+        help="only say what would be done: sizes, memory, passes, minutes, how the result loads",
     )
-    add(
-        "--keep-hidden",
-        type=float,
-        default=1.0,
-        metavar="F",
-        help="fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
-        "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
-        "of all norms are over 8 GiB, or --memory",
-    )
-    add(
-        "--sites",
-        choices=("all", "attn", "mlp"),
-        default="all",
-        help="sites that may be pruned; prunable parameters are theirs",
-    )
-    add(
-        "--attn-unit",
-        choices=("auto", "kv_group", "head"),
-        default="auto",
-        help="attention unit; auto takes KV groups where query heads share keys",
-    )
-    add(
-        "--criterion",
-        default="wifv",
-        metavar="NAME",
-        help="importance score: " + ", ".join(known.name for known in list_criteria()),
-    )
-    add(
-        "--allocation",
-        choices=("uniform", "global", "curve"),
-        default="curve",
-        help="distribution of the ratio: the same everywhere, by standardised scores, or by error "
-        "curves and the measured sensitivity of each site (a few more forward passes)",
-    )
-    add(
-        "--refine",
-        type=int,
-        default=0,
-        metavar="N",
-        help="curve: measure N whole plans more, and keep the best",
-    )
-    add(
-        "--reconstruct",
-        choices=("auto", "none", "bias", "linear", "affine"),
-        default="auto",
-        help="error compensation: none, means (bias), a linear map of what stays, both (affine); "
-        "auto is affine where a consumer has a bias and linear elsewhere; bias and affine give "
-        "consumers a bias if they lack one",
-    )
-    add("--damp", default="auto", metavar="LAMBDA", help="ridge, or auto: by held-out error")
-    add(
-        "--schedule",
-        choices=("one-pass", "layerwise"),
-        default="one-pass",
-        help="solve all layers on the dense model's activations, or walk them on the pruned one's",
-    )
-    add(
-        "--target",
-        choices=("dense-input", "branch", "stream", "auto"),
-        help="layerwise: restore what a layer loses, its dense output, the dense residual stream, "
-        "or as much of the latter as held-out text supports (auto, the default)",
-    )
-    add("--refit", action="store_true", help="layerwise: solve layers that lose nothing, too")
-    add("--samples", type=int, default=128, help="calibration sequences")
-    add("--batch-size", type=int, default=4, help="sequences per forward pass")
-    add("--seed", type=int, default=0, help="of the draw and the folds")
-    add(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="for sums over the calibration text at a time, 16 d² bytes for a layer of d inputs: "
-        "what needs more is summed in groups of layers, with more passes and the same result "
-        "(default: 32, or half of what is free)",
-    )
-    add("--eval", metavar="TEXT", help="held-out text: report perplexity before and after")
-    add("--eval-samples", type=int, metavar="N", help="evaluate on N windows, evenly spread")
+
+
+PRESET_HELP = (
+    "fast: one ratio for all layers; balanced: ratios by measured sensitivity; best: that, and "
+    "layers solved one after the other"
+)
+
+
+def _add_field(group: argparse._ArgumentGroup, each: Field) -> None:
+    """Add the option of one field of the recipe; what isn't given leaves no trace."""
+    facts, default = each.metadata, each.default
+    help = facts["help"]
+    if each.name == "criterion":
+        help += ": " + ", ".join(known.name for known in list_criteria())
+    settings: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
+    if each.name == "model":
+        group.add_argument(
+            "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=help
+        )
+        return
+    names = getattr(facts["check"], "names", None)
+    if isinstance(default, bool):
+        settings["action"] = argparse.BooleanOptionalAction
+    elif each.name == "calibration":
+        settings |= {"nargs": "+", "metavar": facts["metavar"]}
+    elif each.name == "kinds":
+        settings |= {"type": _sites, "metavar": "{all,attn,mlp}"}
+    elif names:
+        settings["choices"] = names
+    else:
+        settings |= {"type": _type_of(each), "metavar": _metavar(each)}
+    if default not in (None, (), MISSING) and not isinstance(default, bool):
+        help += f" (default: {'all' if each.name == 'kinds' else default})"
+    group.add_argument(option_of(each), help=help.replace("%", "%%"), **settings)
+
+
+def _metavar(each: Field) -> str:
+    """Return what stands for an option's value in the help."""
+    by_type = {"int": "N", "int | None": "N", "float": "F"}.get(each.type, each.name.upper())
+    return each.metadata.get("metavar", by_type)
+
+
+def _type_of(each: Field) -> Callable[[str], Any]:
+    """Return what reads an option's text."""
+    if each.name == "memory":
+        return _gibibytes
+    return {"int": _whole, "int | None": _whole, "float": _number}.get(each.type, str)
 
 
 def _add_eval(commands) -> None:
@@ -139,11 +181,16 @@ def _add_eval(commands) -> None:
         description="Cut TEXT into windows of --seq-len tokens and print the model's perplexity.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    _add_model(parser)
-    parser.add_argument("--text", required=True, help="as for prune --calibration")
-    parser.add_argument("--samples", type=int, metavar="N", help="N windows, evenly spread")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences per forward pass")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("model", metavar="MODEL", type=_name, help="model folder, hub id, or GGUF file")
+    add("--text", required=True, type=_name, help="as for prune --calibration")
+    add("--samples", type=_at_least(1), metavar="N", help="N windows, evenly spread")
+    add("--seq-len", type=_at_least(2), default=512, metavar="N", help="tokens per window")
+    add("--batch-size", type=_at_least(1), default=4, metavar="N", help="windows per forward pass")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    add("--device", default="cpu", type=_name, help="cpu, cuda, cuda:1, ...; auto: over all")
+    add("--json", action="store_true", help="print JSON")
+    add("--quiet", action="store_true", help="no progress bars")
 
 
 def _add_verify(commands) -> None:
@@ -153,15 +200,64 @@ def _add_verify(commands) -> None:
         description="Reload DIR by every loader that it is meant for, compare the outputs with "
         "those recorded when it was saved, and count its parameters.",
     )
-    parser.add_argument("folder", metavar="DIR")
-    parser.add_argument("--device", default="cpu", help="where to run")
+    parser.add_argument("folder", metavar="DIR", type=_name)
+    parser.add_argument("--device", default="cpu", type=_name, help="where to run")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, hub id, or GGUF file")
-    add("--seq-len", type=int, default=512, help="tokens per sequence")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...; auto: spread over all")
-    add("--quiet", action="store_true", help="no progress bars")
+def _name(text: str) -> str:
+    """Read a name or path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+    try:
+        check_printable("name", text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _whole(text: str) -> int:
+    """Read an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {shown(text)}") from None
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        value = _whole(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(
+                f"must be an integer of at least {least}, got {shown(value)}"
+            )
+        return value
+
+    return read
+
+
+def _number(text: str) -> float:
+    """Read a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}")
+    return value
+
+
+def _gibibytes(text: str) -> int:
+    """Read GiB as bytes."""
+    value = _number(text)
+    if not 0 < value < 2**33:
+        raise argparse.ArgumentTypeError(f"must be GiB, more than 0 and below 2^33, got {text}")
+    return max(1, int(value * GIB))
+
+
+def _sites(text: str) -> tuple[str, ...]:
+    """Read which sites may be pruned."""
+    known = {"all": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"must be one of all, attn, mlp, got {shown(text)}")
+    return known[text]

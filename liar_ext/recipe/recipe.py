@@ -199,7 +199,7 @@ class Recipe:
         "reconstruction",
         check.one_of(TARGETS, optional=True),
         "layerwise: restore what a layer loses, its dense output, the dense residual stream, or as "
-        "much of the latter as held-out text bears out (auto, the default)",
+        "much of the latter as held-out text supports (auto, the default)",
     )
     refit: bool = choice(
         False, "reconstruction", check.flag, "layerwise: solve layers that lose nothing, too"

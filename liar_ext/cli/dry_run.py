@@ -1,0 +1,251 @@
+"""``liar prune --dry-run``: what a job would do, before anything long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.collect import collect_at
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.passes import group_sites, room_for_sums, split
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.stock_config import how_to_load
+from liar_ext.data.batches import FOLDS, probe_batches
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.running import evaluating
+from liar_ext.models.sites import Site, skeleton
+from liar_ext.narrowing.narrowing import MEMORY, count_kept
+from liar_ext.pipeline import Job
+from liar_ext.plan import Plan, SitePlan
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.one_pass import reconstruct, with_bias
+from liar_ext.selection.allocation import allocate, allowed_counts, total_cost
+from liar_ext.selection.criteria import get_criterion
+from liar_ext.selection.error_curves import error_curves
+from liar_ext.surgery.units import apply_plan
+
+Batches = Sequence[Mapping[str, Tensor]]
+# Of a layerwise walk: what prune's documentation says of its runs of the model.
+LAYERWISE_RUNS = 4
+# Of a backward pass with its forward, in forward passes.
+BACKWARD_RUNS = 3
+GIB = 2**30
+
+
+def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
+    """Return lines on what :func:`liar_ext.prune` would do with these, and check that it can.
+
+    Sizes, memory, passes and loading are exact where they don't depend on what will be measured;
+    minutes are extrapolated from one batch of each fold, and one layer of each kind.
+
+    Raises
+    ------
+    InputError
+        Whatever the job would raise before it starts.
+    """
+    job = Job(model, batches, recipe)
+    job.check()
+    at = job.sites(model)
+    equal = _equal_plan(model, at, recipe)
+    return [
+        f"{type(model).__name__}: {count_params(model):,} parameters, of which "
+        f"{sum(site.params for site in at):,} may be pruned",
+        *_sizes(at, equal, recipe, model),
+        *_memory(model, at, recipe),
+        _time(model, batches, at, equal, recipe),
+        _loading(model, equal, recipe, at),
+    ]
+
+
+def _equal_plan(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> Plan:
+    """Return the plan that takes the same fraction off every site."""
+    scores = {site.name: torch.arange(site.units, 0, -1.0) for site in at}
+    total = total_cost(model, at, recipe.budget)
+    model_type = model.config.model_type
+    return allocate(at, scores, recipe.budget, "uniform", model_type=model_type, total=total)
+
+
+def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) -> list[str]:
+    """Return what layers can keep."""
+    budget, lines = recipe.budget, []
+    for kind in recipe.kinds:
+        some = [site for site in at if site.kind == kind]
+        if not some:
+            continue
+        kept = [len(equal.sites[site.name].kept) for site in some]
+        site, counts = some[0], allowed_counts(some[0], budget)
+        same = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
+        free = ""
+        if recipe.allocation != "uniform":
+            whose = "all layers the same number" if recipe.uniform_layers else "each its own number"
+            free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}"
+            free += f" in steps of {counts[1] - counts[0]}" if len(counts) > 2 else ""
+        lines.append(
+            f"{kind}: {len(some)} layers of {site.units} {site.unit.replace('_', ' ')}s; the same "
+            f"fraction everywhere would keep {same}{free}"
+        )
+    if recipe.keep_hidden != 1.0:
+        hidden = hidden_of(model)
+        count = count_kept(hidden, recipe.keep_hidden, recipe.multiple_of)
+        lines.append(f"hidden size: {count} of {hidden.size} features")
+    return lines
+
+
+def _memory(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> list[str]:
+    """Return what sums over the text take, and in how many passes."""
+    room = room_for_sums(model, recipe.memory)
+    needed = sum(_bytes(site.d_in) for site in at)
+    held = max(sum(_bytes(site.d_in) for site in group) for group in group_sites(at, room))
+    passes = _passes(group_sites(at, room), recipe)
+    lines = []
+    if passes:
+        lines.append(
+            f"memory: {_size(needed)} of activation statistics, at most {_size(held)} of it at a "
+            f"time; the weights take {_size(_weights(model))}"
+        )
+    more = ""
+    if recipe.keep_hidden != 1.0:
+        more = f" and {_narrow_passes(model, recipe)} to narrow the hidden size"
+    return [*lines, f"passes over the calibration text: {passes} to calibrate{more}"]
+
+
+def _bytes(features: int) -> int:
+    return FOLDS * 8 * features**2
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in model.parameters())
+
+
+def _passes(groups: Sequence[Sequence[Site]], recipe: Recipe) -> int:
+    """Return the passes that calibration takes."""
+    if recipe.keep_hidden != 1.0 and recipe.keep == 1.0:
+        return 0
+    return len(groups) if recipe.schedule == "layerwise" else 2 * len(groups) - 1
+
+
+def _narrow_passes(model: nn.Module, recipe: Recipe) -> int:
+    hidden = hidden_of(model)
+    count = count_kept(hidden, recipe.keep_hidden, recipe.multiple_of)
+    room = room_for_sums(model, recipe.memory, MEMORY)
+    return 1 + len(split(hidden.sources, [_bytes(count + hidden.size)] * len(hidden.sources), room))
+
+
+def _time(
+    model: nn.Module, batches: Batches, at: Sequence[Site], equal: Plan, recipe: Recipe
+) -> str:
+    """Return an estimate of the minutes that the job takes, saving and evaluation aside."""
+    pair = [batches[0], batches[-1]]  # one of each fold
+    forward = _seconds(lambda: _run(model, pair)) / 2
+    groups = group_sites(at, room_for_sums(model, recipe.memory))
+    banks: list[MomentBank] = []
+    hooked = _seconds(lambda: banks.append(collect_at(model, pair, groups[0]))) / 2
+    runs = float(_passes(groups, recipe)) * hooked
+    if recipe.keep_hidden != 1.0:
+        runs += _narrow_passes(model, recipe) * 2 * hooked
+    runs += forward * LAYERWISE_RUNS * (recipe.schedule == "layerwise")
+    runs += forward * BACKWARD_RUNS * (get_criterion(recipe.criterion).needs == "gradient")
+    solves = _solving(model, banks[0], groups[0], at, equal, recipe) * (_passes(groups, recipe) > 0)
+    probes = 0.0
+    if recipe.allocation == "curve":
+        share = sum(map(_rows, probe_batches(batches))) / _rows(batches[0])
+        plans = len(at) / 2 + 7 * recipe.refine  # of one site half of the blocks are run again
+        probes = plans * share * forward
+    seconds = runs * len(batches) + solves + probes
+    shown = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    relative = seconds / max(forward * len(batches), 1e-9)
+    return (
+        f"time: about {shown}, {relative:.1f} times a forward pass over the calibration text "
+        f"({len(batches)} batches), as timed on one batch; loading, --eval and saving come on top"
+    )
+
+
+def _solving(
+    model: nn.Module,
+    bank: MomentBank,
+    group: Sequence[Site],
+    at: Sequence[Site],
+    equal: Plan,
+    recipe: Recipe,
+) -> float:
+    """Return the seconds of all solves and error curves, from one site of each kind."""
+    seconds, curve = 0.0, recipe.allocation == "curve"
+    for kind in recipe.kinds:
+        site = next((site for site in group if site.kind == kind), None)
+        if site is None:
+            continue
+        plan = replace(equal, sites={site.name: equal.sites[site.name]})
+        plan = with_bias(plan, model, recipe.reconstruct)
+        scores = {site.name: torch.arange(site.units, 0, -1.0)}
+        solve = _seconds(lambda plan=plan: reconstruct(model, bank, plan, mode=recipe.reconstruct))
+        each = solve * (1 + curve + recipe.refine)
+        if curve:
+            here = [site]
+            each += _seconds(lambda here=here, s=scores: error_curves(model, bank, here, s))
+        seconds += each * sum(other.kind == kind for other in at)
+    return seconds
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batches: Batches) -> None:
+    with evaluating(model):
+        for batch in batches:
+            device = next(model.parameters()).device
+            model(**{key: value.to(device) for key, value in batch.items() if key != "fold"})
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:
+    """Return which loaders will take the result: by a plan of the kind that will come out."""
+    plan = equal
+    if recipe.keep == 1.0 and recipe.keep_hidden != 1.0:
+        plan = replace(plan, sites={})
+    elif recipe.allocation != "uniform" and not recipe.uniform_layers:
+        plan = _uneven(equal, at, recipe)
+    plan = with_bias(plan, model, recipe.reconstruct)
+    if recipe.keep_hidden != 1.0:
+        hidden = hidden_of(model)
+        count = count_kept(hidden, recipe.keep_hidden, recipe.multiple_of)
+        plan = replace(plan, hidden=SitePlan(hidden.size, tuple(range(count))))
+    pruned = skeleton(type(model), model.config)
+    apply_plan(pruned, plan)
+    said = how_to_load(pruned, plan)
+    if recipe.uniform_layers and recipe.allocation != "uniform" and plan.sites:
+        return f"loading, with the sizes of the same fraction everywhere: {said}"
+    return f"loading: {said}"
+
+
+def _uneven(plan: Plan, at: Sequence[Site], recipe: Recipe) -> Plan:
+    """Return the plan with one size changed, where one can be: layers will come out unequal."""
+    for site in at:
+        kept = plan.sites[site.name].kept
+        for count in allowed_counts(site, recipe.budget):
+            if count != len(kept):
+                own = SitePlan(site.units, _first(site, count))
+                return replace(plan, sites={**plan.sites, site.name: own})
+    return plan
+
+
+def _first(site: Site, count: int) -> tuple[int, ...]:
+    """Return the first units of every group of a site."""
+    run, each = site.units // site.groups, count // site.groups
+    return tuple(group * run + unit for group in range(site.groups) for unit in range(each))

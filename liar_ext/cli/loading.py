@@ -1,0 +1,33 @@
+"""What several subcommands need of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from liar_ext.errors import InputError
+
+
+def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """Return a model and its tokenizer.
+
+    Raises
+    ------
+    InputError
+        If it can't be loaded, or has no tokenizer.
+    """
+    from liar_ext import checkpoint
+
+    model, tokenizer = checkpoint.load_model(name, dtype, device)
+    if tokenizer is None:
+        raise InputError(
+            f"load_model: {name} has no tokenizer to read text with; put one into the folder, or "
+            "call liar_ext.prune with batches of your own"
+        )
+    return model, tokenizer
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Tell whether a model predicts the next token."""
+    return model.can_generate()

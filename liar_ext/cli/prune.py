@@ -1,0 +1,128 @@
+"""``liar prune``: load, draw text, prune, save."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar_ext.cli.loading import is_causal, load_with_tokenizer
+from liar_ext.cli.options import recipe_of
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the job that the options and their recipe say."""
+    start = time.perf_counter()
+    recipe = recipe_of(options)
+    _check_complete(recipe, options)
+
+    from liar_ext.checkpoint.saving import check_folder, save_pruned
+    from liar_ext.pipeline import prune
+
+    if options.out:
+        check_folder(options.out, options.overwrite)
+    given = load(recipe)
+    if options.dry_run:
+        from liar_ext.cli.dry_run import describe
+
+        print("\n".join(describe(given.model, given.calibration, recipe)))
+        return
+    loaded = time.perf_counter() - start
+    report = prune(
+        given.model,
+        given.calibration,
+        recipe,
+        evaluate_on=given.evaluation,
+        progress=not options.quiet,
+    )
+    report.settings |= given.facts
+    report.warnings += given.warnings
+    # Those of saving are added by save_pruned, which writes the report.
+    report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
+    report.seconds["total"] = time.perf_counter() - start
+    save_pruned(
+        given.model,
+        options.out,
+        report.plan,
+        report=report,
+        tokenizer=given.tokenizer,
+        overwrite=options.overwrite,
+    )
+    if not options.quiet:
+        print(report.summary())
+        print(f"{options.out}: saved after {time.perf_counter() - start:.0f} s")
+
+
+@dataclass
+class Given:
+    """What a recipe names, loaded."""
+
+    model: nn.Module
+    tokenizer: Any
+    calibration: Sequence[Mapping[str, Tensor]]
+    evaluation: Sequence[Mapping[str, Tensor]] | None
+    facts: dict[str, object]
+    warnings: list[str]
+
+
+def load(recipe: Recipe) -> Given:
+    """Return the model and the batches of a recipe.
+
+    Raises
+    ------
+    InputError
+        If one of them can't be read, or they don't go together.
+    """
+    from liar_ext.data import texts
+
+    sources = [texts.read_documents(source) for source in recipe.calibration]
+    held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    if held_out is not None:
+        texts.check_apart([text for documents in sources for text in documents], held_out)
+    model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
+    texts.check_seq_len(model, recipe.seq_len)
+    calibration = texts.calibration_sequences(
+        sources,
+        tokenizer,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        packed=is_causal(model),
+    )
+    evaluation = None
+    if held_out is not None:
+        evaluation = texts.evaluation_sequences(
+            held_out, tokenizer, seq_len=recipe.seq_len, samples=recipe.eval_samples
+        ).batches(recipe.batch_size)
+    facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
+    facts["bos"] = calibration.bos
+    if recipe.eval:
+        facts["eval"] = recipe.eval
+    warnings = list(calibration.notes)
+    if len(calibration) < recipe.samples:
+        warnings.append(
+            f"The calibration text gave {len(calibration)} of {recipe.samples} sequences."
+        )
+    batches = calibration.batches(recipe.batch_size)
+    return Given(model, tokenizer, batches, evaluation, facts, warnings)
+
+
+def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Refuse a job that lacks one of the three that have no default."""
+    missing = {
+        "MODEL": not recipe.model,
+        "--calibration TEXT": not recipe.calibration,
+        "--out DIR": not options.out and not options.dry_run,
+    }
+    names = [name for name, lacks in missing.items() if lacks]
+    if names:
+        raise InputError(
+            f"prune: needs {', '.join(names)}; a first run is liar prune MODEL --calibration "
+            "text.txt --out pruned, MODEL before --calibration"
+        )

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import NARROWABLE, batches, tiny
+
+from liar_ext import InputError, Recipe, cli, prune
+from liar_ext.calibration import passes
+from liar_ext.cli.dry_run import describe
+
+
+def in_folds(model) -> list[dict]:
+    return [{**b, "fold": torch.full((8,), i // 3)} for i, b in enumerate(batches(model))]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "opt", "gpt2", "vit", "gemma3"])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"allocation": "uniform"},
+        {"schedule": "layerwise"},
+        {"keep_hidden": 0.8},
+        {"keep_hidden": 0.8, "keep": 1.0},
+        {"reconstruct": "affine", "kinds": ["mlp"]},
+    ],
+)
+def test_it_says_how_the_result_loads_and_leaves_the_model_alone(family, choices):
+    if "keep_hidden" in choices and family not in NARROWABLE:
+        pytest.skip("no stream in the family's row")
+    model = tiny(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = Recipe(**{"keep": 0.7, **choices})
+    lines = describe(model, in_folds(model), recipe)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert lines[-1] == f"loading: {prune(model, in_folds(model), recipe).loading}"
+
+
+def test_it_says_the_passes_that_the_job_takes(monkeypatch):
+    model = tiny("llama")
+    for memory, schedule in ((None, "one-pass"), (20_000, "one-pass"), (20_000, "layerwise")):
+        recipe = Recipe(keep=0.7, memory=memory, schedule=schedule)
+        said = next(
+            line for line in describe(tiny("llama"), in_folds(model), recipe) if "passes" in line
+        )
+        taken = prune(tiny("llama"), in_folds(model), recipe).settings["calibrate_passes"]
+        assert said == f"passes over the calibration text: {taken} to calibrate"
+
+
+def test_it_refuses_what_the_job_would():
+    model = tiny("llama")
+    with pytest.raises(InputError, match="no plan keeps 0.01"):
+        describe(model, in_folds(model), Recipe(keep=0.01))
+
+
+def test_a_dry_run_needs_no_folder_and_writes_none(llama_folder, corpus, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--dry-run"]
+    assert cli.main([*job, "--samples", "8", "--seq-len", "16", "--keep", "0.7"]) == 0
+    said = capsys.readouterr().out
+    for word in ("attn: 3 layers of 4 kv groups", "MiB of activation", "time: about", "loading:"):
+        assert word in said
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_estimate_covers_every_site(monkeypatch):
+    """With sums that are taken in groups, the first group may lack a kind of site."""
+    model = tiny("llama")
+    assert len(passes.group_sites(list(_sites(model)), 9_000)) > 3
+    lines = describe(model, in_folds(model), Recipe(keep=0.7, memory=9_000))
+    assert any(line.startswith("time: about") for line in lines)
+
+
+def _sites(model):
+    from liar_ext import sites
+
+    return sites(model)

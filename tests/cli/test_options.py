@@ -1,0 +1,176 @@
+"""The options of ``liar prune`` are the fields of a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from liar_ext import Recipe, cli
+from liar_ext.cli.options import parse, parser, recipe_of
+from liar_ext.environment import is_command
+from liar_ext.recipe.choices import GROUPS
+from liar_ext.recipe.recipe import option_of
+
+# One text for each field, other than the default, and what the recipe then holds.
+GIVEN = {
+    "dtype": ("bfloat16", "bfloat16"),
+    "device": ("cuda:1", "cuda:1"),
+    "calibration": ("other.txt", ("other.txt",)),
+    "samples": ("16", 16),
+    "seq_len": ("32", 32),
+    "batch_size": ("2", 2),
+    "seed": ("7", 7),
+    "memory": ("1.5", 3 << 29),
+    "keep": ("0.5", 0.5),
+    "of": ("flops", "flops"),
+    "multiple_of": ("8", 8),
+    "at_least": ("2", 2),
+    "uniform_layers": (None, True),
+    "keep_hidden": ("0.9", 0.9),
+    "kinds": ("mlp", ("mlp",)),
+    "attn_unit": ("head", "head"),
+    "criterion": ("obs", "obs"),
+    "allocation": ("uniform", "uniform"),
+    "refine": ("3", 3),
+    "reconstruct": ("affine", "affine"),
+    "damp": ("1e-3", 1e-3),
+    "schedule": ("layerwise", "layerwise"),
+    "target": ("dense-input", "dense-input"),
+    "eval": ("held_out.txt", "held_out.txt"),
+    "eval_samples": ("5", 5),
+}
+NEED_OTHERS = {"model", "refit"}  # see below
+JOB = ("prune", "model", "--calibration", "text.txt")
+
+
+def read(*arguments: str) -> Recipe:
+    return recipe_of(parse([*JOB, *arguments]))
+
+
+def test_no_options_are_the_default_recipe():
+    assert read() == Recipe(model="model", calibration=("text.txt",))
+
+
+def test_every_field_is_tried():
+    assert GIVEN.keys() | NEED_OTHERS == {each.name for each in fields(Recipe)}
+
+
+@pytest.mark.parametrize("each", [each for each in fields(Recipe) if each.name in GIVEN])
+def test_every_field_has_an_option(each):
+    text, value = GIVEN[each.name]
+    recipe = read(option_of(each), *([text] if text else []))
+    assert getattr(recipe, each.name) == value != each.default
+    facts = {"model": "model", "calibration": ("text.txt",), each.name: value}
+    assert recipe == Recipe(**facts)
+
+
+def test_model_and_refit_are_fields_too():
+    assert read("--schedule", "layerwise", "--refit").refit
+    assert recipe_of(parse(["prune", "here"])).model == "here"
+    assert recipe_of(parse(["prune", "--keep", "0.7", "here"])).model == "here"
+    assert recipe_of(parse(["prune", "--calibration", "a", "--keep", "0.7", "m"])).model == "m"
+
+
+def test_options_override_a_recipe(tmp_path):
+    path = str(tmp_path / "recipe.yaml")
+    Recipe(model="there", keep=0.5, uniform_layers=True, calibration=("a",)).save(path)
+    assert recipe_of(parse(["prune", "--recipe", path])) == Recipe.load(path)
+    over = ["--keep", "0.8", "--no-uniform-layers"]
+    assert recipe_of(parse(["prune", "--recipe", path, *over])) == Recipe(
+        model="there", calibration=("a",)
+    )
+    assert recipe_of(parse(["prune", "--recipe", path, "here"])).model == "here"
+
+
+def test_options_override_a_preset():
+    assert read("--preset", "best").schedule == "layerwise"
+    assert read("--preset", "best", "--schedule", "one-pass") == read()
+
+
+def test_a_preset_and_a_recipe_are_refused_together(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["prune", "--preset", "fast", "--recipe", "x"])
+    assert stop.value.code == 2 and "not allowed with" in capsys.readouterr().err
+
+
+def test_help_groups_the_options_by_stage(capsys):
+    with pytest.raises(SystemExit):
+        parse(["prune", "--help"])
+    shown = capsys.readouterr().out
+    assert "Three arguments are enough" in " ".join(shown.split())
+    places = [shown.index(f"\n{title}:\n") for title in GROUPS.values()]
+    assert places == sorted(places)
+    for each in fields(Recipe):
+        if each.name != "model":
+            assert option_of(each) in shown
+
+
+def test_every_subcommand_has_help(capsys):
+    for command in ("prune", "eval", "verify", "info"):
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args([command, "--help"])
+        assert stop.value.code == 0 and f"liar {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["liar_ext", "liar_ext.cli"])
+def test_version_and_a_passive_wait_policy(module):
+    """The policy must be there before torch loads OpenMP, which shows it when it is asked to."""
+    for policy, spins in ((None, "'0'"), ("active", "'30000000000'")):
+        environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+        environment.pop("OMP_WAIT_POLICY", None)
+        if policy:
+            environment["OMP_WAIT_POLICY"] = policy
+        command = [sys.executable, "-m", module, "--version"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and done.stdout.startswith("liar_ext 0.")
+        shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+        assert all(line.endswith(f"= {spins}") for line in shown), shown
+        assert shown or sys.platform != "linux"
+
+
+def test_other_processes_keep_their_environment():
+    code = "import os, liar_ext; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {key: os.environ[key] for key in os.environ if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "None"
+
+
+def test_what_is_the_command():
+    assert is_command(["/env/bin/liar", "info"], [])
+    assert is_command(["liar.exe"], [])
+    assert is_command(["-m"], ["python", "-X", "dev", "-m", "liar_ext", "info"])
+    assert not is_command(["-m"], ["python", "-m", "pytest", "liar_ext"])
+    assert not is_command(["-c"], ["python", "-c", "..."])
+    assert not is_command(["liar.py"], []) and not is_command([""], []) and not is_command([], [])
+
+
+def test_a_run_is_repeated_by_its_recipe(llama_folder, corpus, tmp_path, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    options = ["--keep", "0.7", "--samples", "8", "--seq-len", "16", "--batch-size", "2"]
+    texts = ["--calibration", str(corpus[0]), "--eval", str(corpus[1])]
+    assert cli.main(["prune", str(llama_folder), *texts, *options, "--out", str(first)]) == 0
+    said = capsys.readouterr().out
+    recipe = first / "liar" / "recipe.yaml"
+    assert cli.main(["prune", "--recipe", str(recipe), "--quiet", "--out", str(again)]) == 0
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert (again / "liar" / "recipe.yaml").read_text() == recipe.read_text()
+    report = json.loads((first / "liar_report.json").read_text())
+    assert report["recipe"]["model"] == str(llama_folder)
+    assert "prunable parameters" in said and report["loading"] in said
+
+
+def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):
+    from liar_ext import Report
+
+    saved, save = [], Report.save
+    monkeypatch.setattr(Report, "save", lambda *args: (saved.append(args[1]), save(*args)))
+    options = ["--samples", "8", "--seq-len", "16", "--quiet", "--out", str(tmp_path / "out")]
+    assert cli.main(["prune", str(llama_folder), "--calibration", str(corpus[0]), *options]) == 0
+    assert len(saved) == 1 and saved[0] != tmp_path / "out"
