@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.gradients import check_loss
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
+from liar_ext.certification import Divergence, certified_errors
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
 from liar_ext.data.batches import Batches, probe_batches
@@ -41,6 +42,7 @@ def prune(
     recipe: Recipe | Budget | float | None = None,
     *,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    certify_on: Sequence[Mapping[str, Tensor]] | None = None,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -65,6 +67,10 @@ def prune(
         parameters that may stay, or a :class:`liar_ext.Budget`.
     evaluate_on : sequence of mapping, optional
         Batches of held-out text; the report then has dense and pruned perplexity.
+    certify_on : sequence of mapping, optional
+        Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
+        decision sees them; the report then has errors on them: of each site's new weights on its
+        dense input, unless they are solved layerwise, and the divergence of the whole model.
     progress : bool
         Show progress bars.
     **choices
@@ -93,6 +99,7 @@ def prune(
     scores, losses = job.score(passes)
     plan = job.allocate(passes, scores, losses)
     weights = job.reconstruct(passes, plan)
+    job.certify(certify_on, passes, plan, weights)
     plan = job.slice(plan, weights)
     return job.report(plan, dense, job.evaluate(evaluate_on))
 
@@ -113,6 +120,7 @@ class Job:
     source: Mapping[str, int] = field(default_factory=dict)
     params: dict[str, int] = field(default_factory=dict)
     widest: int = 0  # features of the widest site
+    fresh: Divergence | None = None
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
@@ -263,6 +271,25 @@ class Job:
         self.facts["calibrate_passes"] = passes.taken
         return weights
 
+    def certify(
+        self,
+        batches: Sequence[Mapping[str, Tensor]] | None,
+        passes: Passes | None,
+        plan: Plan,
+        weights: Weights,
+    ) -> None:
+        """Measure the sites on fresh text, if there is any; the sliced model comes later."""
+        if batches is None:
+            return
+        with self.clock("certify"):
+            self.fresh = Divergence(self.model, batches)
+            if passes is not None and self.recipe.schedule == "one-pass":
+                passes.bank.moments.clear()  # its memory is for the fresh sums
+                at = self.sites(passes.model)
+                fresh = Passes(passes.model, batches, at, self.room, progress=self.progress)
+                errors = certified_errors(fresh, plan, weights)
+                self.rows = [replace(row, certified_error=errors[row.name]) for row in self.rows]
+
     def slice(self, plan: Plan, weights: Weights) -> Plan:
         """Slice the model; return the plan, with the hidden features that stay."""
         if self.narrowing is not None:
@@ -295,6 +322,10 @@ class Job:
     ) -> Report:
         """Return every number that a user needs to trust the result."""
         model, hidden_rows = self.model, self.narrowing.rows if self.narrowing else []
+        evaluation = {"dense": dense, "pruned": pruned} if dense and pruned else {}
+        if self.fresh is not None:
+            with self.clock("certify"):
+                evaluation["certified"] = self.fresh.of(model)
         return Report(
             model=self.recipe.model or model.config.name_or_path or type(model).__name__,
             plan=plan,
@@ -305,7 +336,7 @@ class Job:
             sites=[replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows],
             hidden=hidden_rows,
             params=self.params,
-            evaluation={"dense": dense, "pruned": pruned} if dense and pruned else {},
+            evaluation=evaluation,
             seconds=self.clock.seconds,
             warnings=what_to_know(
                 [*self.rows, *hidden_rows],

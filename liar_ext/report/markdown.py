@@ -47,11 +47,11 @@ def summary(report: Report) -> list[str]:
             f"{'perplexity':20} {dense['perplexity']:>15.2f} → {pruned['perplexity']:>15.2f}  "
             f"({dense['tokens']:,} tokens in windows of {dense['seq_len']})"
         )
-    divergence = report.evaluation.get("certified_divergence")
-    if divergence is not None:
+    certified = report.evaluation.get("certified")
+    if certified:
         lines.append(
-            f"{'certified divergence':20} {divergence['nats_per_token']:.3g} nats per token from "
-            f"the dense model, on {divergence['tokens']:,} tokens that no decision has seen"
+            f"{'certified divergence':20} {figure(certified['divergence']):>15} from the dense "
+            f"model, over {certified['rows']:,} outputs that no decision has seen"
         )
     cut = [row for row in report.sites if row.units_after < row.units_before]
     if cut:
@@ -60,6 +60,10 @@ def summary(report: Report) -> list[str]:
             f"{'error of a site':20} {worst.holdout_error:.2%} at most, at {worst.name}, of its "
             "output's energy (cross-validated)"
         )
+    fresh = [row for row in cut if row.certified_error is not None]
+    if fresh:
+        worst = max(fresh, key=lambda row: row.certified_error)
+        lines.append(f"{'':20} {worst.certified_error:.2%} at most, at {worst.name} (certified)")
     if report.loading:
         lines.append(report.loading)
     return lines + [f"Warning: {warning}" for warning in report.warnings]
@@ -77,11 +81,12 @@ def size_table(report: Report) -> list[str]:
             f"| perplexity, {dense['tokens']:,} tokens in windows of {dense['seq_len']} "
             f"| {dense['perplexity']:.2f} | {pruned['perplexity']:.2f} | {ratio:.3f} |"
         )
-    divergence = report.evaluation.get("certified_divergence")
-    if divergence is not None:
+    certified = report.evaluation.get("certified")
+    if certified:
         lines.append(
-            f"| KL divergence from the dense model, nats per token, {divergence['tokens']:,} "
-            f"tokens that no decision has seen | 0 | {figure(divergence['nats_per_token'])} | |"
+            f"| divergence from the dense model, {certified['rows']:,} outputs no decision has "
+            f"seen: KL in nats, or without logits half the squared relative distance | 0 "
+            f"| {figure(certified['divergence'])} | |"
         )
     return lines
 

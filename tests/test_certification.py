@@ -1,0 +1,102 @@
+"""What is certified is what a brute-force run over fresh text shows."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny import batches, tiny, tiny_inputs
+
+from liar_ext import InputError, kl_divergence, prune, sites
+from liar_ext.models.sites import get_consumer_bias, get_consumer_weight
+
+
+def fresh(model) -> list[dict]:
+    return [tiny_inputs(model, batch=4, tokens=12, seed=seed) for seed in (91, 92)]
+
+
+@torch.no_grad()
+def consumer_inputs(model, site, data) -> torch.Tensor:
+    rows = []
+    handle = model.get_submodule(site.consumer).register_forward_hook(
+        lambda module, args, output: rows.append(args[0].flatten(0, -2).double())
+    )
+    for batch in data:
+        model(**batch)
+    handle.remove()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("mode", ["none", "bias", "linear", "affine"])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_errors_of_sites_are_those_of_a_run(family, mode):
+    dense = tiny(family)
+    model, data = copy.deepcopy(dense), fresh(dense)
+    report = prune(model, batches(dense), 0.7, reconstruct=mode, certify_on=data)
+    after = {site.name: site for site in sites(model)}
+    for row in report.sites:
+        site = next(site for site in sites(dense) if site.name == row.name)
+        x = consumer_inputs(dense, site, data)
+        kept = site.features(report.plan.sites[row.name].kept)
+        wanted = x @ get_consumer_weight(dense, site).double().T
+        given = x[:, kept] @ get_consumer_weight(model, after[row.name]).double().T
+        biases = [get_consumer_bias(m, s) for m, s in ((dense, site), (model, after[row.name]))]
+        shift = sum(
+            sign * bias.double()
+            for sign, bias in zip((1, -1), biases, strict=True)
+            if bias is not None
+        )
+        error = (wanted - given + shift).square().sum() / wanted.square().sum()
+        assert row.certified_error == pytest.approx(float(error), rel=1e-4, abs=1e-9), row.name
+
+
+@pytest.mark.parametrize(
+    "choices", [{}, {"schedule": "layerwise"}, {"keep_hidden": 0.8}, {"uniform_layers": True}]
+)
+def test_the_divergence_is_that_of_the_model_that_comes_out(choices):
+    dense = tiny("llama")
+    model, data = copy.deepcopy(dense), fresh(dense)
+    report = prune(model, batches(dense), keep=0.7, certify_on=data, **choices)
+    certified = report.evaluation["certified"]
+    assert certified["rows"] == 2 * 4 * 12
+    assert certified["divergence"] == pytest.approx(kl_divergence(model, dense, data), rel=1e-4)
+    layerwise = choices.get("schedule") == "layerwise"
+    assert all((row.certified_error is None) == layerwise for row in report.sites)
+
+
+def test_certifying_changes_no_decision_and_no_weight():
+    with_fresh, without = tiny("llama"), tiny("llama")
+    first = prune(with_fresh, batches(without), 0.7, certify_on=fresh(without))
+    second = prune(without, batches(without), 0.7)
+    assert first.plan == second.plan
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(tensor, with_fresh.state_dict()[name])
+
+
+def test_sums_in_groups_give_the_same_errors():
+    errors = []
+    for memory in (None, 20_000):
+        model = tiny("llama")
+        report = prune(model, batches(model), 0.7, certify_on=fresh(model), memory=memory)
+        errors.append([row.certified_error for row in report.sites])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-12)
+
+
+def test_the_report_tells_certified_from_cross_validated(tmp_path):
+    model = tiny("llama")
+    report = prune(model, batches(model), 0.7, certify_on=fresh(model))
+    assert "certified divergence" in report.summary() and "(certified)" in report.summary()
+    page = report.to_markdown()
+    assert "| cross-validated | certified |" in page and "*Certified*" in page
+    report.save(tmp_path)
+    assert json.loads((tmp_path / "liar_report.json").read_text())["evaluation"]["certified"]
+    plain = prune(tiny("llama"), batches(model), 0.7)
+    assert "ertified" not in plain.to_markdown() + plain.summary()
+
+
+def test_no_text_certifies_nothing():
+    model = tiny("llama")
+    with pytest.raises(InputError, match="certify: needs at least one batch"):
+        prune(model, batches(model), 0.7, certify_on=[])
