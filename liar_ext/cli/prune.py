@@ -39,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
         given.calibration,
         recipe,
         evaluate_on=given.evaluation,
+        certify_on=given.certification,
         progress=not options.quiet,
     )
     report.settings |= given.facts
@@ -67,6 +68,7 @@ class Given:
     tokenizer: Any
     calibration: Sequence[Mapping[str, Tensor]]
     evaluation: Sequence[Mapping[str, Tensor]] | None
+    certification: Sequence[Mapping[str, Tensor]] | None
     facts: dict[str, object]
     warnings: list[str]
 
@@ -94,6 +96,7 @@ def load(recipe: Recipe) -> Given:
         seq_len=recipe.seq_len,
         seed=recipe.seed,
         packed=is_causal(model),
+        certify=recipe.certify,
     )
     evaluation = None
     if held_out is not None:
@@ -110,7 +113,9 @@ def load(recipe: Recipe) -> Given:
             f"The calibration text gave {len(calibration)} of {recipe.samples} sequences."
         )
     batches = calibration.batches(recipe.batch_size)
-    return Given(model, tokenizer, batches, evaluation, facts, warnings)
+    fresh = calibration.certification
+    certification = None if fresh is None else fresh.batches(recipe.batch_size)
+    return Given(model, tokenizer, batches, evaluation, certification, facts, warnings)
 
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:

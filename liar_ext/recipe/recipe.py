@@ -37,7 +37,8 @@ class Recipe:
 
     Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
     The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
-    ``samples``, ``batch_size``, ``eval``, ``eval_samples``) are for the command;
+    ``samples``, ``batch_size``, ``eval``, ``eval_samples``,
+    ``certify``) are for the command;
     :func:`liar_ext.prune` is given the model and the batches.
 
     Parameters
@@ -95,6 +96,9 @@ class Recipe:
         Held-out text for perplexity before and after.
     eval_samples : int, optional
         Windows of it, evenly spread; all by default.
+
+    certify : int
+        Sequences to draw of documents that no decision sees, to report the errors on them.
 
     Raises
     ------
@@ -214,6 +218,13 @@ class Recipe:
     eval_samples: int | None = choice(
         None, "evaluation", check.whole(1, optional=True), "evaluate on N windows, evenly spread"
     )
+    certify: int = choice(
+        0,
+        "evaluation",
+        check.whole(0),
+        "draw N more calibration sequences, of documents that no decision sees, and report the "
+        "errors on them; 16 are a good number",
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -226,6 +237,8 @@ class Recipe:
             )
         if self.calibration and self.seq_len < 2:
             raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
+        if self.certify == 1:
+            raise InputError("recipe: certify must be 0, or at least 2 sequences, got 1")
         get_criterion(self.criterion)
         check_refine(self.refine, self.allocation)
         if self.schedule == "layerwise":

@@ -43,6 +43,7 @@ GIVEN = {
     "target": ("dense-input", "dense-input"),
     "eval": ("held_out.txt", "held_out.txt"),
     "eval_samples": ("5", 5),
+    "certify": ("4", 4),
 }
 NEED_OTHERS = {"model", "refit"}  # see below
 JOB = ("prune", "model", "--calibration", "text.txt")
@@ -164,6 +165,22 @@ def test_a_run_is_repeated_by_its_recipe(llama_folder, corpus, tmp_path, capsys)
     report = json.loads((first / "liar_report.json").read_text())
     assert report["recipe"]["model"] == str(llama_folder)
     assert "prunable parameters" in said and report["loading"] in said
+
+
+def test_certified_errors_are_of_sequences_that_no_decision_sees(
+    llama_folder, corpus, tmp_path, capsys
+):
+    plain, certified = tmp_path / "plain", tmp_path / "certified"
+    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
+    job += ["--samples", "8", "--keep", "0.7"]
+    assert cli.main([*job, "--out", str(certified), "--certify", "4"]) == 0
+    assert "certified divergence" in capsys.readouterr().out
+    report = json.loads((certified / "liar_report.json").read_text())
+    assert report["evaluation"]["certified"]["rows"] == 4 * 16
+    assert all(site["certified_error"] >= 0 for site in report["sites"])
+    assert report["recipe"]["certify"] == 4 and report["settings"]["calibration_sequences"] == 8
+    assert cli.main([*job, "--out", str(plain)]) == 0
+    assert "ertified" not in (plain / "liar_report.md").read_text()
 
 
 def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):

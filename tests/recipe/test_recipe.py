@@ -59,6 +59,7 @@ def recipes(draw) -> Recipe:
         refit=layerwise and draw(st.booleans()),
         eval=draw(st.none() | NAMES),
         eval_samples=draw(st.none() | positive),
+        certify=draw(st.just(0) | st.integers(2, BIG)),
     )
 
 
@@ -131,6 +132,7 @@ WRONG = {
     "refit": ["no", 0, True],
     "eval": ["", " ", 1, "\0"],
     "eval_samples": [0, -1, 1.5, "3"],
+    "certify": [-1, 1, 0.5, None, True],
 }
 
 

@@ -52,6 +52,7 @@ VALUES = {
     "--device": ["cuda:99", "gpu", "", "cpu:x", "meta:", "\udcff"],
     "--eval": ["", " ", "{absent}.txt", "{text}", "{latin}", "{empty}", "{short}", "a\0b"],
     "--eval-samples": ["0", "-1", "x", "1.5"],
+    "--certify": ["-1", "1", "x", "", "9" * 30],
     "--calibration": [
         *("", "{absent}.txt", "{latin}", "{empty}", "{short}", "{nothing}", "\udcff"),
         *("{no_field}", "{no_json}", "{deep}", "a\0b", "{binary}"),
