@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -155,9 +156,9 @@ class Job:
         """Whether the hidden size is pruned."""
         return self.recipe.keep_hidden != 1.0
 
-    @property
+    @cached_property
     def room(self) -> int:
-        """Bytes that sums may take at a time."""
+        """Bytes that sums may take at a time; what is free changes while a job runs."""
         return room_for_sums(self.model, self.recipe.memory)
 
     def sites(self, model: nn.Module) -> list[Site]:
