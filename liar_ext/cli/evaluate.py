@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from liar_ext.cli.loading import is_causal, load_with_tokenizer
+from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.errors import InputError
+from liar_ext.models.running import predicts_next_token
 
 
 def run(options: argparse.Namespace) -> None:
@@ -16,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
 
     documents = texts.read_documents(options.text)
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
-    if not is_causal(model):
+    if not predicts_next_token(model):
         raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
     texts.check_seq_len(model, options.seq_len)
     sequences = texts.evaluation_sequences(

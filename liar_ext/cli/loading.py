@@ -26,8 +26,3 @@ def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, 
             "call liar_ext.prune with batches of your own"
         )
     return model, tokenizer
-
-
-def is_causal(model: nn.Module) -> bool:
-    """Tell whether a model predicts the next token."""
-    return model.can_generate()

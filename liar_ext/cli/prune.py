@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.cli.loading import is_causal, load_with_tokenizer
+from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.errors import InputError
+from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 
 
@@ -89,13 +90,18 @@ def load(recipe: Recipe) -> Given:
         texts.check_apart([text for documents in sources for text in documents], held_out)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
+    if recipe.eval and not predicts_next_token(model):
+        raise InputError(
+            f"prune: --eval needs a causal language model, got {type(model).__name__}; leave it "
+            "out, and judge the model by its own task"
+        )
     calibration = texts.calibration_sequences(
         sources,
         tokenizer,
         samples=recipe.samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
-        packed=is_causal(model),
+        packed=predicts_next_token(model),
         certify=recipe.certify,
     )
     evaluation = None

@@ -87,14 +87,33 @@ def test_a_device_that_is_not_there_is_refused(device, llama_folder, corpus, tmp
         assert "\n" not in said
 
 
-def test_a_device_with_too_little_memory_says_what_to_do(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_too_little_memory_says_what_to_do(error, monkeypatch, capsys):
     def prune(options):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        raise error
 
     monkeypatch.setitem(COMMANDS, "prune", prune)
     assert run("prune", "model", "--calibration", "text", "--keep", 0.7, "--out", "out") == 2
     said = capsys.readouterr().err
-    assert said.startswith("liar: error: CUDA out of memory; give smaller --batch-size or --memory")
+    assert said.startswith("liar: error: ") and said.count("\n") == 1
+    assert "memory" in said and "give smaller --batch-size or --memory" in said
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch):
+    def prune(options):
+        raise RuntimeError("a shape is wrong")
+
+    monkeypatch.setitem(COMMANDS, "prune", prune)
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        run("prune", "model", "--calibration", "text", "--out", "out")
 
 
 def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path, capsys):

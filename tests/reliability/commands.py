@@ -98,6 +98,8 @@ OTHERS: list[Line] = [
     ("prune", "{model}", "--calibration", "{text}", "--out", "{nothing}", "--keep", "0.7"),
     ("prune", "{model}", "--calibration", "{text}", "--out", "{texts}", "--overwrite"),
     ("prune", "{model}", "--calibration", "{text}", "--dry-run", "--keep", "0"),
+    ("prune", "{bert}", "--calibration", "{text}", "--out", "{new}", "--eval", "{held_out}")
+    + ("--seq-len", "8"),
     ("prune", "{model}", "--calibration", "{text}", "--dry-run", "--keep", "0.001"),
     ("info", "extra"),
     ("info", "--bogus"),
@@ -153,6 +155,7 @@ def make_inputs(work: Path) -> dict[str, str]:
     texts.mkdir()
     contents: dict[str, str | bytes] = {
         "text": "a b b a " * 2000,
+        "held_out": "b a b b " * 2000,
         "short": "a b",
         "empty": " \n",
         "latin": b"caf\xe9 " * 500,
