@@ -1,0 +1,146 @@
+"""What a person reads of a report, and what a program does."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from liar_ext import Recipe, Report
+from liar_ext.report.clock import Clock
+from liar_ext.report.markdown import figure, site_table
+from liar_ext.report.report import what_to_know
+from liar_ext.report.rows import SiteRow
+
+ROW = SiteRow(
+    name="3.mlp",
+    units_before=1536,
+    units_after=1229,
+    params_before=2654208,
+    params_after=2123712,
+    damp=0.001,
+    error=0.0123456789,
+    holdout_error=0.0234567891,
+    condition=123456.789,
+    dropped_rows=0,
+    path="linear, cholesky float64",
+    seconds=1.23456,
+)
+PERPLEXITY = {"perplexity": 26.9712345, "tokens": 4088, "sequences": 8, "seq_len": 512}
+
+
+def report(**changes) -> Report:
+    facts = {
+        "model": "a/model",
+        "sites": [ROW],
+        "params": {
+            "before": 134515008,
+            "after": 113281344,
+            "prunable_before": 106168320,
+            "prunable_after": 84934656,
+        },
+        "evaluation": {"dense": PERPLEXITY, "pruned": {**PERPLEXITY, "perplexity": 34.7387}},
+        "seconds": {"calibrate": 12.3456789},
+        "settings": {"criterion": "wifv", "calibration_tokens": 65536, "predicted": 0.331234},
+        "warnings": ["Few tokens."],
+        "loading": "It loads.",
+        "recipe": Recipe(keep=0.123456789),
+    }
+    return Report(**{**facts, **changes})
+
+
+def test_the_summary_is_a_few_plain_lines():
+    lines = report().summary().splitlines()
+    assert len(lines) == 6 and all("|" not in line and len(line) < 110 for line in lines)
+    assert "134,515,008" in lines[0] and "(84.2%)" in lines[0]
+    assert "(80.0%)" in lines[1]
+    assert "26.97" in lines[2] and "34.74" in lines[2] and "4,088 tokens" in lines[2]
+    assert "2.35% at most, at 3.mlp" in lines[3] and "cross-validated" in lines[3]
+    assert lines[4:] == ["It loads.", "Warning: Few tokens."]
+
+
+def test_the_summary_names_the_worst_site_that_was_pruned():
+    untouched = replace(ROW, name="0.mlp", units_after=1536, holdout_error=0.9)
+    worse = replace(ROW, name="7.mlp", holdout_error=0.5, certified_error=0.6)
+    said = report(sites=[untouched, ROW, worse]).summary()
+    assert "50.00% at most, at 7.mlp" in said and "60.00% at most, at 7.mlp (certified)" in said
+
+
+def test_a_report_of_nothing_is_short():
+    assert Report("x").summary() == ""
+    assert Report("x").to_markdown().startswith("# Pruning report: x\n")
+
+
+def test_numbers_are_rounded_as_a_person_reads_them():
+    page = report().to_markdown()
+    (row,) = [line for line in page.splitlines() if line.startswith("| 3.mlp")]
+    assert row == (
+        "| 3.mlp | 1536 → 1229 | 2,654,208 → 2,123,712 | 1e-03 | 0.0123 | 0.0235 | 1e+05 | 0 "
+        "| linear, cholesky float64 | dense-input | 1.2 |"
+    )
+    assert "| predicted | 0.331 |" in page and "| calibrate | 12.3 |" in page
+    assert [figure(x) for x in (0.000012345, 120.0, 3, "a", None)] == [
+        "1.23e-05",
+        "120",
+        "3",
+        "a",
+        "",
+    ]
+
+
+def test_every_line_of_a_table_has_as_many_cells():
+    for rows in ([ROW], [replace(ROW, certified_error=0.1), ROW]):
+        cells = {line.count("|") for line in site_table(rows)[2:]}
+        assert len(cells) == 1
+
+
+def test_the_recipe_stands_in_the_report_as_it_is_saved(tmp_path):
+    whole = report()
+    whole.save(tmp_path)
+    page = (tmp_path / "liar_report.md").read_text()
+    assert page.split("```yaml\n")[1].split("```")[0] == whole.recipe.to_yaml()
+    assert "| criterion | wifv |" not in page  # once is enough
+    assert Recipe.load(tmp_path / "liar" / "recipe.yaml") == whole.recipe
+    facts = json.loads((tmp_path / "liar_report.json").read_text())
+    assert facts["recipe"]["keep"] == 0.123456789
+    assert facts["sites"][0]["error"] == 0.0123457 and facts["seconds"]["calibrate"] == 12.3457
+
+
+def test_json_is_strict():
+    rows = [replace(ROW, damp=math.inf, condition=math.nan)]
+    facts = json.loads(report(sites=rows).to_json(), parse_constant=pytest.fail)
+    assert (facts["sites"][0]["damp"], facts["sites"][0]["condition"]) == ("inf", "nan")
+
+
+def test_a_report_without_a_recipe_shows_its_settings(tmp_path):
+    plain = report(recipe=None)
+    plain.save(tmp_path)
+    assert not (tmp_path / "liar").exists()
+    assert "| criterion | wifv |" in (tmp_path / "liar_report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "mode", "tokens", "said"),
+    [
+        (replace(ROW, dropped_rows=3), "linear", 9999, "Up to 3 token rows"),
+        (replace(ROW, damp=math.inf), "linear", 9999, "least with plain dropping at 3.mlp"),
+        (replace(ROW, target="stream"), "linear", 9999, "fresh text can show several times"),
+        (ROW, "linear", 99, "99 calibration tokens are few"),
+        (replace(ROW, error=math.nan), "linear", 9999, "are not finite"),
+    ],
+)
+def test_warnings_are_given_where_they_are_due(row, mode, tokens, said):
+    (warning,) = what_to_know([row], mode, tokens, 1536)
+    assert said in warning
+    assert what_to_know([ROW], mode, 9999, 1536) == []
+
+
+def test_the_clock_adds_stages_of_one_name():
+    clock = Clock()
+    for _ in range(2):
+        with clock("a"):
+            pass
+    assert list(clock.each("b", [1, 2])) == [1, 2]
+    assert clock.seconds.keys() == {"a", "b"} and all(s >= 0 for s in clock.seconds.values())
