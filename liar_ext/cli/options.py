@@ -127,9 +127,12 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
     )
 
 
+# Times of docs/performance.md, section "Presets".
 PRESET_HELP = (
-    "fast: one ratio for all layers; balanced: ratios by measured sensitivity; best: that, and "
-    "layers solved one after the other"
+    "fast: the same ratio in all layers; balanced: ratios by the measured sensitivity of each; "
+    "best: that, and layers solved one after the other. On one CPU thread fast takes 1.8 forward "
+    "passes over a calibration text of 8,192 tokens, balanced 14, most of which don't grow with "
+    "the text, best some 3 more"
 )
 
 
