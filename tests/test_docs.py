@@ -313,3 +313,11 @@ def resolves(target: str) -> bool:
             value = getattr(value, part, None)
         return True
     return False
+
+
+def test_every_option_of_prune_has_its_line():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    actions = subcommands()["prune"]._actions
+    options = {name for action in actions for name in action.option_strings}
+    options = {name for name in options if name.startswith("--") and not name.startswith("--no-")}
+    assert [name for name in sorted(options - {"--help"}) if f"`{name}`" not in page] == []
