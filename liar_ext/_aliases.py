@@ -13,4 +13,5 @@ MOVED = {
 }
 
 for _old, _new in MOVED.items():
-    sys.modules[f"liar_ext.{_old}"] = importlib.import_module(f"liar_ext.{_new}")
+    _module = sys.modules[f"liar_ext.{_old}"] = importlib.import_module(f"liar_ext.{_new}")
+    setattr(sys.modules["liar_ext"], _old, _module)  # for import liar_ext.old; liar_ext.old.name

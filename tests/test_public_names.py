@@ -39,3 +39,4 @@ def test_modules_that_users_name_keep_working():
     }.items():
         module = importlib.import_module(f"liar_ext.{name}")
         assert all(hasattr(module, member) for member in members), name
+        assert getattr(liar_ext, name) is module
