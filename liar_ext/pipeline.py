@@ -212,10 +212,12 @@ class Job:
         recipe, curve = self.recipe, self.recipe.allocation == "curve"
         probe = probe_batches(passes.batches) if curve else []
         for group in self.clock.each("calibrate", passes):
-            here = passes.model, passes.bank, group
+            # No name for the bank: its memory is for the next group.
             with self.clock("score"):
                 scores |= score(
-                    *here,
+                    passes.model,
+                    passes.bank,
+                    group,
                     recipe.criterion,
                     seed=recipe.seed,
                     batches=passes.batches,
@@ -224,7 +226,15 @@ class Job:
                 )
             if curve:
                 with self.clock("allocate"):
-                    measured = measure_losses(*here, scores, recipe.budget, probe, **self._mode)
+                    measured = measure_losses(
+                        passes.model,
+                        passes.bank,
+                        group,
+                        scores,
+                        recipe.budget,
+                        probe,
+                        **self._mode,
+                    )
                     losses |= measured[0]
                     self.sensitivities |= measured[1]
         return scores, losses
