@@ -16,16 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.names import PROBE_FILE
+from liar_ext.checkpoint.names import FINGERPRINT_FILE, OLD_FINGERPRINT_FILE
 from liar_ext.errors import InputError, one_line
 
-PROBE_TOKENS = 16
+TOKENS = 16
 NAMES = ("input_ids", "pixel_values")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
-class Probe:
+class Fingerprint:
     """What a model computed when it was saved.
 
     Parameters
@@ -55,8 +55,8 @@ class Probe:
         return math.sqrt(torch.finfo(self.dtype).eps) * float(self.output.abs().max())
 
 
-def write_probe(model: nn.Module, folder: Path) -> None:
-    """Run a model on a fixed random input, and write both to ``liar_probe.safetensors``.
+def write_fingerprint(model: nn.Module, folder: Path) -> None:
+    """Run a model on a fixed random input, and write both to ``liar/fingerprint.safetensors``.
 
     Raises
     ------
@@ -78,24 +78,29 @@ def write_probe(model: nn.Module, folder: Path) -> None:
         "attention": attention if str(attention).isidentifier() else "eager",
         "params": str(count_params(model)),
     }
-    save_file(tensors, folder / PROBE_FILE, metadata=facts)
+    path = folder / FINGERPRINT_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata=facts)
 
 
-def read_probe(folder: Path) -> Probe:
-    """Read what :func:`write_probe` wrote.
+def read_fingerprint(folder: Path) -> Fingerprint:
+    """Read what :func:`write_fingerprint` wrote.
 
     Raises
     ------
     InputError
-        If the folder has no probe, or none that :func:`write_probe` could have written.
+        If the folder has no fingerprint, or none that :func:`write_fingerprint` could have written.
     """
-    path = folder / PROBE_FILE
-    if not path.is_file():
-        raise InputError(f"verify: {folder} has no {PROBE_FILE}; save the model with save_pruned")
+    names = (FINGERPRINT_FILE, OLD_FINGERPRINT_FILE)
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(
+            f"verify: {folder} has no {FINGERPRINT_FILE}; save the model with save_pruned"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
-            probe = Probe(
+            fingerprint = Fingerprint(
                 name=facts["name"],
                 input=file.get_tensor("input"),
                 output=file.get_tensor("output"),
@@ -103,32 +108,42 @@ def read_probe(folder: Path) -> Probe:
                 attention=facts["attention"],
                 params=int(facts["params"]),
             )
-        _check_probe(probe, facts["dtype"])
+        _check_fingerprint(fingerprint, facts["dtype"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"verify: {path} is damaged: {type(error).__name__}: {one_line(error)}; copy the "
             "folder again"
         ) from error
-    return probe
+    return fingerprint
 
 
-def _check_probe(probe: Probe, dtype: str) -> None:
-    """Raise ValueError unless a probe is what :func:`write_probe` writes."""
-    if probe.name not in NAMES or dtype not in DTYPES or not probe.attention.isidentifier():
-        raise ValueError(f"unknown name, dtype or attention {probe.name, dtype, probe.attention}")
-    if probe.name == "input_ids" and (
-        probe.input.dtype != torch.int64
-        or probe.input.ndim != 2
-        or not 0 < probe.input.numel() <= PROBE_TOKENS
+def _check_fingerprint(fingerprint: Fingerprint, dtype: str) -> None:
+    """Raise ValueError unless a fingerprint is what :func:`write_fingerprint` writes."""
+    if (
+        fingerprint.name not in NAMES
+        or dtype not in DTYPES
+        or not fingerprint.attention.isidentifier()
     ):
-        raise ValueError(f"the input is {tuple(probe.input.shape)} of {probe.input.dtype}")
-    if not probe.output.is_floating_point() or not probe.output.numel():
-        raise ValueError(f"the output is {tuple(probe.output.shape)} of {probe.output.dtype}")
-    if not probe.output.isfinite().all():
+        raise ValueError(
+            f"unknown name, dtype or attention {fingerprint.name, dtype, fingerprint.attention}"
+        )
+    if fingerprint.name == "input_ids" and (
+        fingerprint.input.dtype != torch.int64
+        or fingerprint.input.ndim != 2
+        or not 0 < fingerprint.input.numel() <= TOKENS
+    ):
+        raise ValueError(
+            f"the input is {tuple(fingerprint.input.shape)} of {fingerprint.input.dtype}"
+        )
+    if not fingerprint.output.is_floating_point() or not fingerprint.output.numel():
+        raise ValueError(
+            f"the output is {tuple(fingerprint.output.shape)} of {fingerprint.output.dtype}"
+        )
+    if not fingerprint.output.isfinite().all():
         raise ValueError("the output holds NaN or infinity, which agrees with nothing")
 
 
-def compare_probe(model: nn.Module, probe: Probe) -> dict[str, Any]:
+def compare_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> dict[str, Any]:
     """Return how far a loaded model is from the one that was saved.
 
     Returns
@@ -137,15 +152,15 @@ def compare_probe(model: nn.Module, probe: Probe) -> dict[str, Any]:
         ``max_abs_difference`` of the outputs, ``params``, and ``agrees``: within the tolerance,
         with as many parameters.
     """
-    if probe.name == "input_ids":
+    if fingerprint.name == "input_ids":
         rows = model.get_input_embeddings().weight.shape[0]
-        if not 0 <= int(probe.input.min()) <= int(probe.input.max()) < rows:
+        if not 0 <= int(fingerprint.input.min()) <= int(fingerprint.input.max()) < rows:
             raise InputError(
                 f"verify: the fingerprint has tokens beyond the {rows} that the model knows; copy "
                 "the folder again"
             )
     try:
-        output = _run(model, probe.name, probe.input)
+        output = _run(model, fingerprint.name, fingerprint.input)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -153,14 +168,14 @@ def compare_probe(model: nn.Module, probe: Probe) -> dict[str, Any]:
             f"verify: the model can't run on the fingerprint's input: {one_line(error)}; copy the "
             "folder again"
         ) from error
-    same_shape = output.shape == probe.output.shape
-    difference = float((output - probe.output).abs().max()) if same_shape else math.inf
+    same_shape = output.shape == fingerprint.output.shape
+    difference = float((output - fingerprint.output).abs().max()) if same_shape else math.inf
     difference = math.inf if math.isnan(difference) else difference
     params = count_params(model)
     return {
         "max_abs_difference": difference,
         "params": params,
-        "agrees": difference <= probe.tolerance and params == probe.params,
+        "agrees": difference <= fingerprint.tolerance and params == fingerprint.params,
     }
 
 
@@ -178,7 +193,7 @@ def _draw_input(model: nn.Module) -> tuple[str, Tensor]:
         shape = (1, model.config.num_channels, height, width)
         return "pixel_values", torch.randn(shape, generator=generator)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    tokens = min(TOKENS, getattr(model.config, "max_position_embeddings", TOKENS))
     return "input_ids", torch.randint(vocabulary, (1, tokens), generator=generator)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 PLAN_FILE = "liar_plan.json"
-PROBE_FILE = "liar_probe.safetensors"
+# Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights.
+FINGERPRINT_FILE = "liar/fingerprint.safetensors"
+OLD_FINGERPRINT_FILE = "liar_probe.safetensors"  # of version 0.1.0
 MANIFEST_FILE = "liar_manifest.json"
 # In a folder that is being written, or removed: nobody else's folder has it.
 MARKER_FILE = ".liar_saving"

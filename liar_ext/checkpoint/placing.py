@@ -162,9 +162,8 @@ def _make_locked(folder: Path) -> tuple[Path, int]:
         # Another run that starts now may take the empty folder for a leftover.
         with suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(
-                OSError
-            ):  # a file system without locks: no run removes what it can't lock
+            # A file system may have no locks; no run removes what it can't lock.
+            with suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if _is_open_as(lock, path):
                 (path / MARKER_FILE).write_text(MARK, encoding="utf-8")

@@ -7,7 +7,8 @@ on what the stock class of the model can build::
     unequal layers    config.json says the dense sizes, and   load_pruned takes it, and so does a
                       per_layer_config the real ones;         stock loader that may run the code of
                       liar_loader.py                          the folder; else it stops at the sizes
-    always            liar_plan.json, liar_probe.safetensors  for load_pruned and verify_pruned
+    always            liar_plan.json                          for load_pruned
+                      liar/fingerprint.safetensors            for verify_pruned
                       liar_manifest.json                      what may be overwritten one day
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from liar_ext.checkpoint.fingerprint import write_probe
+from liar_ext.checkpoint.fingerprint import write_fingerprint
 from liar_ext.checkpoint.manifest import write_manifest
 from liar_ext.checkpoint.names import (
     LOADER_CLASS,
@@ -60,7 +61,7 @@ def save_pruned(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a pruned model to a folder: weights, config, tokenizer, plan, report and probe.
+    """Write a pruned model to a folder: weights, config, tokenizer, plan, report and fingerprint.
 
     All is written beside the folder and takes its place at the end, at once, so that neither a
     failure nor a kill leaves half a folder or loses one. The model itself stays as it is. A model
@@ -102,7 +103,7 @@ def save_pruned(
                 (path / LOADER_FILE).write_text(LOADER_CODE, encoding="utf-8")
             _save_tokenizer(tokenizer, path)
             plan.save(path / PLAN_FILE)
-            write_probe(model, path)
+            write_fingerprint(model, path)
             _write_report(report, path, start)
             _open_to_readers(path)
             write_manifest(path)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.fingerprint import compare_probe, read_probe
+from liar_ext.checkpoint.fingerprint import compare_fingerprint, read_fingerprint
 from liar_ext.checkpoint.loading import load_pruned, placement
 from liar_ext.checkpoint.reading import (
     quiet,
@@ -21,7 +21,7 @@ from liar_ext.checkpoint.trust import check_code
 def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
     """Reload a folder by every loader that it claims, and compare with the model that was saved.
 
-    The output on the fixed input of the folder's probe agrees if
+    The output on the fixed input of the folder's fingerprint agrees if
     ``max |y − ŷ| ≤ √ε · max |y|``, ε of the model's dtype: half of its digits.
 
     Parameters
@@ -55,7 +55,7 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     folder = Path(folder)
     config = read_marked_config(folder)
     autos = check_code(folder, config)
-    probe = read_probe(folder)
+    fingerprint = read_fingerprint(folder)
     # First of all: it looks the folder over.
     loaders = {"liar_ext.load_pruned": load_pruned}
     if config["liar"]["layers"] == "equal":
@@ -70,15 +70,19 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     results = {}
     for name, loader in loaders.items():
         with quiet(), reading(folder, "verify"):
-            model = loader(folder, dtype=probe.dtype, attn_implementation=probe.attention, **spread)
-        results[name] = compare_probe((model if spread else model.to(device)).eval(), probe)
+            model = loader(
+                folder, dtype=fingerprint.dtype, attn_implementation=fingerprint.attention, **spread
+            )
+        results[name] = compare_fingerprint(
+            (model if spread else model.to(device)).eval(), fingerprint
+        )
         del model
     return {
         "folder": str(folder),
         "agrees": all(result["agrees"] for result in results.values()),
         "layers": config["liar"]["layers"],
-        "dtype": str(probe.dtype).removeprefix("torch."),
-        "params": probe.params,
-        "tolerance": probe.tolerance,
+        "dtype": str(fingerprint.dtype).removeprefix("torch."),
+        "params": fingerprint.params,
+        "tolerance": fingerprint.tolerance,
         "loaders": results,
     }

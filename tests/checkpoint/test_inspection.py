@@ -142,7 +142,7 @@ def test_json_that_is_none(file: str, text: str, folder: Path) -> None:
         refused(load, folder, file)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "liar_probe.safetensors"])
+@pytest.mark.parametrize("file", ["model.safetensors", "liar/fingerprint.safetensors"])
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_truncated_tensors(file: str, size: int, folder: Path) -> None:
     path = folder / file
@@ -183,7 +183,7 @@ def test_a_fingerprint_that_agrees_with_everything(value, plan_of, tmp_path: Pat
     """An infinite output makes the tolerance infinite: it is neither written nor believed."""
     model, plan = pruned("llama", plan_of)
     save_pruned(model, tmp_path / "good", plan)
-    probe = tmp_path / "good" / "liar_probe.safetensors"
+    probe = tmp_path / "good" / "liar/fingerprint.safetensors"
     output = load_file(probe)["output"]
     output[0, 0, 0] = value
     change_tensors(probe, output=output)
@@ -208,17 +208,17 @@ def test_a_fingerprint_that_agrees_with_everything(value, plan_of, tmp_path: Pat
     ids=lambda changed: str({k: v if v is None else v.shape for k, v in changed.items()}),
 )
 def test_a_damaged_fingerprint(changed, folder: Path) -> None:
-    change_tensors(folder / "liar_probe.safetensors", **changed)
+    change_tensors(folder / "liar/fingerprint.safetensors", **changed)
     refused(verify_pruned, folder, "verify: ")
 
 
 @pytest.mark.parametrize("facts", [{"dtype": "nn"}, {"attention": "a/b"}, {"params": "x"}, None])
 def test_damaged_facts_of_a_fingerprint(facts, folder: Path) -> None:
-    path = folder / "liar_probe.safetensors"
+    path = folder / "liar/fingerprint.safetensors"
     with safe_open(path, "pt") as file:
         old = file.metadata()
     save_file(load_file(path), path, None if facts is None else old | facts)
-    refused(verify_pruned, folder, "liar_probe.safetensors is damaged")
+    refused(verify_pruned, folder, "liar/fingerprint.safetensors is damaged")
 
 
 def test_a_tokenizer_of_a_larger_vocabulary(dense: Path) -> None:

@@ -121,7 +121,7 @@ def test_only_a_pruned_model_is_overwritten(tmp_path: Path) -> None:
     check_folder(tmp_path / "new")
 
 
-@pytest.mark.parametrize("broken", ["save_pretrained", "write_probe", "rename"])
+@pytest.mark.parametrize("broken", ["save_pretrained", "write_fingerprint", "rename"])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk_loses_nothing(old: bool, broken: str, tmp_path: Path, monkeypatch) -> None:
     model, plan = pruned("llama")
@@ -139,8 +139,8 @@ def test_a_full_disk_loses_nothing(old: bool, broken: str, tmp_path: Path, monke
 
     if broken == "save_pretrained":
         monkeypatch.setattr(model, "save_pretrained", write_half)
-    elif broken == "write_probe":
-        monkeypatch.setattr(saving, "write_probe", full)
+    elif broken == "write_fingerprint":
+        monkeypatch.setattr(saving, "write_fingerprint", full)
     else:
         rename = Path.rename
 
@@ -161,7 +161,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch) -> None
         raise KeyboardInterrupt
 
     model, plan = pruned("llama")
-    monkeypatch.setattr(saving, "write_probe", interrupt)
+    monkeypatch.setattr(saving, "write_fingerprint", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_pruned(model, tmp_path / "pruned", plan)
     assert os.listdir(tmp_path) == []
@@ -208,3 +208,14 @@ def test_a_folder_for_a_stock_loader_says_so(tmp_path: Path):
     save_pruned(model, tmp_path / "pruned", plan)
     assert "auto_map" not in read(tmp_path / "pruned")
     assert not (tmp_path / "pruned" / "liar_loader.py").exists()
+
+
+@pytest.mark.parametrize("plan_of", [make_plan, equal_plan])
+def test_weights_are_the_only_safetensors_at_the_top(plan_of, tmp_path):
+    """vLLM, and whatever else globs ``*.safetensors``, takes every one there for weights."""
+    model, plan = pruned("llama", plan_of)
+    save_pruned(model, tmp_path / "saved", plan)
+    assert [path.name for path in (tmp_path / "saved").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
+    assert (tmp_path / "saved" / "liar" / "fingerprint.safetensors").is_file()

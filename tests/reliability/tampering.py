@@ -116,7 +116,7 @@ def make_pipe(folder: Path, random: random.Random, pwned: Path) -> str:
 
 def lie_in_header(folder: Path, random: random.Random, pwned: Path) -> str:
     """Weights whose header claims what they don't hold."""
-    path = folder / random.choice(["model.safetensors", "liar_probe.safetensors"])
+    path = folder / random.choice(["model.safetensors", "liar/fingerprint.safetensors"])
     header = {
         "a": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 2**64 - 1]},
         "b": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]},
@@ -134,7 +134,7 @@ def change_tensors(folder: Path, random: random.Random, pwned: Path) -> str:
     import torch
     from safetensors.torch import load_file, save_file
 
-    path = folder / random.choice(["model.safetensors", "liar_probe.safetensors"])
+    path = folder / random.choice(["model.safetensors", "liar/fingerprint.safetensors"])
     tensors = load_file(path)
     name = random.choice(sorted(tensors))
     how = random.choice(["lack", "rename", "grow", "add", "int", "scalar", "inf", "empty"])
@@ -156,11 +156,11 @@ def change_tensors(folder: Path, random: random.Random, pwned: Path) -> str:
     return f"{path.name}: {how} {name}"
 
 
-def change_probe(folder: Path, random: random.Random, pwned: Path) -> str:
+def change_fingerprint(folder: Path, random: random.Random, pwned: Path) -> str:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    path = folder / "liar_probe.safetensors"
+    path = folder / "liar/fingerprint.safetensors"
     with safe_open(path, "pt") as file:
         facts = dict(file.metadata())
     key = random.choice(sorted(facts))
@@ -244,7 +244,7 @@ def change_class(folder: Path, random: random.Random, pwned: Path) -> str:
 
 WAYS: list[Tamper] = [
     *(flip_bytes, cut_file, delete_file, put_nasty_value, put_nasty_value, claim_sizes),
-    *(deepen_json, link_elsewhere, make_pipe, lie_in_header, change_tensors, change_probe),
+    *(deepen_json, link_elsewhere, make_pipe, lie_in_header, change_tensors, change_fingerprint),
     *(replace_code, replace_code, pickle_weights, change_index, change_mark, change_class),
 ]
 
@@ -266,5 +266,6 @@ def tampered(
 
 def _file(folder: Path, random: random.Random, *patterns: str) -> Path:
     """Choose a file that a loader reads."""
-    found = sorted(folder.glob(random.choice(patterns or ("*",))))
+    matching = folder.rglob(random.choice(patterns or ("*",)))
+    found = sorted(path for path in matching if path.is_file())
     return random.choice([path for path in found if "report" not in path.name])
