@@ -17,8 +17,14 @@ COMMANDS = {
     "verify": verify.run,
     "info": info.run,
 }
-# What torch says where an allocation on the CPU fails; it has no exception of its own for that.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+# What torch says where an allocation on the CPU fails, for which it has no exception of its own,
+# and an operator where torch hands its MemoryError on as another (2.15).
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "out of memory",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -94,6 +94,7 @@ def test_a_device_that_is_not_there_is_refused(device, llama_folder, corpus, tmp
         MemoryError(),
         MemoryError("std::bad_alloc"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("liar_ext: out of memory for the workspace of an operator; free some"),
     ],
 )
 def test_too_little_memory_says_what_to_do(error, monkeypatch, capsys):

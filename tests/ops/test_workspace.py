@@ -36,12 +36,12 @@ def test_a_task_without_memory_is_an_error(threads):
         resource.setrlimit(resource.RLIMIT_AS, (most, -1))
         try:
             print(ops.reconstruct(weight, gram, kept, damps, errors_only=True))
-        except MemoryError as error:
-            print("MemoryError", error)
+        except (MemoryError, RuntimeError) as error:  # torch 2.15 hands on no other
+            print("refused:", error)
         resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
         print(ops.reconstruct(weight, gram, kept, damps, errors_only=True)[1].tolist())
     """)
-    assert said.startswith("MemoryError") and "free some" in said
+    assert said.startswith("refused: liar_ext: out of memory") and "free some" in said
     assert after == "[[2.0], [2.0]]"
 
 
