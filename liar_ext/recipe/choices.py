@@ -9,9 +9,7 @@ from liar_ext.recipe.checks import Check
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("one-pass", "layerwise")
-KINDS = ("attn", "mlp")
 ALLOCATIONS = ("uniform", "global", "curve")
-ATTN_UNITS = ("auto", "kv_group", "head")
 # The stages that fields belong to, in order: headings of the YAML and groups of the command's help.
 GROUPS = {
     "model": "Model",

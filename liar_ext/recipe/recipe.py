@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError
+from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
 from liar_ext.recipe.choices import (
     ALLOCATIONS,
-    ATTN_UNITS,
     DTYPES,
     GROUPS,
-    KINDS,
     PRESETS,
     SCHEDULES,
     choice,
