@@ -284,16 +284,14 @@ class Solver {
   double removed_error = 0, removed_holdout = 0;
 };
 
-/// Whether sites are solved sooner one per thread than one after the other with all threads inside,
-/// where a site of n kept features keeps n / kThreadRows threads busy.
+}  // namespace
+
 bool side_by_side(int64_t sites, int64_t n, int64_t threads) {
   if (sites < 2 || n > kSideBySide) return false;
   const int64_t inside = std::clamp<int64_t>(n / kThreadRows, 1, threads);
   const int64_t rounds = (sites + threads - 1) / threads;
   return rounds * inside <= sites;
 }
-
-}  // namespace
 
 void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
                  const Pool& pool) {

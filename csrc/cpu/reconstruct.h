@@ -24,8 +24,11 @@ struct Reconstruct {
   double* info_out;                  // (ladder, 2): code and condition
 };
 
-/// Solves `sites` jobs of one shape: many small ones side by side, one per thread, few or large
-/// ones one after the other with all threads inside.
+/// Whether sites are solved sooner one per thread than one after the other with all threads inside,
+/// where a site of n kept features keeps n / 256 threads busy.
+bool side_by_side(int64_t sites, int64_t n, int64_t threads);
+
+/// Solves `sites` jobs of one shape, `side_by_side` or one after the other; the result is the same.
 void reconstruct(const Reconstruct* jobs, int64_t sites, const PanelKernel& kernel,
                  const Pool& pool);
 

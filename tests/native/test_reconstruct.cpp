@@ -171,9 +171,34 @@ void check_singular(const Pool& pool) {
   expect(site.info[2] == 0 && site.error[1] >= 0, "reconstruct, singular: the λ after it");
 }
 
+/// Sites go side by side only where that keeps no thread idle that a site alone would use.
+void check_side_by_side() {
+  struct Case {
+    int64_t sites, n, threads;
+    bool want;
+  };
+  const Case cases[] = {
+      {1, 64, 8, false},     // nothing beside it
+      {2, 64, 2, true},      // small ones, as many as threads
+      {2, 64, 32, true},     // a small one keeps one thread busy, wherever it runs
+      {2, 1024, 2, true},    // two threads, two sites
+      {2, 1024, 8, false},   // two threads side by side, four inside
+      {2, 2048, 32, false},  // two side by side, eight inside
+      {8, 2048, 8, true},    // as many as threads
+      {9, 2048, 8, false},   // seven threads would wait for the ninth
+      {16, 4096, 8, false},  // each has work for all
+  };
+  for (const Case& one : cases) {
+    expect(side_by_side(one.sites, one.n, one.threads) == one.want,
+           "side by side: " + std::to_string(one.sites) + " sites of " + std::to_string(one.n) +
+               " on " + std::to_string(one.threads) + " threads");
+  }
+}
+
 }  // namespace
 
 void test_reconstruct(const Pool& pool) {
+  check_side_by_side();
   const auto two_thirds = [](int64_t i) { return i % 3 != 1; };
   for (const bool dense : {false, true}) {
     for (const int64_t d : {2, 9, 65, 150}) {
