@@ -5,6 +5,7 @@ from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned, verify_pruned
+from liar_ext.checkpoint.registration import register
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
@@ -21,6 +22,8 @@ from liar_ext.selection.criteria import criterion, score
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.surgery.units import apply_plan
+
+register()  # stock loaders build layers of unequal sizes, where liar_ext is imported
 
 __all__ = [
     "Budget",

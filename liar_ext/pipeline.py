@@ -13,7 +13,7 @@ from liar_ext.calibration.gradients import check_loss
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.certification import Divergence, certified_errors
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.checkpoint.stock_config import how_to_load
+from liar_ext.checkpoint.stock_config import describe, history_of, how_to_load
 from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
@@ -32,7 +32,7 @@ from liar_ext.report.rows import SiteRow
 from liar_ext.selection.allocation import check_budget, total_cost
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import decide, measure_losses
-from liar_ext.surgery.units import apply_plan, is_pruned
+from liar_ext.surgery.units import apply_plan
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
@@ -60,7 +60,8 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        A transformers model of a known family; it is changed only in the last step.
+        A transformers model of a known family, dense or pruned before; it is changed only in the
+        last step. Its config then says the new sizes, so that ``model.save_pretrained`` works.
     batches : iterable of mapping
         The calibration set; see :func:`liar_ext.calibrate`.
     recipe : Recipe, Budget or float, optional
@@ -81,7 +82,8 @@ def prune(
     Returns
     -------
     Report
-        With the plan as ``report.plan`` and the recipe as ``report.recipe``.
+        With the recipe as ``report.recipe`` and the plan as ``report.plan``: of the dense model,
+        also where the model was pruned before, if that is known (``report.earlier`` tells of it).
 
     Raises
     ------
@@ -122,15 +124,14 @@ class Job:
     params: dict[str, int] = field(default_factory=dict)
     widest: int = 0  # features of the widest site
     fresh: Divergence | None = None
+    earlier: list[dict[str, object]] = field(
+        default_factory=list
+    )  # jobs that the model has behind it
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
         recipe, model = self.recipe, self.model
-        if is_pruned(model):
-            raise InputError(
-                "prune: the model is pruned already; start from the dense model, with a smaller "
-                "keep"
-            )
+        self.earlier = history_of(model.config)
         at = self.sites(model)
         check_budget(at, recipe.budget, recipe.allocation, total_cost(model, at, recipe.budget))
         if recipe.refine and len(group_sites(at, self.room)) > 1:
@@ -308,8 +309,12 @@ class Job:
             weights = {**self.narrowing.weights, **weights}
         with self.clock("surgery"):
             apply_plan(self.model, plan, weights)
-        self.params |= {"after": count_params(self.model)}
-        return plan
+            self.params |= {"after": count_params(self.model)}
+            params = [self.params["before"], self.params["after"]]
+            describe(self.model, {"budget": asdict(self.recipe.budget), "params": params})
+        before = getattr(self.model, "liar_plan", None)
+        self.model.liar_plan = plan if before is None else plan.after(before)
+        return self.model.liar_plan
 
     @property
     def _mode(self) -> dict[str, object]:
@@ -342,6 +347,7 @@ class Job:
             plan=plan,
             recipe=self._as_run(),
             budget=asdict(self.recipe.budget),
+            earlier=self.earlier,
             settings=self._settings(plan),
             versions=versions(),
             sites=[replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows],

@@ -137,6 +137,29 @@ class Plan:
                 f"{', '.join(missing[:5])}; give those that the plan was made from"
             )
 
+    def after(self, first: Plan) -> Plan:
+        """Return the plan that does what ``first`` does to a model, and then what this one does.
+
+        Unit i here is the i-th unit that ``first`` keeps: ``kept[i] = first.kept[self.kept[i]]``.
+
+        Raises
+        ------
+        InputError
+            If this plan can't be for what ``first`` leaves: another model type, other units or
+            another number of them.
+        """
+        units = {first.attn_unit, self.attn_unit} - {"auto"}
+        if first.model_type != self.model_type or len(units) > 1:
+            raise InputError(
+                f"Plan.after: both plans must be for one model type and one attention unit, got "
+                f"{first.model_type}/{first.attn_unit} and {self.model_type}/{self.attn_unit}; "
+                "keep both plans"
+            )
+        one, two = ({**plan.sites, "hidden features": plan.hidden} for plan in (first, self))
+        sites = {name: _composed(name, one.get(name), two.get(name)) for name in {**one, **two}}
+        hidden = sites.pop("hidden features")
+        return Plan(self.model_type, min(units, default="auto"), sites, self.budget, hidden)
+
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         return json.dumps({"version": PLAN_VERSION, **asdict(self)})
@@ -173,3 +196,16 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that :meth:`save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _composed(name: str, first: SitePlan | None, then: SitePlan | None) -> SitePlan | None:
+    """Return the part of :meth:`Plan.after` that concerns one site."""
+    if first is None or then is None:
+        return first or then
+    if then.units != len(first.kept):
+        raise InputError(
+            f"Plan.after: {name} has {len(first.kept)} units after the first plan, and the second "
+            f"counts {then.units}; give the plans of one model, in their order"
+        )
+    kept = tuple(first.kept[unit] for unit in then.kept)
+    return SitePlan(first.units, kept, first.bias or then.bias)

@@ -37,6 +37,11 @@ def make_plan(model: nn.Module, kinds=("attn", "mlp"), attn_unit="auto", bias=Fa
     )
 
 
+def change(path: Path, **fields) -> None:
+    """Change fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 def equal_plan(model: nn.Module, kinds=("attn", "mlp"), bias: bool = False) -> Plan:
     """Keep the last half of the units of every site."""
     kept = {

@@ -91,7 +91,7 @@ def test_the_report_tells_certified_from_cross_validated(tmp_path):
     page = report.to_markdown()
     assert "| cross-validated | certified |" in page and "*Certified*" in page
     report.save(tmp_path)
-    assert json.loads((tmp_path / "liar_report.json").read_text())["evaluation"]["certified"]
+    assert json.loads((tmp_path / "liar/report.json").read_text())["evaluation"]["certified"]
     plain = prune(tiny("llama"), batches(model), 0.7)
     assert "ertified" not in plain.to_markdown() + plain.summary()
 

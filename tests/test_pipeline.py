@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import batches, outputs, tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, kl_divergence, prune
+from liar_ext import Budget, InputError, apply_plan, kl_divergence, prune, sites
 from liar_ext.report.report import Report
 
 
@@ -189,11 +189,36 @@ def test_a_failure_leaves_the_model_as_it_was():
     assert torch.equal(outputs(model), before)
 
 
-def test_a_pruned_model_is_not_pruned_again():
-    model = tiny("llama")
-    prune(model, batches(model), 0.8)
-    with pytest.raises(InputError, match="pruned already; start from the dense model"):
-        prune(model, batches(model), 0.8)
+@pytest.mark.parametrize("choices", [{}, {"uniform_layers": True}, {"keep_hidden": 0.8}])
+@pytest.mark.parametrize("name", ["llama", "bert", "mpnet"])
+def test_a_pruned_model_is_pruned_again(name, choices):
+    """Sizes, plan and report are those of both jobs; the first one's weights are the second's."""
+    if name == "mpnet" and "keep_hidden" in choices:
+        choices = {"keep_hidden": 0.9}  # at 0.8 it has as many features as relative positions
+    model = tiny(name)
+    dense = {site.name: site.units for site in sites(model)}
+    first = prune(model, batches(model), 0.8, **choices)
+    between = copy.deepcopy(model)
+    second = prune(model, batches(model), 0.7, **choices)
+    assert second.params["before"] == first.params["after"] and second.earlier[0]["params"] == [
+        first.params["before"],
+        first.params["after"],
+    ]
+    assert "Pruned before" in second.summary() and "Pruned before" in second.to_markdown()
+    assert len(model.config.liar["history"]) == 2
+    for site in sites(model):
+        plan = second.plan.sites[site.name]
+        assert (plan.units, len(plan.kept)) == (dense[site.name], site.units)
+        assert set(plan.kept) <= set(first.plan.sites[site.name].kept)
+    # Where nothing is reconstructed the composed plan does to the dense model what both jobs did.
+    other, plain = tiny(name), {**choices, "reconstruct": "none"}
+    plain.pop("keep_hidden", None)
+    prune(other, batches(other), 0.8, **plain)
+    twice = prune(other, batches(other), 0.7, **plain)
+    at_once = tiny(name)
+    apply_plan(at_once, twice.plan)
+    assert torch.equal(outputs(at_once), outputs(other))
+    assert not torch.equal(outputs(between), outputs(model))
 
 
 def test_warnings_name_what_limits_the_result():
@@ -210,10 +235,10 @@ def test_the_report_is_strict_json(tmp_path):
     model = tiny("llama")
     report = prune(model, batches(model), 0.7, reconstruct="none")
     report.save(tmp_path)
-    data = json.loads((tmp_path / "liar_report.json").read_text(), parse_constant=pytest.fail)
+    data = json.loads((tmp_path / "liar/report.json").read_text(), parse_constant=pytest.fail)
     assert data["sites"][0]["damp"] == "inf"
     assert data.keys() == {key for key in vars(Report("x")) if key != "plan"}
-    markdown = (tmp_path / "liar_report.md").read_text()
+    markdown = (tmp_path / "liar/report.md").read_text()
     assert "| 0.attn | 4 → " in markdown
 
 

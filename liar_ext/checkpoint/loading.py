@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.checkpoint.inspection import inspect_folder, read_json
-from liar_ext.checkpoint.names import PLAN_FILE, QUANTISER_MARKS
+from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
+from liar_ext.checkpoint.names import (
+    OLD_MARK_VERSION,
+    OLD_PLAN_FILE,
+    PLAN_FILE,
+    QUANTISER_MARKS,
+)
 from liar_ext.checkpoint.reading import (
     check_keys,
     quiet,
@@ -84,18 +89,23 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             "that it was made from"
         )
     plan = None
-    if fields["liar"]["layers"] == "unequal":
-        plan = _read_plan(folder)
-        with reading(folder, "load_pruned"):
-            kwargs["config"] = _dense_config(fields, kwargs.get("config"))
-    elif os.path.lexists(folder / PLAN_FILE):
-        _read_plan(folder)  # the config says it all, but a damaged folder is told of
+    if fields["liar"]["version"] == OLD_MARK_VERSION:
+        if fields["liar"]["layers"] == "unequal":
+            plan = _read_plan(folder / OLD_PLAN_FILE)
+            with reading(folder, "load_pruned"):
+                kwargs["config"] = _dense_config(fields, kwargs.get("config"))
     kwargs = {name: value for name, value in kwargs.items() if name not in REFUSED_ARGUMENTS}
-    return read_weights(stock, found, "load_pruned", plan, strict=True, **kwargs)
+    # Of newer folders the config says it all, but a damaged one is told of.
+    plans = [folder / name for name in (PLAN_FILE, OLD_PLAN_FILE)]
+    known = [_read_plan(path) for path in plans if os.path.lexists(path)]
+    model = read_weights(stock, found, "load_pruned", plan, strict=True, **kwargs)
+    if known:
+        model.liar_plan = known[0]  # with which a further pruning composes
+    return model
 
 
 class PrunedModel:
-    """The loader that ``auto_map`` names in the config of a folder with unequal layers.
+    """The loader that ``auto_map`` names in folders of version 0.1.0 with unequal layers.
 
     With ``trust_remote_code=True`` the auto classes of transformers call it as if it were a model
     class; what they return is an object of the stock class, ``generate`` and all.
@@ -155,7 +165,7 @@ def load_model(
         )
     if path.suffix == ".gguf":
         model = _read_gguf(path, dtype=dtype, **spread)
-    elif (path / PLAN_FILE).exists():
+    elif path.is_dir() and "liar" in read_config(path, "load_model"):
         model = load_pruned(path, dtype=dtype, **spread)
     else:
         model = _read_dense(name, dtype=dtype, **spread)
@@ -177,13 +187,13 @@ def placement(device: str) -> dict[str, str]:
     return {}
 
 
-def _read_plan(folder: Path) -> Plan:
-    """Return the plan of a folder, read with the bounds of any other JSON."""
-    fields = read_json(folder / PLAN_FILE, "load_pruned")
+def _read_plan(path: Path) -> Plan:
+    """Return a plan, read with the bounds of any other JSON."""
+    fields = read_json(path, "load_pruned")
     try:
         return Plan.from_json(json.dumps(fields))
     except InputError as error:
-        raise InputError(f"load_pruned: {folder / PLAN_FILE}: {one_line(error)}") from error
+        raise InputError(f"load_pruned: {path}: {one_line(error)}") from error
 
 
 def _read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:

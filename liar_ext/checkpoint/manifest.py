@@ -1,7 +1,8 @@
 """What of a folder was written by ``save_pruned``: only that may be replaced.
 
-``liar_manifest.json`` lists every file with its SHA-256. Folders of version 0.1.0 have none; there
-the names decide that it, and transformers' ``save_pretrained``, gave their files.
+``liar/manifest.json`` lists every file with its SHA-256; in older folders it lies at the top.
+Folders of version 0.1.0 have none; there the names decide that it, and transformers'
+``save_pretrained``, gave their files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import json
 import re
 from pathlib import Path, PurePosixPath
 
-from liar_ext.checkpoint.names import MANIFEST_FILE, MARKER_FILE, PLAN_FILE
+from liar_ext.checkpoint.names import (
+    MANIFEST_FILE,
+    MARKER_FILE,
+    OLD_MANIFEST_FILE,
+    OLD_PLAN_FILE,
+)
 
 MANIFEST_VERSION = 1
 BLOCK = 1 << 20
@@ -27,7 +33,7 @@ KNOWN = re.compile(
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file below a folder, with its digest, in ``liar_manifest.json``."""
+    """List every file below a folder, with its digest, in ``liar/manifest.json``."""
     files = {name: digest(folder / name) for name in entries(folder) if name != MARKER_FILE}
     text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
@@ -44,16 +50,17 @@ def strangers(folder: Path, *, contents: bool = True) -> list[str]:
         Compare digests, too, and not only names: it reads every file.
     """
     found = [name for name in entries(folder) if name != MARKER_FILE]
-    if MANIFEST_FILE not in found:
-        old = PLAN_FILE in found
+    manifest = next((name for name in (MANIFEST_FILE, OLD_MANIFEST_FILE) if name in found), None)
+    if manifest is None:
+        old = OLD_PLAN_FILE in found
         return [name for name in found if not (old and _is_known(folder / name, name))]
-    files = _listed(folder / MANIFEST_FILE)
+    files = _listed(folder / manifest)
     if files is None:
-        return [MANIFEST_FILE]
+        return [manifest]
     return [
         name
         for name in found
-        if name != MANIFEST_FILE
+        if name != manifest
         and not (name in files and (not contents or digest(folder / name) == files[name]))
     ]
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-PLAN_FILE = "liar_plan.json"
-# Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights.
-FINGERPRINT_FILE = "liar/fingerprint.safetensors"
-OLD_FINGERPRINT_FILE = "liar_probe.safetensors"  # of version 0.1.0
-MANIFEST_FILE = "liar_manifest.json"
+from pathlib import Path
+
+from liar_ext.surgery import liar_loader
+
+# Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights,
+# and what copies a model elsewhere leaves it behind.
+OWN_FOLDER = "liar"
+PLAN_FILE = f"{OWN_FOLDER}/plan.json"
+FINGERPRINT_FILE = f"{OWN_FOLDER}/fingerprint.safetensors"
+MANIFEST_FILE = f"{OWN_FOLDER}/manifest.json"
+CARD_FILE = "README.md"
 # In a folder that is being written, or removed: nobody else's folder has it.
 MARKER_FILE = ".liar_saving"
-MARK_VERSION = 1
+MARK_VERSION = 2
 # The code that from_pretrained(folder, trust_remote_code=True) runs, named by auto_map.
-LOADER_FILE = "liar_loader.py"
-LOADER_CLASS = "liar_loader.PrunedModel"
-LOADER_CODE = '''"""Builds the layers that liar_plan.json says; config.json names it."""
+LOADER_MODULE = liar_loader.__name__.rpartition(".")[2]
+LOADER_FILE = f"{LOADER_MODULE}.py"
+LOADER_CODE = Path(liar_loader.__file__).read_text(encoding="utf-8")
+# What transformers leaves on a model that it read from GGUF, and what forbids to save it.
+QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+
+# Of version 0.1.0, whose folders are read.
+OLD_MARK_VERSION = 1
+OLD_PLAN_FILE = "liar_plan.json"
+OLD_FINGERPRINT_FILE = "liar_probe.safetensors"
+OLD_MANIFEST_FILE = "liar_manifest.json"
+OLD_LOADER_CLASS = f"{LOADER_MODULE}.PrunedModel"
+OLD_LOADER_CODE = '''"""Builds the layers that liar_plan.json says; config.json names it."""
 
 from liar_ext.checkpoint import PrunedModel
 
 __all__ = ["PrunedModel"]
 '''
-# What transformers leaves on a model that it read from GGUF, and what forbids to save it.
-QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")

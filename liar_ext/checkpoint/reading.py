@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.checkpoint.inspection import Folder, read_config
-from liar_ext.checkpoint.names import MARK_VERSION
+from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
+from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
+from liar_ext.checkpoint.stock_config import describe
 from liar_ext.errors import InputError, one_line
 from liar_ext.plan import Plan
+from liar_ext.surgery.liar_loader import resize
 from liar_ext.surgery.units import apply_plan
 
 QUIETENED = (
@@ -34,17 +36,45 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
         )
     mark = mark if isinstance(mark, Mapping) else {"version": mark}
     version = mark.get("version")
-    if version != MARK_VERSION or isinstance(version, bool):
+    if version not in (OLD_MARK_VERSION, MARK_VERSION) or isinstance(version, bool):
         raise InputError(
-            f"load_pruned: {folder} has version {str(version)[:40]}, not {MARK_VERSION}; "
-            "read it with the liar_ext that wrote it"
+            f"load_pruned: {folder} has version {str(version)[:40]}, not {OLD_MARK_VERSION} or "
+            f"{MARK_VERSION}; read it with the liar_ext that wrote it"
         )
     if mark.get("layers") not in ("equal", "unequal"):
         raise InputError(
             f"load_pruned: {folder} says its layers are {str(mark.get('layers'))[:40]!r}, which "
             "must be equal or unequal; copy the folder again"
         )
+    _check_mark(mark, f"load_pruned: config.json of {folder}")
     return fields
+
+
+def _check_mark(mark: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes of modules that are no sizes, before a model is built by them."""
+
+    def is_size(value: Any) -> bool:
+        if isinstance(value, list):
+            return 0 < len(value) < 5 and all(isinstance(n, int) and is_size(n) for n in value)
+        return isinstance(value, int | float) and abs(value) <= LARGEST
+
+    for part in ("modules", "head"):
+        modules = mark.get(part, {})
+        for path, sizes in modules.items() if isinstance(modules, Mapping) else [(part, None)]:
+            if not isinstance(sizes, Mapping) or not all(map(is_size, sizes.values())):
+                raise InputError(
+                    f"{where}: {part} must map modules to sizes up to {LARGEST:,}, got "
+                    f"{str(sizes)[:40]!r} for {path[:80]}; copy the folder again"
+                )
+    taken = mark.get("head_inputs", {})
+    for path, each in taken.items() if isinstance(taken, Mapping) else [("", None)]:
+        good = isinstance(each, list) and len(each) == 3 and isinstance(each[0], int)
+        good = good and isinstance(each[1], str) and isinstance(each[2], list)
+        if not (good and all(isinstance(n, int) and 0 <= n <= LARGEST for n in each[2])):
+            raise InputError(
+                f"{where}: head_inputs must map modules to [position, keyword, heads], got "
+                f"{str(each)[:40]!r} for {path[:80]}; copy the folder again"
+            )
 
 
 @contextmanager
@@ -114,8 +144,9 @@ def read_weights(
             **kwargs,
         )
     check_keys(info, found.path, operation, strict)
-    # Only __init__ differed. As an object of the stock class the model can be pickled and saved.
-    model.__class__ = stock
+    model.__class__ = stock  # only __init__ differed, and no module has that class
+    if hasattr(model.config, "liar"):
+        describe(model)
     return model
 
 
@@ -182,7 +213,7 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
 
 
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
-    """Return a class that builds the stock model, and applies a plan to it.
+    """Return a class that builds the stock model, with the sizes of its config or of a plan.
 
     It is built without memory for its weights; if it wants far more of them than the files hold
     (twice: before they are tied, weights count twice), no memory is taken. It goes by the name of
@@ -191,6 +222,7 @@ def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) 
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)
+        resize(self)
         if plan is not None:
             apply_plan(self, plan)
         claimed = sum(parameter.numel() for parameter in self.parameters())

@@ -5,16 +5,17 @@ on what the stock class of the model can build::
 
     equal layers      config.json says the new sizes          any loader takes the folder
     unequal layers    config.json says the dense sizes, and   load_pruned takes it, and so does a
-                      per_layer_config the real ones;         stock loader that may run the code of
-                      liar_loader.py                          the folder; else it stops at the sizes
-    always            liar_plan.json                          for load_pruned
+                      per_layer_config and liar the real      stock loader that may run the code of
+                      ones; liar_loader.py builds them        the folder; else it stops at the sizes
+    always            liar/plan.json                          what stays, of the dense model
                       liar/fingerprint.safetensors            for verify_pruned
-                      liar_manifest.json                      what may be overwritten one day
+                      liar/manifest.json                      what may be overwritten one day
+
+None of ``liar/`` is needed to load, so that what tools leave behind is no loss.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -26,28 +27,18 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from liar_ext.checkpoint.carrying import carry, license_of, source_folder
+from liar_ext.checkpoint.completing import complete_config
 from liar_ext.checkpoint.fingerprint import write_fingerprint
 from liar_ext.checkpoint.manifest import write_manifest
-from liar_ext.checkpoint.names import (
-    LOADER_CLASS,
-    LOADER_CODE,
-    LOADER_FILE,
-    MARK_VERSION,
-    MARKER_FILE,
-    PLAN_FILE,
-    QUANTISER_MARKS,
-)
+from liar_ext.checkpoint.names import CARD_FILE, MARKER_FILE, OWN_FOLDER, PLAN_FILE, QUANTISER_MARKS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
-from liar_ext.checkpoint.stock_config import (
-    auto_classes,
-    equal_config,
-    shapes_of,
-    write_layer_sizes,
-)
+from liar_ext.checkpoint.stock_config import described, wear
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.sites import skeleton
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
-from liar_ext.surgery.units import apply_plan
+from liar_ext.report.report import REPORT_JSON
 
 __all__ = ["PLAN_FILE", "check_folder", "save_pruned"]
 
@@ -59,6 +50,7 @@ def save_pruned(
     *,
     report: Any = None,
     tokenizer: Any = None,
+    source: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a pruned model to a folder: weights, config, tokenizer, plan, report and fingerprint.
@@ -76,11 +68,14 @@ def save_pruned(
     plan : Plan
         The plan that was applied.
     report : Report or mapping, optional
-        Anything with ``save(folder)``, or a mapping that is written as ``liar_report.json``. It is
+        Anything with ``save(folder)``, or a mapping that is written as ``liar/report.json``. It is
         written last. If it has ``seconds``, a dict, those of saving are put there first as
         ``save``, and added to ``total`` if that is there.
     tokenizer : optional
         Tokenizer or processor to save, with its chat template.
+    source : path or str, optional
+        The folder that the model was loaded from, whose other files go along: see
+        :mod:`liar_ext.checkpoint.carrying`. By default the one that the model's config names.
     overwrite : bool
         Replace a folder that this function wrote before, and that nobody has changed since.
 
@@ -93,16 +88,17 @@ def save_pruned(
     start = time.perf_counter()
     folder = Path(folder).resolve()
     check_folder(folder, overwrite)
-    config, layers = _describe(model, plan)
+    config = described(model)
+    _check_plan(model, plan, config)
     try:
         with beside(folder) as path:
             with _wearing(model, config):
                 model.save_pretrained(path)
-            if layers == "unequal":
-                write_layer_sizes(model, path)
-                (path / LOADER_FILE).write_text(LOADER_CODE, encoding="utf-8")
+            complete_config(path)
             _save_tokenizer(tokenizer, path)
+            (path / OWN_FOLDER).mkdir()
             plan.save(path / PLAN_FILE)
+            _take_along(model, source, path, report, tokenizer is not None)
             write_fingerprint(model, path)
             _write_report(report, path, start)
             _open_to_readers(path)
@@ -115,34 +111,25 @@ def save_pruned(
         ) from error
 
 
-def _describe(model: nn.Module, plan: Plan) -> tuple[Any, str]:
-    """Return the config to save, and whether it alone describes the layers: "equal" if so."""
-    config = copy.deepcopy(model.config)
-    for name in ("quantization_config", "auto_map"):
-        config.__dict__.pop(name, None)
-    equal = equal_config(model, config)
-    layers = "unequal" if equal is None else "equal"
-    if equal is None:
-        _check_plan(model, config, plan)
-        config.auto_map = dict.fromkeys(auto_classes(model), LOADER_CLASS)
-    config = equal or config
-    config.liar = {"version": MARK_VERSION, "layers": layers}
-    return config, layers
-
-
-def _check_plan(model: nn.Module, config: Any, plan: Plan) -> None:
-    """Refuse a plan that doesn't make this model of a dense one, or that a stock loader misses."""
-    dense = skeleton(type(model), config)
-    before, ours = shapes_of(dense), shapes_of(model)
-    apply_plan(dense, plan)
-    planned = shapes_of(dense)
-    if planned != ours:
-        name = next(name for name in planned | ours if planned.get(name) != ours.get(name))
+def _check_plan(model: nn.Module, plan: Plan, config: Any) -> None:
+    """Refuse a plan that didn't make this model, or made one that a stock loader gets wrong."""
+    planned = {name: len(site.kept) for name, site in plan.sites.items()}
+    found = {site.name: site.units for site in sites(model, attn_unit=plan.attn_unit)}
+    for name, units in planned.items():
+        if found.get(name) != units:
+            raise InputError(
+                f"save_pruned: the plan leaves {units} units at {name}, the model has "
+                f"{found.get(name, 'no such site')}; pass the plan that pruned this model"
+            )
+    hidden = None if plan.hidden is None else hidden_of(model).size
+    if plan.hidden is not None and hidden != len(plan.hidden.kept):
         raise InputError(
-            f"save_pruned: the plan gives {name} the shape {planned.get(name)}, the model has "
-            f"{ours.get(name)}; pass the plan that pruned this model"
+            f"save_pruned: the plan leaves {len(plan.hidden.kept)} hidden features, the model has "
+            f"{hidden}; pass the plan that pruned this model"
         )
-    if all(ours[name] == shape for name, shape in before.items()):
+    said = config.liar
+    resized = [*said.get("modules", {}).values(), *said.get("head", {}).values()]
+    if said["layers"] == "unequal" and all(set(sizes) == {"bias"} for sizes in resized):
         raise InputError(
             "save_pruned: the plan removes nothing and only adds biases, which a stock loader of "
             f"{type(model).__name__} would drop silently; leave them out, or remove units too"
@@ -151,13 +138,14 @@ def _check_plan(model: nn.Module, config: Any, plan: Plan) -> None:
 
 @contextmanager
 def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
-    """Give a model another config, and no quantiser marks, for a while."""
+    """Give a model another config and its class, and no quantiser marks, for a while."""
     own = {name: model.__dict__.pop(name) for name in QUANTISER_MARKS if name in model.__dict__}
-    dense, model.config = model.config, config
+    before, kind, model.config = model.config, type(model), config
+    wear(model)
     try:
         yield
     finally:
-        model.config = dense
+        model.config, model.__class__ = before, kind
         model.__dict__.update(own)
 
 
@@ -171,11 +159,23 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise OSError(f"the tokenizer can't be saved: {one_line(error)}") from error
 
 
+def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokenizer: bool) -> None:
+    """Copy what else the source folder holds, and write a model card if there is a report."""
+    found = source_folder(os.fspath(source or model.config.name_or_path))
+    if found is not None:
+        said = carry(found, folder, sites(model)[0].d_out, tokenizer=tokenizer)
+        if isinstance(getattr(report, "warnings", None), list):
+            report.warnings += said
+    if hasattr(report, "to_card"):
+        text = report.to_card(license_of(found))
+        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
 def _write_report(report: Any, folder: Path, start: float) -> None:
     """Write the report, with the seconds since ``start`` as those of saving."""
     if isinstance(report, Mapping):
         text = json.dumps(report, indent=1) + "\n"
-        (folder / "liar_report.json").write_text(text, encoding="utf-8")
+        (folder / REPORT_JSON).write_text(text, encoding="utf-8")
     elif report is not None:
         seconds = getattr(report, "seconds", None)
         if isinstance(seconds, dict):

@@ -1,18 +1,109 @@
-"""What the stock class of a model can say, and build, of layers that were pruned."""
+"""The config that says the sizes that a model has now, and which loaders build them from it.
+
+If the stock class of transformers can build the layers, stock fields say it all. Else the fields
+stay those of the dense model, but for what every layer shares; ``per_layer_config`` has the sizes
+of layers in the spelling of transformers, and ``liar`` every size by which the modules differ from
+those that the stock class builds: :mod:`liar_ext.surgery.liar_loader` reads it.
+"""
 
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
+from liar_ext.errors import InputError
 from liar_ext.models.sites import block_config, family_of, get_consumer_bias, sites, skeleton
 from liar_ext.plan import Plan
+from liar_ext.surgery.liar_loader import pruned_class, selections
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
+
+
+def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None:
+    """Let the config of a model say its sizes, and its class build them, in place.
+
+    After this ``model.save_pretrained(folder)`` writes a folder that loads again. The config is a
+    new object for this model alone; other models that share the old one keep theirs.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model whose modules were sliced.
+    pruning : mapping, optional
+        What to remember of the job, beside that of earlier ones, as ``config.liar["history"]``.
+    """
+    old, config = model.config, described(model, pruning)
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+    wear(model)
+
+
+def wear(model: nn.Module) -> None:
+    """Give a model the class that builds the sizes in its config, if stock fields don't say all."""
+    stock = stock_of(model)
+    unequal = model.config.liar["layers"] == "unequal"
+    if unequal and _in_transformers(stock):
+        model.__class__ = pruned_class(stock)
+        # By this name save_pretrained puts the class into auto_map, where it is already.
+        type(model)._auto_class = min(auto_classes(model), default=None)
+    elif not unequal:
+        model.__class__ = stock
+
+
+def stock_of(model: nn.Module) -> type[nn.Module]:
+    """Return the class of a model as transformers has it, or its own class."""
+    import transformers
+
+    stock = getattr(transformers, type(model).__name__, None)
+    return stock if isinstance(stock, type) and isinstance(model, stock) else type(model)
+
+
+def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any:
+    """Return a config that says the sizes that a model has now; the model stays as it is.
+
+    Raises
+    ------
+    InputError
+        If not even :mod:`liar_ext.surgery.liar_loader` builds this model from it.
+    """
+    history = list(history_of(model.config)) + ([dict(pruning)] if pruning else [])
+    config = dense_config(model.config)
+    equal = equal_config(model, config)
+    said = {"version": MARK_VERSION, "layers": "unequal" if equal is None else "equal"}
+    if history:
+        said["history"] = history
+    config = equal or _unequal_config(model, config, said)
+    config.liar = said
+    if equal is None and _in_transformers(stock_of(model)):
+        built = skeleton(pruned_class(stock_of(model)), config)
+        if shapes_of(built) != shapes_of(model):
+            raise InputError(
+                f"save_pruned: {type(model).__name__} was changed by more than a smaller size of "
+                "its modules, so its config can't say it; save it with torch.save"
+            )
+    return config
+
+
+def history_of(config: Any) -> list[dict[str, Any]]:
+    """Return what earlier jobs have left in a config, the first one first."""
+    said = getattr(config, "liar", None)
+    return list(said.get("history", [])) if isinstance(said, Mapping) else []
+
+
+def dense_config(config: Any) -> Any:
+    """Return a copy of a config without what liar_ext, or a quantiser, has written into it."""
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))):
+        if getattr(part, "is_heterogeneous", False):
+            part.per_layer_config = None
+        for name in ("quantization_config", "auto_map", "liar", LAYER_FIELDS[1]):
+            part.__dict__.pop(name, None)
+    return config
 
 
 def equal_config(model: nn.Module, config: Any) -> Any | None:
@@ -20,56 +111,155 @@ def equal_config(model: nn.Module, config: Any) -> Any | None:
 
     The proof is to build it: names and shapes must be those of the model.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     config = copy.deepcopy(config)
     part = block_config(family_of(model), config)
     for site in sites(model):
         for name, size in (site.wiring.config or {}).items():
             setattr(part, name, site.sizes[size])
-        if site.wiring.bias_flag and get_consumer_bias(model, site) is not None:
-            setattr(part, site.wiring.bias_flag, True)
-    for name, size in _narrowed_fields(model).items():
-        setattr(part, name, size)
-    try:
-        # Through a dict, as a loader reads it, so that the config's own rules are checked.
-        stock = skeleton(type(model), type(config).from_dict(config.to_dict()))
-    except (ValueError, StrictDataclassError):
-        return None
-    return config if shapes_of(stock) == shapes_of(model) else None
+    _set_shared(model, config)
+    stock = _build(model, config)
+    return config if stock is not None and shapes_of(stock) == shapes_of(model) else None
 
 
-def write_layer_sizes(model: nn.Module, folder: Path) -> None:
-    """Add the sizes of each layer to the config, in the spelling of transformers.
-
-    The global sizes stay the dense ones, from which a loader builds before it applies the plan.
-    Most code reads them, which a config with per-layer sizes forbids unless it says otherwise.
-    """
-    family = family_of(model)
-    dense = block_config(family, model.config)
-    layers: dict[str, dict[str, int]] = {}
+def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
+    """Return a config with the sizes of each layer; add to ``said`` what a loader has to resize."""
+    shared = copy.deepcopy(config)
+    _set_shared(model, shared)
+    stock = _build(model, shared)
+    if stock is not None and _covers(stock, model):
+        config = shared
+    else:
+        stock = _build(model, config)
+    said |= _differences(model, stock)
+    part = block_config(family_of(model), config)
+    layers: dict[int, dict[str, int]] = {}
     for site in sites(model):
         for name, size in (site.wiring.config or {}).items():
-            if getattr(dense, name, site.sizes[size]) != site.sizes[size]:
-                layers.setdefault(str(site.block), {})[name] = site.sizes[size]
+            if getattr(part, name, site.sizes[size]) != site.sizes[size]:
+                layers.setdefault(site.block, {})[name] = site.sizes[size]
     if layers:
-        path = folder / "config.json"
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        part = fields[family.config] if family.config else fields
-        part |= dict(zip(LAYER_FIELDS, (layers, True), strict=True))
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        # Most code reads the global sizes, which a config with such layers forbids by default.
+        part.allow_global_per_layer_attribute_access = True
+        part.per_layer_config = layers
+    if _in_transformers(stock_of(model)):
+        narrower = sites(model)[0].d_out != sites(stock)[0].d_out
+        config.auto_map = auto_map(model, auto_classes(model) if narrower else None)
+    return config
+
+
+def _set_shared(model: nn.Module, config: Any) -> None:
+    """Set the config fields that all layers share: the hidden size, and flags of biases."""
+    part = block_config(family_of(model), config)
+    at = sites(model)
+    for flag in {site.wiring.bias_flag for site in at} - {None}:
+        biases = [get_consumer_bias(model, site) for site in at if site.wiring.bias_flag == flag]
+        if all(bias is not None for bias in biases):
+            setattr(part, flag, True)
+    for name, size in _narrowed_fields(model).items():
+        setattr(part, name, size)
+
+
+def _build(model: nn.Module, config: Any) -> nn.Module | None:
+    """Return the stock model of a config, without memory; None if the config's rules forbid it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        # Through a dict, as a loader reads it, so that the config's own rules are checked.
+        return skeleton(stock_of(model), type(config).from_dict(config.to_dict()))
+    except (ValueError, StrictDataclassError):
+        return None
+
+
+def _covers(stock: nn.Module, model: nn.Module) -> bool:
+    """Tell whether no parameter of a model is larger than that of the stock class."""
+    theirs = shapes_of(stock)
+    return all(
+        len(shape) == len(theirs[name]) and all(map(int.__le__, shape, theirs[name]))
+        for name, shape in shapes_of(model).items()
+        if name in theirs
+    )
+
+
+def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """Return every size by which the modules of a model differ from those of the stock class."""
+    said: dict[str, Any] = {"modules": {}}
+    base, stock_base = model.base_model, stock.base_model
+    theirs, inside = dict(stock_base.named_modules()), set(base.modules())
+    for path, module in base.named_modules():
+        if path in theirs and (sizes := _sizes(module, theirs[path])):
+            said["modules"][path] = sizes
+        if found := selections(module):
+            heads = found[0].keywords["heads"]
+            for hook in found[1:]:
+                heads = [heads[index] for index in hook.keywords["heads"]]
+            facts = [found[0].keywords["position"], found[0].keywords["keyword"], list(heads)]
+            said.setdefault("head_inputs", {})[path] = facts
+    theirs = dict(stock.named_modules())
+    for path, module in model.named_modules():
+        if module not in inside and path in theirs and (sizes := _sizes(module, theirs[path])):
+            said.setdefault("head", {})[path] = sizes
+    return said
+
+
+def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
+    """Return shapes of parameters and numbers of one module that differ from the stock one's."""
+    sizes = {
+        name: list(value.shape)
+        for name, value in ours._parameters.items()
+        if value is not None
+        and (theirs._parameters.get(name) is None or theirs._parameters[name].shape != value.shape)
+    }
+    return sizes | dict(_numbers(ours, theirs))
+
+
+def _numbers(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(ours).items():
+        other = vars(theirs).get(name)
+        if name.startswith("_") or isinstance(value, bool) or value == other:
+            continue
+        if isinstance(value, int | float | tuple) and isinstance(other, int | float | tuple):
+            yield name, list(value) if isinstance(value, tuple) else value
+
+
+def _in_transformers(stock: type) -> bool:
+    import transformers
+
+    return getattr(transformers, stock.__name__, None) is stock
+
+
+def _mappings(modeling_auto: Any) -> Iterator[tuple[str, Any]]:
+    for name in sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel")):
+        yield name, getattr(modeling_auto, name)._model_mapping
+
+
+def auto_map(model: nn.Module, only: Collection[str] | None = None) -> dict[str, str]:
+    """Return, for every auto class of transformers, the class of the loader file that it is for.
+
+    Other heads are made for the hidden size in the config; ``only`` names those that are to be
+    there where that isn't the model's.
+    """
+    from transformers.models.auto import modeling_auto
+
+    stock, names = stock_of(model), {}
+    for auto, mapping in _mappings(modeling_auto):
+        config = type(model.config)
+        if mapping is None or config not in mapping or (only is not None and auto not in only):
+            continue
+        classes = mapping[config]
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        names[auto] = (stock if stock in classes else classes[0]).__name__
+    return {auto: f"{LOADER_MODULE}.{name}" for auto, name in names.items()}
 
 
 def auto_classes(model: nn.Module) -> list[str]:
     """Return the names of transformers' auto classes that load this class of model."""
     from transformers.models.auto import modeling_auto
 
-    names = []
-    for name in sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel")):
-        mapping = getattr(modeling_auto, name)._model_mapping
-        if mapping is not None and type(model.config) in mapping:
-            classes = mapping[type(model.config)]
-            if type(model) in (classes if isinstance(classes, tuple) else (classes,)):
+    stock, config, names = stock_of(model), type(model.config), []
+    for name, mapping in _mappings(modeling_auto):
+        if mapping is not None and config in mapping:
+            classes = mapping[config]
+            if stock in (classes if isinstance(classes, tuple) else (classes,)):
                 names.append(name)
     return names
 
@@ -77,12 +267,12 @@ def auto_classes(model: nn.Module) -> list[str]:
 def how_to_load(model: nn.Module, plan: Plan) -> str:
     """Return a sentence on which loaders take a folder with this model, pruned by ``plan``."""
     auto = min(auto_classes(model), default=type(model).__name__)
-    if equal_config(model, model.config) is not None:
+    if equal_config(model, dense_config(model.config)) is not None:
         return f"The saved folder loads with plain `transformers.{auto}.from_pretrained(folder)`."
     needs = (
-        "Plain transformers cannot build these layers: load the saved folder with "
-        f"`liar_ext.load_pruned(folder)` or, where liar_ext is installed, with `transformers.{auto}"
-        ".from_pretrained(folder, trust_remote_code=True)`."
+        "The stock class cannot build these layers, so the saved folder holds code that does: load "
+        f"it with `transformers.{auto}.from_pretrained(folder, trust_remote_code=True)`, which "
+        "needs no liar_ext, or with `liar_ext.load_pruned(folder)`."
     )
     if plan.hidden is not None and family_of(model).stream.multiple_of is None:
         return f"{needs} No config of {plan.model_type} can tell of a smaller hidden size."
@@ -97,7 +287,7 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
         narrowed = f" {len(plan.hidden.kept)} hidden features go with {heads} heads in every layer."
     choices = " ".join([*options, "--uniform-layers"])
     return (
-        f"{needs} With `{choices}` a folder needs no liar_ext, if the config of {plan.model_type} "
+        f"{needs} With `{choices}` a folder needs no code, if the config of {plan.model_type} "
         f"allows the sizes.{narrowed}"
     )
 

@@ -10,12 +10,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.names import LOADER_CLASS, LOADER_CODE, LOADER_FILE
+from liar_ext.checkpoint.names import (
+    LOADER_CODE,
+    LOADER_FILE,
+    LOADER_MODULE,
+    OLD_LOADER_CLASS,
+    OLD_LOADER_CODE,
+    OLD_MARK_VERSION,
+)
 from liar_ext.errors import InputError
 
 
 def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the auto classes whose loader in the folder is ours.
+    """Return the auto classes that load the model of the folder by its own code, which is ours.
+
+    Those of other heads have no weights there, and aren't among them.
 
     Raises
     ------
@@ -37,18 +46,17 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
         if auto_map or "auto_map" in config:
             raise _refusal(folder, "auto_map", "equal layers need no code")
         return []
-    known = _auto_names()
+    known, old = _auto_names(), config["liar"]["version"] == OLD_MARK_VERSION
     for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
-        if name not in known or loader != LOADER_CLASS:
+        if name not in known or not (loader == OLD_LOADER_CLASS if old else _is_stock(loader)):
             raise _refusal(folder, f"auto_map with {name}: {str(loader)[:80]}", "it isn't ours")
-    path = folder / LOADER_FILE
+    path, code = folder / LOADER_FILE, (OLD_LOADER_CODE if old else LOADER_CODE).encode()
     if auto_map and not (
-        path.is_file()
-        and path.stat().st_size == len(LOADER_CODE)
-        and path.read_bytes() == LOADER_CODE.encode()
+        path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
     ):
         raise _refusal(folder, LOADER_FILE, "it isn't the file that save_pruned writes")
-    return sorted(auto_map)
+    saved = f"{LOADER_MODULE}.{(config.get('architectures') or [''])[0]}"
+    return sorted(name for name, loader in auto_map.items() if old or loader == saved)
 
 
 def _refusal(folder: Path, what: str, why: str) -> InputError:
@@ -56,6 +64,16 @@ def _refusal(folder: Path, what: str, why: str) -> InputError:
         f"verify: {folder} has {what}, and {why}; no code of the folder was run, nor should you "
         "trust it: load the weights with liar_ext.load_pruned, or get the folder again"
     )
+
+
+def _is_stock(loader: Any) -> bool:
+    """Tell whether this is the loader file's class for a class of transformers."""
+    import transformers
+
+    module, _, name = str(loader).partition(".")
+    stock = getattr(transformers, name, None) if name.isidentifier() else None
+    is_model = isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)
+    return module == LOADER_MODULE and is_model
 
 
 def _auto_names() -> set[str]:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def page(report: Report) -> list[str]:
     """Return the lines of the whole report."""
     lines = [f"# Pruning report: {report.model}", "", *size_table(report)]
+    if report.earlier:
+        lines += ["", *(f"{line}." for line in _earlier(report))]
     if report.loading:
         lines += ["", report.loading]
     if report.warnings:
@@ -38,7 +40,7 @@ def page(report: Report) -> list[str]:
 
 def summary(report: Report) -> list[str]:
     """Return a few lines of plain text: sizes, perplexity, errors, how to load, warnings."""
-    lines = []
+    lines = _earlier(report)
     for title, before, after in _sizes(report):
         lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
     dense, pruned = report.evaluation.get("dense"), report.evaluation.get("pruned")
@@ -136,6 +138,16 @@ def _sizes(report: Report) -> list[tuple[str, int, int]]:
         for title, (before, after) in titles.items()
         if params.get(before)
     ]
+
+
+def _earlier(report: Report) -> list[str]:
+    """Return a line on each job that had pruned the model before."""
+    lines = []
+    for job in report.earlier:
+        before, after = job.get("params", (0, 0))
+        keep = job.get("budget", {}).get("keep")
+        lines.append(f"Pruned before: {before:,} → {after:,} parameters (keep {keep})")
+    return lines
 
 
 def _target(row: SiteRow) -> str:

@@ -15,10 +15,11 @@ from typing import Any
 from liar_ext import ops
 from liar_ext.plan import Plan
 from liar_ext.report import markdown
+from liar_ext.report.card import card
 from liar_ext.report.rows import SiteRow
 
-REPORT_JSON = "liar_report.json"
-REPORT_MARKDOWN = "liar_report.md"
+REPORT_JSON = "liar/report.json"
+REPORT_MARKDOWN = "liar/report.md"
 RECIPE_YAML = "liar/recipe.yaml"
 
 
@@ -36,6 +37,8 @@ class Report:
         One per site.
     hidden : list of SiteRow
         One per place where hidden features are read, if the hidden size was pruned.
+    earlier : list of dict
+        Of each job that had pruned the model before: ``budget``, and ``params`` before and after.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
     evaluation : dict
@@ -58,6 +61,7 @@ class Report:
     versions: dict = field(default_factory=dict)
     sites: list[SiteRow] = field(default_factory=list)
     hidden: list[SiteRow] = field(default_factory=list)
+    earlier: list[dict] = field(default_factory=list)
     params: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
@@ -83,13 +87,17 @@ class Report:
         """Return the report as Markdown for a person."""
         return "\n".join(markdown.page(self)) + "\n"
 
+    def to_card(self, license_name: str | None = None) -> str:
+        """Return the report as a model card, the README.md of a folder."""
+        return card(self, license_name)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the report, ``liar_report.json`` and ``.md``, and the recipe into ``folder``."""
+        """Write the report, ``liar/report.json`` and ``.md``, and the recipe into ``folder``."""
         folder = Path(folder)
+        (folder / REPORT_JSON).parent.mkdir(exist_ok=True)
         (folder / REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
         (folder / REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
         if self.recipe is not None:
-            (folder / RECIPE_YAML).parent.mkdir(exist_ok=True)
             self.recipe.save(folder / RECIPE_YAML)
 
 

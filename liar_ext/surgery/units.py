@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import Site, get_consumer_bias, sites, skeleton
+from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.surgery.liar_loader import select_heads
 from liar_ext.surgery.residual_stream import select, slice_hidden
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -73,21 +73,6 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
             _set_consumer(model, found[name], *weights[name])
     for site in sites(model, attn_unit=plan.attn_unit):
         _patch_numbers(model, site)
-
-
-def is_pruned(model: nn.Module) -> bool:
-    """Tell whether units are gone from a model, in memory or in the folder it came from.
-
-    Either its config says so, or a site is smaller than the one that the config builds.
-    """
-    if hasattr(model.config, "liar"):
-        return True
-    base = getattr(model, "base_model", model)
-    dense = skeleton(type(base), model.config)
-    return any(
-        (ours.d_in, ours.d_out) != (theirs.d_in, theirs.d_out)
-        for ours, theirs in zip(sites(base), sites(dense), strict=True)
-    )
 
 
 def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
@@ -265,29 +250,8 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
 
 
 def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
-    """Let an attention module take the slices of its heads from an input made for all heads.
-
-    Hooks run in the order in which they were added, so that a second pruning selects from what
-    the first one left.
-    """
+    """Let an attention module take the slices of its heads from an input made for all heads."""
     head_input = site.wiring.head_input
     heads = site.features(kept)[:: site.head_dim] // site.head_dim
     module = model.get_submodule(f"{site.path}.{head_input.module}")
-    hook = partial(
-        _take_heads,
-        heads=tuple(heads.tolist()),
-        position=head_input.position,
-        keyword=head_input.keyword,
-    )
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _take_heads(
-    module: nn.Module, args: tuple, kwargs: dict, *, heads: tuple, position: int, keyword: str
-) -> tuple[tuple, dict]:
-    """Select heads from dimension 1 of one argument: a forward pre-hook."""
-    arguments = dict(enumerate(args)) | kwargs
-    key = keyword if keyword in kwargs else position
-    if arguments.get(key) is not None:
-        arguments[key] = arguments[key][:, list(heads)]
-    return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}
+    select_heads(module, heads.tolist(), head_input.position, head_input.keyword)

@@ -78,12 +78,14 @@ def test_a_head_that_the_class_does_not_read_is_no_error(tmp_path: Path) -> None
     assert type(load_model(tmp_path / "dense")[0]).__name__ == "BertForSequenceClassification"
 
 
-def test_a_plan_that_denies_biases(tmp_path: Path) -> None:
+def test_a_config_that_denies_biases(tmp_path: Path) -> None:
     """The biases would be dropped, and the logits be off."""
     model, plan = pruned("llama", bias=True)
     save_pruned(model, tmp_path / "pruned", plan)
-    path = tmp_path / "pruned" / "liar_plan.json"
-    path.write_text(path.read_text().replace('"bias": true', '"bias": false'))
+    said = read(tmp_path / "pruned")["liar"]
+    for sizes in said["modules"].values():
+        sizes.pop("bias", None)
+    change(tmp_path / "pruned" / "config.json", liar=said, attention_bias=False, mlp_bias=False)
     refused(load_pruned, tmp_path / "pruned", r"doesn't: \S+bias, .* more")
     refused(verify_pruned, tmp_path / "pruned", r"doesn't: \S+bias, .* more")
 
@@ -134,12 +136,12 @@ def test_a_malformed_mark(mark, folder: Path) -> None:
         refused(load, folder, "load_pruned: ")
 
 
-@pytest.mark.parametrize("file", ["config.json", "liar_plan.json", "generation_config.json"])
+@pytest.mark.parametrize("file", ["config.json", "liar/plan.json", "generation_config.json"])
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"version": ' + "9" * 5000 + "}"])
 def test_json_that_is_none(file: str, text: str, folder: Path) -> None:
     (folder / file).write_text(text)
     for load in (load_pruned, verify_pruned, load_model):
-        refused(load, folder, file)
+        refused(load, folder, Path(file).name)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "liar/fingerprint.safetensors"])

@@ -172,7 +172,7 @@ def test_what_came_while_a_run_took_is_left_alone(overwrite, tmp_path: Path, mon
     monkeypatch.setattr(saving, "write_fingerprint", meanwhile)
     with pytest.raises(InputError, match="has changed while this ran, and was left alone") as told:
         save_other(folder, overwrite=overwrite)
-    assert json.loads((folder / "liar_report.json").read_text()) == {"run": "the faster one"}
+    assert json.loads((folder / "liar/report.json").read_text()) == {"run": "the faster one"}
     kept = Path(str(told.value).split("this model is in ")[1])
     assert strangers(kept) == [] and sorted(tmp_path.iterdir()) == sorted([folder, kept])
     load_pruned(kept)
@@ -208,7 +208,7 @@ def test_the_report_counts_the_seconds_of_saving(tmp_path: Path) -> None:
 
     report = Report("model", seconds={"load": 1.0, "total": 2.0})
     save_other(tmp_path / "pruned", report=report)
-    written = json.loads((tmp_path / "pruned" / "liar_report.json").read_text())["seconds"]
+    written = json.loads((tmp_path / "pruned" / "liar/report.json").read_text())["seconds"]
     assert written == pytest.approx(report.seconds, rel=1e-4) and written["save"] > 0
     assert written["total"] == pytest.approx(2.0 + written["save"], rel=1e-4)
 

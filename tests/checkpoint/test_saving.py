@@ -54,13 +54,13 @@ def test_tokenizer_and_chat_template_are_kept(tmp_path: Path) -> None:
 def test_reports_are_written(tmp_path: Path) -> None:
     class Report:
         def save(self, folder) -> None:
-            (Path(folder) / "liar_report.md").write_text("# Report")
+            (Path(folder) / "liar/report.md").write_text("# Report")
 
     model, plan = pruned("llama")
     save_pruned(model, tmp_path / "one", plan, report={"seconds": 1})
-    assert json.loads((tmp_path / "one" / "liar_report.json").read_text()) == {"seconds": 1}
+    assert json.loads((tmp_path / "one" / "liar/report.json").read_text()) == {"seconds": 1}
     save_pruned(model, tmp_path / "two", plan, report=Report())
-    assert (tmp_path / "two" / "liar_report.md").read_text() == "# Report"
+    assert (tmp_path / "two" / "liar/report.md").read_text() == "# Report"
 
 
 class Quantiser:
@@ -199,7 +199,7 @@ def test_the_way_to_a_stock_loader_is_told(family, plan_of, settings, options, t
     assert options in sentence
     save_pruned(model, tmp_path / "pruned", plan)
     assert read(tmp_path / "pruned")["liar"]["layers"] == "unequal"
-    assert set(read(tmp_path / "pruned")["auto_map"]) == set(auto_classes(model)) != set()
+    assert set(read(tmp_path / "pruned")["auto_map"]) >= set(auto_classes(model)) != set()
 
 
 def test_a_folder_for_a_stock_loader_says_so(tmp_path: Path):

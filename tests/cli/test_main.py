@@ -30,10 +30,11 @@ def run(*arguments) -> int:
 
 def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     out, done = pruned
-    report = json.loads((out / "liar_report.json").read_text())
-    assert {"config.json", "model.safetensors", "liar_plan.json", "tokenizer.json"} <= {
-        path.name for path in out.iterdir()
+    report = json.loads((out / "liar/report.json").read_text())
+    assert {path.name for path in out.iterdir()} >= {
+        *("config.json", "model.safetensors", "tokenizer.json", "README.md", "liar"),
     }
+    assert (out / "liar/plan.json").exists()
     assert report["budget"]["keep"] == 0.7
     assert report["evaluation"]["dense"]["perplexity"] > 1
     assert report["settings"]["bos"] == "" and "cut into" in report["warnings"][-1]
@@ -51,7 +52,7 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     options = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--quiet"]
     options += ["--criterion", "obs", "--allocation", "curve", "--refine", 1]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
-    report = json.loads((out / "liar_report.json").read_text())
+    report = json.loads((out / "liar/report.json").read_text())
     assert report["settings"]["criterion"] == "obs"
     assert report["settings"]["predicted_divergence"] > 0
     assert 0 < report["settings"]["measured_divergence"]
@@ -65,10 +66,10 @@ def test_prune_by_gradients_says_how_to_load_the_result(llama_folder, corpus, tm
     options = ["--keep", 0.6, "--samples", 16, "--seq-len", 32]
     options += ["--criterion", "fisher", "--allocation", "global"]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
-    printed, report = capsys.readouterr().out, (out / "liar_report.md").read_text()
+    printed, report = capsys.readouterr().out, (out / "liar/report.md").read_text()
     for told in ("liar_ext.load_pruned(folder)", "trust_remote_code=True", "--uniform-layers"):
         assert told in printed and told in report
-    assert json.loads((out / "liar_report.json").read_text())["loading"] in report
+    assert json.loads((out / "liar/report.json").read_text())["loading"] in report
     assert run("verify", out) == 0
     name = "transformers.AutoModelForCausalLM.from_pretrained(trust_remote_code=True)"
     assert f"{name}: same outputs" in capsys.readouterr().out
@@ -132,7 +133,7 @@ def test_verify_and_eval_the_result(pruned, corpus, capsys):
     out, _ = pruned
     assert run("verify", out) == 0
     assert "same outputs" in capsys.readouterr().out
-    report = json.loads((out / "liar_report.json").read_text())
+    report = json.loads((out / "liar/report.json").read_text())
     text = ("--text", corpus[1], "--seq-len", 32)
     assert run("eval", out, *text, "--json", "--quiet") == 0
     again = json.loads(capsys.readouterr().out)
@@ -168,7 +169,7 @@ def test_layerwise_is_an_option(llama_folder, corpus, tmp_path, capsys):
     texts = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
     options = ("--schedule", "layerwise", "--target", "stream", "--refit")
     assert run("prune", llama_folder, *texts, *options, "--out", out) == 0
-    settings = json.loads((out / "liar_report.json").read_text())["settings"]
+    settings = json.loads((out / "liar/report.json").read_text())["settings"]
     assert (settings["schedule"], settings["target"]) == ("layerwise", "stream")
     assert run("verify", out) == 0
     assert run("prune", llama_folder, *texts, "--refit", "--out", tmp_path / "other") == 2
@@ -183,7 +184,7 @@ def test_the_hidden_size_alone_is_an_option(llama_folder, corpus, tmp_path, caps
     assert (
         "plain `transformers.AutoModelForCausalLM" in printed and "input_layernorm" not in printed
     )
-    report = json.loads((out / "liar_report.json").read_text())
+    report = json.loads((out / "liar/report.json").read_text())
     assert report["sites"] == [] and {row["units_after"] for row in report["hidden"]} == {32}
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 32
     assert run("verify", out) == 0
@@ -301,8 +302,18 @@ def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
     refuse("give a folder, a hub id", model=tmp_path / "no_model")
 
 
-def test_a_pruned_model_is_refused(refuse, pruned):
-    refuse("pruned already", "--seq-len", "16", model=pruned[0])
+def test_a_pruned_folder_is_pruned_again(pruned, corpus, tmp_path, capsys):
+    first, out = pruned[0], tmp_path / "again"
+    options = ["--samples", 16, "--seq-len", 16, "--keep", 0.8]
+    assert run("prune", first, "--calibration", corpus[0], "--out", out, *options) == 0
+    assert "Pruned before" in capsys.readouterr().out
+    plans = [
+        json.loads((folder / "liar/plan.json").read_text())["sites"] for folder in (first, out)
+    ]
+    for name, site in plans[1].items():
+        assert site["units"] == plans[0][name]["units"]
+        assert set(site["kept"]) <= set(plans[0][name]["kept"])
+    assert run("verify", out) == 0
 
 
 def test_an_existing_folder_is_refused_and_kept(pruned, llama_folder, corpus, capsys):

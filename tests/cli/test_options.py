@@ -162,7 +162,7 @@ def test_a_run_is_repeated_by_its_recipe(llama_folder, corpus, tmp_path, capsys)
     assert cli.main(["prune", "--recipe", str(recipe), "--quiet", "--out", str(again)]) == 0
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
     assert (again / "liar" / "recipe.yaml").read_text() == recipe.read_text()
-    report = json.loads((first / "liar_report.json").read_text())
+    report = json.loads((first / "liar/report.json").read_text())
     assert report["recipe"]["model"] == str(llama_folder)
     assert "prunable parameters" in said and report["loading"] in said
 
@@ -175,12 +175,12 @@ def test_certified_errors_are_of_sequences_that_no_decision_sees(
     job += ["--samples", "8", "--keep", "0.7"]
     assert cli.main([*job, "--out", str(certified), "--certify", "4"]) == 0
     assert "certified divergence" in capsys.readouterr().out
-    report = json.loads((certified / "liar_report.json").read_text())
+    report = json.loads((certified / "liar/report.json").read_text())
     assert report["evaluation"]["certified"]["rows"] == 4 * 16
     assert all(site["certified_error"] >= 0 for site in report["sites"])
     assert report["recipe"]["certify"] == 4 and report["settings"]["calibration_sequences"] == 8
     assert cli.main([*job, "--out", str(plain)]) == 0
-    assert "ertified" not in (plain / "liar_report.md").read_text()
+    assert "ertified" not in (plain / "liar/report.md").read_text()
 
 
 def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):

@@ -199,7 +199,7 @@ def test_the_command_on_a_device(device, llama_folder, corpus, tmp_path, capsys,
     out, texts = tmp_path / "pruned", ("--calibration", corpus[0], "--eval", corpus[1])
     options = ("--sites", "mlp", "--uniform-layers", "--samples", 16, "--seq-len", 32, "--quiet")
     run("prune", llama_folder, *texts, "--keep", 0.7, *options, "--out", out)
-    report = json.loads((out / "liar_report.json").read_text())
+    report = json.loads((out / "liar/report.json").read_text())
     assert report["evaluation"]["pruned"]["perplexity"] > 1
     used = {"cuda": "cuda:0", "auto": ", ".join(f"cuda:{i}" for i in range(min(count, 2)))}
     assert report["settings"]["device"] == used.get(device, device)

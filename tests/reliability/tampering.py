@@ -61,7 +61,7 @@ def delete_file(folder: Path, random: random.Random, pwned: Path) -> str:
 
 def put_nasty_value(folder: Path, random: random.Random, pwned: Path) -> str:
     """Replace one field of a JSON file, at any depth."""
-    path = _file(folder, random, "config.json", "config.json", "liar_plan.json", "*.json")
+    path = _file(folder, random, "config.json", "config.json", "liar/plan.json", "*.json")
     fields = json.loads(path.read_text())
     part, trail = fields, []
     while True:
@@ -183,7 +183,7 @@ def replace_code(folder: Path, random: random.Random, pwned: Path) -> str:
         change_config(folder, lambda f: f.update(auto_map={name: f"{file}.PrunedModel"}))
     elif how == "added":
         (folder / "liar_loader.py").write_text(evil)
-        loader = {"AutoModelForCausalLM": "liar_loader.PrunedModel"}
+        loader = {"AutoModelForCausalLM": "liar_loader.LlamaForCausalLM"}
         change_config(folder, lambda f: f.update(auto_map=loader))
     elif how == "nested":
         change_config(folder, lambda f: f.update(text_config={"auto_map": {"AutoModel": "evil.x"}}))

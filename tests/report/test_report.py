@@ -99,11 +99,11 @@ def test_every_line_of_a_table_has_as_many_cells():
 def test_the_recipe_stands_in_the_report_as_it_is_saved(tmp_path):
     whole = report()
     whole.save(tmp_path)
-    page = (tmp_path / "liar_report.md").read_text()
+    page = (tmp_path / "liar/report.md").read_text()
     assert page.split("```yaml\n")[1].split("```")[0] == whole.recipe.to_yaml()
     assert "| criterion | wifv |" not in page  # once is enough
     assert Recipe.load(tmp_path / "liar" / "recipe.yaml") == whole.recipe
-    facts = json.loads((tmp_path / "liar_report.json").read_text())
+    facts = json.loads((tmp_path / "liar/report.json").read_text())
     assert facts["recipe"]["keep"] == 0.123456789
     assert facts["sites"][0]["error"] == 0.0123457 and facts["seconds"]["calibrate"] == 12.3457
 
@@ -117,8 +117,8 @@ def test_json_is_strict():
 def test_a_report_without_a_recipe_shows_its_settings(tmp_path):
     plain = report(recipe=None)
     plain.save(tmp_path)
-    assert not (tmp_path / "liar").exists()
-    assert "| criterion | wifv |" in (tmp_path / "liar_report.md").read_text()
+    assert not (tmp_path / "liar" / "recipe.yaml").exists()
+    assert "| criterion | wifv |" in (tmp_path / "liar/report.md").read_text()
 
 
 @pytest.mark.parametrize(

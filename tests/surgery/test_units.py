@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folders import keep_some, make_plan
+from folders import make_plan
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery.units import apply_plan, is_pruned, unit_rows
+from liar_ext.surgery.units import apply_plan, unit_rows
 
 
 def zero_removed(model: nn.Module, plan: Plan) -> nn.Module:
@@ -192,16 +192,6 @@ def test_rows_of_stacked_producers() -> None:
     site = sites(tiny("gpt2"))[0]
     # Two rows a head, four heads, and q, k, v stacked: 24 rows.
     assert unit_rows(site, (1, 3), 24).tolist() == [2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23]
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_a_pruned_model_is_known(name: str) -> None:
-    model = tiny(name)
-    assert not is_pruned(model)
-    assert not is_pruned(model.base_model)
-    one = {"1.mlp": keep_some(sites(model)[3])}
-    apply_plan(model, Plan(model.config.model_type, "auto", one))
-    assert is_pruned(model)
 
 
 BAD_PLANS = {

@@ -1,0 +1,162 @@
+"""Take along what a model's folder holds beside its weights, its config and its tokenizer.
+
+Chat templates, the config of a preprocessor, the modules of sentence-transformers: a tool that
+reads them falls back to other numbers, in silence, where they are missing. Left behind are weights
+in any format, which are those of the dense model, code, hidden files, the model card, and what
+leads out of the folder. ``modules.json`` names folders that go along whole, with the weights of
+their layers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER
+from liar_ext.errors import one_line
+
+MODULES_FILE = "modules.json"
+MOST = 64 << 20  # bytes of one file; vocabularies have some millions
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
+    *(".ot", ".tflite", ".npz", ".index.json", ".data"),
+)
+CODE = (".py", ".pyc", ".so", ".sh")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.md", "*/config.json")
+
+
+def source_folder(name: str) -> Path | None:
+    """Return the folder that a model was loaded from: itself, or what the hub's cache has of it."""
+    try:
+        if Path(name).is_dir():
+            return Path(name)
+    except (OSError, ValueError):
+        return None
+    if name.count("/") != 1 or Path(name).suffix == ".gguf":
+        return None
+    from huggingface_hub import snapshot_download
+
+    for offline in (False, True):
+        try:
+            found = snapshot_download(name, allow_patterns=DOWNLOADED, local_files_only=offline)
+            return Path(found)
+        except Exception:  # no such repository, no network: as many kinds as there are libraries
+            continue
+    return None
+
+
+def carry(source: Path, folder: Path, hidden: int, *, tokenizer: bool) -> list[str]:
+    """Copy what goes along from one folder to another, where it isn't there already.
+
+    Parameters
+    ----------
+    source, folder : Path
+        From where, and to where.
+    hidden : int
+        Hidden features of the pruned model, which a pooling module counts too.
+    tokenizer : bool
+        Whether the tokenizer was saved already, so that its files stay behind.
+
+    Returns
+    -------
+    list of str
+        A sentence for each file that stays behind although it is no weight and no code.
+    """
+    said = []
+    for path, name in _files(source, said):
+        if (folder / name).exists() or (tokenizer and name in TOKENIZER):
+            continue
+        if not _lies_inside(path, source):
+            said.append(f"{name} of {source} leads out of that folder and stays behind.")
+        elif path.stat().st_size > MOST:
+            said.append(f"{name} of {source} is larger than {MOST >> 20} MiB and stays behind.")
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    for path in sorted(folder.glob("*/config.json")):
+        said += _fit_pooling(path, hidden)
+    return said
+
+
+def license_of(source: Path | None) -> str | None:
+    """Return the licence that a folder's model card names, if it does in a single word."""
+    import yaml
+
+    try:
+        text = (source / CARD_FILE).read_text(encoding="utf-8")[:MOST] if source else ""
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
+        found = front.get("license")
+    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError, RecursionError):
+        return None
+    return found if isinstance(found, str) and len(found) < 40 and found.isprintable() else None
+
+
+def _files(source: Path, said: list[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the files that go along, with their names in the folder."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name != CARD_FILE and not _stays(path.name):
+            yield path, path.name
+    for name in _modules(source, said):
+        for path in sorted((source / name).rglob("*")):
+            if path.is_file() and path.suffix not in CODE and not path.name.startswith("."):
+                yield path, str(path.relative_to(source))
+
+
+def _stays(name: str) -> bool:
+    return name.startswith((".", f"{OWN_FOLDER}_")) or name.endswith((*WEIGHTS, *CODE))
+
+
+def _modules(source: Path, said: list[str]) -> list[str]:
+    """Return the folders of the modules that ``modules.json`` names; none of the model itself."""
+    path = source / MODULES_FILE
+    if not path.is_file():
+        return []
+    try:
+        if path.stat().st_size > MOST:
+            raise ValueError("it is too large")
+        names = [str(module["path"]) for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said.append(f"{path} can't be read, so no module it names goes along: {one_line(error)}")
+        return []
+    found = []
+    for name in filter(None, names):
+        parts = PurePosixPath(name).parts
+        if len(parts) == 1 and parts[0] not in ("..", OWN_FOLDER) and not name.startswith("/"):
+            found.append(name)
+        else:
+            said.append(f"{path} names {name[:80]!r}, which leads elsewhere and stays behind.")
+    return found
+
+
+def _lies_inside(path: Path, source: Path) -> bool:
+    """Tell whether a file lies in the folder, be it through links inside of the hub's cache."""
+    target, home = path.resolve(), source.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    return target.is_relative_to(home) or target.is_relative_to(blobs)
+
+
+def _fit_pooling(path: Path, hidden: int) -> list[str]:
+    """Write the hidden size into the config of a pooling module; tell of others that count it."""
+    try:
+        fields: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return [f"{path.parent.name}/{path.name} can't be read and was copied as it is."]
+    if not isinstance(fields, dict):
+        return []
+    if fields.get("word_embedding_dimension", hidden) != hidden:
+        fields["word_embedding_dimension"] = hidden
+        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    if fields.get("in_features", hidden) != hidden:
+        return [
+            f"{path.parent.name} reads {fields['in_features']} features, the pruned model has "
+            f"{hidden}: keep the hidden size of a model that such a layer follows."
+        ]
+    return []

@@ -1,0 +1,139 @@
+"""Builds models whose layers differ in size, as config.json says; needs torch and transformers.
+
+liar_ext writes this file into the folders of such models, so that they load without it::
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+The class of transformers that is asked for is built; then, before any weight is read, its modules
+get the sizes that ``liar`` in config.json names, by their path in the base model::
+
+    modules       the shape of a parameter, or a number that a module keeps, by name
+    head          the same outside of the base model; only of the class that was saved
+    head_inputs   [position, keyword, heads]: an argument of forward that has one slice per head of
+                  the dense model, of which those of the heads that are left are taken
+
+A model that is built so is saved, by ``save_pretrained``, with this file and these sizes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def pruned_class(stock: type) -> type:
+    """Return the subclass of a class of transformers that builds the sizes in its config.
+
+    It goes by the name of the stock class, which is what config.json and other tools call it.
+    """
+    if stock.__module__ == __name__:
+        return stock
+    if stock.__name__ not in globals():
+
+        def post_init(self: Any) -> None:
+            resize(self)
+            stock.post_init(self)
+
+        members = {"post_init": post_init, "__module__": __name__, "__doc__": stock.__doc__}
+        # Its weights go by the names of the stock class, in files of any age.
+        members["is_custom_code"] = classmethod(lambda cls: False)
+        globals()[stock.__name__] = type(stock.__name__, (stock,), members)
+    return globals()[stock.__name__]
+
+
+def __getattr__(name: str) -> type:
+    """Return the class of that name; ``auto_map`` in config.json asks for it."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    import transformers
+
+    stock = getattr(transformers, name, None)
+    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
+        return pruned_class(stock)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def resize(model: nn.Module) -> bool:
+    """Give the modules of a model the sizes that its config names, once or several times.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to do: the config says nothing of an ordinary model, nor of a
+        model that is only a part of the base model.
+    """
+    said = getattr(model.config, "liar", None)
+    modules = said.get("modules", {}) if isinstance(said, dict) else {}
+    base = model.base_model
+    inside = dict(base.named_modules())
+    if not any(path in inside for path in modules):
+        return False
+    for path, sizes in modules.items():
+        _set_sizes(path, base.get_submodule(path), sizes)
+    if base is not model:
+        outside = dict(model.named_modules())
+        for path, sizes in said.get("head", {}).items():
+            if path in outside:
+                _set_sizes(path, outside[path], sizes)
+    for path, (position, keyword, heads) in said.get("head_inputs", {}).items():
+        module = base.get_submodule(path)
+        if not selections(module):
+            select_heads(module, heads, position, keyword)
+    return True
+
+
+def _set_sizes(path: str, module: nn.Module, sizes: dict[str, Any]) -> None:
+    for name, size in sizes.items():
+        if name in module._parameters:
+            setattr(module, name, _resized(f"{path}.{name}", module, name, size))
+        elif isinstance(getattr(module, name, None), int | float | tuple):
+            setattr(module, name, tuple(size) if isinstance(size, list) else size)
+        else:
+            raise ValueError(
+                f"config.json names {path}.{name}, which {type(module).__name__} hasn't: the "
+                "folder is damaged, or another version of transformers is needed"
+            )
+
+
+def _resized(path: str, module: nn.Module, name: str, shape: list[int]) -> nn.Parameter:
+    """Return the first rows and columns of a parameter, or zeros for a bias that is new."""
+    old = module._parameters[name]
+    if old is None:
+        return nn.Parameter(module.weight.new_zeros(shape))
+    if len(shape) != old.ndim or any(n > most for n, most in zip(shape, old.shape, strict=True)):
+        raise ValueError(
+            f"config.json names the shape {shape} for {path}, the dense model has "
+            f"{list(old.shape)}: the folder is damaged"
+        )
+    part = old.detach()[tuple(slice(n) for n in shape)].clone()
+    return nn.Parameter(part, requires_grad=old.requires_grad)
+
+
+def select_heads(module: nn.Module, heads: Any, position: int, keyword: str) -> None:
+    """Let a module take the slices of its heads from an argument made for all heads.
+
+    Hooks run in the order in which they were added, so that a second pruning selects from what
+    the first one left.
+    """
+    hook = partial(_take_heads, heads=list(heads), position=position, keyword=keyword)
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def selections(module: nn.Module) -> list[partial]:
+    """Return what :func:`select_heads` has added to a module, in order."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, partial) and "heads" in hook.keywords]
+
+
+def _take_heads(
+    module: nn.Module, args: tuple, kwargs: dict, *, heads: list[int], position: int, keyword: str
+) -> tuple[tuple, dict]:
+    """Select heads from dimension 1 of one argument: a forward pre-hook."""
+    arguments = dict(enumerate(args)) | kwargs
+    key = keyword if keyword in kwargs else position
+    if isinstance(arguments.get(key), torch.Tensor):
+        arguments[key] = arguments[key][:, heads]
+    return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}

@@ -1,0 +1,123 @@
+"""What a folder holds beside weights, config and tokenizer goes along; weights and code don't."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from folders import pruned, tokenizer
+from tiny import batches, tiny
+
+from liar_ext import load_pruned, prune, save_pruned
+from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.saving import check_folder
+from liar_ext.report.report import Report
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    tiny("bert").save_pretrained(folder)
+    (folder / "modules.json").write_text(json.dumps(MODULES))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 64}')
+    (folder / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Source\n")
+    for stays in ("pytorch_model.bin", "model.onnx", "train.py", ".hidden", "tf_model.h5"):
+        (folder / stays).write_text("stays behind")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").write_text("of the dense model")
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_else_a_folder_holds_goes_along(source: Path, tmp_path: Path) -> None:
+    model, _ = load_model(source)
+    report = prune(model, batches(model), 0.7)
+    out = tmp_path / "out"
+    save_pruned(model, out, report.plan, report=report, tokenizer=tokenizer())
+    carried = {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    assert carried <= names(out)
+    assert not {"pytorch_model.bin", "model.onnx", "train.py", ".hidden", "tf_model.h5"} & names(
+        out
+    )
+    assert not (out / "onnx").exists()
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0" in card and "# source, pruned" in card
+    assert "How to load" in card and f"{report.params['after']:,}" in card
+    check_folder(out, overwrite=True)  # all of it is ours to replace
+    # From the pruned folder it goes along once more.
+    again = load_pruned(out)
+    save_pruned(again, tmp_path / "again", report.plan)
+    assert carried <= names(tmp_path / "again")
+
+
+def test_a_pooling_module_counts_the_features_that_are_left(source: Path, tmp_path: Path) -> None:
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "config.json").write_text('{"in_features": 32, "out_features": 8}')
+    (source / "2_Dense" / "model.safetensors").write_text("the layer's own weights")
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (source / "modules.json").write_text(json.dumps([*MODULES, dense]))
+    model, _ = load_model(source)
+    report = prune(model, batches(model), keep=1.0, keep_hidden=0.75)
+    save_pruned(model, tmp_path / "out", report.plan, report=report)
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert pooling["word_embedding_dimension"] == 24
+    assert (tmp_path / "out" / "2_Dense" / "model.safetensors").is_file()
+    assert any("2_Dense reads 32 features" in warning for warning in report.warnings)
+    assert "2_Dense reads 32 features" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_nothing_from_outside_of_the_folder_goes_along(source: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (source / "link.json").symlink_to(secret)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")
+    paths = ["../elsewhere", str(tmp_path / "elsewhere"), "1_Pooling", "liar", "..", "a/../../b"]
+    (source / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+    model, plan = pruned("bert")
+    report = Report("bert")
+    save_pruned(model, tmp_path / "out", plan, report=report, source=source)
+    assert not (tmp_path / "out" / "link.json").exists()
+    assert not (tmp_path / "out" / "elsewhere").exists()
+    assert sum("leads" in warning for warning in report.warnings) == 6
+
+
+@pytest.mark.parametrize("text", ["", "[" * 10**5, '{"path": 1}', "[1]", '[{"path": null}]'])
+def test_modules_that_are_none(text: str, source: Path, tmp_path: Path) -> None:
+    (source / "modules.json").write_text(text)
+    model, plan = pruned("bert")
+    save_pruned(model, tmp_path / "out", plan, report=Report("bert"), source=source)
+    assert torch.isfinite(load_pruned(tmp_path / "out").classifier.weight).all()
+
+
+def test_files_of_the_hubs_cache_are_links(source: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--someone--bert"
+    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
+    snapshot.parent.mkdir(parents=True)
+    source.rename(snapshot)
+    blobs.mkdir()
+    os.rename(snapshot / "sentence_bert_config.json", blobs / "abc")
+    (snapshot / "sentence_bert_config.json").symlink_to("../../blobs/abc")
+    model, plan = pruned("bert")
+    save_pruned(model, tmp_path / "out", plan, source=snapshot)
+    assert read_text(tmp_path / "out") == '{"max_seq_length": 64}'
+
+
+def read_text(folder: Path) -> str:
+    path = folder / "sentence_bert_config.json"
+    assert not path.is_symlink()
+    return path.read_text()

@@ -1,0 +1,185 @@
+"""A folder loads without liar_ext, and is saved again by anybody, any number of times."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from folders import change, equal_plan, make_plan, pruned, read
+from tiny import TINY, batches, outputs, tiny, tiny_inputs
+
+from liar_ext import InputError, apply_plan, load_pruned, prune, save_pruned, verify_pruned
+from liar_ext.models.sites import block_config, family_of, sites
+
+# A process in which liar_ext can't be imported; every folder is loaded, and saved again, there.
+ELSEWHERE = """
+import sys, warnings
+sys.modules["liar_ext"] = None
+import torch, transformers
+from pathlib import Path
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    inputs, expected, auto = torch.load(folder / "expected.pt", weights_only=False)
+    loader = getattr(transformers, auto)
+    try:
+        loader.from_pretrained(folder)
+        raise SystemExit(f"{folder}: a stock loader has built layers of unequal sizes")
+    except RuntimeError as error:
+        assert "size" in str(error), error
+    for name in ("", "again", "and again"):
+        model = loader.from_pretrained(folder / name, trust_remote_code=True).eval()
+        with torch.no_grad():
+            found = model(**inputs)
+        found = found.logits if hasattr(found, "logits") else found.last_hidden_state
+        assert torch.equal(found, expected), (folder, name)
+        model.save_pretrained(folder / ("again" if name == "" else "and again"))
+"""
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_process_without_liar_ext_loads_and_saves_unequal_layers(bias, tmp_path: Path) -> None:
+    for name in TINY:
+        model, plan = pruned(name, bias=bias)
+        save_pruned(model, tmp_path / name, plan)
+        auto = next(
+            auto
+            for auto, loader in read(tmp_path / name)["auto_map"].items()
+            if loader == f"liar_loader.{type(model).__name__}"
+        )
+        inputs = tiny_inputs(model)
+        torch.save((dict(inputs), outputs(model, inputs), auto), tmp_path / name / "expected.pt")
+    result = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(tmp_path)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in TINY:
+        again = load_pruned(tmp_path / name / "and again")
+        assert torch.equal(outputs(again), outputs(load_pruned(tmp_path / name)))
+
+
+def saved_by(model, folder: Path):
+    """Return a model that was saved by transformers, and loaded by it."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("choices", [{}, {"uniform_layers": True}, {"keep_hidden": 0.8}])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "bert", "mpnet", "opt"])
+def test_a_model_in_memory_is_saved_by_transformers(name, choices, tmp_path: Path) -> None:
+    if name == "opt" and "keep_hidden" in choices:
+        pytest.skip("the hidden size of this family isn't pruned")
+    model = tiny(name)
+    prune(model, batches(model), 0.7, **choices)
+    again = saved_by(model, tmp_path / "one")
+    twice = saved_by(again, tmp_path / "two")
+    for other in (again, twice, load_pruned(tmp_path / "one"), load_pruned(tmp_path / "two")):
+        assert torch.equal(outputs(other), outputs(model))
+        assert other.config.liar == model.config.liar
+    unequal = model.config.liar["layers"] == "unequal"
+    assert (tmp_path / "two" / "liar_loader.py").exists() == unequal
+    if unequal:
+        assert read(tmp_path / "two")["auto_map"] == read(tmp_path / "one")["auto_map"]
+
+
+def test_another_model_of_the_same_config_keeps_it() -> None:
+    model = tiny("llama")
+    other = type(model)(model.config)
+    prune(model, batches(model), 0.7)
+    assert not hasattr(other.config, "liar") and other.config.intermediate_size == 24
+    assert other.config is not model.config is model.model.config
+
+
+def test_no_code_is_trusted_where_liar_ext_is_imported(tmp_path: Path) -> None:
+    model, plan = pruned("bert", bias=True)
+    save_pruned(model, tmp_path / "pruned", plan)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "pruned")
+    assert not type(loaded).__module__.startswith("transformers_modules")
+    assert torch.equal(outputs(loaded), outputs(model))
+    base = transformers.AutoModel.from_pretrained(tmp_path / "pruned")
+    assert base.encoder.layer[0].intermediate.dense.out_features == 12
+    dense = tiny("bert")
+    dense.save_pretrained(tmp_path / "dense")
+    assert type(type(dense).from_pretrained(tmp_path / "dense")) is type(dense)
+
+
+def test_transformers_own_layers_fit_the_sizes_in_the_config(tmp_path: Path) -> None:
+    """Its draft of models of unequal layers builds each from ``config.per_layer_config[index]``."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    model, plan = pruned("llama", bias=True)
+    save_pruned(model, tmp_path / "pruned", plan)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "pruned")
+    part = block_config(family_of(model), config)
+    for index, layer in enumerate(model.model.layers):
+        theirs = LlamaDecoderLayer(part.per_layer_config[index], index)
+        assert {name: p.shape for name, p in theirs.named_parameters()} == {
+            name: p.shape for name, p in layer.named_parameters()
+        }
+        groups = layer.self_attn.num_key_value_groups
+        assert theirs.self_attn.num_key_value_groups == groups
+
+
+def test_a_second_pruning_is_saved_and_composes(tmp_path: Path) -> None:
+    """Prune, save, load, fine-tune a little, prune, save: the folder tells of the dense model."""
+    model = tiny("qwen2")
+    first = prune(model, batches(model), 0.8)
+    save_pruned(model, tmp_path / "first", first.plan, report=first)
+    model = load_pruned(tmp_path / "first")
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
+    inputs = tiny_inputs(model)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimiser.step()
+    second = prune(model.eval(), batches(model), 0.8)
+    save_pruned(model, tmp_path / "second", second.plan, report=second)
+    assert verify_pruned(tmp_path / "second")["agrees"]
+    assert torch.equal(outputs(load_pruned(tmp_path / "second")), outputs(model))
+    dense = {site.name: site.units for site in sites(tiny("qwen2"))}
+    assert {name: site.units for name, site in second.plan.sites.items()} == dense
+    assert len(read(tmp_path / "second")["liar"]["history"]) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_an_older_transformers_finds_the_base_of_the_rotation(name, tmp_path: Path) -> None:
+    model, plan = pruned(name, equal_plan)
+    rope = model.config.rope_parameters
+    save_pruned(model, tmp_path / "pruned", plan)
+    fields = read(tmp_path / "pruned")
+    if "rope_theta" in rope:
+        assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"]
+    else:  # one for each type of layer, which version 4 spells otherwise
+        assert "rope_theta" not in fields
+
+
+def test_scaled_rotations_are_written_in_the_older_spelling_too(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    model = tiny("llama", rope_parameters=rope)
+    plan = make_plan(model)
+    apply_plan(model, plan)
+    save_pruned(model, tmp_path / "pruned", plan)
+    fields = read(tmp_path / "pruned")
+    assert fields["rope_theta"] == 5000.0
+    assert fields["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert load_pruned(tmp_path / "pruned").config.rope_parameters == rope
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"modules": {"layers.0.mlp.down_proj": {"weight": [4000, 9000]}}}, "the dense model has"),
+        ({"modules": {"layers.0.mlp.down_proj": {"forward": 1}}}, "hasn't"),
+        ({"modules": {"layers.77.mlp": {"weight": [1]}}}, "plan says"),
+        ({"modules": [1]}, "modules"),
+        ({"modules": {"layers.0.mlp.down_proj": {"weight": "x"}}}, "modules"),
+        ({"modules": {}, "head_inputs": {"layers.0": [0, "x", [10**30]]}}, "head_inputs"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(said, why, tmp_path: Path) -> None:
+    model, plan = pruned("llama")
+    save_pruned(model, tmp_path / "pruned", plan)
+    mark = read(tmp_path / "pruned")["liar"]
+    change(tmp_path / "pruned" / "config.json", liar={**mark, **said})
+    with pytest.raises(InputError, match=why):
+        load_pruned(tmp_path / "pruned")
