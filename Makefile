@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu lint format clean
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean
 
 setup: $(STAMP)
 
@@ -124,6 +124,23 @@ gpu: setup
 	$(SANITIZER) --tool initcheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
 	mkdir -p out
 	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json
+
+# Pages of `liar report` and `liar compare` in Chromium, as on a phone and on a desktop, in light and
+# dark; fails where one is too wide, too small to read or asks for another file. Without a Chromium
+# (`apt-get install chromium`, or CHROMIUM=path) it says that it looked at nothing.
+SCREENSHOTS ?= out/screenshots
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+screenshots: setup
+	rm -rf build/pages
+	mkdir -p build/pages $(SCREENSHOTS)
+	PYTHONPATH=. $(BIN)/python tests/example_reports.py build/pages
+ifeq ($(CHROMIUM),)
+	@echo 'NO BROWSER: there is no Chromium here; the pages were written, and nobody looked at them'
+else
+	$(PYTHON) -m venv build/browser
+	build/browser/bin/pip install -q playwright
+	build/browser/bin/python tests/report/browser.py --browser $(CHROMIUM) --out $(SCREENSHOTS) build/pages/*.html
+endif
 
 lint: setup
 	$(BIN)/ruff check .

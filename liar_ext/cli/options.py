@@ -49,6 +49,9 @@ def parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     _add_eval(commands)
     _add_verify(commands)
+    _add_bench(commands)
+    _add_report(commands)
+    _add_compare(commands)
     commands.add_parser("info", help="versions, kernels in use, what can be loaded")
     return parser
 
@@ -206,6 +209,61 @@ def _add_verify(commands) -> None:
     parser.add_argument("folder", metavar="DIR", type=_name)
     parser.add_argument("--device", default="cpu", type=_name, help="where to run")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_bench(commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="speed and memory of a pruned model beside the dense one",
+        description="Time prompts (prefill, first token) and greedy decoding of DIR and MODEL in "
+        "alternating rounds, encoders by inputs per second, and print medians with the quartiles "
+        "of pruned / dense. Peak resident memory is that of a process of its own.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", type=_name, help="pruned model")
+    add("--against", required=True, metavar="MODEL", type=_name, help="the dense model")
+    add("--rounds", type=_at_least(1), default=5, metavar="N", help="rounds that are timed")
+    add("--prompt-length", type=_at_least(1), default=128, metavar="N", help="tokens of a prompt")
+    add("--new-tokens", type=_at_least(1), default=32, metavar="N", help="tokens to decode")
+    add("--batch", type=_at_least(1), nargs="+", default=[1, 32], metavar="N", help="batch sizes")
+    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    add("--device", default="cpu", type=_name, help="cpu, cuda, cuda:1, ...; auto: over all")
+    add("--threads", type=_at_least(1), metavar="N", help="of torch on the CPU; as it is, if not")
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
+    add("--json", metavar="FILE", type=_name, help="where to store it; if not, DIR.bench.json")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="write a page about a pruned model, with pictures",
+        description="Write one HTML page about DIR that needs no other file: sizes, perplexity, "
+        "units kept and errors per layer, time spent and, after liar bench, speed.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=_name)
+    _add_page(parser, "DIR.html, beside DIR", None)
+
+
+def _add_compare(commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="write a page that compares pruned models",
+        description="Write one HTML page about several pruned models: perplexity and speed "
+        "against parameters. Speed is what liar bench stored.",
+    )
+    parser.add_argument("folders", metavar="DIR", type=_name, nargs="+")
+    _add_page(parser, "compare.html", "compare.html")
+    parser.add_argument(
+        "--measure", action="store_true", help="time those that liar bench stored nothing of"
+    )
+
+
+def _add_page(parser: argparse.ArgumentParser, where: str, default: str | None) -> None:
+    add = parser.add_argument
+    add("-o", "--output", metavar="FILE", type=_name, default=default, help=f"default: {where}")
+    add("--png", metavar="FOLDER", type=_name, help="write the pictures as PNG, too")
 
 
 def _name(text: str) -> str:

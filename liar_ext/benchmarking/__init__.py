@@ -1,0 +1,1 @@
+"""How fast a model is and what memory it takes, pruned beside dense."""

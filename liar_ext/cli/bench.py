@@ -1,0 +1,68 @@
+"""``liar bench``: speed and memory of a pruned model beside the dense one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from liar_ext.errors import InputError
+from liar_ext.report import files
+from liar_ext.report.speed import Benchmark, bench_file, read_bench, table
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print a table, and store the numbers."""
+    from liar_ext.benchmarking.job import benchmark
+    from liar_ext.benchmarking.timing import Settings
+
+    target = place(options.folder, options.json)
+    if target is not None:
+        files.check_place(target, "bench", "--json", _is_benchmark)
+    settings = Settings(
+        rounds=options.rounds,
+        prompt_length=options.prompt_length,
+        new_tokens=options.new_tokens,
+        batches=tuple(dict.fromkeys(options.batch)),
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+    )
+    found = benchmark(
+        options.folder,
+        options.against,
+        settings,
+        memory=options.memory,
+        progress=not options.quiet,
+    )
+    print("\n".join(lines(found)))
+    if target is not None:
+        files.write_whole(target, found.to_json(), "bench", "--json")
+        print(f"{target}: written")
+
+
+def place(folder: str, given: str | None) -> Path | None:
+    """Return where the numbers go: as told, or beside a folder, or nowhere for a hub id."""
+    if given is not None:
+        return Path(given)
+    return bench_file(folder) if Path(folder).is_dir() else None
+
+
+def lines(bench: Benchmark) -> list[str]:
+    """Return a benchmark as a table of plain text."""
+    heads = ("", "dense", "pruned", "pruned / dense (quartiles)")
+    rows = [heads, *table(bench)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    said = [f"{key} {value}" for key, value in (bench.settings | bench.machine).items()]
+    body = [
+        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
+        for row in rows
+    ]
+    return [*body, f"Medians of {bench.settings['rounds']} rounds; {'; '.join(said)}"]
+
+
+def _is_benchmark(path: Path) -> bool:
+    try:
+        read_bench(path, "bench")
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,345 @@
+"""The page of a report: what it says, and what a stranger's report can't make it do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from example_reports import NASTY, SCRIPT, bench_of, hostile, ordinary, save, site, store_bench
+from example_reports import wrong as wrong_kinds
+
+from liar_ext import InputError
+from liar_ext.checkpoint.manifest import strangers, write_manifest
+from liar_ext.cli import main
+from liar_ext.report import canvas, pictures, reading
+from liar_ext.report.html import page_file, write_page
+from liar_ext.report.page import MARK
+from liar_ext.report.reading import MOST_SITES, read_report
+from liar_ext.report.report import REPORT_JSON
+
+OLD = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
+TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
+TAGS |= set("figcaption table thead tbody tr th td details summary footer code".split())
+TAGS |= set("svg g path defs use text clippath rect title".split())
+
+
+class Reader(HTMLParser):
+    """What a browser would make of a page: its tags, attributes and text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags, self.attributes, self.said = set(), [], []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [(tag, *each) for each in attributes]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [(tag, *each) for each in attributes]
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.said))
+
+
+def written(tmp_path: Path, fields, name: str = "run", **settings) -> Reader:
+    """Return the page of a report, read; it is sound HTML of nothing but the tags above."""
+    folder = save(tmp_path / name, fields)
+    page, *_ = write_page(folder, **settings)
+    text = page.read_text(encoding="utf-8")
+    found = Reader(text)
+    assert found.open == [] and found.tags <= TAGS, found.tags - TAGS
+    for tag, name, value in found.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("src", "href", "xlink:href", "action"):
+            assert value.startswith("#"), value
+    assert not re.search(r"@import|url\((?!#)", text)
+    return found
+
+
+def test_the_page_says_what_the_report_does(tmp_path):
+    page = written(tmp_path, ordinary())
+    said = page.text
+    for told in ("134.5\u00a0M → 113.3\u00a0M", "84.2%", "80.0%", "27.53", "37.91", "×\u00a01.377"):
+        assert told.replace("\u00a0", " ") in said.replace("\u00a0", " ")
+    assert "an/ordinary-135M" in said and "Over 4,088 tokens, windows of 512" in said
+    assert "Few tokens." in said and "3.7 min" in said and "0.31" in said
+    assert "15.mlp" in said and "Sites (60)" in said
+    assert "calibration" in said and "held out" in said and "allocate" in said
+    assert said.count("Not measured") == 1 and "liar bench DIR --against MODEL" in said
+
+
+def test_pictures_are_text_and_follow_light_and_dark(tmp_path):
+    folder = save(tmp_path / "run", ordinary())
+    (page,) = write_page(folder)
+    text = page.read_text()
+    pictures_of = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(pictures_of) == 3
+    assert all("<text" in each and 'role="img"' in each for each in pictures_of)
+    assert not re.findall(r"(?:fill|stroke): #(?!fff)[0-9a-f]{6}", "".join(pictures_of))
+    assert "var(--blue)" in text and "prefers-color-scheme: dark" in text
+    identifiers = re.findall(r' id="([^"]*)"', text)
+    assert len(set(identifiers)) == len(identifiers)
+    referred = re.findall(r'(?:url\(#|href="#)([\w-]+)', text)
+    assert set(referred) == set(identifiers)
+    assert 'name="viewport"' in text and "default-src 'none'" in text.replace("&#x27;", "'")
+
+
+def test_a_page_is_the_same_each_time(tmp_path):
+    folder = save(tmp_path / "run", ordinary())
+    first = write_page(folder)[0].read_bytes()
+    assert write_page(folder)[0].read_bytes() == first
+
+
+def test_markup_of_a_report_is_text(tmp_path):
+    page = written(tmp_path, hostile(), png=tmp_path / "png")
+    assert page.text.count(SCRIPT) >= 8
+    assert "script" not in page.tags and "img" not in page.tags
+    assert "\u202e" not in page.text and "\x00" not in page.text
+    assert "$\\frac{1}$" in page.text
+    assert len(list((tmp_path / "png").glob("*.png"))) == 3
+
+
+def test_markup_in_a_folders_name_is_text(tmp_path):
+    name = "<img src=x onerror=alert(1)>"
+    page = written(tmp_path, ordinary(2), name=name)
+    assert name in page.text and "img" not in page.tags
+
+
+@pytest.mark.parametrize("fields", [{}, wrong_kinds()], ids=["nothing", "wrong kinds"])
+def test_what_is_missing_or_wrong_is_not_measured(fields, tmp_path):
+    said = written(tmp_path, fields, png=tmp_path / "png").text
+    assert said.count("Not measured") == 5 and said.count("not measured") == 3
+    assert not list((tmp_path / "png").iterdir())
+
+
+@pytest.mark.parametrize("field", sorted(ordinary()))
+@pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": [None]}, math.nan, True, 10**400])
+def test_any_field_may_be_anything(field, value, tmp_path):
+    assert "run" in written(tmp_path, ordinary(2, **{field: value})).text
+
+
+@pytest.mark.parametrize("field", sorted(site("0.mlp", 4, 2, 0.1)))
+@pytest.mark.parametrize("value", [None, -1, "nan", [1], 1e308, 0, 2**53])
+def test_any_field_of_a_site_may_be_anything(field, value, tmp_path):
+    fields = ordinary(2)
+    fields["sites"][1][field] = value
+    assert "Sites (4)" in written(tmp_path, fields).text
+
+
+def test_errors_of_pruned_layers_alone_are_drawn():
+    rows = [site("0.mlp", 8, 4, 0.1), site("1.mlp", 8, 8, 0.0), site("2.mlp", 8, 4, 0.2)]
+    found = reading.SavedReport(*[None] * 15)
+    report = reading.SavedReport(**{**vars(found), "sites": tuple(map(reading._site, rows))})
+    with canvas.drawing("report") as figures:
+        (panel,) = pictures.errors(report, figures).axes
+        lines = [line.get_xydata() for line in panel.lines]
+        assert [line[:, 0].tolist() for line in lines] == [[0, 0.5, 2]] * 2
+        assert lines[0][[0, 2], 1].tolist() == [0.1, 0.2] and math.isnan(lines[0][1, 1])
+        (panel,) = pictures.kept(report, figures).axes
+        heights = [bar.get_height() for bar in panel.patches]
+        assert heights == [8, 8, 8, 4, 8, 4]
+
+
+def test_layers_share_bars_where_they_are_too_many(tmp_path):
+    rows = [site(f"{layer}.mlp", 8, 4, 0.1) for layer in range(1000)]
+    found = read_report(save(tmp_path / "run", {"sites": rows}))
+    with canvas.drawing("report") as figures:
+        (panel,) = pictures.kept(found, figures).axes
+    assert len(panel.patches) < 2 * pictures.MOST_BARS + 2
+    assert {bar.get_height() for bar in panel.patches} == {4, 8}
+
+
+def test_a_report_of_a_million_sites_gives_a_page_that_opens(tmp_path):
+    rows = [{"name": f"{at}.mlp", "units_before": 9, "units_after": 4} for at in range(10**6)]
+    page = written(tmp_path, {"sites": rows})
+    assert f"Of 1,000,000 sites the first {MOST_SITES:,} are shown." in page.text
+    assert page_file(tmp_path / "run").stat().st_size < 2 << 20
+
+
+def test_a_report_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match="more than 1,000 bytes"):
+        write_page(save(tmp_path / "run", ordinary()))
+    assert not page_file(tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "can't be read"),
+        (b"[]", "is a list and no object"),
+        (b"\xff", "can't be read"),
+        (b"[" * 10**5, "can't be read"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "can't be read"),
+    ],
+)
+def test_a_torn_report_is_one_line(content, said, tmp_path, capsys):
+    folder = save(tmp_path / "run", {})
+    (folder / REPORT_JSON).write_bytes(content)
+    assert main(["report", str(folder)]) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1 and line.startswith("liar: error: report: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_without_a_report_is_refused(tmp_path):
+    for place, said in ((tmp_path, "has no"), (tmp_path / "no", "is no folder")):
+        with pytest.raises(InputError, match=said):
+            write_page(place)
+    (tmp_path / REPORT_JSON).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / REPORT_JSON)  # which would never end
+    with pytest.raises(InputError, match="has no"):
+        write_page(tmp_path)
+    with pytest.raises(InputError, match="can't be read|is no folder"):
+        write_page("a\0b", tmp_path / "x.html")
+
+
+def test_a_folder_of_an_older_version_has_its_page(tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(OLD, folder)
+    found = Reader(write_page(folder)[0].read_text())
+    assert "70.5%" in found.text and "1.mlp" in found.text and "LlamaForCausalLM" in found.text
+    assert strangers(folder) == strangers(OLD)
+
+
+def test_the_folder_stays_as_it_was(tmp_path):
+    folder = save(tmp_path / "run", ordinary())
+    write_manifest(folder)
+    before = sorted(folder.rglob("*"))
+    store_bench(folder)
+    assert write_page(folder) == [tmp_path / "run.html"]
+    assert sorted(folder.rglob("*")) == before and strangers(folder) == []
+
+
+def test_only_pages_of_ours_are_overwritten(tmp_path):
+    folder = save(tmp_path / "run", ordinary(2))
+    theirs = tmp_path / "theirs.html"
+    theirs.write_text("<!DOCTYPE html>mine")
+    link = tmp_path / "link.html"
+    link.symlink_to(write_page(folder)[0])
+    for path, said in (
+        (theirs, "exists and liar report didn't write it"),
+        (folder / REPORT_JSON, "didn't write it"),
+        (tmp_path, "no ordinary file"),
+        (link, "no ordinary file"),
+        (tmp_path / "no" / "x.html", "there is no folder"),
+    ):
+        with pytest.raises(InputError, match=said):
+            write_page(folder, path)
+    assert theirs.read_text() == "<!DOCTYPE html>mine"
+    assert write_page(folder)[0].read_text().startswith(MARK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "link.html",
+        "run",
+        "run.html",
+        "theirs.html",
+    ]
+
+
+def test_a_place_that_may_not_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path / "run", ordinary(2))
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert main(["report", str(folder)]) == 2
+    assert "may not be written to; give another name with -o" in capsys.readouterr().err
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["report", str(folder)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_pictures_are_written_where_they_are_wanted(tmp_path, capsys):
+    folder = save(tmp_path / "run", ordinary(4))
+    assert (
+        main(["report", str(folder), "-o", str(tmp_path / "x.html"), "--png", str(tmp_path / "p")])
+        == 0
+    )
+    names = [line.split(": written")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [Path(name).name for name in names] == [
+        "x.html",
+        "units.png",
+        "errors.png",
+        "seconds.png",
+    ]
+    for name in names[1:]:
+        assert Path(name).read_bytes().startswith(b"\x89PNG")
+    assert main(["report", str(folder), "--png", str(tmp_path / "x.html")]) == 2
+    assert "can't write into" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pip install 'liar_ext\[report\]'"):
+        write_page(save(tmp_path / "run", ordinary(2)))
+
+
+def test_a_stored_benchmark_is_shown(tmp_path):
+    folder = save(tmp_path / "run", ordinary(2))
+    store_bench(folder, speed=1.25)
+    said = Reader(write_page(folder)[0].read_text()).text
+    assert "batch 32: decode, tokens/s" in said and "1.250 (1.188–1.312)" in said
+    assert "× 1.25" in said and "Not measured" not in said
+
+
+def test_a_benchmark_of_another_state_is_left_out_and_told_of(tmp_path):
+    folder = save(tmp_path / "run", ordinary(2))
+    path = store_bench(folder)
+    save(folder, ordinary(2, keep=0.5))
+    said = Reader(write_page(folder)[0].read_text()).text
+    assert "is of another state of this folder" in said and "Not measured" in said
+    path.write_text("{")
+    assert "left out: report: " in Reader(write_page(folder)[0].read_text()).text
+    path.write_text(json.dumps({"version": 1, "rates": [None, {"batch": 1, "pruned": NASTY}]}))
+    assert "left out" not in written(tmp_path, ordinary(2), name="other").text
+
+
+def test_a_hostile_benchmark_is_text(tmp_path):
+    folder = save(tmp_path / "run", ordinary(2))
+    fields = json.loads(bench_of(folder).to_json())
+    fields["rates"] = [{**rate, "what": NASTY, "unit": NASTY} for rate in fields["rates"]] * 1000
+    fields["dense"]["name"] = NASTY
+    fields["settings"] = fields["machine"] = {NASTY: [NASTY] * 1000}
+    fields["pruned"]["peak"] = {NASTY: 5, "1": -3, "load": 2**70}
+    tmp_path.joinpath("run.bench.json").write_text(json.dumps(fields))
+    page = written(tmp_path, ordinary(2))
+    assert SCRIPT in page.text and page_file(folder).stat().st_size < 1 << 20
+
+
+def test_the_pages_of_every_example_are_written(tmp_path):
+    """What ``make screenshots`` shows in a browser."""
+    script = Path(__file__).parents[1] / "example_reports.py"
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*.html"))) == 8
