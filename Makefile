@@ -129,7 +129,7 @@ gpu: setup
 # dark; fails where one is too wide, too small to read or asks for another file. Without a Chromium
 # (`apt-get install chromium`, or CHROMIUM=path) it says that it looked at nothing.
 SCREENSHOTS ?= out/screenshots
-CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name))))
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome,$(shell command -v $(name) 2>/dev/null)))
 screenshots: setup
 	rm -rf build/pages
 	mkdir -p build/pages $(SCREENSHOTS)

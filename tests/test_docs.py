@@ -315,9 +315,10 @@ def resolves(target: str) -> bool:
     return False
 
 
-def test_every_option_of_prune_has_its_line():
+@pytest.mark.parametrize("name", ["prune", "bench", "report", "compare"])
+def test_every_option_has_its_line(name):
     page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
-    actions = subcommands()["prune"]._actions
+    actions = subcommands()[name]._actions
     options = {name for action in actions for name in action.option_strings}
     options = {name for name in options if name.startswith("--") and not name.startswith("--no-")}
     assert [name for name in sorted(options - {"--help"}) if f"`{name}`" not in page] == []

@@ -16,6 +16,7 @@ from liar_ext.report.scatter import Point, scatter
 from liar_ext.report.speed import Benchmark, Rate, figure
 
 MOST_RUNS = 50
+MOST_DRIFT = 1.1  # of a dense model's speed between measurements
 # What two measurements must share to be compared.
 CONDITIONS = ("dtype", "device", "threads", "prompt_length", "new_tokens", "cpu")
 SPEEDS = {"decode": "greedy tokens/s", "encode": "inputs/s"}
@@ -129,7 +130,25 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             said.append(
                 f"Speeds were measured with different {name} ({_some(values)}), and don't compare."
             )
-    return said
+    return said + _drift(runs)
+
+
+def _drift(runs: Sequence[Run]) -> list[str]:
+    """Return that a dense model was not as fast in one measurement as in another, if so."""
+    what, found = speed_of(runs), {}
+    for run in runs:
+        rate = _rate(run, what)
+        if rate and rate.dense and rate.dense.median > 0:
+            found.setdefault((run.report.model, run.bench.dense.params), []).append(
+                rate.dense.median
+            )
+    worst = max((max(each) / min(each) for each in found.values()), default=1.0)
+    if worst < MOST_DRIFT:
+        return []
+    return [
+        f"The dense model itself was {worst:.2f} times as fast in one measurement as in another: "
+        "compare the ratios to it, which were measured in turns, and not tokens/s."
+    ]
 
 
 def speed_of(runs: Sequence[Run]) -> tuple[str, int | None]:

@@ -129,6 +129,31 @@ OTHERS: list[Line] = [
     ("verify", "a\0b"),
     ("verify", "{model}", "--device", "gpu"),
     ("verify", "{model}", "--bogus"),
+    *((name,) for name in ("report", "compare", "bench")),
+    *(
+        (name, folder)
+        for name in ("report", "compare")
+        for folder in ("", " ", "{absent}", "{model}", "{text}", "{nothing}", "a\0b")
+    ),
+    ("report", "{model}", "{model}"),
+    ("report", "{model}", "-o", ""),
+    ("report", "{model}", "-o", "{text}"),
+    ("compare", "{model}", "-o", "{absent}/x.html"),
+    ("bench", "{model}"),
+    *(
+        ("bench", "{model}", "--against", "{model}", option, value)
+        for option, values in {
+            "--rounds": ["0", "-1", "x", "9" * 30],
+            "--batch": ["0", "x", ""],
+            "--prompt-length": ["0", "x"],
+            "--new-tokens": ["0", "x"],
+            "--threads": ["0", "x"],
+            "--dtype": ["int8"],
+            "--device": ["gpu", "cuda:99", ""],
+            "--json": ["", "{text}", "{texts}", "{absent}/x.json", "a\0b"],
+        }.items()
+        for value in values
+    ),
 ]
 
 

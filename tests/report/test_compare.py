@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,17 @@ def test_speeds_under_other_conditions_are_told_of(runs):
     found, notes = read_runs(runs)
     assert notes == cautions(found)
     assert notes == ["Speeds were measured with different threads (1, 8), and don't compare."]
+
+
+def test_a_machine_that_was_busier_is_told_of(runs):
+    bench = bench_of(runs[1])
+    slower = [
+        replace(rate, dense=Quartiles(*(0.8 * value for value in astuple(rate.dense))))
+        for rate in bench.rates
+    ]
+    store_bench(runs[1], rates=slower)
+    _, notes = read_runs(runs)
+    assert len(notes) == 1 and "itself was 1.25 times as fast in one measurement" in notes[0]
 
 
 def test_runs_of_one_name_go_by_their_paths(tmp_path):
