@@ -19,8 +19,7 @@ from typing import Any
 from liar_ext.errors import InputError, one_line
 from liar_ext.report.report import REPORT_JSON
 
-# In a folder's report, and in folders of older versions.
-REPORT_NAMES = tuple(dict.fromkeys((REPORT_JSON, "liar/report.json", "liar_report.json")))
+REPORT_NAMES = (REPORT_JSON, "liar_report.json")  # the second: of version 0.1.0
 MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB
 MOST_SITES = 4096
 MOST_FACTS = 200  # of a table of names and values
