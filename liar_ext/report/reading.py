@@ -289,9 +289,20 @@ def _facts(fields: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     tables["Found" if recipe else "Settings"] = {
         key: value for key, value in settings.items() if key not in recipe
     }
+    jobs = [mapping(each) for each in listing(fields.get("earlier"))[:MOST_FACTS]]
+    tables["Pruned before"] = {f"job {at}": _job(job) for at, job in enumerate(jobs, 1)}
     tables["Versions"] = mapping(fields.get("versions"))
     return {
         title: {text(key, 60): text(value) for key, value in list(table.items())[:MOST_FACTS]}
         for title, table in tables.items()
         if table
     }
+
+
+def _job(job: Mapping[str, Any]) -> str:
+    """Return an earlier job as text: its budget, and parameters before and after."""
+    params, budget = mapping(job.get("params")), mapping(job.get("budget"))
+    before, after = (count(params.get(name)) for name in ("before", "after"))
+    sizes = "" if None in (before, after) else f"{before:,} → {after:,} parameters"
+    said = [sizes, *(f"{text(k, 60)} {text(v, 60)}" for k, v in list(budget.items())[:10])]
+    return "; ".join(each for each in said if each)

@@ -90,6 +90,13 @@ def test_the_page_says_what_the_report_does(tmp_path):
     assert said.count("Not measured") == 1 and "liar bench DIR --against MODEL" in said
 
 
+def test_earlier_jobs_are_told_of(tmp_path):
+    job = {"budget": {"keep": 0.9}, "params": {"before": 2000, "after": 1800}}
+    said = written(tmp_path, ordinary(2, earlier=[job, None, {"params": NASTY}])).text
+    assert "Pruned before" in said and "2,000 → 1,800 parameters; keep 0.9" in said
+    assert "Pruned before" not in written(tmp_path, ordinary(2)).text
+
+
 def test_pictures_are_text_and_follow_light_and_dark(tmp_path):
     folder = save(tmp_path / "run", ordinary())
     (page,) = write_page(folder)
