@@ -91,7 +91,8 @@ def measure(options: argparse.Namespace):
         start = time.process_time()
         bank = calibrate(model, batches, at)
         scores = score(model, bank, at, options.criterion, seed=options.seed)
-        plan, _ = decide(model, bank, at, scores, Budget(options.keep), options.allocation, batches)
+        budget = Budget(options.keep, tile=1)  # as the rows of docs/quality.md
+        plan, _ = decide(model, bank, at, scores, budget, options.allocation, batches)
         row = {
             "model": Path(options.model).name,
             "calibration": [Path(source).name for source in options.calibration],

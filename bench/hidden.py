@@ -66,7 +66,7 @@ def main() -> None:
     note("dense", model, time.process_time())
     for fraction in options.keep_hidden:
         start = time.process_time()
-        done = narrow(model, calibration, fraction)
+        done = narrow(model, calibration, fraction, tile=1)
         plan = Plan(model.config.model_type, "auto", {}, hidden=done.kept)
         norms = {path: done.weights[path] for path in hidden_of(model).norms}
         for method, weights in (("sliced", {}), ("norms", norms), ("solved", done.weights)):
@@ -76,7 +76,7 @@ def main() -> None:
         kept = count_params(small) / dense
         if not options.hidden_only:
             start, other = time.process_time(), copy.deepcopy(model)
-            prune(other, calibration, Budget(kept, of="params"))
+            prune(other, calibration, Budget(kept, of="params", tile=1))
             note("units", other, start)
 
 

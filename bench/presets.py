@@ -2,7 +2,8 @@
 
 A forward pass is that of the whole model, head included, over the same batches, timed in the same
 run. Times are of the processor, so that other jobs of the machine don't count; take one thread
-(`OMP_NUM_THREADS=1`). Also says what `--dry-run` estimates. Writes presets.json and presets.md.
+(`OMP_NUM_THREADS=1`). Also says what `--dry-run` estimates. All with tile 1, as docs/performance.md
+has it. Writes presets.json and presets.md.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     dense = perplexity(model, held_out)["perplexity"]
     rows = [{"preset": "forward pass", "seconds": forward, "forwards": 1.0, "perplexity": dense}]
     for name in PRESETS:
-        recipe = Recipe.preset(name, keep=options.keep, seq_len=options.seq_len)
+        recipe = Recipe.preset(name, keep=options.keep, seq_len=options.seq_len, tile=1)
         said = next(x for x in describe(model, batches, recipe) if x.startswith("time"))
         work = copy.deepcopy(model)
         spent = seconds(lambda work=work, recipe=recipe: prune(work, batches, recipe))

@@ -1,8 +1,9 @@
 """Perplexity and divergence of pruned models: methods × fractions removed × seeds.
 
 A method is written criterion+allocation+reconstruction, with `+equal` for layers of equal sizes
-(which plain transformers loads), `+refine=N` for N whole plans measured after `curve`, and
-`+layerwise` for the layerwise schedule. Some are what others publish:
+(which plain transformers loads), `+refine=N` for N whole plans measured after `curve`,
+`+layerwise` for the layerwise schedule, and `+tile=N` for channels in multiples of N: without it
+the tile is 1, whatever the default is. Some are what others publish:
 
     wanda+uniform+none      Wanda-sp
     wifv+global+bias        FLAP
@@ -10,8 +11,9 @@ A method is written criterion+allocation+reconstruction, with `+equal` for layer
     wifv+global+linear      another
     obs+uniform+linear      like SlimGPT; which solves layer by layer, as +layerwise does
 
-`liar` is what `liar_ext.prune` does by default, wifv+curve+auto; `steps` are ablations of it. All
-methods of a seed see the same calibration text; the texts to evaluate on share no document with it.
+`liar` is what `liar_ext.prune` does by default, wifv+curve+auto, at tile 1; on the models here the
+default is `liar+tile=32`. `steps` are ablations of it. All methods of a seed see the same
+calibration text; the texts to evaluate on share no document with it.
 Writes quality.json, quality.md and quality.png. Rows that the output folder has already are kept
 and not measured again. Seconds are CPU seconds of all that a method needs, calibration included.
 """
@@ -106,32 +108,33 @@ class Method:
     equal: bool = False
     layerwise: bool = False
     refine: int = 0
+    tile: int = 1
 
     @classmethod
     def read(cls, name: str) -> Method:
         """Return the method that a name stands for."""
-        if name == "liar":
+        first, *words = name.split("+")
+        if first == "liar":
             default = Recipe()
-            return cls(
-                default.criterion,
-                default.allocation,
-                default.reconstruct,
-                layerwise=default.schedule == "layerwise",
-            )
-        criterion, allocation, mode, *words = name.split("+")
+            first, allocation, mode = default.criterion, default.allocation, default.reconstruct
+            words += ["layerwise"] * (default.schedule == "layerwise")
+        else:
+            allocation, mode, *words = words
         options = {key: value for key, _, value in (word.partition("=") for word in words)}
         refine = options.pop("refine", "0")
+        tile = options.pop("tile", "1")
         unknown = set(options) - {"equal", "layerwise"}
-        if unknown or not refine.isdigit() or any(options.values()):
+        if unknown or not (refine + tile).isdigit() or any(options.values()):
             raise SystemExit(f"quality: no such option in method {name}")
         check_refine(int(refine), allocation)
         return cls(
-            criterion,
+            first,
             allocation,
             mode,
             equal="equal" in options,
             layerwise="layerwise" in options,
             refine=int(refine),
+            tile=int(tile),
         )
 
 
@@ -150,7 +153,7 @@ class Case:
 
     def prune(self, method: Method, ratio: float) -> tuple[nn.Module, Plan, float]:
         """Return a pruned copy, its plan, and the seconds that the method takes by itself."""
-        budget = Budget(1 - ratio, uniform_layers=method.equal)
+        budget = Budget(1 - ratio, uniform_layers=method.equal, tile=method.tile)
         # As in liar_ext.prune: FLAP's allocation standardises scores of features.
         per = "feature" if method.allocation == "global" else "unit"
         scores, seconds = self._scores(method.criterion, per)
@@ -207,7 +210,7 @@ class Case:
                 self.bank,
                 self.at,
                 self._scores(method.criterion)[0],
-                Budget(1 - ratio),
+                Budget(1 - ratio),  # what is measured is the same whatever the tile is
                 probe_batches(self.batches),
                 mode=method.mode,
             )
@@ -288,6 +291,7 @@ def measure(options: argparse.Namespace, known: Set[tuple]) -> Iterator[dict]:
                 shared = {
                     "model": Path(options.model).name,
                     "method": name,
+                    "tile": method.tile,
                     "ratio": ratio,
                     "sites": options.sites,
                     "seq_len": options.seq_len,

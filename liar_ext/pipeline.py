@@ -32,6 +32,7 @@ from liar_ext.report.rows import SiteRow
 from liar_ext.selection.allocation import check_budget, total_cost
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import decide, measure_losses
+from liar_ext.selection.rounding import rounding
 from liar_ext.surgery.units import apply_plan
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -92,8 +93,8 @@ def prune(
 
     Notes
     -----
-    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias"``; Wanda-sp is
-    ``criterion="wanda", allocation="uniform", reconstruct="none"``.
+    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp is
+    ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``.
     """
     job = Job(model, batches, Recipe.build(recipe, **choices), progress)
     job.check()
@@ -127,6 +128,7 @@ class Job:
     earlier: list[dict[str, object]] = field(
         default_factory=list
     )  # jobs that the model has behind it
+    grid: dict[str, object] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
@@ -144,7 +146,7 @@ class Job:
             "prunable_before": sum(site.params for site in at),
         }
         if self.narrows:
-            count_kept(hidden_of(model), recipe.keep_hidden, recipe.multiple_of)
+            count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
         backward = get_criterion(recipe.criterion).needs == "gradient"
         layerwise = recipe.schedule == "layerwise"
         if backward or layerwise or recipe.allocation == "curve" or self.narrows:
@@ -185,11 +187,12 @@ class Job:
                 recipe.keep_hidden,
                 mode=recipe.reconstruct,
                 damp=recipe.damp,
-                multiple_of=recipe.multiple_of,
+                tile=recipe.tile,
                 memory=recipe.memory,
                 progress=self.progress,
             )
             self.source = self.narrowing.source
+            self.grid = {"tile": recipe.tile, "hidden": self.narrowing.grid}
             self.facts["narrow_passes"] = self.source["passes"]
             return self.narrowing.applied_to_copy(self.model)
 
@@ -248,6 +251,7 @@ class Job:
         if passes is None:
             return Plan(self.model.config.model_type, recipe.attn_unit, {}, asdict(budget))
         at = self.sites(passes.model)
+        total = total_cost(passes.model, at, budget)
         with self.clock("allocate"):
             plan, divergences = decide(
                 passes.model,
@@ -258,10 +262,12 @@ class Job:
                 recipe.allocation,
                 passes.batches,
                 refine=recipe.refine,
-                total=total_cost(passes.model, at, budget),
+                total=total,
                 losses=losses,
                 **self._mode,
             )
+            asked = scores, budget, recipe.allocation, plan
+            self.grid |= rounding(at, *asked, total=total, losses=losses)
         self.facts |= divergences
         return plan
 
@@ -352,6 +358,7 @@ class Job:
             versions=versions(),
             sites=[replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows],
             hidden=hidden_rows,
+            grid=self.grid,
             params=self.params,
             evaluation=evaluation,
             seconds=self.clock.seconds,
@@ -360,7 +367,8 @@ class Job:
                 self.recipe.reconstruct,
                 self.source["tokens"],
                 self.widest,
-            ),
+            )
+            + self.grid.get("warnings", []),
             loading=how_to_load(model, plan),
         )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +17,52 @@ from liar_ext.errors import InputError
 PLAN_VERSION = 2
 READABLE = (1, 2)  # version 1 has no hidden features
 BUDGET_UNITS = ("prunable", "params", "flops")
+TILES = (1, 16, 32, 64, 128)  # that the command offers
+# The default tile, the smallest group of common weight quantisers. It is halved for a size that
+# has fewer steps of it than these, where one step would be more than an eighth of a layer.
+AUTO_TILE, LEAST_STEPS = 32, 8
+OLDER_NAMES = {"multiple_of": "tile"}
 
 
+def by_todays_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields under the names that they have now.
+
+    Raises
+    ------
+    InputError
+        If a field is given under both of its names.
+    """
+    for old, new in OLDER_NAMES.items():
+        if old in given and new in given:
+            raise InputError(f"budget: {new} must be given once, {old} is its older name; drop it")
+    return {OLDER_NAMES.get(name, name): value for name, value in given.items()}
+
+
+def takes_older_names(cls: type) -> type:
+    """Let a dataclass be made and read by the older names of its fields, too."""
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        made(self, *args, **by_todays_names(given))
+
+    cls.__init__ = __init__
+    for old, new in OLDER_NAMES.items():
+        setattr(cls, old, property(lambda self, new=new: getattr(self, new)))
+    return cls
+
+
+def check_tile(operation: str, value: Any) -> int | str:
+    """Return a tile, or raise InputError unless it is an integer of at least 1 or ``"auto"``."""
+    if value == "auto" or (type(value) is int and 1 <= value < 2**63):
+        return value
+    raise InputError(
+        f'{operation}: tile must be an integer of at least 1 or "auto", such as '
+        f"{', '.join(map(str, TILES))}, got {reprlib.repr(value)}"
+    )
+
+
+@takes_older_names
 @dataclass(frozen=True)
 class Budget:
     """How much of the model may stay, and which unit counts are allowed.
@@ -29,9 +76,10 @@ class Budget:
     of : {"prunable", "params", "flops"}
         What the cost counts: parameters of the sites that may be pruned; all parameters of the
         model; floating-point operations of one forward pass over ``seq_len`` tokens.
-    multiple_of : int
-        Number of features that a site keeps (units times width) is a multiple of this, except
-        where the site keeps everything.
+    tile : int or "auto"
+        Channels that an MLP keeps are a multiple of this, except where it keeps all; heads stay
+        whole, whatever it is. ``"auto"`` is 32, halved for a layer until that has eight steps.
+        ``multiple_of`` is its older name.
     at_least : int
         Units that every site keeps at least.
     uniform_layers : bool
@@ -48,7 +96,7 @@ class Budget:
 
     keep: float
     of: str = "prunable"
-    multiple_of: int = 1
+    tile: int | str = "auto"
     at_least: int = 1
     uniform_layers: bool = False
     seq_len: int = 512
@@ -60,9 +108,22 @@ class Budget:
             raise InputError(
                 f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}"
             )
-        for name in ("multiple_of", "at_least", "seq_len"):
+        check_tile("Budget", self.tile)
+        for name in ("at_least", "seq_len"):
             if getattr(self, name) < 1:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
+
+    def step(self, size: int, base: int = 1) -> int:
+        """Return the grid of a size, which must be a multiple of ``base`` anyhow: lcm(base, tile).
+
+        An automatic tile is halved until the size has ``LEAST_STEPS`` steps, if it can have them.
+        """
+        if self.tile != "auto":
+            return math.lcm(base, self.tile)
+        tile = AUTO_TILE
+        while tile > 1 and LEAST_STEPS * math.lcm(base, tile) > size:
+            tile //= 2
+        return math.lcm(base, tile)
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_keeping_everything_changes_nothing():
 @pytest.mark.parametrize("of", ["prunable", "params", "flops"])
 def test_budgets(of):
     model = tiny("llama")
-    report = prune(model, batches(model), Budget(0.8, of, multiple_of=4, uniform_layers=True))
+    report = prune(model, batches(model), Budget(0.8, of, tile=4, uniform_layers=True))
     assert report.budget["of"] == of
     assert {row.units_after for row in report.sites if row.name.endswith("mlp")}.__len__() == 1
 
@@ -249,3 +249,50 @@ def test_same_inputs_same_result():
         prune(model, batches(model), 0.7)
         results.append(outputs(model))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("tile", ["auto", 1, 16, 128])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "curve"])
+@pytest.mark.parametrize("keep", [0.05, 0.99])
+def test_a_job_at_the_ends_of_the_budget_meets_it_or_says_why_not(keep, allocation, tile):
+    """A tile larger than the layer, too: its 24 channels then stay."""
+    model = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    choices = {"keep": keep, "allocation": allocation, "tile": tile, "reconstruct": "none"}
+    if keep == 0.05:
+        with pytest.raises(InputError, match="no plan keeps 0.05 .* raise keep, or lower tile"):
+            prune(model, batches(model, 2), **choices)
+        assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+        return
+    report = prune(model, batches(model, 2), **choices)
+    kept = report.params["prunable_after"] / report.params["prunable_before"]
+    assert kept <= keep and report.grid["kept"] == pytest.approx(kept)
+    step = {"auto": 2, 1: 1, 16: 16, 128: 128}[tile]
+    for name, site in report.plan.sites.items():
+        assert "attn" in name or len(site.kept) == 24 or len(site.kept) % step == 0
+    assert any("tile=128" in warning for warning in report.warnings) == (tile == 128)
+
+
+def test_the_report_says_the_grid_and_what_it_costs():
+    model = tiny("llama")
+    report = prune(model, batches(model, 2), keep=0.7, keep_hidden=0.8, tile=16)
+    grid = json.loads(report.to_json())["grid"]
+    assert grid["tile"] == 16 and grid["hidden"] == {
+        **{"units": 40, "step": 16, "kept": 32},
+        "kept_at_tile_1": 32,
+    }
+    assert {row["kind"]: row["step"] for row in grid["sites"]} == {"attn": 1, "mlp": 16}
+    assert grid["predicted_divergence"] >= grid["predicted_divergence_at_tile_1"] > 0
+    page, summary = report.to_markdown(), report.summary()
+    assert "| 3 mlp layers, channels | 24 | 16 |" in page
+    assert "| hidden features | 40 | 16 | 32 |" in page and "with tile 1" in page
+    (line,) = [line for line in summary.splitlines() if line.startswith("sizes")]
+    assert "MLP channels in steps of 16" in line and "predicted divergence" in line
+    assert "hidden features in steps of 16: 32 stay, with tile 1 32" in line
+
+
+def test_tile_1_is_not_talked_of_in_the_summary():
+    model = tiny("llama")
+    report = prune(model, batches(model, 2), keep=0.7, tile=1, allocation="uniform")
+    assert not [line for line in report.summary().splitlines() if line.startswith("sizes")]
+    assert "none that is a loss" in report.to_markdown()

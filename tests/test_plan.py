@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from liar_ext import Budget, InputError, Plan
@@ -12,7 +14,7 @@ def test_keep_outside_its_range(keep):
         Budget(keep)
 
 
-@pytest.mark.parametrize("field", ["multiple_of", "at_least", "seq_len"])
+@pytest.mark.parametrize("field", ["tile", "at_least", "seq_len"])
 def test_other_fields_outside_their_range(field):
     with pytest.raises(InputError, match=field):
         Budget(0.5, **{field: 0})
@@ -49,3 +51,18 @@ def test_a_plan_of_version_1_is_one_without_hidden_features():
 def test_what_is_not_a_plan(text):
     with pytest.raises(InputError, match="Plan: "):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize("tile", [0, -8, 1.5, "32", "all", True, None, 2**63, [8]])
+def test_a_tile_is_a_number_or_auto(tile):
+    with pytest.raises(InputError, match='tile must be an integer of at least 1 or "auto"'):
+        Budget(0.5, tile=tile)
+
+
+def test_the_older_name_of_tile_is_taken():
+    budget = Budget(0.5, multiple_of=8)
+    assert budget == Budget(0.5, tile=8) and budget.multiple_of == budget.tile == 8
+    assert Budget(0.5).tile == "auto"
+    assert replace(budget, keep=0.7) == Budget(0.7, tile=8)
+    with pytest.raises(InputError, match="tile must be given once, multiple_of is its older name"):
+        Budget(0.5, tile=8, multiple_of=8)

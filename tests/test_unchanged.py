@@ -1,8 +1,10 @@
-"""The default job on a tiny model of each family gives what it gave before: plan and weights.
+"""The default job, and that with tile 1, on a tiny model of each family: what they gave before.
+
+Plan and weights are compared.
 
 Bits depend on the processor and on torch, so that digests are compared where both are those of the
-record, and rounded figures elsewhere. ``python tests/test_unchanged.py`` writes the record anew;
-do that only in a commit that says why results change.
+record, and rounded figures elsewhere. ``python tests/test_unchanged.py default`` (or ``tile_1``)
+writes a record anew; do that only in a commit that says why results change.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,12 @@ from tiny import TINY, tiny, tiny_inputs
 import liar_ext
 from liar_ext import ops
 
-RECORD = Path(__file__).parent / "assets" / "default_job.json"
+ASSETS = Path(__file__).parent / "assets"
+# What is asked for besides the budget, and where the result is recorded.
+JOBS = {
+    "default": ({}, ASSETS / "default_job.json"),
+    "tile_1": ({"tile": 1}, ASSETS / "job_at_tile_1.json"),
+}
 
 
 def machine() -> dict[str, str]:
@@ -31,11 +39,11 @@ def machine() -> dict[str, str]:
     }
 
 
-def run(family: str) -> dict[str, object]:
-    """Prune a tiny model by the default; return its plan, and figures and digest of its weights."""
+def run(family: str, choices: dict) -> dict[str, object]:
+    """Prune a tiny model; return its plan, and figures and digest of its weights."""
     model = tiny(family)
     batches = [tiny_inputs(model, batch=4, tokens=12, seed=seed) for seed in range(4)]
-    report = liar_ext.prune(model, batches, keep=0.7)
+    report = liar_ext.prune(model, batches, keep=0.7, **choices)
     digest, figures = hashlib.sha256(), {}
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -44,11 +52,13 @@ def run(family: str) -> dict[str, object]:
     return {"plan": plan, "figures": figures, "sha256": digest.hexdigest()}
 
 
+@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("family", TINY)
-def test_default_job_gives_what_it_gave(family):
-    record = json.loads(RECORD.read_text(encoding="utf-8"))
+def test_a_job_gives_what_it_gave(family, job):
+    choices, path = JOBS[job]
+    record = json.loads(path.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
-    now, then = run(family), record["families"][family]
+    now, then = run(family, choices), record["families"][family]
     assert now["plan"] == then["plan"]
     assert now["figures"].keys() == then["figures"].keys()
     for name, (shape, norm) in then["figures"].items():
@@ -60,6 +70,7 @@ def test_default_job_gives_what_it_gave(family):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {family: run(family) for family in TINY}
+    choices, path = JOBS[sys.argv[1]]
+    results = {family: run(family, choices) for family in TINY}
     text = json.dumps({"machine": machine(), "families": results})
-    RECORD.write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")

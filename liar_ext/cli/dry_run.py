@@ -23,7 +23,7 @@ from liar_ext.pipeline import Job
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.selection.allocation import allocate, allowed_counts, total_cost
+from liar_ext.selection.allocation import allocate, allowed_counts, site_step, total_cost
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.surgery.units import apply_plan
@@ -79,19 +79,21 @@ def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) ->
         kept = [len(equal.sites[site.name].kept) for site in some]
         site, counts = some[0], allowed_counts(some[0], budget)
         same = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
-        free = ""
+        step = site_step(site, budget)
+        steps = f" in steps of {step}" if len(counts) > 1 else ": none can go"
+        free = steps if step > 1 else ""
         if recipe.allocation != "uniform":
             whose = "all layers the same number" if recipe.uniform_layers else "each its own number"
-            free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}"
-            free += f" in steps of {counts[1] - counts[0]}" if len(counts) > 2 else ""
+            free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}{steps}"
         lines.append(
             f"{kind}: {len(some)} layers of {site.units} {site.unit.replace('_', ' ')}s; the same "
             f"fraction everywhere would keep {same}{free}"
         )
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
-        count = count_kept(hidden, recipe.keep_hidden, recipe.multiple_of)
-        lines.append(f"hidden size: {count} of {hidden.size} features")
+        count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
+        step = budget.step(hidden.size, hidden.multiple_of)
+        lines.append(f"hidden size: {count} of {hidden.size} features, in steps of {step}")
     return lines
 
 
@@ -134,7 +136,7 @@ def _passes(groups: Sequence[Sequence[Site]], recipe: Recipe) -> int:
 
 def _narrow_passes(model: nn.Module, recipe: Recipe) -> int:
     hidden = hidden_of(model)
-    count = count_kept(hidden, recipe.keep_hidden, recipe.multiple_of)
+    count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
     room = room_for_sums(model, recipe.memory, MEMORY)
     return 1 + len(split(hidden.sources, [_bytes(count + hidden.size)] * len(hidden.sources), room))
 
@@ -224,7 +226,7 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
     plan = with_bias(plan, model, recipe.reconstruct)
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
-        count = count_kept(hidden, recipe.keep_hidden, recipe.multiple_of)
+        count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
         plan = replace(plan, hidden=SitePlan(hidden.size, tuple(range(count))))
     pruned = skeleton(type(model), model.config)
     apply_plan(pruned, plan)

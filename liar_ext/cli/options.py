@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from liar_ext.errors import InputError
+from liar_ext.plan import TILES
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable, shown
 from liar_ext.recipe.choices import DTYPES, GROUPS, PRESETS
@@ -156,6 +157,9 @@ def _add_field(group: argparse._ArgumentGroup, each: Field) -> None:
         settings["action"] = argparse.BooleanOptionalAction
     elif each.name == "calibration":
         settings |= {"nargs": "+", "metavar": facts["metavar"]}
+    elif each.name == "tile":
+        _add_tile(group, settings, f"{help} (default: {default})")
+        return
     elif each.name == "kinds":
         settings |= {"type": _sites, "metavar": "{all,attn,mlp}"}
     elif names:
@@ -165,6 +169,15 @@ def _add_field(group: argparse._ArgumentGroup, each: Field) -> None:
     if default not in (None, (), MISSING) and not isinstance(default, bool):
         help += f" (default: {'all' if each.name == 'kinds' else default})"
     group.add_argument(option_of(each), help=help.replace("%", "%%"), **settings)
+
+
+def _add_tile(group: argparse._ArgumentGroup, settings: dict[str, Any], help: str) -> None:
+    """Add ``--tile``, and its older name, which takes any number."""
+    either = group.add_mutually_exclusive_group()
+    tiles = ",".join(("auto", *map(str, TILES)))
+    either.add_argument("--tile", type=_tile, metavar=f"{{{tiles}}}", help=help, **settings)
+    older = "the older name of --tile; takes any number"
+    either.add_argument("--multiple-of", type=_whole, metavar="N", help=older, **settings)
 
 
 def _metavar(each: Field) -> str:
@@ -295,6 +308,14 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def _tile(text: str) -> int | str:
+    """Read one of the tiles that kernels and quantisers have."""
+    if text not in ("auto", *map(str, TILES)):
+        known = ", ".join(map(str, TILES))
+        raise argparse.ArgumentTypeError(f"must be auto or one of {known}, got {shown(text)}")
+    return text if text == "auto" else int(text)
 
 
 def _number(text: str) -> float:

@@ -18,7 +18,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.reconstruction.result import Solution
 from liar_ext.reconstruction.ridge import solve
 from liar_ext.reconstruction.settings import check_settings, form_at
@@ -59,12 +59,16 @@ class Narrowing:
         One per norm, or other place where features are read.
     source : dict
         Facts on the calibration: model type, sequences, tokens, passes.
+    grid : dict
+        ``units``, the step that their number is counted in (``step``), how many stay (``kept``),
+        and how many would with a tile of 1 (``kept_at_tile_1``).
     """
 
     kept: SitePlan
     weights: dict[str, tuple[Tensor, Tensor | None]]
     rows: list[SiteRow]
     source: dict[str, object]
+    grid: dict[str, int] = field(default_factory=dict)
 
     def applied_to_copy(self, model: nn.Module) -> nn.Module:
         """Return a copy of the dense model with the stream narrowed and nothing else pruned."""
@@ -82,7 +86,7 @@ def narrow(
     *,
     mode: str = "auto",
     damp: float | str = "auto",
-    multiple_of: int = 1,
+    tile: int | str = "auto",
     memory: int | None = None,
     progress: bool = False,
 ) -> Narrowing:
@@ -105,8 +109,9 @@ def narrow(
         ``linear`` and ``bias`` is ``none``. With ``none`` the norms keep their scales, too.
     damp : float or "auto"
         λ, or the choice by held-out error, per norm.
-    multiple_of : int
-        Of the features that stay, besides what the stock class asks for.
+    tile : int or "auto"
+        The features that stay are a multiple of this, besides of what the stock class asks for;
+        ``"auto"`` as for :class:`liar_ext.Budget`.
     memory : int, optional
         Bytes that sums may take at a time, but at least those of one norm; by default 8 GiB, or
         half of what is free on a device in use, the CPU included. The result is the same bit for
@@ -146,7 +151,7 @@ def narrow(
     batches = list(batches)
     check_finite_weights(model)
     hidden = hidden_of(model)
-    count = count_kept(hidden, keep, multiple_of)
+    count = count_kept(hidden, keep, tile)
     each = FOLDS * 8 * (count + hidden.size) ** 2
     room = room_for_sums(model, memory, MEMORY)
     groups = split(hidden.sources, [each] * len(hidden.sources), room)
@@ -160,11 +165,22 @@ def narrow(
             # Released at once: the next group is summed in the memory of this one.
             rows.append(solver.solve(source, bank.moments.pop(source.name)))
     kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))
-    return Narrowing(kept_plan, solver.weights, rows, energy.source | {"passes": len(titles)})
+    return Narrowing(
+        kept_plan,
+        solver.weights,
+        rows,
+        energy.source | {"passes": len(titles)},
+        {
+            "units": hidden.size,
+            "step": Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of),
+            "kept": count,
+            "kept_at_tile_1": count_kept(hidden, keep, 1),
+        },
+    )
 
 
-def count_kept(hidden: Hidden, keep: float, multiple_of: int = 1) -> int:
-    """Return how many features stay: at most the fraction ``keep``, as a multiple allows.
+def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
+    """Return how many features stay: at most the fraction ``keep``, on the grid of the tile.
 
     Raises
     ------
@@ -173,12 +189,12 @@ def count_kept(hidden: Hidden, keep: float, multiple_of: int = 1) -> int:
     """
     if not 0.0 < keep <= 1.0:
         raise InputError(f"hidden: keep_hidden must be in (0, 1], got {keep}; 0.9 keeps 90 %")
-    step = math.lcm(hidden.multiple_of, multiple_of)
+    step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
     count = hidden.size if keep == 1.0 else math.floor(keep * hidden.size / step + 1e-9) * step
     if not count:
         raise InputError(
             f"hidden: {keep:.4g} of {hidden.size} features is less than {step}, of which the "
-            "hidden size must be a multiple; raise keep_hidden"
+            f"hidden size must be a multiple (tile={tile}); raise keep_hidden or lower tile"
         )
     return count
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from liar_ext.errors import InputError
+from liar_ext.plan import check_tile
 
 # What a check is: name and value in, the value in its own type out, or InputError.
 Check = Callable[[str, Any], Any]
@@ -59,6 +60,12 @@ def number_or_auto(name: str, value: Any) -> float | str:
     except (ValueError, OverflowError):
         pass
     raise InputError(f'recipe: {name} must be a number of at least 0 or "auto", got {shown(value)}')
+
+
+def tile(name: str, value: Any) -> int | str:
+    """Check a tile: an integer of at least 1, or "auto"."""
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return check_tile("recipe", int(value) if integral and value_fits(value) else value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
-from liar_ext.plan import BUDGET_UNITS, Budget
+from liar_ext.plan import BUDGET_UNITS, Budget, by_todays_names, takes_older_names
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
 from liar_ext.recipe.choices import (
@@ -30,6 +30,7 @@ from liar_ext.selection.refine import check_refine
 VERSION = 1
 
 
+@takes_older_names
 @dataclass(frozen=True)
 class Recipe:
     """Every choice of a job, shared by :func:`liar_ext.prune`, the command, report and folder.
@@ -59,7 +60,7 @@ class Recipe:
         device in use, the CPU included, where that is less. What needs more is summed in groups,
         with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
         ``layerwise``. ``refine`` needs all sites at once.
-    keep, of, multiple_of, at_least, uniform_layers
+    keep, of, tile, at_least, uniform_layers
         As for :class:`liar_ext.Budget`.
     keep_hidden : float
         Fraction of the hidden size that stays, in (0, 1]; see :func:`liar_ext.narrow`. The
@@ -135,7 +136,13 @@ class Recipe:
     )
     keep: float = choice(0.8, "budget", check.number, "fraction to keep, in (0, 1]")
     of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "what the fraction counts")
-    multiple_of: int = choice(1, "budget", check.whole(1), "kept features per site")
+    tile: int | str = choice(
+        "auto",
+        "budget",
+        check.tile,
+        "MLP channels that a layer keeps are a multiple of this; auto is 32, halved for layers "
+        "that have fewer than eight of them. Heads stay whole",
+    )
     at_least: int = choice(1, "budget", check.whole(1), "units that every site keeps")
     uniform_layers: bool = choice(
         False,
@@ -278,6 +285,7 @@ class Recipe:
             if "keep" in choices:
                 raise InputError(f"recipe: keep must be given once, got {start!r} besides keep=")
             start, choices = None, {"keep": start, **choices}
+        choices = by_todays_names(choices)
         if isinstance(choices.get("keep"), Budget):
             budget = asdict(choices.pop("keep"))
             twice = sorted(budget.keys() & choices.keys())
@@ -314,7 +322,7 @@ class Recipe:
                 f"recipe: must be a mapping of fields, got {check.shown(facts)}; a line is "
                 "keep: 0.8, for one"
             )
-        facts = dict(facts)
+        facts = by_todays_names(facts)
         version = facts.pop("version", VERSION)
         if type(version) is not int or version != VERSION:
             raise InputError(

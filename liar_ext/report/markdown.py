@@ -18,6 +18,8 @@ def page(report: Report) -> list[str]:
         lines += ["", *(f"{line}." for line in _earlier(report))]
     if report.loading:
         lines += ["", report.loading]
+    if report.grid:
+        lines += ["", "## Grid of sizes", "", *grid_table(report.grid)]
     if report.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
     for title, rows in (("Sites", report.sites), ("Hidden features", report.hidden)):
@@ -55,6 +57,7 @@ def summary(report: Report) -> list[str]:
             f"{'certified divergence':20} {figure(certified['divergence']):>15} from the dense "
             f"model, over {certified['rows']:,} outputs that no decision has seen"
         )
+    lines += [f"{'sizes':20} {line}" for line in _steps(report.grid)]
     cut = [row for row in report.sites if row.units_after < row.units_before]
     if cut:
         worst = max(cut, key=lambda row: row.holdout_error)
@@ -114,6 +117,54 @@ def site_table(rows: Sequence[SiteRow]) -> list[str]:
         f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.1f} |"
         for row in rows
     ]
+
+
+def grid_table(grid: Mapping) -> list[str]:
+    """Return the lines of a table of the steps that sizes are counted in, and what they cost."""
+    lines = ["| | dense | in steps of | kept |", "|---|---|---|---|"]
+    for row in grid.get("sites", ()):
+        least, most = row["least_kept"], row["most_kept"]
+        kept = str(most) if least == most else f"{least} to {most}"
+        title = f"{row['layers']} {row['kind']} layers, {row['unit'].replace('_', ' ')}s"
+        lines.append(f"| {title} | {row['units']} | {row['step']} | {kept} |")
+    hidden = grid.get("hidden")
+    if hidden:
+        lines.append(
+            f"| hidden features | {hidden['units']} | {hidden['step']} | {hidden['kept']} |"
+        )
+    lines += ["", f"Tile {grid['tile']}."]
+    if hidden:
+        lines[-1] += f" With tile 1 {hidden['kept_at_tile_1']} hidden features would stay."
+    if grid.get("sites"):
+        lines += [
+            f"Kept of the budget's cost: {grid['kept']:.4f} on the grid, "
+            f"{grid['kept_at_tile_1']:.4f} with tile 1.",
+            f"What the allocation minimises: {grid['objective']}"
+            + (f"; {_cost(grid)}" if "predicted_divergence" in grid else "")
+            + ".",
+        ]
+    return lines + ["", *(f"- {note}" for note in grid.get("notes", ()))]
+
+
+def _cost(grid: Mapping) -> str:
+    on_grid, single = grid["predicted_divergence"], grid["predicted_divergence_at_tile_1"]
+    return f"{figure(on_grid)} on the grid, {figure(single)} with tile 1"
+
+
+def _steps(grid: Mapping) -> list[str]:
+    """Return a line on the steps of sizes and what they cost, where they are more than a unit."""
+    rows = [row for row in grid.get("sites", ()) if row["unit"] == "channel"]
+    steps = sorted({row["step"] for row in rows if row["step"] > 1})
+    said = [f"MLP channels in steps of {', '.join(map(str, steps))}"] if steps else []
+    if grid.get("hidden"):
+        hidden = grid["hidden"]
+        kept = f"{hidden['kept']} stay, with tile 1 {hidden['kept_at_tile_1']}"
+        said.append(f"hidden features in steps of {hidden['step']}: {kept}")
+    if said and "predicted_divergence" in grid:
+        said.append(f"predicted divergence {_cost(grid)}")
+    elif said and "kept" in grid:
+        said.append(f"kept {grid['kept']:.4f}, with tile 1 {grid['kept_at_tile_1']:.4f}")
+    return ["; ".join(said)] if said else []
 
 
 def fact_table(facts: Mapping[str, object]) -> list[str]:

@@ -39,6 +39,9 @@ class Report:
         One per place where hidden features are read, if the hidden size was pruned.
     earlier : list of dict
         Of each job that had pruned the model before: ``budget``, and ``params`` before and after.
+    grid : dict
+        The steps that sizes are counted in, and what that costs against single units; see
+        :func:`liar_ext.selection.rounding.rounding`.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
     evaluation : dict
@@ -62,6 +65,7 @@ class Report:
     sites: list[SiteRow] = field(default_factory=list)
     hidden: list[SiteRow] = field(default_factory=list)
     earlier: list[dict] = field(default_factory=list)
+    grid: dict = field(default_factory=dict)
     params: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)

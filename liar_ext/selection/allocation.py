@@ -6,7 +6,7 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -82,11 +82,12 @@ def probe_plan(
 ) -> Plan:
     """Return a plan that takes about the budget's fraction, and at least one step, off every site.
 
-    For measuring the sensitivity of each site; it need not meet the budget.
+    For measuring the sensitivity of each site; it need not meet the budget, and its steps are
+    single units, so that what is measured is the same whatever the tile is.
     """
     counts = {}
     for site in at:
-        fewer = allowed_counts(site, budget)[:-1] or (site.units,)
+        fewer = allowed_counts(site, replace(budget, tile=1))[:-1] or (site.units,)
         counts[site.name] = _round(fewer, budget.keep * site.units, up=False)
     return _plan(at, scores, counts, model_type, asdict(budget))
 
@@ -136,6 +137,20 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
     return in_sites + 2.0 * budget.seq_len * max(0, linear - weights_in_sites)
 
 
+def kept_fraction(at: Sequence[Site], plan: Plan, budget: Budget, total: float | None) -> float:
+    """Return the fraction of the dense cost that a plan keeps, in the unit of the budget."""
+    cost = _unit_costs(at, budget)
+    dense = sum(cost[site.name] * site.units for site in at) if total is None else total
+    return 1.0 - sum(cost[name] * len(each.removed) for name, each in plan.sites.items()) / dense
+
+
+def _unit_costs(at: Sequence[Site], budget: Budget) -> dict[str, float]:
+    """Return the cost of one unit of every site, in the unit of the budget."""
+    if budget.of == "flops":
+        return {site.name: float(site.unit_flops(budget.seq_len)) for site in at}
+    return {site.name: float(site.unit_params) for site in at}
+
+
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
     """Return the ``count`` best units in ascending order.
 
@@ -159,12 +174,7 @@ class _Problem:
 
     @classmethod
     def of(cls, at: Sequence[Site], budget: Budget, total: float | None) -> _Problem:
-        unit_cost = {
-            site.name: float(
-                site.unit_flops(budget.seq_len) if budget.of == "flops" else site.unit_params
-            )
-            for site in at
-        }
+        unit_cost = _unit_costs(at, budget)
         in_sites = sum(unit_cost[site.name] * site.units for site in at)
         if total is None:
             if budget.of != "prunable":
@@ -177,8 +187,8 @@ class _Problem:
         if least > limit + slack:
             raise InputError(
                 f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with at_least="
-                f"{budget.at_least}, multiple_of={budget.multiple_of} the sites can go down to "
-                f"{(least + total - in_sites) / total:.4g}; raise keep or loosen the constraints"
+                f"{budget.at_least}, tile={budget.tile} the sites can go down to "
+                f"{(least + total - in_sites) / total:.4g}; raise keep, or lower tile or at_least"
             )
         if budget.uniform_layers:
             kinds = dict.fromkeys((site.kind, site.units, site.width) for site in at)
@@ -225,10 +235,14 @@ class _Problem:
         return counts
 
 
+def site_step(site: Site, budget: Budget) -> int:
+    """Return the units between two counts that a site may keep: channels come in tiles."""
+    return budget.step(site.units) if site.unit == "channel" else site.groups
+
+
 def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
-    """Return the unit counts that a site may keep, ascending."""
-    tile = budget.multiple_of // math.gcd(budget.multiple_of, site.width)
-    step = math.lcm(tile, site.groups)
+    """Return the unit counts that a site may keep, ascending: its grid, and all of its units."""
+    step = site_step(site, budget)
     first = math.ceil(min(budget.at_least, site.units) / step) * step
     return (*range(first, site.units, step), site.units)
 

@@ -61,7 +61,16 @@ def test_a_dry_run_needs_no_folder_and_writes_none(llama_folder, corpus, tmp_pat
     job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--dry-run"]
     assert cli.main([*job, "--samples", "8", "--seq-len", "16", "--keep", "0.7"]) == 0
     said = capsys.readouterr().out
-    for word in ("attn: 3 layers of 4 kv groups", "MiB of activation", "time: about", "loading:"):
+    steps = (
+        "fraction everywhere would keep 14; curve gives each its own number, 2 to 24 in steps of 2"
+    )
+    for word in (
+        "attn: 3 layers of 4 kv groups",
+        steps,
+        "MiB of activation",
+        "time: about",
+        "loading:",
+    ):
         assert word in said
     assert sorted(tmp_path.iterdir()) == before
 

@@ -28,7 +28,7 @@ GIVEN = {
     "memory": ("1.5", 3 << 29),
     "keep": ("0.5", 0.5),
     "of": ("flops", "flops"),
-    "multiple_of": ("8", 8),
+    "tile": ("64", 64),
     "at_least": ("2", 2),
     "uniform_layers": (None, True),
     "keep_hidden": ("0.9", 0.9),
@@ -191,3 +191,21 @@ def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch)
     options = ["--samples", "8", "--seq-len", "16", "--quiet", "--out", str(tmp_path / "out")]
     assert cli.main(["prune", str(llama_folder), "--calibration", str(corpus[0]), *options]) == 0
     assert len(saved) == 1 and saved[0] != tmp_path / "out"
+
+
+@pytest.mark.parametrize("text", ["auto", "1", "16", "32", "64", "128"])
+def test_tiles_and_their_older_name(text):
+    value = text if text == "auto" else int(text)
+    assert read("--tile", text) == read() if text == "auto" else read("--tile", text).tile == value
+    if text != "auto":
+        assert read("--multiple-of", text) == read("--tile", text)
+    assert read("--multiple-of", "7").tile == 7
+
+
+@pytest.mark.parametrize("options", [["--tile", "7"], ["--tile", "16", "--multiple-of", "16"]])
+def test_other_tiles_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        read(*options)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "must be auto or one of 1, 16, 32, 64, 128, got '7'" in said or "not allowed" in said

@@ -13,11 +13,11 @@ from liar_ext.narrowing import narrowing
 
 
 @pytest.mark.parametrize(
-    ("keep", "multiple_of", "count"), [(0.9, 1, 32), (0.8, 1, 32), (0.79, 1, 24), (0.5, 16, 16)]
+    ("keep", "tile", "count"), [(0.9, 1, 32), (0.8, "auto", 32), (0.79, 1, 24), (0.5, 16, 16)]
 )
-def test_the_count_is_a_multiple_at_most_the_fraction(keep, multiple_of, count):
+def test_the_count_is_a_multiple_at_most_the_fraction(keep, tile, count):
     model = tiny("llama")  # 40 features, 8 heads
-    assert narrowing.count_kept(hidden_of(model), keep, multiple_of) == count
+    assert narrowing.count_kept(hidden_of(model), keep, tile) == count
 
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.1, float("nan"), 0.1])
@@ -34,7 +34,7 @@ def test_fractions_that_leave_nothing_or_make_no_sense(keep):
         {"keep": 0.7},
         {"keep": 0.7, "reconstruct": "affine", "allocation": "uniform"},
         {"keep": 0.7, "schedule": "layerwise", "criterion": "taylor", "allocation": "global"},
-        {"keep": Budget(0.7, of="params", multiple_of=2)},
+        {"keep": Budget(0.7, of="params", tile=2)},
     ],
 )
 def test_the_whole_job(name, settings):

@@ -43,7 +43,7 @@ def recipes(draw) -> Recipe:
         memory=draw(st.none() | positive),
         keep=draw(fraction),
         of=draw(st.sampled_from(["prunable", "params", "flops"])),
-        multiple_of=draw(positive),
+        tile=draw(st.just("auto") | positive),
         at_least=draw(positive),
         uniform_layers=draw(st.booleans()),
         keep_hidden=draw(fraction),
@@ -116,7 +116,7 @@ WRONG = {
     "memory": [0, -1, 1.5, math.inf, "8"],
     "keep": [0, 1.5, -1, math.nan, math.inf, "0.8", None, True, 10**400, [0.8]],
     "of": ["bytes", None],
-    "multiple_of": [0, -8, 1.5],
+    "tile": [0, -8, 1.5, "32", "all", True, None, 2**63, [8]],
     "at_least": [0, "1"],
     "uniform_layers": [1, "yes", None],
     "keep_hidden": [0.0, 1.01, math.nan, "all"],
@@ -245,7 +245,7 @@ def test_presets_are_recipes():
 
 
 def test_building_from_a_budget_or_a_fraction():
-    budget = Budget(0.6, "flops", multiple_of=4, seq_len=1)
+    budget = Budget(0.6, "flops", tile=4, seq_len=1)
     for recipe in (Recipe.build(budget), Recipe.build(keep=budget)):
         assert recipe.budget == budget and recipe.seq_len == 1
     assert Recipe.build(0.5, criterion="obs") == Recipe(keep=0.5, criterion="obs")
@@ -275,3 +275,16 @@ def test_the_report_says_what_the_model_was():
     model = tiny("llama", dtype=torch.float64)
     recipe = prune(model, batches(model), Recipe(keep=0.7)).recipe
     assert (recipe.dtype, recipe.device) == ("float64", "cpu")
+
+
+def test_the_older_name_of_tile_is_read():
+    """As in the recipe of every folder that was saved before."""
+    assert Recipe.from_yaml("keep: 0.5\nmultiple_of: 1\n") == Recipe(keep=0.5, tile=1)
+    assert Recipe.from_json('{"multiple_of": 8}') == Recipe(multiple_of=8) == Recipe(tile=8)
+    assert Recipe.build(0.5, multiple_of=8).multiple_of == 8
+    assert "multiple_of" not in Recipe(tile=8).to_yaml()
+    for facts in ({"tile": 8, "multiple_of": 8}, {"keep": Budget(0.5, tile=4), "multiple_of": 8}):
+        with pytest.raises(InputError, match="tile must be given once"):
+            Recipe.build(**facts)
+    with pytest.raises(InputError, match="tile must be given once"):
+        Recipe.from_dict({"tile": 8, "multiple_of": 8})

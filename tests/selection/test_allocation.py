@@ -67,7 +67,7 @@ def test_global_equals_brute_force_order(llama):
     """FLAP's rule by hand: standardise per site, sort all units, keep from the top."""
     _, at, scores = llama
     mlps = [site for site in at if site.kind == "mlp"]
-    plan = allocate(mlps, scores, Budget(0.6), "global")
+    plan = allocate(mlps, scores, Budget(0.6, tile=1), "global")
     units = []
     for site in mlps:
         values = scores[site.name]
@@ -122,7 +122,7 @@ def flap(at, features, keep):
 def test_global_of_features_is_flaps(llama, keep, seed):
     _, at, _ = llama
     features = features_of(at, seed)
-    plan = allocate(at, features, Budget(keep), "global")
+    plan = allocate(at, features, Budget(keep, tile=1), "global")
     found = {(name, unit) for name, site in plan.sites.items() for unit in site.kept}
     assert found == flap(at, features, keep)
 
@@ -219,12 +219,12 @@ def test_curve_equals_brute_force(llama, losses, of, keep, uniform_layers):
     """Every combination of counts of two blocks' sites, attention against MLP."""
     model, at, scores = llama
     at = [site for site in at if site.block < 2]
-    budget = Budget(keep, of, multiple_of=4, uniform_layers=uniform_layers, seq_len=16)
+    budget = Budget(keep, of, tile=4, uniform_layers=uniform_layers, seq_len=16)
     cost = {s.name: s.unit_flops(16) if of == "flops" else s.unit_params for s in at}
     dense = sum(cost[s.name] * s.units for s in at)
     total = total_cost(model, at, budget)
     rising = {name: curve.cummax(0).values for name, curve in losses.items()}
-    steps = [[n for n in range(1, s.units + 1) if n * s.width % 4 == 0] for s in at]
+    steps = [[n for n in range(1, s.units + 1) if s.kind == "attn" or n % 4 == 0] for s in at]
     least = float("inf")
     for counts in itertools.product(*steps):
         named = dict(zip((s.name for s in at), counts, strict=True))
@@ -240,8 +240,8 @@ def test_curve_equals_brute_force(llama, losses, of, keep, uniform_layers):
 
 def test_probe_plans_take_something_off_every_site(llama):
     _, at, scores = llama
-    for keep, multiple_of in itertools.product((0.5, 0.8, 0.99, 1.0), (1, 8)):
-        plan = probe_plan(at, scores, Budget(keep, multiple_of=multiple_of))
+    for keep, tile in itertools.product((0.5, 0.8, 0.99, 1.0), (1, 8)):
+        plan = probe_plan(at, scores, Budget(keep, tile=tile))
         for site in at:
             kept = plan.sites[site.name].kept
             assert 0 < len(kept) < site.units and len(kept) <= max(1, keep * site.units)
@@ -249,15 +249,15 @@ def test_probe_plans_take_something_off_every_site(llama):
 
 def test_constraints_hold(llama, losses):
     model, at, scores = llama
-    for method, multiple_of, at_least in itertools.product(
+    for method, tile, at_least in itertools.product(
         ("uniform", "global", "curve"), (1, 4, 8), (1, 3)
     ):
-        budget = Budget(0.6, multiple_of=multiple_of, at_least=at_least, uniform_layers=True)
+        budget = Budget(0.6, tile=tile, at_least=at_least, uniform_layers=True)
         plan = allocate(at, scores, budget, method, losses=losses)
         for site in at:
             kept = len(plan.sites[site.name].kept)
             assert kept >= at_least
-            assert kept == site.units or kept * site.width % multiple_of == 0
+            assert kept == site.units or site.kind == "attn" or kept % tile == 0
         for kind in ("attn", "mlp"):
             assert len({len(plan.sites[s.name].kept) for s in at if s.kind == kind}) == 1
 
