@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import numbers
 import os
 import reprlib
 from collections.abc import Collection, Mapping
@@ -54,11 +55,16 @@ def takes_older_names(cls: type) -> type:
 
 def check_tile(operation: str, value: Any) -> int | str:
     """Return a tile, or raise InputError unless it is an integer of at least 1 or ``"auto"``."""
-    if value == "auto" or (type(value) is int and 1 <= value < 2**63):
+    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if integral and 1 <= value < 2**63:
+        return int(value)
+    if isinstance(value, str) and value == "auto":
         return value
+    long = integral and abs(value) >= 2**63  # which Python may refuse to write out
+    came = f"an integer of {int(value).bit_length()} bits" if long else reprlib.repr(value)
     raise InputError(
         f'{operation}: tile must be an integer of at least 1 or "auto", such as '
-        f"{', '.join(map(str, TILES))}, got {reprlib.repr(value)}"
+        f"{', '.join(map(str, TILES))}, got {came}"
     )
 
 
@@ -108,7 +114,7 @@ class Budget:
             raise InputError(
                 f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}"
             )
-        check_tile("Budget", self.tile)
+        object.__setattr__(self, "tile", check_tile("Budget", self.tile))
         for name in ("at_least", "seq_len"):
             if getattr(self, name) < 1:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")

@@ -64,8 +64,7 @@ def number_or_auto(name: str, value: Any) -> float | str:
 
 def tile(name: str, value: Any) -> int | str:
     """Check a tile: an integer of at least 1, or "auto"."""
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return check_tile("recipe", int(value) if integral and value_fits(value) else value)
+    return check_tile("recipe", value)
 
 
 def flag(name: str, value: Any) -> bool:
