@@ -10,6 +10,7 @@ by vLLM's own class, or a folder that must be refused isn't.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -46,13 +47,19 @@ PRUNE = {
     "unequal": ["--allocation", "global"],
     "unequal, affine": ["--allocation", "global", "--reconstruct", "affine"],
 }
-# Options of vLLM for one more row of a folder.
-MORE = {
-    "tiny llama: unequal, even": {"tensor_parallel_size": 2},
-    "tiny qwen3: unequal, even": {"tensor_parallel_size": 2},
-    "tiny llama: unequal": {"enforce_eager": False},
-    "refused: tensor_parallel_size 2": {"tensor_parallel_size": 2},
-}
+# More rows: what a row says, its folder, and options of vLLM.
+ALONE = "without the plug-in"
+MORE: list[tuple[str, str, dict[str, Any]]] = [
+    *((ALONE, f"SmolLM2-135M: {name}", {}) for name in PRUNE if name.startswith("equal")),
+    *((ALONE, f"tiny {name}: equal", {}) for name in FAMILIES if name != "qwen2"),
+    ("compiled", "tiny llama: unequal", {"enforce_eager": False}),
+    ("engine and worker apart", "SmolLM2-135M: unequal", {"distributed_executor_backend": "mp"}),
+    ("two ranks", "tiny llama: unequal, even", {"tensor_parallel_size": 2}),
+    ("two ranks", "tiny qwen3: unequal, even", {"tensor_parallel_size": 2}),
+    ("refused: two ranks", "tiny llama: unequal", {"tensor_parallel_size": 2}),
+    (f"refused: {ALONE}", "tiny llama: unequal", {}),
+    (f"refused: {ALONE}", "tiny qwen2: equal", {}),
+]
 MARK = "\n| row | "
 
 
@@ -130,7 +137,6 @@ def make_bad(out: Path) -> None:
     spoil("a layer is missing", lambda f: f["per_layer_config"].pop("1"))
     spoil("no sizes of layers", lambda f: f.pop("per_layer_config"))
     spoil("a layer too many", lambda f: f["per_layer_config"].update({"7": dict(layer(f))}))
-    spoil("tensor_parallel_size 2", lambda f: None)
 
 
 def prompts_of(folder: Path) -> list[list[int]]:
@@ -173,28 +179,27 @@ def built_by(model: Any) -> str:
 
 
 def by_vllm(folder: Path, **options: Any) -> dict[str, Any]:
-    """Return the same of vLLM, whose engine and workers are processes of their own."""
+    """Return the same of vLLM: in this process, or as options ask in processes of its own."""
+    several = "tensor_parallel_size" in options or "distributed_executor_backend" in options
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(several))
     from vllm import LLM, SamplingParams
 
     settings = {"max_model_len": 96, "max_num_seqs": 4, "enforce_eager": True, **options}
     engine = LLM(str(folder), dtype="float32", skip_tokenizer_init=True, **settings)
-    try:
-        sampling = SamplingParams(
-            temperature=0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True, detokenize=False
-        )
-        prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(folder)]
-        done = [each.outputs[0] for each in engine.generate(prompts, sampling, use_tqdm=False)]
-        tokens = [list(each.token_ids) for each in done]
-        return {
-            "tokens": tokens,
-            "logprobs": [
-                [at[token].logprob for at, token in zip(each.logprobs, row, strict=True)]
-                for each, row in zip(done, tokens, strict=True)
-            ],
-            "built by": engine.apply_model(built_by)[0],
-        }
-    finally:
+    sampling = SamplingParams(
+        temperature=0, max_tokens=NEW_TOKENS, logprobs=0, ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_of(folder)]
+    done = [each.outputs[0] for each in engine.generate(prompts, sampling, use_tqdm=False)]
+    tokens = [list(each.token_ids) for each in done]
+    logprobs = [
+        [at[token].logprob for at, token in zip(each.logprobs, row, strict=True)]
+        for each, row in zip(done, tokens, strict=True)
+    ]
+    builder = engine.apply_model(built_by)[0]
+    if several:
         engine.llm_engine.engine_core.shutdown()
+    return {"tokens": tokens, "logprobs": logprobs, "built by": builder}
 
 
 def run_all(runtime: str, out: Path, rows: dict[str, tuple[str, dict]]) -> None:
@@ -202,21 +207,40 @@ def run_all(runtime: str, out: Path, rows: dict[str, tuple[str, dict]]) -> None:
     results: dict[str, Any] = {}
     for name, (folder, options) in rows.items():
         print(f"{MARK}{name}", flush=True)
+        if runtime == "vllm":
+            results[name] = forked(by_vllm, out / folder, options, ALONE in name)
+        else:
+            results[name] = by_transformers(out / folder)
+    (out / f"{runtime}.json").write_text(json.dumps(results))
+
+
+def forked(run: Callable, folder: Path, options: dict, alone: bool) -> dict[str, Any]:
+    """Run in a process of its own, forked of this one, which has imported vLLM but started none."""
+    importlib.import_module("vllm.entrypoints.llm")
+    path = folder.parent / "row.json"
+    path.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        if alone:
+            os.environ["VLLM_PLUGINS"] = ""
         try:
-            run = by_vllm if runtime == "vllm" else by_transformers
-            results[name] = run(out / folder, **options)
-        except Exception as error:
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        (out / f"{runtime}.json").write_text(json.dumps(results))
+            result = run(folder, **options)
+        except BaseException as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        path.write_text(json.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(path.read_text()) if path.exists() else {"error": "the process died"}
 
 
 def judge(name: str, ours: dict[str, Any], theirs: dict[str, Any], log: str) -> tuple[str, bool]:
     """Return a row of the table, and whether it is as it must be."""
     if "error" in theirs or "error" in ours:
-        # The engine says only that it failed; what it was of is in the log of its worker.
+        # An engine of several processes says only that it failed, and its worker's log why.
         told = re.findall(r"InputError: (.*)", log) or [theirs.get("error", ours.get("error", ""))]
         error = " ".join(told[-1].split()).replace("|", "/")
-        clear = "InputError" in log or "per_layer_config" in error
+        clear = "InputError" in log or "per_layer_config" in error or ALONE in name
         return f"| {name} | | {error[:230]} | |", name.startswith("refused") and clear
     tokens, wanted = sum(theirs["tokens"], []), sum(ours["tokens"], [])
     pairs = zip(sum(theirs["logprobs"], []), sum(ours["logprobs"], []), strict=True)
@@ -224,7 +248,7 @@ def judge(name: str, ours: dict[str, Any], theirs: dict[str, Any], log: str) -> 
     same = sum(a == b for a, b in zip(tokens, wanted, strict=True))
     good = same == len(wanted) and math.isfinite(greatest) and greatest <= TOLERANCE
     native = theirs["built by"].startswith("vllm.")
-    good = good and not name.startswith("refused") and native == ("dense" in name)
+    good = good and not name.startswith("refused") and native == ("dense" in name or ALONE in name)
     builder = "vLLM" if native else "plug-in"
     return f"| {name} | {builder} | {same} of {len(wanted)} | {greatest:.0e} |", good
 
@@ -256,7 +280,7 @@ def run_both(out: Path, python: str, rows: dict[str, tuple[str, dict]]) -> list[
                 stderr=subprocess.STDOUT,
             )
         results[runtime] = json.loads((out / f"{runtime}.json").read_text())
-    logs = dict(
+    logs = dict(  # by row
         part.split("\n", 1) for part in (out / "vllm.log").read_text().split(MARK) if "\n" in part
     )
     return [
@@ -285,12 +309,10 @@ def main() -> None:
     make_tiny(given.out)
     make_bad(given.out)
     folders = sorted(path.name for path in given.out.iterdir() if path.is_dir())
-    rows = {n: (n, MORE.get(n, {}) if n.startswith("refused") else {}) for n in folders}
-    for folder, options in MORE.items():
-        if not folder.startswith("refused"):
-            told = ", ".join(f"{option}={value}" for option, value in options.items())
-            rows[f"{folder}, {told}"] = (folder, options)
+    rows = {name: (name, {}) for name in folders}
+    rows |= {f"{told}: {folder}": (folder, options) for told, folder, options in MORE}
     rows = {name: each for name, each in rows.items() if re.search(given.only, name)}
+    rows = {name: each for name, each in rows.items() if each[0] in folders}
     judged = run_both(given.out, given.python, rows)
     lines = ["| folder | built by | tokens equal | Δ log-probability |", "|---|---|---|---|"]
     lines += [text for text, _ in judged]

@@ -1,8 +1,8 @@
 """The plug-in of vLLM, without vLLM: ``make check-vllm`` runs it there.
 
 ``FakeRegistry`` has what the plug-in uses of vLLM's registry (0.32): ``models``, a dict from
-architecture to an entry with ``load_model_cls()``, and ``register_model(architecture, NAME)``, which
-replaces the entry by one that imports ``NAME``, of the form ``MODULE:ATTRIBUTE``, when it is needed.
+architecture to an entry with ``load_model_cls()``, and ``register_model(architecture, NAME)``,
+which replaces the entry by one that imports ``NAME``, as MODULE:ATTRIBUTE, when it is needed.
 """
 
 from __future__ import annotations
