@@ -9,12 +9,16 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from liar_ext.errors import InputError
 
 SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-PROJECTION = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.(weight|bias)$")
+PROJECTION = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.([qkvo]_proj|gate_proj|up_proj|down_proj)"
+    r"\.(weight|bias|weight_shape)$"
+)
 
 
 def is_pruned(config: Any) -> bool:
@@ -74,7 +78,8 @@ def check_shapes(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights, and refuse the first projection whose shape isn't the config's.
 
-    Quantised weights may pack several numbers into one along a row: their rows alone are counted.
+    Bytes of a quantised model may hold several numbers each, in any order: they pass. Beside packed
+    weights compressed-tensors writes their ``weight_shape``, which is compared.
 
     Raises
     ------
@@ -83,18 +88,19 @@ def check_shapes(
     """
     for name, weight in weights:
         match = PROJECTION.search(name)
-        if match is not None:
+        if match is not None and not (quantised and weight.dtype == torch.uint8):
             index, projection, kind = int(match[1]), match[2], match[3]
             if index >= config.num_hidden_layers:
                 raise InputError(
                     f"vllm: the weights have {name}, config.json has {config.num_hidden_layers} "
                     "layers; copy the folder again"
                 )
-            dims = 1 if kind == "bias" or quantised else 2
-            wanted, got = expected_shape(config, index, projection)[:dims], tuple(weight.shape)
-            if got[:dims] != wanted:
+            got = tuple(weight.tolist() if kind == "weight_shape" else weight.shape)
+            wanted = expected_shape(config, index, projection)
+            wanted = wanted[:1] if kind == "bias" else wanted
+            if got != wanted:
                 raise InputError(
-                    f"vllm: {name} has the shape {got}, per_layer_config of config.json says "
-                    f"{wanted} for layer {index}; copy the folder again"
+                    f"vllm: {name} has the shape {got}, config.json says {wanted} "
+                    f"for layer {index}; copy the folder again"
                 )
         yield name, weight

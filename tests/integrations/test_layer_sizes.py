@@ -116,15 +116,19 @@ def test_a_layer_too_many_is_refused(llama):
         list(check_shapes(weights.items(), config))
 
 
-def test_of_quantised_weights_rows_are_compared(llama):
+def test_packed_bytes_of_a_quantised_model_pass(llama):
     config, weights = llama(lambda fields: None)
     name = "model.layers.0.mlp.up_proj.weight"
     rows, columns = weights[name].shape
-    packed = [(name, torch.zeros(rows, columns // 2, dtype=torch.uint8))]
+    packed = [(name, torch.zeros(rows * columns // 2, 1, dtype=torch.uint8))]
     assert len(list(check_shapes(packed, config, quantised=True))) == 1
-    for weight, quantised in ((packed[0][1], False), (packed[0][1][1:], True)):
+    one_byte_each = [(name, torch.zeros(rows - 1, columns, dtype=torch.int8))]
+    told = [(f"{name}_shape", torch.tensor([rows, columns]))]
+    assert len(list(check_shapes(told, config, quantised=True))) == 1
+    wrongly_told = [(f"{name}_shape", torch.tensor([rows, columns + 1]))]
+    for wrong, quantised in ((packed, False), (one_byte_each, True), (wrongly_told, True)):
         with pytest.raises(InputError, match="copy the folder again"):
-            list(check_shapes([(name, weight)], config, quantised))
+            list(check_shapes(wrong, config, quantised))
 
 
 def test_ranks_must_divide_every_layer(llama):
