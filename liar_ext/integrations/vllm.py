@@ -190,6 +190,7 @@ def _subclass(
             if self._liar_config is None:
                 super().__init__(**arguments)
                 return
+            config.allow_global_per_layer_attribute_access = True  # which vLLM's models read
             check_tensor_parallel(config, vllm_config.parallel_config.tensor_parallel_size)
             with _sized_layers(module, build, vllm_config, config):
                 super().__init__(**arguments)
@@ -215,11 +216,7 @@ def _subclass(
 
 
 def _config(vllm_config: Any) -> Any:
-    """Return the config of the language model, readable as vLLM reads it."""
-    config = vllm_config.model_config.hf_config.get_text_config()
-    if getattr(config, "per_layer_attributes", None):
-        config.allow_global_per_layer_attribute_access = True
-    return config
+    return vllm_config.model_config.hf_config.get_text_config()
 
 
 @contextmanager

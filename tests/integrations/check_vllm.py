@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,6 @@ def by_transformers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def built_by(model: Any) -> str:
-    """Return the module of a model's class; runs in vLLM's workers."""
-    return type(model).__module__
-
-
 def by_vllm(folder: Path, **options: Any) -> dict[str, Any]:
     """Return the same of vLLM: in this process, or as options ask in processes of its own."""
     several = "tensor_parallel_size" in options or "distributed_executor_backend" in options
@@ -198,7 +194,7 @@ def by_vllm(folder: Path, **options: Any) -> dict[str, Any]:
         [at[token].logprob for at, token in zip(each.logprobs, row, strict=True)]
         for each, row in zip(done, tokens, strict=True)
     ]
-    builder = engine.apply_model(built_by)[0]
+    builder = engine.apply_model(attrgetter("__class__.__module__"))[0]
     if several:
         engine.llm_engine.engine_core.shutdown()
     return {"tokens": tokens, "logprobs": logprobs, "built by": builder}
@@ -242,8 +238,8 @@ def judge(name: str, ours: dict[str, Any], theirs: dict[str, Any], log: str) -> 
         # An engine of several processes says only that it failed, and its worker's log why.
         told = re.findall(r"InputError: (.*)", log) or [theirs.get("error", ours.get("error", ""))]
         error = " ".join(told[-1].split()).replace("|", "/")
-        clear = "InputError" in log or "per_layer_config" in error or ALONE in name
-        return f"| {name} | | {error[:230]} | |", name.startswith("refused") and clear
+        clear = re.search("InputError: |per_layer_config", log + error) or ALONE in name
+        return f"| {name} | | {error[:230]} | |", name.startswith("refused") and bool(clear)
     if name.startswith("refused"):
         return f"| {name} | | it was not | |", False
     tokens, wanted = sum(theirs["tokens"], []), sum(ours["tokens"], [])
