@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path, PurePosixPath
 
@@ -35,8 +36,18 @@ KNOWN = re.compile(
 def write_manifest(folder: Path) -> None:
     """List every file below a folder, with its digest, in ``liar/manifest.json``."""
     files = {name: digest(folder / name) for name in entries(folder) if name != MARKER_FILE}
-    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    _write(folder / MANIFEST_FILE, files)
+
+
+def add_to_manifest(folder: Path, name: str) -> None:
+    """List one file more, or its new digest; a folder without a readable manifest stays as it is.
+
+    Files that others put there, or changed, stay strangers.
+    """
+    path = folder / MANIFEST_FILE
+    files = _listed(path)
+    if files is not None and not path.is_symlink():
+        _write(path, {**files, name: digest(folder / name)})
 
 
 def strangers(folder: Path, *, contents: bool = True) -> list[str]:
@@ -97,3 +108,14 @@ def _listed(path: Path) -> dict[str, str] | None:
         return dict(files)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _write(path: Path, files: dict[str, str | None]) -> None:
+    """Write the manifest beside its place and rename it: a killed run leaves the one that was."""
+    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ PLAN_FILE = f"{OWN_FOLDER}/plan.json"
 FINGERPRINT_FILE = f"{OWN_FOLDER}/fingerprint.safetensors"
 MANIFEST_FILE = f"{OWN_FOLDER}/manifest.json"
 CARD_FILE = "README.md"
+# What was exported from the folder, and where it lies.
+EXPORTS_FILE = f"{OWN_FOLDER}/exports.json"
 # In a folder that is being written, or removed: nobody else's folder has it.
 MARKER_FILE = ".liar_saving"
 MARK_VERSION = 2

@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field
 from importlib.metadata import version
 from typing import Any, NoReturn
 
+from liar_ext.cli.export import add_export
 from liar_ext.errors import InputError
 from liar_ext.plan import TILES
 from liar_ext.recipe import Recipe
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_report(commands)
     _add_compare(commands)
+    add_export(commands, _name)
     commands.add_parser("info", help="versions, kernels in use, what can be loaded")
     return parser
 

@@ -1,0 +1,188 @@
+"""Write an export beside its folder: whole or not at all, and with a record of it.
+
+The exporter writes into a hidden folder beside the output, which then takes its place by a rename.
+A folder that ``save_pruned`` wrote keeps a record of its exports in ``liar/exports.json``; any
+other folder stays as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from liar_ext.checkpoint.inspection import inspect_folder
+from liar_ext.checkpoint.manifest import strangers, write_manifest
+from liar_ext.checkpoint.names import MARKER_FILE
+from liar_ext.checkpoint.placing import beside, clean_leftovers, put_in_place
+from liar_ext.errors import InputError, one_line
+from liar_ext.export.formats import FORMATS, Exported, Format
+from liar_ext.export.record import write_record
+
+
+def export(
+    folder: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Exported:
+    """Write a model folder in another format.
+
+    Parameters
+    ----------
+    folder : path
+        A model folder, pruned or not.
+    to : str
+        A name of :data:`FORMATS`.
+    out : path, optional
+        What to write; by default beside the folder, by its name: ``pruned.gguf`` for ``pruned``.
+    overwrite : bool
+        Replace a file that is there, or a folder that an export wrote and nobody has changed since.
+    progress : bool
+        Show progress bars.
+    **options
+        Those of the format.
+
+    Returns
+    -------
+    Exported
+        What was written, with notes on how to load it.
+
+    Raises
+    ------
+    InputError
+        If the folder can't be read, the format can't express it, a package is missing, the output
+        exists or can't be written, or there is no such format or option.
+    """
+    row, run = _exporter(to, options)
+    folder = _model_folder(folder)
+    inspect_folder(folder, "export")
+    if row.suffix is None:
+        if out is not None:
+            raise InputError(f"export: --to {to} writes nothing, got an output {out}; leave it out")
+        return run(folder, folder, progress=progress, **options)
+    target = _target(folder, out, row.suffix)
+    _check_target(target, folder, overwrite)
+    try:
+        clean_leftovers(target)
+        with beside(target) as room:
+            done = run(folder, room / target.name, progress=progress, **options)
+            _put(room / target.name, target, overwrite)
+    except OSError as error:
+        raise InputError(
+            f"export: can't write {target}: {one_line(error)}; nothing was left behind, free space "
+            "or choose another output"
+        ) from error
+    done = replace(done, paths=(target,), bytes=_size(target))
+    return replace(done, notes=(*done.notes, *write_record(folder, done, options)))
+
+
+def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[..., Exported]]:
+    """Return a row of the table and its function; refuse what can't be called."""
+    if to not in FORMATS:
+        raise InputError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}")
+    row = FORMATS[to]
+    missing = [package for package in row.packages if find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"export: --to {to} needs the package {missing[0]}; pip install 'liar_ext[{row.extra}]'"
+        )
+    run = import_module(row.module).export
+    known = [
+        name
+        for name, each in inspect.signature(run).parameters.items()
+        if each.kind is each.KEYWORD_ONLY and name != "progress"
+    ]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise InputError(f"export: --to {to} has no option {unknown[0]}; {has}")
+    return row, run
+
+
+def _model_folder(folder: str | os.PathLike[str]) -> Path:
+    try:
+        path = Path(folder).resolve()
+        is_folder = path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a loop
+        raise InputError(
+            f"export: {os.fspath(folder)!r} can't be read: {one_line(error)}"
+        ) from error
+    if not is_folder:
+        what = "is a file" if path.exists() else "doesn't exist"
+        raise InputError(f"export: {folder} {what}; give a model folder")
+    return path
+
+
+def _target(folder: Path, out: str | os.PathLike[str] | None, suffix: str) -> Path:
+    """Return what is to be written: ``out``, or the folder's name with a suffix, beside it."""
+    try:
+        target = folder.with_name(folder.name + suffix) if out is None else Path(out)
+        return target.parent.resolve() / target.name  # a link is not followed: it is in the way
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"export: can't write {out!r}: {one_line(error)}") from error
+
+
+def _check_target(target: Path, folder: Path, overwrite: bool) -> None:
+    """Refuse an output that is in the way of something."""
+    if target.name in ("", ".", ".."):
+        raise InputError(f"export: {target} is no name for an output; name one with --out")
+    if target == folder or folder in target.parents:
+        raise InputError(
+            f"export: {target} lies in the folder that is exported, whose files are listed in its "
+            "manifest; choose an output outside"
+        )
+    if target in folder.parents:
+        raise InputError(f"export: {target} holds the folder that is exported; choose another")
+    try:
+        exists = os.path.lexists(target)
+    except ValueError as error:
+        raise InputError(f"export: can't write {str(target)!r}: {error}") from error
+    if not exists:
+        return
+    if not overwrite:
+        raise InputError(f"export: {target} exists; choose another output or overwrite it")
+    if target.is_symlink() or not (target.is_file() or target.is_dir()):
+        raise InputError(f"export: {target} is no ordinary file or folder; choose another output")
+    others = strangers(target) if target.is_dir() else []
+    if others:
+        raise InputError(
+            f"export: {target} holds {others[0]}, which no export wrote or which was changed "
+            "since, so it isn't overwritten; choose another output"
+        )
+
+
+def _put(made: Path, target: Path, overwrite: bool) -> None:
+    """Let what was made take its place."""
+    if not made.is_dir():
+        if target.is_dir():
+            raise InputError(f"export: {target} is a folder, the output a file; choose another")
+        if overwrite:
+            os.replace(made, target)
+            return
+        try:  # unlike a rename, a link replaces nothing that has come there meanwhile
+            os.link(made, target)
+        except FileExistsError:
+            raise InputError(f"export: {target} exists; choose another or overwrite it") from None
+        except OSError:  # a file system without links
+            os.replace(made, target)
+        return
+    if target.is_file():
+        raise InputError(f"export: {target} is a file, the output a folder; choose another")
+    write_manifest(made)
+    (made / MARKER_FILE).touch()
+    put_in_place(made, target, overwrite)
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,0 +1,170 @@
+"""Where an export goes, what it may replace, and what is recorded of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import types
+
+import pytest
+from folders import equal_plan, pruned
+
+from liar_ext import InputError, cli, save_pruned
+from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.names import EXPORTS_FILE
+from liar_ext.export import FORMATS, Exported, export
+from liar_ext.export.formats import Format
+from liar_ext.export.record import read_record
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    model, plan = pruned("llama", equal_plan)
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    save_pruned(model, folder, plan)
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def formats(monkeypatch):
+    """Two formats that write a file and a folder."""
+
+    def write_file(folder, out, *, progress=True, text="a"):
+        out.write_text(text)
+        return Exported("file", (out,), ("a note",))
+
+    def write_folder(folder, out, *, progress=True):
+        (out / "inner").mkdir(parents=True)
+        (out / "inner" / "weights").write_text("b")
+        return Exported("folder", (out,))
+
+    def fail(folder, out, *, progress=True):
+        out.write_text("half")
+        raise OSError(28, os.strerror(28))
+
+    for name, run in {"file": write_file, "folder": write_folder, "fail": fail}.items():
+        module = types.ModuleType(f"liar_ext.export.{name}_of_a_test")
+        module.export = run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(FORMATS, name, Format(module.__name__, "", f".{name}"))
+
+
+def others(folder) -> list[str]:
+    return sorted(path.name for path in folder.parent.iterdir() if path != folder)
+
+
+def test_an_export_lies_beside_its_folder_and_is_recorded(folder):
+    done = export(folder, "file")
+    assert done.paths == (folder.with_name("model.file"),) and done.bytes == 1
+    assert done.paths[0].read_text() == "a" and others(folder) == ["model.file"]
+    (entry,) = read_record(folder)
+    assert entry["path"] == "../model.file" and entry["format"] == "file" and entry["bytes"] == 1
+    assert len(entry["sha256"]) == 64
+    # The record is a file of ours: the folder may still be overwritten.
+    assert strangers(folder) == []
+    export(folder, "file", folder.parent / "b.file", text="bc")
+    assert [entry["options"] for entry in read_record(folder)] == [{}, {"text": "bc"}]
+    assert strangers(folder) == []
+    (folder / "mine.txt").write_text("mine")
+    export(folder, "file", overwrite=True, text="bcd")
+    assert [entry["bytes"] for entry in read_record(folder)] == [3, 2]
+    assert strangers(folder) == ["mine.txt"]
+
+
+def test_a_folder_that_is_not_ours_stays_as_it_is(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["liar"]
+    (folder / "config.json").write_text(json.dumps(config))
+    export(folder, "file")
+    assert not (folder / EXPORTS_FILE).exists()
+
+
+def test_what_is_there_is_replaced_only_if_it_may_be(folder):
+    for to in ("file", "folder"):
+        (out,) = export(folder, to).paths
+        with pytest.raises(InputError, match="exists; choose another output or overwrite"):
+            export(folder, to)
+        export(folder, to, overwrite=True)
+    assert (out / "inner" / "weights").read_text() == "b"
+    (out / "inner" / "weights").write_text("mine")
+    with pytest.raises(InputError, match="holds inner/weights, which no export wrote or"):
+        export(folder, "folder", overwrite=True)
+    assert (out / "inner" / "weights").read_text() == "mine"
+    with pytest.raises(InputError, match="which no export wrote"):
+        export(folder, "file", out, overwrite=True)
+    with pytest.raises(InputError, match="is a file, the output a folder"):
+        export(folder, "folder", folder.with_name("model.file"), overwrite=True)
+    assert others(folder) == ["model.file", "model.folder"]
+
+
+def test_a_link_is_not_followed(folder):
+    victim = folder.with_name("victim")
+    victim.write_text("mine")
+    folder.with_name("model.file").symlink_to(victim)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="exists|no ordinary file"):
+            export(folder, "file", overwrite=overwrite)
+    assert victim.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing_behind(folder):
+    with pytest.raises(InputError, match="No space left on device; nothing was left behind"):
+        export(folder, "fail")
+    assert others(folder) == [] and not (folder / EXPORTS_FILE).exists()
+
+
+@pytest.mark.parametrize("inside", ["", "x.file", "liar/x.file", ".."])
+def test_an_output_in_or_around_the_folder_is_refused(folder, inside):
+    with pytest.raises(InputError, match="lies in the folder|holds the folder|no name|exists"):
+        export(folder, "file", folder / inside, overwrite=True)
+    assert strangers(folder) == []
+
+
+def test_what_can_not_be_exported_is_refused_in_one_line(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for arguments, words in {
+        ("missing", "--to", "gguf"): "doesn't exist; give a model folder",
+        ("file", "--to", "gguf"): "is a file; give a model folder",
+        ("empty", "--to", "gguf"): "holds no readable config.json",
+        ("model", "--to", "vllm", "-o", "x"): "writes nothing",
+        ("model", "--to", "vllm", "--quantize", "q8_0"): "has no option quantize; it has none",
+        ("model", "--to", "gguf", "-o", "/proc/x"): "can't write",
+    }.items():
+        place, *rest = arguments
+        assert cli.main(["export", str(tmp_path / place), *rest]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    with pytest.raises(InputError, match="has no option words; it has text"):
+        export(folder, "file", words=1)
+    with pytest.raises(InputError, match="to must be one of gguf"):
+        export(folder, "tensorrt")
+    assert others(folder) == ["empty", "file"]
+
+
+def test_a_missing_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(FORMATS, "file", Format("nowhere", "", ".x", ("no_such_package",), "some"))
+    with pytest.raises(InputError, match=r"no_such_package; pip install 'liar_ext\[some\]'"):
+        export(folder, "file")
+
+
+def test_a_hostile_record_is_neither_followed_nor_fatal(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    record = folder / EXPORTS_FILE
+    record.write_text("[1")
+    assert "keeps no record" in export(folder, "file").notes[-1]
+    record.unlink()
+    record.symlink_to(elsewhere / "x")
+    assert "keeps no record" in export(folder, "file", overwrite=True).notes[-1]
+    shutil.rmtree(record.parent)
+    record.parent.symlink_to(elsewhere)
+    assert "keeps no record" in export(folder, "file", overwrite=True).notes[-1]
+    assert list(elsewhere.iterdir()) == []
