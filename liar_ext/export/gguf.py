@@ -1,13 +1,258 @@
-"""Stub."""
+"""Write a model folder as a GGUF file, for llama.cpp and what is built on it.
+
+Tensors are converted and written one after the other. Vectors (norms, biases) stay float32, as
+llama.cpp expects; matrices get the type that is asked for. Names come from the package ``gguf``::
+
+    model ──architecture_of──▶ llama, qwen2, ... or deci with one size per layer
+      ├──▶ metadata: sizes, rotary embedding, tokenizer
+      └──▶ tensors: q and k in the order of rows that the architecture turns
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.inspection import read_config
 from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported
+from liar_ext.export.gguf_architectures import (
+    Architecture,
+    Layers,
+    architecture_of,
+    layers_of,
+    rope_parameters,
+    sliding_window,
+)
+from liar_ext.export.gguf_tokenizer import add_tokenizer
+from liar_ext.export.llama_cpp import check_type, quantize_file
+
+OWN_TYPES = ("f32", "f16", "bf16")
+DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+LARGEST_F16 = 65504.0
+# Scaling of rotary embeddings that llama.cpp computes as transformers does.
+SCALINGS = ("default", "linear", "llama3")
 
 
-def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
-    """Refuse: not written yet."""
-    raise InputError("export: --to gguf isn't written yet; use another format")
+def export(
+    folder: Path, out: Path, *, progress: bool = True, quantize: str | None = None
+) -> Exported:
+    """Write ``folder`` as one GGUF file.
+
+    Parameters
+    ----------
+    folder, out, progress
+        As :mod:`liar_ext.export.formats` says.
+    quantize : str, optional
+        Type of the matrices: ``f32``, ``f16``, ``bf16``, or one of llama.cpp's quantiser, such as
+        ``q8_0`` or ``q4_k_m``, which needs its library. By default that of the weights.
+
+    Raises
+    ------
+    InputError
+        If no architecture of llama.cpp runs the model, its tokenizer is of a kind that llama.cpp
+        lacks, or a weight is out of the type's range.
+    """
+    fields = read_config(folder, "export")
+    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    stored = stored if stored in DTYPES else "float32"
+    kind = (quantize or DTYPES[stored]).lower()
+    if kind not in OWN_TYPES:
+        check_type(kind)
+    model, tokenizer = load_model(folder, stored)
+    architecture, layers = architecture_of(model), layers_of(model)
+    notes = _notes(model, architecture, layers)
+    base = out if kind in OWN_TYPES else out.with_name(f"{out.name}.unquantized")
+    own = kind if kind in OWN_TYPES else ("f32" if stored == "float32" else "bf16")
+    notes += _write(model, tokenizer, architecture, layers, base, own, folder.name)
+    if base != out:
+        del model
+        notes += quantize_file(base, out, kind)
+        base.unlink()
+    return Exported("gguf", (out,), tuple(notes), out.stat().st_size)
+
+
+def _notes(model: nn.Module, architecture: Architecture, layers: Layers) -> list[str]:
+    notes = [f"Architecture {architecture.name}: llama-cli -m FILE."]
+    if not layers.equal:
+        notes = [
+            f"Architecture {architecture.name}, whose layers may differ in size, instead of "
+            f"{model.config.model_type}: llama-cli -m FILE."
+        ]
+    window = sliding_window(model.config)
+    if window is not None and architecture.name != "gemma3":
+        notes.append(
+            f"llama.cpp attends to all tokens here, transformers to the last {window}: outputs "
+            "differ in longer sequences."
+        )
+    return notes
+
+
+def _write(
+    model: nn.Module,
+    tokenizer: Any,
+    architecture: Architecture,
+    layers: Layers,
+    out: Path,
+    kind: str,
+    name: str,
+) -> list[str]:
+    """Write the file; return what the user should know of its tokenizer."""
+    import gguf
+
+    writer = gguf.GGUFWriter(out, architecture.name)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(
+        {
+            "f32": gguf.LlamaFileType.ALL_F32,
+            "f16": gguf.LlamaFileType.MOSTLY_F16,
+            "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+        }[kind]
+    )
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_sizes(writer, model, architecture, layers)
+    notes = add_tokenizer(writer, tokenizer, model)
+    tensors = list(_tensors(model, architecture, layers))
+    for each, shape, _ in tensors:
+        _add_info(writer, each, shape, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for each, shape, read in tensors:
+            writer.write_tensor_data(_as_type(read(), kind if len(shape) > 1 else "f32", each))
+    finally:
+        writer.close()
+    return notes
+
+
+def _add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers: Layers) -> None:
+    """Write the sizes; one number where all layers have it, else one per layer."""
+    config = model.config
+
+    def per_layer(sizes: tuple[int, ...]) -> int | list[int]:
+        return list(sizes) if architecture.per_layer else sizes[0]
+
+    writer.add_block_count(len(layers.heads))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(model.get_input_embeddings().weight.shape[1])
+    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
+    writer.add_feed_forward_length(per_layer(layers.channels))
+    writer.add_head_count(per_layer(layers.heads))
+    writer.add_head_count_kv(per_layer(layers.kv_heads))
+    writer.add_key_length(layers.head_dim)
+    writer.add_value_length(layers.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(layers.head_dim)
+    if architecture.name == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+    rope = rope_parameters(config)
+    scaling = rope.get("rope_type", "default")
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if scaling not in SCALINGS or partial != 1.0:
+        what = f"rope_type {scaling!r}" if partial == 1.0 else f"partial_rotary_factor {partial}"
+        raise InputError(
+            f"export: --to gguf: rotary embeddings with {what} aren't written; those with "
+            f"{', '.join(SCALINGS)} of whole heads are; use the folder itself"
+        )
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if scaling == "linear":
+        import gguf
+
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+Read = Callable[[], Tensor]
+
+
+def _tensors(
+    model: nn.Module, architecture: Architecture, layers: Layers
+) -> Iterator[tuple[str, tuple[int, ...], Read]]:
+    """Yield name, shape, and what reads the tensor; in the order of the file."""
+    import gguf
+
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(arch, len(layers.heads))
+    factors = _rope_factors(model.config, layers.head_dim)
+    if factors is not None:
+        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
+    seen: set[int] = set()
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:  # a head that shares the weight of the embeddings
+            continue
+        seen.add(id(parameter))
+        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise InputError(
+                f"export: --to gguf: {architecture.name} has no tensor for {path}; use the folder "
+                "itself"
+            )
+        yield name, tuple(parameter.shape), _reader(path, parameter, architecture, layers)
+
+
+def _reader(path: str, parameter: nn.Parameter, architecture: Architecture, layers: Layers) -> Read:
+    """Return what reads a parameter as the architecture takes it."""
+    parts = path.split(".")
+    if architecture.interleaved and len(parts) > 2 and parts[-2] in ("q_proj", "k_proj"):
+        return lambda: interleave(parameter.detach(), layers.head_dim)
+    if architecture.name == "gemma3" and parts[-2].endswith("norm"):
+        return lambda: parameter.detach().float() + 1  # which transformers adds in its forward
+    return parameter.detach
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """Return the rows of q or k so that pairs (i, i + d/2) of each head become (2i, 2i + 1)."""
+    heads = rows.shape[0] // head_dim
+    halves = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _rope_factors(config: Any, head_dim: int) -> Tensor | None:
+    """Return what llama.cpp divides the rotary frequencies by, (head_dim / 2,): Llama 3 alone.
+
+    Frequencies with a wavelength beyond the original context are divided by ``factor``, those with
+    a short one by 1, with a linear passage (in the number of turns) between the two.
+    """
+    rope = rope_parameters(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    wavelength = 2 * math.pi * float(rope["rope_theta"]) ** steps
+    turns = float(rope["original_max_position_embeddings"]) / wavelength
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / float(rope["factor"]) + share)).float()
+
+
+def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    import gguf
+
+    kind = kind if len(shape) > 1 else "f32"
+    size = {"f32": 4, "f16": 2, "bf16": 2}[kind] * math.prod(shape)
+    dtype = np.dtype(np.float16 if kind == "f16" else np.float32)
+    raw = gguf.GGMLQuantizationType.BF16 if kind == "bf16" else None
+    writer.add_tensor_info(name, shape, dtype, size, raw)
+
+
+def _as_type(tensor: Tensor, kind: str, name: str) -> np.ndarray:
+    """Return a tensor as an array of a type's bytes."""
+    tensor = tensor.detach().cpu()
+    if kind == "bf16":
+        return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+    if kind == "f16":
+        largest = float(tensor.float().abs().max())
+        if not largest <= LARGEST_F16:
+            raise InputError(
+                f"export: --to gguf: {name} has values up to {largest:.3g}, over those of f16; "
+                "give --quantize bf16 or f32"
+            )
+    return tensor.to(torch.float16 if kind == "f16" else torch.float32).contiguous().numpy()

@@ -1,0 +1,200 @@
+r"""Write a tokenizer into a GGUF file.
+
+llama.cpp has two kinds of BPE. Of the one that works on bytes (GPT-2, Llama 3, Qwen) it needs
+tokens, merges and the *name* of the rule that splits text into words; which one it is, is found by
+comparing the tokenizer's own rule with those below. The other (Llama 2, Gemma; SentencePiece's)
+joins the two neighbours whose token has the highest score. A fast tokenizer holds merges instead,
+sorted by these scores, so that minus the rank of the first merge that makes a token is its score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from liar_ext.errors import InputError
+
+WORDS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+SIGNS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+)
+WHOLE = ("ByteLevel", False)  # splits no further
+THREE = ("Split", f"{SHORT}\\p{{N}}{{1,3}}{SIGNS}{WORDS}")
+ONE = ("Split", f"{SHORT}\\p{{N}}{SIGNS}{WORDS}")
+# Steps of the rule, and whether a word that is a token stays whole (ignore_merges): the name.
+RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
+    ((("ByteLevel", True),), False): "gpt-2",
+    ((("Digits", True), ("ByteLevel", True)), False): "smollm",
+    ((THREE, WHOLE), True): "llama-bpe",
+    ((THREE, WHOLE), False): "smaug-bpe",
+    ((ONE, WHOLE), False): "qwen2",
+    ((("Split", f"{TEKKEN}{WORDS}"), WHOLE), True): "tekken",
+}
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+NEVER = -1e6  # score of a token that no merge makes
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, model: nn.Module) -> list[str]:
+    """Write the tokenizer of a model, and its chat template; return what the user should know.
+
+    Raises
+    ------
+    InputError
+        If llama.cpp has no such tokenizer.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+        return ["The folder has no tokenizer, so the file takes token ids, and no text."]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise _refusal(f"a slow one, {type(tokenizer).__name__}")
+    fields = json.loads(backend.to_str())
+    if fields["model"].get("type") != "BPE":
+        raise _refusal(f"{fields['model'].get('type')}, not BPE")
+    tokens, types, notes = _tokens(tokenizer, fields, rows)
+    if fields["model"].get("byte_fallback"):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(_scores(tokens, fields["model"]))
+        writer.add_add_space_prefix(_prepends_space(fields))
+    else:
+        rule, more = _rule(fields)
+        notes += more
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(rule)
+        writer.add_token_list(tokens)
+        writer.add_token_merges([" ".join(pair) for pair in _merges(fields["model"])])
+        writer.add_add_space_prefix(False)
+    writer.add_token_types(types)
+    _add_special(writer, tokenizer, rows)
+    return notes
+
+
+def _tokens(
+    tokenizer: Any, fields: Mapping[str, Any], rows: int
+) -> tuple[list[str], list[int], list[str]]:
+    """Return the token and the type of each row of the embeddings, and notes."""
+    import gguf
+
+    kind = gguf.TokenType
+    tokens = [f"[PAD{index}]" for index in range(rows)]
+    types = [int(kind.UNUSED)] * rows
+    fallback = fields["model"].get("byte_fallback")
+    dropped = []
+    for token, index in tokenizer.get_vocab().items():
+        if index >= rows:
+            dropped.append(token)
+            continue
+        is_byte = fallback and len(token) == 6 and token.startswith("<0x") and token[-1] == ">"
+        tokens[index] = token
+        types[index] = int(kind.BYTE if is_byte else kind.NORMAL)
+    for added in fields["added_tokens"]:
+        if added["id"] < rows:
+            tokens[added["id"]] = added["content"]
+            types[added["id"]] = int(kind.CONTROL if added["special"] else kind.USER_DEFINED)
+    unknown = fields["model"].get("unk_token")
+    if fallback and unknown in tokens:
+        types[tokens.index(unknown)] = int(kind.UNKNOWN)
+    notes = []
+    if dropped:
+        names = ", ".join(sorted(dropped)[:4])
+        notes.append(f"Tokens without a row of the embeddings are left out: {names}.")
+    return tokens, types, notes
+
+
+def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the merges, as pairs, whichever way they are written."""
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+    return [(first, second) for first, second in pairs]
+
+
+def _scores(tokens: list[str], model: Mapping[str, Any]) -> list[float]:
+    """Return minus the rank of the first merge that makes each token."""
+    ranks: dict[str, int] = {}
+    for rank, (first, second) in enumerate(_merges(model)):
+        ranks.setdefault(first + second, rank)
+    return [-float(ranks[token]) if token in ranks else NEVER for token in tokens]
+
+
+def _prepends_space(fields: Mapping[str, Any]) -> bool:
+    """Return whether text gets a space in front; refuse what isn't SentencePiece's way."""
+    steps = [*_steps(fields["normalizer"], "normalizers")]
+    steps += _steps(fields["pre_tokenizer"], "pretokenizers")
+    prepends = False
+    for step in steps:
+        kind = step["type"]
+        if kind == "Prepend" and step["prepend"] == SPACE:
+            prepends = True
+        elif kind == "Metaspace" and step["replacement"] == SPACE:
+            prepends = prepends or step["prepend_scheme"] != "never"
+        elif kind == "Replace":
+            if (step["pattern"].get("String"), step["content"]) != (" ", SPACE):
+                raise _refusal(f"with a replacement of {str(step['pattern'])[:60]}")
+        elif not (kind == "Split" and step["pattern"].get("String") == " "):
+            raise _refusal(f"with the step {kind}")
+    return prepends
+
+
+def _rule(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the name that llama.cpp has for how a tokenizer splits text, and notes."""
+    notes = []
+    for step in _steps(fields["normalizer"], "normalizers"):
+        if step["type"] != "NFC":
+            raise _refusal(f"with the normalisation {step['type']}")
+        notes.append("llama.cpp doesn't normalise text (NFC) as the tokenizer does.")
+    steps = _steps(fields["pre_tokenizer"], "pretokenizers")
+    parts: list[tuple[str, Any]] = []
+    for step in steps:
+        detail = {
+            "ByteLevel": lambda step: step["use_regex"],
+            "Digits": lambda step: step["individual_digits"],
+            "Split": lambda step: step["pattern"].get("Regex"),
+        }.get(step["type"], lambda step: None)
+        parts.append((step["type"], detail(step)))
+        if step.get("add_prefix_space") or step.get("invert"):
+            raise _refusal("that adds a space in front, or splits by what it keeps")
+    name = RULES.get((tuple(parts), bool(fields["model"].get("ignore_merges"))))
+    if name is None:
+        raise _refusal(f"that splits text by {str(parts)[:120]}")
+    return name, notes
+
+
+def _steps(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
+    """Return the steps of a normaliser or a rule that splits, one after the other."""
+    if step is None:
+        return []
+    return [*step[inner]] if step["type"] == "Sequence" else [step]
+
+
+def _add_special(writer: Any, tokenizer: Any, rows: int) -> None:
+    """Write the special tokens, which of them text gets, and the chat template."""
+    ids = {
+        name: getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad")
+    }
+    for name, index in ids.items():
+        if isinstance(index, int) and index < rows:
+            getattr(writer, f"add_{name}_token_id")(index)
+    text = tokenizer("a").input_ids
+    writer.add_add_bos_token(ids["bos"] is not None and text[:1] == [ids["bos"]])
+    writer.add_add_eos_token(ids["eos"] is not None and text[-1:] == [ids["eos"]])
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = [{"name": name, "template": each} for name, each in template.items()]
+    if template:
+        writer.add_chat_template(template)
+
+
+def _refusal(what: str) -> InputError:
+    return InputError(
+        f"export: --to gguf: llama.cpp has no tokenizer {what}; use a copy of the folder without "
+        "its tokenizer files for a file that takes token ids"
+    )

@@ -1,0 +1,150 @@
+"""Quantise GGUF files by llama.cpp's own quantiser, and run them.
+
+The quantiser is the program ``llama-quantize`` if it is on the path, else the library that the
+package ``llama-cpp-py-sync`` brings; that library also runs files, to check them. Both have a
+process of their own: llama.cpp ends its process where it can't go on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from liar_ext.errors import InputError
+
+PROGRAM, LIBRARY = "llama-quantize", "llama_cpp_py_sync"
+# The types of llama.h, enum llama_ftype, by the names that llama-quantize has for them.
+TYPES = {
+    "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11,
+    "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17,
+    "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30,
+}  # fmt: skip
+GROUP = 32  # weights that share a scale in q8_0 and its kin; the K types have 256
+
+
+def check_type(kind: str) -> None:
+    """Refuse a type that can't be made here, before anything is written."""
+    if kind not in TYPES:
+        raise InputError(
+            f"export: --quantize must be one of f32, f16, bf16, {', '.join(TYPES)}, got "
+            f"{kind[:40]!r}"
+        )
+    if shutil.which(PROGRAM) is None and find_spec(LIBRARY) is None:
+        raise InputError(
+            f"export: --quantize {kind} needs llama.cpp's quantiser: put {PROGRAM} on the PATH, or "
+            "pip install llama-cpp-py-sync; f32, f16 and bf16 need neither"
+        )
+
+
+def quantize_file(source: Path, out: Path, kind: str) -> list[str]:
+    """Write ``source`` in another type; return what the user should know.
+
+    Raises
+    ------
+    InputError
+        If the quantiser fails, with the end of what it said.
+    """
+    program = shutil.which(PROGRAM)
+    if program is not None:
+        command = [program, str(source), str(out), kind.upper()]
+    else:
+        command = _worker("quantize", source, out, TYPES[kind])
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode or not out.is_file():
+        raise InputError(
+            f"export: llama.cpp's quantiser failed ({done.returncode}): {_end(done)}; give "
+            "--quantize f16"
+        )
+    return _left_out(out, kind)
+
+
+def run_file(path: Path, ids: np.ndarray, *, logits: bool = False) -> dict[str, np.ndarray]:
+    """Return what llama.cpp computes for token ids.
+
+    Parameters
+    ----------
+    path : Path
+        A GGUF file.
+    ids : ndarray
+        Shape (sequences, tokens), without padding.
+    logits : bool
+        Return all logits, too; they have as many numbers as tokens times vocabulary.
+
+    Returns
+    -------
+    dict
+        ``nll``: ``-log p(token | those before it)``, shape (sequences, tokens - 1), float64; and
+        ``logits``, shape (sequences, tokens, vocabulary).
+
+    Raises
+    ------
+    InputError
+        If the library is missing, or can't run the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder, "ids.npy"), Path(folder, "out.npz")
+        np.save(given, np.ascontiguousarray(ids, dtype=np.int32))
+        _run("logits" if logits else "score", path, given, out)
+        with np.load(out) as found:
+            return dict(found)
+
+
+def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens that llama.cpp makes of texts, by the tokenizer in a GGUF file."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder, "texts.json"), Path(folder, "out.json")
+        given.write_text(json.dumps(list(texts)), encoding="utf-8")
+        _run("tokenize", path, given, out)
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def _run(command: str, path: Path, given: Path, out: Path) -> None:
+    if find_spec(LIBRARY) is None:
+        raise InputError("export: running a GGUF file needs pip install llama-cpp-py-sync")
+    done = subprocess.run(
+        _worker(command, path, given, out), capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        raise InputError(
+            f"export: llama.cpp can't run {path} ({done.returncode}): {_end(done)}; update "
+            "llama-cpp-py-sync, or export the folder again"
+        )
+
+
+def _worker(*arguments: object) -> list[str]:
+    """Return the command line of the worker; isolated, so that no file beside it is imported."""
+    script = Path(__file__).with_name("llama_cpp_worker.py")
+    return [sys.executable, "-I", str(script), *map(str, arguments)]
+
+
+def _end(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the end of what a process said, as one line."""
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    return " / ".join(said[-3:])[-250:]
+
+
+def _left_out(path: Path, kind: str) -> list[str]:
+    """Return a note on the matrices whose width no group divides."""
+    import gguf
+
+    matrices = [each for each in gguf.GGUFReader(path).tensors if len(each.shape) > 1]
+    floats = ("F32", "F16", "BF16")
+    odd = [each for each in matrices if each.tensor_type.name in floats]
+    if not odd:
+        return []
+    names = sorted({re.sub(r"blk\.\d+\.", "", each.name) for each in odd})
+    widths = sorted({int(each.shape[0]) for each in odd})
+    return [
+        f"{len(odd)} of {len(matrices)} matrices stay {odd[0].tensor_type.name} ({', '.join(names)}"
+        f"): their widths ({', '.join(map(str, widths[:4]))}{', ...' if len(widths) > 4 else ''}) "
+        f"aren't multiples of {GROUP}, which {kind} needs."
+    ]

@@ -1,0 +1,111 @@
+"""What runs llama.cpp, in a process of its own: it ends the process where it can't go on.
+
+Run as a script, by :mod:`liar_ext.export.llama_cpp`, it needs the package ``llama-cpp-py-sync`` and
+numpy, and neither this package nor torch, whose import takes seconds::
+
+    quantize SOURCE OUT TYPE        TYPE: a number of llama.h, enum llama_ftype
+    score    FILE IDS.npy OUT.npz   ids (sequences, tokens): nll (sequences, tokens - 1)
+    logits   FILE IDS.npy OUT.npz   and logits (sequences, tokens, vocabulary)
+    tokenize FILE TEXTS.json OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+
+def main(command: str, *arguments: str) -> int:
+    """Run a command and return its exit code."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, library = get_ffi(), get_lib()
+    if command == "quantize":
+        source, out, kind = arguments
+        settings = ffi.new("llama_model_quantize_params *")
+        settings[0] = library.llama_model_quantize_default_params()
+        settings.ftype = int(kind)
+        return int(library.llama_model_quantize(os.fsencode(source), os.fsencode(out), settings))
+    path, given, out = arguments
+    library.llama_backend_init()
+    if command == "tokenize":
+        with opened(ffi, library, path, vocabulary_only=True) as model:
+            with open(given, encoding="utf-8") as file:
+                found = [tokenize(ffi, library, model, text) for text in json.load(file)]
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump(found, file)
+        return 0
+    with opened(ffi, library, path) as model:
+        found = score(ffi, library, model, np.load(given), keep=command == "logits")
+        np.savez(out, **found)
+    return 0
+
+
+@contextmanager
+def opened(ffi: Any, library: Any, path: str, *, vocabulary_only: bool = False) -> Iterator[Any]:
+    """Load a model."""
+    settings = library.llama_model_default_params()
+    settings.n_gpu_layers = 0
+    settings.vocab_only = vocabulary_only
+    model = library.llama_model_load_from_file(os.fsencode(path), settings)
+    if model == ffi.NULL:
+        raise SystemExit(f"llama.cpp can't load {path}")
+    try:
+        yield model
+    finally:
+        library.llama_model_free(model)
+
+
+def tokenize(ffi: Any, library: Any, model: Any, text: str) -> list[int]:
+    """Return the tokens of a text, special ones around it included."""
+    raw = text.encode()
+    tokens = ffi.new(f"llama_token[{len(raw) + 16}]")
+    vocabulary = library.llama_model_get_vocab(model)
+    count = library.llama_tokenize(vocabulary, raw, len(raw), tokens, len(raw) + 16, True, True)
+    return list(tokens[0:count])
+
+
+def score(
+    ffi: Any, library: Any, model: Any, ids: np.ndarray, *, keep: bool
+) -> dict[str, np.ndarray]:
+    """Return the negative log-likelihood of each token but the first, and the logits if kept."""
+    sequences, length = ids.shape
+    settings = library.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = length
+    settings.n_threads = settings.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", 1))
+    settings.type_k = settings.type_v = 0  # keys and values as float32, by default float16
+    settings.flash_attn_type = 0
+    context = library.llama_init_from_model(model, settings)
+    if context == ffi.NULL:
+        raise SystemExit("llama.cpp can't run this model")
+    rows = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+    losses, logits = np.zeros((sequences, length - 1)), []
+    batch = library.llama_batch_init(length, 0, 1)
+    for index, tokens in enumerate(ids.tolist()):
+        library.llama_memory_clear(library.llama_get_memory(context), True)
+        batch.n_tokens = length
+        for at, token in enumerate(tokens):
+            batch.token[at], batch.pos[at], batch.logits[at] = token, at, 1
+            batch.n_seq_id[at], batch.seq_id[at][0] = 1, 0
+        if library.llama_decode(context, batch) != 0:
+            raise SystemExit("llama.cpp can't decode")
+        raw = ffi.buffer(library.llama_get_logits(context), 4 * rows * length)
+        found = np.frombuffer(raw, dtype=np.float32).reshape(length, rows).astype(np.float64)
+        if keep:
+            logits.append(found)
+        largest = found[:-1].max(1)
+        total = largest + np.log(np.exp(found[:-1] - largest[:, None]).sum(1))
+        losses[index] = total - found[np.arange(length - 1), tokens[1:]]
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    return {"nll": losses, "logits": np.array(logits)} if keep else {"nll": losses}
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
