@@ -1,8 +1,8 @@
 """Which architecture of llama.cpp runs a model, and what none of them can.
 
 An architecture sizes every layer like the first one, except ``deci``, whose head counts and MLP
-sizes are arrays. It takes the place of ``llama`` and, with the rows of q and k in Llama's order, of
-``qwen2``: both are the same computation.
+sizes are arrays. It takes the place of ``llama``, and both take the place of ``qwen2``, which can't
+have fewer heads, with the rows of q and k in Llama's order: all are the same computation.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Architecture:
         Layers of a block that may have a bias.
     per_layer : bool
         Sizes may differ by layer.
+    square : bool
+        The heads together must have as many features as the residual stream.
     activation : str
         Of the MLP, by the name that the config has for it.
     """
@@ -46,12 +48,13 @@ class Architecture:
     interleaved: bool = False
     biases: frozenset[str] = frozenset()
     per_layer: bool = False
+    square: bool = False
     activation: str = "silu"
 
 
 LLAMA = Architecture("llama", interleaved=True, biases=ALL)
 DECI = Architecture("deci", interleaved=True, biases=ALL, per_layer=True)
-QWEN2 = Architecture("qwen2", biases=QKV)
+QWEN2 = Architecture("qwen2", biases=QKV, square=True)
 # By model type, in the order of preference.
 ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     "llama": (LLAMA, DECI),
@@ -135,8 +138,10 @@ def _first_that_fits(
     model: nn.Module, candidates: tuple[Architecture, ...], layers: Layers
 ) -> Architecture:
     unequal, biases = not layers.equal, set(biased(model))
+    square = layers.heads[0] * layers.head_dim == model.get_input_embeddings().weight.shape[1]
     for each in candidates:
-        if (each.per_layer or not unequal) and biases <= each.biases:
+        fits = (each.per_layer or not unequal) and (square or not each.square)
+        if fits and biases <= each.biases:
             return each
     kind, best = model.config.model_type, candidates[-1]
     if unequal and not best.per_layer:
