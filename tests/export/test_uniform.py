@@ -1,0 +1,141 @@
+"""Folders with equal layers, made of unequal ones: the same outputs, by the stock loader."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from folders import equal_plan, make_plan, pruned
+from tiny import TINY, outputs, tiny
+
+from liar_ext import InputError, cli, save_pruned, verify_pruned
+from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.names import PLAN_FILE
+from liar_ext.export import export
+from liar_ext.models.sites import get_consumer_bias, sites
+from liar_ext.plan import Plan, SitePlan
+from liar_ext.surgery.units import apply_plan
+
+
+def exported(model, plan, tmp_path, **options):
+    save_pruned(model, tmp_path / "model", plan)
+    done = export(tmp_path / "model", "uniform", **options)
+    stock = getattr(transformers, type(model).__name__)
+    return stock.from_pretrained(done.paths[0]).eval(), done
+
+
+def same_outputs(a, b):
+    torch.testing.assert_close(outputs(a), outputs(b), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
+    model, plan = pruned(name, make_plan)
+    again, done = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+    (out,) = done.paths
+    assert strangers(out) == [] and verify_pruned(out)["layers"] == "equal"
+    for kind in ("attn", "mlp"):
+        assert len({site.d_in for site in sites(again, (kind,))}) == 1
+    assert "+" in done.notes[1] and "padded with zeros" in done.notes[0]
+
+
+@pytest.mark.parametrize("kinds", [("mlp",), ("attn",)])
+def test_sites_of_one_kind(kinds, tmp_path):
+    model, plan = pruned("llama", make_plan, kinds=kinds)
+    again, _ = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_query_heads_within_kv_groups(name, tmp_path):
+    model = tiny(name, num_attention_heads=8, num_key_value_heads=2)
+    kept = {
+        f"{block}.attn": SitePlan(8, units)
+        for block, units in enumerate([(0, 1, 4, 7), (2, 5), (1, 2, 3, 4, 5, 6)])
+    }
+    plan = Plan(model.config.model_type, "head", kept)
+    apply_plan(model, plan)
+    again, _ = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+
+
+def test_biases_of_some_layers_only(tmp_path):
+    model = tiny("llama")
+    plan = make_plan(model)
+    plan = Plan(
+        "llama",
+        "auto",
+        {
+            name: SitePlan(site.units, site.kept, name == "1.mlp")
+            for name, site in plan.sites.items()
+        },
+    )
+    apply_plan(model, plan)
+    torch.nn.init.normal_(get_consumer_bias(model, sites(model, ("mlp",))[1]))
+    again, _ = exported(model, plan, tmp_path)
+    same_outputs(model, again)
+
+
+def test_a_bias_that_no_config_says_is_refused(tmp_path):
+    model, plan = pruned("qwen2", make_plan, bias=True)
+    with pytest.raises(InputError, match="no config of qwen2 .* --reconstruct linear"):
+        exported(model, plan, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_smaller_hidden_size(tmp_path):
+    model = tiny("llama")
+    plan = make_plan(model)
+    plan = Plan("llama", "auto", plan.sites, hidden=SitePlan(40, tuple(range(8, 40))))
+    apply_plan(model, plan)
+    again, _ = exported(model, plan, tmp_path)
+    assert again.config.hidden_size == 32
+    same_outputs(model, again)
+
+
+def test_the_plan_says_where_the_zeros_are(tmp_path):
+    model, plan = pruned("llama", make_plan)
+    again, done = exported(model, plan, tmp_path)
+    wide = Plan.load(done.paths[0] / PLAN_FILE)
+    for site in sites(again, ("mlp",)):
+        old, new = plan.sites[site.name].kept, wide.sites[site.name].kept
+        assert set(old) <= set(new) and len(new) == site.units
+        zero = again.get_submodule(site.consumer).weight.abs().sum(0) == 0
+        assert zero.tolist() == [unit not in old for unit in new]
+
+
+def test_channels_to_a_multiple(tmp_path):
+    model, plan = pruned("llama", make_plan)
+    again, _ = exported(model, plan, tmp_path, multiple_of=16)
+    assert again.config.intermediate_size == 16
+    assert max(len(plan.sites[f"{block}.mlp"].kept) for block in range(3)) == 13
+    same_outputs(model, again)
+    with pytest.raises(InputError, match="at least 1, got 0"):
+        export(tmp_path / "model", "uniform", tmp_path / "other", multiple_of=0)
+
+
+def test_equal_layers_are_refused(tmp_path):
+    model, plan = pruned("llama", equal_plan)
+    with pytest.raises(InputError, match="are equal already; use the folder itself"):
+        exported(model, plan, tmp_path)
+
+
+def test_a_folder_without_plan_is_refused(tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    assert cli.main(["export", str(tmp_path / "model"), "--to", "uniform"]) == 2
+    assert "use the folder itself" in capsys.readouterr().err
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path):
+    model, plan = pruned("llama", make_plan)
+    save_pruned(model, tmp_path / "model", plan)
+    path = tmp_path / "model" / PLAN_FILE
+    fields = json.loads(path.read_text())
+    fields["sites"]["0.mlp"]["kept"] = [0]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InputError):
+        export(tmp_path / "model", "uniform")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
