@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+
+from liar_ext.errors import InputError
 
 # Options of the command that are no options of a format.
 OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json")
+# Options that prune again, which is no export of a folder but another job.
+REPLAN = ("source", "texts")
 
 
 def run(options: argparse.Namespace) -> None:
     """Export, and print what was written and how to load it."""
     from liar_ext.export import export
 
-    done = export(
-        options.folder,
-        options.to,
-        options.out,
-        overwrite=options.overwrite,
-        progress=not (options.quiet or options.json),
-        **{name: value for name, value in vars(options).items() if name not in OWN},
-    )
+    own = {name: value for name, value in vars(options).items() if name not in OWN}
+    progress = not (options.quiet or options.json)
+    again = [f"--{name}" for name in REPLAN if name in own]
+    if again and options.to != "uniform":
+        raise InputError(f"export: {again[0]} is an option of --to uniform, got {options.to}")
+    if again:
+        if "source" not in own:
+            raise InputError("export: --texts goes with --source MODEL, the dense model")
+        from liar_ext.cli.replan import replan
+
+        done = replan(
+            options.folder, options.out, overwrite=options.overwrite, progress=progress, **own
+        )
+    else:
+        done = export(
+            options.folder,
+            options.to,
+            options.out,
+            overwrite=options.overwrite,
+            progress=progress,
+            **own,
+        )
     if options.json:
         print(json.dumps(asdict(done), indent=1, default=str))
         return
@@ -32,8 +51,10 @@ def run(options: argparse.Namespace) -> None:
             print(note)
 
 
-def add_export(commands: argparse._SubParsersAction, name) -> None:
-    """Add the subcommand; ``name`` reads a name or path."""
+def add_export(
+    commands: argparse._SubParsersAction, name: Callable[[str], str], number: Callable[[str], int]
+) -> None:
+    """Add the subcommand; ``name`` reads a name or path, ``number`` an integer from 1."""
     from liar_ext.export.formats import FORMATS
 
     formats = "; ".join(f"{each}: {row.what}" for each, row in FORMATS.items())
@@ -56,6 +77,13 @@ def add_export(commands: argparse._SubParsersAction, name) -> None:
         metavar="TYPE",
         help="gguf: f32, f16, bf16, or a type of llama.cpp such as q8_0 (default: the dtype of "
         "the weights)",
+        **suppress,
+    )
+    add(
+        "--multiple-of",
+        type=number,
+        metavar="N",
+        help="uniform: round the padded MLP size up to a multiple of N",
         **suppress,
     )
     add(

@@ -63,18 +63,40 @@ def export(
         exists or can't be written, or there is no such format or option.
     """
     row, run = _exporter(to, options)
-    folder = _model_folder(folder)
-    inspect_folder(folder, "export")
+    folder = model_folder(folder)
     if row.suffix is None:
         if out is not None:
             raise InputError(f"export: --to {to} writes nothing, got an output {out}; leave it out")
         return run(folder, folder, progress=progress, **options)
-    target = _target(folder, out, row.suffix)
+
+    def write(path: Path) -> Exported:
+        return run(folder, path, progress=progress, **options)
+
+    return write_export(folder, to, out, write, overwrite=overwrite, options=options)
+
+
+def write_export(
+    folder: Path,
+    to: str,
+    out: str | os.PathLike[str] | None,
+    write: Callable[[Path], Exported],
+    *,
+    overwrite: bool,
+    options: Mapping[str, Any],
+) -> Exported:
+    """Let ``write(path)`` write an export of a folder, put it in its place and record it.
+
+    Raises
+    ------
+    InputError
+        If the output can't be written, or is in the way of something.
+    """
+    target = _target(folder, out, FORMATS[to].suffix or "")
     _check_target(target, folder, overwrite)
     try:
         clean_leftovers(target)
         with beside(target) as room:
-            done = run(folder, room / target.name, progress=progress, **options)
+            done = write(room / target.name)
             _put(room / target.name, target, overwrite)
     except OSError as error:
         raise InputError(
@@ -108,7 +130,14 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
     return row, run
 
 
-def _model_folder(folder: str | os.PathLike[str]) -> Path:
+def model_folder(folder: str | os.PathLike[str]) -> Path:
+    """Return the path of a model folder, looked over.
+
+    Raises
+    ------
+    InputError
+        If it isn't one.
+    """
     try:
         path = Path(folder).resolve()
         is_folder = path.is_dir()
@@ -119,6 +148,7 @@ def _model_folder(folder: str | os.PathLike[str]) -> Path:
     if not is_folder:
         what = "is a file" if path.exists() else "doesn't exist"
         raise InputError(f"export: {folder} {what}; give a model folder")
+    inspect_folder(path, "export")
     return path
 
 

@@ -13,8 +13,10 @@ refuses what its format can't express with the reason and the alternative, befor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,9 @@ FORMATS = {
         "-uniform",
     ),
 }
+
+
+def is_unequal(config: Mapping[str, Any]) -> bool:
+    """Tell whether a config says that the stock class can't build the layers of its folder."""
+    mark = config.get("liar")
+    return isinstance(mark, Mapping) and mark.get("layers") == "unequal"

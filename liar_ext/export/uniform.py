@@ -27,10 +27,10 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.names import PLAN_FILE
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.checkpoint.stock_config import equal_config
+from liar_ext.checkpoint.stock_config import equal_config, how_to_load
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported
-from liar_ext.models.sites import KINDS, Site, sites, skeleton
+from liar_ext.export.formats import Exported, is_unequal
+from liar_ext.models.sites import Site, sites, skeleton
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.report.report import REPORT_JSON
 from liar_ext.surgery.units import apply_plan, unit_rows
@@ -53,28 +53,29 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     Raises
     ------
     InputError
-        If the folder has equal layers already, has no plan, or no config of the family can say
+        If the folder loads without code already, has no plan, or no config of the family can say
         equal layers that are as wide.
     """
     if multiple_of < 1:
         raise InputError(f"export: --multiple-of must be at least 1, got {multiple_of}")
     fields = read_config(folder, "export")
+    if not is_unequal(fields):
+        raise InputError(
+            f"export: --to uniform: {folder.name} needs no code to load as it is, its layers being "
+            "equal; use the folder itself"
+        )
     plan = _read_plan(folder)
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     model, tokenizer = load_model(folder, stored if hasattr(torch, stored) else "float32")
     config = _dense_config(model.config)
-    if all(len({_sizes(site) for site in sites(model, (kind,))}) == 1 for kind in KINDS):
-        raise InputError(
-            f"export: --to uniform: the layers of {folder.name} are equal already; use the folder "
-            "itself"
-        )
     wide = _widest(model, config, plan, multiple_of)
     padded = type(model)(copy.deepcopy(config)).to(model.dtype).eval()
     apply_plan(padded, wide)
     _fill(padded, model, plan, wide)
     difference = _difference(model, padded)
     counts = {"before": count_params(model), "after": count_params(padded)}
-    save_pruned(padded, out, wide, report=_report(folder, counts), tokenizer=tokenizer)
+    report = _report(folder, counts) | {"loading": how_to_load(padded, wide)}
+    save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
     return Exported("uniform", (out,), _notes(plan, wide, counts, difference))
 
 
@@ -82,8 +83,8 @@ def _read_plan(folder: Path) -> Plan:
     """Return the plan of a folder; it says which units of the dense model are there."""
     if not (folder / PLAN_FILE).is_file():
         raise InputError(
-            f"export: --to uniform: {folder} has no {PLAN_FILE}, so it isn't a pruned model with "
-            "unequal layers; use the folder itself"
+            f"export: --to uniform: {folder} has no {PLAN_FILE}, which says what its layers keep; "
+            "copy the folder again, or prune again with --source MODEL"
         )
     return Plan.from_json(json.dumps(read_json(folder / PLAN_FILE, "export")))
 
@@ -129,10 +130,6 @@ def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan
                 f"as wide in {kind}; prune with --uniform-layers, or with --reconstruct linear"
             )
     return chosen
-
-
-def _sizes(site: Site) -> tuple[int, int]:
-    return site.d_in, site.kv_heads
 
 
 def _runs(model: nn.Module, plan: Plan, kind: str) -> int:

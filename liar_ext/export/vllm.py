@@ -1,13 +1,62 @@
-"""Stub."""
+"""Say how vLLM takes a folder; nothing is written.
+
+vLLM reads model folders. Equal layers it builds by itself. Unequal ones it builds by the plug-in of
+this package, which gives each decoder layer the sizes that ``per_layer_config`` has for it, where
+vLLM's class of the architecture is a stack of Llama's kind of decoder layers.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from pathlib import Path
 
+from liar_ext.checkpoint.inspection import Folder, inspect_folder
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported
+from liar_ext.export.formats import Exported, is_unequal
+
+GROUP = "vllm.general_plugins"
+# Model types whose unequal layers the plug-in builds, and consumers that may have a bias there.
+SERVED: dict[str, tuple[str, ...]] = {
+    "llama": ("o_proj", "down_proj"),
+    "mistral": (),
+    "qwen2": (),
+    "qwen3": ("o_proj",),
+}
 
 
 def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
-    """Refuse: not written yet."""
-    raise InputError("export: --to vllm isn't written yet; use another format")
+    """Return how vLLM takes ``folder``.
+
+    Raises
+    ------
+    InputError
+        If it doesn't, with the reason and what to do instead.
+    """
+    found = inspect_folder(folder, "export")
+    command = f"vllm serve {folder}"
+    if not is_unequal(found.config):
+        return Exported("vllm", notes=(f"Nothing to write for equal layers: {command}.",))
+    _check(found)
+    notes = [f"Nothing to write: the plug-in of liar_ext builds the unequal layers: {command}."]
+    if not any(each.value.startswith("liar_ext") for each in entry_points(group=GROUP)):
+        notes.append(f"It isn't installed here: install liar_ext, with its entry point {GROUP}.")
+    notes.append("All workers need liar_ext installed, and no --trust-remote-code.")
+    return Exported("vllm", notes=tuple(notes))
+
+
+def _check(found: Folder) -> None:
+    """Refuse unequal layers that the plug-in can't build."""
+    kind = str(found.config.get("model_type"))[:40]
+    if kind not in SERVED:
+        raise InputError(
+            f"export: --to vllm: unequal layers are built for {', '.join(SERVED)}, not for {kind}; "
+            "export it with --to uniform, or prune with --uniform-layers"
+        )
+    for name in found.tensors:
+        layer = name.split(".")[-2:]
+        consumer = layer[0] in ("o_proj", "down_proj") and layer[-1] == "bias"
+        if consumer and layer[0] not in SERVED[kind]:
+            raise InputError(
+                f"export: --to vllm: vLLM's {kind} has no bias in {layer[0]}, and {name} is one; "
+                "prune with --reconstruct linear"
+            )

@@ -119,7 +119,7 @@ def test_channels_to_a_multiple(tmp_path):
 
 def test_equal_layers_are_refused(tmp_path):
     model, plan = pruned("llama", equal_plan)
-    with pytest.raises(InputError, match="are equal already; use the folder itself"):
+    with pytest.raises(InputError, match="needs no code to load as it is"):
         exported(model, plan, tmp_path)
 
 
@@ -127,6 +127,25 @@ def test_a_folder_without_plan_is_refused(tmp_path, capsys):
     tiny("llama").save_pretrained(tmp_path / "model")
     assert cli.main(["export", str(tmp_path / "model"), "--to", "uniform"]) == 2
     assert "use the folder itself" in capsys.readouterr().err
+
+
+def test_a_folder_whose_plan_is_gone_is_refused(tmp_path):
+    model, plan = pruned("llama", make_plan)
+    save_pruned(model, tmp_path / "model", plan)
+    (tmp_path / "model" / PLAN_FILE).unlink()
+    with pytest.raises(InputError, match="which says what its layers keep"):
+        export(tmp_path / "model", "uniform")
+
+
+def test_equal_layers_that_no_config_says(tmp_path):
+    """Three heads of four don't divide the hidden size, which LlamaConfig insists on."""
+    model = tiny("llama")
+    kept = {site.name: SitePlan(4, (0, 1, 3)) for site in sites(model, ("attn",))}
+    plan = Plan("llama", "auto", kept)
+    apply_plan(model, plan)
+    again, _ = exported(model, plan, tmp_path)
+    assert again.config.num_attention_heads == 8
+    same_outputs(model, again)
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path):
