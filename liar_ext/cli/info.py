@@ -17,7 +17,12 @@ def run(options: argparse.Namespace) -> None:
     for key, value in versions().items():
         print(f"{key:32} {value}")
     print(f"{'criteria':32} {', '.join(known.name for known in list_criteria())}")
-    optional = {"gguf": "GGUF files", "datasets": "datasets by name", "accelerate": "device_map"}
+    optional = {
+        "gguf": "GGUF files",
+        "llama_cpp_py_sync": "GGUF files quantised",
+        "datasets": "datasets by name",
+        "accelerate": "device_map",
+    }
     for package, what in optional.items():
         state = "available" if find_spec(package) else f"pip install {package}"
         print(f"{what:32} {state}")

@@ -70,8 +70,9 @@ def export(
     architecture, layers = architecture_of(model), layers_of(model)
     notes = _notes(model, architecture, layers)
     base = out if kind in OWN_TYPES else out.with_name(f"{out.name}.unquantized")
-    own = kind if kind in OWN_TYPES else ("f32" if stored == "float32" else "bf16")
-    notes += _write(model, tokenizer, architecture, layers, base, own, folder.name)
+    own = kind if kind in OWN_TYPES else DTYPES[stored]
+    name = folder.name.encode(errors="replace").decode()  # a name on disk may be no UTF-8
+    notes += _write(model, tokenizer, architecture, layers, base, own, name)
     if base != out:
         del model
         notes += quantize_file(base, out, kind)

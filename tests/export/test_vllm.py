@@ -41,6 +41,6 @@ def test_others_are_refused(name, tmp_path):
 
 def test_a_bias_that_vllm_lacks_is_refused(tmp_path):
     folder = saved("qwen2", make_plan, tmp_path / "model", bias=True)
-    with pytest.raises(InputError, match="vLLM's qwen2 has no bias in o_proj"):
+    with pytest.raises(InputError, match="vLLM's qwen2 has no bias in down_proj"):
         export(folder, "vllm")
     assert export(saved("llama", make_plan, tmp_path / "llama", bias=True), "vllm").notes

@@ -1,0 +1,116 @@
+"""Prune a model in three ways, export each as GGUF, and compare llama.cpp with transformers.
+
+Prints a Markdown row per file: the perplexity that both compute on the same tokens, the greatest
+difference between their log-likelihoods of a token, whether llama.cpp's tokenizer gives the same
+tokens, and megabytes. A float32 file must agree to ``TOLERANCE``; the exit code says so.
+
+    python bench/check_gguf.py MODEL --calibration TEXT --eval TEXT --out build/check-gguf
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from liar_ext.checkpoint import load_model
+from liar_ext.cli import main as liar
+from liar_ext.data import texts
+from liar_ext.export import export
+from liar_ext.export.llama_cpp import run_file, tokenize
+
+TOLERANCE = 1e-3  # in nats, of float32 sums in another order
+FOLDERS = {
+    "equal": ["--uniform-layers", "--multiple-of", "32"],
+    "unequal": ["--allocation", "global"],
+    "hidden": ["--keep-hidden", "0.9", "--uniform-layers", "--sites", "mlp"],
+}
+HEAD = (
+    "| layers | type | architecture | transformers | llama.cpp | greatest difference, nats "
+    "| tokens | MB |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> int:
+    """Run all of it."""
+    options = parse()
+    torch.set_num_threads(1)  # as llama.cpp has
+    options.out.mkdir(parents=True, exist_ok=True)
+    documents = texts.read_documents(options.eval)
+    print(HEAD)
+    agree = True
+    for name, choices in {"dense": None, **FOLDERS}.items():
+        folder = options.out / name
+        if choices is None:
+            model, tokenizer = load_model(options.model)  # a GGUF file, for one
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        else:
+            job = ["prune", options.model, "--calibration", *options.calibration]
+            job += ["--samples", str(options.samples), "--keep", "0.8", "--out", str(folder)]
+            job += ["--preset", "fast", "--overwrite", "--quiet", *choices]
+            if liar(job):
+                return 1
+        model, tokenizer = load_model(folder)
+        drawn = texts.evaluation_sequences(
+            documents, tokenizer, seq_len=options.seq_len, samples=options.windows
+        )
+        ids = torch.cat([batch["input_ids"] for batch in drawn.batches(1)]).numpy()
+        ours = likelihoods(model, ids)
+        del model
+        for kind in options.types:
+            done = export(
+                folder,
+                "gguf",
+                options.out / f"{name}-{kind}.gguf",
+                overwrite=True,
+                progress=False,
+                quantize=kind,
+            )
+            theirs = run_file(done.paths[0], ids)["nll"]
+            difference = float(np.abs(ours - theirs).max())
+            same = tokenize(done.paths[0], documents[:20]) == [
+                tokenizer(text).input_ids for text in documents[:20]
+            ]
+            agree = agree and same and (kind != "f32" or difference <= TOLERANCE)
+            print(
+                f"| {name} | {kind} | {done.notes[0].split()[1].strip('.,')} | "
+                f"{math.exp(ours.mean()):.3f} | {math.exp(theirs.mean()):.3f} | {difference:.1e} | "
+                f"{'same' if same else 'OTHERS'} | {done.bytes / 1e6:.1f} |",
+                flush=True,
+            )
+            for note in done.notes[1:]:
+                print(f"    {name}, {kind}: {note}", file=sys.stderr)
+    return 0 if agree else 1
+
+
+@torch.no_grad()
+def likelihoods(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """Return the negative log-likelihood of each token but the first."""
+    rows = []
+    for sequence in torch.tensor(ids):
+        scores = model(sequence[None]).logits[0, :-1].double().log_softmax(-1)
+        rows.append(-scores.gather(-1, sequence[1:, None])[:, 0].numpy())
+    return np.array(rows)
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", nargs="+", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
+    parser.add_argument("--windows", type=int, default=4, help="windows of the held-out text")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per window")
+    parser.add_argument("--types", nargs="+", default=["f32", "q8_0"])
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
