@@ -69,6 +69,7 @@ def main() -> int:
                 options.out / f"{name}-{kind}.gguf",
                 overwrite=True,
                 progress=False,
+                check=False,
                 quantize=kind,
             )
             theirs = run_file(done.paths[0], ids)["nll"]

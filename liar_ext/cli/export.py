@@ -80,6 +80,12 @@ def add_export(
         **suppress,
     )
     add(
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        help="gguf: run the file by llama.cpp, if its library is installed (default: do)",
+        **suppress,
+    )
+    add(
         "--multiple-of",
         type=number,
         metavar="N",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,23 @@ from liar_ext.export.gguf_architectures import (
     sliding_window,
 )
 from liar_ext.export.gguf_tokenizer import add_tokenizer
-from liar_ext.export.llama_cpp import check_type, quantize_file
+from liar_ext.export.llama_cpp import LIBRARY, check_type, quantize_file, run_file
 
 OWN_TYPES = ("f32", "f16", "bf16")
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 LARGEST_F16 = 65504.0
+TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GELU from a table
 # Scaling of rotary embeddings that llama.cpp computes as transformers does.
 SCALINGS = ("default", "linear", "llama3")
 
 
 def export(
-    folder: Path, out: Path, *, progress: bool = True, quantize: str | None = None
+    folder: Path,
+    out: Path,
+    *,
+    progress: bool = True,
+    quantize: str | None = None,
+    check: bool = True,
 ) -> Exported:
     """Write ``folder`` as one GGUF file.
 
@@ -53,12 +60,14 @@ def export(
     quantize : str, optional
         Type of the matrices: ``f32``, ``f16``, ``bf16``, or one of llama.cpp's quantiser, such as
         ``q8_0`` or ``q4_k_m``, which needs its library. By default that of the weights.
+    check : bool
+        Run the file by llama.cpp, where its library is installed, and compare with the folder.
 
     Raises
     ------
     InputError
         If no architecture of llama.cpp runs the model, its tokenizer is of a kind that llama.cpp
-        lacks, or a weight is out of the type's range.
+        lacks, a weight is out of the type's range, or llama.cpp computes something else.
     """
     fields = read_config(folder, "export")
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
@@ -74,10 +83,30 @@ def export(
     name = folder.name.encode(errors="replace").decode()  # a name on disk may be no UTF-8
     notes += _write(model, tokenizer, architecture, layers, base, own, name)
     if base != out:
-        del model
         notes += quantize_file(base, out, kind)
         base.unlink()
+    if check:
+        notes.append(_checked(model, out, kind))
     return Exported("gguf", (out,), tuple(notes), out.stat().st_size)
+
+
+@torch.no_grad()
+def _checked(model: nn.Module, path: Path, kind: str) -> str:
+    """Compare ``-log p`` of 31 random tokens, by llama.cpp and by transformers; return a note."""
+    if find_spec(LIBRARY) is None:
+        return "Not run by llama.cpp, whose library isn't here: pip install llama-cpp-py-sync."
+    rows = model.get_input_embeddings().weight.shape[0]
+    count = min(32, model.config.max_position_embeddings)
+    ids = torch.randint(rows, (1, count), generator=torch.Generator().manual_seed(0))
+    ours = model(ids).logits[0, :-1].double().log_softmax(-1)
+    ours = -ours.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    difference = float(np.abs(ours - run_file(path, ids.numpy())["nll"][0]).max())
+    if not difference <= (TOLERANCE if kind == "f32" and model.dtype == torch.float32 else np.inf):
+        raise InputError(
+            f"export: --to gguf: llama.cpp's log-likelihoods differ by up to {difference:.1e} from "
+            "those of the folder; use the folder itself"
+        )
+    return f"Run by llama.cpp: log-likelihoods of tokens differ by up to {difference:.1e}."
 
 
 def _notes(model: nn.Module, architecture: Architecture, layers: Layers) -> list[str]:

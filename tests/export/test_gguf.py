@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
@@ -13,13 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from liar_ext import InputError, cli, save_pruned
 from liar_ext.checkpoint import load_model
-from liar_ext.export import export
+from liar_ext.export import export as export_checked
 from liar_ext.export.gguf import interleave
 from liar_ext.export.llama_cpp import run_file
 from liar_ext.models.sites import get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.units import apply_plan
 
+export = partial(export_checked, check=False)  # which these tests do themselves
 FAMILIES = "llama mistral qwen2 qwen3 smollm3 gemma3_text".split()
 UNEQUAL = "llama mistral qwen2".split()
 MORE = {"gemma3_text": {"query_pre_attn_scalar": 4}}
@@ -259,6 +262,18 @@ def test_other_families_are_refused(name, tmp_path, capsys):
     assert cli.main(["export", str(folder), "--to", "gguf"]) == 2
     assert "causal language models of llama, mistral" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_file_is_run_where_the_library_is(tmp_path, monkeypatch):
+    folder = save(tiny("llama"), tmp_path / "model")
+    assert "Run by llama.cpp: log-likelihoods" in export_checked(folder, "gguf").notes[-1]
+    monkeypatch.setattr("liar_ext.export.gguf.interleave", lambda rows, head_dim: rows)
+    with pytest.raises(InputError, match="llama.cpp's log-likelihoods differ by up to"):
+        export_checked(folder, "gguf", tmp_path / "wrong.gguf")
+    assert not (tmp_path / "wrong.gguf").exists()
+    monkeypatch.setattr("liar_ext.export.gguf.find_spec", lambda name: None)
+    done = export_checked(folder, "gguf", overwrite=True)
+    assert "Not run by llama.cpp, whose library isn't here" in done.notes[-1]
 
 
 def test_another_head_is_refused(tmp_path):
