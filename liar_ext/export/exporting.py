@@ -92,7 +92,7 @@ def write_export(
         If the output can't be written, or is in the way of something.
     """
     target = _target(folder, out, FORMATS[to].suffix or "")
-    _check_target(target, folder, overwrite)
+    _check_target(target, folder.resolve(), overwrite)
     try:
         clean_leftovers(target)
         with beside(target) as room:
@@ -104,7 +104,7 @@ def write_export(
             "or choose another output"
         ) from error
     done = replace(done, paths=(target,), bytes=_size(target))
-    return replace(done, notes=(*done.notes, *write_record(folder, done, options)))
+    return replace(done, notes=(*done.notes, *write_record(folder.resolve(), done, options)))
 
 
 def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[..., Exported]]:
@@ -139,7 +139,7 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
         If it isn't one.
     """
     try:
-        path = Path(folder).resolve()
+        path = Path(os.path.abspath(folder))  # the name of a link is that of its export
         is_folder = path.is_dir()
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a loop
         raise InputError(

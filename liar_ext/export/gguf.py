@@ -96,7 +96,7 @@ def _checked(model: nn.Module, path: Path, kind: str) -> str:
     if find_spec(LIBRARY) is None:
         return "Not run by llama.cpp, whose library isn't here: pip install llama-cpp-py-sync."
     rows = model.get_input_embeddings().weight.shape[0]
-    count = min(32, model.config.max_position_embeddings)
+    count = max(2, min(32, model.config.max_position_embeddings))
     ids = torch.randint(rows, (1, count), generator=torch.Generator().manual_seed(0))
     ours = model(ids).logits[0, :-1].double().log_softmax(-1)
     ours = -ours.gather(-1, ids[0, 1:, None])[:, 0].numpy()

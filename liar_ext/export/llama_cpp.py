@@ -8,6 +8,7 @@ process of their own: llama.cpp ends its process where it can't go on.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ def quantize_file(source: Path, out: Path, kind: str) -> list[str]:
         command = [program, str(source), str(out), kind.upper()]
     else:
         command = _worker("quantize", source, out, TYPES[kind])
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    done = _finished(command)
     if done.returncode or not out.is_file():
         raise InputError(
             f"export: llama.cpp's quantiser failed ({done.returncode}): {_end(done)}; give "
@@ -110,13 +111,11 @@ def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
 def _run(command: str, path: Path, given: Path, out: Path) -> None:
     if find_spec(LIBRARY) is None:
         raise InputError("export: running a GGUF file needs pip install llama-cpp-py-sync")
-    done = subprocess.run(
-        _worker(command, path, given, out), capture_output=True, text=True, errors="replace"
-    )
+    done = _finished(_worker(command, path, given, out))
     if done.returncode:
         raise InputError(
-            f"export: llama.cpp can't run {path} ({done.returncode}): {_end(done)}; update "
-            "llama-cpp-py-sync, or export the folder again"
+            f"export: llama.cpp can't run {path.name} ({done.returncode}): {_end(done)}; update "
+            "llama-cpp-py-sync, or use the folder itself"
         )
 
 
@@ -124,6 +123,12 @@ def _worker(*arguments: object) -> list[str]:
     """Return the command line of the worker; isolated, so that no file beside it is imported."""
     script = Path(__file__).with_name("llama_cpp_worker.py")
     return [sys.executable, "-I", str(script), *map(str, arguments)]
+
+
+def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; where llama.cpp asserts, its words and no stack are the last."""
+    quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", env=quiet)
 
 
 def _end(done: subprocess.CompletedProcess[str]) -> str:

@@ -114,6 +114,16 @@ def test_a_link_is_not_followed(folder):
     assert victim.read_text() == "mine"
 
 
+def test_a_link_to_a_folder_gives_the_export_its_name(folder, tmp_path):
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "there" / "current"
+    link.symlink_to(folder)
+    assert export(link, "file").paths == (tmp_path / "there" / "current.file",)
+    assert read_record(folder)[0]["path"] == "../there/current.file"
+    with pytest.raises(InputError, match="lies in the folder"):
+        export(link, "file", folder / "x")
+
+
 def test_a_full_disk_leaves_nothing_behind(folder):
     with pytest.raises(InputError, match="No space left on device; nothing was left behind"):
         export(folder, "fail")

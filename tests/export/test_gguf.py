@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from functools import partial
 
 import gguf
@@ -316,3 +318,34 @@ def byte_level(size: int = 61) -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
+
+
+def tampered(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rms_norm_eps": float("nan")}, "llama.cpp can't run model.gguf .*eps"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 9.0}}, "nan"),
+        ({"rope_parameters": "x"}, "can't load"),
+        ({"liar": "x"}, "version"),
+        ({"dtype": ["x"]}, "can't load"),
+        ({"num_attention_heads": 3}, "copy the folder again|can't load"),
+    ],
+)
+def test_a_tampered_config_is_refused_in_one_line(fields, words, tmp_path, capsys):
+    model, plan = pruned("llama", make_plan)
+    folder = tampered(save(model, tmp_path / "model", plan), **fields)
+    assert cli.main(["export", str(folder), "--to", "gguf"]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("liar: ")]
+    assert len(error) == 1 and re.search(words, error[0]), error
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_context_of_one_token(tmp_path):
+    folder = tampered(save(tiny("llama"), tmp_path / "model"), max_position_embeddings=1)
+    assert "Run by llama.cpp" in export_checked(folder, "gguf").notes[-1]
