@@ -79,7 +79,7 @@ def main() -> int:
             ]
             agree = agree and same and (kind != "f32" or difference <= TOLERANCE)
             print(
-                f"| {name} | {kind} | {done.notes[0].split()[1].strip('.,')} | "
+                f"| {name} | {kind} | {done.notes[0].split()[1].strip('.,:')} | "
                 f"{math.exp(ours.mean()):.3f} | {math.exp(theirs.mean()):.3f} | {difference:.1e} | "
                 f"{'same' if same else 'OTHERS'} | {done.bytes / 1e6:.1f} |",
                 flush=True,

@@ -80,6 +80,20 @@ def test_llama_cpp_computes_what_the_folder_does(name, layers, tmp_path):
     logits_agree(model, done.paths[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [*((name, "equal") for name in FAMILIES[:5]), *((name, "unequal") for name in UNEQUAL)],
+)
+def test_a_smaller_hidden_size(name, layers, tmp_path):
+    model = tiny(name)
+    sites_of = {"equal": lambda model: {}, "unequal": lambda model: make_plan(model).sites}[layers]
+    hidden = SitePlan(40, tuple(range(3, 35)))
+    plan = Plan(model.config.model_type, "auto", sites_of(model), hidden=hidden)
+    apply_plan(model, plan)
+    done = export(save(model, tmp_path / "model", plan), "gguf")
+    logits_agree(model, done.paths[0])
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("plan_of", [equal_plan, make_plan])
 def test_consumer_biases_are_written_where_the_architecture_has_them(name, plan_of, tmp_path):
