@@ -29,9 +29,9 @@ from liar_ext.export.gguf_architectures import (
     Layers,
     architecture_of,
     layers_of,
-    rope_parameters,
     sliding_window,
 )
+from liar_ext.export.gguf_metadata import add_sizes, rope_factors
 from liar_ext.export.gguf_tokenizer import add_tokenizer
 from liar_ext.export.llama_cpp import LIBRARY, check_type, quantize_file, run_file
 
@@ -39,8 +39,6 @@ OWN_TYPES = ("f32", "f16", "bf16")
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 LARGEST_F16 = 65504.0
 TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GELU from a table
-# Scaling of rotary embeddings that llama.cpp computes as transformers does.
-SCALINGS = ("default", "linear", "llama3")
 
 
 def export(
@@ -148,7 +146,7 @@ def _write(
         }[kind]
     )
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_sizes(writer, model, architecture, layers)
+    add_sizes(writer, model, architecture, layers)
     notes = add_tokenizer(writer, tokenizer, model)
     tensors = list(_tensors(model, architecture, layers))
     for each, shape, _ in tensors:
@@ -164,43 +162,6 @@ def _write(
     return notes
 
 
-def _add_sizes(writer: Any, model: nn.Module, architecture: Architecture, layers: Layers) -> None:
-    """Write the sizes; one number where all layers have it, else one per layer."""
-    config = model.config
-
-    def per_layer(sizes: tuple[int, ...]) -> int | list[int]:
-        return list(sizes) if architecture.per_layer else sizes[0]
-
-    writer.add_block_count(len(layers.heads))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(model.get_input_embeddings().weight.shape[1])
-    writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])
-    writer.add_feed_forward_length(per_layer(layers.channels))
-    writer.add_head_count(per_layer(layers.heads))
-    writer.add_head_count_kv(per_layer(layers.kv_heads))
-    writer.add_key_length(layers.head_dim)
-    writer.add_value_length(layers.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(layers.head_dim)
-    if architecture.name == "gemma3":
-        writer.add_sliding_window(config.sliding_window)
-    rope = rope_parameters(config)
-    scaling = rope.get("rope_type", "default")
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if scaling not in SCALINGS or partial != 1.0:
-        what = f"rope_type {scaling!r}" if partial == 1.0 else f"partial_rotary_factor {partial}"
-        raise InputError(
-            f"export: --to gguf: rotary embeddings with {what} aren't written; those with "
-            f"{', '.join(SCALINGS)} of whole heads are; use the folder itself"
-        )
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if scaling == "linear":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-
-
 Read = Callable[[], Tensor]
 
 
@@ -212,7 +173,7 @@ def _tensors(
 
     arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(arch, len(layers.heads))
-    factors = _rope_factors(model.config, layers.head_dim)
+    factors = rope_factors(model.config, layers.head_dim)
     if factors is not None:
         yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
     seen: set[int] = set()
@@ -226,7 +187,15 @@ def _tensors(
                 f"export: --to gguf: {architecture.name} has no tensor for {path}; use the folder "
                 "itself"
             )
-        yield name, tuple(parameter.shape), _reader(path, parameter, architecture, layers)
+        shape = tuple(parameter.shape)
+        if architecture.transposed and is_linear(path):
+            shape = shape[::-1]
+        yield name, shape, _reader(path, parameter, architecture, layers)
+
+
+def is_linear(path: str) -> bool:
+    """Tell whether a path is the weight of a linear layer of GPT-2, which is stored transposed."""
+    return path.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 def _reader(path: str, parameter: nn.Parameter, architecture: Architecture, layers: Layers) -> Read:
@@ -236,7 +205,16 @@ def _reader(path: str, parameter: nn.Parameter, architecture: Architecture, laye
         return lambda: interleave(parameter.detach(), layers.head_dim)
     if architecture.name == "gemma3" and parts[-2].endswith("norm"):
         return lambda: parameter.detach().float() + 1  # which transformers adds in its forward
+    if architecture.name == "gptneox" and parts[-2] == "query_key_value":
+        return lambda: stacked(parameter.detach(), layers.head_dim)
+    if architecture.transposed and is_linear(path):
+        return lambda: parameter.detach().T
     return parameter.detach
+
+
+def stacked(rows: Tensor, head_dim: int) -> Tensor:
+    """Return rows [q; k; v] of all heads, of rows that are q, k and v head by head."""
+    return rows.reshape(-1, 3, head_dim, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -244,23 +222,6 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
     heads = rows.shape[0] // head_dim
     halves = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
-
-
-def _rope_factors(config: Any, head_dim: int) -> Tensor | None:
-    """Return what llama.cpp divides the rotary frequencies by, (head_dim / 2,): Llama 3 alone.
-
-    Frequencies with a wavelength beyond the original context are divided by ``factor``, those with
-    a short one by 1, with a linear passage (in the number of turns) between the two.
-    """
-    rope = rope_parameters(config)
-    if rope.get("rope_type") != "llama3":
-        return None
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    wavelength = 2 * math.pi * float(rope["rope_theta"]) ** steps
-    turns = float(rope["original_max_position_embeddings"]) / wavelength
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - share) / float(rope["factor"]) + share)).float()
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:

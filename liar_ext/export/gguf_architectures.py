@@ -42,6 +42,12 @@ class Architecture:
         The heads together must have as many features as the residual stream.
     activation : str
         Of the MLP, by the name that the config has for it.
+    rms_norm : bool
+        The norms are RMSNorm; otherwise they are LayerNorm.
+    rotary, partial : bool
+        Positions are rotary embeddings; those may leave a part of each head as it is.
+    transposed : bool
+        transformers stores the weights of linear layers transposed.
     """
 
     name: str
@@ -50,6 +56,10 @@ class Architecture:
     per_layer: bool = False
     square: bool = False
     activation: str = "silu"
+    rms_norm: bool = True
+    rotary: bool = True
+    partial: bool = False
+    transposed: bool = False
 
 
 LLAMA = Architecture("llama", interleaved=True, biases=ALL)
@@ -63,6 +73,28 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
     "qwen3": (Architecture("qwen3"),),
     "smollm3": (Architecture("smollm3", interleaved=True),),
     "gemma3_text": (Architecture("gemma3", activation="gelu_pytorch_tanh"),),
+    "gpt2": (
+        Architecture(
+            "gpt2",
+            biases=frozenset({"c_attn", "c_fc", "c_proj"}),
+            square=True,
+            activation="gelu_new",
+            rms_norm=False,
+            rotary=False,
+            transposed=True,
+        ),
+    ),
+    # llama.cpp computes its GELU by the approximation with tanh.
+    "gpt_neox": (
+        Architecture(
+            "gptneox",
+            biases=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+            square=True,
+            activation="gelu",
+            rms_norm=False,
+            partial=True,
+        ),
+    ),
 }
 NOPE_STEP = 4  # of smollm3 in llama.cpp: every fourth layer has no rotary embedding
 GEMMA_STEP = 6  # of gemma3: every sixth layer attends to all tokens
@@ -138,7 +170,8 @@ def _first_that_fits(
     model: nn.Module, candidates: tuple[Architecture, ...], layers: Layers
 ) -> Architecture:
     unequal, biases = not layers.equal, set(biased(model))
-    square = layers.heads[0] * layers.head_dim == model.get_input_embeddings().weight.shape[1]
+    stream = model.get_input_embeddings().weight.shape[1]
+    square = layers.heads[0] * layers.head_dim == stream
     for each in candidates:
         fits = (each.per_layer or not unequal) and (square or not each.square)
         if fits and biases <= each.biases:
@@ -149,6 +182,11 @@ def _first_that_fits(
             f"{best.name} gives all layers the same sizes, those of this {kind} differ, and deci, "
             f"which takes any, has no {_lacks(kind)}; export it with --to uniform first, or prune "
             "with --uniform-layers"
+        )
+    if best.square and not square:
+        raise _refusal(
+            f"{best.name} has as many features in its heads as in the residual stream, here "
+            f"{layers.heads[0] * layers.head_dim} and {stream}; prune with --sites mlp"
         )
     raise _refusal(
         f"{best.name} has no bias in {', '.join(sorted(biases - best.biases))}; prune with "
@@ -161,6 +199,8 @@ def _lacks(kind: str) -> str:
     return {
         "qwen3": "norms of queries and keys",
         "smollm3": "layers without rotary embeddings",
+        "gpt2": "learned positions",
+        "gpt_neox": "LayerNorm",
     }.get(kind, "norms after the branches")
 
 
@@ -168,7 +208,8 @@ def _check_config(config: Any) -> None:
     """Refuse what llama.cpp computes otherwise, or has fixed at other values."""
     kind = config.model_type
     activation = ARCHITECTURES[kind][0].activation
-    found = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    found = next((getattr(config, name) for name in names if hasattr(config, name)), None)
     expected: dict[str, tuple[Any, Any]] = {"activation": (found, activation)}
     depth = config.num_hidden_layers
     if kind == "smollm3":
@@ -190,6 +231,12 @@ def _check_config(config: Any) -> None:
         local = rope_parameters(config, "sliding_attention")
         expected["the local rope_theta"] = (local.get("rope_theta"), GEMMA_LOCAL_THETA)
         expected["the local rope_type"] = (local.get("rope_type", "default"), "default")
+    if kind == "gpt2":
+        expected["scale_attn_weights"] = (bool(config.scale_attn_weights), True)
+        expected["scale_attn_by_inverse_layer_idx"] = (
+            bool(config.scale_attn_by_inverse_layer_idx),
+            False,
+        )
     for name, (value, wanted) in expected.items():
         if value != wanted:
             raise _refusal(

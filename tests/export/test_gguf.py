@@ -25,7 +25,7 @@ from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.units import apply_plan
 
 export = partial(export_checked, check=False)  # which these tests do themselves
-FAMILIES = "llama mistral qwen2 qwen3 smollm3 gemma3_text".split()
+FAMILIES = "llama mistral qwen2 qwen3 smollm3 gemma3_text gpt2 gpt_neox".split()
 UNEQUAL = "llama mistral qwen2".split()
 MORE = {"gemma3_text": {"query_pre_attn_scalar": 4}}
 LLAMA3 = {
@@ -50,8 +50,8 @@ def save(model, folder, plan=None, tokenizer=None):
 
 
 def logits_agree(model, path, tolerance=None):
-    # llama.cpp reads the GELU of Gemma from a table of float16.
-    gelu = model.config.model_type == "gemma3_text"
+    # llama.cpp reads GELU from a table of float16.
+    gelu = model.config.model_type in ("gemma3_text", "gpt2", "gpt_neox")
     tolerance = tolerance or (2e-3 if gelu else 2e-5)
     inputs = tiny_inputs(model, tokens=30)
     found = run_file(path, inputs["input_ids"].numpy(), logits=True)
@@ -66,7 +66,8 @@ def test_llama_cpp_computes_what_the_folder_does(name, layers, tmp_path):
         model, plan = tiny(name, **MORE.get(name, {})), None
     else:
         model = tiny(name, **MORE.get(name, {}))
-        plan = (equal_plan if layers == "equal" else make_plan)(model)
+        kinds = ("mlp",) if name.startswith("gpt") else ("attn", "mlp")
+        plan = (equal_plan if layers == "equal" else make_plan)(model, kinds)
         apply_plan(model, plan)
     folder = save(model, tmp_path / "model", plan)
     if layers == "unequal" and name not in UNEQUAL:
@@ -75,6 +76,7 @@ def test_llama_cpp_computes_what_the_folder_does(name, layers, tmp_path):
         return
     done = export(folder, "gguf")
     kind = {"mistral": "llama", "gemma3_text": "gemma3", "qwen2": "llama"}.get(name, name)
+    kind = kind.replace("_", "")
     kind = "deci" if layers == "unequal" else kind
     assert f"Architecture {kind}" in done.notes[0] and "no tokenizer" in done.notes[-1]
     logits_agree(model, done.paths[0])
@@ -272,7 +274,24 @@ def test_transformers_reads_the_file_back(tmp_path):
             assert ours == theirs and torch.equal(a, b), ours
 
 
-@pytest.mark.parametrize("name", ["bert", "opt", "gpt2", "gpt_neox", "gemma3", "vit"])
+def test_fewer_heads_of_an_architecture_that_has_all(tmp_path):
+    for name in ("gpt2", "gpt_neox"):
+        model = tiny(name)
+        kept = {site.name: SitePlan(4, (0, 2)) for site in sites(model, ("attn",))}
+        plan = Plan(name, "head", kept)
+        apply_plan(model, plan)
+        with pytest.raises(InputError, match="here 16 and 32; prune with --sites mlp"):
+            export(save(model, tmp_path / name, plan), "gguf")
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_gpt_neox_with_branches_in_parallel_or_not(parallel, tmp_path):
+    model = tiny("gpt_neox", use_parallel_residual=parallel)
+    done = export(save(model, tmp_path / "model"), "gguf")
+    logits_agree(model, done.paths[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "gemma3", "vit"])
 def test_other_families_are_refused(name, tmp_path, capsys):
     folder = save(tiny(name), tmp_path / "model")
     assert cli.main(["export", str(folder), "--to", "gguf"]) == 2
