@@ -248,9 +248,11 @@ def _notes(plan: Plan, wide: Plan, counts: dict[str, int], difference: float) ->
         if old:
             sizes.append(f"{kind} {min(old)} to {max(old)} units, now {max(new)}")
     share = counts["after"] / counts["before"] - 1
+    lost = all(len(site.kept) == site.units for site in wide.sites.values())
     return (
         f"Layers padded with zeros ({'; '.join(sizes)}): outputs differ by {difference:.1e} of "
         "the largest.",
         f"{counts['before']:,} parameters became {counts['after']:,} (+{share:.1%}). With --source "
         "MODEL it is pruned again, with equal layers at the budget of the recipe.",
+        *(["Nothing is saved: the widest layers are those of the dense model."] if lost else []),
     )

@@ -143,8 +143,9 @@ def test_equal_layers_that_no_config_says(tmp_path):
     kept = {site.name: SitePlan(4, (0, 1, 3)) for site in sites(model, ("attn",))}
     plan = Plan("llama", "auto", kept)
     apply_plan(model, plan)
-    again, _ = exported(model, plan, tmp_path)
+    again, done = exported(model, plan, tmp_path)
     assert again.config.num_attention_heads == 8
+    assert "Nothing is saved" in done.notes[-1]
     same_outputs(model, again)
 
 
