@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", nargs="+", required=True)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
+    parser.add_argument("--samples", type=int, default=8, help="calibration sequences")
     parser.add_argument("--windows", type=int, default=4, help="windows of the held-out text")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per window")
     parser.add_argument("--types", nargs="+", default=["f32", "q8_0"])
