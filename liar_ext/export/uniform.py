@@ -30,6 +30,7 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import equal_config, how_to_load
 from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported, is_unequal
+from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites, skeleton
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.report.report import REPORT_JSON
@@ -68,11 +69,15 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     model, tokenizer = load_model(folder, stored if hasattr(torch, stored) else "float32")
     config = _dense_config(model.config)
+    hidden = plan.hidden
+    if hidden is not None and hidden_of(skeleton(type(model), config)).size != hidden.units:
+        plan = replace(plan, hidden=None)  # the config says the smaller hidden size
     wide = _widest(model, config, plan, multiple_of)
     padded = type(model)(copy.deepcopy(config)).to(model.dtype).eval()
     apply_plan(padded, wide)
     _fill(padded, model, plan, wide)
     difference = _difference(model, padded)
+    wide = replace(wide, hidden=hidden)
     counts = {"before": count_params(model), "after": count_params(padded)}
     report = _report(folder, counts) | {"loading": how_to_load(padded, wide)}
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)

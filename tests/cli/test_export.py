@@ -13,6 +13,7 @@ import transformers
 from liar_ext import cli, verify_pruned
 from liar_ext.cli.replan import compare
 from liar_ext.export.record import read_record
+from liar_ext.report.report import REPORT_JSON
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_uniform_by_padding(pruned, tmp_path, capsys):
     assert printed["paths"] == [str(out)] and printed["bytes"] > 0
     transformers.AutoModelForCausalLM.from_pretrained(out)
     assert verify_pruned(out)["agrees"]
-    report = json.loads((out / "liar_report.json").read_text())
+    report = json.loads((out / REPORT_JSON).read_text())
     assert "loads with plain" in report["loading"]
     assert report["uniform"]["source"] == "pruned" and report["evaluation"]["dense"]
 
@@ -53,7 +54,7 @@ def test_uniform_by_pruning_again(pruned, llama_folder, corpus, tmp_path, capsys
         assert f"{name}" in printed and "unequal" in printed
     transformers.AutoModelForCausalLM.from_pretrained(out)
     assert verify_pruned(out)["layers"] == "equal"
-    report = json.loads((out / "liar_report.json").read_text())
+    report = json.loads((out / REPORT_JSON).read_text())
     assert report["recipe"]["uniform_layers"] and report["recipe"]["keep"] == 0.6
     assert read_record(pruned)[-1]["options"]["source"] == str(llama_folder)
     assert run(pruned, "--to", "uniform", "-o", out, "--source", llama_folder) == 2
