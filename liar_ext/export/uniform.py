@@ -68,6 +68,12 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     plan = _read_plan(folder)
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     model, tokenizer = load_model(folder, stored if hasattr(torch, stored) else "float32")
+    for site in sites(model, attn_unit=plan.attn_unit):
+        if site.name in plan.sites and len(plan.sites[site.name].kept) != site.units:
+            raise InputError(
+                f"export: --to uniform: {PLAN_FILE} keeps {len(plan.sites[site.name].kept)} units "
+                f"of {site.name}, the weights have {site.units}; copy the folder again"
+            )
     config = _dense_config(model.config)
     hidden = plan.hidden
     if hidden is not None and hidden_of(skeleton(type(model), config)).size != hidden.units:
