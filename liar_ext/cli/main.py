@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from liar_ext.cli import bench, compare, evaluate, info, prune, report, verify
-from liar_ext.cli import evaluate, export, info, prune, verify
+from liar_ext.cli import bench, compare, evaluate, export, info, prune, report, verify
 from liar_ext.cli.options import one_line, parse
 from liar_ext.errors import InputError
 

@@ -54,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_report(commands)
     _add_compare(commands)
-    add_export(commands, _name)
     add_export(commands, _name, _at_least(1))
     commands.add_parser("info", help="versions, kernels in use, what can be loaded")
     return parser

@@ -15,13 +15,8 @@ from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported, is_unequal
 
 GROUP = "vllm.general_plugins"
-# Model types whose unequal layers the plug-in builds, and consumers that may have a bias there.
-SERVED: dict[str, tuple[str, ...]] = {
-    "llama": ("o_proj", "down_proj"),
-    "mistral": (),
-    "qwen2": (),
-    "qwen3": ("o_proj",),
-}
+# Model types whose unequal layers the plug-in builds, with a bias in any consumer.
+SERVED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
 def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
@@ -52,11 +47,3 @@ def _check(found: Folder) -> None:
             f"export: --to vllm: unequal layers are built for {', '.join(SERVED)}, not for {kind}; "
             "export it with --to uniform, or prune with --uniform-layers"
         )
-    for name in found.tensors:
-        layer = name.split(".")[-2:]
-        consumer = layer[0] in ("o_proj", "down_proj") and layer[-1] == "bias"
-        if consumer and layer[0] not in SERVED[kind]:
-            raise InputError(
-                f"export: --to vllm: vLLM's {kind} has no bias in {layer[0]}, and {name} is one; "
-                "prune with --reconstruct linear"
-            )
