@@ -76,7 +76,7 @@ def add_export(
         type=name,
         metavar="TYPE",
         help="gguf: f32, f16, bf16, or a type of llama.cpp such as q8_0 (default: the dtype of "
-        "the weights)",
+        "the weights); onnx: int8 (default: float32)",
         **suppress,
     )
     add(

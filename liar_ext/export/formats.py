@@ -68,6 +68,13 @@ class Format:
 
 FORMATS = {
     "gguf": Format("liar_ext.export.gguf", "a GGUF file for llama.cpp", ".gguf", ("gguf",), "gguf"),
+    "onnx": Format(
+        "liar_ext.export.onnx",
+        "a folder with an ONNX graph for onnxruntime and sentence-transformers",
+        "-onnx",
+        ("onnx", "onnxscript", "onnxruntime"),
+        "onnx",
+    ),
     "vllm": Format("liar_ext.export.vllm", "nothing: says how vLLM takes the folder", None),
     "uniform": Format(
         "liar_ext.export.uniform",

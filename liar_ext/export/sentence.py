@@ -1,0 +1,288 @@
+"""What sentence-transformers does after the encoder: read from its files, built in plain torch.
+
+``modules.json`` names a chain of modules and a folder of settings for each. The names are looked
+up in a table here and never imported, the settings are read with bounds, and folders and links
+that lead out of the model folder are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from liar_ext.checkpoint.inspection import MOST_JSON, read_json
+from liar_ext.errors import InputError, one_line
+
+MODULES_FILE = "modules.json"
+# Settings of the whole chain: the longest text, prompts, which similarity is meant.
+SETTINGS = re.compile(r"sentence_[a-z-]+_config\.json|config_sentence_transformers\.json")
+WEIGHTS = "model.safetensors"
+MOST_MODULES = 16
+# In the order in which sentence-transformers joins them.
+POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens")
+OLD_POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+ACTIVATIONS = {
+    "Tanh": nn.Tanh,
+    "Identity": nn.Identity,
+    "ReLU": nn.ReLU,
+    "GELU": nn.GELU,
+    "Sigmoid": nn.Sigmoid,
+    "SiLU": nn.SiLU,
+}
+OTHERWISE = "export a folder without modules.json for the token embeddings alone"
+
+
+class Pooling(nn.Module):
+    """One vector of a sequence: ``Σ m_t h_t / Σ m_t`` (mean), h of the first token, or the maximum.
+
+    Several are joined. ``m`` is the attention mask, (batch, tokens), and h (batch, tokens, hidden).
+    """
+
+    def __init__(self, modes: Sequence[str]) -> None:
+        super().__init__()
+        self.modes = tuple(modes)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return (batch, hidden · modes)."""
+        return torch.cat([self._pool(mode, states, mask) for mode in self.modes], -1)
+
+    def _pool(self, mode: str, states: Tensor, mask: Tensor) -> Tensor:
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        if mode == "cls":  # the first token that is none of the padding, which may be on the left
+            first = mask.to(torch.int32).argmax(1)
+            return states.gather(1, first.view(-1, 1, 1).expand(-1, 1, states.shape[-1])).squeeze(1)
+        if mode == "max":
+            return states.masked_fill(weights == 0, float("-inf")).amax(1)
+        count = weights.sum(1).clamp(min=1e-9)
+        return (states * weights).sum(1) / (count.sqrt() if "sqrt" in mode else count)
+
+
+class Normalize(nn.Module):
+    """``y / |y|``."""
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """Return vectors of length 1."""
+        return nn.functional.normalize(vector, dim=-1)
+
+
+@dataclass
+class Sentence:
+    """The chain after the encoder, and the files that describe it.
+
+    Parameters
+    ----------
+    pooling : Pooling
+        Tokens to a vector.
+    rest : nn.Sequential
+        What is done with the vector.
+    files : dict
+        Text of each file to write, by its path.
+    tensors : dict
+        Tensors of each safetensors file to write, by its path.
+    """
+
+    pooling: Pooling
+    rest: nn.Sequential
+    files: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def save(self, out: Path) -> None:
+        """Write the files, by which sentence-transformers finds the chain."""
+        for name, text in self.files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text, encoding="utf-8")
+        for name, tensors in self.tensors.items():
+            save_file(tensors, out / name)
+
+
+def read_sentence(folder: Path) -> Sentence | None:
+    """Return what sentence-transformers does after the encoder of a folder.
+
+    Returns
+    -------
+    Sentence or None
+        None where the folder has no modules.json, or one that ends with the encoder.
+
+    Raises
+    ------
+    InputError
+        If a file is damaged, leads out of the folder, or names a module or a setting that isn't in
+        the table.
+    """
+    if not os.path.lexists(folder / MODULES_FILE):
+        return None
+    chain = _read_chain(folder)
+    if chain[0][0] != "Transformer" or chain[0][1] != PurePosixPath("."):
+        raise _cannot(f"its chain begins with {chain[0][0]} in {str(chain[0][1])!r}")
+    if len(chain) == 1:
+        return None
+    if chain[1][0] != "Pooling":
+        raise _cannot(f"{chain[1][0]} comes after the encoder, where Pooling is expected")
+    files = {MODULES_FILE: _chain_text(chain)}
+    for path in sorted(folder.iterdir()):
+        if SETTINGS.fullmatch(path.name):
+            files[path.name] = _text(_read(folder, PurePosixPath(path.name)))
+    sentence = Sentence(_read_pooling(folder, chain[1][1], files), nn.Sequential(), files)
+    for kind, path in chain[2:]:
+        if kind == "Normalize":
+            sentence.rest.append(Normalize())
+        elif kind == "Dense":
+            _add_dense(folder, path, sentence)
+        else:
+            raise _cannot(f"{kind} is applied to the pooled vector")
+    return sentence
+
+
+def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
+    """Return the kinds of the modules with their folders."""
+    path = _inside(folder, PurePosixPath(MODULES_FILE))
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not 0 < len(entries) <= MOST_MODULES:
+            raise ValueError(f"it must be a list of 1 to {MOST_MODULES} modules")
+        chain = [(_kind(entry["type"]), _path(entry["path"])) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"export: {folder} holds no readable {MODULES_FILE}: {type(error).__name__}: "
+            f"{one_line(error)}; copy the folder again"
+        ) from error
+    return chain
+
+
+def _kind(name: Any) -> str:
+    """Return which module a class of sentence-transformers is; it is not imported."""
+    known = ("Transformer", "Pooling", "Normalize", "Dense")
+    parts = str(name).split(".")
+    if parts[0] != "sentence_transformers" or parts[-1] not in known:
+        raise _cannot(f"{MODULES_FILE} names {str(name)[:80]!r}, and known are {', '.join(known)}")
+    return parts[-1]
+
+
+def _path(name: Any) -> PurePosixPath:
+    """Return the folder of a module, relative to the model's."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise _cannot(f"{MODULES_FILE} has the path {str(name)[:80]!r}, which leads out of it")
+    return path
+
+
+def _inside(folder: Path, name: PurePosixPath) -> Path:
+    """Return a file of the folder; refuse a link that leads elsewhere than that of config.json.
+
+    In the cache of a hub all files of a folder are links into one other folder.
+    """
+    path = folder / name
+    homes = (folder.resolve(), (folder / "config.json").resolve().parent)
+    real = path.resolve()
+    if not any(home in real.parents for home in homes):
+        raise _cannot(f"{name} leads to {real}, outside of it")
+    if not real.is_file():
+        raise InputError(f"export: {path} is missing, or no file; copy the folder again")
+    return path
+
+
+def _read(folder: Path, name: PurePosixPath) -> dict[str, Any]:
+    return read_json(_inside(folder, name), "export")
+
+
+def _read_pooling(folder: Path, path: PurePosixPath, files: dict[str, str]) -> Pooling:
+    """Return the pooling that a folder's config says, as versions before and after 5.4 write it."""
+    name = path / "config.json"
+    fields = _read(folder, name)
+    modes = fields.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in OLD_POOLINGS.items() if fields.get(key) is True] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or not modes or not set(map(str, modes)) <= set(POOLINGS):
+        raise _cannot(f"{name} asks for {str(modes)[:80]}, and known are {', '.join(POOLINGS)}")
+    if fields.get("include_prompt", True) is not True:
+        raise _cannot(f"{name} leaves prompts out of the pooling, which the graph can't see")
+    if len(set(modes)) < len(modes):
+        raise _cannot(f"{name} asks for {', '.join(modes)}, one of them twice")
+    files[str(name)] = _text(fields)
+    return Pooling(modes)
+
+
+def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
+    """Add a linear layer with its activation."""
+    name = path / "config.json"
+    fields = _read(folder, name)
+    d_in, d_out, bias = (fields.get(key) for key in ("in_features", "out_features", "bias"))
+    bias = True if bias is None else bias
+    activation = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    *package, activation = activation.split(".")
+    if activation not in ACTIVATIONS or package[:2] != ["torch", "nn"]:
+        raise _cannot(f"{name} names the activation {activation[:80]!r}, which isn't known")
+    if {fields.get("module_input_name"), fields.get("module_output_name")} - {
+        None,
+        "sentence_embedding",
+    }:
+        raise _cannot(f"{name} reads or writes something else than the sentence's embedding")
+    tensors = _read_dense_weights(folder, path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if shapes != {"linear.weight": (d_out, d_in)} | ({"linear.bias": (d_out,)} if bias else {}):
+        raise InputError(
+            f"export: {folder / path} has weights {shapes}, its config.json says {d_in} to {d_out} "
+            f"features, {'with' if bias else 'without'} bias; copy the folder again"
+        )
+    linear = nn.Linear(d_in, d_out, bias=bool(bias), device="meta")
+    linear.load_state_dict(
+        {key.removeprefix("linear."): tensor for key, tensor in tensors.items()}, assign=True
+    )
+    sentence.rest.extend([linear.float(), ACTIVATIONS[activation]()])
+    sentence.files[str(name)] = _text(fields)
+    sentence.tensors[str(path / WEIGHTS)] = tensors
+
+
+def _read_dense_weights(folder: Path, path: PurePosixPath) -> Mapping[str, Tensor]:
+    if not os.path.lexists(folder / path / WEIGHTS):
+        raise _cannot(f"{path} has no {WEIGHTS}, and other formats can run code when they are read")
+    try:
+        return load_file(_inside(folder, path / WEIGHTS))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(
+            f"export: {folder / path / WEIGHTS} is damaged: {one_line(error)}; copy it again"
+        ) from error
+
+
+def _chain_text(chain: Sequence[tuple[str, PurePosixPath]]) -> str:
+    """Return modules.json, with names that every version of sentence-transformers reads."""
+    entries = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": "" if path == PurePosixPath(".") else str(path),
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for index, (kind, path) in enumerate(chain)
+    ]
+    return _text(entries)
+
+
+def _text(fields: Any) -> str:
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _cannot(why: str) -> InputError:
+    return InputError(f"export: --to onnx can't express this sentence encoder: {why}; {OTHERWISE}")
