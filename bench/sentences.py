@@ -117,8 +117,6 @@ def torch_encoder(folder: Path, kind: str) -> Encode:
     """Return sentence-transformers' encoding, on torch."""
     from sentence_transformers import SentenceTransformer
 
-    from liar_ext import load_model  # noqa: F401  pruned folders load where it is installed
-
     model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
     if kind == "int8":
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)

@@ -126,7 +126,7 @@ def sample_inputs(model: nn.Module, batch: int, tokens: int, seed: int = 0) -> d
         shape = (batch, config.num_channels, height, width)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     rows = model.get_input_embeddings().weight.shape[0]
-    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    pad = config.pad_token_id if config.pad_token_id in range(rows) else 0
     # RoBERTa counts positions from beyond its padding token.
     longest = getattr(config, "max_position_embeddings", tokens + pad + 1) - pad - 1
     tokens = max(1, min(tokens, longest))

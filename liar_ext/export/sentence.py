@@ -109,7 +109,10 @@ class Sentence:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text(text, encoding="utf-8")
         for name, tensors in self.tensors.items():
-            save_file(tensors, out / name)
+            try:
+                save_file(tensors, out / name)
+            except SafetensorError as error:  # of a full disk, for one
+                raise OSError(f"{name} can't be saved: {one_line(error)}") from error
 
 
 def read_sentence(folder: Path) -> Sentence | None:
@@ -138,7 +141,7 @@ def read_sentence(folder: Path) -> Sentence | None:
     files = {MODULES_FILE: _chain_text(chain)}
     for path in sorted(folder.iterdir()):
         if SETTINGS.fullmatch(path.name):
-            files[path.name] = _text(_read(folder, PurePosixPath(path.name)))
+            files[path.name] = _text(read_inside(folder, PurePosixPath(path.name)))
     sentence = Sentence(_read_pooling(folder, chain[1][1], files), nn.Sequential(), files)
     for kind, path in chain[2:]:
         if kind == "Normalize":
@@ -196,20 +199,23 @@ def _inside(folder: Path, name: PurePosixPath) -> Path:
     homes = (folder.resolve(), (folder / "config.json").resolve().parent)
     real = path.resolve()
     if not any(home in real.parents for home in homes):
-        raise _cannot(f"{name} leads to {real}, outside of it")
+        raise InputError(
+            f"export: {path} leads to {real}, outside of the folder; put the file itself there"
+        )
     if not real.is_file():
         raise InputError(f"export: {path} is missing, or no file; copy the folder again")
     return path
 
 
-def _read(folder: Path, name: PurePosixPath) -> dict[str, Any]:
+def read_inside(folder: Path, name: PurePosixPath) -> dict[str, Any]:
+    """Return the object in a JSON file of the folder; refuse a link that leads out of it."""
     return read_json(_inside(folder, name), "export")
 
 
 def _read_pooling(folder: Path, path: PurePosixPath, files: dict[str, str]) -> Pooling:
     """Return the pooling that a folder's config says, as versions before and after 5.4 write it."""
     name = path / "config.json"
-    fields = _read(folder, name)
+    fields = read_inside(folder, name)
     modes = fields.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in OLD_POOLINGS.items() if fields.get(key) is True] or ["mean"]
@@ -227,7 +233,7 @@ def _read_pooling(folder: Path, path: PurePosixPath, files: dict[str, str]) -> P
 def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     """Add a linear layer with its activation."""
     name = path / "config.json"
-    fields = _read(folder, name)
+    fields = read_inside(folder, name)
     d_in, d_out, bias = (fields.get(key) for key in ("in_features", "out_features", "bias"))
     bias = True if bias is None else bias
     activation = str(fields.get("activation_function", "torch.nn.modules.activation.Tanh"))
