@@ -103,6 +103,11 @@ def build_graph(model: nn.Module, sentence: Sentence | None) -> nn.Module:
             f"export: --to onnx can't express {type(model).__name__}, whose outputs are "
             f"{', '.join(result)}; export an encoder, or a classifier of texts, tokens or images"
         )
+    if not all(result[name].isfinite().all() for name in names):
+        raise InputError(
+            f"export: the outputs of {type(model).__name__} for random inputs hold NaN or "
+            "infinity; look for damaged weights"
+        )
     if model.main_input_name == "pixel_values":
         return ImageGraph(model, names).eval()
     graph = TextGraph(model, [*names, *([EMBEDDING] if sentence else [])], sentence).eval()

@@ -136,6 +136,9 @@ def read_sentence(folder: Path) -> Sentence | None:
         raise _cannot(f"its chain begins with {chain[0][0]} in {str(chain[0][1])!r}")
     if len(chain) == 1:
         return None
+    for kind, path in chain[1:]:
+        if kind != "Normalize" and path == PurePosixPath("."):
+            raise _cannot(f"{kind} has no folder of its own")
     if chain[1][0] != "Pooling":
         raise _cannot(f"{chain[1][0]} comes after the encoder, where Pooling is expected")
     files = {MODULES_FILE: _chain_text(chain)}

@@ -281,6 +281,7 @@ HOSTILE = {
     "a path upwards": ([("models.Pooling", "1/../../x")], {}, "leads out of it"),
     "a class of others": ([("models.Pooling", "p"), ("os.system", "q")], {"p": POOLING}, "names"),
     "another module": ([("models.Pooling", "p"), ("models.LSTM", "q")], {"p": POOLING}, "LSTM"),
+    "no folder": ([("models.Pooling", "")], {}, "Pooling has no folder of its own"),
     "no pooling": ([("models.Normalize", "p")], {}, "where Pooling is expected"),
     "an unknown pooling": ([("models.Pooling", "p")], {"p": {"pooling_mode": "lasttoken"}}, "asks"),
     "pooling of a number": ([("models.Pooling", "p")], {"p": {"pooling_mode": 7}}, "asks for 7"),
@@ -308,6 +309,14 @@ def test_hostile_files_of_a_chain_are_refused(case, encoder, capsys):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1, error
     assert [path.name for path in folder.parent.iterdir()] == ["encoder"]
+
+
+def test_weights_with_nan_are_not_called_a_wrong_graph(tmp_path):
+    model = tiny("distilbert", n_layers=1)
+    model.transformer.layer[0].ffn.lin1.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match="hold NaN or infinity; look for damaged weights"):
+        export(save_dense(model, tmp_path / "model"), "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "[1]", '[{"type": 1}]', "[" * 10**5, "[{}]" * 2])
