@@ -137,7 +137,8 @@ def onnxruntime_encoder(folder: Path) -> Encode:
     session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", options)
     inputs = {each.name for each in session.get_inputs()}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    longest = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    chain = json.loads((folder / "sentence_bert_config.json").read_text())
+    longest = chain.get("max_seq_length", tokenizer.model_max_length)
 
     def encode(texts: Sequence[str], batch: int) -> np.ndarray:
         order = sorted(range(len(texts)), key=lambda at: -len(texts[at]))
