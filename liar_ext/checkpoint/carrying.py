@@ -13,7 +13,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER
 from liar_ext.errors import one_line
@@ -81,9 +80,7 @@ def carry(source: Path, folder: Path, hidden: int, *, tokenizer: bool) -> list[s
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-    for path in sorted(folder.glob("*/config.json")):
-        said += _fit_pooling(path, hidden)
-    return said
+    return said + _fit_modules(folder, hidden)
 
 
 def license_of(source: Path | None) -> str | None:
@@ -143,20 +140,24 @@ def _lies_inside(path: Path, source: Path) -> bool:
     return target.is_relative_to(home) or target.is_relative_to(blobs)
 
 
-def _fit_pooling(path: Path, hidden: int) -> list[str]:
-    """Write the hidden size into the config of a pooling module; tell of others that count it."""
-    try:
-        fields: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return [f"{path.parent.name}/{path.name} can't be read and was copied as it is."]
-    if not isinstance(fields, dict):
-        return []
-    if fields.get("word_embedding_dimension", hidden) != hidden:
-        fields["word_embedding_dimension"] = hidden
-        path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    if fields.get("in_features", hidden) != hidden:
-        return [
-            f"{path.parent.name} reads {fields['in_features']} features, the pruned model has "
-            f"{hidden}: keep the hidden size of a model that such a layer follows."
-        ]
-    return []
+def _fit_modules(folder: Path, hidden: int) -> list[str]:
+    """Write a smaller hidden size into the pooling modules; tell of layers that read theirs."""
+    said, configs, narrowed = [], {}, False
+    for path in sorted(folder.glob("*/config.json")):
+        try:
+            configs[path] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            said.append(f"{path.parent.name}/{path.name} can't be read and was copied as it is.")
+    for path, fields in configs.items():
+        if isinstance(fields, dict) and fields.get("word_embedding_dimension", hidden) != hidden:
+            narrowed = True
+            fields["word_embedding_dimension"] = hidden
+            path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    for path, fields in configs.items():
+        if narrowed and isinstance(fields, dict) and "in_features" in fields:
+            said.append(
+                f"{path.parent.name} reads {fields['in_features']} features of the dense model's "
+                f"pooling, and the pruned model has {hidden} hidden features: keep the hidden size "
+                "of a model that such a layer follows."
+            )
+    return said

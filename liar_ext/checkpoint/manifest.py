@@ -113,6 +113,7 @@ def _listed(path: Path) -> dict[str, str] | None:
 def _write(path: Path, files: dict[str, str | None]) -> None:
     """Write the manifest beside its place and rename it: a killed run leaves the one that was."""
     text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
+    path.parent.mkdir(exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fresh.write_text(text, encoding="utf-8")
