@@ -215,7 +215,12 @@ class Plan:
             If this plan can't be for what ``first`` leaves: another model type, other units or
             another number of them.
         """
-        units = {first.attn_unit, self.attn_unit} - {"auto"}
+        # A plan without sites of attention names a unit that nothing is counted in.
+        units = {
+            plan.attn_unit
+            for plan in (first, self)
+            if any(name.endswith(".attn") for name in plan.sites)
+        }
         if first.model_type != self.model_type or len(units) > 1:
             raise InputError(
                 f"Plan.after: both plans must be for one model type and one attention unit, got "
@@ -225,7 +230,8 @@ class Plan:
         one, two = ({**plan.sites, "hidden features": plan.hidden} for plan in (first, self))
         sites = {name: _composed(name, one.get(name), two.get(name)) for name in {**one, **two}}
         hidden = sites.pop("hidden features")
-        return Plan(self.model_type, min(units, default="auto"), sites, self.budget, hidden)
+        unit = min(units or {first.attn_unit, self.attn_unit} - {"auto"}, default="auto")
+        return Plan(self.model_type, unit, sites, self.budget, hidden)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""

@@ -72,3 +72,14 @@ def test_the_older_name_of_tile_is_taken():
     assert replace(budget, keep=0.7) == Budget(0.7, tile=8)
     with pytest.raises(InputError, match="tile must be given once, multiple_of is its older name"):
         Budget(0.5, tile=8, multiple_of=8)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_plan_of_mlps_alone_goes_with_any_unit_of_attention(order):
+    heads = Plan("bert", "head", {"0.attn": SitePlan(4, (0, 2))})
+    channels = Plan("bert", "kv_group", {"0.mlp": SitePlan(8, (1, 2, 5))})
+    first, second = (heads, channels)[::order]
+    both = second.after(first)
+    assert both.attn_unit == "head" and both.sites == {**heads.sites, **channels.sites}
+    with pytest.raises(InputError, match="one attention unit"):
+        Plan("bert", "kv_group", {"0.attn": SitePlan(2, (0,))}).after(heads)
