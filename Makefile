@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf sentences
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf sentences check-llmcompressor show-llmcompressor
 
 setup: $(STAMP)
 
@@ -70,6 +70,26 @@ sentences: setup $(ASSETS)/.installed
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER with sts-train.csv and sts-test.csv"; exit 2; }
 	$(BIN)/pip install -q 'sentence-transformers>=5.1'
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sentences.py $(ENCODER) --stsb $(STSB)
+
+# llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
+# the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/llmcompressor.md;
+# COMPRESS may give more options of bench/compressor.py.
+COMPRESSOR := build/llmcompressor
+COMPRESS ?= --preset fast --samples 16 --eval-samples 4
+COMPRESSOR_RUN := OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(COMPRESSOR)/bin/python
+$(COMPRESSOR)/.installed:
+	$(PYTHON) -m venv $(COMPRESSOR)
+	$(COMPRESSOR)/bin/pip install -q 'llmcompressor>=0.14' pytest hypothesis
+	touch $@
+
+check-llmcompressor: setup $(COMPRESSOR)/.installed
+	$(COMPRESSOR_RUN) -m pytest tests/integrations/check_llmcompressor.py
+
+show-llmcompressor: setup $(COMPRESSOR)/.installed $(ASSETS)/.installed
+	$(BIN)/python demo/assets.py out/demo/texts
+	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
+	$(COMPRESSOR_RUN) bench/compressor.py $(ASSETS)/SmolLM2-135M-Instruct \
+	  --calibration $(TEXTS) --eval $(HELD_OUT) $(COMPRESS)
 
 # The CUDA kernels, executed on the host; the second time under ASan and UBSan. A fake stack for each
 # fiber would take ten times as long.

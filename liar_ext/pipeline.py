@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.gradients import check_loss
+from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.certification import Divergence, certified_errors
 from liar_ext.checkpoint.fingerprint import count_params
@@ -45,6 +46,7 @@ def prune(
     *,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
+    bank: MomentBank | None = None,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -74,6 +76,9 @@ def prune(
         Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
         decision sees them; the report then has errors on them: of each site's new weights on its
         dense input, unless they are solved layerwise, and the divergence of the whole model.
+    bank : MomentBank, optional
+        The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
+        not summed again. ``batches`` is still what sensitivities and walks run over.
     progress : bool
         Show progress bars.
     **choices
@@ -96,7 +101,7 @@ def prune(
     FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp is
     ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``.
     """
-    job = Job(model, batches, Recipe.build(recipe, **choices), progress)
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
     job.check()
     dense = job.evaluate(evaluate_on)
     passes = job.calibrate(job.narrow())
@@ -116,6 +121,7 @@ class Job:
     batches: Batches
     recipe: Recipe
     progress: bool = False
+    bank: MomentBank | None = None
     clock: Clock = field(default_factory=Clock)
     narrowing: Narrowing | None = None
     rows: list[SiteRow] = field(default_factory=list)
@@ -145,6 +151,8 @@ class Job:
             "before": count_params(model),
             "prunable_before": sum(site.params for site in at),
         }
+        if self.bank is not None and self.narrows:
+            raise InputError("prune: keep_hidden changes what a bank holds; leave the bank out")
         if self.narrows:
             count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
         backward = get_criterion(recipe.criterion).needs == "gradient"
@@ -206,7 +214,7 @@ class Job:
         self.params["prunable_after"] = sum(site.params for site in at)
         if self.narrowing is not None and self.recipe.keep == 1.0:
             return None
-        return Passes(model, self.batches, at, self.room, progress=self.progress)
+        return Passes(model, self.batches, at, self.room, bank=self.bank, progress=self.progress)
 
     def score(self, passes: Passes | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the scores of all units, and for ``curve`` the losses of all sites."""
@@ -302,7 +310,7 @@ class Job:
         with self.clock("certify"):
             self.fresh = Divergence(self.model, batches)
             if passes is not None and self.recipe.schedule == "one-pass":
-                passes.bank.moments.clear()  # its memory is for the fresh sums
+                passes.bank = MomentBank()  # its memory is for the fresh sums
                 at = self.sites(passes.model)
                 fresh = Passes(passes.model, batches, at, self.room, progress=self.progress)
                 errors = certified_errors(fresh, plan, weights)

@@ -150,6 +150,22 @@ def collect(
     return bank
 
 
+def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> None:
+    """Raise InputError unless a bank holds the moments of ``at``, sites of this very model."""
+    missing = [s.name for s in at if s.name not in bank or bank[s.name].d_in != s.d_in]
+    if missing:
+        raise InputError(
+            f"calibrate: the bank must hold every site, with its features; {missing[0]} is "
+            "missing or of another size; calibrate the model that is pruned"
+        )
+    known = bank.source.get("model")
+    if known is not None and known != _fingerprint(model.state_dict()):
+        raise InputError(
+            "calibrate: the bank is of other weights than the model's; calibrate the model that "
+            "is pruned"
+        )
+
+
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of the names, shapes and some values of tensors, quick to take."""
     digest = blake2b(digest_size=16)

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from liar_ext.calibration.collect import check_finite_weights, collect_at
+from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights, collect_at
 from liar_ext.calibration.memory import available_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import FOLDS, Batches
@@ -32,6 +32,8 @@ class Passes:
     memory : int, optional
         Bytes that sums may take at a time, but at least those of one site; by default what
         :func:`room_for_sums` says.
+    bank : MomentBank, optional
+        Moments over these batches that are there already; whatever groups they hold take no pass.
     """
 
     def __init__(
@@ -41,13 +43,16 @@ class Passes:
         at: Sequence[Site],
         memory: int | None = None,
         *,
+        bank: MomentBank | None = None,
         progress: bool = False,
     ) -> None:
         check_finite_weights(model)
         self.model, self.progress = model, progress
+        if bank is not None:
+            check_bank_is_of(bank, model, at)
         self.groups = group_sites(at, room_for_sums(model, memory))
         self.batches = batches if len(self.groups) == 1 else list(batches)
-        self.bank = MomentBank({})
+        self.bank = MomentBank({}) if bank is None else bank
         self.taken = 0
 
     def __iter__(self) -> Iterator[Sequence[Site]]:
@@ -58,7 +63,7 @@ class Passes:
         return map(self._load, reversed(self.groups))
 
     def _load(self, group: Sequence[Site]) -> Sequence[Site]:
-        if self.bank.keys() != {site.name for site in group}:
+        if not self.bank.keys() >= {site.name for site in group}:
             self.bank = MomentBank({})  # its memory is for the next
             self.taken += 1
             title = f"calibrate, pass {self.taken}" if len(self.groups) > 1 else "calibrate"

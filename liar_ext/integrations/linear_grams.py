@@ -1,0 +1,124 @@
+"""The Gram matrix of every linear layer of the blocks, from the calibration pass of pruning.
+
+A quantiser such as GPTQ wants ``H = 2 Σ_t x_t x_tᵀ`` of each linear layer's input. The consumers'
+Grams are what pruning reads anyway, and of a consumer that keeps the features K the new one is
+``G_KK``; producers of a site read one input, the hidden features, whose Gram is taken in the same
+pass. All of them are of the dense model's activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.collect import Tap, check_finite_weights, collect
+from liar_ext.calibration.moments import MomentBank, symmetric
+from liar_ext.calibration.passes import room_for_sums
+from liar_ext.data.batches import FOLDS, Batches
+from liar_ext.errors import InputError
+from liar_ext.models.sites import Site
+from liar_ext.plan import Plan
+
+
+def calibrate_linears(
+    model: nn.Module, batches: Batches, at: Sequence[Site], memory: int | None = None
+) -> MomentBank:
+    """Return the moments of all sites, as ``NAME``, and of what their producers read, ``NAME.in``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model.
+    batches : iterable of mapping
+        The calibration set, as for :func:`liar_ext.calibrate`.
+    at : sequence of Site
+        All sites of the model.
+    memory : int, optional
+        Bytes that the sums may take, as for :func:`liar_ext.prune`.
+
+    Raises
+    ------
+    InputError
+        If the sums don't fit, and whatever :func:`liar_ext.calibrate` raises.
+    """
+    check_finite_weights(model)
+    taps = []
+    for site in at:
+        reads = _producer_inputs(model, site)
+        taps += [
+            Tap(f"{site.name}.in", _producers(site)[0], reads, _first_argument),
+            Tap(site.name, site.consumer, site.d_in, _first_argument),
+        ]
+    size, room = sum(FOLDS * 8 * tap.d_in**2 for tap in taps), room_for_sums(model, memory)
+    if size > room:
+        raise InputError(
+            f"calibrate_linears: the Grams of all linear layers take {size / 2**30:.3g} GiB at "
+            f"once, and {room / 2**30:.3g} GiB are allowed; raise memory, or let the quantiser "
+            "calibrate by itself"
+        )
+    return collect(model, getattr(model, "base_model", model), batches, taps)
+
+
+def linear_grams(
+    bank: MomentBank, at: Sequence[Site], plan: Plan, earlier: Plan | None = None
+) -> dict[str, Tensor]:
+    """Return ``G`` of each linear layer's input by its path: float32, ``G_KK`` at consumers.
+
+    Parameters
+    ----------
+    bank : MomentBank
+        From :func:`calibrate_linears`.
+    at : sequence of Site
+        The sites before they were sliced, with the units of the plan.
+    plan : Plan
+        What they keep.
+    earlier : Plan, optional
+        What the model was pruned by before, where ``plan`` counts units of the dense model.
+    """
+    grams = {}
+    for site in at:
+        reads = symmetric(bank[f"{site.name}.in"].pooled()[0]).float()
+        grams |= dict.fromkeys(_producers(site), reads)
+        gram = bank[site.name].pooled()[0]
+        if site.name in plan.sites:
+            features = site.features(_here(site, plan, earlier)).to(gram.device)
+            gram = gram[features][:, features]  # ascending: the lower triangle stays the lower one
+        grams[site.consumer] = symmetric(gram).float()
+    return grams
+
+
+def _here(site: Site, plan: Plan, earlier: Plan | None) -> Sequence[int]:
+    """Return which units of a site stay, counted among those that it has."""
+    kept = plan.sites[site.name].kept
+    if earlier is None or site.name not in earlier.sites:
+        return kept
+    place = {unit: index for index, unit in enumerate(earlier.sites[site.name].kept)}
+    return [place[unit] for unit in kept]
+
+
+def _first_argument(arguments: tuple, _: object) -> Tensor:
+    return arguments[0]
+
+
+def _producers(site: Site) -> list[str]:
+    """Return the paths of all layers before the consumer, also those that a unit shares."""
+    return [f"{site.path}.{name}" for name in site.wiring.layers if name != site.wiring.consumer]
+
+
+def _producer_inputs(model: nn.Module, site: Site) -> int:
+    """Return how many features the producers of a site read.
+
+    Raises
+    ------
+    InputError
+        If they aren't linear layers, which GPTQ's Hessian is of.
+    """
+    layers = [model.get_submodule(path) for path in (*_producers(site), site.consumer)]
+    if not all(isinstance(layer, torch.nn.Linear) for layer in layers):
+        raise InputError(
+            f"calibrate_linears: the layers of {site.name} must be torch.nn.Linear, got "
+            f"{type(layers[0]).__name__}; let the quantiser calibrate by itself"
+        )
+    return layers[0].in_features
