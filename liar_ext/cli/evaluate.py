@@ -1,33 +1,82 @@
-"""``liar eval``: perplexity of a model on a text."""
+"""``liar eval``: perplexity of a model on a text, or tasks of lm-eval."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
+from liar_ext.report.report import versions
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the perplexity."""
+    """Print the perplexity, or lm-eval's table."""
+    _check_together(options)
+    result, line = (_tasks if options.tasks else _perplexity)(options)
+    if options.output:
+        facts = {"model": options.model, **result, "versions": versions()}
+        Path(options.output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result) if options.json else line)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Refuse options of the other kind, which would change nothing."""
+    names = ("samples",) if options.tasks else ("include_path", "limit", "num_fewshot")
+    for name in names:
+        if getattr(options, name) is not None:
+            option, kind = "--" + name.replace("_", "-"), "--text" if options.tasks else "--tasks"
+            raise InputError(f"eval: {option} goes with {kind}; leave one of them out")
+
+
+def _perplexity(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the perplexity on a text, and the line that says it."""
     from liar_ext.data import texts
     from liar_ext.evaluation import perplexity
 
     documents = texts.read_documents(options.text)
-    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
-    if not predicts_next_token(model):
-        raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
+    model, tokenizer = _load(options)
     texts.check_seq_len(model, options.seq_len)
     sequences = texts.evaluation_sequences(
         documents, tokenizer, seq_len=options.seq_len, samples=options.samples
     )
     result = perplexity(model, sequences.batches(options.batch_size), progress=not options.quiet)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
-            f"{result['sequences']} windows of {result['seq_len']}"
-        )
+    return result, (
+        f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
+        f"{result['sequences']} windows of {result['seq_len']}"
+    )
+
+
+def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return what lm-eval measures, and its table."""
+    from liar_ext.integrations.lm_eval import evaluate_tasks, load_tasks
+
+    tasks = load_tasks(options.tasks, options.include_path)
+    result = evaluate_tasks(
+        *_load(options),
+        tasks,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        progress=not options.quiet,
+    )
+    return result, result.pop("table").rstrip()
+
+
+def _load(options: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Return model and tokenizer.
+
+    Raises
+    ------
+    InputError
+        If they can't be loaded, or the model predicts no next token.
+    """
+    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
+    if not predicts_next_token(model):
+        raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
+    return model, tokenizer

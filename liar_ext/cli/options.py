@@ -198,16 +198,31 @@ def _type_of(each: Field) -> Callable[[str], Any]:
 def _add_eval(commands) -> None:
     parser = commands.add_parser(
         "eval",
-        help="perplexity of a model on a text",
-        description="Cut TEXT into windows of --seq-len tokens and print the model's perplexity.",
+        help="perplexity of a model on a text, or tasks of lm-eval",
+        description="Cut TEXT into windows of --seq-len tokens and print the model's perplexity; "
+        "or run tasks of lm-eval, and print its table.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", type=_name, help="model folder, hub id, or GGUF file")
-    add("--text", required=True, type=_name, help="as for prune --calibration")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", type=_name, help="as for prune --calibration")
+    what.add_argument(
+        "--tasks", type=_names, metavar="TASK[,...]", help="tasks, groups or tags of lm-eval"
+    )
+    add("--include-path", type=_name, metavar="DIR", help="tasks: folder of task files (YAML)")
+    add("--limit", type=_at_least(1), metavar="N", help="tasks: the first N items of each")
+    add("--num-fewshot", type=_at_least(0), metavar="N", help="tasks: examples in each prompt")
+    add("--output", type=_name, metavar="FILE", help="write the result as JSON, too")
     add("--samples", type=_at_least(1), metavar="N", help="N windows, evenly spread")
     add("--seq-len", type=_at_least(2), default=512, metavar="N", help="tokens per window")
-    add("--batch-size", type=_at_least(1), default=4, metavar="N", help="windows per forward pass")
+    add(
+        "--batch-size",
+        type=_at_least(1),
+        default=4,
+        metavar="N",
+        help="windows, or requests, per forward pass",
+    )
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
     add("--device", default="cpu", type=_name, help="cpu, cuda, cuda:1, ...; auto: over all")
     add("--json", action="store_true", help="print JSON")
@@ -290,6 +305,11 @@ def _name(text: str) -> str:
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _names(text: str) -> list[str]:
+    """Read names with commas between them."""
+    return [_name(name).strip() for name in text.split(",")]
 
 
 def _whole(text: str) -> int:

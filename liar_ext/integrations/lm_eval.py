@@ -1,0 +1,154 @@
+"""Tasks of lm-eval on a model that is loaded already: any folder of ours, no code of it is run."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from liar_ext.errors import InputError, one_line
+from liar_ext.models.running import evaluating
+
+
+def load_tasks(names: Sequence[str], include_path: str | None = None) -> list[Any]:
+    """Return tasks of lm-eval by name, with their data.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Tasks, groups or tags.
+    include_path : str, optional
+        Folder of task files (YAML) of one's own, which come before lm-eval's. Where it has all of
+        ``names``, lm-eval's aren't looked through.
+
+    Raises
+    ------
+    InputError
+        If lm-eval isn't installed, there is no such task, or its data can't be read.
+    """
+    lm_eval = _import()
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InputError(f"eval: --include-path must be a folder of task files, got {include_path}")
+    for defaults in (False, True) if include_path else (True,):
+        manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=defaults)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if not unknown:
+            break
+    else:
+        near = difflib.get_close_matches(unknown[0], manager.all_tasks, 3)
+        hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists them"
+        raise InputError(f"eval: lm-eval knows no task {unknown[0]!r}; {hint}")
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # of datasets, YAML and a task's own code: whatever a file holds
+        raise InputError(
+            f"eval: a task can't be loaded: {type(error).__name__}: {one_line(error, 160)}; its "
+            "data must be at hand, in the cache of datasets or in files that the task names"
+        ) from error
+    return [*loaded["groups"].values(), *loaded["tasks"].values()]
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Return what lm-eval measures on tasks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model, where it is.
+    tokenizer
+        Its tokenizer.
+    tasks : sequence
+        From :func:`load_tasks`.
+    limit : int, optional
+        Items per task; all by default.
+    num_fewshot : int, optional
+        Examples in each prompt; what the task says by default.
+    batch_size : int
+        Requests per forward pass.
+    progress : bool
+        Show lm-eval's progress bars and messages.
+
+    Returns
+    -------
+    dict
+        ``tasks``: metrics and standard errors by task; ``items``: how many of each were run;
+        ``table``: all of it as lm-eval prints it; ``lm_eval``: its version.
+    """
+    lm_eval = _import()
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
+
+    with evaluating(model), _talking(lm_eval.evaluator, progress):
+        results = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+        )
+    table = make_table(results)
+    if results.get("groups"):
+        table = f"{table}\n{make_table(results, 'groups')}"
+    measured = {name: _numbers(metrics) for name, metrics in results["results"].items()}
+    items = {name: count["effective"] for name, count in results["n-samples"].items()}
+    return {"tasks": measured, "items": items, "table": table, "lm_eval": version("lm_eval")}
+
+
+def _import() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        import lm_eval.tasks
+    except ImportError as error:
+        raise InputError(
+            f"eval: tasks need lm-eval ({one_line(error)}); pip install 'liar_ext[eval]'"
+        ) from error
+    return lm_eval
+
+
+# What lm-eval asks of git, pip and the hardware, for a record that nobody reads here.
+ASKS = ("get_git_commit_hash", "add_env_info")
+
+
+@contextmanager
+def _talking(evaluator: Any, progress: bool) -> Iterator[None]:
+    """Show lm-eval's progress bars and messages, or none, and let it ask for nothing else."""
+    logger = logging.getLogger("lm_eval")
+    level, asks = logger.level, {name: getattr(evaluator, name, None) for name in ASKS}
+    bars = nullcontext() if progress else redirect_stderr(io.StringIO())
+    for name in ASKS:
+        setattr(evaluator, name, lambda *_: None)
+    if not progress:
+        logger.setLevel(logging.ERROR)
+    try:
+        with bars:
+            yield
+    finally:
+        logger.setLevel(level)
+        for name, ask in asks.items():
+            setattr(evaluator, name, ask)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics without lm-eval's notes, and its ``,none`` for no filter."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and name not in ("sample_len", "sample_count")
+    }
