@@ -105,7 +105,7 @@ def measure(name, pruned, quantiser, options, tokenizer, calibration, texts) -> 
             LIARPruningModifier(
                 preset=options.preset,
                 keep=options.keep,
-                multiple_of=options.group,
+                tile=options.group,
                 uniform_layers=not options.unequal,
             )
         )

@@ -131,9 +131,7 @@ class Job:
     params: dict[str, int] = field(default_factory=dict)
     widest: int = 0  # features of the widest site
     fresh: Divergence | None = None
-    earlier: list[dict[str, object]] = field(
-        default_factory=list
-    )  # jobs that the model has behind it
+    earlier: list[dict[str, object]] = field(default_factory=list)  # jobs before this one
     grid: dict[str, object] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -147,12 +145,7 @@ class Job:
                 "prune: refine solves all sites for each plan, and their sums are over "
                 f"{self.room / 2**30:.3g} GiB; raise memory, or leave refine out"
             )
-        self.params = {
-            "before": count_params(model),
-            "prunable_before": sum(site.params for site in at),
-        }
-        if self.bank is not None and self.narrows:
-            raise InputError("prune: keep_hidden changes what a bank holds; leave the bank out")
+        self.params = {"before": count_params(model), "prunable_before": sum(s.params for s in at)}
         if self.narrows:
             count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
         backward = get_criterion(recipe.criterion).needs == "gradient"

@@ -156,13 +156,13 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
     if missing:
         raise InputError(
             f"calibrate: the bank must hold every site, with its features; {missing[0]} is "
-            "missing or of another size; calibrate the model that is pruned"
+            "missing or of another size; calibrate the model that is pruned, without keep_hidden"
         )
     known = bank.source.get("model")
     if known is not None and known != _fingerprint(model.state_dict()):
         raise InputError(
-            "calibrate: the bank is of other weights than the model's; calibrate the model that "
-            "is pruned"
+            "calibrate: the bank is of other weights than the model's, or keep_hidden changes "
+            "them; calibrate the model that is pruned, or leave the bank out"
         )
 
 

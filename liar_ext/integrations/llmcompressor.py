@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from liar_ext.data.batches import LABELS, Batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
-from liar_ext.models.sites import sites
+from liar_ext.models.sites import Site, sites
 from liar_ext.pipeline import prune
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.recipe import recipe_fields
@@ -31,7 +31,7 @@ from liar_ext.report.report import Report
 
 try:
     from compressed_tensors.offload import is_distributed
-    from compressed_tensors.utils import getattr_chain, patch_attr
+    from compressed_tensors.utils import getattr_chain, match_named_modules, patch_attr
     from llmcompressor.core import Event, State, active_session
     from llmcompressor.modifiers import Modifier, ModifierFactory
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -136,7 +136,8 @@ class LIARPruningModifier(_Choices):
                 "LIARPruningModifier: every process has other calibration data, and would prune "
                 "another way; run oneshot with it in one process"
             )
-        self._check_groups()
+        at = sites(state.model, attn_unit=self.attn_unit)
+        self._check_groups(at)
         model, batches = state.model, list(calibration_batches(state.model, state.data.calib))
         bank = None
         if any(isinstance(each, LIARGPTQModifier) for each in _modifiers()):
@@ -146,9 +147,9 @@ class LIARPruningModifier(_Choices):
                     "changes; use GPTQModifier, which calibrates by itself"
                 )
             bank = calibrate_linears(model, batches, sites(model), self.memory)
-        at = sites(model, attn_unit=self.attn_unit)
         earlier = getattr(model, "liar_plan", None)
         self._report = prune(model, batches, self.recipe, bank=bank)
+        _check_sizes(model)
         _save_with_own_config(model)
         if bank is not None:
             self._grams = linear_grams(bank, at, self._report.plan, earlier)
@@ -159,19 +160,16 @@ class LIARPruningModifier(_Choices):
             self._report.plan.save(Path(self.report_to) / "plan.json")
         return True
 
-    def _check_groups(self) -> None:
-        """Refuse sizes that a quantiser of the recipe can't cut into groups, before calibration."""
-        multiple = self.recipe.budget.multiple_of
-        for each in _modifiers():
-            if not isinstance(each, QuantizationMixin) or each.bypass_divisibility_checks:
-                continue
-            for scheme in each.resolved_config.config_groups.values():
-                size = getattr_chain(scheme, "weights.group_size", None)
-                if size is not None and size > 0 and multiple % size:
-                    raise InputError(
-                        f"LIARPruningModifier: {type(each).__name__} quantises groups of {size} "
-                        f"inputs, and sizes are multiples of {multiple}; set multiple_of={size}"
-                    )
+    def _check_groups(self, at: Sequence[Site]) -> None:
+        """Refuse channels that a quantiser can't cut into its groups, before calibration."""
+        widest = max((site.units for site in at if site.kind == "mlp"), default=0)
+        step = self.recipe.budget.step(widest)
+        for name, size in ((type(each).__name__, size) for each, size in _groups()):
+            if "mlp" in self.kinds and self.keep < 1 and step % size:
+                raise InputError(
+                    f"LIARPruningModifier: {name} quantises groups of {size} inputs, and channels "
+                    f"are kept in multiples of {step}; set tile={size}"
+                )
 
 
 class LIARGPTQModifier(GPTQModifier):
@@ -241,6 +239,28 @@ class LIARGPTQModifier(GPTQModifier):
 def _modifiers() -> Sequence[Modifier]:
     """Return all modifiers of the recipe in work."""
     return active_session().lifecycle.recipe.modifiers
+
+
+def _groups() -> Iterator[tuple[QuantizationMixin, int]]:
+    """Yield each modifier that quantises in groups, with the inputs of a group."""
+    for each in _modifiers():
+        if isinstance(each, QuantizationMixin) and not each.bypass_divisibility_checks:
+            for scheme in each.resolved_config.config_groups.values():
+                size = getattr_chain(scheme, "weights.group_size", None)
+                if size is not None and size > 0:
+                    yield each, size
+
+
+def _check_sizes(model: nn.Module) -> None:
+    """Refuse what came out, where a quantiser's groups don't divide it."""
+    for each, size in _groups():
+        for path, layer in match_named_modules(model, each.resolved_targets, each.ignore):
+            if layer.weight.shape[1] % size:
+                raise InputError(
+                    f"LIARPruningModifier: {path} reads {layer.weight.shape[1]} features, which "
+                    f"groups of {size} inputs don't divide; give {type(each).__name__} smaller "
+                    'groups, add the layer to its ignore, or set kinds=["mlp"]'
+                )
 
 
 def _save_with_own_config(model: nn.Module) -> None:

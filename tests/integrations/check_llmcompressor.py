@@ -5,6 +5,7 @@ Not collected by ``make test``: llm-compressor takes other versions of transform
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -52,7 +53,15 @@ W4 = {
     },
     "ignore": ["lm_head"],
 }
-EQUAL = {"keep": 0.7, "multiple_of": 32, "uniform_layers": True}
+
+
+def groups_of(size):
+    groups = copy.deepcopy(W4["config_groups"])
+    groups["group_0"]["weights"]["group_size"] = size
+    return groups
+
+
+EQUAL = {"keep": 0.7, "tile": 32, "uniform_layers": True}
 QUANTISERS = {"rtn": QuantizationModifier, "gptq": GPTQModifier, "shared": LIARGPTQModifier}
 
 
@@ -142,7 +151,7 @@ def test_shared_grams_are_twice_the_sums_of_kept_inputs(folder, monkeypatch):
         monkeypatch.setattr(kind, "compress_modules", compress_modules)
 
     watch(LIARGPTQModifier)
-    run(folder, LIARPruningModifier(keep=1.0, multiple_of=32), LIARGPTQModifier(**W4))
+    run(folder, LIARPruningModifier(keep=1.0, tile=32), LIARGPTQModifier(**W4))
     monkeypatch.undo()
     watch(GPTQModifier)
     run(folder, GPTQModifier(**W4))
@@ -168,7 +177,7 @@ def test_yaml_recipe_and_back(folder, tmp_path):
     recipe.write_text(
         "prune_stage:\n"
         "  prune_modifiers:\n"
-        "    LIARPruningModifier: {keep: 0.7, multiple_of: 32, uniform_layers: true}\n"
+        "    LIARPruningModifier: {keep: 0.7, tile: 32, uniform_layers: true}\n"
         "quantize_stage:\n"
         "  quantize_modifiers:\n"
         "    LIARGPTQModifier:\n"
@@ -253,9 +262,16 @@ def test_shared_grams_and_a_smaller_hidden_size(folder):
 def test_sizes_that_groups_do_not_divide_are_refused_before_calibration(folder):
     touched = DataLoader(rows(), collate_fn=lambda _: pytest.fail("calibrated"))
     for multiple in (1, 16):
-        modifiers = LIARPruningModifier(multiple_of=multiple), QuantizationModifier(**W4)
-        with pytest.raises(InputError, match="set multiple_of=32"):
+        modifiers = LIARPruningModifier(tile=multiple), QuantizationModifier(**W4)
+        with pytest.raises(InputError, match="set tile=32"):
             run(folder, *modifiers, dataset=touched)
+
+
+def test_heads_that_groups_do_not_divide_are_refused(folder):
+    others = "re:.*(q|k|v|gate|up|down)_proj"
+    quantiser = QuantizationModifier(config_groups=groups_of(128), ignore=["lm_head", others])
+    with pytest.raises(InputError, match=r"o_proj reads 64 features, which groups of 128"):
+        run(folder, LIARPruningModifier(keep=0.5, kinds=["attn"]), quantiser)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
