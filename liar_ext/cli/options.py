@@ -233,10 +233,13 @@ def _add_verify(commands) -> None:
     parser = commands.add_parser(
         "verify",
         help="reload a pruned model and compare its outputs with those it was saved with",
-        description="Reload DIR by every loader that it is meant for, compare the outputs with "
-        "those recorded when it was saved, and count its parameters.",
+        description="Reload DIR by every loader that it is meant for, and each of its exports, in "
+        "processes of their own; compare the outputs with those recorded when it was saved.",
     )
     parser.add_argument("folder", metavar="DIR", type=_name)
+    parser.add_argument(
+        "--text", nargs="+", type=_name, metavar="TEXT", help="also measure perplexity on it"
+    )
     parser.add_argument("--device", default="cpu", type=_name, help="where to run")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -83,8 +83,9 @@ def run_file(path: Path, ids: np.ndarray, *, logits: bool = False) -> dict[str, 
     Returns
     -------
     dict
-        ``nll``: ``-log p(token | those before it)``, shape (sequences, tokens - 1), float64; and
-        ``logits``, shape (sequences, tokens, vocabulary).
+        ``nll``: ``-log p(token | those before it)``, shape (sequences, tokens - 1), float64;
+        ``seconds`` that it took without loading; and ``logits``, shape (sequences, tokens,
+        vocabulary).
 
     Raises
     ------

@@ -4,7 +4,7 @@ Run as a script, by :mod:`liar_ext.export.llama_cpp`, it needs the package ``lla
 numpy, and neither this package nor torch, whose import takes seconds::
 
     quantize SOURCE OUT TYPE        TYPE: a number of llama.h, enum llama_ftype
-    score    FILE IDS.npy OUT.npz   ids (sequences, tokens): nll (sequences, tokens - 1)
+    score    FILE IDS.npy OUT.npz   ids (sequences, tokens): nll (sequences, tokens - 1), seconds
     logits   FILE IDS.npy OUT.npz   and logits (sequences, tokens, vocabulary)
     tokenize FILE TEXTS.json OUT.json
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,8 +43,9 @@ def main(command: str, *arguments: str) -> int:
             json.dump(found, file)
         return 0
     with opened(ffi, library, path) as model:
-        found = score(ffi, library, model, np.load(given), keep=command == "logits")
-        np.savez(out, **found)
+        ids, start = np.load(given), time.perf_counter()
+        found = score(ffi, library, model, ids, keep=command == "logits")
+        np.savez(out, **found, seconds=time.perf_counter() - start)
     return 0
 
 

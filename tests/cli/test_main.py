@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import outputs, tiny
 
-from liar_ext import cli, load_pruned
+from liar_ext import cli, load_pruned, verify_pruned
 from liar_ext.cli.main import COMMANDS
 
 
@@ -58,7 +58,7 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     assert 0 < report["settings"]["measured_divergence"]
     assert all(site["sensitivity"] > 0 for site in report["sites"])
     assert report["seconds"]["allocate"] > 0
-    assert run("verify", out) == 0
+    assert verify_pruned(out)["agrees"]
 
 
 def test_prune_by_gradients_says_how_to_load_the_result(llama_folder, corpus, tmp_path, capsys):
@@ -131,8 +131,9 @@ def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path,
 
 def test_verify_and_eval_the_result(pruned, corpus, capsys):
     out, _ = pruned
-    assert run("verify", out) == 0
-    assert "same outputs" in capsys.readouterr().out
+    assert run("verify", out, "--text", corpus[1]) == 0
+    said = capsys.readouterr().out
+    assert "same outputs" in said and "perplexity" in said and "tokens/s" in said
     report = json.loads((out / "liar/report.json").read_text())
     text = ("--text", corpus[1], "--seq-len", 32)
     assert run("eval", out, *text, "--json", "--quiet") == 0
@@ -171,7 +172,7 @@ def test_layerwise_is_an_option(llama_folder, corpus, tmp_path, capsys):
     assert run("prune", llama_folder, *texts, *options, "--out", out) == 0
     settings = json.loads((out / "liar/report.json").read_text())["settings"]
     assert (settings["schedule"], settings["target"]) == ("layerwise", "stream")
-    assert run("verify", out) == 0
+    assert verify_pruned(out)["agrees"]
     assert run("prune", llama_folder, *texts, "--refit", "--out", tmp_path / "other") == 2
     assert 'use schedule="layerwise"' in capsys.readouterr().err
 
@@ -187,7 +188,7 @@ def test_the_hidden_size_alone_is_an_option(llama_folder, corpus, tmp_path, caps
     report = json.loads((out / "liar/report.json").read_text())
     assert report["sites"] == [] and {row["units_after"] for row in report["hidden"]} == {32}
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 32
-    assert run("verify", out) == 0
+    assert verify_pruned(out)["agrees"]
     assert "transformers.LlamaForCausalLM.from_pretrained: same outputs" in capsys.readouterr().out
 
 
@@ -199,7 +200,7 @@ def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
     arguments = ("--calibration", tmp_path / "rows.jsonl", "--seq-len", 24, "--samples", 30)
     out = tmp_path / "out"
     assert run("prune", tmp_path / "bert", *arguments, "--out", out, "--quiet") == 0
-    assert run("verify", out) == 0
+    assert verify_pruned(out)["agrees"]
 
 
 def write_gguf(path, model, tokenizer) -> None:
@@ -248,7 +249,7 @@ def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path):
     out = tmp_path / "out"
     arguments = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
     assert run("prune", tmp_path / "tiny.gguf", *arguments, "--keep", 1, "--out", out) == 0
-    assert run("verify", out) == 0
+    assert verify_pruned(out)["agrees"]
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert torch.equal(outputs(load_pruned(out)), outputs(dense))
 
@@ -313,7 +314,7 @@ def test_a_pruned_folder_is_pruned_again(pruned, corpus, tmp_path, capsys):
     for name, site in plans[1].items():
         assert site["units"] == plans[0][name]["units"]
         assert set(site["kept"]) <= set(plans[0][name]["kept"])
-    assert run("verify", out) == 0
+    assert verify_pruned(out)["agrees"]
 
 
 def test_an_existing_folder_is_refused_and_kept(pruned, llama_folder, corpus, capsys):

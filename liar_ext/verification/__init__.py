@@ -1,0 +1,1 @@
+"""Proof, in processes of their own, that what a folder claims is there."""

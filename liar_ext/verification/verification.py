@@ -1,0 +1,283 @@
+"""Reload all that a folder and its exports claim, each in a process of its own.
+
+What agrees in the process that saved a model proves little of another machine: here a row is a
+fresh process, in which liar_ext can't be imported where the folder says that it isn't needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from liar_ext.checkpoint.fingerprint import Fingerprint, read_fingerprint
+from liar_ext.checkpoint.inspection import inspect_folder
+from liar_ext.checkpoint.loading import placement
+from liar_ext.checkpoint.names import (
+    FINGERPRINT_FILE,
+    OLD_FINGERPRINT_FILE,
+    OLD_MARK_VERSION,
+)
+from liar_ext.checkpoint.reading import read_marked_config, stock_class
+from liar_ext.checkpoint.trust import check_code
+from liar_ext.errors import InputError, one_line
+from liar_ext.export.record import read_record
+
+WORKER = Path(__file__).with_name("worker.py")
+# Weights of these types have their own rounding: the difference is told, and nothing is demanded.
+EXACT = ("f32", "float32", None)
+# Float32 sums in the order of another runtime, over a model's depth, over its largest output.
+OTHER_RUNTIME = 1e-3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to load a folder, and what came of it.
+
+    Parameters
+    ----------
+    how : str
+        The loader, or the format and its file.
+    error : str
+        Why it doesn't load; empty if it does.
+    difference : float or None
+        Greatest difference of its output from the one that was saved.
+    agrees : bool
+        Whether it loads and computes what was saved; of a quantised export, whether it loads.
+    perplexity : float or None
+        On the text that was given.
+    tokens_per_second : float or None
+        Of forward passes over 128 tokens, batch 1; images a second for vision models.
+    megabytes : float
+        Of the weights on disk.
+    """
+
+    how: str
+    error: str = ""
+    difference: float | None = None
+    agrees: bool = False
+    perplexity: float | None = None
+    tokens_per_second: float | None = None
+    megabytes: float = 0.0
+
+
+def verify_everywhere(
+    folder: str | os.PathLike[str],
+    device: str = "cpu",
+    ids: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Reload a folder by every loader that it claims, and its exports, in fresh processes.
+
+    Parameters
+    ----------
+    folder : path
+        What :func:`liar_ext.save_pruned` wrote.
+    device : str
+        Where the loaders of torch run.
+    ids : ndarray, optional
+        Token ids, shape (sequences, tokens), for perplexity.
+
+    Returns
+    -------
+    dict
+        ``folder``, ``layers``, ``dtype``, ``params``, ``tolerance``, ``rows`` (of :class:`Row`) and
+        ``agrees``: all of them.
+
+    Raises
+    ------
+    InputError
+        If the folder isn't one of ours, is damaged, or has code that isn't ours.
+    """
+    placement(device)
+    folder = Path(os.path.abspath(folder))
+    config = read_marked_config(folder)
+    autos = check_code(folder, config)
+    fingerprint = read_fingerprint(folder)
+    inspect_folder(folder, "verify")
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+    loaders: list[tuple[str, str, bool]] = [("liar_ext.load_pruned", "liar_ext", False)]
+    if config["liar"]["layers"] == "equal":
+        name = stock_class(config, "load_pruned").__name__
+        loaders.append((f"transformers.{name}.from_pretrained", name, False))
+    for name in autos[:1]:
+        how = f"transformers.{name}.from_pretrained(trust_remote_code=True)"
+        loaders.append((how, name, True))
+    names = (FINGERPRINT_FILE, OLD_FINGERPRINT_FILE)
+    job = {
+        # Folders of version 0.1.0 hold code that needs it.
+        "alone": config["liar"]["version"] != OLD_MARK_VERSION,
+        "folder": str(folder),
+        "device": device,
+        "fingerprint": str(next(folder / n for n in names if (folder / n).is_file())),
+    }
+    with tempfile.TemporaryDirectory() as room:
+        job["ids"] = None
+        if ids is not None:
+            job["ids"] = os.path.join(room, "ids.npy")
+            np.save(job["ids"], ids)
+        rows = [
+            _loaded(how, job | {"loader": loader, "code": code}, fingerprint, weights)
+            for how, loader, code in loaders
+        ]
+    rows += _exports(folder, fingerprint, ids)
+    return {
+        "folder": str(folder),
+        "layers": config["liar"]["layers"],
+        "dtype": str(fingerprint.dtype).removeprefix("torch."),
+        "params": fingerprint.params,
+        "tolerance": fingerprint.tolerance,
+        "rows": rows,
+        "agrees": all(row.agrees for row in rows),
+    }
+
+
+def _loaded(how: str, job: dict[str, Any], fingerprint: Fingerprint, megabytes: float) -> Row:
+    """Return the row of a loader of torch."""
+    done = subprocess.run(
+        [sys.executable, str(WORKER)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=Path(job["folder"]).parent,
+        env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        return Row(how, one_line(said[-1] if said else f"exit code {done.returncode}"))
+    found = json.loads(lines[-1])
+    same = found["difference"] <= fingerprint.tolerance and found["params"] == fingerprint.params
+    return Row(
+        how,
+        difference=found["difference"],
+        agrees=same,
+        perplexity=found.get("perplexity"),
+        tokens_per_second=found["tokens_per_second"],
+        megabytes=megabytes,
+    )
+
+
+def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> Iterator[Row]:
+    """Yield a row for each export that the folder has a record of."""
+    run = {"gguf": _run_gguf, "onnx": _run_onnx}
+    for entry in read_record(folder):
+        path = Path(os.path.normpath(folder / str(entry["path"])))
+        options = entry.get("options")
+        kind = options.get("quantize") if isinstance(options, dict) else None
+        how = f"{entry['format']} {path.name}{f' ({kind})' if kind else ''}"
+        try:
+            if not path.exists():
+                raise InputError(f"verify: {path} isn't there; export it again")
+            if entry["format"] == "uniform":
+                yield from _uniform(path, how, fingerprint)
+            elif entry["format"] in run:
+                found = run[entry["format"]](path, fingerprint, ids)
+                limit = OTHER_RUNTIME * max(1.0, float(fingerprint.output.abs().max()))
+                limit = max(limit, fingerprint.tolerance)
+                agrees = math.isfinite(found["difference"])
+                agrees &= kind not in EXACT or found["difference"] <= limit
+                yield Row(how, agrees=agrees, megabytes=_megabytes(path), **found)
+        except InputError as error:
+            yield Row(how, one_line(error))
+
+
+def _uniform(path: Path, how: str, fingerprint: Fingerprint) -> Iterator[Row]:
+    """Yield the row of a folder with equal layers: its own fingerprint, by a stock loader."""
+    own = read_fingerprint(path)
+    name = stock_class(read_marked_config(path), "verify").__name__
+    job = {"folder": str(path), "device": "cpu", "loader": name, "code": False, "ids": None}
+    job |= {"alone": True, "fingerprint": str(path / FINGERPRINT_FILE)}
+    yield _loaded(how, job, own, _megabytes(path))
+
+
+def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> dict[str, Any]:
+    """Return what llama.cpp computes for the fingerprint's input, and for the text."""
+    from liar_ext.export.llama_cpp import run_file
+
+    given = fingerprint.input.numpy()
+    expected = fingerprint.output.float().numpy()
+    found = run_file(path, given, logits=True)["logits"][..., : expected.shape[-1]]
+    same = found.shape == expected.shape
+    row = {"difference": float(np.abs(found - expected).max()) if same else math.inf}
+    long = np.resize(given, (1, 128))
+    start = time.perf_counter()
+    seconds = run_file(path, long).get("seconds")
+    row["tokens_per_second"] = 128 / float(seconds or time.perf_counter() - start)
+    if ids is not None:
+        row["perplexity"] = float(np.exp(run_file(path, ids)["nll"].mean()))
+    return row
+
+
+def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> dict[str, Any]:
+    """Return what onnxruntime computes for the fingerprint's input."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError("verify: pip install 'liar_ext[onnx]' to run an ONNX graph") from error
+    try:
+        session = onnxruntime.InferenceSession(
+            path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
+        )
+        expected = fingerprint.output.float().numpy()
+
+        def run(value: np.ndarray) -> list[np.ndarray]:
+            inputs = {fingerprint.name: value}
+            for each in session.get_inputs():
+                fill = np.ones if each.name == "attention_mask" else np.zeros
+                inputs.setdefault(each.name, fill(value.shape, dtype=value.dtype))
+            return session.run(None, inputs)
+
+        given = fingerprint.input.numpy()
+        gaps = [
+            float(np.abs(each - expected).max())
+            for each in run(given)
+            if each.shape == expected.shape
+        ]
+        seconds = [_timed(run, given) for _ in range(6)]
+    except Exception as error:  # onnxruntime has many kinds
+        raise InputError(f"verify: onnxruntime can't run {path}: {one_line(error)}") from error
+    count = given.shape[1] if fingerprint.name == "input_ids" else given.shape[0]
+    return {
+        "difference": min(gaps, default=math.inf),
+        "tokens_per_second": count / float(np.median(seconds[1:])),
+    }
+
+
+def _timed(run: Any, value: np.ndarray) -> float:
+    start = time.perf_counter()
+    run(value)
+    return time.perf_counter() - start
+
+
+def _megabytes(path: Path) -> float:
+    files = path.rglob("*") if path.is_dir() else [path]
+    weights = (".safetensors", ".gguf", ".onnx", ".data")
+    return sum(f.stat().st_size for f in files if f.is_file() and f.suffix in weights) / 1e6
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Return the rows as lines of text, a loader each."""
+    lines = []
+    for row in rows:
+        if row.error:
+            lines.append(f"{row.how}: DOESN'T LOAD: {row.error}")
+            continue
+        verdict = "same outputs" if row.agrees else "OTHER OUTPUTS"
+        words = [f"{row.how}: {verdict}, difference {row.difference:.1e}"]
+        if row.perplexity is not None:
+            words.append(f"perplexity {row.perplexity:.3f}")
+        words.append(f"{row.tokens_per_second:,.0f} tokens/s")
+        words.append(f"{row.megabytes:,.1f} MB")
+        lines.append(", ".join(words))
+    return lines

@@ -1,0 +1,97 @@
+"""Every claim of a folder is tried in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from folders import change, equal_plan, make_plan, pruned, read
+from safetensors.torch import load_file, save_file
+
+from liar_ext import InputError, cli, save_pruned
+from liar_ext.export import export
+from liar_ext.verification.verification import table, verify_everywhere
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory) -> Path:
+    model, plan = pruned("llama")
+    folder = tmp_path_factory.mktemp("unequal") / "model"
+    save_pruned(model, folder, plan)
+    export(folder, "gguf", progress=False)
+    export(folder, "uniform", progress=False)
+    return folder
+
+
+def test_loaders_and_exports_have_a_row_each(unequal: Path, capsys) -> None:
+    assert cli.main(["verify", str(unequal), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["agrees"] and facts["layers"] == "unequal"
+    how = [row["how"] for row in facts["rows"]]
+    assert how[0] == "liar_ext.load_pruned" and "trust_remote_code=True" in how[1]
+    assert how[2:] == ["gguf model.gguf", "uniform model-uniform"]
+    for row in facts["rows"]:
+        assert row["agrees"] and not row["error"] and row["difference"] < 1e-3
+        assert row["tokens_per_second"] > 0 and row["megabytes"] > 0
+
+
+def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, tmp_path: Path) -> None:
+    other, plan = pruned("qwen2", equal_plan)
+    save_pruned(other, tmp_path / "other", plan)
+    done = export(tmp_path / "other", "gguf", progress=False)
+    record = json.loads((unequal / "liar/exports.json").read_text())
+    kept = (unequal / "liar/exports.json").read_text()
+    record["exports"][0]["path"] = str(done.paths[0])
+    record["exports"][1]["path"] = "../nowhere"
+    change(unequal / "liar/exports.json", **record)
+    try:
+        facts = verify_everywhere(unequal)
+    finally:
+        (unequal / "liar/exports.json").write_text(kept)
+    assert not facts["agrees"] and [row.agrees for row in facts["rows"]] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    lines = table(facts["rows"])
+    assert "OTHER OUTPUTS" in lines[2] and "DOESN'T LOAD" in lines[3]
+
+
+def test_an_encoder_and_its_graph(tmp_path: Path) -> None:
+    model, plan = pruned("bert", make_plan)
+    save_pruned(model, tmp_path / "model", plan)
+    export(tmp_path / "model", "onnx", progress=False)
+    facts = verify_everywhere(tmp_path / "model")
+    assert facts["agrees"] and facts["rows"][-1].how == "onnx model-onnx"
+    assert facts["rows"][-1].difference < 1e-4
+
+
+def test_other_weights_are_found_by_every_loader(tmp_path: Path) -> None:
+    model, plan = pruned("llama", equal_plan)
+    save_pruned(model, tmp_path / "model", plan)
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 0.5
+    save_file(tensors, weights, {"format": "pt"})
+    facts = verify_everywhere(tmp_path / "model")
+    assert not facts["agrees"] and not any(row.agrees for row in facts["rows"])
+    assert all(row.difference > 1e-2 for row in facts["rows"])
+
+
+def test_a_folder_of_version_0_1_0(tmp_path: Path) -> None:
+    saved = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
+    facts = verify_everywhere(shutil.copytree(saved, tmp_path / "saved"))
+    assert facts["agrees"] and len(facts["rows"]) == 2
+
+
+def test_code_of_a_stranger_is_not_run(tmp_path: Path) -> None:
+    model, plan = pruned("llama")
+    save_pruned(model, tmp_path / "model", plan)
+    loader = tmp_path / "model" / "liar_loader.py"
+    loader.write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n" + loader.read_text())
+    with pytest.raises(InputError, match="isn't the file that save_pruned writes"):
+        verify_everywhere(tmp_path / "model")
+    assert not (tmp_path / "PWNED").exists() and read(tmp_path / "model")["auto_map"]
