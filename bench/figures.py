@@ -17,14 +17,14 @@ LANGUAGE = {
     "wifv+global+bias": ("FLAP: bias compensation", "#e08214"),
     "obs+uniform+linear": ("like SlimGPT: least squares", "#8073ac"),
     "wifv+global+linear": ("FLAP's units, least squares", "#2166ac"),
-    "liar": ("liar_ext, default", "#1b7837"),
+    "liar": ("liar_ext, single channels", "#1b7837"),
     "wifv+curve+auto+layerwise": ("liar_ext, layerwise", "#7fbf7b"),
 }
 ENCODER = {
     "`wifv`, `uniform`, `none`": ("no reconstruction", "#b0b0b0"),
     "`wifv`, `uniform`, `bias`": ("bias compensation", "#e08214"),
     "`wifv`, `uniform`, `linear`": ("least squares", "#8073ac"),
-    "**`wifv`, `curve`, `affine`: the default**": ("liar_ext, default", "#1b7837"),
+    "**`wifv`, `curve`, `affine`: the default**": ("liar_ext, single channels", "#1b7837"),
 }
 MOST = 400  # perplexities above are off the picture
 

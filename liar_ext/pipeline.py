@@ -13,8 +13,8 @@ from liar_ext.calibration.gradients import check_loss
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.certification import Divergence, certified_errors
+from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.checkpoint.stock_config import describe, history_of, how_to_load
 from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
@@ -137,7 +137,7 @@ class Job:
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
         recipe, model = self.recipe, self.model
-        self.earlier = history_of(model.config)
+        self.earlier = stock_config.history_of(model.config)
         at = self.sites(model)
         check_budget(at, recipe.budget, recipe.allocation, total_cost(model, at, recipe.budget))
         if recipe.refine and len(group_sites(at, self.room)) > 1:
@@ -314,14 +314,14 @@ class Job:
         if self.narrowing is not None:
             plan = replace(plan, hidden=self.narrowing.kept)
             weights = {**self.narrowing.weights, **weights}
+        whole = stock_config.from_dense(self.model, plan)
         with self.clock("surgery"):
             apply_plan(self.model, plan, weights)
             self.params |= {"after": count_params(self.model)}
-            params = [self.params["before"], self.params["after"]]
-            describe(self.model, {"budget": asdict(self.recipe.budget), "params": params})
-        before = getattr(self.model, "liar_plan", None)
-        self.model.liar_plan = plan if before is None else plan.after(before)
-        return self.model.liar_plan
+            done = {"params": [self.params["before"], self.params["after"]]}
+            stock_config.describe(self.model, {"budget": asdict(self.recipe.budget), **done})
+        self.model.liar_plan = whole
+        return whole
 
     @property
     def _mode(self) -> dict[str, object]:
@@ -370,7 +370,7 @@ class Job:
                 self.widest,
             )
             + self.grid.get("warnings", []),
-            loading=how_to_load(model, plan),
+            loading=stock_config.how_to_load(model, plan),
         )
 
     def _as_run(self) -> Recipe:

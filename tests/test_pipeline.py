@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import batches, outputs, tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, apply_plan, kl_divergence, prune, sites
+from liar_ext import Budget, InputError, Plan, apply_plan, kl_divergence, prune, sites
+from liar_ext.plan import SitePlan
 from liar_ext.report.report import Report
 
 
@@ -296,3 +297,14 @@ def test_tile_1_is_not_talked_of_in_the_summary():
     report = prune(model, batches(model, 2), keep=0.7, tile=1, allocation="uniform")
     assert not [line for line in report.summary().splitlines() if line.startswith("sizes")]
     assert "none that is a loss" in report.to_markdown()
+
+
+def test_a_model_that_was_sliced_by_hand_since_is_pruned():
+    """The plan that it carries is out of date: the new one counts what came in."""
+    model = tiny("llama")
+    prune(model, batches(model), 0.8)
+    by_hand = {site.name: SitePlan(site.units, (0, 1)) for site in sites(model, ("mlp",))}
+    apply_plan(model, Plan("llama", "auto", by_hand))
+    report = prune(model, batches(model), 0.6)
+    assert all(report.plan.sites[name].units == 2 for name in by_hand)
+    assert torch.isfinite(outputs(model)).all()

@@ -43,6 +43,19 @@ def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None
     wear(model)
 
 
+def from_dense(model: nn.Module, plan: Plan) -> Plan:
+    """Return what a plan for this model comes to for the dense one, where the way here is known.
+
+    :func:`liar_ext.prune` and :func:`liar_ext.load_pruned` leave it on the model as ``liar_plan``.
+    What was sliced by hand since can't be told: then the plan counts the units that came in.
+    """
+    before = getattr(model, "liar_plan", None)
+    try:
+        return plan if before is None else plan.after(before)
+    except InputError:
+        return plan
+
+
 def wear(model: nn.Module) -> None:
     """Give a model the class that builds the sizes in its config, if stock fields don't say all."""
     stock = stock_of(model)
