@@ -22,9 +22,9 @@ from liar_ext.checkpoint.names import (
     PLAN_FILE,
     QUANTISER_MARKS,
 )
+from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import (
     check_keys,
-    quiet,
     read_marked_config,
     read_weights,
     reading,

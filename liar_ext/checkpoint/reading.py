@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +13,12 @@ from torch import nn
 
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
 from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
+from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.stock_config import describe
 from liar_ext.errors import InputError, one_line
 from liar_ext.plan import Plan
 from liar_ext.surgery.liar_loader import resize
 from liar_ext.surgery.units import apply_plan
-
-QUIETENED = (
-    "transformers.integrations.heterogeneity.configuration_utils",
-    "transformers.modeling_utils",
-)
 
 
 def read_marked_config(folder: Path) -> dict[str, Any]:
@@ -98,28 +93,6 @@ def reading(what: Any, operation: str) -> Iterator[None]:
         raise InputError(
             f"{operation}: can't load {what}: {type(error).__name__}: {one_line(error)}; {hint}"
         ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what transformers logs of sizes that differ by layer, and of lacking weights.
-
-    The one is meant, the other raises an error of one line here.
-    """
-    loggers = [logging.getLogger(name) for name in QUIETENED]
-    for logger in loggers:
-        logger.addFilter(_is_news)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    refused = "LOAD REPORT" in text and any(word in text for word in ("MISSING", "MISMATCH"))
-    return not refused and "per-layer attribute" not in text
 
 
 def read_weights(

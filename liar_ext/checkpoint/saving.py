@@ -33,6 +33,7 @@ from liar_ext.checkpoint.fingerprint import write_fingerprint
 from liar_ext.checkpoint.manifest import write_manifest
 from liar_ext.checkpoint.names import CARD_FILE, MARKER_FILE, OWN_FOLDER, PLAN_FILE, QUANTISER_MARKS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
+from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.stock_config import described, wear
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of
@@ -88,11 +89,12 @@ def save_pruned(
     start = time.perf_counter()
     folder = Path(folder).resolve()
     check_folder(folder, overwrite)
-    config = described(model)
+    with quiet():
+        config = described(model)
     _check_plan(model, plan, config)
     try:
         with beside(folder) as path:
-            with _wearing(model, config):
+            with quiet(), _wearing(model, config):
                 model.save_pretrained(path)
             complete_config(path)
             _save_tokenizer(tokenizer, path)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
+from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import InputError
 from liar_ext.models.sites import block_config, family_of, get_consumer_bias, sites, skeleton
 from liar_ext.plan import Plan
@@ -36,7 +37,8 @@ def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None
     pruning : mapping, optional
         What to remember of the job, beside that of earlier ones, as ``config.liar["history"]``.
     """
-    old, config = model.config, described(model, pruning)
+    with quiet():
+        old, config = model.config, described(model, pruning)
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = config

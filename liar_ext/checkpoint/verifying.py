@@ -9,8 +9,8 @@ from typing import Any
 
 from liar_ext.checkpoint.fingerprint import compare_fingerprint, read_fingerprint
 from liar_ext.checkpoint.loading import load_pruned, placement
+from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import (
-    quiet,
     read_marked_config,
     reading,
     stock_class,

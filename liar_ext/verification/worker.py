@@ -62,7 +62,7 @@ def load(job: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
     device = job["device"]
     spread = {"device_map": "auto"} if device == "auto" else {}
     if job["loader"] == "liar_ext":
-        from liar_ext import load_pruned
+        from liar_ext.checkpoint import load_pruned
 
         model = load_pruned(job["folder"], **settings, **spread)
     else:
