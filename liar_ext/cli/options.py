@@ -237,9 +237,7 @@ def _add_verify(commands) -> None:
         "processes of their own; compare the outputs with those recorded when it was saved.",
     )
     parser.add_argument("folder", metavar="DIR", type=_name)
-    parser.add_argument(
-        "--text", nargs="+", type=_name, metavar="TEXT", help="also measure perplexity on it"
-    )
+    parser.add_argument("--text", type=_name, help="also measure perplexity on it")
     parser.add_argument("--device", default="cpu", type=_name, help="where to run")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

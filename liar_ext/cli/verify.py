@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if facts["agrees"] else 1
 
 
-def _ids(folder: str, text: list[str]) -> Any:
+def _ids(folder: str, text: str) -> Any:
     """Return token ids of a text, as many sequences as a check in every runtime bears."""
     from liar_ext.cli.loading import load_with_tokenizer
     from liar_ext.data.texts import evaluation_sequences, read_documents
