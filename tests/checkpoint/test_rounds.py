@@ -105,6 +105,21 @@ def test_no_code_is_trusted_where_liar_ext_is_imported(tmp_path: Path) -> None:
     assert type(type(dense).from_pretrained(tmp_path / "dense")) is type(dense)
 
 
+@pytest.mark.parametrize("first", ["liar_ext", "transformers.modeling_utils"])
+def test_it_does_not_matter_what_is_imported_first(first, tmp_path: Path) -> None:
+    model, plan = pruned("llama")
+    save_pruned(model, tmp_path / "pruned", plan)
+    script = f"""
+import {first}
+import liar_ext, transformers
+model = transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / "pruned")!r})
+assert model.model.layers[0].mlp.down_proj.in_features == 12, model
+assert type(model).__module__ == "liar_ext.surgery.liar_loader"
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_transformers_own_layers_fit_the_sizes_in_the_config(tmp_path: Path) -> None:
     """Its draft of models of unequal layers builds each from ``config.per_layer_config[index]``."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
