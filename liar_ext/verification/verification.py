@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from liar_ext.checkpoint.fingerprint import Fingerprint, read_fingerprint
-from liar_ext.checkpoint.inspection import inspect_folder
+from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.names import (
     FINGERPRINT_FILE,
@@ -32,6 +32,7 @@ from liar_ext.checkpoint.reading import read_marked_config, stock_class
 from liar_ext.checkpoint.trust import check_code
 from liar_ext.errors import InputError, one_line
 from liar_ext.export.record import read_record
+from liar_ext.verification.worker import ROUNDS, TOKENS
 
 WORKER = Path(__file__).with_name("worker.py")
 # Weights of these types have their own rounding: the difference is told, and nothing is demanded.
@@ -60,6 +61,8 @@ class Row:
         Of forward passes over 128 tokens, batch 1; images a second for vision models.
     megabytes : float
         Of the weights on disk.
+    quantised : bool
+        Whether the weights have their own rounding, so that outputs differ by nature.
     """
 
     how: str
@@ -69,6 +72,7 @@ class Row:
     perplexity: float | None = None
     tokens_per_second: float | None = None
     megabytes: float = 0.0
+    quantised: bool = False
 
 
 def verify_everywhere(
@@ -185,9 +189,11 @@ def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> 
                 found = run[entry["format"]](path, fingerprint, ids)
                 limit = OTHER_RUNTIME * max(1.0, float(fingerprint.output.abs().max()))
                 limit = max(limit, fingerprint.tolerance)
-                agrees = math.isfinite(found["difference"])
-                agrees &= kind not in EXACT or found["difference"] <= limit
-                yield Row(how, agrees=agrees, megabytes=_megabytes(path), **found)
+                quantised = kind not in EXACT
+                agrees = found["difference"] <= (math.inf if quantised else limit)
+                agrees &= math.isfinite(found["difference"])
+                size = _megabytes(path)
+                yield Row(how, agrees=agrees, megabytes=size, quantised=quantised, **found)
         except InputError as error:
             yield Row(how, one_line(error))
 
@@ -210,10 +216,10 @@ def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     found = run_file(path, given, logits=True)["logits"][..., : expected.shape[-1]]
     same = found.shape == expected.shape
     row = {"difference": float(np.abs(found - expected).max()) if same else math.inf}
-    long = np.resize(given, (1, 128))
+    long = np.resize(given, (1, TOKENS))
     start = time.perf_counter()
     seconds = run_file(path, long).get("seconds")
-    row["tokens_per_second"] = 128 / float(seconds or time.perf_counter() - start)
+    row["tokens_per_second"] = TOKENS / float(seconds or time.perf_counter() - start)
     if ids is not None:
         row["perplexity"] = float(np.exp(run_file(path, ids)["nll"].mean()))
     return row
@@ -244,14 +250,22 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
             for each in run(given)
             if each.shape == expected.shape
         ]
-        seconds = [_timed(run, given) for _ in range(6)]
+        long = given
+        if fingerprint.name == "input_ids":
+            long = np.resize(given, (1, min(TOKENS, _positions(path))))
+        seconds = [_timed(run, long) for _ in range(ROUNDS + 1)]
     except Exception as error:  # onnxruntime has many kinds
         raise InputError(f"verify: onnxruntime can't run {path}: {one_line(error)}") from error
-    count = given.shape[1] if fingerprint.name == "input_ids" else given.shape[0]
+    count = long.shape[1] if fingerprint.name == "input_ids" else long.shape[0]
     return {
         "difference": min(gaps, default=math.inf),
         "tokens_per_second": count / float(np.median(seconds[1:])),
     }
+
+
+def _positions(path: Path) -> int:
+    """Return how many tokens the model of an exported folder takes."""
+    return int(read_config(path, "verify").get("max_position_embeddings", TOKENS))
 
 
 def _timed(run: Any, value: np.ndarray) -> float:
@@ -274,6 +288,8 @@ def table(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{row.how}: DOESN'T LOAD: {row.error}")
             continue
         verdict = "same outputs" if row.agrees else "OTHER OUTPUTS"
+        if row.quantised and row.agrees:
+            verdict = "loads, quantised"
         words = [f"{row.how}: {verdict}, difference {row.difference:.1e}"]
         if row.perplexity is not None:
             words.append(f"perplexity {row.perplexity:.3f}")

@@ -64,9 +64,15 @@ def test_an_encoder_and_its_graph(tmp_path: Path) -> None:
     model, plan = pruned("bert", make_plan)
     save_pruned(model, tmp_path / "model", plan)
     export(tmp_path / "model", "onnx", progress=False)
+    export(tmp_path / "model", "onnx", tmp_path / "small", progress=False, quantize="int8")
     facts = verify_everywhere(tmp_path / "model")
-    assert facts["agrees"] and facts["rows"][-1].how == "onnx model-onnx"
-    assert facts["rows"][-1].difference < 1e-4
+    exact, quantised = facts["rows"][-2:]
+    assert facts["agrees"] and (exact.how, quantised.how) == (
+        "onnx model-onnx",
+        "onnx small (int8)",
+    )
+    assert exact.difference < 1e-4 < quantised.difference
+    assert "loads, quantised" in table(facts["rows"])[-1]
 
 
 def test_other_weights_are_found_by_every_loader(tmp_path: Path) -> None:
