@@ -84,6 +84,7 @@ $(COMPRESSOR)/.installed:
 
 check-llmcompressor: setup $(COMPRESSOR)/.installed
 	$(COMPRESSOR_RUN) -m pytest tests/integrations/check_llmcompressor.py
+	$(COMPRESSOR_RUN) tests/pages.py docs/howto/llmcompressor.md
 
 show-llmcompressor: setup $(COMPRESSOR)/.installed $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
@@ -156,6 +157,9 @@ check-vllm: setup $(ASSETS)/.installed $(VLLM)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/integrations/check_vllm.py \
 	  --model $(MODEL) --text out/demo/texts/web.jsonl --write docs/vllm.md
+	OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 \
+	  VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 PYTHONPATH=tests \
+	  $(VLLM)/bin/python tests/pages.py docs/howto/vllm.md
 
 # torchaudio and torchcodec come built for another torch, and only sound and pictures need them.
 $(VLLM)/.installed:
