@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf sentences check-llmcompressor show-llmcompressor
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm docs check-gguf sentences check-llmcompressor show-llmcompressor
 
 setup: $(STAMP)
 
@@ -200,6 +200,18 @@ else
 	build/browser/bin/pip install -q playwright
 	build/browser/bin/python tests/report/browser.py --browser $(CHROMIUM) --out $(SCREENSHOTS) build/pages/*.html
 endif
+
+# The site of docs/ by mkdocs-material, in an environment that needs no torch: docstrings are read and
+# not imported. Warnings (a link to nowhere, a page outside of the navigation) are errors.
+DOCS := build/docs
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	@echo out/site/index.html
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q $$(sed -n '/^docs = /s/", "/ /g; s/^docs = \["\(.*\)"\]$$/\1/p' pyproject.toml)
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
