@@ -53,7 +53,11 @@ def test_code_of_a_folder_would_be_seen(monkeypatch) -> None:
     from reliability import folders_attacked
 
     monkeypatch.setattr(
-        verifying, "check_code", lambda folder, config: sorted(config.get("auto_map") or {})
+        verifying,
+        "check_code",
+        lambda folder, config: sorted(
+            config.get("auto_map") or {}, key="AutoModelForCausalLM".__ne__
+        ),
     )
     row = attack(folders_attacked, 18, SEED)
     assert {bad["verdict"] for bad in row["bad"]} >= {"code run"}
