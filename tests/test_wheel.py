@@ -72,3 +72,10 @@ def test_vllm_finds_its_plugin_in_the_wheel(environment):
     find += "print(found.dist.locate_file(''), found.load().__module__)"
     where, module = run(python, "-I", "-c", find, cwd=folder).split()
     assert Path(where).is_relative_to(folder) and module == "liar_ext.integrations.vllm"
+
+
+def test_the_lines_of_the_readme_run_from_the_wheel(environment):
+    """In an environment with the wheel alone: ``make check-readme``."""
+    python, folder = environment
+    said = run(python, "-I", ROOT / "tests" / "readme.py", folder / "readme", cwd=folder)
+    assert said.splitlines()[-1] == "every line of the README runs"

@@ -1,0 +1,98 @@
+"""The matrix as Markdown: compact for the README, with every number and reason for its page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from make_folders import FAMILIES, LAYERS
+
+START, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
+CONSUMERS = (
+    "transformers",
+    "transformers, code of the folder",
+    "second save",
+    "vLLM",
+    "llama.cpp",
+    "ONNX Runtime",
+    "sentence-transformers",
+    "llm-compressor W4A16",
+    "llm-compressor W8A8",
+    "lm-eval",
+    "peft",
+)
+
+
+def compact(rows: dict[str, dict[str, Any]]) -> str:
+    """Return a row for each consumer, a column for each family, three numbers in a cell."""
+    lines = [f"| | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
+    for consumer in CONSUMERS:
+        cells = [
+            " · ".join(_short(rows.get(key(consumer, family, layers))) for layers in LAYERS)
+            for family in FAMILIES
+        ]
+        lines.append(f"| {consumer} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def key(consumer: str, family: str, layers: str) -> str:
+    """Return the name of a cell."""
+    return f"{consumer} / {family} / {layers}"
+
+
+def _short(row: dict[str, Any] | None) -> str:
+    if row is None or row["state"] == "not run":
+        return "not run"
+    if row["state"] == "cannot":
+        return "–"
+    number = re.sub(r", ppl.*|ppl |, (?=\d+/)|cosine ≥ |\d+/\d+ tokens| \(.*", "", row["number"])
+    return number if row["state"] == "good" else f"**{number or 'fails'}**"
+
+
+def full(rows: dict[str, dict[str, Any]]) -> str:
+    """Return a table for each family, the reasons below it, and the versions."""
+    lines: list[str] = []
+    for family, model in FAMILIES.items():
+        reasons: list[str] = []
+        lines += [f"### {family}: {model}", "", f"| | {' | '.join(LAYERS)} |"]
+        lines += ["|---|" + "---|" * len(LAYERS)]
+        for consumer in CONSUMERS:
+            cells = [_long(rows.get(key(consumer, family, each)), reasons) for each in LAYERS]
+            lines.append(f"| {consumer} | {' | '.join(cells)} |")
+        lines += ["", *(f"{at}. {reason}" for at, reason in enumerate(reasons, 1)), ""]
+    return "\n".join(lines + _versions(rows))
+
+
+def _long(row: dict[str, Any] | None, reasons: list[str]) -> str:
+    if row is None:
+        return "not run"
+    if row["state"] == "good":
+        return row["number"]
+    said = row["reason"].replace("|", "/")
+    if said not in reasons:
+        reasons.append(said)
+    words = {"cannot": "no", "not run": "not run", "bad": f"**{row.get('number') or 'fails'}**"}
+    return f"{words[row['state']]} ({reasons.index(said) + 1})"
+
+
+def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the versions that each consumer ran with."""
+    lines = ["### Versions", "", "| | date | packages |", "|---|---|---|"]
+    for consumer in CONSUMERS:
+        of = [row for name, row in rows.items() if name.startswith(f"{consumer} / ")]
+        of = [row for row in of if row.get("versions")]
+        packages = sorted({f"{n} {v}" for row in of for n, v in row["versions"].items()})
+        dates = sorted({row["date"] for row in of})
+        lines.append(f"| {consumer} | {', '.join(dates)} | {', '.join(packages)} |")
+    return [*lines, ""]
+
+
+def write(page: Path, table: str) -> None:
+    """Replace what is between the marks of a page."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{page}: {START} and {END} must be there once")
+    before, _, rest = text.partition(START)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{START}\n\n{table}\n{END}{after}", encoding="utf-8")
