@@ -2,7 +2,7 @@
 
 ``make matrix`` runs it: {Llama-like, Qwen2, BERT-like} × {equal, unequal, hidden} × consumers. Rows
 are kept in ``OUT/matrix.json`` as they come; a second run makes those that are missing. A cell that
-cannot be is run nevertheless: it must be refused, with a reason that ``REFUSED`` expects. The
+cannot be is run nevertheless: it must be refused, with a reason that ``refusals.py`` expects. The
 exit code is 1 if a cell fails, or one that is expected to be refused is not.
 
     python bench/matrix --llama FOLDER --bert FOLDER --texts FOLDER --write
@@ -33,6 +33,7 @@ from make_folders import (
     write_task,
     write_tokens,
 )
+from refusals import expected
 
 CELLS = Path(__file__).with_name("cells.py")
 ROOT = CELLS.parents[2]
@@ -48,9 +49,6 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONSAFEPATH": "1",
 }
-STOCK = "a stock class has one size for all layers; it refuses the weights instead of guessing"
-# (consumer, family, layers), as a regular expression: what must be said, and the reason in words.
-REFUSED: dict[str, tuple[str, str]] = {}
 
 
 def main() -> None:
@@ -60,6 +58,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "matrix.json"
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    rows = {n: row if row["state"] == "not run" else judge(n, row) for n, row in rows.items()}
     jobs = make_jobs(options, out)
     wanted: dict[str, dict[str, dict]] = {}
     for name, job in jobs.items():
@@ -163,15 +162,15 @@ def process(jobs: dict[str, dict], python: str) -> Iterator[tuple[str, dict[str,
 
 def judge(name: str, found: dict[str, Any]) -> dict[str, Any]:
     """Tell whether a row is as it must be."""
-    expected = next((v for k, v in REFUSED.items() if re.fullmatch(k, name)), None)
-    row = {"number": "", "reason": "", **found, "date": str(datetime.date.today())}
+    wanted = expected(name)
+    row = {"number": "", "date": str(datetime.date.today()), **found, "reason": ""}
     if "error" in found:
         error = " ".join(found["error"].split())[:2000]
-        refused = expected is not None and re.search(expected[0], error) is not None
+        refused = wanted is not None and re.search(wanted[0], error) is not None
         row |= {"state": "cannot" if refused else "bad"}
-        row["reason"] = expected[1] if refused else error[:300]
-    elif expected is not None:
-        row |= {"state": "bad", "reason": f"was expected to be refused: {expected[1]}"}
+        row["reason"] = wanted[1] if refused else error[:300]
+    elif wanted is not None:
+        row |= {"state": "bad", "reason": f"was expected to be refused: {wanted[1]}"}
     else:
         row["state"] = "good" if found["good"] else "bad"
         row["reason"] = "" if found["good"] else "other outputs than there must be"

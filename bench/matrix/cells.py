@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -190,7 +191,11 @@ def _sentences(job: dict, folder: str | Path) -> np.ndarray:
 
 @torch.no_grad()
 def _pooled(job: dict, folder: str | Path | None = None, model: Any = None) -> np.ndarray:
-    """Return means of the last hidden states, of length 1 if the folder says so."""
+    """Return pooled hidden states.
+
+    Of decoders the last one, which is what sentence-transformers takes if no file says otherwise;
+    of encoders their mean, of length 1 if the folder says so.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["folder"])
@@ -200,7 +205,8 @@ def _pooled(job: dict, folder: str | Path | None = None, model: Any = None) -> n
     for text in job["texts"]:
         given = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
         given = {name: given[name] for name in ("input_ids", "attention_mask")}
-        rows.append(model.eval()(**given).last_hidden_state[0].float().mean(0))
+        states = model.eval()(**given).last_hidden_state[0].float()
+        rows.append(states[-1] if job["causal"] else states.mean(0))
     found = torch.stack(rows)
     if Path(job["folder"], "modules.json").exists():
         found = torch.nn.functional.normalize(found, dim=-1)
@@ -273,7 +279,15 @@ def _quality(job: dict, model: Any) -> Any:
 
 
 def lm_eval(job: dict) -> Row:
-    """Run a local task by lm-eval's own loader; the dense model's accuracy stands beside."""
+    """Run a local task by lm-eval's own loader; the dense model's accuracy stands beside.
+
+    That loader puts a random head onto an encoder; `liar eval` is what refuses one.
+    """
+    if not job["causal"]:
+        options = ["--tasks", "continuations", "--include-path", job["tasks"], "--quiet"]
+        command = [sys.executable, "-m", "liar_ext", "eval", job["folder"], *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        raise RuntimeError(f"{done.returncode}: {done.stderr.strip().splitlines()[-1]}")
     import lm_eval as harness
     from lm_eval.tasks import TaskManager
 

@@ -46,8 +46,14 @@ def _short(row: dict[str, Any] | None) -> str:
         return "not run"
     if row["state"] == "cannot":
         return "–"
-    number = re.sub(r", ppl.*|ppl |, (?=\d+/)|cosine ≥ |\d+/\d+ tokens| \(.*", "", row["number"])
+    if "→" in row["number"]:
+        return f"{row['after'] / row['before'] - 1:+.1%}".replace("%", " %")
+    number = re.sub(r", ppl.*|, \d+/\d+ tokens|cosine ≥ | \(.*", "", _number(row))
     return number if row["state"] == "good" else f"**{number or 'fails'}**"
+
+
+def _number(row: dict[str, Any]) -> str:
+    return row["number"].replace("0e+00", "0").replace("e-0", "e-")
 
 
 def full(rows: dict[str, dict[str, Any]]) -> str:
@@ -68,7 +74,7 @@ def _long(row: dict[str, Any] | None, reasons: list[str]) -> str:
     if row is None:
         return "not run"
     if row["state"] == "good":
-        return row["number"]
+        return _number(row)
     said = row["reason"].replace("|", "/")
     if said not in reasons:
         reasons.append(said)
