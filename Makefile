@@ -172,7 +172,8 @@ $(VLLM)/.installed:
 	touch $@
 
 # Pruned folders of three families in every consumer; puts the tables into README.md and
-# docs/matrix.md. Rows are kept in out/matrix/matrix.json: a second run makes what is missing.
+# docs/matrix.md. Rows are kept in out/matrix/matrix.json: a second run makes what is missing
+# (rm -r out/matrix for all of it: 25 minutes of CPU time).
 # MATRIX may give more options of bench/matrix, `--again REGEX` for one.
 matrix: setup $(ASSETS)/.installed $(COMPRESSOR)/.installed vllm-wheel
 	$(BIN)/pip install -q 'sentence-transformers>=5.1'
@@ -181,13 +182,14 @@ matrix: setup $(ASSETS)/.installed $(COMPRESSOR)/.installed vllm-wheel
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python bench/matrix --write --texts out/demo/texts \
 	  --llama $(ASSETS)/SmolLM2-135M-Instruct --bert $(ENCODER) $(MATRIX)
 
-# The README's lines in a virtual environment that has the wheel and what it asks for, and nothing else.
+# The README's lines in a virtual environment that has the wheel, what it and its extra `report` ask
+# for, and nothing else.
 README_VENV := build/readme
 check-readme: setup
 	rm -rf $(README_VENV)
 	$(PYTHON) -m venv $(README_VENV)
 	LIAR_CUDA=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(README_VENV)/wheel .
-	$(README_VENV)/bin/python -m pip install -q $(README_VENV)/wheel/*.whl
+	$(README_VENV)/bin/python -m pip install -q "$$(echo $(README_VENV)/wheel/*.whl)[report]"
 	$(README_VENV)/bin/python -I tests/readme.py $(README_VENV)/run
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -29,7 +30,9 @@ assert pathlib.Path(liar_ext.__file__).is_relative_to(sys.prefix), liar_ext.__fi
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    # With this source tree in PYTHONPATH pip would take its egg-info for the package, installed.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=clean)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -193,8 +193,8 @@ def _sentences(job: dict, folder: str | Path) -> np.ndarray:
 def _pooled(job: dict, folder: str | Path | None = None, model: Any = None) -> np.ndarray:
     """Return pooled hidden states.
 
-    Of decoders the last one, which is what sentence-transformers takes if no file says otherwise;
-    of encoders their mean, of length 1 if the folder says so.
+    Of decoders the last one, with the text as a chat's message, which is what sentence-transformers
+    does if no file says otherwise; of encoders their mean, of length 1 if the folder says so.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -203,7 +203,12 @@ def _pooled(job: dict, folder: str | Path | None = None, model: Any = None) -> n
     model = model or AutoModel.from_pretrained(folder or job["folder"], trust_remote_code=code)
     rows = []
     for text in job["texts"]:
-        given = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+        options = {}
+        if job["causal"]:
+            message = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(message, tokenize=False)
+            options["add_special_tokens"] = False
+        given = tokenizer(text, return_tensors="pt", truncation=True, max_length=256, **options)
         given = {name: given[name] for name in ("input_ids", "attention_mask")}
         states = model.eval()(**given).last_hidden_state[0].float()
         rows.append(states[-1] if job["causal"] else states.mean(0))

@@ -53,7 +53,8 @@ def _short(row: dict[str, Any] | None) -> str:
 
 
 def _number(row: dict[str, Any]) -> str:
-    return row["number"].replace("0e+00", "0").replace("e-0", "e-")
+    number = row["number"].replace("0e+00", "0").replace("e-0", "e-")
+    return re.sub(r"\d(\.\d+)?e\+\d+", lambda found: f"{float(found[0]):,.0f}", number)
 
 
 def full(rows: dict[str, dict[str, Any]]) -> str:
@@ -83,14 +84,18 @@ def _long(row: dict[str, Any] | None, reasons: list[str]) -> str:
 
 
 def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the versions that each consumer ran with."""
-    lines = ["### Versions", "", "| | date | packages |", "|---|---|---|"]
+    """Return the versions that were run, with the consumers of each environment."""
+    lines = ["### Versions", ""]
+    environments: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for consumer in CONSUMERS:
-        of = [row for name, row in rows.items() if name.startswith(f"{consumer} / ")]
-        of = [row for row in of if row.get("versions")]
-        packages = sorted({f"{n} {v}" for row in of for n, v in row["versions"].items()})
+        for name, row in rows.items():
+            if name.startswith(f"{consumer} / ") and row.get("versions"):
+                packages = tuple(sorted(f"{n} {v}" for n, v in row["versions"].items()))
+                environments.setdefault(packages, []).append({**row, "consumer": consumer})
+    for packages, of in environments.items():
+        consumers = list(dict.fromkeys(row["consumer"] for row in of))
         dates = sorted({row["date"] for row in of})
-        lines.append(f"| {consumer} | {', '.join(dates)} | {', '.join(packages)} |")
+        lines.append(f"- {', '.join(consumers)}: {', '.join(packages)}; {' and '.join(dates)}")
     return [*lines, ""]
 
 
