@@ -313,3 +313,16 @@ def resolves(target: str) -> bool:
             value = getattr(value, part, None)
         return True
     return False
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/matrix.md"])
+def test_the_matrix_has_every_consumer_and_no_failure(name):
+    script = (ROOT / "bench" / "matrix" / "page.py").read_text(encoding="utf-8")
+    consumers = ast.literal_eval(re.search(r"^CONSUMERS = (\(.*?^\))", script, re.M | re.S)[1])
+    page = (ROOT / name).read_text(encoding="utf-8")
+    table = page.partition("<!-- matrix: begin -->")[2].partition("<!-- matrix: end -->")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    for consumer in consumers:
+        of = [row for row in rows if row.startswith(f"| {consumer} |")]
+        assert len(of) == (1 if name == "README.md" else 3), consumer
+        assert not [row for row in of if "**" in row or "not run" in row], consumer
