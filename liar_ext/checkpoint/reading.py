@@ -119,8 +119,30 @@ def read_weights(
     check_keys(info, found.path, operation, strict)
     model.__class__ = stock  # only __init__ differed, and no module has that class
     if hasattr(model.config, "liar"):
-        describe(model)
+        said = _sizes_said(model.config)
+        with reading(found.path, operation):
+            describe(model)
+        if said[0] and said != _sizes_said(model.config):
+            raise InputError(
+                f"{operation}: config.json of {found.path} contradicts itself: the sizes of its "
+                "modules aren't those of its layers and heads; copy the folder again"
+            )
     return model
+
+
+def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int, ...]], list[Any]]:
+    """Return the shapes of modules that a config names, and the sizes of layers."""
+    said = config.liar if isinstance(config.liar, Mapping) else {}
+    shapes = {
+        (path, name): tuple(size)
+        for part in ("modules", "head")
+        for path, sizes in said.get(part, {}).items()
+        for name, size in sizes.items()
+        if isinstance(size, list)
+    }
+    parts = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
+    spec = [part.__dict__.get("_heterogeneity_spec") for part in parts]
+    return shapes, [each and each.per_layer_overrides for each in spec]
 
 
 def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool) -> None:

@@ -55,7 +55,8 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
         path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
     ):
         raise _refusal(folder, LOADER_FILE, "it isn't the file that save_pruned writes")
-    saved = f"{LOADER_MODULE}.{(config.get('architectures') or [''])[0]}"
+    names = config.get("architectures")
+    saved = f"{LOADER_MODULE}.{names[0] if isinstance(names, list) and names else ''}"
     return sorted(name for name, loader in auto_map.items() if old or loader == saved)
 
 
