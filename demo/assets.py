@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 PACKAGES = Path(".cache") / "assets"  # below the repository's root, where `make` runs
@@ -102,4 +102,6 @@ def write_texts(folder: Path) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    write_texts(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Write the demo's texts into a folder.")
+    parser.add_argument("folder", type=Path)
+    write_texts(parser.parse_args().folder)
