@@ -31,9 +31,10 @@ What was done to the package to break it, and what came of it. `make reliability
 
 - **tampered folders**: a saved folder with bytes flipped, files cut, deleted, linked elsewhere or
   replaced by pipes, fields of its JSON replaced by nasty values, sizes that its weights don't have,
-  code of a stranger, pickles for weights; given to `load_pruned`, `verify_pruned`, `load_model` and
-  `liar verify`. Each call must refuse in one line, or do its work, within 60 seconds and 12 GiB of
-  address space, and run none of the code.
+  code of a stranger, pickles for weights; given to `load_pruned`, `verify_pruned` and `load_model`,
+  and every sixth to `liar verify`. Each call must refuse in one line, or do its work, within 60
+  seconds (the command, which starts a process for each loader, within 240) and 12 GiB of address
+  space, and run none of the code.
 - **kills in the save phase**: SIGKILL, SIGINT and SIGTERM at file operations of a save and at
   random times, with and without an older folder to replace, with and without the system's exchange
   of two folders. The folder must be absent, the old one or the new one, and the next run must find
