@@ -33,10 +33,16 @@ DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.md", "*/config.json")
 
 
 def source_folder(name: str) -> Path | None:
-    """Return the folder that a model was loaded from: itself, or what the hub's cache has of it."""
+    """Return the folder that a model was loaded from: itself, or what the hub's cache has of it.
+
+    Only a model folder is one. What was built from a config has no name, and a GGUF file goes by
+    the folder that it lies in, where anything may lie beside it.
+    """
+    if not name:
+        return None
     try:
         if Path(name).is_dir():
-            return Path(name)
+            return Path(name) if (Path(name) / "config.json").is_file() else None
     except (OSError, ValueError):
         return None
     if name.count("/") != 1 or Path(name).suffix == ".gguf":

@@ -96,6 +96,21 @@ def test_nothing_from_outside_of_the_folder_goes_along(source: Path, tmp_path: P
     assert sum("leads" in warning for warning in report.warnings) == 6
 
 
+@pytest.mark.parametrize("name", ["", ".", "downloads", "nowhere", "no/where", "\0"])
+def test_only_a_model_folder_is_a_source(name: str, tmp_path: Path, monkeypatch) -> None:
+    """A model from a config has no name, and one from a GGUF file that of the folder around it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "downloads").mkdir()
+    for folder in (tmp_path, tmp_path / "downloads"):
+        (folder / "private.txt").write_text("of the user")
+        (folder / "other.json").write_text("{}")
+    model, plan = pruned("llama")
+    model.config.name_or_path = name
+    save_pruned(model, tmp_path / "out", plan)
+    assert not {"private.txt", "other.json"} & names(tmp_path / "out")
+
+
 @pytest.mark.parametrize("text", ["", "[" * 10**5, '{"path": 1}', "[1]", '[{"path": null}]'])
 def test_modules_that_are_none(text: str, source: Path, tmp_path: Path) -> None:
     (source / "modules.json").write_text(text)
