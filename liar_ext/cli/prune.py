@@ -15,6 +15,7 @@ from liar_ext.cli.options import recipe_of
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
+from liar_ext.report.report import Report
 
 
 def run(options: argparse.Namespace) -> None:
@@ -24,7 +25,6 @@ def run(options: argparse.Namespace) -> None:
     _check_complete(recipe, options)
 
     from liar_ext.checkpoint.saving import check_folder, save_pruned
-    from liar_ext.pipeline import prune
 
     if options.out:
         check_folder(options.out, options.overwrite)
@@ -35,16 +35,7 @@ def run(options: argparse.Namespace) -> None:
         print("\n".join(describe(given.model, given.calibration, recipe)))
         return
     loaded = time.perf_counter() - start
-    report = prune(
-        given.model,
-        given.calibration,
-        recipe,
-        evaluate_on=given.evaluation,
-        certify_on=given.certification,
-        progress=not options.quiet,
-    )
-    report.settings |= given.facts
-    report.warnings += given.warnings
+    report = prune_given(given, recipe, progress=not options.quiet)
     # Those of saving are added by save_pruned, which writes the report.
     report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
     report.seconds["total"] = time.perf_counter() - start
@@ -59,6 +50,23 @@ def run(options: argparse.Namespace) -> None:
     if not options.quiet:
         print(report.summary())
         print(f"{options.out}: saved after {time.perf_counter() - start:.0f} s")
+
+
+def prune_given(given: Given, recipe: Recipe, *, progress: bool) -> Report:
+    """Prune what was loaded; the report says what became of the texts, too."""
+    from liar_ext.pipeline import prune
+
+    report = prune(
+        given.model,
+        given.calibration,
+        recipe,
+        evaluate_on=given.evaluation,
+        certify_on=given.certification,
+        progress=progress,
+    )
+    report.settings |= given.facts
+    report.warnings += given.warnings
+    return report
 
 
 @dataclass

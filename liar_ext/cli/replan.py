@@ -74,23 +74,13 @@ def _prune(folder: Path, out: Path, recipe: Recipe, progress: bool) -> Any:
     """Run a job and write its folder; pad it where no config says layers of these sizes."""
     from liar_ext.checkpoint.inspection import read_config, read_json
     from liar_ext.checkpoint.saving import save_pruned
-    from liar_ext.cli.prune import load
+    from liar_ext.cli.prune import load, prune_given
     from liar_ext.export.formats import Exported, is_unequal
     from liar_ext.export.uniform import export as pad
-    from liar_ext.pipeline import prune
     from liar_ext.report.report import REPORT_JSON
 
     given = load(recipe)
-    report = prune(
-        given.model,
-        given.calibration,
-        recipe,
-        evaluate_on=given.evaluation,
-        certify_on=given.certification,
-        progress=progress,
-    )
-    report.settings |= given.facts
-    report.warnings += given.warnings
+    report = prune_given(given, recipe, progress=progress)
     save_pruned(given.model, out, report.plan, report=report, tokenizer=given.tokenizer)
     before = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
     notes = compare(before, json.loads(report.to_json()))
