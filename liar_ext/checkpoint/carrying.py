@@ -10,11 +10,12 @@ their layers.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER
+from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES
 from liar_ext.errors import one_line
 
 MODULES_FILE = "modules.json"
@@ -25,9 +26,9 @@ WEIGHTS = (
 )
 CODE = (".py", ".pyc", ".so", ".sh")
 TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *TOKENIZER_FILES,
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.md", "*/config.json")
 
@@ -38,13 +39,8 @@ def source_folder(name: str) -> Path | None:
     Only a model folder is one. What was built from a config has no name, and a GGUF file goes by
     the folder that it lies in, where anything may lie beside it.
     """
-    if not name:
-        return None
-    try:
-        if Path(name).is_dir():
-            return Path(name) if (Path(name) / "config.json").is_file() else None
-    except (OSError, ValueError):
-        return None
+    if os.path.isdir(name):  # unlike Path's, False for no name, and for one that no file can have
+        return Path(name) if (Path(name) / "config.json").is_file() else None
     if name.count("/") != 1 or Path(name).suffix == ".gguf":
         return None
     from huggingface_hub import snapshot_download

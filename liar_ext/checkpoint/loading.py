@@ -21,6 +21,7 @@ from liar_ext.checkpoint.names import (
     OLD_PLAN_FILE,
     PLAN_FILE,
     QUANTISER_MARKS,
+    TOKENIZER_FILES,
 )
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import (
@@ -43,10 +44,6 @@ REFUSED_ARGUMENTS = (
     "custom_generate",
     "adapter_kwargs",
     "ignore_mismatched_sizes",
-)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 
 

@@ -24,6 +24,11 @@ LOADER_FILE = f"{LOADER_MODULE}.py"
 LOADER_CODE = Path(liar_loader.__file__).read_text(encoding="utf-8")
 # What transformers leaves on a model that it read from GGUF, and what forbids to save it.
 QUANTISER_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+# Any of these says that a folder has a tokenizer.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
 
 # Of version 0.1.0, whose folders are read.
 OLD_MARK_VERSION = 1

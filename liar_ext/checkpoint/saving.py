@@ -163,11 +163,14 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokenizer: bool) -> None:
     """Copy what else the source folder holds, and write a model card if there is a report."""
-    found = source_folder(os.fspath(source or model.config.name_or_path))
+    name = os.fspath(source or model.config.name_or_path)
+    found, said = source_folder(name), []
     if found is not None:
         said = carry(found, folder, sites(model)[0].d_out, tokenizer=tokenizer)
-        if isinstance(getattr(report, "warnings", None), list):
-            report.warnings += said
+    elif name and not os.path.isdir(name):
+        said = [f"What else {name} holds could not be read, and stays behind."]
+    if isinstance(getattr(report, "warnings", None), list):
+        report.warnings += said
     if hasattr(report, "to_card"):
         text = report.to_card(license_of(found))
         (folder / CARD_FILE).write_text(text, encoding="utf-8")

@@ -9,6 +9,7 @@ those that the stock class builds: :mod:`liar_ext.surgery.liar_loader` reads it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -49,12 +50,18 @@ def from_dense(model: nn.Module, plan: Plan) -> Plan:
     """Return what a plan for this model comes to for the dense one, where the way here is known.
 
     :func:`liar_ext.prune` and :func:`liar_ext.load_pruned` leave it on the model as ``liar_plan``.
-    What was sliced by hand since can't be told: then the plan counts the units that came in.
+    What was sliced by hand since can't be told: then the plan counts the units that came in, with
+    a warning.
     """
     before = getattr(model, "liar_plan", None)
     try:
         return plan if before is None else plan.after(before)
-    except InputError:
+    except InputError as error:
+        warnings.warn(
+            "the model isn't as liar_ext left it, so the plan counts the units that it came in "
+            f"with, and not the dense model's ({error})",
+            stacklevel=2,
+        )
         return plan
 
 

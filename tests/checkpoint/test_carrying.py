@@ -107,7 +107,10 @@ def test_only_a_model_folder_is_a_source(name: str, tmp_path: Path, monkeypatch)
         (folder / "other.json").write_text("{}")
     model, plan = pruned("llama")
     model.config.name_or_path = name
-    save_pruned(model, tmp_path / "out", plan)
+    report = Report("llama")
+    save_pruned(model, tmp_path / "out", plan, report=report)
+    told = [f"What else {name} holds could not be read, and stays behind."]
+    assert report.warnings == (told if name and not (tmp_path / name).is_dir() else [])
     assert not {"private.txt", "other.json"} & names(tmp_path / "out")
 
 
