@@ -19,7 +19,7 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, skeleton
 from liar_ext.narrowing.narrowing import MEMORY, count_kept
-from liar_ext.pipeline import Job
+from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias

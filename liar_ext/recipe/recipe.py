@@ -10,29 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.models.sites import ATTN_UNITS, KINDS
-from liar_ext.plan import BUDGET_UNITS, Budget, by_todays_names, takes_older_names
+from liar_ext.plan import Budget, by_todays_names, takes_older_names
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
-from liar_ext.recipe.choices import (
-    ALLOCATIONS,
-    DTYPES,
-    GROUPS,
-    PRESETS,
-    SCHEDULES,
-    choice,
-)
-from liar_ext.reconstruction.layerwise import TARGETS, check_target
-from liar_ext.reconstruction.settings import MODES
-from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.refine import check_refine
+from liar_ext.recipe.choices import GROUPS, PRESETS
+from liar_ext.recipe.fields import Fields
 
 VERSION = 1
 
 
 @takes_older_names
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Fields):
     """Every choice of a job, shared by :func:`liar_ext.prune`, the command, report and folder.
 
     Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
@@ -96,7 +85,6 @@ class Recipe:
         Held-out text for perplexity before and after.
     eval_samples : int, optional
         Windows of it, evenly spread; all by default.
-
     certify : int
         Sequences to draw of documents that no decision sees, to report the errors on them.
 
@@ -105,165 +93,6 @@ class Recipe:
     InputError
         If a field has a wrong type, is out of range, or does not go with another.
     """
-
-    model: str | None = choice(
-        None, "model", check.text(optional=True), "model folder, hub id, or GGUF file"
-    )
-    dtype: str = choice("float32", "model", check.one_of(DTYPES), "of the weights")
-    device: str = choice(
-        "cpu", "model", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all"
-    )
-    calibration: tuple[str, ...] = choice(
-        (),
-        "calibration",
-        check.texts,
-        "text files, .jsonl files with a field text, folders of text files, or names of the "
-        "datasets library (NAME[:CONFIG[:SPLIT]]); sequences are drawn evenly from all",
-        metavar="TEXT",
-    )
-    samples: int = choice(128, "calibration", check.whole(2), "calibration sequences")
-    seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
-    batch_size: int = choice(4, "calibration", check.whole(1), "sequences per forward pass")
-    seed: int = choice(0, "calibration", check.whole(0), "of the draw and the folds")
-    memory: int | None = choice(
-        None,
-        "calibration",
-        check.whole(1, optional=True),
-        "for sums over the calibration text at a time, 16 d² bytes for a layer of d inputs: what "
-        "needs more is summed in groups of layers, with more passes and the same result (32, or "
-        "half of what is free, by default)",
-        metavar="GIB",
-    )
-    keep: float = choice(0.8, "budget", check.number, "fraction to keep, in (0, 1]")
-    of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "what the fraction counts")
-    tile: int | str = choice(
-        "auto",
-        "budget",
-        check.tile,
-        "MLP channels that a layer keeps are a multiple of this; auto is 32, halved for layers "
-        "that have fewer than eight of them. Heads stay whole",
-    )
-    at_least: int = choice(1, "budget", check.whole(1), "units that every site keeps")
-    uniform_layers: bool = choice(
-        False,
-        "budget",
-        check.flag,
-        "all layers keep equally many units, so that stock loaders take the result",
-    )
-    keep_hidden: float = choice(
-        1.0,
-        "budget",
-        check.number,
-        "fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
-        "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
-        "of all norms are over 8 GiB, or --memory",
-    )
-    kinds: tuple[str, ...] = choice(
-        KINDS,
-        "budget",
-        check.some_of(KINDS),
-        "sites that may be pruned; prunable parameters are theirs",
-        option="--sites",
-    )
-    attn_unit: str = choice(
-        "auto",
-        "budget",
-        check.one_of(ATTN_UNITS),
-        "attention unit; auto takes KV groups where query heads share keys",
-    )
-    criterion: str = choice("wifv", "selection", check.text(), "importance score")
-    allocation: str = choice(
-        "curve",
-        "selection",
-        check.one_of(ALLOCATIONS),
-        "how the pruning ratio is distributed over layers: the same everywhere, by standardised "
-        "scores, or by error curves and the measured sensitivity of each site (a few more forward "
-        "passes)",
-    )
-    refine: int = choice(
-        0, "selection", check.whole(0), "curve: measure N whole plans more, and keep the best"
-    )
-    reconstruct: str = choice(
-        "auto",
-        "reconstruction",
-        check.one_of(MODES),
-        "error compensation: none, of the means (bias), a linear map of what stays, both (affine); "
-        "auto is affine where a consumer has a bias and linear elsewhere; bias and affine give "
-        "consumers a bias if they lack one",
-    )
-    damp: float | str = choice(
-        "auto",
-        "reconstruction",
-        check.number_or_auto,
-        "ridge regularisation, or auto: by cross-validation",
-        metavar="LAMBDA",
-    )
-    schedule: str = choice(
-        "one-pass",
-        "reconstruction",
-        check.one_of(SCHEDULES),
-        "solve all layers on the dense model's activations, or walk them on the pruned one's",
-    )
-    target: str | None = choice(
-        None,
-        "reconstruction",
-        check.one_of(TARGETS, optional=True),
-        "layerwise: restore what a layer loses, its dense output, the dense residual stream, or as "
-        "much of the latter as held-out text supports (auto, the default)",
-    )
-    refit: bool = choice(
-        False, "reconstruction", check.flag, "layerwise: solve layers that lose nothing, too"
-    )
-    eval: str | None = choice(
-        None,
-        "evaluation",
-        check.text(optional=True),
-        "held-out text: report perplexity before and after",
-        metavar="TEXT",
-    )
-    eval_samples: int | None = choice(
-        None, "evaluation", check.whole(1, optional=True), "evaluate on N windows, evenly spread"
-    )
-    certify: int = choice(
-        0,
-        "evaluation",
-        check.whole(0),
-        "draw N more calibration sequences, of documents that no decision sees, and report the "
-        "errors on them; 16 are a good number",
-    )
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = each.metadata["check"](each.name, getattr(self, each.name))
-            object.__setattr__(self, each.name, value)
-        _ = self.budget
-        if not 0.0 < self.keep_hidden <= 1.0:
-            raise InputError(
-                f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"
-            )
-        if self.calibration and self.seq_len < 2:
-            raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
-        if self.certify == 1:
-            raise InputError("recipe: certify must be 0, or at least 2 sequences, got 1")
-        get_criterion(self.criterion)
-        check_refine(self.refine, self.allocation)
-        if self.schedule == "layerwise":
-            check_target(self.solve_target, self.reconstruct)
-        elif self.refit or self.target not in (None, "dense-input"):
-            raise InputError(
-                "recipe: in one pass a site knows its dense input only, got "
-                f'target={self.target!r}, refit={self.refit}; use schedule="layerwise"'
-            )
-
-    @property
-    def budget(self) -> Budget:
-        """The fields that a budget has."""
-        return Budget(**{each.name: getattr(self, each.name) for each in fields(Budget)})
-
-    @property
-    def solve_target(self) -> str:
-        """What sites are solved for: ``target``, or what it is by default."""
-        return self.target or ("auto" if self.schedule == "layerwise" else "dense-input")
 
     @classmethod
     def build(cls, start: Recipe | Budget | float | None = None, **choices: Any) -> Recipe:

@@ -1,0 +1,88 @@
+"""The whole job, in the order of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.data.batches import Batches
+from liar_ext.pipeline.job import Job
+from liar_ext.plan import Budget
+from liar_ext.recipe import Recipe
+from liar_ext.report.report import Report
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches,
+    recipe: Recipe | Budget | float | None = None,
+    *,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    certify_on: Sequence[Mapping[str, Tensor]] | None = None,
+    bank: MomentBank | None = None,
+    progress: bool = False,
+    **choices: object,
+) -> Report:
+    """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
+
+    Calibrate (one pass of the dense model over ``batches``), score every unit, allocate the budget,
+    solve every consumer ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with λ chosen by cross-validation,
+    then slice the modules::
+
+        prune(model, batches, keep=0.8)
+        prune(model, batches, keep=0.5, schedule="layerwise", uniform_layers=True)
+        prune(model, batches, Recipe.load("pruned/liar/recipe.yaml"))
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of a known family, dense or pruned before; it is changed only in the
+        last step. Its config then says the new sizes, so that ``model.save_pretrained`` works.
+    batches : iterable of mapping
+        The calibration set; see :func:`liar_ext.calibrate`.
+    recipe : Recipe, Budget or float, optional
+        Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
+        parameters that may stay, or a :class:`liar_ext.Budget`.
+    evaluate_on : sequence of mapping, optional
+        Batches of held-out text; the report then has dense and pruned perplexity.
+    certify_on : sequence of mapping, optional
+        Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
+        decision sees them; the report then has errors on them: of each site's new weights on its
+        dense input, unless they are solved layerwise, and the divergence of the whole model.
+    bank : MomentBank, optional
+        The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
+        not summed again. ``batches`` is still what sensitivities and walks run over.
+    progress : bool
+        Show progress bars.
+    **choices
+        Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
+        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...
+
+    Returns
+    -------
+    Report
+        With the recipe as ``report.recipe`` and the plan as ``report.plan``: of the dense model,
+        also where the model was pruned before, if that is known (``report.earlier`` tells of it).
+
+    Raises
+    ------
+    InputError
+        If a choice, the model, the data or the budget cannot be used; the model is then as it was.
+
+    Notes
+    -----
+    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp is
+    ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``.
+    """
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
+    job.check()
+    dense = job.evaluate(evaluate_on)
+    passes = job.calibrate(job.narrow())
+    scores, losses = job.score(passes)
+    plan = job.allocate(passes, scores, losses)
+    weights = job.reconstruct(passes, plan)
+    job.certify(certify_on, passes, plan, weights)
+    plan = job.slice(plan, weights)
+    return job.report(plan, dense, job.evaluate(evaluate_on))
