@@ -20,6 +20,7 @@ import torch
 from liar_ext import Recipe, perplexity, prune
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.dry_run import describe
+from liar_ext.data.batches import FACTS
 from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
 from liar_ext.recipe import PRESETS
 
@@ -86,7 +87,7 @@ def parse() -> argparse.Namespace:
 def run(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
     """Run the model over the batches."""
     for batch in batches:
-        model(**{key: value for key, value in batch.items() if key != "fold"}, use_cache=False)
+        model(**{key: value for key, value in batch.items() if key not in FACTS}, use_cache=False)
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -14,7 +14,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import group_sites, room_for_sums, split
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.data.batches import FOLDS, probe_batches
+from liar_ext.data.batches import FACTS, FOLDS, probe_batches
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, skeleton
@@ -201,7 +201,7 @@ def _run(model: nn.Module, batches: Batches) -> None:
     with evaluating(model):
         for batch in batches:
             device = next(model.parameters()).device
-            model(**{key: value.to(device) for key, value in batch.items() if key != "fold"})
+            model(**{key: value.to(device) for key, value in batch.items() if key not in FACTS})
 
 
 def _rows(batch: Mapping[str, Tensor]) -> int:

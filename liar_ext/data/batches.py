@@ -17,6 +17,8 @@ FOLDS = 2
 PROBE_SEQUENCES, PROBE_TOKENS = 4, 2048
 # What a head computes a loss from; only who asks for a loss gets it.
 LABELS = ("labels", "start_positions", "end_positions")
+# What is known of sequences, and no input of a model.
+FACTS = ("fold", "source")
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,15 @@ class Batch:
         ``(sequences, tokens)`` bool, False where a token is padding; None if every token counts.
     labels : dict of str to Tensor
         ``labels``, or ``start_positions`` and ``end_positions``, where the batch has them.
+    source : Tensor, optional
+        ``(sequences,)`` int64: which of several texts a sequence is of; all of one unless given.
     """
 
     inputs: dict[str, Tensor]
     fold: Tensor
     mask: Tensor | None = None
     labels: dict[str, Tensor] = field(default_factory=dict)
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.fold)
@@ -50,6 +55,7 @@ class Batch:
             self.fold.to(device),
             None if self.mask is None else self.mask.to(device),
             {name: value.to(device) for name, value in self.labels.items()},
+            self.source,
         )
 
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
@@ -64,6 +70,7 @@ class Batch:
             pick(self.fold),
             None if self.mask is None else pick(self.mask),
             {name: pick(value) for name, value in self.labels.items()},
+            None if self.source is None else pick(self.source),
         )
 
     def counting(self, tokens: int, device: torch.device) -> Tensor:
@@ -83,7 +90,8 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
     ----------
     batches : iterable of mapping or Tensor
         Keyword arguments of a model, or ``input_ids`` alone. ``attention_mask`` ``(batch, tokens)``
-        is zero where a token is padding, ``fold`` ``(batch,)`` is 0 or 1.
+        is zero where a token is padding, ``fold`` ``(batch,)`` is 0 or 1, ``source`` ``(batch,)``
+        says by a number which of several texts a sequence is of.
 
     Raises
     ------
@@ -108,7 +116,7 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
                 "batches: a batch is input_ids, or a mapping of names to tensors of one row per "
                 f"sequence, got {name} of type {type(value).__name__}"
             )
-    fold = inputs.pop("fold", None)
+    fold, source = (inputs.pop(name, None) for name in FACTS)
     labels = {name: inputs.pop(name) for name in LABELS if name in inputs}
     if not inputs:
         raise InputError("batches: a batch holds no input of the model; give input_ids, say")
@@ -119,26 +127,38 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
         raise InputError(
             f"batches: fold must be 0 or 1 for each of {len(first)} sequences, got {fold.tolist()}"
         )
+    if source is not None and (source.shape != (len(first),) or source.is_floating_point()):
+        raise InputError(
+            "batches: source must be a whole number for each of "
+            f"{len(first)} sequences, got {source.tolist()}"
+        )
     mask = inputs.get("attention_mask")
     full = mask is None or mask.dim() != 2 or bool(mask.all())
-    return Batch(inputs, fold.long(), None if full else mask.bool(), labels)
+    return Batch(inputs, fold.long(), None if full else mask.bool(), labels, source)
 
 
 def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
     """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
-    Sequences of one batch stay together, so that short ones need few passes.
+    Every source gives equally many of them, and each at least one. Sequences of one batch stay
+    together, so that short ones need few passes.
     """
     read = list(read_batches(batches))
-    places = [(index, row) for index, batch in enumerate(read) for row in range(len(batch))]
-    tokens = sum(map(_tokens, read))
-    count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * len(places) / max(tokens, 1)))
-    count = min(count, len(places))
+    places: dict[int, list[tuple[int, int]]] = {}
+    for index, batch in enumerate(read):
+        sources = [0] * len(batch) if batch.source is None else batch.source.tolist()
+        for row, source in enumerate(sources):
+            places.setdefault(source, []).append((index, row))
+    sequences, tokens = sum(map(len, read)), sum(map(_tokens, read))
+    count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * sequences / max(tokens, 1)))
+    share = -(-count // max(len(places), 1))
     chosen: dict[int, list[int]] = {}
-    for step in range(count):
-        index, row = places[(2 * step + 1) * len(places) // (2 * count)]
-        chosen.setdefault(index, []).append(row)
-    return [read[index].select(rows).inputs for index, rows in chosen.items()]
+    for found in places.values():
+        taken = min(share, len(found))
+        for step in range(taken):
+            index, row = found[(2 * step + 1) * len(found) // (2 * taken)]
+            chosen.setdefault(index, []).append(row)
+    return [read[index].select(rows).inputs for index, rows in sorted(chosen.items())]
 
 
 def _tokens(batch: Batch) -> int:

@@ -45,6 +45,8 @@ class Sequences:
         seen. Their fold only takes turns.
     notes : tuple of str
         What a user has to know of the draw.
+    source : Tensor, optional
+        ``(sequences,)`` int64: which of several texts each is of.
     """
 
     input_ids: Tensor
@@ -53,6 +55,7 @@ class Sequences:
     bos: str = ""
     certification: Sequences | None = None
     notes: tuple[str, ...] = ()
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -75,13 +78,14 @@ class Sequences:
         batches = []
         for fold in self.fold.unique():
             for rows in (self.fold == fold).nonzero().flatten().split(batch_size):
-                batches.append(
-                    {
-                        "input_ids": self.input_ids[rows],
-                        "attention_mask": self.attention_mask[rows],
-                        "fold": self.fold[rows],
-                    }
-                )
+                batch = {
+                    "input_ids": self.input_ids[rows],
+                    "attention_mask": self.attention_mask[rows],
+                    "fold": self.fold[rows],
+                }
+                if self.source is not None:
+                    batch["source"] = self.source[rows]
+                batches.append(batch)
         return batches
 
 
@@ -169,10 +173,11 @@ def calibration_sequences(
     third = None
     if certify:
         turns = [index % FOLDS for index in range(len(drawn[FOLDS]))]
-        third = _pad(drawn[FOLDS], turns, tokenizer, bos)
+        third = _pad([window for window, _ in drawn[FOLDS]], turns, tokenizer, bos)
     folds = [fold for fold in range(FOLDS) for _ in drawn[fold]]
-    rows = [window for fold in range(FOLDS) for window in drawn[fold]]
-    return _pad(rows, folds, tokenizer, bos, third, tuple(notes))
+    rows, origins = zip(*(pair for fold in range(FOLDS) for pair in drawn[fold]), strict=True)
+    origin = torch.tensor(origins)
+    return _pad(rows, folds, tokenizer, bos, third, tuple(notes), source=origin)
 
 
 def evaluation_sequences(
@@ -288,14 +293,19 @@ def _single_sequences(documents: Sequence[str], tokenizer, seq_len: int) -> list
     return tokenizer(list(documents), truncation=True, max_length=seq_len)["input_ids"]
 
 
-def _take_evenly(queues: list[list[list[int]]], number: int) -> list[list[int]]:
-    """Take ``number`` items round-robin, so that no source dominates."""
+def _take_evenly(queues: list[list[list[int]]], number: int) -> list[tuple[list[int], int]]:
+    """Take ``number`` items round-robin, so that no source dominates, each with its source."""
     longest = max((len(queue) for queue in queues), default=0)
-    rounds = (queue[turn] for turn in range(longest) for queue in queues if turn < len(queue))
-    return [window for window, _ in zip(rounds, range(number), strict=False)]
+    rounds = (
+        (queue[turn], source)
+        for turn in range(longest)
+        for source, queue in enumerate(queues)
+        if turn < len(queue)
+    )
+    return [pair for pair, _ in zip(rounds, range(number), strict=False)]
 
 
-def _pad(rows: list[list[int]], fold: list[int], tokenizer, *more, **facts) -> Sequences:
+def _pad(rows: Sequence[list[int]], fold: list[int], tokenizer, *more, **facts) -> Sequences:
     """Return sequences padded to the longest."""
     longest = max(len(window) for window in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -19,7 +19,7 @@ import torch
 from pydantic import PrivateAttr, create_model, model_validator
 from torch import Tensor, nn
 
-from liar_ext.data.batches import LABELS, Batch, read_batches
+from liar_ext.data.batches import FACTS, LABELS, Batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 from liar_ext.models.sites import Site, sites
@@ -291,7 +291,7 @@ def calibration_batches(model: nn.Module, dataloader: Any) -> Iterator[Batch]:
     InputError
         If a batch isn't a mapping of tensors.
     """
-    known = {*inspect.signature(model.forward).parameters, *LABELS, "fold"}
+    known = {*inspect.signature(model.forward).parameters, *LABELS, *FACTS}
 
     def chosen() -> Iterator[Mapping[str, Tensor]]:
         for batch in dataloader:

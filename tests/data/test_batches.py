@@ -5,7 +5,7 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, calibrate, reconstruct_layerwise, score, sites
-from liar_ext.data.batches import Batch, probe_batches, read_batches
+from liar_ext.data.batches import Batch, probe_batches, read_batch, read_batches
 from liar_ext.selection.allocation import allocate
 
 
@@ -79,3 +79,20 @@ def test_probes_hold_inputs_alone():
     probes = probe_batches([{"input_ids": ids, "labels": ids, "fold": torch.arange(10) % 2}])
     assert [set(probe) for probe in probes] == [{"input_ids"}]
     assert isinstance(next(read_batches(probes)), Batch)
+
+
+def test_every_source_is_probed():
+    ids = torch.arange(64 * 8).view(64, 8)
+    batches = [
+        {"input_ids": ids[at : at + 4], "source": torch.tensor([0, 1, 0, 1])}
+        for at in range(0, 64, 4)
+    ]
+    rows = torch.cat([probe["input_ids"] for probe in probe_batches(batches)])[:, 0] // 8
+    assert sorted((rows % 2).tolist()) == [0] * (len(rows) // 2) + [1] * (len(rows) // 2)
+    alone = torch.cat([p["input_ids"] for p in probe_batches([{"input_ids": ids}])])
+    assert len(alone) == len(rows)
+
+
+def test_a_source_is_a_whole_number_for_each_sequence():
+    with pytest.raises(InputError, match="source must be a whole number for each of 2"):
+        read_batch({"input_ids": torch.ones(2, 3), "source": torch.tensor([0.5, 1])})

@@ -183,8 +183,11 @@ def test_sources_contribute_evenly(tokenizer):
     long, short = ["a" * 400] * 10, ["b" * 40] * 4
     drawn = texts.calibration_sequences([long, short], tokenizer, samples=8, seq_len=10)
     b = tokenizer("b")["input_ids"][0]
-    assert int((drawn.input_ids == b).any(1).sum()) == 4
+    of_b = (drawn.input_ids == b).any(1)
+    assert int(of_b.sum()) == 4
     assert drawn.fold.tolist() == [0] * 4 + [1] * 4
+    assert drawn.source.tolist() == of_b.long().tolist()
+    assert torch.cat([batch["source"] for batch in drawn.batches(3)]).equal(drawn.source)
 
 
 def test_the_seed_decides(tokenizer):
