@@ -17,6 +17,13 @@ from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 
+# Of the documents that a model writes, one in so many is to spare: windows lose the last tokens.
+SPARE = 8
+ONE_KIND = (
+    "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
+    'another kind as well, or "self", text that the model writes itself.'
+)
+
 
 def run(options: argparse.Namespace) -> None:
     """Run the job that the options and their recipe say."""
@@ -28,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.out:
         check_folder(options.out, options.overwrite)
-    given = load(recipe)
+    given = load(recipe, progress=not options.quiet)
     if options.dry_run:
         from liar_ext.cli.dry_run import describe
 
@@ -82,7 +89,7 @@ class Given:
     warnings: list[str]
 
 
-def load(recipe: Recipe) -> Given:
+def load(recipe: Recipe, *, progress: bool = False) -> Given:
     """Return the model and the batches of a recipe.
 
     Raises
@@ -90,12 +97,13 @@ def load(recipe: Recipe) -> Given:
     InputError
         If one of them can't be read, or they don't go together.
     """
+    from liar_ext.calibration.self_calibration import SELF
     from liar_ext.data import texts
 
-    sources = [texts.read_documents(source) for source in recipe.calibration]
+    read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
     if held_out is not None:
-        texts.check_apart([text for documents in sources for text in documents], held_out)
+        texts.check_apart([text for documents in read.values() for text in documents], held_out)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
     if recipe.eval and not predicts_next_token(model):
@@ -103,8 +111,10 @@ def load(recipe: Recipe) -> Given:
             f"prune: --eval needs a causal language model, got {type(model).__name__}; leave it "
             "out, and judge the model by its own task"
         )
+    if SELF in recipe.calibration:
+        read[SELF] = _written(model, tokenizer, recipe, progress)
     calibration = texts.calibration_sequences(
-        sources,
+        [read[source] for source in recipe.calibration],
         tokenizer,
         samples=recipe.samples,
         seq_len=recipe.seq_len,
@@ -122,6 +132,9 @@ def load(recipe: Recipe) -> Given:
     if recipe.eval:
         facts["eval"] = recipe.eval
     warnings = list(calibration.notes)
+    if len(set(recipe.calibration)) == 1 and SELF not in recipe.calibration:
+        if predicts_next_token(model):
+            warnings.append(ONE_KIND)
     if len(calibration) < recipe.samples:
         warnings.append(
             f"The calibration text gave {len(calibration)} of {recipe.samples} sequences."
@@ -130,6 +143,21 @@ def load(recipe: Recipe) -> Given:
     fresh = calibration.certification
     certification = None if fresh is None else fresh.batches(recipe.batch_size)
     return Given(model, tokenizer, batches, evaluation, certification, facts, warnings)
+
+
+def _written(model: nn.Module, tokenizer: Any, recipe: Recipe, progress: bool) -> Sequence[str]:
+    """Return the model's own share of the calibration text, and some to spare at the seams."""
+    from liar_ext.calibration.self_calibration import write_documents
+
+    share = -(-(recipe.samples + recipe.certify) // len(recipe.calibration))
+    return write_documents(
+        model,
+        tokenizer,
+        documents=share + max(share // SPARE, 4),
+        tokens=recipe.seq_len,
+        seed=recipe.seed,
+        progress=progress,
+    )
 
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -79,7 +79,7 @@ def _prune(folder: Path, out: Path, recipe: Recipe, progress: bool) -> Any:
     from liar_ext.export.uniform import export as pad
     from liar_ext.report.report import REPORT_JSON
 
-    given = load(recipe)
+    given = load(recipe, progress=progress)
     report = prune_given(given, recipe, progress=progress)
     save_pruned(given.model, out, report.plan, report=report, tokenizer=given.tokenizer)
     before = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}

@@ -19,6 +19,7 @@ __all__ = [
     "calibration_sequences",
     "check_apart",
     "check_seq_len",
+    "document_prefix",
     "evaluation_sequences",
     "read_documents",
 ]
@@ -136,7 +137,7 @@ def calibration_sequences(
     _check_draw(samples, seq_len, seed, certify, lone)
     generator = torch.Generator().manual_seed(seed)
     shares = [samples // FOLDS] * FOLDS + [certify] * (certify > 0)
-    prefix = _prefix(tokenizer) if packed else []
+    prefix = document_prefix(tokenizer) if packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
     for documents in sources:
         if lone == "halves" and len(documents) == 1:
@@ -202,7 +203,7 @@ def evaluation_sequences(
     if samples is not None:
         most = max(4 * ENOUGH, TIMES * samples * seq_len * CHARACTERS)
         documents = documents[:: -(-sum(map(len, documents)) // most) or 1]
-    prefix = _prefix(tokenizer)
+    prefix = document_prefix(tokenizer)
     windows = _packed_windows(documents, tokenizer, seq_len, prefix)
     if not windows:
         raise InputError(
@@ -214,6 +215,17 @@ def evaluation_sequences(
         windows = windows[::stride][:samples]
     bos = tokenizer.decode(prefix) if prefix else ""
     return _pad(windows, [0] * len(windows), tokenizer, bos, notes=notes)
+
+
+def document_prefix(tokenizer) -> list[int]:
+    """Return the special tokens with which the tokenizer begins a document, such as BOS."""
+    text = "a"
+    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer(text, verbose=False)["input_ids"]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at]
+    return []
 
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:
@@ -260,17 +272,6 @@ def _check_filled(
         f"calibration: the text is too short: {characters} characters do not fill one sequence "
         f"of {seq_len} tokens in each of {parts}; give more text or a smaller seq_len"
     )
-
-
-def _prefix(tokenizer) -> list[int]:
-    """Return the special tokens with which the tokenizer begins a document, such as BOS."""
-    text = "a"
-    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = tokenizer(text, verbose=False)["input_ids"]
-    for at in range(len(whole) - len(plain) + 1):
-        if whole[at : at + len(plain)] == plain:
-            return whole[:at]
-    return []
 
 
 def _packed_windows(

@@ -31,7 +31,8 @@ class Fields:
         "calibration",
         check.texts,
         "text files, .jsonl files with a field text, folders of text files, or names of the "
-        "datasets library (NAME[:CONFIG[:SPLIT]]); sequences are drawn evenly from all",
+        "datasets library (NAME[:CONFIG[:SPLIT]]), or self: text that the model writes itself; "
+        "sequences are drawn evenly from all",
         metavar="TEXT",
     )
     samples: int = choice(128, "calibration", check.whole(2), "calibration sequences")

@@ -37,7 +37,8 @@ class Recipe(Fields):
     dtype, device : str
         Of the weights; where the model goes.
     calibration : tuple of str
-        Texts of the calibration set; empty where batches are given.
+        Texts of the calibration set; empty where batches are given. ``self`` is text that the
+        model writes, see :func:`liar_ext.calibration.self_calibration.write_documents`.
     samples, seq_len, batch_size : int
         Sequences to draw; tokens per sequence, also those that FLOPs are counted at; sequences per
         forward pass.
