@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,13 @@ class Run:
         Hidden states after the block; None if the run ended at a consumer.
     seen : dict of str to (Tensor, Tensor)
         Input and output of each consumer, by site name.
+    sums: dict of str to Tensor
+        What the norms of :attr:`Blocks.norms` read, by site name.
     """
 
     output: Tensor | None
     seen: dict[str, tuple[Tensor, Tensor]]
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Blocks:
@@ -46,10 +49,17 @@ class Blocks:
         The model, in evaluation mode.
     sites : sequence of Site
         All its sites.
+
+    Attributes
+    ----------
+    norms : dict of str to str
+        Path of the norm that reads the sum of stream and consumer, by the name of those sites where
+        :meth:`norm_of_sum` found one; runs note what it reads.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self._model = model
+        self.norms: dict[str, str] = {}
         self._body = getattr(model, "base_model", model)
         self.sites: dict[int, list[Site]] = {}
         for site in sites:
@@ -111,22 +121,27 @@ class Blocks:
         consumers : mapping of str to callable, optional
             What to compute in place of a consumer, by site name.
         end : str, optional
-            Site after whose consumer the run may end.
+            Site after whose consumer, or the norm that reads its sum, the run may end.
         """
         (_, *args), kwargs = self.enter(index, inputs)
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        run = Run(None, {})
         with ExitStack() as stack:
             for site in self.sites[index]:
-                consumer = self._model.get_submodule(site.consumer)
+                consumer, norm = self._model.get_submodule(site.consumer), self.norms.get(site.name)
                 if consumers and site.name in consumers:
                     stack.enter_context(replaced(consumer, consumers[site.name]))
-                stack.enter_context(watched(consumer, _note(seen, site.name, end)))
+                last = end if norm is None else None
+                stack.enter_context(watched(consumer, _note(run.seen, site.name, last)))
+                if norm is not None:
+                    note = _note(run.sums, site.name, end, input_only=True)
+                    stack.enter_context(watched(self._model.get_submodule(norm), note))
             try:
                 output = self._forwards[index](hidden, *args, **kwargs)
             except Ended:
-                return Run(None, seen)
+                return run
         self._tuples = isinstance(output, tuple)
-        return Run(output[0] if self._tuples else output, seen)
+        run.output = output[0] if self._tuples else output
+        return run
 
     def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
         """Tell whether the block adds the consumer's output to the stream as it is.
@@ -150,6 +165,46 @@ class Blocks:
         tolerance = 4 * torch.finfo(hidden.dtype).eps * terms
         return not bool(((run.output - before - added).abs() > tolerance).any())
 
+    def norm_of_sum(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> str | None:
+        """Return the path of the norm that reads the stream plus the consumer's output, or None.
+
+        BERT and its kin add first and normalise then. Judged by running the block on ``hidden``,
+        to rounding: what the norm reads is what it reads with a silent consumer, plus what the
+        consumer puts out. A norm that reads the consumer's output alone is none.
+        """
+
+        def silence(x: Tensor) -> Tensor:
+            return hidden.new_zeros(*x.shape[:-1], site.d_out)
+
+        run, read = self._norms_read(site, inputs, hidden, {})
+        _, unmoved = self._norms_read(site, inputs, hidden, {site.name: silence})
+        added = run.seen[site.name][1].view_as(hidden)
+        for norm in read.keys() & unmoved.keys():
+            both, quiet = read[norm], unmoved[norm]
+            if both.numel() != added.numel() or torch.equal(both, quiet) or not quiet.any():
+                continue
+            both, quiet = both.view_as(added), quiet.view_as(added)
+            tolerance = 4 * torch.finfo(added.dtype).eps * (both.abs() + quiet.abs() + added.abs())
+            if not ((both - quiet - added).abs() > tolerance).any():
+                return norm
+        return None
+
+    def _norms_read(
+        self,
+        site: Site,
+        inputs: Mapping[str, Tensor],
+        hidden: Tensor,
+        consumers: Mapping[str, Forward],
+    ) -> tuple[Run, dict[str, Tensor]]:
+        """Run a block, and return with it what each of its norms reads, by path."""
+        read: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name, module in self._model.get_submodule(site.path).named_modules():
+                if "norm" in type(module).__name__.lower():
+                    note = _note(read, f"{site.path}.{name}", None, input_only=True)
+                    stack.enter_context(watched(module, note))
+            return self.run(site.block, inputs, hidden, consumers), read
+
     def _arrive(self, index: int) -> Callable:
         """Return the forward that stands in for a block: pass hidden states on, or stop there."""
 
@@ -162,11 +217,11 @@ class Blocks:
         return forward
 
 
-def _note(seen: dict[str, tuple[Tensor, Tensor]], name: str, end: str | None) -> Callable:
-    """Return a callback that keeps a consumer's input and output, and may end the run."""
+def _note(seen: dict, name: str, end: str | None, *, input_only: bool = False) -> Callable:
+    """Return a callback that keeps a module's input, and output, and may end the run."""
 
     def note(args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = (args[0], output)
+        seen[name] = args[0] if input_only else (args[0], output)
         if name == end:
             raise Ended
 

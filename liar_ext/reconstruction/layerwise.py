@@ -63,8 +63,9 @@ def reconstruct_layerwise(
         λ, or the held-out choice.
     target : {"dense-input", "branch", "stream", "auto"}
         What to solve for. ``stream`` needs a block that adds the consumer's output to the stream
-        as it is. Where a norm or a scale comes between (BERT, Gemma 3, DINOv2) ``branch`` takes its
-        place, and the row of the site says so.
+        as it is. Where a norm follows the sum (BERT) the stream is the sum, before the norm. Where
+        a norm or a scale comes between (Gemma 3, DINOv2) ``branch`` takes its place, and the row
+        of the site says so.
     refit : bool
         Solve the sites that lose nothing, too, to compensate for what others lost; with the
         target ``dense-input`` that changes nothing.

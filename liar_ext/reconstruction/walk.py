@@ -169,8 +169,9 @@ class Walk:
         shortfall = None
         if target != "dense-input":
             shortfall = Shortfall.zeros(site.d_in, site.d_out, device=device)
-        # Only the stream after an MLP needs the block run to its end.
-        end = None if target == "stream" and site.kind == "mlp" else site.name
+        # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
+        late = site.kind == "mlp" and site.name not in self.blocks.norms
+        end = None if target == "stream" and late else site.name
         for part in self.parts:
             run = self._run(site.block, part, part.pruned, consumers, end)
             x = run.seen[site.name][0].flatten(0, -2)
@@ -192,7 +193,9 @@ class Walk:
     def _halfway(self, site: Site, part: Part, run: Run) -> tuple[Tensor, Tensor] | None:
         """Return what :class:`Part` keeps of a run, if the block is a plain sum of both sites."""
         others = [other.name for other in self.blocks.sites[site.block] if other.kind == "attn"]
-        plain = all(self.targets.get(name) == "stream" for name in [*others, site.name])
+        here = [*others, site.name]
+        plain = all(self.targets.get(name) == "stream" for name in here)
+        plain = plain and self.blocks.norms.keys().isdisjoint(here)
         if site.kind != "mlp" or len(others) != 1 or not plain:
             return None
         stream = part.pruned + run.seen[others[0]][1].cpu().view_as(part.pruned)
@@ -205,8 +208,13 @@ class Walk:
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
         hidden = part.dense[:1].to(self.blocks.device(site.block))
-        plain = self.blocks.adds_plainly(site, one, hidden)
-        return "stream" if plain else "branch"
+        if self.blocks.adds_plainly(site, one, hidden):
+            return "stream"
+        norm = self.blocks.norm_of_sum(site, one, hidden)
+        if norm is None:
+            return "branch"
+        self.blocks.norms[site.name] = norm
+        return "stream"
 
     def _keep(self, site: Site) -> None:
         """Note that a site loses nothing and keeps the weight that it has."""
@@ -240,12 +248,15 @@ class Walk:
 def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
     """Return the consumer's output, or the stream after the site, on the CPU.
 
+    Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
     In float32, or float64 as the model is: the difference of two of these is the shortfall.
     """
 
     def wide(tensor: Tensor) -> Tensor:
         return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
 
+    if target == "stream" and site.name in run.sums:
+        return wide(run.sums[site.name]).view_as(hidden)
     if target == "stream" and site.kind == "mlp":
         return wide(run.output)
     output = wide(run.seen[site.name][1]).view_as(hidden)

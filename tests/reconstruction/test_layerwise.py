@@ -27,6 +27,7 @@ from liar_ext.reconstruction.walk import Walk
 
 FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
 PLAIN = "llama mistral qwen2 qwen3 smollm3 opt gpt2 gpt_neox vit".split()
+NORMED = "bert roberta distilbert mpnet".split()  # the norm after the sum
 
 
 def batches(model, count=4, tokens=12):
@@ -149,6 +150,64 @@ def test_sums_equal_brute_force(name, target, kind):
     assert chosen <= own * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["attn", "mlp"])
+@pytest.mark.parametrize("name", NORMED)
+@torch.no_grad()
+def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
+    """The shortfall of the sum is x̂-stream's own part and the consumer's: both must be in it."""
+    model = tiny(name, dtype=torch.float64)
+    data = batches(model)
+    plan = plan_for(model, data)
+    walk, context = walk_blocks(model, data, plan, 1)
+    walk.targets = {site.name: walk._target_at(site) for site in walk.blocks.sites[1]}
+    for part in walk.parts:
+        walk._dense_run(1, part)
+    here = {site.kind: site for site in walk.blocks.sites[1]}
+    site, consumers = here[kind], {}
+    if kind == "mlp":
+        consumers["1.attn"] = walk._solve(here["attn"], "stream", {})
+    norm = model.get_submodule(walk.blocks.norms[site.name])
+    _, shortfall = walk._collect(site, "stream", consumers)
+    context.__exit__(None, None, None)
+
+    done = {name: plan.sites[name] for name in walk.weights}
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, replace(plan, sites=done), walk.weights)
+    total, energy = torch.zeros_like(shortfall.total), torch.zeros_like(shortfall.energy)
+    for part in walk.parts:
+        sums = []
+        for which in (model, pruned):
+            seen = []
+            path = walk.blocks.norms[site.name]
+            hook = which.get_submodule(path).register_forward_pre_hook(
+                lambda module, args, seen=seen: seen.append(args[0])
+            )
+            getattr(which, "base_model", which)(**part.batch.inputs)
+            hook.remove()
+            sums.append(seen[0][part.batch.inputs["attention_mask"].bool()])
+        total[part.fold] += (sums[0] - sums[1]).sum(0)
+        energy[part.fold] += (sums[0] - sums[1]).square().sum()
+    assert isinstance(norm, torch.nn.LayerNorm) and float(energy.sum()) > 0
+    assert torch.allclose(shortfall.total, total, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(shortfall.energy, energy, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert", "mpnet"])
+def test_the_sum_before_the_norm_brings_an_encoder_nearer_than_its_outputs(name):
+    model = tiny(name)
+    data = batches(model, count=16)
+    plan = plan_for(model, data)
+    distance = {}
+    for target in ("branch", "stream"):
+        walk, context = walk_blocks(model, data, plan, 3, target)
+        context.__exit__(None, None, None)
+        distance[target] = sum(
+            float((stream_after(model, 2, part.batch.inputs) - part.pruned).detach().square().sum())
+            for part in walk.parts
+        )
+    assert distance["stream"] < distance["branch"]
+
+
 @pytest.mark.parametrize("target", ["dense-input", "branch", "stream", "auto"])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_the_first_site_is_the_one_pass_solution(name, target):
@@ -211,7 +270,7 @@ def test_a_target_that_the_block_cannot_have_is_replaced_aloud(name):
     data = batches(model)
     plan = plan_for(model, data)
     _, rows = reconstruct_layerwise(model, data, plan, target="stream")
-    plain = name in PLAIN
+    plain = name in PLAIN + NORMED
     assert {row.target for row in rows} == {"stream" if plain else "branch"}
     assert all(("branch, as the stream" in row.path) != plain for row in rows)
 
@@ -222,7 +281,7 @@ def test_half_precision_tells_a_plain_sum_by_its_rounding(name, dtype):
     model = tiny(name, dtype=dtype)
     data = batches(model)
     weights, rows = reconstruct_layerwise(model, data, plan_for(model, data), target="auto")
-    assert {row.target for row in rows} == {"stream" if name in PLAIN else "branch"}
+    assert {row.target for row in rows} == {"stream" if name in PLAIN + NORMED else "branch"}
     assert all(torch.isfinite(weight).all() for weight, _ in weights.values())
 
 
