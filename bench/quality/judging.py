@@ -1,0 +1,93 @@
+"""All measures of a model, beside the dense one."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.quality.choices import Questions, read_questions
+from bench.quality.continuation import Continuations
+from bench.quality.texts import Texts, digest_of
+from bench.quality.windows import HeldOut
+
+
+@dataclass
+class Judges:
+    """What models with one tokenizer are judged by.
+
+    Parameters
+    ----------
+    windows : dict of str to HeldOut
+        By text.
+    questions : Questions or None
+        Of several choices.
+    prompts : Tensor
+        To continue.
+    dtype : torch.dtype
+        That models are judged in.
+    """
+
+    windows: dict[str, HeldOut]
+    questions: Questions | None
+    prompts: torch.Tensor
+    dtype: torch.dtype
+    continuations: Continuations | None = None
+
+    @classmethod
+    def read(cls, options: argparse.Namespace, texts: Texts, tokenizer) -> Judges:
+        """Return the judges that the options ask for."""
+        questions = None
+        if options.questions is not None:
+            questions = Questions(
+                read_questions(options.questions, tokenizer, options.question_count)
+            )
+        return cls(
+            texts.windows(tokenizer, seq_len=options.seq_len, samples=options.eval_samples),
+            questions,
+            texts.prompts(tokenizer, options.prompts),
+            getattr(torch, options.eval_dtype),
+        )
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that models are judged by."""
+        questions = [] if self.questions is None else self.questions.questions
+        return digest_of(
+            str(self.dtype),
+            [[name, len(text.windows)] for name, text in self.windows.items()],
+            *[ids for text in self.windows.values() for ids in text.windows],
+            [[each.before, each.choices, each.answer] for each in questions],
+            self.prompts,
+        )
+
+    def judge(self, model: nn.Module) -> dict[str, Any]:
+        """Return all measures of a model, which is cast; the first one is the dense model.
+
+        ``texts``, ``choices`` and ``continuation`` are what the judges say. ``summary`` is the mean
+        over the texts of ``log(perplexity / dense)``.
+        """
+        model = model.to(self.dtype)
+        if self.continuations is None:
+            self.continuations = Continuations(self.prompts, model)
+            self.dense = {name: text.judge(model) for name, text in self.windows.items()}
+        texts = {}
+        for name, text in self.windows.items():
+            found = text.judge(model)
+            dense = self.dense[name]["perplexity"]
+            texts[name] = {
+                "tokens": text.tokens,
+                "dense": dense,
+                **found,
+                "log_ratio": math.log(found["perplexity"] / dense),
+            }
+        return {
+            "texts": texts,
+            "choices": None if self.questions is None else self.questions.judge(model),
+            "continuation": self.continuations.judge(model),
+            "summary": sum(text["log_ratio"] for text in texts.values()) / len(texts),
+        }

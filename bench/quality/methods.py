@@ -1,0 +1,111 @@
+"""Methods by name: a criterion, an allocation, a form of reconstruction, and recipe fields."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import yaml
+
+from liar_ext import Recipe
+from liar_ext.errors import InputError
+
+# What a method costs or is judged by is the same for all rows, and chosen by options.
+OF_THE_RUN = (
+    "model",
+    "dtype",
+    "device",
+    "calibration",
+    "samples",
+    "seq_len",
+    "seed",
+    "keep",
+    "eval",
+    "eval_samples",
+    "certify",
+)
+SHORT = {"layerwise": {"schedule": "layerwise"}, "equal": {"uniform_layers": True}}
+DENSE = "dense"
+FLAP = "wifv+global+bias"
+# What takes others' published choices for its own; see docs/quality.md for how near each comes.
+OTHERS = {
+    "wanda+uniform+none": "Wanda-sp",
+    FLAP: "FLAP",
+    "wanda+uniform+linear": "GRAIL, one of its configurations",
+    "wifv+global+linear": "GRAIL, another",
+    "obs+uniform+linear": "like SlimGPT, in one pass",
+    "obs+uniform+linear+layerwise": "like SlimGPT",
+}
+STEPS = (
+    "wifv+uniform+linear",
+    "wifv+curve+none",
+    "liar+equal",
+    "obs+curve+auto",
+    "liar+layerwise",
+)
+LISTS = {"others": tuple(OTHERS), "steps": STEPS}
+
+
+def read_method(name: str, *, keep: float, seed: int) -> Recipe:
+    """Return the recipe that a method's name stands for.
+
+    ``liar`` is what :func:`liar_ext.prune` does by default, ``A+B+C`` has the criterion A, the
+    allocation B and the reconstruction C. Further words set fields of the recipe: ``refine=4``,
+    ``schedule=layerwise``, ``kinds=mlp``; ``layerwise`` and ``equal`` are short for
+    ``schedule=layerwise`` and ``uniform_layers=true``. The tile is 1, single channels, unless it
+    is named: ``liar+tile=auto``.
+
+    Parameters
+    ----------
+    name : str
+        The method.
+    keep : float
+        Fraction of the prunable parameters that stays.
+    seed : int
+        Of the calibration set.
+
+    Raises
+    ------
+    InputError
+        If a word is none of these, or the recipe can't be.
+    """
+    first, *words = name.split("+")
+    chosen: dict[str, Any] = {"tile": 1, "keep": keep, "seed": seed}
+    if first != "liar":
+        if len(words) < 2:
+            raise InputError(
+                f"quality: a method is liar or CRITERION+ALLOCATION+RECONSTRUCTION, then +FIELD="
+                f"VALUE, got {name!r}"
+            )
+        chosen |= {"criterion": first, "allocation": words[0], "reconstruct": words[1]}
+        words = words[2:]
+    for word in words:
+        field, equals, value = word.partition("=")
+        if not equals and field in SHORT:
+            chosen |= SHORT[field]
+        elif equals and field not in OF_THE_RUN:
+            chosen[field] = _value(field, value)
+        else:
+            raise InputError(
+                f"quality: no such word in a method: {word!r} in {name!r}; fields of a recipe are "
+                f"written FIELD=VALUE, and {', '.join(OF_THE_RUN)} are options of the run"
+            )
+    return Recipe.build(**chosen)
+
+
+def expand(names: list[str]) -> list[str]:
+    """Return names of methods, each once, with ``others`` and ``steps`` written out."""
+    return list(dict.fromkeys(each for name in names for each in LISTS.get(name, (name,))))
+
+
+def _value(field: str, text: str) -> Any:
+    """Return a field's value as YAML has it; items of a list are separated by commas."""
+    default = next((each.default for each in fields(Recipe) if each.name == field), MISSING)
+    if isinstance(default, tuple):
+        return tuple(text.split(","))
+    return yaml.safe_load(text)
+
+
+def is_layerwise(name: str) -> bool:
+    """Tell whether a method solves layer by layer, by its name."""
+    return "+layerwise" in name or "+schedule=layerwise" in name

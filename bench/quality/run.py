@@ -1,0 +1,191 @@
+"""One run: models, seeds, fractions and methods, less the rows that are there already."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import liar_ext
+from bench.quality import models
+from bench.quality.judging import Judges
+from bench.quality.methods import DENSE, expand, is_layerwise, read_method
+from bench.quality.plot import plot
+from bench.quality.record import Record, alone_in, write_whole
+from bench.quality.report import markdown
+from bench.quality.sharing import Case
+from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
+from liar_ext import sites
+from liar_ext.errors import InputError
+
+# CPU seconds of a row, in one pass and layerwise, on the machine of docs/quality.md. A row of which
+# there are some already takes as long as they did.
+SECONDS = {"SmolLM2-135M-Instruct": (300, 500), "gemma-3-270m": (400, 600)}
+UNKNOWN = (300, 600)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing; write rows, tables and the picture after each."""
+    names = expand(options.methods)
+    for name in names:
+        for ratio in options.ratios:
+            read_method(name, keep=1 - ratio, seed=0)  # a wrong name fails before anything is run
+    chosen = choose_texts(options.texts, options.calibration, options.eval, options.wikitext)
+    if any(Path(source).parent == options.texts for some in chosen for source in some.values()):
+        write_texts(options.texts)
+    texts = Texts(*chosen)
+    with alone_in(options.out):
+        record = Record(options.out / "quality.json")
+        code = digest_of(*_sources())
+        print(estimate(record, options, names), flush=True)
+        for model_name in options.models:
+            for row in measure(options, model_name, names, texts, record):
+                record.add(row | {"code": code})
+                print(line_of(row), flush=True)
+                print(estimate(record, options, names), flush=True)
+                write(record, options.out)
+        write(record, options.out)
+        stale = {row["code"] for row in record.rows} - {code}
+        if stale:
+            print(
+                f"Rows of {len(stale)} other state(s) of liar_ext are in {record.path}; remove "
+                "them, or name another --out, to measure them anew."
+            )
+        print(options.out / "quality.md")
+
+
+def measure(
+    options: argparse.Namespace, name: str, methods: list[str], texts: Texts, record: Record
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a model that the record lacks, that of the dense model first."""
+    model, tokenizer, called = models.load(name)
+    judges = Judges.read(options, texts, tokenizer)
+    shared = {
+        "model": called,
+        "weights": models.weights_digest(model),
+        "judged_digest": judges.digest,
+        "judged": {
+            "seq_len": options.seq_len,
+            "dtype": options.eval_dtype,
+            "prompts": len(judges.prompts),
+        },
+    }
+    wanted = {}
+    for seed in options.seeds:
+        drawn = texts.draw(
+            tokenizer,
+            samples=options.samples,
+            seq_len=options.seq_len,
+            seed=seed,
+            lone=options.lone,
+        )
+        of_seed = shared | {
+            "seed": seed,
+            "calibration": list(texts.calibration),
+            "calibration_tokens": drawn.tokens,
+            "calibration_digest": digest_of(drawn.input_ids, drawn.fold),
+        }
+        rows = []
+        for ratio in options.ratios:
+            for method in methods:
+                recipe = read_method(method, keep=1 - ratio, seed=seed)
+                facts = {"method": method, "ratio": ratio, "recipe": recipe.to_dict()}
+                if record.find(of_seed | facts) is None:
+                    rows.append((recipe, of_seed | facts))
+        if rows:
+            wanted[seed] = drawn, rows
+    dense = shared | {"method": DENSE, "ratio": 0.0, "seed": 0, "recipe": {}}
+    dense |= {"calibration": [], "calibration_tokens": 0, "calibration_digest": ""}
+    if not wanted and record.find(dense) is not None:
+        return
+    start = time.process_time()
+    found = judges.judge(copy.deepcopy(model))
+    yield dense | found | {"removed": {}, "seconds": {"judge": time.process_time() - start}}
+    for drawn, rows in wanted.values():
+        case = Case(model, drawn.batches())
+        for recipe, facts in rows:
+            try:
+                pruned, report, seconds = case.prune(recipe)
+            except InputError as error:  # a size that a method can't reach on this model
+                print(f"{facts['method']}, remove {facts['ratio']:g}: {error}", flush=True)
+                continue
+            start = time.process_time()
+            found = judges.judge(pruned)
+            yield (
+                facts
+                | found
+                | {
+                    "removed": removed(model, report.plan),
+                    "predicted_divergence": report.settings.get("predicted_divergence"),
+                    "seconds": {"prune": seconds, "judge": time.process_time() - start},
+                }
+            )
+        del case
+
+
+def removed(model: Any, plan: liar_ext.Plan) -> dict[str, float]:
+    """Return the fraction of the sites' parameters that is gone, of all and by kind."""
+    found = {}
+    at = sites(model, attn_unit=plan.attn_unit)
+    for kind in ("all", "attn", "mlp"):
+        some = [site for site in at if kind in ("all", site.kind)]
+        gone = sum(
+            len(plan.sites[site.name].removed) * site.unit_params
+            for site in some
+            if site.name in plan.sites
+        )
+        found[kind] = gone / sum(site.params for site in some)
+    return found
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Return a row in one line."""
+    shown = ", ".join(f"{name} {text['perplexity']:.2f}" for name, text in row["texts"].items())
+    choices = row["choices"]
+    accuracy = "" if choices is None else f", questions {100 * choices['accuracy']:.1f} %"
+    return (
+        f"{row['model']} {row['method']}, remove {row['ratio']:g}, seed {row['seed']}: {shown}; "
+        f"summary {row['summary']:.3f}{accuracy}, equal tokens "
+        f"{row['continuation']['equal_tokens']:.2f}, {sum(row['seconds'].values()):.0f} s"
+    )
+
+
+def estimate(record: Record, options: argparse.Namespace, methods: list[str]) -> str:
+    """Return how long the rows take that are missing, by what rows like them took."""
+    missing, seconds = 0, 0.0
+    for model in options.models:
+        rows = [row for row in record.rows if row["model"] == Path(model).name]
+        for seed in options.seeds:
+            for ratio in options.ratios:
+                for method in methods:
+                    place = {"method": method, "ratio": ratio, "seed": seed}
+                    if not any(place.items() <= row.items() for row in rows):
+                        missing += 1
+                        seconds += _expected(rows, model, method)
+    return f"{missing} rows to measure: about {seconds / 60:.0f} minutes of one core"
+
+
+def _expected(rows: list[dict[str, Any]], model: str, method: str) -> float:
+    like = [
+        sum(row["seconds"].values())
+        for row in rows
+        if row["method"] != DENSE and is_layerwise(row["method"]) == is_layerwise(method)
+    ]
+    if like:
+        return sum(like) / len(like)
+    return SECONDS.get(model, UNKNOWN)[is_layerwise(method)]
+
+
+def write(record: Record, out: Path) -> None:
+    """Write the tables and the picture."""
+    write_whole(out / "quality.md", markdown(record.rows))
+    plot(record.rows, out / "quality.png")
+
+
+def _sources() -> list[str]:
+    """Return the package's sources, which made the rows."""
+    root = Path(liar_ext.__file__).parent
+    return [path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py"))]

@@ -1,0 +1,159 @@
+"""Texts to calibrate on and to judge by, from packages, or of one's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.quality.windows import HeldOut
+from demo import assets
+from liar_ext.data.texts import (
+    Sequences,
+    _prefix,
+    calibration_sequences,
+    check_apart,
+    evaluation_sequences,
+    read_documents,
+)
+from liar_ext.errors import InputError
+
+PROMPT_TOKENS = 32
+# Of 50 articles of an encyclopaedia seven are held out, of 2,225 news articles every eighth.
+HELD_OUT_EVERY = 8
+CALIBRATION_KINDS = ("encyclopaedia", "news")
+# WikiText-2 as it is passed around: the raw test text, and a validation text to calibrate on.
+WIKITEXT = ("wikitext-2", "wiki.test.raw", ("wiki.valid.raw", "valid-unk.txt"))
+
+
+def write_texts(folder: Path) -> None:
+    """Write the texts of packages, as JSON lines: two kinds to calibrate on, four to judge by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    articles = assets.collected_documents("wikipedia")
+    news, held_out_news = assets.hold_out(assets.news_documents(), HELD_OUT_EVERY)
+    texts = {
+        "encyclopaedia": [text for i, text in enumerate(articles) if i % HELD_OUT_EVERY],
+        "held_out_encyclopaedia": articles[::HELD_OUT_EVERY],
+        "held_out_web": assets.collected_documents("openwebtext"),
+        "news": news,
+        "held_out_news": held_out_news,
+        "held_out_code": assets.collected_documents("codeparrot/github-code"),
+    }
+    for name, documents in texts.items():
+        lines = (json.dumps({"text": text}) + "\n" for text in documents)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def choose_texts(
+    folder: Path, calibration: Sequence[str], judged: Sequence[str], wikitext: Path | None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return names and sources of the texts to calibrate on, and of those to judge by.
+
+    Parameters
+    ----------
+    folder : Path
+        Where :func:`write_texts` wrote.
+    calibration : sequence of str
+        Names of :data:`CALIBRATION_KINDS`, or sources of :func:`liar_ext.data.read_documents`.
+    judged : sequence of str
+        ``NAME=SOURCE`` each; by default the four kinds.
+    wikitext : Path, optional
+        Folder of WikiText-2, which then is the encyclopaedia.
+
+    Raises
+    ------
+    InputError
+        If one is not of that form, or the folder has no WikiText-2.
+    """
+    held_out = {
+        kind: str(folder / f"held_out_{kind}.jsonl")
+        for kind in ("encyclopaedia", "web", "news", "code")
+    }
+    sources = {kind: str(folder / f"{kind}.jsonl") for kind in CALIBRATION_KINDS}
+    if wikitext is not None:
+        name, test, validation = WIKITEXT
+        found = [wikitext / each for each in validation if (wikitext / each).is_file()]
+        if not found or not (wikitext / test).is_file():
+            raise InputError(f"quality: {wikitext} must hold {test} and {' or '.join(validation)}")
+        sources["encyclopaedia"] = str(found[0])
+        held_out = {name: str(wikitext / test)} | held_out
+        del held_out["encyclopaedia"]
+    if judged:
+        held_out = dict(each.partition("=")[::2] for each in judged)
+        if not all(held_out) or not all(held_out.values()) or len(held_out) < len(judged):
+            raise InputError(
+                f"quality: texts to judge by are NAME=SOURCE, each name once, got {list(judged)}"
+            )
+    chosen = {}
+    for each in calibration:
+        source = sources.get(each, each)
+        chosen[Path(source).stem] = source
+    return chosen, held_out
+
+
+class Texts:
+    """All texts of a run, read once.
+
+    Raises
+    ------
+    InputError
+        If one can't be read, or a document is both calibrated on and judged by.
+    """
+
+    def __init__(self, calibration: dict[str, str], judged: dict[str, str]) -> None:
+        self.calibration = {name: read_documents(source) for name, source in calibration.items()}
+        self.judged = {name: read_documents(source) for name, source in judged.items()}
+        known = [text for documents in self.calibration.values() for text in documents]
+        for documents in self.judged.values():
+            check_apart(known, documents)
+
+    def draw(self, tokenizer, *, samples: int, seq_len: int, seed: int, lone: str) -> Sequences:
+        """Return the calibration set of a seed."""
+        return calibration_sequences(
+            list(self.calibration.values()),
+            tokenizer,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            lone=lone,
+        )
+
+    def windows(self, tokenizer, *, seq_len: int, samples: int) -> dict[str, HeldOut]:
+        """Return windows of each text to judge by, evenly spread."""
+        found = {}
+        for name, documents in self.judged.items():
+            ids = evaluation_sequences(documents, tokenizer, seq_len=seq_len, samples=samples)
+            found[name] = HeldOut(
+                list(ids.input_ids),
+                [tokenizer.decode(row[1:], skip_special_tokens=True) for row in ids.input_ids],
+            )
+        return found
+
+    def prompts(self, tokenizer, count: int) -> Tensor:
+        """Return the first tokens of windows of each text to judge by, as many of each."""
+        each = count // len(self.judged)
+        length = PROMPT_TOKENS + len(_prefix(tokenizer))
+        return torch.cat(
+            [
+                evaluation_sequences(text, tokenizer, seq_len=length, samples=each).input_ids
+                for text in self.judged.values()
+            ]
+        )
+
+
+def digest_of(*parts: Any) -> str:
+    """Return a digest of tensors and of what JSON can say."""
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            plain = part.detach().reshape(-1).contiguous().cpu()
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()
