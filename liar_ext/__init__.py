@@ -2,6 +2,7 @@
 
 import liar_ext.environment  # noqa: F401  (before torch)
 from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
+from liar_ext.benchmarking.latency import measure_latency
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned, verify_pruned
@@ -16,8 +17,10 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct
+from liar_ext.report.latency import LatencyTable
 from liar_ext.report.report import Report
 from liar_ext.selection.allocation import allocate
+from liar_ext.selection.costs import Costs
 from liar_ext.selection.criteria import criterion, score
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import site_divergences
@@ -27,7 +30,9 @@ register()  # stock loaders build layers of unequal sizes, where liar_ext is imp
 
 __all__ = [
     "Budget",
+    "Costs",
     "InputError",
+    "LatencyTable",
     "MomentBank",
     "Moments",
     "Plan",
@@ -40,6 +45,7 @@ __all__ = [
     "error_curves",
     "kl_divergence",
     "load_pruned",
+    "measure_latency",
     "narrow",
     "ops",
     "perplexity",

@@ -17,7 +17,8 @@ from liar_ext.errors import InputError
 
 PLAN_VERSION = 2
 READABLE = (1, 2)  # version 1 has no hidden features
-BUDGET_UNITS = ("prunable", "params", "flops")
+BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
+PHASES = ("prefill", "decode", "both")
 TILES = (1, 16, 32, 64, 128)  # that the command offers
 # The default tile, the smallest group of common weight quantisers. It is halved for a size that
 # has fewer steps of it than these, where one step would be more than an eighth of a layer.
@@ -79,9 +80,12 @@ class Budget:
     ----------
     keep : float
         Fraction of the dense cost that may stay, in (0, 1].
-    of : {"prunable", "params", "flops"}
+    of : {"prunable", "params", "flops", "kv_cache", "latency"}
         What the cost counts: parameters of the sites that may be pruned; all parameters of the
-        model; floating-point operations of one forward pass over ``seq_len`` tokens.
+        model; floating-point operations of one forward pass over ``seq_len`` tokens; bytes that
+        generation keeps of every token, so that MLPs cost nothing and stay whole; seconds of the
+        whole model, what can't be pruned included: ``keep=0.8`` is 1.25 times as fast. See
+        :func:`liar_ext.measure_latency`.
     tile : int or "auto"
         Channels that an MLP keeps are a multiple of this, except where it keeps all; heads stay
         whole, whatever it is. ``"auto"`` is 32, halved for a layer until that has eight steps.
@@ -93,6 +97,13 @@ class Budget:
         loader takes the result.
     seq_len : int
         Sequence length in tokens at which FLOPs are counted.
+    latency_phase : {"prefill", "decode", "both"}
+        What latency is: the seconds of a prompt; of the tokens after it, one at a time with a
+        key-value cache; of a whole request. A model that does not generate has one forward pass
+        over ``latency_prompt`` tokens (or one batch of images), whatever this is, but for
+        ``decode``, which it lacks.
+    latency_batch, latency_prompt, latency_new_tokens : int
+        Sequences at a time, tokens of a prompt, and tokens generated after it.
 
     Raises
     ------
@@ -106,6 +117,10 @@ class Budget:
     at_least: int = 1
     uniform_layers: bool = False
     seq_len: int = 512
+    latency_phase: str = "both"
+    latency_batch: int = 1
+    latency_prompt: int = 128
+    latency_new_tokens: int = 32
 
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
@@ -115,9 +130,22 @@ class Budget:
                 f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}"
             )
         object.__setattr__(self, "tile", check_tile("Budget", self.tile))
-        for name in ("at_least", "seq_len"):
+        if self.latency_phase not in PHASES:
+            raise InputError(
+                f"Budget: latency_phase must be one of {', '.join(PHASES)}, got "
+                f"{self.latency_phase!r}"
+            )
+        sizes = ("latency_batch", "latency_prompt", "latency_new_tokens")
+        for name in ("at_least", "seq_len", *sizes):
             if getattr(self, name) < 1:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, as a plan or a report keeps them: those of latency where it counts."""
+        facts = asdict(self)
+        if self.of == "latency":
+            return facts
+        return {name: value for name, value in facts.items() if not name.startswith("latency_")}
 
     def step(self, size: int, base: int = 1) -> int:
         """Return the grid of a size, which must be a multiple of ``base`` anyhow: lcm(base, tile).

@@ -19,8 +19,8 @@ def test_keep_outside_its_range(keep):
 def test_other_fields_outside_their_range(field):
     with pytest.raises(InputError, match=field):
         Budget(0.5, **{field: 0})
-    with pytest.raises(InputError, match="of must be one of prunable, params, flops"):
-        Budget(0.5, of="latency")
+    with pytest.raises(InputError, match="of must be one of prunable, params, flops, kv_cache"):
+        Budget(0.5, of="seconds")
 
 
 @pytest.mark.parametrize("kept", [(), (1, 0), (0, 0), (-1, 2), (3, 4)])

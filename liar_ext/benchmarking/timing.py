@@ -94,20 +94,20 @@ def run_once(
     model: nn.Module, batch: int, settings: Settings, clock: Clock
 ) -> dict[tuple[str, str], float]:
     """Run a model once; return what was found by name and unit."""
-    inputs = _inputs(model, batch, settings)
+    inputs = inputs_of(model, batch, settings)
     if not predicts_next_token(model):
-        start = _now(model, clock)
+        start = now(model, clock)
         model(**inputs)
-        spent = _now(model, clock) - start
+        spent = now(model, clock) - start
         return {("encode", "inputs/s"): batch / spent}
-    step = _step(model)
+    step = step_of(model)
     ids = inputs["input_ids"]
-    start = _now(model, clock)
+    start = now(model, clock)
     token, cache = step(ids, None)
-    first = _now(model, clock)
+    first = now(model, clock)
     for _ in range(settings.new_tokens):
         token, cache = step(token, cache)
-    last = _now(model, clock)
+    last = now(model, clock)
     return {
         ("prefill", "tokens/s"): ids.numel() / (first - start),
         ("first token", "ms"): 1000 * (first - start),
@@ -115,7 +115,7 @@ def run_once(
     }
 
 
-def _step(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+def step_of(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     """Return a function from tokens and a cache to the next token, greedily, and the cache."""
     known = inspect.signature(model.forward).parameters
     short = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -128,7 +128,7 @@ def _step(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     return step
 
 
-def _inputs(model: nn.Module, batch: int, settings: Settings) -> dict[str, Tensor]:
+def inputs_of(model: nn.Module, batch: int, settings: Settings) -> dict[str, Tensor]:
     """Return random inputs, the same for every model of a kind."""
     generator = torch.Generator().manual_seed(SEED)
     device, config = device_of(model), model.config
@@ -144,7 +144,7 @@ def _inputs(model: nn.Module, batch: int, settings: Settings) -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _now(model: nn.Module, clock: Clock) -> float:
+def now(model: nn.Module, clock: Clock) -> float:
     """Return the time when all that was asked of the model's device is done."""
     device = device_of(model)
     if device.type == "cuda":

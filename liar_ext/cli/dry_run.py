@@ -23,7 +23,8 @@ from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.selection.allocation import allocate, allowed_counts, site_step, total_cost
+from liar_ext.report.markdown import latency as said
+from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.surgery.units import apply_plan
@@ -50,29 +51,25 @@ def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
     job = Job(model, batches, recipe)
     job.check()
     at = job.sites(model)
-    equal = _equal_plan(model, at, recipe)
+    model_type = model.config.model_type
+    equal = even_plan(at, recipe.budget, job.costs(model), model_type=model_type)
+    if job.speed is not None:
+        job.speed.time(equal)
     return [
         f"{type(model).__name__}: {count_params(model):,} parameters, of which "
         f"{sum(site.params for site in at):,} may be pruned",
         *_sizes(at, equal, recipe, model),
+        *([] if job.speed is None else (f"latency: {line}" for line in said(job.speed.facts()))),
         *_memory(model, at, recipe),
         _time(model, batches, at, equal, recipe),
         _loading(model, equal, recipe, at),
     ]
 
 
-def _equal_plan(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> Plan:
-    """Return the plan that takes the same fraction off every site."""
-    scores = {site.name: torch.arange(site.units, 0, -1.0) for site in at}
-    total = total_cost(model, at, recipe.budget)
-    model_type = model.config.model_type
-    return allocate(at, scores, recipe.budget, "uniform", model_type=model_type, total=total)
-
-
 def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) -> list[str]:
     """Return what layers can keep."""
     budget, lines = recipe.budget, []
-    for kind in recipe.kinds:
+    for kind in recipe.prunable_kinds:
         some = [site for site in at if site.kind == kind]
         if not some:
             continue
@@ -180,7 +177,7 @@ def _solving(
 ) -> float:
     """Return the seconds of all solves and error curves, from one site of each kind."""
     seconds, curve = 0.0, recipe.allocation == "curve"
-    for kind in recipe.kinds:
+    for kind in recipe.prunable_kinds:
         site = next((site for site in group if site.kind == kind), None)
         if site is None:
             continue

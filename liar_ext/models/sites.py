@@ -117,6 +117,11 @@ class Site:
             sizes["group_size"] = heads // self.kv_heads
         return sizes
 
+    @property
+    def shape(self) -> tuple[str, str, int, int, int, int]:
+        """What sites have in common that take the same time: kind, unit and sizes."""
+        return self.kind, self.unit, self.units, self.width, self.groups, self.d_out
+
     def features(self, kept: Sequence[int]) -> Tensor:
         """Return the consumer's input features of units, ``(len(kept) · width,)`` int64.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,15 +22,18 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
+from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
 from liar_ext.report.clock import Clock
+from liar_ext.report.latency import LatencyTable
 from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
-from liar_ext.selection.allocation import check_budget, total_cost
+from liar_ext.selection.allocation import allocate, check_budget, even_plan
+from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import decide, measure_losses
 from liar_ext.selection.rounding import rounding
@@ -59,13 +62,14 @@ class Job:
     fresh: Divergence | None = None
     earlier: list[dict[str, object]] = field(default_factory=list)  # jobs before this one
     grid: dict[str, object] = field(default_factory=dict)
+    speed: Speed | None = None  # for a budget of latency
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
         recipe, model = self.recipe, self.model
         self.earlier = stock_config.history_of(model.config)
         at = self.sites(model)
-        check_budget(at, recipe.budget, recipe.allocation, total_cost(model, at, recipe.budget))
+        check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
         if recipe.refine and len(group_sites(at, self.room)) > 1:
             raise InputError(
                 "prune: refine solves all sites for each plan, and their sums are over "
@@ -93,7 +97,22 @@ class Job:
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites that may be pruned."""
-        return sites(model, self.recipe.kinds, self.recipe.attn_unit)
+        return sites(model, self.recipe.prunable_kinds, self.recipe.attn_unit)
+
+    def costs(self, model: nn.Module) -> Costs:
+        """Return what the sites cost in the budget's unit; latency is measured once for a model."""
+        at, budget = self.sites(model), self.recipe.budget
+        if budget.of != "latency":
+            return Costs.of(at, budget, total_cost(model, at, budget))
+        if self.speed is None or self.speed.model is not model:
+            with self.clock("time"):
+                given = self.recipe.latency_table
+                table = None if given is None else LatencyTable.load(given)
+                self.speed = Speed(model, at, budget, table, progress=self.progress)
+                check_budget(at, budget, costs=self.speed.costs)
+                if budget.keep < 1.0 and not self.speed.given:
+                    self.speed.fit(even_plan(at, budget, self.speed.costs))
+        return self.speed.costs
 
     def evaluate(self, batches: Sequence[Mapping[str, Tensor]] | None) -> dict[str, float] | None:
         """Return the perplexity of the model as it is now, if there is text for it."""
@@ -176,9 +195,14 @@ class Job:
         """Return the plan that meets the budget."""
         recipe, budget = self.recipe, self.recipe.budget
         if passes is None:
-            return Plan(self.model.config.model_type, recipe.attn_unit, {}, asdict(budget))
-        at = self.sites(passes.model)
-        total = total_cost(passes.model, at, budget)
+            return Plan(self.model.config.model_type, recipe.attn_unit, {}, budget.to_dict())
+        at, costs = self.sites(passes.model), self.costs(passes.model)
+        asked = at, scores, budget, recipe.allocation
+        if self.speed is not None:
+            with self.clock("time"):
+                costs = self.speed.settle(
+                    lambda costs: allocate(*asked, costs=costs, losses=losses)
+                )
         with self.clock("allocate"):
             plan, divergences = decide(
                 passes.model,
@@ -189,12 +213,14 @@ class Job:
                 recipe.allocation,
                 passes.batches,
                 refine=recipe.refine,
-                total=total,
+                costs=costs,
                 losses=losses,
                 **self._mode,
             )
-            asked = scores, budget, recipe.allocation, plan
-            self.grid |= rounding(at, *asked, total=total, losses=losses)
+            self.grid |= rounding(*asked, plan, costs=costs, losses=losses)
+        if self.speed is not None:
+            with self.clock("time"):
+                self.speed.time(plan)
         self.facts |= divergences
         return plan
 
@@ -245,7 +271,7 @@ class Job:
             apply_plan(self.model, plan, weights)
             self.params |= {"after": count_params(self.model)}
             done = {"params": [self.params["before"], self.params["after"]]}
-            stock_config.describe(self.model, {"budget": asdict(self.recipe.budget), **done})
+            stock_config.describe(self.model, {"budget": self.recipe.budget.to_dict(), **done})
         self.model.liar_plan = whole
         return whole
 
@@ -279,7 +305,7 @@ class Job:
             model=self.recipe.model or model.config.name_or_path or type(model).__name__,
             plan=plan,
             recipe=self._as_run(),
-            budget=asdict(self.recipe.budget),
+            budget=self.recipe.budget.to_dict(),
             earlier=self.earlier,
             settings=self._settings(plan),
             versions=versions(),
@@ -287,6 +313,7 @@ class Job:
             hidden=hidden_rows,
             grid=self.grid,
             params=self.params,
+            latency={} if self.speed is None else self.speed.facts(),
             evaluation=evaluation,
             seconds=self.clock.seconds,
             warnings=what_to_know(
@@ -295,7 +322,8 @@ class Job:
                 self.source["tokens"],
                 self.widest,
             )
-            + self.grid.get("warnings", []),
+            + self.grid.get("warnings", [])
+            + ([] if self.speed is None else self.speed.warnings()),
             loading=stock_config.how_to_load(model, plan),
         )
 

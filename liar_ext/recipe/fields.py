@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
-from liar_ext.plan import BUDGET_UNITS, Budget
+from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, choice
 from liar_ext.reconstruction.layerwise import TARGETS, check_target
@@ -50,6 +50,25 @@ class Fields:
     )
     keep: float = choice(0.8, "budget", check.number, "fraction to keep, in (0, 1]")
     of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "what the fraction counts")
+    latency_phase: str = choice(
+        "both",
+        "budget",
+        check.one_of(PHASES),
+        "latency: time of a prompt, of the tokens generated after it, or of both",
+    )
+    latency_batch: int = choice(1, "budget", check.whole(1), "latency: sequences at a time")
+    latency_prompt: int = choice(128, "budget", check.whole(1), "latency: tokens of a prompt")
+    latency_new_tokens: int = choice(
+        32, "budget", check.whole(1), "latency: tokens generated after it"
+    )
+    latency_table: str | None = choice(
+        None,
+        "budget",
+        check.text(optional=True),
+        "latency: a table measured before, or a folder or report that has one; measured on this "
+        "device by default",
+        metavar="FILE",
+    )
     tile: int | str = choice(
         "auto",
         "budget",
@@ -155,6 +174,12 @@ class Fields:
             raise InputError(
                 f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"
             )
+        if self.of == "kv_cache" and "attn" not in self.kinds:
+            raise InputError(
+                "recipe: a budget of kv_cache is spent on attention, got kinds="
+                f"{list(self.kinds)}; add attn, or count another cost"
+            )
+        self._check_latency()
         if self.calibration and self.seq_len < 2:
             raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
         if self.certify == 1:
@@ -168,6 +193,24 @@ class Fields:
                 "recipe: in one pass a site knows its dense input only, got "
                 f'target={self.target!r}, refit={self.refit}; use schedule="layerwise"'
             )
+
+    def _check_latency(self) -> None:
+        if self.latency_table is None:
+            return
+        if self.of != "latency":
+            raise InputError(
+                f"recipe: latency_table is for of='latency', got of={self.of!r}; leave one out"
+            )
+        if self.keep_hidden != 1.0:
+            raise InputError(
+                "recipe: latency_table can't be of a model whose hidden size is yet to be pruned; "
+                "leave it out, and the narrowed model is measured"
+            )
+
+    @property
+    def prunable_kinds(self) -> tuple[str, ...]:
+        """Those of ``kinds`` that the budget counts: MLPs cache nothing, and stay whole."""
+        return ("attn",) if self.of == "kv_cache" else self.kinds
 
     @property
     def budget(self) -> Budget:

@@ -52,6 +52,12 @@ class Recipe(Fields):
         ``layerwise``. ``refine`` needs all sites at once.
     keep, of, tile, at_least, uniform_layers
         As for :class:`liar_ext.Budget`.
+    latency_phase, latency_batch, latency_prompt, latency_new_tokens
+        As for :class:`liar_ext.Budget`: what a budget of latency is measured with.
+    latency_table : str, optional
+        A table that :func:`liar_ext.measure_latency` gave, or a folder or report that has one:
+        then seconds come from there, and the plan is what they say. By default they are measured
+        on the model's device in its dtype, and corrected by what whole plans take.
     keep_hidden : float
         Fraction of the hidden size that stays, in (0, 1]; see :func:`liar_ext.narrow`. The
         residual stream is narrowed first, on a copy of the model; ``keep`` counts what is left

@@ -18,6 +18,9 @@ def page(report: Report) -> list[str]:
         lines += ["", *(f"{line}." for line in _earlier(report))]
     if report.loading:
         lines += ["", report.loading]
+    if report.latency:
+        lines += ["", "## Latency", "", *(f"{line}." for line in latency(report.latency))]
+        lines += ["", *latency_table(report.latency["table"])]
     if report.grid:
         lines += ["", "## Grid of sizes", "", *grid_table(report.grid)]
     if report.warnings:
@@ -57,6 +60,7 @@ def summary(report: Report) -> list[str]:
             f"{'certified divergence':20} {figure(certified['divergence']):>15} from the dense "
             f"model, over {certified['rows']:,} outputs that no decision has seen"
         )
+    lines += [f"{'latency':20} {line}" for line in latency(report.latency)]
     lines += [f"{'sizes':20} {line}" for line in _steps(report.grid)]
     cut = [row for row in report.sites if row.units_after < row.units_before]
     if cut:
@@ -79,6 +83,11 @@ def size_table(report: Report) -> list[str]:
     lines = ["| | dense | pruned | pruned / dense |", "|---|---|---|---|"]
     for title, before, after in _sizes(report):
         lines.append(f"| {title} | {before:,} | {after:,} | {after / before:.3f} |")
+    if report.latency and report.latency["measured"] is not None:
+        lines.append(
+            f"| time of {report.latency['table']['phase']}, as measured before saving | | "
+            f"| {report.latency['measured']['median']:.3f} |"
+        )
     dense, pruned = report.evaluation.get("dense"), report.evaluation.get("pruned")
     if dense and pruned:
         ratio = pruned["perplexity"] / dense["perplexity"]
@@ -117,6 +126,47 @@ def site_table(rows: Sequence[SiteRow]) -> list[str]:
         f"| {row.dropped_rows} | {row.path} | {_target(row)} | {row.seconds:.1f} |"
         for row in rows
     ]
+
+
+def latency(found: Mapping) -> list[str]:
+    """Return lines on how much faster a plan is, for a budget of latency."""
+    if not found:
+        return []
+    table, measured = found["table"], found["measured"]
+    what = table["phase"] if table["phase"] != "both" else "prefill and decode"
+    asked = f"batch {table['batch']}, prompt of {table['prompt']} tokens"
+    if table["phase"] != "prefill":
+        asked += f", {table['new_tokens']} new ones"
+    place = ", ".join(
+        f"{table['where'][key]}{' threads' if key == 'threads' else ''}"
+        for key in ("device", "dtype", "threads")
+        if key in table["where"]
+    )
+    fast = f"×{1 / found['predicted']:.3f} predicted"
+    if measured is not None:
+        low, high = 1 / measured["high"], 1 / measured["low"]
+        fast += f", ×{1 / measured['median']:.3f} measured ({low:.3f}–{high:.3f})"
+    outside = table["fixed"] / found["dense_seconds"]
+    return [
+        f"{fast} ({what}, {asked}; the table is of {place})",
+        f"{1000 * found['dense_seconds']:.4g} ms dense, of which {outside:.1%} lie outside of what "
+        "can be pruned",
+    ]
+
+
+def latency_table(table: Mapping) -> list[str]:
+    """Return the lines of a table of milliseconds by units kept."""
+    lines = [
+        "| sites | units kept: milliseconds of one site (half of the distance between quartiles) |",
+        "|---|---|",
+    ]
+    for row in table["rows"]:
+        some = zip(row["counts"], row["seconds"], row["spread"], strict=True)
+        sizes = [f"{n}: {1000 * s:.3g} (±{1000 * spread:.1g})" for n, s, spread in some]
+        unit = row["unit"].replace("_", " ")
+        lines.append(f"| {row['sites']} {row['kind']}, {unit}s | {', '.join(sizes)} |")
+    scale = table["scale"]
+    return [*lines, "", f"A whole plan saved {scale:.3f} times what its sites add up to."]
 
 
 def grid_table(grid: Mapping) -> list[str]:

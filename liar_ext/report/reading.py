@@ -289,6 +289,7 @@ def _facts(fields: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     tables["Found" if recipe else "Settings"] = {
         key: value for key, value in settings.items() if key not in recipe
     }
+    tables["Latency"] = _latency(mapping(fields.get("latency")))
     jobs = [mapping(each) for each in listing(fields.get("earlier"))[:MOST_FACTS]]
     tables["Pruned before"] = {f"job {at}": _job(job) for at, job in enumerate(jobs, 1)}
     tables["Versions"] = mapping(fields.get("versions"))
@@ -297,6 +298,20 @@ def _facts(fields: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         for title, table in tables.items()
         if table
     }
+
+
+def _latency(found: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a report says of a budget of latency, as text."""
+    table, measured = mapping(found.get("table")), mapping(found.get("measured"))
+    facts = {
+        "dense_seconds": found.get("dense_seconds"),
+        "predicted fraction of them": found.get("predicted"),
+        "measured fraction of them": measured.get("median"),
+        "seconds outside of the sites": table.get("fixed"),
+    }
+    facts |= {key: table.get(key) for key in ("phase", "batch", "prompt", "new_tokens")}
+    facts |= {key: mapping(table.get("where")).get(key) for key in ("device", "dtype", "threads")}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _job(job: Mapping[str, Any]) -> str:

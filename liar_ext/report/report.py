@@ -44,6 +44,10 @@ class Report:
         :func:`liar_ext.selection.rounding.rounding`.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
+    latency : dict
+        For a budget of latency: ``dense_seconds``; the fraction of them that the plan takes,
+        ``predicted`` and ``measured``, the latter with quartiles, before reconstruction and
+        saving; ``table``, which :class:`liar_ext.report.latency.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     seconds : dict
@@ -67,6 +71,7 @@ class Report:
     earlier: list[dict] = field(default_factory=list)
     grid: dict = field(default_factory=dict)
     params: dict = field(default_factory=dict)
+    latency: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

@@ -6,14 +6,15 @@ import bisect
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.selection.costs import Costs
 from liar_ext.selection.knapsack import choose
 
 Counts = dict[str, int]
@@ -28,6 +29,7 @@ def allocate(
     model_type: str = "",
     total: float | None = None,
     losses: Mapping[str, Tensor] | None = None,
+    costs: Costs | None = None,
 ) -> Plan:
     """Decide which units stay so that the cost kept is at most ``budget.keep`` of the dense cost.
 
@@ -51,12 +53,17 @@ def allocate(
     model_type : str
         For the record in the plan.
     total : float, optional
-        Dense cost of the whole model in the budget's unit, from :func:`total_cost`; needed where
-        the budget counts more than the sites.
+        Dense cost of the whole model in the budget's unit, from
+        :func:`liar_ext.selection.costs.total_cost`; needed where the budget counts more than the
+        sites, unless ``costs`` say it.
     losses : mapping of str to Tensor, optional
         For ``curve``: ``(units + 1,)`` by site name, what the model loses when k units of the site
         are gone; for instance an error curve times the sensitivity of its site. Losses of
         different sites must have one unit, and they add up.
+    costs : Costs, optional
+        What sites cost by the number of units kept, where that is not proportional: for latency,
+        see :class:`liar_ext.selection.costs.Costs`. No method takes a count that costs no less
+        than a larger one.
 
     Returns
     -------
@@ -67,14 +74,23 @@ def allocate(
     InputError
         If the method is unknown, ``curve`` lacks its losses, or no plan can meet the budget.
     """
-    check_budget(at, budget, method, total)
+    costs = costs or Costs.of(at, budget, total)
+    check_budget(at, budget, method, costs)
     if method == "curve" and losses is None:
         raise InputError("allocate: method curve needs losses, such as those of error_curves")
-    problem = _Problem.of(at, budget, total)
+    problem = _Problem.of(at, budget, costs)
     if method == "global":
         scores = {site.name: _metric(site, scores[site.name]) for site in at}
     counts = _METHODS[method](problem, losses if method == "curve" else scores)
-    return _plan(at, scores, counts, model_type, {**asdict(budget), "allocation": method})
+    return _plan(at, scores, counts, model_type, {**budget.to_dict(), "allocation": method})
+
+
+def even_plan(
+    at: Sequence[Site], budget: Budget, costs: Costs | None = None, *, model_type: str = ""
+) -> Plan:
+    """Return a plan of ``uniform`` for its sizes alone, before any score is known."""
+    scores = {site.name: torch.arange(site.units, 0, -1.0) for site in at}
+    return allocate(at, scores, budget, "uniform", model_type=model_type, costs=costs)
 
 
 def probe_plan(
@@ -89,7 +105,7 @@ def probe_plan(
     for site in at:
         fewer = allowed_counts(site, replace(budget, tile=1))[:-1] or (site.units,)
         counts[site.name] = _round(fewer, budget.keep * site.units, up=False)
-    return _plan(at, scores, counts, model_type, asdict(budget))
+    return _plan(at, scores, counts, model_type, budget.to_dict())
 
 
 def _plan(
@@ -108,47 +124,12 @@ def _plan(
 
 
 def check_budget(
-    at: Sequence[Site], budget: Budget, method: str = "uniform", total: float | None = None
+    at: Sequence[Site], budget: Budget, method: str = "uniform", costs: Costs | None = None
 ) -> None:
     """Raise what :func:`allocate` would raise, before any score is known."""
     if method not in _METHODS:
         raise InputError(f"allocate: method must be one of {', '.join(_METHODS)}, got {method!r}")
-    _Problem.of(at, budget, total)
-
-
-def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
-    """Return the dense cost of the whole model in the unit of ``budget``.
-
-    ``prunable``: parameters of the sites. ``params``: all parameters, tied ones once. ``flops``:
-    one forward pass over ``seq_len`` tokens: 2 per weight of every linear layer (an output head
-    included) and token, and the two attention products.
-    """
-    if budget.of == "prunable":
-        return sum(site.params for site in at)
-    if budget.of == "params":
-        return sum(parameter.numel() for parameter in model.parameters())
-    linear = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    )
-    in_sites = sum(site.units * site.unit_flops(budget.seq_len) for site in at)
-    weights_in_sites = sum(site.params for site in at)  # biases are some thousandths of it
-    return in_sites + 2.0 * budget.seq_len * max(0, linear - weights_in_sites)
-
-
-def kept_fraction(at: Sequence[Site], plan: Plan, budget: Budget, total: float | None) -> float:
-    """Return the fraction of the dense cost that a plan keeps, in the unit of the budget."""
-    cost = _unit_costs(at, budget)
-    dense = sum(cost[site.name] * site.units for site in at) if total is None else total
-    return 1.0 - sum(cost[name] * len(each.removed) for name, each in plan.sites.items()) / dense
-
-
-def _unit_costs(at: Sequence[Site], budget: Budget) -> dict[str, float]:
-    """Return the cost of one unit of every site, in the unit of the budget."""
-    if budget.of == "flops":
-        return {site.name: float(site.unit_flops(budget.seq_len)) for site in at}
-    return {site.name: float(site.unit_params) for site in at}
+    _Problem.of(at, budget, costs or Costs.of(at, budget))
 
 
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
@@ -167,29 +148,17 @@ class _Problem:
     """The budget in numbers: sites, allowed counts and what the sites together may cost."""
 
     sites: tuple[Site, ...]
-    cost: Mapping[str, float]  # of one unit
-    allowed: Mapping[str, tuple[int, ...]]  # counts, ascending; the last is every unit
+    cost: Mapping[str, Sequence[float]]  # by count
+    allowed: Mapping[str, tuple[int, ...]]  # counts, ascending as their costs; the last is all
     limit: float  # for the sites together
     teams: tuple[tuple[Site, ...], ...]  # sites that must keep equally many
 
     @classmethod
-    def of(cls, at: Sequence[Site], budget: Budget, total: float | None) -> _Problem:
-        unit_cost = _unit_costs(at, budget)
-        in_sites = sum(unit_cost[site.name] * site.units for site in at)
-        if total is None:
-            if budget.of != "prunable":
-                raise InputError(f"allocate: a budget of {budget.of} needs total=total_cost(...)")
-            total = in_sites
+    def of(cls, at: Sequence[Site], budget: Budget, costs: Costs) -> _Problem:
+        costs.check(at)
+        cost, total = costs.by_count, costs.total
+        in_sites = sum(cost[site.name][-1] for site in at)
         limit = budget.keep * total - (total - in_sites)
-        allowed = {site.name: allowed_counts(site, budget) for site in at}
-        least = sum(unit_cost[site.name] * allowed[site.name][0] for site in at)
-        slack = 1e-9 * total
-        if least > limit + slack:
-            raise InputError(
-                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with at_least="
-                f"{budget.at_least}, tile={budget.tile} the sites can go down to "
-                f"{(least + total - in_sites) / total:.4g}; raise keep, or lower tile or at_least"
-            )
         if budget.uniform_layers:
             kinds = dict.fromkeys((site.kind, site.units, site.width) for site in at)
             teams = tuple(
@@ -197,10 +166,41 @@ class _Problem:
             )
         else:
             teams = tuple((site,) for site in at)
-        return cls(tuple(at), unit_cost, allowed, limit + slack, teams)
+        allowed = {}
+        for team in teams:
+            counts = _worth_their_cost(allowed_counts(team[0], budget), team, cost)
+            allowed |= dict.fromkeys((site.name for site in team), counts)
+        problem = cls(tuple(at), cost, allowed, limit + 1e-9 * total, teams)
+        least = problem.spent({name: counts[0] for name, counts in allowed.items()})
+        if least > problem.limit:
+            outside = 1.0 - in_sites / total
+            fixed = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
+            raise InputError(
+                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with at_least="
+                f"{budget.at_least}, tile={budget.tile} the sites can go down to "
+                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile or "
+                "at_least"
+            )
+        return problem
 
     def spent(self, counts: Counts) -> float:
-        return sum(self.cost[name] * count for name, count in counts.items())
+        return sum(self.cost[name][count] for name, count in counts.items())
+
+    def price(self, team: tuple[Site, ...], count: int) -> float:
+        return sum(self.cost[site.name][count] for site in team)
+
+    def fraction(self) -> float:
+        """Return the largest common fraction of all units that the limit allows, uncounted."""
+
+        def at_fraction(fraction: float) -> float:
+            spent = 0.0
+            for site in self.sites:
+                whole, part = divmod(fraction * site.units, 1.0)
+                costs = self.cost[site.name][int(whole) : int(whole) + 2]
+                spent += costs[0] + part * (costs[-1] - costs[0])
+            return spent
+
+        return _largest(at_fraction, self.limit, 1e-15)
 
     def fill(
         self, gain: Callable[[tuple[Site, ...], int, int], float], start: Counts | None = None
@@ -227,7 +227,7 @@ class _Problem:
             _, team_index, step = heapq.heappop(race)
             team = self.teams[team_index]
             allowed = self.allowed[team[0].name]
-            price = sum(self.cost[site.name] for site in team) * (allowed[step] - allowed[step - 1])
+            price = self.price(team, allowed[step]) - self.price(team, allowed[step - 1])
             if price <= left:
                 left -= price
                 counts.update({site.name: allowed[step] for site in team})
@@ -247,14 +247,38 @@ def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
     return (*range(first, site.units, step), site.units)
 
 
+def _worth_their_cost(
+    counts: Sequence[int], team: Sequence[Site], cost: Mapping[str, Sequence[float]]
+) -> tuple[int, ...]:
+    """Return the counts that cost less than every larger one, ascending."""
+    kept: list[int] = []
+    least = math.inf
+    for count in reversed(counts):
+        price = sum(cost[site.name][count] for site in team)
+        if price < least:
+            kept.append(count)
+            least = price
+    return tuple(reversed(kept))
+
+
+def _largest(spent: Callable[[float], float], limit: float, precision: float) -> float:
+    """Return the largest fraction, in [0, 1], for which what is spent fits the limit."""
+    low, high = 0.0, 1.0
+    if spent(high) <= limit:
+        return high
+    while high - low > precision:
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) <= limit else (low, middle)
+    return low
+
+
 def _uniform(problem: _Problem, scores: Mapping[str, Tensor]) -> Counts:
     """Return counts of one common fraction.
 
     The kind of fewest units (heads) takes the allowed count below or above the fraction, the other
     kind spends the rest; of the two, the one that strays less from the common fraction.
     """
-    dense = {site.name: site.units for site in problem.sites}
-    wish = min(1.0, problem.limit / problem.spent(dense))
+    wish = problem.fraction()
     kinds = sorted({s.kind for s in problem.sites}, key=lambda kind: _fewest(problem, kind))
     coarse = [site for site in problem.sites if site.kind != kinds[-1]]
     fine = [site for site in problem.sites if site.kind == kinds[-1]]
@@ -287,13 +311,7 @@ def _largest_fraction(problem: _Problem, at: Sequence[Site], limit: float) -> Co
     def at_fraction(fraction: float) -> Counts:
         return {s.name: _round(problem.allowed[s.name], fraction * s.units, up=False) for s in at}
 
-    low, high = 0.0, 1.0
-    if problem.spent(at_fraction(high)) <= limit:
-        return at_fraction(high)
-    while high - low > 1e-7:
-        middle = (low + high) / 2
-        low, high = (middle, high) if problem.spent(at_fraction(middle)) <= limit else (low, middle)
-    return at_fraction(low)
+    return at_fraction(_largest(lambda f: problem.spent(at_fraction(f)), limit, 1e-7))
 
 
 def _metric(site: Site, scores: Tensor) -> Tensor:
@@ -341,11 +359,10 @@ def _curve(problem: _Problem, losses: Mapping[str, Tensor]) -> Counts:
         return sum(lost[site.name][count] for site in team)
 
     options = [problem.allowed[team[0].name] for team in problem.teams]
-    prices = [sum(int(problem.cost[site.name]) for site in team) for team in problem.teams]
     taken = choose(
         [
-            [price * count for count in counts]
-            for price, counts in zip(prices, options, strict=True)
+            [problem.price(team, count) for count in counts]
+            for team, counts in zip(problem.teams, options, strict=True)
         ],
         [
             [loss(team, count) for count in counts]
@@ -360,7 +377,7 @@ def _curve(problem: _Problem, losses: Mapping[str, Tensor]) -> Counts:
     }
 
     def gain(team: tuple[Site, ...], now: int, then: int) -> float:
-        price = sum(problem.cost[site.name] for site in team) * (then - now)
+        price = problem.price(team, then) - problem.price(team, now)
         return (loss(team, now) - loss(team, then)) / price
 
     return problem.fill(gain, counts)

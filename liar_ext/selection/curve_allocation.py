@@ -12,6 +12,7 @@ from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.allocation import allocate, probe_plan
+from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP, error_curves
 from liar_ext.selection.refine import predict_divergence, refine_plan
 from liar_ext.selection.sensitivity import site_divergences
@@ -28,7 +29,7 @@ def decide(
     *,
     mode: str = "auto",
     refine: int = 0,
-    total: float | None = None,
+    costs: Costs | None = None,
     losses: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> tuple[Plan, dict[str, float]]:
@@ -36,7 +37,7 @@ def decide(
 
     Parameters
     ----------
-    model, bank, at, scores, budget, total
+    model, bank, at, scores, budget, costs
         As for :func:`liar_ext.allocate`; the model stays as it is.
     allocation : {"uniform", "global", "curve"}
         Method.
@@ -60,13 +61,13 @@ def decide(
     """
     model_type = model.config.model_type
     if allocation != "curve":
-        plan = allocate(at, scores, budget, allocation, model_type=model_type, total=total)
+        plan = allocate(at, scores, budget, allocation, model_type=model_type, costs=costs)
         return with_bias(plan, model, mode), {}
     settings = {"mode": mode, "progress": progress}
     probe = probe_batches(batches)
     if losses is None:
         losses, _ = measure_losses(model, bank, at, scores, budget, probe, **settings)
-    plan = allocate(at, scores, budget, "curve", model_type=model_type, total=total, losses=losses)
+    plan = allocate(at, scores, budget, "curve", model_type=model_type, costs=costs, losses=losses)
     plan = with_bias(plan, model, mode)
     measured = {}
     if refine:
@@ -80,7 +81,7 @@ def decide(
             losses,
             plan,
             rounds=refine,
-            total=total,
+            costs=costs,
             **settings,
         )
         measured = {"unrefined_divergence": history[0], "measured_divergence": history[-1]}

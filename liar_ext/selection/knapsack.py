@@ -11,21 +11,21 @@ MAX_GRAINS = 8192
 
 
 def choose(
-    costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], limit: float
+    costs: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], limit: float
 ) -> list[int]:
     """Minimise ``Σ losses[i][choice_i]`` subject to ``Σ costs[i][choice_i] ≤ limit``.
 
     Dynamic programming over the cost: ``best[c]`` is the least loss of the lists so far at a cost
     of at most c grains. What the first options cost is set aside; the rest is counted in grains,
-    rounded up. The grain is the greatest common divisor of the costs, and the result exact, if
-    what is left of the limit holds at most ``MAX_GRAINS`` of them. Else it is that rest divided by
-    ``MAX_GRAINS``, and rounding wastes less than one grain per list: the loss is at most the least
-    one of a limit that is lower by a grain per list.
+    rounded up. If all costs are whole numbers, the grain is their greatest common divisor, and the
+    result exact, as long as what is left of the limit holds at most ``MAX_GRAINS`` of them. Else it
+    is that rest divided by ``MAX_GRAINS``, and rounding wastes less than one grain per list: the
+    loss is at most the least one of a limit that is lower by a grain per list.
 
     Parameters
     ----------
-    costs : sequence of sequences of int
-        By list, ascending.
+    costs : sequence of sequences of float
+        By list, strictly ascending; steps may differ.
     losses : sequence of sequences of float
         By list, one per option.
     limit : float
@@ -38,7 +38,9 @@ def choose(
     """
     extra = [[cost - options[0] for cost in options] for options in costs]
     room = min(limit - sum(options[0] for options in costs), sum(each[-1] for each in extra))
-    grain: float = max(1, math.gcd(*(cost for each in extra for cost in each)))
+    if room <= 0:
+        return [0] * len(costs)
+    grain = _common_grain([cost for each in extra for cost in each])
     if room > MAX_GRAINS * grain:
         grain = room / MAX_GRAINS
     grains = int(room / grain + 1e-6)
@@ -63,3 +65,10 @@ def choose(
         taken.append(int(choice[grains]))
         grains -= spent[taken[-1]]
     return taken[::-1]
+
+
+def _common_grain(costs: Sequence[float]) -> float:
+    """Return the greatest common divisor of whole numbers; 0 if they are none, or all 0."""
+    if not all(float(cost).is_integer() for cost in costs):
+        return 0.0
+    return float(math.gcd(*map(int, costs)))

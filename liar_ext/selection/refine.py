@@ -15,6 +15,7 @@ from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.allocation import allocate
+from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.selection.sensitivity import divergences
 
@@ -53,7 +54,7 @@ def refine_plan(
     *,
     rounds: int,
     mode: str = "auto",
-    total: float | None = None,
+    costs: Costs | None = None,
     progress: bool = False,
 ) -> tuple[Plan, list[float]]:
     """Improve a plan by the measured divergence ``D`` of whole plans.
@@ -67,7 +68,7 @@ def refine_plan(
 
     Parameters
     ----------
-    model, bank, at, scores, budget, total
+    model, bank, at, scores, budget, costs
         As for :func:`liar_ext.allocate`; the model stays as it is.
     batches : sequence
         A few sequences to measure the divergence on, from :func:`probe_batches`.
@@ -105,7 +106,7 @@ def refine_plan(
             shares = [least - rest for rest in measure(rests)]
         trial = _rescaled(losses, plan, groups, shares, step)
         candidate = allocate(
-            at, scores, budget, "curve", model_type=plan.model_type, total=total, losses=trial
+            at, scores, budget, "curve", model_type=plan.model_type, costs=costs, losses=trial
         )
         candidate = with_bias(candidate, model, mode)
         if candidate.sites == plan.sites:

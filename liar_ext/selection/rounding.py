@@ -9,7 +9,8 @@ from torch import Tensor
 
 from liar_ext.models.sites import Site
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
-from liar_ext.selection.allocation import allocate, allowed_counts, kept_fraction, site_step
+from liar_ext.selection.allocation import allocate, allowed_counts, site_step
+from liar_ext.selection.costs import Costs
 from liar_ext.selection.refine import predict_divergence
 
 OBJECTIVES = {
@@ -26,7 +27,7 @@ def rounding(
     method: str,
     plan: Plan,
     *,
-    total: float | None = None,
+    costs: Costs | None = None,
     losses: Mapping[str, Tensor] | None = None,
 ) -> dict[str, object]:
     """Return the grid of every kind of site, and what an allocation loses by it.
@@ -37,7 +38,7 @@ def rounding(
 
     Parameters
     ----------
-    at, scores, budget, method, total, losses
+    at, scores, budget, method, costs, losses
         As for :func:`liar_ext.allocate`.
     plan : Plan
         What was decided; it may be refined.
@@ -53,13 +54,14 @@ def rounding(
     """
     rows = [_row(some, budget, plan) for some in _kinds(at)]
     facts = {"tile": budget.tile, "sites": rows, "objective": OBJECTIVES[method]}
-    facts["kept"] = facts["kept_at_tile_1"] = kept_fraction(at, plan, budget, total)
-    settings = {"total": total, "losses": losses}
+    costs = costs or Costs.of(at, budget)
+    facts["kept"] = facts["kept_at_tile_1"] = costs.kept_fraction(plan)
+    settings = {"costs": costs, "losses": losses}
     on_grid = finer = allocate(at, scores, budget, method, **settings)
     single = replace(budget, tile=1)
     if any(site_step(site, budget) != site_step(site, single) for site in at):
         finer = allocate(at, scores, single, method, **settings)
-        facts["kept_at_tile_1"] = kept_fraction(at, finer, budget, total)
+        facts["kept_at_tile_1"] = costs.kept_fraction(finer)
     if method == "curve":
         found = [predict_divergence(losses, each) for each in (on_grid, finer)]
         facts["predicted_divergence"] = found[0]

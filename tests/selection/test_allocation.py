@@ -7,7 +7,8 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, InputError, allocate, calibrate, error_curves, prune, score, sites
-from liar_ext.selection.allocation import check_budget, probe_plan, select, total_cost
+from liar_ext.selection.allocation import check_budget, probe_plan, select
+from liar_ext.selection.costs import Costs, total_cost
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +277,8 @@ def test_budget_that_no_plan_meets(llama):
         allocate(at, scores, Budget(0.01), "uniform")
     budget = Budget(0.1, "params")
     with pytest.raises(InputError, match="no plan keeps 0.1 of params"):
-        check_budget(at, budget, "global", total_cost(model, at, budget))
+        costs = Costs.of(at, budget, total_cost(model, at, budget))
+        check_budget(at, budget, "global", costs)
     with pytest.raises(InputError, match="needs total=total_cost"):
         allocate(at, scores, Budget(0.5, "params"))
     with pytest.raises(InputError, match="method must be one of uniform, global, curve"):

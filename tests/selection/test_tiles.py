@@ -17,10 +17,10 @@ from liar_ext.plan import AUTO_TILE, LEAST_STEPS
 from liar_ext.selection.allocation import (
     allowed_counts,
     check_budget,
-    kept_fraction,
     probe_plan,
     site_step,
 )
+from liar_ext.selection.costs import Costs
 from liar_ext.selection.refine import predict_divergence
 from liar_ext.selection.rounding import rounding
 
@@ -210,7 +210,7 @@ def test_uniform_gives_every_layer_the_same_multiple(tile):
         assert kept == 512 or kept % (32 if tile == "auto" else tile) == 0
         # One step more in all layers would not fit: as near as the grid allows.
         step = 0 if kept == 512 else 4 * 3 * (32 if tile == "auto" else tile)
-        fraction = kept_fraction(at, plan, Budget(keep), None)
+        fraction = Costs.of(at, Budget(keep)).kept_fraction(plan)
         assert fraction <= keep + 1e-9
         assert not step or fraction + step / sum(s.params for s in at) > keep
 
@@ -276,6 +276,8 @@ def test_the_kept_fraction_is_that_of_the_parameters(job):
         assume(False)
     kept = sum(len(plan.sites[s.name].kept) * s.unit_params for s in at)
     dense = sum(s.params for s in at)
-    assert kept_fraction(at, plan, budget, None) == pytest.approx(kept / dense)
+    assert Costs.of(at, budget).kept_fraction(plan) == pytest.approx(kept / dense)
     # The sites as half of a model: what they don't hold stays.
-    assert kept_fraction(at, plan, budget, 2.0 * dense) == pytest.approx(0.5 + kept / dense / 2)
+    assert Costs.of(at, budget, 2.0 * dense).kept_fraction(plan) == pytest.approx(
+        0.5 + kept / dense / 2
+    )

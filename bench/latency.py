@@ -1,0 +1,213 @@
+"""A plan by seconds beside the plan by parameters that is as fast: speed and perplexity of both.
+
+For each phase, the units of both plans are chosen by the same scores, error curves and
+sensitivities, and both are reconstructed alike. The first is given the fraction `1 / SPEEDUP` of
+the dense seconds. The second is the largest fraction of the prunable parameters that, by the same
+table of seconds, takes no longer. Both are saved, loaded again, and timed beside the dense model in
+turns. With one thread times are of the processor, so that other jobs of the machine don't count.
+Writes latency.json and latency.md, after every phase; phases that are there are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, score, sites
+from liar_ext.benchmarking.latency import ratios
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.saving import save_pruned
+from liar_ext.data.batches import probe_batches
+from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
+from liar_ext.models.sites import Site
+from liar_ext.pipeline.speed import Speed
+from liar_ext.reconstruction.one_pass import reconstruct, with_bias
+from liar_ext.selection.costs import Costs
+from liar_ext.selection.curve_allocation import measure_losses
+from liar_ext.selection.refine import predict_divergence
+
+ROUNDS = 15
+
+
+def main() -> None:
+    """Measure phase by phase."""
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    record = options.out / "latency.json"
+    rows = json.loads(record.read_text()) if record.exists() else []
+    todo = [each for each in options.phases if each not in {row["phase"] for row in rows}]
+    if todo:
+        model, tokenizer = load_model(options.model)
+        batches = calibration_sequences(
+            [read_documents(options.calibration)],
+            tokenizer,
+            samples=options.samples,
+            seq_len=options.seq_len,
+        ).batches()
+        texts = {
+            Path(name).stem: evaluation_sequences(
+                read_documents(name), tokenizer, seq_len=512, samples=options.eval_samples
+            ).batches()
+            for name in options.eval
+        }
+        job = Job(model, tokenizer, batches, texts, options)
+        for phase in todo:
+            rows += job.measure(phase)
+            record.write_text(json.dumps(rows, indent=1) + "\n")
+    (options.out / "latency.md").write_text(markdown(rows))
+    print(markdown(rows))
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="model folder, hub id or GGUF file")
+    add("--calibration", required=True)
+    add("--eval", nargs="+", required=True)
+    add("--phases", nargs="+", choices=("prefill", "decode", "both"), default=["prefill", "decode"])
+    add("--speedup", type=float, default=1.25)
+    add("--samples", type=int, default=64)
+    add("--seq-len", type=int, default=512)
+    add("--eval-samples", type=int, default=None)
+    add("--out", type=Path, default=Path("out/latency"))
+    return parser.parse_args()
+
+
+class Job:
+    """What both plans of all phases are made of."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: object,
+        batches: Sequence[Mapping[str, Tensor]],
+        texts: Mapping[str, Sequence[Mapping[str, Tensor]]],
+        options: argparse.Namespace,
+    ) -> None:
+        self.model, self.tokenizer, self.texts, self.options = model, tokenizer, texts, options
+        self.at: list[Site] = sites(model)
+        self.bank: MomentBank = calibrate(model, batches, self.at)
+        self.scores = score(model, self.bank, self.at, "wifv")
+        self.losses, _ = measure_losses(
+            model,
+            self.bank,
+            self.at,
+            self.scores,
+            Budget(1 / options.speedup),
+            probe_batches(batches),
+        )
+        self.dense = {name: perplexity(model, some)["perplexity"] for name, some in texts.items()}
+
+    def measure(self, phase: str) -> list[dict[str, object]]:
+        """Return a row for each plan."""
+        budget = Budget(1 / self.options.speedup, "latency", latency_phase=phase)
+        start = time.process_time()
+        speed = Speed(self.model, self.at, budget)
+        costs = speed.settle(lambda costs: self.allocate(budget, costs))
+        seconds = time.process_time() - start
+        plans = {"seconds": self.allocate(budget, costs)}
+        plans["parameters"] = self.as_fast(costs, costs.kept_fraction(plans["seconds"]))
+        loaded = {"dense": self.model}
+        for name, plan in plans.items():
+            plan = plans[name] = with_bias(plan, self.model, "auto")
+            weights, _ = reconstruct(self.model, self.bank, plan)
+            pruned = copy.deepcopy(self.model)
+            apply_plan(pruned, plan, weights)
+            folder = self.options.out / f"{phase}-{name}"
+            save_pruned(pruned, folder, plan, tokenizer=self.tokenizer, overwrite=True)
+            loaded[name] = load_model(folder)[0]
+        found = ratios(loaded, budget, rounds=ROUNDS)
+        total = sum(site.params for site in self.at)
+        return [
+            {
+                "phase": phase,
+                "budget": name,
+                "kept_parameters": kept(self.at, plan) / total,
+                "kept_attention": part(self.at, plan, "attn"),
+                "kept_mlp": part(self.at, plan, "mlp"),
+                "predicted": 1 / costs.kept_fraction(plan),
+                "measured": [1 / found[name].median, 1 / found[name].high, 1 / found[name].low],
+                "divergence": predict_divergence(self.losses, plan),
+                "perplexity": {
+                    text: [self.dense[text], perplexity(loaded[name], some)["perplexity"]]
+                    for text, some in self.texts.items()
+                },
+                "dense_seconds": costs.total,
+                "outside_of_sites": speed.table.fixed / costs.total,
+                "seconds_to_measure": seconds,
+                "table": speed.table.to_dict(),
+            }
+            for name, plan in plans.items()
+        ]
+
+    def allocate(self, budget: Budget, costs: Costs | None = None) -> Plan:
+        """Return the plan of least predicted divergence."""
+        model_type = self.model.config.model_type
+        return allocate(
+            self.at,
+            self.scores,
+            budget,
+            "curve",
+            model_type=model_type,
+            losses=self.losses,
+            costs=costs,
+        )
+
+    def as_fast(self, costs: Costs, fraction: float) -> Plan:
+        """Return the plan of most parameters that takes at most a fraction of the dense seconds."""
+        low, high = 0.2, 1.0
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            fits = costs.kept_fraction(self.allocate(Budget(middle))) <= fraction
+            low, high = (middle, high) if fits else (low, middle)
+        return self.allocate(Budget(low))
+
+
+def kept(at: Sequence[Site], plan: Plan) -> int:
+    """Return the parameters that the sites keep."""
+    return sum(site.unit_params * len(plan.sites[site.name].kept) for site in at)
+
+
+def part(at: Sequence[Site], plan: Plan, kind: str) -> float:
+    """Return the fraction of the parameters of a kind of site that stays."""
+    some = [site for site in at if site.kind == kind]
+    return kept(some, plan) / sum(site.params for site in some)
+
+
+def markdown(rows: Sequence[Mapping]) -> str:
+    """Return the rows as a table."""
+    texts = list(rows[0]["perplexity"])
+    lines = [
+        "| phase | budget | predicted | measured (quartiles) | parameters kept: all, attention, "
+        f"MLP | {' | '.join(f'perplexity, {text} (dense)' for text in texts)} |",
+        "|---" * (5 + len(texts)) + "|",
+    ]
+    for row in rows:
+        median, low, high = row["measured"]
+        judged = [
+            f"{row['perplexity'][text][1]:.2f} ({row['perplexity'][text][0]:.2f})" for text in texts
+        ]
+        sizes = ", ".join(
+            f"{row[f'kept_{kind}']:.3f}" for kind in ("parameters", "attention", "mlp")
+        )
+        lines.append(
+            f"| {row['phase']} | {row['budget']} | ×{row['predicted']:.3f} "
+            f"| ×{median:.3f} ({low:.3f}–{high:.3f}) | {sizes} | {' | '.join(judged)} |"
+        )
+    outside = {row["phase"]: f"{row['outside_of_sites']:.1%} of {row['phase']}" for row in rows}
+    lines += ["", f"Outside of the sites: {', '.join(outside.values())}."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

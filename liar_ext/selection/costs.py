@@ -1,0 +1,142 @@
+"""Costs: what sites take of a budget by the number of units that they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from liar_ext.errors import InputError
+from liar_ext.models.running import predicts_next_token
+from liar_ext.models.sites import Site, sites
+from liar_ext.plan import Budget, Plan
+from liar_ext.report.latency import LatencyTable
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What every site costs by the number of units that it keeps, and what the model costs.
+
+    Parameters
+    ----------
+    by_count : mapping of str to sequence of float
+        ``(units + 1,)`` by site name: the cost when k units stay. Any shape will do; a count that
+        costs no less than a larger one is never taken.
+    total : float
+        Dense cost of the whole model. What it has beyond its dense sites can't be pruned.
+    """
+
+    by_count: Mapping[str, Sequence[float]]
+    total: float
+
+    @classmethod
+    def of(cls, at: Sequence[Site], budget: Budget, total: float | None = None) -> Costs:
+        """Return costs that are proportional to units, as all but those of latency are.
+
+        ``total`` comes from :func:`total_cost`; only ``prunable`` needs none.
+        """
+        if budget.of == "latency":
+            raise InputError(
+                "allocate: a budget of latency needs costs=, seconds by units; measure_latency "
+                "measures them"
+            )
+        if total is None and budget.of != "prunable":
+            raise InputError(f"allocate: a budget of {budget.of} needs total=total_cost(...)")
+        of_unit = {site.name: _unit_cost(site, budget) for site in at}
+        if total is None:
+            total = sum(of_unit[site.name] * site.units for site in at)
+        return cls({s.name: [of_unit[s.name] * k for k in range(s.units + 1)] for s in at}, total)
+
+    @classmethod
+    def measured(cls, table: LatencyTable, at: Sequence[Site]) -> Costs:
+        """Return the seconds of sites, as a table of latency has them for their shapes.
+
+        Raises
+        ------
+        InputError
+            If the table lacks the shape of a site.
+        """
+        rows = {row.shape: row for row in table.rows}
+        by_count = {}
+        for site in at:
+            row = rows.get(site.shape)
+            if row is None:
+                raise InputError(
+                    f"latency: the table has no sizes of {site.name}, with {site.units} "
+                    f"{site.unit}s of {site.width} features; measure this model"
+                )
+            found = row.by_count()
+            # What a whole plan saves, measured, by the sum of what its sites save.
+            by_count[site.name] = [
+                max(0.0, found[-1] - table.scale * (found[-1] - each)) for each in found
+            ]
+        return cls(by_count, table.total)
+
+    def check(self, at: Sequence[Site]) -> None:
+        """Raise InputError unless every site has a cost of at least 0 for every count."""
+        for site in at:
+            costs = self.by_count.get(site.name)
+            if costs is None or len(costs) != site.units + 1:
+                came = "none" if costs is None else f"{len(costs)}"
+                raise InputError(
+                    f"allocate: costs must have {site.units + 1} values for {site.name}, from 0 "
+                    f"units kept to all, got {came}; measure this model's own sites"
+                )
+            if not all(0.0 <= cost < float("inf") for cost in costs):
+                raise InputError(f"allocate: costs of {site.name} must be finite and at least 0")
+
+    def kept_fraction(self, plan: Plan) -> float:
+        """Return the fraction of the model's dense cost that a plan keeps."""
+        saved = 0.0
+        for name, site in plan.sites.items():
+            saved += self.by_count[name][site.units] - self.by_count[name][len(site.kept)]
+        return 1.0 - saved / self.total
+
+
+def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
+    """Return the dense cost of the whole model in the unit of ``budget``; not of latency.
+
+    ``prunable``: parameters of the sites. ``params``: all parameters, tied ones once. ``flops``:
+    one forward pass over ``seq_len`` tokens: 2 per weight of every linear layer (an output head
+    included) and token, and the two attention products. ``kv_cache``: keys and values of a token.
+    """
+    if budget.of == "prunable":
+        return sum(site.params for site in at)
+    if budget.of == "params":
+        return sum(parameter.numel() for parameter in model.parameters())
+    if budget.of == "kv_cache":
+        if not predicts_next_token(model):
+            raise InputError(
+                f"allocate: a budget of kv_cache needs a model that generates, got "
+                f"{type(model).__name__}; use of='params' or of='latency'"
+            )
+        if any(site.kind == "attn" and site.groups > 1 for site in at):
+            raise InputError(
+                "allocate: query heads that leave a KV group leave its keys and values behind; "
+                "prune whole groups with attn_unit='kv_group' for a budget of kv_cache"
+            )
+        return sum(cached_values(site) for site in sites(model, ["attn"]))
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    )
+    in_sites = sum(site.units * site.unit_flops(budget.seq_len) for site in at)
+    weights_in_sites = sum(site.params for site in at)  # biases are some thousandths of it
+    return in_sites + 2.0 * budget.seq_len * max(0, linear - weights_in_sites)
+
+
+def cached_values(site: Site) -> int:
+    """Return the numbers that generation keeps of a token for a site: a key and a value each."""
+    return 2 * site.kv_heads * site.head_dim
+
+
+def _unit_cost(site: Site, budget: Budget) -> float:
+    """Return the cost of one unit of a site, in the unit of the budget."""
+    if budget.of == "flops":
+        return float(site.unit_flops(budget.seq_len))
+    if budget.of == "kv_cache":
+        # Query heads share what is cached, where a group of them has one key and value.
+        return cached_values(site) / site.units if site.groups == 1 else 0.0
+    return float(site.unit_params)
