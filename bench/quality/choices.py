@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.quality.windows import head_of, hidden_states, log_probabilities
-from liar_ext.data.texts import _prefix
+from liar_ext.data.texts import document_prefix
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 
@@ -89,7 +89,9 @@ def tokens_of(question: str, choices: Sequence[str], answer: int, tokenizer) -> 
     asked = PROMPT.format(question)
     before = tokens(asked)
     rest = [tokens(f"{asked} {choice}")[len(before) :] for choice in choices]
-    return Question([*_prefix(tokenizer), *before], rest, [len(each) for each in choices], answer)
+    return Question(
+        [*document_prefix(tokenizer), *before], rest, [len(each) for each in choices], answer
+    )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5], help="fractions removed")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration set")
     add("--calibration", nargs="+", default=["encyclopaedia"], metavar="TEXT",
-        help="encyclopaedia, news, or sources of one's own")  # fmt: skip
+        help="encyclopaedia, news, self, or sources of one's own")  # fmt: skip
     add("--samples", type=int, default=64, help="calibration sequences")
     add("--lone", choices=("halves", "blocks"), default="halves",
         help="how a calibration text of one document is split into folds")  # fmt: skip

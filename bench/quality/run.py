@@ -76,6 +76,7 @@ def measure(
     wanted = {}
     for seed in options.seeds:
         drawn = texts.draw(
+            model,
             tokenizer,
             samples=options.samples,
             seq_len=options.seq_len,

@@ -13,10 +13,12 @@ from unittest import mock
 from torch import Tensor, nn
 
 from bench.quality.texts import digest_of
-from liar_ext import Recipe, calibrate, pipeline, sites
+from liar_ext import Recipe, calibrate, sites
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
 from liar_ext.models.sites import get_consumer_bias
+from liar_ext.pipeline import pipeline
+from liar_ext.pipeline.job import Job
 from liar_ext.reconstruction.settings import form_at
 from liar_ext.report.report import Report
 
@@ -28,14 +30,14 @@ Found = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], float]
 
 
 @dataclass
-class SharingJob(pipeline.Job):
+class SharingJob(Job):
     """A job that looks up the scores and losses which another one has computed."""
 
     known: dict[str, Found] = field(default_factory=dict)
     spared: list[float] = field(default_factory=list)
 
     def score(self, passes: Passes | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return scores and losses, as :meth:`liar_ext.pipeline.Job.score` does."""
+        """Return scores and losses, as :meth:`liar_ext.pipeline.job.Job.score` does."""
         if passes is None:
             return super().score(passes)
         key = self._key(passes.model)

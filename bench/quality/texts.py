@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bench.quality.windows import HeldOut
 from demo import assets
+from liar_ext.calibration.self_calibration import SELF, enough_documents, write_documents
 from liar_ext.data.texts import (
     Sequences,
-    _prefix,
     calibration_sequences,
     check_apart,
+    document_prefix,
     evaluation_sequences,
     read_documents,
 )
@@ -59,7 +60,8 @@ def choose_texts(
     folder : Path
         Where :func:`write_texts` wrote.
     calibration : sequence of str
-        Names of :data:`CALIBRATION_KINDS`, or sources of :func:`liar_ext.data.read_documents`.
+        Names of :data:`CALIBRATION_KINDS`, ``self``, or sources of
+        :func:`liar_ext.data.read_documents`.
     judged : sequence of str
         ``NAME=SOURCE`` each; by default the four kinds.
     wikitext : Path, optional
@@ -106,16 +108,27 @@ class Texts:
     """
 
     def __init__(self, calibration: dict[str, str], judged: dict[str, str]) -> None:
-        self.calibration = {name: read_documents(source) for name, source in calibration.items()}
+        self.calibration = {
+            name: [] if source == SELF else read_documents(source)
+            for name, source in calibration.items()
+        }
         self.judged = {name: read_documents(source) for name, source in judged.items()}
         known = [text for documents in self.calibration.values() for text in documents]
         for documents in self.judged.values():
             check_apart(known, documents)
 
-    def draw(self, tokenizer, *, samples: int, seq_len: int, seed: int, lone: str) -> Sequences:
-        """Return the calibration set of a seed."""
+    def draw(
+        self, model, tokenizer, *, samples: int, seq_len: int, seed: int, lone: str
+    ) -> Sequences:
+        """Return the calibration set of a seed; what the model writes itself is written here."""
+        sources = dict(self.calibration)
+        if SELF in sources:
+            share = enough_documents(-(-samples // len(sources)))
+            sources[SELF] = write_documents(
+                model, tokenizer, documents=share, tokens=seq_len, seed=seed
+            )
         return calibration_sequences(
-            list(self.calibration.values()),
+            list(sources.values()),
             tokenizer,
             samples=samples,
             seq_len=seq_len,
@@ -137,7 +150,7 @@ class Texts:
     def prompts(self, tokenizer, count: int) -> Tensor:
         """Return the first tokens of windows of each text to judge by, as many of each."""
         each = count // len(self.judged)
-        length = PROMPT_TOKENS + len(_prefix(tokenizer))
+        length = PROMPT_TOKENS + len(document_prefix(tokenizer))
         return torch.cat(
             [
                 evaluation_sequences(text, tokenizer, seq_len=length, samples=each).input_ids

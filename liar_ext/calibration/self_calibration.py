@@ -14,6 +14,8 @@ from liar_ext.models.running import device_of, predicts_next_token
 SELF = "self"  # the source that stands for it
 # Documents are written side by side, as many as have their keys and values in this much memory.
 CACHE_BYTES, MOST_ROWS = 2 << 30, 64
+# Windows of a fixed length lose the last tokens of a text: one document in so many is to spare.
+SPARE = 8
 # What separates documents where the tokenizer begins none with a token of its own.
 SEPARATOR = "<|endoftext|>"
 
@@ -87,6 +89,11 @@ def write_documents(
         finally:
             model.train(training)
     return Documents(written)
+
+
+def enough_documents(sequences: int) -> int:
+    """Return how many documents of a sequence's length fill that many sequences."""
+    return sequences + max(sequences // SPARE, 4)
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:

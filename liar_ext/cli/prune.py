@@ -17,8 +17,6 @@ from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 
-# Of the documents that a model writes, one in so many is to spare: windows lose the last tokens.
-SPARE = 8
 ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
     'another kind as well, or "self", text that the model writes itself.'
@@ -146,14 +144,14 @@ def load(recipe: Recipe, *, progress: bool = False) -> Given:
 
 
 def _written(model: nn.Module, tokenizer: Any, recipe: Recipe, progress: bool) -> Sequence[str]:
-    """Return the model's own share of the calibration text, and some to spare at the seams."""
-    from liar_ext.calibration.self_calibration import write_documents
+    """Return the model's own share of the calibration text."""
+    from liar_ext.calibration.self_calibration import enough_documents, write_documents
 
     share = -(-(recipe.samples + recipe.certify) // len(recipe.calibration))
     return write_documents(
         model,
         tokenizer,
-        documents=share + max(share // SPARE, 4),
+        documents=enough_documents(share),
         tokens=recipe.seq_len,
         seed=recipe.seed,
         progress=progress,

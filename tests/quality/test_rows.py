@@ -14,8 +14,9 @@ from bench.quality.methods import FLAP, OTHERS, expand, read_method
 from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
 from bench.quality.sharing import Case
-from liar_ext import Recipe, pipeline, prune
+from liar_ext import Recipe, prune
 from liar_ext.errors import InputError
+from liar_ext.pipeline.job import Job
 
 
 def test_names_of_methods():
@@ -65,8 +66,8 @@ METHODS = [
 def test_methods_that_share_give_what_they_give_alone(name, monkeypatch):
     """In whatever order they come: nothing is shared that a method would compute otherwise."""
     dense, calls = tiny(name), []
-    score = pipeline.Job.score
-    monkeypatch.setattr(pipeline.Job, "score", lambda job, p: calls.append(job) or score(job, p))
+    score = Job.score
+    monkeypatch.setattr(Job, "score", lambda job, p: calls.append(job) or score(job, p))
     case = Case(dense, batches())
     shared = {}
     for method in [*METHODS, *METHODS[::-1]]:
