@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
+from transformers import DynamicCache
 
 from bench.quality.windows import Judged, head_of, hidden_states, log_probabilities
 from liar_ext.models.running import evaluating
@@ -98,10 +100,12 @@ def settled(model: nn.Module, rows: Tensor, start: int) -> Tensor:
 @torch.no_grad()
 def greedy(model: nn.Module, prompts: Tensor, steps: int) -> Tensor:
     """Return prompts with their greedy continuation, ``(prompts, tokens + steps)``."""
-    head, rows, new, cache = model.get_output_embeddings(), prompts, prompts, {}
+    head, rows, new = model.get_output_embeddings(), prompts, prompts
+    # transformers 5.24 renames the argument; the older name warns from then on.
+    names = inspect.signature(model.base_model.forward).parameters
+    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache(config=model.config)}
     for _ in range(steps):
         output = model.base_model(input_ids=new, use_cache=True, **cache)
-        cache = {"past_key_values": output.past_key_values}
         new = head(output.last_hidden_state[:, -1]).argmax(-1)[:, None]
         rows = torch.cat([rows, new], 1)
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Judges:
     prompts: torch.Tensor
     dtype: torch.dtype
     continuations: Continuations | None = None
+    dense: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, options: argparse.Namespace, texts: Texts, tokenizer) -> Judges:
@@ -65,19 +66,25 @@ class Judges:
             self.prompts,
         )
 
-    def judge(self, model: nn.Module) -> dict[str, Any]:
-        """Return all measures of a model, which is cast; the first one is the dense model.
+    def start(self, dense: nn.Module) -> None:
+        """Take the dense model, which is cast, to judge others beside it."""
+        dense.to(self.dtype)
+        self.continuations = Continuations(self.prompts, dense)
+        self.dense = {name: text.judge(dense) for name, text in self.windows.items()}
 
-        ``texts``, ``choices`` and ``continuation`` are what the judges say. ``summary`` is the mean
-        over the texts of ``log(perplexity / dense)``.
+    def judge(
+        self, model: nn.Module, known: dict[str, dict[str, float]] | None = None
+    ) -> dict[str, Any]:
+        """Return all measures of a model, which is cast, after :meth:`start`.
+
+        ``texts``, ``choices`` and ``continuation`` are what the judges say; what they say of the
+        texts may be ``known``. ``summary`` is the mean over the texts of
+        ``log(perplexity / dense)``.
         """
-        model = model.to(self.dtype)
-        if self.continuations is None:
-            self.continuations = Continuations(self.prompts, model)
-            self.dense = {name: text.judge(model) for name, text in self.windows.items()}
+        model.to(self.dtype)
         texts = {}
         for name, text in self.windows.items():
-            found = text.judge(model)
+            found = known[name] if known else text.judge(model)
             dense = self.dense[name]["perplexity"]
             texts[name] = {
                 "tokens": text.tokens,

@@ -100,11 +100,14 @@ def measure(
             wanted[seed] = drawn, rows
     dense = shared | {"method": DENSE, "ratio": 0.0, "seed": 0, "recipe": {}}
     dense |= {"calibration": [], "calibration_tokens": 0, "calibration_digest": ""}
-    if not wanted and record.find(dense) is not None:
+    known = record.find(dense) is not None
+    if not wanted and known:
         return
-    start = time.process_time()
-    found = judges.judge(copy.deepcopy(model))
-    yield dense | found | {"removed": {}, "seconds": {"judge": time.process_time() - start}}
+    start, cast = time.process_time(), copy.deepcopy(model)
+    judges.start(cast)
+    if not known:
+        found = judges.judge(cast, judges.dense)
+        yield dense | found | {"removed": {}, "seconds": {"judge": time.process_time() - start}}
     for drawn, rows in wanted.values():
         case = Case(model, drawn.batches())
         for recipe, facts in rows:
