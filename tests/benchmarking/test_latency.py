@@ -30,6 +30,8 @@ from liar_ext.selection.allocation import even_plan
 from liar_ext.selection.costs import Costs
 
 SHORT = {"latency_prompt": 8, "latency_new_tokens": 4}
+# So much that the sites take most of the time, whatever else the machine does.
+LONG = {"latency_phase": "prefill", "latency_prompt": 32, "latency_batch": 64}
 
 
 @pytest.fixture
@@ -238,9 +240,9 @@ def test_a_job_by_a_table_of_elsewhere(allocation, tmp_path, quick):
 
 def test_a_job_that_measures_here(tmp_path, quick):
     model = tiny("llama", intermediate_size=256, num_hidden_layers=2)
-    report = prune(model, batches(model), 0.97, of="latency", latency_phase="prefill", **SHORT)
+    report = prune(model, batches(model), 0.9, of="latency", **LONG)
     found = report.latency
-    assert found["predicted"] <= 0.97 + 1e-9 and found["measured"]["median"] > 0
+    assert found["predicted"] <= 0.9 + 1e-9 and found["measured"]["median"] > 0
     assert found["table"]["where"]["device"] == "cpu"
     assert "measured (" in report.summary() and "## Latency" in report.to_markdown()
     assert "time of prefill" in report.to_card()
@@ -280,15 +282,7 @@ def test_budgets_of_latency_that_no_plan_meets(tmp_path, quick):
 
 
 def test_a_narrowed_model_is_measured_as_it_is_then(quick):
-    model = tiny("opt")
-    report = prune(
-        model,
-        batches(model),
-        0.97,
-        of="latency",
-        keep_hidden=0.75,
-        tile=1,
-        latency_phase="prefill",
-        **SHORT,
-    )
+    model = tiny("opt", ffn_dim=256)
+    data = batches(model)
+    report = prune(model, data, 0.9, of="latency", keep_hidden=0.75, tile=1, **LONG)
     assert {row["d_out"] for row in report.latency["table"]["rows"]} == {24}

@@ -28,6 +28,10 @@ GIVEN = {
     "memory": ("1.5", 3 << 29),
     "keep": ("0.5", 0.5),
     "of": ("flops", "flops"),
+    "latency_phase": ("decode", "decode"),
+    "latency_batch": ("8", 8),
+    "latency_prompt": ("512", 512),
+    "latency_new_tokens": ("64", 64),
     "tile": ("64", 64),
     "at_least": ("2", 2),
     "uniform_layers": (None, True),
@@ -45,7 +49,7 @@ GIVEN = {
     "eval_samples": ("5", 5),
     "certify": ("4", 4),
 }
-NEED_OTHERS = {"model", "refit"}  # see below
+NEED_OTHERS = {"model", "refit", "latency_table"}  # see below
 JOB = ("prune", "model", "--calibration", "text.txt")
 
 
@@ -70,8 +74,9 @@ def test_every_field_has_an_option(each):
     assert recipe == Recipe(**facts)
 
 
-def test_model_and_refit_are_fields_too():
+def test_fields_that_need_others_have_options_too():
     assert read("--schedule", "layerwise", "--refit").refit
+    assert read("--of", "latency", "--latency-table", "a.json").latency_table == "a.json"
     assert recipe_of(parse(["prune", "here"])).model == "here"
     assert recipe_of(parse(["prune", "--keep", "0.7", "here"])).model == "here"
     assert recipe_of(parse(["prune", "--calibration", "a", "--keep", "0.7", "m"])).model == "m"
