@@ -42,8 +42,8 @@ from liar_ext.surgery.units import apply_plan
 SIZES = 7  # of one shape, at most: seconds lie between on a line
 SAMPLES = 24  # of each size of a shape: as many runs as give these
 MOST_RUNS = 5  # of a mixed model, prompts or new tokens, after one that is not timed
-RUNS_COMPARED = 3  # the same, where whole models are compared
-COMPARED = 7  # rounds in which a whole plan is timed beside the dense model
+RUNS_COMPARED = 2  # the same, where whole models are compared
+COMPARED = 5  # rounds in which a whole plan is timed beside the dense model
 SEED = 0
 
 
@@ -80,8 +80,14 @@ def measure_latency(
     Raises
     ------
     InputError
-        If the model has no such phase, or not so many positions.
+        If the model has no such phase, or not so many positions, or lies on several devices.
     """
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise InputError(
+            f"latency: the model must lie on one device, got {', '.join(sorted(devices))}; load it "
+            "on one, or take a table that was measured so"
+        )
     phases, clock = _phases(model, budget), clock or clock_of(model)
     at = sites(model) if at is None else list(at)
     shapes: dict[tuple, list[Site]] = {}
@@ -216,6 +222,7 @@ class _Samples:
             self.dense.append(whole)
 
     def of(self, some: Sequence[Site], count: int) -> list[float]:
+        # A part of the model that these inputs don't reach costs nothing.
         return [v for site in some for v in self.sites.get((site.name, count), ())] or [0.0]
 
 

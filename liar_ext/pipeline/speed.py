@@ -22,7 +22,8 @@ TOLERANCE = 0.01
 MOST_CORRECTED = 1.5
 MOST_ROUNDS = 2
 PLACE = ("device", "dtype", "threads", "cpu", "gpu")  # what seconds are of
-MISSED = 0.03  # what a warning tells of
+MISSED = 0.03  # what a warning tells of, by the dense seconds
+NOISY = 0.05  # likewise, of their own spread
 
 Allocate = Callable[[Costs], Plan]
 
@@ -132,10 +133,16 @@ class Speed:
 
     def warnings(self) -> list[str]:
         """Return what a user has to know of the speed."""
-        if self.measured is None or self.measured.median <= self.budget.keep + MISSED:
-            return []
-        return [
-            f"The plan takes {self.measured.median:.3g} of the dense time, where "
-            f"{self.budget.keep:.3g} was asked for: give a lower keep, or measure again on a "
-            "machine that does nothing else."
-        ]
+        found, noise = [], self.table.spread / self.table.total
+        if noise > NOISY:
+            found.append(
+                f"The time of the dense model varied by {noise:.0%} of it (half of the distance "
+                "between quartiles): measure again on a machine that does nothing else."
+            )
+        if self.measured is not None and self.measured.median > self.budget.keep + MISSED:
+            found.append(
+                f"The plan takes {self.measured.median:.3g} of the dense time, where "
+                f"{self.budget.keep:.3g} was asked for: give a lower keep, or measure again on a "
+                "machine that does nothing else."
+            )
+        return found

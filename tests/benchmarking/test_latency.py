@@ -152,6 +152,13 @@ def test_phases_and_lengths_that_a_model_lacks():
         Budget(0.8, "latency", latency_batch=0)
 
 
+def test_a_model_on_several_devices_is_refused():
+    model = tiny("mistral")
+    model.lm_head.to("meta")
+    with pytest.raises(InputError, match="must lie on one device, got cpu, meta"):
+        measure_latency(model, Budget(0.8, "latency", **SHORT))
+
+
 def test_costs_are_corrected_by_what_whole_plans_take(monkeypatch):
     model = tiny("llama")
     at, budget = sites(model), Budget(0.75, "latency", tile=1, **SHORT)
@@ -176,6 +183,8 @@ def test_costs_are_corrected_by_what_whole_plans_take(monkeypatch):
     assert found[0] > 0.78 and speed.measured.median <= 0.75 + 1e-9
     assert speed.predicted == pytest.approx(speed.measured.median)
     assert speed.warnings() == []
+    speed.table = replace(speed.table, spread=speed.table.total)
+    assert "varied by 100% of it" in speed.warnings()[0]
     # The corrected table gives the plan again, and is not corrected once more.
     again = Speed(model, at, budget, speed.table)
     assert even_plan(at, budget, again.costs) == plan
