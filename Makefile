@@ -83,7 +83,7 @@ $(COMPRESSOR)/.installed:
 	touch $@
 
 check-llmcompressor: setup $(COMPRESSOR)/.installed
-	$(COMPRESSOR_RUN) -m pytest tests/integrations/check_llmcompressor.py
+	$(COMPRESSOR_RUN) -m pytest tests/integrations/check_llmcompressor*.py
 	$(COMPRESSOR_RUN) tests/pages.py docs/howto/llmcompressor.md
 
 show-llmcompressor: setup $(COMPRESSOR)/.installed $(ASSETS)/.installed

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from measures import script
 
 EQUAL = ("--uniform-layers", "--allocation", "uniform")
 LAYERS = {
@@ -88,28 +89,9 @@ def write_tokens(dense: Path, held_out: Path, out: Path) -> None:
     np.save(out, ids)
 
 
-TASK = """\
-task: continuations
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: "{{{{choices}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
-
-
 def write_task(held_out: Path, folder: Path) -> None:
     """Write a task: which of four continuations is the one of the article, and not of another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "continuations.jsonl"
-    lines = "\n".join(map(json.dumps, _items(held_out)))
-    file.write_text(lines + "\n", encoding="utf-8")
-    (folder / "continuations.yaml").write_text(TASK.format(file=file), encoding="utf-8")
+    script("tests/choice_tasks.py").write_choices(folder, "continuations", _items(held_out))
 
 
 def _items(held_out: Path) -> Iterator[dict]:

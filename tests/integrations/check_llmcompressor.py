@@ -1,11 +1,11 @@
-"""Modifiers in llm-compressor itself: run by ``make check-llmcompressor``, in its own venv.
+"""Modifiers in llm-compressor itself: what they make of a model.
 
-Not collected by ``make test``: llm-compressor takes other versions of transformers.
+``make check-llmcompressor`` runs this file and its neighbours in an environment of their own;
+``make test`` doesn't collect them, since llm-compressor takes other versions of transformers.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -15,94 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from compressing import EQUAL, SIZES, W4, load, loader, logits, rows, run
 from datasets import Dataset
 from llmcompressor import oneshot
-from llmcompressor.core import active_session
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from tiny import VOCAB, tiny
-from torch.utils.data import DataLoader
+from tiny import tiny
 from transformers import AutoModelForCausalLM
 
 from liar_ext import InputError, prune, sites
-from liar_ext.integrations.llmcompressor import (
-    LIARGPTQModifier,
-    LIARPruningModifier,
-    calibration_batches,
-)
+from liar_ext.integrations.llmcompressor import LIARGPTQModifier, LIARPruningModifier
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-W4 = {
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": 32,
-            },
-        }
-    },
-    "ignore": ["lm_head"],
-}
-
-
-def groups_of(size):
-    groups = copy.deepcopy(W4["config_groups"])
-    groups["group_0"]["weights"]["group_size"] = size
-    return groups
-
-
-EQUAL = {"keep": 0.7, "tile": 32, "uniform_layers": True}
 QUANTISERS = {"rtn": QuantizationModifier, "gptq": GPTQModifier, "shared": LIARGPTQModifier}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("dense")
-    tiny("llama", **SIZES).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
-
-
-def rows(count=16, tokens=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB - 1, (count, tokens), generator=generator)
-    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
-
-
-def loader(some=None, batch=4):
-    return DataLoader(some or rows(), batch_size=batch)
-
-
-def padded(row, width, side):
-    gap = width - len(row["input_ids"])
-    at = (gap, 0) if side == "left" else (0, gap)
-    pad = torch.nn.functional.pad
-    return {name: pad(value, at) if value.dim() else value for name, value in row.items()}
-
-
-def run(folder, *modifiers, **settings):
-    settings.setdefault("dataset", loader())
-    return oneshot(model=load(folder), recipe=list(modifiers), **settings)
-
-
-def logits(model):
-    ids = torch.stack([row["input_ids"] for row in rows(3, seed=9)])
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def test_it_prunes_as_prune_does(folder):
@@ -206,130 +130,6 @@ def test_a_preset_is_where_fields_begin():
     dumped = LIARPruningModifier(preset="best", schedule="one-pass").model_dump()
     known = {name: value for name, value in dumped.items() if not name.endswith("_")}
     assert LIARPruningModifier(**known).schedule == "one-pass"
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"kep": 0.8}, "did you mean keep"),
-        ({"keep": 1.8}, r"keep must be in \(0, 1\]"),
-        ({"keep": "half"}, "keep must be a number"),
-        ({"criterion": "magic"}, "magic"),
-        ({"samples": 8}, "samples must be given to oneshot"),
-        ({"preset": "fastest"}, "preset must be one of"),
-        ({"kinds": "mlp"}, "kinds must be some of"),
-    ],
-)
-def test_a_wrong_field_is_named(fields, message):
-    with pytest.raises(ValueError, match=message):
-        LIARPruningModifier(**fields)
-
-
-def test_a_wrong_field_in_yaml_is_named(folder):
-    recipe = "s_stage:\n  s_modifiers:\n    LIARPruningModifier:\n      kep: 0.8\n"
-    with pytest.raises(ValueError, match="did you mean keep"):
-        oneshot(model=load(folder), recipe=recipe, dataset=loader())
-
-
-def test_no_dataset(folder):
-    with pytest.raises(InputError, match="has no calibration data"):
-        oneshot(model=load(folder), recipe=[LIARPruningModifier()])
-
-
-def test_several_processes_are_refused(folder, monkeypatch):
-    monkeypatch.setattr("liar_ext.integrations.llmcompressor.is_distributed", lambda: True)
-    with pytest.raises(InputError, match="in one process"):
-        run(folder, LIARPruningModifier(**EQUAL))
-
-
-def test_shared_grams_need_pruning_before(folder):
-    with pytest.raises(InputError, match="before it in the recipe"):
-        run(folder, LIARGPTQModifier(**W4))
-    with pytest.raises(InputError, match="before it in the recipe"):
-        run(folder, LIARGPTQModifier(**W4), LIARPruningModifier(**EQUAL))
-
-
-def test_shared_grams_of_a_layer_outside_of_the_blocks(folder):
-    with pytest.raises(InputError, match="lm_head"):
-        run(folder, LIARPruningModifier(**EQUAL), LIARGPTQModifier(**{**W4, "ignore": []}))
-
-
-def test_shared_grams_and_a_smaller_hidden_size(folder):
-    with pytest.raises(InputError, match="keep_hidden"):
-        run(folder, LIARPruningModifier(**EQUAL, keep_hidden=0.5), LIARGPTQModifier(**W4))
-
-
-def test_sizes_that_groups_do_not_divide_are_refused_before_calibration(folder):
-    touched = DataLoader(rows(), collate_fn=lambda _: pytest.fail("calibrated"))
-    for multiple in (1, 16):
-        modifiers = LIARPruningModifier(tile=multiple), QuantizationModifier(**W4)
-        with pytest.raises(InputError, match="set tile=32"):
-            run(folder, *modifiers, dataset=touched)
-
-
-def test_heads_that_groups_do_not_divide_are_refused(folder):
-    others = "re:.*(q|k|v|gate|up|down)_proj"
-    quantiser = QuantizationModifier(config_groups=groups_of(128), ignore=["lm_head", others])
-    with pytest.raises(InputError, match=r"o_proj reads 64 features, which groups of 128"):
-        run(folder, LIARPruningModifier(keep=0.5, kinds=["attn"]), quantiser)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_counts_for_nothing(folder, side):
-    short = [
-        {name: value[: 10 + i] for name, value in row.items()} for i, row in enumerate(rows(8))
-    ]
-    long = [padded(row, 24, side) for row in short]
-    reports = []
-    for some, batch in ((short, 1), (long, 4)):
-        modifier = LIARPruningModifier(**EQUAL, allocation="uniform")
-        run(folder, modifier, dataset=loader(some, batch))
-        reports.append(modifier.report)
-    (one, other) = reports
-    assert one.settings["calibration_tokens"] == other.settings["calibration_tokens"]
-    assert one.plan == other.plan
-    for a, b in zip(one.sites, other.sites, strict=True):
-        assert a.holdout_error == pytest.approx(b.holdout_error, rel=1e-3)
-
-
-def test_a_row_of_padding_alone_counts_for_nothing_and_a_batch_is_refused(folder):
-    some = rows(8)
-    empty = {"input_ids": torch.zeros(24, dtype=torch.long)}
-    empty["attention_mask"] = torch.zeros_like(empty["input_ids"])
-    modifier = LIARPruningModifier(**EQUAL)
-    run(folder, modifier, dataset=loader([*some[:3], empty, *some[3:]], 3))
-    assert modifier.report.settings["calibration_tokens"] == 8 * 24
-    assert all(row.dropped_rows == 0 for row in modifier.report.sites)
-    with pytest.raises(InputError, match="holds only padding"):
-        run(folder, LIARPruningModifier(**EQUAL), dataset=loader([*some, empty], 1))
-
-
-def test_loss_masks_leave_tokens_out(folder):
-    some = [{**row, "loss_mask": torch.arange(24) >= 8} for row in rows(8)]
-    batches = list(calibration_batches(load(folder), loader(some)))
-    assert all(int(batch.mask.sum()) == 4 * 16 for batch in batches)
-    assert all("loss_mask" not in batch.inputs for batch in batches)
-    modifier = LIARPruningModifier(**EQUAL)
-    run(folder, modifier, dataset=loader(some), use_loss_mask=True)
-    assert modifier.report.settings["calibration_tokens"] == 8 * 16
-
-
-def test_a_text_dataset_is_tokenised_by_oneshot(folder):
-    words = "structured pruning removes whole heads and channels of a model "
-    texts = [words[i:] + words[:i] for i in range(16)]
-    modifier = LIARPruningModifier(**EQUAL)
-    run(folder, modifier, dataset=Dataset.from_dict({"text": texts}), max_seq_length=32)
-    assert modifier.report.settings["calibration_sequences"] == 16
-
-
-def test_a_failure_leaves_the_model_and_no_session_behind(folder):
-    model = load(folder)
-    before = logits(model)
-    with pytest.raises(InputError):
-        oneshot(model=model, recipe=[LIARPruningModifier(keep=1e-9)], dataset=loader())
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
-    run(folder, LIARPruningModifier(**EQUAL))
-    assert active_session().lifecycle.finalized
 
 
 def test_the_report_is_written(folder, tmp_path):

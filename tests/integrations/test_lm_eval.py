@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 
 import pytest
 import torch
+from choice_tasks import write_choices
 from tiny import batches, tiny
 
 from liar_ext import prune, save_pruned
 from liar_ext.cli.main import main
 
-TASK = """
-task: letters
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: "{{{{choices}}}}"
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
-"""
 ITEMS = [
     {"question": "abcabcab", "choices": ["c", "x", "q"], "answer": 0},
     {"question": "the cat sat on the", "choices": ["mat", "zzz"], "answer": 1},
@@ -44,10 +31,7 @@ def _cache(tmp_path, monkeypatch):
 def tasks(tmp_path):
     """A folder with one task file."""
     folder = tmp_path / "tasks"
-    folder.mkdir()
-    lines = "\n".join(map(json.dumps, ITEMS))
-    (folder / "letters.jsonl").write_text(lines + "\n")
-    (folder / "letters.yaml").write_text(TASK.format(file=folder / "letters.jsonl"))
+    write_choices(folder, "letters", ITEMS)
     return folder
 
 
@@ -98,7 +82,7 @@ def test_limit_and_json(llama_folder, tasks, capsys):
 
 def test_bad_tasks_are_one_line(llama_folder, tasks, tmp_path, capsys):
     broken = tmp_path / "broken"
-    shutil.copytree(tasks, broken)
+    write_choices(broken, "letters", [])
     (broken / "letters.jsonl").unlink()
     text = tmp_path / "none.yaml"
     cases = {
@@ -106,7 +90,6 @@ def test_bad_tasks_are_one_line(llama_folder, tasks, tmp_path, capsys):
         "must be a folder of task files": ("letters", text),
         "a task can't be loaded": ("letters", broken),
     }
-    (broken / "letters.yaml").write_text(TASK.format(file=broken / "letters.jsonl"))
     for message, (name, folder) in cases.items():
         code = main(
             ["eval", str(llama_folder), "--tasks", name, "--include-path", str(folder), "--quiet"]
