@@ -75,54 +75,62 @@ class Hub:
             self.sent.setdefault(repo_id, set()).add(each.path_in_repo)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    hub = Hub(tmp_path / "home" / "hub")
+def send(name: str, layers: str, hub: Hub, home: Path) -> None:
+    """Prune a tiny model, and send it as it is in memory and as it is loaded."""
+    model = tiny(name)
+    equal = {"uniform_layers": True, "kinds": ("mlp",)} if layers == "equal" else {}
+    report = prune(model, batches(model), 0.7, **equal)
+    inputs, words, folder = tiny_inputs(model), tokenizer(), home / f"{name}-{layers}"
+    expected = (dict(inputs), outputs(model, inputs), FAMILIES[name])
+    save_pruned(model, folder, report.plan, report=report, tokenizer=words)
+    for source, some in (("memory", model), ("loaded", load_pruned(folder))):
+        repository = f"{name}-{layers}-{source}"
+        torch.save(expected, home / f"{repository}.pt")
+        some.push_to_hub(f"me/{repository}")
+        words.push_to_hub(f"me/{repository}")
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    hub = Hub(home / "hub")
 
     def call(name):
         return lambda _, *given, **named: getattr(hub, name)(*given, **named)
 
-    for name in ("create_repo", "create_commit"):
-        monkeypatch.setattr(huggingface_hub.HfApi, name, call(name))
-
     def no_card(*_, **__):
         raise LocalEntryNotFoundError("there is no model card")
 
-    monkeypatch.setattr(huggingface_hub.ModelCard, "load", no_card)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create_repo", "create_commit"):
+            patch.setattr(huggingface_hub.HfApi, name, call(name))
+        patch.setattr(huggingface_hub.ModelCard, "load", no_card)
+        torch.manual_seed(0)
+        for name in FAMILIES:
+            for layers in ("equal", "unequal"):
+                send(name, layers, hub, home)
     return hub
 
 
-def elsewhere(tmp_path: Path, way: str) -> subprocess.CompletedProcess:
-    """Run a process that has the hub's cache and no network."""
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    home["HF_MODULES_CACHE"] = str(tmp_path / "modules" / way)
-    return subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, way, str(tmp_path)],
-        capture_output=True, text=True, env=os.environ | home,
+def test_the_loader_goes_along_where_it_is_needed(hub) -> None:
+    assert len(hub.sent) == 8
+    for name, files in hub.sent.items():
+        assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= files
+        assert ("liar_loader.py" in files) == ("unequal" in name)
+
+
+@pytest.mark.parametrize("way", ["without", "with"])
+def test_what_was_sent_loads_again(way, hub, tmp_path: Path) -> None:
+    """In a process that has the hub's cache, no network, and liar_ext or not."""
+    home = hub.cache.parent
+    settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, way, str(home)],
+        capture_output=True, text=True, env=os.environ | settings,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("layers", ["equal", "unequal"])
-@pytest.mark.parametrize("source", ["in memory", "loaded"])
-def test_what_push_to_hub_sends_loads_again(source, layers, hub, tmp_path: Path) -> None:
-    for family, auto in FAMILIES.items():
-        model = tiny(family)
-        equal = {"uniform_layers": True, "kinds": ("mlp",)} if layers == "equal" else {}
-        report = prune(model, batches(model), 0.7, **equal)
-        inputs = tiny_inputs(model)
-        torch.save((dict(inputs), outputs(model, inputs), auto), tmp_path / f"{family}.pt")
-        if source == "loaded":
-            save_pruned(model, tmp_path / "saved" / family, report.plan)
-            model = load_pruned(tmp_path / "saved" / family)
-        model.push_to_hub(f"me/{family}")
-        tokenizer().push_to_hub(f"me/{family}")
-        sent = hub.sent[f"me/{family}"]
-        assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= sent
-        assert ("liar_loader.py" in sent) == (layers == "unequal")
-    for way in ("without", "with"):
-        done = elsewhere(tmp_path, way)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.split() == sorted(FAMILIES)
-        for family in FAMILIES:
-            fields = json.loads((tmp_path / way / family / "config.json").read_text())
-            assert "me/" not in json.dumps(fields.get("auto_map", {}))  # it needs no hub any more
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) == 8
+    for folder in (home / way).iterdir():
+        fields = json.loads((folder / "config.json").read_text())
+        assert ("auto_map" in fields) == ("unequal" in folder.name)
+        assert "me/" not in json.dumps(fields.get("auto_map", {}))  # it needs no hub any more
