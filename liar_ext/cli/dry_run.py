@@ -50,6 +50,7 @@ def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
     """
     job = Job(model, batches, recipe)
     job.check()
+    recipe = job.recipe
     at = job.sites(model)
     model_type = model.config.model_type
     equal = even_plan(at, recipe.budget, job.costs(model), model_type=model_type)

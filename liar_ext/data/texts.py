@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,8 @@ class Sequences:
     def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
         """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
 
+        Sequences of like length share a batch, which is cut after the longest: little is padding.
+
         Raises
         ------
         InputError
@@ -77,15 +80,19 @@ class Sequences:
         if batch_size < 1:
             raise InputError(f"batches: batch_size must be at least 1, got {batch_size}")
         batches = []
+        lengths = self.attention_mask.sum(1)
         for fold in self.fold.unique():
-            for rows in (self.fold == fold).nonzero().flatten().split(batch_size):
+            rows = (self.fold == fold).nonzero().flatten()
+            rows = rows[lengths[rows].argsort(stable=True)]
+            for some in rows.split(batch_size):
+                longest = int(lengths[some].max())
                 batch = {
-                    "input_ids": self.input_ids[rows],
-                    "attention_mask": self.attention_mask[rows],
-                    "fold": self.fold[rows],
+                    "input_ids": self.input_ids[some, :longest],
+                    "attention_mask": self.attention_mask[some, :longest],
+                    "fold": self.fold[some],
                 }
                 if self.source is not None:
-                    batch["source"] = self.source[rows]
+                    batch["source"] = self.source[some]
                 batches.append(batch)
         return batches
 
@@ -113,7 +120,8 @@ def calibration_sequences(
     tokenizer
         A Hugging Face tokenizer.
     samples : int
-        Sequences to draw, half of them for each fold; all there are if the text holds fewer.
+        Sequences to draw, half of them for each fold; all there are if the text holds fewer. Of
+        documents that aren't packed as many are drawn as make ``samples · seq_len`` tokens.
     seq_len : int
         Tokens per sequence, special ones included.
     seed : int
@@ -121,7 +129,8 @@ def calibration_sequences(
     packed : bool
         True (causal models): documents of a fold are joined and cut into full windows, each of
         which begins as the tokenizer begins a document, with a BOS token or without. False
-        (encoders): one sequence per document, with special tokens, truncated and padded.
+        (encoders): one sequence per document, with special tokens, truncated and padded; short
+        ones count by their tokens, see ``samples``.
     certify : int
         Sequences of documents that no other sequence comes from, returned as
         :attr:`Sequences.certification`.
@@ -164,9 +173,9 @@ def calibration_sequences(
                 queues.append([windows[i] for i in order[:share]])
             else:
                 order = torch.randperm(len(pieces), generator=generator).tolist()
-                chosen = [pieces[i] for i in order[:share]]
-                queues.append(_single_sequences(chosen, tokenizer, seq_len))
-        drawn.append(_take_evenly(queues, share))
+                chosen = (pieces[i] for i in order)
+                queues.append(_single_sequences(chosen, tokenizer, seq_len, share * seq_len))
+        drawn.append(_take_evenly(queues, share, None if packed else share * seq_len))
     _check_filled(drawn, sources, seq_len)
     if certify and len(drawn[-1]) < certify:
         notes.append(f"The text gave {len(drawn[-1])} of {certify} sequences to certify with.")
@@ -288,14 +297,27 @@ def _packed_windows(
     return [prefix + tokens[at : at + step] for at in range(0, len(tokens) - step + 1, step)]
 
 
-def _single_sequences(documents: Sequence[str], tokenizer, seq_len: int) -> list[list[int]]:
-    if not documents:
-        return []
-    return tokenizer(list(documents), truncation=True, max_length=seq_len)["input_ids"]
+def _single_sequences(
+    documents: Iterator[str], tokenizer, seq_len: int, tokens: int
+) -> list[list[int]]:
+    """Return a sequence for each document, until they hold that many tokens."""
+    rows, left = [], tokens
+    while left > 0:
+        some = list(islice(documents, -(-left // seq_len)))
+        if not some:
+            break
+        more = tokenizer(some, truncation=True, max_length=seq_len)["input_ids"]
+        rows, left = rows + more, left - sum(map(len, more))
+    return rows
 
 
-def _take_evenly(queues: list[list[list[int]]], number: int) -> list[tuple[list[int], int]]:
-    """Take ``number`` items round-robin, so that no source dominates, each with its source."""
+def _take_evenly(
+    queues: list[list[list[int]]], number: int, tokens: int | None = None
+) -> list[tuple[list[int], int]]:
+    """Take ``number`` items round-robin, or as many as hold ``tokens``, each with its source.
+
+    So no source dominates.
+    """
     longest = max((len(queue) for queue in queues), default=0)
     rounds = (
         (queue[turn], source)
@@ -303,7 +325,15 @@ def _take_evenly(queues: list[list[list[int]]], number: int) -> list[tuple[list[
         for source, queue in enumerate(queues)
         if turn < len(queue)
     )
-    return [pair for pair, _ in zip(rounds, range(number), strict=False)]
+    if tokens is None:
+        return list(islice(rounds, number))
+    taken: list[tuple[list[int], int]] = []
+    for row, source in rounds:
+        if tokens <= 0:
+            break
+        taken.append((row, source))
+        tokens -= len(row)
+    return taken
 
 
 def _pad(rows: Sequence[list[int]], fold: list[int], tokenizer, *more, **facts) -> Sequences:

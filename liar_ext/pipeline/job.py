@@ -64,6 +64,9 @@ class Job:
     grid: dict[str, object] = field(default_factory=dict)
     speed: Speed | None = None  # for a budget of latency
 
+    def __post_init__(self) -> None:
+        self.recipe = self.recipe.settled(self.model)
+
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
         recipe, model = self.recipe, self.model

@@ -8,7 +8,7 @@ from typing import Any
 from liar_ext.recipe.checks import Check
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-SCHEDULES = ("one-pass", "layerwise")
+SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
 # The stages that fields belong to, in order: headings of the YAML and groups of the command's help.
 GROUPS = {
@@ -21,7 +21,7 @@ GROUPS = {
 }
 # What docs/quality.md shows: the cheapest job that reconstructs, the default, the best.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"allocation": "uniform"},
+    "fast": {"allocation": "uniform", "schedule": "one-pass"},
     "balanced": {},
     "best": {"schedule": "layerwise"},
 }

@@ -35,7 +35,13 @@ class Fields:
         "sequences are drawn evenly from all",
         metavar="TEXT",
     )
-    samples: int = choice(128, "calibration", check.whole(2), "calibration sequences")
+    samples: int = choice(
+        128,
+        "calibration",
+        check.whole(2),
+        "calibration sequences; encoders read document by document, as many as make so many times "
+        "--seq-len tokens",
+    )
     seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
     batch_size: int = choice(4, "calibration", check.whole(1), "sequences per forward pass")
     seed: int = choice(0, "calibration", check.whole(0), "of the draw and the folds")
@@ -132,10 +138,11 @@ class Fields:
         metavar="LAMBDA",
     )
     schedule: str = choice(
-        "one-pass",
+        "auto",
         "reconstruction",
         check.one_of(SCHEDULES),
-        "solve all layers on the dense model's activations, or walk them on the pruned one's",
+        "solve all layers on the dense model's activations, or walk them on the pruned one's; auto "
+        "is layerwise for encoders, where that costs little, and one-pass for language models",
     )
     target: str | None = choice(
         None,

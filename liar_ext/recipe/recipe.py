@@ -9,7 +9,10 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from liar_ext.errors import InputError
+from liar_ext.models.running import predicts_next_token
 from liar_ext.plan import Budget, by_todays_names, takes_older_names
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
@@ -80,9 +83,10 @@ class Recipe(Fields):
         Error compensation; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"
         Ridge regularisation λ, or the choice by cross-validation.
-    schedule : {"one-pass", "layerwise"}
+    schedule : {"auto", "one-pass", "layerwise"}
         Solve all sites on what the dense model computes, or one after the other on what the pruned
         model computes up to there. Layerwise holds all batches and runs the model some four times.
+        ``auto``: see :meth:`settled`.
     target : {"dense-input", "branch", "stream", "auto"}, optional
         What a site is solved for in layerwise mode, "auto" by default; see
         :func:`liar_ext.reconstruct_layerwise`.
@@ -130,6 +134,18 @@ class Recipe(Fields):
             choices = {**budget, **choices}
         _check_names(choices)
         return replace(start or cls(), **choices)
+
+    def settled(self, model: nn.Module) -> Recipe:
+        """Return the recipe with what ``schedule="auto"`` stands for.
+
+        ``layerwise`` for an encoder, a model that doesn't predict each token from those before it,
+        where consumers are solved; ``one-pass`` for a causal language model, and where
+        ``reconstruct`` is ``none`` or ``bias``, which solve for no target.
+        """
+        if self.schedule != "auto":
+            return self
+        one_pass = self.reconstruct in ("none", "bias") or predicts_next_token(model)
+        return replace(self, schedule="one-pass" if one_pass else "layerwise")
 
     @classmethod
     def preset(cls, name: str, **choices: Any) -> Recipe:

@@ -158,8 +158,8 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     if any(row.target != "dense-input" for row in pruned):
         warnings.append(
             "Layerwise errors count what the layers before have lost, on text that those were "
-            "solved for: fresh text can show several times as much. Judge the model by --eval or "
-            "--certify."
+            "solved for: fresh text can show several times as much. Judge the model by --eval, "
+            "--certify or its own task."
         )
     if tokens < 2 * widest:
         warnings.append(

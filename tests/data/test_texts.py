@@ -210,6 +210,35 @@ def test_encoders_get_padded_documents(tokenizer):
         assert len(set(batch["fold"].tolist())) == 1
 
 
+def test_short_documents_count_by_their_tokens(tokenizer):
+    """A hundred sentences of four tokens are no hundred sequences of forty."""
+    documents = [f"{index:04}" for index in range(400)]
+    drawn = texts.calibration_sequences(
+        [documents[:200], documents[200:]], tokenizer, samples=20, seq_len=40, packed=False
+    )
+    assert drawn.tokens == 800 and len(drawn) == 200
+    assert drawn.fold.bincount().tolist() == [100, 100]
+    firsts = drawn.input_ids[:, 0] == drawn.input_ids[0, 0]
+    assert 0 < firsts.sum() <= len(firsts)
+    long = [str(index) * 500 for index in range(1, 9)] * 3
+    few = texts.calibration_sequences([long], tokenizer, samples=20, seq_len=40, packed=False)
+    assert few.tokens == 800 and len(few) == 20
+
+
+def test_sequences_of_like_length_share_a_batch_without_more_padding_than_they_need(tokenizer):
+    words = ["a" * length for length in (30, 1, 7, 2, 30, 1, 7, 2)]
+    drawn = texts.calibration_sequences([words], tokenizer, samples=8, seq_len=32, packed=False)
+    batches = drawn.batches(2)
+    lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
+    for batch, each in zip(batches, lengths, strict=True):
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(each), max(each))
+        assert each == sorted(each)
+    assert sorted(sum(lengths, [])) == sorted(map(len, words))
+    full = texts.calibration_sequences(["ab " * 400], tokenizer, samples=8, seq_len=8)
+    rows = torch.cat([batch["input_ids"] for batch in full.batches(3)])
+    assert torch.equal(rows, full.input_ids)
+
+
 @pytest.mark.parametrize("documents", [["abc"], ["abc", "def"]])
 def test_too_short_to_calibrate(tokenizer, documents):
     with pytest.raises(InputError, match="too short: .* give more text or a smaller seq_len"):

@@ -24,7 +24,7 @@ BIG = 2**63 - 1
 @st.composite
 def recipes(draw) -> Recipe:
     """Any recipe that there can be, but for criteria and texts of a schedule."""
-    schedule = draw(st.sampled_from(["one-pass", "layerwise"]))
+    schedule = draw(st.sampled_from(["auto", "one-pass", "layerwise"]))
     layerwise = schedule == "layerwise"
     modes = ["auto", "linear", "affine"] + ["none", "bias"] * (not layerwise)
     targets = ["dense-input"] + ["branch", "stream", "auto"] * layerwise
@@ -292,3 +292,28 @@ def test_the_older_name_of_tile_is_read():
             Recipe.build(**facts)
     with pytest.raises(InputError, match="tile must be given once"):
         Recipe.from_dict({"tile": 8, "multiple_of": 8})
+
+
+@pytest.mark.parametrize(
+    ("family", "choices", "schedule"),
+    [
+        ("llama", {}, "one-pass"),
+        ("gpt2", {}, "one-pass"),
+        ("bert", {}, "layerwise"),
+        ("vit", {}, "layerwise"),
+        ("bert", {"reconstruct": "bias"}, "one-pass"),
+        ("bert", {"schedule": "one-pass"}, "one-pass"),
+        ("llama", {"schedule": "layerwise"}, "layerwise"),
+    ],
+)
+def test_the_schedule_by_default_is_layerwise_for_encoders(family, choices, schedule):
+    model = tiny(family)
+    report = prune(model, batches(model), 0.7, **choices)
+    assert report.recipe.schedule == report.settings["schedule"] == schedule
+    assert ("stream" in {row.target for row in report.sites}) == (schedule == "layerwise")
+    assert Recipe(**choices).settled(model).settled(model) == Recipe(**choices).settled(model)
+
+
+def test_a_cheap_preset_stays_cheap_for_encoders():
+    assert Recipe.preset("fast").settled(tiny("bert")).schedule == "one-pass"
+    assert Recipe.preset("balanced").settled(tiny("bert")).schedule == "layerwise"

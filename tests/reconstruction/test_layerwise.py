@@ -339,7 +339,7 @@ def test_the_model_is_not_changed_even_by_a_failure():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"schedule": "backwards"}, "schedule must be one of one-pass, layerwise"),
+        ({"schedule": "backwards"}, "schedule must be one of auto, one-pass, layerwise"),
         ({"schedule": "layerwise", "target": "dense"}, "target must be one of"),
         ({"schedule": "layerwise", "reconstruct": "bias"}, "must be auto, linear or affine"),
         ({"schedule": "layerwise", "reconstruct": "none"}, "must be auto, linear or affine"),
