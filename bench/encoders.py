@@ -129,17 +129,20 @@ def compare(
     known: Sequence[dict],
 ) -> Iterator[dict]:
     """Yield the rows that are missing: each pruned model by each of the tasks."""
-    done = {key_of(row): row for row in known}
+    done = {key_of(row) for row in known}
+    mine = [row for row in known if row["judge"] == options.judge and row["task"] in tasks]
     before: dict[str, float] = {}
 
     def judged(model, facts: dict) -> Iterator[dict]:
         for task, measure in tasks.items():
-            mine = (row for row in known if (row["judge"], row["task"]) == (options.judge, task))
-            earlier = next((row["dense"] for row in mine), None)
+            row = {"judge": options.judge, "task": task, **facts}
+            if key_of(row) in done:  # a run was stopped between the tasks
+                continue
+            earlier = next((row["dense"] for row in mine if row["task"] == task), None)
             before[task] = before.get(task) or earlier or measure(dense)
             after = measure(model)
             scores = {"dense": before[task], "pruned": after, "retained": after / before[task]}
-            yield {"judge": options.judge, "task": task, **facts, **scores}
+            yield {**row, **scores}
 
     def missing(facts: dict) -> bool:
         rows = ({"judge": options.judge, "task": task, **facts} for task in tasks)
@@ -161,6 +164,9 @@ def compare(
             facts["tokens"] = report.settings["calibration_tokens"]
             yield from judged(model, facts)
     for fraction in options.keep_hidden:
+        narrowed_before = ("hidden" in row["method"] and row["asked"] == fraction for row in mine)
+        if any(narrowed_before):
+            continue
         yield from narrowed(dense, next(iter(texts.values())), fraction, tokenizer, options, judged)
 
 
