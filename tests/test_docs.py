@@ -161,7 +161,7 @@ def test_a_wrong_command_line_would_be_seen():
 def test_options_that_are_named_exist(page):
     """In running text: of the command, or of a script of bench/, csrc/ or pytest."""
     known = {word for each in subcommands().values() for word in each._option_string_actions}
-    for script in [*(ROOT / "bench").glob("*.py"), *(ROOT / "csrc").rglob("*.py")]:
+    for script in [*(ROOT / "bench").rglob("*.py"), *(ROOT / "csrc").rglob("*.py")]:
         known |= set(re.findall(r'"(--[a-z-]+)"', script.read_text(encoding="utf-8")))
     for code in re.findall(r"`([^`\n]+)`", without_code(page.read_text(encoding="utf-8"))):
         if code.startswith("--"):
@@ -279,7 +279,7 @@ def test_words_of_help_are_those_of_the_field(name):
 
 
 def test_words_of_docstrings_are_those_of_the_field():
-    paths = [*SOURCES, *(ROOT / "bench").glob("*.py"), *(ROOT / "demo").glob("*.py")]
+    paths = [*SOURCES, *(ROOT / "bench").rglob("*.py"), *(ROOT / "demo").glob("*.py")]
     texts = [(path, name, text) for path in paths for name, text in docstrings(path)]
     assert len(texts) > 200
     found = [(path.name, name, hit) for path, name, text in texts for hit in slang(text)]

@@ -27,14 +27,14 @@ OF_THE_RUN = (
 SHORT = {"layerwise": {"schedule": "layerwise"}, "equal": {"uniform_layers": True}}
 DENSE = "dense"
 FLAP = "wifv+global+bias"
-# What takes others' published choices for its own; see docs/quality.md for how near each comes.
+# Configurations of ours after what others publish; docs/quality.md says how near each comes.
 OTHERS = {
-    "wanda+uniform+none": "Wanda-sp",
-    FLAP: "FLAP",
-    "wanda+uniform+linear": "GRAIL, one of its configurations",
-    "wifv+global+linear": "GRAIL, another",
-    "obs+uniform+linear": "like SlimGPT, in one pass",
-    "obs+uniform+linear+layerwise": "like SlimGPT",
+    "wanda+uniform+none": "after Wanda-sp, on dense activations",
+    FLAP: "after FLAP, and agrees with its own code",
+    "wanda+uniform+linear": "after GRAIL with Wanda's units, in one pass",
+    "wifv+global+linear": "after GRAIL with FLAP's units, in one pass",
+    "obs+uniform+linear": "after SlimGPT, in one pass and with equal ratios",
+    "obs+uniform+linear+layerwise": "after SlimGPT, with equal ratios",
 }
 STEPS = (
     "wifv+uniform+linear",

@@ -21,8 +21,8 @@ from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
 from liar_ext import sites
 from liar_ext.errors import InputError
 
-# CPU seconds of a row, in one pass and layerwise, on the machine of docs/quality.md. A row of which
-# there are some already takes as long as they did.
+# CPU seconds of a row beside others, in one pass and layerwise, on the machine of docs/quality.md;
+# where there are such rows already, what they took.
 SECONDS = {"SmolLM2-135M-Instruct": (300, 500), "gemma-3-270m": (400, 600)}
 UNKNOWN = (300, 600)
 
@@ -103,11 +103,13 @@ def measure(
     known = record.find(dense) is not None
     if not wanted and known:
         return
-    start, cast = time.process_time(), copy.deepcopy(model)
+    clock, cast = Stopwatch(), copy.deepcopy(model)
     judges.start(cast)
     if not known:
         found = judges.judge(cast, judges.dense)
-        yield dense | found | {"removed": {}, "seconds": {"judge": time.process_time() - start}}
+        spent = clock.lap()
+        yield dense | found | {"removed": {}, "seconds": {"judge": spent, "spent": spent}}
+    del cast
     for drawn, rows in wanted.values():
         case = Case(model, drawn.batches())
         for recipe, facts in rows:
@@ -118,16 +120,31 @@ def measure(
                 continue
             start = time.process_time()
             found = judges.judge(pruned)
+            judged = time.process_time() - start
             yield (
                 facts
                 | found
                 | {
                     "removed": removed(model, report.plan),
                     "predicted_divergence": report.settings.get("predicted_divergence"),
-                    "seconds": {"prune": seconds, "judge": time.process_time() - start},
+                    "seconds": {"prune": seconds, "judge": judged, "spent": clock.lap()},
                 }
             )
+            del pruned
         del case
+
+
+class Stopwatch:
+    """CPU seconds from one row to the next, which share what they can."""
+
+    def __init__(self) -> None:
+        self.last = time.process_time()
+
+    def lap(self) -> float:
+        """Return the seconds since the last time, and begin anew."""
+        now = time.process_time()
+        spent, self.last = now - self.last, now
+        return spent
 
 
 def removed(model: Any, plan: liar_ext.Plan) -> dict[str, float]:
@@ -153,7 +170,7 @@ def line_of(row: dict[str, Any]) -> str:
     return (
         f"{row['model']} {row['method']}, remove {row['ratio']:g}, seed {row['seed']}: {shown}; "
         f"summary {row['summary']:.3f}{accuracy}, equal tokens "
-        f"{row['continuation']['equal_tokens']:.2f}, {sum(row['seconds'].values()):.0f} s"
+        f"{row['continuation']['equal_tokens']:.2f}, {row['seconds']['spent']:.0f} s"
     )
 
 
@@ -174,7 +191,7 @@ def estimate(record: Record, options: argparse.Namespace, methods: list[str]) ->
 
 def _expected(rows: list[dict[str, Any]], model: str, method: str) -> float:
     like = [
-        sum(row["seconds"].values())
+        row["seconds"]["spent"]
         for row in rows
         if row["method"] != DENSE and is_layerwise(row["method"]) == is_layerwise(method)
     ]

@@ -73,8 +73,9 @@ def prune(
 
     Notes
     -----
-    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp is
-    ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``.
+    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp's
+    score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
+    the dense model's activations.
     """
     job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
     job.check()

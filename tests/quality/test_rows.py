@@ -113,7 +113,7 @@ def row(method="liar", ratio=0.2, seed=0, perplexity=30.0, dense=26.97, **more):
         "choices": {"accuracy": 0.4, "questions": 100},
         "continuation": {"equal_tokens": 4.0, "equal_share": 0.125, "kl": 0.25},
         "summary": found["log_ratio"],
-        "seconds": {"prune": 1.0, "judge": 1.0},
+        "seconds": {"prune": 1.0, "judge": 1.0, "spent": 2.0},
         "removed": {},
         **more,
     }

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench.quality.options import parse
+from bench.quality.record import Record
 from bench.quality.run import estimate, run
 
 ROOT = Path(__file__).parents[2]
@@ -90,16 +91,17 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(arguments, tmp_path):
     after = rows_of(killed)
     assert after[: len(before)] == before and after == rows_of(whole)
     assert len(after) == 1 + len(METHODS) * 2 * 2
-    process = start(arguments, whole)
-    assert "0 rows to measure" in process.communicate()[0]
-    assert rows_of(whole) == after
+    options = parse([*arguments, "--out", str(whole)])
+    assert estimate(Record(kept), options, list(METHODS)).startswith("0 rows")
 
 
 def test_the_whole_bench(arguments, tmp_path, capsys):
     """What the rows hold, and that each of the dense model's own figures is that of no loss."""
     arguments[arguments.index("--seeds") + 2 : arguments.index("--calibration")] = []
     options = parse([*arguments, "--out", str(tmp_path / "out")])
-    assert estimate(_nothing(tmp_path), options, list(METHODS)).startswith("6 rows to measure")
+    assert estimate(Record(tmp_path / "none"), options, list(METHODS)).startswith(
+        "6 rows to measure"
+    )
     run(options)
     rows = rows_of(tmp_path / "out")
     dense, others = rows[0], rows[1:]
@@ -124,12 +126,6 @@ def test_the_whole_bench(arguments, tmp_path, capsys):
     assert "`wifv+global+bias` (configuration of ours)" in table
     assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
     assert not list((tmp_path / "out").glob(".quality*"))
-
-
-def _nothing(folder: Path):
-    from bench.quality.record import Record
-
-    return Record(folder / "none.json")
 
 
 def test_the_short_form():
