@@ -47,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", default=list(NAMED), help="names, folders, hub ids or GGUF files")
     add("--methods", nargs="+", default=["liar", "liar+layerwise", FLAP])
-    add("--ratios", nargs="+", type=float, default=[0.2, 0.3, 0.5], help="fractions removed")
+    add("--ratios", nargs="+", type=float, default=[0.2, 0.5], help="fractions removed")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration set")
     add("--calibration", nargs="+", default=["encyclopaedia"], metavar="TEXT",
         help="encyclopaedia, news, self, or sources of one's own")  # fmt: skip

@@ -21,10 +21,9 @@ from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
 from liar_ext import sites
 from liar_ext.errors import InputError
 
-# CPU seconds of a row beside others, in one pass and layerwise, on the machine of docs/quality.md;
-# where there are such rows already, what they took.
-SECONDS = {"SmolLM2-135M-Instruct": (300, 500), "gemma-3-270m": (400, 600)}
-UNKNOWN = (300, 600)
+# CPU seconds of a row beside others of its seed, by what the method has to do; where there are such
+# rows already, what they took. One core of an AMD EPYC with AVX-512, taken from single steps.
+SECONDS = {"layerwise": 480, "curve": 450, "other": 120}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -185,19 +184,17 @@ def estimate(record: Record, options: argparse.Namespace, methods: list[str]) ->
                     place = {"method": method, "ratio": ratio, "seed": seed}
                     if not any(place.items() <= row.items() for row in rows):
                         missing += 1
-                        seconds += _expected(rows, model, method)
+                        seconds += _expected(rows, method)
     return f"{missing} rows to measure: about {seconds / 60:.0f} minutes of one core"
 
 
-def _expected(rows: list[dict[str, Any]], model: str, method: str) -> float:
-    like = [
-        row["seconds"]["spent"]
-        for row in rows
-        if row["method"] != DENSE and is_layerwise(row["method"]) == is_layerwise(method)
-    ]
+def _expected(rows: list[dict[str, Any]], method: str) -> float:
+    like = [row["seconds"]["spent"] for row in rows if row["method"] == method]
     if like:
         return sum(like) / len(like)
-    return SECONDS.get(model, UNKNOWN)[is_layerwise(method)]
+    if is_layerwise(method):
+        return SECONDS["layerwise"]
+    return SECONDS["curve" if method.startswith("liar") or "+curve+" in method else "other"]
 
 
 def write(record: Record, out: Path) -> None:

@@ -98,12 +98,15 @@ class HeldOut:
                     self.dense.hidden.append(hidden)
                     self.dense.head = head
                 compared = self.dense.hidden[index]
-                for start, q in log_probabilities(head, hidden):
-                    end = start + len(q)
+                for start in range(0, len(hidden), ROWS):
+                    end = min(start + ROWS, len(hidden))
+                    logits = head(hidden[start:end]).float()
+                    norm = logits.logsumexp(-1, keepdim=True)
                     target = ids[start + 1 : end + 1, None]
-                    loss -= float(q.gather(1, target).double().sum())
+                    loss += float((norm - logits.gather(1, target)).double().sum())
+                    q = logits[::KL_EVERY] - norm[::KL_EVERY]
                     dense = self.dense.head(compared[start:end:KL_EVERY]).float().log_softmax(-1)
-                    lost += float(kl_div(q[::KL_EVERY], dense, reduction="sum", log_target=True))
+                    lost += float(kl_div(q, dense, reduction="sum", log_target=True))
                     rows += len(dense)
         mean = loss / self.tokens
         return {
