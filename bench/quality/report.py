@@ -65,6 +65,7 @@ def group(rows: Rows, dense: dict[str, Any] | None) -> list[str]:
     ]
     for text in rows[0]["texts"]:
         lines += [*of_text(rows, text), ""]
+    lines += ["Removed of attention and of MLP, in per cent:", "", *table(rows, _removed), ""]
     return [*lines, *labels(rows)]
 
 
@@ -90,7 +91,9 @@ def of_text(rows: Rows, text: str) -> list[str]:
             "best gap of our configurations of others": [
                 _least_gap(rows, rivals, ratio, text) for ratio in ratios
             ],
-            "best gap of a peer's own code": [_peer_gap(rows, ratio, text) for ratio in ratios],
+            "best gap of a peer's own code, calibrated on WikiText-2": [
+                _peer_gap(rows, ratio, text) for ratio in ratios
+            ],
         }
         for title, gaps in others.items():
             shares = [
@@ -151,6 +154,11 @@ def mean(values: Any) -> float:
 
 def _dense(value: float | None, form: str) -> str:
     return "" if value is None else f" (dense {value:{form}})"
+
+
+def _removed(rows: Rows) -> str:
+    attn, mlp = (100 * mean(row["removed"][kind] for row in rows) for kind in ("attn", "mlp"))
+    return f"{attn:.1f}, {mlp:.1f}"
 
 
 def _continuation(rows: Rows) -> str:

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
                 print(estimate(record, options, names), flush=True)
                 write(record, options.out)
         write(record, options.out)
-        stale = {row["code"] for row in record.rows} - {code}
+        stale = {row.get("code") for row in record.rows} - {code}
         if stale:
             print(
                 f"Rows of {len(stale)} other state(s) of liar_ext are in {record.path}; remove "

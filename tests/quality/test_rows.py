@@ -114,7 +114,7 @@ def row(method="liar", ratio=0.2, seed=0, perplexity=30.0, dense=26.97, **more):
         "continuation": {"equal_tokens": 4.0, "equal_share": 0.125, "kl": 0.25},
         "summary": found["log_ratio"],
         "seconds": {"prune": 1.0, "judge": 1.0, "spent": 2.0},
-        "removed": {},
+        "removed": {"all": ratio, "attn": 0.033, "mlp": 0.255},
         **more,
     }
 
@@ -185,8 +185,10 @@ def test_tables():
         f"| gap of `liar` / best gap of our configurations of others | {gap / flap:.2f} |" in text
     )
     grail = math.log(38.82 / 26.97)
-    assert f"| gap of `liar` / best gap of a peer's own code | {gap / grail:.2f} |" in text
+    peer = "best gap of a peer's own code, calibrated on WikiText-2"
+    assert f"| gap of `liar` / {peer} | {gap / grail:.2f} |" in text
     assert "Measured with the peers' own code" in text and "| FLAP | 43.6, 32.29 |" in text
+    assert "| `liar` | 3.3, 25.5 |" in text
     assert "(dense 40.0)" in text and "| `liar` | 4.00 (0.250) |" in text
 
 
