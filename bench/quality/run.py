@@ -189,7 +189,8 @@ def estimate(record: Record, options: argparse.Namespace, methods: list[str]) ->
 
 
 def _expected(rows: list[dict[str, Any]], method: str) -> float:
-    like = [row["seconds"]["spent"] for row in rows if row["method"] == method]
+    known = [row["seconds"] for row in rows if row["method"] == method]
+    like = [seconds["spent"] for seconds in known if "spent" in seconds]
     if like:
         return sum(like) / len(like)
     if is_layerwise(method):
