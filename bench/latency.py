@@ -46,7 +46,7 @@ def main() -> None:
     if todo:
         model, tokenizer = load_model(options.model)
         batches = calibration_sequences(
-            [read_documents(options.calibration)],
+            [read_documents(name) for name in options.calibration],
             tokenizer,
             samples=options.samples,
             seq_len=options.seq_len,
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="model folder, hub id or GGUF file")
-    add("--calibration", required=True)
+    add("--calibration", nargs="+", required=True)
     add("--eval", nargs="+", required=True)
     add("--phases", nargs="+", choices=("prefill", "decode", "both"), default=["prefill", "decode"])
     add("--speedup", type=float, default=1.25)

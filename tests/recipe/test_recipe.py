@@ -120,6 +120,11 @@ WRONG = {
     "memory": [0, -1, 1.5, math.inf, "8"],
     "keep": [0, 1.5, -1, math.nan, math.inf, "0.8", None, True, 10**400, [0.8]],
     "of": ["bytes", None],
+    "latency_phase": ["train", None, 1],
+    "latency_batch": [0, 1.5, "1"],
+    "latency_prompt": [0, -1, None],
+    "latency_new_tokens": [0, True, 2**63],
+    "latency_table": ["", 7, "table.json"],  # the last: without of="latency"
     "tile": [0, -8, 1.5, "32", "all", True, None, 2**63, [8]],
     "at_least": [0, "1"],
     "uniform_layers": [1, "yes", None],
