@@ -108,7 +108,7 @@ def run_encoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
     folder = out / "MiniLM-50"
     lines = [
         f"liar prune {assets.minilm()} \\\n    --calibration {texts['news']} \\\n"
-        f"    --samples 512 --seq-len 128 --keep 0.5 --tile 1 --out {folder} --overwrite",
+        f"    --samples 512 --seq-len 128 --keep 0.5 --out {folder} --overwrite",
         ">>> from liar_ext import load_pruned",
         f'>>> encoder = load_pruned("{folder}")',
     ]
@@ -128,7 +128,7 @@ def run_decoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
         folder = folders[f"{percent} %"] = out / f"SmolLM2-{percent}"
         lines.append(
             f"liar prune {source} \\\n    --calibration {texts['web']} {texts['news']} \\\n"
-            f"    --samples 32 --keep {percent / 100} --tile 1 --out {folder} --overwrite"
+            f"    --samples 32 --keep {percent / 100} --out {folder} --overwrite"
         )
         stages.next()
         liar(lines[-1])
