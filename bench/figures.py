@@ -24,7 +24,7 @@ ENCODER = {
     "`wifv`, `uniform`, `none`": ("no reconstruction", "#b0b0b0"),
     "`wifv`, `uniform`, `bias`": ("bias compensation", "#e08214"),
     "`wifv`, `uniform`, `linear`": ("least squares", "#8073ac"),
-    "**`wifv`, `curve`, `affine`: the default**": ("liar_ext, single channels", "#1b7837"),
+    "`wifv`, `curve`, `affine`: the default then": ("liar_ext, single channels", "#1b7837"),
 }
 MOST = 400  # perplexities above are off the picture
 
