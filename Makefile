@@ -30,7 +30,7 @@ $(ASSETS)/.installed: demo/requirements.txt | $(BIN)/python
 demo test: export OMP_WAIT_POLICY ?= passive
 
 demo: setup $(ASSETS)/.installed
-	$(BIN)/python demo/demo.py --out out/demo
+	$(BIN)/python demo/jobs.py --out out/demo
 
 test: setup
 	$(BIN)/python -m pytest

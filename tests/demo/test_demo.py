@@ -179,11 +179,11 @@ def test_a_table_lines_up():
 
 
 def test_stages_say_how_much_is_left(monkeypatch, capsys):
-    import demo
+    import jobs
 
     now = [0.0]
-    monkeypatch.setattr(demo.time, "perf_counter", lambda: now[0])
-    stages = demo.Stages({"first": 60, "second": 120})
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: now[0])
+    stages = jobs.Stages({"first": 60, "second": 120})
     stages.next()
     now[0] = 120.0  # twice as long as expected
     stages.next()
@@ -196,16 +196,16 @@ def test_stages_say_how_much_is_left(monkeypatch, capsys):
 
 
 def test_a_printed_command_is_the_one_that_runs(monkeypatch, capsys):
-    import demo
+    import jobs
 
     given = []
-    monkeypatch.setattr(demo.cli, "main", lambda arguments: given.append(arguments) or 0)
-    demo.liar("liar prune model \\\n    --keep 0.5")
+    monkeypatch.setattr(jobs.cli, "main", lambda arguments: given.append(arguments) or 0)
+    jobs.liar("liar prune model \\\n    --keep 0.5")
     assert given == [["prune", "model", "--keep", "0.5"]]
     assert capsys.readouterr().out == "$ liar prune model \\\n    --keep 0.5\n"
-    monkeypatch.setattr(demo.cli, "main", lambda arguments: 2)
+    monkeypatch.setattr(jobs.cli, "main", lambda arguments: 2)
     with pytest.raises(SystemExit):
-        demo.liar("liar prune model")
+        jobs.liar("liar prune model")
 
 
 def test_missing_packages_say_what_to_do(tmp_path):
