@@ -30,11 +30,11 @@ from liar_ext.data.texts import read_documents
 # What is done, and about how many seconds each takes on two cores.
 STAGES = {
     "Write calibration and held-out texts": 4,
-    "Prune all-MiniLM-L6-v2 to 50 %": 35,
-    "Measure retrieval and speed": 30,
+    "Prune all-MiniLM-L6-v2 to 50 %": 95,
+    "Measure retrieval and speed": 45,
     "Convert SmolLM2-135M-Instruct from GGUF, once": 12,
-    "Prune SmolLM2 to 90 %": 210,
-    "Prune SmolLM2 to 80 %": 210,
+    "Prune SmolLM2 to 90 %": 225,
+    "Prune SmolLM2 to 80 %": 240,
     "Measure perplexity, speed and continuations": 60,
 }
 
