@@ -100,20 +100,23 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
     """Return ``tokens`` tokens after each row of ``start``."""
     from transformers import GenerationConfig
 
-    # A configuration of our own, or the model's temperature, penalties and ends would hold. Without
-    # an end of text a model goes on with the next document, as in training.
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=tokens,
-        pad_token_id=0,
-        use_cache=True,
+    # In the place of the model's own: what a configuration that is passed leaves open, such as
+    # penalties and ends, is taken from there. Without an end of text a model goes on with the next
+    # document, as in training.
+    own, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+            use_cache=True,
+        ),
     )
-    mask = torch.ones_like(start)
     try:
-        ids = model.generate(start, attention_mask=mask, generation_config=plain)
+        ids = model.generate(start, attention_mask=torch.ones_like(start))
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
@@ -121,6 +124,8 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
             f"text: {type(model).__name__} gave probabilities that are not finite while it wrote "
             "its calibration text; load it in a wider dtype, or give text"
         ) from None
+    finally:
+        model.generation_config = own
     return ids[:, start.shape[1] :]
 
 

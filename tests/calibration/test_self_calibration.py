@@ -40,6 +40,26 @@ def test_tokens_follow_the_models_own_distribution(tokenizer, monkeypatch):
         assert share == pytest.approx(wanted, abs=4 * (wanted / len(texts)) ** 0.5)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"eos_token_id": list(range(40))},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_p": 0.9},
+        {"suppress_tokens": list(range(20))},
+        {"num_beams": 3},
+    ],
+    ids=lambda said: next(iter(said)),
+)
+def test_nothing_else_that_the_model_says_of_generation_holds(said, tokenizer):
+    model = tiny("llama")
+    wanted = write_documents(model, tokenizer, documents=8, tokens=12)
+    model.generation_config.update(**said)
+    assert write_documents(model, tokenizer, documents=8, tokens=12) == wanted
+    assert said.items() <= model.generation_config.to_dict().items()
+
+
 def test_documents_are_written_in_rounds_that_fit_in_memory(tokenizer, monkeypatch):
     monkeypatch.setattr(self_calibration, "MOST_ROWS", 2)
     assert len(written(tokenizer, documents=5)) == 5
