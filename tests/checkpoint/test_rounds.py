@@ -200,20 +200,22 @@ def test_sizes_that_no_model_has_are_refused(said, why, tmp_path: Path) -> None:
         load_pruned(tmp_path / "pruned")
 
 
+def saved_and_changed(folder: Path, **said: object) -> None:
+    model, plan = pruned("llama")
+    save_pruned(model, folder, plan)
+    change(folder / "config.json", **said)
+
+
 @pytest.mark.parametrize("head_dim", [2, 8, 16, 10**6])
 def test_a_head_size_that_the_layers_deny_is_refused(head_dim, tmp_path: Path) -> None:
     """Shapes alone would fit, and the model would compute something else."""
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    change(tmp_path / "pruned" / "config.json", head_dim=head_dim)
+    saved_and_changed(tmp_path / "pruned", head_dim=head_dim)
     with pytest.raises(InputError, match="load_pruned: "):
         load_pruned(tmp_path / "pruned")
 
 
 @pytest.mark.parametrize("names", [{"a": 1}, [], "LlamaForCausalLM", None, [7]])
 def test_a_class_that_is_none_is_refused(names, tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    change(tmp_path / "pruned" / "config.json", architectures=names)
+    saved_and_changed(tmp_path / "pruned", architectures=names)
     with pytest.raises(InputError, match="has no model class"):
         verify_pruned(tmp_path / "pruned")
