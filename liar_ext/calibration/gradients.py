@@ -210,21 +210,29 @@ def _summarise(
 ) -> SiteGradients:
     """Sum the products w·g of a site's parameters, next in ``products``, over what a unit owns."""
     signed, absolute = [], []
-    for index, layer in enumerate(owned):
+    for path, layer in zip((*site.producers, None), owned, strict=True):
         parts = [next(products) for _ in layer]
-        reads = index == len(owned) - 1
-        signed.append(sum(_per_unit(site, part, reads) for part in parts))
-        absolute.append(sum(_per_unit(site, part.abs(), reads) for part in parts))
+        signed.append(sum(_per_unit(site, part, path) for part in parts))
+        absolute.append(sum(_per_unit(site, part.abs(), path) for part in parts))
     return SiteGradients(torch.stack(signed), torch.stack(absolute), fisher)
 
 
-def _per_unit(site: Site, values: Tensor, reads: bool) -> Tensor:
-    """Sum the values of a consumer's weight, a producer's weight or its bias to ``(units,)``."""
+def _per_unit(site: Site, values: Tensor, producer: str | None) -> Tensor:
+    """Sum the values of a producer's weight or bias, or of the consumer's weight, to ``(units,)``.
+
+    Values of rows that no unit owns aren't counted.
+    """
     if values.dim() == 2:
         # Outputs of a producer and inputs of the consumer belong to units; sum over the other side.
+        reads = producer is None
         values = values.sum(int(reads == site.wiring.transposed), dtype=torch.float64)
-    runs = 1 if reads else site.wiring.stacked
-    return values.double().view(runs, site.units, -1).sum((0, 2))
+    values = values.double()
+    if producer is None:
+        return values.view(site.units, -1).sum(1)
+    units = site.row_units(producer, len(values))
+    # By an index, as sums into places of their own aren't deterministic on every device.
+    order = units.argsort(stable=True)[int((units < 0).sum()) :]
+    return values[order.to(values.device)].view(site.units, -1).sum(1)
 
 
 @contextmanager

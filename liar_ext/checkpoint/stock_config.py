@@ -319,7 +319,7 @@ def _narrowed_fields(model: nn.Module) -> dict[str, int]:
     family = family_of(model)
     if family.stream is None:
         return {}
-    site = sites(model, ("attn",))[0]
+    site = sites(model)[0]
     sizes = {**site.sizes, "hidden": site.d_out}
     fields = {name: sizes[size] for name, size in family.stream.config.items()}
     dense = block_config(family, model.config)

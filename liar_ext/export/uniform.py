@@ -208,7 +208,7 @@ def _place(
     for path in site.producers:
         weight = padded.get_submodule(path).weight
         places[path] = (
-            unit_rows(site, kept, weight.shape[1 if transposed else 0]),
+            unit_rows(site, path, kept, weight.shape[1 if transposed else 0]),
             None,
             transposed,
         )

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from liar_ext.errors import InputError
+
+WITHOUT = ("attn", "kv_group", "mlp", "hidden", "stock")
+
 
 @dataclass(frozen=True)
 class HeadInput:
@@ -24,6 +28,33 @@ class HeadInput:
     keyword: str
 
 
+class Stack(NamedTuple):
+    """Several matrices stacked in one weight.
+
+    Their rows come matrix by matrix, or, with ``by_group``, KV group by KV group, and in each group
+    matrix by matrix::
+
+        ("query", "key", "value")            q0 q1 q2 q3 k0 k1 v0 v1
+        ("query", "key", "value"), True      q0 q1 k0 v0 q2 q3 k1 v1
+
+    Parameters
+    ----------
+    matrices : tuple of str
+        What is stacked, in order. ``key`` and ``value`` have one run of rows per key/value head;
+        any other name, such as ``query``, ``gate`` or ``up``, one per query head or channel.
+    by_group : bool
+        Whether the rows of a KV group are together; a group is a head where none is shared.
+    """
+
+    matrices: tuple[str, ...]
+    by_group: bool = False
+
+    @property
+    def shared(self) -> int:
+        """How many of the matrices have rows per key/value head."""
+        return sum(matrix in ("key", "value") for matrix in self.matrices)
+
+
 @dataclass(frozen=True)
 class Wiring:
     """How one kind of site is wired; every path is relative to the block.
@@ -40,8 +71,8 @@ class Wiring:
         Producers with one run of rows per key/value head.
     head_dim : str
         Attribute that holds the size of a head; empty for an MLP.
-    stacked : int
-        Runs of all units that one producer stacks: 3 where a layer computes ``[q; k; v]``.
+    stacked : mapping of str to Stack
+        Those of ``producers`` that hold several matrices, and in which order.
     transposed : bool
         Weights are stored as (d_in, d_out), as in ``Conv1D``.
     numbers : mapping of str to str
@@ -59,12 +90,20 @@ class Wiring:
     consumer: str
     key_value: tuple[str, ...] = ()
     head_dim: str = ""
-    stacked: int = 1
+    stacked: Mapping[str, Stack] = field(default_factory=dict)
     transposed: bool = False
     numbers: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, str] | None = None
     bias_flag: str | None = None
     head_input: HeadInput | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):
+            raise InputError(
+                "Wiring: stacked must map some of the producers to a Stack, got "
+                f"{self.stacked!r}; for [q; k; v] in one layer write "
+                "stacked={'c_attn': Stack(('query', 'key', 'value'))}"
+            )
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -134,18 +173,30 @@ class Family:
         ``config.model_type``.
     blocks : str
         Path of the list of blocks inside the base model.
-    attn, mlp : Wiring
-        The two sites of a block. ``mlp`` may be several alternatives: the first whose layers
-        exist is taken.
+    attn, mlp : Wiring, tuple of Wiring, or None
+        The two sites of a block, each one wiring or several alternatives, the first of which
+        whose layers exist is taken; None where the family can't have it pruned.
     config : str
         Path inside the config of the part that describes the blocks; empty for the config itself.
     stream : Stream or None
         Its residual stream; None if the hidden size can't be pruned.
+    without : mapping of str to str
+        What can't be done with the family, and why, in a few words: ``attn`` and ``mlp`` can't be
+        pruned, ``kv_group`` not as whole groups, the ``hidden`` size not, or no ``stock`` config
+        says the sizes.
     """
 
     name: str
     blocks: str
-    attn: Wiring
-    mlp: Wiring | tuple[Wiring, ...]
+    attn: Wiring | tuple[Wiring, ...] | None
+    mlp: Wiring | tuple[Wiring, ...] | None
     config: str = ""
     stream: Stream | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = self.without.keys() - set(WITHOUT)
+        if unknown:
+            raise InputError(
+                f"Family: without may name {', '.join(WITHOUT)}, got {', '.join(sorted(unknown))}"
+            )

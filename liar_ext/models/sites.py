@@ -21,14 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Family, HeadInput, Wiring
+from liar_ext.models.family import Family, HeadInput, Stack, Wiring
 from liar_ext.models.reading import block_config, blocks_of, get_path
 from liar_ext.models.registry import family_of, register_family
+from liar_ext.models.stacking import kv_heads_of, row_units
 
 __all__ = [
     "Family",
     "HeadInput",
     "Site",
+    "Stack",
     "Wiring",
     "block_config",
     "family_of",
@@ -130,6 +132,14 @@ class Site:
         features = torch.arange(self.d_in, device="cpu").view(self.units, self.width)
         return features[list(kept)].flatten()
 
+    def row_units(self, producer: str, rows: int) -> Tensor:
+        """Return the unit of each of ``rows`` rows of a producer, int64; -1 of rows that stay.
+
+        Query heads that leave a KV group leave its key and value, be they in the same weight.
+        """
+        stack = self.wiring.stacked.get(producer.removeprefix(f"{self.path}."))
+        return row_units(stack, rows, self.units, self.width, self.kv_heads, self.groups > 1)
+
     def per_unit(self, values: Tensor) -> Tensor:
         """Return ``Σ_{j∈u} values_j``, shape (units,), of values of features, shape (d_in,).
 
@@ -186,9 +196,15 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
     found = []
     for index, (path, block) in enumerate(blocks_of(model, family)):
         for kind in KINDS:
-            if kind in kinds:
+            if kind in kinds and getattr(family, kind) is not None:
                 wiring = _wiring(family, kind, block)
                 found.append(_read_site(kind, index, path, block, wiring, attn_unit))
+    if not found:
+        reasons = "; ".join(family.without.get(kind, "") for kind in kinds) or "it says no reason"
+        raise InputError(
+            f"sites: {' and '.join(kinds)} of {family.name!r} can't be pruned ({reasons}); "
+            "prune other sites"
+        )
     return found
 
 
@@ -235,7 +251,7 @@ def _read_site(
     else:
         head_dim = get_path(block, wiring.head_dim)
         heads = d_in // head_dim
-        kv_heads = rows[wiring.key_value[0]] // head_dim if wiring.key_value else heads
+        kv_heads = kv_heads_of(name, wiring, rows, heads, head_dim)
         grouped = kv_heads < heads
         if attn_unit == "head" or (attn_unit == "auto" and not grouped):
             unit, units, groups = "head", heads, kv_heads if grouped else 1
@@ -244,9 +260,13 @@ def _read_site(
     # A query head that leaves a KV group leaves the group's key and value behind.
     shared = () if groups > 1 else wiring.key_value
     producers = (*wiring.producers, *shared)
-    layers = [block.get_submodule(layer) for layer in (*producers, wiring.consumer)]
-    weights = sum(layer.weight.numel() for layer in layers)
-    biases = sum(layer.bias.numel() for layer in layers[:-1] if layer.bias is not None)
+    weights, biases = d_in * d_out, 0
+    for layer in producers:
+        stack, module = wiring.stacked.get(layer), block.get_submodule(layer)
+        owners = row_units(stack, rows[layer], units, d_in // units, kv_heads, groups > 1)
+        owned = int((owners >= 0).sum())
+        weights += owned * (module.weight.numel() // rows[layer])
+        biases += owned if module.bias is not None else 0
     return Site(
         name=name,
         kind=kind,

@@ -75,16 +75,15 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
         _patch_numbers(model, site)
 
 
-def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
-    """Return the row indices that belong to units of a site in one of its producers.
-
-    Row ``(r · units + u) · n + i`` is row i of unit u in run r, where each of the ``stacked`` runs
-    holds n rows of every unit.
+def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tensor:
+    """Return the rows of one of a site's producers that stay with the units ``kept``.
 
     Parameters
     ----------
     site : Site
         The site before it is sliced.
+    producer : str
+        Path of the layer.
     kept : sequence of int
         Units.
     rows : int
@@ -93,11 +92,10 @@ def unit_rows(site: Site, kept: Sequence[int], rows: int) -> Tensor:
     Returns
     -------
     Tensor
-        Ascending indices, shape (stacked · len(kept) · n,), int64, on the CPU.
+        Ascending indices, int64, on the CPU: rows of these units, and rows that no unit owns.
     """
-    # On the CPU also while a model is built on the meta device.
-    runs = torch.arange(rows, device="cpu").view(site.wiring.stacked, site.units, -1)
-    return runs[:, list(kept)].flatten()
+    units = site.row_units(producer, rows)
+    return torch.isin(units, torch.tensor([-1, *kept], device="cpu")).nonzero().flatten()
 
 
 def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
@@ -213,7 +211,7 @@ def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
     output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
     for path in site.producers:
         layer = model.get_submodule(path)
-        rows = unit_rows(site, site_plan.kept, layer.weight.shape[output])
+        rows = unit_rows(site, path, site_plan.kept, layer.weight.shape[output])
         layer.weight = select(layer.weight, output, rows)
         if layer.bias is not None:
             layer.bias = select(layer.bias, 0, rows)

@@ -86,7 +86,7 @@ def unit_slices(model, site, unit: int) -> list[list[tuple[torch.nn.Parameter, t
     layers = []
     for path in site.producers:
         layer = model.get_submodule(path)
-        rows = unit_rows(site, [unit], layer.weight.shape[1 if site.wiring.transposed else 0])
+        rows = unit_rows(site, path, [unit], layer.weight.shape[1 if site.wiring.transposed else 0])
         index = (everything, rows) if site.wiring.transposed else (rows, everything)
         parts = [(layer.weight, index)]
         if layer.bias is not None:

@@ -13,7 +13,16 @@ from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
+from liar_ext.models.registry import FAMILIES
+from liar_ext.models.sites import (
+    Family,
+    Stack,
+    Wiring,
+    get_consumer_bias,
+    get_consumer_weight,
+    sites,
+)
+from liar_ext.models.stacking import row_units
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.units import apply_plan, unit_rows
 
@@ -188,10 +197,51 @@ def test_a_pruned_mpnet_copies_and_pickles() -> None:
     assert torch.equal(outputs(pickle.loads(pickle.dumps(model))), expected)
 
 
+def test_old_and_wrong_stacks_are_refused() -> None:
+    for stacked in (3, {"fc3": Stack(("query",))}):
+        with pytest.raises(InputError, match="stacked must map some of the producers to a Stack"):
+            Wiring(("fc1",), "fc2", stacked=stacked)
+    with pytest.raises(InputError, match="without may name attn, .*, got heads"):
+        Family("x", "layers", None, None, without={"heads": "no"})
+
+
+def test_a_family_without_a_kind_of_site_lists_the_others(monkeypatch) -> None:
+    model, row = tiny("llama"), FAMILIES["llama"]
+    without = {"attn": "its heads are normalised together"}
+    monkeypatch.setitem(FAMILIES, "llama", replace(row, attn=None, without=without))
+    assert [site.kind for site in sites(model)] == ["mlp"] * 3
+    with pytest.raises(InputError, match="attn of 'llama' can't be pruned .its heads are norm"):
+        sites(model, ("attn",))
+
+
+STACKS = {
+    "matrix by matrix": (Stack(("query", "key", "value")), [0, 0, 1, 1, 0, 1, 0, 1]),
+    "group by group": (Stack(("query", "key", "value"), True), [0, 0, 0, 0, 1, 1, 1, 1]),
+    "keys first, by group": (Stack(("key", "query"), True), [0, 0, 0, 1, 1, 1]),
+    "two of channels": (Stack(("gate", "up")), [0, 0, 1, 1, 0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_units_of_stacked_rows(case: str) -> None:
+    stack, expected = STACKS[case]
+    kv_heads = 2 if stack.shared else 0
+    assert row_units(stack, len(expected), 2, 2, kv_heads, False).tolist() == expected
+
+
+def test_keys_and_values_stay_where_query_heads_leave() -> None:
+    stack = Stack(("query", "key", "value"))
+    units = [0, 0, 1, 1, 2, 2, 3, 3]  # four heads of two rows, two KV heads
+    assert row_units(stack, 16, 4, 2, 2, True).tolist() == units + [-1] * 8
+    grouped = [*units[:4], *[-1] * 4, *units[4:], *[-1] * 4]
+    assert row_units(stack._replace(by_group=True), 16, 4, 2, 2, True).tolist() == grouped
+
+
 def test_rows_of_stacked_producers() -> None:
     site = sites(tiny("gpt2"))[0]
-    # Two rows a head, four heads, and q, k, v stacked: 24 rows.
-    assert unit_rows(site, (1, 3), 24).tolist() == [2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23]
+    # Eight rows a head, four heads, and q, k, v stacked.
+    rows = unit_rows(site, site.producers[0], (1, 3), 96).tolist()
+    assert rows == [row for row in range(96) if row // 8 % 2]
 
 
 BAD_PLANS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from liar_ext.models.family import Family, Wiring
+from liar_ext.models.family import Family, Stack, Wiring
 
 # The rows of the table.
 ROWS = (
@@ -14,7 +14,7 @@ ROWS = (
             producers=("attn.c_attn",),
             consumer="attn.c_proj",
             head_dim="attn.head_dim",
-            stacked=3,
+            stacked={"attn.c_attn": Stack(("query", "key", "value"))},
             transposed=True,
             numbers={
                 "attn.num_heads": "heads",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from liar_ext.models.family import Family, Step, Stream, Wiring
+from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
 
 # Both norms read the same stream where the two branches are parallel, and each its own else.
 GPT_NEOX = Stream(
@@ -28,7 +28,6 @@ GPT_NEOX = Stream(
 
 # The rows of the table.
 ROWS = (
-    # GPT-NeoX fuses per head: the rows of a head are its q, k and v, so a head is one run of rows.
     Family(
         name="gpt_neox",
         blocks="layers",
@@ -36,6 +35,7 @@ ROWS = (
             producers=("attention.query_key_value",),
             consumer="attention.dense",
             head_dim="attention.head_size",
+            stacked={"attention.query_key_value": Stack(("query", "key", "value"), by_group=True)},
             bias_flag="attention_bias",
         ),
         mlp=Wiring(
