@@ -24,7 +24,11 @@ OF_THE_RUN = (
     "eval_samples",
     "certify",
 )
-SHORT = {"layerwise": {"schedule": "layerwise"}, "equal": {"uniform_layers": True}}
+SHORT = {
+    "layerwise": {"schedule": "layerwise"},
+    "one-pass": {"schedule": "one-pass"},
+    "equal": {"uniform_layers": True},
+}
 DENSE = "dense"
 FLAP = "wifv+global+bias"
 # Configurations of ours after what others publish; docs/quality.md says how near each comes.
@@ -39,9 +43,9 @@ OTHERS = {
 STEPS = (
     "wifv+uniform+linear",
     "wifv+curve+none",
+    "liar+one-pass",
     "liar+equal",
-    "obs+curve+auto",
-    "liar+layerwise",
+    "obs+curve+auto+layerwise",
 )
 LISTS = {"others": tuple(OTHERS), "steps": STEPS}
 
@@ -50,10 +54,10 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
     """Return the recipe that a method's name stands for.
 
     ``liar`` is what :func:`liar_ext.prune` does by default, ``A+B+C`` has the criterion A, the
-    allocation B and the reconstruction C. Further words set fields of the recipe: ``refine=4``,
-    ``schedule=layerwise``, ``kinds=mlp``; ``layerwise`` and ``equal`` are short for
-    ``schedule=layerwise`` and ``uniform_layers=true``. The tile is 1, single channels, unless it
-    is named: ``liar+tile=auto``.
+    allocation B and the reconstruction C, in one pass. Further words set fields of the recipe:
+    ``refine=4``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal`` are short for
+    ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``. The tile is 1, single
+    channels, unless it is named: ``liar+tile=auto``.
 
     Parameters
     ----------
@@ -78,6 +82,7 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
                 f"VALUE, got {name!r}"
             )
         chosen |= {"criterion": first, "allocation": words[0], "reconstruct": words[1]}
+        chosen |= SHORT["one-pass"]
         words = words[2:]
     for word in words:
         field, equals, value = word.partition("=")
@@ -107,5 +112,5 @@ def _value(field: str, text: str) -> Any:
 
 
 def is_layerwise(name: str) -> bool:
-    """Tell whether a method solves layer by layer, by its name."""
-    return "+layerwise" in name or "+schedule=layerwise" in name
+    """Tell whether a method solves layer by layer; the dense model is no method."""
+    return name != DENSE and read_method(name, keep=1.0, seed=0).settled().schedule == "layerwise"

@@ -16,9 +16,10 @@ the dense model on four texts; with --questions the accuracy on a file of questi
 choices; how many tokens 64 greedy continuations go as the dense model's. Its summary is the mean
 over the texts of log(perplexity / dense).
 
-A method is liar, which is what liar_ext.prune does by default, or criterion+allocation+mode; then
-+FIELD=VALUE for any field of a recipe. +layerwise and +equal are short for +schedule=layerwise and
-+uniform_layers=true; the tile is 1 unless it is named. "others" stands for configurations of ours
+A method is liar, which is what liar_ext.prune does by default, or criterion+allocation+mode, which
+is solved in one pass; then +FIELD=VALUE for any field of a recipe. +layerwise, +one-pass and +equal
+are short for +schedule=layerwise, +schedule=one-pass and +uniform_layers=true; the tile is 1 unless
+it is named. "others" stands for configurations of ours
 after what others publish, "steps" for ablations.
 
 Rows are kept in OUT/quality.json, whole at any time: a run that was killed goes on where it was,
@@ -46,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", default=list(NAMED), help="names, folders, hub ids or GGUF files")
-    add("--methods", nargs="+", default=["liar", "liar+layerwise", FLAP])
+    add("--methods", nargs="+", default=["liar", "liar+one-pass", FLAP])
     add("--ratios", nargs="+", type=float, default=[0.2, 0.5], help="fractions removed")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration set")
     add("--calibration", nargs="+", default=["encyclopaedia"], metavar="TEXT",

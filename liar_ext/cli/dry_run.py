@@ -156,7 +156,7 @@ def _time(
     solves = _solving(model, banks[0], groups[0], at, equal, recipe) * (_passes(groups, recipe) > 0)
     probes = 0.0
     if recipe.allocation == "curve":
-        share = sum(map(_rows, probe_batches(batches))) / _rows(batches[0])
+        share = sum(map(_size_of, probe_batches(batches))) / _size_of(batches[0])
         plans = len(at) / 2 + 7 * recipe.refine  # of one site half of the blocks are run again
         probes = plans * share * forward
     seconds = runs * len(batches) + solves + probes
@@ -202,8 +202,10 @@ def _run(model: nn.Module, batches: Batches) -> None:
             model(**{key: value.to(device) for key, value in batch.items() if key not in FACTS})
 
 
-def _rows(batch: Mapping[str, Tensor]) -> int:
-    return len(next(iter(batch.values())))
+def _size_of(batch: Mapping[str, Tensor]) -> int:
+    """Return the tokens of a batch, or the sequences of one that has none."""
+    ids = batch.get("input_ids")
+    return len(next(iter(batch.values()))) if ids is None else ids.numel()
 
 
 def _seconds(call: Callable[[], object]) -> float:

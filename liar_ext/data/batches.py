@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from liar_ext.errors import InputError
 
 FOLDS = 2
 
-# Sensitivities scatter with the tokens compared, and with the sequences that these come from.
-PROBE_SEQUENCES, PROBE_TOKENS = 4, 2048
+# Sensitivities scatter more with the sequences that tokens come from than with the tokens compared:
+# many beginnings of sequences, for the price of a few whole ones.
+PROBE_SEQUENCES, PROBE_TOKENS = 16, 2048
+PROBE_LENGTH = PROBE_TOKENS // PROBE_SEQUENCES
+PROBE_ROWS = 4  # that are run at a time
 # What a head computes a loss from; only who asks for a loss gets it.
 LABELS = ("labels", "start_positions", "end_positions")
 # What is known of sequences, and no input of a model.
@@ -140,10 +143,11 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
 def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
     """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
-    Every source gives equally many of them, and each at least one. Sequences of one batch stay
-    together, so that short ones need few passes.
+    Every source gives equally many of them, and each at least one. Of a text the first
+    ``PROBE_LENGTH`` tokens are taken. Sequences of one batch stay together, and those without
+    padding are put together, so that short ones need few passes.
     """
-    read = list(read_batches(batches))
+    read = [_beginning(batch) for batch in read_batches(batches)]
     places: dict[int, list[tuple[int, int]]] = {}
     for index, batch in enumerate(read):
         sources = [0] * len(batch) if batch.source is None else batch.source.tolist()
@@ -158,7 +162,36 @@ def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
         for step in range(taken):
             index, row = found[(2 * step + 1) * len(found) // (2 * taken)]
             chosen.setdefault(index, []).append(row)
-    return [read[index].select(rows).inputs for index, rows in sorted(chosen.items())]
+    return _together([read[index].select(rows) for index, rows in sorted(chosen.items())])
+
+
+def _beginning(batch: Batch) -> Batch:
+    """Return the first tokens of sequences of text; what isn't text, or is padded there, whole."""
+    shapes = {value.shape for value in batch.inputs.values()}
+    text = "input_ids" in batch.inputs and len(shapes) == 1 and len(min(shapes)) == 2
+    if not text or (batch.mask is not None and not bool(batch.mask[:, 0].all())):
+        return batch
+    inputs = {name: value[:, :PROBE_LENGTH] for name, value in batch.inputs.items()}
+    mask = None if batch.mask is None else batch.mask[:, :PROBE_LENGTH]
+    return replace(batch, inputs=inputs, mask=mask)
+
+
+def _together(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Return the inputs of batches, with neighbours without padding of one width in one batch."""
+    joined: list[dict[str, Tensor]] = []
+    plain = False  # whether the last of them takes more
+    for batch in batches:
+        inputs, last = batch.inputs, joined[-1] if joined else {}
+        fits = inputs.keys() == last.keys() and all(
+            value.shape[1:] == last[name].shape[1:] and len(value) + len(last[name]) <= PROBE_ROWS
+            for name, value in inputs.items()
+        )
+        if plain and fits and batch.mask is None:
+            joined[-1] = {name: torch.cat([last[name], value]) for name, value in inputs.items()}
+        else:
+            joined.append(inputs)
+        plain = batch.mask is None
+    return joined
 
 
 def _tokens(batch: Batch) -> int:
@@ -167,4 +200,4 @@ def _tokens(batch: Batch) -> int:
         return int(batch.mask.sum())
     if "input_ids" in batch.inputs:
         return batch.inputs["input_ids"].numel()
-    return len(batch) * PROBE_TOKENS // PROBE_SEQUENCES
+    return len(batch) * PROBE_LENGTH

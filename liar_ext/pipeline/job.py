@@ -65,7 +65,7 @@ class Job:
     speed: Speed | None = None  # for a budget of latency
 
     def __post_init__(self) -> None:
-        self.recipe = self.recipe.settled(self.model)
+        self.recipe = self.recipe.settled()
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
@@ -227,8 +227,16 @@ class Job:
         self.facts |= divergences
         return plan
 
-    def reconstruct(self, passes: Passes | None, plan: Plan) -> Weights:
-        """Return the new weights of all consumers, by the schedule."""
+    def reconstruct(
+        self,
+        passes: Passes | None,
+        plan: Plan,
+        fresh: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> Weights:
+        """Return the new weights of all consumers, by the schedule.
+
+        A walk measures its errors on fresh text, if there is any, on its way.
+        """
         if passes is None:
             return {}
         settings = {**self._mode, "damp": self.recipe.damp}
@@ -236,6 +244,7 @@ class Job:
             weights, self.rows = self._solve(passes, plan, settings)
         else:
             settings |= {"target": self.recipe.solve_target, "refit": self.recipe.refit}
+            settings["fresh"] = fresh or ()
             with self.clock("reconstruct"):
                 weights, self.rows = reconstruct_layerwise(
                     passes.model, passes.batches, plan, **settings

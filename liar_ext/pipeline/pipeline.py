@@ -49,8 +49,8 @@ def prune(
         Batches of held-out text; the report then has dense and pruned perplexity.
     certify_on : sequence of mapping, optional
         Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
-        decision sees them; the report then has errors on them: of each site's new weights on its
-        dense input, unless they are solved layerwise, and the divergence of the whole model.
+        decision sees them; the report then has errors on them: of each site's new weights, on the
+        input and for the target that they were solved for, and the divergence of the whole model.
     bank : MomentBank, optional
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
         not summed again. ``batches`` is still what sensitivities and walks run over.
@@ -83,7 +83,7 @@ def prune(
     passes = job.calibrate(job.narrow())
     scores, losses = job.score(passes)
     plan = job.allocate(passes, scores, losses)
-    weights = job.reconstruct(passes, plan)
+    weights = job.reconstruct(passes, plan, certify_on)
     job.certify(certify_on, passes, plan, weights)
     plan = job.slice(plan, weights)
     return job.report(plan, dense, job.evaluate(evaluate_on))

@@ -23,7 +23,7 @@ GROUPS = {
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "schedule": "one-pass"},
     "balanced": {},
-    "best": {"schedule": "layerwise"},
+    "best": {"refine": 4},
 }
 
 

@@ -142,7 +142,7 @@ class Fields:
         "reconstruction",
         check.one_of(SCHEDULES),
         "solve all layers on the dense model's activations, or walk them on the pruned one's; auto "
-        "is layerwise for encoders, where that costs little, and one-pass for language models",
+        "is layerwise, and one-pass where reconstruct is none or bias",
     )
     target: str | None = choice(
         None,
@@ -193,12 +193,13 @@ class Fields:
             raise InputError("recipe: certify must be 0, or at least 2 sequences, got 1")
         get_criterion(self.criterion)
         check_refine(self.refine, self.allocation)
-        if self.schedule == "layerwise":
+        if self._walks:
             check_target(self.solve_target, self.reconstruct)
         elif self.refit or self.target not in (None, "dense-input"):
             raise InputError(
                 "recipe: in one pass a site knows its dense input only, got "
-                f'target={self.target!r}, refit={self.refit}; use schedule="layerwise"'
+                f'target={self.target!r}, refit={self.refit}; use schedule="layerwise", and '
+                "reconstruct auto, linear or affine"
             )
 
     def _check_latency(self) -> None:
@@ -227,4 +228,10 @@ class Fields:
     @property
     def solve_target(self) -> str:
         """What sites are solved for: ``target``, or what it is by default."""
-        return self.target or ("auto" if self.schedule == "layerwise" else "dense-input")
+        return self.target or ("auto" if self._walks else "dense-input")
+
+    @property
+    def _walks(self) -> bool:
+        """Whether sites are solved layerwise."""
+        solves = self.reconstruct not in ("none", "bias")
+        return self.schedule == "layerwise" or (self.schedule == "auto" and solves)

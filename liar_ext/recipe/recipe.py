@@ -9,10 +9,7 @@ from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from liar_ext.errors import InputError
-from liar_ext.models.running import predicts_next_token
 from liar_ext.plan import Budget, by_todays_names, takes_older_names
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
@@ -135,17 +132,15 @@ class Recipe(Fields):
         _check_names(choices)
         return replace(start or cls(), **choices)
 
-    def settled(self, model: nn.Module) -> Recipe:
+    def settled(self) -> Recipe:
         """Return the recipe with what ``schedule="auto"`` stands for.
 
-        ``layerwise`` for an encoder, a model that doesn't predict each token from those before it,
-        where consumers are solved; ``one-pass`` for a causal language model, and where
-        ``reconstruct`` is ``none`` or ``bias``, which solve for no target.
+        ``layerwise``, or ``one-pass`` where ``reconstruct`` is ``none`` or ``bias``: these solve
+        for no target.
         """
         if self.schedule != "auto":
             return self
-        one_pass = self.reconstruct in ("none", "bias") or predicts_next_token(model)
-        return replace(self, schedule="one-pass" if one_pass else "layerwise")
+        return replace(self, schedule="layerwise" if self._walks else "one-pass")
 
     @classmethod
     def preset(cls, name: str, **choices: Any) -> Recipe:

@@ -29,6 +29,7 @@ def reconstruct_layerwise(
     damp: float | str = "auto",
     target: str = "auto",
     refit: bool = False,
+    fresh: Batches = (),
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve the sites of ``plan`` block by block, each on what the pruned blocks before it give.
@@ -69,6 +70,9 @@ def reconstruct_layerwise(
     refit : bool
         Solve the sites that lose nothing, too, to compensate for what others lost; with the
         target ``dense-input`` that changes nothing.
+    fresh : iterable of mapping
+        Batches that ``batches`` lacks: no solve reads them, and each row has its error on them, as
+        ``certified_error``, relative to their ``Σ |W x̂|²``.
     progress : bool
         Show a progress bar.
 
@@ -100,7 +104,7 @@ def reconstruct_layerwise(
     plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
         walk = Walk(model, blocks, plan, mode, damp, target, refit)
-        walk.start(batches)
+        walk.start(batches, fresh)
         planned = [site.block for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
         for index in tqdm(steps, desc="layerwise", disable=not progress):

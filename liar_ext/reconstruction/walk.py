@@ -28,14 +28,14 @@ SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
 
 @dataclass
 class Part:
-    """Calibration sequences of one fold, and how far they are.
+    """Sequences of one fold, or fresh ones, and how far they are.
 
     Parameters
     ----------
     batch : Batch
         As the model takes them.
-    fold : int
-        Their fold.
+    fold : int, optional
+        Their fold; None where they are fresh: no solve reads them, errors are measured on them.
     dense, pruned : Tensor
         Both streams before the block that comes next, (sequences, tokens, hidden).
     goals : dict of str to Tensor
@@ -47,7 +47,7 @@ class Part:
     """
 
     batch: Batch
-    fold: int
+    fold: int | None
     dense: Tensor
     pruned: Tensor
     goals: dict[str, Tensor] = field(default_factory=dict)
@@ -75,23 +75,27 @@ class Walk:
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.rows: dict[str, SiteRow] = {}
 
-    def start(self, batches: Batches) -> None:
-        """Split the batches by fold, and take their hidden states to the first block."""
+    def start(self, batches: Batches, fresh: Batches = ()) -> None:
+        """Split the batches by fold, and take all hidden states to the first block."""
         sequences = 0
         for batch in read_batches(batches):
             sequences += len(batch)
             for index in range(FOLDS):
                 rows = (batch.fold == index).nonzero().flatten()
                 if len(rows):
-                    chosen = batch.select(rows)
-                    hidden = self.blocks.enter(0, chosen.to(self.device).inputs)[0][0].cpu()
-                    self.parts.append(Part(chosen, index, hidden, hidden))
+                    self._enter(batch.select(rows), index)
         folds = {part.fold for part in self.parts}
         if folds != set(range(FOLDS)):
             raise InputError(
                 f"layerwise: each of the {FOLDS} folds needs sequences, got {sequences} in folds "
                 f"{sorted(folds)}; give at least 2 sequences"
             )
+        for batch in read_batches(fresh):
+            self._enter(batch, None)
+
+    def _enter(self, batch: Batch, fold: int | None) -> None:
+        hidden = self.blocks.enter(0, batch.to(self.device).inputs)[0][0].cpu()
+        self.parts.append(Part(batch, fold, hidden, hidden))
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
@@ -155,10 +159,16 @@ class Walk:
                 shares=SHARES[self.target],
             )
         )
-        self._store(site, solution, moments, target, time.perf_counter() - start)
         new = solution.weight.to(weight.dtype)
         new_bias = bias if solution.bias is None else solution.bias.to(weight.dtype)
-        return lambda x: nn.functional.linear(x[..., features], new, new_bias)
+
+        def consumer(x: Tensor) -> Tensor:
+            return nn.functional.linear(x[..., features], new, new_bias)
+
+        certified = self._certified(site, target, consumers, consumer)
+        seconds = time.perf_counter() - start
+        self._store(site, solution, moments, target, seconds, certified)
+        return consumer
 
     def _collect(
         self, site: Site, target: str, consumers: Mapping[str, Forward]
@@ -169,26 +179,58 @@ class Walk:
         shortfall = None
         if target != "dense-input":
             shortfall = Shortfall.zeros(site.d_in, site.d_out, device=device)
-        # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
-        late = site.kind == "mlp" and site.name not in self.blocks.norms
-        end = None if target == "stream" and late else site.name
         for part in self.parts:
-            run = self._run(site.block, part, part.pruned, consumers, end)
-            x = run.seen[site.name][0].flatten(0, -2)
-            weight = part.batch.counting(len(x), device)
+            if part.fold is None:
+                continue
+            x, r, weight = self._read(site, target, part, consumers)
             if shortfall is None:
                 moments.update(x, part.fold, weight)
                 continue
-            # The shortfall is what the dense model has there less what the pruned one has with
-            # the dense weight in this site.
-            r = part.goals[site.name] - _reached(site, target, part.pruned, run)
-            part.halfway = self._halfway(site, part, run)
-            x, r = x.to(r.dtype), r.to(device).flatten(0, -2)
+            x = x.to(r.dtype)
             usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
             moments.count[part.fold, 1] += (weight & ~usable).sum()
             moments.update(x, part.fold, weight & usable)
             shortfall.update(x, r, part.fold, weight & usable)
         return moments, shortfall
+
+    def _read(
+        self, site: Site, target: str, part: Part, consumers: Mapping[str, Forward]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return of a part x̂, the shortfall or None for the site's own target, and what counts.
+
+        The shortfall is what the dense model has there less what the pruned one has with the dense
+        weight in this site.
+        """
+        # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
+        late = site.kind == "mlp" and site.name not in self.blocks.norms
+        end = None if target == "stream" and late else site.name
+        run = self._run(site.block, part, part.pruned, consumers, end)
+        x = run.seen[site.name][0].flatten(0, -2)
+        weight = part.batch.counting(len(x), x.device)
+        if target == "dense-input":
+            return x, None, weight
+        r = part.goals[site.name] - _reached(site, target, part.pruned, run)
+        part.halfway = self._halfway(site, part, run)
+        return x, r.to(x.device).flatten(0, -2), weight
+
+    def _certified(
+        self, site: Site, target: str, consumers: Mapping[str, Forward], new: Forward
+    ) -> float | None:
+        """Return ``Σ |W x̂ + b + r − new(x̂)|² / Σ |W x̂|²`` over fresh text, or None without any."""
+        weight, bias = get_consumer_weight(self.model, site), get_consumer_bias(self.model, site)
+        error = energy = 0.0
+        fresh = [part for part in self.parts if part.fold is None]
+        for part in fresh:
+            x, r, counts = self._read(site, target, part, consumers)
+            dense = nn.functional.linear(x, weight)
+            left = (dense if bias is None else dense + bias) - new(x)
+            left = left.double() if r is None else left.double() + r
+            usable = counts & torch.isfinite(left).all(-1)
+            error += float(left[usable].square().sum())
+            energy += float(dense[usable].double().square().sum())
+        if not fresh:
+            return None
+        return error / energy if energy else math.nan
 
     def _halfway(self, site: Site, part: Part, run: Run) -> tuple[Tensor, Tensor] | None:
         """Return what :class:`Part` keeps of a run, if the block is a plain sum of both sites."""
@@ -220,14 +262,22 @@ class Walk:
         """Note that a site loses nothing and keeps the weight that it has."""
         weight = get_consumer_weight(self.model, site).double()
         solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
-        self._store(site, solution, Moments.zeros(0), "dense-input", 0.0)
+        certified = 0.0 if any(part.fold is None for part in self.parts) else None
+        self._store(site, solution, Moments.zeros(0), "dense-input", 0.0, certified)
 
     def _store(
-        self, site: Site, solution: Solution, moments: Moments, target: str, seconds: float
+        self,
+        site: Site,
+        solution: Solution,
+        moments: Moments,
+        target: str,
+        seconds: float,
+        certified: float | None,
     ) -> None:
         self.weights[site.name] = (solution.weight, solution.bias)
         units = len(self.plan.sites[site.name].kept)
         row = report_row(site, units, moments, solution, seconds, target)
+        row = replace(row, certified_error=certified)
         if self.target in ("stream", "auto") and target == "branch":
             row = replace(row, path=f"{row.path}; branch, as the stream is not a plain sum here")
         self.rows[site.name] = row

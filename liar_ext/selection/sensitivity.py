@@ -22,7 +22,7 @@ Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
-POSITIONS = 256
+POSITIONS = 64
 
 
 def site_divergences(

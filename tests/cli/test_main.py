@@ -174,7 +174,8 @@ def test_layerwise_is_an_option(llama_folder, corpus, tmp_path, capsys):
     settings = json.loads((out / "liar/report.json").read_text())["settings"]
     assert (settings["schedule"], settings["target"]) == ("layerwise", "stream")
     assert verify_pruned(out)["agrees"]
-    assert run("prune", llama_folder, *texts, "--refit", "--out", tmp_path / "other") == 2
+    wrong = ("--schedule", "one-pass", "--refit")
+    assert run("prune", llama_folder, *texts, *wrong, "--out", tmp_path / "other") == 2
     assert 'use schedule="layerwise"' in capsys.readouterr().err
 
 

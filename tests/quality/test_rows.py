@@ -22,7 +22,12 @@ from liar_ext.pipeline.job import Job
 def test_names_of_methods():
     assert read_method("liar", keep=0.8, seed=1) == Recipe(keep=0.8, seed=1, tile=1)
     assert read_method(FLAP, keep=0.5, seed=0) == Recipe(
-        keep=0.5, tile=1, criterion="wifv", allocation="global", reconstruct="bias"
+        keep=0.5,
+        tile=1,
+        criterion="wifv",
+        allocation="global",
+        reconstruct="bias",
+        schedule="one-pass",
     )
     named = read_method("liar+layerwise+refine=2+kinds=mlp+tile=auto+damp=0.1", keep=0.7, seed=0)
     assert named == Recipe(
@@ -49,7 +54,7 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 METHODS = [
     "liar",
-    "liar+layerwise",
+    "liar+one-pass",
     "liar+tile=4",
     "liar+refine=1+damp=0.5",
     "liar+equal",

@@ -331,8 +331,8 @@ def test_the_model_is_not_changed_even_by_a_failure():
         ({"schedule": "layerwise", "target": "dense"}, "target must be one of"),
         ({"schedule": "layerwise", "reconstruct": "bias"}, "must be auto, linear or affine"),
         ({"schedule": "layerwise", "reconstruct": "none"}, "must be auto, linear or affine"),
-        ({"target": "stream"}, 'use schedule="layerwise"'),
-        ({"refit": True}, 'use schedule="layerwise"'),
+        ({"schedule": "one-pass", "target": "stream"}, 'use schedule="layerwise"'),
+        ({"schedule": "one-pass", "refit": True}, 'use schedule="layerwise"'),
     ],
 )
 def test_bad_arguments_are_refused_before_the_first_batch(arguments, message):

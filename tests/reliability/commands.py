@@ -69,8 +69,8 @@ VALUES = {
 ADDED: list[Line] = [
     ("--refine", "2", "--allocation", "uniform"),
     ("--refine", "1", "--memory", "1e-9"),
-    ("--refit",),
-    ("--target", "branch"),
+    ("--refit", "--schedule", "one-pass"),
+    ("--target", "branch", "--schedule", "one-pass"),
     ("--schedule", "layerwise", "--reconstruct", "none"),
     ("--keep-hidden", "0.9", "--multiple-of", "64"),
     ("--keep-hidden", "0.9", "--tile", "64"),

@@ -39,12 +39,27 @@ def test_losses_pass_through_what_was_measured(job):
 
 
 def test_probes_are_spread_evenly():
-    ids = torch.arange(11 * 512).view(11, 512)
-    batches = [{"input_ids": ids[:5], "fold": torch.zeros(5)}, ids[5:]]
+    ids = torch.arange(48 * 512).view(48, 512)
+    batches = [{"input_ids": ids[:23], "fold": torch.zeros(23)}, ids[23:24], ids[24:]]
     probes = [batch["input_ids"] for batch in probe_batches(batches)]
-    assert [probe[:, 0].tolist() for probe in probes] == [[512, 4 * 512], [6 * 512, 9 * 512]]
+    assert torch.cat(probes)[:, 0].tolist() == [512 * row for row in range(1, 48, 3)]
+    assert all(probe.shape[1] == 128 for probe in probes)
     assert len(probe_batches([ids[:3]])[0]["input_ids"]) == 3 and not probe_batches([])
-    assert len(probe_batches([{"pixel_values": torch.zeros(9, 3, 8, 8)}])[0]["pixel_values"]) == 4
+    pixels = torch.zeros(99, 3, 8, 8)
+    assert len(probe_batches([{"pixel_values": pixels}])[0]["pixel_values"]) == 16
+
+
+def test_probes_of_one_width_share_batches_and_padding_is_left_alone():
+    ids = torch.arange(32 * 256).view(32, 256)
+    single = [{"input_ids": row[None], "attention_mask": torch.ones(1, 256)} for row in ids]
+    probes = probe_batches(single)
+    assert [tuple(probe["input_ids"].shape) for probe in probes] == 4 * [(4, 128)]
+    assert [tuple(probe["attention_mask"].shape) for probe in probes] == 4 * [(4, 128)]
+    left = torch.ones(1, 256, dtype=torch.long)
+    left[:, :200] = 0  # the first 128 tokens are padding
+    padded = probe_batches([{"input_ids": row[None], "attention_mask": left} for row in ids])
+    assert {probe["input_ids"].shape for probe in padded} == {(1, 256)}
+    assert sum(int(probe["attention_mask"].sum()) for probe in padded) >= 32 * 56
 
 
 def test_short_sequences_make_up_for_their_length_by_their_number():
