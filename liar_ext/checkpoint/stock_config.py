@@ -18,9 +18,16 @@ from torch import nn
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import InputError
-from liar_ext.models.sites import block_config, family_of, get_consumer_bias, sites, skeleton
+from liar_ext.models.sites import (
+    block_config,
+    family_of,
+    get_consumer_bias,
+    sites,
+    skeleton,
+    why_whole,
+)
 from liar_ext.plan import Plan
-from liar_ext.surgery.liar_loader import pruned_class, selections
+from liar_ext.surgery.liar_loader import config_numbers, pruned_class, selections
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
@@ -43,6 +50,8 @@ def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = config
+        elif config_numbers(module):
+            module.config.shared = config
     wear(model)
 
 
@@ -241,6 +250,9 @@ def _numbers(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, Any]]:
             continue
         if isinstance(value, int | float | tuple) and isinstance(other, int | float | tuple):
             yield name, list(value) if isinstance(value, tuple) else value
+    for name, value in config_numbers(ours).items():
+        if value != getattr(theirs.config, name):
+            yield f"config.{name}", value
 
 
 def _in_transformers(stock: type) -> bool:
@@ -304,7 +316,8 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
     if any(plan.sites[s.name].bias and s.wiring.bias_flag is None for s in cut):
         options.append("--reconstruct linear")
     narrowed = ""
-    if plan.hidden is not None and "heads" in family_of(model).stream.config.values():
+    tied = plan.hidden is not None and "heads" in family_of(model).stream.config.values()
+    if tied and not why_whole(model, "attn"):
         heads = len(plan.hidden.kept) // sites(model, ("attn",))[0].head_dim
         narrowed = f" {len(plan.hidden.kept)} hidden features go with {heads} heads in every layer."
     choices = " ".join([*options, "--uniform-layers"])
@@ -321,7 +334,8 @@ def _narrowed_fields(model: nn.Module) -> dict[str, int]:
         return {}
     site = sites(model)[0]
     sizes = {**site.sizes, "hidden": site.d_out}
-    fields = {name: sizes[size] for name, size in family.stream.config.items()}
+    # Without sites of attention, its sizes stay those of the dense model.
+    fields = {name: sizes[size] for name, size in family.stream.config.items() if size in sizes}
     dense = block_config(family, model.config)
     same = all(
         getattr(dense, n) == fields[n] for n, s in family.stream.config.items() if s == "hidden"

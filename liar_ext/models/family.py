@@ -76,7 +76,8 @@ class Wiring:
     transposed : bool
         Weights are stored as (d_in, d_out), as in ``Conv1D``.
     numbers : mapping of str to str
-        Integers that the modules keep, and the size that each one must hold.
+        Integers that the modules keep, and the size that each one must hold; ``self_attn.config.x``
+        is one that ``forward`` reads from the config of the model.
     config : mapping of str to str, or None
         Config fields that express equal layers, and the size that each one holds; None if the
         stock class can't be built with fewer units.
@@ -84,6 +85,9 @@ class Wiring:
         Config field that gives all these layers a bias.
     head_input : HeadInput or None
         An input from outside of the block with one slice per head.
+    requires : mapping of str to object
+        Config fields, and the values of them that all this is true for; a model with others keeps
+        these sites whole.
     """
 
     producers: tuple[str, ...]
@@ -96,6 +100,7 @@ class Wiring:
     config: Mapping[str, str] | None = None
     bias_flag: str | None = None
     head_input: HeadInput | None = None
+    requires: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):
@@ -116,9 +121,10 @@ class Step(NamedTuple):
 
     Parameters
     ----------
-    does : {"write", "norm", "read", "read_first", "take"}
+    does : {"write", "norm", "norm_if", "read", "read_first", "take"}
         ``write``: layers whose rows, or embeddings whose columns, are features of the stream.
-        ``norm``: a norm over the features; what it puts out is read from there on.
+        ``norm``: a norm over the features; what it puts out is read from there on. ``norm_if``: one
+        that only some models of the family have.
         ``read``: linear layers whose columns are the features; ``read_first``: those that read the
         first token alone. ``take``: those that read what a layer wrote, through no norm.
     layers : tuple of str
@@ -153,6 +159,8 @@ class Stream:
         be built anyway.
     requires : mapping of str to object
         Config fields, and the values of them that all this is true for.
+    norm_offset : float
+        What its norms add to their weights before they scale by them.
     """
 
     start: tuple[Step, ...]
@@ -161,6 +169,7 @@ class Stream:
     config: Mapping[str, str]
     multiple_of: str | None
     requires: Mapping[str, object] = field(default_factory=dict)
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,10 @@ def hidden_of(model: nn.Module) -> Hidden:
     """
     family = family_of(model)
     if family.stream is None:
+        reason = f" ({family.without['hidden']})" if "hidden" in family.without else ""
         raise InputError(
-            f"hidden: the table has no stream for family {family.name!r}; prune other sites, or "
-            "register the family with a Stream"
+            f"hidden: the table has no stream for family {family.name!r}{reason}; prune other "
+            "sites, or register the family with a Stream"
         )
     config = block_config(family, model.config)
     for name, value in family.stream.requires.items():
@@ -144,6 +145,8 @@ class _Trail:
         self.at = ""
 
     def add(self, does: str, paths: list[str]) -> None:
+        if does == "norm_if":
+            does, paths = "norm", [path for path in paths if path in self.layers]
         missing = [path for path in paths if path not in self.layers]
         if missing:
             raise InputError(

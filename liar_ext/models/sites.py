@@ -40,6 +40,7 @@ __all__ = [
     "register_family",
     "sites",
     "skeleton",
+    "why_whole",
 ]
 
 KINDS = ("attn", "mlp")
@@ -110,6 +111,11 @@ class Site:
         return self.units * self.unit_params
 
     @property
+    def keys_stay(self) -> bool:
+        """Whether units are query heads that share keys and values, which stay when they leave."""
+        return self.unit == "head" and self.kv_heads * self.head_dim < self.d_in
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Sizes by name: features; for attention also heads, kv_heads, group_size, head_dim."""
         sizes = {"features": self.d_in}
@@ -138,7 +144,7 @@ class Site:
         Query heads that leave a KV group leave its key and value, be they in the same weight.
         """
         stack = self.wiring.stacked.get(producer.removeprefix(f"{self.path}."))
-        return row_units(stack, rows, self.units, self.width, self.kv_heads, self.groups > 1)
+        return row_units(stack, rows, self.units, self.width, self.kv_heads, self.keys_stay)
 
     def per_unit(self, values: Tensor) -> Tensor:
         """Return ``Σ_{j∈u} values_j``, shape (units,), of values of features, shape (d_in,).
@@ -193,19 +199,31 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             f"sites: attn_unit must be one of {', '.join(ATTN_UNITS)}, got {attn_unit!r}"
         )
     family = family_of(model)
-    found = []
-    for index, (path, block) in enumerate(blocks_of(model, family)):
-        for kind in KINDS:
-            if kind in kinds and getattr(family, kind) is not None:
-                wiring = _wiring(family, kind, block)
-                found.append(_read_site(kind, index, path, block, wiring, attn_unit))
-    if not found:
-        reasons = "; ".join(family.without.get(kind, "") for kind in kinds) or "it says no reason"
+    rows = {kind: _rows(family, kind, model.config) for kind in KINDS if kind in kinds}
+    if not any(rows.values()):
         raise InputError(
-            f"sites: {' and '.join(kinds)} of {family.name!r} can't be pruned ({reasons}); "
-            "prune other sites"
+            f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
+            f"{'; '.join(why_whole(model, kind) for kind in kinds)}"
         )
-    return found
+    return [
+        _read_site(kind, index, path, block, _wiring(family.name, rows[kind], block), attn_unit)
+        for index, (path, block) in enumerate(blocks_of(model, family))
+        for kind in rows
+        if rows[kind]
+    ]
+
+
+def why_whole(model: nn.Module, kind: str) -> str:
+    """Return why the table has no such sites for a model; empty if it has."""
+    family = family_of(model)
+    if _rows(family, kind, model.config):
+        return ""
+    if kind in family.without or getattr(family, kind) is None:
+        return family.without.get(kind, "its row describes none")
+    row = getattr(family, kind)
+    needs = (row[0] if isinstance(row, tuple) else row).requires
+    said = ", ".join(f"{name}={value}" for name, value in needs.items())
+    return f"its row is that of models with {said}"
 
 
 def get_consumer_weight(model: nn.Module, site: Site) -> Tensor:
@@ -226,15 +244,25 @@ def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
         return model_class(copy.deepcopy(config))
 
 
-def _wiring(family: Family, kind: str, block: nn.Module) -> Wiring:
-    """Return the row for a kind of site: the first alternative whose layers the block has."""
-    row = getattr(family, kind)
+def _rows(family: Family, kind: str, config: Any) -> tuple[Wiring, ...]:
+    """Return the alternatives for a kind of site that are true for a config."""
+    row, config = getattr(family, kind), block_config(family, config)
+    return tuple(
+        wiring
+        for wiring in (row if isinstance(row, tuple) else (row,))
+        if wiring is not None
+        and all(getattr(config, name, None) == value for name, value in wiring.requires.items())
+    )
+
+
+def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring:
+    """Return the first alternative whose layers a block has."""
     modules = dict(block.named_modules())
-    for wiring in row if isinstance(row, tuple) else (row,):
+    for wiring in rows:
         if modules.keys() >= set(wiring.layers):
             return wiring
     raise InputError(
-        f"sites: a block of {family.name!r} lacks one of {', '.join(wiring.layers)}; "
+        f"sites: a block of {family!r} lacks one of {', '.join(rows[-1].layers)}; "
         "register a family that fits with liar_ext.register_family"
     )
 
@@ -258,12 +286,12 @@ def _read_site(
         else:
             unit, units, groups = "kv_group", kv_heads, 1
     # A query head that leaves a KV group leaves the group's key and value behind.
-    shared = () if groups > 1 else wiring.key_value
-    producers = (*wiring.producers, *shared)
+    keys_stay = unit == "head" and kv_heads < heads
+    producers = (*wiring.producers, *(() if keys_stay else wiring.key_value))
     weights, biases = d_in * d_out, 0
     for layer in producers:
         stack, module = wiring.stacked.get(layer), block.get_submodule(layer)
-        owners = row_units(stack, rows[layer], units, d_in // units, kv_heads, groups > 1)
+        owners = row_units(stack, rows[layer], units, d_in // units, kv_heads, keys_stay)
         owned = int((owners >= 0).sum())
         weights += owned * (module.weight.numel() // rows[layer])
         biases += owned if module.bias is not None else 0

@@ -29,6 +29,7 @@ from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_fol
 from liar_ext.calibration.passes import room_for_sums, split
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
+from liar_ext.models.registry import family_of
 from liar_ext.models.residual_stream import Hidden, Source, hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
@@ -304,7 +305,8 @@ class _Solver:
         bias = getattr(norm, "bias", None)
         slope, offset, solution = fit_norm(both, kept, bias is not None)
         self.scales[path] = slope, offset
-        weight = slope * norm.weight[kept].double()
+        added = family_of(self.model).stream.norm_offset
+        weight = slope * (norm.weight[kept].double() + added) - added
         new_bias = None if bias is None else slope * bias[kept].double() + offset
         self._set(path, weight, new_bias)
         return solution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
-from liar_ext.models.sites import Site, sites
+from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
@@ -72,6 +73,7 @@ class Job:
         recipe, model = self.recipe, self.model
         self.earlier = stock_config.history_of(model.config)
         at = self.sites(model)
+        self.warn_of_what_stays(at)
         check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
         if recipe.refine and len(group_sites(at, self.room)) > 1:
             raise InputError(
@@ -87,6 +89,16 @@ class Job:
             self.batches = list(self.batches)  # to be gone through again
         if backward and self.batches:
             check_loss(model, self.batches[0])
+
+    def warn_of_what_stays(self, at: Sequence[Site]) -> None:
+        """Say which kinds of sites are asked for and can't lose a unit."""
+        whose = self.model.config.model_type
+        for kind in self.recipe.prunable_kinds:
+            some, reason = [site for site in at if site.kind == kind], why_whole(self.model, kind)
+            if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
+                reason = "all its query heads share one key and value; give attn_unit='head'"
+            if reason:
+                warnings.warn(f"prune: {kind} of {whose} stays whole: {reason}", stacklevel=4)
 
     @property
     def narrows(self) -> bool:

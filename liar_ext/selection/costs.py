@@ -111,7 +111,7 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
                 f"allocate: a budget of kv_cache needs a model that generates, got "
                 f"{type(model).__name__}; use of='params' or of='latency'"
             )
-        if any(site.kind == "attn" and site.groups > 1 for site in at):
+        if any(site.keys_stay for site in at):
             raise InputError(
                 "allocate: query heads that leave a KV group leave its keys and values behind; "
                 "prune whole groups with attn_unit='kv_group' for a budget of kv_cache"
@@ -138,5 +138,5 @@ def _unit_cost(site: Site, budget: Budget) -> float:
         return float(site.unit_flops(budget.seq_len))
     if budget.of == "kv_cache":
         # Query heads share what is cached, where a group of them has one key and value.
-        return cached_values(site) / site.units if site.groups == 1 else 0.0
+        return cached_values(site) / site.units if not site.keys_stay else 0.0
     return float(site.unit_params)

@@ -7,7 +7,8 @@ liar_ext writes this file into the folders of such models, so that they load wit
 The class of transformers that is asked for is built; then, before any weight is read, its modules
 get the sizes that ``liar`` in config.json names, by their path in the base model::
 
-    modules       the shape of a parameter, or a number that a module keeps, by name
+    modules       the shape of a parameter, or a number that a module keeps, by name; one that it
+                  reads from its config by ``config.`` and the name
     head          the same outside of the base model; only of the class that was saved
     head_inputs   [position, keyword, heads]: an argument of forward that has one slice per head of
                   the dense model, of which those of the heads that are left are taken
@@ -89,6 +90,8 @@ def _set_sizes(path: str, module: nn.Module, sizes: dict[str, Any]) -> None:
     for name, size in sizes.items():
         if name in module._parameters:
             setattr(module, name, _resized(f"{path}.{name}", module, name, size))
+        elif name.startswith("config.") and hasattr(module, "config"):
+            set_config_number(module, name.removeprefix("config."), size)
         elif isinstance(getattr(module, name, None), int | float | tuple):
             setattr(module, name, tuple(size) if isinstance(size, list) else size)
         else:
@@ -110,6 +113,32 @@ def _resized(path: str, module: nn.Module, name: str, shape: list[int]) -> nn.Pa
         )
     part = old.detach()[tuple(slice(n) for n in shape)].clone()
     return nn.Parameter(part, requires_grad=old.requires_grad)
+
+
+class LayerConfig:
+    """The config of a model as one of its modules reads it, with numbers of the module's own."""
+
+    def __init__(self, shared: Any, own: dict[str, Any]) -> None:
+        self.shared, self.own = shared, own
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("shared", "own"):  # while it is unpickled
+            raise AttributeError(name)
+        return self.own[name] if name in self.own else getattr(self.shared, name)
+
+
+def set_config_number(module: nn.Module, name: str, value: int) -> None:
+    """Let a module read a number of its own where its forward reads the config of the model."""
+    own = config_numbers(module)
+    shared = module.config.shared if own else module.config
+    module.config = LayerConfig(shared, {**own, name: value})
+
+
+def config_numbers(module: nn.Module) -> dict[str, int]:
+    """Return what :func:`set_config_number` has set."""
+    # Not by class: a folder's copy of this file has one of its own.
+    config = vars(module).get("config")
+    return dict(config.own) if type(config).__name__ == "LayerConfig" else {}
 
 
 def select_heads(module: nn.Module, heads: Any, position: int, keyword: str) -> None:

@@ -21,7 +21,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery.liar_loader import select_heads
+from liar_ext.surgery.liar_loader import select_heads, set_config_number
 from liar_ext.surgery.residual_stream import select, slice_hidden
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -244,7 +244,12 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
     block = model.get_submodule(site.path)
     for path, size in site.wiring.numbers.items():
         owner, _, attribute = path.rpartition(".")
-        setattr(block.get_submodule(owner), attribute, site.sizes[size])
+        if owner.endswith(".config"):
+            module = block.get_submodule(owner.removesuffix(".config"))
+            if getattr(module.config, attribute) != site.sizes[size]:
+                set_config_number(module, attribute, site.sizes[size])
+        else:
+            setattr(block.get_submodule(owner), attribute, site.sizes[size])
 
 
 def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> None:

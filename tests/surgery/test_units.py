@@ -23,7 +23,8 @@ from liar_ext.models.sites import (
     sites,
 )
 from liar_ext.models.stacking import row_units
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.selection.costs import total_cost
 from liar_ext.surgery.units import apply_plan, unit_rows
 
 
@@ -197,6 +198,19 @@ def test_a_pruned_mpnet_copies_and_pickles() -> None:
     assert torch.equal(outputs(pickle.loads(pickle.dumps(model))), expected)
 
 
+def test_query_heads_of_one_key_and_value() -> None:
+    """Multi-query attention: the one key and value stay, also where nothing else shares them."""
+    model = tiny("llama", num_key_value_heads=1, dtype=torch.float64)
+    plan = make_plan(model, ("attn",), "head")
+    expected = outputs(zero_removed(model, plan))
+    apply_plan(model, plan)
+    torch.testing.assert_close(outputs(model), expected)
+    site = sites(model, ("attn",), "head")[0]
+    assert site.sizes["kv_heads"] == 1 and site.keys_stay and site.sizes["heads"] < 8
+    with pytest.raises(InputError, match="query heads that leave a KV group leave its keys"):
+        total_cost(model, [site], Budget(0.5, of="kv_cache"))
+
+
 def test_old_and_wrong_stacks_are_refused() -> None:
     for stacked in (3, {"fc3": Stack(("query",))}):
         with pytest.raises(InputError, match="stacked must map some of the producers to a Stack"):
@@ -210,7 +224,7 @@ def test_a_family_without_a_kind_of_site_lists_the_others(monkeypatch) -> None:
     without = {"attn": "its heads are normalised together"}
     monkeypatch.setitem(FAMILIES, "llama", replace(row, attn=None, without=without))
     assert [site.kind for site in sites(model)] == ["mlp"] * 3
-    with pytest.raises(InputError, match="attn of 'llama' can't be pruned .its heads are norm"):
+    with pytest.raises(InputError, match="nothing to prune in attn: its heads are norm"):
         sites(model, ("attn",))
 
 
