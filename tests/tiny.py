@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from tiny_decoders import DECODERS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -68,6 +69,8 @@ TINY: dict[str, tuple[str, str, dict]] = {
         {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
     ),
 }
+# Those of ``tests/families`` besides, which other tests don't go through one by one.
+MORE = {**DECODERS}
 CAUSAL = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3 opt gpt2 gpt_neox".split()
 NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
 GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
@@ -75,7 +78,7 @@ GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
 
 def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields) -> PreTrainedModel:
     """Build a tiny model with random weights and biases; ``fields`` override its config."""
-    model_class, config_class, defaults = TINY[name]
+    model_class, config_class, defaults = {**TINY, **MORE}[name]
     config = getattr(transformers, config_class)(**{**defaults, **fields})
     torch.manual_seed(seed)
     model = getattr(transformers, model_class)(config)

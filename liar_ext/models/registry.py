@@ -9,14 +9,29 @@ from __future__ import annotations
 from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.families import bert, gpt2, gpt_neox, llama, opt, vit
+from liar_ext.models.families import (
+    bert,
+    fused,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    opt,
+    parallel,
+    ungated,
+    vision_language,
+    vit,
+)
 from liar_ext.models.family import Family
 
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.
-FAMILIES: dict[str, Family] = {
-    row.name: row for module in (llama, bert, opt, gpt2, gpt_neox, vit) for row in module.ROWS
-}
+_MODULES = (
+    *(llama, gemma, fused, ungated, parallel, opt, gpt2, gpt_neox),
+    vision_language,
+    *(bert, vit),
+)
+FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
 
 
 def register_family(family: Family) -> Family:

@@ -15,7 +15,6 @@ from liar_ext import InputError, MomentBank, calibrate, criterion, prune, score,
 from liar_ext.calibration import collect as calibration
 from liar_ext.calibration.gradients import collect_gradients
 from liar_ext.selection.criteria import _CRITERIA
-from liar_ext.surgery.units import unit_rows
 
 STEP = 0.02  # norms of a float64 model round to float32 in some families
 # Grouped heads, a head for classes, transposed fused layers, tokens and sequences flattened.
@@ -28,6 +27,9 @@ CASES = [
     ("gpt_neox", "auto"),
     ("opt", "auto"),
     ("vit", "auto"),
+    ("phi3", "head"),
+    ("falcon_new", "auto"),
+    ("falcon_new", "head"),
 ]
 
 
@@ -86,7 +88,8 @@ def unit_slices(model, site, unit: int) -> list[list[tuple[torch.nn.Parameter, t
     layers = []
     for path in site.producers:
         layer = model.get_submodule(path)
-        rows = unit_rows(site, path, [unit], layer.weight.shape[1 if site.wiring.transposed else 0])
+        count = layer.weight.shape[1 if site.wiring.transposed else 0]
+        rows = (site.row_units(path, count) == unit).nonzero().flatten()
         index = (everything, rows) if site.wiring.transposed else (rows, everything)
         parts = [(layer.weight, index)]
         if layer.bias is not None:

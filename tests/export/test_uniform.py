@@ -30,7 +30,7 @@ def same_outputs(a, b):
     torch.testing.assert_close(outputs(a), outputs(b), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, "phi3", "falcon_new", "stablelm"])
 def test_outputs_stay_and_the_stock_class_loads_it(name, tmp_path):
     model, plan = pruned(name, make_plan)
     again, done = exported(model, plan, tmp_path)

@@ -133,6 +133,8 @@ def tokens_of(model, data, path):
         ("distilbert", "transformer.layer.0.sa_layer_norm", ["ffn.lin1"]),
         ("opt", "model.decoder.layers.1.self_attn_layer_norm", ["q_proj", "k_proj", "v_proj"]),
         ("gpt_neox", "gpt_neox.layers.1.post_attention_layernorm", ["dense_h_to_4h"]),
+        ("nemotron", "model.layers.1.post_attention_layernorm", ["up_proj"]),
+        ("falcon", "transformer.h.1.input_layernorm", ["query_key_value", "dense_h_to_4h"]),
     ],
 )
 @torch.no_grad()
@@ -155,7 +157,8 @@ def test_the_weights_and_errors_are_those_of_brute_force(name, path, readers):
     def narrow_norm(h):
         h = h[:, kept]
         if isinstance(norm, nn.LayerNorm):
-            return nn.functional.layer_norm(h, (len(kept),), gamma, beta, norm.eps)
+            scale = gamma + 1 if type(norm).__name__.endswith("1P") else gamma
+            return nn.functional.layer_norm(h, (len(kept),), scale, beta, norm.eps)
         single = h.float()  # as the norms of llama do
         scale = (single.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
         return gamma * (single * scale).double()

@@ -23,8 +23,8 @@ LLAMA = Stream(
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
-_HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
-_LLAMA = Family(
+HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+ROW = Family(
     name="llama",
     blocks="layers",
     attn=Wiring(
@@ -33,7 +33,7 @@ _LLAMA = Family(
         consumer="self_attn.o_proj",
         head_dim="self_attn.head_dim",
         numbers={"self_attn.num_key_value_groups": "group_size"},
-        config=_HEADS,
+        config=HEADS,
         bias_flag="attention_bias",
     ),
     mlp=Wiring(
@@ -45,23 +45,71 @@ _LLAMA = Family(
     ),
     stream=LLAMA,
 )
-_NO_ATTN_FLAG = replace(_LLAMA.attn, bias_flag=None)
-_NO_MLP_FLAG = replace(_LLAMA.mlp, bias_flag=None)
+# Where no flag of the config governs all layers of a site.
+ATTN = replace(ROW.attn, bias_flag=None)
+MLP = replace(ROW.mlp, bias_flag=None)
+SCALED = "its embeddings are scaled by the root of the hidden size"
+ADDED = "it normalises what a branch writes before it adds it"
+JOINT = "its q_norm and k_norm run over all heads at once"
+
+# Attention modules of some keep head counts, which their forward doesn't read.
+_COUNTS = {
+    **ATTN.numbers,
+    "self_attn.num_attention_heads": "heads",
+    "self_attn.num_key_value_heads": "kv_heads",
+}
 
 # The rows of the table.
 ROWS = (
-    _LLAMA,
-    replace(_LLAMA, name="smollm3"),
-    replace(_LLAMA, name="qwen3", mlp=_NO_MLP_FLAG),
-    replace(_LLAMA, name="gemma3_text", mlp=_NO_MLP_FLAG, stream=None),
-    replace(_LLAMA, name="mistral", attn=_NO_ATTN_FLAG, mlp=_NO_MLP_FLAG),
-    replace(_LLAMA, name="qwen2", attn=_NO_ATTN_FLAG, mlp=_NO_MLP_FLAG),
+    ROW,
+    replace(ROW, name="smollm3"),
+    replace(ROW, name="qwen3", mlp=MLP),
+    replace(ROW, name="mistral", attn=ATTN, mlp=MLP),
+    replace(ROW, name="qwen2", attn=ATTN, mlp=MLP),
+    replace(ROW, name="ministral", attn=ATTN, mlp=MLP),
+    replace(ROW, name="ministral3", attn=ATTN, mlp=MLP),
+    # Its multipliers are numbers of the config, whatever the sizes.
+    replace(ROW, name="granite"),
+    replace(ROW, name="cwm", attn=ATTN),
+    replace(ROW, name="hunyuan_v1_dense", mlp=MLP),
+    replace(ROW, name="seed_oss", attn=replace(ATTN, numbers=_COUNTS)),
     replace(
-        _LLAMA,
-        name="gemma3",
-        blocks="language_model.layers",
-        mlp=_NO_MLP_FLAG,
-        config="text_config",
+        ROW,
+        name="ernie4_5",
+        attn=replace(ATTN, bias_flag="use_bias"),
+        mlp=replace(MLP, bias_flag="use_bias"),
+    ),
+    # o_proj of its stock class is square.
+    replace(
+        ROW,
+        name="helium",
+        attn=replace(ATTN, config=None),
+        without={"stock": "heads: o_proj of its class is as wide as the hidden size"},
+    ),
+    replace(
+        ROW,
+        name="exaone4",
+        attn=replace(ATTN, numbers=_COUNTS),
+        mlp=MLP,
         stream=None,
+        without={"hidden": ADDED},
+    ),
+    replace(
+        ROW,
+        name="olmo",
+        mlp=MLP,
+        stream=None,
+        without={"hidden": "its norms have no weights to fit"},
+    ),
+    *(
+        replace(
+            ROW,
+            name=name,
+            attn=None,
+            mlp=MLP,
+            stream=None,
+            without={"attn": JOINT, "kv_group": JOINT, "hidden": ADDED},
+        )
+        for name in ("olmo2", "olmo3")
     ),
 )

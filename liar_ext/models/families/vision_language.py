@@ -1,0 +1,43 @@
+"""The language half of models that also see; what reads pictures stays whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from liar_ext.models.families.llama import ATTN, MLP, ROW
+from liar_ext.models.families.parallel import SIZE_OF_A_HEAD
+
+_HIDDEN = {"hidden": "what reads pictures writes hidden features, too"}
+_ROW = replace(
+    ROW,
+    name="mistral3",
+    blocks="language_model.layers",
+    attn=ATTN,
+    mlp=MLP,
+    config="text_config",
+    stream=None,
+    without=_HIDDEN,
+)
+_QWEN2 = replace(
+    _ROW,
+    name="qwen2_vl",
+    attn=replace(
+        ATTN,
+        numbers={
+            **ATTN.numbers,
+            "self_attn.num_heads": "heads",
+            "self_attn.num_key_value_heads": "kv_heads",
+        },
+        config=None,
+    ),
+    without={**_HIDDEN, "stock": f"heads: {SIZE_OF_A_HEAD}"},
+)
+
+# The rows of the table.
+ROWS = (
+    _ROW,
+    replace(_ROW, name="llava"),
+    _QWEN2,
+    replace(_QWEN2, name="qwen2_5_vl"),
+    replace(_ROW, name="qwen3_vl", attn=ROW.attn),
+)

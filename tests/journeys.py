@@ -1,0 +1,136 @@
+"""What every family must stand, on a tiny model: from pruning to a folder that is saved again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from folders import make_plan
+from tiny import batches, outputs, tiny, tiny_inputs
+from torch import nn
+
+from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.sites import family_of, get_consumer_weight, sites, why_whole
+from liar_ext.surgery.units import apply_plan
+
+KINDS = ("attn", "mlp")
+
+
+def kinds_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the kinds of sites that the family of a model has rows for."""
+    return tuple(kind for kind in KINDS if not why_whole(model, kind))
+
+
+def check_slicing(name: str) -> None:
+    """Slicing units equals zeroing them, in every combination of sites and units."""
+    model = tiny(name, dtype=torch.float64)
+    dense, kinds = outputs(model), kinds_of(model)
+    grouped = {site.unit for site in sites(model)} & {"kv_group"}
+    for unit in ("kv_group", "head") if grouped else ("auto",):
+        for chosen in [(kind,) for kind in kinds] + ([kinds] if len(kinds) > 1 else []):
+            plan = make_plan(model, chosen, unit)
+            zeroed, sliced = copy.deepcopy(model), copy.deepcopy(model)
+            for site in sites(zeroed, attn_unit=unit):
+                if site.name in plan.sites:
+                    gone = site.features(plan.sites[site.name].removed)
+                    get_consumer_weight(zeroed, site)[:, gone] = 0
+            apply_plan(sliced, plan)
+            expected = outputs(zeroed)
+            torch.testing.assert_close(outputs(sliced), expected, msg=f"{name} {unit} {chosen}")
+            removed = any(site.removed for site in plan.sites.values())
+            assert removed != torch.equal(expected, dense), (name, unit, chosen)
+            for site in sites(sliced, attn_unit=unit):
+                layers = [sliced.get_submodule(path) for path in (*site.producers, site.consumer)]
+                for layer in layers:
+                    assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
+
+
+def double_features(model: nn.Module) -> int:
+    """Make the second half of the hidden features a copy of the first, in every writer and norm."""
+    found = hidden_of(model)
+    half = found.size // 2
+    with torch.no_grad():
+        for path in found.writers:
+            layer = model.get_submodule(path)
+            if isinstance(layer, nn.Embedding):
+                layer.weight[:, half:] = layer.weight[:, :half]
+            else:
+                layer.weight[half:] = layer.weight[:half]
+                if layer.bias is not None:
+                    layer.bias[half:] = layer.bias[:half]
+        for path in found.norms:
+            for parameter in model.get_submodule(path).parameters():
+                parameter[half:] = parameter[:half]
+    return half
+
+
+def check_hidden(name: str, keeping, **fields) -> None:
+    """Features that others repeat are given back: every statistic stays, and readers add up.
+
+    ``keeping(kept)`` lets these hidden features be the ones that stay.
+    """
+    model = tiny(name, dtype=torch.float64, **fields)
+    half = double_features(model)
+    keeping(range(half))
+    narrowing = narrow(model, batches(model), 0.5, damp=1e-12)
+    small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, tokens=16, seed=99)
+    plan = Plan(model.config.model_type, "auto", {}, hidden=narrowing.kept)
+    apply_plan(small, plan, narrowing.weights)
+    torch.testing.assert_close(outputs(small, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
+    read = [row for row in narrowing.rows if "cholesky" in row.path]
+    assert read and all(row.holdout_error < 1e-7 for row in read)
+
+
+def check_job(name: str, folder: Path, fields: dict | None = None, **choices) -> nn.Module:
+    """Prune, save, load by every loader, save what was loaded, train a step and generate.
+
+    ``fields`` are of the model's config, ``choices`` of the recipe.
+    """
+    model = tiny(name, **(fields or {}))
+    if all(site.units == 1 for site in sites(model) if site.kind == "attn"):
+        choices["attn_unit"] = "head"
+    prune(model, batches(model, 4), 0.6, **choices)
+    expected = outputs(model)
+    save_pruned(model, folder / "one", model.liar_plan)
+    fields = json.loads((folder / "one" / "config.json").read_text())
+    stock = getattr(transformers, type(model).__name__)
+    if fields["liar"]["layers"] == "equal":
+        loaded = stock.from_pretrained(folder / "one")
+        assert type(loaded) is stock
+    else:
+        auto = next(a for a, c in fields["auto_map"].items() if c.endswith(stock.__name__))
+        auto = getattr(transformers, auto)
+        loaded = auto.from_pretrained(folder / "one", trust_remote_code=True)
+    assert torch.equal(outputs(loaded.eval()), expected)
+    loaded.save_pretrained(folder / "two")
+    again = load_pruned(folder / "two")
+    assert torch.equal(outputs(again), expected)
+    assert again.config.liar == loaded.config.liar
+    train_a_step(again)
+    if again.can_generate():
+        settings = {**tiny_inputs(model), "max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(loaded.generate(**settings), model.generate(**settings))
+    return model
+
+
+def train_a_step(model: nn.Module) -> None:
+    """Every parameter that the outputs depend on moves, and they with it."""
+    inputs, before = tiny_inputs(model), outputs(model)
+    model.train()
+    result = model(**inputs)
+    (result["logits"] if "logits" in result else result[0]).square().mean().backward()
+    at = [layer for site in sites(model) for layer in (*site.producers, site.consumer)]
+    assert all(model.get_submodule(layer).weight.grad.any() for layer in at)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(outputs(model.eval()), before)
+
+
+def says_equal_heads(model: nn.Module) -> bool:
+    """Whether the row of a model's family has config fields for equally many heads."""
+    row = family_of(model).attn
+    row = row[0] if isinstance(row, tuple) else row
+    return row is not None and row.config is not None

@@ -1,0 +1,149 @@
+"""Decoders of the table, each on a tiny model: exact slicing, and jobs from end to end."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from folders import equal_plan, pruned, read
+from journeys import check_hidden, check_job, check_slicing, kinds_of, says_equal_heads
+from tiny import batches, outputs, tiny
+from tiny_decoders import DECODERS
+
+from liar_ext import InputError, apply_plan, prune, save_pruned
+from liar_ext.checkpoint.stock_config import describe, how_to_load
+from liar_ext.models.registry import FAMILIES
+from liar_ext.models.sites import sites, why_whole
+from liar_ext.narrowing import narrowing
+
+STREAMS = [name for name in DECODERS if FAMILIES[tiny(name).config.model_type].stream]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_slicing_equals_zeroing(name: str) -> None:
+    check_slicing(name)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatch) -> None:
+    def keep(kept: range) -> None:
+        def scores(bank: dict) -> torch.Tensor:
+            size = next(iter(bank.values())).d_in
+            return torch.isin(torch.arange(size), torch.tensor(kept)).double()
+
+        monkeypatch.setattr(narrowing, "score_hidden", scores)
+
+    check_hidden(name, keep, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("phi3", {"attn_unit": "head"}),
+        ("falcon_new", {"attn_unit": "head"}),
+        ("phi3", {"keep_hidden": 0.7}),
+        ("nemotron", {"keep_hidden": 0.7, "schedule": "layerwise"}),
+        ("falcon_mha", {"keep_hidden": 0.7}),
+        ("stablelm", {"keep_hidden": 0.7}),
+        ("cohere2", {"keep_hidden": 0.7}),
+        ("phi", {"keep_hidden": 0.7, "criterion": "taylor"}),
+        ("stablelm", {"keep_hidden": 0.7, "qk_layernorm": True}),
+    ],
+)
+def test_jobs_of_other_choices(name: str, choices: dict, tmp_path: Path) -> None:
+    fields = {name: choices.pop(name) for name in [*choices] if name == "qk_layernorm"}
+    check_job(name, tmp_path, fields, **choices)
+
+
+@pytest.mark.parametrize(("name", "keep"), [("phi3", 0.5), ("granite", 0.5), ("starcoder2", 0.5)])
+def test_a_smaller_hidden_size_loads_in_the_stock_class(name, keep, tmp_path: Path) -> None:
+    equal = {"uniform_layers": True, "reconstruct": "linear"}
+    model = check_job(name, tmp_path, keep_hidden=keep, **equal)
+    fields = read(tmp_path / "one")
+    assert fields["liar"]["layers"] == "equal"
+    assert fields["hidden_size"] == sites(model)[0].d_out < tiny(name).config.hidden_size
+
+
+OTHERS = {
+    "cohere": ("use_qk_norm", True, "its row is that of models with use_qk_norm=False"),
+    "stablelm": ("qk_layernorm", True, "its row is that of models with qk_layernorm=False"),
+    "falcon": ("alibi", True, "its row is that of models with alibi=False"),
+    "olmo2": ("attention_bias", False, "its q_norm and k_norm run over all heads at once"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_attention_that_cannot_be_pruned_stays_whole_with_a_reason(name: str) -> None:
+    field, value, reason = OTHERS[name]
+    model = tiny(name, **{field: value})
+    assert [site.kind for site in sites(model)] == ["mlp"] * 3
+    assert why_whole(model, "mlp") == ""
+    with pytest.raises(InputError, match=f"nothing to prune in attn: {reason}"):
+        prune(model, batches(model, 2), 0.6, kinds=("attn",))
+    with pytest.warns(UserWarning, match=f"attn of {name} stays whole: {reason}"):
+        prune(model, batches(model, 2), 0.6)
+    assert {site.d_in for site in sites(model, ("mlp",))} != {20}
+
+
+def test_one_key_and_value_for_all_heads_is_told_of() -> None:
+    model = tiny("falcon")
+    with pytest.warns(UserWarning, match="share one key and value; give attn_unit='head'"):
+        prune(model, batches(model, 2), 0.9)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_module_with_its_own_number_of_the_config_is_copied_with_it(how) -> None:
+    """Phi-3 computes where its queries end by the config's number of heads."""
+    model, _ = pruned("phi3")
+    other = how(model)
+    assert torch.equal(outputs(other), outputs(model))
+    other.set_attn_implementation("eager")
+    attention = other.model.layers[0].self_attn
+    assert attention.config._attn_implementation == "eager"
+    assert attention.config.num_attention_heads < other.config.num_attention_heads == 8
+    assert model.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(outputs(other), outputs(model))
+
+
+def test_it_is_pruned_again_after_a_loader_that_knows_only_the_folder(tmp_path: Path) -> None:
+    model, plan = pruned("phi3")
+    save_pruned(model, tmp_path / "one", plan)
+    loader = transformers.AutoModelForCausalLM
+    loaded = loader.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    assert "config.num_attention_heads" in str(read(tmp_path / "one")["liar"]["modules"])
+    prune(loaded, batches(loaded, 2), 0.8)
+    expected = outputs(loaded.eval())
+    save_pruned(loaded, tmp_path / "two", loaded.liar_plan)
+    again = loader.from_pretrained(tmp_path / "two", trust_remote_code=True)
+    assert torch.equal(outputs(again.eval()), expected)
+
+
+def test_scaled_rotary_frequencies_keep_their_number() -> None:
+    """Their factors are checked by the config, which derives their number from the heads."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    rope |= {"rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    fields = {"hidden_size": 32, "num_attention_heads": 8, "original_max_position_embeddings": 32}
+    model = tiny("phi3", rope_parameters=rope, **fields)
+    plan = equal_plan(model)
+    apply_plan(model, plan)
+    assert "trust_remote_code" in how_to_load(model, plan)
+    describe(model)
+    assert model.config.liar["layers"] == "unequal"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
+    check_job(name, tmp_path)
+    assert read(tmp_path / "one")["liar"]["layers"] == "unequal"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_layerwise_job_of_equal_layers(name: str, tmp_path: Path) -> None:
+    equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}
+    model = check_job(name, tmp_path, **equal)
+    possible = "attn" not in kinds_of(model) or says_equal_heads(model)
+    assert read(tmp_path / "one")["liar"]["layers"] == ("equal" if possible else "unequal")

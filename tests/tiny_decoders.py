@@ -1,0 +1,128 @@
+"""Tiny decoders of families whose jobs ``tests/families`` goes through from end to end."""
+
+from __future__ import annotations
+
+VOCAB = 61
+_TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {
+    **{"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 20},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4},
+    "max_position_embeddings": 64,
+}
+_GQA = {**_TEXT, **_SIZES, "head_dim": 4}
+# Heads of which the hidden size is made.
+_SQUARE = {**_TEXT, **_SIZES, "hidden_size": 64}
+_FALCON = {
+    **_TEXT,
+    **{"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 8},
+    "ffn_hidden_size": 24,
+}
+_QWEN_VISION = {"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1}
+_PIXTRAL = {
+    **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"intermediate_size": 16, "image_size": 8, "patch_size": 4},
+}
+_MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+
+
+def _causal(name: str, fields: dict, config: str = "") -> tuple[str, str, dict]:
+    return f"{name}ForCausalLM", f"{config or name}Config", fields
+
+
+# name: (model class, config class, config fields)
+DECODERS: dict[str, tuple[str, str, dict]] = {
+    "phi3": _causal("Phi3", _GQA),
+    "phi3_mha": _causal("Phi3", {**_SQUARE, "num_key_value_heads": 8}),
+    "glm": _causal("Glm", {**_GQA, "attention_bias": True}),
+    "glm4": _causal("Glm4", {**_GQA, "attention_bias": True}),
+    "gemma": _causal("Gemma", _GQA),
+    "gemma2": _causal("Gemma2", {**_GQA, "query_pre_attn_scalar": 7, "sliding_window": 4}),
+    "vaultgemma": _causal("VaultGemma", {**_GQA, "query_pre_attn_scalar": 7}),
+    "olmo": _causal("Olmo", {**_SQUARE, "clip_qkv": 0.5}),
+    "olmo2": _causal("Olmo2", _SQUARE),
+    "olmo3": _causal("Olmo3", _SQUARE),
+    "granite": _causal(
+        "Granite",
+        {
+            **_SQUARE,
+            **{"embedding_multiplier": 3.0, "residual_multiplier": 0.4},
+            **{"logits_scaling": 2.0, "attention_multiplier": 0.2},
+        },
+    ),
+    "starcoder2": _causal("Starcoder2", _SQUARE),
+    "stablelm": _causal("StableLm", {**_SQUARE, "use_qkv_bias": True}),
+    "stablelm_parallel": _causal("StableLm", {**_SQUARE, "use_parallel_residual": True}),
+    "falcon": _causal("Falcon", _FALCON),
+    "falcon_mha": _causal(
+        "Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True}
+    ),
+    "falcon_new": _causal(
+        "Falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 4}
+    ),
+    "cohere": _causal("Cohere", _SQUARE),
+    "cohere2": _causal("Cohere2", {**_GQA, "sliding_window": 4}),
+    "nemotron": _causal("Nemotron", _GQA),
+    "arcee": _causal("Arcee", _GQA),
+    "jais2": _causal("Jais2", _GQA),
+    "apertus": _causal("Apertus", _SQUARE),
+    "phi": _causal("Phi", _SQUARE),
+    "ministral": _causal("Ministral", _GQA),
+    "ministral3": _causal("Ministral3", _GQA),
+    "exaone4": _causal("Exaone4", _SQUARE),
+    "seed_oss": _causal("SeedOss", _GQA),
+    "hunyuan_v1_dense": _causal("HunYuanDenseV1", _GQA),
+    "ernie4_5": _causal("Ernie4_5", _GQA),
+    "helium": _causal("Helium", {**_SQUARE, "head_dim": 8}),
+    "cwm": _causal("Cwm", _GQA),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        {
+            "text_config": {**_SQUARE, "rope_parameters": _MROPE},
+            "vision_config": {**_QWEN_VISION, "embed_dim": 16, "hidden_size": 64},
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {
+            "text_config": {**_SQUARE, "rope_parameters": _MROPE},
+            "vision_config": {
+                **_QWEN_VISION,
+                **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 16},
+            },
+        },
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        {
+            "text_config": {
+                **_SQUARE,
+                "head_dim": 8,
+                "rope_parameters": _MROPE,
+            },
+            "vision_config": {
+                **_QWEN_VISION,
+                **{"hidden_size": 16, "out_hidden_size": 64, "intermediate_size": 16},
+                "deepstack_visual_indexes": [0],
+            },
+        },
+    ),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {
+            "text_config": {"model_type": "ministral3", **_GQA},
+            "vision_config": {"model_type": "pixtral", **_PIXTRAL},
+        },
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama", **_GQA},
+            "vision_config": {"model_type": "clip_vision_model", **_PIXTRAL},
+        },
+    ),
+}
