@@ -14,7 +14,7 @@ from torch import nn
 
 from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import family_of, get_consumer_weight, sites, why_whole
+from liar_ext.models.sites import get_consumer_weight, sites, why_whole
 from liar_ext.surgery.units import apply_plan
 
 KINDS = ("attn", "mlp")
@@ -129,8 +129,6 @@ def train_a_step(model: nn.Module) -> None:
     assert not torch.equal(outputs(model.eval()), before)
 
 
-def says_equal_heads(model: nn.Module) -> bool:
-    """Whether the row of a model's family has config fields for equally many heads."""
-    row = family_of(model).attn
-    row = row[0] if isinstance(row, tuple) else row
-    return row is not None and row.config is not None
+def says_equal_layers(model: nn.Module) -> bool:
+    """Whether the row of a model's family has config fields for equal sizes of all its sites."""
+    return all(site.wiring.config is not None for site in sites(model))

@@ -23,6 +23,14 @@ _PIXTRAL = {
     **{"intermediate_size": 16, "image_size": 8, "patch_size": 4},
 }
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+# Blocks with attention between blocks with another mixer of tokens.
+_LINEAR = {
+    **_GQA,
+    **{"head_dim": 8, "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0}},
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
 
 
 def _causal(name: str, fields: dict, config: str = "") -> tuple[str, str, dict]:
@@ -73,6 +81,27 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
     "hunyuan_v1_dense": _causal("HunYuanDenseV1", _GQA),
     "ernie4_5": _causal("Ernie4_5", _GQA),
     "helium": _causal("Helium", {**_SQUARE, "head_dim": 8}),
+    "nanochat": _causal("NanoChat", _SQUARE),
+    "qwen3_5_text": _causal("Qwen3_5", _LINEAR, "Qwen3_5Text"),
+    "qwen3_5": (
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config",
+        {
+            "text_config": _LINEAR,
+            "vision_config": {
+                **_QWEN_VISION,
+                **{"hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16},
+            },
+        },
+    ),
+    "lfm2": _causal(
+        "Lfm2",
+        {
+            **_GQA,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["full_attention", "conv", "full_attention"],
+        },
+    ),
     "cwm": _causal("Cwm", _GQA),
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",

@@ -26,8 +26,9 @@ LARGEST = 2**27  # of a size; the largest contexts have 10⁷ positions
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES = (
     *("hidden_size", "n_embd", "dim", "d_model", "word_embed_proj_dim"),
-    *("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "mlp_ratio"),
+    *("intermediate_size", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"),
     *("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "head_dim"),
+    *("num_kv_heads", "mlp_ratio"),
     *("vocab_size", "max_position_embeddings", "n_positions"),
     *("image_size", "patch_size", "num_channels"),
 )

@@ -88,6 +88,8 @@ class Wiring:
     requires : mapping of str to object
         Config fields, and the values of them that all this is true for; a model with others keeps
         these sites whole.
+    optional : bool
+        Whether some blocks have no such site, but another kind of layer in its place.
     """
 
     producers: tuple[str, ...]
@@ -101,6 +103,7 @@ class Wiring:
     bias_flag: str | None = None
     head_input: HeadInput | None = None
     requires: Mapping[str, object] = field(default_factory=dict)
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):
@@ -121,12 +124,12 @@ class Step(NamedTuple):
 
     Parameters
     ----------
-    does : {"write", "norm", "norm_if", "read", "read_first", "take"}
+    does : {"write", "norm", "read", "read_first", "take", "write_if", "norm_if", "read_if"}
         ``write``: layers whose rows, or embeddings whose columns, are features of the stream.
-        ``norm``: a norm over the features; what it puts out is read from there on. ``norm_if``: one
-        that only some models of the family have.
+        ``norm``: a norm over the features; what it puts out is read from there on.
         ``read``: linear layers whose columns are the features; ``read_first``: those that read the
-        first token alone. ``take``: those that read what a layer wrote, through no norm.
+        first token alone. ``take``: those that read what a layer wrote, through no norm. With
+        ``_if``: of these layers, those that the model, or this block, has.
     layers : tuple of str
         Paths. A layer may read in one step and write in the next.
     """

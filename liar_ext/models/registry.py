@@ -15,6 +15,7 @@ from liar_ext.models.families import (
     gemma,
     gpt2,
     gpt_neox,
+    hybrid,
     llama,
     opt,
     parallel,
@@ -27,7 +28,7 @@ from liar_ext.models.family import Family
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.
 _MODULES = (
-    *(llama, gemma, fused, ungated, parallel, opt, gpt2, gpt_neox),
+    *(llama, gemma, fused, ungated, parallel, hybrid, opt, gpt2, gpt_neox),
     vision_language,
     *(bert, vit),
 )

@@ -145,8 +145,8 @@ class _Trail:
         self.at = ""
 
     def add(self, does: str, paths: list[str]) -> None:
-        if does == "norm_if":
-            does, paths = "norm", [path for path in paths if path in self.layers]
+        if does.endswith("_if"):
+            does, paths = does.removesuffix("_if"), [path for path in paths if path in self.layers]
         missing = [path for path in paths if path not in self.layers]
         if missing:
             raise InputError(

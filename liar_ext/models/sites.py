@@ -205,12 +205,17 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
             f"{'; '.join(why_whole(model, kind) for kind in kinds)}"
         )
-    return [
-        _read_site(kind, index, path, block, _wiring(family.name, rows[kind], block), attn_unit)
+    found = [
+        _read_site(kind, index, path, block, wiring, attn_unit)
         for index, (path, block) in enumerate(blocks_of(model, family))
         for kind in rows
-        if rows[kind]
+        if rows[kind] and (wiring := _wiring(family.name, rows[kind], block)) is not None
     ]
+    if not found:
+        raise InputError(
+            f"sites: no block of {family.name!r} has any {' or '.join(kinds)} to prune"
+        )
+    return found
 
 
 def why_whole(model: nn.Module, kind: str) -> str:
@@ -255,12 +260,14 @@ def _rows(family: Family, kind: str, config: Any) -> tuple[Wiring, ...]:
     )
 
 
-def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring:
-    """Return the first alternative whose layers a block has."""
+def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring | None:
+    """Return the first alternative whose layers a block has; None where it needs none."""
     modules = dict(block.named_modules())
     for wiring in rows:
         if modules.keys() >= set(wiring.layers):
             return wiring
+    if any(wiring.optional for wiring in rows):
+        return None
     raise InputError(
         f"sites: a block of {family!r} lacks one of {', '.join(rows[-1].layers)}; "
         "register a family that fits with liar_ext.register_family"

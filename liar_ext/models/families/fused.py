@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.llama import ADDED, ATTN, HEADS, LLAMA, ROW
+from liar_ext.models.families.llama import ATTN, HEADS, LLAMA, ROW
+from liar_ext.models.families.reasons import ADDED
 from liar_ext.models.family import Family, Stack, Step, Wiring
 
 _MLP = Wiring(

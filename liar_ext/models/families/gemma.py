@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.llama import ADDED, MLP, ROW, SCALED
+from liar_ext.models.families.llama import MLP, ROW
+from liar_ext.models.families.reasons import ADDED, SCALED
 
 _GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=None, without={"hidden": SCALED})
 _BOTH = {"hidden": f"{SCALED}, and {ADDED}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN, TRANSPOSED
 from liar_ext.models.family import Family, Stack, Wiring
 
 # The rows of the table.
@@ -28,5 +29,6 @@ ROWS = (
             transposed=True,
             config={"n_inner": "features"},
         ),
+        without={"hidden": TRANSPOSED, "stock": HEADS_OF_HIDDEN},
     ),
 )

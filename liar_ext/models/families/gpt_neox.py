@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN
 from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
 
 # Both norms read the same stream where the two branches are parallel, and each its own else.
@@ -44,5 +45,6 @@ ROWS = (
             config={"intermediate_size": "features"},
         ),
         stream=GPT_NEOX,
+        without={"stock": HEADS_OF_HIDDEN},
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from liar_ext.models.families.reasons import ADDED, JOINT, WEIGHTLESS
 from liar_ext.models.family import Family, Step, Stream, Wiring
 
 LLAMA = Stream(
@@ -48,9 +49,6 @@ ROW = Family(
 # Where no flag of the config governs all layers of a site.
 ATTN = replace(ROW.attn, bias_flag=None)
 MLP = replace(ROW.mlp, bias_flag=None)
-SCALED = "its embeddings are scaled by the root of the hidden size"
-ADDED = "it normalises what a branch writes before it adds it"
-JOINT = "its q_norm and k_norm run over all heads at once"
 
 # Attention modules of some keep head counts, which their forward doesn't read.
 _COUNTS = {
@@ -99,7 +97,7 @@ ROWS = (
         name="olmo",
         mlp=MLP,
         stream=None,
-        without={"hidden": "its norms have no weights to fit"},
+        without={"hidden": WEIGHTLESS},
     ),
     *(
         replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN
 from liar_ext.models.family import Family, Step, Stream, Wiring
 
 # The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also has
@@ -50,5 +51,6 @@ ROWS = (
         ),
         mlp=Wiring(producers=("fc1",), consumer="fc2", config={"ffn_dim": "features"}),
         stream=OPT,
+        without={"stock": HEADS_OF_HIDDEN},
     ),
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, LLAMA, MLP, ROW
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN
 from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
 
-_HEADS_OF_HIDDEN = {
+_TIED = {
     "hidden_size": "hidden",
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv_heads",
@@ -60,7 +61,6 @@ _FALCON = Stream(
     },
     multiple_of="head_dim",
 )
-SIZE_OF_A_HEAD = "its config derives the size of a head from the hidden size"
 
 # The rows of the table.
 ROWS = (
@@ -102,10 +102,10 @@ ROWS = (
                 Step("norm_if", ("post_attention_layernorm",)),
                 *LLAMA.block[4:],
             ),
-            config=_HEADS_OF_HIDDEN,
+            config=_TIED,
             multiple_of="head_dim",
         ),
-        without={"stock": f"heads: {SIZE_OF_A_HEAD}"},
+        without={"stock": HEADS_OF_HIDDEN},
     ),
     # q, k and v of a KV group together: of a head in the first models, of all heads in those with
     # one key and value, of some in those with the new architecture.
@@ -132,6 +132,6 @@ ROWS = (
             config={"ffn_hidden_size": "features"},
         ),
         stream=_FALCON,
-        without={"stock": f"heads: {SIZE_OF_A_HEAD}"},
+        without={"stock": HEADS_OF_HIDDEN},
     ),
 )

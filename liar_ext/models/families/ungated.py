@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, LLAMA, MLP, ROW
-from liar_ext.models.family import Step, Wiring
+from liar_ext.models.families.reasons import WEIGHTLESS
+from liar_ext.models.family import Family, Step, Wiring
 
 _UP = replace(MLP, producers=("mlp.up_proj",), bias_flag="mlp_bias")
 
@@ -53,6 +54,15 @@ ROWS = (
                 "attention_layernorm", "feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"
             ),
         ),
+    ),
+    Family(
+        name="nanochat",
+        blocks="layers",
+        attn=ROW.attn,
+        mlp=Wiring(
+            producers=("mlp.fc1",), consumer="mlp.fc2", config={"intermediate_size": "features"}
+        ),
+        without={"hidden": WEIGHTLESS},
     ),
     replace(
         ROW,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, MLP, ROW
-from liar_ext.models.families.parallel import SIZE_OF_A_HEAD
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN, PICTURES
 
-_HIDDEN = {"hidden": "what reads pictures writes hidden features, too"}
 _ROW = replace(
     ROW,
     name="mistral3",
@@ -16,7 +15,7 @@ _ROW = replace(
     mlp=MLP,
     config="text_config",
     stream=None,
-    without=_HIDDEN,
+    without={"hidden": PICTURES},
 )
 _QWEN2 = replace(
     _ROW,
@@ -30,7 +29,7 @@ _QWEN2 = replace(
         },
         config=None,
     ),
-    without={**_HIDDEN, "stock": f"heads: {SIZE_OF_A_HEAD}"},
+    without={"hidden": PICTURES, "stock": HEADS_OF_HIDDEN},
 )
 
 # The rows of the table.

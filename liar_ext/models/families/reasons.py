@@ -1,0 +1,9 @@
+"""Why something can't be done with a family, in the words of ``Family.without``."""
+
+SCALED = "its embeddings are scaled by the root of the hidden size"
+ADDED = "it normalises what a branch writes before it adds it"
+JOINT = "its q_norm and k_norm run over all heads at once"
+WEIGHTLESS = "its norms have no weights to fit"
+TRANSPOSED = "its layers are stored transposed"
+PICTURES = "what reads pictures writes hidden features, too"
+HEADS_OF_HIDDEN = "heads: its config derives the size of a head from the hidden size"
