@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families
 
 setup: $(STAMP)
 
@@ -220,6 +220,12 @@ check-readme: setup
 	LIAR_CUDA=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w $(README_VENV)/wheel .
 	$(README_VENV)/bin/python -m pip install -q "$$(echo $(README_VENV)/wheel/*.whl)[report]"
 	$(README_VENV)/bin/python -I tests/readme.py $(README_VENV)/run
+
+# docs/families.md: the table of families, from its rows.
+families: setup
+	mkdir -p build
+	$(BIN)/python -m liar_ext.cli families --markdown > build/families.md
+	mv build/families.md docs/families.md
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup

@@ -8,6 +8,7 @@ from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned, verify_pruned
 from liar_ext.checkpoint.registration import register
 from liar_ext.checkpoint.saving import save_pruned
+from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.models.sites import register_family, sites
@@ -57,5 +58,6 @@ __all__ = [
     "score",
     "site_divergences",
     "sites",
+    "suggest_family",
     "verify_pruned",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from liar_ext.cli import bench, compare, evaluate, export, info, prune, report, verify
+from liar_ext.cli import bench, compare, evaluate, export, families, info, prune, report, verify
 from liar_ext.cli.options import one_line, parse
 from liar_ext.errors import InputError
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "report": report.run,
     "compare": compare.run,
     "export": export.run,
+    "families": families.run,
     "info": info.run,
 }
 # What torch says where an allocation on the CPU fails, for which it has no exception of its own,

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from liar_ext.cli.export import add_export
+from liar_ext.cli.families import add_families
 from liar_ext.errors import InputError
 from liar_ext.plan import TILES
 from liar_ext.recipe import Recipe
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_compare(commands)
     add_export(commands, _name, _at_least(1))
-    commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    add_families(commands, _name)
+    info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    info.add_argument("--families", action="store_true", help="what liar families prints, too")
     return parser
 
 

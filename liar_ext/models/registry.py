@@ -61,9 +61,7 @@ def family_of(model: nn.Module) -> Family:
         return FAMILIES[name]
     raise InputError(
         f"sites: unknown architecture {name!r} ({type(model).__name__}); known are "
-        f"{', '.join(sorted(FAMILIES))}. Describe it once: liar_ext.register_family(Family("
-        f"name={name!r}, blocks='layers', attn=Wiring(producers=('self_attn.q_proj',), "
-        "key_value=('self_attn.k_proj', 'self_attn.v_proj'), consumer='self_attn.o_proj', "
-        "head_dim='self_attn.head_dim'), mlp=Wiring(producers=('mlp.gate_proj', 'mlp.up_proj'), "
-        "consumer='mlp.down_proj'))) with Family and Wiring from liar_ext.models.sites"
+        f"{', '.join(sorted(FAMILIES))}. `liar families --suggest MODEL`, or "
+        "liar_ext.suggest_family(model), looks for a row and proves it; liar_ext.register_family "
+        "adds one that you write: see docs/extend.md"
     )

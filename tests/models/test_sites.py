@@ -10,6 +10,7 @@ from tiny import GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import (
@@ -157,17 +158,14 @@ def test_an_unknown_architecture_is_told_how_to_register() -> None:
         FAMILIES.pop("my_llama", None)
 
 
-def test_the_advice_in_the_error_is_a_family_that_works() -> None:
-    from liar_ext.models.sites import Family, Wiring
-
+def test_the_advice_in_the_error_gives_a_family_that_works() -> None:
     model = tiny("llama")
     expected = [site.name for site in sites(model)]
     model.config.model_type = "my_llama"
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=r"liar families --suggest MODEL.*suggest_family\(model\)"):
         sites(model)
-    advice = str(error.value).split("register_family(")[1].split(") with Family")[0]
     try:
-        register_family(eval(advice, {"Family": Family, "Wiring": Wiring}))
+        register_family(suggest_family(model).family)
         assert [site.name for site in sites(model)] == expected
     finally:
         FAMILIES.pop("my_llama", None)

@@ -1,0 +1,205 @@
+"""Which fields of a config express the sizes of sites, found by building it with other values."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from liar_ext.checkpoint.stock_config import dense_config, equal_config
+from liar_ext.discovery.instance import Instance, build
+from liar_ext.discovery.proof import equal_plan
+from liar_ext.discovery.rows import registered
+from liar_ext.models.family import Family, Wiring
+from liar_ext.models.reading import blocks_of
+from liar_ext.models.sites import sites
+from liar_ext.surgery.units import apply_plan
+
+# Fields that may hold None where the class derives the size from others.
+DERIVED = {
+    "head_dim": re.compile(r"(\w+_)?head_(dim|size)"),
+    "kv_heads": re.compile(r"\w*(kv|key_value)_heads"),
+    "features": re.compile(r"\w*(inner|ffn|intermediate)\w*"),
+}
+OTHER = {"heads": 2, "kv_heads": 1, "head_dim": 24, "features": 36}
+Shapes = dict[str, tuple[int, ...]]
+
+
+def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict[str, str]]:
+    """Return a row with the config fields that express equal layers, and why there are none.
+
+    The proof of a field is that the stock class, built with it, has the shapes of a model that was
+    sliced. It holds the size in the config of every instance.
+    """
+    model = instances[0].model
+    family = replace(family, config=part_of(model, family))
+    reasons = {}
+    for kind in ("attn", "mlp"):
+        wiring = getattr(family, kind)
+        if wiring is None:
+            continue
+        fields, others = _fields_of(instances, family, kind)
+        for chosen in _choices(fields):
+            trial = replace(family, **{kind: replace(wiring, config=chosen)})
+            if _expresses(model, trial, kind):
+                family = trial
+                break
+        else:
+            what = "heads" if kind == "attn" else "channels"
+            reasons[kind] = f"no config field builds fewer {what} in the blocks alone"
+            if fields:
+                reasons[kind] = f"{what}: {' and '.join(fields)} can't build fewer of the same size"
+            elif others:
+                reasons[kind] = f"{what}: {', '.join(others)} changes other layers as well"
+    return family, reasons
+
+
+def with_bias_flags(instance: Instance, family: Family) -> Family:
+    """Return a row with the config fields that give a bias to all layers of a site."""
+    model, config = instance.model, instance.model.config
+    own = _part(config, family).to_dict()
+    for name in (n for n, value in own.items() if "bias" in n and isinstance(value, bool)):
+        built = _build(model, family, {name: not own[name]})
+        if built is None:
+            continue
+        changed = _names(model) ^ _names(built)
+        with registered(family):
+            biases = {
+                kind: {
+                    f"{site.path}.{layer}.bias"
+                    for site in sites(model, (kind,))
+                    for layer in site.wiring.layers
+                }
+                for kind, _ in wirings(family)
+            }
+        given = [kind for kind, each in biases.items() if each <= changed]
+        if given and changed == set().union(*(biases[kind] for kind in given)):
+            for kind in given:
+                family = replace(family, **{kind: replace(getattr(family, kind), bias_flag=name)})
+    return family
+
+
+def part_of(model: nn.Module, family: Family) -> str:
+    """Return the name of the part of a config that the blocks are built from; empty for all."""
+    config = model.config
+    with registered(family):
+        path = next(blocks_of(model, family))[0]
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    while path:
+        path = path.rpartition(".")[0]
+        used = getattr(model.get_submodule(path), "config", None)
+        if used is config:
+            return ""
+        for name, part in parts.items():
+            if part is not None and (part is used or type(part) is type(used)):
+                return name
+    return ""
+
+
+def wirings(family: Family) -> Iterator[tuple[str, Wiring]]:
+    """Yield the kinds of site that a row describes."""
+    for kind in ("attn", "mlp"):
+        if getattr(family, kind) is not None:
+            yield kind, getattr(family, kind)
+
+
+def _choices(fields: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Yield the fields to try: all; then with a size of heads that no field had; then without."""
+    if fields:
+        yield dict(fields)
+        fewer = {name: size for name, size in fields.items() if size != "head_dim"}
+        if "heads" in fewer.values():  # classes may read a field that their config doesn't list
+            yield {**fewer, "head_dim": "head_dim"}
+        if fewer and fewer != fields:
+            yield fewer
+
+
+def _fields_of(
+    instances: list[Instance], family: Family, kind: str
+) -> tuple[dict[str, str], list[str]]:
+    """Return the fields that hold a size of a site: those of that site alone, and others."""
+    model = instances[0].model
+    names = ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features",)
+    with registered(family):
+        sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
+        found_sites = sites(model, (kind,))
+    own = tuple(f"{s.path}.{layer}." for s in found_sites for layer in s.wiring.layers)
+    blocks = tuple(f"{s.path}." for s in found_sites)
+    configs = [_part(each.model.config, family).to_dict() for each in instances]
+    before = _shapes(build(type(model), model.config, "meta"))
+    found: dict[str, str] = {}
+    others: list[str] = []
+    for size in names:
+        if size == "kv_heads" and sizes[0]["kv_heads"] == sizes[0]["heads"]:
+            continue
+        for name, value in configs[0].items():
+            derived = value is None and size in DERIVED and DERIVED[size].fullmatch(name)
+            holds = all(
+                type(config.get(name)) is int and config[name] == each[size]
+                for config, each in zip(configs, sizes, strict=True)
+            )
+            if name in found or not (derived or holds):
+                continue
+            built = _build(model, family, {name: OTHER[size]})
+            if built is None:  # a rule ties it to another field
+                found |= {name: size} if holds and size in ("heads", "kv_heads") else {}
+                continue
+            after = _shapes(built)
+            changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
+            # Norms of single heads follow the size of a head.
+            places = blocks if size == "head_dim" else own
+            if _follows(built, family, kind, size) and all(n.startswith(places) for n in changed):
+                found[name] = size
+            elif size == "features" and any(n.startswith(own) for n in changed):
+                others.append(name)
+    return found, others
+
+
+def _follows(built: nn.Module, family: Family, kind: str, size: str) -> bool:
+    """Tell whether the size of a site is the one that a field was set to.
+
+    Where a head is the hidden size by the number of heads, the number follows and no shape does.
+    """
+    with registered(family):
+        try:
+            return sites(built, (kind,))[0].sizes[size] == OTHER[size]
+        except (ValueError, ZeroDivisionError):
+            return False
+
+
+def _part(config: Any, family: Family) -> Any:
+    return getattr(config, family.config) if family.config else config
+
+
+def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
+    """Tell whether the stock class, built by the fields of a row, has the sliced shapes."""
+    model = copy.deepcopy(model)
+    with registered(family):
+        apply_plan(model, equal_plan(model, (kind,)))
+        try:
+            return equal_config(model, dense_config(model.config)) is not None
+        except Exception:  # a stranger's class and config have rules of their own
+            return False
+
+
+def _build(model: nn.Module, family: Family, fields: Mapping[str, Any]) -> nn.Module | None:
+    """Return a model of the config with some fields changed; None if its rules forbid it."""
+    config = copy.deepcopy(model.config)
+    try:
+        for name, value in fields.items():
+            setattr(_part(config, family), name, value)
+        return build(type(model), config, "meta")
+    except Exception:  # a stranger's class and config have rules of their own
+        return None
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(each.shape) for name, each in model.named_parameters()}
+
+
+def _names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()}

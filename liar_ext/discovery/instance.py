@@ -1,0 +1,252 @@
+"""A tiny instance of a model class: built without a surprise, random, in float64."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+
+from liar_ext.checkpoint.quietening import quiet
+from liar_ext.discovery.shrinking import TOKEN, candidates, seconds
+from liar_ext.errors import one_line
+from liar_ext.models.running import evaluating
+
+MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build
+MOST_VARIANTS = 24
+BATCH, TOKENS = 2, 11
+
+
+class Refused(Exception):
+    """A reason for which no row, or a part of one, can be proposed."""
+
+
+@dataclass
+class Instance:
+    """A tiny model with what its forward pass takes.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Random weights in float64, in evaluation mode, attention spelled out.
+    inputs : dict
+        Arguments of its forward.
+    """
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+
+
+def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Instance:
+    """Return the first small version of a model that can be built and run.
+
+    Parameters
+    ----------
+    model_class : type
+        What is built, as ``model_class(config)``.
+    config : PreTrainedConfig
+        Of any sizes.
+    given : nn.Module or None
+        The model itself, of which a copy is taken if none can be built and it is small enough.
+
+    Raises
+    ------
+    Refused
+        If none can be built and run, with the first reason.
+    """
+    tried: list[dict[str, Any]] = []
+    attempts = [partial(_built, model_class, make, tried) for make in candidates(config)]
+    if given is not None:
+        attempts.append(partial(_copy, given))
+    reasons: list[str] = []
+    for attempt in attempts:
+        try:
+            with quiet():
+                found = _instance(attempt())
+        except Refused as error:
+            reasons.append(str(error))
+        except Exception as error:  # whatever a stranger's code raises
+            reasons.append(f"{type(error).__name__}: {one_line(error, 160)}")
+        else:
+            _check_determinism(found)
+            return found
+    raise Refused(f"no tiny instance could be built and run ({reasons[0]})")
+
+
+def make_second(model_class: type[nn.Module], config: Any, first: Instance) -> Instance | None:
+    """Return an instance of other sizes than the first, or None if there is none."""
+    shapes = [parameter.shape for parameter in first.model.parameters()]
+    for make in seconds(config):
+        with suppress(Exception), quiet():  # a class and a config have rules of their own
+            found = _instance(build(model_class, make(), "cpu"))
+            if shapes != [parameter.shape for parameter in found.model.parameters()]:
+                return found
+    return None
+
+
+def variants(first: Instance) -> list[nn.Module]:
+    """Return models without weights in which one integer of the config is twice as large.
+
+    They tell numbers apart where no field has a name that says what it is.
+    """
+    config, found = first.model.config, []
+    names = [n for n, value in config.to_dict().items() if type(value) is int and value > 1]
+    for name in names[:MOST_VARIANTS]:
+        changed = copy.deepcopy(config)
+        with suppress(Exception), quiet():  # a class and a config have rules of their own
+            setattr(changed, name, 2 * getattr(config, name))
+            found.append(build(type(first.model), changed, "meta"))
+    return found
+
+
+def _instance(model: nn.Module) -> Instance:
+    found = Instance(model, _inputs(model))
+    outputs(model, found.inputs)
+    return found
+
+
+def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
+    """Return a model, with random weights in float64, unless it is too large.
+
+    Raises
+    ------
+    Refused
+        If it has more than :data:`MOST_NUMBERS` weights or :data:`MOST_MODULES` modules; on the
+        meta device weights don't count.
+    """
+    config = copy.deepcopy(config)
+    plain(config)
+    with _bounded(), torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = model_class(config)
+    if device == "meta":
+        return model.eval()
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > MOST_NUMBERS:
+        raise Refused(
+            f"it has {numbers:,} weights where its config could not be made smaller, more than "
+            f"{MOST_NUMBERS:,}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(copy.deepcopy(config))
+        shake(model)
+    return model.to(torch.float64).eval()
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    """Give every parameter random values, biases and norms too, so that each can be noticed."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            base = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+            scale = 0.1 if parameter.ndim == 1 else 0.2
+            parameter.copy_(base + scale * torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return all floating-point outputs of a model as one vector.
+
+    Raises
+    ------
+    Refused
+        If there are none, or they aren't finite.
+    """
+    with evaluating(model):
+        given = model(**inputs)
+    values = given.values() if isinstance(given, Mapping) else given
+    values = [values] if isinstance(values, Tensor) else values
+    found = [
+        v.double().flatten() for v in values if isinstance(v, Tensor) and v.is_floating_point()
+    ]
+    result = torch.cat(found) if found else torch.empty(0)
+    if not len(result) or not result.isfinite().all():
+        raise Refused("its outputs are no finite tensors")
+    return result
+
+
+def plain(config: Any) -> None:
+    """Let a config and its parts ask for no cache, and for code that takes float64."""
+    config._attn_implementation = config._experts_implementation = "eager"
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if getattr(part, "use_cache", None):
+            part.use_cache = False
+
+
+def _built(
+    model_class: type[nn.Module], make: Callable[[], Any], tried: list[dict[str, Any]]
+) -> nn.Module:
+    """Return a model of a version of a config that wasn't tried before."""
+    version = make()
+    if version.to_dict() in tried:
+        raise Refused("it was tried")
+    tried.append(version.to_dict())
+    return build(model_class, version, "cpu")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > MOST_NUMBERS:
+        raise Refused(f"the model itself has {numbers:,} weights, more than {MOST_NUMBERS:,}")
+    model = copy.deepcopy(model).cpu().to(torch.float64).eval()
+    plain(model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shake(model)
+    return model
+
+
+def _inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Return random inputs for the forward pass of a model of tokens or images."""
+    config, name = model.config, getattr(model, "main_input_name", "input_ids")
+    generator = torch.Generator().manual_seed(1)
+    if getattr(config, "is_encoder_decoder", False):
+        raise Refused("it is an encoder with a decoder, and a row describes one stack of blocks")
+    if name == "input_ids":
+        embedding = model.get_input_embeddings().weight
+        fields = {**config.to_dict(), **config.get_text_config().to_dict()}
+        special = [value for key, value in fields.items() if TOKEN.fullmatch(key)]
+        ordinary = [token for token in range(embedding.shape[0]) if token not in special][:1000]
+        draw = torch.randint(len(ordinary), (BATCH, TOKENS), generator=generator)
+        given = {name: torch.tensor(ordinary)[draw]}
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            given["attention_mask"] = torch.ones_like(draw)
+        return given
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None)
+        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        channels = getattr(config, "num_channels", 3)
+        pixels = torch.randn(BATCH, channels, *size, generator=generator)
+        return {name: pixels.to(torch.float64)}
+    raise Refused(f"its forward pass takes {name}, and only tokens and images are known here")
+
+
+def _check_determinism(instance: Instance) -> None:
+    first, again = (outputs(instance.model, instance.inputs) for _ in range(2))
+    if first.shape != again.shape or not torch.equal(first, again):
+        raise Refused("two equal forward passes give different outputs, so that nothing is proved")
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop a model that has more modules than any real one, before it fills the memory."""
+    count = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise Refused(f"it has more than {MOST_MODULES:,} modules")
+
+    handle = registration.register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,160 @@
+"""Put a row together from what a trace shows, and settle what only the proof can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from liar_ext.discovery.blocks import find_blocks
+from liar_ext.discovery.configs import with_bias_flags, with_config
+from liar_ext.discovery.instance import (
+    Instance,
+    Refused,
+    build,
+    make_instance,
+    make_second,
+    variants,
+)
+from liar_ext.discovery.numbers import with_head_dim, with_numbers
+from liar_ext.discovery.proof import prove, prove_folders
+from liar_ext.discovery.rows import registered
+from liar_ext.discovery.shrinking import tall
+from liar_ext.discovery.tracing import Trace
+from liar_ext.discovery.wiring import find_sites
+from liar_ext.errors import InputError, one_line
+from liar_ext.models.family import Family
+from liar_ext.models.sites import sites
+
+HIDDEN = "the residual stream isn't looked for: its steps are written by hand"
+MOST_TRIALS = 64  # of what integers may mean
+KINDS = ("attn", "mlp")
+
+
+def propose(
+    model_class: type[nn.Module], config: Any, given: nn.Module | None
+) -> tuple[Family, list[str], list[str]]:
+    """Return a row for a class of model, what was proved of it, and what else is to be known.
+
+    Raises
+    ------
+    Refused
+        If neither attention nor MLP can be described.
+    """
+    instance = make_instance(model_class, config, given)
+    second = make_second(model_class, config, instance)
+    instances = [instance] if second is None else [instance, second]
+    models = [each.model for each in instances]
+    if second is None:
+        models += variants(instance)
+    blocks = find_blocks(instance)
+    trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
+    found, missing = find_sites(trace)
+    wirings = {kind: found[kind].wiring if kind in found else None for kind in KINDS}
+    family = Family(name=config.model_type, blocks=blocks.path, **wirings)
+    if family.attn is not None:
+        attention = found["attn"]
+        try:
+            family = with_head_dim(family, models, attention.head_dim, trace.ran)
+            head_input = trace.inputs_by_head(attention.wiring.consumer, attention.heads)
+            family = replace(family, attn=replace(family.attn, head_input=head_input))
+        except Refused as error:
+            missing["attn"] = str(error)
+            family = replace(family, attn=None)
+    family, notes = _fitting_every_block(model_class, config, family, missing)
+    _check_left(family, missing)
+    family, unclear = with_numbers(family, models, trace.ran)
+    family, proved = _settle(instances, family, unclear, missing)
+    left = [path for path in unclear if not any(path in w.numbers for w in _wirings(family))]
+    if left:
+        notes.append(f"left alone, as no pass reads them: {', '.join(left)}")
+    family, no_config = with_config(instances, family)
+    family = with_bias_flags(instance, family)
+    if no_config:
+        missing["stock"] = "; ".join(no_config.values())
+    order = [kind for kind in KINDS if kind in missing] + ["stock"] * ("stock" in missing)
+    without = {name: missing[name] for name in order} | {"hidden": HIDDEN}
+    family = replace(family, without=without)
+    return family, proved + prove_folders(instance, family), notes
+
+
+def _check_left(family: Family, missing: dict[str, str]) -> None:
+    if family.attn is None and family.mlp is None:
+        raise Refused("; ".join(f"{kind}: {missing[kind]}" for kind in KINDS))
+
+
+def _wirings(family: Family) -> list[Any]:
+    return [getattr(family, kind) for kind in KINDS if getattr(family, kind) is not None]
+
+
+def _fitting_every_block(
+    model_class: type[nn.Module], config: Any, family: Family, missing: dict[str, str]
+) -> tuple[Family, list[str]]:
+    """Return a row without what some block of the whole model lacks, such as a dense MLP."""
+    whole = None
+    for make in tall(config):
+        try:
+            whole = build(model_class, make(), "meta")
+            break
+        except Exception:  # a stranger's class and config have rules of their own
+            continue
+    if whole is None:
+        return family, ["only a few blocks were looked at: not all of them can be built"]
+    for kind in KINDS:
+        if getattr(family, kind) is None:
+            continue
+        try:
+            with registered(family):
+                sites(whole, (kind,))
+        except (InputError, AttributeError) as error:
+            missing[kind] = f"not every block has it: {one_line(error, 160)}"
+            family = replace(family, **{kind: None})
+    return family, []
+
+
+def _settle(
+    instances: list[Instance],
+    family: Family,
+    unclear: dict[str, list[str]],
+    missing: dict[str, str],
+) -> tuple[Family, list[str]]:
+    """Return the row that the proof holds for, with as few unclear integers as it takes."""
+    reasons = []
+    for trial in _trials(family, unclear):
+        try:
+            proved = prove(instances, trial)
+        except Refused as error:
+            reasons.append(str(error))
+        else:
+            return trial, proved
+    if len(_wirings(family)) == 2:  # one of them may hold by itself
+        for kind, other in (("mlp", "attn"), ("attn", "mlp")):
+            alone = replace(family, **{other: None})
+            trials = {p: [m for m in each if m.startswith(kind)] for p, each in unclear.items()}
+            for trial in _trials(alone, {p: each for p, each in trials.items() if each}):
+                try:
+                    proved = prove(instances, trial)
+                except Refused as error:
+                    reasons.append(str(error))
+                    continue
+                missing[other] = reasons[0]
+                return trial, proved
+    raise Refused("; ".join(dict.fromkeys(reasons)))
+
+
+def _trials(family: Family, unclear: dict[str, list[str]]) -> Iterator[Family]:
+    """Yield rows in which unclear integers mean nothing, then one thing or another."""
+    options = [["", *meanings] for meanings in unclear.values()]
+    choices = sorted(product(*options), key=lambda choice: sum(map(bool, choice)))
+    for choice in choices[:MOST_TRIALS]:
+        row = family
+        for path, meaning in zip(unclear, choice, strict=True):
+            if meaning:
+                kind, size = meaning.split(":")
+                wiring = getattr(row, kind)
+                numbers = {**wiring.numbers, path: size}
+                row = replace(row, **{kind: replace(wiring, numbers=numbers)})
+        yield row

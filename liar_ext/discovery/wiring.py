@@ -1,0 +1,250 @@
+"""Read the sites of a block from what reaches the columns of a layer.
+
+A consumer reads nothing of the stream but through other layers of its block, its producers. What
+one output of a producer reaches says what it is::
+
+    one column, its token alone              a channel; of attention, a gate on a head's outputs
+    the columns of a head, its token alone   a query
+    the columns of a group, other tokens     a key
+    a column in each head of a group, other tokens      a value
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from liar_ext.discovery.instance import Refused
+from liar_ext.discovery.tracing import Reach, Trace
+from liar_ext.models.family import Stack, Wiring
+from liar_ext.models.stacking import row_units
+
+SHARED = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site as a trace shows it.
+
+    Parameters
+    ----------
+    kind : {"attn", "mlp"}
+        Which site.
+    wiring : Wiring
+        Its layers, without ``head_dim``, numbers and config.
+    heads, kv_heads, head_dim : int
+        Of the block that was traced; 0 for an MLP.
+    """
+
+    kind: str
+    wiring: Wiring
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+
+
+def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
+    """Return the sites of a block by kind, and the reason for each kind that can't be described."""
+    found: dict[str, list[Found]] = {"attn": [], "mlp": []}
+    reasons: dict[str, list[str]] = {"attn": [], "mlp": []}
+    for consumer, parents in trace.parents.items():
+        if not parents or consumer in trace.readers:
+            continue
+        reach = trace.reaches(consumer)
+        rows = [row for each in reach.values() for row in each]
+        kind = "mlp" if all(row.local and len(row.columns) < 2 for row in rows) else "attn"
+        if all(row.local for row in rows) and kind == "attn":
+            continue  # a norm of a low-rank product, for one: no site
+        try:
+            read = _read_attention if kind == "attn" else _read_mlp
+            found[kind].append(read(trace, consumer, reach))
+        except Refused as error:
+            reasons[kind].append(str(error))
+    sites, without = {}, {}
+    for kind, several in found.items():
+        if len(several) == 1 and not reasons[kind]:
+            sites[kind] = several[0]
+        elif len(several) + len(reasons[kind]) > 1:
+            names = [each.wiring.consumer for each in several] + reasons[kind]
+            without[kind] = f"a block has {len(names)} such sites, not one: {', '.join(names[:3])}"
+        else:
+            without[kind] = reasons[kind][0] if reasons[kind] else _nothing(trace, kind)
+    return sites, without
+
+
+def _nothing(trace: Trace, kind: str) -> str:
+    """Return why a kind of site isn't there at all."""
+    reads = "that attention writes" if kind == "attn" else "that reads channels one by one"
+    said = f"no linear layer {reads} was found in the block"
+    if trace.repeated:
+        return f"{said}; {trace.repeated[0]} runs several times in a pass"
+    if trace.others:
+        return f"{said}; {trace.others[0]} is the weight of no such layer"
+    return said
+
+
+def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
+    """Return the wiring of an MLP: every producer has a row, or several, for each channel."""
+    channels = trace.layers[consumer].columns
+    stacked = {}
+    for producer, rows in reach.items():
+        owners = [row.columns[0] if row.columns else -1 for row in rows]
+        count, rest = divmod(len(rows), channels)
+        if rest or -1 in owners:
+            raise Refused(
+                f"{producer} has {len(rows)} rows, of which {len(rows) - owners.count(-1)} reach "
+                f"the {channels} columns of {consumer}"
+            )
+        if count > 1:
+            names = _names_of_parts(trace, producer, consumer, owners, count)
+            stacked[producer] = _stack(producer, names, owners, None, channels, channels, 1)
+        elif owners != list(range(channels)):
+            raise Refused(f"rows of {producer} reach the columns of {consumer} in another order")
+    return Found("mlp", _wiring(trace, tuple(reach), consumer, stacked=stacked))
+
+
+def _names_of_parts(
+    trace: Trace, producer: str, consumer: str, owners: list[int], count: int
+) -> tuple[str, ...]:
+    """Return names of the matrices that an MLP's producer stacks: what acts linearly is ``up``."""
+    rows = [row for row, owner in enumerate(owners) if owner == 0]
+    linear = [trace.is_linear_in(producer, row, consumer) for row in rows]
+    if count == 2 and linear.count(True) == 1:
+        return tuple("up" if each else "gate" for each in linear)
+    return tuple(f"part{index}" for index in range(count))
+
+
+def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
+    """Return the wiring of attention, with the sizes of its heads."""
+    head_dim = _head_dim(trace, consumer, reach)
+    heads = trace.layers[consumer].columns // head_dim
+    roles: dict[str, list[tuple[str, int, int]]] = {}
+    for producer, rows in reach.items():
+        each = [_role(row, head_dim) for row in rows]
+        if None in each:
+            raise Refused(_mixed(trace, producer, each.index(None), consumer))
+        roles[producer] = each
+    sizes = {size for each in roles.values() for role, _, size in each if role in SHARED}
+    if len(sizes) != 1 or heads % min(sizes):
+        raise Refused(f"keys and values of {consumer} aren't of groups of one size")
+    kv_heads = heads // sizes.pop()
+    own, shared, stacked = [], {}, {}
+    for producer, each in roles.items():
+        kinds = tuple(dict.fromkeys(role for role, _, _ in each))
+        owners = [owner for _, owner, _ in each]
+        if len(kinds) > 1:
+            names = [role for role, _, _ in each]
+            stacked[producer] = _stack(producer, kinds, owners, names, heads, kv_heads, head_dim)
+            own.append(producer)
+            continue
+        count = kv_heads if kinds[0] in SHARED else heads
+        if owners != [head for head in range(count) for _ in range(head_dim)]:
+            raise Refused(f"{producer} has {len(each)} rows for {count} heads of {head_dim}")
+        if kinds[0] not in SHARED:
+            own.append(producer)
+        elif kinds[0] in shared:
+            raise Refused(f"{consumer} reads the {kinds[0]}s of several layers")
+        else:
+            shared[kinds[0]] = producer
+    key_value = tuple(shared[role] for role in SHARED if role in shared)
+    if len(key_value) == 1 or not own or not (key_value or stacked):
+        raise Refused(f"{consumer} reads no queries, keys and values of layers that a row can name")
+    wiring = _wiring(trace, tuple(own), consumer, key_value=key_value, stacked=stacked)
+    return Found("attn", wiring, heads, kv_heads, head_dim)
+
+
+def _head_dim(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> int:
+    """Return the size of a head: how many columns each query reaches, in one run."""
+    sizes = set()
+    for producer, rows in reach.items():
+        for index, row in enumerate(rows):
+            if row.local and len(row.columns) > 1:
+                first, size = row.columns[0], len(row.columns)
+                if row.columns != tuple(range(first, first + size)) or first % size:
+                    raise Refused(_mixed(trace, producer, index, consumer))
+                sizes.add(size)
+    columns = trace.layers[consumer].columns
+    if len(sizes) != 1 or columns % min(sizes):
+        raise Refused(
+            f"queries that {consumer} reads reach {_sizes(sizes)} of its {columns} columns"
+        )
+    if sizes == {columns}:
+        mixers = sorted({name for producer in reach for name in trace.mixers(producer)})
+        raise Refused(
+            f"every query reaches all {columns} columns of {consumer}: there is one head"
+            + (f", or heads are mixed by {', '.join(mixers[:3])}" if mixers else "")
+        )
+    return sizes.pop()
+
+
+def _sizes(sizes: set[int]) -> str:
+    return " or ".join(map(str, sorted(sizes))) or "none"
+
+
+def _mixed(trace: Trace, producer: str, row: int, consumer: str) -> str:
+    """Return the reason for which heads aren't units, with the modules in between."""
+    between = ", ".join(trace.mixers(producer)[:3])
+    return (
+        f"row {row} of {producer} reaches columns of {consumer} that are no head's and no group's"
+        + (f", through {between}" if between else "")
+    )
+
+
+def _role(row: Reach, head_dim: int) -> tuple[str, int, int] | None:
+    """Return what a row is, its head or group, and how many heads; None if it is nothing."""
+    heads = sorted({column // head_dim for column in row.columns})
+    if not heads or heads != list(range(heads[0], heads[0] + len(heads))) or heads[0] % len(heads):
+        return None
+    whole = len(row.columns) == len(heads) * head_dim
+    single = len(row.columns) == len(heads) and len({c % head_dim for c in row.columns}) == 1
+    if row.local:
+        kind = "query" if whole else "gate" if single else None
+        return (kind, heads[0], 1) if kind and len(heads) == 1 else None
+    kind = "key" if whole else "value" if single else None
+    return (kind, heads[0] // len(heads), len(heads)) if kind else None
+
+
+def _stack(
+    producer: str,
+    names: tuple[str, ...],
+    owners: list[int],
+    roles: list[str] | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Stack:
+    """Return the layout of a weight that holds several matrices.
+
+    ``owners`` has, for every row, its head, or for keys and values its group; ``roles`` the name of
+    its matrix, if that is known.
+    """
+    rows, group = len(owners), heads // kv_heads
+    for by_group in (False, True):
+        stack = Stack(names, by_group)
+        lengths = [(kv_heads if n in SHARED else heads) * head_dim for n in names]
+        if sum(lengths) != rows:
+            continue
+        parts = [torch.full((length,), index) for index, length in enumerate(lengths)]
+        groups = kv_heads if by_group else 1
+        kinds = torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten().tolist()
+        if roles is not None and [names[kind] for kind in kinds] != roles:
+            continue
+        shared = [names[kind] in SHARED for kind in kinds]
+        units = [owner if s else owner // group for owner, s in zip(owners, shared, strict=True)]
+        width = group * head_dim
+        if row_units(stack, rows, kv_heads, width, kv_heads, False).tolist() != units:
+            continue
+        heads_of = [-1 if s and group > 1 else o for o, s in zip(owners, shared, strict=True)]
+        if row_units(stack, rows, heads, head_dim, kv_heads, group > 1).tolist() == heads_of:
+            return stack
+    raise Refused(f"the rows of {producer} stack {', '.join(names)} in an order of its own")
+
+
+def _wiring(trace: Trace, producers: tuple[str, ...], consumer: str, **settings: object) -> Wiring:
+    """Return a wiring whose layers all store their weights in one way."""
+    wiring = Wiring(producers=producers, consumer=consumer, **settings)
+    stored = {trace.layers[name].transposed for name in wiring.layers}
+    if len(stored) > 1:
+        raise Refused(f"some layers around {consumer} store their weights transposed, some don't")
+    return Wiring(producers=producers, consumer=consumer, transposed=stored.pop(), **settings)

@@ -1,0 +1,138 @@
+"""What applies to each family, as a table.
+
+Everything comes from the rows, of which ``without`` says why something doesn't apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from liar_ext.models.family import Family, Wiring
+from liar_ext.models.registry import FAMILIES
+
+COLUMNS = {
+    "heads": "heads",
+    "kv_groups": "KV groups",
+    "channels": "channels",
+    "hidden": "hidden size",
+    "biases": "biases",
+    "stock": "stock config",
+}
+LEGEND = {
+    "heads": "attention heads can be removed",
+    "kv_groups": "key/value heads can, with the query heads that share them",
+    "channels": "MLP channels can",
+    "hidden": "features of the residual stream can, by `--keep-hidden`",
+    "biases": "the config fields by which the stock class gives all these layers a bias; without "
+    "one, a bias that pruning adds to a layer that had none needs the loader in the folder",
+    "stock": "of which units the config of the stock class can say a smaller number, equal in all "
+    "layers, so that a folder needs no loader",
+}
+YES, NO = "yes", "no"
+
+
+class Entry(NamedTuple):
+    """Whether something applies to a family (or what of it does), and why if it doesn't."""
+
+    applies: str
+    reason: str = ""
+
+
+def overview() -> dict[str, dict[str, Entry]]:
+    """Return what applies to each family, by :data:`COLUMNS`."""
+    return {name: _entries(FAMILIES[name]) for name in sorted(FAMILIES)}
+
+
+def _entries(family: Family) -> dict[str, Entry]:
+    attn, mlp = (_wirings(family, kind) for kind in ("attn", "mlp"))
+    flags = sorted({wiring.bias_flag for wiring in (*attn, *mlp)} - {None})
+    return {
+        "heads": _entry(bool(attn), family, "attn", "its attention isn't described"),
+        "kv_groups": _groups(family, attn),
+        "channels": _entry(bool(mlp), family, "mlp", "its MLP isn't described"),
+        "hidden": _entry(
+            family.stream is not None, family, "hidden", "its residual stream isn't described"
+        ),
+        "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
+        "stock": _stock(family, {"heads": attn, "channels": mlp}),
+    }
+
+
+def _entry(applies: bool, family: Family, name: str, reason: str) -> Entry:
+    return Entry(YES) if applies else Entry(NO, family.without.get(name, reason))
+
+
+def _groups(family: Family, attn: list[Wiring]) -> Entry:
+    """Tell of key/value heads that several query heads share: some number of the row says so."""
+    sizes = {size for w in attn for size in (*w.numbers.values(), *(w.config or {}).values())}
+    if "kv_group" in family.without:
+        return Entry(NO, family.without["kv_group"])
+    if sizes & {"kv_heads", "group_size"}:
+        return Entry(YES)
+    return Entry(NO, "every head has keys and values of its own" if attn else "heads can't")
+
+
+def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
+    """Tell of which units a config field says the number."""
+    said = [what for what, each in wirings.items() if any(w.config is not None for w in each)]
+    lacking = [what for what, each in wirings.items() if each and what not in said]
+    reason = family.without.get("stock", "")
+    if lacking and not reason:
+        reason = f"{' and '.join(lacking)}: no field says their number"
+    return Entry(", ".join(said) or NO, reason)
+
+
+def _wirings(family: Family, kind: str) -> list[Wiring]:
+    """Return the wirings of a kind of site, of all parts and alternatives."""
+    found: list[Wiring] = []
+    for part in getattr(family, "all_parts", (family,)):
+        row = getattr(part, kind)
+        if row is not None:
+            found += row if isinstance(row, tuple) else (row,)
+    return found
+
+
+def plain(table: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Return the table as lines for a terminal, with the reasons below it."""
+    rows = [
+        ["family", *COLUMNS.values()],
+        *([name, *(each.applies for each in row.values())] for name, row in table.items()),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    reasons = [
+        f"{name}, {COLUMNS[key]}: {each.reason}"
+        for name, row in table.items()
+        for key, each in row.items()
+        if each.reason and key != "biases"
+    ]
+    return [*lines, "", *reasons]
+
+
+def markdown(table: Mapping[str, Mapping[str, Entry]]) -> str:
+    """Return the table as a page of the documentation."""
+    lines = [
+        "# Families",
+        "",
+        "What can be removed from a model of each family, and how the result loads. This page is",
+        "written by `make families`; `liar families` prints the same. A row for a family that is",
+        "lacking is proposed by `liar families --suggest MODEL`: see",
+        "[extending](extend.md#a-model-family).",
+        "",
+        "| " + " | ".join(["family", *COLUMNS.values()]) + " |",
+        "|" + "---|" * (len(COLUMNS) + 1),
+        *(
+            "| " + " | ".join([name, *(_cell(key, each) for key, each in row.items())]) + " |"
+            for name, row in table.items()
+        ),
+        "",
+        *(f"- **{COLUMNS[key]}**: {text}." for key, text in LEGEND.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(key: str, each: Entry) -> str:
+    if not each.reason or key == "biases":
+        return each.applies
+    return f"{each.applies}{';' if each.applies != NO else ':'} {each.reason}".replace("|", "\\|")

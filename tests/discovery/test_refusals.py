@@ -1,0 +1,165 @@
+"""What can't be described is refused with the reason, and hostile models do no harm."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from discovery import odd
+from discovery.odd import OddConfig, OddModel, variant
+from tiny import tiny
+from torch import nn
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from liar_ext.discovery.suggest import suggest_family
+from liar_ext.errors import InputError
+from liar_ext.models.registry import FAMILIES
+
+SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch):
+    """None of these families is known, and the table stays as it is."""
+    for name in ("llama", "olmo2", "mixtral", "t5"):
+        monkeypatch.delitem(FAMILIES, name, raising=False)
+    before = dict(FAMILIES)
+    yield
+    assert FAMILIES == before
+
+
+def test_a_norm_over_all_heads_is_named_and_the_mlp_described():
+    found = suggest_family(Olmo2Config(architectures=["Olmo2ForCausalLM"])).family
+    assert found.attn is None and found.mlp.consumer == "mlp.down_proj"
+    assert "heads are mixed by self_attn.k_norm, self_attn.q_norm" in found.without["attn"]
+
+
+@pytest.mark.parametrize(
+    "gaze, reason",
+    [
+        (odd.MixedGaze, "gaze.tell.*heads are mixed by gaze.blend"),
+        (odd.BareGaze, "gaze.weight_of_all is the weight of no such layer"),
+    ],
+)
+def test_attention_that_no_row_can_name_is_left_out(gaze, reason):
+    model = variant("Other", stratum_class=odd.stratum_with(gaze))(OddConfig())
+    found = suggest_family(model).family
+    assert found.attn is None and found.mlp.consumer == "fall"
+    assert re.search(reason, found.without["attn"])
+
+
+def test_experts_are_left_out():
+    found = suggest_family(MixtralConfig(architectures=["MixtralForCausalLM"])).family
+    assert found.mlp is None and found.attn.consumer == "self_attn.o_proj"
+    assert "num_local_experts" not in found.attn.config  # as many as a head has features
+    assert "mlp.experts.gate_up_proj" in found.without["mlp"]
+
+
+@pytest.mark.parametrize(
+    "model_class, reason",
+    [
+        (odd.Loose, "no list of blocks"),
+        (odd.Between, "strata don't read what the one before put out"),
+        (odd.Raising, "KeyError: 'no tokens today'"),
+        (odd.Random, "two equal forward passes give different outputs"),
+        (variant("Sound", main_input_name="input_values"), "takes input_values"),
+    ],
+)
+def test_models_without_a_row_are_refused(model_class, reason):
+    with pytest.raises(InputError, match=f"no row for 'odd': .*{reason}.*by hand"):
+        suggest_family(model_class(OddConfig()))
+
+
+def test_two_stacks_are_refused():
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=4, vocab_size=40)
+    with pytest.raises(InputError, match="an encoder with a decoder"):
+        suggest_family(T5ForConditionalGeneration(config))
+
+
+def test_a_mixture_that_begins_with_dense_blocks_is_no_dense_family():
+    """The first blocks of DeepSeek-V3 have an MLP, the others experts."""
+    config = AutoConfig.for_model("deepseek_v3")
+    with pytest.raises(InputError, match="attn: .*mlp: not every block has it"):
+        suggest_family(config)
+
+
+def test_huge_sizes_are_made_small_before_anything_is_built(monkeypatch):
+    """Each layer alone would take more memory than there is."""
+    sizes = []
+    real = torch.empty
+    monkeypatch.setattr(
+        torch,
+        "empty",
+        lambda *shape, **settings: sizes.append(shape) or real(*shape, **settings),
+    )
+    config = LlamaConfig(
+        hidden_size=2**30,
+        intermediate_size=2**34,
+        num_attention_heads=2**20,
+        num_key_value_heads=2**10,
+        vocab_size=2**40,
+        num_hidden_layers=10**9,
+        max_position_embeddings=2**40,
+        architectures=["LlamaForCausalLM"],
+    )
+    found = suggest_family(config)
+    assert found.family.mlp.producers == ("mlp.gate_proj", "mlp.up_proj")
+    assert found.notes == ("only a few blocks were looked at: not all of them can be built",)
+    numbers = [n for shape in sizes for n in shape if isinstance(n, int)]
+    assert numbers and max(numbers) < 10_000
+
+
+def test_huge_sizes_without_names_are_refused():
+    config = OddConfig(swell=2**34)
+    with torch.device("meta"):
+        model = OddModel(config)
+    with pytest.raises(InputError, match="weights where its config could not be made smaller"):
+        suggest_family(model)
+    with pytest.raises(InputError, match="more than 5,000 modules"):
+        suggest_family(_with_layers(model, 10**9))
+
+
+def _with_layers(model, strata):
+    model.config.strata = strata
+    return model
+
+
+@pytest.mark.parametrize(
+    "field, value", [("hidden_size", -8), ("num_attention_heads", 0), ("num_hidden_layers", -1)]
+)
+def test_sizes_that_are_none_are_refused(field, value):
+    config = LlamaConfig(**SMALL)
+    setattr(config, field, value)
+    with pytest.raises(InputError, match=f"{field} must be a size of at least 1, got {value}"):
+        suggest_family(config)
+
+
+@pytest.mark.parametrize("thing", [None, "llama", nn.Linear(2, 2), {"model_type": "llama"}])
+def test_what_is_no_model_is_refused(thing):
+    with pytest.raises(InputError, match="takes a model of transformers or its config"):
+        suggest_family(thing)
+
+
+def test_a_config_without_a_class_is_refused():
+    with pytest.raises(InputError, match="has no model class for OddConfig; build the model"):
+        suggest_family(OddConfig())
+
+
+def test_a_model_is_left_as_it_is():
+    model = tiny("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fields = model.config.to_dict()
+    suggest_family(model)
+    assert model.config.to_dict() == fields
+    assert not model.training
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert not hooks
