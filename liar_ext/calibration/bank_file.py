@@ -1,53 +1,106 @@
 """The file of a moment bank: safetensors, each Gram as its packed lower triangle.
 
 Per site ``NAME.gram`` ``(2, d (d + 1) / 2)``, ``NAME.total`` ``(2, d)`` and ``NAME.count``
-``(2, 2)``. Metadata: ``liar_bank``, the version of this layout, and ``source``, JSON.
+``(2, 2)``. ``sequences/digest`` ``(S,)`` int64 has a digest of each sequence,
+``documents/digest`` one of each document that they were drawn of, ``text/...`` the text, see
+:mod:`liar_ext.calibration.kept_text`; all of them may be missing. ``file/digest``, 16 bytes at the
+end of the file, is the BLAKE2b digest of all before it. Metadata: ``liar_bank``, the version of
+this layout, and ``source``, JSON. Version 1 had sums and source alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from liar_ext.calibration import kept_text
+from liar_ext.calibration.bank_source import check_source
+from liar_ext.calibration.memory import available_memory
+from liar_ext.calibration.whole_file import whole_file
 from liar_ext.data.batches import FOLDS
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 
-BANK_VERSION = 1
+BANK_VERSION = 2
+OLDER = ("1",)
 PARTS = ("gram", "total", "count")
 DTYPES = {"F64": torch.float64, "F32": torch.float32}
+WORDS = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
+WORDS |= {torch.uint8: "U8"}
+SEQUENCES, DOCUMENTS, SEAL = "sequences/digest", "documents/digest", "file/digest"
+EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **kept_text.PARTS}
+SEAL_BYTES, CHUNK = 16, 1 << 22
 Sums = tuple[Tensor, Tensor, Tensor]  # gram, total, count
 
 
-def write_bank(
-    path: str | os.PathLike[str], sums: Mapping[str, Sums], source: Mapping[str, object]
-) -> None:
-    """Write sums by site name; the file is there whole or not at all."""
-    tensors = {}
-    for name, (gram, total, count) in sums.items():
-        triangle = torch.ones(gram.shape[-2:], dtype=torch.bool).tril_()
-        tensors[f"{name}.gram"] = gram.cpu()[:, triangle]
-        tensors[f"{name}.total"] = total.cpu()
-        tensors[f"{name}.count"] = count.cpu()
-    metadata = {"liar_bank": str(BANK_VERSION), "source": json.dumps(source)}
-    temporary = f"{os.fspath(path)}.tmp"
+@dataclass
+class Stored:
+    """What a file of a bank holds; ``sums`` is empty where only its facts were asked for."""
+
+    source: dict[str, Any]
+    sums: dict[str, Sums] = field(default_factory=dict)
+    sequences: Tensor | None = None
+    documents: Tensor | None = None
+    text: kept_text.Text | None = None
+
+
+def write_bank(path: str | os.PathLike[str], bank: Stored) -> None:
+    """Write a bank; the file is there whole or not at all, and a site at a time is packed.
+
+    Raises
+    ------
+    InputError
+        If it can't be written.
+    """
+    extras = {SEQUENCES: bank.sequences, DOCUMENTS: bank.documents}
+    extras |= {} if bank.text is None else kept_text.pack(bank.text)
+    small = {name: value for name, value in extras.items() if value is not None}
+    order = sorted(small, key=lambda name: -small[name].element_size())  # so that all are aligned
+    header, at = {}, 0
+    for name, dtype, shape, size in [
+        *_of_sums(bank.sums),
+        *((n, small[n].dtype, tuple(small[n].shape), small[n].nbytes) for n in order),
+        (SEAL, torch.uint8, (SEAL_BYTES,), SEAL_BYTES),
+    ]:
+        header[name] = {"dtype": WORDS[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    source = json.dumps(bank.source, allow_nan=False)
+    header["__metadata__"] = {"liar_bank": str(BANK_VERSION), "source": source}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        with whole_file(path) as file:
+            seal = blake2b(digest_size=SEAL_BYTES)
+            for part in [struct.pack("<Q", len(text)), text]:
+                _write(file, seal, part)
+            for sums in bank.sums.values():
+                for part in _packed(sums):
+                    _write(file, seal, part)
+            for name in order:
+                _write(file, seal, small[name])
+            file.write(seal.digest())
+    except OSError as error:
+        raise InputError(
+            f"MomentBank.save: can't write {os.fspath(path)!r}: {one_line(error)}; nothing was "
+            "left behind, free space or name another file"
+        ) from error
 
 
-def read_bank(path: str | os.PathLike[str]) -> tuple[dict[str, Sums], dict[str, object]]:
-    """Return the sums by site name, and where they come from.
+def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
+    """Return what a file holds; without ``sums`` only the facts, which are read in no time.
 
-    Names, shapes and dtypes are checked by the header before a byte of them is read.
+    Names, shapes, dtypes and what memory they take are checked by the header before a byte of
+    them is read, then the digest of the file, then the numbers.
 
     Raises
     ------
@@ -55,42 +108,102 @@ def read_bank(path: str | os.PathLike[str]) -> tuple[dict[str, Sums], dict[str, 
         If the file is no bank of this version, is damaged, or holds what no calibration gives.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise refusal(path, "it must be an ordinary file")
         with safe_open(os.fspath(path), framework="pt") as file:
-            source = _source(path, file.metadata() or {})
-            widths = _widths(path, file)
-            return {name: _sums(path, file, name, d) for name, d in widths.items()}, source
+            metadata = file.metadata() or {}
+            version = metadata.get("liar_bank")
+            if version not in (str(BANK_VERSION), *OLDER):
+                raise refusal(path, f"liar_bank must be {BANK_VERSION}, got {version}")
+            source = _source(path, metadata)
+            extras = _extras(path, file, version)
+            widths = _widths(path, file, [key for key in file.keys() if key not in extras])
+            _check_memory(path, widths if sums else {}, _bytes(file, extras))
+            if SEAL in extras and sums:
+                _check_seal(path)
+            stored = Stored(source)
+            _read_extras(path, file, extras, stored)
+            if sums:
+                stored.sums = {name: _sums(path, file, name, d) for name, d in widths.items()}
+            return stored
     except SafetensorError as error:
-        raise _refusal(path, f"safetensors says: {error}") from None
+        raise refusal(path, f"safetensors says: {one_line(error)}") from None
+    except FileNotFoundError:
+        raise InputError(
+            f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
+            "--calibration TEXT --bank FILE makes one"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        if isinstance(error, InputError):
+            raise
+        raise refusal(path, one_line(error)) from None
 
 
-def _refusal(path: str | os.PathLike[str], what: str) -> InputError:
+def refusal(path: str | os.PathLike[str], what: str) -> InputError:
+    """Return the error for a file that is no bank."""
     return InputError(
         f"MomentBank.load: {path} is not a moment bank of this version, or is damaged: {what}; "
         "calibrate again and save that bank"
     )
 
 
-def _source(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, object]:
-    if metadata.get("liar_bank") != str(BANK_VERSION):
-        raise _refusal(path, f"liar_bank must be {BANK_VERSION}, got {metadata.get('liar_bank')}")
+def _of_sums(sums: Mapping[str, Sums]) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
+    """Yield name, dtype, shape and bytes of what :func:`_packed` gives, in its order."""
+    for name, parts in sums.items():
+        d = parts[1].shape[-1]
+        for part, value, columns in zip(PARTS, parts, (d * (d + 1) // 2, d, 2), strict=True):
+            size = FOLDS * columns * value.element_size()
+            yield f"{name}.{part}", value.dtype, (FOLDS, columns), size
+
+
+def _packed(sums: Sums) -> Iterator[Tensor]:
+    gram, total, count = sums
+    d = gram.shape[-1]
+    below = torch.ones(d, d, dtype=torch.bool).tril_()
+    for fold in gram:  # a triangle at a time
+        yield fold.detach().cpu()[below]
+    yield from (total.detach().cpu(), count.detach().cpu())
+
+
+def _write(file: BinaryIO, seal: Any, part: bytes | Tensor) -> None:
+    data = part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else part
+    seal.update(data)
+    file.write(data)
+
+
+def _source(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         source = json.loads(metadata["source"])
-    except (KeyError, ValueError, RecursionError):
-        source = None
-    counts = ("sequences", "tokens")
-    if not isinstance(source, dict) or not all(
-        isinstance(source.get(key, 0), int) and source.get(key, 0) >= 0 for key in counts
-    ):
-        raise _refusal(path, "source must be a JSON object with counts of sequences and tokens")
+        check_source(source)
+    except (KeyError, ValueError, RecursionError) as error:
+        why = f"{error}" if isinstance(error, InputError) else "it is none"
+        raise refusal(path, f"source must be a JSON object of facts: {why}") from None
     return source
 
 
-def _widths(path: str | os.PathLike[str], file: safe_open) -> dict[str, int]:
+def _extras(path: str | os.PathLike[str], file: safe_open, version: str) -> list[str]:
+    """Return the names of what is no sum, after a look at the header."""
+    names = [key for key in file.keys() if "/" in key]
+    for name in names:
+        if version in OLDER or name not in EXTRAS:
+            raise refusal(path, "each site must have gram, total and count, and nothing else")
+        part = file.get_slice(name)
+        if part.get_dtype() != EXTRAS[name] or len(part.get_shape()) > 2:
+            raise refusal(path, f"{name} must be {EXTRAS[name]}, got {part.get_dtype()}")
+    if version not in OLDER and SEAL not in names:
+        raise refusal(path, f"it has no {SEAL}")
+    text = set(names) & kept_text.PARTS.keys()
+    if text and not text >= kept_text.PARTS.keys() - {"text/source"}:
+        raise refusal(path, "of the text some is missing")
+    return names
+
+
+def _widths(path: str | os.PathLike[str], file: safe_open, names: list[str]) -> dict[str, int]:
     """Return the number of features by site name, after a look at the header."""
-    keys = set(file.keys())
-    names = {key.rpartition(".")[0] for key in keys}
+    keys = set(names)
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in names))
     if keys != {f"{name}.{part}" for name in names for part in PARTS}:
-        raise _refusal(path, "each site must have gram, total and count, and nothing else")
+        raise refusal(path, "each site must have gram, total and count, and nothing else")
     widths = {}
     for name in sorted(names):
         gram, total, count = (file.get_slice(f"{name}.{part}") for part in PARTS)
@@ -99,12 +212,56 @@ def _widths(path: str | os.PathLike[str], file: safe_open) -> dict[str, int]:
         wanted = [[FOLDS, d * (d + 1) // 2], [FOLDS, d], [FOLDS, 2]]
         got = [part.get_shape() for part in (gram, total, count)]
         if got != wanted or d < 1:
-            raise _refusal(path, f"gram, total, count of {name} must be {wanted}, got {got}")
+            raise refusal(path, f"gram, total, count of {name} must be {wanted}, got {got}")
         dtypes = [part.get_dtype() for part in (gram, total, count)]
         if dtypes[0] not in DTYPES or dtypes[1:] != [dtypes[0], "F64"]:
-            raise _refusal(path, f"sums of {name} must be F64, or F32, got {dtypes}")
+            raise refusal(path, f"sums of {name} must be F64, or F32, got {dtypes}")
         widths[name] = d
     return widths
+
+
+def _bytes(file: safe_open, extras: list[str]) -> int:
+    """Return what the extras take as 64-bit integers, and before."""
+    return sum(12 * math.prod(file.get_slice(name).get_shape()) for name in extras)
+
+
+def _check_memory(path: str | os.PathLike[str], widths: Mapping[str, int], more: int) -> None:
+    """Refuse sums that the memory can't hold: squares of triangles, and one triangle more."""
+    needed = more + sum(8 * FOLDS * d * d for d in widths.values())
+    needed += max((4 * FOLDS * d * (d + 1) for d in widths.values()), default=0)
+    free = available_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"MomentBank.load: the sums in {path} take {needed / 2**30:.3g} GiB of memory, and "
+            f"{free / 2**30:.3g} are free; free some, or use a machine that has them"
+        )
+
+
+def _check_seal(path: str | os.PathLike[str]) -> None:
+    """Refuse a file whose bytes aren't those that were written."""
+    seal, left = blake2b(digest_size=SEAL_BYTES), os.stat(path).st_size - SEAL_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            seal.update(chunk)
+            left -= len(chunk)
+        if left or file.read(SEAL_BYTES + 1) != seal.digest():
+            raise refusal(path, "its bytes are not those that were written")
+
+
+def _read_extras(
+    path: str | os.PathLike[str], file: safe_open, extras: list[str], stored: Stored
+) -> None:
+    """Read digests and text."""
+    tensors = {name: file.get_tensor(name) for name in extras}
+    stored.sequences, stored.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
+    count = stored.source.get("sequences", 0)
+    if stored.sequences is not None and stored.sequences.shape != (count,):
+        raise refusal(path, f"{SEQUENCES} must be of {count} sequences")
+    if "text/fold" in tensors:
+        try:
+            stored.text = kept_text.unpack(tensors, count)
+        except ValueError as error:
+            raise refusal(path, str(error)) from None
 
 
 def _sums(path: str | os.PathLike[str], file: safe_open, name: str, d: int) -> Sums:
@@ -114,5 +271,5 @@ def _sums(path: str | os.PathLike[str], file: safe_open, name: str, d: int) -> S
     gram[:, triangle] = packed
     finite = all(bool(torch.isfinite(part).all()) for part in (packed, total, count))
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
-        raise _refusal(path, f"sums of {name} must be finite, sums of squares and counts not < 0")
+        raise refusal(path, f"sums of {name} must be finite, sums of squares and counts not < 0")
     return gram, total, count

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.calibration.hooks import Ended, watched
+from liar_ext.calibration.kept_text import Text, sequence_digests, text_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
@@ -27,6 +28,7 @@ def calibrate(
     batches: Batches,
     at: Sequence[Site] | None = None,
     *,
+    keep_text: bool = True,
     progress: bool = False,
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
@@ -44,6 +46,9 @@ def calibrate(
         keep sequences of one document together; without it sequences alternate.
     at : sequence of Site, optional
         Sites to collect; all of the model's by default.
+    keep_text : bool
+        Keep the batches in the bank, where they are token ids alone, and in the file that it is
+        saved to: what runs the model over them later needs no other text then.
     progress : bool
         Show a progress bar.
 
@@ -59,7 +64,12 @@ def calibrate(
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
-    return collect_at(model, batches, at, progress=progress)
+    bank = collect_at(model, batches, at, keep_text=keep_text, progress=progress)
+    bank.source["sites"] = {
+        site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
+        for site in at
+    }
+    return bank
 
 
 def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) -> MomentBank:
@@ -103,6 +113,7 @@ def collect(
     batches: Batches,
     taps: Sequence[Tap],
     *,
+    keep_text: bool = False,
     progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
@@ -116,7 +127,7 @@ def collect(
     for tap in taps:
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current, sequences, digest = _InFlight(), 0, blake2b(digest_size=16)
+    current, seen = _InFlight(), _Seen(keep_text)
     bar = tqdm(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
@@ -126,12 +137,12 @@ def collect(
         for index, batch in enumerate(read_batches(bar)):
             if batch.mask is not None and not batch.mask.any():
                 raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
-            _add_to(digest, batch)
+            seen.add(batch)
             batch = batch.to(device)
             current.set(batch)
             with suppress(Ended):
                 body(**batch.inputs)
-            sequences += len(batch)
+    sequences = len(seen.sequences)
     if not sequences or any((moments.tokens == 0).any() for moments in bank.values()):
         raise InputError(
             f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
@@ -145,8 +156,11 @@ def collect(
         "sequences": sequences,
         "tokens": tokens,
         "model": _fingerprint(model.state_dict()),
-        "data": [digest.hexdigest()],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seq_len": seen.longest,
+        "data": [seen.digest.hexdigest()],
     }
+    bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
 
 
@@ -157,6 +171,12 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
         raise InputError(
             f"calibrate: the bank must hold every site, with its features; {missing[0]} is "
             "missing or of another size; calibrate the model that is pruned, without keep_hidden"
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    if bank.source.get("dtype", dtype) != dtype:
+        raise InputError(
+            f"calibrate: the bank is of the model in {bank.source['dtype']}, got {dtype}; load "
+            "the model as it was calibrated, or calibrate it anew"
         )
     known = bank.source.get("model")
     if known is not None and known != _fingerprint(model.state_dict()):
@@ -178,11 +198,28 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _add_to(digest: blake2b, batch: Batch) -> None:
-    """Add what a batch holds, and its folds, to the digest of the text."""
-    for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.detach().double().cpu().numpy().tobytes())
+class _Seen:
+    """What is kept of the batches that were run: digests, and the text if it is asked for."""
+
+    def __init__(self, keep_text: bool) -> None:
+        self.digest = blake2b(digest_size=16)
+        self.sequences: list[int] = []
+        self.text: Text | None = [] if keep_text else None
+        self.longest = 0  # tokens
+
+    def add(self, batch: Batch) -> None:
+        for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
+            self.digest.update(f"{name} {tuple(value.shape)}".encode())
+            self.digest.update(value.detach().double().cpu().numpy().tobytes())
+        self.sequences += sequence_digests(batch)
+        ids = batch.inputs.get("input_ids")
+        self.longest = max(self.longest, 0 if ids is None else ids.shape[-1])
+        if self.text is not None:
+            kept = text_of(batch)
+            if kept is None:
+                self.text = None
+            else:
+                self.text.append(kept)
 
 
 def check_finite_weights(model: nn.Module) -> None:

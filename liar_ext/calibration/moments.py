@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
-from liar_ext.calibration.bank_file import read_bank, write_bank
+from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
+from liar_ext.calibration.bank_source import combine, renumbered
+from liar_ext.calibration.kept_text import Text
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 
@@ -203,11 +205,20 @@ class MomentBank(Mapping[str, Moments]):
         By site name such as ``"3.mlp"``.
     source : dict
         JSON-ready facts on the calibration: ``model_type``, ``sequences``, ``tokens``; ``model``, a
-        fingerprint of its weights; ``data``, a list with a fingerprint of each text run over.
+        fingerprint of its weights; ``data``, a list with a fingerprint of each text run over; and
+        more, see :mod:`liar_ext.calibration.bank_source`.
+    text : list of dict, optional
+        The batches that the model was run over: ``input_ids`` and their like. Sensitivities,
+        gradients and layerwise walks run over them; all else needs the moments alone.
+    sequences, documents : Tensor, optional
+        int64 digests of the sequences, and of the documents that they were drawn of.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
     source: dict[str, object] = field(default_factory=dict)
+    text: Text | None = None
+    sequences: Tensor | None = None
+    documents: Tensor | None = None
 
     def __getitem__(self, name: str) -> Moments:
         return self.moments[name]
@@ -221,49 +232,60 @@ class MomentBank(Mapping[str, Moments]):
     def merge(self, other: MomentBank) -> None:
         """Add another bank of the same model on other text, site by site.
 
+        Counts of tokens and sequences add up exactly. Each sum is added in its own dtype, float64,
+        in which ``A + B`` and ``B + A`` are the same bits, and other groupings of three and more
+        banks differ by rounding, some 1e-16 of a sum. Text is kept where both have it, and measured
+        sensitivities are dropped.
+
         Raises
         ------
         InputError
-            If the banks hold different sites, are of different models, or of the same text; nothing
-            is added then.
+            If the banks hold different sites, are of different models, dtypes or tokenizers, or
+            have text in common; nothing is added then.
         """
         if self.moments.keys() != other.moments.keys() or any(
             self[name].d_in != other[name].d_in for name in self
         ):
             raise InputError("MomentBank.merge: both banks must hold the same sites of one model")
-        for key in ("model_type", "model"):
-            mine, theirs = self.source.get(key), other.source.get(key)
-            if mine != theirs:
-                raise InputError(
-                    f"MomentBank.merge: both banks must be of one model, got {key} {mine} and "
-                    f"{theirs}; calibrate the same weights for both"
-                )
-        data = [*self.source.get("data", ()), *other.source.get("data", ())]  # type: ignore[misc]
-        if other is self or len(set(data)) < len(data):
+        if other is self:
             raise InputError(
-                "MomentBank.merge: both banks hold sums over the same text, which would count it "
-                "twice; calibrate on other text"
+                "MomentBank.merge: both banks hold sums over the same text, being one; calibrate "
+                "on other text"
             )
+        own = self.source
+        self.source = combine(own, other.source, (self.sequences, other.sequences))
         for name, moments in self.moments.items():
             moments.merge(other[name])
-        for key in ("sequences", "tokens"):
-            self.source[key] = self.source.get(key, 0) + other.source.get(key, 0)  # type: ignore[operator]
-        if data:
-            self.source["data"] = data
+        if self.text is None or other.text is None:
+            self.text = None
+        else:
+            parts = (self.text, own), (other.text, other.source)
+            self.text = [b for text, of in parts for b in renumbered(text, of, self.source)]
+        for name in ("sequences", "documents"):
+            both = getattr(self, name), getattr(other, name)
+            setattr(self, name, None if any(x is None for x in both) else torch.cat(both))
+        if self.documents is not None:
+            self.documents = self.documents.unique()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`."""
+        """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`.
+
+        The file is there whole or not at all; one that was there is replaced. It holds the
+        calibration text as token ids, if the bank does: see ``keep_text`` of
+        :func:`liar_ext.calibrate`.
+        """
         sums = {name: (part.gram, part.total, part.count) for name, part in self.moments.items()}
-        write_bank(path, sums, self.source)
+        write_bank(path, Stored(self.source, sums, self.sequences, self.documents, self.text))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MomentBank:
-        """Read a bank that :meth:`save` wrote, of this version or of one without fingerprints.
+        """Read a bank that :meth:`save` wrote, of this version or of an older one.
 
         Raises
         ------
         InputError
-            If the file is not a moment bank, or is damaged.
+            If the file is not a moment bank, or is damaged, or memory can't hold it.
         """
-        sums, source = read_bank(path)
-        return cls({name: Moments(*parts) for name, parts in sums.items()}, source)
+        stored = read_bank(path)
+        moments = {name: Moments(*parts) for name, parts in stored.sums.items()}
+        return cls(moments, stored.source, stored.text, stored.sequences, stored.documents)

@@ -1,0 +1,128 @@
+"""The calibration text in a moment bank: token ids, folds and sources, packed and read back.
+
+Tensors of a bank's file, S sequences in B batches::
+
+    text/batches          (B, 3) int32     sequences, tokens, and whether there is a mask
+    text/input_ids        (Σ,)   int32     all tokens, batch after batch
+    text/attention_mask   (Σ,)   uint8     of the batches that have one
+    text/fold             (S,)   uint8
+    text/source           (S,)   int32     which text each is of; left out where none is said
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from liar_ext.data.batches import FOLDS, Batch
+
+NAMES = ("input_ids", "attention_mask")
+PARTS = {
+    "text/batches": "I32",
+    "text/input_ids": "I32",
+    "text/attention_mask": "U8",
+    "text/fold": "U8",
+    "text/source": "I32",
+}
+MOST_ID = 2**31 - 1
+Text = list[dict[str, Tensor]]
+
+
+def text_of(batch: Batch) -> dict[str, Tensor] | None:
+    """Return a batch as a bank keeps it; None where it is not text alone."""
+    ids = batch.inputs.get("input_ids")
+    if batch.labels or not set(batch.inputs) <= set(NAMES) or ids is None or ids.dim() != 2:
+        return None
+    if any(
+        value.is_floating_point() or value.shape != ids.shape for value in batch.inputs.values()
+    ):
+        return None
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= MOST_ID:
+        return None
+    kept = {name: value.detach().long().cpu() for name, value in batch.inputs.items()}
+    kept["fold"] = batch.fold.cpu()
+    if batch.source is not None:
+        kept["source"] = batch.source.long().cpu()
+    return kept
+
+
+def sequence_digests(batch: Batch) -> list[int]:
+    """Return a digest of 8 bytes of each sequence, without its padding and its fold."""
+    found = []
+    for row in range(len(batch)):
+        digest = blake2b(digest_size=8)
+        for name, value in sorted(batch.inputs.items()):
+            own = value[row]
+            if name == "attention_mask":
+                continue
+            if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:
+                own = own[batch.mask[row].to(own.device)]
+            digest.update(f"{name} {tuple(own.shape)}".encode())
+            digest.update(own.detach().double().cpu().contiguous().numpy().tobytes())
+        found.append(int.from_bytes(digest.digest(), "little", signed=True))
+    return found
+
+
+def pack(text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of a text, see the module."""
+    shapes = [[*batch["input_ids"].shape, int("attention_mask" in batch)] for batch in text]
+    masks = [batch["attention_mask"].flatten() for batch in text if "attention_mask" in batch]
+    packed = {
+        "text/batches": torch.tensor(shapes, dtype=torch.int32).view(-1, 3),
+        "text/input_ids": torch.cat([batch["input_ids"].flatten() for batch in text]).int(),
+        "text/attention_mask": torch.cat([torch.zeros(0, dtype=torch.long), *masks]).byte(),
+        "text/fold": torch.cat([batch["fold"] for batch in text]).byte(),
+    }
+    if all("source" in batch for batch in text):
+        packed["text/source"] = torch.cat([batch["source"] for batch in text]).int()
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
+    """Return the batches of packed tensors.
+
+    Raises
+    ------
+    ValueError
+        If they contradict one another, or hold what no text gives.
+    """
+    shapes = tensors["text/batches"]
+    if shapes.dim() != 2 or shapes.shape[1] != 3 or (shapes[:, :2] < 1).any():
+        raise ValueError("text/batches must be (batches, 3), of at least a sequence and a token")
+    if ((shapes[:, 2] != 0) & (shapes[:, 2] != 1)).any():
+        raise ValueError("text/batches must say by 0 or 1 whether there is a mask")
+    rows, widths, masked = shapes.long().unbind(1)
+    cells = rows * widths
+    wanted = {
+        "text/input_ids": int(cells.sum()),
+        "text/attention_mask": int((cells * masked).sum()),
+        "text/fold": sequences,
+    }
+    if "text/source" in tensors:
+        wanted["text/source"] = sequences
+    for name, count in wanted.items():
+        if tensors[name].shape != (count,) or int(rows.sum()) != sequences:
+            raise ValueError(f"{name} must hold {count} of {sequences} sequences")
+    ids, mask, fold = (tensors[f"text/{name}"].long() for name in (*NAMES, "fold"))
+    if (ids < 0).any() or (mask > 1).any() or (fold >= FOLDS).any():
+        raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
+    parts = {
+        "input_ids": ids.split(cells.tolist()),
+        "attention_mask": mask.split((cells * masked).tolist()),
+        "fold": fold.split(rows.tolist()),
+    }
+    if "text/source" in tensors:
+        parts["source"] = tensors["text/source"].long().split(rows.tolist())
+    text: Text = []
+    for index, (count, width, has_mask) in enumerate(shapes.tolist()):
+        batch = {name: values[index] for name, values in parts.items()}
+        if not has_mask:
+            del batch["attention_mask"]
+        for name in NAMES:
+            if name in batch:
+                batch[name] = batch[name].view(count, width)
+        text.append(batch)
+    return text

@@ -1,0 +1,64 @@
+"""A file that is there whole or not at all, whenever the process ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file to be written beside ``path``, whose place it takes when the context ends well.
+
+    The bytes are on the disk before the name is. What a killed writer has left is removed by the
+    next one: its file is hidden, has a name of this form, and nobody holds its lock.
+    """
+    path = Path(path)
+    _clean(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with open(handle, "wb") as file:
+            with suppress(OSError):  # a file system may have no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            os.fsync(file.fileno())
+            os.replace(name, path)
+        _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            os.unlink(name)  # gone already, unless something failed
+
+
+def _clean(path: Path) -> None:
+    """Remove the unfinished files of writers of ``path`` that are no more."""
+    own = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.part")
+    with suppress(OSError):
+        for each in path.parent.iterdir():
+            if own.fullmatch(each.name) and not each.is_symlink() and each.is_file():
+                with suppress(OSError), open(each, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    each.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the new name reach the disk, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
