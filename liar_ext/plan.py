@@ -247,7 +247,7 @@ class Plan:
         units = {
             plan.attn_unit
             for plan in (first, self)
-            if any(name.endswith(".attn") for name in plan.sites)
+            if any(kind_of(name) == "attn" for name in plan.sites)
         }
         if first.model_type != self.model_type or len(units) > 1:
             raise InputError(
@@ -297,6 +297,11 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that :meth:`save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def kind_of(site: str) -> str:
+    """Return the kind of a site by its name: ``attn`` of ``decoder.3.cross_attn``, for one."""
+    return site.rpartition(".")[2].removeprefix("cross_")
 
 
 def _composed(name: str, first: SitePlan | None, then: SitePlan | None) -> SitePlan | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import transformers
 from tiny_decoders import DECODERS
+from tiny_encoders import ENCODERS
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,8 +72,8 @@ TINY: dict[str, tuple[str, str, dict]] = {
         {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
     ),
 }
-# Those of ``tests/families`` besides, which other tests don't go through one by one.
-MORE = {**DECODERS}
+# Those that the tests of their kind go through, and not every other test.
+MORE = {**DECODERS, **ENCODERS}
 CAUSAL = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3 opt gpt2 gpt_neox".split()
 NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
 GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
@@ -88,18 +91,32 @@ def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **fields)
             # sliced wrongly shows.
             scale = 0.1 if parameter.ndim == 1 else 0.2
             base = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+            if not parameter.requires_grad:
+                continue  # waves of positions, which are computed anew and not saved
             parameter.copy_(base + scale * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
 
 def tiny_inputs(model: PreTrainedModel, batch: int = 2, tokens: int = 9, seed: int = 1) -> dict:
     """Return random inputs for the model's forward."""
-    generator = torch.Generator().manual_seed(seed)
-    if model.main_input_name == "pixel_values":
+    generator, inputs = torch.Generator().manual_seed(seed), {}
+    names = inspect.signature(model.forward).parameters
+    if model.main_input_name == "input_features":
+        shape = batch, model.config.num_mel_bins, 2 * model.config.max_source_positions
+        inputs["input_features"] = torch.randn(shape, generator=generator).to(model.dtype)
+    elif model.main_input_name == "pixel_values" or hasattr(model, "vision_model"):
         pixels = torch.randn(batch, 3, 8, 8, generator=generator)
-        return {"pixel_values": pixels.to(model.dtype)}
-    ids = torch.randint(3, VOCAB - 1, (batch, tokens), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["pixel_values"] = pixels.to(model.dtype)
+    if model.main_input_name == "input_ids":
+        ids = torch.randint(3, VOCAB - 1, (batch, tokens), generator=generator)
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if type(model).__name__ == "BartForSequenceClassification":
+        inputs["input_ids"][:, -1] = model.config.eos_token_id  # where it classifies
+    elif model.config.is_encoder_decoder and "decoder_input_ids" in names:
+        # More tokens than the encoder has: one that is masked by the other's mask would show.
+        shape = batch, tokens + 2
+        inputs["decoder_input_ids"] = torch.randint(3, VOCAB - 1, shape, generator=generator)
+    return inputs
 
 
 def batches(model: PreTrainedModel, count: int = 6) -> list[dict]:
@@ -111,4 +128,6 @@ def batches(model: PreTrainedModel, count: int = 6) -> list[dict]:
 def outputs(model: PreTrainedModel, inputs: dict | None = None) -> Tensor:
     """Return logits, or the last hidden state of a model without a head."""
     result = model(**(inputs or tiny_inputs(model)))
+    if "text_embeds" in result:
+        return torch.cat([result["image_embeds"], result["text_embeds"]])
     return result["logits"] if "logits" in result else result["last_hidden_state"]

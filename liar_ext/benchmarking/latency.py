@@ -31,6 +31,7 @@ from liar_ext.benchmarking.job import machine
 from liar_ext.benchmarking.timing import Clock, Settings
 from liar_ext.data.texts import check_seq_len
 from liar_ext.errors import InputError
+from liar_ext.models.inputs import inputs_read
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import Budget, Plan, SitePlan
@@ -248,7 +249,7 @@ def _phases(model: nn.Module, budget: Budget) -> list[str]:
                 f"latency: decode needs a model that generates, got {type(model).__name__}; use "
                 "latency_phase='prefill'"
             )
-        if model.main_input_name != "pixel_values":
+        if any(name.endswith("_ids") for name in inputs_read(model)):
             check_seq_len(model, budget.latency_prompt)
         return ["prefill"]
     decoded = 0 if phase == "prefill" else max(budget.latency_new_tokens, MOST_RUNS + 1)

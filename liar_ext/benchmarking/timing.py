@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from liar_ext.data.texts import check_seq_len
 from liar_ext.errors import InputError
+from liar_ext.models.inputs import draw_inputs, inputs_read
 from liar_ext.models.running import device_of, predicts_next_token
 from liar_ext.report.speed import Quartiles, Rate
 
@@ -131,17 +132,17 @@ def step_of(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
 def inputs_of(model: nn.Module, batch: int, settings: Settings) -> dict[str, Tensor]:
     """Return random inputs, the same for every model of a kind."""
     generator = torch.Generator().manual_seed(SEED)
-    device, config = device_of(model), model.config
-    if model.main_input_name == "pixel_values":
-        size = config.image_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        pixels = torch.randn(batch, config.num_channels, *size, generator=generator)
-        return {"pixel_values": pixels.to(device, model.dtype)}
-    vocabulary = config.get_text_config().vocab_size
-    shape = (batch, settings.prompt_length)
-    # Not the last ones, which multimodal models keep for images.
-    ids = torch.randint(0, max(1, vocabulary // 2), shape, generator=generator).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    device, config = device_of(model), model.config.get_text_config()
+    # Not the last tokens, which multimodal models keep for images.
+    vocabulary = max(1, getattr(config, "vocab_size", 0) // 2)
+    drawn = draw_inputs(model, batch, settings.prompt_length, generator, vocabulary)
+    inputs = {
+        name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in drawn.items()
+    }
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
 
 
 def now(model: nn.Module, clock: Clock) -> float:
@@ -166,7 +167,7 @@ def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
             f"doesn't, or takes other inputs: {named}; give the model that was pruned as --against"
         )
     for model in models.values():
-        if model.main_input_name != "pixel_values":
+        if any(name.endswith("_ids") for name in inputs_read(model)):
             decoded = settings.new_tokens if predicts_next_token(model) else 0
             check_seq_len(model, settings.prompt_length + decoded)
 

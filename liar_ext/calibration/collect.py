@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import torch
@@ -16,6 +17,8 @@ from liar_ext.calibration.kept_text import Text, sequence_digests, text_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
+from liar_ext.models.inputs import complete_inputs
+from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites
 
@@ -74,8 +77,18 @@ def calibrate(
 
 def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) -> MomentBank:
     """Return the moments of what the consumers of sites read."""
-    taps = [Tap(site.name, site.consumer, site.d_in, lambda args, _: args[0]) for site in at]
-    return collect(model, getattr(model, "base_model", model), batches, taps, **bar)
+    taps = [
+        Tap(
+            site.name,
+            site.consumer,
+            site.d_in,
+            lambda args, _: args[0],
+            mask=site.part.mask,
+            repeats=site.part.repeats,
+        )
+        for site in at
+    ]
+    return collect(model, body_of(model), batches, taps, **bar)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,10 @@ class Tap:
         Only the first token counts.
     sums : type
         What is summed: moments, or the squares alone.
+    mask : str
+        The input of the model that says which tokens of the tensor are padding; empty if none are.
+    repeats : bool
+        The module runs several times in one forward pass, and every run counts.
     """
 
     name: str
@@ -104,6 +121,8 @@ class Tap:
     take: Callable[[tuple, Tensor], Tensor]
     first: bool = False
     sums: type[Moments] | type[Squares] = Moments
+    mask: str = "attention_mask"
+    repeats: bool = False
 
 
 @torch.no_grad()
@@ -128,16 +147,19 @@ def collect(
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
     current, seen = _InFlight(), _Seen(keep_text)
+    # A module that repeats has more to come, whatever has run.
+    ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
     bar = tqdm(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
-            callback = _adding(tap, bank[tap.name], current, len(taps))
+            callback = _adding(tap, bank[tap.name], current, ends)
             stack.enter_context(watched(model.get_submodule(tap.module), callback))
         stack.enter_context(evaluating(model))
         for index, batch in enumerate(read_batches(bar)):
             if batch.mask is not None and not batch.mask.any():
                 raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
             seen.add(batch)
+            batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
             batch = batch.to(device)
             current.set(batch)
             with suppress(Ended):
@@ -243,22 +265,22 @@ class _InFlight:
 
     rows: tuple[Tensor, ...] = ()  # sequences by fold
     whole: int | None = None  # the fold, when all sequences belong to one
-    weight: Tensor | None = None  # (batch, tokens) bool; None: every token counts
+    batch: Batch | None = None
     seen: set[str] = field(default_factory=set)  # taps that have got their tensor
 
     def set(self, batch: Batch) -> None:
         fold = batch.fold
-        self.weight = batch.mask
+        self.batch = batch
         self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
         self.seen.clear()
         self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
 
 
-def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, taps: int) -> Callable:
-    """Return what adds a tapped tensor to its moments, and ends the run after the last of them."""
+def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, ends: float) -> Callable:
+    """Return what adds a tapped tensor to its moments, and ends the run after ``ends`` taps."""
 
     def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight = tap.take(arguments, output), current.weight
+        x, weight = tap.take(arguments, output), current.batch.mask_of(tap.mask)
         sequences = sum(map(len, current.rows))
         # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
         if x.dim() == 2:
@@ -278,7 +300,7 @@ def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, taps: int)
             flat = None if part_weight is None else part_weight.flatten()
             moments.update(part.flatten(0, -2), fold, flat)
         current.seen.add(tap.name)
-        if len(current.seen) == taps:
+        if len(current.seen) == ends:
             raise Ended
 
     return add

@@ -7,6 +7,7 @@ whatever the model's head computes from ``labels``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from liar_ext import ops
 from liar_ext.calibration.hooks import watched
 from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
 from liar_ext.errors import InputError
+from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
 
@@ -119,12 +121,16 @@ def collect_gradients(
                     f"gradients: the loss must be finite, got {loss.item()} in batch {index}; "
                     "load the model in a wider dtype"
                 )
-            seen = [inputs_of.pop(site.name) for site in at]
+            runs = [(site, x) for site in at for x in inputs_of.pop(site.name)]
+            seen, rows = [x for _, x in runs], len(batch)
             gradients = torch.autograd.grad(loss, [*seen, *parameters], materialize_grads=True)
-            rows = len(batch)
-            for site, x, gradient in zip(at, seen, gradients, strict=False):
+            joined: dict[str, list[Tensor]] = {}
+            for (site, x), gradient in zip(runs, gradients, strict=False):
                 # No loss depends on padding, so that its gradient is zero.
-                x, gradient = (a.detach().reshape(rows, -1, a.shape[-1]) for a in (x, gradient))
+                both = [a.detach().reshape(rows, -1, a.shape[-1]) for a in (x, gradient)]
+                joined.setdefault(site.name, []).append(torch.stack(both))
+            for site in at:
+                x, gradient = torch.cat(joined[site.name], 2)  # the runs of what repeats
                 ops.fisher_update_(fisher[site.name], x, gradient, site.width)
             for total, gradient in zip(sums, gradients[len(seen) :], strict=True):
                 total += gradient
@@ -146,8 +152,8 @@ def collect_gradients(
 
 def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -> None:
     """Raise InputError unless ``model`` can compute a loss for ``batch``."""
-    headless = getattr(model, "base_model", model) is model
-    if headless or not (read_batch(batch).labels or model.can_generate()):
+    headless = "labels" not in inspect.signature(model.forward).parameters
+    if headless or not (read_batch(batch).labels or _asks_next(model)):
         lacks = "has no head" if headless else "is no causal language model and got no labels"
         raise InputError(
             f"gradients: criteria that need gradients need a loss, and {type(model).__name__} "
@@ -158,7 +164,7 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -
 
 def _summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Return the loss of a batch summed over its items, and how many there are."""
-    if not model.can_generate():
+    if not _asks_next(model):
         return _head_loss(model, batch)
     ids, mask = batch.inputs["input_ids"], batch.mask
     targets = batch.labels.get("labels", ids)
@@ -175,9 +181,15 @@ def _summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return functional.cross_entropy(logits, targets[:, 1:][counts], reduction="sum"), len(logits)
 
 
+def _asks_next(model: nn.Module) -> bool:
+    """Tell whether the loss is that of the next token; a decoder of another text needs labels."""
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+
+
 def _head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     """Return the loss that the model's head averages over a batch, as a sum."""
-    loss = getattr(model(**batch.inputs, **batch.labels), "loss", None)
+    inputs = complete_inputs(model, batch.inputs, batch.labels)
+    loss = getattr(model(**inputs, **batch.labels), "loss", None)
     if loss is None:
         raise InputError(
             f"gradients: {type(model).__name__} gave no loss; give a model with a head"
@@ -252,12 +264,12 @@ def _differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Ite
 
 
 @contextmanager
-def _noting(model: nn.Module, at: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
-    """Collect the input of each consumer, by site name, while the context is open."""
-    inputs: dict[str, Tensor] = {}
+def _noting(model: nn.Module, at: Sequence[Site]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the inputs of each consumer, by site name, while the context is open."""
+    inputs: dict[str, list[Tensor]] = {}
 
     def note(name: str):
-        return lambda arguments, _: inputs.update({name: arguments[0]})
+        return lambda arguments, _: inputs.setdefault(name, []).append(arguments[0])
 
     with ExitStack() as stack:
         for site in at:

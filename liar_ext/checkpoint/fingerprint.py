@@ -7,6 +7,7 @@ same.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.names import FINGERPRINT_FILE, OLD_FINGERPRINT_FILE
 from liar_ext.errors import InputError, one_line
+from liar_ext.models.inputs import draw_inputs, inputs_read, known_tokens
+from liar_ext.models.running import output_of
 
 TOKENS = 16
-NAMES = ("input_ids", "pixel_values")
+NAMES = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
+MORE = "input:"  # what the names of further inputs begin with
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -30,10 +34,11 @@ class Fingerprint:
 
     Parameters
     ----------
-    name : str
-        Argument of ``forward`` that takes the input: ``input_ids`` or ``pixel_values``.
-    input, output : Tensor
-        One sequence or image; its logits, or last hidden state where there is no head.
+    inputs : dict of str to Tensor
+        Arguments of ``forward``: one sequence or image, ``input_ids`` or ``pixel_values``, or what
+        each part of the model reads.
+    output : Tensor
+        The logits, or last hidden state where there is no head.
     dtype : torch.dtype
         Of the model.
     attention : str
@@ -42,8 +47,7 @@ class Fingerprint:
         Parameters of the model, shared ones counted once.
     """
 
-    name: str
-    input: Tensor
+    inputs: dict[str, Tensor]
     output: Tensor
     dtype: torch.dtype
     attention: str
@@ -63,8 +67,16 @@ def write_fingerprint(model: nn.Module, folder: Path) -> None:
     InputError
         If the output isn't finite: nothing could be compared with it.
     """
-    name, value = _draw_input(model)
-    tensors = {"input": value, "output": _run(model, name, value)}
+    known = [
+        getattr(config, name, TOKENS)
+        for config in inputs_read(model).values()
+        for name in ("max_position_embeddings", "max_target_positions")
+    ]
+    tokens = min(TOKENS, *known)
+    inputs = draw_inputs(model, 1, tokens, torch.Generator().manual_seed(0))
+    (name, value), *more = inputs.items()
+    tensors = {"input": value, "output": _run(model, inputs)}
+    tensors |= {MORE + name: value for name, value in more}
     if not tensors["output"].isfinite().all():
         raise InputError(
             "save_pruned: the model's output for a random input holds NaN or infinity in "
@@ -100,9 +112,11 @@ def read_fingerprint(folder: Path) -> Fingerprint:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
+            more = [key for key in file.keys() if key.startswith(MORE)]  # noqa: SIM118, no mapping
+            inputs = {facts["name"]: file.get_tensor("input")}
+            inputs |= {key.removeprefix(MORE): file.get_tensor(key) for key in more}
             fingerprint = Fingerprint(
-                name=facts["name"],
-                input=file.get_tensor("input"),
+                inputs=inputs,
                 output=file.get_tensor("output"),
                 dtype=getattr(torch, facts["dtype"]),
                 attention=facts["attention"],
@@ -119,22 +133,17 @@ def read_fingerprint(folder: Path) -> Fingerprint:
 
 def _check_fingerprint(fingerprint: Fingerprint, dtype: str) -> None:
     """Raise ValueError unless a fingerprint is what :func:`write_fingerprint` writes."""
+    names = list(fingerprint.inputs)
     if (
-        fingerprint.name not in NAMES
+        not set(names) <= set(NAMES)
         or dtype not in DTYPES
         or not fingerprint.attention.isidentifier()
     ):
-        raise ValueError(
-            f"unknown name, dtype or attention {fingerprint.name, dtype, fingerprint.attention}"
-        )
-    if fingerprint.name == "input_ids" and (
-        fingerprint.input.dtype != torch.int64
-        or fingerprint.input.ndim != 2
-        or not 0 < fingerprint.input.numel() <= TOKENS
-    ):
-        raise ValueError(
-            f"the input is {tuple(fingerprint.input.shape)} of {fingerprint.input.dtype}"
-        )
+        raise ValueError(f"unknown names, dtype or attention {names, dtype, fingerprint.attention}")
+    for name, value in fingerprint.inputs.items():
+        tokens = value.dtype == torch.int64 and value.ndim == 2 and 0 < value.numel() <= TOKENS
+        if name.endswith("_ids") and not tokens:
+            raise ValueError(f"the input {name} is {tuple(value.shape)} of {value.dtype}")
     if not fingerprint.output.is_floating_point() or not fingerprint.output.numel():
         raise ValueError(
             f"the output is {tuple(fingerprint.output.shape)} of {fingerprint.output.dtype}"
@@ -152,15 +161,18 @@ def compare_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> dict[str,
         ``max_abs_difference`` of the outputs, ``params``, and ``agrees``: within the tolerance,
         with as many parameters.
     """
-    if fingerprint.name == "input_ids":
-        rows = model.get_input_embeddings().weight.shape[0]
-        if not 0 <= int(fingerprint.input.min()) <= int(fingerprint.input.max()) < rows:
+    for name, config in inputs_read(model).items():
+        value = fingerprint.inputs.get(name)
+        if value is None or not name.endswith("_ids"):
+            continue
+        rows = known_tokens(model, config)
+        if not 0 <= int(value.min()) <= int(value.max()) < rows:
             raise InputError(
                 f"verify: the fingerprint has tokens beyond the {rows} that the model knows; copy "
                 "the folder again"
             )
     try:
-        output = _run(model, fingerprint.name, fingerprint.input)
+        output = _run(model, fingerprint.inputs)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -184,30 +196,18 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _draw_input(model: nn.Module) -> tuple[str, Tensor]:
-    """Return one random sequence of tokens, or one random image."""
-    generator = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (1, model.config.num_channels, height, width)
-        return "pixel_values", torch.randn(shape, generator=generator)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = min(TOKENS, getattr(model.config, "max_position_embeddings", TOKENS))
-    return "input_ids", torch.randint(vocabulary, (1, tokens), generator=generator)
-
-
 @torch.no_grad()
-def _run(model: nn.Module, name: str, value: Tensor) -> Tensor:
+def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return logits, or the last hidden state, in float32 on the CPU."""
-    value = value.to(model.device)
-    if value.is_floating_point():
-        value = value.to(model.dtype)
+    given = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
     training = model.training
     model.eval()
     try:
-        result = model(**{name: value})
+        result = model(**given)
     finally:
         model.train(training)
-    output = result["logits"] if "logits" in result else result["last_hidden_state"]
+    _, output = output_of(model, result)
     return output.cpu() if output.dtype == torch.float64 else output.float().cpu()

@@ -63,13 +63,23 @@ def _check_mark(mark: Mapping[str, Any], where: str) -> None:
                 )
     taken = mark.get("head_inputs", {})
     for path, each in taken.items() if isinstance(taken, Mapping) else [("", None)]:
-        good = isinstance(each, list) and len(each) == 3 and isinstance(each[0], int)
-        good = good and isinstance(each[1], str) and isinstance(each[2], list)
-        if not (good and all(isinstance(n, int) and 0 <= n <= LARGEST for n in each[2])):
+        if not _is_head_input(each):
             raise InputError(
                 f"{where}: head_inputs must map modules to [position, keyword, heads], got "
                 f"{str(each)[:40]!r} for {path[:80]}; copy the folder again"
             )
+
+
+def _is_head_input(said: Any) -> bool:
+    """Tell whether something is ``[position, keyword, heads]``, or ``[..., output, table]``."""
+    types = (int, str, (list, type(None)), int, str)
+    if not isinstance(said, list) or len(said) not in (3, 5):
+        return False
+    if not all(isinstance(each, kind) for each, kind in zip(said, types, strict=False)):
+        return False
+    if said[2] is None:
+        return len(said) == 5
+    return all(isinstance(n, int) and 0 <= n <= LARGEST for n in said[2])
 
 
 @contextmanager

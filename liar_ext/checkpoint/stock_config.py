@@ -19,6 +19,8 @@ from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import InputError
 from liar_ext.models.sites import (
+    Part,
+    Site,
     block_config,
     family_of,
     get_consumer_bias,
@@ -27,7 +29,7 @@ from liar_ext.models.sites import (
     why_whole,
 )
 from liar_ext.plan import Plan
-from liar_ext.surgery.liar_loader import config_numbers, pruned_class, selections
+from liar_ext.surgery.liar_loader import config_numbers, pruned_class, selection_of
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
@@ -143,10 +145,9 @@ def equal_config(model: nn.Module, config: Any) -> Any | None:
     The proof is to build it: names and shapes must be those of the model.
     """
     config = copy.deepcopy(config)
-    part = block_config(family_of(model), config)
     for site in sites(model):
         for name, size in (site.wiring.config or {}).items():
-            setattr(part, name, site.sizes[size])
+            setattr(block_config(site.part, config), name, site.sizes[size])
     _set_shared(model, config)
     stock = _build(model, config)
     return config if stock is not None and shapes_of(stock) == shapes_of(model) else None
@@ -162,32 +163,49 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
     else:
         stock = _build(model, config)
     said |= _differences(model, stock)
-    part = block_config(family_of(model), config)
-    layers: dict[int, dict[str, int]] = {}
-    for site in sites(model):
-        for name, size in (site.wiring.config or {}).items():
-            if getattr(part, name, site.sizes[size]) != site.sizes[size]:
-                layers.setdefault(site.block, {})[name] = site.sizes[size]
-    if layers:
+    for part, layers in _layers(model, config):
+        here = block_config(part, config)
         # Most code reads the global sizes, which a config with such layers forbids by default.
-        part.allow_global_per_layer_attribute_access = True
-        part.per_layer_config = layers
+        here.allow_global_per_layer_attribute_access = True
+        here.per_layer_config = layers
     if _in_transformers(stock_of(model)):
         narrower = sites(model)[0].d_out != sites(stock)[0].d_out
         config.auto_map = auto_map(model, auto_classes(model) if narrower else None)
     return config
 
 
+def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[str, int]]]]:
+    """Return the sizes in which the layers of a part differ from those that its config says.
+
+    Where one config describes several parts, it has no words for the layers of each.
+    """
+    parts = family_of(model).all_parts
+    configs = [part.config for part in parts]
+    found: dict[str, dict[int, dict[str, int]]] = {}
+    for site in sites(model):
+        here = block_config(site.part, config)
+        for name, size in (site.wiring.config or {}).items():
+            if getattr(here, name, site.sizes[size]) != site.sizes[size]:
+                layers = found.setdefault(site.part.name, {})
+                layers.setdefault(site.block, {})[name] = site.sizes[size]
+    return [
+        (part, found[part.name])
+        for part in parts
+        if part.name in found and configs.count(part.config) == 1 and not part.repeats
+    ]
+
+
 def _set_shared(model: nn.Module, config: Any) -> None:
     """Set the config fields that all layers share: the hidden size, and flags of biases."""
-    part = block_config(family_of(model), config)
-    at = sites(model)
-    for flag in {site.wiring.bias_flag for site in at} - {None}:
-        biases = [get_consumer_bias(model, site) for site in at if site.wiring.bias_flag == flag]
-        if all(bias is not None for bias in biases):
-            setattr(part, flag, True)
+    governed: dict[tuple[str, str], list[Site]] = {}
+    for site in sites(model):
+        if site.wiring.bias_flag is not None:
+            governed.setdefault((site.part.config, site.wiring.bias_flag), []).append(site)
+    for (_, flag), at in governed.items():
+        if all(get_consumer_bias(model, site) is not None for site in at):
+            setattr(block_config(at[0].part, config), flag, True)
     for name, size in _narrowed_fields(model).items():
-        setattr(part, name, size)
+        setattr(block_config(family_of(model), config), name, size)
 
 
 def _build(model: nn.Module, config: Any) -> nn.Module | None:
@@ -219,11 +237,7 @@ def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
     for path, module in base.named_modules():
         if path in theirs and (sizes := _sizes(module, theirs[path])):
             said["modules"][path] = sizes
-        if found := selections(module):
-            heads = found[0].keywords["heads"]
-            for hook in found[1:]:
-                heads = [heads[index] for index in hook.keywords["heads"]]
-            facts = [found[0].keywords["position"], found[0].keywords["keyword"], list(heads)]
+        if facts := selection_of(module):
             said.setdefault("head_inputs", {})[path] = facts
     theirs = dict(stock.named_modules())
     for path, module in model.named_modules():

@@ -76,6 +76,12 @@ class Batch:
             None if self.source is None else pick(self.source),
         )
 
+    def mask_of(self, name: str) -> Tensor | None:
+        """Return the mask that an input of this name is, in the form of :attr:`mask`."""
+        if name == "attention_mask":
+            return self.mask
+        return _padding(self.inputs.get(name))
+
     def counting(self, tokens: int, device: torch.device) -> Tensor:
         """Return which of all ``tokens`` are not padding, ``(tokens,)`` bool."""
         if self.mask is None:
@@ -135,9 +141,13 @@ def read_batch(batch: Mapping[str, Tensor] | Tensor | Batch, sequences: int = 0)
             "batches: source must be a whole number for each of "
             f"{len(first)} sequences, got {source.tolist()}"
         )
-    mask = inputs.get("attention_mask")
+    return Batch(inputs, fold.long(), _padding(inputs.get("attention_mask")), labels, source)
+
+
+def _padding(mask: Tensor | None) -> Tensor | None:
+    """Return which tokens are real, ``(sequences, tokens)`` bool; None if all are."""
     full = mask is None or mask.dim() != 2 or bool(mask.all())
-    return Batch(inputs, fold.long(), None if full else mask.bool(), labels, source)
+    return None if full else mask.bool()
 
 
 def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:

@@ -30,9 +30,11 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import equal_config, how_to_load
 from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported, is_unequal
+from liar_ext.models.inputs import draw_inputs
 from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.running import output_of
 from liar_ext.models.sites import Site, sites, skeleton
-from liar_ext.plan import Plan, SitePlan
+from liar_ext.plan import Plan, SitePlan, kind_of
 from liar_ext.report.report import REPORT_JSON
 from liar_ext.surgery.units import apply_plan, unit_rows
 
@@ -119,7 +121,7 @@ def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan
     """
     chosen = plan
     for kind in ("attn", "mlp"):
-        own = {name: site for name, site in plan.sites.items() if name.endswith(f".{kind}")}
+        own = {name: site for name, site in plan.sites.items() if kind_of(name) == kind}
         if not own:
             continue
         units = max(site.units for site in own.values())
@@ -160,7 +162,7 @@ def _widened(site: SitePlan, count: int, runs: int) -> SitePlan:
 
 def _builds(stock: type[nn.Module], config: Any, plan: Plan, kind: str) -> bool:
     """Tell whether a config says the layers of a plan; for "attn" the MLP stays dense."""
-    own = {name: site for name, site in plan.sites.items() if name.endswith(f".{kind}")}
+    own = {name: site for name, site in plan.sites.items() if kind_of(name) == kind}
     if kind == "mlp":  # the last one: with all the others
         own = dict(plan.sites)
     shapes = skeleton(stock, config)
@@ -224,18 +226,14 @@ def _difference(model: nn.Module, padded: nn.Module) -> float:
     InputError
         If it isn't that of rounding.
     """
-    if model.main_input_name == "input_ids":
-        rows = model.get_input_embeddings().weight.shape[0]
-        generator = torch.Generator().manual_seed(0)
-        value = torch.randint(rows, (1, 24), generator=generator)
-    else:
-        size = model.config.image_size
-        value = torch.randn(1, model.config.num_channels, size, size).to(model.dtype)
+    values = draw_inputs(model, 1, 24, torch.Generator().manual_seed(0))
     found = []
     for each in (model, padded):
-        result = each(**{model.main_input_name: value})
-        name = "logits" if "logits" in result else "last_hidden_state"
-        found.append(result[name].double())
+        inputs = {
+            name: value.to(model.dtype) if value.is_floating_point() else value
+            for name, value in values.items()
+        }
+        found.append(output_of(each, each(**inputs))[1].double())
     difference = float((found[0] - found[1]).abs().max() / found[0].abs().max())
     if not difference <= torch.finfo(model.dtype).eps ** 0.5:
         raise InputError(
@@ -254,8 +252,8 @@ def _report(folder: Path, counts: dict[str, int]) -> dict[str, Any]:
 def _notes(plan: Plan, wide: Plan, counts: dict[str, int], difference: float) -> tuple[str, ...]:
     sizes = []
     for kind in ("attn", "mlp"):
-        old = [len(site.kept) for name, site in plan.sites.items() if name.endswith(kind)]
-        new = {len(site.kept) for name, site in wide.sites.items() if name.endswith(kind)}
+        old = [len(site.kept) for name, site in plan.sites.items() if kind_of(name) == kind]
+        new = {len(site.kept) for name, site in wide.sites.items() if kind_of(name) == kind}
         if old:
             sizes.append(f"{kind} {min(old)} to {max(old)} units, now {max(new)}")
     share = counts["after"] / counts["before"] - 1

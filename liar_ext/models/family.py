@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from liar_ext.errors import InputError
 
-WITHOUT = ("attn", "kv_group", "mlp", "hidden", "stock")
+WITHOUT = ("attn", "kv_group", "mlp", "hidden", "stock", "layerwise")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,21 @@ class HeadInput:
         Path of the module inside the block.
     position, keyword : int, str
         Where its ``forward`` takes the tensor, of shape (batch, heads, queries, keys).
+    output : int or None
+        Where its output passes the tensor on to the next block; None if it doesn't.
+    table : str
+        Embedding inside the module, one column per head, that makes the tensor where the module is
+        given none, as in the first block; empty if there is none.
+    own : bool
+        The module makes the tensor by itself, for the heads that it has, where it is given none.
     """
 
     module: str
     position: int
     keyword: str
+    output: int | None = None
+    table: str = ""
+    own: bool = False
 
 
 class Stack(NamedTuple):
@@ -176,6 +186,35 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stack of blocks, one of those that a family has: an encoder, say, or the tower of images.
+
+    Parameters
+    ----------
+    name : str
+        What the names of its sites begin with, as in ``decoder.3.mlp``; empty for an only one.
+    blocks, attn, mlp, config, repeats
+        As for :class:`Family`.
+    cross_attn : Wiring or None
+        The attention to another part, which comes between the two other sites.
+    input : str
+        The input of the model that this part reads; empty for the main one.
+    mask : str
+        The input of the model that says which of its tokens are padding; empty if none are.
+    """
+
+    name: str
+    blocks: str
+    attn: Wiring | tuple[Wiring, ...] | None
+    mlp: Wiring | tuple[Wiring, ...] | None
+    cross_attn: Wiring | None = None
+    config: str = ""
+    input: str = ""
+    mask: str = "attention_mask"
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family.
 
@@ -184,7 +223,7 @@ class Family:
     name : str
         ``config.model_type``.
     blocks : str
-        Path of the list of blocks inside the base model.
+        Path of the list of blocks inside the base model; ``*`` stands for every module of a list.
     attn, mlp : Wiring, tuple of Wiring, or None
         The two sites of a block, each one wiring or several alternatives, the first of which
         whose layers exist is taken; None where the family can't have it pruned.
@@ -194,17 +233,24 @@ class Family:
         Its residual stream; None if the hidden size can't be pruned.
     without : mapping of str to str
         What can't be done with the family, and why, in a few words: ``attn`` and ``mlp`` can't be
-        pruned, ``kv_group`` not as whole groups, the ``hidden`` size not, or no ``stock`` config
-        says the sizes.
+        pruned, ``kv_group`` not as whole groups, the ``hidden`` size not, no ``stock`` config
+        says the sizes, or no job is ``layerwise``, as its blocks can't be run one by one.
+    repeats : bool
+        Blocks run several times in one forward pass, with the same weights.
+    parts : tuple of Part
+        Where the model has several stacks of blocks: these, in the order of computation, in place
+        of ``blocks``, ``attn``, ``mlp`` and ``config``. A model may have some of them only.
     """
 
     name: str
-    blocks: str
-    attn: Wiring | tuple[Wiring, ...] | None
-    mlp: Wiring | tuple[Wiring, ...] | None
+    blocks: str = ""
+    attn: Wiring | tuple[Wiring, ...] | None = None
+    mlp: Wiring | tuple[Wiring, ...] | None = None
     config: str = ""
     stream: Stream | None = None
     without: Mapping[str, str] = field(default_factory=dict)
+    repeats: bool = False
+    parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = self.without.keys() - set(WITHOUT)
@@ -212,3 +258,9 @@ class Family:
             raise InputError(
                 f"Family: without may name {', '.join(WITHOUT)}, got {', '.join(sorted(unknown))}"
             )
+
+    @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """Its stacks of blocks, be it one or several."""
+        only = Part("", self.blocks, self.attn, self.mlp, config=self.config, repeats=self.repeats)
+        return self.parts or (only,)

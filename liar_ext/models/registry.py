@@ -10,15 +10,22 @@ from torch import nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.families import (
+    albert,
+    bart,
     bert,
+    clip,
+    deberta,
     fused,
     gemma,
     gpt2,
     gpt_neox,
     hybrid,
     llama,
+    modernbert,
+    nomic_bert,
     opt,
     parallel,
+    t5,
     ungated,
     vision_language,
     vit,
@@ -30,7 +37,9 @@ from liar_ext.models.family import Family
 _MODULES = (
     *(llama, gemma, fused, ungated, parallel, hybrid, opt, gpt2, gpt_neox),
     vision_language,
-    *(bert, vit),
+    *(bert, modernbert, nomic_bert, deberta, albert),
+    *(bart, t5),
+    *(vit, clip),
 )
 FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
 

@@ -6,6 +6,7 @@ columns go::
     mlp     gate, up  ──▶ x (d_in = channels)         ──▶ down   unit = channel
     attn    q, k, v   ──▶ x (d_in = heads · head_dim) ──▶ o      unit = head or KV group
 
+A block of a decoder that reads an encoder has a third one, ``cross_attn``, of the kind ``attn``.
 Paths come from the table of families; all sizes are read from the modules, never from the config,
 so that a model with unequal layers is read like any other.
 """
@@ -21,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Family, HeadInput, Stack, Wiring
-from liar_ext.models.reading import block_config, blocks_of, get_path
+from liar_ext.models.family import Family, HeadInput, Part, Stack, Wiring
+from liar_ext.models.reading import Block, block_config, get_path, parts_of
 from liar_ext.models.registry import family_of, register_family
 from liar_ext.models.stacking import kv_heads_of, row_units
 
 __all__ = [
     "Family",
     "HeadInput",
+    "Part",
     "Site",
     "Stack",
     "Wiring",
@@ -45,6 +47,7 @@ __all__ = [
 
 KINDS = ("attn", "mlp")
 ATTN_UNITS = ("auto", "kv_group", "head")
+CROSS = "cross_attn"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ class Site:
     Parameters
     ----------
     name : str
-        Block and kind, such as ``"3.mlp"``.
+        Block and kind, such as ``"3.mlp"``; where a family has several stacks of blocks, the name
+        of the stack before that, as in ``"decoder.3.cross_attn"``.
     kind : {"attn", "mlp"}
         Which site of the block.
     block : int
-        Index of the block.
+        Index of the block in its stack.
     unit : {"channel", "head", "kv_group"}
         What is removed whole. A KV group is a key/value head with all query heads that share it.
     units : int
@@ -85,6 +89,8 @@ class Site:
         Path of the block in the model.
     wiring : Wiring
         The row of the family table.
+    part : Part
+        The stack of blocks that it is in.
     """
 
     name: str
@@ -104,6 +110,7 @@ class Site:
     kv_heads: int
     path: str
     wiring: Wiring = field(repr=False)
+    part: Part = field(repr=False)
 
     @property
     def params(self) -> int:
@@ -175,7 +182,7 @@ class Site:
 
 
 def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto") -> list[Site]:
-    """List the sites of a model, by block, attention before MLP.
+    """List the sites of a model, by stack and block, attention before MLP.
 
     Parameters
     ----------
@@ -199,18 +206,27 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             f"sites: attn_unit must be one of {', '.join(ATTN_UNITS)}, got {attn_unit!r}"
         )
     family = family_of(model)
-    rows = {kind: _rows(family, kind, model.config) for kind in KINDS if kind in kinds}
-    if not any(rows.values()):
+    parts = parts_of(model, family)
+    # A decoder alone has the layers that read an encoder, too, and never runs them.
+    whole = len(parts) == len(family.all_parts)
+    found, described = [], False
+    for part, blocks in parts:
+        rows = {
+            label: _rows(part, label, model.config)
+            for label in ("attn", *([CROSS] if whole else []), "mlp")
+            if label.removeprefix("cross_") in kinds
+        }
+        described = described or any(rows.values())
+        for index, block in enumerate(blocks):
+            for label in rows:
+                wiring = _wiring(family.name, rows[label], block[1]) if rows[label] else None
+                if wiring is not None:
+                    found.append(_read_site(part, label, index, block, wiring, attn_unit))
+    if not described:
         raise InputError(
             f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
             f"{'; '.join(why_whole(model, kind) for kind in kinds)}"
         )
-    found = [
-        _read_site(kind, index, path, block, wiring, attn_unit)
-        for index, (path, block) in enumerate(blocks_of(model, family))
-        for kind in rows
-        if rows[kind] and (wiring := _wiring(family.name, rows[kind], block)) is not None
-    ]
     if not found:
         raise InputError(
             f"sites: no block of {family.name!r} has any {' or '.join(kinds)} to prune"
@@ -221,11 +237,11 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
 def why_whole(model: nn.Module, kind: str) -> str:
     """Return why the table has no such sites for a model; empty if it has."""
     family = family_of(model)
-    if _rows(family, kind, model.config):
+    if any(_rows(part, kind, model.config) for part in family.all_parts):
         return ""
-    if kind in family.without or getattr(family, kind) is None:
+    row = next((row for part in family.all_parts if (row := getattr(part, kind))), None)
+    if kind in family.without or row is None:
         return family.without.get(kind, "its row describes none")
-    row = getattr(family, kind)
     needs = (row[0] if isinstance(row, tuple) else row).requires
     said = ", ".join(f"{name}={value}" for name, value in needs.items())
     return f"its row is that of models with {said}"
@@ -249,9 +265,9 @@ def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
         return model_class(copy.deepcopy(config))
 
 
-def _rows(family: Family, kind: str, config: Any) -> tuple[Wiring, ...]:
+def _rows(part: Part, label: str, config: Any) -> tuple[Wiring, ...]:
     """Return the alternatives for a kind of site that are true for a config."""
-    row, config = getattr(family, kind), block_config(family, config)
+    row, config = getattr(part, label), block_config(part, config)
     return tuple(
         wiring
         for wiring in (row if isinstance(row, tuple) else (row,))
@@ -275,10 +291,11 @@ def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring |
 
 
 def _read_site(
-    kind: str, index: int, path: str, block: nn.Module, wiring: Wiring, attn_unit: str
+    part: Part, label: str, index: int, found: Block, wiring: Wiring, attn_unit: str
 ) -> Site:
     """Measure one site of a block."""
-    name = f"{index}.{kind}"
+    name = ".".join([*([part.name] if part.name else []), str(index), label])
+    (path, block), kind = found, label.removeprefix("cross_")
     rows = {layer: _out_in(name, block, layer, wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, block, wiring.consumer, wiring)
     if kind == "mlp":
@@ -320,6 +337,7 @@ def _read_site(
         kv_heads=kv_heads,
         path=path,
         wiring=wiring,
+        part=part,
     )
 
 

@@ -16,7 +16,7 @@ from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.certification import Divergence, certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.data.batches import Batches, probe_batches
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
@@ -27,7 +27,7 @@ from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
-from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.reconstruction.layerwise import check_walk, reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
 from liar_ext.report.clock import Clock
 from liar_ext.report.latency import LatencyTable
@@ -36,7 +36,7 @@ from liar_ext.report.rows import SiteRow
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion, score
-from liar_ext.selection.curve_allocation import decide, measure_losses
+from liar_ext.selection.curve_allocation import decide, measure_losses, probes_of
 from liar_ext.selection.rounding import rounding
 from liar_ext.surgery.units import apply_plan
 
@@ -64,9 +64,10 @@ class Job:
     earlier: list[dict[str, object]] = field(default_factory=list)  # jobs before this one
     grid: dict[str, object] = field(default_factory=dict)
     speed: Speed | None = None  # for a budget of latency
+    notes: list[str] = field(default_factory=list)  # what to know of how the job was done
 
     def __post_init__(self) -> None:
-        self.recipe = self.recipe.settled()
+        self.asked, self.recipe = self.recipe.schedule, self.recipe.settled()
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
@@ -87,6 +88,8 @@ class Job:
         layerwise = recipe.schedule == "layerwise"
         if backward or layerwise or recipe.allocation == "curve" or self.narrows:
             self.batches = list(self.batches)  # to be gone through again
+        if layerwise:
+            self._check_walk()
         if backward and self.batches:
             check_loss(model, self.batches[0])
 
@@ -99,6 +102,17 @@ class Job:
                 reason = "all its query heads share one key and value; give attn_unit='head'"
             if reason:
                 warnings.warn(f"prune: {kind} of {whose} stays whole: {reason}", stacklevel=4)
+
+    def _check_walk(self) -> None:
+        """Refuse to walk blocks that can't be run one by one, or do without one by default."""
+        try:
+            check_walk(self.model, self.batches)
+        except InputError as error:
+            if self.asked != "auto":
+                raise
+            self.recipe = replace(self.recipe, schedule="one-pass")
+            reason = str(error).removeprefix("layerwise: ").partition("; use")[0]
+            self.notes.append(f"Layers were solved in one pass, not one after the other: {reason}.")
 
     @property
     def narrows(self) -> bool:
@@ -175,7 +189,7 @@ class Job:
         if passes is None:
             return scores, losses
         recipe, curve = self.recipe, self.recipe.allocation == "curve"
-        probe = probe_batches(passes.batches) if curve else []
+        probe = probes_of(passes.model, passes.batches) if curve else []
         for group in self.clock.each("calibrate", passes):
             # No name for the bank: its memory is for the next group.
             with self.clock("score"):
@@ -346,6 +360,7 @@ class Job:
                 self.source["tokens"],
                 self.widest,
             )
+            + self.notes
             + self.grid.get("warnings", [])
             + ([] if self.speed is None else self.speed.warnings()),
             loading=stock_config.how_to_load(model, plan),

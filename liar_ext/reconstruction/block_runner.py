@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.hooks import Ended, replaced, watched
 from liar_ext.errors import InputError
+from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site
 
@@ -60,13 +61,13 @@ class Blocks:
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self._model = model
         self.norms: dict[str, str] = {}
-        self._body = getattr(model, "base_model", model)
+        self._body = body_of(model)
         self.sites: dict[int, list[Site]] = {}
         for site in sites:
             self.sites.setdefault(site.block, []).append(site)
         self._blocks = [model.get_submodule(at[0].path) for at in self.sites.values()]
         self._forwards = [block.forward for block in self._blocks]
-        self._tuples = False  # whether a block returns its hidden states in a tuple
+        self._beside: tuple | None = None  # what a block returns after its hidden states, as None
         self._wanted = 0
 
     def __len__(self) -> int:
@@ -139,8 +140,8 @@ class Blocks:
                 output = self._forwards[index](hidden, *args, **kwargs)
             except Ended:
                 return run
-        self._tuples = isinstance(output, tuple)
-        run.output = output[0] if self._tuples else output
+        self._beside = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+        run.output = output if self._beside is None else output[0]
         return run
 
     def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
@@ -212,9 +213,34 @@ class Blocks:
             if index == self._wanted:
                 raise Ended(args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if self._tuples else hidden
+            return hidden if self._beside is None else (hidden, *self._beside)
 
         return forward
+
+
+@torch.no_grad()
+def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) -> bool:
+    """Tell whether each block reads what the one before it wrote, and nothing comes between."""
+    blocks = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
+    read: list[Tensor] = []
+    wrote: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        read.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, args: tuple, output: object) -> None:
+        wrote.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(after) for block in blocks]
+    try:
+        body_of(model)(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = zip(wrote[:-1], read[1:], strict=True)
+    # Blocks may lie on several devices.
+    return len(read) == len(blocks) and all(torch.equal(x.to(y.device), y) for x, y in pairs)
 
 
 def _note(seen: dict, name: str, end: str | None, *, input_only: bool = False) -> Callable:

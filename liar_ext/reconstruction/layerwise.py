@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from liar_ext.data.batches import Batches
+from liar_ext.data.batches import Batch, Batches, read_batch
 from liar_ext.errors import InputError
-from liar_ext.models.running import evaluating
-from liar_ext.models.sites import sites
+from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
-from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.block_runner import Blocks, is_chain
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
@@ -100,6 +102,8 @@ def reconstruct_layerwise(
     """
     check_target(target, mode)
     check_settings(mode, damp)
+    batches = list(batches)
+    check_walk(model, batches)
     every = sites(model, attn_unit=plan.attn_unit)
     plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
@@ -110,6 +114,22 @@ def reconstruct_layerwise(
         for index in tqdm(steps, desc="layerwise", disable=not progress):
             walk.step(index)
     return walk.weights, [walk.rows[name] for name in plan.sites]
+
+
+def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor | Batch]) -> None:
+    """Raise InputError unless the blocks of a model can be run one by one."""
+    family = family_of(model)
+    reason = family.without.get("layerwise")
+    for batch in batches[:1] if reason is None else []:
+        one = read_batch(batch).select([0]).to(device_of(model)).inputs
+        with evaluating(model):
+            if not is_chain(model, sites(model), one):
+                reason = "a layer that is in no block reads what one writes"
+    if reason is not None:
+        raise InputError(
+            f"layerwise: this {family.name!r} is reconstructed in one pass only, {reason}; use "
+            'schedule="one-pass"'
+        )
 
 
 def check_target(target: str, mode: str) -> None:

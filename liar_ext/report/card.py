@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from liar_ext.plan import kind_of
 from liar_ext.report import markdown
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def card(report: Report, license_name: str | None = None) -> str:
 def _what_was_done(report: Report) -> list[str]:
     settings, sites = report.settings, report.sites
     kinds = {"attn": "attention heads", "mlp": "MLP channels"}
-    cut = {row.name.rpartition(".")[2] for row in sites if row.units_after < row.units_before}
+    cut = {kind_of(row.name) for row in sites if row.units_after < row.units_before}
     what = [text for kind, text in kinds.items() if kind in cut]
     what += ["hidden features"] if report.hidden else []
     lines = [

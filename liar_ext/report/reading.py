@@ -25,7 +25,7 @@ MOST_SITES = 4096
 MOST_FACTS = 200  # of a table of names and values
 MOST_TEXT = 400  # characters of one value
 LARGEST = 2**53  # of a count: what a double says exactly
-SITE_NAME = re.compile(r"(\d{1,6})\.(\w{1,20})")
+SITE_NAME = re.compile(r"(?:(\w{1,20})\.)?(\d{1,6})\.(?:cross_)?(\w{1,20})")
 
 
 @dataclass(frozen=True)
@@ -257,8 +257,9 @@ def _site(row: Mapping[str, Any]) -> SavedSite:
     found = SITE_NAME.fullmatch(name)
     known: dict[str, Any] = {
         "name": name,
-        "block": int(found[1]) if found else None,
-        "kind": found[2] if found else "other",
+        # Layers are counted anew in each part of a model, so that they have no place in one row.
+        "block": int(found[2]) if found and found[1] is None else None,
+        "kind": found[3] if found else "other",
         # Plain dropping is an infinite λ, which JSON has no number for.
         "damp": math.inf if row.get("damp") == "inf" else number(row.get("damp")),
     }

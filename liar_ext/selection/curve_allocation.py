@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.data.batches import Batches, probe_batches
+from liar_ext.data.batches import Batches, probe_batches, read_batches
+from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
@@ -42,7 +44,7 @@ def decide(
     allocation : {"uniform", "global", "curve"}
         Method.
     batches : sequence
-        Calibration batches, of which ``curve`` takes :func:`probe_batches`.
+        Calibration batches, of which ``curve`` takes :func:`probes_of`.
     mode : str
         How the pruned units are reconstructed.
     refine : int
@@ -64,7 +66,7 @@ def decide(
         plan = allocate(at, scores, budget, allocation, model_type=model_type, costs=costs)
         return with_bias(plan, model, mode), {}
     settings = {"mode": mode, "progress": progress}
-    probe = probe_batches(batches)
+    probe = probes_of(model, batches)
     if losses is None:
         losses, _ = measure_losses(model, bank, at, scores, budget, probe, **settings)
     plan = allocate(at, scores, budget, "curve", model_type=model_type, costs=costs, losses=losses)
@@ -89,6 +91,15 @@ def decide(
     return plan, {"predicted_divergence": predicted, **measured}
 
 
+def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
+    """Return a few sequences to measure divergences on, with all that the model reads."""
+    whole = (
+        replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
+        for batch in read_batches(batches)
+    )
+    return probe_batches(whole)
+
+
 def measure_losses(
     model: nn.Module,
     bank: MomentBank,
@@ -111,7 +122,7 @@ def measure_losses(
     model, bank, at, scores, budget
         As for :func:`liar_ext.allocate`; the model stays as it is.
     batches : sequence
-        A few sequences to measure the divergence on, from :func:`probe_batches`.
+        A few sequences to measure the divergence on, from :func:`probes_of`.
     mode : str
         How a site is reconstructed when it is pruned for the measurement.
     progress : bool

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.data.batches import Batch, read_batch
-from liar_ext.models.running import device_of
+from liar_ext.models.inputs import DECODER_IDS, DECODER_MASK, complete_inputs
+from liar_ext.models.running import device_of, output_of
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
@@ -22,8 +24,9 @@ class DenseOutputs:
 
     With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
     log q)`` in nats, p the dense model's distribution and q the pruned one's. Without it is
-    ``½ |h − h'|² / |h|²`` of the last hidden state, which has the same meaning to second order but
-    for its scale. Rows where the dense model's output is not finite are left out.
+    ``½ |h − h'|² / |h|²`` of the last hidden state, or of the embeddings of images and texts, which
+    has the same meaning to second order but for its scale. Rows where the dense model's output is
+    not finite are left out.
 
     Parameters
     ----------
@@ -43,9 +46,13 @@ class DenseOutputs:
         batch: Mapping[str, Tensor] | Tensor | Batch,
         positions: int | None = None,
     ) -> None:
-        self._batch = read_batch(batch)
-        ids = self._batch.inputs.get("input_ids")
-        self._positions = _spread(ids, self._batch.mask, positions)
+        batch = read_batch(batch)
+        inputs = complete_inputs(dense, batch.inputs, batch.labels)
+        self._batch = replace(batch, inputs=inputs)
+        # The outputs are those of the decoder, if there is one.
+        ids = inputs.get(DECODER_IDS, inputs.get("input_ids"))
+        self._mask = DECODER_MASK if DECODER_IDS in inputs else "attention_mask"
+        self._positions = _spread(ids, self._batch.mask_of(self._mask), positions)
         self._usable: Tensor | None = None
         self._has_logits, rows = self._run(dense)
         usable = torch.isfinite(rows).all(-1)
@@ -83,19 +90,20 @@ class DenseOutputs:
         """Return whether there are logits, and them or the last hidden states, (rows, features)."""
         device = device_of(model)
         batch = self._batch.to(device)
-        mask, at, extra = batch.mask, self._positions, {}
+        mask, at, extra = batch.mask_of(self._mask), self._positions, {}
         if at is not None and "logits_to_keep" in inspect.signature(model.forward).parameters:
             extra["logits_to_keep"] = at.to(device)
         outputs = model(**batch.inputs, **extra)
-        has_logits = outputs.get("logits") is not None
-        value = outputs["logits" if has_logits else "last_hidden_state"]
+        name, value = output_of(model, outputs)
         if at is not None and value.dim() == 3:
             value = value if value.shape[1] == len(at) else value[:, at]
             mask = None if mask is None else mask[:, at]
         if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
-        return has_logits, rows if self._usable is None else rows[self._usable.to(rows.device)]
+        return name == "logits", rows if self._usable is None else rows[
+            self._usable.to(rows.device)
+        ]
 
 
 def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:

@@ -148,7 +148,8 @@ def _rescaled(
 def _groups(at: Sequence[Site]) -> list[list[str]]:
     """Return the names of the sites, by kind and depth."""
     blocks = 1 + max(site.block for site in at)
-    groups: dict[tuple[str, int], list[str]] = {}
+    groups: dict[tuple[str, str, int], list[str]] = {}
     for site in at:
-        groups.setdefault((site.kind, DEPTHS * site.block // blocks), []).append(site.name)
+        key = site.part.name, site.kind, DEPTHS * site.block // blocks
+        groups.setdefault(key, []).append(site.name)
     return list(groups.values())

@@ -89,7 +89,10 @@ def divergences(
     """
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}
-    blocks = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in every)]
+    paths = list(dict.fromkeys(site.path for site in every))
+    blocks = [model.get_submodule(path) for path in paths]
+    # What repeats gives something else every time.
+    places = {s.name: 0 if s.part.repeats else paths.index(s.path) for s in every}
     batches = list(read_batches(batches))
     total, rows = [0.0] * len(probes), 0
     bar = tqdm(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
@@ -99,7 +102,7 @@ def divergences(
                 dense = DenseOutputs(model, batch, POSITIONS)
             rows += len(dense)
             for index, names in enumerate(probes):
-                first = min((found[name].block for name in names), default=len(blocks))
+                first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
                     for block, output in zip(blocks[:first], given, strict=False):
                         stack.enter_context(replaced(block, _answering(output)))

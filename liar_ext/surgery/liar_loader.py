@@ -11,7 +11,9 @@ get the sizes that ``liar`` in config.json names, by their path in the base mode
                   reads from its config by ``config.`` and the name
     head          the same outside of the base model; only of the class that was saved
     head_inputs   [position, keyword, heads]: an argument of forward that has one slice per head of
-                  the dense model, of which those of the heads that are left are taken
+                  the dense model, of which those of the heads that are left are taken; no heads:
+                  it is left out. [..., output, table]: where the output passes it on, to be whole
+                  again there, and the embedding that makes it where it isn't given
 
 A model that is built so is saved, by ``save_pretrained``, with this file and these sizes.
 """
@@ -23,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+_WHOLE = "_liar_whole"  # a tensor for all heads, while a module runs
 
 
 def pruned_class(stock: type) -> type:
@@ -79,10 +83,10 @@ def resize(model: nn.Module) -> bool:
         for path, sizes in said.get("head", {}).items():
             if path in outside:
                 _set_sizes(path, outside[path], sizes)
-    for path, (position, keyword, heads) in said.get("head_inputs", {}).items():
+    for path, (position, keyword, heads, *passed) in said.get("head_inputs", {}).items():
         module = base.get_submodule(path)
         if not selections(module):
-            select_heads(module, heads, position, keyword)
+            select_heads(module, heads, position, keyword, *passed)
     return True
 
 
@@ -141,14 +145,28 @@ def config_numbers(module: nn.Module) -> dict[str, int]:
     return dict(config.own) if type(config).__name__ == "LayerConfig" else {}
 
 
-def select_heads(module: nn.Module, heads: Any, position: int, keyword: str) -> None:
+def select_heads(
+    module: nn.Module,
+    heads: Any,
+    position: int,
+    keyword: str,
+    output: int | None = None,
+    table: str = "",
+) -> None:
     """Let a module take the slices of its heads from an argument made for all heads.
 
     Hooks run in the order in which they were added, so that a second pruning selects from what
-    the first one left.
+    the first one left. With ``output`` the next module gets the argument as this one did: whole,
+    or not at all where ``heads`` is None.
     """
-    hook = partial(_take_heads, heads=list(heads), position=position, keyword=keyword)
-    module.register_forward_pre_hook(hook, with_kwargs=True)
+    facts = {"heads": None if heads is None else list(heads), "first": not selections(module)}
+    if hasattr(module, table):
+        getattr(module, table).register_forward_hook(partial(_take_columns, **facts))
+    facts |= {"position": position, "keyword": keyword, "output": output, "table": table}
+    module.register_forward_pre_hook(partial(_take_heads, **facts), with_kwargs=True)
+    if output is not None:
+        hook = partial(_pass_on, output=output, table=table, drop=heads is None)
+        module.register_forward_hook(hook)
 
 
 def selections(module: nn.Module) -> list[partial]:
@@ -157,12 +175,57 @@ def selections(module: nn.Module) -> list[partial]:
     return [hook for hook in hooks if isinstance(hook, partial) and "heads" in hook.keywords]
 
 
+def selection_of(module: nn.Module) -> list[Any]:
+    """Return what ``head_inputs`` says of a module: nothing, or what its selections come to."""
+    found = [hook.keywords for hook in selections(module)]
+    if not found:
+        return []
+    first, heads = found[0], found[0]["heads"]
+    for then in found[1:]:
+        heads = heads and [heads[index] for index in then["heads"]]
+    said = [first["position"], first["keyword"], heads]
+    return said if first["output"] is None else [*said, first["output"], first["table"]]
+
+
 def _take_heads(
-    module: nn.Module, args: tuple, kwargs: dict, *, heads: list[int], position: int, keyword: str
+    module: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    *,
+    heads: list[int] | None,
+    first: bool,
+    position: int,
+    keyword: str,
+    output: int | None,
+    table: str,
 ) -> tuple[tuple, dict]:
     """Select heads from dimension 1 of one argument: a forward pre-hook."""
     arguments = dict(enumerate(args)) | kwargs
     key = keyword if keyword in kwargs else position
-    if isinstance(arguments.get(key), torch.Tensor):
-        arguments[key] = arguments[key][:, heads]
+    given = arguments.get(key)
+    if first and output is not None:
+        vars(module)[_WHOLE] = given
+    if isinstance(given, torch.Tensor):
+        arguments[key] = None if heads is None else given[:, heads]
     return tuple(arguments[i] for i in range(len(args))), {k: arguments[k] for k in kwargs}
+
+
+def _take_columns(
+    table: nn.Module, args: tuple, made: torch.Tensor, *, heads: list[int], first: bool
+) -> torch.Tensor:
+    """Select heads from the last dimension of what an embedding gives: a forward hook."""
+    if first:
+        vars(table)[_WHOLE] = made.movedim(-1, 0)[None]
+    return made[..., heads]
+
+
+def _pass_on(
+    module: nn.Module, args: tuple, result: tuple, *, output: int, table: str, drop: bool
+) -> tuple:
+    """Put the argument into the output as it came, for all heads: a forward hook."""
+    whole = vars(module).pop(_WHOLE, None)
+    if whole is None and hasattr(module, table):
+        whole = vars(getattr(module, table)).pop(_WHOLE, None)
+    if whole is None and not drop:
+        return result
+    return (*result[:output], None if drop else whole, *result[output + 1 :])

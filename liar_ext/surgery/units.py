@@ -257,4 +257,11 @@ def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> Non
     head_input = site.wiring.head_input
     heads = site.features(kept)[:: site.head_dim] // site.head_dim
     module = model.get_submodule(f"{site.path}.{head_input.module}")
-    select_heads(module, heads.tolist(), head_input.position, head_input.keyword)
+    select_heads(
+        module,
+        None if head_input.own else heads.tolist(),
+        head_input.position,
+        head_input.keyword,
+        head_input.output,
+        head_input.table,
+    )

@@ -104,12 +104,21 @@ _BERT = Family(
         config={"intermediate_size": "features"},
     ),
     stream=BERT,
+    without={"stock": "a head is hidden_size / num_attention_heads features, so heads stay"},
 )
 
 # The rows of the table.
 ROWS = (
     _BERT,
     replace(_BERT, name="roberta"),
+    replace(_BERT, name="xlm-roberta"),
+    replace(_BERT, name="camembert"),
+    replace(
+        _BERT,
+        name="electra",
+        stream=None,
+        without={**_BERT.without, "hidden": "its embeddings have a size of their own"},
+    ),
     replace(
         _BERT,
         name="mpnet",

@@ -1,4 +1,4 @@
-"""Vision transformers: ViT and DINOv2."""
+"""Vision transformers: ViT, DINOv2 and DINOv3."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _VIT = Family(
     mlp=Wiring(
         producers=("mlp.fc1",), consumer="mlp.fc2", config={"intermediate_size": "features"}
     ),
+    without={"hidden": "patches are embedded by a convolution"},
 )
 
 # The rows of the table.
@@ -34,5 +35,32 @@ ROWS = (
             Wiring(producers=("mlp.fc1",), consumer="mlp.fc2"),
             Wiring(producers=("mlp.gate_proj", "mlp.up_proj"), consumer="mlp.down_proj"),
         ),
+        without={**_VIT.without, "stock": "it says channels by a whole number, mlp_ratio"},
+    ),
+    replace(
+        _VIT,
+        name="dinov3_vit",
+        blocks="layer",
+        attn=Wiring(
+            producers=("attention.q_proj",),
+            key_value=("attention.k_proj", "attention.v_proj"),
+            consumer="attention.o_proj",
+            head_dim="attention.head_dim",
+            numbers={"attention.num_heads": "heads", "attention.embed_dim": "features"},
+        ),
+        mlp=tuple(
+            Wiring(
+                producers=producers,
+                consumer="mlp.down_proj",
+                numbers={"mlp.intermediate_size": "features"},
+                config={"intermediate_size": "features"},
+                bias_flag="mlp_bias",
+            )
+            for producers in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.up_proj",))
+        ),
+        without={
+            **_VIT.without,
+            "stock": "a head is hidden_size / num_attention_heads features, so heads stay",
+        },
     ),
 )

@@ -1,0 +1,131 @@
+"""Encoders, encoder-decoders and towers: every row of theirs, from slicing to a second folder."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from folders import make_plan, read
+from tiny import batches, outputs, tiny, tiny_inputs
+from tiny_encoders import ENCODERS, SEQ2SEQ
+from torch import nn
+
+from liar_ext import Plan, apply_plan, load_pruned, prune, save_pruned
+from liar_ext.checkpoint.stock_config import auto_classes
+from liar_ext.models.sites import family_of, get_consumer_weight, sites
+
+PARTS = ("clip", "bart", "t5", "whisper")
+
+
+def some_plans(model: nn.Module) -> list[Plan]:
+    """Return plans for each kind of site, each part of the model, and sites by themselves."""
+    found = make_plan(model)
+    at = sites(model)
+    groups = [{s.name for s in at if s.kind == kind} for kind in ("attn", "mlp")]
+    groups += [{s.name for s in at if s.part.name == part} for part in {s.part.name for s in at}]
+    groups += [{s.name for s in at if "cross" in s.name}]
+    groups += [{s.name} for s in at if s.kind == "attn"]
+    distinct = {frozenset(group) for group in groups if group}
+    return [
+        found,
+        *(replace(found, sites={n: found.sites[n] for n in sorted(each)}) for each in distinct),
+    ]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_slicing_equals_zeroing(name: str) -> None:
+    model = tiny(name, dtype=torch.float64)
+    dense = outputs(model)
+    for plan in some_plans(model):
+        zeroed, sliced = copy.deepcopy(model), copy.deepcopy(model)
+        removed = 0
+        for site in sites(zeroed):
+            if site.name in plan.sites:
+                gone = plan.sites[site.name].removed
+                removed += len(gone) * site.unit_params
+                get_consumer_weight(zeroed, site)[:, site.features(gone)] = 0
+        apply_plan(sliced, plan)
+        expected = outputs(zeroed)
+        torch.testing.assert_close(outputs(sliced), expected, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(expected, dense), plan.sites.keys()
+        counts = [sum(p.numel() for p in each.parameters()) for each in (zeroed, sliced)]
+        assert counts[0] - counts[1] == removed
+
+
+def test_sites_are_named_by_the_part_that_they_are_in() -> None:
+    def names(name: str) -> list[str]:
+        return [site.name for site in sites(tiny(name)) if site.block == 1]
+
+    both = ["encoder.1.attn", "encoder.1.mlp", "decoder.1.attn", "decoder.1.cross_attn"]
+    assert names("t5") == names("whisper") == names("bart") == [*both, "decoder.1.mlp"]
+    assert names("clip") == ["vision.1.attn", "vision.1.mlp", "text.1.attn", "text.1.mlp"]
+    assert names("clip_text_model") == names("albert") == ["1.attn", "1.mlp"]
+    # What a model lacks has no sites; nor has attention to an encoder that isn't there.
+    assert names("t5 encoder") == names("whisper classes") == ["encoder.1.attn", "encoder.1.mlp"]
+    assert names("bart decoder") == ["decoder.1.attn", "decoder.1.mlp"]
+    assert [site.kind for site in sites(tiny("bart"))][-3:] == ["attn", "attn", "mlp"]
+    assert len(sites(tiny("bart"), ("attn",))) == 2 + 4
+
+
+def check_job(name: str, folder: Path, **choices) -> nn.Module:
+    """Prune, save, load, save what was loaded, train a step and save that."""
+    model = tiny(name)
+    report = prune(model, batches(model, 3), 0.6, **choices)
+    assert any(site.removed for site in report.plan.sites.values())
+    expected = outputs(model)
+    save_pruned(model, folder / "one", model.liar_plan)
+    stock = getattr(transformers, type(model).__name__)
+    if read(folder / "one")["liar"]["layers"] == "equal":
+        loaded = stock.from_pretrained(folder / "one")
+        assert type(loaded) is stock
+    elif auto_classes(model):
+        named = read(folder / "one")["auto_map"]
+        loader = getattr(transformers, next(auto for auto in named if auto in auto_classes(model)))
+        loaded = loader.from_pretrained(folder / "one", trust_remote_code=True)
+    else:
+        loaded = load_pruned(folder / "one")
+    assert torch.equal(outputs(loaded.eval()), expected)
+    loaded.save_pretrained(folder / "two")
+    again = load_pruned(folder / "two")
+    assert torch.equal(outputs(again), expected)
+    assert again.config.liar == loaded.config.liar
+    inputs = tiny_inputs(again)
+    again.train()
+    result = again(**inputs)
+    values = [v for v in result.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    sum(value.square().mean() for value in values).backward()
+    at = [path for site in sites(again) for path in (*site.producers, site.consumer)]
+    weights = [again.get_submodule(path).weight for path in at]
+    assert all(weight.grad.any() for weight in weights)
+    torch.optim.SGD(weights, lr=0.1).step()
+    trained = outputs(again.eval())
+    assert not torch.equal(trained, expected)
+    again.save_pretrained(folder / "three")
+    assert torch.equal(outputs(load_pruned(folder / "three")), trained)
+    if name in SEQ2SEQ:
+        settings = {**tiny_inputs(model), "max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(loaded.generate(**settings), model.generate(**settings))
+    return model
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
+    model = check_job(name, tmp_path)
+    assert read(tmp_path / "one")["liar"]["layers"] == "unequal"
+    assert model.config.liar["history"]
+
+
+@pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
+@pytest.mark.parametrize(
+    "name", ["nomic_bert", "modernbert", "deberta-v2", "albert", "dinov3_vit", *PARTS]
+)
+def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
+    equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "one-pass"}
+    check_job(name, tmp_path, kinds=kinds, **equal)
+    possible = kinds == ("mlp",) or name == "nomic_bert"
+    assert read(tmp_path / "one")["liar"]["layers"] == ("equal" if possible else "unequal")
+    assert possible or "stock" in family_of(tiny(name)).without
