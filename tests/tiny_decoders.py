@@ -33,6 +33,14 @@ _LINEAR = {
 }
 
 
+def _seeing(name: str, text: str, vision: str) -> tuple[str, str, dict]:
+    fields = {
+        "text_config": {"model_type": text, **_GQA},
+        "vision_config": {"model_type": vision, **_PIXTRAL},
+    }
+    return f"{name}ForConditionalGeneration", f"{name}Config", fields
+
+
 def _causal(name: str, fields: dict, config: str = "") -> tuple[str, str, dict]:
     return f"{name}ForCausalLM", f"{config or name}Config", fields
 
@@ -138,20 +146,11 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
             },
         },
     ),
-    "mistral3": (
-        "Mistral3ForConditionalGeneration",
-        "Mistral3Config",
-        {
-            "text_config": {"model_type": "ministral3", **_GQA},
-            "vision_config": {"model_type": "pixtral", **_PIXTRAL},
-        },
-    ),
-    "llava": (
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        {
-            "text_config": {"model_type": "llama", **_GQA},
-            "vision_config": {"model_type": "clip_vision_model", **_PIXTRAL},
-        },
-    ),
+    "mistral3": _seeing("Mistral3", "ministral3", "pixtral"),
+    "llava": _seeing("Llava", "llama", "clip_vision_model"),
+    "llava_onevision": _seeing("LlavaOnevision", "qwen2", "siglip_vision_model"),
+    "internvl": _seeing("InternVL", "qwen2", "internvl_vision"),
+    "paligemma": _seeing("PaliGemma", "gemma", "siglip_vision_model"),
+    "idefics3": _seeing("Idefics3", "llama", "idefics3_vision"),
+    "smolvlm": _seeing("SmolVLM", "llama", "smolvlm_vision"),
 }

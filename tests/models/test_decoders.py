@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from folders import equal_plan, pruned, read
+from folders import equal_plan, make_plan, pruned, read
 from journeys import check_hidden, check_job, check_slicing, says_equal_layers
-from tiny import batches, outputs, tiny
+from tiny import NARROWABLE, batches, outputs, tiny
 from tiny_decoders import DECODERS
 
 from liar_ext import InputError, apply_plan, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
 from liar_ext.models.registry import FAMILIES
-from liar_ext.models.sites import sites, why_whole
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.sites import family_of, get_consumer_weight, sites, why_whole
 from liar_ext.narrowing import narrowing
 
 STREAMS = [name for name in DECODERS if FAMILIES[tiny(name).config.model_type].stream]
@@ -38,6 +39,37 @@ def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatc
         monkeypatch.setattr(narrowing, "score_hidden", scores)
 
     check_hidden(name, keep, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name", [*NARROWABLE, *STREAMS])
+@torch.no_grad()
+def test_what_norms_add_to_their_weights(name: str) -> None:
+    """With weights that cancel it, a norm puts out its bias alone."""
+    model = tiny(name)
+    added = family_of(model).stream.norm_offset
+    for norm in map(model.get_submodule, hidden_of(model).norms):
+        norm.weight.fill_(-added)
+        output = norm(torch.randn(3, len(norm.weight)))
+        bias = getattr(norm, "bias", None)
+        assert torch.equal(output, torch.zeros(3, 1) + (0 * output[0] if bias is None else bias))
+
+
+@pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
+def test_a_model_that_sees_is_the_same_on_pictures(kinds: tuple[str, ...]) -> None:
+    model = tiny("llava", dtype=torch.float64, image_token_index=60)
+    picture = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    inputs = {"input_ids": torch.tensor([[5, 60, 60, 60, 60, 7, 9]]), "pixel_values": picture}
+    plan, zeroed = make_plan(model, kinds), copy.deepcopy(model)
+    for site in sites(zeroed, kinds):
+        gone = site.features(plan.sites[site.name].removed)
+        get_consumer_weight(zeroed, site)[:, gone] = 0
+    dense = outputs(model, inputs)
+    apply_plan(model, plan)
+    expected = outputs(zeroed, inputs)
+    torch.testing.assert_close(outputs(model, inputs), expected)
+    assert not torch.allclose(expected, dense)
+    inputs["pixel_values"] = -picture
+    assert not torch.allclose(outputs(model, inputs), expected)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ _QWEN2 = replace(
 ROWS = (
     _ROW,
     replace(_ROW, name="llava"),
+    replace(_ROW, name="llava_onevision"),
+    replace(_ROW, name="internvl"),
+    replace(_ROW, name="paligemma"),
+    replace(_ROW, name="idefics3", blocks="text_model.layers"),
+    replace(_ROW, name="smolvlm", blocks="text_model.layers"),
     _QWEN2,
     replace(_QWEN2, name="qwen2_5_vl"),
     replace(_ROW, name="qwen3_vl", attn=ROW.attn),
