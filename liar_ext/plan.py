@@ -16,7 +16,8 @@ from typing import Any
 from liar_ext.errors import InputError
 
 PLAN_VERSION = 2
-READABLE = (1, 2)  # version 1 has no hidden features
+EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of version 2 would keep
+READABLE = (1, 2, 3)  # version 1 has no hidden features
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
 PHASES = ("prefill", "decode", "both")
 TILES = (1, 16, 32, 64, 128)  # that the command offers
@@ -215,6 +216,9 @@ class Plan:
         The budget as it was asked for; for the record only.
     hidden : SitePlan or None
         The features of the residual stream that stay, the same in every block; None: all.
+    experts : mapping of str to SitePlan
+        The experts that stay, by layer such as ``"3.mlp"``. Those of ``sites`` are numbered as they
+        are then: ``"3.mlp.0"`` is the first one that stays.
     """
 
     model_type: str
@@ -222,6 +226,7 @@ class Plan:
     sites: Mapping[str, SitePlan]
     budget: Mapping[str, object] = field(default_factory=dict)
     hidden: SitePlan | None = None
+    experts: Mapping[str, SitePlan] = field(default_factory=dict)
 
     def check_sites(self, held: Collection[str], operation: str) -> None:
         """Raise InputError unless every site of the plan is in ``held``."""
@@ -255,15 +260,24 @@ class Plan:
                 f"{first.model_type}/{first.attn_unit} and {self.model_type}/{self.attn_unit}; "
                 "keep both plans"
             )
-        one, two = ({**plan.sites, "hidden features": plan.hidden} for plan in (first, self))
+        one = {**_renumbered(first.sites, self.experts), "hidden features": first.hidden}
+        two = {**self.sites, "hidden features": self.hidden}
         sites = {name: _composed(name, one.get(name), two.get(name)) for name in {**one, **two}}
         hidden = sites.pop("hidden features")
+        experts = {
+            name: _composed(name, first.experts.get(name), self.experts.get(name))
+            for name in {**first.experts, **self.experts}
+        }
         unit = min(units or {first.attn_unit, self.attn_unit} - {"auto"}, default="auto")
-        return Plan(self.model_type, unit, sites, self.budget, hidden)
+        return Plan(self.model_type, unit, sites, self.budget, hidden, experts)
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
-        return json.dumps({"version": PLAN_VERSION, **asdict(self)})
+        facts = asdict(self)
+        version = EXPERTS_VERSION if facts["experts"] else PLAN_VERSION
+        if not facts["experts"]:
+            del facts["experts"]
+        return json.dumps({"version": version, **facts})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -279,13 +293,16 @@ class Plan:
             version = data.pop("version")
             if version not in READABLE:
                 raise InputError(
-                    f"Plan: version {version} is not {PLAN_VERSION}; "
+                    f"Plan: version {version} is none of {', '.join(map(str, READABLE))}; "
                     "read it with the liar_ext that wrote it"
                 )
             sites = {name: SitePlan.from_dict(site) for name, site in data.pop("sites").items()}
             hidden = data.pop("hidden", None)
             hidden = None if hidden is None else SitePlan.from_dict(hidden)
-            return cls(sites=sites, hidden=hidden, **data)
+            experts = {
+                name: SitePlan.from_dict(site) for name, site in data.pop("experts", {}).items()
+            }
+            return cls(sites=sites, hidden=hidden, experts=experts, **data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise InputError(f"Plan: not a plan: {error!r}") from error
 
@@ -301,7 +318,22 @@ class Plan:
 
 def kind_of(site: str) -> str:
     """Return the kind of a site by its name: ``attn`` of ``decoder.3.cross_attn``, for one."""
-    return site.rpartition(".")[2].removeprefix("cross_")
+    words = [word for word in site.split(".") if not word.isdigit()]
+    return words[-1].removeprefix("cross_")
+
+
+def _renumbered(
+    sites: Mapping[str, SitePlan], experts: Mapping[str, SitePlan]
+) -> dict[str, SitePlan]:
+    """Return the plans of sites under the numbers that experts have once others are gone."""
+    found = {}
+    for name, site in sites.items():
+        layer, _, number = name.rpartition(".")
+        if layer not in experts:
+            found[name] = site
+        elif int(number) in experts[layer].kept:
+            found[f"{layer}.{experts[layer].kept.index(int(number))}"] = site
+    return found
 
 
 def _composed(name: str, first: SitePlan | None, then: SitePlan | None) -> SitePlan | None:

@@ -24,6 +24,7 @@ _GQA = {
 }
 _DECODER = {**_TEXT, **_GQA, "max_position_embeddings": 64}
 _ENCODER = {**_TEXT, **_MHA, "max_position_embeddings": 64}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _IMAGE = {**_MHA, "image_size": 8, "patch_size": 4, "num_labels": 5}
 
 # name: (model class, config class, config fields)
@@ -72,8 +73,31 @@ TINY: dict[str, tuple[str, str, dict]] = {
         {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True},
     ),
 }
+_MOE = {**_DECODER, "num_hidden_layers": 2, "intermediate_size": 32, "num_experts_per_tok": 2}
+# Mixtures of experts; of qwen3_moe the second layer has an ordinary MLP.
+MOE: dict[str, tuple[str, str, dict]] = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**_MOE, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            **_MOE,
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 28,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_MOE, "hidden_size": 32, "num_experts": 4}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**_MOE, "num_local_experts": 4, "sliding_window": 8, "rope_parameters": _ROPE},
+    ),
+}
 # Those that the tests of their kind go through, and not every other test.
-MORE = {**DECODERS, **ENCODERS}
+MORE = {**DECODERS, **ENCODERS, **MOE}
 CAUSAL = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3 opt gpt2 gpt_neox".split()
 NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
 GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()

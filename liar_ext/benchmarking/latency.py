@@ -31,6 +31,7 @@ from liar_ext.benchmarking.job import machine
 from liar_ext.benchmarking.timing import Clock, Settings
 from liar_ext.data.texts import check_seq_len
 from liar_ext.errors import InputError
+from liar_ext.models.experts import refuse_experts
 from liar_ext.models.inputs import inputs_read
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, sites
@@ -83,6 +84,8 @@ def measure_latency(
     InputError
         If the model has no such phase, or not so many positions, or lies on several devices.
     """
+    at = sites(model) if at is None else list(at)
+    refuse_experts(at, "latency: seconds by size are measured of", 'use of="flops"')
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1:
         raise InputError(
@@ -90,7 +93,6 @@ def measure_latency(
             "on one, or take a table that was measured so"
         )
     phases, clock = _phases(model, budget), clock or clock_of(model)
-    at = sites(model) if at is None else list(at)
     shapes: dict[tuple, list[Site]] = {}
     for site in at:
         shapes.setdefault(site.shape, []).append(site)

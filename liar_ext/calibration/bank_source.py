@@ -6,6 +6,7 @@
 ``sites``                 per site what its units are: ``unit``, ``units``, ``width``, ``groups``
 ``sequences``, ``tokens`` numbers of them
 ``seq_len``               tokens of the longest sequence
+``routed``                by the name of an expert, the tokens of each fold that reached it
 ``data``                  a fingerprint of each text run over, with its folds
 ``texts``                 names of the texts that ``source`` of the kept text counts
 ``tokenizer``             a fingerprint of the tokenizer
@@ -93,6 +94,12 @@ def combine(
     for key in ("data", "calibrations"):
         if key in mine or key in theirs:
             merged[key] = [*mine.get(key, ()), *theirs.get(key, ())]
+    if "routed" in merged:
+        parts = [bank.get("routed", {}) for bank in (mine, theirs)]
+        merged["routed"] = {
+            name: [sum(part.get(name, (0, 0))[fold] for part in parts) for fold in (0, 1)]
+            for name in {**parts[0], **parts[1]}
+        }
     if "seq_len" in merged:
         merged["seq_len"] = max(mine.get("seq_len", 0), theirs.get("seq_len", 0))
     if "texts" in merged:
@@ -172,11 +179,19 @@ def _all(checks: Mapping[str, Callable[[Any], bool]], facts: Mapping[str, Any]) 
     return all(check(facts[name]) for name, check in checks.items())
 
 
+def _routed(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(counts, list) and len(counts) == 2 and all(map(_count, counts))
+        for counts in value.values()
+    )
+
+
 CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("sequences", "tokens", "seq_len"), _count),
     **dict.fromkeys(("model_type", "model", "dtype", "tokenizer"), _string),
     **dict.fromkeys(("data", "texts"), _names),
     "sites": _sites,
+    "routed": _routed,
     "calibrations": _calibrations,
     "sensitivities": _sensitivities,
 }

@@ -17,6 +17,7 @@ from liar_ext.calibration.kept_text import Text, sequence_digests, text_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
+from liar_ext.models.experts import Routed, routed_input
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
@@ -37,7 +38,9 @@ def calibrate(
     """Collect the moments of every site's consumer input in one pass over ``batches``.
 
     For each site and each fold, ``G = Σ_t w_t x_t x_tᵀ``, ``s = Σ_t w_t x_t`` and ``n = Σ_t w_t``,
-    where ``w_t`` is 0 for padding and 1 otherwise. A task head on top of the model is not run.
+    where ``w_t`` is 0 for padding and 1 otherwise. An expert has sums over the tokens that the
+    router sends there, with ``w_t`` times the square of the weight that their output gets. A task
+    head on top of the model is not run.
 
     Parameters
     ----------
@@ -63,7 +66,8 @@ def calibrate(
     Raises
     ------
     InputError
-        If a weight or a sum is not finite, a batch holds only padding, or a fold gets no token.
+        If a weight or a sum is not finite, a batch holds only padding, or a fold gets no token;
+        an expert may get none.
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
@@ -77,18 +81,19 @@ def calibrate(
 
 def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) -> MomentBank:
     """Return the moments of what the consumers of sites read."""
-    taps = [
-        Tap(
-            site.name,
-            site.consumer,
-            site.d_in,
-            lambda args, _: args[0],
-            mask=site.part.mask,
-            repeats=site.part.repeats,
-        )
-        for site in at
-    ]
+    taps = [_tap(model, site) for site in at]
     return collect(model, body_of(model), batches, taps, **bar)
+
+
+def _tap(model: nn.Module, site: Site) -> Tap:
+    """Return where what the consumer of a site reads is to be had."""
+    mask, repeats = site.part.mask, site.part.repeats
+    if site.expert is None:
+        module, take = site.consumer, lambda args, _: args[0]
+    else:  # the module of all experts computes what each reads
+        module = site.consumer.rpartition(".")[0]
+        take = lambda args, _: routed_input(model, site, args)  # noqa: E731
+    return Tap(site.name, module, site.d_in, take, mask=mask, repeats=repeats)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class Tap:
     d_in : int
         Number of features.
     take : callable
-        Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output.
+        Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output; or
+        those tokens alone that reach an expert.
     first : bool
         Only the first token counts.
     sums : type
@@ -118,7 +124,7 @@ class Tap:
     name: str
     module: str
     d_in: int
-    take: Callable[[tuple, Tensor], Tensor]
+    take: Callable[[tuple, Tensor], Tensor | Routed]
     first: bool = False
     sums: type[Moments] | type[Squares] = Moments
     mask: str = "attention_mask"
@@ -146,7 +152,7 @@ def collect(
     for tap in taps:
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current, seen = _InFlight(), _Seen(keep_text)
+    current, seen, tokens = _InFlight(), _Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
     bar = tqdm(batches, desc=title, disable=not progress)
@@ -164,24 +170,27 @@ def collect(
             current.set(batch)
             with suppress(Ended):
                 body(**batch.inputs)
+            tokens += current.counted
     sequences = len(seen.sequences)
-    if not sequences or any((moments.tokens == 0).any() for moments in bank.values()):
+    every = [sums.tokens for name, sums in bank.items() if name not in current.routed]
+    if not sequences or any((each == 0).any() for each in every):
         raise InputError(
             f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
             "give at least 2 sequences"
         )
     for name, sums in bank.items():
         check_finite(sums.total, *([sums.gram] if isinstance(sums, Moments) else []), at=name)
-    tokens = int(next(iter(bank.values())).tokens.sum()) if bank else 0
     bank.source = {
         "model_type": model.config.model_type,
         "sequences": sequences,
-        "tokens": tokens,
+        "tokens": int(every[0].sum()) if every else tokens,
         "model": _fingerprint(model.state_dict()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "seq_len": seen.longest,
         "data": [seen.digest.hexdigest()],
     }
+    if current.routed:
+        bank.source["routed"] = current.routed
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
 
@@ -267,9 +276,12 @@ class _InFlight:
     whole: int | None = None  # the fold, when all sequences belong to one
     batch: Batch | None = None
     seen: set[str] = field(default_factory=set)  # taps that have got their tensor
+    fold: Tensor | None = None  # (batch,)
+    counted: int = 0  # tokens of the batch that aren't padding, where experts were tapped
+    routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
 
     def set(self, batch: Batch) -> None:
-        fold = batch.fold
+        self.fold = fold = batch.fold
         self.batch = batch
         self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
         self.seen.clear()
@@ -281,6 +293,9 @@ def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, ends: floa
 
     def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
         x, weight = tap.take(arguments, output), current.batch.mask_of(tap.mask)
+        if isinstance(x, Routed):
+            _add_routed(tap.name, moments, x, current)
+            return finish()
         sequences = sum(map(len, current.rows))
         # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
         if x.dim() == 2:
@@ -299,8 +314,29 @@ def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, ends: floa
         for fold, part, part_weight in folds:
             flat = None if part_weight is None else part_weight.flatten()
             moments.update(part.flatten(0, -2), fold, flat)
+        finish()
+
+    def finish() -> None:
         current.seen.add(tap.name)
         if len(current.seen) == ends:
             raise Ended
 
     return add
+
+
+def _add_routed(name: str, moments: Moments, routed: Routed, current: _InFlight) -> None:
+    """Add the tokens that reach an expert: ``Σ r² x xᵀ`` over those that aren't padding."""
+    device = routed.x.device
+    each = routed.tokens // len(current.fold)
+    fold = current.fold.to(device).repeat_interleave(each)[routed.token]
+    used = torch.ones_like(fold, dtype=torch.bool)
+    current.counted = routed.tokens
+    if current.batch.mask is not None:
+        used = current.batch.mask.flatten().to(device)[routed.token]
+        current.counted = int(current.batch.mask.sum())
+    weight = routed.weight.double().square()
+    found = current.routed.setdefault(name, [0] * FOLDS)
+    for index in range(FOLDS):
+        here = used & (fold == index)
+        found[index] += int(here.sum())
+        moments.update(routed.x[here], index, weight[here])

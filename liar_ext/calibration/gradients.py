@@ -21,6 +21,7 @@ from liar_ext import ops
 from liar_ext.calibration.hooks import watched
 from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
 from liar_ext.errors import InputError
+from liar_ext.models.experts import refuse_experts
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
@@ -101,6 +102,7 @@ def collect_gradients(
     Llama of 135M parameters in float32 took 2.1 GiB more than its forward pass, and 3.4 times as
     long, on one sequence of 512 tokens at a time on a CPU.
     """
+    check_owned(at)
     device = device_of(model)
     owned = {site.name: _owned_parameters(model, site) for site in at}
     parameters = [parameter for layers in owned.values() for part in layers for parameter in part]
@@ -148,6 +150,12 @@ def collect_gradients(
         site.name: _summarise(site, owned[site.name], products, fisher[site.name] / sequences)
         for site in at
     }
+
+
+def check_owned(at: Sequence[Site]) -> None:
+    """Raise InputError unless gradients of what the units of all sites own can be collected."""
+    what = "gradients: criteria that need gradients need"
+    refuse_experts(at, what, "take one that runs the model forward only, such as wifv")
 
 
 def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -> None:

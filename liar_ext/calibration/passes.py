@@ -12,7 +12,7 @@ from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights,
 from liar_ext.calibration.memory import available_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import FOLDS, Batches
-from liar_ext.models.sites import Site
+from liar_ext.models.sites import Site, teams_of
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
 MEMORY = 32 << 30
@@ -30,7 +30,8 @@ class Passes:
     model, batches, at, progress
         As for :func:`calibrate`.
     memory : int, optional
-        Bytes that sums may take at a time, but at least those of one site; by default what
+        Bytes that sums may take at a time, but at least those of one site, or of the experts of a
+        layer; by default what
         :func:`room_for_sums` says.
     bank : MomentBank, optional
         Moments over these batches that are there already; whatever groups they hold take no pass.
@@ -88,8 +89,10 @@ def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMOR
 
 
 def group_sites(at: Sequence[Site], memory: int) -> list[Sequence[Site]]:
-    """Return the groups that :class:`Passes` takes."""
-    return split(at, [FOLDS * 8 * site.d_in**2 for site in at], memory)
+    """Return the groups that :class:`Passes` takes; the experts of a layer stay together."""
+    teams = list(teams_of(at).values())
+    sizes = [sum(FOLDS * 8 * site.d_in**2 for site in team) for team in teams]
+    return [[site for team in some for site in team] for some in split(teams, sizes, memory)]
 
 
 def split(items: Sequence[Item], sizes: Sequence[int], limit: int) -> list[Sequence[Item]]:

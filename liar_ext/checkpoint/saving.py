@@ -123,6 +123,13 @@ def _check_plan(model: nn.Module, plan: Plan, config: Any) -> None:
                 f"save_pruned: the plan leaves {units} units at {name}, the model has "
                 f"{found.get(name, 'no such site')}; pass the plan that pruned this model"
             )
+    experts = {site.team: site.experts for site in sites(model) if site.expert is not None}
+    for name, layer in plan.experts.items():
+        if experts.get(name) != len(layer.kept):
+            raise InputError(
+                f"save_pruned: the plan leaves {len(layer.kept)} experts at {name}, the model has "
+                f"{experts.get(name, 'none')}; pass the plan that pruned this model"
+            )
     hidden = None if plan.hidden is None else hidden_of(model).size
     if plan.hidden is not None and hidden != len(plan.hidden.kept):
         raise InputError(

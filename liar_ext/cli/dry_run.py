@@ -17,7 +17,7 @@ from liar_ext.checkpoint.stock_config import how_to_load
 from liar_ext.data.batches import FACTS, FOLDS, probe_batches
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
-from liar_ext.models.sites import Site, skeleton
+from liar_ext.models.sites import Site, skeleton, teams_of
 from liar_ext.narrowing.narrowing import MEMORY, count_kept
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan, SitePlan
@@ -27,6 +27,7 @@ from liar_ext.report.markdown import latency as said
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.error_curves import error_curves
+from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 from liar_ext.surgery.units import apply_plan
 
 Batches = Sequence[Mapping[str, Tensor]]
@@ -83,10 +84,15 @@ def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) ->
         if recipe.allocation != "uniform":
             whose = "all layers the same number" if recipe.uniform_layers else "each its own number"
             free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}{steps}"
+        layers = teams_of(some)
+        each = "" if site.expert is None else f"{len(layers[site.team])} experts of "
         lines.append(
-            f"{kind}: {len(some)} layers of {site.units} {site.unit.replace('_', ' ')}s; the same "
-            f"fraction everywhere would keep {same}{free}"
+            f"{kind}: {len(layers)} layers of {each}{site.units} {site.unit.replace('_', ' ')}s; "
+            f"the same fraction everywhere would keep {same}{free}"
         )
+    if recipe.keep_experts != 1.0:
+        count, layers = count_experts_kept(model, recipe.keep_experts), layers_of(model)
+        lines.append(f"experts: {count} of {layers[0].experts} in each of {len(layers)} layers")
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
         count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
@@ -127,7 +133,7 @@ def _weights(model: nn.Module) -> int:
 
 def _passes(groups: Sequence[Sequence[Site]], recipe: Recipe) -> int:
     """Return the passes that calibration takes."""
-    if recipe.keep_hidden != 1.0 and recipe.keep == 1.0:
+    if recipe.keep == 1.0 and (recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0):
         return 0
     return len(groups) if recipe.schedule == "layerwise" else 2 * len(groups) - 1
 
@@ -219,10 +225,12 @@ def _seconds(call: Callable[[], object]) -> float:
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:
     """Return which loaders will take the result: by a plan of the kind that will come out."""
     plan = equal
-    if recipe.keep == 1.0 and recipe.keep_hidden != 1.0:
+    if recipe.keep == 1.0 and (recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0):
         plan = replace(plan, sites={})
     elif recipe.allocation != "uniform" and not recipe.uniform_layers:
         plan = _uneven(equal, at, recipe)
+    if recipe.keep_experts != 1.0:
+        plan = _fewer_experts(plan, model, recipe)
     plan = with_bias(plan, model, recipe.reconstruct)
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
@@ -236,14 +244,25 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
     return f"loading: {said}"
 
 
+def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
+    """Return the plan with the first experts of each layer alone."""
+    count = count_experts_kept(model, recipe.keep_experts)
+    experts = {site.team: SitePlan(site.experts, tuple(range(count))) for site in layers_of(model)}
+    gone = {
+        f"{layer}.{expert}" for layer in experts for expert in range(count, experts[layer].units)
+    }
+    left = {name: site for name, site in plan.sites.items() if name not in gone}
+    return replace(plan, sites=left, experts=experts)
+
+
 def _uneven(plan: Plan, at: Sequence[Site], recipe: Recipe) -> Plan:
     """Return the plan with one size changed, where one can be: layers will come out unequal."""
-    for site in at:
-        kept = plan.sites[site.name].kept
-        for count in allowed_counts(site, recipe.budget):
+    for team in teams_of(at).values():
+        kept = plan.sites[team[0].name].kept
+        for count in allowed_counts(team[0], recipe.budget):
             if count != len(kept):
-                own = SitePlan(site.units, _first(site, count))
-                return replace(plan, sites={**plan.sites, site.name: own})
+                own = {s.name: SitePlan(s.units, _first(s, count)) for s in team}
+                return replace(plan, sites={**plan.sites, **own})
     return plan
 
 

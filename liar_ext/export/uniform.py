@@ -30,6 +30,7 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import equal_config, how_to_load
 from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported, is_unequal
+from liar_ext.models.experts import refuse_experts
 from liar_ext.models.inputs import draw_inputs
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import output_of
@@ -70,7 +71,10 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     plan = _read_plan(folder)
     stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
     model, tokenizer = load_model(folder, stored if hasattr(torch, stored) else "float32")
-    for site in sites(model, attn_unit=plan.attn_unit):
+    found = sites(model, attn_unit=plan.attn_unit)
+    instead = "prune with --uniform-layers, which keeps equally many units of all layers"
+    refuse_experts(found, "export: --to uniform: zeros are put into", instead)
+    for site in found:
         if site.name in plan.sites and len(plan.sites[site.name].kept) != site.units:
             raise InputError(
                 f"export: --to uniform: {PLAN_FILE} keeps {len(plan.sites[site.name].kept)} units "

@@ -18,6 +18,7 @@ from liar_ext.calibration.moments import MomentBank, symmetric
 from liar_ext.calibration.passes import room_for_sums
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
+from liar_ext.models.experts import refuse_experts
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 
@@ -44,6 +45,8 @@ def calibrate_linears(
         If the sums don't fit, and whatever :func:`liar_ext.calibrate` raises.
     """
     check_finite_weights(model)
+    instead = "let the quantiser calibrate by itself"
+    refuse_experts(at, "calibrate_linears: Grams are summed at", instead)
     taps = []
     for site in at:
         reads = _producer_inputs(model, site)

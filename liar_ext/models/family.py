@@ -66,6 +66,27 @@ class Stack(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: where their weights are kept, and what sends tokens to them.
+
+    The layers of a wiring with experts are parameters of ``module``, ``(experts, ...)``, each with
+    a bias of its name and ``_bias`` or none.
+
+    Parameters
+    ----------
+    module : str
+        Path of the module that holds the experts, called with tokens, the experts chosen for each
+        and their weights.
+    router : str
+        Path of the module that chooses: ``weight`` has a row per expert, and so has ``bias``, if
+        there is one; it gives logits, weights and chosen experts, ``top_k`` of a token.
+    """
+
+    module: str
+    router: str
+
+
+@dataclass(frozen=True)
 class Wiring:
     """How one kind of site is wired; every path is relative to the block.
 
@@ -100,6 +121,10 @@ class Wiring:
         these sites whole.
     optional : bool
         Whether some blocks have no such site, but another kind of layer in its place.
+    per_head : tuple of str
+        Parameters with one number per query head.
+    experts : Experts or None
+        Where every expert has layers of these paths, which then name parameters.
     """
 
     producers: tuple[str, ...]
@@ -114,6 +139,8 @@ class Wiring:
     head_input: HeadInput | None = None
     requires: Mapping[str, object] = field(default_factory=dict)
     optional: bool = False
+    per_head: tuple[str, ...] = ()
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):

@@ -22,6 +22,7 @@ from liar_ext.models.families import (
     hybrid,
     llama,
     modernbert,
+    moe,
     nomic_bert,
     opt,
     parallel,
@@ -40,6 +41,7 @@ _MODULES = (
     *(bert, modernbert, nomic_bert, deberta, albert),
     *(bart, t5),
     *(vit, clip),
+    moe,
 )
 FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
 

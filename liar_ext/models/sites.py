@@ -7,6 +7,10 @@ columns go::
     attn    q, k, v   ──▶ x (d_in = heads · head_dim) ──▶ o      unit = head or KV group
 
 A block of a decoder that reads an encoder has a third one, ``cross_attn``, of the kind ``attn``.
+Where the MLP is a mixture of experts, each expert is a site, such as ``"3.mlp.5"``. Their weights
+lie in parameters that all experts of a layer share, see :mod:`liar_ext.models.experts`, so that all
+of them must keep equally many channels.
+
 Paths come from the table of families; all sizes are read from the modules, never from the config,
 so that a model with unequal layers is read like any other.
 """
@@ -22,12 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Family, HeadInput, Part, Stack, Wiring
+from liar_ext.models.experts import active_fraction, count_experts, experts_in, layer_at, teams_of
+from liar_ext.models.family import Experts, Family, HeadInput, Part, Stack, Wiring
 from liar_ext.models.reading import Block, block_config, get_path, parts_of
 from liar_ext.models.registry import family_of, register_family
 from liar_ext.models.stacking import kv_heads_of, row_units
 
 __all__ = [
+    "Experts",
     "Family",
     "HeadInput",
     "Part",
@@ -43,6 +49,7 @@ __all__ = [
     "sites",
     "skeleton",
     "why_whole",
+    "teams_of",
 ]
 
 KINDS = ("attn", "mlp")
@@ -58,7 +65,7 @@ class Site:
     ----------
     name : str
         Block and kind, such as ``"3.mlp"``; where a family has several stacks of blocks, the name
-        of the stack before that, as in ``"decoder.3.cross_attn"``.
+        of the stack before that, as in ``"decoder.3.cross_attn"``; for an expert also its number.
     kind : {"attn", "mlp"}
         Which site of the block.
     block : int
@@ -91,6 +98,12 @@ class Site:
         The row of the family table.
     part : Part
         The stack of blocks that it is in.
+    expert : int or None
+        Which expert of the layer, where there are several.
+    experts : int
+        How many there are; 0 where there are none.
+    active : float
+        Fraction of the tokens that the site reads, on average.
     """
 
     name: str
@@ -111,6 +124,14 @@ class Site:
     path: str
     wiring: Wiring = field(repr=False)
     part: Part = field(repr=False)
+    expert: int | None = None
+    experts: int = 0
+    active: float = 1.0
+
+    @property
+    def team(self) -> str:
+        """What sites share that must keep equally many units: the layer, or the site alone."""
+        return self.name if self.expert is None else self.name.rpartition(".")[0]
 
     @property
     def params(self) -> int:
@@ -124,8 +145,8 @@ class Site:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes by name: features; for attention also heads, kv_heads, group_size, head_dim."""
-        sizes = {"features": self.d_in}
+        """Sizes by name: features; experts; for attention also heads, kv_heads, group_size, ..."""
+        sizes = {"features": self.d_in, "experts": self.experts}
         if self.kind == "attn":
             heads = self.d_in // self.head_dim
             sizes |= {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
@@ -173,12 +194,13 @@ class Site:
     def unit_flops(self, seq_len: int) -> int:
         """Return the FLOPs of one forward pass that leave with one unit.
 
-        ``2 · n · unit_weights``, and for attention ``4 · n² · width`` more for QKᵀ and PV, with
-        n = ``seq_len`` tokens. A multiply-add counts as 2, and attention as the full square also
-        where it is causal; normalisation, activation and softmax aren't counted.
+        ``2 · n · unit_weights``, of an expert times the fraction of tokens that it gets, and for
+        attention ``4 · n² · width`` more for QKᵀ and PV, with n = ``seq_len`` tokens. A
+        multiply-add counts as 2, and attention as the full square also where it is causal;
+        normalisation, activation and softmax aren't counted.
         """
         attention = 4 * seq_len**2 * self.width if self.kind == "attn" else 0
-        return 2 * seq_len * self.unit_weights + attention
+        return round(2 * seq_len * self.active * self.unit_weights) + attention
 
 
 def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto") -> list[Site]:
@@ -196,8 +218,8 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
     Raises
     ------
     InputError
-        If the architecture isn't known, a kind or unit isn't one, or a layer isn't an ordinary
-        linear layer with floating-point weights.
+        If the architecture isn't known, a kind or unit isn't one or isn't prunable there, or a
+        layer isn't an ordinary linear layer with floating-point weights.
     """
     if not kinds or not set(kinds) <= set(KINDS):
         raise InputError(f"sites: kinds must be some of {', '.join(KINDS)}, got {list(kinds)}")
@@ -221,7 +243,10 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             for label in rows:
                 wiring = _wiring(family.name, rows[label], block[1]) if rows[label] else None
                 if wiring is not None:
-                    found.append(_read_site(part, label, index, block, wiring, attn_unit))
+                    found += [
+                        _read_site(part, label, index, block, wiring, attn_unit, expert)
+                        for expert in experts_in(block[1], wiring)
+                    ]
     if not described:
         raise InputError(
             f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
@@ -249,13 +274,13 @@ def why_whole(model: nn.Module, kind: str) -> str:
 
 def get_consumer_weight(model: nn.Module, site: Site) -> Tensor:
     """Return the consumer's weight W of ``y = W x + b``, shape (d_out, d_in), without a copy."""
-    weight = model.get_submodule(site.consumer).weight.detach()
+    weight = layer_at(model, site.consumer, site.expert).weight.detach()
     return weight.T if site.wiring.transposed else weight
 
 
 def get_consumer_bias(model: nn.Module, site: Site) -> Tensor | None:
     """Return the consumer's bias b, shape (d_out,), without a copy; None if it has none."""
-    bias = model.get_submodule(site.consumer).bias
+    bias = layer_at(model, site.consumer, site.expert).bias
     return None if bias is None else bias.detach()
 
 
@@ -278,9 +303,10 @@ def _rows(part: Part, label: str, config: Any) -> tuple[Wiring, ...]:
 
 def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring | None:
     """Return the first alternative whose layers a block has; None where it needs none."""
-    modules = dict(block.named_modules())
+    modules, parameters = dict(block.named_modules()), dict(block.named_parameters())
     for wiring in rows:
-        if modules.keys() >= set(wiring.layers):
+        there = modules if wiring.experts is None else parameters
+        if there.keys() >= set(wiring.layers):
             return wiring
     if any(wiring.optional for wiring in rows):
         return None
@@ -291,13 +317,21 @@ def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring |
 
 
 def _read_site(
-    part: Part, label: str, index: int, found: Block, wiring: Wiring, attn_unit: str
+    part: Part,
+    label: str,
+    index: int,
+    place: Block,
+    wiring: Wiring,
+    attn_unit: str,
+    expert: int | None,
 ) -> Site:
     """Measure one site of a block."""
-    name = ".".join([*([part.name] if part.name else []), str(index), label])
-    (path, block), kind = found, label.removeprefix("cross_")
-    rows = {layer: _out_in(name, block, layer, wiring)[0] for layer in wiring.layers}
-    d_out, d_in = _out_in(name, block, wiring.consumer, wiring)
+    ends = [] if expert is None else [str(expert)]
+    name = ".".join([*([part.name] if part.name else []), str(index), label, *ends])
+    (path, block), kind = place, label.removeprefix("cross_")
+    found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
+    rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
+    d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
     if kind == "mlp":
         unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
     else:
@@ -314,11 +348,12 @@ def _read_site(
     producers = (*wiring.producers, *(() if keys_stay else wiring.key_value))
     weights, biases = d_in * d_out, 0
     for layer in producers:
-        stack, module = wiring.stacked.get(layer), block.get_submodule(layer)
+        stack, module = wiring.stacked.get(layer), found[layer]
         owners = row_units(stack, rows[layer], units, d_in // units, kv_heads, keys_stay)
         owned = int((owners >= 0).sum())
         weights += owned * (module.weight.numel() // rows[layer])
         biases += owned if module.bias is not None else 0
+    biases += sum(get_path(block, each).numel() for each in wiring.per_head)
     return Site(
         name=name,
         kind=kind,
@@ -338,15 +373,18 @@ def _read_site(
         path=path,
         wiring=wiring,
         part=part,
+        expert=expert,
+        experts=count_experts(block, wiring),
+        active=active_fraction(block, wiring),
     )
 
 
-def _out_in(site: str, block: nn.Module, layer: str, wiring: Wiring) -> tuple[int, int]:
+def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
     """Return (output features, input features) of a linear layer."""
-    weight = getattr(block.get_submodule(layer), "weight", None)
+    weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise InputError(
-            f"sites: {layer} of {site} must be a linear layer with floating-point weights, got "
-            f"{type(block.get_submodule(layer)).__name__}; load the model dequantised"
+            f"sites: {path} of {site} must be a linear layer with floating-point weights, got "
+            f"{type(layer).__name__}; load the model dequantised"
         )
     return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)

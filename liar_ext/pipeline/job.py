@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.gradients import check_loss
+from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
 from liar_ext.certification import Divergence, certified_errors
@@ -23,6 +22,7 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
+from liar_ext.pipeline.settings import settings_of
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
@@ -38,6 +38,7 @@ from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import decide, measure_losses, probes_of
 from liar_ext.selection.rounding import rounding
+from liar_ext.selection.whole_experts import KeptExperts, choose_experts, count_experts_kept
 from liar_ext.surgery.units import apply_plan
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -54,6 +55,7 @@ class Job:
     bank: MomentBank | None = None
     clock: Clock = field(default_factory=Clock)
     narrowing: Narrowing | None = None
+    experts: KeptExperts | None = None
     rows: list[SiteRow] = field(default_factory=list)
     sensitivities: dict[str, float] = field(default_factory=dict)
     facts: dict[str, object] = field(default_factory=dict)
@@ -82,11 +84,16 @@ class Job:
                 f"{self.room / 2**30:.3g} GiB; raise memory, or leave refine out"
             )
         self.params = {"before": count_params(model), "prunable_before": sum(s.params for s in at)}
+        if recipe.keep_experts != 1.0:
+            count_experts_kept(model, recipe.keep_experts)
         if self.narrows:
             count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
         backward = get_criterion(recipe.criterion).needs == "gradient"
         layerwise = recipe.schedule == "layerwise"
-        if backward or layerwise or recipe.allocation == "curve" or self.narrows:
+        if backward:
+            check_owned(at)
+        again = self.narrows or recipe.keep_experts != 1.0
+        if backward or layerwise or recipe.allocation == "curve" or again:
             self.batches = list(self.batches)  # to be gone through again
         if layerwise:
             self._check_walk()
@@ -151,20 +158,28 @@ class Job:
             return perplexity(self.model, batches, progress=self.progress)
 
     def narrow(self) -> nn.Module:
-        """Return the model to prune: itself, or a copy whose hidden size is pruned already."""
+        """Return the model to prune: itself, or a copy with fewer hidden features or experts."""
+        recipe = self.recipe
+        if recipe.keep_experts != 1.0:
+            keep, settings = recipe.keep_experts, {**self._mode, "damp": recipe.damp}
+            with self.clock("experts"):
+                self.experts = choose_experts(
+                    self.model, self.batches, keep, memory=self.room, **settings
+                )
+                self.source = self.experts.source
+                self.facts["keep_experts"] = keep
+                return self.experts.applied_to_copy(self.model)
         if not self.narrows:
             return self.model
-        recipe = self.recipe
         with self.clock("narrow"):
             self.narrowing = narrow(
                 self.model,
                 self.batches,
                 recipe.keep_hidden,
-                mode=recipe.reconstruct,
                 damp=recipe.damp,
                 tile=recipe.tile,
                 memory=recipe.memory,
-                progress=self.progress,
+                **self._mode,
             )
             self.source = self.narrowing.source
             self.grid = {"tile": recipe.tile, "hidden": self.narrowing.grid}
@@ -179,7 +194,7 @@ class Job:
         at = self.sites(model)
         self.widest = max(site.d_in for site in at)
         self.params["prunable_after"] = sum(site.params for site in at)
-        if self.narrowing is not None and self.recipe.keep == 1.0:
+        if (self.narrowing or self.experts) and self.recipe.keep == 1.0:
             return None
         return Passes(model, self.batches, at, self.room, bank=self.bank, progress=self.progress)
 
@@ -304,6 +319,9 @@ class Job:
         if self.narrowing is not None:
             plan = replace(plan, hidden=self.narrowing.kept)
             weights = {**self.narrowing.weights, **weights}
+        if self.experts is not None:
+            plan = replace(plan, experts=self.experts.plans)
+            weights = {**self.experts.scales, **weights}
         whole = stock_config.from_dense(self.model, plan)
         with self.clock("surgery"):
             apply_plan(self.model, plan, weights)
@@ -335,6 +353,7 @@ class Job:
     ) -> Report:
         """Return every number that a user needs to trust the result."""
         model, hidden_rows = self.model, self.narrowing.rows if self.narrowing else []
+        rows = [replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows]
         evaluation = {"dense": dense, "pruned": pruned} if dense and pruned else {}
         if self.fresh is not None:
             with self.clock("certify"):
@@ -345,9 +364,9 @@ class Job:
             recipe=self._as_run(),
             budget=self.recipe.budget.to_dict(),
             earlier=self.earlier,
-            settings=self._settings(plan),
+            settings=settings_of(self.recipe, model, plan, self.source, self.facts),
             versions=versions(),
-            sites=[replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows],
+            sites=(self.experts.rows if self.experts else []) + rows,
             hidden=hidden_rows,
             grid=self.grid,
             params=self.params,
@@ -375,19 +394,3 @@ class Job:
         if self.recipe.device != "auto":
             changes["device"] = str(device_of(model))
         return replace(self.recipe, **changes)
-
-    def _settings(self, plan: Plan) -> dict[str, object]:
-        """Return what was asked for and what came of it, as the report shows it."""
-        names = "criterion allocation refine reconstruct damp schedule refit keep_hidden seed"
-        return {
-            **{name: getattr(self.recipe, name) for name in names.split()},
-            "target": self.recipe.solve_target,
-            "kinds": list(self.recipe.kinds),
-            "attn_unit": plan.attn_unit,
-            "calibration_sequences": self.source["sequences"],
-            "calibration_tokens": self.source["tokens"],
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": ", ".join(sorted({str(each.device) for each in self.model.parameters()})),
-            "threads": torch.get_num_threads(),
-            **self.facts,
-        }

@@ -97,6 +97,13 @@ class Fields:
         "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
         "of all norms are over 8 GiB, or --memory",
     )
+    keep_experts: float = choice(
+        1.0,
+        "budget",
+        check.number,
+        "fraction of the experts of each layer to keep, in a mixture of experts; they leave first, "
+        "and --keep counts the rest. Use --keep 1 to remove experts only",
+    )
     kinds: tuple[str, ...] = choice(
         KINDS,
         "budget",
@@ -180,6 +187,10 @@ class Fields:
         if not 0.0 < self.keep_hidden <= 1.0:
             raise InputError(
                 f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"
+            )
+        if not 0.0 < self.keep_experts <= 1.0:
+            raise InputError(
+                f"recipe: keep_experts must be in (0, 1], got {self.keep_experts}; 0.75 keeps 75 %"
             )
         if self.of == "kv_cache" and "attn" not in self.kinds:
             raise InputError(

@@ -62,6 +62,10 @@ class Recipe(Fields):
         Fraction of the hidden size that stays, in (0, 1]; see :func:`liar_ext.narrow`. The
         residual stream is narrowed first, on a copy of the model; ``keep`` counts what is left
         then. With ``keep=1.0`` the sites stay as they are.
+    keep_experts : float
+        Fraction of the experts of every layer that stays, in (0, 1]; see
+        :func:`liar_ext.selection.whole_experts.choose_experts`. They leave first, on a copy of the
+        model; ``keep`` counts what is left then. With ``keep=1.0`` their channels stay as they are.
     kinds : tuple of {"attn", "mlp"}
         Sites that may be pruned.
     attn_unit : {"auto", "kv_group", "head"}

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from liar_ext.calibration.moments import Moments
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
-from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.ridge import drop, solve
 from liar_ext.reconstruction.rows import report_row
-from liar_ext.reconstruction.settings import WITH_BIAS, check_settings
+from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, form_of_expert
 from liar_ext.report.rows import SiteRow
 
 
@@ -42,8 +42,10 @@ def reconstruct(
         What stays; for the modes that give a bias, from :func:`with_bias`.
     mode : {"auto", "none", "bias", "linear", "affine"}
         Form of the new weights; ``auto`` is affine at consumers that have a bias, linear at others.
+        Experts can't gain a bias; those that lack one get the form without it.
     damp : float or "auto"
-        λ, or ``"auto"``: the one of a ladder with the least held-out error, per site.
+        λ, or ``"auto"``: the one of a ladder with the least held-out error, per site. An expert
+        that no token of one fold reaches is dropped from plainly, as nothing would tell of a λ.
     progress : bool
         Show a progress bar.
 
@@ -63,30 +65,36 @@ def reconstruct(
     by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     plan.check_sites(by_name.keys() & bank.keys(), "reconstruct")
     weights, rows = {}, []
+    routed = getattr(bank, "source", {}).get("routed", {})
     for name, kept in tqdm(plan.sites.items(), desc="reconstruct", disable=not progress):
         start = time.perf_counter()
         site = by_name[name]
-        solution = solve(
-            get_consumer_weight(model, site),
-            get_consumer_bias(model, site),
-            bank[name],
-            site.features(kept.kept),
-            mode=mode,
-            damp=damp,
-        )
+        given = get_consumer_weight(model, site), get_consumer_bias(model, site), bank[name]
+        features, expert = site.features(kept.kept), site.expert is not None
+        form = form_of_expert(mode, given[1] is not None) if expert else mode
+        if expert and (bank[name].tokens == 0).any():
+            solution = drop(*given, features)
+        else:
+            solution = solve(*given, features, mode=form, damp=damp)
         weights[name] = (solution.weight, solution.bias)
         seconds = time.perf_counter() - start
-        rows.append(report_row(site, len(kept.kept), bank[name], solution, seconds))
+        row = report_row(site, len(kept.kept), bank[name], solution, seconds)
+        rows.append(replace(row, tokens=sum(routed[name]) if name in routed else None))
     return weights, rows
 
 
 def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
-    """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it."""
+    """Return the plan with a bias for each consumer that lacks one, where ``mode`` needs it.
+
+    Experts gain none, as their module has no place for it.
+    """
     if mode not in WITH_BIAS:
         return plan
     by_name = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     planned = {
         name: replace(site, bias=get_consumer_bias(model, by_name[name]) is None)
         for name, site in plan.sites.items()
+        if by_name[name].expert is None
     }
+    planned = {**plan.sites, **planned}
     return replace(plan, sites=planned)

@@ -101,6 +101,20 @@ def solve(
     )
 
 
+def drop(weight: Tensor, _: Tensor | None, moments: Moments, kept: Tensor) -> Solution:
+    """Keep the columns of one consumer as they are: where a fold has no tokens to choose a λ by.
+
+    Arguments are those of :func:`solve`. Nothing is fitted, so that the error over all tokens is
+    held out as well; it is 0 where there are none.
+    """
+    gram, _, _ = moments.pooled()
+    wide, kept = weight.detach().to(gram.device, torch.float64), kept.to(gram.device)
+    infinite = gram.new_full((1,), math.inf, dtype=torch.float64)
+    new, error, _, _ = ops.reconstruct(wide, gram, kept, infinite)
+    lost = ratio(error[0], _energy(wide, gram))
+    return Solution(new[0], None, math.inf, lost, lost, 1.0, "drop, a fold has no tokens")
+
+
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
     """Return ``tr(W G Wᵀ)``, which is the error of keeping nothing; lower triangle in."""
     nothing = torch.empty(0, dtype=torch.long, device=gram.device)

@@ -26,6 +26,11 @@ def form_at(mode: str, has_bias: bool) -> str:
     return mode
 
 
+def form_of_expert(mode: str, has_bias: bool) -> str:
+    """Return the mode of one expert's consumer: without a bias, the form that needs none."""
+    return mode if has_bias else {"affine": "linear", "bias": "none"}.get(mode, mode)
+
+
 def damp_ladder(damp: float | str) -> list[float]:
     """Return the λ to choose from."""
     return list(DAMP_LADDER) if damp == "auto" else [float(damp)]

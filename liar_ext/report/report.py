@@ -155,6 +155,15 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "
             f"({len(given_up)} sites): give more calibration text."
         )
+    starved = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
+    if starved:
+        names = [f"{row.name} ({row.tokens})" for row in starved]
+        warnings.append(
+            "Fewer calibration tokens than the expert has channels reached "
+            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)} experts): "
+            "their channels are chosen, and compensated for, by little or nothing; give more "
+            "calibration text."
+        )
     if any(row.target != "dense-input" for row in pruned):
         warnings.append(
             "Layerwise errors count what the layers before have lost, on text that those were "

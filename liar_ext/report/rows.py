@@ -18,6 +18,7 @@ class SiteRow:
     no decision has seen; None where there was none.
     ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
     nats; None where it was not measured.
+    ``tokens`` is how many calibration tokens reached an expert; None where all do.
     """
 
     name: str
@@ -36,3 +37,4 @@ class SiteRow:
     share: float = 0.0
     sensitivity: float | None = None
     certified_error: float | None = None
+    tokens: int | None = None

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from liar_ext.errors import InputError
-from liar_ext.models.sites import Site
+from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.knapsack import choose
 
 Counts = dict[str, int]
+# transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
+# of 16 bytes only: 8 channels of two bytes.
+GROUPED_STEP = 8
 
 
 def allocate(
@@ -165,7 +168,7 @@ class _Problem:
                 tuple(s for s in at if (s.kind, s.units, s.width) == kind) for kind in kinds
             )
         else:
-            teams = tuple((site,) for site in at)
+            teams = tuple(tuple(some) for some in teams_of(at).values())
         allowed = {}
         for team in teams:
             counts = _worth_their_cost(allowed_counts(team[0], budget), team, cost)
@@ -236,8 +239,14 @@ class _Problem:
 
 
 def site_step(site: Site, budget: Budget) -> int:
-    """Return the units between two counts that a site may keep: channels come in tiles."""
-    return budget.step(site.units) if site.unit == "channel" else site.groups
+    """Return the units between two counts that a site may keep: channels come in tiles.
+
+    Those of experts come in eights, where the dense model's do, whatever the tile is.
+    """
+    if site.unit != "channel":
+        return site.groups
+    base = 1 if site.expert is None else math.gcd(site.units, GROUPED_STEP)
+    return budget.step(site.units, base)
 
 
 def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:

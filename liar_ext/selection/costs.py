@@ -99,7 +99,8 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
 
     ``prunable``: parameters of the sites. ``params``: all parameters, tied ones once. ``flops``:
     one forward pass over ``seq_len`` tokens: 2 per weight of every linear layer (an output head
-    included) and token, and the two attention products. ``kv_cache``: keys and values of a token.
+    included) and token, and the two attention products; of experts, those that a token is sent to.
+    ``kv_cache``: keys and values of a token.
     """
     if budget.of == "prunable":
         return sum(site.params for site in at)
@@ -122,8 +123,12 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
         for module in model.modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     )
-    in_sites = sum(site.units * site.unit_flops(budget.seq_len) for site in at)
-    weights_in_sites = sum(site.params for site in at)  # biases are some thousandths of it
+    # Experts are no linear layers: they are counted whether they may be pruned or not.
+    names = {site.name for site in at}
+    experts = [s for s in sites(model) if s.expert is not None and s.name not in names]
+    in_sites = sum(site.units * site.unit_flops(budget.seq_len) for site in (*at, *experts))
+    # Biases are some thousandths of it.
+    weights_in_sites = sum(site.params for site in at if site.expert is None)
     return in_sites + 2.0 * budget.seq_len * max(0, linear - weights_in_sites)
 
 

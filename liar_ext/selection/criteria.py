@@ -207,7 +207,9 @@ def _site_scores(
         groups=site.groups,
         gradients=None if gradients is None else gradients.to(device),
     )
-    values = chosen.function(stats).to(device)
+    # Of an expert that no token reached only the weights are known.
+    function = chosen.function if moments.tokens.sum() > 0 else magnitude
+    values = function(stats).to(device)
     if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
         raise InputError(
             f"score: criterion {chosen.name} must give {site.units} finite scores at "

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches, probe_batches, read_batches
 from liar_ext.models.inputs import complete_inputs
-from liar_ext.models.sites import Site
+from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.error_curves import CURVE_DAMP, error_curves
+from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
 from liar_ext.selection.refine import predict_divergence, refine_plan
 from liar_ext.selection.sensitivity import site_divergences
 
@@ -117,6 +117,10 @@ def measure_losses(
     ``a_s = KL(dense ‖ only s pruned) / E_s``, measured with about the budget's fraction of the
     site gone. The losses of a plan add up to its predicted divergence.
 
+    The experts of a layer are pruned together for the measurement: ``E`` is then that of the layer,
+    the sum over experts of ``E_e`` times what e has of the energy of their outputs, so that
+    ``L_e(k) = a · share_e · E_e(k)``.
+
     Parameters
     ----------
     model, bank, at, scores, budget
@@ -141,8 +145,13 @@ def measure_losses(
     weights, _ = reconstruct(model, bank, probe, mode=mode, damp=CURVE_DAMP, progress=progress)
     measured = site_divergences(model, batches, probe, weights, progress=progress)
     losses, sensitivities = {}, {}
-    for name, curve in curves.items():
-        error = float(curve[len(probe.sites[name].removed)])
-        sensitivities[name] = measured[name] / error if error > 0 else 0.0
-        losses[name] = sensitivities[name] * curve
+    for team in teams_of(at).values():
+        shares = energy_shares(model, bank, team)
+        error = sum(
+            share * float(curves[site.name][len(probe.sites[site.name].removed)])
+            for site, share in zip(team, shares, strict=True)
+        )
+        for site, share in zip(team, shares, strict=True):
+            sensitivities[site.name] = measured[site.name] / error if error > 0 else 0.0
+            losses[site.name] = sensitivities[site.name] * share * curves[site.name]
     return losses, sensitivities

@@ -74,6 +74,21 @@ def error_curves(
     return curves
 
 
+def energy_shares(
+    model: nn.Module, bank: Mapping[str, Moments], team: Sequence[Site]
+) -> list[float]:
+    """Return what each site has of the sum of ``tr(W G Wᵀ)`` over sites of one layer."""
+    if len(team) == 1:
+        return [1.0]
+    energies = []
+    for site in team:
+        gram = symmetric(bank[site.name].gram.sum(0).double())
+        weight = get_consumer_weight(model, site).to(gram)
+        energies.append(float(((weight @ gram) * weight).sum()))
+    total = sum(energies)
+    return [each / total if total > 0 else 0.0 for each in energies]
+
+
 def error_curve(
     weight: Tensor, gram: Tensor, order: Tensor, damp: float, holdout: Tensor | None = None
 ) -> Tensor:

@@ -79,10 +79,10 @@ def rounding(
 
 
 def _kinds(at: Sequence[Site]) -> list[list[Site]]:
-    """Return the sites by unit and number of units."""
-    groups: dict[tuple[str, int], list[Site]] = {}
+    """Return the sites by unit and number of units, experts apart."""
+    groups: dict[tuple[str, int, bool], list[Site]] = {}
     for site in at:
-        groups.setdefault((site.unit, site.units), []).append(site)
+        groups.setdefault((site.unit, site.units, site.expert is None), []).append(site)
     return list(groups.values())
 
 
@@ -91,7 +91,7 @@ def _row(some: Sequence[Site], budget: Budget, plan: Plan) -> dict[str, object]:
     site = some[0]
     kept = [len(plan.sites[each.name].kept) for each in some]
     return {
-        "kind": site.kind,
+        "kind": site.kind if site.expert is None else "expert",
         "unit": site.unit,
         "layers": len(some),
         "units": site.units,

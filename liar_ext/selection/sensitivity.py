@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from liar_ext.calibration.hooks import replaced, watched
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
+from liar_ext.models.experts import layer_at
 from liar_ext.models.running import evaluating
-from liar_ext.models.sites import Site, sites
+from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -51,12 +52,17 @@ def site_divergences(
     Returns
     -------
     dict of str to float
-        By site name, see :func:`divergences`; 0 for a site that keeps everything.
+        By site name, see :func:`divergences`; 0 for a site that keeps everything. The experts of a
+        layer are pruned together, and each has the divergence of all.
     """
-    pruned = [name for name, site_plan in plan.sites.items() if site_plan.removed]
-    probes = [(name,) for name in pruned]
+    at = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    pruned = [at[name] for name, site_plan in plan.sites.items() if site_plan.removed]
+    probes = [[site.name for site in some] for some in teams_of(pruned).values()]
     values = divergences(model, batches, plan, weights, probes, progress=progress)
-    return dict.fromkeys(plan.sites, 0.0) | dict(zip(pruned, values, strict=True))
+    found = dict.fromkeys(plan.sites, 0.0)
+    for names, value in zip(probes, values, strict=True):
+        found |= dict.fromkeys(names, value)
+    return found
 
 
 @torch.no_grad()
@@ -144,11 +150,16 @@ def _pruned(
     model: nn.Module, site: Site, plan: Plan, weights: tuple[Tensor, Tensor | None]
 ) -> Iterator[None]:
     """Give a consumer its new weights, with zeros for the units that go: as good as sliced."""
-    consumer = model.get_submodule(site.consumer)
+    consumer = layer_at(model, site.consumer, site.expert)
     weight, bias = consumer.weight, consumer.bias
     full = weight.new_zeros(site.d_out, site.d_in)
     kept = site.features(plan.sites[site.name].kept).to(full.device)
     full[:, kept] = weights[0].to(full)
+    if site.expert is not None:
+        full = full.T if site.wiring.transposed else full
+        with _overwritten(weight, full), _overwritten(bias, weights[1]):
+            yield
+        return
     consumer.weight = nn.Parameter(full.T if site.wiring.transposed else full, requires_grad=False)
     if weights[1] is not None:
         consumer.bias = nn.Parameter(weights[1].to(full), requires_grad=False)
@@ -156,3 +167,17 @@ def _pruned(
         yield
     finally:
         consumer.weight, consumer.bias = weight, bias
+
+
+@contextmanager
+def _overwritten(part: Tensor | None, values: Tensor | None) -> Iterator[None]:
+    """Let a part of a parameter hold other values while the context is open."""
+    if part is None or values is None:
+        yield
+        return
+    before = part.clone()
+    part.copy_(values)
+    try:
+        yield
+    finally:
+        part.copy_(before)

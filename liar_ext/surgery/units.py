@@ -5,7 +5,8 @@ Nothing is masked and no number is computed. Of a site that keeps the units K::
     producers   W ← W[rows of K, :]   b ← b[rows of K]
     consumer    W ← W[:, columns of K], or the reconstructed weight that is given
 
-The head counts that ``forward`` reads follow; the size of a head stays. Hidden features go first:
+The experts of a layer are sliced together, each to channels of its own. The head counts that
+``forward`` reads follow; the size of a head stays. Hidden features go first:
 :func:`liar_ext.surgery.residual_stream.slice_hidden`.
 """
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
+from liar_ext.models.experts import layer_at
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import Site, get_consumer_bias, sites
+from liar_ext.models.sites import Site, get_consumer_bias, get_path, sites, teams_of
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.surgery.experts import check_kept_experts, keep_experts, slice_channels
 from liar_ext.surgery.liar_loader import select_heads, set_config_number
 from liar_ext.surgery.residual_stream import select, slice_hidden
 
@@ -43,15 +46,17 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
     weights : mapping of str to (Tensor, Tensor or None), optional
         New consumer weight, shape (d_out, n_kept · width), and bias, shape (d_out,), by site
         name. A site without an entry keeps the columns of its units, which is plain dropping.
-        With hidden features, d_out is the number of them that stay, and the new weights of norms
-        and readers come by path, from :func:`liar_ext.narrowing.narrowing.narrow`.
+        Of a layer that loses experts, by its name, what the outputs of those that stay are
+        multiplied by, ``(kept,)``. With hidden features, d_out is the number of them that stay, and
+        the new weights of norms and readers come by path, from
+        :func:`liar_ext.narrowing.narrowing.narrow`.
 
     Raises
     ------
     InputError
         If the plan is for another model type, names a site that the model lacks, counts other
         units than the model has (a model that is pruned already, for one), keeps unequally many
-        query heads per KV group, or a weight has another shape.
+        query heads per KV group, or channels per expert of a layer, or a weight has another shape.
 
     Notes
     -----
@@ -62,13 +67,25 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
     found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     weights = weights or {}
     layers = _hidden_layers(model, plan, weights)
+    scales = {name: weights[name][0] for name in weights if name in plan.experts}
+    weights = {name: weights[name] for name in weights if name not in scales}
     _check(model, found, plan, {name: weights[name] for name in weights if name not in layers})
+    for name, site_plan in plan.experts.items():
+        check_kept_experts(model, found.get(f"{name}.0"), name, site_plan, scales.get(name))
     if plan.hidden is not None:
         slice_hidden(model, plan.hidden.kept, layers)
         found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    for name, site_plan in plan.experts.items():
+        kept = torch.tensor(site_plan.kept, device="cpu")
+        keep_experts(model, found[f"{name}.0"], kept, scales.get(name))
+    if plan.experts:
+        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     _grow_biases(model, found, plan)
+    for team in teams_of([site for site in found.values() if site.expert is not None]).values():
+        _slice_experts(model, team, plan)
     for name, site_plan in plan.sites.items():
-        _slice_site(model, found[name], site_plan)
+        if found[name].expert is None:
+            _slice_site(model, found[name], site_plan)
         if name in weights:
             _set_consumer(model, found[name], *weights[name])
     for site in sites(model, attn_unit=plan.attn_unit):
@@ -115,6 +132,7 @@ def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Wei
         )
     for name, site_plan in plan.sites.items():
         _check_site(found[name], site_plan)
+    _check_experts(model, found, plan)
     for name, (weight, bias) in weights.items():
         if name not in plan.sites:
             raise InputError(f"apply_plan: a weight came for {name}, which the plan doesn't name")
@@ -156,6 +174,34 @@ def _check_site(site: Site, site_plan: SitePlan) -> None:
             f"apply_plan: {site.name} must keep equally many heads in each of its {site.groups} "
             f"KV groups, got {kept}; or prune whole groups with attn_unit='kv_group'"
         )
+
+
+def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> None:
+    """Refuse unequally many channels of the experts of a layer, and biases that they lack."""
+    for team, every in teams_of(list(found.values())).items():
+        some = every[: len(plan.experts[team].kept)] if team in plan.experts else every
+        planned = [plan.sites.get(site.name) for site in some]
+        kept = {
+            site.units if planned_site is None else len(planned_site.kept)
+            for site, planned_site in zip(some, planned, strict=True)
+        }
+        if len(kept) > 1:
+            raise InputError(
+                f"apply_plan: {team} must keep equally many channels of each of its {len(some)} "
+                f"experts, got {', '.join(map(str, sorted(kept)))}; name all of them in the plan"
+            )
+        if any(site.name in plan.sites for site in every[len(some) :]):
+            raise InputError(
+                f"apply_plan: {team} keeps {len(some)} experts, and the plan names channels of "
+                "more; number experts as they are once the others are gone"
+            )
+    for name, site_plan in plan.sites.items():
+        site = found[name]
+        if site.expert is not None and site_plan.bias and get_consumer_bias(model, site) is None:
+            raise InputError(
+                f"apply_plan: {name} has no bias and its module has no place for one; set "
+                "bias=False in the plan of the site"
+            )
 
 
 def _check_weight(
@@ -219,13 +265,39 @@ def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
     consumer = model.get_submodule(site.consumer)
     consumer.weight = select(consumer.weight, input_, site.features(site_plan.kept))
     _fit_layer(consumer, site)
+    for path in site.wiring.per_head:
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(f"{site.path}.{owner}")
+        heads = site.features(site_plan.kept)[:: site.head_dim] // site.head_dim
+        setattr(module, name, select(getattr(module, name), 0, heads))
     if site.wiring.head_input is not None:
         _select_head_input(model, site, site_plan.kept)
 
 
+def _slice_experts(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
+    """Slice the experts of a layer, each to the units that the plan keeps of it."""
+    first = team[0]
+    kept = [plan.sites[site.name].kept for site in team if site.name in plan.sites]
+    if not kept or len(kept[0]) == first.units:
+        return
+    (path,), wiring = first.producers, first.wiring
+    (module, _, producer), consumer = path.rpartition("."), first.consumer.rpartition(".")[2]
+    size = get_path(model, path).shape[2 if wiring.transposed else 1]
+    rows = [unit_rows(site, path, units, size) for site, units in zip(team, kept, strict=True)]
+    columns = [site.features(units) for site, units in zip(team, kept, strict=True)]
+    slice_channels(
+        model.get_submodule(module),
+        producer,
+        consumer,
+        torch.stack(rows),
+        torch.stack(columns),
+        wiring.transposed,
+    )
+
+
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
     """Write a reconstructed weight, and bias if there is one, into a sliced consumer."""
-    consumer = model.get_submodule(site.consumer)
+    consumer = layer_at(model, site.consumer, site.expert)
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:
         consumer.bias.copy_(bias)

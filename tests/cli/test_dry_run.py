@@ -27,6 +27,11 @@ JOBS = [
     for choices in CHOICES
     if family in NARROWABLE or "keep_hidden" not in choices
 ]
+JOBS += [
+    ("mixtral", {"keep_experts": 0.75}),
+    ("olmoe", {"keep_experts": 0.5, "keep": 1.0}),
+]
+JOBS += [("mixtral", {}), ("gpt_oss", {"allocation": "global", "tile": 1})]
 
 
 @pytest.mark.parametrize(("family", "choices"), JOBS)
@@ -87,3 +92,8 @@ def _sites(model):
     from liar_ext import sites
 
     return sites(model)
+
+
+def test_it_counts_layers_of_experts():
+    lines = describe(tiny("mixtral"), in_folds(tiny("mixtral")), Recipe(keep=0.5, kinds=("mlp",)))
+    assert any(line.startswith("mlp: 2 layers of 4 experts of 32 channels; ") for line in lines)

@@ -36,6 +36,7 @@ GIVEN = {
     "at_least": ("2", 2),
     "uniform_layers": (None, True),
     "keep_hidden": ("0.9", 0.9),
+    "keep_experts": ("0.75", 0.75),
     "kinds": ("mlp", ("mlp",)),
     "attn_unit": ("head", "head"),
     "criterion": ("obs", "obs"),

@@ -1,0 +1,172 @@
+"""Mixtures of experts: what one expert's layers are, and what of a text reaches it.
+
+A layer of experts keeps the weights of all of them in one parameter ``(experts, ...)`` per linear
+layer. The router sends a token t to few experts, with a weight r, and the layer gives::
+
+    y_t = Σ_e r_te (W_e x_te + b_e)        x_te = gate(U_e h_t)
+
+An expert is a site of its own, whose consumer is its slice W_e. What the consumer's error costs in
+y is weighted by r², and so are the sums over the tokens that reach the expert.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.errors import InputError
+from liar_ext.models.family import Wiring
+from liar_ext.models.reading import get_path
+
+if TYPE_CHECKING:
+    from liar_ext.models.sites import Site
+
+
+class ExpertLayer:
+    """The linear layer of one expert: its slice of the parameters that all experts share.
+
+    Parameters
+    ----------
+    owner : nn.Module
+        The module that holds the parameters ``name``, of 3 dimensions, and ``name_bias``.
+    name : str
+        Which of its layers.
+    expert : int
+        Whose.
+    """
+
+    def __init__(self, owner: nn.Module, name: str, expert: int) -> None:
+        self.owner, self.name, self.expert = owner, name, expert
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, a view of two dimensions; writing to it writes to the model."""
+        return getattr(self.owner, self.name)[self.expert]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, a view, or None."""
+        biases = getattr(self.owner, bias_name(self.name), None)
+        return None if biases is None else biases[self.expert]
+
+
+class Routed(NamedTuple):
+    """What reaches one expert.
+
+    Parameters
+    ----------
+    x : Tensor
+        ``(routed, d_in)``: what its consumer reads.
+    token : Tensor
+        ``(routed,)`` int64: which tokens these are, counting through all sequences.
+    weight : Tensor
+        ``(routed,)``: the router's weight r of the expert.
+    tokens : int
+        Tokens that the layer was given.
+    """
+
+    x: Tensor
+    token: Tensor
+    weight: Tensor
+    tokens: int
+
+
+def bias_name(name: str) -> str:
+    """Return what the biases of a layer of all experts are called."""
+    return f"{name}_bias"
+
+
+def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | ExpertLayer:
+    """Return the linear layer at a path: a module, or an expert's slice of a parameter there."""
+    if expert is None:
+        return root.get_submodule(path)
+    owner, _, name = path.rpartition(".")
+    return ExpertLayer(root.get_submodule(owner), name, expert)
+
+
+def experts_in(block: nn.Module, wiring: Wiring) -> list[int | None]:
+    """Return the experts of a block, or None alone for a layer without any."""
+    return list(range(count_experts(block, wiring))) or [None]
+
+
+def count_experts(block: nn.Module, wiring: Wiring) -> int:
+    """Return how many experts a block has, by their weights; 0 where it has none."""
+    return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
+
+
+def teams_of(at: Sequence[Site]) -> dict[str, list[Site]]:
+    """Return the sites that must keep equally many units, by :attr:`Site.team`."""
+    teams: dict[str, list[Site]] = {}
+    for site in at:
+        teams.setdefault(site.team, []).append(site)
+    return teams
+
+
+def active_fraction(block: nn.Module, wiring: Wiring) -> float:
+    """Return the fraction of tokens that a site gets: of an expert, ``top_k / experts``."""
+    if wiring.experts is None:
+        return 1.0
+    return get_path(block, wiring.experts.router).top_k / count_experts(block, wiring)
+
+
+def router_of(model: nn.Module, site: Site) -> nn.Module:
+    """Return the module that sends tokens to an expert."""
+    return model.get_submodule(f"{site.path}.{site.wiring.experts.router}")
+
+
+def refuse_experts(at: Sequence[Site], what: str, instead: str) -> None:
+    """Raise InputError if a site is an expert, which ``what`` can't do; say what to do instead."""
+    name = next((site.name for site in at if site.expert is not None), None)
+    if name is not None:
+        raise InputError(
+            f"{what} a layer whose MLP is one linear layer after another, got {name}, an expert "
+            f"whose weights are slices of a parameter; {instead}"
+        )
+
+
+def routed_input(model: nn.Module, site: Site, args: tuple) -> Routed:
+    """Return what an expert's consumer reads of the tokens that the router sends there.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    site : Site
+        The expert.
+    args : tuple
+        What the module that holds the experts is called with: tokens ``(tokens, hidden)``, chosen
+        experts ``(tokens, top_k)`` and their weights, likewise.
+    """
+    hidden, chosen, weights = args[:3]
+    token, place = torch.where(chosen == site.expert)
+    x = gated(model, site, hidden[token])
+    return Routed(x, token, weights[token, place], len(hidden))
+
+
+def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
+    """Return what an expert's consumer reads where the layer reads ``hidden``, by token."""
+    (path,) = site.producers
+    layer = layer_at(model, path, site.expert)
+    out = hidden @ (layer.weight if site.wiring.transposed else layer.weight.T)
+    return layer.owner._apply_gate(out if layer.bias is None else out + layer.bias)
+
+
+def reroute(router: nn.Module, logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights and places in ``kept``, ``(tokens, top_k)``, of a router with fewer rows.
+
+    It is the router's own code, which computes its logits from hidden features: it is given the
+    logits as such, and rows of the identity as its weight.
+    """
+    fewer = copy.copy(router)
+    rows = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)[kept]
+    fewer._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
+    if "bias" in router._parameters:  # which the logits hold already
+        zeros = rows.new_zeros(len(kept))
+        fewer._parameters["bias"] = nn.Parameter(zeros, requires_grad=False)
+    fewer.hidden_dim, fewer.num_experts = logits.shape[1], len(kept)
+    _, weights, places = fewer.forward(logits)
+    return weights, places

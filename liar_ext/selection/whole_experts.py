@@ -1,0 +1,254 @@
+"""Whole experts: which of a layer stay, and what their outputs are multiplied by.
+
+A layer gives ``y_t = Σ_e r_te f_e(h_t)``, where the router gives weight to top_k experts of each
+token. With the experts K alone its rows are K's, and every token goes to top_k of K, with weights
+r'. What is left of y is made up for by one number for each expert, folded into its consumer::
+
+    y'_t = Σ_{e∈K} s_e r'_te f_e(h_t)        W_e ← s_e W_e    b_e ← s_e b_e
+    Σ_t |y_t − y'_t|² = n − 2 s·c + s·A s    A = Σ_t (r'_t r'_tᵀ) ∘ Φ_t    c = Σ_t r'_t ∘ (Φ_t r_t)
+
+with ``Φ_t = F_t F_tᵀ`` the products of all experts' outputs on token t, so that any K is judged
+exactly, re-routing included, without another run of the model. A mix of other experts' outputs in
+place of a removed one can't be folded: a token has the outputs of those alone that it is sent to.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from liar_ext.calibration.collect import check_finite_weights
+from liar_ext.calibration.expert_tokens import LayerTokens, collect_tokens, count_tokens
+from liar_ext.calibration.passes import room_for_sums, split
+from liar_ext.data.batches import FOLDS, Batches, read_batches
+from liar_ext.errors import InputError
+from liar_ext.models.experts import router_of
+from liar_ext.models.sites import (
+    Site,
+    sites,
+    teams_of,
+)
+from liar_ext.plan import Plan, SitePlan
+from liar_ext.reconstruction.result import least_held_out, ratio
+from liar_ext.reconstruction.settings import check_settings, damp_ladder
+from liar_ext.report.rows import SiteRow
+from liar_ext.selection.error_curves import CURVE_DAMP
+from liar_ext.surgery.units import apply_plan
+
+# Tokens, evenly spread over the text, that experts are judged by: of each there are experts²
+# products, 512 MiB in a layer of 128 experts.
+MOST_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class KeptExperts:
+    """Which experts stay.
+
+    Parameters
+    ----------
+    plans : dict of str to SitePlan
+        By layer, such as ``"3.mlp"``; for ``Plan.experts``.
+    scales : dict of str to (Tensor, None)
+        What the outputs of those that stay are multiplied by, ``(kept,)`` float64, likewise; for
+        :func:`liar_ext.apply_plan`.
+    rows : list of SiteRow
+        Errors of the layers' outputs.
+    source : dict
+        ``sequences`` and ``tokens`` of the text, and the ``passes`` over it.
+    """
+
+    plans: dict[str, SitePlan]
+    scales: dict[str, tuple[Tensor, None]]
+    rows: list[SiteRow]
+    source: dict[str, int]
+
+    def applied_to_copy(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the model without the experts that leave."""
+        fewer = copy.deepcopy(model)
+        plan = Plan(model.config.model_type, "auto", {}, experts=self.plans)
+        apply_plan(fewer, plan, self.scales)
+        return fewer
+
+
+@torch.no_grad()
+def choose_experts(
+    model: nn.Module,
+    batches: Batches,
+    keep: float,
+    *,
+    mode: str = "auto",
+    damp: float | str = "auto",
+    memory: int | None = None,
+    progress: bool = False,
+) -> KeptExperts:
+    """Choose the experts that stay, equally many in each layer; the model stays as it is.
+
+    They leave one by one, each time the one without which the layer's output has the least error
+    once the others are scaled, and tokens sent anew.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A mixture of experts.
+    batches : iterable of mapping
+        The calibration set; see :func:`liar_ext.calibrate`.
+    keep : float
+        Fraction of the experts that stays.
+    mode : str
+        ``none`` and ``bias`` scale nothing.
+    damp : float or "auto"
+        λ of ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, or the one of least held-out error.
+    memory : int, optional
+        Bytes that the products of experts may take at a time, those of one layer at least.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    InputError
+        If the model has no experts, fewer would stay than a token is sent to, or a fold gets no
+        token.
+    """
+    check_settings(mode, damp)
+    mode = "none" if mode == "bias" else mode
+    layers = layers_of(model)
+    count = count_experts_kept(model, keep)
+    check_finite_weights(model)
+    read = list(read_batches(batches))
+    total = sum(map(count_tokens, read))
+    each = 8 * min(total, MOST_TOKENS) * layers[0].experts ** 2
+    groups = split(layers, [each] * len(layers), room_for_sums(model, memory))
+    plans, scales, rows = {}, {}, []
+    for group in tqdm(groups, desc="experts", disable=not progress):
+        for tokens in collect_tokens(model, read, group, max(1, total // MOST_TOKENS)):
+            start, name = time.perf_counter(), tokens.site.team
+            kept = choose(tokens, count)
+            scale, row = fit_scales(tokens, kept, mode, damp)
+            plans[name] = SitePlan(tokens.site.experts, tuple(kept.tolist()))
+            scales[name] = scale, None
+            rows.append(_row(model, tokens.site, count, row, time.perf_counter() - start))
+    source = {"sequences": sum(map(len, read)), "tokens": total, "passes": len(groups)}
+    return KeptExperts(plans, scales, rows, source)
+
+
+def layers_of(model: nn.Module) -> list[Site]:
+    """Return the first expert of every layer that has some."""
+    at = [site for site in sites(model, ("mlp",)) if site.expert is not None]
+    if not at:
+        raise InputError(
+            f"experts: {type(model).__name__} has none to remove; leave keep_experts out"
+        )
+    return [team[0] for team in teams_of(at).values()]
+
+
+def count_experts_kept(model: nn.Module, keep: float) -> int:
+    """Return how many experts stay in each layer: at most the fraction ``keep``.
+
+    Raises
+    ------
+    InputError
+        If they would be fewer than a token is sent to, or ``keep`` is out of range.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise InputError(f"experts: keep_experts must be in (0, 1], got {keep}; 0.9 keeps 90 %")
+    site = layers_of(model)[0]
+    count, least = math.floor(keep * site.experts + 1e-9), router_of(model, site).top_k
+    if count < least:
+        raise InputError(
+            f"experts: {keep:.4g} of {site.experts} experts is less than the {least} that every "
+            "token is sent to; raise keep_experts"
+        )
+    return count
+
+
+def choose(tokens: LayerTokens, count: int) -> Tensor:
+    """Return the experts of a layer that stay, ascending, the others gone one by one."""
+    kept = torch.arange(tokens.site.experts, device=tokens.logits.device)
+    while len(kept) > count:
+        errors = []
+        for place in range(len(kept)):
+            a, c = (part.sum(0) for part in tokens.sums(_without(kept, place)))
+            errors.append(_lost(a, c, _scales(a, c, CURVE_DAMP)))
+        # Of equal ones the last expert goes.
+        least = torch.stack(errors).flip(0).argmin()
+        kept = _without(kept, len(kept) - 1 - int(least))
+    return kept
+
+
+def fit_scales(
+    tokens: LayerTokens, kept: Tensor, mode: str, damp: float | str
+) -> tuple[Tensor, dict[str, object]]:
+    """Return the scales of experts that stay, and what a row of the report says of them."""
+    a, c = tokens.sums(kept)
+    energy = tokens.energy
+    whole = len(kept) == tokens.site.experts or mode == "none"
+    ladder = [math.inf] if whole else damp_ladder(damp)
+    held_out = energy.new_zeros(FOLDS, len(ladder))
+    for fold in range(FOLDS):
+        other = FOLDS - 1 - fold
+        for index, each in enumerate(ladder):
+            scales = _scales(a[fold], c[fold], each)
+            held_out[fold, index] = energy[other] + _lost(a[other], c[other], scales)
+    best = least_held_out(held_out, ladder)
+    scales = _scales(a.sum(0), c.sum(0), ladder[best])
+    error = energy.sum() + _lost(a.sum(0), c.sum(0), scales)
+    return scales, {
+        "damp": ladder[best],
+        "error": ratio(error, energy.sum()),
+        "holdout_error": ratio(held_out[:, best].sum(), energy.sum()),
+        "condition": _condition(a.sum(0), ladder[best]),
+        "path": "as they are" if math.isinf(ladder[best]) else "scaled, float64",
+    }
+
+
+def _scales(a: Tensor, c: Tensor, damp: float) -> Tensor:
+    """Return ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, with Λ = λ · mean(diag A) · I."""
+    one = torch.ones_like(c)
+    if math.isinf(damp):
+        return one
+    return one + torch.linalg.lstsq(_damped(a, damp), (c - a @ one)[:, None]).solution[:, 0]
+
+
+def _damped(a: Tensor, damp: float) -> Tensor:
+    mean = a.diagonal().mean()
+    shift = damp * torch.where(mean > 0, mean, 1.0)
+    return a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device)
+
+
+def _lost(a: Tensor, c: Tensor, scales: Tensor) -> Tensor:
+    """Return the error of scaled outputs, but for the energy of what they stand for."""
+    return scales @ a @ scales - 2 * scales @ c
+
+
+def _condition(a: Tensor, damp: float) -> float:
+    return 1.0 if math.isinf(damp) else float(torch.linalg.cond(_damped(a, damp)))
+
+
+def _without(kept: Tensor, place: int) -> Tensor:
+    return torch.cat([kept[:place], kept[place + 1 :]])
+
+
+def _row(
+    model: nn.Module, site: Site, count: int, facts: Mapping[str, object], seconds: float
+) -> SiteRow:
+    router = router_of(model, site)
+    module = model.get_submodule(site.consumer.rpartition(".")[0])
+    both = [*module.parameters(recurse=False), *router.parameters(recurse=False)]
+    each = sum(parameter.numel() for parameter in both) // site.experts
+    return SiteRow(
+        name=f"{site.team.rpartition('.')[0]}.experts",
+        units_before=site.experts,
+        units_after=count,
+        params_before=each * site.experts,
+        params_after=each * count,
+        dropped_rows=0,
+        seconds=seconds,
+        **facts,
+    )
