@@ -17,6 +17,7 @@ from liar_ext.models.sites import Site, sites
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
 HEAD = re.compile(r"head_?(dim|size|width)|attention_head_size|\w*head_dim|d_head|dim_head")
 Numbers = dict[str, tuple[int, ...]]
+Meanings = dict[str, list[tuple[str, str]]]  # of an integer: kinds of site, and sizes of them
 
 
 def integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> Numbers:
@@ -26,8 +27,7 @@ def integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> N
     """
     found: list[dict[str, int]] = []
     for model in models:
-        found_blocks = list(blocks_of(model, family))
-        _, block = found_blocks[min(BLOCK, len(found_blocks) - 1)]
+        block = _block(model, family)
         values = {}
         for path, module in block.named_modules():
             weight = module._parameters.get("weight")
@@ -83,43 +83,74 @@ def _fits(family: Family, path: str, models: list[nn.Module]) -> bool:
 
 def with_numbers(
     family: Family, models: list[nn.Module], ran: Collection[str]
-) -> tuple[Family, dict[str, list[str]]]:
-    """Return a row with the integers that follow, and those of which it isn't known.
+) -> tuple[Family, Meanings, Meanings]:
+    """Return a row with the integers that follow, and what others may mean.
 
     An integer follows where it equals a size in two models whose sizes differ. One that equals the
-    hidden size as well, or that was seen in one model alone, is left to the proof: it has a list of
-    the sizes that it may be.
+    hidden size as well, or that was seen in one model alone, is left to the proof, with the sizes
+    that it may be: the second that is returned. The third are numbers of the config that modules
+    have at hand, which a forward may read.
     """
-    numbers = integers(models, family, ran)
     with registered(family):
         found = {
             kind: [_of_block(sites(model, (kind,))) for model in models]
             for kind in ("attn", "mlp")
             if getattr(family, kind) is not None
         }
-    hidden = tuple(next(iter(found.values()))[i].d_out for i in range(len(models)))
-    unclear: dict[str, list[str]] = {}
+    hidden = tuple(site.d_out for site in next(iter(found.values())))
+    unclear: Meanings = {}
     chosen: dict[str, dict[str, str]] = {kind: {} for kind in found}
-    for path, values in numbers.items():
-        fitting = {
-            (kind, name): None
-            for kind, each in found.items()
-            for name in each[0].sizes
-            if name != "head_dim" and tuple(site.sizes[name] for site in each) == values
-        }
-        if ("attn", "heads") in fitting:
-            fitting.pop(("attn", "kv_heads"), None)  # no group in any model
-        if not fitting or values[0] == 1 and len(set(values)) == 1:
-            continue
-        kind, name = next(iter(fitting))
-        certain = len(fitting) == 1 and len(set(values)) > 1 and values != hidden
-        if certain:
-            chosen[kind][path] = name
-        else:
-            unclear[path] = [f"{kind}:{name}" for kind, name in fitting]
+    for path, values in integers(models, family, ran).items():
+        fitting = _meanings(values, found)
+        if len(fitting) == 1 and len(set(values)) > 1 and values != hidden:
+            kind, size = fitting[0]
+            chosen[kind][path] = size
+        elif fitting:
+            unclear[path] = fitting
     for kind, each in chosen.items():
         family = replace(family, **{kind: replace(getattr(family, kind), numbers=each)})
-    return family, unclear
+    at_hand = {
+        path: fitting
+        for path, values in _config_numbers(models, family).items()
+        if len(set(values)) > 1 and (fitting := _meanings(values, found))
+    }
+    return family, unclear, at_hand
+
+
+def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tuple[str, str]]:
+    """Return kind and name of the sizes that an integer equals in all models."""
+    fitting = [
+        (kind, name)
+        for kind, each in found.items()
+        for name in each[0].sizes
+        if name != "head_dim" and tuple(site.sizes[name] for site in each) == values
+    ]
+    if ("attn", "heads") in fitting:  # as many in all models, where none or all heads share a key
+        fitting = [each for each in fitting if each[1] not in ("kv_heads", "group_size")]
+    return [] if set(values) == {1} else fitting
+
+
+def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
+    """Return the integers of the config that the module around each consumer keeps."""
+    numbers: Numbers = {}
+    for kind in ("attn", "mlp"):
+        path = getattr(family, kind).consumer if getattr(family, kind) is not None else ""
+        while path := path.rpartition(".")[0]:
+            owners = [_block(model, family).get_submodule(path) for model in models]
+            configs = [getattr(owner, "config", None) for owner in owners]
+            if None not in configs:
+                fields = [config.to_dict() for config in configs]
+                for name in fields[0]:
+                    values = tuple(each.get(name) for each in fields)
+                    if all(type(value) is int for value in values):
+                        numbers[f"{path}.config.{name}"] = values
+                break
+    return numbers
+
+
+def _block(model: nn.Module, family: Family) -> nn.Module:
+    blocks = [block for _, block in blocks_of(model, family)]
+    return blocks[min(BLOCK, len(blocks) - 1)]
 
 
 def _of_block(found: list[Site]) -> Site:

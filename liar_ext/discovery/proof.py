@@ -38,7 +38,7 @@ def prove(instances: Sequence[Instance], family: Family) -> list[str]:
     done: dict[str, float] = {}
     with registered(family):
         for instance, attention in product(instances, ("eager", "sdpa")):
-            if attention == "sdpa" and not getattr(instance.model, "_supports_sdpa", False):
+            if attention == "sdpa" and not _has_sdpa(instance.model):
                 continue
             for kinds, unit in _combinations(instance.model, family):
                 error = _compare(instance, kinds, unit, attention)
@@ -64,7 +64,7 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
             loaded = _saved(instance, equal_plan(instance.model, kinds), Path(folder) / "equal")
             said.append(f"equal layers of {' and '.join(kinds)} load in {loaded}")
         if _in_transformers(type(instance.model)):
-            plan = make_plan(instance.model, _kinds(family), "auto")
+            plan = make_plan(instance.model, _kinds(family), unit_of(instance.model))
             loaded = _saved(instance, plan, Path(folder) / "unequal", ours=True)
             said.append(f"unequal layers load by {loaded}")
     return said
@@ -77,7 +77,15 @@ def make_plan(model: nn.Module, kinds: Sequence[str], unit: str) -> Plan:
 
 def equal_plan(model: nn.Module, kinds: Sequence[str]) -> Plan:
     """Keep half of the units of every site."""
-    return _plan(model, kinds, "auto", equal=True)
+    return _plan(model, kinds, unit_of(model), equal=True)
+
+
+def unit_of(model: nn.Module) -> str:
+    """Return the unit of attention of which there are several: heads, where all share one key."""
+    try:
+        return "head" if sites(model, ("attn",))[0].units == 1 else "auto"
+    except InputError:  # no attention that can be pruned
+        return "auto"
 
 
 def _plan(model: nn.Module, kinds: Sequence[str], unit: str, *, equal: bool) -> Plan:
@@ -102,6 +110,12 @@ def _kinds(family: Family) -> list[str]:
 def _config_of(family: Family, kind: str) -> bool:
     wiring = getattr(family, kind)
     return wiring is not None and wiring.config is not None
+
+
+def _has_sdpa(model: nn.Module) -> bool:
+    """Tell whether a model can be switched to the attention that torch fuses."""
+    can = getattr(model, "_can_set_attn_implementation", None)
+    return bool(getattr(model, "_supports_sdpa", False)) and can is not None and can()
 
 
 def _combinations(model: nn.Module, family: Family) -> Iterator[tuple[list[str], str]]:

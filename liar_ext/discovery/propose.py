@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from liar_ext.discovery.instance import (
     make_second,
     variants,
 )
-from liar_ext.discovery.numbers import with_head_dim, with_numbers
+from liar_ext.discovery.numbers import Meanings, with_head_dim, with_numbers
 from liar_ext.discovery.proof import prove, prove_folders
 from liar_ext.discovery.rows import registered
 from liar_ext.discovery.shrinking import tall
@@ -30,7 +30,7 @@ from liar_ext.models.family import Family
 from liar_ext.models.sites import sites
 
 HIDDEN = "the residual stream isn't looked for: its steps are written by hand"
-MOST_TRIALS = 64  # of what integers may mean
+MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
 KINDS = ("attn", "mlp")
 
 
@@ -66,11 +66,13 @@ def propose(
             family = replace(family, attn=None)
     family, notes = _fitting_every_block(model_class, config, family, missing)
     _check_left(family, missing)
-    family, unclear = with_numbers(family, models, trace.ran)
-    family, proved = _settle(instances, family, unclear, missing)
+    family, unclear, at_hand = with_numbers(family, models, trace.ran)
+    family, proved = _settle(instances, family, unclear, at_hand, missing)
+    if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
+        notes.append("one key for all heads: whether a weight is stacked by group can't be seen")
     left = [path for path in unclear if not any(path in w.numbers for w in _wirings(family))]
     if left:
-        notes.append(f"left alone, as no pass reads them: {', '.join(left)}")
+        notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
     family, no_config = with_config(instances, family)
     family = with_bias_flags(instance, family)
     if no_config:
@@ -118,43 +120,64 @@ def _fitting_every_block(
 def _settle(
     instances: list[Instance],
     family: Family,
-    unclear: dict[str, list[str]],
+    unclear: Meanings,
+    at_hand: Meanings,
     missing: dict[str, str],
 ) -> tuple[Family, list[str]]:
-    """Return the row that the proof holds for, with as few unclear integers as it takes."""
-    reasons = []
-    for trial in _trials(family, unclear):
+    """Return the row that the proof holds for, with as few unclear integers as it takes.
+
+    Where it holds for none, one kind of site may hold by itself; the reason why the other doesn't
+    is added to ``missing``.
+    """
+    reasons: list[str] = []
+    held = _first_proved(instances, _trials(family, unclear, at_hand), reasons)
+    if held is None and len(_wirings(family)) == 2:
+        for other in ("attn", "mlp"):
+            alone = replace(family, **{other: None})
+            held = _first_proved(instances, _trials(alone, unclear, at_hand), reasons)
+            if held is not None:
+                missing[other] = reasons[0]
+                break
+    if held is None:
+        raise Refused("; ".join(dict.fromkeys(reasons)))
+    return held
+
+
+def _first_proved(
+    instances: list[Instance], trials: Iterator[Family], reasons: list[str]
+) -> tuple[Family, list[str]] | None:
+    """Return the first row that the proof holds for, or None; add the reasons of the others."""
+    for trial in trials:
         try:
-            proved = prove(instances, trial)
+            return trial, prove(instances, trial)
         except Refused as error:
             reasons.append(str(error))
-        else:
-            return trial, proved
-    if len(_wirings(family)) == 2:  # one of them may hold by itself
-        for kind, other in (("mlp", "attn"), ("attn", "mlp")):
-            alone = replace(family, **{other: None})
-            trials = {p: [m for m in each if m.startswith(kind)] for p, each in unclear.items()}
-            for trial in _trials(alone, {p: each for p, each in trials.items() if each}):
-                try:
-                    proved = prove(instances, trial)
-                except Refused as error:
-                    reasons.append(str(error))
-                    continue
-                missing[other] = reasons[0]
-                return trial, proved
-    raise Refused("; ".join(dict.fromkeys(reasons)))
+    return None
 
 
-def _trials(family: Family, unclear: dict[str, list[str]]) -> Iterator[Family]:
-    """Yield rows in which unclear integers mean nothing, then one thing or another."""
-    options = [["", *meanings] for meanings in unclear.values()]
-    choices = sorted(product(*options), key=lambda choice: sum(map(bool, choice)))
-    for choice in choices[:MOST_TRIALS]:
+def _trials(family: Family, unclear: Meanings, at_hand: Meanings) -> Iterator[Family]:
+    """Yield rows in which unclear integers mean nothing, then one thing or another.
+
+    Numbers of the config come last: mostly no forward reads them.
+    """
+    kinds = [kind for kind in KINDS if getattr(family, kind) is not None]
+    options = {
+        path: [None, *(each for each in meanings if each[0] in kinds)]
+        for path, meanings in {**unclear, **at_hand}.items()
+    }
+    choices = product(*options.values())
+
+    def cost(choice: tuple[tuple[str, str] | None, ...]) -> tuple[int, int]:
+        taken = [path for path, meaning in zip(options, choice, strict=True) if meaning]
+        return sum(path in at_hand for path in taken), len(taken)
+
+    for choice in sorted(islice(choices, MOST_CHOICES), key=cost)[:MOST_TRIALS]:
         row = family
-        for path, meaning in zip(unclear, choice, strict=True):
+        for path, meaning in zip(options, choice, strict=True):
             if meaning:
-                kind, size = meaning.split(":")
+                kind, size = meaning
                 wiring = getattr(row, kind)
-                numbers = {**wiring.numbers, path: size}
-                row = replace(row, **{kind: replace(wiring, numbers=numbers)})
+                row = replace(
+                    row, **{kind: replace(wiring, numbers={**wiring.numbers, path: size})}
+                )
         yield row

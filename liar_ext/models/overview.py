@@ -18,6 +18,7 @@ COLUMNS = {
     "hidden": "hidden size",
     "biases": "biases",
     "stock": "stock config",
+    "layerwise": "layerwise",
 }
 LEGEND = {
     "heads": "attention heads can be removed",
@@ -28,6 +29,7 @@ LEGEND = {
     "one, a bias that pruning adds to a layer that had none needs the loader in the folder",
     "stock": "of which units the config of the stock class can say a smaller number, equal in all "
     "layers, so that a folder needs no loader",
+    "layerwise": "a job may go layer by layer, by `--schedule layerwise`",
 }
 YES, NO = "yes", "no"
 
@@ -48,19 +50,32 @@ def _entries(family: Family) -> dict[str, Entry]:
     attn, mlp = (_wirings(family, kind) for kind in ("attn", "mlp"))
     flags = sorted({wiring.bias_flag for wiring in (*attn, *mlp)} - {None})
     return {
-        "heads": _entry(bool(attn), family, "attn", "its attention isn't described"),
+        "heads": _described(family, "attn", attn, "its attention isn't described"),
         "kv_groups": _groups(family, attn),
-        "channels": _entry(bool(mlp), family, "mlp", "its MLP isn't described"),
+        "channels": _described(family, "mlp", mlp, "its MLP isn't described"),
         "hidden": _entry(
             family.stream is not None, family, "hidden", "its residual stream isn't described"
         ),
         "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
         "stock": _stock(family, {"heads": attn, "channels": mlp}),
+        "layerwise": _entry("layerwise" not in family.without, family, "layerwise", ""),
     }
 
 
 def _entry(applies: bool, family: Family, name: str, reason: str) -> Entry:
     return Entry(YES) if applies else Entry(NO, family.without.get(name, reason))
+
+
+def _described(family: Family, kind: str, wirings: list[Wiring], reason: str) -> Entry:
+    """Tell of a kind of site, and of the blocks and configs that have it."""
+    if not wirings or kind in family.without:
+        return _entry(False, family, kind, reason)
+    if any(wiring.optional for wiring in wirings):
+        return Entry(YES, "in the blocks that have any")
+    if not all(wiring.requires for wiring in wirings):
+        return Entry(YES)
+    needs = {f"{k}={v}": None for wiring in wirings for k, v in wiring.requires.items()}
+    return Entry(YES, f"only with {', '.join(needs)}")
 
 
 def _groups(family: Family, attn: list[Wiring]) -> Entry:
@@ -86,10 +101,11 @@ def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
 def _wirings(family: Family, kind: str) -> list[Wiring]:
     """Return the wirings of a kind of site, of all parts and alternatives."""
     found: list[Wiring] = []
-    for part in getattr(family, "all_parts", (family,)):
-        row = getattr(part, kind)
-        if row is not None:
-            found += row if isinstance(row, tuple) else (row,)
+    for part in family.all_parts:
+        rows = [getattr(part, kind)] + ([part.cross_attn] if kind == "attn" else [])
+        for row in rows:
+            if row is not None:
+                found += row if isinstance(row, tuple) else (row,)
     return found
 
 

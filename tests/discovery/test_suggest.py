@@ -9,6 +9,7 @@ import torch
 from discovery.odd import OddConfig, OddModel
 from folders import equal_plan
 from tiny import TINY, outputs, tiny
+from transformers import AutoConfig
 
 import liar_ext
 from liar_ext.discovery.instance import Refused, make_instance
@@ -20,7 +21,7 @@ from liar_ext.models.sites import sites
 
 # Of kinds that differ: grouped and not, stacked in both ways, transposed, an input made for all
 # heads, images, the config in a part.
-KNOWN = "llama gpt2 gpt_neox bert mpnet distilbert opt vit gemma3".split()
+KNOWN = "llama gpt2 gpt_neox bert mpnet distilbert opt vit gemma3 phi3".split()
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +34,10 @@ def table():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_family_of_the_table_is_found_anew(name, monkeypatch):
-    row, config = FAMILIES[name], tiny(name).config
-    config.architectures = [TINY[name][0]]
+    row = FAMILIES[name]
+    config = tiny(name).config if name in TINY else AutoConfig.for_model(name)
+    if name in TINY:
+        config.architectures = [TINY[name][0]]
     with monkeypatch.context() as without:
         without.delitem(FAMILIES, name)
         found = suggest_family(config)
@@ -56,7 +59,7 @@ def test_a_family_of_the_table_is_found_anew(name, monkeypatch):
 
 def test_the_code_registers_the_row():
     row = FAMILIES["llama"]
-    for name in KNOWN:
+    for name in (name for name in KNOWN if name in TINY):
         found = suggest_family(tiny(name))
         assert found.known and found.family is FAMILIES[name] and not found.proved
         before = FAMILIES.pop(name)
@@ -140,4 +143,13 @@ def test_numbers_that_the_proof_alone_tells_are_found(monkeypatch):
         without.delitem(FAMILIES, "gpt2")
         found = suggest_family(tiny("gpt2"))
     assert found.family.attn.numbers["attn.split_size"] == "features"
-    assert found.notes == ("left alone, as no pass reads them: attn.embed_dim",)
+    assert found.notes == ("may be the hidden size, and are left alone: attn.embed_dim",)
+
+
+def test_a_layout_that_one_key_hides_is_noted(monkeypatch):
+    with monkeypatch.context() as without:
+        without.delitem(FAMILIES, "falcon")
+        found = suggest_family(AutoConfig.for_model("falcon", multi_query=True))
+    assert found.family.attn.config is None  # no field keeps the size of a head
+    assert any("stacked by group can't be seen" in note for note in found.notes)
+    assert "attn by head" in found.proved[0] and "kv_group" not in found.proved[0]

@@ -1,0 +1,56 @@
+"""The table of what applies to each family says what its rows say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from test_docs import ROOT
+from tiny import TINY, tiny
+
+from liar_ext.models.overview import COLUMNS, Entry, markdown, overview, plain
+from liar_ext.models.registry import FAMILIES
+from liar_ext.models.sites import sites
+
+
+def test_the_page_is_up_to_date():
+    """`make families` writes it."""
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert page == markdown(overview())
+
+
+def test_every_family_has_its_row_and_every_no_its_reason():
+    table = overview()
+    assert list(table) == sorted(FAMILIES)
+    for name, row in table.items():
+        assert list(row) == list(COLUMNS)
+        assert all(each.reason for each in row.values() if each.applies == "no"), name
+
+
+def test_the_table_says_what_models_of_the_family_have():
+    table = overview()
+    for name in ("llama", "bert", "gpt_neox", "dinov2"):
+        row, kinds = table[name], {site.kind for site in sites(tiny(name))}
+        assert {"attn", "mlp"} == kinds and name in TINY
+        assert row["heads"] == row["channels"] == Entry("yes")
+    assert table["llama"]["stock"] == Entry("heads, channels")
+    assert table["llama"]["biases"] == Entry("attention_bias, mlp_bias")
+    assert table["olmo2"]["heads"].applies == "no" and table["olmo2"]["channels"] == Entry("yes")
+    assert table["stablelm"]["heads"] == Entry("yes", "only with qk_layernorm=False")
+    assert table["lfm2"]["heads"] == Entry("yes", "in the blocks that have any")
+    assert table["t5"]["layerwise"].applies == "no"
+    assert table["bert"]["stock"].applies == "channels" and table["bert"]["stock"].reason
+    assert table["bert"]["kv_groups"] == Entry("no", "every head has keys and values of its own")
+    assert table["dinov2"]["stock"].applies == "heads"
+
+
+def test_reasons_of_a_row_are_told(monkeypatch):
+    lacking = {"attn": "a norm is over all heads", "hidden": "not yet", "stock": "a|b"}
+    row = replace(FAMILIES["llama"], name="odd", attn=None, stream=None, without=lacking)
+    monkeypatch.setitem(FAMILIES, "odd", replace(row, mlp=replace(row.mlp, config=None)))
+    table = overview()
+    assert table["odd"]["heads"] == Entry("no", "a norm is over all heads")
+    assert table["odd"]["kv_groups"] == Entry("no", "heads can't")
+    assert table["odd"]["stock"] == Entry("no", "a|b")
+    line = next(line for line in markdown(table).splitlines() if line.startswith("| odd |"))
+    assert line.count(" | ") == len(COLUMNS) and "no: a norm is over all heads" in line
+    assert "odd, heads: a norm is over all heads" in plain(table)
