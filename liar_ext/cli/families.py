@@ -70,4 +70,5 @@ def _suggestion(model: str, as_json: bool) -> str:
     said += [f"proved: {each}" for each in found.proved]
     said += [f"lacking: {name}: {why}" for name, why in found.family.without.items()]
     said += [f"note: {each}" for each in found.notes]
-    return "\n".join([*(f"# {line}" for line in said), found.code.rstrip()])
+    comments = [f"# {' '.join(line.split())}" for line in said]
+    return "\n".join([*comments, found.code.rstrip()])

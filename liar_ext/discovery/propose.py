@@ -24,6 +24,7 @@ from liar_ext.discovery.proof import prove, prove_folders
 from liar_ext.discovery.rows import registered
 from liar_ext.discovery.shrinking import tall
 from liar_ext.discovery.tracing import Trace
+from liar_ext.discovery.watching import input_by_head
 from liar_ext.discovery.wiring import find_sites
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family
@@ -59,7 +60,7 @@ def propose(
         attention = found["attn"]
         try:
             family = with_head_dim(family, models, attention.head_dim, trace.ran)
-            head_input = trace.inputs_by_head(attention.wiring.consumer, attention.heads)
+            head_input = input_by_head(trace, attention.wiring.consumer, attention.heads)
             family = replace(family, attn=replace(family.attn, head_input=head_input))
         except Refused as error:
             missing["attn"] = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -88,8 +89,7 @@ def _write(value: Any, taken: int, indent: str = "") -> str:
 def _line(value: Any) -> str:
     """Return a value as code on one line, with double quotes."""
     if isinstance(value, str):
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{quoted}"'
+        return json.dumps(value, ensure_ascii=False)  # double quotes; newlines are escaped
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_line(k)}: {_line(v)}" for k, v in value.items()) + "}"
     if is_dataclass(value) or hasattr(value, "_fields"):

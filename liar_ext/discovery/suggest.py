@@ -97,7 +97,8 @@ def suggest_family(model: Any) -> Suggestion:
     try:
         if wrong := check_sizes(config):
             raise Refused(wrong)
-        family, proved, notes = propose(_class_of(model), config, given)
+        with torch.device("cpu"):
+            family, proved, notes = propose(_class_of(model), config, given)
     except Refused as error:
         raise InputError(
             f"suggest_family: no row for {name!r}: {one_line(error, 700)}; describe the family by "

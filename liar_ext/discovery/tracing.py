@@ -9,11 +9,9 @@ it through no other linear layer::
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,6 @@ from torch import Tensor, nn
 from liar_ext.calibration.hooks import Ended
 from liar_ext.discovery.blocks import Call, cloned, first_tensor
 from liar_ext.discovery.instance import Refused
-from liar_ext.models.family import HeadInput
 
 MOST_ROWS = 4000  # of all layers that a consumer reads: a second of small blocks
 CHANGED = 1e-9  # of the largest value; what isn't reached stays equal, bit for bit
@@ -71,6 +68,8 @@ class Trace:
 
     Attributes
     ----------
+    block : nn.Module
+        The block.
     layers : dict of str to Layer
         Those that ran once, by their path in the block, in the order in which they ran.
     others : list of str
@@ -84,7 +83,7 @@ class Trace:
     """
 
     def __init__(self, call: Call) -> None:
-        self._block, self._call = call.module, call
+        self.block, self._call = call.module, call
         self._generator = torch.Generator().manual_seed(2)
         self.repeated: list[str] = []
         self.ran: set[str] = set()
@@ -94,16 +93,16 @@ class Trace:
         }
         others = {
             name: parameter.ndim
-            for name, parameter in self._block.named_parameters()
+            for name, parameter in self.block.named_parameters()
             if parameter.ndim >= 2 and id(parameter) not in owned
         }
         self.others = sorted(others, key=lambda name: -others[name])
         self.parents: dict[str, list[str]] = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
-            for reader in self._changed(name, self._noise(layer.output)):
+            for reader in self._changed(name, self.noise(layer.output)):
                 self.parents[reader].append(name)
         hidden = first_tensor((call.args, call.kwargs))
-        self.readers = self._changed(None, self._noise(hidden))
+        self.readers = self._changed(None, self.noise(hidden))
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
         """Return what each layer that a consumer reads reaches, row by row.
@@ -149,70 +148,11 @@ class Trace:
         once, twice = (self._input(producer, k * move, consumer) - before for k in (1.0, 2.0))
         return bool(torch.allclose(twice, 2 * once, rtol=1e-6, atol=1e-9))
 
-    def mixers(self, producer: str) -> list[str]:
-        """Return modules without matrices that read a layer's outputs, such as norms."""
-        inner = {
-            name: module
-            for name, module in self._block.named_modules()
-            if name and name not in self.layers and next(module.children(), None) is None
-        }
-        seen: list[dict[str, Tensor]] = []
-        layer = self.layers[producer]
-        for move in (torch.zeros_like(layer.output), self._noise(layer.output)):
-            inputs: dict[str, Tensor] = {}
-            handles = [
-                module.register_forward_pre_hook(
-                    lambda _, args, name=name, inputs=inputs: (
-                        inputs.update({name: args[0].clone()})
-                        if args and isinstance(args[0], Tensor)
-                        else None
-                    )
-                )
-                for name, module in inner.items()
-            ]
-            try:
-                self._run(producer, move, lambda name, value: None)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            seen.append(inputs)
-        return [name for name in seen[0] if not torch.equal(seen[0][name], seen[1][name])]
-
-    def inputs_by_head(self, consumer: str, heads: int) -> HeadInput | None:
-        """Return the argument with a slice a head that comes into a block, if there is one.
-
-        It is (batch, heads, queries, keys), such as a bias of relative positions.
-        """
-        found: list[HeadInput] = []
-
-        def look(module: nn.Module, args: tuple, kwargs: dict, path: str) -> None:
-            names = list(inspect.signature(module.forward).parameters)
-            arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-            for name, value in arguments.items():
-                if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == heads > 1:
-                    found.append(HeadInput(path, names.index(name), name))
-
-        inside = [
-            (path, module)
-            for path, module in self._block.named_modules()
-            if path and consumer.startswith(f"{path}.")
-        ]
-        handles = [
-            module.register_forward_pre_hook(partial(look, path=path), with_kwargs=True)
-            for path, module in inside
-        ]
-        try:
-            self._run(None, torch.zeros(()), lambda name, value: None)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found[-1] if found else None
-
     def _find_layers(self) -> dict[str, Layer]:
         """Run the block as it is; return the layers that compute a matrix product."""
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
         handles = []
-        for name, module in self._block.named_modules():
+        for name, module in self.block.named_modules():
             weight = getattr(module, "weight", None)
             matrix = isinstance(weight, Tensor) and weight.ndim == 2
 
@@ -227,13 +167,13 @@ class Trace:
             handles.append(module.register_forward_hook(note))
         try:
             with torch.no_grad():
-                self._block(*cloned(self._call.args), **cloned(self._call.kwargs))
+                self.block(*cloned(self._call.args), **cloned(self._call.kwargs))
         finally:
             for handle in handles:
                 handle.remove()
         layers = {}
         for name, runs in seen.items():
-            module = self._block.get_submodule(name)
+            module = self.block.get_submodule(name)
             stored = _stored(module, *runs[0])
             if len(runs) > 1:
                 self.repeated.append(name)
@@ -249,7 +189,7 @@ class Trace:
             if name != moved and _differs(value, self.layers[name].input).any():
                 changed.append(name)
 
-        self._run(moved, move, compare)
+        self.run(moved, move, compare)
         return changed
 
     def _difference(self, producer: str, move: Tensor, consumer: str) -> Tensor:
@@ -265,13 +205,13 @@ class Trace:
                 found.append(value.detach())
                 raise Ended
 
-        self._run(producer, move, catch)
+        self.run(producer, move, catch)
         if not found or found[0].shape != self.layers[consumer].input.shape:
             raise Refused(f"{consumer} doesn't always run, or on other tokens each time")
         return found[0]
 
     @torch.no_grad()
-    def _run(self, moved: str | None, move: Tensor, read) -> None:
+    def run(self, moved: str | None, move: Tensor, read) -> None:
         """Run the block with all layers held, but for one or for the block's input."""
         args, kwargs = self._call.args, self._call.kwargs
         args, kwargs = cloned(args), cloned(kwargs)
@@ -279,7 +219,7 @@ class Trace:
             args, kwargs = _moved(args, kwargs, move)
         with self._held(moved, move, read):
             try:
-                self._block(*args, **kwargs)
+                self.block(*args, **kwargs)
             except Ended:
                 pass
 
@@ -305,7 +245,8 @@ class Trace:
             for handle in handles:
                 handle.remove()
 
-    def _noise(self, like: Tensor) -> Tensor:
+    def noise(self, like: Tensor) -> Tensor:
+        """Return random values of the size of a layer's outputs."""
         noise = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
         return (noise * (like.double().std() + 0.1)).to(like.dtype)
 

@@ -17,6 +17,7 @@ import torch
 
 from liar_ext.discovery.instance import Refused
 from liar_ext.discovery.tracing import Reach, Trace
+from liar_ext.discovery.watching import mixers
 from liar_ext.models.family import Stack, Wiring
 from liar_ext.models.stacking import row_units
 
@@ -47,6 +48,7 @@ class Found:
 def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
     """Return the sites of a block by kind, and the reason for each kind that can't be described."""
     found: dict[str, list[Found]] = {"attn": [], "mlp": []}
+    mixed = ""
     reasons: dict[str, list[str]] = {"attn": [], "mlp": []}
     for consumer, parents in trace.parents.items():
         if not parents or consumer in trace.readers:
@@ -54,8 +56,12 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
         reach = trace.reaches(consumer)
         rows = [row for each in reach.values() for row in each]
         kind = "mlp" if all(row.local and len(row.columns) < 2 for row in rows) else "attn"
-        if all(row.local for row in rows) and kind == "attn":
-            continue  # a norm of a low-rank product, for one: no site
+        if all(row.local for row in rows) and kind == "attn":  # such as a low-rank product
+            between = mixers(trace, parents)
+            mixed = f"; columns of {consumer} depend on several rows of {', '.join(parents)}" + (
+                f", through {', '.join(between[:3])}" if between else ""
+            )
+            continue
         try:
             read = _read_attention if kind == "attn" else _read_mlp
             found[kind].append(read(trace, consumer, reach))
@@ -69,7 +75,8 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
             names = [each.wiring.consumer for each in several] + reasons[kind]
             without[kind] = f"a block has {len(names)} such sites, not one: {', '.join(names[:3])}"
         else:
-            without[kind] = reasons[kind][0] if reasons[kind] else _nothing(trace, kind)
+            nothing = _nothing(trace, kind) + mixed * (kind == "mlp")
+            without[kind] = reasons[kind][0] if reasons[kind] else nothing
     return sites, without
 
 
@@ -170,10 +177,10 @@ def _head_dim(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> int
             f"queries that {consumer} reads reach {_sizes(sizes)} of its {columns} columns"
         )
     if sizes == {columns}:
-        mixers = sorted({name for producer in reach for name in trace.mixers(producer)})
+        between = mixers(trace, reach)
         raise Refused(
             f"every query reaches all {columns} columns of {consumer}: there is one head"
-            + (f", or heads are mixed by {', '.join(mixers[:3])}" if mixers else "")
+            + (f", or heads are mixed by {', '.join(between[:3])}" if between else "")
         )
     return sizes.pop()
 
@@ -184,7 +191,7 @@ def _sizes(sizes: set[int]) -> str:
 
 def _mixed(trace: Trace, producer: str, row: int, consumer: str) -> str:
     """Return the reason for which heads aren't units, with the modules in between."""
-    between = ", ".join(trace.mixers(producer)[:3])
+    between = ", ".join(mixers(trace, [producer])[:3])
     return (
         f"row {row} of {producer} reaches columns of {consumer} that are no head's and no group's"
         + (f", through {between}" if between else "")

@@ -71,8 +71,8 @@ def family_of(model: nn.Module) -> Family:
     if name in FAMILIES:
         return FAMILIES[name]
     raise InputError(
-        f"sites: unknown architecture {name!r} ({type(model).__name__}); known are "
-        f"{', '.join(sorted(FAMILIES))}. `liar families --suggest MODEL`, or "
+        f"sites: unknown architecture {name!r} ({type(model).__name__}), which is none of the "
+        f"{len(FAMILIES)} that `liar families` lists; `liar families --suggest MODEL`, or "
         "liar_ext.suggest_family(model), looks for a row and proves it; liar_ext.register_family "
         "adds one that you write: see docs/extend.md"
     )

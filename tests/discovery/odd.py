@@ -102,6 +102,19 @@ class MixedGaze(Gaze):
         return self.blend(queries)
 
 
+class NormedStratum(Stratum):
+    """A norm over all channels of the MLP."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.level = nn.RMSNorm(config.swell)
+
+    def forward(self, x):
+        y = self.hush(x)
+        straight, bent = self.rise(y).chunk(2, -1)
+        return x + self.gaze(y) + self.fall(self.level(straight * torch.sigmoid(bent)))
+
+
 class BareGaze(nn.Module):
     """Attention by a parameter and no linear layer."""
 

@@ -56,6 +56,12 @@ def test_attention_that_no_row_can_name_is_left_out(gaze, reason):
     assert re.search(reason, found.without["attn"])
 
 
+def test_an_mlp_with_a_norm_over_its_channels_is_left_out():
+    found = suggest_family(variant("Other", stratum_class=odd.NormedStratum)(OddConfig())).family
+    assert found.mlp is None and found.attn.consumer == "gaze.tell"
+    assert "columns of fall depend on several rows of rise, through level" in found.without["mlp"]
+
+
 def test_experts_are_left_out():
     found = suggest_family(MixtralConfig(architectures=["MixtralForCausalLM"])).family
     assert found.mlp is None and found.attn.consumer == "self_attn.o_proj"

@@ -146,7 +146,7 @@ def test_values_of_features_are_summed_to_units() -> None:
 def test_an_unknown_architecture_is_told_how_to_register() -> None:
     model = tiny("llama")
     model.config.model_type = "my_llama"
-    with pytest.raises(InputError, match="unknown architecture 'my_llama'.*known are .*vit"):
+    with pytest.raises(InputError, match="unknown architecture 'my_llama'.*`liar families` lists"):
         sites(model)
     with pytest.raises(InputError, match="register_family"):
         sites(nn.Linear(2, 2))

@@ -1,0 +1,83 @@
+"""What other modules of a block get to see while its linear layers are held."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.discovery.tracing import Trace
+from liar_ext.models.family import HeadInput
+
+Look = Callable[[str, nn.Module, tuple, dict[str, Any]], None]
+
+
+def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
+    """Return the modules without matrices that read outputs of some layers, such as norms."""
+    inner = [
+        name
+        for name, module in trace.block.named_modules()
+        if name and name not in trace.layers and next(module.children(), None) is None
+    ]
+    found = set()
+    for producer in producers:
+        layer = trace.layers[producer]
+        still = _first_inputs(trace, inner, producer, torch.zeros_like(layer.output))
+        moved = _first_inputs(trace, inner, producer, trace.noise(layer.output))
+        found |= {n for n in still.keys() & moved.keys() if not torch.equal(still[n], moved[n])}
+    return sorted(found)
+
+
+def input_by_head(trace: Trace, consumer: str, heads: int) -> HeadInput | None:
+    """Return the argument with a slice a head that comes into a block, if there is one.
+
+    It is (batch, heads, queries, keys), such as a bias of relative positions.
+    """
+    found: list[HeadInput] = []
+
+    def look(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(module.forward).parameters)
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+            sliced = isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == heads > 1
+            if sliced and name in names:
+                found.append(HeadInput(path, names.index(name), name))
+
+    around = [name for name, _ in trace.block.named_modules() if consumer.startswith(f"{name}.")]
+    with _looking(trace.block, around, look):
+        trace.run(None, torch.zeros(()), lambda name, value: None)
+    return found[-1] if found else None
+
+
+def _first_inputs(trace: Trace, names: list[str], producer: str, move: Tensor) -> dict[str, Tensor]:
+    """Return what modules read while one layer puts out something else."""
+    inputs: dict[str, Tensor] = {}
+
+    def look(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs[path] = args[0].clone()
+
+    with _looking(trace.block, names, look):
+        trace.run(producer, move, lambda name, value: None)
+    return inputs
+
+
+@contextmanager
+def _looking(block: nn.Module, names: list[str], look: Look) -> Iterator[None]:
+    """Call a function with path, module and arguments of every run of some modules."""
+
+    def watch(path: str) -> Any:
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            look(path, module, args, kwargs)
+
+        return block.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True)
+
+    handles = [watch(name) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
