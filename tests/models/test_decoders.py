@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from folders import equal_plan, make_plan, pruned, read
-from journeys import check_hidden, check_job, check_slicing, says_equal_layers
+from journeys import check_hidden, check_job, check_slicing, kinds_of, says_equal_layers
 from tiny import NARROWABLE, batches, outputs, tiny
 from tiny_decoders import DECODERS
 
@@ -18,7 +18,13 @@ from liar_ext import InputError, apply_plan, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import family_of, get_consumer_weight, sites, why_whole
+from liar_ext.models.sites import (
+    family_of,
+    get_consumer_bias,
+    get_consumer_weight,
+    sites,
+    why_whole,
+)
 from liar_ext.narrowing import narrowing
 
 STREAMS = [name for name in DECODERS if FAMILIES[tiny(name).config.model_type].stream]
@@ -39,6 +45,21 @@ def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatc
         monkeypatch.setattr(narrowing, "score_hidden", scores)
 
     check_hidden(name, keep, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_biases_that_a_flag_gives_are_said_by_the_stock_config(name: str) -> None:
+    """The config is proved by building the stock class from it, with the same names and shapes."""
+    model = tiny(name)
+    has = [get_consumer_bias(model, site) is not None for site in sites(model)]
+    plan = equal_plan(model, kinds_of(model), bias=True)
+    apply_plan(model, plan)
+    expected = outputs(model)
+    describe(model)
+    said = all(s.wiring.bias_flag or had for s, had in zip(sites(model), has, strict=True))
+    possible = said and says_equal_layers(model)
+    assert model.config.liar["layers"] == ("equal" if possible else "unequal")
+    assert torch.equal(outputs(model), expected)
 
 
 @pytest.mark.parametrize("name", [*NARROWABLE, *STREAMS])
