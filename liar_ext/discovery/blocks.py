@@ -1,4 +1,4 @@
-"""Find the list of blocks: alike modules that a forward pass goes through, one after another."""
+"""Find the list of blocks: modules that a forward pass goes through, one after another."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def find_blocks(instance: Instance) -> Blocks:
     Raises
     ------
     Refused
-        If there is none or there are several, blocks aren't alike, or something is computed
-        between them.
+        If there is none or there are several, or something is computed between blocks.
     """
     model = instance.model
     calls = _watch(instance)
@@ -74,7 +73,6 @@ def find_blocks(instance: Instance) -> Blocks:
     (path, runs), prefix = next(iter(found.items())), base_path(model)
     if not path.startswith(prefix):
         raise Refused(f"its blocks, {path}, are outside of the base model")
-    _check_alike(path, runs)
     return Blocks(path.removeprefix(prefix), runs)
 
 
@@ -136,16 +134,3 @@ def _is_chain(runs: list[Call]) -> bool:
         if not torch.equal(one.output, read):
             return False
     return True
-
-
-def _check_alike(path: str, runs: list[Call]) -> None:
-    """Refuse blocks with other matrices than the first; a norm may be lacking."""
-
-    def layers(block: nn.Module) -> set[str]:
-        return {name for name, each in block.named_parameters() if each.ndim >= 2}
-
-    first = layers(runs[0].module)
-    for index, run in enumerate(runs):
-        other = sorted(first ^ layers(run.module))
-        if other:
-            raise Refused(f"blocks differ: one of {path}.0 and {path}.{index} lacks {other[0]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice, product
 from typing import Any
@@ -26,9 +27,8 @@ from liar_ext.discovery.shrinking import tall
 from liar_ext.discovery.tracing import Trace
 from liar_ext.discovery.watching import input_by_head
 from liar_ext.discovery.wiring import find_sites
-from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family
-from liar_ext.models.sites import sites
+from liar_ext.models.reading import blocks_of
 
 HIDDEN = "the residual stream isn't looked for: its steps are written by hand"
 MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
@@ -56,6 +56,7 @@ def propose(
     found, missing = find_sites(trace)
     wirings = {kind: found[kind].wiring if kind in found else None for kind in KINDS}
     family = Family(name=config.model_type, blocks=blocks.path, **wirings)
+    family, notes = _fitting_every_block(instance.model, config, family, missing)
     if family.attn is not None:
         attention = found["attn"]
         try:
@@ -65,7 +66,6 @@ def propose(
         except Refused as error:
             missing["attn"] = str(error)
             family = replace(family, attn=None)
-    family, notes = _fitting_every_block(model_class, config, family, missing)
     _check_left(family, missing)
     family, unclear, at_hand = with_numbers(family, models, trace.ran)
     family, proved = _settle(instances, family, unclear, at_hand, missing)
@@ -94,28 +94,35 @@ def _wirings(family: Family) -> list[Any]:
 
 
 def _fitting_every_block(
-    model_class: type[nn.Module], config: Any, family: Family, missing: dict[str, str]
+    model: nn.Module, config: Any, family: Family, missing: dict[str, str]
 ) -> tuple[Family, list[str]]:
-    """Return a row without what some block of the whole model lacks, such as a dense MLP."""
+    """Return a row without what some block lacks, also of the whole model: a dense MLP, for one."""
     whole = None
     for make in tall(config):
-        try:
-            whole = build(model_class, make(), "meta")
+        with suppress(Exception):  # a stranger's class and config have rules of their own
+            whole = build(type(model), make(), "meta")
             break
-        except Exception:  # a stranger's class and config have rules of their own
-            continue
-    if whole is None:
-        return family, ["only a few blocks were looked at: not all of them can be built"]
     for kind in KINDS:
-        if getattr(family, kind) is None:
-            continue
-        try:
-            with registered(family):
-                sites(whole, (kind,))
-        except (InputError, AttributeError) as error:
-            missing[kind] = f"not every block has it: {one_line(error, 160)}"
-            family = replace(family, **{kind: None})
-    return family, []
+        for each in (model, whole):
+            if each is None or getattr(family, kind) is None:
+                continue
+            lacking = _lacking(each, family, kind)
+            if lacking:
+                missing[kind] = f"blocks differ: {lacking}"
+                family = replace(family, **{kind: None})
+    few = "only a few blocks were looked at: not all of them can be built"
+    return family, [few] if whole is None else []
+
+
+def _lacking(model: nn.Module, family: Family, kind: str) -> str:
+    """Return which block of a model lacks which layer of a site; nothing if none does."""
+    with registered(family):
+        for path, block in blocks_of(model, family):
+            there = dict(block.named_modules())
+            for layer in getattr(family, kind).layers:
+                if layer not in there:
+                    return f"{path} has no {layer}"
+    return ""
 
 
 def _settle(

@@ -93,8 +93,16 @@ def test_two_stacks_are_refused():
 def test_a_mixture_that_begins_with_dense_blocks_is_no_dense_family():
     """The first blocks of DeepSeek-V3 have an MLP, the others experts."""
     config = AutoConfig.for_model("deepseek_v3")
-    with pytest.raises(InputError, match="attn: .*mlp: not every block has it"):
+    with pytest.raises(
+        InputError, match="attn: .*mlp: blocks differ: layers.3 has no mlp.gate_proj"
+    ):
         suggest_family(config)
+
+
+def test_attention_is_described_where_the_blocks_differ_otherwise():
+    config = AutoConfig.for_model("glm4_moe", architectures=["Glm4MoeForCausalLM"])
+    found = suggest_family(config).family
+    assert found.mlp is None and found.attn.consumer == "self_attn.o_proj"
 
 
 def test_huge_sizes_are_made_small_before_anything_is_built(monkeypatch):
