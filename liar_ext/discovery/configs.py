@@ -128,6 +128,7 @@ def _fields_of(
         sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
         found_sites = sites(model, (kind,))
     own = tuple(f"{s.path}.{layer}." for s in found_sites for layer in s.wiring.layers)
+    own += tuple(f"{s.path}.{name}" for s in found_sites for name in s.wiring.per_head)
     blocks = tuple(f"{s.path}." for s in found_sites)
     configs = [_part(each.model.config, family).to_dict() for each in instances]
     before = _shapes(build(type(model), model.config, "meta"))

@@ -117,6 +117,24 @@ def with_numbers(
     return family, unclear, at_hand
 
 
+def with_per_head(family: Family, models: list[nn.Module]) -> Family:
+    """Return a row with the vectors that have one number per query head, in all models."""
+    if family.attn is None or len(models) < 2:
+        return family
+    with registered(family):
+        heads = tuple(_of_block(sites(model, ("attn",))).sizes["heads"] for model in models)
+    blocks = [dict(_block(model, family).named_parameters()) for model in models]
+    own = {f"{layer}.bias" for layer in family.attn.layers}
+    found = [
+        name
+        for name in blocks[0]
+        if name not in own
+        and all(name in block and block[name].ndim == 1 for block in blocks)
+        and tuple(len(block[name]) for block in blocks) == heads
+    ]
+    return replace(family, attn=replace(family.attn, per_head=tuple(found)))
+
+
 def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tuple[str, str]]:
     """Return kind and name of the sizes that an integer equals in all models."""
     fitting = [

@@ -20,7 +20,7 @@ from liar_ext.discovery.instance import (
     make_second,
     variants,
 )
-from liar_ext.discovery.numbers import Meanings, with_head_dim, with_numbers
+from liar_ext.discovery.numbers import Meanings, with_head_dim, with_numbers, with_per_head
 from liar_ext.discovery.proof import prove, prove_folders
 from liar_ext.discovery.rows import registered
 from liar_ext.discovery.shrinking import tall
@@ -67,6 +67,7 @@ def propose(
             missing["attn"] = str(error)
             family = replace(family, attn=None)
     _check_left(family, missing)
+    family = with_per_head(family, models)
     family, unclear, at_hand = with_numbers(family, models, trace.ran)
     family, proved = _settle(instances, family, unclear, at_hand, missing)
     if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:

@@ -15,6 +15,7 @@ COLUMNS = {
     "heads": "heads",
     "kv_groups": "KV groups",
     "channels": "channels",
+    "experts": "experts",
     "hidden": "hidden size",
     "biases": "biases",
     "stock": "stock config",
@@ -23,7 +24,8 @@ COLUMNS = {
 LEGEND = {
     "heads": "attention heads can be removed",
     "kv_groups": "key/value heads can, with the query heads that share them",
-    "channels": "MLP channels can",
+    "channels": "MLP channels can, in a mixture those of every expert",
+    "experts": "whole experts of a mixture can; a dash stands where there are none",
     "hidden": "features of the residual stream can, by `--keep-hidden`",
     "biases": "the config fields by which the stock class gives all these layers a bias; without "
     "one, a bias that pruning adds to a layer that had none needs the loader in the folder",
@@ -31,7 +33,7 @@ LEGEND = {
     "layers, so that a folder needs no loader",
     "layerwise": "a job may go layer by layer, by `--schedule layerwise`",
 }
-YES, NO = "yes", "no"
+YES, NO, NONE = "yes", "no", "–"
 
 
 class Entry(NamedTuple):
@@ -53,6 +55,7 @@ def _entries(family: Family) -> dict[str, Entry]:
         "heads": _described(family, "attn", attn, "its attention isn't described"),
         "kv_groups": _groups(family, attn),
         "channels": _described(family, "mlp", mlp, "its MLP isn't described"),
+        "experts": Entry(YES if any(wiring.experts for wiring in mlp) else NONE),
         "hidden": _entry(
             family.stream is not None, family, "hidden", "its residual stream isn't described"
         ),
@@ -91,6 +94,8 @@ def _groups(family: Family, attn: list[Wiring]) -> Entry:
 def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     """Tell of which units a config field says the number."""
     said = [what for what, each in wirings.items() if any(w.config is not None for w in each)]
+    fields = [size for w in wirings["channels"] for size in (w.config or {}).values()]
+    said += ["experts"] * ("experts" in fields)
     lacking = [what for what, each in wirings.items() if each and what not in said]
     reason = family.without.get("stock", "")
     if lacking and not reason:

@@ -39,7 +39,7 @@ def test_the_table_is_printed_in_three_forms(capsys):
     code, plain, _ = run(capsys, "families")
     assert code == 0
     lines = plain.splitlines()
-    heads = "family heads KV groups channels hidden size biases stock config layerwise"
+    heads = "family heads KV groups channels experts hidden size biases stock config layerwise"
     assert lines[0].split() == heads.split()
     assert [line.split()[0] for line in lines[1 : len(FAMILIES) + 1]] == sorted(FAMILIES)
     _, page, _ = run(capsys, "families", "--markdown")

@@ -13,7 +13,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     LlamaConfig,
-    MixtralConfig,
     Olmo2Config,
     T5Config,
     T5ForConditionalGeneration,
@@ -23,13 +22,14 @@ from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
 
+MIXTURES = {"mixtral": "MixtralForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
 
 
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     """None of these families is known, and the table stays as it is."""
-    for name in ("llama", "olmo2", "mixtral", "t5"):
+    for name in ("llama", "olmo2", "mixtral", "gpt_oss", "t5"):
         monkeypatch.delitem(FAMILIES, name, raising=False)
     before = dict(FAMILIES)
     yield
@@ -62,11 +62,14 @@ def test_an_mlp_with_a_norm_over_its_channels_is_left_out():
     assert "columns of fall depend on several rows of rise, through level" in found.without["mlp"]
 
 
-def test_experts_are_left_out():
-    found = suggest_family(MixtralConfig(architectures=["MixtralForCausalLM"])).family
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_left_out(name):
+    found = suggest_family(AutoConfig.for_model(name, architectures=[MIXTURES[name]])).family
     assert found.mlp is None and found.attn.consumer == "self_attn.o_proj"
-    assert "num_local_experts" not in found.attn.config  # as many as a head has features
-    assert "mlp.experts.gate_up_proj" in found.without["mlp"]
+    # Mixtral has as many experts as a head of the tiny instance has features.
+    assert set(found.attn.config) == {"num_attention_heads", "num_key_value_heads", "head_dim"}
+    assert found.attn.per_head == (("self_attn.sinks",) if name == "gpt_oss" else ())
+    assert "mlp.experts." in found.without["mlp"]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ def test_the_table_says_what_models_of_the_family_have():
     assert table["olmo2"]["heads"].applies == "no" and table["olmo2"]["channels"] == Entry("yes")
     assert table["stablelm"]["heads"] == Entry("yes", "only with qk_layernorm=False")
     assert table["lfm2"]["heads"] == Entry("yes", "in the blocks that have any")
+    assert table["mixtral"]["experts"] == Entry("yes")
+    assert table["mixtral"]["stock"].applies == "heads, channels, experts"
+    assert table["llama"]["experts"] == Entry("–")
     assert table["t5"]["layerwise"].applies == "no"
     assert table["bert"]["stock"].applies == "channels" and table["bert"]["stock"].reason
     assert table["bert"]["kv_groups"] == Entry("no", "every head has keys and values of its own")
