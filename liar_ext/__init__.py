@@ -13,7 +13,7 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.models.sites import register_family, sites
 from liar_ext.narrowing.narrowing import narrow
-from liar_ext.pipeline import prune
+from liar_ext.pipeline import prune, sweep
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
@@ -59,5 +59,6 @@ __all__ = [
     "site_divergences",
     "sites",
     "suggest_family",
+    "sweep",
     "verify_pruned",
 ]

@@ -1,5 +1,6 @@
-"""The whole job: calibrate, score, allocate, reconstruct, slice."""
+"""The whole job: calibrate, score, allocate, reconstruct, slice; for one budget or several."""
 
 from liar_ext.pipeline.pipeline import prune
+from liar_ext.pipeline.sweep import sweep
 
-__all__ = ["prune"]
+__all__ = ["prune", "sweep"]

@@ -22,7 +22,9 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
+from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import settings_of
+from liar_ext.pipeline.sharing import Known
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
@@ -35,8 +37,8 @@ from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
-from liar_ext.selection.criteria import get_criterion, score
-from liar_ext.selection.curve_allocation import decide, measure_losses, probes_of
+from liar_ext.selection.criteria import get_criterion
+from liar_ext.selection.curve_allocation import decide
 from liar_ext.selection.rounding import rounding
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts, count_experts_kept
 from liar_ext.surgery.units import apply_plan
@@ -49,10 +51,11 @@ class Job:
     """One run of :func:`liar_ext.prune`: its steps in their order, and facts for the report."""
 
     model: nn.Module
-    batches: Batches
+    batches: Batches | None
     recipe: Recipe
     progress: bool = False
     bank: MomentBank | None = None
+    known: Known | None = None  # what other jobs have found, of the same model, bank and text
     clock: Clock = field(default_factory=Clock)
     narrowing: Narrowing | None = None
     experts: KeptExperts | None = None
@@ -70,6 +73,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self.asked, self.recipe = self.recipe.schedule, self.recipe.settled()
+        if self.known is None:
+            self.known = Known.of_bank(self.bank)
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
@@ -77,6 +82,8 @@ class Job:
         self.earlier = stock_config.history_of(model.config)
         at = self.sites(model)
         self.warn_of_what_stays(at)
+        if self.bank is not None:
+            self.batches = check_bank(recipe, self.known, self.bank, self.batches, model, at)
         check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
         if recipe.refine and len(group_sites(at, self.room)) > 1:
             raise InputError(
@@ -92,8 +99,7 @@ class Job:
         layerwise = recipe.schedule == "layerwise"
         if backward:
             check_owned(at)
-        again = self.narrows or recipe.keep_experts != 1.0
-        if backward or layerwise or recipe.allocation == "curve" or again:
+        if runs_over_text(recipe, self.known, model, at):
             self.batches = list(self.batches)  # to be gone through again
         if layerwise:
             self._check_walk()
@@ -196,41 +202,24 @@ class Job:
         self.params["prunable_after"] = sum(site.params for site in at)
         if (self.narrowing or self.experts) and self.recipe.keep == 1.0:
             return None
-        return Passes(model, self.batches, at, self.room, bank=self.bank, progress=self.progress)
+        text = () if self.batches is None else self.batches
+        return Passes(model, text, at, self.room, bank=self.bank, progress=self.progress)
 
     def score(self, passes: Passes | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the scores of all units, and for ``curve`` the losses of all sites."""
         scores, losses = {}, {}
         if passes is None:
             return scores, losses
-        recipe, curve = self.recipe, self.recipe.allocation == "curve"
-        probe = probes_of(passes.model, passes.batches) if curve else []
+        given = self.recipe, self.known, passes
         for group in self.clock.each("calibrate", passes):
             # No name for the bank: its memory is for the next group.
             with self.clock("score"):
-                scores |= score(
-                    passes.model,
-                    passes.bank,
-                    group,
-                    recipe.criterion,
-                    seed=recipe.seed,
-                    batches=passes.batches,
-                    per="feature" if recipe.allocation == "global" else "unit",
-                    progress=self.progress,
-                )
-            if curve:
+                scores |= find_scores(*given, group, progress=self.progress)
+            if self.recipe.allocation == "curve":
                 with self.clock("allocate"):
-                    measured = measure_losses(
-                        passes.model,
-                        passes.bank,
-                        group,
-                        scores,
-                        recipe.budget,
-                        probe,
-                        **self._mode,
-                    )
-                    losses |= measured[0]
-                    self.sensitivities |= measured[1]
+                    found = find_losses(*given, group, scores, progress=self.progress)
+                    losses |= found[0]
+                    self.sensitivities |= found[1]
         return scores, losses
 
     def allocate(

@@ -16,7 +16,7 @@ from liar_ext.report.report import Report
 
 def prune(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | None = None,
     recipe: Recipe | Budget | float | None = None,
     *,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
@@ -34,14 +34,15 @@ def prune(
         prune(model, batches, keep=0.8)
         prune(model, batches, keep=0.5, schedule="layerwise", uniform_layers=True)
         prune(model, batches, Recipe.load("pruned/liar/recipe.yaml"))
+        prune(model, bank=MomentBank.load("moments.safetensors"), keep=0.8)
 
     Parameters
     ----------
     model : nn.Module
         A transformers model of a known family, dense or pruned before; it is changed only in the
         last step. Its config then says the new sizes, so that ``model.save_pretrained`` works.
-    batches : iterable of mapping
-        The calibration set; see :func:`liar_ext.calibrate`.
+    batches : iterable of mapping, optional
+        The calibration set; see :func:`liar_ext.calibrate`. The text of ``bank`` if not given.
     recipe : Recipe, Budget or float, optional
         Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
         parameters that may stay, or a :class:`liar_ext.Budget`.
@@ -53,7 +54,8 @@ def prune(
         input and for the target that they were solved for, and the divergence of the whole model.
     bank : MomentBank, optional
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
-        not summed again. ``batches`` is still what sensitivities and walks run over.
+        not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
+        where the bank has the sensitivities that the recipe asks for, those aren't measured.
     progress : bool
         Show progress bars.
     **choices
@@ -77,7 +79,19 @@ def prune(
     score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
     the dense model's activations.
     """
-    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
+    return run(
+        Job(model, batches, Recipe.build(recipe, **choices), progress, bank),
+        evaluate_on,
+        certify_on,
+    )
+
+
+def run(
+    job: Job,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    certify_on: Sequence[Mapping[str, Tensor]] | None = None,
+) -> Report:
+    """Run the steps of a job in their order."""
     job.check()
     dense = job.evaluate(evaluate_on)
     passes = job.calibrate(job.narrow())

@@ -126,6 +126,14 @@ class Fields:
         "scores, or by error curves and the measured sensitivity of each site (a few more forward "
         "passes)",
     )
+    probe_keep: float | str = choice(
+        "auto",
+        "selection",
+        check.number_or_auto,
+        "curve: fraction that each site alone keeps while its sensitivity is measured; auto is "
+        "that of the budget; a number serves several budgets",
+        metavar="F",
+    )
     refine: int = choice(
         0, "selection", check.whole(0), "curve: measure N whole plans more, and keep the best"
     )
@@ -192,6 +200,11 @@ class Fields:
             raise InputError(
                 f"recipe: keep_experts must be in (0, 1], got {self.keep_experts}; 0.75 keeps 75 %"
             )
+        if self.probe_keep != "auto" and not 0.0 < self.probe_keep < 1.0:
+            raise InputError(
+                f'recipe: probe_keep must be "auto", or more than 0 and less than 1, got '
+                f"{self.probe_keep}; 0.8 prunes a fifth of a site to measure it"
+            )
         if self.of == "kv_cache" and "attn" not in self.kinds:
             raise InputError(
                 "recipe: a budget of kv_cache is spent on attention, got kinds="
@@ -230,6 +243,11 @@ class Fields:
     def prunable_kinds(self) -> tuple[str, ...]:
         """Those of ``kinds`` that the budget counts: MLPs cache nothing, and stay whole."""
         return ("attn",) if self.of == "kv_cache" else self.kinds
+
+    @property
+    def probed_fraction(self) -> float:
+        """What a site keeps while its sensitivity is measured."""
+        return self.keep if self.probe_keep == "auto" else self.probe_keep
 
     @property
     def budget(self) -> Budget:

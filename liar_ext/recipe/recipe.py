@@ -77,6 +77,10 @@ class Recipe(Fields):
         How the pruning ratio is distributed over layers; see :func:`liar_ext.allocate`. ``curve``
         measures error curves and sensitivities for it: see
         :func:`liar_ext.selection.curve_allocation.measure_losses`.
+    probe_keep : float or "auto"
+        For ``curve``: the fraction of a site that stays while its sensitivity is measured; that of
+        the budget by default. Jobs for several budgets that name one fraction share what is
+        measured, see :func:`liar_ext.sweep`.
     refine : int
         For ``curve``: whole plans to measure after that; see
         :func:`liar_ext.selection.refine.refine_plan`.

@@ -44,7 +44,8 @@ def decide(
     allocation : {"uniform", "global", "curve"}
         Method.
     batches : sequence
-        Calibration batches, of which ``curve`` takes :func:`probes_of`.
+        Calibration batches, of which ``curve`` takes :func:`probes_of`, unless it has its losses
+        and refines nothing.
     mode : str
         How the pruned units are reconstructed.
     refine : int
@@ -66,7 +67,7 @@ def decide(
         plan = allocate(at, scores, budget, allocation, model_type=model_type, costs=costs)
         return with_bias(plan, model, mode), {}
     settings = {"mode": mode, "progress": progress}
-    probe = probes_of(model, batches)
+    probe = probes_of(model, batches) if refine or losses is None else []
     if losses is None:
         losses, _ = measure_losses(model, bank, at, scores, budget, probe, **settings)
     plan = allocate(at, scores, budget, "curve", model_type=model_type, costs=costs, losses=losses)
@@ -140,18 +141,56 @@ def measure_losses(
         ``a_s`` by site name.
     """
     curves = error_curves(model, bank, at, scores, progress=progress)
+    sensitivities = measure_sensitivities(
+        model, bank, at, scores, curves, budget, batches, mode=mode, progress=progress
+    )
+    return losses_of(model, bank, at, curves, sensitivities), sensitivities
+
+
+def measure_sensitivities(
+    model: nn.Module,
+    bank: MomentBank,
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    curves: Mapping[str, Tensor],
+    budget: Budget,
+    batches: Batches,
+    *,
+    mode: str = "auto",
+    progress: bool = False,
+) -> dict[str, float]:
+    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name.
+
+    ``curves`` come from :func:`error_curves`, all else is as for :func:`measure_losses`. Each site
+    is measured alone, experts with all of their layer, so that the value doesn't depend on which
+    others ``at`` has.
+    """
     probe = probe_plan(at, scores, budget, model_type=model.config.model_type)
     probe = with_bias(probe, model, mode)
     weights, _ = reconstruct(model, bank, probe, mode=mode, damp=CURVE_DAMP, progress=progress)
     measured = site_divergences(model, batches, probe, weights, progress=progress)
-    losses, sensitivities = {}, {}
+    sensitivities = {}
     for team in teams_of(at).values():
         shares = energy_shares(model, bank, team)
         error = sum(
             share * float(curves[site.name][len(probe.sites[site.name].removed)])
             for site, share in zip(team, shares, strict=True)
         )
-        for site, share in zip(team, shares, strict=True):
+        for site in team:
             sensitivities[site.name] = measured[site.name] / error if error > 0 else 0.0
+    return sensitivities
+
+
+def losses_of(
+    model: nn.Module,
+    bank: MomentBank,
+    at: Sequence[Site],
+    curves: Mapping[str, Tensor],
+    sensitivities: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """Return ``L_s(k) = a_s · share_s · E_s(k)`` by site name; the share is 1 but for experts."""
+    losses = {}
+    for team in teams_of(at).values():
+        for site, share in zip(team, energy_shares(model, bank, team), strict=True):
             losses[site.name] = sensitivities[site.name] * share * curves[site.name]
-    return losses, sensitivities
+    return losses

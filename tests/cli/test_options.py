@@ -41,6 +41,7 @@ GIVEN = {
     "attn_unit": ("head", "head"),
     "criterion": ("obs", "obs"),
     "allocation": ("uniform", "uniform"),
+    "probe_keep": ("0.7", 0.7),
     "refine": ("3", 3),
     "reconstruct": ("affine", "affine"),
     "damp": ("1e-3", 1e-3),

@@ -1,0 +1,139 @@
+"""Scores and losses for a job: from its moments and, where the recipe says so, its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.collect import check_bank_is_of
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.passes import Passes
+from liar_ext.data.batches import Batches
+from liar_ext.errors import InputError
+from liar_ext.models.sites import Site, get_consumer_bias
+from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.settings import form_at
+from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
+from liar_ext.selection.error_curves import error_curves
+
+
+def find_scores(
+    recipe: Recipe, known: Known, passes: Passes, at: Sequence[Site], *, progress: bool = False
+) -> dict[str, Tensor]:
+    """Return the scores of sites; what is known is not computed again."""
+
+    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
+        return score(
+            passes.model,
+            passes.bank,
+            missing,
+            recipe.criterion,
+            seed=recipe.seed,
+            batches=passes.batches,
+            per="feature" if recipe.allocation == "global" else "unit",
+            progress=progress,
+        )
+
+    return known.get("score", score_key(recipe), at, compute)
+
+
+def find_losses(
+    recipe: Recipe,
+    known: Known,
+    passes: Passes,
+    at: Sequence[Site],
+    scores: dict[str, Tensor],
+    *,
+    progress: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return the losses of sites and their sensitivities; what is known is not measured again.
+
+    See :func:`liar_ext.selection.curve_allocation.measure_losses`.
+    """
+    given, key = (passes.model, passes.bank), score_key(recipe)
+    curves = known.get(
+        "curve", key, at, lambda missing: error_curves(*given, missing, scores, progress=progress)
+    )
+
+    def measure(missing: Sequence[Site]) -> dict[str, float]:
+        teams = {site.team for site in missing}  # experts of a layer are measured together
+        return measure_sensitivities(
+            *given,
+            [site for site in at if site.team in teams],
+            scores,
+            curves,
+            replace(recipe.budget, keep=recipe.probed_fraction),
+            probes_of(passes.model, passes.batches),
+            mode=recipe.reconstruct,
+            progress=progress,
+        )
+
+    found = known.get(SENSITIVITY, key_of_sensitivities(recipe, passes.model, at), at, measure)
+    return losses_of(*given, at, curves, found), found
+
+
+def key_of_sensitivities(recipe: Recipe, model: nn.Module, at: Sequence[Site]) -> str:
+    """Return what the sensitivities of a job's sites depend on, beside the site."""
+    forms = {get_consumer_bias(model, site) is not None for site in at}
+    mode = recipe.reconstruct
+    return sensitivity_key(recipe, form_at(mode, *forms) if len(forms) == 1 else mode)
+
+
+def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
+    """Return which choices run the model over the calibration text, beside its moments."""
+    curve = recipe.allocation == "curve"
+    if curve:
+        curve = not known.has(SENSITIVITY, key_of_sensitivities(recipe, model, at), at)
+    reasons = {
+        f"criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
+        "schedule layerwise": recipe.schedule == "layerwise",
+        "allocation curve": curve,
+        "refine": recipe.refine > 0,
+        "keep_hidden": recipe.keep_hidden != 1.0,
+        "keep_experts": recipe.keep_experts != 1.0,
+    }
+    return [name for name, does in reasons.items() if does]
+
+
+def check_bank(
+    recipe: Recipe,
+    known: Known,
+    bank: MomentBank,
+    batches: Batches | None,
+    model: nn.Module,
+    at: Sequence[Site],
+) -> Batches | None:
+    """Return the batches of a job that is given a bank: its own, or else the text of the bank.
+
+    Raises
+    ------
+    InputError
+        If the bank doesn't serve the job, or keeps no text where the job runs the model over it.
+    """
+    for name, what in (("keep_hidden", "hidden size"), ("keep_experts", "set of experts")):
+        if getattr(recipe, name) != 1.0:
+            raise InputError(
+                f"prune: a bank is of the whole {what}, and {name} changes what all layers read; "
+                "leave the bank out and give the calibration text"
+            )
+    check_bank_is_of(bank, model, at)
+    if batches is not None:
+        return batches
+    needed = runs_over_text(recipe, known, model, at)
+    if bank.text is None and needed:
+        raise InputError(
+            f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
+            "none; calibrate with the text kept, or take allocation global or uniform, a "
+            "criterion without gradients, and the schedule one-pass"
+        )
+    rows = model.get_input_embeddings()
+    if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):
+        raise InputError(
+            f"prune: the bank's text has tokens that the {rows.num_embeddings} embeddings of the "
+            "model lack; calibrate this model anew"
+        )
+    return bank.text
