@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
-from liar_ext.errors import InputError
-from liar_ext.plan import TILES
+from liar_ext.cli.fields import add_field, at_least, read_name, read_names
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import check_printable, shown
 from liar_ext.recipe.choices import DTYPES, GROUPS, PRESETS
-from liar_ext.recipe.recipe import option_of, recipe_fields
-from liar_ext.selection.criteria import list_criteria
+from liar_ext.recipe.recipe import recipe_fields
 
 MOST_CHARACTERS = 300  # of an error
-GIB = 2**30
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_report(commands)
     _add_compare(commands)
-    add_export(commands, _name, _at_least(1))
-    add_families(commands, _name)
+    add_export(commands, read_name, at_least(1))
+    add_families(commands, read_name)
     info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
     info.add_argument("--families", action="store_true", help="what liar families prints, too")
     return parser
@@ -108,9 +102,9 @@ def _add_prune(commands) -> None:
     _add_job(parser.add_argument_group("Job"))
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
     for each in recipe_fields():
-        _add_field(groups[each.metadata["group"]], each)
+        add_field(groups[each.metadata["group"]], each)
     output = parser.add_argument_group("Output")
-    output.add_argument("--out", type=_name, metavar="DIR", help="folder to write")
+    output.add_argument("--out", type=read_name, metavar="DIR", help="folder to write")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
 
@@ -125,7 +119,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
     )
     start.add_argument(
         "--recipe",
-        type=_name,
+        type=read_name,
         metavar="FILE",
         help="choices of an earlier run, DIR/liar/recipe.yaml; options beside it override it",
     )
@@ -145,59 +139,6 @@ PRESET_HELP = (
 )
 
 
-def _add_field(group: argparse._ArgumentGroup, each: Field) -> None:
-    """Add the option of one field of the recipe; what isn't given leaves no trace."""
-    facts, default = each.metadata, each.default
-    help = facts["help"]
-    if each.name == "criterion":
-        help += ": " + ", ".join(known.name for known in list_criteria())
-    settings: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
-    if each.name == "model":
-        group.add_argument(
-            "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=help
-        )
-        return
-    names = getattr(facts["check"], "names", None)
-    if isinstance(default, bool):
-        settings["action"] = argparse.BooleanOptionalAction
-    elif each.name == "calibration":
-        settings |= {"nargs": "+", "metavar": facts["metavar"]}
-    elif each.name == "tile":
-        _add_tile(group, settings, f"{help} (default: {default})")
-        return
-    elif each.name == "kinds":
-        settings |= {"type": _sites, "metavar": "{all,attn,mlp}"}
-    elif names:
-        settings["choices"] = names
-    else:
-        settings |= {"type": _type_of(each), "metavar": _metavar(each)}
-    if default not in (None, (), MISSING) and not isinstance(default, bool):
-        help += f" (default: {'all' if each.name == 'kinds' else default})"
-    group.add_argument(option_of(each), help=help.replace("%", "%%"), **settings)
-
-
-def _add_tile(group: argparse._ArgumentGroup, settings: dict[str, Any], help: str) -> None:
-    """Add ``--tile``, and its older name, which takes any number."""
-    either = group.add_mutually_exclusive_group()
-    tiles = ",".join(("auto", *map(str, TILES)))
-    either.add_argument("--tile", type=_tile, metavar=f"{{{tiles}}}", help=help, **settings)
-    older = "the older name of --tile; takes any number"
-    either.add_argument("--multiple-of", type=_whole, metavar="N", help=older, **settings)
-
-
-def _metavar(each: Field) -> str:
-    """Return what stands for an option's value in the help."""
-    by_type = {"int": "N", "int | None": "N", "float": "F"}.get(each.type, each.name.upper())
-    return each.metadata.get("metavar", by_type)
-
-
-def _type_of(each: Field) -> Callable[[str], Any]:
-    """Return what reads an option's text."""
-    if each.name == "memory":
-        return _gibibytes
-    return {"int": _whole, "int | None": _whole, "float": _number}.get(each.type, str)
-
-
 def _add_eval(commands) -> None:
     parser = commands.add_parser(
         "eval",
@@ -207,27 +148,27 @@ def _add_eval(commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", type=_name, help="model folder, hub id, or GGUF file")
+    add("model", metavar="MODEL", type=read_name, help="model folder, hub id, or GGUF file")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", type=_name, help="as for prune --calibration")
+    what.add_argument("--text", type=read_name, help="as for prune --calibration")
     what.add_argument(
-        "--tasks", type=_names, metavar="TASK[,...]", help="tasks, groups or tags of lm-eval"
+        "--tasks", type=read_names, metavar="TASK[,...]", help="tasks, groups or tags of lm-eval"
     )
-    add("--include-path", type=_name, metavar="DIR", help="tasks: folder of task files (YAML)")
-    add("--limit", type=_at_least(1), metavar="N", help="tasks: the first N items of each")
-    add("--num-fewshot", type=_at_least(0), metavar="N", help="tasks: examples in each prompt")
-    add("--output", type=_name, metavar="FILE", help="write the result as JSON, too")
-    add("--samples", type=_at_least(1), metavar="N", help="N windows, evenly spread")
-    add("--seq-len", type=_at_least(2), default=512, metavar="N", help="tokens per window")
+    add("--include-path", type=read_name, metavar="DIR", help="tasks: folder of task files (YAML)")
+    add("--limit", type=at_least(1), metavar="N", help="tasks: the first N items of each")
+    add("--num-fewshot", type=at_least(0), metavar="N", help="tasks: examples in each prompt")
+    add("--output", type=read_name, metavar="FILE", help="write the result as JSON, too")
+    add("--samples", type=at_least(1), metavar="N", help="N windows, evenly spread")
+    add("--seq-len", type=at_least(2), default=512, metavar="N", help="tokens per window")
     add(
         "--batch-size",
-        type=_at_least(1),
+        type=at_least(1),
         default=4,
         metavar="N",
         help="windows, or requests, per forward pass",
     )
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="cpu", type=_name, help="cpu, cuda, cuda:1, ...; auto: over all")
+    add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: over all")
     add("--json", action="store_true", help="print JSON")
     add("--quiet", action="store_true", help="no progress bars")
 
@@ -239,9 +180,9 @@ def _add_verify(commands) -> None:
         description="Reload DIR by every loader that it is meant for, and each of its exports, in "
         "processes of their own; compare the outputs with those recorded when it was saved.",
     )
-    parser.add_argument("folder", metavar="DIR", type=_name)
-    parser.add_argument("--text", type=_name, help="also measure perplexity on it")
-    parser.add_argument("--device", default="cpu", type=_name, help="where to run")
+    parser.add_argument("folder", metavar="DIR", type=read_name)
+    parser.add_argument("--text", type=read_name, help="also measure perplexity on it")
+    parser.add_argument("--device", default="cpu", type=read_name, help="where to run")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -255,17 +196,17 @@ def _add_bench(commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("folder", metavar="DIR", type=_name, help="pruned model")
-    add("--against", required=True, metavar="MODEL", type=_name, help="the dense model")
-    add("--rounds", type=_at_least(1), default=5, metavar="N", help="rounds that are timed")
-    add("--prompt-length", type=_at_least(1), default=128, metavar="N", help="tokens of a prompt")
-    add("--new-tokens", type=_at_least(1), default=32, metavar="N", help="tokens to decode")
-    add("--batch", type=_at_least(1), nargs="+", default=[1, 32], metavar="N", help="batch sizes")
+    add("folder", metavar="DIR", type=read_name, help="pruned model")
+    add("--against", required=True, metavar="MODEL", type=read_name, help="the dense model")
+    add("--rounds", type=at_least(1), default=5, metavar="N", help="rounds that are timed")
+    add("--prompt-length", type=at_least(1), default=128, metavar="N", help="tokens of a prompt")
+    add("--new-tokens", type=at_least(1), default=32, metavar="N", help="tokens to decode")
+    add("--batch", type=at_least(1), nargs="+", default=[1, 32], metavar="N", help="batch sizes")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="cpu", type=_name, help="cpu, cuda, cuda:1, ...; auto: over all")
-    add("--threads", type=_at_least(1), metavar="N", help="of torch on the CPU; as it is, if not")
+    add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: over all")
+    add("--threads", type=at_least(1), metavar="N", help="of torch on the CPU; as it is, if not")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
-    add("--json", metavar="FILE", type=_name, help="where to store it; if not, DIR.bench.json")
+    add("--json", metavar="FILE", type=read_name, help="where to store it; if not, DIR.bench.json")
     add("--quiet", action="store_true", help="no progress bars")
 
 
@@ -276,7 +217,7 @@ def _add_report(commands) -> None:
         description="Write one HTML page about DIR that needs no other file: sizes, perplexity, "
         "units kept and errors per layer, time spent and, after liar bench, speed.",
     )
-    parser.add_argument("folder", metavar="DIR", type=_name)
+    parser.add_argument("folder", metavar="DIR", type=read_name)
     _add_page(parser, "DIR.html, beside DIR", None)
 
 
@@ -287,7 +228,7 @@ def _add_compare(commands) -> None:
         description="Write one HTML page about several pruned models: perplexity and speed "
         "against parameters. Speed is what liar bench stored.",
     )
-    parser.add_argument("folders", metavar="DIR", type=_name, nargs="+")
+    parser.add_argument("folders", metavar="DIR", type=read_name, nargs="+")
     _add_page(parser, "compare.html", "compare.html")
     parser.add_argument(
         "--measure", action="store_true", help="time those that liar bench stored nothing of"
@@ -296,76 +237,5 @@ def _add_compare(commands) -> None:
 
 def _add_page(parser: argparse.ArgumentParser, where: str, default: str | None) -> None:
     add = parser.add_argument
-    add("-o", "--output", metavar="FILE", type=_name, default=default, help=f"default: {where}")
-    add("--png", metavar="FOLDER", type=_name, help="write the pictures as PNG, too")
-
-
-def _name(text: str) -> str:
-    """Read a name or path."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
-    try:
-        check_printable("name", text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _names(text: str) -> list[str]:
-    """Read names with commas between them."""
-    return [_name(name).strip() for name in text.split(",")]
-
-
-def _whole(text: str) -> int:
-    """Read an integer."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {shown(text)}") from None
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        value = _whole(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer of at least {least}, got {shown(value)}"
-            )
-        return value
-
-    return read
-
-
-def _tile(text: str) -> int | str:
-    """Read one of the tiles that kernels and quantisers have."""
-    if text not in ("auto", *map(str, TILES)):
-        known = ", ".join(map(str, TILES))
-        raise argparse.ArgumentTypeError(f"must be auto or one of {known}, got {shown(text)}")
-    return text if text == "auto" else int(text)
-
-
-def _number(text: str) -> float:
-    """Read a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}")
-    return value
-
-
-def _gibibytes(text: str) -> int:
-    """Read GiB as bytes."""
-    value = _number(text)
-    if not 0 < value < 2**33:
-        raise argparse.ArgumentTypeError(f"must be GiB, more than 0 and below 2^33, got {text}")
-    return max(1, int(value * GIB))
-
-
-def _sites(text: str) -> tuple[str, ...]:
-    """Read which sites may be pruned."""
-    known = {"all": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"must be one of all, attn, mlp, got {shown(text)}")
-    return known[text]
+    add("-o", "--output", metavar="FILE", type=read_name, default=default, help=f"default: {where}")
+    add("--png", metavar="FOLDER", type=read_name, help="write the pictures as PNG, too")
