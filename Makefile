@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep
 
 setup: $(STAMP)
 
@@ -75,6 +75,14 @@ LATENCY ?= --samples 16 --seq-len 256 --eval-samples 8
 latency: setup $(ASSETS)/.installed
 	$(BIN)/python demo/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 $(BIN)/python bench/latency.py $(MODEL) --calibration $(TEXTS) --eval $(HELD_OUT) $(LATENCY)
+
+# A sweep over five budgets from a moment bank beside one forward pass over the bank's tokens: ten
+# minutes of CPU time. SWEEP may give more options of bench/sweep.py, --scratch for one.
+sweep: setup $(ASSETS)/.installed
+	$(BIN)/python demo/assets.py out/demo/texts
+	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
+	OMP_NUM_THREADS=1 $(BIN)/python bench/sweep.py $(ASSETS)/SmolLM2-135M-Instruct \
+	  --calibration $(TEXTS) $(SWEEP)
 
 # GGUF files of a model pruned in three ways, run by llama.cpp beside transformers: ten minutes of CPU
 # time. The rows are in docs/export.md. CHECKED may name another model, GGUF more options.

@@ -57,11 +57,16 @@ def said(default: object) -> str:
 
 
 def of_parser(command: str) -> dict[str, str]:
-    """Return the options of a command with their defaults."""
+    """Return the options of a command with their defaults.
+
+    Fields of a recipe stand in the tables of ``liar prune`` alone, whatever command has them, too.
+    """
     found = {}
     for action in subcommands()[command]._actions:
         names = [name for name in action.option_strings if name.startswith("--")]
-        if names and names[0] != "--help":
+        field = action.dest in {each.name for each in recipe_fields()}
+        elsewhere = command != "prune" and field and action.default == argparse.SUPPRESS
+        if names and names[0] != "--help" and not elsewhere:
             found[names[0]] = said(action.default)
     return found
 

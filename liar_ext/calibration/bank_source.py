@@ -78,7 +78,8 @@ def combine(
         if ours[name] != others[name]:
             raise InputError(
                 f"MomentBank.merge: both banks must have the same units at {name}, got "
-                f"{ours[name]} and {others[name]}; calibrate both with the same --attn-unit"
+                f"{_units(ours[name])} and {_units(others[name])}; calibrate both with the same "
+                "--attn-unit"
             )
     data = [*mine.get("data", ()), *theirs.get("data", ())]
     twice = _in_both(*sequences)
@@ -120,6 +121,10 @@ def renumbered(text: Sequence[Mapping[str, Tensor]], own: Source, merged: Source
     ]
 
 
+def _units(site: Mapping[str, Any]) -> str:
+    return f"{site['units']} of {site['unit']}"
+
+
 def _in_both(mine: Tensor | None, theirs: Tensor | None) -> int:
     if mine is None or theirs is None:
         return 0
@@ -128,6 +133,10 @@ def _in_both(mine: Tensor | None, theirs: Tensor | None) -> int:
 
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _string(value: Any) -> bool:
@@ -156,7 +165,7 @@ def _sites(value: Any) -> bool:
 
 
 def _calibrations(value: Any) -> bool:
-    checks = {"texts": _names, "notes": _names, "bos": _string}
+    checks = {"texts": _names, "notes": _names, "bos": _string, "packed": _flag}
     checks |= dict.fromkeys(("samples", "seq_len", "seed", "batch_size"), _count)
     return isinstance(value, list) and all(
         isinstance(each, dict) and each.keys() == checks.keys() and _all(checks, each)

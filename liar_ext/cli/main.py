@@ -7,12 +7,28 @@ from collections.abc import Sequence
 
 import torch
 
-from liar_ext.cli import bench, compare, evaluate, export, families, info, prune, report, verify
+from liar_ext.cli import (
+    bench,
+    calibrate,
+    compare,
+    evaluate,
+    export,
+    families,
+    info,
+    merge,
+    prune,
+    report,
+    sweep,
+    verify,
+)
 from liar_ext.cli.options import one_line, parse
 from liar_ext.errors import InputError
 
 COMMANDS = {
     "prune": prune.run,
+    "calibrate": calibrate.run,
+    "merge": merge.run,
+    "sweep": sweep.run,
     "eval": evaluate.run,
     "verify": verify.run,
     "bench": bench.run,

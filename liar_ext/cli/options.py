@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
+from liar_ext.cli.bank_options import BANK_HELP, add_calibrate, add_merge, add_sweep
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_field, at_least, read_name, read_names
@@ -44,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prune(commands)
+    add_calibrate(commands)
+    add_merge(commands)
+    add_sweep(commands, _add_start)
     _add_eval(commands)
     _add_verify(commands)
     _add_bench(commands)
@@ -64,9 +68,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     commands = parser()
     options, rest = commands.parse_known_args(arguments)
-    if options.command == "prune" and not hasattr(options, "model") and len(rest) == 1:
-        if not rest[0].startswith("-"):
-            options.model, rest = rest[0], []
+    lacks = options.command in ("prune", "calibrate", "sweep") and not hasattr(options, "model")
+    if lacks and len(rest) == 1 and not rest[0].startswith("-"):
+        options.model, rest = rest[0], []
     if rest:
         commands.error(f"unknown arguments: {' '.join(rest)}")
     return options
@@ -110,6 +114,15 @@ def _add_prune(commands) -> None:
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
+    _add_start(group)
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only say what would be done: sizes, memory, passes, minutes, how the result loads",
+    )
+
+
+def _add_start(group: argparse._ArgumentGroup) -> None:
     start = group.add_mutually_exclusive_group()
     start.add_argument(
         "--preset",
@@ -123,11 +136,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="choices of an earlier run, DIR/liar/recipe.yaml; options beside it override it",
     )
-    group.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="only say what would be done: sizes, memory, passes, minutes, how the result loads",
-    )
+    group.add_argument("--bank", type=read_name, metavar="FILE", help=BANK_HELP)
 
 
 # Times of docs/performance.md, section "Presets".

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.errors import InputError
@@ -28,19 +30,25 @@ def run(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     recipe = recipe_of(options)
     _check_complete(recipe, options)
+    bank = None
 
     from liar_ext.checkpoint.saving import check_folder, save_pruned
 
     if options.out:
         check_folder(options.out, options.overwrite)
-    given = load(recipe, progress=not options.quiet)
+    if options.bank:
+        from liar_ext.cli.with_bank import load_by_bank
+
+        given, bank, recipe = load_by_bank(options.bank, recipe, options)
+    else:
+        given = load(recipe, progress=not options.quiet)
     if options.dry_run:
         from liar_ext.cli.dry_run import describe
 
         print("\n".join(describe(given.model, given.calibration, recipe)))
         return
     loaded = time.perf_counter() - start
-    report = prune_given(given, recipe, progress=not options.quiet)
+    report = prune_given(given, recipe, bank, progress=not options.quiet)
     # Those of saving are added by save_pruned, which writes the report.
     report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
     report.seconds["total"] = time.perf_counter() - start
@@ -57,7 +65,9 @@ def run(options: argparse.Namespace) -> None:
         print(f"{options.out}: saved after {time.perf_counter() - start:.0f} s")
 
 
-def prune_given(given: Given, recipe: Recipe, *, progress: bool) -> Report:
+def prune_given(
+    given: Given, recipe: Recipe, bank: MomentBank | None = None, *, progress: bool
+) -> Report:
     """Prune what was loaded; the report says what became of the texts, too."""
     from liar_ext.pipeline import prune
 
@@ -67,6 +77,7 @@ def prune_given(given: Given, recipe: Recipe, *, progress: bool) -> Report:
         recipe,
         evaluate_on=given.evaluation,
         certify_on=given.certification,
+        bank=bank,
         progress=progress,
     )
     report.settings |= given.facts
@@ -80,15 +91,17 @@ class Given:
 
     model: nn.Module
     tokenizer: Any
-    calibration: Sequence[Mapping[str, Tensor]]
+    calibration: Sequence[Mapping[str, Tensor]] | None  # None: a bank keeps no text
     evaluation: Sequence[Mapping[str, Tensor]] | None
     certification: Sequence[Mapping[str, Tensor]] | None
     facts: dict[str, object]
     warnings: list[str]
+    notes: tuple[str, ...] = ()  # of the draw
+    documents: Tensor | None = None  # their digests, where they are asked for
 
 
-def load(recipe: Recipe, *, progress: bool = False) -> Given:
-    """Return the model and the batches of a recipe.
+def load(recipe: Recipe, *, progress: bool = False, digests: bool = False) -> Given:
+    """Return the model and the batches of a recipe; with ``digests`` those of its documents.
 
     Raises
     ------
@@ -97,6 +110,7 @@ def load(recipe: Recipe, *, progress: bool = False) -> Given:
     """
     from liar_ext.calibration.self_calibration import SELF
     from liar_ext.data import texts
+    from liar_ext.data.documents import document_digests
 
     read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
@@ -104,11 +118,7 @@ def load(recipe: Recipe, *, progress: bool = False) -> Given:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
-    if recipe.eval and not predicts_next_token(model):
-        raise InputError(
-            f"prune: --eval needs a causal language model, got {type(model).__name__}; leave it "
-            "out, and judge the model by its own task"
-        )
+    check_eval(recipe, model)
     if SELF in recipe.calibration:
         read[SELF] = _written(model, tokenizer, recipe, progress)
     calibration = texts.calibration_sequences(
@@ -120,27 +130,55 @@ def load(recipe: Recipe, *, progress: bool = False) -> Given:
         packed=predicts_next_token(model),
         certify=recipe.certify,
     )
-    evaluation = None
-    if held_out is not None:
-        evaluation = texts.evaluation_sequences(
-            held_out, tokenizer, seq_len=recipe.seq_len, samples=recipe.eval_samples
-        ).batches(recipe.batch_size)
+    evaluation = evaluation_batches(recipe, held_out, tokenizer)
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
+    causal, count = predicts_next_token(model), len(calibration)
     warnings = list(calibration.notes)
-    if len(set(recipe.calibration)) == 1 and SELF not in recipe.calibration:
-        if predicts_next_token(model):
-            warnings.append(ONE_KIND)
-    if len(calibration) < recipe.samples:
-        warnings.append(
-            f"The calibration text gave {len(calibration)} of {recipe.samples} sequences."
-        )
+    warnings += warnings_of(recipe.calibration, recipe.samples, count, causal)
+    known = None
+    if digests:
+        every = (text for documents in read.values() for text in documents)
+        known = torch.tensor(sorted(document_digests(every)))
     batches = calibration.batches(recipe.batch_size)
     fresh = calibration.certification
     certification = None if fresh is None else fresh.batches(recipe.batch_size)
-    return Given(model, tokenizer, batches, evaluation, certification, facts, warnings)
+    given = model, tokenizer, batches, evaluation, certification, facts, warnings
+    return Given(*given, calibration.notes, known)
+
+
+def warnings_of(names: Sequence[str], asked: int, drawn: int, causal: bool) -> list[str]:
+    """Return what a user has to know of the calibration text."""
+    warnings = []
+    if len(set(names)) == 1 and "self" not in names and causal:
+        warnings.append(ONE_KIND)
+    if drawn < asked:
+        warnings.append(f"The calibration text gave {drawn} of {asked} sequences.")
+    return warnings
+
+
+def check_eval(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse an evaluation of a model that has no perplexity."""
+    if recipe.eval and not predicts_next_token(model):
+        raise InputError(
+            f"prune: --eval needs a causal language model, got {type(model).__name__}; leave it "
+            "out, and judge the model by its own task"
+        )
+
+
+def evaluation_batches(
+    recipe: Recipe, held_out: Sequence[str] | None, tokenizer: Any
+) -> list[dict[str, Tensor]] | None:
+    """Return the batches of the held-out text, if there is one."""
+    from liar_ext.data import texts
+
+    if held_out is None:
+        return None
+    return texts.evaluation_sequences(
+        held_out, tokenizer, seq_len=recipe.seq_len, samples=recipe.eval_samples
+    ).batches(recipe.batch_size)
 
 
 def _written(model: nn.Module, tokenizer: Any, recipe: Recipe, progress: bool) -> Sequence[str]:
@@ -162,10 +200,15 @@ def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
     """Refuse a job that lacks one of the three that have no default."""
     missing = {
         "MODEL": not recipe.model,
-        "--calibration TEXT": not recipe.calibration,
+        "--calibration TEXT": not recipe.calibration and not options.bank,
         "--out DIR": not options.out and not options.dry_run,
     }
     names = [name for name, lacks in missing.items() if lacks]
+    if options.bank and options.dry_run:
+        raise InputError(
+            "prune: --dry-run tells what a calibration would take, which --bank spares; leave one "
+            "out, or let liar sweep show what budgets give"
+        )
     if names:
         raise InputError(
             f"prune: needs {', '.join(names)}; a first run is liar prune MODEL --calibration "

@@ -75,7 +75,16 @@ def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
     calibration, evaluation : iterable of str
         Documents.
     """
-    known = {_digest(text) for text in calibration}
+    check_apart_from(document_digests(calibration), evaluation)
+
+
+def document_digests(documents: Iterable[str]) -> set[int]:
+    """Return a digest of 8 bytes of each document, as :func:`check_apart` compares them."""
+    return {_digest(text) for text in documents}
+
+
+def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
+    """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
     documents = list(evaluation)
     shared = [text for text in documents if _digest(text) in known]
     telling = [text for text in shared if len(text) >= TELLING]
@@ -87,9 +96,10 @@ def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
         )
 
 
-def _digest(text: str) -> bytes:
+def _digest(text: str) -> int:
     plain = "".join(text.split()).casefold()
-    return blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    digest = blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _read_file(path: Path) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "document_prefix",
     "evaluation_sequences",
     "read_documents",
+    "tokenizer_fingerprint",
 ]
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
@@ -235,6 +238,19 @@ def document_prefix(tokenizer) -> list[int]:
         if whole[at : at + len(plain)] == plain:
             return whole[:at]
     return []
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Return a digest of a tokenizer: its vocabulary, how a document begins, how a text is cut."""
+    text = (
+        " The Quick brown\u00a0fox\n\n  jumped 1,234.5 times: na\u00efve caf\u00e9? \u4f60\u597d!\t"
+    )
+    facts = [
+        sorted(tokenizer.get_vocab().items()),
+        document_prefix(tokenizer),
+        tokenizer(text, verbose=False)["input_ids"],
+    ]
+    return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:

@@ -1,0 +1,107 @@
+"""The options of ``liar calibrate``, ``liar merge`` and ``liar sweep``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from liar_ext.cli.fields import add_field, read_name, read_number
+from liar_ext.recipe.choices import GROUPS
+from liar_ext.recipe.recipe import recipe_fields
+
+BANK_HELP = "a moment bank, which liar calibrate wrote: no pass over the calibration text is run"
+# Fields of a recipe that sensitivities depend on, beside the calibration.
+SENSED = ("attn_unit", "criterion", "probe_keep", "reconstruct")
+OF_TEXT = ("calibration", "samples", "seq_len", "batch_size", "seed")
+
+
+def add_calibrate(commands: argparse._SubParsersAction) -> None:
+    """Add ``liar calibrate``."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="sum the activation statistics of a model into a file, a moment bank",
+        usage="liar calibrate MODEL --calibration TEXT [TEXT ...] --bank FILE [options]",
+        description="Run MODEL once over the calibration text and write the sums that pruning "
+        "needs, so that liar prune and liar sweep decide and solve by them in seconds, any number "
+        "of times. liar merge adds the banks of several texts or machines.",
+    )
+    groups = {
+        name: parser.add_argument_group(title)
+        for name, title in GROUPS.items()
+        if name in ("model", "calibration")
+    }
+    groups["sensitivities"] = parser.add_argument_group("Sensitivities")
+    for each in recipe_fields():
+        if each.name in SENSED:
+            add_field(groups["sensitivities"], each)
+        elif each.metadata["group"] in groups and each.name != "memory":
+            add_field(groups[each.metadata["group"]], each)
+    groups["sensitivities"].add_argument(
+        "--sensitivities",
+        action="store_true",
+        help="measure the sensitivity of each site, too, with 0.8 of it left unless --probe-keep "
+        "says otherwise: a sweep by curve then runs no forward pass at all",
+    )
+    output = parser.add_argument_group("Output")
+    output.add_argument("--bank", type=read_name, metavar="FILE", help="file to write")
+    output.add_argument(
+        "--no-text",
+        action="store_true",
+        help="leave the token ids out of FILE: what runs the model over the text is refused then",
+    )
+    _add_writing(output, "FILE, if it is a bank")
+
+
+def add_merge(commands: argparse._SubParsersAction) -> None:
+    """Add ``liar merge``."""
+    parser = commands.add_parser(
+        "merge",
+        help="add moment banks of one model: shards, data sets, machines",
+        description="Write the sum of the banks A, B, ... of one model. Counts add up exactly, "
+        "sums in float64; the order of the arguments changes no bit. Banks that have text in "
+        "common are refused.",
+    )
+    add = parser.add_argument
+    add("banks", metavar="BANK", type=read_name, nargs="+", help="what liar calibrate wrote")
+    add("-o", "--out", metavar="FILE", type=read_name, required=True, help="bank to write")
+    _add_writing(parser, "FILE, if it is a bank")
+
+
+def add_sweep(
+    commands: argparse._SubParsersAction, add_start: Callable[[argparse._ArgumentGroup], None]
+) -> None:
+    """Add ``liar sweep``; ``add_start`` adds the options that say where a recipe begins."""
+    parser = commands.add_parser(
+        "sweep",
+        help="several budgets from one calibration: a table, and pruned models",
+        usage="liar sweep MODEL --bank FILE [--keep F ...] [-o DIR] [options]",
+        description="Decide what each budget keeps and print a table of predicted divergence, "
+        "parameters, operations and, with --eval, perplexity. With --out the pruned models are "
+        "written, too, a folder for each budget. Scores, error curves and sensitivities are "
+        "computed once.",
+    )
+    add_start(parser.add_argument_group("Job"))
+    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
+    for each in recipe_fields():
+        if each.name == "keep":
+            groups["budget"].add_argument(
+                "--keep",
+                type=read_number,
+                nargs="+",
+                default=[0.9, 0.8, 0.7, 0.6, 0.5],
+                metavar="F",
+                help="fractions to keep (default: 0.9 0.8 0.7 0.6 0.5)",
+            )
+        elif each.name not in ("certify", "keep_hidden", "keep_experts"):
+            add_field(groups[each.metadata["group"]], each)
+    output = parser.add_argument_group("Output")
+    output.add_argument(
+        "-o", "--out", type=read_name, metavar="DIR", help="write DIR/keep-0.9 and so on"
+    )
+    output.add_argument("--json", action="store_true", help="print JSON")
+    _add_writing(output, "folders of pruned models in DIR")
+
+
+def _add_writing(group: argparse._ActionsContainer, what: str) -> None:
+    group.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+    group.add_argument("--quiet", action="store_true", help="no progress bars, no summary")

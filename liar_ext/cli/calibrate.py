@@ -1,0 +1,81 @@
+"""``liar calibrate``: the activation statistics of a model as a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.recipe import recipe_fields
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, draw text, run the model over it, write."""
+    given = {n.name: getattr(options, n.name) for n in recipe_fields() if hasattr(options, n.name)}
+    recipe = Recipe.build(**given)
+    missing = {
+        "MODEL": not recipe.model,
+        "--calibration TEXT": not recipe.calibration,
+        "--bank FILE": not options.bank,
+    }
+    names = [name for name, lacks in missing.items() if lacks]
+    if names:
+        raise InputError(
+            f"calibrate: needs {', '.join(names)}; for one liar calibrate MODEL --calibration "
+            "text.txt --bank moments.safetensors, MODEL before --calibration"
+        )
+    from liar_ext.calibration.collect import calibrate
+    from liar_ext.cli.prune import load
+    from liar_ext.cli.with_bank import calibrations, check_bank_place
+    from liar_ext.data.texts import tokenizer_fingerprint
+    from liar_ext.models.running import predicts_next_token
+    from liar_ext.models.sites import sites
+    from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
+
+    check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
+    loaded = load(recipe, progress=not options.quiet, digests=True)
+    at = sites(loaded.model, attn_unit=recipe.attn_unit)
+    _check_memory(sum(16 * site.d_in**2 for site in at))
+    bank = calibrate(
+        loaded.model,
+        loaded.calibration,
+        at,
+        keep_text=not options.no_text,
+        progress=not options.quiet,
+    )
+    if options.sensitivities:
+        if recipe.probe_keep == "auto":
+            recipe = replace(recipe, probe_keep=PROBE_KEEP)
+        work = Sweep(loaded.model, loaded.calibration, bank, not options.quiet)
+        work.plan(recipe)
+        work.known.store_sensitivities(bank)
+    packed = predicts_next_token(loaded.model)
+    bank.source |= {
+        "texts": list(recipe.calibration),
+        "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
+        "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
+    }
+    bank.documents = loaded.documents
+    bank.save(options.bank)
+    if not options.quiet:
+        print(
+            f"{options.bank}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "
+            f"in {bank.source['sequences']} sequences, {os.stat(options.bank).st_size / 1e6:,.1f} "
+            f"MB{', without their text' if bank.text is None else ''}"
+        )
+        for warning in loaded.warnings:
+            print(f"Warning: {warning}")
+
+
+def _check_memory(needed: int) -> None:
+    """Refuse sums that the memory can't hold."""
+    from liar_ext.calibration.memory import available_memory
+
+    free = available_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"calibrate: the sums of all sites take {needed / 2**30:.3g} GiB at once, and "
+            f"{free / 2**30:.3g} are free; free some, or let liar prune --memory sum them in groups"
+        )

@@ -1,0 +1,113 @@
+"""``liar sweep``: several budgets from one calibration."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from liar_ext.cli.options import recipe_of
+from liar_ext.errors import InputError
+from liar_ext.report.report import Report
+
+if TYPE_CHECKING:
+    from liar_ext.pipeline.sweep import Point
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, decide, prune and save what is asked for, print the table."""
+    keep = options.keep
+    del options.keep  # a recipe has one
+    recipe = recipe_of(options)
+    if len(set(keep)) < len(keep):
+        raise InputError(f"sweep: --keep must name each fraction once, got {keep}")
+    if not recipe.model or not (options.bank or recipe.calibration):
+        raise InputError(
+            "sweep: needs MODEL and --bank FILE, which liar calibrate writes, or MODEL and "
+            "--calibration TEXT, MODEL before it"
+        )
+    from liar_ext.checkpoint.saving import check_folder, save_pruned
+    from liar_ext.cli.prune import load
+    from liar_ext.cli.with_bank import load_by_bank
+    from liar_ext.pipeline.sweep import sweep
+
+    folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
+    if len(set(folders.values())) < len(folders):
+        raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
+    for folder in folders.values():
+        check_folder(folder, options.overwrite)
+    progress, bank = not (options.quiet or options.json), None
+    if options.bank:
+        given, bank, recipe = load_by_bank(options.bank, recipe, options)
+    else:
+        given = load(recipe, progress=progress)
+
+    def save(pruned: nn.Module, report: Report) -> None:
+        report.settings |= given.facts
+        report.warnings += given.warnings
+        save_pruned(
+            pruned,
+            folders[report.recipe.keep],
+            report.plan,
+            report=report,
+            tokenizer=given.tokenizer,
+            overwrite=options.overwrite,
+        )
+
+    points = sweep(
+        given.model,
+        given.calibration,
+        recipe,
+        keep=keep,
+        bank=bank,
+        evaluate_on=given.evaluation,
+        on_result=save if folders else None,
+        progress=progress,
+    )
+    dense = _dense(given.model, points)
+    rows = [point.to_dict() for point in points]
+    for row in rows:
+        if folders:
+            row["folder"] = str(folders[row["keep"]])
+    if options.json:
+        print(json.dumps({"dense": dense, "budgets": rows}, indent=1))
+        return
+    print("\n".join(table(dense, rows)))
+    if not options.quiet:
+        for warning in given.warnings:
+            print(f"Warning: {warning}")
+
+
+def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table: the dense model, and each budget."""
+    judged = dense["perplexity"] is not None
+    head = f"{'keep':>6} {'divergence':>11} {'parameters':>15} {'of dense':>9} {'operations':>11}"
+    lines = [head + f" {'perplexity':>11}" * judged + f" {'seconds':>8}"]
+    for row in [{**dense, "keep": "dense", "predicted_divergence": None, "seconds": None}, *rows]:
+        loss, seconds = row["predicted_divergence"], row["seconds"]
+        cells = [
+            f"{row['keep']:>6}",
+            f"{'–' if loss is None else f'{loss:.4g}':>11}",
+            f"{row['params']:>15,}",
+            f"{row['params'] / dense['params']:>9.1%}",
+            f"{row['flops']:>11.1%}",
+        ]
+        if judged:
+            cells.append(f"{row['perplexity']:>11.2f}")
+        cells.append(f"{'' if seconds is None else f'{seconds:.1f}':>8}")
+        lines.append(" ".join(cells).rstrip())
+    return lines
+
+
+def _dense(model: nn.Module, points: Sequence[Point]) -> dict[str, Any]:
+    """Return the row of the dense model."""
+    from liar_ext.checkpoint.fingerprint import count_params
+
+    report = points[0].report
+    found = {} if report is None else report.evaluation.get("dense", {})
+    perplexity = found.get("perplexity")
+    return {"params": count_params(model), "flops": 1.0, "perplexity": perplexity}

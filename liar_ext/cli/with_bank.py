@@ -1,0 +1,134 @@
+"""Jobs by a moment bank: which file may be written, and the model and recipe that go with one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from liar_ext.calibration.bank_file import Stored, read_bank
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.cli.bank_options import OF_TEXT
+from liar_ext.cli.loading import load_with_tokenizer
+from liar_ext.cli.prune import Given, check_eval, evaluation_batches, warnings_of
+from liar_ext.data import texts
+from liar_ext.data.documents import check_apart_from
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.choices import DTYPES
+from liar_ext.report.files import check_place
+
+UNCHECKED = (
+    "The bank has no digests of its documents: nobody has looked whether the evaluation text "
+    "shares some with it."
+)
+
+
+def check_bank_place(path: str, command: str, option: str, overwrite: bool) -> None:
+    """Raise InputError unless a bank may be written to ``path``."""
+
+    def is_ours(path: Path) -> bool:
+        try:
+            read_bank(path, sums=False)
+        except InputError:
+            return False
+        return overwrite
+
+    try:
+        check_place(Path(path), command, option, is_ours)
+    except InputError as error:
+        if "exists and" in str(error):
+            raise InputError(
+                f"{command}: {path} exists; give another name with {option}, or --overwrite, "
+                "which replaces a bank and nothing else"
+            ) from None
+        raise
+
+
+def load_by_bank(
+    path: str, recipe: Recipe, options: argparse.Namespace
+) -> tuple[Given, MomentBank, Recipe]:
+    """Return what a recipe names, the bank, and the recipe with what the bank says.
+
+    Raises
+    ------
+    InputError
+        If options contradict the bank, or one of model, bank and text can't be used.
+    """
+    header = read_bank(path, sums=False)
+    recipe = recipe_of_bank(recipe, header.source, options)
+    held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    warnings = warnings_of_bank(header)
+    if held_out is not None:
+        if header.documents is None:
+            warnings.append(UNCHECKED)
+        else:
+            check_apart_from(set(header.documents.tolist()), held_out)
+    model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
+    check_eval(recipe, model)
+    known = header.source.get("tokenizer")
+    if known is not None and known != texts.tokenizer_fingerprint(tokenizer):
+        raise InputError(
+            f"{options.command}: the text of {path} was read by another tokenizer than that of "
+            f"{recipe.model}; give the model that was calibrated, or calibrate this one"
+        )
+    evaluation = evaluation_batches(recipe, held_out, tokenizer)
+    bank = MomentBank.load(path)
+    facts: dict[str, object] = {"calibration": bank.source.get("texts", []), "bank": path}
+    facts |= {"seq_len": recipe.seq_len, "bos": _last(bank.source, "bos", "")}
+    facts |= {"eval": recipe.eval} if recipe.eval else {}
+    return Given(model, tokenizer, bank.text, evaluation, None, facts, warnings), bank, recipe
+
+
+def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Namespace) -> Recipe:
+    """Return a recipe with the calibration that a bank holds.
+
+    A bank of one calibration gives a recipe by which that can be run again.
+    """
+    given = [name for name in OF_TEXT if hasattr(options, name)]
+    if given:
+        raise InputError(
+            f"{options.command}: --{given[0].replace('_', '-')} is of the calibration, which the "
+            "bank holds already; leave it out, or leave --bank out"
+        )
+    if recipe.certify:
+        raise InputError(
+            f"{options.command}: --certify draws calibration text, and a bank has none to spare; "
+            "leave it out, or leave --bank out"
+        )
+    changes: dict[str, Any] = {"calibration": ()}
+    runs = source.get("calibrations", [])
+    if len(runs) == 1:
+        changes = {name: runs[0][name] for name in OF_TEXT if name != "calibration"}
+        changes["calibration"] = tuple(runs[0]["texts"])
+    elif source.get("seq_len", 0) > 1:
+        changes["seq_len"] = source["seq_len"]
+    if not hasattr(options, "dtype") and source.get("dtype") in DTYPES:
+        changes["dtype"] = source["dtype"]
+    return replace(recipe, **changes)
+
+
+def warnings_of_bank(header: Stored) -> list[str]:
+    """Return what a user has to know of the text that a bank was made of."""
+    runs = header.source.get("calibrations", [])
+    found = [note for run in runs for note in run["notes"]]
+    if header.source.get("texts"):
+        asked = sum(run["samples"] for run in runs)
+        count = header.source.get("sequences", 0)
+        found += warnings_of(header.source["texts"], asked, count, runs[0]["packed"])
+    return list(dict.fromkeys(found))
+
+
+def calibrations(recipe: Recipe, bos: str, notes: Sequence[str], packed: bool) -> list[dict]:
+    """Return how the sequences of a bank were drawn, for its facts."""
+    facts = {name: getattr(recipe, name) for name in OF_TEXT if name != "calibration"}
+    shown = [note for note in notes if note.isprintable()]
+    own = {"texts": list(recipe.calibration), "bos": bos, "notes": shown, "packed": packed}
+    return [{**facts, **own}]
+
+
+def _last(source: dict[str, Any], name: str, default: Any) -> Any:
+    runs = source.get("calibrations", [])
+    return runs[-1][name] if runs else default
