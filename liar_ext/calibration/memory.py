@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from liar_ext.errors import InputError
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def check_memory(operation: str, needed: int) -> None:
+    """Raise InputError if sums of so many bytes can't be held at once on the CPU."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"{operation}: the sums of all sites take {needed / 2**30:.3g} GiB at once, and "
+            f"{free / 2**30:.3g} are free; free some, or let liar prune --memory sum them in groups"
+        )
 
 
 def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:

@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
             "text.txt --bank moments.safetensors, MODEL before --calibration"
         )
     from liar_ext.calibration.collect import calibrate
+    from liar_ext.calibration.memory import check_memory
     from liar_ext.cli.prune import load
     from liar_ext.cli.with_bank import calibrations, check_bank_place
     from liar_ext.data.texts import tokenizer_fingerprint
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
     loaded = load(recipe, progress=not options.quiet, digests=True)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
-    _check_memory(sum(16 * site.d_in**2 for site in at))
+    check_memory("calibrate", sum(16 * site.d_in**2 for site in at))
     bank = calibrate(
         loaded.model,
         loaded.calibration,
@@ -67,15 +68,3 @@ def run(options: argparse.Namespace) -> None:
         )
         for warning in loaded.warnings:
             print(f"Warning: {warning}")
-
-
-def _check_memory(needed: int) -> None:
-    """Refuse sums that the memory can't hold."""
-    from liar_ext.calibration.memory import available_memory
-
-    free = available_memory()
-    if free is not None and needed > free:
-        raise InputError(
-            f"calibrate: the sums of all sites take {needed / 2**30:.3g} GiB at once, and "
-            f"{free / 2**30:.3g} are free; free some, or let liar prune --memory sum them in groups"
-        )

@@ -85,7 +85,7 @@ class Job:
         if self.bank is not None:
             self.batches = check_bank(recipe, self.known, self.bank, self.batches, model, at)
         check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
-        if recipe.refine and len(group_sites(at, self.room)) > 1:
+        if recipe.refine and self.bank is None and len(group_sites(at, self.room)) > 1:
             raise InputError(
                 "prune: refine solves all sites for each plan, and their sums are over "
                 f"{self.room / 2**30:.3g} GiB; raise memory, or leave refine out"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches
+from liar_ext.errors import InputError
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
@@ -79,6 +80,8 @@ def prune(
     score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
     the dense model's activations.
     """
+    if batches is None and bank is None:
+        raise InputError("prune: needs batches or a bank, got neither; give one of them")
     return run(
         Job(model, batches, Recipe.build(recipe, **choices), progress, bank),
         evaluate_on,

@@ -62,15 +62,14 @@ class Known:
         compute: Callable[[Sequence[Site]], Mapping[str, Value]],
     ) -> dict[str, Value]:
         """Return the values of sites by name; ``compute`` gives those that aren't there."""
-        missing = [site for site in at if (what, key, place(site)) not in self.found]
-        known = [site for site in at if site not in missing]
+        missing = [site for site in at if not self.has(what, key, [site])]
+        self.spared += sum(self.found.get((what, key, place(site)), (0, 0.0))[1] for site in at)
         if missing:
             start = time.process_time()
             values = compute(missing)
             each = (time.process_time() - start) / len(missing)
             for site in missing:
                 self.found[what, key, place(site)] = values[site.name], each
-        self.spared += sum(self.found[what, key, place(site)][1] for site in known)
         return {site.name: self.found[what, key, place(site)][0] for site in at}
 
     def has(self, what: str, key: str, at: Sequence[Site]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import calibrate
+from liar_ext.calibration.memory import check_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.data.batches import Batches
@@ -105,12 +106,15 @@ class Sweep:
         if self.bank is None:
             if self.batches is None:
                 raise InputError("sweep: needs batches or a bank, got neither; give one of them")
+            check_memory("sweep", sum(16 * site.d_in**2 for site in sites(self.model)))
             self.bank = calibrate(self.model, self.batches, progress=self.progress)
         self.known = Known.of_bank(self.bank)
 
     def check(self, recipes: Iterable[Recipe]) -> None:
-        """Raise InputError for whatever can't work, before anything long."""
+        """Raise InputError for whatever can't work, before anything long, such as timing."""
         for recipe in recipes:
+            if recipe.of == "latency" and recipe.latency_table is None:
+                continue
             self._job(self.model, recipe).check()
 
     def plan(self, recipe: Recipe) -> Point:

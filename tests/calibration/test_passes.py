@@ -118,6 +118,6 @@ def test_runs_are_as_long_as_the_limit_allows(sizes, limit, runs):
 def test_bad_memory_is_refused_at_once():
     model = tiny("llama")
     with pytest.raises(InputError, match="memory must be an integer of at least 1, got 0"):
-        prune(model, None, 0.7, memory=0)
+        prune(model, [], 0.7, memory=0)
     with pytest.raises(InputError, match="refine solves all sites .* over 9.31e-10 GiB; raise"):
-        prune(model, None, 0.7, memory=1, refine=2)
+        prune(model, [], 0.7, memory=1, refine=2)

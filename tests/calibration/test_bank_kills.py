@@ -1,0 +1,65 @@
+"""A process that is killed while it writes a bank, at 60 moments and by three signals."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from tiny import tiny, tiny_inputs
+
+from liar_ext import MomentBank, calibrate
+
+SEEDS = 60
+
+
+def writer(banks: list[MomentBank], path: str) -> None:
+    """Write one bank after another until the process ends."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        for bank in banks:
+            bank.save(path)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=str)
+def test_a_bank_is_whole_whenever_its_writer_is_killed(kind, tmp_path):
+    """The old one or the new one; what was left is gone after the next save."""
+    model = tiny("llama")
+    data = [[tiny_inputs(model, batch=4, seed=seed)] for seed in range(2)]
+    banks = [calibrate(model, each) for each in data]
+    path = tmp_path / "bank"
+    banks[0].save(path)
+    whole = {path.read_bytes()}
+    banks[1].save(path)
+    whole.add(path.read_bytes())
+    assert len(whole) == 2
+    left = []
+    for seed in range(SEEDS // 3):
+        if seed % 4 == 0:
+            path.unlink(missing_ok=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                writer(banks, str(path))
+            except KeyboardInterrupt:
+                os._exit(130)
+            finally:
+                os._exit(1)
+        time.sleep(random.Random(f"{kind}/{seed}").uniform(0.0, 0.03))
+        os.kill(child, kind)
+        _, status = os.waitpid(child, 0)
+        if kind is signal.SIGINT:
+            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 130
+        else:
+            assert os.WTERMSIG(status) == kind
+        assert not path.exists() or path.read_bytes() in whole
+        left.append(len([each for each in tmp_path.iterdir() if each.name != "bank"]))
+        assert left[-1] == 0 or kind is not signal.SIGINT
+    assert max(left) <= 1  # of the last writer: each cleans up after the one before
+    banks[0].save(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["bank"]
+    assert torch.equal(MomentBank.load(path)["0.mlp"].total, banks[0]["0.mlp"].total)
