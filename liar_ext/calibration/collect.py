@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.kept_text import Text, sequence_digests, text_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
+from liar_ext.calibration.progress import Progress
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import Routed, routed_input
@@ -33,6 +35,7 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     keep_text: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
@@ -55,6 +58,10 @@ def calibrate(
     keep_text : bool
         Keep the batches in the bank, where they are token ids alone, and in the file that it is
         saved to: what runs the model over them later needs no other text then.
+    checkpoint : path, optional
+        A folder to save the sums so far in, and to go on from where it has some, of the same
+        model and batches: with the same result, bit for bit, as without. It stays when all is
+        done; see :class:`liar_ext.calibration.progress.Progress`.
     progress : bool
         Show a progress bar.
 
@@ -67,11 +74,16 @@ def calibrate(
     ------
     InputError
         If a weight or a sum is not finite, a batch holds only padding, or a fold gets no token;
-        an expert may get none.
+        an expert may get none. If the checkpoint is of something else.
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
-    bank = collect_at(model, batches, at, keep_text=keep_text, progress=progress)
+    saved = None if checkpoint is None else Progress(checkpoint)
+    try:
+        bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
+    finally:
+        if saved is not None:
+            saved.close()
     bank.source["sites"] = {
         site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
         for site in at
@@ -139,13 +151,14 @@ def collect(
     taps: Sequence[Tap],
     *,
     keep_text: bool = False,
+    saved: Progress | None = None,
     progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
     """Run ``body``, the model or its base model, over ``batches``; return the sums of ``taps``.
 
     Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
-    forward pass ends where all taps have got their tensor.
+    forward pass ends where all taps have got their tensor. Moments go on where ``saved`` has them.
     """
     device = device_of(model)
     bank = MomentBank()
@@ -155,6 +168,18 @@ def collect(
     current, seen, tokens = _InFlight(), _Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
+    facts = {
+        "model_type": model.config.model_type,
+        "model": _fingerprint(model.state_dict()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    done = 0 if saved is None else saved.restore(bank, facts)
+    if done:
+        tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
+
+    def facts_so_far() -> dict[str, object]:
+        return facts | seen.facts(tokens, current.routed)
+
     bar = tqdm(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
@@ -165,12 +190,22 @@ def collect(
             if batch.mask is not None and not batch.mask.any():
                 raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
             seen.add(batch)
+            if index < done:
+                if index + 1 == done:
+                    saved.check(index + 1, seen.digest.hexdigest())
+                continue
             batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
             batch = batch.to(device)
             current.set(batch)
             with suppress(Ended):
                 body(**batch.inputs)
             tokens += current.counted
+            if saved is not None:
+                saved.save(index + 1, bank, facts_so_far)
+    if seen.batches < done:
+        saved.check(seen.batches, seen.digest.hexdigest())
+    if saved is not None and seen.batches > done:
+        saved.save(seen.batches, bank, facts_so_far, now=True)
     sequences = len(seen.sequences)
     every = [sums.tokens for name, sums in bank.items() if name not in current.routed]
     if not sequences or any((each == 0).any() for each in every):
@@ -180,17 +215,8 @@ def collect(
         )
     for name, sums in bank.items():
         check_finite(sums.total, *([sums.gram] if isinstance(sums, Moments) else []), at=name)
-    bank.source = {
-        "model_type": model.config.model_type,
-        "sequences": sequences,
-        "tokens": int(every[0].sum()) if every else tokens,
-        "model": _fingerprint(model.state_dict()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seq_len": seen.longest,
-        "data": [seen.digest.hexdigest()],
-    }
-    if current.routed:
-        bank.source["routed"] = current.routed
+    tokens = int(every[0].sum()) if every else tokens
+    bank.source = facts | seen.facts(tokens, current.routed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
 
@@ -236,12 +262,13 @@ class _Seen:
         self.digest = blake2b(digest_size=16)
         self.sequences: list[int] = []
         self.text: Text | None = [] if keep_text else None
-        self.longest = 0  # tokens
+        self.batches = self.longest = 0  # longest: in tokens
 
     def add(self, batch: Batch) -> None:
         for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
             self.digest.update(f"{name} {tuple(value.shape)}".encode())
             self.digest.update(value.detach().double().cpu().numpy().tobytes())
+        self.batches += 1
         self.sequences += sequence_digests(batch)
         ids = batch.inputs.get("input_ids")
         self.longest = max(self.longest, 0 if ids is None else ids.shape[-1])
@@ -251,6 +278,16 @@ class _Seen:
                 self.text = None
             else:
                 self.text.append(kept)
+
+    def facts(self, tokens: int, routed: dict[str, list[int]]) -> dict[str, object]:
+        """Return what a bank says of its text; ``routed`` if there are experts."""
+        said = {
+            "sequences": len(self.sequences),
+            "tokens": tokens,
+            "seq_len": self.longest,
+            "data": [self.digest.hexdigest()],
+        }
+        return said | ({"routed": routed} if routed else {})
 
 
 def check_finite_weights(model: nn.Module) -> None:

@@ -43,6 +43,13 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         "says otherwise: a sweep by curve then runs no forward pass at all",
     )
     output = parser.add_argument_group("Output")
+    output.add_argument(
+        "--checkpoint",
+        type=read_name,
+        metavar="DIR",
+        help="save the sums so far in DIR now and then: after a kill the same command, or liar "
+        "resume DIR, goes on from there, with the same result; DIR is removed in the end",
+    )
     output.add_argument("--bank", type=read_name, metavar="FILE", help="file to write")
     output.add_argument(
         "--no-text",
@@ -50,6 +57,18 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         help="leave the token ids out of FILE: what runs the model over the text is refused then",
     )
     _add_writing(output, "FILE, if it is a bank")
+
+
+def add_resume(commands: argparse._SubParsersAction) -> None:
+    """Add ``liar resume``."""
+    parser = commands.add_parser(
+        "resume",
+        help="go on with a job that was stopped",
+        description="Say what the checkpoint DIR holds and go on with its job: a liar calibrate "
+        "with --checkpoint DIR, in the folder that it was started in.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=read_name)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:

@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.memory import check_memory
     from liar_ext.cli.prune import load
+    from liar_ext.cli.resume import begin, remove
     from liar_ext.cli.with_bank import calibrations, check_bank_place
     from liar_ext.data.texts import tokenizer_fingerprint
     from liar_ext.models.running import predicts_next_token
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> None:
 
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
     loaded = load(recipe, progress=not options.quiet, digests=True)
+    if options.checkpoint:
+        begin(options.checkpoint, recipe, options)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(16 * site.d_in**2 for site in at))
     bank = calibrate(
@@ -44,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
         loaded.calibration,
         at,
         keep_text=not options.no_text,
+        checkpoint=options.checkpoint,
         progress=not options.quiet,
     )
     if options.sensitivities:
@@ -60,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
     }
     bank.documents = loaded.documents
     bank.save(options.bank)
+    if options.checkpoint:
+        remove(options.checkpoint)
     if not options.quiet:
         print(
             f"{options.bank}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "

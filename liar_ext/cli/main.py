@@ -18,6 +18,7 @@ from liar_ext.cli import (
     merge,
     prune,
     report,
+    resume,
     sweep,
     verify,
 )
@@ -28,6 +29,7 @@ COMMANDS = {
     "prune": prune.run,
     "calibrate": calibrate.run,
     "merge": merge.run,
+    "resume": resume.run,
     "sweep": sweep.run,
     "eval": evaluate.run,
     "verify": verify.run,

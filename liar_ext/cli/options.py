@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from liar_ext.cli.bank_options import BANK_HELP, add_calibrate, add_merge, add_sweep
+from liar_ext.cli.bank_options import BANK_HELP, add_calibrate, add_merge, add_resume, add_sweep
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_field, at_least, read_name, read_names
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _add_prune(commands)
     add_calibrate(commands)
     add_merge(commands)
+    add_resume(commands)
     add_sweep(commands, _add_start)
     _add_eval(commands)
     _add_verify(commands)

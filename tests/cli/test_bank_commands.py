@@ -13,7 +13,9 @@ from tiny import tiny
 
 from liar_ext import MomentBank, Recipe, cli
 from liar_ext.calibration import collect
+from liar_ext.calibration.progress import Progress
 from liar_ext.checkpoint import loading
+from liar_ext.cli import resume
 
 TEXT = ("--samples", 8, "--seq-len", 32)
 
@@ -232,3 +234,82 @@ def test_what_contradicts_a_bank_is_refused(
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("loaded"))
     assert "no file" in refused(capsys, "prune", llama_folder, "--bank", "none", *out)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_that_was_stopped_is_resumed(
+    banks, llama_folder, texts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--batch-size", 1)
+    start += ("--checkpoint", "c", "--bank", "bank")
+    assert run(*start[:-4], "--bank", "whole", "--quiet") == 0
+    batch, seen = collect._InFlight.set, []
+
+    def stop(self, of):
+        seen.append(of)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        batch(self, of)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect._InFlight, "set", stop)
+        assert run(*start) == 130
+    assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == [
+        *("calibration.bank", "job.json"),
+    ]
+    assert "of a job with samples 8, got 6" in refused(capsys, *start, "--samples", 6)
+    assert "of a job with no_text False, got True" in refused(capsys, *start, "--no-text")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree("c", "again")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("resume", "../c") == 0
+    said = capsys.readouterr().out
+    assert f"stopped after 5 batches; going on in {tmp_path}" in said and "bank: moments of" in said
+    assert (tmp_path / "bank").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "c").exists()
+    monkeypatch.chdir(tmp_path)
+    assert "bank exists" in refused(capsys, "resume", "again")  # of part of the text
+    (tmp_path / "bank").unlink()
+    assert run(*start[:-4], "--checkpoint", "again", "--bank", "bank", "--quiet") == 0
+    assert (tmp_path / "bank").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_bank_that_was_written_already_ends_its_job(llama_folder, texts, tmp_path, monkeypatch):
+    """After a kill between writing the bank and removing the checkpoint."""
+    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--quiet")
+    monkeypatch.setattr(resume, "remove", lambda _: None)
+    checkpoint = tmp_path / "c"
+    assert run(*start, "--checkpoint", checkpoint, "--bank", tmp_path / "bank") == 0
+    monkeypatch.undo()
+    before = (tmp_path / "bank").stat().st_mtime_ns
+    assert run("resume", checkpoint) == 0
+    assert (tmp_path / "bank").stat().st_mtime_ns == before and not checkpoint.exists()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        *("", "[]", "{}", "[" * 10000, '{"version": 2}'),
+        '{"version": 1, "command": "prune", "folder": "/", "options": {}}',
+        '{"version": 1, "command": "calibrate", "folder": "/", "options": {"bank": 3}}',
+        '{"version": 1, "command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": '
+        '{"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
+        '{"version": 1, "command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, '
+        '"options": {"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
+    ],
+    ids=range(9),
+)
+def test_what_is_no_job_is_not_resumed(job, tmp_path, capsys):
+    (tmp_path / "job.json").write_text(job)
+    said = refused(capsys, "resume", tmp_path)
+    assert "is no job of this version" in said or "can't go to" in said
+    assert "has no job.json" in refused(capsys, "resume", tmp_path / "none")
+
+
+def test_a_checkpoint_takes_no_folder_of_others(llama_folder, texts, tmp_path, capsys):
+    (tmp_path / "mine").write_text("")
+    start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--bank", tmp_path / "b")
+    said = refused(capsys, *start, "--checkpoint", tmp_path)
+    assert "must be a new or empty folder" in said and "mine" in said
