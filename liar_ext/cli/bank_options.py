@@ -9,7 +9,10 @@ from liar_ext.cli.fields import add_field, read_name, read_number
 from liar_ext.recipe.choices import GROUPS
 from liar_ext.recipe.recipe import recipe_fields
 
-BANK_HELP = "a moment bank, which liar calibrate wrote: no pass over the calibration text is run"
+BANK_HELP = (
+    "a moment bank, which liar calibrate wrote: its sums are not taken again, and what runs over "
+    "the text, as solving layer by layer does, takes the text that it keeps"
+)
 # Fields of a recipe that sensitivities depend on, beside the calibration.
 SENSED = ("attn_unit", "criterion", "probe_keep", "reconstruct")
 OF_TEXT = ("calibration", "samples", "seq_len", "batch_size", "seed")

@@ -45,8 +45,11 @@ def stopping(data: list, after: int):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [0, 1, 5, 8])
-def test_what_was_stopped_goes_on(model, after, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "after"), [("llama", 0), ("llama", 1), ("qwen3_moe", 5), ("llama", 8)]
+)
+def test_what_was_stopped_goes_on(family, after, tmp_path, monkeypatch):
+    model = tiny(family)
     monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))  # saves each batch
     data = batches()
     with pytest.raises(KeyboardInterrupt):

@@ -131,7 +131,9 @@ def test_a_bank_without_text_serves_what_needs_none(banks, llama_folder, tmp_pat
     assert run(*command, "--quiet") == 0  # its sensitivities are those of a sweep
     assert "criterion obs" not in (said := refused(capsys, *command, "--criterion", "obs"))
     assert "allocation curve runs the model over the calibration text" in said
-    assert "schedule layerwise runs" in refused(capsys, *command, "--schedule", "layerwise")
+    assert "schedule layerwise runs" in refused(capsys, *command, "--out", tmp_path / "out")
+    options = ("--schedule", "one-pass", "--keep", 0.8, "--quiet", "--out", tmp_path / "out")
+    assert run(*command, *options) == 0
 
 
 def test_banks_add_up_whatever_their_order(banks, tmp_path, capsys):
