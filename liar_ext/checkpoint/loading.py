@@ -33,6 +33,7 @@ from liar_ext.checkpoint.reading import (
 )
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.errors import InputError, one_line
+from liar_ext.models.inputs import inputs_read, known_tokens
 from liar_ext.plan import Plan
 
 # Arguments of from_pretrained that say where to find a repository.
@@ -269,7 +270,7 @@ def _load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) 
             name, config=model.config, trust_remote_code=False
         )
         largest = _largest_token(tokenizer)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = known_tokens(model, inputs_read(model)["input_ids"])
     if largest >= rows:
         raise InputError(
             f"load_model: the tokenizer of {name} has tokens up to {largest}, the model knows "

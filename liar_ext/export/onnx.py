@@ -32,6 +32,7 @@ from liar_ext.export.onnx_graph import (
     write_graph,
 )
 from liar_ext.export.sentence import Sentence, read_inside, read_sentence
+from liar_ext.models.inputs import inputs_read
 from liar_ext.models.running import predicts_next_token
 
 FILE = Path("onnx", "model.onnx")
@@ -77,6 +78,11 @@ def export(
         raise InputError(
             f"export: --to onnx takes encoders and classifiers, got {type(model).__name__}, which "
             "generates text and needs a key-value cache; use --to gguf, or vLLM"
+        )
+    if len(read := inputs_read(model)) > 1:
+        raise InputError(
+            f"export: --to onnx takes models of one input, got {type(model).__name__}, which reads "
+            f"{' and '.join(read)}; save a part of it as a model of its own"
         )
     if sentence is not None:  # sentence-transformers takes the encoder of whatever was saved
         model = model.base_model

@@ -19,7 +19,8 @@ from liar_ext.calibration.passes import room_for_sums
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
-from liar_ext.models.sites import Site
+from liar_ext.models.reading import body_of
+from liar_ext.models.sites import CROSS, Site
 from liar_ext.plan import Plan
 
 
@@ -50,9 +51,10 @@ def calibrate_linears(
     taps = []
     for site in at:
         reads = _producer_inputs(model, site)
+        counting = {"mask": site.part.mask, "repeats": site.part.repeats}
         taps += [
-            Tap(f"{site.name}.in", _producers(site)[0], reads, _first_argument),
-            Tap(site.name, site.consumer, site.d_in, _first_argument),
+            Tap(f"{site.name}.in", _producers(site)[0], reads, _first_argument, **counting),
+            Tap(site.name, site.consumer, site.d_in, _first_argument, **counting),
         ]
     size, room = sum(FOLDS * 8 * tap.d_in**2 for tap in taps), room_for_sums(model, memory)
     if size > room:
@@ -61,7 +63,7 @@ def calibrate_linears(
             f"once, and {room / 2**30:.3g} GiB are allowed; raise memory, or let the quantiser "
             "calibrate by itself"
         )
-    return collect(model, getattr(model, "base_model", model), batches, taps)
+    return collect(model, body_of(model), batches, taps)
 
 
 def linear_grams(
@@ -123,5 +125,11 @@ def _producer_inputs(model: nn.Module, site: Site) -> int:
         raise InputError(
             f"calibrate_linears: the layers of {site.name} must be torch.nn.Linear, got "
             f"{type(layers[0]).__name__}; let the quantiser calibrate by itself"
+        )
+    # Attention to another part, or to positions, has producers that read something else.
+    if site.kind == "attn" and (len(site.wiring.producers) > 1 or site.name.endswith(CROSS)):
+        raise InputError(
+            f"calibrate_linears: the producers of {site.name} must all read the same, and they "
+            "don't; let the quantiser calibrate by itself"
         )
     return layers[0].in_features

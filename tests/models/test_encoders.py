@@ -10,13 +10,17 @@ import pytest
 import torch
 import transformers
 from folders import make_plan, read
+from journeys import check_hidden
 from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_encoders import ENCODERS, SEQ2SEQ
 from torch import nn
 
 from liar_ext import Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes
+from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_weight, sites
+from liar_ext.narrowing import narrowing
+from liar_ext.plan import SitePlan
 
 PARTS = ("clip", "bart", "t5", "whisper")
 
@@ -129,3 +133,29 @@ def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path
     possible = kinds == ("mlp",) or name == "nomic_bert"
     assert read(tmp_path / "one")["liar"]["layers"] == ("equal" if possible else "unequal")
     assert possible or "stock" in family_of(tiny(name)).without
+
+
+def test_hidden_features_of_nomic_bert_that_others_repeat_are_given_back(monkeypatch) -> None:
+    def keep(kept: range) -> None:
+        def scores(bank: dict) -> torch.Tensor:
+            size = next(iter(bank.values())).d_in
+            return torch.isin(torch.arange(size), torch.tensor(kept)).double()
+
+        monkeypatch.setattr(narrowing, "score_hidden", scores)
+
+    check_hidden("nomic_bert", keep, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name", ["nomic_bert", "xlm-roberta", "camembert"])
+def test_jobs_with_a_smaller_hidden_size(name: str, tmp_path: Path) -> None:
+    model = check_job(name, tmp_path, keep_hidden=0.7)
+    assert sites(model)[0].d_out < tiny(name).config.hidden_size
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "Model"])
+def test_heads_of_nomic_bert_read_the_stream_somewhere(head: str) -> None:
+    model = getattr(transformers, f"NomicBert{head}")(tiny("nomic_bert").config)
+    found = hidden_of(model)
+    assert len(found.norms) == 1 + 2 * 3 and found.size == 40
+    apply_plan(model, Plan("nomic_bert", "auto", {}, hidden=SitePlan(40, tuple(range(8, 40)))))
+    assert model(**tiny_inputs(model))[0].isfinite().all()

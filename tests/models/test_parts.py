@@ -33,11 +33,15 @@ from liar_ext import (
 from liar_ext.benchmarking.latency import measure_latency
 from liar_ext.benchmarking.timing import Settings, run_once
 from liar_ext.calibration.gradients import collect_gradients
+from liar_ext.checkpoint import load_model
 from liar_ext.export import uniform
+from liar_ext.integrations.linear_grams import calibrate_linears
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.report.html import write_page
+from liar_ext.report.reading import read_report
 from liar_ext.selection.allocation import probe_plan
 
 PARTS = ["clip", "bart", "t5", "whisper"]
@@ -293,3 +297,41 @@ def test_a_config_that_is_damaged_is_told_of(said: list, tmp_path: Path) -> None
     path.write_text(json.dumps(fields))
     with pytest.raises(InputError, match="head_inputs must map modules"):
         load_pruned(tmp_path / "saved")
+
+
+def test_layers_that_read_several_things_have_no_common_gram() -> None:
+    for name, site in (("bart", "decoder.0.cross_attn"), ("deberta-v2", "0.attn")):
+        model = tiny(name)
+        with pytest.raises(InputError, match=f"the producers of {site} must all read the same"):
+            calibrate_linears(model, batches(model, 2), sites(model))
+    model = tiny("albert")
+    bank = calibrate_linears(model, batches(model, 2), sites(model))
+    assert bank["0.mlp.in"].tokens.sum() == bank["0.mlp"].tokens.sum() == 2 * 2 * 8 * 16
+
+
+def test_towers_with_a_tokenizer_are_loaded(tmp_path: Path, tokenizer) -> None:
+    model = tiny("clip")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    loaded, words = load_model(tmp_path / "dense")
+    assert len(words("ab")["input_ids"]) == 2
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+def test_a_report_of_parts_has_a_page(tmp_path: Path) -> None:
+    model = tiny("bart")
+    report = prune(model, batches(model, 3), 0.6)
+    assert "ttention heads and MLP channels removed" in " ".join(report.to_card().split())
+    (tmp_path / "liar").mkdir()
+    report.save(tmp_path)
+    kinds = {site.kind for site in read_report(tmp_path).sites}
+    assert kinds == {"attn", "mlp"}
+    assert "decoder.1.cross_attn" in write_page(tmp_path)[0].read_text()
+
+
+def test_a_graph_has_one_input(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("liar_ext.export.onnx")
+    model, plan = pruned("clip")
+    save_pruned(model, tmp_path / "saved", plan)
+    with pytest.raises(InputError, match="reads pixel_values and input_ids; save a part of it"):
+        onnx.export(tmp_path / "saved", tmp_path / "graph", progress=False)

@@ -26,7 +26,7 @@ ROWS = (
         repeats=True,
         without={
             "hidden": "its embeddings have a size of their own, and its blocks run several times",
-            "stock": "a head is hidden_size / num_attention_heads features, so heads stay",
+            "stock": "heads: its config derives the size of a head from the hidden size",
             "layerwise": "a block runs several times, and each run reads what the last one wrote",
         },
     ),

@@ -8,7 +8,7 @@ from liar_ext.models.family import Family, Part, Wiring
 
 _WITHOUT = {
     "hidden": "encoder and decoder have a residual stream each",
-    "stock": "a head is d_model / attention_heads features, so heads stay",
+    "stock": "heads: its config derives the size of a head from the hidden size",
     "layerwise": "the decoder reads the encoder's last hidden states",
 }
 

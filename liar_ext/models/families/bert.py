@@ -104,7 +104,7 @@ _BERT = Family(
         config={"intermediate_size": "features"},
     ),
     stream=BERT,
-    without={"stock": "a head is hidden_size / num_attention_heads features, so heads stay"},
+    without={"stock": "heads: its config derives the size of a head from the hidden size"},
 )
 
 # The rows of the table.

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from liar_ext.models.family import Family, Part, Wiring
 
-_HEADS = "a head is hidden_size / num_attention_heads features, so heads stay"
+_HEADS = "heads: its config derives the size of a head from the hidden size"
 _TOWER = Part(
     name="",
     blocks="encoder.layers",

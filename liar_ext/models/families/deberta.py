@@ -39,7 +39,7 @@ ROWS = (
         ),
         without={
             "hidden": "embeddings of relative positions are read beside the stream",
-            "stock": "a head is hidden_size / num_attention_heads features, so heads stay",
+            "stock": "heads: its config derives the size of a head from the hidden size",
         },
     ),
 )

@@ -26,7 +26,7 @@ ROWS = (
         ),
         without={
             "hidden": "the first block reads the embeddings through no norm of its own",
-            "stock": "a head is hidden_size / num_attention_heads features, so heads stay",
+            "stock": "heads: its config derives the size of a head from the hidden size",
         },
     ),
 )

@@ -35,7 +35,10 @@ ROWS = (
             Wiring(producers=("mlp.fc1",), consumer="mlp.fc2"),
             Wiring(producers=("mlp.gate_proj", "mlp.up_proj"), consumer="mlp.down_proj"),
         ),
-        without={**_VIT.without, "stock": "it says channels by a whole number, mlp_ratio"},
+        without={
+            **_VIT.without,
+            "stock": "channels: its config says them by a whole number, mlp_ratio",
+        },
     ),
     replace(
         _VIT,
@@ -60,7 +63,7 @@ ROWS = (
         ),
         without={
             **_VIT.without,
-            "stock": "a head is hidden_size / num_attention_heads features, so heads stay",
+            "stock": "heads: its config derives the size of a head from the hidden size",
         },
     ),
 )
