@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from liar_ext import ops
 from liar_ext.calibration.hooks import watched
-from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
+from liar_ext.data.batches import LABELS, Batch, Batches, read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.inputs import complete_inputs
@@ -160,7 +160,7 @@ def check_owned(at: Sequence[Site]) -> None:
 
 def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -> None:
     """Raise InputError unless ``model`` can compute a loss for ``batch``."""
-    headless = "labels" not in inspect.signature(model.forward).parameters
+    headless = not any(name in inspect.signature(model.forward).parameters for name in LABELS)
     if headless or not (read_batch(batch).labels or _asks_next(model)):
         lacks = "has no head" if headless else "is no causal language model and got no labels"
         raise InputError(
