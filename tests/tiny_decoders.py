@@ -23,6 +23,15 @@ _PIXTRAL = {
     **{"intermediate_size": 16, "image_size": 8, "patch_size": 4},
 }
 _MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+# Layers with heads of another size, of which the last one has the keys and values of the second.
+_GEMMA4 = {
+    **_GQA,
+    **{"num_hidden_layers": 3, "global_head_dim": 8, "sliding_window": 4},
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    **{"num_kv_shared_layers": 1, "use_double_wide_mlp": True},
+    **{"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCAB},
+}
+
 # Blocks with attention between blocks with another mixer of tokens.
 _LINEAR = {
     **_GQA,
@@ -54,6 +63,16 @@ DECODERS: dict[str, tuple[str, str, dict]] = {
     "gemma": _causal("Gemma", _GQA),
     "gemma2": _causal("Gemma2", {**_GQA, "query_pre_attn_scalar": 7, "sliding_window": 4}),
     "vaultgemma": _causal("VaultGemma", {**_GQA, "query_pre_attn_scalar": 7}),
+    "gemma4_text": ("Gemma4ForCausalLM", "Gemma4TextConfig", _GEMMA4),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Config",
+        {
+            "text_config": _GEMMA4,
+            "vision_config": {**_PIXTRAL, "head_dim": 8},
+            "audio_config": None,
+        },
+    ),
     "olmo": _causal("Olmo", {**_SQUARE, "clip_qkv": 0.5}),
     "olmo2": _causal("Olmo2", _SQUARE),
     "olmo3": _causal("Olmo3", _SQUARE),

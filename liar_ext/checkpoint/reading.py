@@ -16,6 +16,7 @@ from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.stock_config import describe
 from liar_ext.errors import InputError, one_line
+from liar_ext.models.reading import config_parts
 from liar_ext.plan import Plan
 from liar_ext.surgery.liar_loader import resize
 from liar_ext.surgery.units import apply_plan
@@ -150,8 +151,7 @@ def _sizes_said(config: Any) -> tuple[dict[tuple[str, str], tuple[int, ...]], li
         for name, size in sizes.items()
         if isinstance(size, list)
     }
-    parts = [config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))]
-    spec = [part.__dict__.get("_heterogeneity_spec") for part in parts]
+    spec = [part.__dict__.get("_heterogeneity_spec") for part in config_parts(config)]
     return shapes, [each and each.per_layer_overrides for each in spec]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import InputError
+from liar_ext.models.reading import config_parts
 from liar_ext.models.sites import (
     Part,
     Site,
@@ -108,6 +109,8 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
     config = dense_config(model.config)
     equal = equal_config(model, config)
     said = {"version": MARK_VERSION, "layers": "unequal" if equal is None else "equal"}
+    if any(getattr(part, "is_heterogeneous", False) for part in config_parts(config)):
+        said["dense_layers_differ"] = True  # by its own per_layer_config
     if history:
         said["history"] = history
     config = equal or _unequal_config(model, config, said)
@@ -131,8 +134,10 @@ def history_of(config: Any) -> list[dict[str, Any]]:
 def dense_config(config: Any) -> Any:
     """Return a copy of a config without what liar_ext, or a quantiser, has written into it."""
     config = copy.deepcopy(config)
-    for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))):
-        if getattr(part, "is_heterogeneous", False):
+    said = getattr(config, "liar", None)
+    ours = isinstance(said, Mapping) and not said.get("dense_layers_differ")
+    for part in config_parts(config):
+        if ours and getattr(part, "is_heterogeneous", False):
             part.per_layer_config = None
         for name in ("quantization_config", "auto_map", "liar", LAYER_FIELDS[1]):
             part.__dict__.pop(name, None)
@@ -260,10 +265,10 @@ def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
 def _numbers(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(ours).items():
         other = vars(theirs).get(name)
-        if name.startswith("_") or isinstance(value, bool) or value == other:
+        numbers = all(isinstance(each, int | float | tuple) for each in (value, other))
+        if name.startswith("_") or isinstance(value, bool) or not numbers or value == other:
             continue
-        if isinstance(value, int | float | tuple) and isinstance(other, int | float | tuple):
-            yield name, list(value) if isinstance(value, tuple) else value
+        yield name, list(value) if isinstance(value, tuple) else value
     for name, value in config_numbers(ours).items():
         if value != getattr(theirs.config, name):
             yield f"config.{name}", value

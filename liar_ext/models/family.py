@@ -264,6 +264,8 @@ class Family:
         says the sizes, or no job is ``layerwise``, as its blocks can't be run one by one.
     repeats : bool
         Blocks run several times in one forward pass, with the same weights.
+    lends : bool
+        Blocks read more of earlier ones than hidden states, such as keys and values.
     parts : tuple of Part
         Where the model has several stacks of blocks: these, in the order of computation, in place
         of ``blocks``, ``attn``, ``mlp`` and ``config``. A model may have some of them only.
@@ -277,6 +279,7 @@ class Family:
     stream: Stream | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     repeats: bool = False
+    lends: bool = False
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:

@@ -21,6 +21,12 @@ def block_config(family: Family | Part, config: Any) -> Any:
     return get_path(config, family.config) if family.config else config
 
 
+def config_parts(config: Any) -> list[Any]:
+    """Return a config, and those of its parts that are configs and there."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(part for part in parts if part is not None)]
+
+
 def get_path(root: Any, path: str) -> Any:
     """Return the attribute of ``root`` at a dotted path."""
     return reduce(getattr, path.split("."), root)

@@ -14,6 +14,7 @@ from liar_ext.calibration.hooks import replaced, watched
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at
+from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
@@ -97,8 +98,9 @@ def divergences(
     found = {site.name: site for site in every}
     paths = list(dict.fromkeys(site.path for site in every))
     blocks = [model.get_submodule(path) for path in paths]
-    # What repeats gives something else every time.
-    places = {s.name: 0 if s.part.repeats else paths.index(s.path) for s in every}
+    # What repeats gives something else every time, and what a block lends it must have made.
+    anew = family_of(model).lends
+    places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
     batches = list(read_batches(batches))
     total, rows = [0.0] * len(probes), 0
     bar = tqdm(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
