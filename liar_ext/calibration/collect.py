@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -93,11 +93,11 @@ def calibrate(
 
 def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) -> MomentBank:
     """Return the moments of what the consumers of sites read."""
-    taps = [_tap(model, site) for site in at]
+    taps = [tap_at(model, site) for site in at]
     return collect(model, body_of(model), batches, taps, **bar)
 
 
-def _tap(model: nn.Module, site: Site) -> Tap:
+def tap_at(model: nn.Module, site: Site) -> Tap:
     """Return where what the consumer of a site reads is to be had."""
     mask, repeats = site.part.mask, site.part.repeats
     if site.expert is None:
@@ -165,7 +165,7 @@ def collect(
     for tap in taps:
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current, seen, tokens = _InFlight(), _Seen(keep_text), 0
+    current, seen, tokens = InFlight(), _Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
     facts = {
@@ -183,7 +183,7 @@ def collect(
     bar = tqdm(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
-            callback = _adding(tap, bank[tap.name], current, ends)
+            callback = adding(tap, bank[tap.name], current, ends)
             stack.enter_context(watched(model.get_submodule(tap.module), callback))
         stack.enter_context(evaluating(model))
         for index, batch in enumerate(read_batches(bar)):
@@ -207,7 +207,20 @@ def collect(
     if saved is not None and seen.batches > done:
         saved.save(seen.batches, bank, facts_so_far, now=True)
     sequences = len(seen.sequences)
+    check_sums(bank, sequences, current.routed)
     every = [sums.tokens for name, sums in bank.items() if name not in current.routed]
+    tokens = int(every[0].sum()) if every else tokens
+    bank.source = facts | seen.facts(tokens, current.routed)
+    bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
+    return bank
+
+
+def check_sums(bank: MomentBank, sequences: int, routed: Collection[str] = ()) -> None:
+    """Raise InputError unless sums over ``sequences`` are finite, and each fold has tokens.
+
+    Sites that tokens are ``routed`` to may have none.
+    """
+    every = [sums.tokens for name, sums in bank.items() if name not in routed]
     if not sequences or any((each == 0).any() for each in every):
         raise InputError(
             f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
@@ -215,10 +228,6 @@ def collect(
         )
     for name, sums in bank.items():
         check_finite(sums.total, *([sums.gram] if isinstance(sums, Moments) else []), at=name)
-    tokens = int(every[0].sum()) if every else tokens
-    bank.source = facts | seen.facts(tokens, current.routed)
-    bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
-    return bank
 
 
 def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> None:
@@ -296,9 +305,16 @@ def check_finite_weights(model: nn.Module) -> None:
         if parameter.is_meta:
             raise InputError(
                 f"calibrate: weights must be in memory, got {name} on the meta device; load the "
-                "model without offloading, on more devices or on the CPU"
+                "model without offloading, on more devices or on the CPU, or give liar prune "
+                "--max-memory"
             )
-        if not torch.isfinite(parameter.detach()).all():
+    check_finite_tensors(model.named_parameters())
+
+
+def check_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise InputError if one of the tensors, with their names, holds a NaN or an infinity."""
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor.detach()).all():
             raise InputError(
                 f"calibrate: weights must be finite, got NaN or infinity in {name}; "
                 "the checkpoint is damaged or was converted wrongly"
@@ -306,7 +322,7 @@ def check_finite_weights(model: nn.Module) -> None:
 
 
 @dataclass
-class _InFlight:
+class InFlight:
     """What the taps need to know of the batch that is run."""
 
     rows: tuple[Tensor, ...] = ()  # sequences by fold
@@ -318,6 +334,7 @@ class _InFlight:
     routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
 
     def set(self, batch: Batch) -> None:
+        """Note the folds and the mask of the batch that is run next."""
         self.fold = fold = batch.fold
         self.batch = batch
         self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
@@ -325,7 +342,7 @@ class _InFlight:
         self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
 
 
-def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, ends: float) -> Callable:
+def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float) -> Callable:
     """Return what adds a tapped tensor to its moments, and ends the run after ``ends`` taps."""
 
     def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
@@ -361,7 +378,7 @@ def _adding(tap: Tap, moments: Moments | Squares, current: _InFlight, ends: floa
     return add
 
 
-def _add_routed(name: str, moments: Moments, routed: Routed, current: _InFlight) -> None:
+def _add_routed(name: str, moments: Moments, routed: Routed, current: InFlight) -> None:
     """Add the tokens that reach an expert: ``Σ r² x xᵀ`` over those that aren't padding."""
     device = routed.x.device
     each = routed.tokens // len(current.fold)

@@ -67,13 +67,7 @@ def write_fingerprint(model: nn.Module, folder: Path) -> None:
     InputError
         If the output isn't finite: nothing could be compared with it.
     """
-    known = [
-        getattr(config, name, TOKENS)
-        for config in inputs_read(model).values()
-        for name in ("max_position_embeddings", "max_target_positions")
-    ]
-    tokens = min(TOKENS, *known)
-    inputs = draw_inputs(model, 1, tokens, torch.Generator().manual_seed(0))
+    inputs = fixed_inputs(model)
     (name, value), *more = inputs.items()
     tensors = {"input": value, "output": _run(model, inputs)}
     tensors |= {MORE + name: value for name, value in more}
@@ -194,6 +188,17 @@ def compare_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> dict[str,
 def count_params(model: nn.Module) -> int:
     """Return the number of parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fixed_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Return the input of a model's fingerprint, drawn at random, the same every time."""
+    known = [
+        getattr(config, name, TOKENS)
+        for config in inputs_read(model).values()
+        for name in ("max_position_embeddings", "max_target_positions")
+    ]
+    tokens = min(TOKENS, *known)
+    return draw_inputs(model, 1, tokens, torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

@@ -166,9 +166,9 @@ def load_model(
     elif path.is_dir() and "liar" in read_config(path, "load_model"):
         model = load_pruned(path, dtype=dtype, **spread)
     else:
-        model = _read_dense(name, dtype=dtype, **spread)
+        model = read_dense(name, dtype=dtype, **spread)
     model = model if spread else model.to(device)
-    return model.eval(), _load_tokenizer(path, name, model)
+    return model.eval(), load_tokenizer(path, name, model)
 
 
 def placement(device: str) -> dict[str, str]:
@@ -194,7 +194,7 @@ def _read_plan(path: Path) -> Plan:
         raise InputError(f"load_pruned: {path}: {one_line(error)}") from error
 
 
-def _read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """Load an ordinary model by the class that its config names."""
     from transformers import AutoConfig
 
@@ -249,7 +249,7 @@ def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
     return config
 
 
-def _load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -> Any | None:
+def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -> Any | None:
     """Return the tokenizer of a model, or None where there is none."""
     from transformers import AutoTokenizer
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 QUIETENED = (
     "transformers.integrations.heterogeneity.configuration_utils",
     "transformers.modeling_utils",
+    "accelerate.big_modeling",
 )
 
 
@@ -28,7 +29,22 @@ def quiet() -> Iterator[None]:
             logger.removeFilter(_is_news)
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep back the progress bars of transformers."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     refused = "LOAD REPORT" in text and any(word in text for word in ("MISSING", "MISMATCH"))
-    return not refused and "per-layer attribute" not in text
+    offloaded = "were offloaded to the" in text  # as was asked for
+    return not (refused or offloaded or "per-layer attribute" in text)

@@ -33,7 +33,8 @@ from liar_ext.checkpoint.fingerprint import write_fingerprint
 from liar_ext.checkpoint.manifest import write_manifest
 from liar_ext.checkpoint.names import CARD_FILE, MARKER_FILE, OWN_FOLDER, PLAN_FILE, QUANTISER_MARKS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
-from liar_ext.checkpoint.quietening import quiet
+from liar_ext.checkpoint.quietening import no_bars, quiet
+from liar_ext.checkpoint.shards import Shards
 from liar_ext.checkpoint.stock_config import described, wear
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of
@@ -87,30 +88,63 @@ def save_pruned(
         the model's outputs aren't finite, or writing fails (a full disk, for one).
     """
     start = time.perf_counter()
+    with writing(folder, overwrite) as path:
+        fill_folder(
+            model, path, plan, report=report, tokenizer=tokenizer, source=source, start=start
+        )
+
+
+@contextmanager
+def writing(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Give a hidden folder to write to, which takes the place of ``folder`` in the end, at once."""
     folder = Path(folder).resolve()
     check_folder(folder, overwrite)
-    with quiet():
-        config = described(model)
-    _check_plan(model, plan, config)
     try:
         with beside(folder) as path:
-            with quiet(), _wearing(model, config):
-                model.save_pretrained(path)
-            complete_config(path)
-            _save_tokenizer(tokenizer, path)
-            (path / OWN_FOLDER).mkdir()
-            plan.save(path / PLAN_FILE)
-            _take_along(model, source, path, report, tokenizer is not None)
-            write_fingerprint(model, path)
-            _write_report(report, path, start)
-            _open_to_readers(path)
-            write_manifest(path)
+            yield path
             put_in_place(path, folder, overwrite)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"save_pruned: can't write {folder}: {one_line(error)}; nothing was left behind, free "
             "space or choose another folder"
         ) from error
+
+
+def fill_folder(
+    model: nn.Module,
+    path: Path,
+    plan: Plan,
+    *,
+    report: Any = None,
+    tokenizer: Any = None,
+    source: str | os.PathLike[str] | None = None,
+    start: float,
+    shards: Shards | None = None,
+) -> None:
+    """Write all that :func:`save_pruned` writes to a folder.
+
+    ``start`` is when the time of saving began, by ``time.perf_counter``; ``shards`` have the
+    weights already, if given.
+    """
+    with quiet():
+        config = described(model)
+    _check_plan(model, plan, config)
+    with quiet(), _wearing(model, config):
+        if shards is None:
+            model.save_pretrained(path)
+        else:
+            with no_bars():
+                model.save_pretrained(path, state_dict={})  # which removes shards of that name
+            shards.close()
+    complete_config(path)
+    _save_tokenizer(tokenizer, path)
+    (path / OWN_FOLDER).mkdir()
+    plan.save(path / PLAN_FILE)
+    _take_along(model, source, path, report, tokenizer is not None)
+    write_fingerprint(model, path)
+    _write_report(report, path, start)
+    _open_to_readers(path)
+    write_manifest(path)
 
 
 def _check_plan(model: nn.Module, plan: Plan, config: Any) -> None:

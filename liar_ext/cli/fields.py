@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field
 from typing import Any
@@ -141,3 +142,14 @@ def _sites(text: str) -> tuple[str, ...]:
     if text not in known:
         raise argparse.ArgumentTypeError(f"must be one of all, attn, mlp, got {shown(text)}")
     return known[text]
+
+
+def read_size(text: str) -> int:
+    """Read a size with its unit as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]) > 0:
+        raise argparse.ArgumentTypeError(
+            f"must be a number and a unit, such as 12GiB or 500MB, got {shown(text)}"
+        )
+    power = 1 + "KMGT".index(found[2].upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             return _fail(
                 f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
-                "or --device auto for several GPUs"
+                "--device auto for several GPUs, or --max-memory to prune block by block"
             )
         raise
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from liar_ext.cli.bank_options import BANK_HELP, add_calibrate, add_merge, add_resume, add_sweep
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
-from liar_ext.cli.fields import add_field, at_least, read_name, read_names
+from liar_ext.cli.fields import add_field, at_least, read_name, read_names, read_size
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES, GROUPS, PRESETS
 from liar_ext.recipe.recipe import recipe_fields
@@ -120,6 +120,14 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
         "--dry-run",
         action="store_true",
         help="only say what would be done: sizes, memory, passes, minutes, how the result loads",
+    )
+    group.add_argument(
+        "--max-memory",
+        type=read_size,
+        metavar="SIZE",
+        help="prune a model that is larger than memory, in at most SIZE, such as 12GiB: its blocks "
+        "are read from MODEL one at a time and written as they are solved, and hidden states that "
+        "don't fit lie on disk beside DIR; the result is the same. Needs accelerate",
     )
 
 

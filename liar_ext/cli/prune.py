@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,11 @@ def run(options: argparse.Namespace) -> None:
 
     if options.out:
         check_folder(options.out, options.overwrite)
+    if options.max_memory is not None:
+        from liar_ext.cli.by_blocks import run_by_blocks
+
+        run_by_blocks(recipe, options, start)
+        return
     if options.bank:
         from liar_ext.cli.with_bank import load_by_bank
 
@@ -60,6 +65,11 @@ def run(options: argparse.Namespace) -> None:
         tokenizer=given.tokenizer,
         overwrite=options.overwrite,
     )
+    say(report, options, start)
+
+
+def say(report: Report, options: argparse.Namespace, start: float) -> None:
+    """Print what came out."""
     if not options.quiet:
         print(report.summary())
         print(f"{options.out}: saved after {time.perf_counter() - start:.0f} s")
@@ -80,9 +90,14 @@ def prune_given(
         bank=bank,
         progress=progress,
     )
+    add_facts(report, given)
+    return report
+
+
+def add_facts(report: Report, given: Given) -> None:
+    """Let a report say what became of the texts."""
     report.settings |= given.facts
     report.warnings += given.warnings
-    return report
 
 
 @dataclass
@@ -100,8 +115,16 @@ class Given:
     documents: Tensor | None = None  # their digests, where they are asked for
 
 
-def load(recipe: Recipe, *, progress: bool = False, digests: bool = False) -> Given:
-    """Return the model and the batches of a recipe; with ``digests`` those of its documents.
+def load(
+    recipe: Recipe,
+    *,
+    progress: bool = False,
+    digests: bool = False,
+    loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
+) -> Given:
+    """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
+
+    With ``digests`` also those of its documents.
 
     Raises
     ------
@@ -116,7 +139,7 @@ def load(recipe: Recipe, *, progress: bool = False, digests: bool = False) -> Gi
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
     if held_out is not None:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
-    model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
+    model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
     check_eval(recipe, model)
     if SELF in recipe.calibration:

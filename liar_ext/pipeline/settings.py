@@ -29,7 +29,9 @@ def settings_of(
         "calibration_sequences": source["sequences"],
         "calibration_tokens": source["tokens"],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": ", ".join(sorted({str(each.device) for each in model.parameters()})),
+        "device": ", ".join(
+            sorted({str(each.device) for each in model.parameters() if not each.is_meta})
+        ),
         "threads": torch.get_num_threads(),
         **facts,
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
+from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
@@ -36,26 +37,30 @@ class Part:
         As the model takes them.
     fold : int, optional
         Their fold; None where they are fresh: no solve reads them, errors are measured on them.
-    dense, pruned : Tensor
+    dense, pruned : Held
         Both streams before the block that comes next, (sequences, tokens, hidden).
-    goals : dict of str to Tensor
+    goals : dict of str to Held
         By site of the block in work, what the dense model has there: the output of the consumer, or
         the stream after it.
-    halfway : (Tensor, Tensor), optional
+    halfway : (Held, Held), optional
         The pruned stream between attention and MLP of the block in work, and what the MLP's
         consumer reads: all that a new one needs to finish the block.
     """
 
     batch: Batch
     fold: int | None
-    dense: Tensor
-    pruned: Tensor
-    goals: dict[str, Tensor] = field(default_factory=dict)
-    halfway: tuple[Tensor, Tensor] | None = None
+    dense: Held
+    pruned: Held
+    goals: dict[str, Held] = field(default_factory=dict)
+    halfway: tuple[Held, Held] | None = None
 
 
 class Walk:
-    """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block."""
+    """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block.
+
+    Hidden states are held in ``states``, in memory by default. A step reads the weights of its own
+    block only, and of what comes before the first.
+    """
 
     def __init__(
         self,
@@ -66,10 +71,12 @@ class Walk:
         damp: float | str,
         target: str,
         refit: bool,
+        states: HiddenStates | None = None,
     ) -> None:
         self.model, self.blocks, self.plan = model, blocks, plan
         self.mode, self.damp, self.target, self.refit = mode, damp, target, refit
         self.device = device_of(model)
+        self.states = states or HiddenStates()
         self.parts: list[Part] = []
         self.targets: dict[str, str] = {}  # by site of the block in work
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -94,8 +101,9 @@ class Walk:
             self._enter(batch, None)
 
     def _enter(self, batch: Batch, fold: int | None) -> None:
-        hidden = self.blocks.enter(0, batch.to(self.device).inputs)[0][0].cpu()
-        self.parts.append(Part(batch, fold, hidden, hidden))
+        hidden = self.blocks.enter(0, batch.to(self.device).inputs)[0][0]
+        dense, pruned = (self.states.hold(hidden) for _ in range(2))
+        self.parts.append(Part(batch, fold, dense, pruned))
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
@@ -113,25 +121,26 @@ class Walk:
             else:
                 consumers[site.name] = self._solve(site, self.targets[site.name], consumers)
         for part in self.parts:
-            part.pruned = self._after(index, part, consumers)
+            part.pruned.set(self._after(index, part, consumers))
         for part, dense in zip(self.parts, after, strict=False):
             part.dense = dense
 
-    def _dense_run(self, index: int, part: Part) -> Tensor:
+    def _dense_run(self, index: int, part: Part) -> Held:
         """Note what the dense model has at each site, and return its stream after the block."""
-        run = self._run(index, part, part.dense)
+        hidden = part.dense.get()
+        run = self._run(index, part, hidden)
         part.goals = {
-            site.name: _reached(site, self.targets[site.name], part.dense, run)
+            site.name: self.states.hold(_reached(site, self.targets[site.name], hidden, run))
             for site in self.blocks.sites[index]
             if site.name in self.plan.sites
         }
-        return run.output.cpu()
+        return self.states.hold(run.output)
 
     def _after(self, index: int, part: Part, consumers: Mapping[str, Forward]) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
         if part.halfway is None:
-            return self._run(index, part, part.pruned, consumers).output.cpu()
-        (stream, x), part.halfway = part.halfway, None
+            return self._run(index, part, part.pruned.get(), consumers).output
+        (stream, x), part.halfway = (held.get() for held in part.halfway), None
         (mlp,) = (site.name for site in self.blocks.sites[index] if site.kind == "mlp")
         return stream + consumers[mlp](x.to(self.blocks.device(index))).cpu().view_as(stream)
 
@@ -204,13 +213,14 @@ class Walk:
         # Only the stream after an MLP needs the block run to its end, if no norm reads it before.
         late = site.kind == "mlp" and site.name not in self.blocks.norms
         end = None if target == "stream" and late else site.name
-        run = self._run(site.block, part, part.pruned, consumers, end)
+        hidden = part.pruned.get()
+        run = self._run(site.block, part, hidden, consumers, end)
         x = run.seen[site.name][0].flatten(0, -2)
         weight = part.batch.counting(len(x), x.device)
         if target == "dense-input":
             return x, None, weight
-        r = part.goals[site.name] - _reached(site, target, part.pruned, run)
-        part.halfway = self._halfway(site, part, run)
+        r = part.goals[site.name].get() - _reached(site, target, hidden, run)
+        part.halfway = self._halfway(site, hidden, run)
         return x, r.to(x.device).flatten(0, -2), weight
 
     def _certified(
@@ -232,7 +242,7 @@ class Walk:
             return None
         return error / energy if energy else math.nan
 
-    def _halfway(self, site: Site, part: Part, run: Run) -> tuple[Tensor, Tensor] | None:
+    def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if the block is a plain sum of both sites."""
         others = [other.name for other in self.blocks.sites[site.block] if other.kind == "attn"]
         here = [*others, site.name]
@@ -240,8 +250,8 @@ class Walk:
         plain = plain and self.blocks.norms.keys().isdisjoint(here)
         if site.kind != "mlp" or len(others) != 1 or not plain:
             return None
-        stream = part.pruned + run.seen[others[0]][1].cpu().view_as(part.pruned)
-        return stream, run.seen[site.name][0].cpu()
+        stream = hidden + run.seen[others[0]][1].cpu().view_as(hidden)
+        return self.states.hold(stream), self.states.hold(run.seen[site.name][0])
 
     def _target_at(self, site: Site) -> str:
         """Return the target that the arithmetic of the block allows."""
@@ -249,7 +259,7 @@ class Walk:
             return self.target
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
-        hidden = part.dense[:1].to(self.blocks.device(site.block))
+        hidden = part.dense.get()[:1].to(self.blocks.device(site.block))
         if self.blocks.adds_plainly(site, one, hidden):
             return "stream"
         norm = self.blocks.norm_of_sum(site, one, hidden)

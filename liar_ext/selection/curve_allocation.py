@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -165,20 +165,61 @@ def measure_sensitivities(
     is measured alone, experts with all of their layer, so that the value doesn't depend on which
     others ``at`` has.
     """
-    probe = probe_plan(at, scores, budget, model_type=model.config.model_type)
-    probe = with_bias(probe, model, mode)
-    weights, _ = reconstruct(model, bank, probe, mode=mode, damp=CURVE_DAMP, progress=progress)
-    measured = site_divergences(model, batches, probe, weights, progress=progress)
-    sensitivities = {}
+    probes = probe_sites(model, bank, at, scores, curves, budget, mode=mode, progress=progress)
+    measured = site_divergences(model, batches, probes.plan, probes.weights, progress=progress)
+    return probes.sensitivities(measured)
+
+
+@dataclass
+class Probes:
+    """What some sites lose, each alone, for its sensitivity to be measured.
+
+    Parameters
+    ----------
+    plan : Plan
+        What stays of each site when it alone is pruned.
+    weights : dict of str to (Tensor, Tensor or None)
+        New consumer weights for that.
+    errors : dict of str to float
+        Its error then, by site name; experts have that of all of their layer.
+    """
+
+    plan: Plan
+    weights: dict[str, tuple[Tensor, Tensor | None]]
+    errors: dict[str, float]
+
+    def sensitivities(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Return the divergence of each site's probe by its error."""
+        return {
+            name: measured[name] / error if error > 0 else 0.0
+            for name, error in self.errors.items()
+        }
+
+
+def probe_sites(
+    model: nn.Module,
+    bank: MomentBank,
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    curves: Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    mode: str = "auto",
+    progress: bool = False,
+) -> Probes:
+    """Return the probes of some sites; parameters as for :func:`measure_sensitivities`."""
+    plan = probe_plan(at, scores, budget, model_type=model.config.model_type)
+    plan = with_bias(plan, model, mode)
+    weights, _ = reconstruct(model, bank, plan, mode=mode, damp=CURVE_DAMP, progress=progress)
+    errors = {}
     for team in teams_of(at).values():
         shares = energy_shares(model, bank, team)
         error = sum(
-            share * float(curves[site.name][len(probe.sites[site.name].removed)])
+            share * float(curves[site.name][len(plan.sites[site.name].removed)])
             for site, share in zip(team, shares, strict=True)
         )
-        for site in team:
-            sensitivities[site.name] = measured[site.name] / error if error > 0 else 0.0
-    return sensitivities
+        errors |= {site.name: error for site in team}
+    return Probes(plan, weights, errors)
 
 
 def losses_of(

@@ -115,9 +115,16 @@ def divergences(
                     for block, output in zip(blocks[:first], given, strict=False):
                         stack.enter_context(replaced(block, _answering(output)))
                     for name in names:
-                        stack.enter_context(_pruned(model, found[name], plan, weights[name]))
+                        stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
                     total[index] += dense.divergence(model, finite_only=True)
                 bar.update()
+    return mean_divergences(total, rows, probes)
+
+
+def mean_divergences(
+    total: Sequence[float], rows: int, probes: Sequence[Sequence[str]]
+) -> list[float]:
+    """Return the mean over rows of sums of divergences by probe; refuse what isn't finite."""
     if not rows:
         raise InputError(
             "sensitivity: needs at least one batch to run, and outputs of the dense model that are "
@@ -148,7 +155,7 @@ def _answering(output: object) -> Callable:
 
 
 @contextmanager
-def _pruned(
+def pruned_site(
     model: nn.Module, site: Site, plan: Plan, weights: tuple[Tensor, Tensor | None]
 ) -> Iterator[None]:
     """Give a consumer its new weights, with zeros for the units that go: as good as sliced."""

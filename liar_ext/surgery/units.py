@@ -13,7 +13,8 @@ The experts of a layer are sliced together, each to channels of its own. The hea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,13 @@ Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
 @torch.no_grad()
-def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> None:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    weights: Weights | None = None,
+    *,
+    blocks: Collection[int] | None = None,
+) -> None:
     """Remove from a model what the plan doesn't keep, in place.
 
     Everything is checked before anything changes, so that an error leaves the model as it was.
@@ -50,6 +57,8 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
         multiplied by, ``(kept,)``. With hidden features, d_out is the number of them that stay, and
         the new weights of norms and readers come by path, from
         :func:`liar_ext.narrowing.narrowing.narrow`.
+    blocks : collection of int, optional
+        Slice these blocks alone, and leave the others for a later call with the same plan.
 
     Raises
     ------
@@ -65,7 +74,9 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
     builds the same layers.
     """
     found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
-    weights = weights or {}
+    weights, flags = weights or {}, _bias_flags(found, plan)
+    if blocks is not None:
+        found, plan = _of_blocks(found, plan, blocks)
     layers = _hidden_layers(model, plan, weights)
     scales = {name: weights[name][0] for name in weights if name in plan.experts}
     weights = {name: weights[name] for name in weights if name not in scales}
@@ -80,7 +91,7 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
         keep_experts(model, found[f"{name}.0"], kept, scales.get(name))
     if plan.experts:
         found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
-    _grow_biases(model, found, plan)
+    _grow_biases(model, found, plan, flags)
     for team in teams_of([site for site in found.values() if site.expert is not None]).values():
         _slice_experts(model, team, plan)
     for name, site_plan in plan.sites.items():
@@ -89,7 +100,8 @@ def apply_plan(model: nn.Module, plan: Plan, weights: Weights | None = None) -> 
         if name in weights:
             _set_consumer(model, found[name], *weights[name])
     for site in sites(model, attn_unit=plan.attn_unit):
-        _patch_numbers(model, site)
+        if site.name in found:
+            _patch_numbers(model, site)
 
 
 def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tensor:
@@ -230,10 +242,27 @@ def _check_weight(
         )
 
 
-def _grow_biases(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> None:
+def _of_blocks(
+    found: Mapping[str, Site], plan: Plan, blocks: Collection[int]
+) -> tuple[dict[str, Site], Plan]:
+    """Return the sites of some blocks, and what the plan says of them."""
+    here = {name: site for name, site in found.items() if site.block in blocks}
+    # A site that the model lacks stays, to be refused by name.
+    planned = {n: p for n, p in plan.sites.items() if n in here or n not in found}
+    return here, replace(plan, sites=planned)
+
+
+def _bias_flags(found: Mapping[str, Site], plan: Plan) -> set[str]:
+    """Return the config flags of the biases that a plan adds, which hold for all blocks."""
+    gaining = (found[name] for name, at in plan.sites.items() if at.bias and name in found)
+    return {site.wiring.bias_flag for site in gaining} - {None}
+
+
+def _grow_biases(
+    model: nn.Module, found: Mapping[str, Site], plan: Plan, flags: Collection[str]
+) -> None:
     """Give zero biases to the consumers that the plan says, and to what shares their flag."""
     gaining = {name for name, site_plan in plan.sites.items() if site_plan.bias}
-    flags = {found[name].wiring.bias_flag for name in gaining} - {None}
     for name, site in found.items():
         if site.wiring.bias_flag in flags:
             for layer in site.wiring.layers:

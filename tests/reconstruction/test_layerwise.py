@@ -86,9 +86,9 @@ def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name, target):
     apply_plan(pruned, plan, walk.weights)
     for part in walk.parts[:3]:
         after = stream_after(pruned, 2, part.batch.inputs)
-        assert torch.allclose(part.pruned, after, rtol=1e-9, atol=1e-10)
+        assert torch.allclose(part.pruned.get(), after, rtol=1e-9, atol=1e-10)
         if target != "dense-input":
-            assert torch.equal(part.dense, stream_after(model, 2, part.batch.inputs))
+            assert torch.equal(part.dense.get(), stream_after(model, 2, part.batch.inputs))
 
 
 @pytest.mark.parametrize("kind", ["attn", "mlp"])
@@ -282,7 +282,12 @@ def test_the_stream_target_brings_the_stream_nearer(name, weaker):
         walk, context = walk_blocks(model, data, plan, 3, target)
         context.__exit__(None, None, None)
         distance[target] = sum(
-            float((stream_after(model, 2, part.batch.inputs) - part.pruned).detach().square().sum())
+            float(
+                (stream_after(model, 2, part.batch.inputs) - part.pruned.get())
+                .detach()
+                .square()
+                .sum()
+            )
             for part in walk.parts
         )
     assert distance["stream"] < distance[weaker]

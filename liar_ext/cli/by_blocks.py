@@ -1,0 +1,66 @@
+"""``liar prune --max-memory``: the same job with one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from torch import nn
+
+from liar_ext.calibration.self_calibration import SELF
+from liar_ext.cli.loading import check_tokenizer
+from liar_ext.cli.prune import add_facts, load, say
+from liar_ext.errors import InputError
+from liar_ext.recipe import Recipe
+from liar_ext.report.report import Report
+from liar_ext.streaming.block_store import BlockStore
+from liar_ext.streaming.job import StreamedJob, prune_folder
+
+
+def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> None:
+    """Run the job that the options and their recipe say, which began at ``start``."""
+    if SELF in recipe.calibration:
+        raise InputError(
+            "prune: --calibration self has the model write text, for which it must be in memory; "
+            "leave it or --max-memory out"
+        )
+    if options.bank:
+        raise InputError(
+            "prune: --bank holds the sums of all layers, for which there must be memory; leave it "
+            "or --max-memory out"
+        )
+    stores = []
+
+    def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+        stores.append(BlockStore(name, dtype, device))
+        check_tokenizer(name, stores[0].tokenizer)
+        return stores[0].model, stores[0].tokenizer
+
+    given = load(recipe, progress=not options.quiet, loader=open_store)
+    (store,) = stores
+    if options.dry_run:
+        job = StreamedJob(store.model, given.calibration, recipe, store=store)
+        job.certify_on = given.certification
+        print("\n".join(job.describe(options.max_memory)))
+        return
+    loaded = time.perf_counter() - start
+
+    def annotate(report: Report) -> None:
+        report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
+        report.seconds["total"] = time.perf_counter() - start
+        add_facts(report, given)
+
+    report = prune_folder(
+        store,
+        given.calibration,
+        options.out,
+        recipe,
+        max_memory=options.max_memory,
+        evaluate_on=given.evaluation,
+        certify_on=given.certification,
+        overwrite=options.overwrite,
+        annotate=annotate,
+        progress=not options.quiet,
+    )
+    say(report, options, start)

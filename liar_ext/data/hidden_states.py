@@ -1,0 +1,147 @@
+"""Hidden states between blocks: in memory up to a bound, beyond it in a file on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from liar_ext.errors import InputError
+
+MOST_AT_ONCE = 1 << 30  # bytes of one call; Linux moves at most 2 GiB
+
+
+class HiddenStates:
+    """A place for tensors that all calibration sequences have between two blocks.
+
+    Parameters
+    ----------
+    memory : int, optional
+        Bytes that may be held in memory; what is more goes to the file. No bound if not given.
+    folder : path, optional
+        Where the file is made. It has no name, so that nothing is left of it however the process
+        ends.
+
+    Attributes
+    ----------
+    in_memory, on_disk : int
+        Bytes that are held now.
+    most_on_disk : int
+        The most bytes that the file had.
+    """
+
+    def __init__(
+        self, memory: int | None = None, folder: str | os.PathLike[str] | None = None
+    ) -> None:
+        self.memory, self.folder = memory, folder
+        self.in_memory = self.on_disk = self.most_on_disk = 0
+        self._file = None
+        self._free: dict[int, list[int]] = {}  # offsets by size
+
+    def hold(self, tensor: Tensor) -> Held:
+        """Return what gives a tensor back, on the CPU; its place is free once that is dropped."""
+        return Held(self, tensor)
+
+    def close(self) -> None:
+        """Give the disk back; nothing that was held in the file can be read any more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def fits(self, size: int) -> bool:
+        """Tell whether ``size`` bytes more may be held in memory."""
+        return self.memory is None or self.in_memory + size <= self.memory
+
+    def take(self, size: int) -> int:
+        """Return the offset of ``size`` bytes in the file, which are there for certain."""
+        self.on_disk += size
+        if self._free.get(size):
+            return self._free[size].pop()
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+        start = self.most_on_disk
+        try:
+            os.posix_fallocate(self._file.fileno(), start, size)
+        except OSError as error:
+            where = Path(self.folder or tempfile.gettempdir())
+            self.on_disk -= size
+            raise InputError(
+                f"hidden states: {(start + size) / 2**30:.3g} GiB and more are needed in {where}, "
+                f"where {shutil.disk_usage(where).free / 2**30:.3g} GiB are free "
+                f"({error.strerror}); free disk space, raise --max-memory, or give fewer --samples"
+            ) from error
+        self.most_on_disk += size
+        return start
+
+    def give_back(self, offset: int, size: int) -> None:
+        """Let bytes of the file be used for other tensors."""
+        self.on_disk -= size
+        self._free.setdefault(size, []).append(offset)
+
+    def write(self, tensor: Tensor, offset: int) -> None:
+        """Write a tensor at an offset."""
+        bytes_ = _bytes(tensor.contiguous())
+        while len(bytes_):
+            done = os.pwrite(self._file.fileno(), bytes_[:MOST_AT_ONCE], offset)
+            bytes_, offset = bytes_[done:], offset + done
+
+    def read(self, tensor: Tensor, offset: int) -> None:
+        """Fill a contiguous tensor from an offset."""
+        bytes_ = _bytes(tensor)
+        while len(bytes_):
+            done = os.preadv(self._file.fileno(), [bytes_[:MOST_AT_ONCE]], offset)
+            bytes_, offset = bytes_[done:], offset + done
+
+
+class Held:
+    """One tensor of :class:`HiddenStates`: :meth:`get` it, or :meth:`set` another in its place."""
+
+    def __init__(self, store: HiddenStates, tensor: Tensor) -> None:
+        self._store = store
+        self._tensor: Tensor | None = None
+        self._shape, self._dtype, self._size = tensor.shape, tensor.dtype, 0
+        self._offset: int | None = None
+        self.set(tensor)
+
+    def get(self) -> Tensor:
+        """Return the tensor; not to be changed in place."""
+        if self._tensor is not None or self._offset is None:
+            return self._tensor
+        tensor = torch.empty(self._shape, dtype=self._dtype)
+        self._store.read(tensor, self._offset)
+        return tensor
+
+    def set(self, tensor: Tensor) -> None:
+        """Hold another tensor instead."""
+        tensor = tensor.detach().cpu()
+        if tensor.nbytes != self._size or (self._tensor is None and self._offset is None):
+            self._drop()
+            if self._store.fits(tensor.nbytes):
+                self._store.in_memory += tensor.nbytes
+            else:
+                self._offset = self._store.take(tensor.nbytes)
+            self._size = tensor.nbytes
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+        if self._offset is None:
+            self._tensor = tensor
+        else:
+            self._store.write(tensor, self._offset)
+
+    def _drop(self) -> None:
+        if self._offset is not None:
+            self._store.give_back(self._offset, self._size)
+        elif self._tensor is not None:
+            self._store.in_memory -= self._size
+        self._tensor = self._offset = None
+
+    def __del__(self) -> None:
+        self._drop()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

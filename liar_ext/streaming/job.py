@@ -1,0 +1,353 @@
+"""Prune a folder of weights into another one, with one block in memory at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from liar_ext.certification import Divergence
+from liar_ext.checkpoint import stock_config
+from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
+from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+from liar_ext.checkpoint.shards import SHARD_BYTES, Shards
+from liar_ext.data.batches import Batches, read_batches
+from liar_ext.data.hidden_states import HiddenStates
+from liar_ext.errors import InputError
+from liar_ext.models.registry import family_of
+from liar_ext.models.running import evaluating
+from liar_ext.models.sites import sites
+from liar_ext.pipeline.job import Job, Weights
+from liar_ext.plan import Plan
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
+from liar_ext.reconstruction.walk import Walk
+from liar_ext.report.report import Report
+from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.streaming.block_store import BlockStore
+from liar_ext.streaming.judging import Judged
+from liar_ext.streaming.memory import (
+    GIB,
+    SHARD_PART,
+    Need,
+    need_of,
+    room_for_states,
+    sequence_length,
+)
+from liar_ext.streaming.passes import StreamedPasses
+from liar_ext.streaming.probes import ProbeStreams
+from liar_ext.streaming.trace import Trace
+from liar_ext.surgery.units import apply_plan
+
+
+def prune_folder(
+    store: BlockStore,
+    batches: Batches,
+    folder: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    max_memory: int,
+    evaluate_on: Batches | None = None,
+    certify_on: Batches | None = None,
+    overwrite: bool = False,
+    annotate: Callable[[Report], None] = lambda report: None,
+    progress: bool = False,
+) -> Report:
+    """Prune a model that is read block by block, and write it to a folder as it is solved.
+
+    The result is that of :func:`liar_ext.prune` and :func:`liar_ext.save_pruned`, but the model is
+    never whole in memory, neither dense nor pruned.
+
+    Parameters
+    ----------
+    store : BlockStore
+        The dense model.
+    batches : iterable of mapping
+        The calibration set.
+    folder : path
+        Where the pruned model goes; hidden states that don't fit into memory lie beside it.
+    recipe : Recipe
+        Every choice; some can't be made here, see :meth:`StreamedJob.check`.
+    max_memory : int
+        Bytes that the process may take.
+    evaluate_on, certify_on : sequence of mapping, optional
+        As for :func:`liar_ext.prune`.
+    overwrite : bool
+        As for :func:`liar_ext.save_pruned`.
+    annotate : callable
+        Adds what else is known to the report before it is written.
+    progress : bool
+        Show progress bars.
+
+    Raises
+    ------
+    InputError
+        If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
+    """
+    check_folder(folder, overwrite)
+    job = StreamedJob(store.model, list(read_batches(batches)), recipe, progress, store=store)
+    job.evaluate_on, job.certify_on = evaluate_on, certify_on
+    job.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
+    try:
+        job.check()
+        job.make_room(max_memory)
+        passes = job.calibrate(store.model)
+        plan = job.allocate(passes, *job.score(passes))
+        with writing(folder, overwrite) as path:
+            shards = Shards(store.model, path, job.shard_bytes)
+            plan = job.write(passes, plan, shards)
+            report = job.report(plan, *job.perplexities)
+            annotate(report)
+            with job.fingerprint.answering(job.blocks):
+                fill_folder(
+                    store.model,
+                    path,
+                    plan,
+                    report=report,
+                    tokenizer=store.tokenizer,
+                    start=time.perf_counter(),
+                    shards=shards,
+                )
+    finally:
+        job.states.close()
+        store.close()
+    return report
+
+
+@dataclass
+class StreamedJob(Job):
+    """A job whose steps read one block at a time."""
+
+    store: BlockStore | None = None
+    states: HiddenStates = field(default_factory=HiddenStates)
+    shard_bytes: int = SHARD_BYTES
+    keep_sums: bool = False
+    need: Need | None = None
+    blocks: Blocks | None = None
+    evaluate_on: Batches | None = None
+    certify_on: Batches | None = None
+    dense_outputs: Divergence | None = None  # on fresh text
+    perplexities: list[dict[str, float] | None] = field(default_factory=lambda: [None, None])
+    fingerprint: Trace | None = None  # the input that the folder is verified by
+
+    def check(self) -> None:
+        """Raise InputError for what can't work at all, or not with one block at a time."""
+        recipe, one_pass = self.recipe, self.recipe.schedule == "one-pass"
+        refused = {
+            f"--criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
+            f"--refine {recipe.refine}": recipe.refine > 0,
+            f"--keep-hidden {recipe.keep_hidden}": self.narrows,
+            f"--keep-experts {recipe.keep_experts}": recipe.keep_experts != 1.0,
+            "--of latency": recipe.of == "latency",
+            "--certify with --schedule one-pass": self.certify_on is not None and one_pass,
+        }
+        for option, given in refused.items():
+            if given:
+                raise InputError(
+                    f"prune: {option} needs the whole model in memory, and --max-memory says that "
+                    "it isn't; leave one of them out"
+                )
+        if recipe.memory is not None:
+            raise InputError(
+                "prune: --memory bounds the sums of a model that is in memory, where --max-memory "
+                "bounds all; leave one of them out"
+            )
+        self._check_walk()
+        super().check()
+
+    def _check_walk(self) -> None:
+        """Refuse a model of which more than one block has to be in memory.
+
+        Whether something comes between the blocks is seen on the way.
+        """
+        family = family_of(self.model)
+        reason = family.without.get("layerwise")
+        at = sites(self.model)
+        if {site.block for site in at} != set(range(len(self.store))):
+            reason = reason or "some of its blocks have no site"
+        if any(site.expert is not None for site in at):
+            reason = reason or "tokens are routed to its experts"
+        if reason is not None:
+            raise InputError(
+                f"prune: --max-memory can't read this {family.name!r} block by block: {reason}; "
+                "leave it out"
+            )
+
+    def make_room(self, limit: int) -> None:
+        """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit."""
+        at = self.sites(self.model)
+        reserved = min(SHARD_BYTES, max(limit // SHARD_PART, self.store.block_bytes))
+        need = need_of(self.store, at, self.batches, self.recipe)
+        if need.total + reserved > limit:
+            self.store.prefetch = False  # slower, but memory for one block less
+            reserved = self.store.block_bytes
+            need = need_of(self.store, at, self.batches, self.recipe)
+        left = room_for_states(need, limit, reserved)
+        sums = sum(2 * 8 * site.d_in**2 for site in at)
+        self.keep_sums = self.recipe.schedule == "one-pass" and sums <= left // 2
+        self.states.memory = left - (sums if self.keep_sums else 0)
+        self.shard_bytes = reserved
+        self.facts["max_memory"] = limit
+        self.need = need
+
+    def calibrate(self, model: torch.nn.Module) -> StreamedPasses:
+        """Return the moments of all sites, block by block."""
+        at = self.sites(model)
+        self.widest = max(site.d_in for site in at)
+        return StreamedPasses(
+            self.store,
+            self.batches,
+            at,
+            self.states,
+            keep=self.keep_sums,
+            progress=self.progress,
+        )
+
+    def score(self, passes: StreamedPasses) -> tuple[dict, dict]:
+        """Return the scores of all units, and for ``curve`` the losses of all sites."""
+        scores, recipe, probes = {}, self.recipe, None
+        if recipe.allocation == "curve":
+            budget = replace(recipe.budget, keep=recipe.probed_fraction)
+            given = budget, recipe.reconstruct, self.states
+            probes = ProbeStreams(self.store, passes.batches, *given)
+        dense = self._judged()
+        per = "feature" if recipe.allocation == "global" else "unit"
+        for group in self.clock.each("calibrate", passes):
+            with self.clock("score"):
+                asked = recipe.criterion
+                scores |= score(self.model, passes.bank, group, asked, seed=recipe.seed, per=per)
+            if probes is not None:
+                with self.clock("allocate"):
+                    probes.step(passes, group, scores)
+            with self.clock("evaluate"):
+                dense.advance(passes.blocks, passes.index)
+        self.source = passes.source
+        with self.clock("evaluate"):
+            self.perplexities[0] = dense.perplexity(passes.blocks)
+            self.dense_outputs = dense.outputs(passes.blocks)
+        if probes is None:
+            return scores, {}
+        with self.clock("allocate"):
+            losses, self.sensitivities = probes.losses(passes.blocks)
+        return scores, losses
+
+    def describe(self, limit: int) -> list[str]:
+        """Check the job, and return lines on what it would take."""
+        self.batches = list(read_batches(self.batches))
+        self.check()
+        self.make_room(limit)
+        store, tokens = (
+            self.store,
+            sum(len(batch) * sequence_length(batch) for batch in self.batches),
+        )
+        size = self.model.dtype.itemsize
+        held = tokens * sites(self.model)[0].d_out * size
+        # Layerwise: both streams, the next dense one, two targets in float32, and halfway.
+        streams = 3 + 2 * 4 // size + 1 if self.recipe.schedule == "layerwise" else 1
+        beyond = max(0, held * streams - self.states.memory)
+        again = "" if self.keep_sums or self.recipe.schedule == "layerwise" else ", twice"
+        return [
+            f"{type(self.model).__name__}: {count_params(self.model):,} parameters, "
+            f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
+            f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
+            "reading ahead",
+            f"memory: {self.need.total / GIB:.3g} of {limit / GIB:.3g} GiB without hidden states "
+            f"(GiB: {self.need})",
+            f"hidden states: {held * streams / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
+            f"in {self.states.folder or 'the output folder'}",
+            f"weights: read twice and written once; calibration text summed{again}",
+        ]
+
+    @torch.no_grad()
+    def write(self, passes: StreamedPasses, plan: Plan, shards: Shards) -> Plan:
+        """Solve, slice and write one block after the other; return the plan of the dense model."""
+        whole = stock_config.from_dense(self.model, plan)
+        self.fingerprint = Trace(self.store, [self._fixed_input()], self.states)
+        pruned = self._judged()
+        walk = self._layerwise if self.recipe.schedule == "layerwise" else self._one_pass
+        rows = {}
+        for index, weights in walk(passes, plan, rows):
+            with self.clock("surgery"):
+                self.fingerprint.begin(self.blocks)
+                apply_plan(self.model, plan, weights, blocks=[index])
+                self.fingerprint.advance(self.blocks, index)
+                shards.add(self.store.tensors(index))
+            with self.clock("evaluate"):
+                pruned.advance(self.blocks, index)
+        with self.clock("surgery"), self.store.head():
+            shards.add(self.store.tensors())
+        self.rows = [rows[name] for name in plan.sites]
+        with self.clock("evaluate"):
+            self.perplexities[1] = pruned.perplexity(self.blocks)
+            certified = pruned.divergence(self.blocks, self.dense_outputs)
+        if certified is not None:
+            self.fresh = SimpleNamespace(of=lambda _: certified)  # which the report asks for
+        self._describe()
+        self.model.liar_plan = whole
+        return whole
+
+    def _judged(self) -> Judged:
+        """Return what is to be measured along a walk."""
+        texts = self.evaluate_on, self.certify_on
+        return Judged(self.store, self.states, *texts, progress=self.progress)
+
+    def _fixed_input(self) -> dict[str, Tensor]:
+        """Return the input of the fingerprint, as the model takes it."""
+        dtype, inputs = self.model.dtype, fixed_inputs(self.model)
+        return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+
+    def _one_pass(
+        self, passes: StreamedPasses, plan: Plan, rows: dict[str, Any]
+    ) -> Iterator[tuple[int, Weights]]:
+        """Yield the new weights of each block, solved on the dense model's moments."""
+        self.blocks = passes.blocks
+        settings = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
+        for group in self.clock.each("calibrate", passes.back()):
+            with self.clock("reconstruct"):
+                here = replace(plan, sites={site.name: plan.sites[site.name] for site in group})
+                weights, some = solve_sites(self.model, passes.bank, here, **settings)
+                rows |= {row.name: row for row in some}
+            yield passes.index, weights
+        self.facts["calibrate_passes"] = passes.taken
+
+    def _layerwise(
+        self, passes: StreamedPasses, plan: Plan, rows: dict[str, Any]
+    ) -> Iterator[tuple[int, Weights]]:
+        """Yield the new weights of each block, solved on what the pruned blocks before it give."""
+        recipe = self.recipe
+        every = sites(self.model, attn_unit=plan.attn_unit)
+        settings = recipe.reconstruct, recipe.damp, recipe.solve_target, recipe.refit
+        self.blocks = Blocks(self.model, every)
+        last = max((site.block for site in every if site.name in plan.sites), default=-1)
+        with evaluating(self.model), self.blocks.opened():
+            walk = Walk(self.model, self.blocks, plan, *settings, states=self.states)
+            with self.clock("reconstruct"):
+                walk.start(self.batches, self.certify_on or ())
+            title, hidden = "layerwise, walk 2", not self.progress
+            for index in tqdm(range(len(self.blocks)), desc=title, disable=hidden):
+                with self.store.block(index):
+                    if index <= last:
+                        with self.clock("reconstruct"):
+                            walk.step(index)
+                    rows |= walk.rows
+                    yield index, walk.weights
+                    walk.weights.clear()
+        self.facts["calibrate_passes"] = passes.taken
+
+    def _describe(self) -> None:
+        """Let the model's config say its new sizes, and the job its numbers."""
+        before, after = self.params["before"], count_params(self.model)
+        done = {"budget": self.recipe.budget.to_dict(), "params": [before, after]}
+        stock_config.describe(self.model, done)
+        self.params |= {"after": after}
+        self.params["prunable_after"] = sum(row.params_after for row in self.rows)
+        self.facts["hidden_states_on_disk"] = self.states.most_on_disk

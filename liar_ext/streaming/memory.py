@@ -1,0 +1,141 @@
+"""What a job needs in memory when one block is there at a time, and what is left for the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from liar_ext.calibration.memory import PROC
+from liar_ext.data.batches import FOLDS, Batch
+from liar_ext.errors import InputError
+from liar_ext.models.sites import Site
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.settings import WITH_BIAS
+from liar_ext.streaming.block_store import BlockStore
+
+GIB = 2**30
+# Matrices of d × d float64 that a step has at its peak beside the sums, measured at d = 2560 with
+# d_out = 1024 and rounded up: the solve without means and with them, towards a target, an error
+# curve. `obs` has the inverse, what it downdates, and their panels.
+LINEAR, AFFINE, TOWARDS, CURVE, OBS = 4, 7, 9, 8, 6
+# Tensors of a block's widest layers that a forward pass has at a time, for one batch.
+ACTIVATIONS = 6
+PATCHES = 1024
+SHARD_PART = 8  # a shard may take this part of the budget
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a job needs at its peak, without hidden states, by what takes them.
+
+    Parameters
+    ----------
+    outside : int
+        What the process has already: Python, libraries, embeddings.
+    blocks : int
+        The block in use, and the one that is read ahead.
+    sums : int
+        Sums over the calibration text at the sites of one block.
+    work : int
+        What a solve, or a score, of one site makes of them.
+    batch : int
+        Activations of one batch in one block, or at the head.
+    """
+
+    outside: int
+    blocks: int
+    sums: int
+    work: int
+    batch: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return self.outside + self.blocks + self.sums + self.work + self.batch
+
+    def __str__(self) -> str:
+        parts = {
+            "outside of the blocks": self.outside,
+            "blocks": self.blocks,
+            "sums of a block": self.sums,
+            "their solve": self.work,
+            "a batch": self.batch,
+        }
+        return ", ".join(f"{size / GIB:.3g} {name}" for name, size in parts.items())
+
+
+def need_of(
+    store: BlockStore, at: Sequence[Site], batches: Sequence[Batch], recipe: Recipe
+) -> Need:
+    """Return what a job needs while hidden states lie on disk."""
+    layerwise = recipe.schedule == "layerwise"
+    solve = AFFINE if recipe.reconstruct in WITH_BIAS or _has_biases(store, at) else LINEAR
+    solve = TOWARDS if layerwise else solve
+    solve = max(solve, CURVE if recipe.allocation == "curve" else 0)
+    solve = max(solve, OBS if recipe.criterion == "obs" else 0)
+    by_block: dict[int, int] = {}
+    for site in at:
+        by_block[site.block] = by_block.get(site.block, 0) + _sums(site)
+    together = max(by_block.values())
+    if layerwise:
+        together = max(together, *(_sums(site) + _cross(site) for site in at))
+    widest = max(site.d_in for site in at)
+    hidden = at[0].d_out
+    tokens = max((len(batch) * sequence_length(batch) for batch in batches), default=0)
+    # Attention scores aren't among them: kernels that make none are the default.
+    wide = max(widest, hidden) * ACTIVATIONS * tokens * 4
+    return Need(
+        outside=resident_bytes(),
+        blocks=store.block_bytes * (2 if store.prefetch else 1),
+        sums=together,
+        work=solve * 8 * widest**2,
+        batch=max(wide, store.head_bytes),
+    )
+
+
+def room_for_states(need: Need, limit: int, reserved: int) -> int:
+    """Return the bytes of hidden states that fit beside a job's need and ``reserved`` bytes.
+
+    Raises
+    ------
+    InputError
+        If not even the job without them does.
+    """
+    left = limit - need.total - reserved
+    if left < 0:
+        raise InputError(
+            f"prune: --max-memory must be at least {(need.total + reserved) / GIB:.3g}GiB here, "
+            f"got {limit / GIB:.3g}GiB (GiB: {need}, {reserved / GIB:.3g} a shard to be written); "
+            "give more, or smaller --batch-size or --seq-len, or --sites attn"
+        )
+    return left
+
+
+def resident_bytes(proc: Path = PROC) -> int:
+    """Return the memory that this process has now; 0 where nothing says so."""
+    try:
+        text = (proc / "self" / "status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    found = re.search(r"^VmRSS:\s*(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def _sums(site: Site) -> int:
+    return FOLDS * 8 * site.d_in**2
+
+
+def _cross(site: Site) -> int:
+    return FOLDS * 8 * site.d_in * site.d_out
+
+
+def sequence_length(batch: Batch) -> int:
+    """Return the tokens of a sequence of a batch; for an image what most models make of one."""
+    first = next(iter(batch.inputs.values()))
+    return first.shape[1] if first.dim() == 2 else PATCHES
+
+
+def _has_biases(store: BlockStore, at: Sequence[Site]) -> bool:
+    return any(store.model.get_submodule(site.consumer).bias is not None for site in at)

@@ -1,0 +1,148 @@
+"""Calibration as a walk over the blocks: every sequence passes a block before the next is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from tqdm.auto import tqdm
+
+from liar_ext.calibration.collect import InFlight, adding, check_sums, tap_at
+from liar_ext.calibration.hooks import watched
+from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.data.batches import Batches, read_batches
+from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.errors import InputError
+from liar_ext.models.running import evaluating
+from liar_ext.models.sites import Site, sites
+from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.streaming.block_store import BlockStore
+
+
+class StreamedPasses:
+    """The moments of all sites, block by block: what :class:`Passes` is for a model in memory.
+
+    Iterating gives the sites of one block after the other, with the weights of that block in memory
+    and its moments at hand as :attr:`bank`; the sums are those of one pass of the whole model.
+
+    Parameters
+    ----------
+    store : BlockStore
+        The dense model.
+    batches : iterable of mapping
+        The calibration set.
+    at : sequence of Site
+        Sites to collect.
+    states : HiddenStates
+        Where hidden states are held.
+    keep : bool
+        Keep all sums, so that going through the blocks again takes no forward pass.
+    progress : bool
+        Show a progress bar.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        batches: Batches,
+        at: Sequence[Site],
+        states: HiddenStates,
+        *,
+        keep: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.store, self.model, self.states = store, store.model, states
+        self.at, self.keep, self.progress = list(at), keep, progress
+        self.batches = list(read_batches(batches))
+        self.bank = MomentBank({})
+        self.taken = 0
+        self.source = self._source()
+        self.blocks = Blocks(self.model, sites(self.model))
+        self.index = 0  # of the block that is given
+        self._kept: dict[str, Moments] = {}
+
+    def __iter__(self) -> Iterator[list[Site]]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(self.blocks.opened())
+            known = bool(self._kept)
+            hidden = [] if known else self._enter()
+            self.taken += not known
+            title = "from memory" if known else f"calibrate, walk {self.taken}"
+            steps = tqdm(range(len(self.blocks)), desc=title, disable=not self.progress)
+            for index in steps:
+                self.index = index
+                group = [site for site in self.at if site.block == index]
+                with self.store.block(index):
+                    self._check_chain(index, hidden)
+                    self.bank = MomentBank({}, self.source)  # memory of the last one is free now
+                    if known:
+                        self.bank.moments = {s.name: self._kept.pop(s.name) for s in group}
+                    else:
+                        self.bank.moments = self._sums(index, group, hidden)
+                    if self.keep and not known:
+                        self._kept |= self.bank.moments
+                    yield group
+
+    back = __iter__
+
+    def _enter(self) -> list[Held]:
+        """Return the hidden states of all batches before the first block."""
+        device = self.store.device
+        entered = (self.blocks.enter(0, batch.to(device).inputs)[0][0] for batch in self.batches)
+        return [self.states.hold(hidden) for hidden in entered]
+
+    def _check_chain(self, index: int, hidden: Sequence[Held]) -> None:
+        """Raise InputError if anything is done to the stream between two blocks.
+
+        With all blocks before it passing on what they are given, a block is given what the first
+        one is, unless something comes between.
+        """
+        if index == 0 or not hidden:
+            return
+        one = self.batches[0].select([0]).to(self.store.device).inputs
+        first, here = (self.blocks.enter(at, one)[0][0] for at in (0, index))
+        if not torch.equal(first, here):
+            raise InputError(
+                f"prune: --max-memory is for blocks that read what the one before wrote, and "
+                f"{type(self.model).__name__} changes it before block {index}; leave it out"
+            )
+
+    def _sums(
+        self, index: int, group: Sequence[Site], hidden: Sequence[Held]
+    ) -> dict[str, Moments]:
+        """Take all sequences past a block, and return the moments of its sites."""
+        device, current = self.store.device, InFlight()
+        moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
+        with ExitStack() as stack:
+            for site in group:
+                callback = adding(
+                    tap_at(self.model, site), moments[site.name], current, ends=math.inf
+                )
+                consumer = self.model.get_submodule(site.consumer)
+                stack.enter_context(watched(consumer, callback))
+            for batch, held in zip(self.batches, hidden, strict=True):
+                batch = batch.to(device)
+                current.set(batch)
+                run = self.blocks.run(index, batch.inputs, held.get().to(device))
+                held.set(run.output)
+        check_sums(MomentBank(moments), self.source["sequences"])
+        if moments:
+            # All sites see all tokens, but for rows that are not finite: those of the first count.
+            first = next(iter(moments.values()))
+            self.source["tokens"] = self.source["tokens"] or int(first.tokens.sum())
+        return moments
+
+    def _source(self) -> dict[str, object]:
+        """Return what the report says of the calibration set."""
+        for index, batch in enumerate(self.batches):
+            if batch.mask is not None and not batch.mask.any():
+                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+        return {
+            "model_type": self.model.config.model_type,
+            "sequences": sum(map(len, self.batches)),
+            "tokens": 0,
+        }
