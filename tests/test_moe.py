@@ -9,7 +9,8 @@ import torch
 import transformers
 from tiny import MOE, batches, outputs, tiny, tiny_inputs
 
-from liar_ext import load_pruned, prune, save_pruned
+from liar_ext import load_pruned, prune, save_pruned, verify_pruned
+from liar_ext.checkpoint import load_model
 from liar_ext.errors import InputError
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan, SitePlan
@@ -134,6 +135,23 @@ def test_experts_leave_alone(tmp_path) -> None:
         auto.from_pretrained(tmp_path / "uneven", trust_remote_code=True),
     ):
         torch.testing.assert_close(outputs(loaded), outputs(uneven))
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_a_folder_of_single_experts_is_loaded_and_pruned_twice(name: str, tmp_path) -> None:
+    """transformers writes a tensor per expert; two jobs come to one plan of the dense model."""
+    tiny(name).save_pretrained(tmp_path / "dense")
+    model, _ = load_model(tmp_path / "dense")
+    choices = {"allocation": "uniform", "kinds": ("mlp",), "tile": 1}
+    prune(model, batches(model, 2), 0.75, keep_experts=0.75, **choices)
+    report = prune(model, batches(model, 2), 1.0, keep_experts=0.67, **choices)
+    assert {layer.units for layer in report.plan.experts.values()} == {4}
+    assert {len(layer.kept) for layer in report.plan.experts.values()} == {2}
+    again = tiny(name)
+    apply_plan(again, report.plan)
+    assert [each.shape for each in again.parameters()] == [e.shape for e in model.parameters()]
+    save_pruned(model, tmp_path / "pruned", report.plan, report=report)
+    assert verify_pruned(tmp_path / "pruned")["agrees"]
 
 
 def test_a_pruned_model_is_pruned_again() -> None:
