@@ -1,4 +1,4 @@
-"""Tiny encoders, encoder-decoders and towers, for ``tests/models/test_encoders.py``."""
+"""Tiny encoders, encoder-decoders and towers, for ``tests/models/test_encoder_families.py``."""
 
 from __future__ import annotations
 
