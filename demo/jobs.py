@@ -33,8 +33,8 @@ STAGES = {
     "Prune all-MiniLM-L6-v2 to 50 %": 95,
     "Measure retrieval and speed": 45,
     "Convert SmolLM2-135M-Instruct from GGUF, once": 12,
-    "Prune SmolLM2 to 90 %": 225,
-    "Prune SmolLM2 to 80 %": 240,
+    "Prune SmolLM2 to 90 %": 315,
+    "Prune SmolLM2 to 80 %": 330,
     "Measure perplexity, speed and continuations": 60,
 }
 
