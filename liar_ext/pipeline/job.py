@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
@@ -102,6 +103,7 @@ class Job:
         if runs_over_text(recipe, self.known, model, at):
             self.batches = list(self.batches)  # to be gone through again
         if layerwise:
+            check_finite_weights(model)  # before anything is run
             self._check_walk()
         if backward and self.batches:
             check_loss(model, self.batches[0])

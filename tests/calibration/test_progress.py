@@ -55,8 +55,8 @@ def test_what_was_stopped_goes_on(family, after, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, stopping(data, after), checkpoint=tmp_path / "c")
     assert saved_batches(tmp_path / "c") == after
-    ran, add = [], collect._InFlight.set
-    monkeypatch.setattr(collect._InFlight, "set", lambda s, b: ran.append(b) or add(s, b))
+    ran, add = [], collect.InFlight.set
+    monkeypatch.setattr(collect.InFlight, "set", lambda s, b: ran.append(b) or add(s, b))
     bank = calibrate(model, data, checkpoint=tmp_path / "c")
     assert len(ran) == 8 - after and len(bank.text) == 8
     assert same(bank, calibrate(model, data))

@@ -246,7 +246,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--batch-size", 1)
     start += ("--checkpoint", "c", "--bank", "bank")
     assert run(*start[:-4], "--bank", "whole", "--quiet") == 0
-    batch, seen = collect._InFlight.set, []
+    batch, seen = collect.InFlight.set, []
 
     def stop(self, of):
         seen.append(of)
@@ -255,7 +255,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
         batch(self, of)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect._InFlight, "set", stop)
+        patch.setattr(collect.InFlight, "set", stop)
         assert run(*start) == 130
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == [
         *("calibration.bank", "job.json"),

@@ -48,7 +48,7 @@ VALUES = {
     "--reconstruct": ["ridge", ""],
     "--damp": ["much", "-1", "nan", "", "1e-3x"],
     "--schedule": ["two-pass", ""],
-    "--target": ["dense", "", "stream"],
+    "--target": ["dense", ""],
     "--dtype": ["int8", "", "float"],
     "--device": ["cuda:99", "gpu", "", "cpu:x", "meta:", "\udcff"],
     "--eval": ["", " ", "{absent}.txt", "{text}", "{latin}", "{empty}", "{short}", "a\0b"],
