@@ -103,7 +103,6 @@ class Job:
         if runs_over_text(recipe, self.known, model, at):
             self.batches = list(self.batches)  # to be gone through again
         if layerwise:
-            check_finite_weights(model)  # before anything is run
             self._check_walk()
         if backward and self.batches:
             check_loss(model, self.batches[0])
@@ -120,6 +119,7 @@ class Job:
 
     def _check_walk(self) -> None:
         """Refuse to walk blocks that can't be run one by one, or do without one by default."""
+        check_finite_weights(self.model)  # before anything is run
         try:
             check_walk(self.model, self.batches)
         except InputError as error:

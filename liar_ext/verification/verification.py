@@ -211,7 +211,7 @@ def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     """Return what llama.cpp computes for the fingerprint's input, and for the text."""
     from liar_ext.export.llama_cpp import run_file
 
-    given = fingerprint.input.numpy()
+    (given,) = (value.numpy() for value in fingerprint.inputs.values())
     expected = fingerprint.output.float().numpy()
     found = run_file(path, given, logits=True)["logits"][..., : expected.shape[-1]]
     same = found.shape == expected.shape
@@ -236,22 +236,23 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
         )
         expected = fingerprint.output.float().numpy()
+        ((name, tensor),) = fingerprint.inputs.items()
+        given = tensor.numpy()
 
         def run(value: np.ndarray) -> list[np.ndarray]:
-            inputs = {fingerprint.name: value}
+            inputs = {name: value}
             for each in session.get_inputs():
                 fill = np.ones if each.name == "attention_mask" else np.zeros
                 inputs.setdefault(each.name, fill(value.shape, dtype=value.dtype))
             return session.run(None, inputs)
 
-        given = fingerprint.input.numpy()
         gaps = [
             float(np.abs(each - expected).max())
             for each in run(given)
             if each.shape == expected.shape
         ]
         long = given
-        if fingerprint.name == "input_ids":
+        if name == "input_ids":
             long = np.resize(given, (1, min(TOKENS, _positions(path))))
         seconds = [_timed(run, long) for _ in range(ROUNDS + 1)]
     except Exception as error:  # onnxruntime has many kinds
