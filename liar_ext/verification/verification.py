@@ -257,7 +257,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
         seconds = [_timed(run, long) for _ in range(ROUNDS + 1)]
     except Exception as error:  # onnxruntime has many kinds
         raise InputError(f"verify: onnxruntime can't run {path}: {one_line(error)}") from error
-    count = long.shape[1] if fingerprint.name == "input_ids" else long.shape[0]
+    count = long.shape[1] if name == "input_ids" else long.shape[0]
     return {
         "difference": min(gaps, default=math.inf),
         "tokens_per_second": count / float(np.median(seconds[1:])),
