@@ -44,7 +44,10 @@ JOBS = {
         f"layerwise {target}": {"schedule": "layerwise", "target": target}
         for target in ("dense-input", "branch", "auto")
     },
-    **{name: {"criterion": name, "allocation": "uniform"} for name in ("obs", "energy", "fisher")},
+    **{
+        name: {"criterion": name, "allocation": "uniform", "schedule": "one-pass"}
+        for name in ("obs", "energy", "fisher")
+    },
 }
 
 
