@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import get_consumer_weight, sites, why_whole
+from liar_ext.narrowing import narrowing
 from liar_ext.surgery.units import apply_plan
 
 KINDS = ("attn", "mlp")
@@ -49,6 +51,16 @@ def check_slicing(name: str) -> None:
                     assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
 
 
+def wanting(monkeypatch, kept: Sequence[int]) -> None:
+    """Let the hidden features that stay be these."""
+
+    def scores(bank: Mapping) -> torch.Tensor:
+        size = next(iter(bank.values())).d_in
+        return torch.isin(torch.arange(size), torch.tensor(kept)).double()
+
+    monkeypatch.setattr(narrowing, "score_hidden", scores)
+
+
 def double_features(model: nn.Module) -> int:
     """Make the second half of the hidden features a copy of the first, in every writer and norm."""
     found = hidden_of(model)
@@ -68,20 +80,17 @@ def double_features(model: nn.Module) -> int:
     return half
 
 
-def check_hidden(name: str, keeping, **fields) -> None:
-    """Features that others repeat are given back: every statistic stays, and readers add up.
-
-    ``keeping(kept)`` lets these hidden features be the ones that stay.
-    """
+def check_hidden(name: str, monkeypatch, **fields) -> None:
+    """Features that others repeat are given back: every statistic stays, and readers add up."""
     model = tiny(name, dtype=torch.float64, **fields)
     half = double_features(model)
-    keeping(range(half))
-    narrowing = narrow(model, batches(model), 0.5, damp=1e-12)
+    wanting(monkeypatch, range(half))
+    found = narrow(model, batches(model), 0.5, damp=1e-12)
     small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, tokens=16, seed=99)
-    plan = Plan(model.config.model_type, "auto", {}, hidden=narrowing.kept)
-    apply_plan(small, plan, narrowing.weights)
+    plan = Plan(model.config.model_type, "auto", {}, hidden=found.kept)
+    apply_plan(small, plan, found.weights)
     torch.testing.assert_close(outputs(small, inputs), outputs(model, inputs), rtol=1e-4, atol=1e-4)
-    read = [row for row in narrowing.rows if "cholesky" in row.path]
+    read = [row for row in found.rows if "cholesky" in row.path]
     assert read and all(row.holdout_error < 1e-7 for row in read)
 
 

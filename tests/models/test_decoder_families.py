@@ -25,7 +25,6 @@ from liar_ext.models.sites import (
     sites,
     why_whole,
 )
-from liar_ext.narrowing import narrowing
 
 STREAMS = [name for name in DECODERS if FAMILIES[tiny(name).config.model_type].stream]
 
@@ -37,14 +36,7 @@ def test_slicing_equals_zeroing(name: str) -> None:
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatch) -> None:
-    def keep(kept: range) -> None:
-        def scores(bank: dict) -> torch.Tensor:
-            size = next(iter(bank.values())).d_in
-            return torch.isin(torch.arange(size), torch.tensor(kept)).double()
-
-        monkeypatch.setattr(narrowing, "score_hidden", scores)
-
-    check_hidden(name, keep, tie_word_embeddings=False)
+    check_hidden(name, monkeypatch, tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("name", DECODERS)

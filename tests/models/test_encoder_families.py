@@ -19,7 +19,6 @@ from liar_ext import Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_weight, sites
-from liar_ext.narrowing import narrowing
 from liar_ext.plan import SitePlan
 
 PARTS = ("clip", "bart", "t5", "whisper")
@@ -136,14 +135,7 @@ def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path
 
 
 def test_hidden_features_of_nomic_bert_that_others_repeat_are_given_back(monkeypatch) -> None:
-    def keep(kept: range) -> None:
-        def scores(bank: dict) -> torch.Tensor:
-            size = next(iter(bank.values())).d_in
-            return torch.isin(torch.arange(size), torch.tensor(kept)).double()
-
-        monkeypatch.setattr(narrowing, "score_hidden", scores)
-
-    check_hidden("nomic_bert", keep, tie_word_embeddings=False)
+    check_hidden("nomic_bert", monkeypatch, tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("name", ["nomic_bert", "xlm-roberta", "camembert"])

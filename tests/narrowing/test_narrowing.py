@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from journeys import double_features, wanting
 from tiny import NARROWABLE, batches, outputs, tiny, tiny_inputs
 from torch import nn
 
@@ -23,35 +24,6 @@ def narrowed(model, data, keep, **settings):
     done = narrow(model, data, keep, **settings)
     apply_plan(copied, Plan(model.config.model_type, "auto", {}, hidden=done.kept), done.weights)
     return copied, done
-
-
-def wanting(monkeypatch, kept):
-    """Let the features that stay be these."""
-
-    def scores(bank):
-        size = next(iter(bank.values())).d_in
-        return torch.isin(torch.arange(size), torch.tensor(kept)).double()
-
-    monkeypatch.setattr(narrowing, "score_hidden", scores)
-
-
-def double_features(model):
-    """Make the second half of the hidden features a copy of the first, in every writer and norm."""
-    found = hidden_of(model)
-    half = found.size // 2
-    with torch.no_grad():
-        for path in found.writers:
-            layer = model.get_submodule(path)
-            if isinstance(layer, nn.Embedding):
-                layer.weight[:, half:] = layer.weight[:, :half]
-            else:
-                layer.weight[half:] = layer.weight[:half]
-                if layer.bias is not None:
-                    layer.bias[half:] = layer.bias[:half]
-        for path in found.norms:
-            for parameter in model.get_submodule(path).parameters():
-                parameter[half:] = parameter[:half]
-    return half
 
 
 @pytest.mark.parametrize("mode", ["none", "auto", "linear", "affine"])
