@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+MOST_OF_NAME = 200  # bytes; a name has at most 255
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -21,7 +23,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     _clean(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".part")
     try:
         with open(handle, "wb") as file:
             with suppress(OSError):  # a file system may have no locks
@@ -39,13 +41,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 def _clean(path: Path) -> None:
     """Remove the unfinished files of writers of ``path`` that are no more."""
-    own = re.compile(re.escape(f".{path.name}.") + r"[a-z0-9_]{8}\.part")
+    own = re.compile(re.escape(_prefix(path)) + r"[a-z0-9_]{8}\.part")
     with suppress(OSError):
         for each in path.parent.iterdir():
             if own.fullmatch(each.name) and not each.is_symlink() and each.is_file():
                 with suppress(OSError), open(each, "rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     each.unlink()
+
+
+def _prefix(path: Path) -> str:
+    """Return what the names of unfinished files of ``path`` begin with, so short that they fit."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:MOST_OF_NAME])}."
 
 
 def _sync_folder(folder: Path) -> None:

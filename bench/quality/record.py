@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -13,6 +12,7 @@ from typing import Any
 
 from liar_ext import Recipe
 from liar_ext.errors import InputError
+from liar_ext.whole_file import whole_file
 
 # What makes two rows the same measurement, but for the recipe.
 KEY = ("model", "weights", "method", "ratio", "seed", "calibration_digest", "judged_digest")
@@ -75,15 +75,8 @@ def key_of(row: Mapping[str, Any]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that there is the old one or the new one, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager

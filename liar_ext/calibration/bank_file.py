@@ -27,9 +27,9 @@ from torch import Tensor
 from liar_ext.calibration import kept_text
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.memory import available_memory
-from liar_ext.calibration.whole_file import whole_file
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError, one_line
+from liar_ext.whole_file import whole_file
 
 BANK_VERSION = 2
 OLDER = ("1",)

@@ -16,9 +16,9 @@ from typing import Any
 
 from liar_ext.calibration.bank_file import read_bank
 from liar_ext.calibration.progress import BANK_FILE, LOCK_FILE, saved_batches
-from liar_ext.calibration.whole_file import whole_file
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
+from liar_ext.whole_file import whole_file
 
 JOB_FILE, VERSION = "job.json", 1
 MOST_BYTES = 1 << 20

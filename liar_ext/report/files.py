@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError, one_line
+from liar_ext.whole_file import whole_file
 
 
 def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
@@ -61,28 +60,20 @@ def begins_with(mark: str) -> Callable[[Path], bool]:
 
 
 def write_whole(path: Path, data: str, operation: str, option: str) -> None:
-    """Write a text file by way of one beside it, with the mode that the umask says.
+    """Write a text file by :func:`liar_ext.whole_file.whole_file`.
 
     Raises
     ------
     InputError
         If it can't be written.
     """
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".liar.", suffix=".part")
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write(data.encode())
     except OSError as error:
         raise InputError(
             f"{operation}: can't write {path}: {one_line(error)}; give another name with {option}"
         ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)  # gone already, unless something failed
 
 
 def write_pictures(folder: Path, figures: Mapping[str, Any], operation: str) -> list[Path]:
@@ -106,9 +97,3 @@ def write_pictures(folder: Path, figures: Mapping[str, Any], operation: str) -> 
             f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"
         ) from error
     return written
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

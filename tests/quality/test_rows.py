@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from tiny import VOCAB, tiny
 
-from bench.quality import models, peers, record, texts
+from bench.quality import models, peers, texts
 from bench.quality.methods import FLAP, OTHERS, expand, read_method
 from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
@@ -157,7 +158,7 @@ def test_rows_are_found_again(tmp_path):
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     write_whole(path, "old")
-    monkeypatch.setattr(record.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
