@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: done; 1: ``verify`` found other outputs; 2: input that cannot be used, or too little memory
-    for it; 130: interrupted.
+    for it; 130: interrupted; 141: whoever reads the output, such as ``head``, has enough of it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
@@ -65,7 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         disable_progress_bar()
     try:
-        return COMMANDS[options.command](options) or 0
+        code = COMMANDS[options.command](options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError as error:
+        return 141 if _nobody_reads() else _fail(error)
     except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
         return _fail(error)
     except (MemoryError, RuntimeError) as error:
@@ -80,6 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Tell whether the standard output is closed at its other end; what is left goes nowhere."""
+    output, end = sys.stdout.fileno(), select.poll()
+    end.register(output, 0)
+    closed = any(event & select.POLLERR for _, event in end.poll(0))
+    if closed:  # Python would try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return closed
 
 
 def _fail(error: object) -> int:

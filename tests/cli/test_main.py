@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -26,6 +27,16 @@ def pruned(llama_folder, corpus, tmp_path_factory):
 
 def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
+
+
+def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):
+    """As in ``liar families | head``; the rest is left out, also what would be flushed at exit."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert run("families") == 141
+    assert capfd.readouterr().err == ""
 
 
 def test_prune_writes_an_ordinary_model_with_a_report(pruned):
