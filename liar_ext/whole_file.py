@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,9 +23,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     _clean(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=".part")
+    # Named before it is there, so that an interrupt at any point finds it.
+    name = path.parent / f"{_prefix(path)}{secrets.token_hex(8)}.part"
     try:
-        with open(handle, "wb") as file:
+        with open(name, "xb", opener=_for_its_owner) as file:
             with suppress(OSError):  # a file system may have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
@@ -39,9 +40,13 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(name)  # gone already, unless something failed
 
 
+def _for_its_owner(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
 def _clean(path: Path) -> None:
     """Remove the unfinished files of writers of ``path`` that are no more."""
-    own = re.compile(re.escape(_prefix(path)) + r"[a-z0-9_]{8}\.part")
+    own = re.compile(re.escape(_prefix(path)) + r"[0-9a-f]{16}\.part")
     with suppress(OSError):
         for each in path.parent.iterdir():
             if own.fullmatch(each.name) and not each.is_symlink() and each.is_file():
