@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def bytes_of_sums(features: int) -> int:
+    """Return the bytes of the sums at one site: ``d²`` of float64 for each fold."""
+    return FOLDS * 8 * features**2
 
 
 def check_memory(operation: str, needed: int) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights, collect_at
-from liar_ext.calibration.memory import available_memory
+from liar_ext.calibration.memory import available_memory, bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.data.batches import FOLDS, Batches
+from liar_ext.data.batches import Batches
 from liar_ext.models.sites import Site, teams_of
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
@@ -91,7 +91,7 @@ def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMOR
 def group_sites(at: Sequence[Site], memory: int) -> list[Sequence[Site]]:
     """Return the groups that :class:`Passes` takes; the experts of a layer stay together."""
     teams = list(teams_of(at).values())
-    sizes = [sum(FOLDS * 8 * site.d_in**2 for site in team) for team in teams]
+    sizes = [sum(bytes_of_sums(site.d_in) for site in team) for team in teams]
     return [[site for team in some for site in team] for some in split(teams, sizes, memory)]
 
 

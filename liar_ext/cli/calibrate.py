@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
             "text.txt --bank moments.safetensors, MODEL before --calibration"
         )
     from liar_ext.calibration.collect import calibrate
-    from liar_ext.calibration.memory import check_memory
+    from liar_ext.calibration.memory import bytes_of_sums, check_memory
     from liar_ext.cli.prune import load
     from liar_ext.cli.resume import begin, remove
     from liar_ext.cli.with_bank import calibrations, check_bank_place
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     if options.checkpoint:
         begin(options.checkpoint, recipe, options)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
-    check_memory("calibrate", sum(16 * site.d_in**2 for site in at))
+    check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     bank = calibrate(
         loaded.model,
         loaded.calibration,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import collect_at
+from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import group_sites, room_for_sums, split
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.data.batches import FACTS, FOLDS, probe_batches
+from liar_ext.data.batches import FACTS, probe_batches
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, skeleton, teams_of
@@ -104,8 +105,8 @@ def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) ->
 def _memory(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> list[str]:
     """Return what sums over the text take, and in how many passes."""
     room = room_for_sums(model, recipe.memory)
-    needed = sum(_bytes(site.d_in) for site in at)
-    held = max(sum(_bytes(site.d_in) for site in group) for group in group_sites(at, room))
+    needed = sum(bytes_of_sums(site.d_in) for site in at)
+    held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in group_sites(at, room))
     passes = _passes(group_sites(at, room), recipe)
     lines = []
     if passes:
@@ -117,10 +118,6 @@ def _memory(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> list[str]:
     if recipe.keep_hidden != 1.0:
         more = f" and {_narrow_passes(model, recipe)} to narrow the hidden size"
     return [*lines, f"passes over the calibration text: {passes} to calibrate{more}"]
-
-
-def _bytes(features: int) -> int:
-    return FOLDS * 8 * features**2
 
 
 def _size(count: int) -> str:
@@ -142,7 +139,8 @@ def _narrow_passes(model: nn.Module, recipe: Recipe) -> int:
     hidden = hidden_of(model)
     count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
     room = room_for_sums(model, recipe.memory, MEMORY)
-    return 1 + len(split(hidden.sources, [_bytes(count + hidden.size)] * len(hidden.sources), room))
+    sizes = [bytes_of_sums(count + hidden.size)] * len(hidden.sources)
+    return 1 + len(split(hidden.sources, sizes, room))
 
 
 def _time(

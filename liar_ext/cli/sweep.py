@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
             "--calibration TEXT, MODEL before it"
         )
     from liar_ext.checkpoint.saving import check_folder, save_pruned
-    from liar_ext.cli.prune import load
+    from liar_ext.cli.prune import add_facts, load
     from liar_ext.cli.with_bank import load_by_bank
     from liar_ext.pipeline.sweep import sweep
 
@@ -47,8 +47,7 @@ def run(options: argparse.Namespace) -> None:
         given = load(recipe, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
-        report.settings |= given.facts
-        report.warnings += given.warnings
+        add_facts(report, given)
         save_pruned(
             pruned,
             folders[report.recipe.keep],

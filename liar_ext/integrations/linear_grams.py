@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import Tap, check_finite_weights, collect
+from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank, symmetric
 from liar_ext.calibration.passes import room_for_sums
-from liar_ext.data.batches import FOLDS, Batches
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.reading import body_of
@@ -56,7 +57,7 @@ def calibrate_linears(
             Tap(f"{site.name}.in", _producers(site)[0], reads, _first_argument, **counting),
             Tap(site.name, site.consumer, site.d_in, _first_argument, **counting),
         ]
-    size, room = sum(FOLDS * 8 * tap.d_in**2 for tap in taps), room_for_sums(model, memory)
+    size, room = sum(bytes_of_sums(tap.d_in) for tap in taps), room_for_sums(model, memory)
     if size > room:
         raise InputError(
             f"calibrate_linears: the Grams of all linear layers take {size / 2**30:.3g} GiB at "

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.memory import check_memory
+from liar_ext.calibration.memory import bytes_of_sums, check_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.data.batches import Batches
@@ -106,7 +106,7 @@ class Sweep:
         if self.bank is None:
             if self.batches is None:
                 raise InputError("sweep: needs batches or a bank, got neither; give one of them")
-            check_memory("sweep", sum(16 * site.d_in**2 for site in sites(self.model)))
+            check_memory("sweep", sum(bytes_of_sums(site.d_in) for site in sites(self.model)))
             self.bank = calibrate(self.model, self.batches, progress=self.progress)
         self.known = Known.of_bank(self.bank)
 

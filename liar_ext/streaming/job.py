@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.certification import Divergence
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
@@ -192,7 +193,7 @@ class StreamedJob(Job):
             reserved = self.store.block_bytes
             need = need_of(self.store, at, self.batches, self.recipe)
         left = room_for_states(need, limit, reserved)
-        sums = sum(2 * 8 * site.d_in**2 for site in at)
+        sums = sum(bytes_of_sums(site.d_in) for site in at)
         self.keep_sums = self.recipe.schedule == "one-pass" and sums <= left // 2
         self.states.memory = left - (sums if self.keep_sums else 0)
         self.shard_bytes = reserved

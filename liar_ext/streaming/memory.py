@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liar_ext.calibration.memory import PROC
+from liar_ext.calibration.memory import PROC, bytes_of_sums
 from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
@@ -77,10 +77,10 @@ def need_of(
     solve = max(solve, OBS if recipe.criterion == "obs" else 0)
     by_block: dict[int, int] = {}
     for site in at:
-        by_block[site.block] = by_block.get(site.block, 0) + _sums(site)
+        by_block[site.block] = by_block.get(site.block, 0) + bytes_of_sums(site.d_in)
     together = max(by_block.values())
     if layerwise:
-        together = max(together, *(_sums(site) + _cross(site) for site in at))
+        together = max(together, *(bytes_of_sums(site.d_in) + _cross(site) for site in at))
     widest = max(site.d_in for site in at)
     hidden = at[0].d_out
     tokens = max((len(batch) * sequence_length(batch) for batch in batches), default=0)
@@ -121,10 +121,6 @@ def resident_bytes(proc: Path = PROC) -> int:
         return 0
     found = re.search(r"^VmRSS:\s*(\d+) kB", text, re.MULTILINE)
     return int(found[1]) << 10 if found else 0
-
-
-def _sums(site: Site) -> int:
-    return FOLDS * 8 * site.d_in**2
 
 
 def _cross(site: Site) -> int:
