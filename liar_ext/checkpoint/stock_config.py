@@ -81,7 +81,7 @@ def wear(model: nn.Module) -> None:
     """Give a model the class that builds the sizes in its config, if stock fields don't say all."""
     stock = stock_of(model)
     unequal = model.config.liar["layers"] == "unequal"
-    if unequal and _in_transformers(stock):
+    if unequal and in_transformers(stock):
         model.__class__ = pruned_class(stock)
         # By this name save_pretrained puts the class into auto_map, where it is already.
         type(model)._auto_class = min(auto_classes(model), default=None)
@@ -115,7 +115,7 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
         said["history"] = history
     config = equal or _unequal_config(model, config, said)
     config.liar = said
-    if equal is None and _in_transformers(stock_of(model)):
+    if equal is None and in_transformers(stock_of(model)):
         built = skeleton(pruned_class(stock_of(model)), config)
         if shapes_of(built) != shapes_of(model):
             raise InputError(
@@ -173,7 +173,7 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
         # Most code reads the global sizes, which a config with such layers forbids by default.
         here.allow_global_per_layer_attribute_access = True
         here.per_layer_config = layers
-    if _in_transformers(stock_of(model)):
+    if in_transformers(stock_of(model)):
         narrower = sites(model)[0].d_out != sites(stock)[0].d_out
         config.auto_map = auto_map(model, auto_classes(model) if narrower else None)
     return config
@@ -274,7 +274,8 @@ def _numbers(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"config.{name}", value
 
 
-def _in_transformers(stock: type) -> bool:
+def in_transformers(stock: type) -> bool:
+    """Tell whether a class is one of transformers itself."""
     import transformers
 
     return getattr(transformers, stock.__name__, None) is stock

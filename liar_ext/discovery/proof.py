@@ -15,6 +15,7 @@ from torch import nn
 from liar_ext.checkpoint.loading import load_pruned
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.saving import save_pruned
+from liar_ext.checkpoint.stock_config import in_transformers
 from liar_ext.discovery.instance import Instance, Refused, outputs, plain
 from liar_ext.discovery.rows import registered
 from liar_ext.errors import InputError, one_line
@@ -63,7 +64,7 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
         if kinds:
             loaded = _saved(instance, equal_plan(instance.model, kinds), Path(folder) / "equal")
             said.append(f"equal layers of {' and '.join(kinds)} load in {loaded}")
-        if _in_transformers(type(instance.model)):
+        if in_transformers(type(instance.model)):
             plan = make_plan(instance.model, _kinds(family), unit_of(instance.model))
             loaded = _saved(instance, plan, Path(folder) / "unequal", ours=True)
             said.append(f"unequal layers load by {loaded}")
@@ -190,9 +191,3 @@ def _saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> 
     if given.shape != expected.shape or not torch.allclose(given, expected, rtol=0, atol=close):
         raise Refused("a saved folder loads with other outputs")
     return name
-
-
-def _in_transformers(model_class: type) -> bool:
-    import transformers
-
-    return getattr(transformers, model_class.__name__, None) is model_class
