@@ -20,6 +20,7 @@ OF_THE_RUN = (
     "seq_len",
     "seed",
     "keep",
+    "judge",
     "eval",
     "eval_samples",
     "certify",

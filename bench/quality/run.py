@@ -81,6 +81,7 @@ def measure(
             seq_len=options.seq_len,
             seed=seed,
             lone=options.lone,
+            judge=options.judge,
         )
         of_seed = shared | {
             "seed": seed,
@@ -110,7 +111,8 @@ def measure(
         yield dense | found | {"removed": {}, "seconds": {"judge": spent, "spent": spent}}
     del cast
     for drawn, rows in wanted.values():
-        case = Case(model, drawn.batches())
+        judging = None if drawn.judging is None else drawn.judging.batches()
+        case = Case(model, drawn.batches(), judging)
         for recipe, facts in rows:
             try:
                 pruned, report, seconds = case.prune(recipe)

@@ -23,14 +23,17 @@ class Case:
         The dense model; it stays as it is.
     batches : sequence of mapping
         The calibration set.
+    judging : sequence of mapping, optional
+        What methods with candidates are judged on.
     """
 
     model: nn.Module
     batches: Sequence[Mapping[str, Tensor]]
+    judging: Sequence[Mapping[str, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         start = time.process_time()
-        self.sweep = Sweep(self.model, self.batches)
+        self.sweep = Sweep(self.model, self.batches, judge_on=self.judging)
         self.calibrating = time.process_time() - start
 
     def prune(self, recipe: Recipe) -> tuple[nn.Module, Report, float]:

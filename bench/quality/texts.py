@@ -118,12 +118,20 @@ class Texts:
             check_apart(known, documents)
 
     def draw(
-        self, model, tokenizer, *, samples: int, seq_len: int, seed: int, lone: str
+        self,
+        model,
+        tokenizer,
+        *,
+        samples: int,
+        seq_len: int,
+        seed: int,
+        lone: str,
+        judge: int = 0,
     ) -> Sequences:
         """Return the calibration set of a seed; what the model writes itself is written here."""
         sources = dict(self.calibration)
         if SELF in sources:
-            share = enough_documents(-(-samples // len(sources)))
+            share = enough_documents(-(-(samples + judge) // len(sources)))
             sources[SELF] = write_documents(
                 model, tokenizer, documents=share, tokens=seq_len, seed=seed
             )
@@ -133,6 +141,7 @@ class Texts:
             samples=samples,
             seq_len=seq_len,
             seed=seed,
+            judge=judge,
             lone=lone,
         )
 

@@ -33,7 +33,7 @@ def add_field(group: argparse._ArgumentGroup, each: Field) -> None:
     names = getattr(facts["check"], "names", None)
     if isinstance(default, bool):
         settings["action"] = argparse.BooleanOptionalAction
-    elif each.name == "calibration":
+    elif each.name in ("calibration", "candidates"):
         settings |= {"nargs": "+", "metavar": facts["metavar"]}
     elif each.name == "tile":
         _add_tile(group, settings, f"{help} (default: {default})")

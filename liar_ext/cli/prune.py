@@ -87,6 +87,7 @@ def prune_given(
         recipe,
         evaluate_on=given.evaluation,
         certify_on=given.certification,
+        judge_on=given.judging,
         bank=bank,
         progress=progress,
     )
@@ -109,6 +110,7 @@ class Given:
     calibration: Sequence[Mapping[str, Tensor]] | None  # None: a bank keeps no text
     evaluation: Sequence[Mapping[str, Tensor]] | None
     certification: Sequence[Mapping[str, Tensor]] | None
+    judging: Sequence[Mapping[str, Tensor]] | None
     facts: dict[str, object]
     warnings: list[str]
     notes: tuple[str, ...] = ()  # of the draw
@@ -142,8 +144,9 @@ def load(
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
     check_eval(recipe, model)
+    judge = recipe.judge if recipe.candidates else 0
     if SELF in recipe.calibration:
-        read[SELF] = _written(model, tokenizer, recipe, progress)
+        read[SELF] = _written(model, tokenizer, recipe, judge, progress)
     calibration = texts.calibration_sequences(
         [read[source] for source in recipe.calibration],
         tokenizer,
@@ -152,6 +155,7 @@ def load(
         seed=recipe.seed,
         packed=predicts_next_token(model),
         certify=recipe.certify,
+        judge=judge,
     )
     evaluation = evaluation_batches(recipe, held_out, tokenizer)
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
@@ -166,9 +170,11 @@ def load(
         every = (text for documents in read.values() for text in documents)
         known = torch.tensor(sorted(document_digests(every)))
     batches = calibration.batches(recipe.batch_size)
-    fresh = calibration.certification
-    certification = None if fresh is None else fresh.batches(recipe.batch_size)
-    given = model, tokenizer, batches, evaluation, certification, facts, warnings
+    apart = [
+        None if some is None else some.batches(recipe.batch_size)
+        for some in (calibration.certification, calibration.judging)
+    ]
+    given = model, tokenizer, batches, evaluation, *apart, facts, warnings
     return Given(*given, calibration.notes, known)
 
 
@@ -204,11 +210,13 @@ def evaluation_batches(
     ).batches(recipe.batch_size)
 
 
-def _written(model: nn.Module, tokenizer: Any, recipe: Recipe, progress: bool) -> Sequence[str]:
+def _written(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, judge: int, progress: bool
+) -> Sequence[str]:
     """Return the model's own share of the calibration text."""
     from liar_ext.calibration.self_calibration import enough_documents, write_documents
 
-    share = -(-(recipe.samples + recipe.certify) // len(recipe.calibration))
+    share = -(-(recipe.samples + recipe.certify + judge) // len(recipe.calibration))
     return write_documents(
         model,
         tokenizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -45,9 +45,9 @@ class Sequences:
     bos : str
         Special tokens that every packed window begins with, as the tokenizer begins a document;
         empty where it adds none.
-    certification : Sequences, optional
-        Sequences of documents that none of these come from, for a figure that no decision has
-        seen. Their fold only takes turns.
+    certification, judging : Sequences, optional
+        Sequences of documents that none of these come from: for a figure that no decision has
+        seen, and for a choice among whole models. Their fold only takes turns.
     notes : tuple of str
         What a user has to know of the draw.
     source : Tensor, optional
@@ -59,6 +59,7 @@ class Sequences:
     fold: Tensor
     bos: str = ""
     certification: Sequences | None = None
+    judging: Sequences | None = None
     notes: tuple[str, ...] = ()
     source: Tensor | None = None
 
@@ -109,6 +110,7 @@ def calibration_sequences(
     seed: int = 0,
     packed: bool = True,
     certify: int = 0,
+    judge: int = 0,
     lone: str = "blocks",
 ) -> Sequences:
     """Draw calibration sequences from several texts, in two folds split by document.
@@ -134,9 +136,9 @@ def calibration_sequences(
         which begins as the tokenizer begins a document, with a BOS token or without. False
         (encoders): one sequence per document, with special tokens, truncated and padded; short
         ones count by their tokens, see ``samples``.
-    certify : int
+    certify, judge : int
         Sequences of documents that no other sequence comes from, returned as
-        :attr:`Sequences.certification`.
+        :attr:`Sequences.certification` and :attr:`Sequences.judging`.
     lone : {"blocks", "halves"}
         A source that is a single document is cut into blocks of paragraphs, which take turns in
         going to the folds, or into two halves, one for each.
@@ -146,9 +148,10 @@ def calibration_sequences(
     InputError
         If a number is out of range, or a part gets no sequence.
     """
-    _check_draw(samples, seq_len, seed, certify, lone)
+    apart = {name: n for name, n in (("certify", certify), ("judge", judge)) if n}
+    _check_draw(samples, seq_len, seed, apart, lone)
     generator = torch.Generator().manual_seed(seed)
-    shares = [samples // FOLDS] * FOLDS + [certify] * (certify > 0)
+    shares = [samples // FOLDS] * FOLDS + list(apart.values())
     prefix = document_prefix(tokenizer) if packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
     for documents in sources:
@@ -179,18 +182,19 @@ def calibration_sequences(
                 chosen = (pieces[i] for i in order)
                 queues.append(_single_sequences(chosen, tokenizer, seq_len, share * seq_len))
         drawn.append(_take_evenly(queues, share, None if packed else share * seq_len))
-    _check_filled(drawn, sources, seq_len)
-    if certify and len(drawn[-1]) < certify:
-        notes.append(f"The text gave {len(drawn[-1])} of {certify} sequences to certify with.")
+    _check_filled(drawn, sources, seq_len, apart)
     bos = tokenizer.decode(prefix) if prefix else ""
-    third = None
-    if certify:
-        turns = [index % FOLDS for index in range(len(drawn[FOLDS]))]
-        third = _pad([window for window, _ in drawn[FOLDS]], turns, tokenizer, bos)
+    more = {}
+    for (name, asked), part in zip(apart.items(), drawn[FOLDS:], strict=True):
+        if len(part) < asked:
+            notes.append(f"The text gave {len(part)} of {asked} sequences to {name} with.")
+        turns = [index % FOLDS for index in range(len(part))]
+        more[name] = _pad([window for window, _ in part], turns, tokenizer, bos)
     folds = [fold for fold in range(FOLDS) for _ in drawn[fold]]
     rows, origins = zip(*(pair for fold in range(FOLDS) for pair in drawn[fold]), strict=True)
     origin = torch.tensor(origins)
-    return _pad(rows, folds, tokenizer, bos, third, tuple(notes), source=origin)
+    apart = more.get("certify"), more.get("judge")
+    return _pad(rows, folds, tokenizer, bos, *apart, tuple(notes), source=origin)
 
 
 def evaluation_sequences(
@@ -269,30 +273,35 @@ def check_seq_len(model: nn.Module, seq_len: int) -> None:
         )
 
 
-def _check_draw(samples: int, seq_len: int, seed: int, certify: int, lone: str) -> None:
+def _check_draw(samples: int, seq_len: int, seed: int, apart: Mapping[str, int], lone: str) -> None:
     """Raise InputError unless sequences can be drawn by these numbers."""
     if samples < FOLDS or seq_len < 2:
         raise InputError(
             f"calibration: samples and seq_len must be at least 2, got {samples} and {seq_len}"
         )
-    if certify and certify < FOLDS:
-        raise InputError(f"calibration: certify must be 0, or at least {FOLDS}, got {certify}")
+    for name, count in apart.items():
+        if count < FOLDS:
+            raise InputError(f"calibration: {name} must be 0, or at least {FOLDS}, got {count}")
     if not 0 <= seed < 1 << 63:
         raise InputError(f"calibration: seed must be at least 0 and less than 2^63, got {seed}")
-    if lone not in ("blocks", "halves") or (certify and lone == "halves"):
+    if lone not in ("blocks", "halves") or (apart and lone == "halves"):
         raise InputError(
-            f'calibration: lone must be "blocks", or "halves" without certify, got {lone!r}'
+            'calibration: lone must be "blocks", or "halves" without certify and judge, got '
+            f"{lone!r}"
         )
 
 
 def _check_filled(
-    drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], seq_len: int
+    drawn: Sequence[Sequence],
+    sources: Sequence[Sequence[str]],
+    seq_len: int,
+    apart: Mapping[str, int],
 ) -> None:
     """Raise InputError unless every part got the sequences that it cannot do without."""
     if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
         return
     characters = sum(len(text) for documents in sources for text in documents)
-    parts = f"{FOLDS} folds" + (" and for certify" if len(drawn) > FOLDS else "")
+    parts = " and for ".join([f"{FOLDS} folds", *apart])
     raise InputError(
         f"calibration: the text is too short: {characters} characters do not fill one sequence "
         f"of {seq_len} tokens in each of {parts}; give more text or a smaller seq_len"

@@ -73,7 +73,7 @@ class Job:
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
 
     def __post_init__(self) -> None:
-        self.asked, self.recipe = self.recipe.schedule, self.recipe.settled()
+        self.asked, self.recipe = self.recipe, self.recipe.settled()
         if self.known is None:
             self.known = Known.of_bank(self.bank)
 
@@ -123,7 +123,7 @@ class Job:
         try:
             check_walk(self.model, self.batches)
         except InputError as error:
-            if self.asked != "auto":
+            if self.asked.schedule != "auto":
                 raise
             self.recipe = replace(self.recipe, schedule="one-pass")
             reason = str(error).removeprefix("layerwise: ").partition("; use")[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
+from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
@@ -22,6 +23,7 @@ def prune(
     *,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
+    judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
     progress: bool = False,
     **choices: object,
@@ -53,6 +55,9 @@ def prune(
         Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
         decision sees them; the report then has errors on them: of each site's new weights, on the
         input and for the target that they were solved for, and the divergence of the whole model.
+    judge_on : sequence of mapping, optional
+        Batches of the calibration set's kind, that ``batches`` lacks, for ``candidates``: the
+        whole model is kept that diverges least from the dense one on them.
     bank : MomentBank, optional
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
         not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
@@ -86,6 +91,7 @@ def prune(
         Job(model, batches, Recipe.build(recipe, **choices), progress, bank),
         evaluate_on,
         certify_on,
+        judge_on,
     )
 
 
@@ -93,14 +99,14 @@ def run(
     job: Job,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
+    judge_on: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Report:
     """Run the steps of a job in their order."""
     job.check()
+    check_candidates(job, judge_on)
     dense = job.evaluate(evaluate_on)
-    passes = job.calibrate(job.narrow())
-    scores, losses = job.score(passes)
-    plan = job.allocate(passes, scores, losses)
-    weights = job.reconstruct(passes, plan, certify_on)
-    job.certify(certify_on, passes, plan, weights)
-    plan = job.slice(plan, weights)
+    solved = solve_best(job, judge_on, certify_on)
+    job = solved.job
+    job.certify(certify_on, solved.passes, solved.plan, solved.weights)
+    plan = job.slice(solved.plan, solved.weights)
     return job.report(plan, dense, job.evaluate(evaluate_on))

@@ -23,8 +23,8 @@ LATER = (
     *("model", "dtype", "device", "calibration", "samples", "seq_len", "batch_size", "memory"),
     *("keep", "of", "latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"),
     *("latency_table", "tile", "at_least", "uniform_layers", "kinds", "attn_unit", "allocation"),
-    *("probe_keep", "refine", "reconstruct", "damp", "schedule", "target", "refit"),
-    *("eval", "eval_samples", "certify"),
+    *("probe_keep", "refine", "candidates", "reconstruct", "damp", "schedule", "target", "refit"),
+    *("judge", "eval", "eval_samples", "certify"),
 )
 SENSITIVITY = "sensitivity"
 Value = TypeVar("Value")

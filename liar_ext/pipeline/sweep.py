@@ -18,6 +18,7 @@ from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.sites import sites, skeleton
+from liar_ext.pipeline.candidates import check_candidates
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import run
 from liar_ext.pipeline.sharing import Known
@@ -92,12 +93,15 @@ class Sweep:
         The model's moments over it.
     progress : bool
         Show progress bars.
+    judge_on : sequence of mapping, optional
+        As for :func:`liar_ext.prune`, for recipes with candidates.
     """
 
     model: nn.Module
     batches: Batches | None = None
     bank: MomentBank | None = None
     progress: bool = False
+    judge_on: Sequence[Mapping[str, Tensor]] | None = None
     known: Known = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,13 +119,20 @@ class Sweep:
         for recipe in recipes:
             if recipe.of == "latency" and recipe.latency_table is None:
                 continue
-            self._job(self.model, recipe).check()
+            job = self._job(self.model, recipe)
+            job.check()
+            check_candidates(job, self._judge_of(recipe))
 
     def plan(self, recipe: Recipe) -> Point:
         """Return what a recipe decides; nothing is solved."""
         start = time.perf_counter()
         job = self._job(self.model, _decided(recipe))
         job.check()
+        if recipe.candidates:
+            raise InputError(
+                "sweep: candidates are judged as whole models, got "
+                f"{list(recipe.candidates)} where nothing is solved; leave them out"
+            )
         passes = job.calibrate(job.narrow())
         plan = job.allocate(passes, *job.score(passes))
         if job.narrowing is not None:
@@ -142,7 +153,7 @@ class Sweep:
         """Return a pruned copy of the model, and what it is."""
         start = time.perf_counter()
         pruned = copy.deepcopy(self.model)
-        report = run(self._job(pruned, recipe))
+        report = run(self._job(pruned, recipe), judge_on=self._judge_of(recipe))
         costs = [operations(each, report.recipe) for each in (pruned, self.model)]
         point = Point(
             report.recipe,
@@ -154,6 +165,9 @@ class Sweep:
             report,
         )
         return pruned, point
+
+    def _judge_of(self, recipe: Recipe) -> Sequence[Mapping[str, Tensor]] | None:
+        return self.judge_on if recipe.candidates else None
 
     def _job(self, model: nn.Module, recipe: Recipe) -> Job:
         if recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0:  # all moments are others

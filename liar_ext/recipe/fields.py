@@ -8,6 +8,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
+from liar_ext.recipe.candidates import candidates_of
 from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, choice
 from liar_ext.reconstruction.layerwise import TARGETS, check_target
 from liar_ext.reconstruction.settings import MODES
@@ -137,6 +138,15 @@ class Fields:
     refine: int = choice(
         0, "selection", check.whole(0), "curve: measure N whole plans more, and keep the best"
     )
+    candidates: tuple[str, ...] = choice(
+        (),
+        "selection",
+        check.texts,
+        "choices to try beside, FIELD=VALUE of selection and reconstruction, with commas where "
+        "several go together: each is decided and solved, and the model kept that diverges least "
+        "on --judge sequences",
+        metavar="CHOICE",
+    )
     reconstruct: str = choice(
         "auto",
         "reconstruction",
@@ -168,6 +178,12 @@ class Fields:
     )
     refit: bool = choice(
         False, "reconstruction", check.flag, "layerwise: solve layers that lose nothing, too"
+    )
+    judge: int = choice(
+        16,
+        "evaluation",
+        check.whole(2),
+        "for --candidates: draw N more sequences, of documents that none of them saw",
     )
     eval: str | None = choice(
         None,
@@ -215,6 +231,8 @@ class Fields:
             raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
         if self.certify == 1:
             raise InputError("recipe: certify must be 0, or at least 2 sequences, got 1")
+        if self.candidates:
+            candidates_of(self)
         get_criterion(self.criterion)
         check_refine(self.refine, self.allocation)
         if self._walks:

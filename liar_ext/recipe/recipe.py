@@ -26,7 +26,7 @@ class Recipe(Fields):
 
     Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
     The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
-    ``samples``, ``batch_size``, ``eval``, ``eval_samples``,
+    ``samples``, ``batch_size``, ``judge``, ``eval``, ``eval_samples``,
     ``certify``) are for the command;
     :func:`liar_ext.prune` is given the model and the batches.
 
@@ -84,6 +84,10 @@ class Recipe(Fields):
     refine : int
         For ``curve``: whole plans to measure after that; see
         :func:`liar_ext.selection.refine.refine_plan`.
+    candidates : tuple of str
+        Other choices that are tried, each ``FIELD=VALUE`` or several of them with commas between:
+        see :func:`liar_ext.recipe.candidates.candidates_of`. Each gives a whole model, and the one
+        is kept that diverges least from the dense one on text that none of them has seen.
     reconstruct : {"auto", "none", "bias", "linear", "affine"}
         Error compensation; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"
@@ -97,6 +101,8 @@ class Recipe(Fields):
         :func:`liar_ext.reconstruct_layerwise`.
     refit : bool
         Solve the sites that lose nothing, too, in layerwise mode.
+    judge : int
+        Sequences of documents that nothing else sees, to choose among ``candidates`` by.
     eval : str, optional
         Held-out text for perplexity before and after.
     eval_samples : int, optional

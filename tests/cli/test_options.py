@@ -43,10 +43,12 @@ GIVEN = {
     "allocation": ("uniform", "uniform"),
     "probe_keep": ("0.7", 0.7),
     "refine": ("3", 3),
+    "candidates": ("criterion=obs", ("criterion=obs",)),
     "reconstruct": ("affine", "affine"),
     "damp": ("1e-3", 1e-3),
     "schedule": ("layerwise", "layerwise"),
     "target": ("dense-input", "dense-input"),
+    "judge": ("8", 8),
     "eval": ("held_out.txt", "held_out.txt"),
     "eval_samples": ("5", 5),
     "certify": ("4", 4),
@@ -188,6 +190,17 @@ def test_certified_errors_are_of_sequences_that_no_decision_sees(
     assert report["recipe"]["certify"] == 4 and report["settings"]["calibration_sequences"] == 8
     assert cli.main([*job, "--out", str(plain)]) == 0
     assert "ertified" not in (plain / "liar/report.md").read_text()
+
+
+def test_candidates_are_judged_on_sequences_of_their_own(llama_folder, corpus, tmp_path, capsys):
+    out = tmp_path / "best"
+    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
+    job += ["--samples", "8", "--keep", "0.7", "--candidates", "criterion=obs", "schedule=one-pass"]
+    assert cli.main([*job, "--judge", "4", "--out", str(out)]) == 0
+    assert "Of 3 candidates" in capsys.readouterr().out
+    report = json.loads((out / "liar/report.json").read_text())
+    assert len(report["settings"]["candidates"]) == 3
+    assert report["recipe"]["candidates"] == []  # what was kept, by which it comes out again
 
 
 def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):

@@ -89,6 +89,13 @@ def test_certification_shares_no_document_with_the_folds(tokenizer):
     assert not letters[0] & letters[1] and len(alone.certification) == 4
     with pytest.raises(InputError, match="too short: .* and for certify"):
         texts.calibration_sequences([["ab" * 30] * 2], tokenizer, seq_len=32, certify=90)
+    both = texts.calibration_sequences(
+        [documents], tokenizer, samples=8, seq_len=8, certify=4, judge=6
+    )
+    parts = both, both.certification, both.judging
+    assert [len(part) for part in parts] == [8, 4, 6]
+    whose = [set(part.input_ids.flatten().tolist()) - seen for part in parts]
+    assert not whose[0] & whose[1] and not whose[0] & whose[2] and not whose[1] & whose[2]
     short = texts.calibration_sequences([documents], tokenizer, seq_len=8, certify=900)
     assert short.notes == (
         f"The text gave {len(short.certification)} of 900 sequences to certify with.",
@@ -104,6 +111,7 @@ def test_certification_shares_no_document_with_the_folds(tokenizer):
         {"seed": 2**70},
         {"certify": 1},
         {"certify": -2},
+        {"judge": 1},
         {"lone": "thirds"},
     ],
 )

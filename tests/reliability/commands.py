@@ -45,6 +45,8 @@ VALUES = {
     "--criterion": ["best", "", " ", "wifv ", "\udcff"],
     "--allocation": ["fair", "", "curves"],
     "--refine": ["-1", "x", "1.5"],
+    "--candidates": ["", "obs", "keep=0.5", "criterion=best", "damp={a", "refine=1,", "\udcff=1"],
+    "--judge": ["0", "1", "-1", "x", ""],
     "--reconstruct": ["ridge", ""],
     "--damp": ["much", "-1", "nan", "", "1e-3x"],
     "--schedule": ["two-pass", ""],
@@ -69,6 +71,7 @@ VALUES = {
 ADDED: list[Line] = [
     ("--refine", "2", "--allocation", "uniform"),
     ("--refine", "1", "--memory", "1e-9"),
+    ("--candidates", "criterion=obs", "--max-memory", "8GiB"),
     ("--refit", "--schedule", "one-pass"),
     ("--target", "branch", "--schedule", "one-pass"),
     ("--schedule", "layerwise", "--reconstruct", "none"),
