@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling
 
 setup: $(STAMP)
 
@@ -89,6 +89,11 @@ sweep: setup $(ASSETS)/.installed
 	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sweep.py $(ASSETS)/SmolLM2-135M-Instruct \
 	  --calibration $(TEXTS) $(SWEEP)
+
+# Seconds of jobs on one H100 and on eight, by arithmetic: counted operations by published peaks. Puts
+# the tables into docs/scaling.md. SCALING=--measure takes the shares of the peak from this machine.
+scaling: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scaling --write docs/scaling.md $(SCALING)
 
 # GGUF files of a model pruned in three ways, run by llama.cpp beside transformers: ten minutes of CPU
 # time. The rows are in docs/export.md. CHECKED may name another model, GGUF more options.

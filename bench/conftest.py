@@ -10,7 +10,6 @@ busy machine disturbs them less; with several threads they are wall time.
 import contextlib
 import os
 import resource
-import subprocess
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = str(THREADS)  # read when torch loads numpy
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from peak import measured_peaks  # noqa: E402
 
 OURS = ("ours", "one+holdout")  # what the others of a group are compared with
 
@@ -31,23 +31,7 @@ def _threads():
 @pytest.fixture(scope="session")
 def peaks(tmp_path_factory):
     """Peak GFLOP/s of one core by dtype, measured now; empty without a compiler."""
-    program = tmp_path_factory.mktemp("peak") / "peak"
-    source = Path(__file__).parent / "peak.cpp"
-    try:
-        subprocess.run(
-            ["c++", "-std=c++17", "-O2", "-march=native", str(source), "-o", str(program)],
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    output = subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout
-    single, double, brain = (float(value) for value in output.split())
-    return {
-        torch.float16: single,  # multiplied in float32
-        torch.bfloat16: brain or single,
-        torch.float32: single,
-        torch.float64: double,
-    }
+    return measured_peaks(tmp_path_factory.mktemp("peak"))
 
 
 def reset_peak_memory():

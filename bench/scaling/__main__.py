@@ -1,0 +1,142 @@
+"""Seconds of a job on one H100 and on eight, by arithmetic: nothing here runs on a GPU.
+
+Operations and bytes are counted by formula (`bench/scaling/counts.py`, each formula beside the
+function that it counts; `tests/quality/test_scaling.py` holds them to real jobs). Seconds are
+operations by the GPU's published peak times the share of its own peak that this machine's core
+reaches in the same kind of operation. `--measure` measures these shares anew, `--write FILE` puts
+the tables into a page.
+
+    python -m bench.scaling
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bench.scaling.counts import ALONE, Work, phases
+from bench.scaling.rates import (
+    DEVICE,
+    MEMORY,
+    NVLINK,
+    PCIE,
+    PEAKS,
+    SHARES,
+    WHAT,
+    measure,
+    rate,
+)
+from bench.scaling.shapes import SHAPES, Settings, Shape, bytes_at_once
+from liar_ext.calibration.passes import MEMORY as MOST_ROOM
+
+BEGIN, END = "<!-- tables: make scaling -->", "<!-- end of tables -->"
+DISK = 3e9  # bytes a second that files are read and written at: assumed, for a local NVMe drive
+DEVICES = (1, 8)
+JOBS = {
+    "the default job": Settings(),
+    "`--preset fast`": Settings(layerwise=False, curve=False),
+}
+SLOWER = 10  # what else the eigendecompositions' rate is divided by
+
+
+def main() -> None:
+    """Print the tables, or write them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--measure", action="store_true", help="measure this machine's shares")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into a page")
+    options = parser.parse_args()
+    shares = measure() if options.measure else SHARES
+    text = "\n".join(lines(shares))
+    print(text)
+    if options.write:
+        options.write.write_text(placed(options.write.read_text(encoding="utf-8"), text))
+
+
+def placed(page: str, text: str) -> str:
+    """Return a page with the tables between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def lines(shares: dict[str, float]) -> Iterator[str]:
+    """Yield the tables."""
+    yield "| kind of operation | share of the core's peak, measured | H100: peak | taken |"
+    yield "|---|---|---|---|"
+    for kind, what in WHAT.items():
+        peak, taken = PEAKS[kind] / 1e12, rate(kind, shares) / 1e12
+        yield f"| {what} | {shares[kind]:.0%} | {peak:,.0f} TFLOP/s | {taken:,.0f} TFLOP/s |"
+    for shape in SHAPES:
+        for name, choices in JOBS.items():
+            yield ""
+            yield from table(shape, name, choices, shares)
+
+
+def table(shape: Shape, name: str, settings: Settings, shares: dict[str, float]) -> Iterator[str]:
+    """Yield the table of one job, after a line on its memory."""
+    jobs = {count: fitted(shape, settings, count) for count in DEVICES}
+    works = {count: phases(shape, job) for count, job in jobs.items()}
+    held = bytes_at_once(shape, jobs[1])
+    how = "`--max-memory`, block by block" if jobs[1].by_blocks else "the whole model on a GPU"
+    parts = " + ".join(f"{size / 1e9:,.1f} {part}" for part, size in held.items())
+    yield f"**{shape.name}, {name}**, {how}. One GPU holds, in GB: {parts}."
+    yield ""
+    yield (
+        "| phase | 10¹² operations: model | sums | float64 | GB: memory | PCIe | files | "
+        "ranks | s, 1 GPU | s, 8 GPUs |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for alone, several in zip(*works.values(), strict=True):
+        times = [time_of(alone, 1, shares), time_of(several, DEVICES[-1], shares)]
+        yield row(alone, several, times)
+    for title, slower in (("all", 1), (f"all, `eigh` at 1/{SLOWER} of that rate", SLOWER)):
+        if slower > 1 and not settings.layerwise:
+            continue
+        totals = (sum(time_of(w, n, shares, slower) for w in some) for n, some in works.items())
+        yield f"| {title} | | | | | | | | " + " | ".join(f"**{t:,.0f}**" for t in totals) + " |"
+
+
+def fitted(shape: Shape, settings: Settings, devices: int) -> Settings:
+    """Return the settings with sums in groups, or block by block where a device is too small.
+
+    Room for sums is as in :func:`liar_ext.calibration.passes.room_for_sums`, on each device.
+    """
+    free = DEVICE - bytes_at_once(shape, replace(settings, room=0))["weights"]
+    room = int(min(MOST_ROOM, max(free, 0) / 2))
+    if sum(bytes_at_once(shape, replace(settings, room=room)).values()) <= DEVICE:
+        return replace(settings, room=devices * room)
+    return replace(settings, by_blocks=True)
+
+
+def row(work: Work, several: Work, times: Sequence[float]) -> str:
+    """Return the row of a phase: what one device does, and what is handed over by several."""
+    kinds = (("forward",), ("gram", "gram32"), ("product", "cholesky", "eigh"))
+    counts = [sum(work.operations[kind] for kind in some) / 1e12 for some in kinds]
+    sent = several.sent * (DEVICES[-1] - 1) / DEVICES[-1]
+    sizes = [size / 1e9 for size in (work.memory, work.link, work.disk, sent)]
+    cells = [shown(value) for value in (*counts, *sizes, *times)]
+    return f"| {work.name} | " + " | ".join(cells) + " |"
+
+
+def shown(value: float) -> str:
+    """Return a number for a cell, to two digits at least; nothing for nothing."""
+    if not value:
+        return ""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def time_of(work: Work, devices: int, shares: dict[str, float], slower: float = 1.0) -> float:
+    """Return seconds as if nothing overlapped but a device's memory with its arithmetic."""
+    several = 1 if work.shared == ALONE else devices
+    busy = sum(count / rate(kind, shares, slower) for kind, count in work.operations.items())
+    found = max(busy, work.memory / MEMORY) / several + work.link / PCIE / several
+    found += work.disk / DISK
+    return found + work.sent * (devices - 1) / devices / NVLINK
+
+
+if __name__ == "__main__":
+    main()
