@@ -14,11 +14,10 @@ import json
 import math
 import os
 import stat
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,17 +28,14 @@ from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.memory import available_memory
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError, one_line
-from liar_ext.whole_file import whole_file
+from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
 
 BANK_VERSION = 2
 OLDER = ("1",)
 PARTS = ("gram", "total", "count")
 DTYPES = {"F64": torch.float64, "F32": torch.float32}
-WORDS = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
-WORDS |= {torch.uint8: "U8"}
-SEQUENCES, DOCUMENTS, SEAL = "sequences/digest", "documents/digest", "file/digest"
+SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
 EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **kept_text.PARTS}
-SEAL_BYTES, CHUNK = 16, 1 << 22
 Sums = tuple[Tensor, Tensor, Tensor]  # gram, total, count
 
 
@@ -64,31 +60,12 @@ def write_bank(path: str | os.PathLike[str], bank: Stored) -> None:
     """
     extras = {SEQUENCES: bank.sequences, DOCUMENTS: bank.documents}
     extras |= {} if bank.text is None else kept_text.pack(bank.text)
-    small = {name: value for name, value in extras.items() if value is not None}
-    order = sorted(small, key=lambda name: -small[name].element_size())  # so that all are aligned
-    header, at = {}, 0
-    for name, dtype, shape, size in [
-        *_of_sums(bank.sums),
-        *((n, small[n].dtype, tuple(small[n].shape), small[n].nbytes) for n in order),
-        (SEAL, torch.uint8, (SEAL_BYTES,), SEAL_BYTES),
-    ]:
-        header[name] = {"dtype": WORDS[dtype], "shape": shape, "data_offsets": [at, at + size]}
-        at += size
+    small = [Entry.of(name, value) for name, value in extras.items() if value is not None]
+    small.sort(key=lambda each: -each.dtype.itemsize)  # so that all are aligned
     source = json.dumps(bank.source, allow_nan=False)
-    header["__metadata__"] = {"liar_bank": str(BANK_VERSION), "source": source}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    metadata = {"liar_bank": str(BANK_VERSION), "source": source}
     try:
-        with whole_file(path) as file:
-            seal = blake2b(digest_size=SEAL_BYTES)
-            for part in [struct.pack("<Q", len(text)), text]:
-                _write(file, seal, part)
-            for sums in bank.sums.values():
-                for part in _packed(sums):
-                    _write(file, seal, part)
-            for name in order:
-                _write(file, seal, small[name])
-            file.write(seal.digest())
+        write_tensors(path, [*_of_sums(bank.sums), *small], metadata)
     except OSError as error:
         raise InputError(
             f"MomentBank.save: can't write {os.fspath(path)!r}: {one_line(error)}; nothing was "
@@ -119,8 +96,8 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
             extras = _extras(path, file, version)
             widths = _widths(path, file, [key for key in file.keys() if key not in extras])
             _check_memory(path, widths if sums else {}, _bytes(file, extras))
-            if SEAL in extras and sums:
-                _check_seal(path)
+            if SEAL in extras and sums and not is_sealed(path):
+                raise refusal(path, "its bytes are not those that were written")
             stored = Stored(source)
             _read_extras(path, file, extras, stored)
             if sums:
@@ -147,28 +124,20 @@ def refusal(path: str | os.PathLike[str], what: str) -> InputError:
     )
 
 
-def _of_sums(sums: Mapping[str, Sums]) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], int]]:
-    """Yield name, dtype, shape and bytes of what :func:`_packed` gives, in its order."""
-    for name, parts in sums.items():
-        d = parts[1].shape[-1]
-        for part, value, columns in zip(PARTS, parts, (d * (d + 1) // 2, d, 2), strict=True):
-            size = FOLDS * columns * value.element_size()
-            yield f"{name}.{part}", value.dtype, (FOLDS, columns), size
+def _of_sums(sums: Mapping[str, Sums]) -> Iterator[Entry]:
+    """Yield what is written of the sums, each Gram as its triangle."""
+    for name, (gram, total, count) in sums.items():
+        d = total.shape[-1]
+        shape = FOLDS, d * (d + 1) // 2
+        yield Entry(f"{name}.gram", gram.dtype, shape, partial(_triangles, gram))
+        yield Entry.of(f"{name}.total", total)
+        yield Entry.of(f"{name}.count", count)
 
 
-def _packed(sums: Sums) -> Iterator[Tensor]:
-    gram, total, count = sums
-    d = gram.shape[-1]
-    below = torch.ones(d, d, dtype=torch.bool).tril_()
+def _triangles(gram: Tensor) -> Iterator[Tensor]:
+    below = torch.ones(gram.shape[1:], dtype=torch.bool).tril_()
     for fold in gram:  # a triangle at a time
         yield fold.detach().cpu()[below]
-    yield from (total.detach().cpu(), count.detach().cpu())
-
-
-def _write(file: BinaryIO, seal: Any, part: bytes | Tensor) -> None:
-    data = part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else part
-    seal.update(data)
-    file.write(data)
 
 
 def _source(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -235,17 +204,6 @@ def _check_memory(path: str | os.PathLike[str], widths: Mapping[str, int], more:
             f"MomentBank.load: the sums in {path} take {needed / 2**30:.3g} GiB of memory, and "
             f"{free / 2**30:.3g} are free; free some, or use a machine that has them"
         )
-
-
-def _check_seal(path: str | os.PathLike[str]) -> None:
-    """Refuse a file whose bytes aren't those that were written."""
-    seal, left = blake2b(digest_size=SEAL_BYTES), os.stat(path).st_size - SEAL_BYTES
-    with open(path, "rb") as file:
-        while left > 0 and (chunk := file.read(min(CHUNK, left))):
-            seal.update(chunk)
-            left -= len(chunk)
-        if left or file.read(SEAL_BYTES + 1) != seal.digest():
-            raise refusal(path, "its bytes are not those that were written")
 
 
 def _read_extras(

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Sized
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from liar_ext.calibration.fingerprints import Seen, fingerprint_of
 from liar_ext.calibration.hooks import Ended, watched
-from liar_ext.calibration.kept_text import Text, sequence_digests, text_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
-from liar_ext.calibration.progress import Progress
+from liar_ext.calibration.saved_sums import SavedSums
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import Routed, routed_input
@@ -24,8 +23,7 @@ from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites
-
-SAMPLED = 64  # values of each weight that tell one model from another
+from liar_ext.saved.progress import Progress, opened
 
 
 @torch.no_grad()
@@ -35,7 +33,7 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     keep_text: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | Progress | None = None,
     progress: bool = False,
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
@@ -61,7 +59,7 @@ def calibrate(
     checkpoint : path, optional
         A folder to save the sums so far in, and to go on from where it has some, of the same
         model and batches: with the same result, bit for bit, as without. It stays when all is
-        done; see :class:`liar_ext.calibration.progress.Progress`.
+        done. A :class:`liar_ext.saved.progress.Progress` is one that is open already.
     progress : bool
         Show a progress bar.
 
@@ -78,12 +76,10 @@ def calibrate(
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
-    saved = None if checkpoint is None else Progress(checkpoint)
-    try:
+    with opened(checkpoint) as room:
+        of = len(batches) if isinstance(batches, Sized) else None
+        saved = None if room is None else SavedSums(room, of=of)
         bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
-    finally:
-        if saved is not None:
-            saved.close()
     bank.source["sites"] = {
         site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
         for site in at
@@ -151,7 +147,7 @@ def collect(
     taps: Sequence[Tap],
     *,
     keep_text: bool = False,
-    saved: Progress | None = None,
+    saved: SavedSums | None = None,
     progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
@@ -165,12 +161,12 @@ def collect(
     for tap in taps:
         here = device_of(model.get_submodule(tap.module), device)
         bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current, seen, tokens = InFlight(), _Seen(keep_text), 0
+    current, seen, tokens = InFlight(), Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
     facts = {
         "model_type": model.config.model_type,
-        "model": _fingerprint(model.state_dict()),
+        "model": fingerprint_of(model.state_dict().items()),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     done = 0 if saved is None else saved.restore(bank, facts)
@@ -245,58 +241,11 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
             "the model as it was calibrated, or calibrate it anew"
         )
     known = bank.source.get("model")
-    if known is not None and known != _fingerprint(model.state_dict()):
+    if known is not None and known != fingerprint_of(model.state_dict().items()):
         raise InputError(
             "calibrate: the bank is of other weights than the model's, or keep_hidden changes "
             "them; calibrate the model that is pruned, or leave the bank out"
         )
-
-
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of the names, shapes and some values of tensors, quick to take."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in tensors.items():
-        step = max(tensor.numel() // SAMPLED, 1)
-        # An index, not a flattened copy: tied and transposed weights are views.
-        some = tensor.detach().reshape(-1)[::step] if tensor.is_contiguous() else tensor.sum()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(some.double().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-class _Seen:
-    """What is kept of the batches that were run: digests, and the text if it is asked for."""
-
-    def __init__(self, keep_text: bool) -> None:
-        self.digest = blake2b(digest_size=16)
-        self.sequences: list[int] = []
-        self.text: Text | None = [] if keep_text else None
-        self.batches = self.longest = 0  # longest: in tokens
-
-    def add(self, batch: Batch) -> None:
-        for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
-            self.digest.update(f"{name} {tuple(value.shape)}".encode())
-            self.digest.update(value.detach().double().cpu().numpy().tobytes())
-        self.batches += 1
-        self.sequences += sequence_digests(batch)
-        ids = batch.inputs.get("input_ids")
-        self.longest = max(self.longest, 0 if ids is None else ids.shape[-1])
-        if self.text is not None:
-            kept = text_of(batch)
-            if kept is None:
-                self.text = None
-            else:
-                self.text.append(kept)
-
-    def facts(self, tokens: int, routed: dict[str, list[int]]) -> dict[str, object]:
-        """Return what a bank says of its text; ``routed`` if there are experts."""
-        said = {
-            "sequences": len(self.sequences),
-            "tokens": tokens,
-            "seq_len": self.longest,
-            "data": [self.digest.hexdigest()],
-        }
-        return said | ({"routed": routed} if routed else {})
 
 
 def check_finite_weights(model: nn.Module) -> None:

@@ -11,8 +11,10 @@ from torch import nn
 from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights, collect_at
 from liar_ext.calibration.memory import available_memory, bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.saved_sums import SUMS, SavedSums
 from liar_ext.data.batches import Batches
 from liar_ext.models.sites import Site, teams_of
+from liar_ext.saved.progress import Progress
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
 MEMORY = 32 << 30
@@ -35,6 +37,13 @@ class Passes:
         :func:`room_for_sums` says.
     bank : MomentBank, optional
         Moments over these batches that are there already; whatever groups they hold take no pass.
+    saved : Progress, optional
+        Where the sums of each group are kept; those that are there are not taken again.
+
+    Attributes
+    ----------
+    summed : list of int
+        Numbers of the groups that took a pass, in order.
     """
 
     def __init__(
@@ -45,6 +54,7 @@ class Passes:
         memory: int | None = None,
         *,
         bank: MomentBank | None = None,
+        saved: Progress | None = None,
         progress: bool = False,
     ) -> None:
         check_finite_weights(model)
@@ -52,26 +62,45 @@ class Passes:
         if bank is not None:
             check_bank_is_of(bank, model, at)
         self.groups = group_sites(at, room_for_sums(model, memory))
-        self.batches = batches if len(self.groups) == 1 else list(batches)
+        once = len(self.groups) == 1 and saved is None
+        self.batches = batches if once else list(batches)
         self.bank = MomentBank({}) if bank is None else bank
-        self.taken = 0
+        self.saved, self.summed = saved, []
+
+    @property
+    def taken(self) -> int:
+        """How many passes it took."""
+        return len(self.summed)
 
     def __iter__(self) -> Iterator[Sequence[Site]]:
-        return map(self._load, self.groups)
+        return map(self._load, range(len(self.groups)))
 
     def back(self) -> Iterator[Sequence[Site]]:
         """Return the groups, last first."""
-        return map(self._load, reversed(self.groups))
+        return map(self._load, reversed(range(len(self.groups))))
 
-    def _load(self, group: Sequence[Site]) -> Sequence[Site]:
+    def _load(self, number: int) -> Sequence[Site]:
+        group = self.groups[number]
         if not self.bank.keys() >= {site.name for site in group}:
             self.bank = MomentBank({})  # its memory is for the next
-            self.taken += 1
+            if self.saved is None or number not in self.summed:
+                self.summed.append(number)
             title = f"calibrate, pass {self.taken}" if len(self.groups) > 1 else "calibrate"
             self.bank = collect_at(
-                self.model, self.batches, group, progress=self.progress, title=title
+                self.model,
+                self.batches,
+                group,
+                saved=self._saved_sums(number),
+                progress=self.progress,
+                title=title,
             )
         return group
+
+    def _saved_sums(self, number: int) -> SavedSums | None:
+        if self.saved is None:
+            return None
+        name = SUMS if len(self.groups) == 1 else f"{SUMS}-{number + 1}"
+        return SavedSums(self.saved, name, len(self.batches))
 
 
 def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMORY) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.calibration.bank_file import read_bank
-from liar_ext.calibration.progress import BANK_FILE, LOCK_FILE, saved_batches
+from liar_ext.calibration.saved_sums import saved_batches
+from liar_ext.saved.progress import LOCK_FILE
+BANK_FILE="calibration.bank"
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.whole_file import whole_file

@@ -103,7 +103,7 @@ class Held:
     def __init__(self, store: HiddenStates, tensor: Tensor) -> None:
         self._store = store
         self._tensor: Tensor | None = None
-        self._shape, self._dtype, self._size = tensor.shape, tensor.dtype, 0
+        self.shape, self.dtype, self._size = tensor.shape, tensor.dtype, 0
         self._offset: int | None = None
         self.set(tensor)
 
@@ -111,7 +111,7 @@ class Held:
         """Return the tensor; not to be changed in place."""
         if self._tensor is not None or self._offset is None:
             return self._tensor
-        tensor = torch.empty(self._shape, dtype=self._dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
         self._store.read(tensor, self._offset)
         return tensor
 
@@ -125,7 +125,7 @@ class Held:
             else:
                 self._offset = self._store.take(tensor.nbytes)
             self._size = tensor.nbytes
-        self._shape, self._dtype = tensor.shape, tensor.dtype
+        self.shape, self.dtype = tensor.shape, tensor.dtype
         if self._offset is None:
             self._tensor = tensor
         else:

@@ -13,6 +13,7 @@ from liar_ext.calibration.passes import Passes
 from liar_ext.certification import Divergence
 from liar_ext.errors import InputError
 from liar_ext.pipeline.job import Job, Weights
+from liar_ext.pipeline.resuming import decide
 from liar_ext.plan import Plan
 from liar_ext.recipe.candidates import candidates_of
 from liar_ext.selection.sensitivity import pruned_site
@@ -33,7 +34,7 @@ class Solved:
     def of(cls, job: Job, fresh: Text | None = None) -> Solved:
         """Calibrate, score, allocate and reconstruct; sites are certified on fresh text."""
         passes = job.calibrate(job.narrow())
-        plan = job.allocate(passes, *job.score(passes))
+        plan = decide(job, passes)
         return cls(job, passes, plan, job.reconstruct(passes, plan, fresh))
 
     @torch.no_grad()

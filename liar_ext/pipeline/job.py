@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_finite_weights
+from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
@@ -36,6 +37,7 @@ from liar_ext.report.clock import Clock
 from liar_ext.report.latency import LatencyTable
 from liar_ext.report.report import Report, versions, what_to_know
 from liar_ext.report.rows import SiteRow
+from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion
@@ -71,6 +73,7 @@ class Job:
     grid: dict[str, object] = field(default_factory=dict)
     speed: Speed | None = None  # for a budget of latency
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
+    saved: Progress | None = None  # where it keeps what is done
 
     def __post_init__(self) -> None:
         self.asked, self.recipe = self.recipe, self.recipe.settled()
@@ -100,8 +103,8 @@ class Job:
         layerwise = recipe.schedule == "layerwise"
         if backward:
             check_owned(at)
-        if runs_over_text(recipe, self.known, model, at):
-            self.batches = list(self.batches)  # to be gone through again
+        if self.saved is not None or runs_over_text(recipe, self.known, model, at):
+            self.batches = list(self.batches or ())  # to be gone through again
         if layerwise:
             self._check_walk()
         if backward and self.batches:
@@ -205,7 +208,12 @@ class Job:
         if (self.narrowing or self.experts) and self.recipe.keep == 1.0:
             return None
         text = () if self.batches is None else self.batches
-        return Passes(model, text, at, self.room, bank=self.bank, progress=self.progress)
+        kept = {"bank": self.bank, "saved": self.saved}
+        return Passes(model, text, at, self.room, **kept, progress=self.progress)
+
+    def fingerprint(self) -> str:
+        """Return what tells the model's weights from others."""
+        return fingerprint_of(self.model.state_dict().items())
 
     def score(self, passes: Passes | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the scores of all units, and for ``curve`` the losses of all sites."""
@@ -219,7 +227,8 @@ class Job:
                 scores |= find_scores(*given, group, progress=self.progress)
             if self.recipe.allocation == "curve":
                 with self.clock("allocate"):
-                    found = find_losses(*given, group, scores, progress=self.progress)
+                    shown = {"saved": self.saved, "progress": self.progress}
+                    found = find_losses(*given, group, scores, **shown)
                     losses |= found[0]
                     self.sensitivities |= found[1]
         return scores, losses
@@ -279,7 +288,7 @@ class Job:
             settings["fresh"] = fresh or ()
             with self.clock("reconstruct"):
                 weights, self.rows = reconstruct_layerwise(
-                    passes.model, passes.batches, plan, **settings
+                    passes.model, passes.batches, plan, saved=self.saved, **settings
                 )
         self.source = passes.bank.source
         self.params["prunable_after"] = sum(row.params_after for row in self.rows)

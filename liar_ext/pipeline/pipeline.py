@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.resuming import begin, check
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.saved.progress import Progress, opened
 
 
 def prune(
@@ -25,6 +28,7 @@ def prune(
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
+    checkpoint: str | os.PathLike[str] | Progress | None = None,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -62,6 +66,11 @@ def prune(
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
         not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
         where the bank has the sensitivities that the recipe asks for, those aren't measured.
+    checkpoint : path, optional
+        A folder to keep what is done in, and to go on from where it has something of this very
+        job: sums over the first batches, divergences that sensitivities are made of, the plan,
+        and layerwise the blocks that are done. The result has the same bits. The folder stays
+        when all is done.
     progress : bool
         Show progress bars.
     **choices
@@ -87,12 +96,9 @@ def prune(
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
-    return run(
-        Job(model, batches, Recipe.build(recipe, **choices), progress, bank),
-        evaluate_on,
-        certify_on,
-        judge_on,
-    )
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
+    with opened(checkpoint) as job.saved:
+        return run(job, evaluate_on, certify_on, judge_on)
 
 
 def run(
@@ -102,8 +108,12 @@ def run(
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Report:
     """Run the steps of a job in their order."""
+    if job.saved is not None:
+        check(job.recipe)
     job.check()
     check_candidates(job, judge_on)
+    if job.saved is not None:
+        begin(job, {"fresh text": certify_on})
     dense = job.evaluate(evaluate_on)
     solved = solve_best(job, judge_on, certify_on)
     job = solved.job

@@ -16,6 +16,7 @@ from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.settings import form_at
+from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
 from liar_ext.selection.error_curves import error_curves
@@ -48,6 +49,7 @@ def find_losses(
     at: Sequence[Site],
     scores: dict[str, Tensor],
     *,
+    saved: Progress | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the losses of sites and their sensitivities; what is known is not measured again.
@@ -69,6 +71,7 @@ def find_losses(
             replace(recipe.budget, keep=recipe.probed_fraction),
             probes_of(passes.model, passes.batches),
             mode=recipe.reconstruct,
+            saved=saved,
             progress=progress,
         )
 

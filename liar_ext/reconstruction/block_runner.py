@@ -74,6 +74,18 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    @property
+    def beside(self) -> int | None:
+        """How many values a block returns after its hidden states; None: it returns them alone.
+
+        Known once :meth:`run` has run a block; a walk that goes on from elsewhere has to be told.
+        """
+        return None if self._beside is None else len(self._beside)
+
+    @beside.setter
+    def beside(self, count: int | None) -> None:
+        self._beside = None if count is None else (None,) * count
+
     def device(self, index: int) -> torch.device:
         """Return where a block computes; blocks may be spread over several devices."""
         return device_of(self._blocks[index])

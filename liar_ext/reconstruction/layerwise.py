@@ -14,9 +14,11 @@ from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
+from liar_ext.reconstruction.saved_walk import SavedWalk
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
+from liar_ext.saved.progress import Progress
 
 TARGETS = ("dense-input", "branch", "stream", "auto")
 
@@ -32,6 +34,7 @@ def reconstruct_layerwise(
     target: str = "auto",
     refit: bool = False,
     fresh: Batches = (),
+    saved: Progress | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve the sites of ``plan`` block by block, each on what the pruned blocks before it give.
@@ -111,8 +114,15 @@ def reconstruct_layerwise(
         walk.start(batches, fresh)
         planned = [site.block for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
+        kept = None if saved is None else SavedWalk(saved, len(steps))
+        done = 0 if kept is None else kept.restore(walk)
         for index in tqdm(steps, desc="layerwise", disable=not progress):
+            if index < done:
+                kept.block(index, walk)
+                continue
             walk.step(index)
+            if kept is not None:
+                kept.keep(index, walk)
     return walk.weights, [walk.rows[name] for name in plan.sites]
 
 

@@ -13,6 +13,7 @@ from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
+from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
@@ -157,16 +158,18 @@ def measure_sensitivities(
     batches: Batches,
     *,
     mode: str = "auto",
+    saved: Progress | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name.
 
     ``curves`` come from :func:`error_curves`, all else is as for :func:`measure_losses`. Each site
     is measured alone, experts with all of their layer, so that the value doesn't depend on which
-    others ``at`` has.
+    others ``at`` has. ``saved`` is as for :func:`site_divergences`.
     """
     probes = probe_sites(model, bank, at, scores, curves, budget, mode=mode, progress=progress)
-    measured = site_divergences(model, batches, probes.plan, probes.weights, progress=progress)
+    given = model, batches, probes.plan, probes.weights
+    measured = site_divergences(*given, saved=saved, progress=progress)
     return probes.sensitivities(measured)
 
 

@@ -18,6 +18,7 @@ from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
+from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -25,6 +26,7 @@ Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
 POSITIONS = 64
+ROWS = -1  # the column of :class:`Measured` with the rows compared
 
 
 def site_divergences(
@@ -33,6 +35,7 @@ def site_divergences(
     plan: Plan,
     weights: Weights,
     *,
+    saved: Progress | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Return the divergence from the dense model when one site alone is pruned, for every site.
@@ -47,6 +50,8 @@ def site_divergences(
         What stays at each site.
     weights : mapping of str to (Tensor, Tensor or None)
         Consumer weights and biases for the plan, from :func:`liar_ext.reconstruct`.
+    saved : Progress, optional
+        Where each divergence is kept as it is found, and those that are there aren't measured.
     progress : bool
         Show a progress bar.
 
@@ -59,7 +64,8 @@ def site_divergences(
     at = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
     pruned = [at[name] for name, site_plan in plan.sites.items() if site_plan.removed]
     probes = [[site.name for site in some] for some in teams_of(pruned).values()]
-    values = divergences(model, batches, plan, weights, probes, progress=progress)
+    given = model, batches, plan, weights, probes
+    values = divergences(*given, saved=saved, progress=progress)
     found = dict.fromkeys(plan.sites, 0.0)
     for names, value in zip(probes, values, strict=True):
         found |= dict.fromkeys(names, value)
@@ -74,6 +80,7 @@ def divergences(
     weights: Weights,
     probes: Sequence[Sequence[str]],
     *,
+    saved: Progress | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Return the divergence from the dense model for each set of sites pruned together.
@@ -83,7 +90,7 @@ def divergences(
 
     Parameters
     ----------
-    model, batches, plan, weights, progress
+    model, batches, plan, weights, saved, progress
         As for :func:`site_divergences`.
     probes : sequence of sequences of str
         Names of the sites that are pruned, by probe.
@@ -102,23 +109,77 @@ def divergences(
     anew = family_of(model).lends
     places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
     batches = list(read_batches(batches))
-    total, rows = [0.0] * len(probes), 0
+    found_by = Measured(len(batches), probes, saved)
     bar = tqdm(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
     with evaluating(model), bar:
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            if found_by.has(number):
+                bar.update(len(probes))
+                continue
             with _recorded(blocks) as given:
                 dense = DenseOutputs(model, batch, POSITIONS)
-            rows += len(dense)
+            found_by.put(number, ROWS, len(dense))
             for index, names in enumerate(probes):
+                bar.update()
+                if found_by.has(number, index):
+                    continue
                 first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
                     for block, output in zip(blocks[:first], given, strict=False):
                         stack.enter_context(replaced(block, _answering(output)))
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
-                    total[index] += dense.divergence(model, finite_only=True)
-                bar.update()
-    return mean_divergences(total, rows, probes)
+                    found_by.put(number, index, dense.divergence(model, finite_only=True))
+    return mean_divergences(found_by.totals(), int(found_by.values[:, ROWS].sum()), probes)
+
+
+class Measured:
+    """Sums of divergences by batch and probe, kept as they are found.
+
+    Parameters
+    ----------
+    batches : int
+        Number of them.
+    probes : sequence of sequences of str
+        Names of sites by probe.
+    saved : Progress, optional
+        Where they are kept.
+    """
+
+    def __init__(
+        self, batches: int, probes: Sequence[Sequence[str]], saved: Progress | None = None
+    ) -> None:
+        self.saved, self.probes = saved, [list(names) for names in probes]
+        self.values = torch.full((batches, len(probes) + 1), math.nan, dtype=torch.float64)
+        # Sites whose sums don't fit at once come in groups, each with probes of its own.
+        self.name = f"sensitivities-{probes[0][0] if probes else 'none'}"
+        known = None if saved is None else saved.get(self.name)
+        if known is not None and known.facts["probes"] == self.probes:
+            values = known.tensor("values")
+            if values.shape == self.values.shape:
+                self.values = values
+
+    def has(self, batch: int, probe: int | None = None) -> bool:
+        """Tell whether a divergence, or all of a batch, is there."""
+        values = self.values[batch]
+        return not bool((values if probe is None else values[probe]).isnan().any())
+
+    def put(self, batch: int, probe: int, value: float) -> None:
+        """Keep a divergence; of the probe ``ROWS``, the number of rows compared."""
+        self.values[batch, probe] = value
+        last = batch + 1 == len(self.values) and self.has(batch)
+        if self.saved is None or not (last or self.saved.due(self.name)):
+            return
+        done, of = int((~self.values[:, :ROWS].isnan()).sum()), self.values[:, :ROWS].numel()
+        said = f"{done} of {of} divergences of {len(self.probes)} sensitivities"
+        self.saved.put(self.name, {"values": self.values}, {"probes": self.probes, "said": said})
+
+    def totals(self) -> list[float]:
+        """Return the sum over batches by probe, added in their order."""
+        total = [0.0] * len(self.probes)
+        for values in self.values[:, :ROWS].tolist():
+            total = [before + value for before, value in zip(total, values, strict=True)]
+        return total
 
 
 def mean_divergences(

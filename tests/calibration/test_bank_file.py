@@ -255,7 +255,7 @@ def test_a_file_that_memory_cannot_hold_is_not_read(model, tmp_path, monkeypatch
     path = tmp_path / "bank"
     calibrate(model, batches()).save(path)
     monkeypatch.setattr(bank_file, "available_memory", lambda: 1000)
-    monkeypatch.setattr(bank_file, "_check_seal", lambda _: pytest.fail("read"))
+    monkeypatch.setattr(bank_file, "is_sealed", lambda _: pytest.fail("read"))
     with pytest.raises(InputError, match="GiB of memory.*are free"):
         MomentBank.load(path)
 

@@ -15,7 +15,8 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.calibration import collect
-from liar_ext.calibration.progress import BANK_FILE, Progress, saved_batches
+from liar_ext.calibration.saved_sums import SavedSums, saved_batches
+from liar_ext.saved.progress import Progress
 
 SEEDS = 60
 
@@ -108,8 +109,8 @@ def test_sums_of_something_else_are_refused(model, tmp_path):
     assert same(calibrate(model, data, checkpoint=folder), calibrate(model, data))
     more = batches(10)  # text that goes on where the other ends
     assert same(calibrate(model, more, checkpoint=folder), calibrate(model, more))
-    torn = (folder / BANK_FILE).read_bytes()[:-7]
-    (folder / BANK_FILE).write_bytes(torn)
+    torn = (folder / "calibration.bank").read_bytes()[:-7]
+    (folder / "calibration.bank").write_bytes(torn)
     with pytest.raises(InputError, match="damaged"):
         calibrate(model, data, checkpoint=folder)
 
@@ -133,7 +134,7 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path):
         now[0] += 3.0  # what writing takes
         return {}
 
-    progress, saved = Progress(tmp_path, lambda: now[0]), []
+    progress, saved = SavedSums(Progress(tmp_path, lambda: now[0])), []
     for batch in range(1, 41):
         now[0] += 10.0
         before = now[0]

@@ -1,64 +1,42 @@
 """Calibration that goes on where a process that has ended was: its sums so far, as a bank.
 
-A checkpoint is a folder with ``calibration.bank``: the moments over the first batches, the digest
-of these, and their number. Sums are added batch by batch in float64, so that those that were saved
-and read back, and go on, are the same to the last bit.
+The bank in a checkpoint has the moments over the first batches, the digest of these, and their
+number. Sums are added batch by batch in float64, so that those that were saved and read back, and
+go on, are the same to the last bit.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError
+from liar_ext.saved.progress import Progress
 
-BANK_FILE, LOCK_FILE = "calibration.bank", ".lock"
-SHARE = 0.05  # of the time that saving may take
+SUMS, SUFFIX = "calibration", ".bank"
 
 
-class Progress:
-    """The checkpoint of one calibration.
+class SavedSums:
+    """The sums of one pass over the calibration text, in a checkpoint.
 
     Parameters
     ----------
-    folder : path
-        It is made if it isn't there; one process at a time works in it.
-    clock : callable
-        Seconds.
-
-    Raises
-    ------
-    InputError
-        If no files can be written there, or another process does.
+    progress : Progress
+        The checkpoint.
+    name : str
+        Of the sums.
+    of : int, optional
+        How many batches there are.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.folder, self.clock = Path(folder), clock
-        self.path = self.folder / BANK_FILE
+    def __init__(self, progress: Progress, name: str = SUMS, of: int | None = None) -> None:
+        self.progress, self.name, self.of = progress, name, of
+        self.path = progress.folder / f"{name}{SUFFIX}"
         self.done, self.expected = 0, ""  # batches, and their digest
         self.facts: dict[str, Any] = {}  # of the bank
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / LOCK_FILE, "w")  # noqa: SIM115  (held as long as this)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"checkpoint: another process works in {self.folder}; wait for it, or name another "
-                "folder"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"checkpoint: can't write into {os.fspath(folder)!r}: {one_line(error)}; name "
-                "another folder"
-            ) from error
-        self._saved, self._took = clock(), 0.0  # when, and how long it took
         self._at = 0  # over how many batches the sums were
 
     def restore(self, moments: Mapping[str, Any], facts: Mapping[str, Any]) -> int:
@@ -105,21 +83,16 @@ class Progress:
         now: bool = False,
     ) -> None:
         """Save the sums over so many batches, if it is time to: it takes a twentieth at most."""
-        start = self.clock()
-        due = start - self._saved >= self._took / SHARE
-        if batches == self._at or not (now or due):
+        if batches == self._at or not (now or self.progress.due(self.name)):
             return
         sums = {name: (each.gram, each.total, each.count) for name, each in moments.items()}
-        write_bank(self.path, Stored(facts() | {"progress": batches}, sums))
-        self._saved = self.clock()
-        self._took, self._at = self._saved - start, batches
-
-    def close(self) -> None:
-        """Let other processes work in the folder."""
-        self._lock.close()
+        of = {} if self.of is None else {"batches": self.of}
+        with self.progress.saving(self.name):
+            write_bank(self.path, Stored(facts() | {"progress": batches} | of, sums))
+        self._at = batches
 
 
 def saved_batches(folder: str | os.PathLike[str]) -> int:
     """Return over how many batches the sums in a checkpoint are; 0 where there are none."""
-    path = Path(folder) / BANK_FILE
+    path = Path(folder) / f"{SUMS}{SUFFIX}"
     return read_bank(path, sums=False).source.get("progress", 0) if path.exists() else 0

@@ -1,0 +1,75 @@
+"""Jobs that go on where a process that has ended was: which job it is, and what it decided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from liar_ext.calibration.fingerprints import digest_of, fingerprint_of
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.passes import Passes
+from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.errors import InputError
+from liar_ext.pipeline.job import Job
+from liar_ext.plan import Plan
+from liar_ext.recipe import Recipe
+
+PLAN = "plan"
+
+
+def check(recipe: Recipe) -> None:
+    """Raise InputError if a job depends on what comes out otherwise every time."""
+    if recipe.of == "latency":
+        raise InputError(
+            "checkpoint: --of latency decides by seconds, which come out otherwise every time; "
+            "leave it or --checkpoint out"
+        )
+
+
+def begin(job: Job, texts: dict[str, Any]) -> None:
+    """Note in its checkpoint which job this is, or check that it is the one that was begun there.
+
+    What sums may take at a time is as it was, so that the groups are those that were summed.
+
+    Parameters
+    ----------
+    job : Job
+        With a checkpoint.
+    texts : dict
+        What else it runs over, by name: batches, or None.
+
+    Raises
+    ------
+    InputError
+        If another job was begun there.
+    """
+    texts = {"calibration text": job.batches, **texts}
+    stamp = {
+        "weights": job.fingerprint(),
+        "dtype": str(job.model.dtype),
+        **{name: None if text is None else digest_of(text) for name, text in texts.items()},
+        "bank": None if job.bank is None else job.bank.source.get("data"),
+        "recipe": job.recipe.to_dict(),
+    }
+    known = job.saved.begin(stamp, room=job.room)
+    job.room = known["room"]
+
+
+def decide(job: Job, passes: Passes | None) -> Plan:
+    """Return the plan of a job; what a checkpoint has of it isn't computed again."""
+    known = None if job.saved is None or passes is None else job.saved.get(PLAN)
+    if known is not None:
+        facts = known.facts
+        passes.bank, passes.summed = MomentBank(source=facts["source"]), facts["summed"]
+        job.facts |= facts["facts"]
+        job.grid |= facts["grid"]
+        job.sensitivities |= facts["sensitivities"]
+        return Plan.from_json(facts["plan"])
+    plan = job.allocate(passes, *job.score(passes))
+    if job.saved is not None and passes is not None:
+        facts = {"plan": plan.to_json(), "said": "the plan"}
+        facts |= {name: getattr(job, name) for name in ("facts", "grid", "sensitivities")}
+        source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
+        job.saved.put(PLAN, facts=facts | {"source": source, "summed": passes.summed})
+    if job.saved is not None and job.recipe.schedule == "layerwise":
+        job.saved.drop(SUMS)  # which a walk doesn't need
+    return plan
