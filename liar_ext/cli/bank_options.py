@@ -1,4 +1,4 @@
-"""The options of ``liar calibrate``, ``liar merge`` and ``liar sweep``."""
+"""The options of ``liar calibrate``, ``merge``, ``resume`` and ``sweep``."""
 
 from __future__ import annotations
 
@@ -46,13 +46,7 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         "says otherwise: a sweep by curve then runs no forward pass at all",
     )
     output = parser.add_argument_group("Output")
-    output.add_argument(
-        "--checkpoint",
-        type=read_name,
-        metavar="DIR",
-        help="save the sums so far in DIR now and then: after a kill the same command, or liar "
-        "resume DIR, goes on from there, with the same result; DIR is removed in the end",
-    )
+    add_checkpoint(output, "the sums so far and the divergences that were measured")
     output.add_argument("--bank", type=read_name, metavar="FILE", help="file to write")
     output.add_argument(
         "--no-text",
@@ -62,13 +56,24 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     _add_writing(output, "FILE, if it is a bank")
 
 
+def add_checkpoint(group: argparse._ArgumentGroup, what: str) -> None:
+    """Add ``--checkpoint``, by which ``what`` is kept."""
+    group.add_argument(
+        "--checkpoint",
+        type=read_name,
+        metavar="DIR",
+        help=f"keep what is done in DIR, {what}: after a kill the same command, or liar resume "
+        "DIR, goes on from there, with the same result; DIR is removed in the end",
+    )
+
+
 def add_resume(commands: argparse._SubParsersAction) -> None:
     """Add ``liar resume``."""
     parser = commands.add_parser(
         "resume",
         help="go on with a job that was stopped",
-        description="Say what the checkpoint DIR holds and go on with its job: a liar calibrate "
-        "with --checkpoint DIR, in the folder that it was started in.",
+        description="Say what the checkpoint DIR holds and go on with its job, a liar calibrate or "
+        "liar prune with --checkpoint DIR, in the folder that it was started in.",
     )
     parser.add_argument("folder", metavar="DIR", type=read_name)
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no summary")

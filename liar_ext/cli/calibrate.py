@@ -12,7 +12,7 @@ from liar_ext.recipe.recipe import recipe_fields
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load, draw text, run the model over it, write."""
+    """Check what is asked for, and do it."""
     given = {n.name: getattr(options, n.name) for n in recipe_fields() if hasattr(options, n.name)}
     recipe = Recipe.build(**given)
     missing = {
@@ -26,10 +26,15 @@ def run(options: argparse.Namespace) -> None:
             f"calibrate: needs {', '.join(names)}; for one liar calibrate MODEL --calibration "
             "text.txt --bank moments.safetensors, MODEL before --calibration"
         )
+    run_recipe(recipe, options)
+
+
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Load, draw text, run the model over it, write."""
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.memory import bytes_of_sums, check_memory
     from liar_ext.cli.prune import load
-    from liar_ext.cli.resume import begin, remove
+    from liar_ext.cli.resume import checkpoint_of
     from liar_ext.cli.with_bank import calibrations, check_bank_place
     from liar_ext.data.texts import tokenizer_fingerprint
     from liar_ext.models.running import predicts_next_token
@@ -38,34 +43,32 @@ def run(options: argparse.Namespace) -> None:
 
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
     loaded = load(recipe, progress=not options.quiet, digests=True)
-    if options.checkpoint:
-        begin(options.checkpoint, recipe, options)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
-    bank = calibrate(
-        loaded.model,
-        loaded.calibration,
-        at,
-        keep_text=not options.no_text,
-        checkpoint=options.checkpoint,
-        progress=not options.quiet,
-    )
-    if options.sensitivities:
-        if recipe.probe_keep == "auto":
-            recipe = replace(recipe, probe_keep=PROBE_KEEP)
-        work = Sweep(loaded.model, loaded.calibration, bank, not options.quiet)
-        work.plan(recipe)
-        work.known.store_sensitivities(bank)
     packed = predicts_next_token(loaded.model)
-    bank.source |= {
-        "texts": list(recipe.calibration),
-        "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
-        "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
-    }
-    bank.documents = loaded.documents
-    bank.save(options.bank)
-    if options.checkpoint:
-        remove(options.checkpoint)
+    with checkpoint_of(recipe, options) as saved:
+        bank = calibrate(
+            loaded.model,
+            loaded.calibration,
+            at,
+            keep_text=not options.no_text,
+            checkpoint=saved,
+            progress=not options.quiet,
+        )
+        if options.sensitivities:
+            probed = recipe
+            if recipe.probe_keep == "auto":
+                probed = replace(recipe, probe_keep=PROBE_KEEP)
+            work = Sweep(loaded.model, loaded.calibration, bank, not options.quiet, saved)
+            work.plan(probed)
+            work.known.store_sensitivities(bank)
+        bank.source |= {
+            "texts": list(recipe.calibration),
+            "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
+            "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
+        }
+        bank.documents = loaded.documents
+        bank.save(options.bank)
     if not options.quiet:
         print(
             f"{options.bank}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from liar_ext.cli.bank_options import BANK_HELP, add_calibrate, add_merge, add_resume, add_sweep
+from liar_ext.cli.bank_options import (
+    BANK_HELP,
+    add_calibrate,
+    add_checkpoint,
+    add_merge,
+    add_resume,
+    add_sweep,
+)
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_field, at_least, read_name, read_names, read_size
@@ -110,6 +117,7 @@ def _add_prune(commands) -> None:
         add_field(groups[each.metadata["group"]], each)
     output = parser.add_argument_group("Output")
     output.add_argument("--out", type=read_name, metavar="DIR", help="folder to write")
+    add_checkpoint(output, "sums, sensitivities, the plan and the layers that are solved")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
 

@@ -18,6 +18,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.saved.progress import Progress
 
 ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
@@ -27,15 +28,23 @@ ONE_KIND = (
 
 def run(options: argparse.Namespace) -> None:
     """Run the job that the options and their recipe say."""
-    start = time.perf_counter()
     recipe = recipe_of(options)
     _check_complete(recipe, options)
-    bank = None
+    run_recipe(recipe, options)
+
+
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
+    """Run the job that a recipe says, and for its output the options."""
+    start, bank = time.perf_counter(), None
 
     from liar_ext.checkpoint.saving import check_folder, save_pruned
+    from liar_ext.cli.resume import checkpoint_of
+    from liar_ext.pipeline.resuming import check, note_result
 
     if options.out:
         check_folder(options.out, options.overwrite)
+    if options.checkpoint:
+        check(recipe)
     if options.max_memory is not None:
         from liar_ext.cli.by_blocks import run_by_blocks
 
@@ -44,27 +53,30 @@ def run(options: argparse.Namespace) -> None:
     if options.bank:
         from liar_ext.cli.with_bank import load_by_bank
 
-        given, bank, recipe = load_by_bank(options.bank, recipe, options)
+        # As it was asked for; the bank says more.
+        given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
-        given = load(recipe, progress=not options.quiet)
-    if options.dry_run:
+        given, settled = load(recipe, progress=not options.quiet), recipe
+    if getattr(options, "dry_run", False):
         from liar_ext.cli.dry_run import describe
 
-        print("\n".join(describe(given.model, given.calibration, recipe)))
+        print("\n".join(describe(given.model, given.calibration, settled)))
         return
     loaded = time.perf_counter() - start
-    report = prune_given(given, recipe, bank, progress=not options.quiet)
-    # Those of saving are added by save_pruned, which writes the report.
-    report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
-    report.seconds["total"] = time.perf_counter() - start
-    save_pruned(
-        given.model,
-        options.out,
-        report.plan,
-        report=report,
-        tokenizer=given.tokenizer,
-        overwrite=options.overwrite,
-    )
+    with checkpoint_of(recipe, options) as saved:
+        report = prune_given(given, settled, bank, saved, progress=not options.quiet)
+        # Those of saving are added by save_pruned, which writes the report.
+        report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
+        report.seconds["total"] = time.perf_counter() - start
+        note_result(saved, report.plan)
+        save_pruned(
+            given.model,
+            options.out,
+            report.plan,
+            report=report,
+            tokenizer=given.tokenizer,
+            overwrite=options.overwrite,
+        )
     say(report, options, start)
 
 
@@ -76,7 +88,12 @@ def say(report: Report, options: argparse.Namespace, start: float) -> None:
 
 
 def prune_given(
-    given: Given, recipe: Recipe, bank: MomentBank | None = None, *, progress: bool
+    given: Given,
+    recipe: Recipe,
+    bank: MomentBank | None = None,
+    saved: Progress | None = None,
+    *,
+    progress: bool,
 ) -> Report:
     """Prune what was loaded; the report says what became of the texts, too."""
     from liar_ext.pipeline import prune
@@ -89,6 +106,7 @@ def prune_given(
         certify_on=given.certification,
         judge_on=given.judging,
         bank=bank,
+        checkpoint=saved,
         progress=progress,
     )
     add_facts(report, given)

@@ -1,7 +1,7 @@
 """``liar resume``: go on with a job that was stopped, by what its checkpoint holds.
 
-Beside the sums a checkpoint has ``job.json``: the command, its recipe and its other options, and
-the folder that it was started in, where the names in it mean what they meant.
+Beside what is done a checkpoint has ``job.json``: the command, its recipe and its other options,
+and the folder that it was started in, where the names in it mean what they meant.
 """
 
 from __future__ import annotations
@@ -9,56 +9,88 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from liar_ext.calibration.bank_file import read_bank
-from liar_ext.calibration.saved_sums import saved_batches
-from liar_ext.saved.progress import LOCK_FILE
-BANK_FILE="calibration.bank"
+from liar_ext.calibration.saved_sums import SUFFIX as BANK
+from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.names import PLAN_FILE
 from liar_ext.errors import InputError, one_line
+from liar_ext.pipeline.resuming import RESULT
+from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
+from liar_ext.saved.progress import LOCK_FILE, STAMP, SUFFIX, Progress
 from liar_ext.whole_file import whole_file
 
-JOB_FILE, VERSION = "job.json", 1
+JOB_FILE, VERSION = "job.json", 2
 MOST_BYTES = 1 << 20
-# Options of liar calibrate that are no fields of a recipe, and their types.
-OWN = {"bank": str, "no_text": bool, "sensitivities": bool, "overwrite": bool}
+# Options of the commands that are no fields of a recipe, and their types.
+OWN: dict[str, dict[str, tuple[type, ...]]] = {
+    "calibrate": {"bank": (str,), "no_text": (bool,), "sensitivities": (bool,)},
+    "prune": {"bank": (str, type(None)), "out": (str,), "max_memory": (int, type(None))},
+}
+for _each in OWN.values():
+    _each["overwrite"] = (bool,)
 
 
 def run(options: argparse.Namespace) -> None:
     """Read the job, say what there is of it, go on."""
-    from liar_ext.cli import calibrate
+    from liar_ext.cli import calibrate, prune
 
     job = read_job(options.folder)
-    folder = os.path.abspath(options.folder)
+    folder, command = os.path.abspath(options.folder), job["command"]
+    result = job["options"]["bank" if command == "calibrate" else "out"]
     if not options.quiet:
-        batches = saved_batches(folder)
+        found = "; ".join(what_is_saved(folder)) or "before anything was saved"
         print(
-            f"{options.folder}: liar calibrate --bank {job['options']['bank']}, stopped after "
-            f"{batches} batches; going on in {job['folder']}"
+            f"{options.folder}: liar {command}, {result}, stopped with {found}; going on in "
+            f"{job['folder']}",
+            flush=True,
         )
-    given = {name: value for name, value in job["recipe"].items() if name != "version"}
     try:
         os.chdir(job["folder"])
     except OSError as error:
         raise InputError(
             f"resume: can't go to {job['folder']!r}, where the job was started: {one_line(error)}"
         ) from error
-    if _is_done(folder, job["options"]["bank"]):
+    done = is_calibrated if command == "calibrate" else is_pruned
+    if done(folder, result):
         remove(folder)
         if not options.quiet:
-            print(f"{job['options']['bank']}: was written already")
+            print(f"{result}: was written already")
         return
-    own = {"checkpoint": folder, "quiet": options.quiet, "command": "calibrate"}
-    calibrate.run(argparse.Namespace(**given, **job["options"], **own))
+    own = {"checkpoint": folder, "quiet": options.quiet, "command": command}
+    start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
+    start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 
 
-def _is_done(folder: str, bank: str) -> bool:
+def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:
+    """Return in words what a checkpoint holds, in the order in which it was saved."""
+    said = []
+    with suppress(OSError):
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            if path.suffix == BANK and path.name.startswith(SUMS):
+                source = read_bank(path, sums=False).source
+                of = f" of {source['batches']}" if "batches" in source else ""
+                group = path.stem.removeprefix(SUMS).removeprefix("-")
+                group = f" of group {group}" if group else ""
+                said.append(f"sums over {source.get('progress', 0)}{of} batches{group}")
+            elif path.suffix == SUFFIX:
+                with suppress(SafetensorError, ValueError, KeyError, TypeError):
+                    with safe_open(os.fspath(path), framework="pt") as file:
+                        said += [json.loads(file.metadata()["facts"])["said"]]
+    return said
+
+
+def is_calibrated(folder: str, bank: str) -> bool:
     """Tell whether a bank is of all the text that the sums of a checkpoint are over."""
-    path = Path(folder, BANK_FILE)
+    path = Path(folder, f"{SUMS}{BANK}")
     if not (path.exists() and os.path.exists(bank)):
         return False
     try:
@@ -69,14 +101,55 @@ def _is_done(folder: str, bank: str) -> bool:
     return all(found.get(name) == sums.get(name) for name in ("model", "dtype", "data"))
 
 
+def is_pruned(folder: str, out: str) -> bool:
+    """Tell whether a folder is the result of a checkpoint's job: whole, later, and of its plan."""
+    try:
+        written, began = (Path(*parts).stat() for parts in ((out, PLAN_FILE), (folder, JOB_FILE)))
+        if not Path(folder, f"{RESULT}{SUFFIX}").exists() or strangers(Path(out)):
+            return False
+        with Progress(folder) as progress:
+            plan = progress.need(RESULT).facts["plan"]
+        later = written.st_mtime_ns >= began.st_mtime_ns
+        return later and Plan.load(Path(out, PLAN_FILE)) == Plan.from_json(plan)
+    except OSError:
+        return False
+
+
+@contextmanager
+def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Progress | None]:
+    """Open the checkpoint of a job, if there is to be one.
+
+    It is removed when the job is done, and where the job is refused before anything was saved.
+    """
+    folder = options.checkpoint
+    if not folder:
+        yield None
+        return
+    new = not Path(folder, JOB_FILE).exists()
+    begin(folder, recipe, options)
+    with Progress(folder) as progress:
+        try:
+            yield progress
+        except InputError:
+            if new and _names(folder) <= {JOB_FILE, LOCK_FILE, f"{STAMP}{SUFFIX}"}:
+                remove(folder)
+            raise
+        remove(folder)
+
+
 def begin(folder: str, recipe: Recipe, options: argparse.Namespace) -> None:
     """Write the job into a checkpoint, or raise InputError if it has another one."""
     path = Path(folder, JOB_FILE)
-    own = {name: getattr(options, name) for name in OWN}
-    job = {"version": VERSION, "command": "calibrate", "folder": os.getcwd()}
+    own = {name: getattr(options, name) for name in OWN[options.command]}
+    job = {"version": VERSION, "command": options.command, "folder": os.getcwd()}
     job |= {"recipe": recipe.to_dict(), "options": own}
     if path.exists():
         before = read_job(folder)
+        if before["command"] != options.command:
+            raise InputError(
+                f"checkpoint: {folder} is of a job of liar {before['command']}, got "
+                f"{options.command}; name another folder"
+            )
         for part in ("recipe", "options"):
             for name, value in job[part].items():
                 if before[part].get(name) != value:
@@ -114,8 +187,8 @@ def read_job(folder: str) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise InputError(
-                f"resume: {folder} has no {JOB_FILE}; give the DIR of liar calibrate --checkpoint "
-                "DIR, which is removed when its job is done"
+                f"resume: {folder} has no {JOB_FILE}; give the DIR of --checkpoint DIR, which is "
+                "removed when its job is done"
             )
         with path.open("rb") as file:
             job = json.loads(file.read(MOST_BYTES))
@@ -132,9 +205,13 @@ def read_job(folder: str) -> dict[str, Any]:
 
 
 def remove(folder: str) -> None:
-    """Remove a checkpoint whose job is done, and its folder if nothing else is in it."""
-    for name in (BANK_FILE, JOB_FILE, LOCK_FILE):
-        Path(folder, name).unlink(missing_ok=True)
+    """Remove a checkpoint whose job is done, and its folder if nothing else is in it.
+
+    The job goes last but for the lock, so that what a kill leaves is a checkpoint still.
+    """
+    own = [path for path in Path(folder).iterdir() if path.suffix in (BANK, SUFFIX)]
+    for path in [*own, *(Path(folder, name) for name in (JOB_FILE, LOCK_FILE))]:
+        path.unlink(missing_ok=True)
     with suppress(OSError):
         os.rmdir(folder)
 
@@ -142,14 +219,14 @@ def remove(folder: str) -> None:
 def _check(job: Any) -> None:
     if not isinstance(job, Mapping) or job.get("version") != VERSION:
         raise ValueError(f"version must be {VERSION}")
-    own = job.get("options")
-    if job.get("command") != "calibrate" or not isinstance(job.get("folder"), str):
-        raise ValueError("command must be calibrate, folder a name")
-    if not isinstance(own, Mapping) or own.keys() != OWN.keys():
-        raise ValueError(f"options must be {', '.join(OWN)}")
-    for name, kind in OWN.items():
-        if type(own[name]) is not kind:
-            raise ValueError(f"{name} must be of type {kind.__name__}")
+    own, known = job.get("options"), OWN.get(str(job.get("command")))
+    if known is None or not isinstance(job.get("folder"), str):
+        raise ValueError(f"command must be {' or '.join(OWN)}, folder a name")
+    if not isinstance(own, Mapping) or own.keys() != known.keys():
+        raise ValueError(f"options must be {', '.join(known)}")
+    for name, kinds in known.items():
+        if type(own[name]) not in kinds:
+            raise ValueError(f"{name} must be of type {kinds[0].__name__}")
 
 
 def _names(folder: str) -> set[str]:

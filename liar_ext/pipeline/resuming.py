@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from liar_ext.calibration.fingerprints import digest_of, fingerprint_of
+from liar_ext.calibration.fingerprints import digest_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS
@@ -12,8 +12,9 @@ from liar_ext.errors import InputError
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
+from liar_ext.saved.progress import Progress
 
-PLAN = "plan"
+PLAN, RESULT = "plan", "result"
 
 
 def check(recipe: Recipe) -> None:
@@ -73,3 +74,9 @@ def decide(job: Job, passes: Passes | None) -> Plan:
     if job.saved is not None and job.recipe.schedule == "layerwise":
         job.saved.drop(SUMS)  # which a walk doesn't need
     return plan
+
+
+def note_result(saved: Progress | None, plan: Plan) -> None:
+    """Note the plan of a folder that is written next, so that it is known for the job's."""
+    if saved is not None:
+        saved.put(RESULT, facts={"plan": plan.to_json()})

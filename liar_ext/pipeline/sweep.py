@@ -25,6 +25,7 @@ from liar_ext.pipeline.sharing import Known
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.saved.progress import Progress
 from liar_ext.selection.costs import total_cost
 from liar_ext.surgery.units import apply_plan
 
@@ -95,6 +96,8 @@ class Sweep:
         Show progress bars.
     judge_on : sequence of mapping, optional
         As for :func:`liar_ext.prune`, for recipes with candidates.
+    saved : Progress, optional
+        Where the divergences are kept that sensitivities are made of: for plans by one recipe.
     """
 
     model: nn.Module
@@ -102,6 +105,7 @@ class Sweep:
     bank: MomentBank | None = None
     progress: bool = False
     judge_on: Sequence[Mapping[str, Tensor]] | None = None
+    saved: Progress | None = None
     known: Known = field(init=False)
 
     def __post_init__(self) -> None:
@@ -179,7 +183,8 @@ class Sweep:
                     "leave them out"
                 )
             return Job(model, batches, recipe, self.progress)
-        return Job(model, self.batches, recipe, self.progress, self.bank, self.known)
+        given = model, self.batches, recipe, self.progress, self.bank, self.known
+        return Job(*given, saved=self.saved)
 
 
 def sweep(

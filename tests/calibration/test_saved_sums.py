@@ -69,7 +69,9 @@ def test_what_was_stopped_goes_on(family, after, tmp_path, monkeypatch):
 def test_a_process_that_is_killed_at_any_moment_loses_nothing(model, tmp_path):
     data = batches(24)
     expected, folder, done = calibrate(model, data), tmp_path / "c", 0
-    reached = []
+    start = time.monotonic()
+    calibrate(model, data, checkpoint=tmp_path / "timed")
+    seconds, reached = time.monotonic() - start, []
     for seed in range(SEEDS):
         child = os.fork()
         if child == 0:
@@ -79,7 +81,7 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(model, tmp_path):
                 calibrate(model, data, checkpoint=folder)
             finally:
                 os._exit(0)
-        time.sleep(random.Random(seed).uniform(0.0, 0.04))
+        time.sleep(random.Random(seed).uniform(0.0, 0.6 * seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         before, done = done, saved_batches(folder)

@@ -13,9 +13,9 @@ from tiny import tiny
 
 from liar_ext import MomentBank, Recipe, cli
 from liar_ext.calibration import collect
-from liar_ext.calibration.progress import Progress
 from liar_ext.checkpoint import loading
 from liar_ext.cli import resume
+from liar_ext.saved.progress import Progress
 
 TEXT = ("--samples", 8, "--seq-len", 32)
 
@@ -267,7 +267,8 @@ def test_a_calibration_that_was_stopped_is_resumed(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("resume", "../c") == 0
     said = capsys.readouterr().out
-    assert f"stopped after 5 batches; going on in {tmp_path}" in said and "bank: moments of" in said
+    assert f"stopped with sums over 5 of 8 batches; going on in {tmp_path}" in said
+    assert "bank: moments of" in said
     assert (tmp_path / "bank").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not (tmp_path / "c").exists()
     monkeypatch.chdir(tmp_path)
@@ -293,12 +294,12 @@ def test_a_bank_that_was_written_already_ends_its_job(llama_folder, texts, tmp_p
 @pytest.mark.parametrize(
     "job",
     [
-        *("", "[]", "{}", "[" * 10000, '{"version": 2}'),
-        '{"version": 1, "command": "prune", "folder": "/", "options": {}}',
-        '{"version": 1, "command": "calibrate", "folder": "/", "options": {"bank": 3}}',
-        '{"version": 1, "command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": '
+        *("", "[]", "{}", "[" * 10000, '{"version": 1}'),
+        '{"version": 2, "command": "merge", "folder": "/", "options": {}}',
+        '{"version": 2, "command": "calibrate", "folder": "/", "options": {"bank": 3}}',
+        '{"version": 2, "command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": '
         '{"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
-        '{"version": 1, "command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, '
+        '{"version": 2, "command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, '
         '"options": {"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
     ],
     ids=range(9),

@@ -1,0 +1,140 @@
+"""`liar prune --checkpoint` and `liar resume`: stopped at any stage, the same folder comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from liar_ext import cli, load_pruned
+from liar_ext.calibration.collect import InFlight
+from liar_ext.checkpoint import saving
+from liar_ext.cli import resume
+from liar_ext.reconstruction.walk import Walk
+from liar_ext.saved.progress import Progress
+from liar_ext.selection.divergence import DenseOutputs
+
+SIZES = ["--samples", 8, "--seq-len", 32, "--batch-size", 1, "--keep", 0.7, "--certify", 4]
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def always_saving(monkeypatch):
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def stop(monkeypatch, kind: type, name: str, call: int) -> None:
+    original, calls = getattr(kind, name), []
+
+    def stopping(*arguments, **named):
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(kind, name, stopping)
+
+
+def same_folders(a, b) -> bool:
+    ours, theirs = (load_pruned(folder).state_dict() for folder in (a, b))
+    plans = [(folder / "liar/plan.json").read_text() for folder in (a, b)]
+    equal = (torch.equal(value, theirs[name]) for name, value in ours.items())
+    return ours.keys() == theirs.keys() and all(equal) and plans[0] == plans[1]
+
+
+def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, capsys, monkeypatch):
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES]
+    assert run(*command, "--out", tmp_path / "whole", "--quiet") == 0
+    monkeypatch.chdir(tmp_path)
+    command += ["--out", "pruned", "--checkpoint", "c"]
+    said = []
+    for number, stage in enumerate(
+        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (Walk, "step", 3)]
+    ):
+        with monkeypatch.context() as patch:
+            stop(patch, *stage)
+            assert run(*(command if number == 0 else ["resume", "c"])) == 130
+        assert not (tmp_path / "pruned").exists()
+        said.append("; ".join(resume.what_is_saved("c")))
+    assert said[0] == "sums over 3 of 8 batches"
+    assert said[1] == "sums over 8 of 8 batches; 8 of 12 divergences of 6 sensitivities"
+    assert said[2].endswith("of 6 sensitivities; the plan; 2 of 3 blocks")
+    # Another job than the one that was stopped is refused, and nothing is lost.
+    for option, value in (("--keep", 0.6), ("--out", "other")):
+        assert run(*command, option, value) == 2
+        assert f"is of a job with {option[2:]}" in capsys.readouterr().err
+    assert run("calibrate", *command[1:-4], "--checkpoint", "c", "--bank", "b") == 2
+    assert "--certify" in capsys.readouterr().err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("resume", "../c") == 0
+    shown = capsys.readouterr().out
+    assert "../c: liar prune, pruned, stopped with " in shown
+    assert "2 of 3 blocks; going on in" in shown and "pruned: saved after" in shown
+    assert same_folders(tmp_path / "pruned", tmp_path / "whole")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_folder_that_was_written_already_ends_its_job(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    """After a kill between writing the folder and removing the checkpoint."""
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--schedule", "one-pass"]
+    command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c", "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "remove", lambda _: None)
+        assert run(*command) == 0
+    before = (tmp_path / "pruned/config.json").stat().st_mtime_ns
+    assert run("resume", tmp_path / "c") == 0
+    assert "was written already" in capsys.readouterr().out
+    assert (tmp_path / "pruned/config.json").stat().st_mtime_ns == before
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--quiet"]
+    assert run(*command, "--out", tmp_path / "whole") == 0
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_fingerprint", full)
+        command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
+        assert run(*command) == 2
+    assert "No space left on device; nothing was left behind" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        stop(patch, Walk, "step", 1)  # no block is solved again
+        assert run("resume", tmp_path / "c", "--quiet") == 0
+    assert same_folders(tmp_path / "pruned", tmp_path / "whole")
+
+
+def test_a_job_that_is_refused_leaves_no_checkpoint(llama_folder, corpus, tmp_path, capsys):
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--checkpoint", tmp_path / "c"]
+    command += ["--out", tmp_path / "pruned", "--samples", 8, "--seq-len", 32]
+    assert run(*command, "--keep", 0.001) == 2
+    assert "keep" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert run(*command, "--of", "latency") == 2
+    assert "leave it or --checkpoint out" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("")
+    assert run(*command, "--checkpoint", tmp_path / "mine") == 2
+    assert "must be a new or empty folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+
+
+def test_the_job_of_a_checkpoint_has_no_option_of_another_type(tmp_path, capsys):
+    own = {"bank": None, "out": 3, "max_memory": None, "overwrite": False}
+    job = {"version": 2, "command": "prune", "folder": "/", "recipe": {}, "options": own}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    assert run("resume", tmp_path) == 2
+    assert "out must be of type str" in capsys.readouterr().err
