@@ -113,7 +113,8 @@ def run(
     job.check()
     check_candidates(job, judge_on)
     if job.saved is not None:
-        begin(job, {"fresh text": certify_on})
+        # What is free changes, and other groups of sites would have other sums.
+        job.room = begin(job, {"fresh text": certify_on}, room=job.room)["room"]
     dense = job.evaluate(evaluate_on)
     solved = solve_best(job, judge_on, certify_on)
     job = solved.job

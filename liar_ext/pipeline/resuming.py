@@ -6,8 +6,8 @@ from typing import Any
 
 from liar_ext.calibration.fingerprints import digest_of
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan
@@ -26,17 +26,22 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def begin(job: Job, texts: dict[str, Any]) -> None:
+def begin(job: Job, texts: dict[str, Batches | None], **kept: Any) -> dict[str, Any]:
     """Note in its checkpoint which job this is, or check that it is the one that was begun there.
-
-    What sums may take at a time is as it was, so that the groups are those that were summed.
 
     Parameters
     ----------
     job : Job
         With a checkpoint.
     texts : dict
-        What else it runs over, by name: batches, or None.
+        What it runs over beside the calibration text, by name.
+    **kept
+        What is to stay as it is now.
+
+    Returns
+    -------
+    dict
+        What was kept when the job was begun.
 
     Raises
     ------
@@ -51,16 +56,20 @@ def begin(job: Job, texts: dict[str, Any]) -> None:
         "bank": None if job.bank is None else job.bank.source.get("data"),
         "recipe": job.recipe.to_dict(),
     }
-    known = job.saved.begin(stamp, room=job.room)
-    job.room = known["room"]
+    known = job.saved.begin(stamp, **kept)
+    return {name: known[name] for name in kept}
 
 
-def decide(job: Job, passes: Passes | None) -> Plan:
-    """Return the plan of a job; what a checkpoint has of it isn't computed again."""
+def decide(job: Job, passes: Any) -> Plan:
+    """Return the plan of a job; what a checkpoint has of it isn't computed again.
+
+    ``passes`` give the sums, in memory or block by block; None where none are needed.
+    """
     known = None if job.saved is None or passes is None else job.saved.get(PLAN)
     if known is not None:
         facts = known.facts
         passes.bank, passes.summed = MomentBank(source=facts["source"]), facts["summed"]
+        job.source = facts["source"]
         job.facts |= facts["facts"]
         job.grid |= facts["grid"]
         job.sensitivities |= facts["sensitivities"]

@@ -14,7 +14,7 @@ from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
-from liar_ext.reconstruction.saved_walk import SavedWalk
+from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
@@ -114,15 +114,18 @@ def reconstruct_layerwise(
         walk.start(batches, fresh)
         planned = [site.block for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
-        kept = None if saved is None else SavedWalk(saved, len(steps))
-        done = 0 if kept is None else kept.restore(walk)
+        kept = SavedStreams(saved, "layerwise", len(steps))
+        done = kept.restore(blocks, walk.streams(), walk.states)
         for index in tqdm(steps, desc="layerwise", disable=not progress):
             if index < done:
-                kept.block(index, walk)
+                weights, rows = kept_block(saved, index)
+                walk.weights |= weights
+                walk.rows |= rows
                 continue
             walk.step(index)
-            if kept is not None:
-                kept.keep(index, walk)
+            here = named(walk.weights, (site.name for site in blocks.sites[index]))
+            keep_block(saved, index, here, walk.rows)
+            kept.keep(index + 1, blocks, walk.streams())
     return walk.weights, [walk.rows[name] for name in plan.sites]
 
 

@@ -1,81 +1,99 @@
-"""A walk that goes on where a process that has ended was."""
+"""A walk over the blocks that goes on where a process that has ended was."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from torch import Tensor
 
-from liar_ext.data.hidden_states import Held
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.report.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
-STREAMS = "walk-streams"
+Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
-class SavedWalk:
-    """Keeps the blocks of a walk that are done, and both streams after the last of them.
+class SavedStreams:
+    """All hidden states that walk along, kept after a block; those before are replaced at once.
 
-    New weights and rows are kept for each block; the streams take the place of those before, no
-    more often than takes a twentieth of the time. A walk goes on from where they are, and solves
-    the blocks after it once more, to the same bits.
+    That is done no more often than takes a twentieth of the time; a walk goes on from where they
+    are, and does the blocks after it once more, to the same bits.
 
     Parameters
     ----------
-    saved : Progress
-        Where they are kept.
+    saved : Progress, optional
+        Where they are kept; nowhere if not given.
+    name : str
+        Of the walk.
     blocks : int
-        How many the walk has.
+        How many it has.
     """
 
-    def __init__(self, saved: Progress, blocks: int) -> None:
-        self.saved, self.blocks = saved, blocks
+    def __init__(self, saved: Progress | None, name: str, blocks: int) -> None:
+        self.saved, self.walk, self.blocks = saved, name, blocks
+        self.name = f"{name}-streams"
 
-    def done(self) -> int:
-        """Return how many blocks the streams are past."""
-        known = self.saved.get(STREAMS)
-        return 0 if known is None else known.facts["blocks"]
+    def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
+        """Put hidden states that are kept into ``streams``; return how many blocks they are past.
 
-    def restore(self, walk: Walk) -> int:
-        """Take a walk that has started to where the streams are; return the block that is next."""
-        known = self.saved.get(STREAMS)
+        Those that are there by that name are replaced, others are held in ``states``.
+        """
+        known = None if self.saved is None else self.saved.get(self.name)
         if known is None:
             return 0
-        walk.blocks.beside = known.facts["beside"]
-        streams = _streams(walk)
-        for name in known.names():
-            streams[name].set(known.tensor(name))
+        blocks.beside = known.facts["beside"]
+        for name, count in known.facts["streams"].items():
+            into = streams.setdefault(name, [])
+            for number in range(count):
+                tensor = known.tensor(f"{name}/{number}")
+                if number < len(into):
+                    into[number].set(tensor)
+                else:
+                    into.append(states.hold(tensor))
         return known.facts["blocks"]
 
-    def block(self, index: int, walk: Walk) -> None:
-        """Give a walk the weights and rows of a block that is done."""
-        known = self.saved.need(f"walk-{index}")
-        for name in known.facts["rows"]:
-            weight = known.tensor(f"{name}.weight")
-            bias = f"{name}.bias" in known.names()
-            walk.weights[name] = weight, known.tensor(f"{name}.bias") if bias else None
-            walk.rows[name] = SiteRow(**known.facts["rows"][name])
-
-    def keep(self, index: int, walk: Walk) -> None:
-        """Keep a block that the walk has done."""
-        names = [site.name for site in walk.blocks.sites[index] if site.name in walk.rows]
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            tensors[f"{name}.weight"], bias = walk.weights[name]
-            tensors |= {} if bias is None else {f"{name}.bias": bias}
-        rows = {name: asdict(walk.rows[name]) for name in names}
-        self.saved.put(f"walk-{index}", tensors, {"rows": rows})
-        if self.saved.due(STREAMS):
-            done = index + 1
-            said = f"{done} of {self.blocks} blocks"
-            facts = {"blocks": done, "beside": walk.blocks.beside, "said": said}
-            self.saved.put(STREAMS, _streams(walk), facts)
+    def keep(
+        self, done: int, blocks: Blocks, streams: Mapping[str, list[Held]], *, now: bool = False
+    ) -> None:
+        """Keep the hidden states that are past ``done`` blocks, if it is time to."""
+        if self.saved is None or not (now or self.saved.due(self.name)):
+            return
+        each = {f"{n}/{i}": held for n, some in streams.items() for i, held in enumerate(some)}
+        self.saved.put(
+            self.name,
+            each,
+            {
+                "blocks": done,
+                "beside": blocks.beside,
+                "streams": {name: len(some) for name, some in streams.items()},
+                "said": f"{self.walk}: {done} of {self.blocks} blocks",
+            },
+        )
 
 
-def _streams(walk: Walk) -> dict[str, Held]:
-    """Return both streams of a walk by name."""
-    found = {}
-    for number, part in enumerate(walk.parts):
-        found |= {f"{number}.dense": part.dense, f"{number}.pruned": part.pruned}
-    return found
+def keep_block(
+    saved: Progress | None, index: int, weights: Weights, rows: Mapping[str, SiteRow]
+) -> None:
+    """Keep the new weights and the rows of a block."""
+    if saved is None:
+        return
+    tensors = {f"{name}.weight": weight for name, (weight, _) in weights.items()}
+    tensors |= {f"{name}.bias": bias for name, (_, bias) in weights.items() if bias is not None}
+    saved.put(f"block-{index}", tensors, {"rows": {n: asdict(rows[n]) for n in weights}})
+
+
+def kept_block(
+    saved: Progress, index: int
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
+    """Return new weights and rows of a block that was kept."""
+    known = saved.need(f"block-{index}")
+    tensors, rows = known.tensors(), known.facts["rows"]
+    weights = {name: (tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in rows}
+    return weights, {name: SiteRow(**row) for name, row in rows.items()}
+
+
+def named(weights: Weights, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Return those of some sites, as far as they are there."""
+    return {name: weights[name] for name in names if name in weights}

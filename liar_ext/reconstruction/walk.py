@@ -125,6 +125,11 @@ class Walk:
         for part, dense in zip(self.parts, after, strict=False):
             part.dense = dense
 
+    def streams(self) -> dict[str, list[Held]]:
+        """Return the hidden states of both streams, by part."""
+        dense, pruned = zip(*((part.dense, part.pruned) for part in self.parts), strict=True)
+        return {"dense": list(dense), "pruned": list(pruned)}
+
     def _dense_run(self, index: int, part: Part) -> Held:
         """Note what the dense model has at each site, and return its stream after the block."""
         hidden = part.dense.get()

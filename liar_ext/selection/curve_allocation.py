@@ -170,7 +170,14 @@ def measure_sensitivities(
     probes = probe_sites(model, bank, at, scores, curves, budget, mode=mode, progress=progress)
     given = model, batches, probes.plan, probes.weights
     measured = site_divergences(*given, saved=saved, progress=progress)
-    return probes.sensitivities(measured)
+    return sensitivities_of(probes.errors, measured)
+
+
+def sensitivities_of(
+    errors: Mapping[str, float], measured: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the divergence of each site's probe by its error."""
+    return {name: measured[name] / error if error > 0 else 0.0 for name, error in errors.items()}
 
 
 @dataclass
@@ -190,13 +197,6 @@ class Probes:
     plan: Plan
     weights: dict[str, tuple[Tensor, Tensor | None]]
     errors: dict[str, float]
-
-    def sensitivities(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """Return the divergence of each site's probe by its error."""
-        return {
-            name: measured[name] / error if error > 0 else 0.0
-            for name, error in self.errors.items()
-        }
 
 
 def probe_sites(

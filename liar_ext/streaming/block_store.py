@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_finite_tensors
+from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.checkpoint.offloading import load_offloaded
 from liar_ext.errors import InputError, one_line
 
@@ -107,6 +108,15 @@ class BlockStore:
         state = self.model.state_dict()
         return {name: value for name, value in state.items() if not name.startswith(inside)}
 
+    def fingerprint(self) -> str:
+        """Return what tells the weights from others; of each a few values are read."""
+        return fingerprint_of(self._named())
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            with _naming(name):
+                yield name, self._weights[name] if parameter.is_meta else parameter
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._next = None
@@ -128,15 +138,10 @@ class BlockStore:
         names = [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters()]
         tensors = {}
         for name in names:
-            try:
+            with _naming(name):
                 # A copy: a mapped tensor would fault its pages in again and again where memory is
                 # short, and holds the whole file open.
                 tensors[name] = self._weights[name].clone()
-            except Exception as error:  # of the file: safetensors and torch raise as they like
-                raise InputError(
-                    f"prune: can't read {name} from its file: {one_line(error)}; copy the folder "
-                    "again"
-                ) from error
         check_finite_tensors(tensors.items())
         return tensors
 
@@ -151,6 +156,17 @@ class BlockStore:
     def _bytes(self, path: str) -> int:
         parameters = self.model.get_submodule(path).parameters()
         return sum(each.numel() * each.element_size() for each in parameters)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Let an error of reading a tensor say which one it is."""
+    try:
+        yield
+    except Exception as error:  # of the file: safetensors and torch raise as they like
+        raise InputError(
+            f"prune: can't read {name} from its file: {one_line(error)}; copy the folder again"
+        ) from error
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

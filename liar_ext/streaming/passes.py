@@ -41,6 +41,15 @@ class StreamedPasses:
         Keep all sums, so that going through the blocks again takes no forward pass.
     progress : bool
         Show a progress bar.
+
+    Attributes
+    ----------
+    hidden : list of Held
+        By batch, the hidden states after the block that was given last.
+    first : int
+        The block to begin with next; ``hidden``, or the sums in ``kept``, are those of there on.
+    summed : list of int
+        Numbers of the walks that ran the text.
     """
 
     def __init__(
@@ -57,37 +66,50 @@ class StreamedPasses:
         self.at, self.keep, self.progress = list(at), keep, progress
         self.batches = list(read_batches(batches))
         self.bank = MomentBank({})
-        self.taken = 0
+        self.summed: list[int] = []
         self.source = self._source()
         self.blocks = Blocks(self.model, sites(self.model))
         self.index = 0  # of the block that is given
-        self._kept: dict[str, Moments] = {}
+        self.first, self.hidden = 0, []
+        self.kept: dict[str, Moments] = {}
+
+    @property
+    def taken(self) -> int:
+        """How many walks ran the text."""
+        return len(self.summed)
 
     def __iter__(self) -> Iterator[list[Site]]:
+        return self._walk(known=False)
+
+    def back(self) -> Iterator[list[Site]]:
+        """Return the groups once more, from the sums where they were kept."""
+        return self._walk(known=self.keep)
+
+    def _walk(self, known: bool) -> Iterator[list[Site]]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
             stack.enter_context(self.blocks.opened())
-            known = bool(self._kept)
-            hidden = [] if known else self._enter()
-            self.taken += not known
+            first, self.first = self.first, 0
+            if known or not first:
+                self.hidden = [] if known else self._enter()
+            if not known:
+                self.summed.append(len(self.summed) + 1)
             title = "from memory" if known else f"calibrate, walk {self.taken}"
-            steps = tqdm(range(len(self.blocks)), desc=title, disable=not self.progress)
-            for index in steps:
+            steps = range(first, len(self.blocks))
+            for index in tqdm(steps, desc=title, disable=not self.progress):
                 self.index = index
                 group = [site for site in self.at if site.block == index]
                 with self.store.block(index):
-                    self._check_chain(index, hidden)
+                    self._check_chain(index)
                     self.bank = MomentBank({}, self.source)  # memory of the last one is free now
                     if known:
-                        self.bank.moments = {s.name: self._kept.pop(s.name) for s in group}
+                        self.bank.moments = {s.name: self.kept.pop(s.name) for s in group}
                     else:
-                        self.bank.moments = self._sums(index, group, hidden)
+                        self.bank.moments = self._sums(index, group)
                     if self.keep and not known:
-                        self._kept |= self.bank.moments
+                        self.kept |= self.bank.moments
                     yield group
-
-    back = __iter__
 
     def _enter(self) -> list[Held]:
         """Return the hidden states of all batches before the first block."""
@@ -95,13 +117,13 @@ class StreamedPasses:
         entered = (self.blocks.enter(0, batch.to(device).inputs)[0][0] for batch in self.batches)
         return [self.states.hold(hidden) for hidden in entered]
 
-    def _check_chain(self, index: int, hidden: Sequence[Held]) -> None:
+    def _check_chain(self, index: int) -> None:
         """Raise InputError if anything is done to the stream between two blocks.
 
         With all blocks before it passing on what they are given, a block is given what the first
         one is, unless something comes between.
         """
-        if index == 0 or not hidden:
+        if index == 0 or not self.hidden:
             return
         one = self.batches[0].select([0]).to(self.store.device).inputs
         first, here = (self.blocks.enter(at, one)[0][0] for at in (0, index))
@@ -111,9 +133,7 @@ class StreamedPasses:
                 f"{type(self.model).__name__} changes it before block {index}; leave it out"
             )
 
-    def _sums(
-        self, index: int, group: Sequence[Site], hidden: Sequence[Held]
-    ) -> dict[str, Moments]:
+    def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         """Take all sequences past a block, and return the moments of its sites."""
         device, current = self.store.device, InFlight()
         moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
@@ -124,7 +144,7 @@ class StreamedPasses:
                 )
                 consumer = self.model.get_submodule(site.consumer)
                 stack.enter_context(watched(consumer, callback))
-            for batch, held in zip(self.batches, hidden, strict=True):
+            for batch, held in zip(self.batches, self.hidden, strict=True):
                 batch = batch.to(device)
                 current.set(batch)
                 run = self.blocks.run(index, batch.inputs, held.get().to(device))

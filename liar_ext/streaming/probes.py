@@ -14,7 +14,7 @@ from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.selection.curve_allocation import Probes, probe_sites, probes_of
+from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import POSITIONS, mean_divergences, pruned_site
@@ -51,7 +51,8 @@ class ProbeStreams:
         self.store, self.model, self.states = store, store.model, states
         self.budget, self.mode = budget, mode
         self.batches = list(read_batches(probes_of(store.model, batches)))
-        self.probes: list[tuple[Probes, dict[str, Tensor]]] = []  # and error curves, by block
+        self.errors: dict[str, float] = {}  # of each probe
+        self.curves: dict[str, Tensor] = {}  # of each site
         self.dense = Trace(store, self.batches, states)
         self.streams: dict[str, list[Held]] = {}  # of each probe that has begun, by batch
 
@@ -71,8 +72,8 @@ class ProbeStreams:
                 with pruned_site(self.model, site, here.plan, here.weights[site.name]):
                     self.streams[site.name] = self._advance(blocks, index, self.dense.hidden)
         self.dense.advance(blocks, index)
-        here.weights.clear()  # which are needed no more
-        self.probes.append((here, curves))
+        self.errors |= here.errors
+        self.curves |= curves
 
     def losses(self, blocks: Blocks) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return losses and sensitivities of all sites, after the last block."""
@@ -87,12 +88,8 @@ class ProbeStreams:
                         total[name] += dense.divergence(self.model, finite_only=True)
         values = mean_divergences(list(total.values()), rows, [(name,) for name in total])
         measured = dict(zip(total, values, strict=True))
-        losses, sensitivities = {}, {}
-        for probes, curves in self.probes:
-            found = probes.sensitivities(dict.fromkeys(probes.plan.sites, 0.0) | measured)
-            losses |= {name: found[name] * curve for name, curve in curves.items()}
-            sensitivities |= found
-        return losses, sensitivities
+        found = sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)
+        return {name: found[name] * curve for name, curve in self.curves.items()}, found
 
     def _at(self, streams: Sequence[Held], number: int) -> Tensor:
         return streams[number].get().to(self.store.device)

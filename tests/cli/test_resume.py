@@ -64,13 +64,13 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
         said.append("; ".join(resume.what_is_saved("c")))
     assert said[0] == "sums over 3 of 8 batches"
     assert said[1] == "sums over 8 of 8 batches; 8 of 12 divergences of 6 sensitivities"
-    assert said[2].endswith("of 6 sensitivities; the plan; 2 of 3 blocks")
+    assert said[2].endswith("of 6 sensitivities; the plan; layerwise: 2 of 3 blocks")
     # Another job than the one that was stopped is refused, and nothing is lost.
     for option, value in (("--keep", 0.6), ("--out", "other")):
         assert run(*command, option, value) == 2
         assert f"is of a job with {option[2:]}" in capsys.readouterr().err
-    assert run("calibrate", *command[1:-4], "--checkpoint", "c", "--bank", "b") == 2
-    assert "--certify" in capsys.readouterr().err
+    assert run("calibrate", *command[1:10], "--checkpoint", "c", "--bank", "b") == 2
+    assert "is of a job of liar prune, got calibrate" in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("resume", "../c") == 0

@@ -159,14 +159,14 @@ def test_a_file_that_is_damaged_is_named(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("llama", tmp_path / "c", **CURVE)
     monkeypatch.undo()
-    for name in ("walk-0", "walk-streams", "plan", "job"):
+    for name in ("block-0", "layerwise-streams", "plan", "job"):
         path = tmp_path / "c" / f"{name}.safetensors"
         content = path.read_bytes()
         path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
         with pytest.raises(InputError, match=f"{name}.safetensors is damaged"):
             run("llama", tmp_path / "c", **CURVE)
         path.write_bytes(content)
-    (tmp_path / "c" / "walk-0.safetensors").unlink()
+    (tmp_path / "c" / "block-0.safetensors").unlink()
     with pytest.raises(InputError, match="is missing"):
         run("llama", tmp_path / "c", **CURVE)
 
