@@ -1,5 +1,19 @@
 """The one exception for input that cannot be used, and how errors of others are quoted."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# What torch says where an allocation on the CPU fails, for which it has no exception of its own,
+# and an operator where torch hands its MemoryError on as another (2.15).
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "out of memory",
+)
+
 
 class InputError(ValueError):
     """Input that breaks a rule: operation, rule, what came, what to do.
@@ -13,3 +27,21 @@ def one_line(error: BaseException, length: int = 300) -> str:
     """Return what an error says as one line, cut after ``length`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that an allocation failed, on the CPU or on a GPU."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or said
+
+
+@contextmanager
+def solving(site: str) -> Iterator[None]:
+    """Let an allocation that fails in the solve of a site say which one it was."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = one_line(error).split(". ")[0]
+        raise MemoryError(f"reconstruct: out of memory in the solve of {site}: {said}") from error

@@ -11,6 +11,7 @@ from torch import nn
 from liar_ext.calibration.self_calibration import SELF
 from liar_ext.cli.loading import check_tokenizer
 from liar_ext.cli.prune import add_facts, load, say
+from liar_ext.cli.resume import checkpoint_of
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
@@ -39,7 +40,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
 
     given = load(recipe, progress=not options.quiet, loader=open_store)
     (store,) = stores
-    if options.dry_run:
+    if getattr(options, "dry_run", False):
         job = StreamedJob(store.model, given.calibration, recipe, store=store)
         job.certify_on = given.certification
         print("\n".join(job.describe(options.max_memory)))
@@ -51,16 +52,18 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         report.seconds["total"] = time.perf_counter() - start
         add_facts(report, given)
 
-    report = prune_folder(
-        store,
-        given.calibration,
-        options.out,
-        recipe,
-        max_memory=options.max_memory,
-        evaluate_on=given.evaluation,
-        certify_on=given.certification,
-        overwrite=options.overwrite,
-        annotate=annotate,
-        progress=not options.quiet,
-    )
+    with checkpoint_of(recipe, options) as saved:
+        report = prune_folder(
+            store,
+            given.calibration,
+            options.out,
+            recipe,
+            max_memory=options.max_memory,
+            evaluate_on=given.evaluation,
+            certify_on=given.certification,
+            overwrite=options.overwrite,
+            saved=saved,
+            annotate=annotate,
+            progress=not options.quiet,
+        )
     say(report, options, start)

@@ -7,8 +7,6 @@ import select
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from liar_ext.cli import (
     bench,
     calibrate,
@@ -25,7 +23,7 @@ from liar_ext.cli import (
     verify,
 )
 from liar_ext.cli.options import one_line, parse
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, is_out_of_memory
 
 COMMANDS = {
     "prune": prune.run,
@@ -42,14 +40,6 @@ COMMANDS = {
     "families": families.run,
     "info": info.run,
 }
-# What torch says where an allocation on the CPU fails, for which it has no exception of its own,
-# and an operator where torch hands its MemoryError on as another (2.15).
-NO_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "Cannot allocate memory",
-    "out of memory",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
     except (MemoryError, RuntimeError) as error:
         said = str(error) or "out of memory"
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-            words in said for words in NO_MEMORY
-        ):
+        if is_out_of_memory(error):
             return _fail(
                 f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
                 "--device auto for several GPUs, or --max-memory to prune block by block"

@@ -211,7 +211,7 @@ class Job:
         kept = {"bank": self.bank, "saved": self.saved}
         return Passes(model, text, at, self.room, **kept, progress=self.progress)
 
-    def fingerprint(self) -> str:
+    def weights_digest(self) -> str:
         """Return what tells the model's weights from others."""
         return fingerprint_of(self.model.state_dict().items())
 

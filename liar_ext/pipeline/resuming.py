@@ -50,7 +50,7 @@ def begin(job: Job, texts: dict[str, Batches | None], **kept: Any) -> dict[str, 
     """
     texts = {"calibration text": job.batches, **texts}
     stamp = {
-        "weights": job.fingerprint(),
+        "weights": job.weights_digest(),
         "dtype": str(job.model.dtype),
         **{name: None if text is None else digest_of(text) for name, text in texts.items()},
         "bank": None if job.bank is None else job.bank.source.get("data"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext.calibration.moments import Moments
+from liar_ext.errors import solving
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.ridge import drop, solve
@@ -72,10 +73,11 @@ def reconstruct(
         given = get_consumer_weight(model, site), get_consumer_bias(model, site), bank[name]
         features, expert = site.features(kept.kept), site.expert is not None
         form = form_of_expert(mode, given[1] is not None) if expert else mode
-        if expert and (bank[name].tokens == 0).any():
-            solution = drop(*given, features)
-        else:
-            solution = solve(*given, features, mode=form, damp=damp)
+        with solving(name):
+            if expert and (bank[name].tokens == 0).any():
+                solution = drop(*given, features)
+            else:
+                solution = solve(*given, features, mode=form, damp=damp)
         weights[name] = (solution.weight, solution.bias)
         seconds = time.perf_counter() - start
         row = report_row(site, len(kept.kept), bank[name], solution, seconds)

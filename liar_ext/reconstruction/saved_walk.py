@@ -61,16 +61,11 @@ class SavedStreams:
         if self.saved is None or not (now or self.saved.due(self.name)):
             return
         each = {f"{n}/{i}": held for n, some in streams.items() for i, held in enumerate(some)}
-        self.saved.put(
-            self.name,
-            each,
-            {
-                "blocks": done,
-                "beside": blocks.beside,
-                "streams": {name: len(some) for name, some in streams.items()},
-                "said": f"{self.walk}: {done} of {self.blocks} blocks",
-            },
-        )
+        facts = {"blocks": done, "beside": blocks.beside}
+        facts["streams"] = {name: len(some) for name, some in streams.items()}
+        if not now:
+            facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
+        self.saved.put(self.name, each, facts)
 
 
 def keep_block(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
@@ -119,7 +119,8 @@ class Walk:
             if site.name in lossless and not (self.refit and dense_too):
                 self._keep(site)
             else:
-                consumers[site.name] = self._solve(site, self.targets[site.name], consumers)
+                with solving(site.name):
+                    consumers[site.name] = self._solve(site, self.targets[site.name], consumers)
         for part in self.parts:
             part.pruned.set(self._after(index, part, consumers))
         for part, dense in zip(self.parts, after, strict=False):

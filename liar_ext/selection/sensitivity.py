@@ -152,7 +152,8 @@ class Measured:
         self.saved, self.probes = saved, [list(names) for names in probes]
         self.values = torch.full((batches, len(probes) + 1), math.nan, dtype=torch.float64)
         # Sites whose sums don't fit at once come in groups, each with probes of its own.
-        self.name = f"sensitivities-{probes[0][0] if probes else 'none'}"
+        first = next((name for names in probes for name in names), "none")
+        self.name = f"sensitivities-{first}"
         known = None if saved is None else saved.get(self.name)
         if known is not None and known.facts["probes"] == self.probes:
             values = known.tensor("values")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.certification import Divergence
@@ -24,17 +22,19 @@ from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import HiddenStates
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import evaluating
 from liar_ext.models.sites import sites
-from liar_ext.pipeline.job import Job, Weights
+from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.resuming import begin, decide, note_result
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.report.report import Report
+from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.streaming.block_store import BlockStore
+from liar_ext.streaming.first_walk import NAME as FIRST
+from liar_ext.streaming.first_walk import FirstWalk
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.memory import (
     GIB,
@@ -46,8 +46,10 @@ from liar_ext.streaming.memory import (
 )
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
+from liar_ext.streaming.second_walk import SecondWalk
 from liar_ext.streaming.trace import Trace
-from liar_ext.surgery.units import apply_plan
+
+DENSE = "judged"  # the streams that the dense model is judged on
 
 
 def prune_folder(
@@ -60,6 +62,7 @@ def prune_folder(
     evaluate_on: Batches | None = None,
     certify_on: Batches | None = None,
     overwrite: bool = False,
+    saved: Progress | None = None,
     annotate: Callable[[Report], None] = lambda report: None,
     progress: bool = False,
 ) -> Report:
@@ -84,6 +87,9 @@ def prune_folder(
         As for :func:`liar_ext.prune`.
     overwrite : bool
         As for :func:`liar_ext.save_pruned`.
+    saved : Progress, optional
+        Where what is done is kept, and from where the job goes on; see ``checkpoint`` of
+        :func:`liar_ext.prune`.
     annotate : callable
         Adds what else is known to the report before it is written.
     progress : bool
@@ -96,18 +102,21 @@ def prune_folder(
     """
     check_folder(folder, overwrite)
     job = StreamedJob(store.model, list(read_batches(batches)), recipe, progress, store=store)
-    job.evaluate_on, job.certify_on = evaluate_on, certify_on
+    job.evaluate_on, job.certify_on, job.saved = evaluate_on, certify_on, saved
     job.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     try:
         job.check()
         job.make_room(max_memory)
+        job.begin(max_memory)
         passes = job.calibrate(store.model)
-        plan = job.allocate(passes, *job.score(passes))
+        plan = decide(job, passes)
+        job.judge(passes)
         with writing(folder, overwrite) as path:
             shards = Shards(store.model, path, job.shard_bytes)
             plan = job.write(passes, plan, shards)
             report = job.report(plan, *job.perplexities)
             annotate(report)
+            note_result(saved, plan)
             with job.fingerprint.answering(job.blocks):
                 fill_folder(
                     store.model,
@@ -131,11 +140,12 @@ class StreamedJob(Job):
     store: BlockStore | None = None
     states: HiddenStates = field(default_factory=HiddenStates)
     shard_bytes: int = SHARD_BYTES
-    keep_sums: bool = False
+    keep_sums: bool | None = None
     need: Need | None = None
     blocks: Blocks | None = None
     evaluate_on: Batches | None = None
     certify_on: Batches | None = None
+    dense: Judged | None = None  # past all blocks
     dense_outputs: Divergence | None = None  # on fresh text
     perplexities: list[dict[str, float] | None] = field(default_factory=lambda: [None, None])
     fingerprint: Trace | None = None  # the input that the folder is verified by
@@ -195,11 +205,24 @@ class StreamedJob(Job):
             need = need_of(self.store, at, self.batches, self.recipe)
         left = room_for_states(need, limit, reserved)
         sums = sum(bytes_of_sums(site.d_in) for site in at)
-        self.keep_sums = self.recipe.schedule == "one-pass" and sums <= left // 2
-        self.states.memory = left - (sums if self.keep_sums else 0)
+        if self.keep_sums is None:
+            self.keep_sums = self.recipe.schedule == "one-pass" and sums <= left // 2
+        self.states.memory = max(0, left - (sums if self.keep_sums else 0))
         self.shard_bytes = reserved
         self.facts["max_memory"] = limit
         self.need = need
+
+    def begin(self, limit: int) -> None:
+        """Note in its checkpoint which job this is; sums that were kept there are kept on."""
+        if self.saved is not None:
+            texts = {"held-out text": self.evaluate_on, "fresh text": self.certify_on}
+            known = begin(self, texts, keep_sums=self.keep_sums)
+            self.keep_sums = known["keep_sums"]
+            self.make_room(limit)
+
+    def weights_digest(self) -> str:
+        """Return what tells the model's weights from others."""
+        return self.store.fingerprint()
 
     def calibrate(self, model: torch.nn.Module) -> StreamedPasses:
         """Return the moments of all sites, block by block."""
@@ -216,12 +239,14 @@ class StreamedJob(Job):
 
     def score(self, passes: StreamedPasses) -> tuple[dict, dict]:
         """Return the scores of all units, and for ``curve`` the losses of all sites."""
-        scores, recipe, probes = {}, self.recipe, None
+        recipe, probes = self.recipe, None
         if recipe.allocation == "curve":
             budget = replace(recipe.budget, keep=recipe.probed_fraction)
             given = budget, recipe.reconstruct, self.states
             probes = ProbeStreams(self.store, passes.batches, *given)
-        dense = self._judged()
+        self.dense = self._judged()
+        walk = FirstWalk(self.saved, passes, probes, self.dense)
+        scores = walk.restore()
         per = "feature" if recipe.allocation == "global" else "unit"
         for group in self.clock.each("calibrate", passes):
             with self.clock("score"):
@@ -231,16 +256,29 @@ class StreamedJob(Job):
                 with self.clock("allocate"):
                     probes.step(passes, group, scores)
             with self.clock("evaluate"):
-                dense.advance(passes.blocks, passes.index)
+                self.dense.advance(passes.blocks, passes.index)
+            walk.keep(scores)
         self.source = passes.source
-        with self.clock("evaluate"):
-            self.perplexities[0] = dense.perplexity(passes.blocks)
-            self.dense_outputs = dense.outputs(passes.blocks)
+        kept = SavedStreams(self.saved, DENSE, len(passes.blocks))
+        kept.keep(len(passes.blocks), passes.blocks, self.dense.streams(), now=True)
         if probes is None:
             return scores, {}
         with self.clock("allocate"):
             losses, self.sensitivities = probes.losses(passes.blocks)
         return scores, losses
+
+    def judge(self, passes: StreamedPasses) -> None:
+        """Measure the dense model on the text that has passed all of its blocks."""
+        if self.dense is None:  # the plan was known
+            self.dense = self._judged()
+            kept = SavedStreams(self.saved, DENSE, len(passes.blocks))
+            kept.restore(passes.blocks, self.dense.streams(), self.states)
+        if self.saved is not None and not self.keep_sums:
+            self.saved.drop(FIRST)  # which the plan was made of
+        with self.clock("evaluate"):
+            self.perplexities[0] = self.dense.perplexity(passes.blocks)
+            self.dense_outputs = self.dense.outputs(passes.blocks)
+        self.dense = None  # its hidden states are needed no more
 
     def describe(self, limit: int) -> list[str]:
         """Check the job, and return lines on what it would take."""
@@ -275,16 +313,9 @@ class StreamedJob(Job):
         whole = stock_config.from_dense(self.model, plan)
         self.fingerprint = Trace(self.store, [self._fixed_input()], self.states)
         pruned = self._judged()
-        walk = self._layerwise if self.recipe.schedule == "layerwise" else self._one_pass
-        rows = {}
-        for index, weights in walk(passes, plan, rows):
-            with self.clock("surgery"):
-                self.fingerprint.begin(self.blocks)
-                apply_plan(self.model, plan, weights, blocks=[index])
-                self.fingerprint.advance(self.blocks, index)
-                shards.add(self.store.tensors(index))
-            with self.clock("evaluate"):
-                pruned.advance(self.blocks, index)
+        walk = SecondWalk(self, passes, plan, pruned)
+        self.blocks, rows = walk.blocks, walk.rows
+        walk.run(shards)
         with self.clock("surgery"), self.store.head():
             shards.add(self.store.tensors())
         self.rows = [rows[name] for name in plan.sites]
@@ -306,44 +337,6 @@ class StreamedJob(Job):
         """Return the input of the fingerprint, as the model takes it."""
         dtype, inputs = self.model.dtype, fixed_inputs(self.model)
         return {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-
-    def _one_pass(
-        self, passes: StreamedPasses, plan: Plan, rows: dict[str, Any]
-    ) -> Iterator[tuple[int, Weights]]:
-        """Yield the new weights of each block, solved on the dense model's moments."""
-        self.blocks = passes.blocks
-        settings = {"mode": self.recipe.reconstruct, "damp": self.recipe.damp}
-        for group in self.clock.each("calibrate", passes.back()):
-            with self.clock("reconstruct"):
-                here = replace(plan, sites={site.name: plan.sites[site.name] for site in group})
-                weights, some = solve_sites(self.model, passes.bank, here, **settings)
-                rows |= {row.name: row for row in some}
-            yield passes.index, weights
-        self.facts["calibrate_passes"] = passes.taken
-
-    def _layerwise(
-        self, passes: StreamedPasses, plan: Plan, rows: dict[str, Any]
-    ) -> Iterator[tuple[int, Weights]]:
-        """Yield the new weights of each block, solved on what the pruned blocks before it give."""
-        recipe = self.recipe
-        every = sites(self.model, attn_unit=plan.attn_unit)
-        settings = recipe.reconstruct, recipe.damp, recipe.solve_target, recipe.refit
-        self.blocks = Blocks(self.model, every)
-        last = max((site.block for site in every if site.name in plan.sites), default=-1)
-        with evaluating(self.model), self.blocks.opened():
-            walk = Walk(self.model, self.blocks, plan, *settings, states=self.states)
-            with self.clock("reconstruct"):
-                walk.start(self.batches, self.certify_on or ())
-            title, hidden = "layerwise, walk 2", not self.progress
-            for index in tqdm(range(len(self.blocks)), desc=title, disable=hidden):
-                with self.store.block(index):
-                    if index <= last:
-                        with self.clock("reconstruct"):
-                            walk.step(index)
-                    rows |= walk.rows
-                    yield index, walk.weights
-                    walk.weights.clear()
-        self.facts["calibrate_passes"] = passes.taken
 
     def _describe(self) -> None:
         """Let the model's config say its new sizes, and the job its numbers."""

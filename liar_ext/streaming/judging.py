@@ -6,7 +6,7 @@ import torch
 
 from liar_ext.certification import Divergence
 from liar_ext.data.batches import Batch, Batches, read_batches
-from liar_ext.data.hidden_states import HiddenStates
+from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.evaluation import perplexity
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.streaming.block_store import BlockStore
@@ -43,6 +43,11 @@ class Judged:
             self._held_out = Trace(store, map(_as_judged, read_batches(held_out)), states)
         if fresh is not None:
             self._fresh = Trace(store, fresh, states)
+
+    def streams(self) -> dict[str, list[Held]]:
+        """Return the hidden states of all text, by name."""
+        traces = {"held out": self._held_out, "fresh": self._fresh}
+        return {name: trace.hidden for name, trace in traces.items() if trace is not None}
 
     def advance(self, blocks: Blocks, index: int) -> None:
         """Take all text past a block."""

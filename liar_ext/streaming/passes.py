@@ -92,7 +92,7 @@ class StreamedPasses:
             stack.enter_context(self.blocks.opened())
             first, self.first = self.first, 0
             if known or not first:
-                self.hidden = [] if known else self._enter()
+                self.hidden[:] = [] if known else self._enter()
             if not known:
                 self.summed.append(len(self.summed) + 1)
             title = "from memory" if known else f"calibrate, walk {self.taken}"

@@ -37,7 +37,7 @@ class Trace:
         """Take all batches to the first block, unless they have begun."""
         if not self.hidden:
             entered = (blocks.enter(0, inputs)[0][0] for inputs in self._inputs())
-            self.hidden = [self.states.hold(hidden) for hidden in entered]
+            self.hidden += [self.states.hold(hidden) for hidden in entered]
 
     def advance(self, blocks: Blocks, index: int) -> None:
         """Take all batches past a block, which is in memory."""

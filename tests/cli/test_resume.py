@@ -23,6 +23,11 @@ def run(*arguments) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
+def refused(capsys, *arguments) -> str:
+    assert run(*arguments) == 2
+    return capsys.readouterr().err
+
+
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
     monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
@@ -79,6 +84,20 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
     assert "2 of 3 blocks; going on in" in shown and "pruned: saved after" in shown
     assert same_folders(tmp_path / "pruned", tmp_path / "whole")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys, monkeypatch):
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES]
+    assert run(*command, "--out", tmp_path / "whole", "--quiet") == 0
+    command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
+    with monkeypatch.context() as patch:
+        stop(patch, Walk, "step", 3)
+        assert run(*command, "--max-memory", "4GiB") == 130
+    assert "is of a job with max_memory 4294967296, got None" in refused(capsys, *command)
+    assert run("resume", tmp_path / "c") == 0
+    assert "stopped with the plan; pruning: 2 of 3 blocks" in capsys.readouterr().out
+    assert same_folders(tmp_path / "pruned", tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "pruned"}
 
 
 def test_a_folder_that_was_written_already_ends_its_job(
