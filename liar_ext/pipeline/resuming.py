@@ -18,7 +18,12 @@ PLAN, RESULT = "plan", "result"
 
 
 def check(recipe: Recipe) -> None:
-    """Raise InputError if a job depends on what comes out otherwise every time."""
+    """Raise InputError if a job can't go on with the same result, or is more than one."""
+    if recipe.candidates:
+        raise InputError(
+            "checkpoint: a checkpoint keeps one job, and candidates are several; leave one of "
+            "--candidates and --checkpoint out"
+        )
     if recipe.of == "latency":
         raise InputError(
             "checkpoint: --of latency decides by seconds, which come out otherwise every time; "

@@ -64,6 +64,12 @@ def test_candidates_and_text_to_judge_by_go_together():
     assert same_weights(model, before)
 
 
+def test_candidates_and_a_checkpoint_do_not_go_together(tmp_path):
+    model, other = tiny("llama"), {"candidates": ("criterion=obs",), "checkpoint": tmp_path / "c"}
+    with pytest.raises(InputError, match="a checkpoint keeps one job, and candidates are several"):
+        prune(model, batches(model, 0, 1), keep=0.6, judge_on=batches(model, 2), **other)
+
+
 def test_a_sweep_judges_the_candidates_of_its_recipes():
     model = tiny("llama")
     data, judge = batches(model, 0, 1), batches(model, 2)
