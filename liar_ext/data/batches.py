@@ -82,11 +82,12 @@ class Batch:
             return self.mask
         return _padding(self.inputs.get(name))
 
-    def counting(self, tokens: int, device: torch.device) -> Tensor:
-        """Return which of all ``tokens`` are not padding, ``(tokens,)`` bool."""
-        if self.mask is None:
+    def counting(self, tokens: int, device: torch.device, name: str = "attention_mask") -> Tensor:
+        """Return which of all ``tokens`` are not padding by a mask, ``(tokens,)`` bool."""
+        mask = self.mask_of(name)
+        if mask is None:
             return torch.ones(tokens, dtype=torch.bool, device=device)
-        return self.mask.flatten().to(device)
+        return mask.flatten().to(device)
 
 
 Batches = Iterable[Mapping[str, Tensor] | Tensor | Batch]

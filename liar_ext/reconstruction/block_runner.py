@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.hooks import Ended, replaced, watched
 from liar_ext.errors import InputError
+from liar_ext.models.family import HeadInput
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site
@@ -44,6 +46,10 @@ class Blocks:
     block with all blocks before it switched off. So nothing but hidden states has to be stored,
     and a model whose layers get different masks needs no special case.
 
+    A model may have several stacks of blocks, such as an encoder and a decoder, which are counted
+    through in the order of computation. A later stack may read what an earlier one gave; the last
+    block of that gives then what :meth:`answering` says.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel
@@ -53,6 +59,8 @@ class Blocks:
 
     Attributes
     ----------
+    sites : list of list of Site
+        Of each block.
     norms : dict of str to str
         Path of the norm that reads the sum of stream and consumer, by the name of those sites where
         :meth:`norm_of_sum` found one; runs note what it reads.
@@ -62,29 +70,46 @@ class Blocks:
         self._model = model
         self.norms: dict[str, str] = {}
         self._body = body_of(model)
-        self.sites: dict[int, list[Site]] = {}
+        at: dict[str, list[Site]] = {}
         for site in sites:
-            self.sites.setdefault(site.block, []).append(site)
-        self._blocks = [model.get_submodule(at[0].path) for at in self.sites.values()]
+            at.setdefault(site.path, []).append(site)
+        self.sites = list(at.values())
+        self._index = {path: index for index, path in enumerate(at)}
+        self._blocks = [model.get_submodule(path) for path in at]
         self._forwards = [block.forward for block in self._blocks]
-        self._beside: tuple | None = None  # what a block returns after its hidden states, as None
+        # What a block of a stack returns after its hidden states: whether it is what is carried.
+        self._beside: dict[str, tuple[bool, ...]] = {}
+        self._carried: object = None
         self._wanted = 0
-        self._answer: Callable[[], Tensor] | None = None  # gives what the last block would
+        self._answers: Mapping[int, Callable[[], Tensor]] = {}  # what some blocks would give
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     @property
-    def beside(self) -> int | None:
-        """How many values a block returns after its hidden states; None: it returns them alone.
+    def beside(self) -> dict[str, list[bool]]:
+        """What a block of each stack returns after its hidden states, as far as one was run.
 
-        Known once :meth:`run` has run a block; a walk that goes on from elsewhere has to be told.
+        A walk that goes on from elsewhere has to be told.
         """
-        return None if self._beside is None else len(self._beside)
+        return {stack: list(each) for stack, each in self._beside.items()}
 
     @beside.setter
-    def beside(self, count: int | None) -> None:
-        self._beside = None if count is None else (None,) * count
+    def beside(self, known: Mapping[str, Sequence[bool]]) -> None:
+        self._beside = {stack: tuple(each) for stack, each in known.items()}
+
+    def index_of(self, site: Site) -> int:
+        """Return the index of the block that a site is in, counting through all stacks."""
+        return self._index[site.path]
+
+    def begins(self, index: int) -> bool:
+        """Tell whether a block is the first of its stack."""
+        return index == 0 or self._stack(index) != self._stack(index - 1)
+
+    def read_later(self, index: int) -> bool:
+        """Tell whether a stack after that of block ``index`` reads what comes out of the blocks."""
+        rest = (site for at in self.sites[index + 1 :] for site in at)
+        return any(site.part.cross_attn and site.part.name != self._stack(index) for site in rest)
 
     def device(self, index: int) -> torch.device:
         """Return where a block computes; blocks may be spread over several devices."""
@@ -99,21 +124,27 @@ class Blocks:
             yield self
 
     @contextmanager
-    def answering(self, give: Callable[[], Tensor]) -> Iterator[None]:
-        """Let the model's forward go on, after the last block, from what ``give`` gives.
+    def answering(self, answers: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
+        """Let the model's forward go on, after some blocks, from what is given in their place.
 
-        No block is run; :meth:`run` must have run one before, to know what blocks return.
+        No block is run by that; :meth:`run` must have run one of each stack before, to know what
+        blocks return.
+
+        Parameters
+        ----------
+        answers : mapping of int to callable
+            By index of a block, what gives the hidden states after it.
         """
-        before, self._wanted, self._answer = self._wanted, len(self), give
+        before, self._wanted, self._answers = self._wanted, len(self), answers
         try:
             yield
         finally:
-            self._wanted, self._answer = before, None
+            self._wanted, self._answers = before, {}
 
     def enter(self, index: int, inputs: Mapping[str, Tensor]) -> tuple[tuple, dict]:
         """Return the arguments that block ``index`` gets for a batch, hidden states first.
 
-        Hidden states are those of the dense model at block 0, and meaningless further on.
+        Hidden states are those of the dense model where a stack begins, and meaningless further on.
         """
         self._wanted = index
         try:
@@ -150,8 +181,11 @@ class Blocks:
             Site after whose consumer, or the norm that reads its sum, the run may end.
         """
         (_, *args), kwargs = self.enter(index, inputs)
-        run = Run(None, {})
+        run, carried = Run(None, {}), []
         with ExitStack() as stack:
+            if (maker := self._maker(index)) is not None:
+                note = partial(_keep_output, carried, maker.output)
+                stack.enter_context(watched(self._blocks[index].get_submodule(maker.module), note))
             for site in self.sites[index]:
                 consumer, norm = self._model.get_submodule(site.consumer), self.norms.get(site.name)
                 if consumers and site.name in consumers:
@@ -165,31 +199,53 @@ class Blocks:
                 output = self._forwards[index](hidden, *args, **kwargs)
             except Ended:
                 return run
-        self._beside = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
-        run.output = output if self._beside is None else output[0]
+        if isinstance(output, tuple):
+            beside = tuple(any(each is other for other in carried) for each in output[1:])
+            self._beside.setdefault(self._stack(index), beside)
+        run.output = output[0] if isinstance(output, tuple) else output
         return run
 
     def adds_plainly(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> bool:
         """Tell whether the block adds the consumer's output to the stream as it is.
 
-        Judged by running the block on ``hidden``, to rounding: with the MLP silent, the stream
-        after the block is the one before it plus what attention's consumer puts out; the MLP's
-        consumer adds its own to that. A norm or a scale in between shows.
+        Judged by running the block on ``hidden``, to rounding: with all that comes later silent,
+        the stream after the block is the one before it plus what the consumers of attention up to
+        this one put out; the MLP's consumer adds its own to that. A norm or a scale in between
+        shows.
         """
+        index = self.index_of(site)
+        order = [other.name for other in self.sites[index]]
+        mlp = [other.name for other in self.sites[index] if other.kind == "mlp"]
 
         def silence(x: Tensor) -> Tensor:
             return hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
 
-        mlp = {other.name: silence for other in self.sites[site.block] if other.kind == "mlp"}
-        quiet = self.run(site.block, inputs, hidden, mlp)
+        def run_without(names: Sequence[str]) -> Run:
+            return self.run(index, inputs, hidden, dict.fromkeys(names, silence))
+
         if site.kind == "attn":
-            before, run = hidden, quiet
+            run = run_without(order[order.index(site.name) + 1 :])
+            before = self.after_attention(site, hidden, run, itself=False)
         else:
-            before, run = quiet.output, self.run(site.block, inputs, hidden)
+            before, run = run_without(mlp).output, self.run(index, inputs, hidden)
         added = run.seen[site.name][1].view_as(hidden)
         terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
         tolerance = 4 * torch.finfo(hidden.dtype).eps * terms
         return not bool(((run.output - before - added).abs() > tolerance).any())
+
+    def after_attention(
+        self, site: Site, hidden: Tensor, run: Run, *, itself: bool = True
+    ) -> Tensor:
+        """Return the stream after an attention site, or before it, of a block that adds plainly.
+
+        It is ``hidden``, the stream before the block, plus what the consumers of attention up to
+        this site put out; for an MLP, those of all attention.
+        """
+        at = self.sites[self.index_of(site)]
+        before = [other for other in at[: at.index(site)] if other.kind == "attn"]
+        for other in [*before, site] if itself else before:
+            hidden = hidden + run.seen[other.name][1].to(hidden).view_as(hidden)
+        return hidden
 
     def norm_of_sum(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> str | None:
         """Return the path of the norm that reads the stream plus the consumer's output, or None.
@@ -229,7 +285,7 @@ class Blocks:
                 if "norm" in type(module).__name__.lower():
                     note = _note(read, f"{site.path}.{name}", None, input_only=True)
                     stack.enter_context(watched(module, note))
-            return self.run(site.block, inputs, hidden, consumers), read
+            return self.run(self.index_of(site), inputs, hidden, consumers), read
 
     def _arrive(self, index: int) -> Callable:
         """Return the forward that stands in for a block: pass hidden states on, or stop there."""
@@ -238,17 +294,45 @@ class Blocks:
             if index == self._wanted:
                 raise Ended(args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
-            if self._answer is not None and index == len(self) - 1:
-                hidden = self._answer()
-            return hidden if self._beside is None else (hidden, *self._beside)
+            if index in self._answers:
+                hidden = self._answers[index]().to(hidden.device)
+            beside = self._beside.get(self._stack(index))
+            if beside is None:
+                return hidden
+            if any(beside) and self._maker(index) is not None:
+                self._carried = self._made(index, args, kwargs)
+            return (hidden, *(self._carried if carries else None for carries in beside))
 
         return forward
+
+    def _stack(self, index: int) -> str:
+        return self.sites[index][0].part.name
+
+    def _maker(self, index: int) -> HeadInput | None:
+        """Return what a block makes for itself and all blocks after it, if it does."""
+        inputs = (site.wiring.head_input for site in self.sites[index])
+        made = (each for each in inputs if each and each.table and each.output is not None)
+        return next(made, None) if self.begins(index) else None
+
+    def _made(self, index: int, args: tuple, kwargs: dict) -> Tensor:
+        """Run a block as far as to what it makes for all blocks after it, and return that."""
+        maker, found = self._maker(index), []
+
+        def note(_: tuple, output: tuple) -> None:
+            found.append(output[maker.output])
+            raise Ended
+
+        module = self._blocks[index].get_submodule(maker.module)
+        with watched(module, note), suppress(Ended):
+            self._forwards[index](*args, **kwargs)
+        return found[0]
 
 
 @torch.no_grad()
 def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) -> bool:
-    """Tell whether each block reads what the one before it wrote, and nothing comes between."""
-    blocks = [model.get_submodule(path) for path in dict.fromkeys(site.path for site in sites)]
+    """Tell whether each block reads, as it is, what the one before it in its stack wrote."""
+    stacks = {site.path: site.part.name for site in sites}
+    blocks = [model.get_submodule(path) for path in stacks]
     read: list[Tensor] = []
     wrote: list[Tensor] = []
 
@@ -265,9 +349,20 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
     finally:
         for hook in hooks:
             hook.remove()
-    pairs = zip(wrote[:-1], read[1:], strict=True)
+    if len(read) != len(blocks):
+        return False
+    names = list(stacks.values())
+    inside = [here == there for here, there in zip(names[:-1], names[1:], strict=True)]
     # Blocks may lie on several devices.
-    return len(read) == len(blocks) and all(torch.equal(x.to(y.device), y) for x, y in pairs)
+    return all(
+        torch.equal(x.to(y.device), y)
+        for x, y, same in zip(wrote[:-1], read[1:], inside, strict=True)
+        if same
+    )
+
+
+def _keep_output(found: list, index: int, _: tuple, output: tuple) -> None:
+    found.append(output[index])
 
 
 def _note(seen: dict, name: str, end: str | None, *, input_only: bool = False) -> Callable:

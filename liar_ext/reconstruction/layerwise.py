@@ -16,7 +16,7 @@ from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
 from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
 from liar_ext.reconstruction.settings import check_settings
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import Walk, with_inputs
 from liar_ext.report.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
@@ -49,7 +49,9 @@ def reconstruct_layerwise(
         stream        y* = h_after − ĥ_before     make the stream equal the dense one after the site
         auto          dense-input + α (stream − dense-input)     α in [0, 1] by held-out error
 
-    Attention comes first; the MLP then reads the stream that the new attention leaves. λ, and for
+    Attention comes first; the MLP then reads the stream that the new attention leaves. Of a model
+    of several stacks, encoder and decoder or two towers, each is walked in turn. A decoder reads
+    what the encoder gave, and in the pruned stream what the pruned encoder did. λ, and for
     ``auto`` α, are those of least held-out error, see
     :func:`liar_ext.reconstruction.targets.solve_towards`. At the first site of the walk all targets
     are the same, and so is the one-pass solution.
@@ -97,7 +99,8 @@ def reconstruct_layerwise(
     Notes
     -----
     Memory: two streams of tokens × hidden, up to four more and the input of one MLP consumer while
-    a block is worked on, all on the CPU; and the sums of one site. Work: one run of each dense
+    a block is worked on, and what both encoders gave while a decoder is walked, all on the CPU;
+    and the sums of one site. Work: one run of each dense
     block and one per site of each pruned block, and one more of the latter unless both its sites
     add to the stream as they are and the target is ``stream`` or ``auto``.
 
@@ -112,10 +115,12 @@ def reconstruct_layerwise(
     with evaluating(model), Blocks(model, every).opened() as blocks:
         walk = Walk(model, blocks, plan, mode, damp, target, refit)
         walk.start(batches, fresh)
-        planned = [site.block for site in every if site.name in plan.sites]
+        planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
         kept = SavedStreams(saved, "layerwise", len(steps))
-        done = kept.restore(blocks, walk.streams(), walk.states)
+        streams = walk.streams()
+        done = kept.restore(blocks, streams, walk.states)
+        walk.go_on(streams)
         for index in tqdm(steps, desc="layerwise", disable=not progress):
             if index < done:
                 weights, rows = kept_block(saved, index)
@@ -134,7 +139,7 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
     family = family_of(model)
     reason = family.without.get("layerwise")
     for batch in batches[:1] if reason is None else []:
-        one = read_batch(batch).select([0]).to(device_of(model)).inputs
+        one = with_inputs(model, read_batch(batch).select([0])).to(device_of(model)).inputs
         with evaluating(model):
             if not is_chain(model, sites(model), one):
                 reason = "a layer that is in no block reads what one writes"

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError, solving
+from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
@@ -24,7 +26,28 @@ from liar_ext.reconstruction.rows import report_row
 from liar_ext.reconstruction.targets import Shortfall, solve_towards
 from liar_ext.report.rows import SiteRow
 
+STREAMS, BEHIND = ("dense", "pruned"), " behind "
 SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
+
+
+@dataclass
+class Stream:
+    """Hidden states of some sequences, (sequences, tokens, hidden), in one of both models.
+
+    Parameters
+    ----------
+    now : Held
+        Before the block that comes next.
+    behind : dict of int to Held
+        What came out of the stacks before, as far as a later one reads it, by the last block.
+    """
+
+    now: Held
+    behind: dict[int, Held] = field(default_factory=dict)
+
+    def get(self) -> Tensor:
+        """Return the hidden states before the block that comes next."""
+        return self.now.get()
 
 
 @dataclass
@@ -37,8 +60,8 @@ class Part:
         As the model takes them.
     fold : int, optional
         Their fold; None where they are fresh: no solve reads them, errors are measured on them.
-    dense, pruned : Held
-        Both streams before the block that comes next, (sequences, tokens, hidden).
+    dense, pruned : Stream
+        Both streams.
     goals : dict of str to Held
         By site of the block in work, what the dense model has there: the output of the consumer, or
         the stream after it.
@@ -49,8 +72,8 @@ class Part:
 
     batch: Batch
     fold: int | None
-    dense: Held
-    pruned: Held
+    dense: Stream
+    pruned: Stream
     goals: dict[str, Held] = field(default_factory=dict)
     halfway: tuple[Held, Held] | None = None
 
@@ -86,6 +109,7 @@ class Walk:
         """Split the batches by fold, and take all hidden states to the first block."""
         sequences = 0
         for batch in read_batches(batches):
+            batch = with_inputs(self.model, batch)
             sequences += len(batch)
             for index in range(FOLDS):
                 rows = (batch.fold == index).nonzero().flatten()
@@ -98,15 +122,30 @@ class Walk:
                 f"{sorted(folds)}; give at least 2 sequences"
             )
         for batch in read_batches(fresh):
-            self._enter(batch, None)
+            self._enter(with_inputs(self.model, batch), None)
 
     def _enter(self, batch: Batch, fold: int | None) -> None:
-        hidden = self.blocks.enter(0, batch.to(self.device).inputs)[0][0]
-        dense, pruned = (self.states.hold(hidden) for _ in range(2))
-        self.parts.append(Part(batch, fold, dense, pruned))
+        streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
+        self.parts.append(Part(batch, fold, *streams))
+
+    def _first(self, index: int, batch: Batch) -> Tensor:
+        """Return the hidden states that the stack beginning at a block reads."""
+        return self.blocks.enter(index, batch.to(self.device).inputs)[0][0]
+
+    def _turn(self, index: int) -> None:
+        """Leave one stack of blocks for the next, which begins at block ``index``."""
+        read = self.blocks.read_later(index - 1)
+        for part in self.parts:
+            hidden = self._first(index, part.batch)
+            for stream in (part.dense, part.pruned):
+                if read:
+                    stream.behind[index - 1] = stream.now
+                stream.now = self.states.hold(hidden)
 
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
+        if index > 0 and self.blocks.begins(index):
+            self._turn(index)
         here = [site for site in self.blocks.sites[index] if site.name in self.plan.sites]
         lossless = {
             site.name for site in here if len(self.plan.sites[site.name].kept) == site.units
@@ -122,21 +161,33 @@ class Walk:
                 with solving(site.name):
                     consumers[site.name] = self._solve(site, self.targets[site.name], consumers)
         for part in self.parts:
-            part.pruned.set(self._after(index, part, consumers))
+            part.pruned.now.set(self._after(index, part, consumers))
         for part, dense in zip(self.parts, after, strict=False):
-            part.dense = dense
+            part.dense.now = dense
 
     def streams(self) -> dict[str, list[Held]]:
         """Return the hidden states of both streams, by part."""
-        dense, pruned = zip(*((part.dense, part.pruned) for part in self.parts), strict=True)
-        return {"dense": list(dense), "pruned": list(pruned)}
+        found = {}
+        for name in STREAMS:
+            streams = [getattr(part, name) for part in self.parts]
+            found[name] = [stream.now for stream in streams]
+            for index in streams[0].behind:
+                found[f"{name}{BEHIND}{index}"] = [stream.behind[index] for stream in streams]
+        return found
+
+    def go_on(self, streams: Mapping[str, list[Held]]) -> None:
+        """Take what lies behind the streams from :meth:`streams` of a walk that was further."""
+        for name, held in streams.items():
+            which, behind, index = name.partition(BEHIND)
+            for part, each in zip(self.parts, held, strict=True) if behind else ():
+                getattr(part, which).behind[int(index)] = each
 
     def _dense_run(self, index: int, part: Part) -> Held:
         """Note what the dense model has at each site, and return its stream after the block."""
         hidden = part.dense.get()
-        run = self._run(index, part, hidden)
+        run = self._run(index, part, part.dense)
         part.goals = {
-            site.name: self.states.hold(_reached(site, self.targets[site.name], hidden, run))
+            site.name: self.states.hold(self._reached(site, self.targets[site.name], hidden, run))
             for site in self.blocks.sites[index]
             if site.name in self.plan.sites
         }
@@ -145,7 +196,7 @@ class Walk:
     def _after(self, index: int, part: Part, consumers: Mapping[str, Forward]) -> Tensor:
         """Return the pruned stream after a block whose sites are solved."""
         if part.halfway is None:
-            return self._run(index, part, part.pruned.get(), consumers).output
+            return self._run(index, part, part.pruned, consumers).output
         (stream, x), part.halfway = (held.get() for held in part.halfway), None
         (mlp,) = (site.name for site in self.blocks.sites[index] if site.kind == "mlp")
         return stream + consumers[mlp](x.to(self.blocks.device(index))).cpu().view_as(stream)
@@ -189,7 +240,7 @@ class Walk:
         self, site: Site, target: str, consumers: Mapping[str, Forward]
     ) -> tuple[Moments, Shortfall | None]:
         """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
-        device = self.blocks.device(site.block)
+        device = self.blocks.device(self.blocks.index_of(site))
         moments = Moments.zeros(site.d_in, device=device)
         shortfall = None
         if target != "dense-input":
@@ -220,12 +271,12 @@ class Walk:
         late = site.kind == "mlp" and site.name not in self.blocks.norms
         end = None if target == "stream" and late else site.name
         hidden = part.pruned.get()
-        run = self._run(site.block, part, hidden, consumers, end)
+        run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
         x = run.seen[site.name][0].flatten(0, -2)
-        weight = part.batch.counting(len(x), x.device)
+        weight = part.batch.counting(len(x), x.device, site.part.mask)
         if target == "dense-input":
             return x, None, weight
-        r = part.goals[site.name].get() - _reached(site, target, hidden, run)
+        r = part.goals[site.name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
         return x, r.to(x.device).flatten(0, -2), weight
 
@@ -250,13 +301,13 @@ class Walk:
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if the block is a plain sum of both sites."""
-        others = [other.name for other in self.blocks.sites[site.block] if other.kind == "attn"]
-        here = [*others, site.name]
+        at = self.blocks.sites[self.blocks.index_of(site)]
+        here = [other.name for other in at]
         plain = all(self.targets.get(name) == "stream" for name in here)
         plain = plain and self.blocks.norms.keys().isdisjoint(here)
-        if site.kind != "mlp" or len(others) != 1 or not plain:
+        if site.kind != "mlp" or len(at) == 1 or not plain:
             return None
-        stream = hidden + run.seen[others[0]][1].cpu().view_as(hidden)
+        stream = self.blocks.after_attention(site, hidden, run, itself=False)
         return self.states.hold(stream), self.states.hold(run.seen[site.name][0])
 
     def _target_at(self, site: Site) -> str:
@@ -265,10 +316,12 @@ class Walk:
             return self.target
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
-        hidden = part.dense.get()[:1].to(self.blocks.device(site.block))
-        if self.blocks.adds_plainly(site, one, hidden):
-            return "stream"
-        norm = self.blocks.norm_of_sum(site, one, hidden)
+        hidden = part.dense.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
+        behind = {end: partial(_first_of, held) for end, held in part.dense.behind.items()}
+        with self.blocks.answering(behind):
+            if self.blocks.adds_plainly(site, one, hidden):
+                return "stream"
+            norm = self.blocks.norm_of_sum(site, one, hidden)
         if norm is None:
             return "branch"
         self.blocks.norms[site.name] = norm
@@ -302,28 +355,38 @@ class Walk:
         self,
         index: int,
         part: Part,
-        hidden: Tensor,
+        stream: Stream,
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
         inputs = part.batch.to(self.device).inputs
-        hidden = hidden.to(self.blocks.device(index))
-        return self.blocks.run(index, inputs, hidden, consumers, end)
+        hidden = stream.get().to(self.blocks.device(index))
+        with self.blocks.answering({end: held.get for end, held in stream.behind.items()}):
+            return self.blocks.run(index, inputs, hidden, consumers, end)
+
+    def _reached(self, site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
+        """Return the consumer's output, or the stream after the site, on the CPU.
+
+        Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
+        In float32, or float64 as the model is: the difference of two of these is the shortfall.
+        """
+        if target == "stream" and site.name in run.sums:
+            return _wide(run.sums[site.name]).view_as(hidden)
+        if target == "stream" and site.kind == "mlp":
+            return _wide(run.output)
+        if target == "stream":
+            return self.blocks.after_attention(site, _wide(hidden), run)
+        return _wide(run.seen[site.name][1]).view_as(hidden)
 
 
-def _reached(site: Site, target: str, hidden: Tensor, run: Run) -> Tensor:
-    """Return the consumer's output, or the stream after the site, on the CPU.
+def with_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """Return a batch with what the decoder reads where an encoder is there, too."""
+    return replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
 
-    Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
-    In float32, or float64 as the model is: the difference of two of these is the shortfall.
-    """
 
-    def wide(tensor: Tensor) -> Tensor:
-        return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
 
-    if target == "stream" and site.name in run.sums:
-        return wide(run.sums[site.name]).view_as(hidden)
-    if target == "stream" and site.kind == "mlp":
-        return wide(run.output)
-    output = wide(run.seen[site.name][1]).view_as(hidden)
-    return output + wide(hidden) if target == "stream" else output
+
+def _first_of(held: Held) -> Tensor:
+    return held.get()[:1]

@@ -183,6 +183,8 @@ class StreamedJob(Job):
         """
         family = family_of(self.model)
         reason = family.without.get("layerwise")
+        if family.parts:
+            reason = reason or "it has several stacks of blocks"
         at = sites(self.model)
         if {site.block for site in at} != set(range(len(self.store))):
             reason = reason or "some of its blocks have no site"

@@ -80,11 +80,12 @@ class ProbeStreams:
         total, rows = dict.fromkeys(self.streams, 0.0), 0
         with torch.no_grad(), evaluating(self.model), blocks.opened(), self.store.head():
             for number, batch in enumerate(self.batches):
-                with blocks.answering(partial(self._at, self.dense.hidden, number)):
+                last, dense_end = len(blocks) - 1, partial(self._at, self.dense.hidden, number)
+                with blocks.answering({last: dense_end}):
                     dense = DenseOutputs(self.model, batch, POSITIONS)
                 rows += len(dense)
                 for name, streams in self.streams.items():
-                    with blocks.answering(partial(self._at, streams, number)):
+                    with blocks.answering({last: partial(self._at, streams, number)}):
                         total[name] += dense.divergence(self.model, finite_only=True)
         values = mean_divergences(list(total.values()), rows, [(name,) for name in total])
         measured = dict(zip(total, values, strict=True))

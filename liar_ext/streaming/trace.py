@@ -54,7 +54,7 @@ class Trace:
             return next(rest).get().to(self.store.device)
 
         with torch.no_grad(), evaluating(self.model), blocks.opened(), self.store.head():
-            with blocks.answering(give):
+            with blocks.answering({len(blocks) - 1: give}):
                 yield
 
     def _inputs(self) -> Iterator[dict[str, Tensor]]:

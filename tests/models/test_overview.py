@@ -40,7 +40,7 @@ def test_the_table_says_what_models_of_the_family_have():
     assert table["mixtral"]["experts"] == Entry("yes")
     assert table["mixtral"]["stock"].applies == "heads, channels, experts"
     assert table["llama"]["experts"] == Entry("–")
-    assert table["t5"]["layerwise"].applies == "no"
+    assert table["albert"]["layerwise"].applies == "no"
     assert table["bert"]["stock"].applies == "channels" and table["bert"]["stock"].reason
     assert table["bert"]["kv_groups"] == Entry("no", "every head has keys and values of its own")
     assert table["dinov2"]["stock"].applies == "heads"

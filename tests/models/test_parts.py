@@ -179,9 +179,8 @@ def test_criteria_of_gradients_need_labels_of_an_encoder_decoder() -> None:
     prune(model, labels, 0.6, criterion="fisher")
 
 
-@pytest.mark.parametrize("name", ["albert", *PARTS])
-def test_no_job_is_layerwise_where_blocks_cannot_be_run_one_by_one(name: str) -> None:
-    model = tiny(name)
+def test_no_job_is_layerwise_where_blocks_cannot_be_run_one_by_one() -> None:
+    model = tiny("albert")
     data = batches(model, 2)
     with pytest.raises(InputError, match=r'reconstructed in one pass only, .*="one-pass"'):
         prune(model, data, 0.6, schedule="layerwise")

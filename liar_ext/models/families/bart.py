@@ -9,7 +9,6 @@ from liar_ext.models.family import Family, Part, Wiring
 _WITHOUT = {
     "hidden": "encoder and decoder have a residual stream each",
     "stock": "heads: its config derives the size of a head from the hidden size",
-    "layerwise": "the decoder reads the encoder's last hidden states",
 }
 
 

@@ -54,7 +54,6 @@ def _rows(name: str) -> tuple[Family, ...]:
     without = {
         "hidden": "each tower has a hidden size of its own",
         "stock": _HEADS,
-        "layerwise": "its towers have a residual stream each",
     }
     return (
         Family(name=name, parts=(_IMAGES, _TEXTS), without=without),

@@ -60,7 +60,6 @@ _T5 = Family(
     without={
         "hidden": "encoder and decoder have a residual stream each",
         "stock": "heads: its table of relative positions has a column for every dense head",
-        "layerwise": "blocks pass on a bias of positions beside the hidden states",
     },
 )
 
