@@ -166,7 +166,6 @@ def test_a_pruned_model_is_pruned_again() -> None:
 @pytest.mark.parametrize(
     ("choices", "match"),
     [
-        ({"schedule": "layerwise"}, "layerwise: this 'mixtral' is reconstructed in one pass only"),
         ({"criterion": "taylor"}, "gradients.*0.mlp.0, an expert"),
         ({"keep_hidden": 0.5}, "hidden"),
         ({"keep_experts": 0.25}, "less than the 2 that every token is sent to"),
@@ -178,4 +177,4 @@ def test_what_experts_lack_is_refused_before_any_text_is_read(choices: dict, mat
         yield
 
     with pytest.raises(InputError, match=match):
-        prune(tiny("mixtral"), [] if "schedule" in choices else never(), 0.5, **choices)
+        prune(tiny("mixtral"), never(), 0.5, **choices)

@@ -18,7 +18,7 @@ from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_fin
 from liar_ext.calibration.saved_sums import SavedSums
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.errors import InputError
-from liar_ext.models.experts import Routed, routed_input
+from liar_ext.models.experts import Routed, called_at, routed_input
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
@@ -97,11 +97,10 @@ def tap_at(model: nn.Module, site: Site) -> Tap:
     """Return where what the consumer of a site reads is to be had."""
     mask, repeats = site.part.mask, site.part.repeats
     if site.expert is None:
-        module, take = site.consumer, lambda args, _: args[0]
+        take = lambda args, _: args[0]  # noqa: E731
     else:  # the module of all experts computes what each reads
-        module = site.consumer.rpartition(".")[0]
         take = lambda args, _: routed_input(model, site, args)  # noqa: E731
-    return Tap(site.name, module, site.d_in, take, mask=mask, repeats=repeats)
+    return Tap(site.name, called_at(site), site.d_in, take, mask=mask, repeats=repeats)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.errors import InputError
-from liar_ext.models.experts import gated, reroute, router_of
+from liar_ext.models.experts import called_at, gated, reroute, router_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 
@@ -113,7 +113,7 @@ def collect_tokens(
     body = getattr(model, "base_model", model)
     with ExitStack() as stack:
         for site in layers:
-            module = model.get_submodule(site.consumer.rpartition(".")[0])
+            module = model.get_submodule(called_at(site))
             stack.enter_context(watched(router_of(model, site), routed(site.team)))
             stack.enter_context(watched(module, reached(site)))
         stack.enter_context(evaluating(model))

@@ -88,6 +88,11 @@ def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | Expe
     return ExpertLayer(root.get_submodule(owner), name, expert)
 
 
+def called_at(site: Site) -> str:
+    """Return the path of the module that runs a site's consumer: its own, or all experts'."""
+    return site.consumer if site.expert is None else site.consumer.rpartition(".")[0]
+
+
 def experts_in(block: nn.Module, wiring: Wiring) -> list[int | None]:
     """Return the experts of a block, or None alone for a layer without any."""
     return list(range(count_experts(block, wiring))) or [None]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.hooks import Ended, replaced, watched
 from liar_ext.errors import InputError
+from liar_ext.models.experts import called_at
 from liar_ext.models.family import HeadInput
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of
-from liar_ext.models.sites import Site
+from liar_ext.models.sites import Site, teams_of
 
 Forward = Callable[..., Tensor]
 
@@ -29,13 +30,14 @@ class Run:
     output : Tensor or None
         Hidden states after the block; None if the run ended at a consumer.
     seen : dict of str to (Tensor, Tensor)
-        Input and output of each consumer, by site name.
+        Input and output of each consumer, by the layer that it is: the name of a site, or of all
+        experts of a layer, whose input is what the module of all of them is called with.
     sums: dict of str to Tensor
-        What the norms of :attr:`Blocks.norms` read, by site name.
+        What the norms of :attr:`Blocks.norms` read, by layer.
     """
 
     output: Tensor | None
-    seen: dict[str, tuple[Tensor, Tensor]]
+    seen: dict[str, tuple[Tensor | tuple, Tensor]]
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -59,11 +61,11 @@ class Blocks:
 
     Attributes
     ----------
-    sites : list of list of Site
-        Of each block.
+    layers : list of dict of str to list of Site
+        Of each block, by name: one site, or all experts of a layer.
     norms : dict of str to str
-        Path of the norm that reads the sum of stream and consumer, by the name of those sites where
-        :meth:`norm_of_sum` found one; runs note what it reads.
+        Path of the norm that reads the sum of stream and consumer, by the name of those layers
+        where :meth:`norm_of_sum` found one; runs note what it reads.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
@@ -73,7 +75,7 @@ class Blocks:
         at: dict[str, list[Site]] = {}
         for site in sites:
             at.setdefault(site.path, []).append(site)
-        self.sites = list(at.values())
+        self.layers = [teams_of(here) for here in at.values()]
         self._index = {path: index for index, path in enumerate(at)}
         self._blocks = [model.get_submodule(path) for path in at]
         self._forwards = [block.forward for block in self._blocks]
@@ -108,8 +110,8 @@ class Blocks:
 
     def read_later(self, index: int) -> bool:
         """Tell whether a stack after that of block ``index`` reads what comes out of the blocks."""
-        rest = (site for at in self.sites[index + 1 :] for site in at)
-        return any(site.part.cross_attn and site.part.name != self._stack(index) for site in rest)
+        rest = (self._first_site(later).part for later in range(index + 1, len(self)))
+        return any(part.cross_attn and part.name != self._stack(index) for part in rest)
 
     def device(self, index: int) -> torch.device:
         """Return where a block computes; blocks may be spread over several devices."""
@@ -176,9 +178,9 @@ class Blocks:
         hidden : Tensor
             Hidden states before the block, (batch, tokens, hidden).
         consumers : mapping of str to callable, optional
-            What to compute in place of a consumer, by site name.
+            What to compute in place of a consumer, or of all experts, by layer.
         end : str, optional
-            Site after whose consumer, or the norm that reads its sum, the run may end.
+            Layer after whose consumer, or the norm that reads its sum, the run may end.
         """
         (_, *args), kwargs = self.enter(index, inputs)
         run, carried = Run(None, {}), []
@@ -186,14 +188,17 @@ class Blocks:
             if (maker := self._maker(index)) is not None:
                 note = partial(_keep_output, carried, maker.output)
                 stack.enter_context(watched(self._blocks[index].get_submodule(maker.module), note))
-            for site in self.sites[index]:
-                consumer, norm = self._model.get_submodule(site.consumer), self.norms.get(site.name)
-                if consumers and site.name in consumers:
-                    stack.enter_context(replaced(consumer, consumers[site.name]))
-                last = end if norm is None else None
-                stack.enter_context(watched(consumer, _note(run.seen, site.name, last)))
+            for name, layer in self.layers[index].items():
+                consumer = self._model.get_submodule(called_at(layer[0]))
+                if consumers and name in consumers:
+                    stack.enter_context(replaced(consumer, consumers[name]))
+                norm = self.norms.get(name)
+                last, keep = end if norm is None else None, _both
+                if layer[0].expert is not None:
+                    keep = _of_experts
+                stack.enter_context(watched(consumer, _note(run.seen, name, last, keep)))
                 if norm is not None:
-                    note = _note(run.sums, site.name, end, input_only=True)
+                    note = _note(run.sums, name, end, _input)
                     stack.enter_context(watched(self._model.get_submodule(norm), note))
             try:
                 output = self._forwards[index](hidden, *args, **kwargs)
@@ -214,21 +219,21 @@ class Blocks:
         shows.
         """
         index = self.index_of(site)
-        order = [other.name for other in self.sites[index]]
-        mlp = [other.name for other in self.sites[index] if other.kind == "mlp"]
+        order = list(self.layers[index])
+        mlp = [name for name, layer in self.layers[index].items() if layer[0].kind == "mlp"]
 
-        def silence(x: Tensor) -> Tensor:
+        def silence(x: Tensor, *_: Tensor) -> Tensor:
             return hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
 
         def run_without(names: Sequence[str]) -> Run:
             return self.run(index, inputs, hidden, dict.fromkeys(names, silence))
 
         if site.kind == "attn":
-            run = run_without(order[order.index(site.name) + 1 :])
+            run = run_without(order[order.index(site.team) + 1 :])
             before = self.after_attention(site, hidden, run, itself=False)
         else:
             before, run = run_without(mlp).output, self.run(index, inputs, hidden)
-        added = run.seen[site.name][1].view_as(hidden)
+        added = run.seen[site.team][1].view_as(hidden)
         terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
         tolerance = 4 * torch.finfo(hidden.dtype).eps * terms
         return not bool(((run.output - before - added).abs() > tolerance).any())
@@ -241,10 +246,13 @@ class Blocks:
         It is ``hidden``, the stream before the block, plus what the consumers of attention up to
         this site put out; for an MLP, those of all attention.
         """
-        at = self.sites[self.index_of(site)]
-        before = [other for other in at[: at.index(site)] if other.kind == "attn"]
-        for other in [*before, site] if itself else before:
-            hidden = hidden + run.seen[other.name][1].to(hidden).view_as(hidden)
+        for name, layer in self.layers[self.index_of(site)].items():
+            if name == site.team and not itself:
+                break
+            if layer[0].kind == "attn":
+                hidden = hidden + run.seen[name][1].to(hidden).view_as(hidden)
+            if name == site.team:
+                break
         return hidden
 
     def norm_of_sum(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> str | None:
@@ -255,12 +263,12 @@ class Blocks:
         consumer puts out. A norm that reads the consumer's output alone is none.
         """
 
-        def silence(x: Tensor) -> Tensor:
+        def silence(x: Tensor, *_: Tensor) -> Tensor:
             return hidden.new_zeros(*x.shape[:-1], site.d_out)
 
         run, read = self._norms_read(site, inputs, hidden, {})
-        _, unmoved = self._norms_read(site, inputs, hidden, {site.name: silence})
-        added = run.seen[site.name][1].view_as(hidden)
+        _, unmoved = self._norms_read(site, inputs, hidden, {site.team: silence})
+        added = run.seen[site.team][1].view_as(hidden)
         for norm in read.keys() & unmoved.keys():
             both, quiet = read[norm], unmoved[norm]
             if both.numel() != added.numel() or torch.equal(both, quiet) or not quiet.any():
@@ -283,7 +291,7 @@ class Blocks:
         with ExitStack() as stack:
             for name, module in self._model.get_submodule(site.path).named_modules():
                 if "norm" in type(module).__name__.lower():
-                    note = _note(read, f"{site.path}.{name}", None, input_only=True)
+                    note = _note(read, f"{site.path}.{name}", None, _input)
                     stack.enter_context(watched(module, note))
             return self.run(self.index_of(site), inputs, hidden, consumers), read
 
@@ -305,12 +313,15 @@ class Blocks:
 
         return forward
 
+    def _first_site(self, index: int) -> Site:
+        return next(iter(self.layers[index].values()))[0]
+
     def _stack(self, index: int) -> str:
-        return self.sites[index][0].part.name
+        return self._first_site(index).part.name
 
     def _maker(self, index: int) -> HeadInput | None:
         """Return what a block makes for itself and all blocks after it, if it does."""
-        inputs = (site.wiring.head_input for site in self.sites[index])
+        inputs = (layer[0].wiring.head_input for layer in self.layers[index].values())
         made = (each for each in inputs if each and each.table and each.output is not None)
         return next(made, None) if self.begins(index) else None
 
@@ -365,12 +376,24 @@ def _keep_output(found: list, index: int, _: tuple, output: tuple) -> None:
     found.append(output[index])
 
 
-def _note(seen: dict, name: str, end: str | None, *, input_only: bool = False) -> Callable:
-    """Return a callback that keeps a module's input, and output, and may end the run."""
+def _note(seen: dict, name: str, end: str | None, keep: Callable) -> Callable:
+    """Return a callback that keeps something of a module's arguments and output, and may end it."""
 
     def note(args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = args[0] if input_only else (args[0], output)
+        seen[name] = keep(args, output)
         if name == end:
             raise Ended
 
     return note
+
+
+def _both(args: tuple[Tensor, ...], output: Tensor) -> tuple[Tensor, Tensor]:
+    return args[0], output
+
+
+def _of_experts(args: tuple[Tensor, ...], output: Tensor) -> tuple[tuple, Tensor]:
+    return args[:3], output
+
+
+def _input(args: tuple[Tensor, ...], _: Tensor) -> Tensor:
+    return args[0]

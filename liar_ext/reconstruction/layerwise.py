@@ -16,7 +16,8 @@ from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
 from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
 from liar_ext.reconstruction.settings import check_settings
-from liar_ext.reconstruction.walk import Walk, with_inputs
+from liar_ext.reconstruction.streams import with_inputs
+from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
@@ -51,8 +52,12 @@ def reconstruct_layerwise(
 
     Attention comes first; the MLP then reads the stream that the new attention leaves. Of a model
     of several stacks, encoder and decoder or two towers, each is walked in turn. A decoder reads
-    what the encoder gave, and in the pruned stream what the pruned encoder did. λ, and for
-    ``auto`` α, are those of least held-out error, see
+    what the encoder gave, and in the pruned stream what the pruned encoder did. Of a mixture of
+    experts each expert is solved on the tokens that the pruned stream's router sends to it; what
+    the layer falls short of its target by is asked of all of them alike, see
+    :mod:`liar_ext.reconstruction.layer_sums`.
+
+    λ, and for ``auto`` α, are those of least held-out error, see
     :func:`liar_ext.reconstruction.targets.solve_towards`. At the first site of the walk all targets
     are the same, and so is the one-pass solution.
 
@@ -100,7 +105,7 @@ def reconstruct_layerwise(
     -----
     Memory: two streams of tokens × hidden, up to four more and the input of one MLP consumer while
     a block is worked on, and what both encoders gave while a decoder is walked, all on the CPU;
-    and the sums of one site. Work: one run of each dense
+    and the sums of one site, or of all experts of a layer. Work: one run of each dense
     block and one per site of each pruned block, and one more of the latter unless both its sites
     add to the stream as they are and the target is ``stream`` or ``auto``.
 

@@ -63,13 +63,14 @@ class Shortfall:
         fold : int
             Which sums to add to.
         weight : Tensor
-            ``(tokens,)`` bool: which rows are in use.
+            ``(tokens,)``: which rows are in use, or what each counts.
         """
         unused, count = torch.zeros_like(self.cross[fold, :, 0]), self.energy.new_zeros(2)
         ops.gram_update_(self.cross[fold], unused, count, x, r, weight)
-        used = r.detach()[weight].double()
-        self.total[fold] += used.sum(0)
-        self.energy[fold] += used.square().sum()
+        used = weight.bool()
+        wide, scale = r.detach()[used].double(), weight[used].double()[:, None]
+        self.total[fold] += (scale * wide).sum(0)
+        self.energy[fold] += (scale * wide.square()).sum()
 
 
 def solve_towards(

@@ -18,7 +18,8 @@ class SiteRow:
     no decision has seen; None where there was none.
     ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
     nats; None where it was not measured.
-    ``tokens`` is how many calibration tokens reached an expert; None where all do.
+    ``tokens`` is how many calibration tokens reached an expert; None where all do, and where it was
+    kept as it is.
     """
 
     name: str

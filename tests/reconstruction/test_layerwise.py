@@ -100,7 +100,7 @@ def test_sums_equal_brute_force(name, target, kind):
     data = batches(model)
     plan = plan_for(model, data)
     walk, context = walk_blocks(model, data, plan, 1, target)
-    here = {site.kind: site for site in walk.blocks.sites[1]}
+    here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
     site = here[kind]
     # What _collect sees in the middle of a step: the goals of the block, and attention solved.
     walk.targets = {other.name: target for other in here.values()}
@@ -108,8 +108,9 @@ def test_sums_equal_brute_force(name, target, kind):
         walk._dense_run(1, part)
     consumers = {}
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve(here["attn"], target, {})
-    moments, shortfall = walk._collect(site, target, consumers)
+        consumers["1.attn"] = walk._solve([here["attn"]], target, {})
+    (sums,) = walk._collect([site], target, consumers)
+    moments, shortfall = sums.moments, sums.shortfall
     context.__exit__(None, None, None)
 
     done = {name for name in walk.weights}
@@ -159,15 +160,16 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     data = batches(model)
     plan = plan_for(model, data)
     walk, context = walk_blocks(model, data, plan, 1)
-    walk.targets = {site.name: walk._target_at(site) for site in walk.blocks.sites[1]}
+    here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
+    walk.targets = {site.name: walk._target_at(site) for site in here.values()}
     for part in walk.parts:
         walk._dense_run(1, part)
-    here = {site.kind: site for site in walk.blocks.sites[1]}
+    here = {layer[0].kind: layer[0] for layer in walk.blocks.layers[1].values()}
     site, consumers = here[kind], {}
     if kind == "mlp":
-        consumers["1.attn"] = walk._solve(here["attn"], "stream", {})
+        consumers["1.attn"] = walk._solve([here["attn"]], "stream", {})
     norm = model.get_submodule(walk.blocks.norms[site.name])
-    _, shortfall = walk._collect(site, "stream", consumers)
+    shortfall = walk._collect([site], "stream", consumers)[0].shortfall
     context.__exit__(None, None, None)
 
     done = {name: plan.sites[name] for name in walk.weights}

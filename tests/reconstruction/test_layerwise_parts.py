@@ -70,7 +70,7 @@ def test_the_streams_of_every_stack_are_those_of_both_models(name: str, target: 
         for index in range(len(blocks)):
             walk.step(index)
             if index + 1 == len(blocks) or blocks.begins(index + 1):
-                ends[blocks.sites[index][0].path] = [
+                ends[next(iter(blocks.layers[index].values()))[0].path] = [
                     (part.batch.inputs, part.dense.get(), part.pruned.get()) for part in walk.parts
                 ]
     apply_plan(pruned, plan, walk.weights)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.hooks import watched
-from liar_ext.errors import InputError
 from liar_ext.models.experts import routed_input
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
@@ -122,7 +121,12 @@ def test_an_expert_that_no_token_reaches_is_told_of() -> None:
     assert what_to_know([row for row in rows if row.tokens >= 32], "none", 10**6, 1) == []
 
 
-def test_experts_are_not_walked() -> None:
-    model = tiny("mixtral")
-    with pytest.raises(InputError, match="mixtral.*in one pass only, its routers"):
-        reconstruct_layerwise(model, [tiny_inputs(model)], planned(model))
+def test_an_expert_that_no_token_reaches_is_dropped_from_on_a_walk() -> None:
+    model = lopsided()
+    kept = tuple(range(0, 32, 2))
+    plan = Plan("mixtral", "auto", {site.name: SitePlan(32, kept) for site in experts_of(model)})
+    weights, rows = reconstruct_layerwise(model, [tiny_inputs(model, 4, 16)], plan)
+    row = next(row for row in rows if row.name == "0.mlp.4")
+    assert (row.tokens, row.path, row.error) == (0, "drop, a fold has no tokens", 0.0)
+    dense = get_consumer_weight(model, experts_of(model)[4])[:, kept].double()
+    torch.testing.assert_close(weights["0.mlp.4"][0], dense)

@@ -35,10 +35,7 @@ _GPT_OSS = replace(
     },
     experts=Experts("mlp.experts", "mlp.router"),
 )
-_WITHOUT = {
-    "hidden": "its routers read it, and a narrower one sends tokens elsewhere",
-    "layerwise": "its routers send tokens elsewhere once layers before them are pruned",
-}
+_WITHOUT = {"hidden": "its routers read it, and a narrower one sends tokens elsewhere"}
 
 # The rows of the table.
 ROWS = (

@@ -1,0 +1,152 @@
+"""What a walk sums of a layer: one consumer, or those of all experts together.
+
+A layer of experts gives, in the pruned stream, ``ŷ_t = Σ_e r̂_te (W_e x̂_te + b_e)`` with the weights
+r̂ of the router there. What it falls short of its target by, R_t, each expert that the token is sent
+to is asked for in the same way::
+
+    y*_te = W_e x̂_te + b_e + R_t / Σ_e r̂_te
+
+so that the layer makes R_t up exactly if all of them do. An error of the expert costs r̂² times its
+square in ŷ, and so each token counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.moments import Moments
+from liar_ext.models.experts import routed_input
+from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
+from liar_ext.reconstruction.targets import Shortfall
+
+Forward = Callable[..., Tensor]
+
+
+class Rows(NamedTuple):
+    """What the consumer of a site reads of some sequences, a row per token.
+
+    Parameters
+    ----------
+    x : Tensor
+        x̂, ``(rows, d_in)``.
+    shortfall : Tensor or None
+        r, ``(rows, d_out)``; None for the site's own target.
+    weight : Tensor
+        ``(rows,)``: what each counts, bool or a number.
+    """
+
+    x: Tensor
+    shortfall: Tensor | None
+    weight: Tensor
+
+
+def rows_of(
+    model: nn.Module,
+    layer: Sequence[Site],
+    read: Tensor | tuple[Tensor, Tensor, Tensor],
+    shortfall: Tensor | None,
+    counts: Callable[[int], Tensor],
+) -> list[Rows]:
+    """Return the rows of each site of a layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    layer : sequence of Site
+        One site, or all experts of a layer.
+    read : Tensor, or (Tensor, Tensor, Tensor)
+        What the consumer reads, or what the module of all experts is called with: tokens, chosen
+        experts and their weights.
+    shortfall : Tensor or None
+        What the layer's output falls short by, a row per token; None for each site's own target.
+    counts : callable
+        Gives for a number of tokens which of them are no padding.
+    """
+    if layer[0].expert is None:
+        x = read.flatten(0, -2)
+        return [Rows(x, shortfall, counts(len(x)))]
+    tokens, _, given = read
+    used = counts(len(tokens))
+    if shortfall is not None:
+        shortfall = shortfall / given.sum(-1, keepdim=True).to(shortfall)
+    found = []
+    for site in layer:
+        routed = routed_input(model, site, read)
+        here = used[routed.token]
+        asked = None if shortfall is None else shortfall[routed.token][here]
+        found.append(Rows(routed.x[here], asked, routed.weight[here].double().square()))
+    return found
+
+
+@dataclass
+class LayerSums:
+    """Sums over the tokens of one site.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of x̂.
+    shortfall : Shortfall or None
+        Of r; None for the site's own target.
+    rows : int
+        How many tokens there were.
+    """
+
+    moments: Moments
+    shortfall: Shortfall | None
+    rows: int = 0
+
+    @classmethod
+    def zeros(cls, site: Site, own: bool, device: torch.device) -> LayerSums:
+        """Return the sums over no tokens, for the site's ``own`` target or another."""
+        shortfall = None if own else Shortfall.zeros(site.d_in, site.d_out, device=device)
+        return cls(Moments.zeros(site.d_in, device=device), shortfall)
+
+    def add(self, rows: Rows, fold: int) -> None:
+        """Add tokens to a fold; those with a value that isn't finite are left out and counted."""
+        (x, r, weight), moments = rows, self.moments
+        self.rows += int((weight > 0).sum())
+        if self.shortfall is None:
+            moments.update(x, fold, weight)
+            return
+        x = x.to(r.dtype)
+        usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
+        moments.count[fold, 1] += (weight.bool() & ~usable).sum()
+        moments.update(x, fold, weight * usable)
+        self.shortfall.update(x, r, fold, weight * usable)
+
+
+def error_on(model: nn.Module, site: Site, rows: Rows, new: Forward) -> tuple[float, float]:
+    """Return ``Σ w |W x̂ + b + r − new(x̂)|²`` and ``Σ w |W x̂|²`` of a site."""
+    weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
+    x, r, counts = rows
+    dense = nn.functional.linear(x, weight)
+    left = (dense if bias is None else dense + bias) - new(x)
+    left = left.double() if r is None else left.double() + r
+    usable = counts.bool() & torch.isfinite(left).all(-1)
+    scale = counts[usable].double()[:, None]
+    error = (scale * left[usable].square()).sum()
+    return float(error), float((scale * dense[usable].double().square()).sum())
+
+
+def layer_forward(model: nn.Module, layer: Sequence[Site], new: Mapping[str, Forward]) -> Forward:
+    """Return what takes the place of a layer's consumer, or of the module of all experts."""
+    if layer[0].expert is None:
+        return new[layer[0].name]
+
+    def experts(*args: Tensor) -> Tensor:
+        hidden = args[0]
+        total = torch.zeros_like(hidden)
+        for site in layer:
+            routed = routed_input(model, site, args)
+            given = new[site.name](routed.x) * routed.weight[:, None]
+            total.index_add_(0, routed.token, given.to(total.dtype))
+        return total
+
+    return experts

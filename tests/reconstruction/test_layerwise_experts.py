@@ -1,0 +1,133 @@
+"""Layerwise over mixtures of experts: what each expert is asked for, on the tokens it gets then."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from folders import make_plan
+from tiny import MOE, outputs, tiny, tiny_inputs
+from torch import Tensor, nn
+
+from liar_ext import apply_plan, prune, reconstruct_layerwise, sites
+from liar_ext.models.experts import called_at, gated
+from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, teams_of
+from liar_ext.plan import Plan, SitePlan
+
+
+def eager(name: str) -> nn.Module:
+    """Return a tiny model in float64 that computes one expert after another."""
+    model = tiny(name, dtype=torch.float64)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Return a plan that keeps other channels of every expert, equally many, and some heads."""
+    plan = make_plan(model)
+    kept = {
+        site.name: SitePlan(site.units, tuple(range(site.expert % 2, site.units, 2)))
+        for site in sites(model)
+        if site.expert is not None
+    }
+    return replace(plan, sites={**plan.sites, **kept})
+
+
+def padded(model: nn.Module) -> list[dict]:
+    data = [tiny_inputs(model, batch=6, tokens=16, seed=seed) for seed in range(3)]
+    for inputs in data:
+        inputs["attention_mask"][2, 7:] = 0
+    return data
+
+
+def seen_at(model: nn.Module, paths: list[str], inputs: dict) -> dict[str, tuple[tuple, Tensor]]:
+    """Return what modules are called with and give, in the model's own forward."""
+    seen: dict[str, tuple[tuple, Tensor]] = {}
+
+    def note(path: str):
+        return lambda _, args, output: seen.update({path: (args, output)})
+
+    hooks = [model.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("target", ["branch", "stream"])
+@pytest.mark.parametrize("name", MOE)
+@torch.no_grad()
+def test_experts_share_what_their_layer_falls_short_by(name: str, target: str) -> None:
+    """Least squares by hand, of the tokens of each expert in the model pruned up to its layer."""
+    model, damp = eager(name), 1e-3
+    data, plan = padded(model), plan_of(model)
+    settings = {"mode": "linear", "damp": damp, "target": target}
+    weights, rows = reconstruct_layerwise(model, data, plan, **settings)
+    at = [site for site in sites(model) if site.expert is not None]
+    layer = list(teams_of(at).values())[-1]
+    block, experts, order = layer[0].path, called_at(layer[0]), list(plan.sites)
+    done = {each: plan.sites[each] for each in order[: order.index(layer[0].name)]}
+    half = copy.deepcopy(model)
+    apply_plan(half, replace(plan, sites=done), {each: weights[each] for each in done})
+    half.set_experts_implementation("eager")
+
+    found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {site.expert: [] for site in layer}
+    for inputs in data:
+        ends = [seen_at(each, [block, experts], inputs) for each in (model, half)]
+        where = experts if target == "branch" else block
+        short = (ends[0][where][1] - ends[1][where][1]).reshape(-1, layer[0].d_out)
+        (hidden, chosen, given), _ = ends[1][experts]
+        for token in inputs["attention_mask"].flatten().nonzero().flatten().tolist():
+            for place, expert in enumerate(chosen[token].tolist()):
+                x = gated(half, layer[expert], hidden[token : token + 1])[0]
+                found[expert].append((x, short[token] / given[token].sum(), given[token, place]))
+    shifted = 0
+    for site in layer:
+        x, r, weight = (torch.stack(each) for each in zip(*found[site.expert], strict=True))
+        kept, dense = list(plan.sites[site.name].kept), get_consumer_weight(model, site)
+        wanted, scale = x @ dense.T + r, weight[:, None]
+        root = (damp * (scale * x[:, kept]).square().sum(0).mean()).sqrt()
+        root = root * torch.eye(len(kept), dtype=x.dtype)
+        left = torch.cat([scale * x[:, kept], root])
+        right = torch.cat([scale * wanted, root @ dense[:, kept].T])
+        solution = torch.linalg.lstsq(left, right).solution.T
+        torch.testing.assert_close(weights[site.name][0], solution, rtol=1e-6, atol=1e-8)
+        assert next(row.tokens for row in rows if row.name == site.name) == len(x)
+        shifted += float(r.abs().sum())
+    assert shifted > 0
+
+
+@pytest.mark.parametrize("name", MOE)
+@torch.no_grad()
+def test_removing_nothing_changes_nothing_even_when_refitted(name: str) -> None:
+    model = eager(name)
+    plan, before = plan_of(model), outputs(model)
+    kept = {name: replace(s, kept=tuple(range(s.units))) for name, s in plan.sites.items()}
+    plan = replace(plan, sites=kept)
+    weights, rows = reconstruct_layerwise(model, padded(model), plan, target="stream", refit=True)
+    assert torch.equal(outputs(model), before)
+    for site in sites(model):
+        torch.testing.assert_close(weights[site.name][0], get_consumer_weight(model, site))
+        if get_consumer_bias(model, site) is not None:
+            torch.testing.assert_close(weights[site.name][1], get_consumer_bias(model, site))
+    assert all(row.error < 1e-8 for row in rows)
+
+
+@pytest.mark.parametrize("name", MOE)
+def test_a_walk_comes_nearer_to_the_dense_model_than_one_pass(name: str) -> None:
+    model = tiny(name)
+    data = [tiny_inputs(model, batch=16, tokens=16, seed=seed) for seed in range(4)]
+    fresh = [tiny_inputs(model, batch=16, tokens=16, seed=seed) for seed in range(10, 12)]
+    dense, left = [outputs(model, each) for each in fresh], {}
+    for schedule in ("layerwise", "one-pass"):
+        pruned = copy.deepcopy(model)
+        kinds = ("mlp",) if name == "olmoe" else ("attn", "mlp")
+        choices = {"criterion": "wifv", "allocation": "uniform", "kinds": kinds}
+        report = prune(pruned, data, 0.6, schedule=schedule, certify_on=fresh[:1], **choices)
+        assert report.settings["schedule"] == schedule
+        assert all(row.certified_error is not None for row in report.sites)
+        pairs = zip(fresh, dense, strict=True)
+        left[schedule] = float(sum((outputs(pruned, d) - y).square().sum() for d, y in pairs))
+    assert left["layerwise"] < left["one-pass"]
