@@ -172,10 +172,10 @@ class Judged(Walk):
             self.step(index)
         return self.found
 
-    def _solve(self, site, target, consumers):
-        moments, shortfall = self._collect(site, target, consumers)
+    def _solve(self, layer, target, consumers):
+        (site,), (sums,) = layer, self._collect(layer, target, consumers)
         self.found[site.name] = [
-            errors(self.model, site, self.plan, weights[site.name][0], moments, shortfall)
+            errors(self.model, site, self.plan, weights[site.name][0], sums.moments, sums.shortfall)
             for weights in (self.given, self.dropped)
         ]
         weight = self.given[site.name][0].to(self.model.dtype)

@@ -200,8 +200,17 @@ def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[st
     ]
 
 
+def _experts_fields(model: nn.Module) -> dict[str, int]:
+    """Return the config fields that say how many experts all layers have; none if they differ."""
+    at = [site for site in sites(model) if site.expert is not None]
+    if len({site.experts for site in at}) != 1:
+        return {}
+    fields = at[0].wiring.config or {}
+    return {name: at[0].experts for name, size in fields.items() if size == "experts"}
+
+
 def _set_shared(model: nn.Module, config: Any) -> None:
-    """Set the config fields that all layers share: the hidden size, and flags of biases."""
+    """Set the fields that all layers share: the hidden size, experts, and flags of biases."""
     governed: dict[tuple[str, str], list[Site]] = {}
     for site in sites(model):
         if site.wiring.bias_flag is not None:
@@ -209,7 +218,7 @@ def _set_shared(model: nn.Module, config: Any) -> None:
     for (_, flag), at in governed.items():
         if all(get_consumer_bias(model, site) is not None for site in at):
             setattr(block_config(at[0].part, config), flag, True)
-    for name, size in _narrowed_fields(model).items():
+    for name, size in (_narrowed_fields(model) | _experts_fields(model)).items():
         setattr(block_config(family_of(model), config), name, size)
 
 

@@ -172,6 +172,11 @@ def reroute(router: nn.Module, logits: Tensor, kept: Tensor) -> tuple[Tensor, Te
     if "bias" in router._parameters:  # which the logits hold already
         zeros = rows.new_zeros(len(kept))
         fewer._parameters["bias"] = nn.Parameter(zeros, requires_grad=False)
+    # Such as a bias of the choice alone.
+    fewer._buffers = {
+        name: buffer[kept] if len(buffer) == logits.shape[1] else buffer
+        for name, buffer in router._buffers.items()
+    }
     fewer.hidden_dim, fewer.num_experts = logits.shape[1], len(kept)
     _, weights, places = fewer.forward(logits)
     return weights, places

@@ -93,8 +93,11 @@ def _groups(family: Family, attn: list[Wiring]) -> Entry:
 
 def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     """Tell of which units a config field says the number."""
-    said = [what for what, each in wirings.items() if any(w.config is not None for w in each)]
-    fields = [size for w in wirings["channels"] for size in (w.config or {}).values()]
+    # An ordinary MLP in some layers of a mixture says nothing of the experts.
+    mixture = [wiring for wiring in wirings["channels"] if wiring.experts]
+    fields = [size for w in mixture or wirings["channels"] for size in (w.config or {}).values()]
+    said = ["heads"] * any(wiring.config is not None for wiring in wirings["heads"])
+    said += ["channels"] * ("features" in fields)
     said += ["experts"] * ("experts" in fields)
     lacking = [what for what, each in wirings.items() if each and what not in said]
     reason = family.without.get("stock", "")

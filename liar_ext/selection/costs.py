@@ -117,7 +117,13 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
                 "allocate: query heads that leave a KV group leave its keys and values behind; "
                 "prune whole groups with attn_unit='kv_group' for a budget of kv_cache"
             )
-        return sum(cached_values(site) for site in sites(model, ["attn"]))
+        total = sum(cached_values(site) for site in sites(model, ["attn"]))
+        if not total:
+            raise InputError(
+                f"allocate: the cache of {model.config.model_type!r} holds what all heads make "
+                "their keys and values from, however many they are; use of='params' or of='flops'"
+            )
+        return total
     linear = sum(
         module.weight.numel()
         for module in model.modules()
@@ -133,8 +139,13 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
 
 
 def cached_values(site: Site) -> int:
-    """Return the numbers that generation keeps of a token for a site: a key and a value each."""
-    return 2 * site.kv_heads * site.head_dim
+    """Return the numbers that generation keeps of a token for a site: a key and a value each.
+
+    None where keys and values of a token are made anew from what all heads share.
+    """
+    stacks = site.wiring.stacked.values()
+    own = bool(site.wiring.key_value) or any(stack.shared for stack in stacks)
+    return 2 * site.kv_heads * site.head_dim if own else 0
 
 
 def _unit_cost(site: Site, budget: Budget) -> float:

@@ -159,6 +159,11 @@ def count_experts_kept(model: nn.Module, keep: float) -> int:
     if not 0.0 < keep <= 1.0:
         raise InputError(f"experts: keep_experts must be in (0, 1], got {keep}; 0.9 keeps 90 %")
     site = layers_of(model)[0]
+    if (groups := getattr(router_of(model, site), "num_group", None) or 1) > 1:
+        raise InputError(
+            f"experts: the router chooses among {groups} groups of equally many experts, which "
+            "must stay so; leave keep_experts out"
+        )
     count, least = math.floor(keep * site.experts + 1e-9), router_of(model, site).top_k
     if count < least:
         raise InputError(

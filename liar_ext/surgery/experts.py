@@ -55,6 +55,9 @@ def keep_experts(model: nn.Module, site: Site, kept: Tensor, scales: Tensor | No
     for module in (experts, router):
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, select(parameter, 0, kept))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if len(buffer) == site.experts:
+                setattr(module, name, buffer[kept.to(buffer.device)])
     if scales is not None:
         for name in (consumer, bias_name(consumer)):
             parameter = getattr(experts, name, None)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Qwen3-MoE, OLMoE and gpt-oss, attention as in Llama."""
+"""Mixtures of experts: their attention is Llama's, or DeepSeek's, which is compressed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,46 @@ _GPT_OSS = replace(
     },
     experts=Experts("mlp.experts", "mlp.router"),
 )
+
+
+def _placed(wiring: Wiring, experts: Experts, config: dict[str, str]) -> Wiring:
+    """Return the wiring of experts kept somewhere else, and named otherwise by the config."""
+    producer, consumer = (f"{experts.module}.{name}" for name in ("gate_up_proj", "down_proj"))
+    return replace(
+        wiring,
+        producers=(producer,),
+        consumer=consumer,
+        stacked={producer: Stack(("gate", "up"))},
+        numbers={
+            f"{experts.module}.intermediate_dim": "features",
+            f"{experts.module}.num_experts": "experts",
+            f"{experts.router}.num_experts": "experts",
+        },
+        config=config,
+        experts=experts,
+    )
+
+
+_GRANITE = _placed(
+    _STACKED, Experts("block_sparse_moe.experts", "block_sparse_moe.router"), _STACKED.config
+)
+_PHI = _placed(_STACKED, Experts("mlp.experts", "mlp.router"), _STACKED.config)
+# An expert that reads every token, beside those of the router, stays whole; the config makes it as
+# wide as the others, or a multiple of that.
+_SHARED = replace(_STACKED, config={"n_routed_experts": "experts"})
+# Queries, and keys and values together, of all heads are made from a few numbers of a token, which
+# all heads share; v2-lite makes queries from the token itself.
+_LATENT = tuple(
+    Wiring(
+        producers=(f"self_attn.{queries}", "self_attn.kv_b_proj"),
+        consumer="self_attn.o_proj",
+        head_dim="self_attn.v_head_dim",
+        numbers={"self_attn.num_heads": "heads"},
+        config={"num_attention_heads": "heads", "num_key_value_heads": "heads"},
+    )
+    for queries in ("q_b_proj", "q_proj")
+)
+_BESIDE = "channels: one field says how wide routed and shared experts are"
 _WITHOUT = {"hidden": "its routers read it, and a narrower one sends tokens elsewhere"}
 
 # The rows of the table.
@@ -66,6 +106,47 @@ ROWS = (
         blocks="layers",
         attn=replace(ROW.attn, per_head=("self_attn.sinks",)),
         mlp=_GPT_OSS,
+        without=_WITHOUT,
+    ),
+    Family(name="qwen2_moe", blocks="layers", attn=ATTN, mlp=(_QWEN3, MLP), without=_WITHOUT),
+    Family(name="granitemoe", blocks="layers", attn=ROW.attn, mlp=_GRANITE, without=_WITHOUT),
+    Family(name="phimoe", blocks="layers", attn=ROW.attn, mlp=_PHI, without=_WITHOUT),
+    # The first layers of these have an ordinary MLP.
+    *(
+        Family(
+            name=name,
+            blocks="layers",
+            attn=attn,
+            mlp=(_SHARED, MLP),
+            without={**_WITHOUT, "stock": _BESIDE},
+        )
+        for name, attn in (
+            ("glm4_moe", ATTN),
+            ("dots1", ROW.attn),
+            ("deepseek_v2", _LATENT),
+            ("deepseek_v3", _LATENT),
+        )
+    ),
+    Family(
+        name="flex_olmo",
+        blocks="layers",
+        attn=None,
+        mlp=_OLMOE,
+        without={**_WITHOUT, "attn": JOINT, "kv_group": JOINT},
+    ),
+    # As in Qwen3.5, some blocks have another mixer of tokens in place of attention.
+    Family(
+        name="qwen3_next",
+        blocks="layers",
+        attn=replace(ROW.attn, optional=True),
+        mlp=(_QWEN3, MLP),
+        without=_WITHOUT,
+    ),
+    Family(
+        name="qwen3_5_moe_text",
+        blocks="layers",
+        attn=replace(ROW.attn, optional=True),
+        mlp=(_QWEN3, MLP),
         without=_WITHOUT,
     ),
 )

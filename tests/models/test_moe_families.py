@@ -1,0 +1,153 @@
+"""Families of mixtures of experts beyond the first: every row of theirs through whole jobs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from folders import make_plan
+from tiny import batches, outputs, tiny, tiny_inputs
+from tiny_moe import MOE_FAMILIES
+from torch import nn
+
+from liar_ext import Budget, InputError, Plan, apply_plan, load_pruned, prune, save_pruned, sites
+from liar_ext.models.experts import reroute, router_of
+from liar_ext.models.sites import family_of, get_consumer_weight, teams_of
+from liar_ext.plan import SitePlan
+from liar_ext.selection.costs import total_cost
+
+LATENT = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v3"]
+QUICK = {"allocation": "uniform", "criterion": "wifv"}
+
+
+def with_choice(name: str, **settings) -> nn.Module:
+    """Return a tiny model whose router has a bias of the choice alone, if it knows one."""
+    model = tiny(name, **settings)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape))
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """Return a plan that keeps other channels of every expert, equally many, and some heads."""
+    plan = make_plan(model)
+    kept = {
+        site.name: SitePlan(site.units, tuple(range(site.expert % 2, site.units, 2)))
+        for site in sites(model)
+        if site.expert is not None
+    }
+    return replace(plan, sites={**plan.sites, **kept})
+
+
+@pytest.mark.parametrize("name", MOE_FAMILIES)
+def test_slicing_equals_zeroing(name: str) -> None:
+    model = with_choice(name, dtype=torch.float64)
+    model.set_experts_implementation("eager")
+    zeroed, sliced, plan = copy.deepcopy(model), copy.deepcopy(model), plan_of(model)
+    removed = 0
+    for site in sites(zeroed):
+        gone = plan.sites[site.name].removed
+        removed += len(gone) * site.unit_params
+        get_consumer_weight(zeroed, site)[:, site.features(gone)] = 0
+    apply_plan(sliced, plan)
+    sliced.set_experts_implementation("eager")
+    torch.testing.assert_close(outputs(sliced), outputs(zeroed), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(outputs(zeroed), outputs(model), atol=1e-3)
+    counts = [sum(p.numel() for p in each.parameters()) for each in (zeroed, sliced)]
+    assert counts[0] - counts[1] == removed
+
+
+@pytest.mark.parametrize("name", MOE_FAMILIES)
+def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
+    model = with_choice(name)
+    report = prune(model, batches(model, 2), 0.6, allocation="global", criterion="wifv", tile=1)
+    assert report.settings["schedule"] == "layerwise"
+    assert any(row.tokens for row in report.sites)
+    save_pruned(model, tmp_path / "one", report.plan, report=report)
+    expected, auto = outputs(model), transformers.AutoModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "one", trust_remote_code=True)
+    torch.testing.assert_close(outputs(loaded), expected)
+    loaded.save_pretrained(tmp_path / "two")
+    again = load_pruned(tmp_path / "two")
+    torch.testing.assert_close(outputs(again), expected)
+    again.train()
+    ids = tiny_inputs(again)["input_ids"]
+    again(input_ids=ids, labels=ids).loss.backward()
+    torch.optim.SGD(again.parameters(), lr=0.1).step()
+    again.eval()
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert again.generate(ids, **settings).shape == (2, ids.shape[1] + 3)
+    assert torch.equal(loaded.generate(ids, **settings), model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("name", MOE_FAMILIES)
+def test_experts_and_channels_leave_and_the_stock_class_loads_it(name: str, tmp_path: Path) -> None:
+    model = with_choice(name)
+    even = {**QUICK, "uniform_layers": True, "kinds": ("mlp",), "schedule": "one-pass"}
+    said = "stock" not in family_of(model).without  # channels by the config
+    keep = 0.6 if said else 1.0
+    report = prune(model, batches(model, 2), keep, keep_experts=0.75, **even)
+    assert {len(layer.kept) for layer in report.plan.experts.values()} == {3}
+    save_pruned(model, tmp_path / "pruned", report.plan, report=report)
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert "auto_map" not in config
+    stock = getattr(transformers, MOE_FAMILIES[name][0]).from_pretrained(tmp_path / "pruned")
+    torch.testing.assert_close(outputs(stock), outputs(model))
+    if not said:
+        prune(model, batches(model, 2), 0.6, **even)
+        save_pruned(model, tmp_path / "less", model.liar_plan)
+        torch.testing.assert_close(outputs(load_pruned(tmp_path / "less")), outputs(model))
+
+
+@pytest.mark.parametrize("name", MOE_FAMILIES)
+@torch.no_grad()
+def test_tokens_are_sent_anew_as_the_router_without_some_experts_sends_them(name: str) -> None:
+    dense, fewer = with_choice(name), with_choice(name)
+    layer = next(iter(teams_of([s for s in sites(dense) if s.expert is not None]).values()))
+    kept = torch.tensor([0, 2, 3])
+    plan = Plan(
+        dense.config.model_type, "auto", {}, experts={layer[0].team: SitePlan(4, (0, 2, 3))}
+    )
+    apply_plan(fewer, plan)
+    hidden = torch.randn(50, layer[0].d_out)
+    router = router_of(dense, layer[0])
+    weights, places = reroute(router, router(hidden)[0], kept)
+    _, expected, chosen = router_of(fewer, layer[0])(hidden)
+    order, other = places.argsort(1), chosen.argsort(1)
+    assert torch.equal(places.gather(1, order), chosen.gather(1, other))
+    torch.testing.assert_close(weights.gather(1, order), expected.gather(1, other))
+
+
+def test_experts_that_are_chosen_by_groups_stay() -> None:
+    model = tiny("deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2)
+    with pytest.raises(InputError, match="chooses among 4 groups"):
+        prune(model, batches(model, 2), 1.0, keep_experts=0.75)
+    report = prune(model, batches(model, 2), 0.6, **QUICK)  # their channels may go
+    assert any(site.removed for site in report.plan.sites.values())
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_a_compressed_cache_is_the_same_whatever_heads_there_are(name: str) -> None:
+    model = tiny(name)
+    with pytest.raises(InputError, match="holds what all heads make their keys and values from"):
+        total_cost(model, sites(model), Budget(0.8, "kv_cache"))
+
+
+@pytest.mark.parametrize("name", [name for name in MOE_FAMILIES if name != "flex_olmo"])
+def test_equal_heads_are_said_by_the_config(name: str, tmp_path: Path) -> None:
+    model, kept = tiny(name), {}
+    for site in sites(model, ("attn",)):
+        kept[site.name] = SitePlan(site.units, tuple(range(0, site.units, 2)))
+    plan = Plan(model.config.model_type, "auto", kept)
+    apply_plan(model, plan)
+    save_pruned(model, tmp_path / "pruned", plan)
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert "auto_map" not in config
+    stock = getattr(transformers, MOE_FAMILIES[name][0]).from_pretrained(tmp_path / "pruned")
+    torch.testing.assert_close(outputs(stock), outputs(model))

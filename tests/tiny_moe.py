@@ -1,0 +1,83 @@
+"""Tiny mixtures of experts, for ``tests/models/test_moe_families.py``."""
+
+from __future__ import annotations
+
+VOCAB = 61
+_SIZES = {
+    **{"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"hidden_size": 40, "num_hidden_layers": 2, "intermediate_size": 24},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+    **{"max_position_embeddings": 64, "num_experts_per_tok": 2},
+}
+_EXPERTS = {**_SIZES, "num_experts": 4, "moe_intermediate_size": 16}
+# The first layer has an ordinary MLP, the others an expert for every token beside the routed ones.
+_SHARED = {
+    **_SIZES,
+    **{"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16},
+    **{"first_k_dense_replace": 1, "num_hidden_layers": 3, "n_group": 1, "topk_group": 1},
+    **{"routed_scaling_factor": 1.5, "norm_topk_prob": True},
+}
+_LATENT = {
+    **{name: value for name, value in _SHARED.items() if name != "head_dim"},
+    **{"num_key_value_heads": 8, "q_lora_rank": 12, "kv_lora_rank": 10},
+    **{"qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 5},
+}
+_LINEAR = {
+    **{"layer_types": ["full_attention", "linear_attention"]},
+    **{"linear_key_head_dim": 4, "linear_value_head_dim": 4},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"shared_expert_intermediate_size": 12, "norm_topk_prob": True},
+}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+
+# name: (model class, config class, config fields)
+MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            **{**_EXPERTS, "hidden_size": 64, "mlp_only_layers": [1]},
+            **{"shared_expert_intermediate_size": 12, "norm_topk_prob": True},
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {
+            **{**_SIZES, "num_local_experts": 4, "residual_multiplier": 0.5},
+            **{"hidden_size": 64, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+        },
+    ),
+    "phimoe": (
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {**_SIZES, "hidden_size": 64, "num_local_experts": 4},
+    ),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**_SHARED, "use_qk_norm": True}),
+    "dots1": ("Dots1ForCausalLM", "Dots1Config", _SHARED),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _LATENT),
+    "deepseek_v2 lite": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        {**_LATENT, "q_lora_rank": None},
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _LATENT),
+    "flex_olmo": (
+        "FlexOlmoForCausalLM",
+        "FlexOlmoConfig",
+        {**_SIZES, "num_experts": 4, "hidden_size": 32, "num_attention_heads": 8},
+    ),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {**_EXPERTS, **_LINEAR, "head_dim": 8, "rope_parameters": _ROPE},
+    ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeTextConfig",
+        {
+            **{**_EXPERTS, **_LINEAR, "head_dim": 8},
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+        },
+    ),
+}
