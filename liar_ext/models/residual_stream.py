@@ -146,7 +146,7 @@ class _Trail:
 
     def add(self, does: str, paths: list[str]) -> None:
         if does.endswith("_if"):
-            does, paths = does.removesuffix("_if"), [path for path in paths if path in self.layers]
+            does, paths = does.removesuffix("_if"), [path for path in paths if self._there(path)]
         missing = [path for path in paths if path not in self.layers]
         if missing:
             raise InputError(
@@ -164,6 +164,10 @@ class _Trail:
             self.read |= {(path, False): [path] for path in free}
         elif free:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
+
+    def _there(self, path: str) -> bool:
+        """Tell whether there is a layer, and not what stands for none."""
+        return getattr(self.layers.get(path), "weight", None) is not None
 
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         tables = [layer for path in self.writers if is_table(layer := self.layers[path])]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from folders import make_plan, read
-from journeys import check_hidden
+from journeys import check_hidden, double_features, wanting
 from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_encoders import ENCODERS, SEQ2SEQ
 from torch import nn
@@ -19,6 +19,7 @@ from liar_ext import Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_weight, sites
+from liar_ext.narrowing.narrowing import narrow
 from liar_ext.plan import SitePlan
 
 PARTS = ("clip", "bart", "t5", "whisper")
@@ -134,11 +135,39 @@ def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path
     assert possible or "stock" in family_of(tiny(name)).without
 
 
-def test_hidden_features_of_nomic_bert_that_others_repeat_are_given_back(monkeypatch) -> None:
-    check_hidden("nomic_bert", monkeypatch, tie_word_embeddings=False)
+NARROWED = ["nomic_bert", "modernbert", "clip_text_model", "siglip_text_model"]
 
 
-@pytest.mark.parametrize("name", ["nomic_bert", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize("name", ["nomic_bert", "modernbert"])
+def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatch) -> None:
+    check_hidden(name, monkeypatch, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("head", ["clip", "siglip"])
+@torch.no_grad()
+def test_hidden_features_of_a_tower_that_others_repeat_are_given_back(
+    head: str, monkeypatch
+) -> None:
+    """What is put out for a text is as it was, and its hidden states those that stay."""
+    sizes = {**ENCODERS["clip_text_model"][2], "projection_dim": 12, "projection_size": 12}
+    name = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}[head]
+    config_class = {"clip": "CLIPTextConfig", "siglip": "SiglipTextConfig"}[head]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config_class)(**sizes)).eval()
+    model = model.double()
+    half = double_features(model)
+    wanting(monkeypatch, range(half))
+    found = narrow(model, batches(model), 0.5, damp=1e-12)
+    small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, tokens=16, seed=99)
+    apply_plan(small, Plan(model.config.model_type, "auto", {}, hidden=found.kept), found.weights)
+    before, after = model(**inputs), small(**inputs)
+    wanted, given = before.last_hidden_state[..., :half], after.last_hidden_state
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    put_out = "text_embeds" if head == "clip" else "pooler_output"
+    torch.testing.assert_close(after[put_out], before[put_out], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*NARROWED, "xlm-roberta", "camembert"])
 def test_jobs_with_a_smaller_hidden_size(name: str, tmp_path: Path) -> None:
     model = check_job(name, tmp_path, keep_hidden=0.7)
     assert sites(model)[0].d_out < tiny(name).config.hidden_size

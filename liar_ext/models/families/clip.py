@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.family import Family, Part, Wiring
+from liar_ext.models.family import Family, Part, Step, Stream, Wiring
 
 _HEADS = "heads: its config derives the size of a head from the hidden size"
 _TOWER = Part(
@@ -38,14 +38,31 @@ _TEXTS = replace(
 )
 
 
-def _alone(name: str, hidden: str) -> Family:
+_STREAM = Stream(
+    start=(Step("write", ("embeddings.token_embedding", "embeddings.position_embedding")),),
+    block=(
+        Step("norm", ("layer_norm1",)),
+        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Step("write", ("self_attn.out_proj",)),
+        Step("norm", ("layer_norm2",)),
+        Step("read", ("mlp.fc1",)),
+        Step("write", ("mlp.fc2",)),
+    ),
+    ends=((Step("norm", ("final_layer_norm",)), Step("read", ("text_projection", "head"))),),
+    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
+    multiple_of="head_dim",
+)
+
+
+def _alone(name: str, stream: Stream | None = None, **without: str) -> Family:
     """Return the row of one tower, which is a model by itself."""
     return Family(
         name=name,
         blocks=_TOWER.blocks,
         attn=_TOWER.attn,
         mlp=_TOWER.mlp,
-        without={"hidden": hidden, "stock": _HEADS},
+        stream=stream,
+        without={**without, "stock": _HEADS},
     )
 
 
@@ -57,8 +74,8 @@ def _rows(name: str) -> tuple[Family, ...]:
     }
     return (
         Family(name=name, parts=(_IMAGES, _TEXTS), without=without),
-        _alone(f"{name}_vision_model", "patches are embedded by a convolution"),
-        _alone(f"{name}_text_model", "no stream is described yet"),
+        _alone(f"{name}_vision_model", hidden="patches are embedded by a convolution"),
+        _alone(f"{name}_text_model", _STREAM),
     )
 
 
