@@ -23,7 +23,7 @@ from liar_ext.errors import InputError
 
 # CPU seconds of a row beside others of its seed, by what the method has to do; where there are such
 # rows already, what they took. One core of an AMD EPYC with AVX-512, taken from single steps.
-SECONDS = {"layerwise": 480, "curve": 450, "other": 120}
+SECONDS = {"layerwise": 850, "curve": 450, "other": 120}
 
 
 def run(options: argparse.Namespace) -> None:

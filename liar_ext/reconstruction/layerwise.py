@@ -133,7 +133,8 @@ def reconstruct_layerwise(
                 walk.rows |= rows
                 continue
             walk.step(index)
-            here = named(walk.weights, (site.name for site in blocks.sites[index]))
+            layers = blocks.layers[index].values()
+            here = named(walk.weights, (site.name for layer in layers for site in layer))
             keep_block(saved, index, here, walk.rows)
             kept.keep(index + 1, blocks, walk.streams())
     return walk.weights, [walk.rows[name] for name in plan.sites]

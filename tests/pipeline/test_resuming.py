@@ -174,3 +174,25 @@ def test_a_file_that_is_damaged_is_named(tmp_path, monkeypatch):
 def test_seconds_are_measured_anew_every_time(tmp_path):
     with pytest.raises(InputError, match="--of latency"):
         prune(tiny("llama"), checkpoint=tmp_path / "c", batches=[], keep=0.7, of="latency")
+
+
+@pytest.mark.parametrize("family", ["bart", "clip", "qwen3_moe"])
+def test_a_walk_of_several_stacks_goes_on_from_every_block(family, tmp_path, monkeypatch):
+    """What the decoder reads of the encoder lies behind the streams, and is kept with them."""
+    choices = {"keep": 0.6, "tile": 1, "allocation": "uniform", "schedule": "layerwise"}
+    with monkeypatch.context() as patch:
+        calls = Stop(patch).at(Walk, "step", -1)
+        whole, _ = run(family, **choices)
+        blocks = len(calls)
+    assert blocks >= 2
+    for block in range(1, blocks + 1):
+        folder = tmp_path / f"stopped-{block}"
+        with monkeypatch.context() as patch:
+            Stop(patch).at(Walk, "step", block)
+            with pytest.raises(KeyboardInterrupt):
+                run(family, folder, **choices)
+        with monkeypatch.context() as patch:
+            left = Stop(patch).at(Walk, "step", -1)
+            pruned, _ = run(family, folder, **choices)
+        assert len(left) == blocks + 1 - block
+        assert same(pruned, whole)
