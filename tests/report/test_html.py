@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -141,10 +142,25 @@ def test_what_is_missing_or_wrong_is_not_measured(fields, tmp_path):
     assert not list((tmp_path / "png").iterdir())
 
 
+PAGES: dict[str, str] = {}
+
+
+def text_of_page(tmp_path, fields) -> str:
+    """Return the text of a page; one is written for whatever is read for the first time.
+
+    A page is made of what was read, and many a wrong value is read as nothing.
+    """
+    found = read_report(save(tmp_path / "run", fields))
+    read = repr(replace(found, digest=""))
+    if read not in PAGES:
+        PAGES[read] = written(tmp_path, fields).text
+    return PAGES[read]
+
+
 @pytest.mark.parametrize("field", sorted(ordinary()))
 @pytest.mark.parametrize("value", [None, 7, "x", [1], {"a": [None]}, math.nan, True, 10**400])
 def test_any_field_may_be_anything(field, value, tmp_path):
-    assert "run" in written(tmp_path, ordinary(2, **{field: value})).text
+    assert "run" in text_of_page(tmp_path, ordinary(2, **{field: value}))
 
 
 @pytest.mark.parametrize("field", sorted(site("0.mlp", 4, 2, 0.1)))
@@ -152,7 +168,7 @@ def test_any_field_may_be_anything(field, value, tmp_path):
 def test_any_field_of_a_site_may_be_anything(field, value, tmp_path):
     fields = ordinary(2)
     fields["sites"][1][field] = value
-    assert "Sites (4)" in written(tmp_path, fields).text
+    assert "Sites (4)" in text_of_page(tmp_path, fields)
 
 
 def test_errors_of_pruned_layers_alone_are_drawn():
