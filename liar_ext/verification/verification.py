@@ -129,10 +129,9 @@ def verify_everywhere(
         if ids is not None:
             job["ids"] = os.path.join(room, "ids.npy")
             np.save(job["ids"], ids)
-        rows = [
-            _loaded(how, job | {"loader": loader, "code": code}, fingerprint, weights)
-            for how, loader, code in loaders
-        ]
+        jobs = [job | {"loader": loader, "code": code} for _, loader, code in loaders]
+        hows = [how for how, _, _ in loaders]
+        rows = _loaded(hows, jobs, fingerprint, weights)
     rows += _exports(folder, fingerprint, ids)
     return {
         "folder": str(folder),
@@ -145,31 +144,44 @@ def verify_everywhere(
     }
 
 
-def _loaded(how: str, job: dict[str, Any], fingerprint: Fingerprint, megabytes: float) -> Row:
-    """Return the row of a loader of torch."""
+def _loaded(
+    hows: Sequence[str], jobs: Sequence[dict[str, Any]], fingerprint: Fingerprint, megabytes: float
+) -> list[Row]:
+    """Return a row for each loader of torch."""
+    # A device that is asked for by a parent is lost to its forks.
+    forks = sys.platform == "linux" and all(job["device"] == "cpu" for job in jobs)
+    found = _answers(jobs) if forks else [each for job in jobs for each in _answers([job])]
+    return [
+        Row(how, one_line(answer["error"]))
+        if "error" in answer
+        else Row(
+            how,
+            difference=answer["difference"],
+            agrees=answer["difference"] <= fingerprint.tolerance
+            and answer["params"] == fingerprint.params,
+            perplexity=answer.get("perplexity"),
+            tokens_per_second=answer["tokens_per_second"],
+            megabytes=megabytes,
+        )
+        for how, answer in zip(hows, found, strict=True)
+    ]
+
+
+def _answers(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the worker says of each job; where it ended before, why."""
     done = subprocess.run(
         [sys.executable, str(WORKER)],
-        input=json.dumps(job),
+        input=json.dumps(jobs),
         capture_output=True,
         text=True,
         errors="replace",
-        cwd=Path(job["folder"]).parent,
+        cwd=Path(jobs[0]["folder"]).parent,
         env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        return Row(how, one_line(said[-1] if said else f"exit code {done.returncode}"))
-    found = json.loads(lines[-1])
-    same = found["difference"] <= fingerprint.tolerance and found["params"] == fingerprint.params
-    return Row(
-        how,
-        difference=found["difference"],
-        agrees=same,
-        perplexity=found.get("perplexity"),
-        tokens_per_second=found["tokens_per_second"],
-        megabytes=megabytes,
-    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    error = said[-1] if said and done.returncode else f"exit code {done.returncode}"
+    return found + [{"error": error}] * (len(jobs) - len(found))
 
 
 def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> Iterator[Row]:
@@ -204,7 +216,7 @@ def _uniform(path: Path, how: str, fingerprint: Fingerprint) -> Iterator[Row]:
     name = stock_class(read_marked_config(path), "verify").__name__
     job = {"folder": str(path), "device": "cpu", "loader": name, "code": False, "ids": None}
     job |= {"alone": True, "fingerprint": str(path / FINGERPRINT_FILE)}
-    yield _loaded(how, job, own, _megabytes(path))
+    yield from _loaded([how], [job], own, _megabytes(path))
 
 
 def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> dict[str, Any]:

@@ -1,20 +1,28 @@
 """Loads a folder in a process of its own, compares its output and measures it.
 
 Run as a script it needs transformers and safetensors alone, and makes sure that liar_ext can't be
-imported, unless that is the loader to try. One job comes in as JSON, one row goes out::
+imported, unless that is the loader to try. A list of jobs comes in as JSON, for each a row goes out
+on a line of its own, or what went wrong::
 
-    {"folder": DIR, "loader": "AutoModelForCausalLM", "code": true, "alone": true,
-     "device": "cpu", "fingerprint": FILE, "ids": FILE.npy or null}
+    [{"folder": DIR, "loader": "AutoModelForCausalLM", "code": true, "alone": true,
+      "device": "cpu", "fingerprint": FILE, "ids": FILE.npy or null}, ...]
     {"difference": 0.0, "params": 1000, "perplexity": 30.1, "tokens_per_second": 900.0}
+    {"error": "RuntimeError: ..."}
+
+Several jobs are done in a process each, forked from one that has imported torch and transformers,
+which take longer than a small model, and nothing else. A device must not have been touched then.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from typing import Any
 
 import numpy as np
@@ -26,11 +34,44 @@ ROUNDS, TOKENS = 5, 128
 
 
 def main() -> None:
-    """Do the job on standard input."""
-    job = json.load(sys.stdin)
+    """Do the jobs on standard input."""
+    jobs = json.load(sys.stdin)
+    if len(jobs) > 1:
+        from transformers import AutoModel  # noqa: F401  (so that no child has to)
+    for job in jobs:
+        print(json.dumps(apart(job) if len(jobs) > 1 else do(job)), flush=True)
+
+
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job in this process, which is good for no other one then."""
     if job["loader"] != "liar_ext" and job["alone"]:
         sys.modules["liar_ext"] = None
-    print(json.dumps(run(job)))
+    return run(job)
+
+
+def apart(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job in a child; return its row, or the last line that it said."""
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(said.fileno(), stream)
+                os.write(answer.fileno(), json.dumps(do(job)).encode())
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for file in (answer, said):
+            file.seek(0)
+        if code == 0:
+            return json.load(answer)
+        lines = said.read().decode(errors="replace").split("\n")
+        return {"error": ([line for line in lines if line.strip()] or [f"exit code {code}"])[-1]}
 
 
 @torch.no_grad()

@@ -11,7 +11,10 @@ from folders import change, equal_plan, make_plan, pruned, read
 from safetensors.torch import load_file, save_file
 
 from liar_ext import InputError, cli, save_pruned
+from liar_ext.checkpoint.fingerprint import read_fingerprint
+from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.export import export
+from liar_ext.verification import verification
 from liar_ext.verification.verification import table, verify_everywhere
 
 
@@ -101,3 +104,23 @@ def test_code_of_a_stranger_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="isn't the file that save_pruned writes"):
         verify_everywhere(tmp_path / "model")
     assert not (tmp_path / "PWNED").exists() and read(tmp_path / "model")["auto_map"]
+
+
+def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) -> None:
+    """Each row is of a process of its own; the last says what it would by itself."""
+    answers = verification._answers
+
+    def spoilt(jobs):
+        wrong = [{"loader": "NoSuchModel"}, {"fingerprint": "/nowhere"}, {}]
+        return answers([jobs[1] | change for change in wrong])
+
+    monkeypatch.setattr(verification, "_answers", spoilt)
+    hows = ["a", "b", "c"]
+    job = {"folder": str(unequal), "device": "cpu", "ids": None, "alone": True, "code": True}
+    job |= {"loader": "AutoModelForCausalLM", "fingerprint": str(unequal / FINGERPRINT_FILE)}
+    rows = verification._loaded(hows, [job] * 3, read_fingerprint(unequal), 1.0)
+    assert [row.how for row in rows] == hows
+    assert "NoSuchModel" in rows[0].error and "/nowhere" in rows[1].error
+    assert rows[2].agrees and not rows[2].error
+    monkeypatch.setattr(verification, "WORKER", Path("/nowhere.py"))
+    assert "nowhere.py" in answers([job] * 2)[1]["error"]
