@@ -40,6 +40,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.unlink(name)  # gone already, unless something failed
 
 
+def is_unfinished(name: str) -> bool:
+    """Tell whether a name is that of an unfinished file, which a killed writer leaves."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", name) is not None
+
+
 def _for_its_owner(name: str, flags: int) -> int:
     return os.open(name, flags, 0o600)
 

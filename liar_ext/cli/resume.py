@@ -26,7 +26,7 @@ from liar_ext.pipeline.resuming import RESULT
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.saved.progress import LOCK_FILE, STAMP, SUFFIX, Progress
-from liar_ext.whole_file import whole_file
+from liar_ext.whole_file import is_unfinished, whole_file
 
 JOB_FILE, VERSION = "job.json", 2
 MOST_BYTES = 1 << 20
@@ -207,10 +207,14 @@ def read_job(folder: str) -> dict[str, Any]:
 def remove(folder: str) -> None:
     """Remove a checkpoint whose job is done, and its folder if nothing else is in it.
 
-    The job goes last but for the lock, so that what a kill leaves is a checkpoint still.
+    By what goes last a job that is done is known for that, if a kill comes in between.
     """
-    own = [path for path in Path(folder).iterdir() if path.suffix in (BANK, SUFFIX)]
-    for path in [*own, *(Path(folder, name) for name in (JOB_FILE, LOCK_FILE))]:
+    every = list(Path(folder).iterdir())
+    own = {path for path in every if path.suffix in (BANK, SUFFIX) or is_unfinished(path.name)}
+    job, lock, *last = (
+        Path(folder, name) for name in (JOB_FILE, LOCK_FILE, f"{SUMS}{BANK}", f"{RESULT}{SUFFIX}")
+    )
+    for path in [*own.difference(last), job, *last, lock]:
         path.unlink(missing_ok=True)
     with suppress(OSError):
         os.rmdir(folder)
@@ -230,7 +234,8 @@ def _check(job: Any) -> None:
 
 
 def _names(folder: str) -> set[str]:
+    """Return what is in a folder, but for what a killed writer has left."""
     try:
-        return set(os.listdir(folder))
+        return {name for name in os.listdir(folder) if not is_unfinished(name)}
     except (OSError, ValueError):
         return set()

@@ -73,7 +73,9 @@ def decide(job: Job, passes: Any) -> Plan:
     known = None if job.saved is None or passes is None else job.saved.get(PLAN)
     if known is not None:
         facts = known.facts
-        passes.bank, passes.summed = MomentBank(source=facts["source"]), facts["summed"]
+        passes.summed = facts["summed"]
+        if job.bank is None:
+            passes.bank = MomentBank(source=facts["source"])
         job.source = facts["source"]
         job.facts |= facts["facts"]
         job.grid |= facts["grid"]

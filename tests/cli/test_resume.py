@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +118,36 @@ def test_a_folder_that_was_written_already_ends_its_job(
     assert not (tmp_path / "c").exists()
 
 
+def test_a_kill_while_the_checkpoint_is_removed(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--preset", "fast"]
+    command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c", "--quiet"]
+    unlink, removed = Path.unlink, []
+
+    def killed(path, **named):
+        if path.parent.name == "c":
+            if len(removed) == removals:
+                raise KeyboardInterrupt
+            removed.append(path.name)
+        unlink(path, **named)
+
+    removals, code = 0, 130
+    while code == 130 and removals < 20:
+        removals += 1
+        del removed[:]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed)
+            if (tmp_path / "c/job.json").exists():
+                code = run("resume", tmp_path / "c")
+            else:
+                shutil.rmtree(tmp_path / "c", ignore_errors=True)
+                shutil.rmtree(tmp_path / "pruned", ignore_errors=True)
+                code = run(*command)
+        assert code in (0, 130) and (tmp_path / "pruned").exists(), capsys.readouterr().err
+    assert code == 0 and removals > 3 and not (tmp_path / "c").exists()
+
+
 def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
     llama_folder, corpus, tmp_path, capsys, monkeypatch
 ):
@@ -149,6 +181,16 @@ def test_a_job_that_is_refused_leaves_no_checkpoint(llama_folder, corpus, tmp_pa
     assert run(*command, "--checkpoint", tmp_path / "mine") == 2
     assert "must be a new or empty folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+
+
+def test_what_a_killed_writer_left_is_no_file_of_others(llama_folder, corpus, tmp_path):
+    (tmp_path / "c").mkdir()
+    for name in ("job.json", "block-1.safetensors"):
+        (tmp_path / "c" / f".{name}.{'0' * 16}.part").write_text("{")
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--preset", "fast"]
+    command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c", "--quiet"]
+    assert run(*command) == 0
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_job_of_a_checkpoint_has_no_option_of_another_type(tmp_path, capsys):

@@ -12,6 +12,7 @@ from torch import nn
 
 from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
+from liar_ext.pipeline.job import Job
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
@@ -123,6 +124,21 @@ def test_divergences_that_were_measured_are_not_measured_again(tmp_path, monkeyp
         break
     # One more is done each time: 1, 2, 3, ... stops before the next.
     assert same(pruned, whole) and len(more) < len(calls) and stop < len(calls)
+
+
+def test_a_bank_that_was_given_is_taken_again(tmp_path, monkeypatch):
+    """Also where it keeps no text: nothing else has its sums."""
+    data = batches(tiny("llama"), 3)
+    bank = calibrate(tiny("llama"), data, keep_text=False)
+    choices = {"keep": 0.6, "schedule": "one-pass", "allocation": "uniform", "bank": bank}
+    models = [tiny("llama"), tiny("llama")]
+    prune(models[0], **choices)
+    with monkeypatch.context() as patch:
+        Stop(patch).at(Job, "reconstruct", 1)
+        with pytest.raises(KeyboardInterrupt):
+            prune(tiny("llama"), checkpoint=tmp_path / "c", **choices)
+    prune(models[1], checkpoint=tmp_path / "c", **choices)
+    assert same(*models) and not list((tmp_path / "c").glob("*.bank"))
 
 
 @pytest.mark.parametrize(

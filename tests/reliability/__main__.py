@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORD, TABLE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
-CHECKS = ("folders_attacked", "kills", "commands", "operators")
+CHECKS = ("folders_attacked", "kills", "stops", "faults", "commands", "operators")
 COLUMNS = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost", "left behind")
 INTRODUCTION = """# Reliability
 
@@ -39,6 +39,19 @@ What was done to the package to break it, and what came of it. `make reliability
   random times, with and without an older folder to replace, with and without the system's exchange
   of two folders. The folder must be absent, the old one or the new one, and the next run must find
   what was there, or move it back, and leave nothing else behind.
+- **jobs that are stopped**: SIGKILL, SIGINT and SIGTERM at random times of `liar calibrate` (with
+  sensitivities), `liar prune` in one pass, layerwise, by blocks (`--max-memory`) and from a bank,
+  and `liar merge`, fifty each, with a checkpoint that is written as often as can be; the next
+  process goes on by `liar resume` and is stopped again. After every stop the output must be absent
+  or whole and each file of the checkpoint whole, and in the end bank, weights and plan the bytes of
+  a job that nobody stopped.
+- **faults of disks, files and memory**: a quarter each: a disk of some KiB (mounted in memory;
+  where that isn't allowed, a limit of the size of files), with and without a checkpoint, and with
+  room again after that; an output or a checkpoint in a folder without write permission; a model, or
+  a bank, whose file was cut; and the solve of a wide model in little address space. Each job must
+  do its work, or say in one line what is wrong (out of memory: at which site), leave nothing behind
+  but its checkpoint, and with room again end in the same bytes. There is no other path for a solve
+  that doesn't fit: it ends in that line.
 - **bad command lines**: `liar` with arguments and input that cannot be used, which must say so in
   one line, exit with 2 and write nothing.
 - **operator calls**: every operator with shapes, strides, types and values of every kind. Each call

@@ -88,6 +88,8 @@ ADDED: list[Line] = [
     ("--criterion", "taylor", "--schedule", "layerwise", "--reconstruct", "bias"),
 ]
 MODELS = ["", " ", "{absent}", "{text}", "{nothing}", "{no_config}", "{bare}", "{nan}", "a\0b"]
+SMALL = ("--calibration", "{text}", "--seq-len", "8", "--samples", "8")
+BANKS = ["", "{absent}", "{text}", "{texts}", "{model}/model.safetensors", "{torn}", "a\0b"]
 OTHERS: list[Line] = [
     (),
     ("",),
@@ -130,6 +132,102 @@ OTHERS: list[Line] = [
         ("eval", "{model}", "--seq-len", "8", "--text", text)
         for text in ("", "{absent}.txt", "{latin}", "{empty}", "{short}", "{no_field}", "a\0b")
     ),
+    *(
+        ("calibrate", "{model}", *SMALL, "--bank", "{new}", option, value)
+        for option, values in {
+            "--bank": ["", " ", "{text}", "{texts}", "{absent}/bank", "{model}", "a\0b", "\udcff"],
+            "--checkpoint": ["", " ", "{text}", "{texts}", "{text}/below", "{model}", "a\0b"],
+            "--calibration": ["", "{absent}.txt", "{empty}", "{short}", "{binary}"],
+            "--samples": ["0", "x", "", "1"],
+            "--seq-len": ["0", "x", "100000"],
+            "--probe-keep": ["0", "2", "x", "nan"],
+            "--criterion": ["best", ""],
+        }.items()
+        for value in values
+    ),
+    ("calibrate",),
+    ("calibrate", "{model}"),
+    ("calibrate", "{model}", *SMALL),
+    ("calibrate", "--bank", "{new}", *SMALL),
+    ("calibrate", "{model}", *SMALL, "--bank", "{new}", "--keep", "0.7"),
+    ("calibrate", "{model}", *SMALL, "--bank", "{new}", "--memory", "1"),
+    *(("calibrate", m, *SMALL, "--bank", "{new}") for m in MODELS),
+    ("merge",),
+    ("merge", "{bank}"),
+    ("merge", "{bank}", "-o", "{new}"),
+    ("merge", "{bank}", "{bank}", "-o", "{new}"),
+    ("merge", "{bank}", "{same}", "-o", "{new}"),
+    ("merge", "{bank}", "{other}", "-o", "{new}"),
+    *(("merge", "{bank}", bad, "-o", "{new}") for bad in BANKS),
+    *(
+        ("merge", "{bank}", "{more}", "-o", out)
+        for out in ("", "{bank}", "{text}", "{texts}", "{absent}/b", "{nothing}", "a\0b")
+    ),
+    ("merge", "{bank}", "{more}", "-o", "{text}", "--overwrite"),
+    ("sweep",),
+    ("sweep", "{model}"),
+    ("sweep", "--bank", "{bank}"),
+    *(("sweep", "{model}", "--bank", bad) for bad in [*BANKS, "{other}"]),
+    *(("sweep", m, "--bank", "{bank}") for m in MODELS),
+    *(
+        ("sweep", "{model}", "--bank", "{bank}", *more)
+        for more in (
+            ("--keep", "0"),
+            ("--keep", "1.5", "0.8"),
+            ("--keep", "0.8", "0.8"),
+            ("--keep",),
+            ("--keep", "x"),
+            ("--keep", "0.001"),
+            ("--samples", "8"),
+            ("--certify", "4"),
+            ("--keep-hidden", "0.9"),
+            ("--out", "{text}"),
+            ("--out", "{model}/config.json"),
+            ("--eval", "{absent}.txt"),
+            ("--dtype", "bfloat16"),
+            ("--checkpoint", "{new}"),
+        )
+    ),
+    *(("prune", "{model}", "--bank", bad, "--out", "{new}") for bad in [*BANKS, "{other}"]),
+    *(
+        ("prune", "{model}", "--bank", "{bank}", "--out", "{new}", *more)
+        for more in (
+            ("--calibration", "{text}"),
+            ("--samples", "8"),
+            ("--certify", "4"),
+            ("--keep-hidden", "0.9"),
+            ("--max-memory", "4GiB"),
+            ("--dry-run",),
+            ("--dtype", "bfloat16"),
+        )
+    ),
+    *(
+        ("prune", "{model}", *SMALL, "--out", "{new}", *more)
+        for more in (
+            *(("--max-memory", size) for size in ("", "12", "GiB", "-1GiB", "0GiB", "1MiB", "x")),
+            ("--max-memory", "4GiB", "--memory", "1"),
+            ("--max-memory", "4GiB", "--refine", "1"),
+            ("--max-memory", "4GiB", "--criterion", "taylor"),
+            ("--max-memory", "4GiB", "--keep-hidden", "0.9"),
+            ("--max-memory", "4GiB", "--of", "latency"),
+            ("--max-memory", "4GiB", "--device", "auto"),
+            ("--max-memory", "4GiB", "--calibration", "self"),
+            *(
+                ("--checkpoint", folder)
+                for folder in ("", "{text}", "{texts}", "{text}/below", "{model}", "a\0b")
+            ),
+            ("--checkpoint", "{new}-c", "--of", "latency"),
+            ("--checkpoint", "{new}-c", "--keep", "0.001"),
+            ("--checkpoint", "{new}-c", "--max-memory", "1MiB"),
+        )
+    ),
+    ("resume",),
+    *(("resume", f) for f in ("", "{absent}", "{nothing}", "{text}", "{model}", "{jobs}", "a\0b")),
+    ("resume", "{nothing}", "{nothing}"),
+    ("resume", "{nothing}", "--keep", "0.7"),
+    ("families", "extra"),
+    ("families", "--bogus"),
+    *(("families", "--suggest", m) for m in MODELS if m not in ("{nan}", "{bare}")),
     ("verify",),
     *(("verify", folder) for folder in ("", " ", "{absent}", "{model}", "{text}", "{nothing}")),
     ("verify", "a\0b"),
@@ -217,7 +315,31 @@ def make_inputs(work: Path) -> dict[str, str]:
         if name != "bare":
             tokenizer().save_pretrained(paths[name])
     (paths["no_config"] / "config.json").write_text("{")
+    _make_banks(texts, paths)
     return {**{name: str(path) for name, path in paths.items()}, "absent": str(work / "absent")}
+
+
+def _make_banks(folder: Path, paths: dict[str, Path]) -> None:
+    """Write moment banks: two of one model, one twice, one of another, one that is torn."""
+    from tiny import batches
+
+    from liar_ext import calibrate
+
+    model, other = tiny("llama"), tiny("llama", seed=3)
+    data = batches(model, 4)
+    for name, bank in {
+        "bank": calibrate(model, data[:2]),
+        "more": calibrate(model, data[2:]),
+        "other": calibrate(other, data[2:]),
+    }.items():
+        paths[name] = folder / f"{name}.bank"
+        bank.save(paths[name])
+    paths["same"], paths["torn"] = folder / "same.bank", folder / "torn.bank"
+    paths["same"].write_bytes(paths["bank"].read_bytes())
+    paths["torn"].write_bytes(paths["bank"].read_bytes()[:-9])
+    paths["jobs"] = folder / "jobs"
+    paths["jobs"].mkdir()
+    (paths["jobs"] / "job.json").write_text('{"version": 2, "command": "sweep"}')
 
 
 def fill(line: Line, paths: dict[str, str]) -> list[str]:
