@@ -35,8 +35,8 @@ demo: setup $(ASSETS)/.installed
 test: setup
 	$(BIN)/python -m pytest
 
-# Hostile folders, kills while a folder is saved, bad command lines, operators: writes
-# docs/reliability.md, in under ten minutes on one core.
+# Hostile folders, kills while a folder is saved, jobs that are stopped, faults of disks, files and
+# memory, bad command lines, operators: writes docs/reliability.md, in under twenty minutes on one core.
 reliability: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m reliability
 
