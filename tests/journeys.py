@@ -14,7 +14,7 @@ from tiny import batches, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
-from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.residual_stream import hidden_of, weight_of
 from liar_ext.models.sites import get_consumer_weight, sites, why_whole
 from liar_ext.narrowing import narrowing
 from liar_ext.surgery.units import apply_plan
@@ -71,7 +71,7 @@ def double_features(model: nn.Module) -> int:
             if isinstance(layer, nn.Embedding):
                 layer.weight[:, half:] = layer.weight[:, :half]
             else:
-                layer.weight[half:] = layer.weight[:half]
+                weight_of(layer)[half:] = weight_of(layer)[:half]
                 if layer.bias is not None:
                     layer.bias[half:] = layer.bias[:half]
         for path in found.norms:

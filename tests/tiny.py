@@ -100,7 +100,9 @@ MOE: dict[str, tuple[str, str, dict]] = {
 # Those that the tests of their kind go through, and not every other test.
 MORE = {**DECODERS, **ENCODERS, **MOE, **MOE_FAMILIES}
 CAUSAL = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3 opt gpt2 gpt_neox".split()
-NARROWABLE = "llama mistral qwen2 qwen3 smollm3 opt gpt_neox bert roberta mpnet distilbert".split()
+NARROWABLE = (
+    "llama mistral qwen2 qwen3 smollm3 opt gpt2 gpt_neox bert roberta mpnet distilbert".split()
+)
 GROUPED = "llama mistral qwen2 qwen3 smollm3 gemma3_text gemma3".split()
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from liar_ext.errors import InputError
 from liar_ext.models.family import Step
@@ -203,6 +204,16 @@ class _Trail:
         )
         step = {"heads": heads, "head_dim": size // heads, None: 1}[multiple_of]
         return Hidden(size, step, tuple(self.writers), sources)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Tell whether a layer stores its weight as (d_in, d_out)."""
+    return isinstance(layer, Conv1D)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as (d_out, d_in), without a copy."""
+    return layer.weight.T if is_transposed(layer) else layer.weight
 
 
 def is_table(layer: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from liar_ext.calibration.passes import room_for_sums, split
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
-from liar_ext.models.residual_stream import Hidden, Source, hidden_of
+from liar_ext.models.residual_stream import Hidden, Source, hidden_of, weight_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
 from liar_ext.plan import Budget, Plan, SitePlan
@@ -313,8 +313,8 @@ class _Solver:
 
     def _solve_readers(self, source: Source, moments: Moments, kept: Tensor) -> Solution:
         readers = [self.model.get_submodule(path) for path in source.readers]
-        sizes = [len(reader.weight) for reader in readers]
-        wide = torch.cat([reader.weight for reader in readers]).to(moments.gram)
+        sizes = [len(weight_of(reader)) for reader in readers]
+        wide = torch.cat([weight_of(reader) for reader in readers]).to(moments.gram)
         with_bias = all(reader.bias is not None for reader in readers)
         bias = torch.cat([reader.bias for reader in readers]) if with_bias else None
         mode = form_at(self.mode, with_bias)

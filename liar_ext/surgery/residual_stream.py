@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models.residual_stream import hidden_of, is_table
+from liar_ext.models.residual_stream import hidden_of, is_table, is_transposed, weight_of
 
 LayerWeights = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -41,14 +41,18 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
         setattr(layer, name, done[id(old), dim][1])
         _fit(layer)
 
+    def dim_of(path: str, dim: int) -> int:
+        """Return which dimension of a weight is that one of (d_out, d_in)."""
+        return 1 - dim if is_transposed(model.get_submodule(path)) else dim
+
     for path in hidden.norms:
         narrow_norm(model.get_submodule(path), index)
     for source in hidden.sources:
         for path in (*source.readers, *source.tied):
-            keep(path, "weight", 1)
+            keep(path, "weight", dim_of(path, 1))
     for path, (weight, bias) in weights.items():
         layer = model.get_submodule(path)
-        layer.weight.copy_(weight)
+        weight_of(layer).copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
     for path in hidden.writers:
@@ -56,7 +60,7 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
             # A tied head has been here already, and has sliced the weight of both.
             keep(path, "weight", 1)
         else:
-            keep(path, "weight", 0)
+            keep(path, "weight", dim_of(path, 0))
             keep(path, "bias", 0)
 
 
@@ -78,6 +82,8 @@ def _fit(layer: nn.Module) -> None:
     """Make the sizes that a layer keeps those of its weight."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif is_transposed(layer):
+        layer.nx, layer.nf = layer.weight.shape
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = layer.weight.shape[1]
     elif isinstance(layer, nn.LayerNorm):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at
-from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.residual_stream import hidden_of, weight_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_path, sites, teams_of
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.experts import check_kept_experts, keep_experts, slice_channels
@@ -163,7 +163,7 @@ def _hidden_layers(model: nn.Module, plan: Plan, weights: Weights) -> Weights:
         )
     layers = {name: weights[name] for name in hidden.solved if name in weights}
     for name, (weight, _) in layers.items():
-        shape = (*model.get_submodule(name).weight.shape[:-1], count)
+        shape = (*weight_of(model.get_submodule(name)).shape[:-1], count)
         if tuple(weight.shape) != shape:
             raise InputError(
                 f"apply_plan: the weight of {name} must have shape {shape}, got "

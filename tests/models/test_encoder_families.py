@@ -180,3 +180,16 @@ def test_heads_of_nomic_bert_read_the_stream_somewhere(head: str) -> None:
     assert len(found.norms) == 1 + 2 * 3 and found.size == 40
     apply_plan(model, Plan("nomic_bert", "auto", {}, hidden=SitePlan(40, tuple(range(8, 40)))))
     assert model(**tiny_inputs(model))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"],
+)
+def test_heads_of_modernbert_read_the_stream_somewhere(head: str) -> None:
+    model = getattr(transformers, f"ModernBert{head}")(tiny("modernbert").config).eval()
+    found = hidden_of(model)
+    # The embeddings' norm stands for that of the first block; a head has one of its own.
+    assert len(found.norms) == 1 + 5 + 1 + (head != "Model") and found.size == 32
+    apply_plan(model, Plan("modernbert", "auto", {}, hidden=SitePlan(32, tuple(range(8, 32)))))
+    assert model(**tiny_inputs(model))[0].isfinite().all()

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from liar_ext.models.families.reasons import HEADS_OF_HIDDEN, TRANSPOSED
-from liar_ext.models.family import Family, Stack, Wiring
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN
+from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
+
+_STREAM = Stream(
+    start=(Step("write", ("wte", "wpe")),),
+    block=(
+        Step("norm", ("ln_1",)),
+        Step("read", ("attn.c_attn",)),
+        Step("write", ("attn.c_proj",)),
+        Step("norm", ("ln_2",)),
+        Step("read", ("mlp.c_fc",)),
+        Step("write", ("mlp.c_proj",)),
+    ),
+    ends=(
+        (
+            Step("norm", ("ln_f",)),
+            Step("read", ("lm_head", "score", "classifier", "qa_outputs")),
+        ),
+    ),
+    config={"n_embd": "hidden", "n_head": "heads"},
+    multiple_of="head_dim",
+)
 
 # The rows of the table.
 ROWS = (
@@ -29,6 +49,7 @@ ROWS = (
             transposed=True,
             config={"n_inner": "features"},
         ),
-        without={"hidden": TRANSPOSED, "stock": HEADS_OF_HIDDEN},
+        stream=_STREAM,
+        without={"stock": HEADS_OF_HIDDEN},
     ),
 )
