@@ -50,6 +50,13 @@ JOBS = {
     },
 }
 
+ON_ONE = (
+    "default",
+    "groups of sites",
+    "hidden",
+    "refit",
+)  # on one device as well, whatever there is
+
 
 def batches(model):
     return [tiny_inputs(model, batch=4, tokens=12, seed=seed) for seed in range(4)]
@@ -81,7 +88,17 @@ def assert_as_on_the_cpu(family="llama", place=on_cuda, **options):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_job_does_what_it_does_on_the_cpu(job):
-    assert_as_on_the_cpu(**JOBS[job])
+    """On two devices where there are two, so that what lies on one meets what lies on another."""
+    if torch.cuda.device_count() > 1 and job not in ON_ONE:
+        assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
+    else:
+        assert_as_on_the_cpu(**JOBS[job])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("job", ON_ONE)
+def test_a_model_over_two_devices_is_pruned_as_on_the_cpu(job):
+    assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
 
 
 @pytest.mark.parametrize("family", [family for family in TINY if family != "llama"])
@@ -92,12 +109,6 @@ def test_a_family_is_pruned_as_on_the_cpu(family):
 @pytest.mark.parametrize("family", ["opt", "gpt_neox", "bert", "mpnet"])
 def test_a_family_is_narrowed_as_on_the_cpu(family):
     assert_as_on_the_cpu(family=family, allocation="uniform", keep_hidden=0.75)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-@pytest.mark.parametrize("job", JOBS)
-def test_a_model_over_two_devices_is_pruned_as_on_the_cpu(job):
-    assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
 
 
 @pytest.mark.parametrize("name", [known.name for known in list_criteria()])
