@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from liar_ext.errors import InputError
+from liar_ext.models.residual_stream import is_transposed
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import Budget, Plan
@@ -127,7 +128,7 @@ def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
     linear = sum(
         module.weight.numel()
         for module in model.modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        if isinstance(module, nn.Linear) or is_transposed(module)
     )
     # Experts are no linear layers: they are counted whether they may be pruned or not.
     names = {site.name for site in at}
