@@ -6,8 +6,8 @@ import math
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
@@ -50,7 +50,7 @@ def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) ->
     device = device_of(model)
     loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
     with evaluating(model):
-        for batch in read_batches(tqdm(batches, desc="evaluate", disable=not progress)):
+        for batch in read_batches(Bar(batches, desc="evaluate", disable=not progress)):
             batch = batch.to(device)
             ids = batch.inputs["input_ids"]
             mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
@@ -108,7 +108,7 @@ def kl_divergence(
     """
     total, rows = 0.0, 0
     with evaluating(model), evaluating(dense):
-        for batch in read_batches(tqdm(batches, desc="divergence", disable=not progress)):
+        for batch in read_batches(Bar(batches, desc="divergence", disable=not progress)):
             compared = DenseOutputs(dense, batch)
             total, rows = total + compared.divergence(model), rows + len(compared)
     if not rows:

@@ -26,7 +26,7 @@ PEAKS = {
 }
 # docs/cuda.md: what the L2 cache of an H100 lets the tiles of `gram_update_` reach.
 BOUNDS = {"gram": 350e12}
-# By `make scaling SCALING=--measure` on one thread of a Zen 5 core, in CPU time; others were busy.
+# By `make scaling SCALING=--measure` on one thread of a Zen 4 core, in CPU time, others busy.
 SHARES = {
     "forward": 0.80,
     "gram": 0.81,

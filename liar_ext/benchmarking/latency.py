@@ -24,8 +24,8 @@ from statistics import median
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.benchmarking import timing
 from liar_ext.benchmarking.job import machine
 from liar_ext.benchmarking.timing import Clock, Settings
@@ -102,7 +102,7 @@ def measure_latency(
     fewest = min(len(some) * rounds // len(sizes[shape]) for shape, some in shapes.items())
     runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
     places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
-    bar = tqdm(range(rounds), desc="latency", disable=not progress)
+    bar = Bar(range(rounds), desc="latency", disable=not progress)
     with evaluating(model):
         for turn in bar:
             counts = {}

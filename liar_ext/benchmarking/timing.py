@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.data.texts import check_seq_len
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import draw_inputs, inputs_read
@@ -66,7 +66,7 @@ def measure(
     Round 0 warms up and is not counted; then models take turns in going first.
     """
     found: list[Rate] = []
-    bar = tqdm(total=len(settings.batches) * (settings.rounds + 1), disable=not progress)
+    bar = Bar(total=len(settings.batches) * (settings.rounds + 1), disable=not progress)
     for batch in settings.batches:
         values: dict[tuple[str, str], dict[str, list[float]]] = {}
         for turn in range(settings.rounds + 1):

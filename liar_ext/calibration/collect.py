@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.fingerprints import Seen, fingerprint_of
 from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
@@ -175,7 +175,7 @@ def collect(
     def facts_so_far() -> dict[str, object]:
         return facts | seen.facts(tokens, current.routed)
 
-    bar = tqdm(batches, desc=title, disable=not progress)
+    bar = Bar(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
             callback = adding(tap, bank[tap.name], current, ends)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 
 from liar_ext import ops
+from liar_ext.bars import Bar
 from liar_ext.calibration.hooks import watched
 from liar_ext.data.batches import LABELS, Batch, Batches, read_batch, read_batches
 from liar_ext.errors import InputError
@@ -113,7 +113,7 @@ def collect_gradients(
     }
     items = sequences = 0
     with evaluating(model), _differentiable(model, parameters), _noting(model, at) as inputs_of:
-        bar = tqdm(batches, desc="gradients", disable=not progress)
+        bar = Bar(batches, desc="gradients", disable=not progress)
         for index, batch in enumerate(read_batches(bar)):
             batch = batch.to(device)
             check_loss(model, batch)

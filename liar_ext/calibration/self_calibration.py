@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.data.documents import Documents
 from liar_ext.data.texts import document_prefix
 from liar_ext.errors import InputError
@@ -76,7 +76,7 @@ def write_documents(
     written: list[str] = []
     training = model.training
     cuda = [device] if device.type == "cuda" else []
-    bar = tqdm(total=documents, desc="write", disable=not progress)
+    bar = Bar(total=documents, desc="write", disable=not progress)
     with torch.random.fork_rng(devices=cuda), bar:
         torch.manual_seed(seed)
         model.eval()

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.collect import Tap, check_finite_weights, collect
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds
 from liar_ext.calibration.passes import room_for_sums, split
@@ -162,7 +162,7 @@ def narrow(
     solver, rows = _Solver(model, kept, mode, damp), []
     for group, title in zip(groups, titles[1:], strict=True):
         bank = _narrow_moments(model, hidden, group, kept, batches, progress=progress, title=title)
-        for source in tqdm(group, desc="solve", disable=not progress):
+        for source in Bar(group, desc="solve", disable=not progress):
             # Released at once: the next group is summed in the memory of this one.
             rows.append(solver.solve(source, bank.moments.pop(source.name)))
     kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))

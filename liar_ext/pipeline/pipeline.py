@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from liar_ext.bars import Stage, Timeline
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.candidates import check_candidates, solve_best
+from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.resuming import begin, check
 from liar_ext.plan import Budget
@@ -115,6 +117,29 @@ def run(
     if job.saved is not None:
         # What is free changes, and other groups of sites would have other sums.
         job.room = begin(job, {"fresh text": certify_on}, room=job.room)["room"]
+    with Timeline("prune", expected(job, evaluate_on)).shown():
+        return _steps(job, evaluate_on, certify_on, judge_on)
+
+
+def expected(
+    job: Job, evaluate_on: Sequence[Mapping[str, Tensor]] | None = None
+) -> dict[str, Stage]:
+    """Return the stages of a job that has been checked; none where nobody looks on.
+
+    None either where candidates are tried, of which each is a job.
+    """
+    if not job.progress or job.recipe.candidates:
+        return {}
+    at = job.sites(job.model)
+    return stages_of(job.model, at, job.batches, job.recipe, job.room, evaluate_on)
+
+
+def _steps(
+    job: Job,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None,
+    certify_on: Sequence[Mapping[str, Tensor]] | None,
+    judge_on: Sequence[Mapping[str, Tensor]] | None,
+) -> Report:
     dense = job.evaluate(evaluate_on)
     solved = solve_best(job, judge_on, certify_on)
     job = solved.job

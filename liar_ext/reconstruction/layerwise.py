@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.data.batches import Batch, Batches, read_batch
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
@@ -126,7 +126,7 @@ def reconstruct_layerwise(
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
         walk.go_on(streams)
-        for index in tqdm(steps, desc="layerwise", disable=not progress):
+        for index in Bar(steps, desc="layerwise", disable=not progress):
             if index < done:
                 weights, rows = kept_block(saved, index)
                 walk.weights |= weights

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments
 from liar_ext.errors import solving
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
@@ -67,7 +67,7 @@ def reconstruct(
     plan.check_sites(by_name.keys() & bank.keys(), "reconstruct")
     weights, rows = {}, []
     routed = getattr(bank, "source", {}).get("routed", {})
-    for name, kept in tqdm(plan.sites.items(), desc="reconstruct", disable=not progress):
+    for name, kept in Bar(plan.sites.items(), desc="reconstruct", disable=not progress):
         start = time.perf_counter()
         site = by_name[name]
         given = get_consumer_weight(model, site), get_consumer_bias(model, site), bank[name]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
@@ -60,7 +60,7 @@ def error_curves(
         If λ leaves a Gram matrix singular.
     """
     curves = {}
-    for site in tqdm(at, desc="curves", disable=not progress):
+    for site in Bar(at, desc="curves", disable=not progress):
         moments = bank[site.name]
         weight = get_consumer_weight(model, site).to(moments.gram.device, torch.float64)
         order = removal_order(site.per_unit(scores[site.name]), site.groups)

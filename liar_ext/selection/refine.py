@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
@@ -100,7 +100,7 @@ def refine_plan(
     measure = solve(plan)
     (least,), shares = measure([_pruned(plan)]), None
     history = [least]
-    for _ in tqdm(range(rounds), desc="refine", disable=not progress):
+    for _ in Bar(range(rounds), desc="refine", disable=not progress):
         if shares is None:
             rests = [[name for name in _pruned(plan) if name not in group] for group in groups]
             shares = [least - rest for rest in measure(rests)]

@@ -8,8 +8,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.hooks import replaced, watched
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
@@ -110,7 +110,7 @@ def divergences(
     places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
     batches = list(read_batches(batches))
     found_by = Measured(len(batches), probes, saved)
-    bar = tqdm(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
+    bar = Bar(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
     with evaluating(model), bar:
         for number, batch in enumerate(batches):
             if found_by.has(number):

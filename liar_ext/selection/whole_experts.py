@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.expert_tokens import LayerTokens, collect_tokens, count_tokens
 from liar_ext.calibration.passes import room_for_sums, split
@@ -126,7 +126,7 @@ def choose_experts(
     each = 8 * min(total, MOST_TOKENS) * layers[0].experts ** 2
     groups = split(layers, [each] * len(layers), room_for_sums(model, memory))
     plans, scales, rows = {}, {}, []
-    for group in tqdm(groups, desc="experts", disable=not progress):
+    for group in Bar(groups, desc="experts", disable=not progress):
         for tokens in collect_tokens(model, read, group, max(1, total // MOST_TOKENS)):
             start, name = time.perf_counter(), tokens.site.team
             kept = choose(tokens, count)

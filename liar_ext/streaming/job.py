@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from liar_ext.bars import Timeline
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.certification import Divergence
 from liar_ext.checkpoint import stock_config
@@ -23,7 +25,9 @@ from liar_ext.data.hidden_states import HiddenStates
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import sites
+from liar_ext.pipeline.expected import by_blocks
 from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.pipeline import expected
 from liar_ext.pipeline.resuming import begin, decide, note_result
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
@@ -104,10 +108,13 @@ def prune_folder(
     job = StreamedJob(store.model, list(read_batches(batches)), recipe, progress, store=store)
     job.evaluate_on, job.certify_on, job.saved = evaluate_on, certify_on, saved
     job.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
+    shown = ExitStack()
     try:
         job.check()
         job.make_room(max_memory)
         job.begin(max_memory)
+        stages = by_blocks(expected(job), len(store), job.keep_sums)
+        shown.enter_context(Timeline("prune", stages).shown())
         passes = job.calibrate(store.model)
         plan = decide(job, passes)
         job.judge(passes)
@@ -128,6 +135,7 @@ def prune_folder(
                     shards=shards,
                 )
     finally:
+        shown.close()
         job.states.close()
         store.close()
     return report

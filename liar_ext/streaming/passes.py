@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
-from tqdm.auto import tqdm
 
+from liar_ext.bars import Bar
 from liar_ext.calibration.collect import InFlight, adding, check_sums, tap_at
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
@@ -97,7 +97,7 @@ class StreamedPasses:
                 self.summed.append(len(self.summed) + 1)
             title = "from memory" if known else f"calibrate, walk {self.taken}"
             steps = range(first, len(self.blocks))
-            for index in tqdm(steps, desc=title, disable=not self.progress):
+            for index in Bar(steps, desc=title, disable=not self.progress):
                 self.index = index
                 group = [site for site in self.at if site.block == index]
                 with self.store.block(index):

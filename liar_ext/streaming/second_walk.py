@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
-
+from liar_ext.bars import Bar
 from liar_ext.checkpoint.shards import Shards
 from liar_ext.data.hidden_states import Held
 from liar_ext.models.running import evaluating
@@ -115,7 +114,7 @@ class SecondWalk:
             done = self._restore(walk.streams())
             yield from self._again(done)
             steps = range(done, len(self.blocks))
-            for index in tqdm(steps, desc="layerwise, walk 2", disable=not job.progress):
+            for index in Bar(steps, desc="layerwise, walk 2", disable=not job.progress):
                 with job.store.block(index):
                     if index <= max(planned, default=-1):
                         with job.clock("reconstruct"):

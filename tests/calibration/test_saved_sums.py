@@ -77,7 +77,7 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(model, tmp_path):
         if child == 0:
             try:
                 # The lock of progress bars is shared by forks, and a kill can leave it taken.
-                collect.tqdm.set_lock(threading.RLock())
+                collect.Bar.set_lock(threading.RLock())
                 calibrate(model, data, checkpoint=folder)
             finally:
                 os._exit(0)

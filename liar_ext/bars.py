@@ -1,0 +1,122 @@
+"""Progress on a terminal: a bar for each stage, or one line for a whole job with the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from tqdm.auto import tqdm
+
+_JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
+
+
+class Bar(tqdm):
+    """A bar of tqdm: silent where there is no terminal, the line of the job where there is one.
+
+    A notebook shows bars of its own. Parameters are those of tqdm; ``desc`` names the stage, and
+    what follows a comma in it isn't part of the name.
+    """
+
+    def __init__(self, *args: object, disable: bool = False, **settings: object) -> None:
+        self.job = _JOB.get()
+        settings.setdefault("leave", self.job is None)
+        super().__init__(*args, disable=True if disable else None, **settings)
+
+    def __str__(self) -> str:
+        if self.job is None:
+            return super().__str__()
+        return self.job.line(self.desc, self.n, self.total)
+
+    def close(self) -> None:
+        """Take the line away; the stage has come so far."""
+        if self.job is not None and not self.disable:
+            self.job.advance(self.desc, self.n)
+        super().close()
+
+
+@dataclass
+class Stage:
+    """A stage of a job.
+
+    Parameters
+    ----------
+    steps : int
+        How many there will be, of all bars of its name.
+    work : float
+        What they take together, in a unit that all stages share.
+    done : int
+        Steps that are done, of bars that are closed.
+    """
+
+    steps: int
+    work: float
+    done: int = 0
+
+
+class Timeline:
+    """How far a job is: counted work that is done, by the time that it took.
+
+    Parameters
+    ----------
+    title : str
+        What the job is called.
+    stages : mapping of str to Stage
+        By name; one that isn't there counts as no work.
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        stages: Mapping[str, Stage],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.title, self.stages, self.clock = title, dict(stages), clock
+        self.start = clock()
+
+    @contextmanager
+    def shown(self) -> Iterator[Timeline]:
+        """Let bars that are made in the context be the line of this job."""
+        token = _JOB.set(self)
+        try:
+            yield self
+        finally:
+            _JOB.reset(token)
+
+    def advance(self, stage: str, steps: int) -> None:
+        """Note steps that are done."""
+        known = self.stages.get(_name(stage))
+        if known is not None:
+            known.done += steps
+
+    def left(self, stage: str = "", steps: int = 0) -> float | None:
+        """Return the seconds left, ``steps`` of a stage being done beside what is noted.
+
+        Time goes on as it did: ``gone · (work − done) / done``. None before any work is done.
+        """
+        work = done = 0.0
+        for name, each in self.stages.items():
+            so_far = each.done + (steps if name == _name(stage) else 0)
+            work += each.work
+            done += each.work * min(so_far / max(each.steps, 1), 1.0)
+        return (self.clock() - self.start) * (work - done) / done if done else None
+
+    def line(self, stage: str, steps: int, total: int | None) -> str:
+        """Return what is shown: ``prune: sensitivity 37/60 · 4:10 gone, about 3:30 left``."""
+        of = "" if total is None else f"/{total}"
+        said = f"{self.title}: {stage} {steps}{of} · {_shown(self.clock() - self.start)} gone"
+        left = self.left(stage, steps)
+        return said if left is None else f"{said}, about {_shown(left)} left"
+
+
+def _name(stage: str) -> str:
+    return stage.partition(",")[0]
+
+
+def _shown(seconds: float) -> str:
+    """Return 4:10, or 1:04:10."""
+    return tqdm.format_interval(seconds).removeprefix("0")

@@ -1,0 +1,76 @@
+"""The stages that a job expects are those that its bars have, step by step."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from tiny import batches, tiny
+
+from liar_ext import Recipe, prune
+from liar_ext.bars import Bar, Stage, Timeline
+from liar_ext.pipeline import pipeline
+from liar_ext.pipeline.expected import by_blocks
+
+SMALL = 16 * 24**2  # bytes: a group of sites for each
+
+
+@pytest.fixture
+def timelines(monkeypatch):
+    """The timelines of the jobs that run, on a terminal."""
+    made, init = [], Bar.__init__
+
+    def note(*given):
+        made.append(Timeline(*given))
+        return made[-1]
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(pipeline, "Timeline", note)
+    monkeypatch.setattr(Bar, "__init__", lambda *a, **k: init(*a, **{**k, "file": terminal}))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("llama", {}),
+        ("llama", {"schedule": "one-pass", "memory": SMALL}),
+        ("llama", {"allocation": "uniform", "criterion": "taylor"}),
+        ("llama", {"allocation": "uniform", "schedule": "one-pass", "damp": 0.01}),
+        ("bert", {"memory": SMALL}),
+        ("vit", {}),
+    ],
+)
+def test_every_stage_makes_the_steps_that_are_expected(timelines, family, choices):
+    model, recipe = tiny(family), Recipe(keep=0.5, tile=1, **choices)
+    text = batches(model, 8)
+    held_out = text[:2] if family == "llama" else None
+    prune(model, text, recipe, evaluate_on=held_out, progress=True)
+    (job,) = timelines
+    assert len(job.stages) > 1
+    assert {name: each.done for name, each in job.stages.items()} == {
+        name: each.steps for name, each in job.stages.items()
+    }
+    assert job.left() == 0
+
+
+def test_a_quiet_job_counts_nothing(timelines):
+    model = tiny("llama")
+    prune(model, batches(model, 8), keep=0.5)
+    assert timelines[0].stages == {}
+
+
+def test_walks_over_blocks_have_the_work_of_all_stages():
+    stages = {
+        "calibrate": Stage(8, 3.0),
+        "curves": Stage(6, 5.0),
+        "sensitivity": Stage(24, 7.0),
+        "reconstruct": Stage(6, 11.0),
+    }
+    walk = by_blocks({**stages, "layerwise": Stage(3, 13.0)}, 3, kept=False)
+    assert walk == {"calibrate": Stage(3, 26.0), "layerwise": Stage(3, 13.0)}
+    once = by_blocks(stages, 3, kept=True)
+    assert once == {"calibrate": Stage(3, 15.0), "from memory": Stage(3, 11.0)}
+    assert by_blocks(stages, 3, kept=False) == {"calibrate": Stage(6, 3.0 + 15.0 + 11.0)}
+    assert by_blocks({}, 3, kept=True) == {}

@@ -1,0 +1,68 @@
+"""Bars: what a terminal shows of a job, and that nothing else is written."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from liar_ext.bars import Bar, Stage, Timeline
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+    now = [100.0]
+    monkeypatch.setattr("liar_ext.bars.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_says_what_is_done_and_what_is_left(clock):
+    """Half of the work is done after 250 seconds, so that as many are left."""
+    stages = {"calibrate": Stage(10, 30.0), "sensitivity": Stage(60, 40.0)}
+    job = Timeline("prune", stages, lambda: clock[0])
+    assert job.line("calibrate", 0, 10) == "prune: calibrate 0/10 · 0:00 gone"
+    job.advance("calibrate, pass 1", 10)
+    clock[0] += 250
+    said = "prune: sensitivity 30/60 · 4:10 gone, about 1:47 left"  # 250 s · 20 / 50 = 100 s
+    assert job.left("sensitivity", 30) == pytest.approx(100.0)
+    assert job.line("sensitivity", 30, 60) == said.replace("1:47", "1:40")
+    clock[0] += 3600
+    assert job.line("sensitivity", 60, 60).endswith("1:04:10 gone, about 0:00 left")
+    assert job.line("write", 3, None) == "prune: write 3 · 1:04:10 gone, about 1:25:33 left"
+
+
+def test_a_job_has_one_line_on_a_terminal_that_is_gone_at_the_end():
+    out = Terminal()
+    job = Timeline("prune", {"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)})
+    settings = {"file": out, "mininterval": 0}
+    with job.shown():
+        assert list(Bar(range(4), desc="curves", **settings)) == [0, 1, 2, 3]
+        with Bar(total=4, desc="probes", **settings) as bar:
+            bar.update(2)
+            assert job.left("probes", 2) is not None
+    assert [stage.done for stage in job.stages.values()] == [4, 2]
+    written = out.getvalue()
+    assert "prune: curves 4/4 · 0:00 gone, about 0:00 left" in written
+    assert "prune: probes 2/4" in written and "\n" not in written
+    assert not written.rpartition("\r")[0].rpartition("\r")[2].strip()  # wiped out
+
+
+def test_outside_of_a_job_a_bar_is_that_of_tqdm():
+    out = Terminal()
+    list(Bar(range(4), desc="evaluate", file=out))
+    assert "evaluate: 100%" in out.getvalue() and out.getvalue().endswith("\n")
+
+
+def test_where_there_is_no_terminal_nothing_is_written():
+    out = io.StringIO()
+    job = Timeline("prune", {"curves": Stage(4, 1.0)})
+    with job.shown():
+        assert list(Bar(range(4), desc="curves", file=out)) == [0, 1, 2, 3]
+        assert list(Bar(range(4), desc="curves", file=Terminal(), disable=True)) == [0, 1, 2, 3]
+    assert out.getvalue() == "" and job.stages["curves"].done == 0
