@@ -111,19 +111,34 @@ def calibration(shape: Shape, settings: Settings) -> Iterator[Work]:
 def curves(shape: Shape, settings: Settings) -> Work:
     """Count :func:`liar_ext.selection.error_curves.error_curve`, on both folds of every site.
 
-    ``d³/3`` to factor, ``d³`` to invert the factor L, ``2 d² h`` for W L with h outputs; then by
-    blocks of rows Z G Zᵀ and YᵀY up to their diagonal, some ``4/3 d³ + d² h``.
+    ``d³/3`` to factor, ``2/3 d³`` to invert the factor L by halves, ``2 d² h`` for W L with h
+    outputs; then by blocks Z G Zᵀ and YᵀY up to their diagonal, some ``d³ + d² h``.
     """
     work = Work("error curves", SITES)
     for d in shape.features.values():
         stops = [min(start + ROW_BLOCK, d) for start in range(0, d, ROW_BLOCK)]
         rows = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
-        triangle = sum(4 * b * stop**2 for b, stop in zip(rows, stops, strict=True))
-        outer = sum(2 * b * shape.hidden * stop for b, stop in zip(rows, stops, strict=True))
-        each = {"cholesky": d**3 / 3 + d**3, "product": 2 * shape.hidden * d**2 + triangle + outer}
-        for kind, count in each.items():
+        blocks = list(zip(rows, stops, strict=True))
+        triangle = sum(2 * b * stop**2 for b, stop in blocks)
+        for index, (b, _) in enumerate(blocks):
+            triangle += sum(2 * b * c * (end + shape.hidden) for c, end in blocks[: index + 1])
+        inverse = inverted(d)
+        inverse["product"] += 2 * shape.hidden * d**2 + triangle
+        inverse["cholesky"] += d**3 / 3
+        for kind, count in inverse.items():
             work.operations[kind] += FOLDS * shape.layers * count
     return work
+
+
+def inverted(d: int) -> Counter:
+    """Count :func:`liar_ext.selection.error_curves.lower_inverse`: two products at every halving.
+
+    Down to a block of rows, whose inverse is a triangular solve of ``d³``.
+    """
+    if d <= ROW_BLOCK:
+        return Counter(cholesky=d**3)
+    a, c = d // 2, d - d // 2
+    return inverted(a) + inverted(c) + Counter(product=2 * a * c * (a + c))
 
 
 def solved(d: int, n: int, h: int, ladder: int, held_out: bool, dense: bool = False) -> Counter:
@@ -219,11 +234,11 @@ def towards(d: int, n: int, h: int, ladder: int) -> Counter:
     For each fold one eigendecomposition, nominally ``9 n³`` (Golub and Van Loan, section 8.3), the
     removed features' share on both folds, ``4 (d + 1) p h``; the other fold's block in the basis
     of eigenvectors, ``4 n² (n + 1)``, and three sides of h columns; and three quadratic forms for
-    the whole ladder. Then the Gram matrix times the weight, twice, and one solve.
+    the whole ladder. Then the Gram matrix times the weight, and one solve.
     """
     fold = 4 * (d + 1) * (d - n) * h + 4 * n**2 * (n + 1) + 6 * n**2 * h
     fold += 3 * (2 * (n + 1) ** 2 * h + 2 * ladder * (n + 1) ** 2)
-    total = Counter(eigh=FOLDS * 9 * n**3, product=FOLDS * fold + 4 * d**2 * h)
+    total = Counter(eigh=FOLDS * 9 * n**3, product=FOLDS * fold + 2 * d**2 * h)
     return total + solved(d, n, h, 1, True, dense=True)
 
 

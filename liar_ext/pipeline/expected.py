@@ -106,7 +106,7 @@ def _size(inputs: Mapping[str, Tensor]) -> int:
 def _curve(site: Site) -> float:
     """Count :func:`liar_ext.selection.error_curves.error_curve` on both folds."""
     d, h = site.d_in, site.d_out
-    return FOLDS * DOUBLE * (8 / 3 * d**3 + 3 * h * d**2)
+    return FOLDS * DOUBLE * (2 * d**3 + 3 * h * d**2)
 
 
 def _solve(site: Site, recipe: Recipe, ladder: int) -> float:

@@ -168,7 +168,8 @@ def solve_towards(
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
         new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
-    energy = (wide.mT * (symmetric(sums.gram) @ wide.mT)).sum()
+    whole = symmetric(sums.gram) @ wide.mT if affine else own
+    energy = (wide.mT * whole).sum()
     solved = ladder[best] < math.inf
     return Solution(
         weight=new[0],
