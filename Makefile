@@ -32,8 +32,11 @@ demo test: export OMP_WAIT_POLICY ?= passive
 demo: setup $(ASSETS)/.installed
 	$(BIN)/python demo/jobs.py --out out/demo
 
+# Tests run in WORKERS processes of one thread each, a file at a time; what needs more threads sets their
+# number. tests/conftest.py says which files come first.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 # Hostile folders, kills while a folder is saved, jobs that are stopped, faults of disks, files and
 # memory, bad command lines, operators: writes docs/reliability.md, in under twenty minutes on one core.

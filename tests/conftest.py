@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import string
 import tempfile
 import weakref
+from typing import TYPE_CHECKING
 
 # Tiny models gain nothing from threads, and two processes with two OpenMP threads each spin against
 # each other. Tests of threading set their own number.
@@ -15,10 +17,27 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 import pytest
 import torch
 from tiny import VOCAB, tiny
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from liar_ext.calibration.moments import Moments
+
+# Tests of operators need no models, and take seconds less without.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Files that take a minute or more.
+LONG = ("test_simulated_gpu.py", "test_decoder_families.py", "test_ops.py", "test_wheel.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the long files, so that no process has one left when the others are done."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+    """Let the garbage collector pass over what stays: torch, transformers and the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure():
@@ -33,6 +52,9 @@ def _seeded():
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, within the vocabulary of the tiny models."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     characters = string.ascii_lowercase + string.digits + " .\n"
     vocabulary = {"[PAD]": 0, "[BOS]": 1, "[EOS]": 2}
     vocabulary |= {character: 3 + i for i, character in enumerate(characters)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -10,7 +11,9 @@ from tiny_decoders import DECODERS
 from tiny_encoders import ENCODERS
 from tiny_moe import MOE_FAMILIES
 from torch import Tensor
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # transformers itself imports its parts when they are asked for
+    from transformers import PreTrainedModel
 
 VOCAB = 61
 _TEXT = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -2,17 +2,19 @@
 
 Writes `liar_host_kernels`, a pybind11 module, and prints its path. `--simulate` writes instead the
 simulated GPU of simulated_gpu.cpp and the launchers on it. Nothing is rebuilt that is newer than
-every source.
+every source. One process at a time builds in a folder.
 """
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +46,15 @@ def run(*arguments: str | Path) -> None:
     subprocess.run([compiler(), *arguments], check=True)
 
 
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Wait until no other process builds in the folder, and keep others out meanwhile."""
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process, however that ends
+        yield
+
+
 def compile_all(sources: Sequence[Path], output: Path, flags: Sequence[str]) -> list[Path]:
     """Compile what is older than its source or any header, and return the objects."""
     output.mkdir(parents=True, exist_ok=True)
@@ -73,9 +84,10 @@ def build(output: Path, sanitize: bool = False) -> Path:
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     flags = [*FLAGS, *(["-O1", "-g", *SANITIZE] if sanitize else ["-O2"]), *includes]
-    objects = compile_all(sorted(HERE.glob("bind_*.cpp")), output, flags)
     module = output / f"liar_host_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return link(objects, module, SANITIZE if sanitize else [])
+    with alone(output):
+        objects = compile_all(sorted(HERE.glob("bind_*.cpp")), output, flags)
+        return link(objects, module, SANITIZE if sanitize else [])
 
 
 def simulate(output: Path) -> tuple[Path, Path]:
@@ -86,14 +98,15 @@ def simulate(output: Path) -> tuple[Path, Path]:
     folder = cpp_extension.library_paths()[0]
     torch = [f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
     flags = [*FLAGS, "-O2", *includes]
-    device = compile_all([HERE / "simulated_gpu.cpp"], output, [*flags, "-std=c++20"])
-    device = link(device, output / "libtorch_cuda.so", [*torch, "-Wl,-soname,libtorch_cuda.so"])
     launchers = [HERE / "simulated_launchers.cpp", *LAUNCHERS.glob("*.cpp"), *CUDA.glob("*.cu")]
     target = re.search(r'^TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text(), re.MULTILINE)
     stable = [f"-DTORCH_TARGET_VERSION={target[1]}"]
-    objects = compile_all(sorted(launchers), output / "launchers", [*flags, *stable])
-    found = [str(device), *torch, f"-Wl,-rpath,{output}"]
-    return device, link(objects, output / "liar_simulated_launchers.so", found)
+    with alone(output):
+        device = compile_all([HERE / "simulated_gpu.cpp"], output, [*flags, "-std=c++20"])
+        device = link(device, output / "libtorch_cuda.so", [*torch, "-Wl,-soname,libtorch_cuda.so"])
+        objects = compile_all(sorted(launchers), output / "launchers", [*flags, *stable])
+        found = [str(device), *torch, f"-Wl,-rpath,{output}"]
+        return device, link(objects, output / "liar_simulated_launchers.so", found)
 
 
 def preload() -> str:

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
-from host_kernels import SANITIZED, kernels
+from host_kernels import SANITIZED, build_script, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +172,19 @@ def test_fragment_layouts(kind):
     kernels().configure(swapped_fragments=True)
     _, out = run("fragments", size=128, n=kind, inputs=both, threads=32)
     assert not np.array_equal(out.reshape(16, 8), x @ y)
+
+
+def test_one_process_at_a_time_builds_in_a_folder(tmp_path):
+    """Two that test beside each other need the same libraries."""
+    alone, entered = build_script().alone, threading.Event()
+
+    def another():
+        with alone(tmp_path):
+            entered.set()
+
+    with alone(tmp_path):
+        thread = threading.Thread(target=another)
+        thread.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(30)
+    thread.join()
