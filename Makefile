@@ -163,18 +163,17 @@ sanitize: setup
 	set -e; for kind in address thread; do \
 	  cmake -S . -B build/$$kind -DLIAR_SANITIZE=$$kind -DLIAR_CUDA=OFF -DLIAR_HOST_KERNELS=OFF; \
 	  cmake --build build/$$kind -j $$(nproc); \
-	  ctest --test-dir build/$$kind --output-on-failure; \
+	  ctest --test-dir build/$$kind --output-on-failure -j $$(nproc); \
 	done
 	mkdir -p $(SANITIZED)
 	LIAR_CUDA=0 CFLAGS="$(SANITIZE_FLAGS)" LDFLAGS="$(SANITIZE_FLAGS)" \
 	$(BIN)/python setup.py -q build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp \
 	  > $(SANITIZED)/log || { cat $(SANITIZED)/log; exit 1; }
-	set -e; kernels=$$($(BIN)/python -c "$(CPU_KERNELS)"); for kernel in $$kernels; do \
-	  echo "operators under sanitizers: $$kernel"; \
-	  LIAR_CPU_KERNEL=$$kernel OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD=$$($(BIN)/python csrc/testing/build.py --preload) \
-	  $(BIN)/python tests/ops/fuzz.py --calls $(SANITIZE_CALLS) --library $(SANITIZED)/lib; \
-	done
+	$(BIN)/python -c "$(CPU_KERNELS)" | \
+	preload=$$($(BIN)/python csrc/testing/build.py --preload) xargs -n 1 -P $(WORKERS) sh -c ' \
+	  said=$$(LIAR_CPU_KERNEL=$$0 OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$preload \
+	  $(BIN)/python tests/ops/fuzz.py --calls $(SANITIZE_CALLS) --library $(SANITIZED)/lib 2>&1); code=$$?; \
+	  echo "operators under sanitizers: $$0: $$said"; exit $$code'
 CPU_KERNELS := from liar_ext import ops; print(ops.build_info()['cpu_kernels'].replace(',', ''))
 
 # The wheel that serves every torch: compiled against the oldest one, the stable ABIs audited, and the
