@@ -135,9 +135,8 @@ def test_every_kernel_path_of_this_machine(kernel):
     """The numerical tests once more, on each instruction set that the CPU has."""
     if kernel == ops.build_info()["cpu_kernel"]:
         pytest.skip("the path that all other tests take")
-    numerical = [
-        str(CHILD / f"test_ops_{op}.py") for op in ("gram", "obs_curve", "reconstruct", "scores")
-    ]
+    names = ("ops_gram", "ops_obs_curve", "ops_reconstruct", "ops_scores", "limits")
+    numerical = [str(CHILD / f"test_{name}.py") for name in names]
     result = run_with_kernel(kernel, "-m", "pytest", "-q", "-p", "no:cacheprovider", *numerical)
     assert result.returncode == 0, result.stdout[-3000:]
 
