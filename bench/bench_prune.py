@@ -21,9 +21,10 @@ SEQUENCES = int(os.environ.get("LIAR_BENCH_SEQUENCES", "8"))
 SEQ_LEN = 512
 CHEAP = {"criterion": "wifv", "allocation": "uniform"}  # no sensitivities, no error curves
 JOBS = {
-    "prune one-pass": CHEAP,
-    "prune curve": {"criterion": "wifv", "allocation": "curve"},
+    "prune one-pass": {"schedule": "one-pass", **CHEAP},
+    "prune curve": {"criterion": "wifv", "allocation": "curve", "schedule": "one-pass"},
     "prune layerwise": {"schedule": "layerwise", **CHEAP},
+    "prune default": {},
 }
 
 
