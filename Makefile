@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling ranks
 
 setup: $(STAMP)
 
@@ -77,6 +77,10 @@ $(ASSETS)/.gemma: bench/quality/requirements.txt | $(BIN)/python
 OOM ?= --fixed-damp --remove
 out-of-memory: setup
 	OMP_NUM_THREADS=1 $(BIN)/python bench/out_of_memory.py $(OOM)
+
+# The same job by 1, 2 and 3 processes: minutes. RANKS may give more options of bench/ranks.py.
+ranks: setup
+	$(BIN)/python bench/ranks.py $(RANKS)
 
 # The plan by seconds beside the plan by parameters that is as fast: a quarter of an hour of CPU time.
 # LATENCY may give more options of bench/latency.py.

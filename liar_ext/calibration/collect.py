@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from liar_ext.bars import Bar
 from liar_ext.calibration.fingerprints import Seen, fingerprint_of
 from liar_ext.calibration.hooks import Ended, watched
-from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
+from liar_ext.calibration.memory import bytes_of_sums
+from liar_ext.calibration.moments import MomentBank, Moments, check_finite, whole
 from liar_ext.calibration.saved_sums import SavedSums
-from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
+from liar_ext.calibration.taps import InFlight, Piece, Tap, adding, tap_at
+from liar_ext.data.batches import FOLDS, Batch, Batches, count_tokens, read_batches
 from liar_ext.errors import InputError
-from liar_ext.models.experts import Routed, called_at, routed_input
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
-from liar_ext.models.sites import Site, sites
+from liar_ext.models.sites import Site, sites, teams_of
+from liar_ext.ranks import ALONE, Owners, Ranks, deal
 from liar_ext.saved.progress import Progress, opened
 
 
@@ -34,6 +37,7 @@ def calibrate(
     *,
     keep_text: bool = True,
     checkpoint: str | os.PathLike[str] | Progress | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
@@ -59,14 +63,19 @@ def calibrate(
     checkpoint : path, optional
         A folder to save the sums so far in, and to go on from where it has some, of the same
         model and batches: with the same result, bit for bit, as without. It stays when all is
-        done. A :class:`liar_ext.saved.progress.Progress` is one that is open already.
+        done. A :class:`liar_ext.saved.progress.Progress` is one that is open already. Of
+        several ranks the first one alone works in it.
+    ranks : Ranks
+        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`; each gives the same
+        model and batches.
     progress : bool
         Show a progress bar.
 
     Returns
     -------
     MomentBank
-        Float64 sums by site name, ``16 d_in²`` bytes each. A pass ends at the last site.
+        Float64 sums by site name, ``16 d_in²`` bytes each. A pass ends at the last site. With
+        several ranks the first one has all sites, and the others those that they summed.
 
     Raises
     ------
@@ -76,10 +85,15 @@ def calibrate(
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
-    with opened(checkpoint) as room:
+    owners = owners_of(at, ranks)
+    with opened(checkpoint if ranks.first else None) as room:
         of = len(batches) if isinstance(batches, Sized) else None
-        saved = None if room is None else SavedSums(room, of=of)
-        bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
+        saved = None if checkpoint is None else SavedSums(room, of=of, ranks=ranks)
+        bank = collect_at(
+            model, batches, at, keep_text=keep_text, saved=saved, owners=owners, progress=progress
+        )
+    if ranks.count > 1:
+        bank.moments = whole(bank.moments, [site.name for site in at], owners) or bank.moments
     bank.source["sites"] = {
         site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
         for site in at
@@ -93,49 +107,14 @@ def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) ->
     return collect(model, body_of(model), batches, taps, **bar)
 
 
-def tap_at(model: nn.Module, site: Site) -> Tap:
-    """Return where what the consumer of a site reads is to be had."""
-    mask, repeats = site.part.mask, site.part.repeats
-    if site.expert is None:
-        take = lambda args, _: args[0]  # noqa: E731
-    else:  # the module of all experts computes what each reads
-        take = lambda args, _: routed_input(model, site, args)  # noqa: E731
-    return Tap(site.name, called_at(site), site.d_in, take, mask=mask, repeats=repeats)
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A tensor to take the moments of.
-
-    Parameters
-    ----------
-    name : str
-        What the bank calls it.
-    module : str
-        Path of the module that is watched.
-    d_in : int
-        Number of features.
-    take : callable
-        Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output; or
-        those tokens alone that reach an expert.
-    first : bool
-        Only the first token counts.
-    sums : type
-        What is summed: moments, or the squares alone.
-    mask : str
-        The input of the model that says which tokens of the tensor are padding; empty if none are.
-    repeats : bool
-        The module runs several times in one forward pass, and every run counts.
-    """
-
-    name: str
-    module: str
-    d_in: int
-    take: Callable[[tuple, Tensor], Tensor | Routed]
-    first: bool = False
-    sums: type[Moments] | type[Squares] = Moments
-    mask: str = "attention_mask"
-    repeats: bool = False
+def owners_of(at: Sequence[Site], ranks: Ranks) -> Owners:
+    """Return which rank owns which site, by bytes of sums; the experts of a layer stay together."""
+    if ranks.count == 1:
+        return Owners(ranks)
+    teams = list(teams_of(at).values())
+    dealt = deal([sum(bytes_of_sums(site.d_in) for site in team) for team in teams], ranks.count)
+    pairs = zip(teams, dealt, strict=True)
+    return Owners(ranks, {site.name: rank for team, rank in pairs for site in team})
 
 
 @torch.no_grad()
@@ -147,6 +126,7 @@ def collect(
     *,
     keep_text: bool = False,
     saved: SavedSums | None = None,
+    owners: Owners = Owners(),  # noqa: B008  (holds nothing that changes)
     progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
@@ -154,12 +134,16 @@ def collect(
 
     Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
     forward pass ends where all taps have got their tensor. Moments go on where ``saved`` has them.
+
+    Of several ranks each runs every so manieth batch. What a tap gets goes to the owner of its
+    site, which adds it in the order of batches: sums are those of one rank, to the last bit.
     """
-    device = device_of(model)
+    device, ranks = device_of(model), owners.ranks
     bank = MomentBank()
     for tap in taps:
-        here = device_of(model.get_submodule(tap.module), device)
-        bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
+        if owners.mine(tap.name):
+            here = device_of(model.get_submodule(tap.module), device)
+            bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
     current, seen, tokens = InFlight(), Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
@@ -168,46 +152,117 @@ def collect(
         "model": fingerprint_of(model.state_dict().items()),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    done = 0 if saved is None else saved.restore(bank, facts)
-    if done:
+    widths = {tap.name: tap.d_in for tap in taps}
+    done = 0 if saved is None else saved.restore(widths, bank.moments, facts, owners)
+    if done and ranks.first:
         tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
 
+    def sums_so_far() -> Mapping[str, Moments]:
+        return whole(bank.moments, widths, owners)
+
     def facts_so_far() -> dict[str, object]:
-        return facts | seen.facts(tokens, current.routed)
+        return facts | seen.facts(*_added(ranks.share((tokens, current.routed))))
 
     bar = Bar(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
-            callback = adding(tap, bank[tap.name], current, ends)
+            hand = _handing(tap.name, current, owners)
+            callback = adding(tap, bank.moments.get(tap.name), current, ends, hand)
             stack.enter_context(watched(model.get_submodule(tap.module), callback))
         stack.enter_context(evaluating(model))
-        for index, batch in enumerate(read_batches(bar)):
-            if batch.mask is not None and not batch.mask.any():
-                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
-            seen.add(batch)
-            if index < done:
-                if index + 1 == done:
-                    saved.check(index + 1, seen.digest.hexdigest())
+        for some in _rounds(read_batches(bar), ranks.count, done):
+            for batch in some:
+                if batch.mask is not None and not batch.mask.any():
+                    at = f"batch {seen.batches}"
+                    raise InputError(f"calibrate: {at} holds only padding; leave it out")
+                seen.add(batch)
+            if seen.batches <= done:
+                if seen.batches == done:
+                    saved.check(done, seen.digest.hexdigest())
                 continue
+            # A rank that has no batch left runs the last one again, for nothing.
+            current.spare = ranks.rank >= len(some)
+            batch = some[min(ranks.rank, len(some) - 1)]
             batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
             batch = batch.to(device)
             current.set(batch)
             with suppress(Ended):
                 body(**batch.inputs)
-            tokens += current.counted
+            if not current.spare:
+                tokens += current.counted
+                ranks.work["sequences"] += len(batch)
+                ranks.work["tokens"] += count_tokens(batch)
             if saved is not None:
-                saved.save(index + 1, bank, facts_so_far)
-    if seen.batches < done:
+                saved.save(seen.batches, sums_so_far, facts_so_far)
+    if saved is not None and seen.batches < done:
         saved.check(seen.batches, seen.digest.hexdigest())
     if saved is not None and seen.batches > done:
-        saved.save(seen.batches, bank, facts_so_far, now=True)
-    sequences = len(seen.sequences)
-    check_sums(bank, sequences, current.routed)
+        saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
+    check_sums(bank, len(seen.sequences), current.routed)
     every = [sums.tokens for name, sums in bank.items() if name not in current.routed]
-    tokens = int(every[0].sum()) if every else tokens
-    bank.source = facts | seen.facts(tokens, current.routed)
+    summed = int(every[0].sum()) if every else None
+    bank.source = _agreed(ranks, facts, seen, tokens, current.routed, summed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
+
+
+def _rounds(batches: Iterator[Batch], count: int, done: int) -> Iterator[list[Batch]]:
+    """Yield the batches that are done one by one, and then as many as there are ranks."""
+    seen = 0
+    while some := list(islice(batches, 1 if seen < done else count)):
+        seen += len(some)
+        yield some
+
+
+def _handing(name: str, current: InFlight, owners: Owners) -> Callable:
+    """Return what gives the owner of a site what all ranks have tapped, in their order."""
+    if owners.ranks.count == 1 or not owners.of:
+        return iter
+
+    def hand(pieces: list[Piece]) -> list[Piece]:
+        given = owners.ranks.gather([] if current.spare else pieces, owners.rank_of(name))
+        return [piece for each in given for piece in each]
+
+    return hand
+
+
+def _added(shares: Sequence[tuple[int, dict[str, list[int]]]]) -> tuple[int, dict[str, list[int]]]:
+    """Return the sum of what ranks have counted: tokens, and tokens by expert and fold."""
+    routed: dict[str, list[int]] = {}
+    for _, each in shares:
+        for name, counts in each.items():
+            before = routed.get(name, [0] * FOLDS)
+            routed[name] = [a + b for a, b in zip(before, counts, strict=True)]
+    return sum(tokens for tokens, _ in shares), routed
+
+
+def _agreed(
+    ranks: Ranks,
+    facts: dict[str, object],
+    seen: Seen,
+    tokens: int,
+    routed: dict[str, list[int]],
+    summed: int | None,
+) -> dict[str, object]:
+    """Return the facts of a bank, which are the same for all ranks.
+
+    ``tokens`` and ``routed`` are what this rank has counted, ``summed`` the tokens of a site that
+    it owns and that sees all of them, if it has one.
+    """
+    shares = ranks.share((facts["model"], seen.digest.hexdigest(), tokens, routed, summed))
+    for rank, (model, text, *_) in enumerate(shares):
+        for what, own, other in (
+            ("model", shares[0][0], model),
+            ("text", shares[0][1], text),
+        ):
+            if own != other:
+                raise InputError(
+                    f"calibrate: every rank must have the same {what}, and that of rank {rank} is "
+                    "other than that of rank 0; give all the same files, and one kind of device"
+                )
+    tokens, routed = _added([(tokens, routed) for *_, tokens, routed, _ in shares])
+    known = [summed for *_, summed in shares if summed is not None]
+    return facts | seen.facts(known[0] if known else tokens, routed)
 
 
 def check_sums(bank: MomentBank, sequences: int, routed: Collection[str] = ()) -> None:
@@ -267,78 +322,3 @@ def check_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
                 f"calibrate: weights must be finite, got NaN or infinity in {name}; "
                 "the checkpoint is damaged or was converted wrongly"
             )
-
-
-@dataclass
-class InFlight:
-    """What the taps need to know of the batch that is run."""
-
-    rows: tuple[Tensor, ...] = ()  # sequences by fold
-    whole: int | None = None  # the fold, when all sequences belong to one
-    batch: Batch | None = None
-    seen: set[str] = field(default_factory=set)  # taps that have got their tensor
-    fold: Tensor | None = None  # (batch,)
-    counted: int = 0  # tokens of the batch that aren't padding, where experts were tapped
-    routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
-
-    def set(self, batch: Batch) -> None:
-        """Note the folds and the mask of the batch that is run next."""
-        self.fold = fold = batch.fold
-        self.batch = batch
-        self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
-        self.seen.clear()
-        self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
-
-
-def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float) -> Callable:
-    """Return what adds a tapped tensor to its moments, and ends the run after ``ends`` taps."""
-
-    def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight = tap.take(arguments, output), current.batch.mask_of(tap.mask)
-        if isinstance(x, Routed):
-            _add_routed(tap.name, moments, x, current)
-            return finish()
-        sequences = sum(map(len, current.rows))
-        # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
-        if x.dim() == 2:
-            x = x.unflatten(0, (sequences, -1))
-        weight = None if weight is None else weight.to(x.device)
-        if tap.first or x.shape[1] == 1:
-            x, weight = x[:, :1], None if weight is None else weight[:, :1]
-        if current.whole is not None:
-            folds = [(current.whole, x, weight)]
-        else:
-            folds = [
-                (fold, x[rows], None if weight is None else weight[rows])
-                for fold, rows in enumerate(rows.to(x.device) for rows in current.rows)
-                if len(rows)
-            ]
-        for fold, part, part_weight in folds:
-            flat = None if part_weight is None else part_weight.flatten()
-            moments.update(part.flatten(0, -2), fold, flat)
-        finish()
-
-    def finish() -> None:
-        current.seen.add(tap.name)
-        if len(current.seen) == ends:
-            raise Ended
-
-    return add
-
-
-def _add_routed(name: str, moments: Moments, routed: Routed, current: InFlight) -> None:
-    """Add the tokens that reach an expert: ``Σ r² x xᵀ`` over those that aren't padding."""
-    device = routed.x.device
-    each = routed.tokens // len(current.fold)
-    fold = current.fold.to(device).repeat_interleave(each)[routed.token]
-    used = torch.ones_like(fold, dtype=torch.bool)
-    current.counted = routed.tokens
-    if current.batch.mask is not None:
-        used = current.batch.mask.flatten().to(device)[routed.token]
-        current.counted = int(current.batch.mask.sum())
-    weight = routed.weight.double().square()
-    found = current.routed.setdefault(name, [0] * FOLDS)
-    for index in range(FOLDS):
-        here = used & (fold == index)
-        found[index] += int(here.sum())
-        moments.update(routed.x[here], index, weight[here])

@@ -2,18 +2,22 @@
 
 The bank in a checkpoint has the moments over the first batches, the digest of these, and their
 number. Sums are added batch by batch in float64, so that those that were saved and read back, and
-go on, are the same to the last bit.
+go on, are the same to the last bit. Of several ranks the first one reads and writes it, with the
+sums of all, so that any number of them can go on.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
+from liar_ext.calibration.moments import Moments
 from liar_ext.errors import InputError
+from liar_ext.ranks import ALONE, Owners, Ranks
 from liar_ext.saved.progress import Progress
 
 SUMS, SUFFIX = "calibration", ".bank"
@@ -24,51 +28,88 @@ class SavedSums:
 
     Parameters
     ----------
-    progress : Progress
-        The checkpoint.
+    progress : Progress or None
+        The checkpoint; None at other ranks than the first.
     name : str
         Of the sums.
     of : int, optional
         How many batches there are.
+    ranks : Ranks
+        Who takes the sums; all take part in each method.
     """
 
-    def __init__(self, progress: Progress, name: str = SUMS, of: int | None = None) -> None:
-        self.progress, self.name, self.of = progress, name, of
-        self.path = progress.folder / f"{name}{SUFFIX}"
+    def __init__(
+        self,
+        progress: Progress | None,
+        name: str = SUMS,
+        of: int | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.progress, self.name, self.of, self.ranks = progress, name, of, ranks
         self.done, self.expected = 0, ""  # batches, and their digest
         self.facts: dict[str, Any] = {}  # of the bank
         self._at = 0  # over how many batches the sums were
 
-    def restore(self, moments: Mapping[str, Any], facts: Mapping[str, Any]) -> int:
+    @property
+    def path(self) -> Path:
+        """The file, of which the first rank alone knows."""
+        return self.progress.folder / f"{self.name}{SUFFIX}"
+
+    def restore(
+        self,
+        widths: Mapping[str, int],
+        moments: Mapping[str, Moments],
+        facts: Mapping[str, Any],
+        owners: Owners,
+    ) -> int:
         """Put the sums that were saved into ``moments``; return over how many batches they are.
+
+        Parameters
+        ----------
+        widths : mapping of str to int
+            Features of each site.
+        moments : mapping of str to Moments
+            Of the sites that this rank owns.
+        facts : mapping
+            What tells the model from another.
+        owners : Owners
+            Who owns which site.
 
         Raises
         ------
         InputError
             If they are of another model, by its ``facts``, or of other sites, or damaged.
         """
+        stored = self._read(widths, facts) if self.ranks.first else None
+        self.done = self.ranks.broadcast(self.done)
+        for name in widths if self.done else ():
+            sums = None if stored is None else stored.sums.pop(name)
+            sums = self.ranks.move(sums, 0, owners.rank_of(name))
+            if owners.mine(name):
+                mine = moments[name]
+                for into, value in zip((mine.gram, mine.total, mine.count), sums, strict=True):
+                    into.copy_(value)
+        return self.done
+
+    def _read(self, widths: Mapping[str, int], facts: Mapping[str, Any]) -> Stored | None:
         if not self.path.exists():
-            return 0
+            return None
         stored = read_bank(self.path)
-        theirs = {name: sums[0].shape for name, sums in stored.sums.items()}
+        theirs = {name: sums[1].shape[-1] for name, sums in stored.sums.items()}
         same = all(stored.source.get(name) == value for name, value in facts.items())
-        if not same or theirs != {name: each.gram.shape for name, each in moments.items()}:
+        if not same or theirs != dict(widths):
             raise InputError(
                 f"checkpoint: {self.path} is of another model, or of other sites; name another "
                 "folder, or remove that file"
             )
-        for name, sums in stored.sums.items():
-            mine = moments[name]
-            for into, value in zip((mine.gram, mine.total, mine.count), sums, strict=True):
-                into.copy_(value)
         self.facts = stored.source
         self.done = stored.source.get("progress", 0)
         self.expected = (stored.source.get("data") or [""])[-1]
-        return self.done
+        return stored
 
     def check(self, batches: int, digest: str) -> None:
-        """Raise InputError unless the first batches are those that the sums are over."""
-        if batches != self.done or digest != self.expected:
+        """Raise InputError, at the first rank, unless the first batches are those of the sums."""
+        if self.ranks.first and (batches != self.done or digest != self.expected):
             raise InputError(
                 f"checkpoint: the sums in {self.path} are over {self.done} batches of other text "
                 "than was given; give the same text, or remove that file"
@@ -77,18 +118,24 @@ class SavedSums:
     def save(
         self,
         batches: int,
-        moments: Mapping[str, Any],
+        moments: Callable[[], Mapping[str, Moments]],
         facts: Callable[[], dict[str, Any]],
         *,
         now: bool = False,
     ) -> None:
-        """Save the sums over so many batches, if it is time to: it takes a twentieth at most."""
-        if batches == self._at or not (now or self.progress.due(self.name)):
+        """Save the sums over so many batches, if it is time to: it takes a twentieth at most.
+
+        ``moments`` gives those of all sites at the first rank, and ``facts`` what is known of them.
+        """
+        due = batches != self._at and (now or (self.ranks.first and self.progress.due(self.name)))
+        if not self.ranks.broadcast(due):
             return
-        sums = {name: (each.gram, each.total, each.count) for name, each in moments.items()}
-        of = {} if self.of is None else {"batches": self.of}
-        with self.progress.saving(self.name):
-            write_bank(self.path, Stored(facts() | {"progress": batches} | of, sums))
+        with self.progress.saving(self.name) if self.ranks.first else nullcontext():
+            whole, source = moments(), facts() | {"progress": batches}
+            if self.ranks.first:
+                source |= {} if self.of is None else {"batches": self.of}
+                sums = {name: (each.gram, each.total, each.count) for name, each in whole.items()}
+                write_bank(self.path, Stored(source, sums))
         self._at = batches
 
 

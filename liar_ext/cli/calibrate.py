@@ -41,8 +41,9 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.models.sites import sites
     from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
 
+    ranks = options.ranks
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
-    loaded = load(recipe, progress=not options.quiet, digests=True)
+    loaded = load(recipe, ranks=ranks, progress=not options.quiet, digests=True)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     packed = predicts_next_token(loaded.model)
@@ -52,9 +53,12 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             loaded.calibration,
             at,
             keep_text=not options.no_text,
-            checkpoint=saved,
+            checkpoint=saved if ranks.first else options.checkpoint,
+            ranks=ranks,
             progress=not options.quiet,
         )
+        if not ranks.first:
+            return
         if options.sensitivities:
             probed = recipe
             if recipe.probe_keep == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import select
 import sys
@@ -23,7 +24,9 @@ from liar_ext.cli import (
     verify,
 )
 from liar_ext.cli.options import one_line, parse
+from liar_ext.cli.several import PATIENCE, check_shared, join, silence_of_others, what_was_lost
 from liar_ext.errors import InputError, is_out_of_memory
+from liar_ext.ranks import RankLost, Ranks
 
 COMMANDS = {
     "prune": prune.run,
@@ -46,34 +49,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: done; 1: ``verify`` found other outputs; 2: input that cannot be used, or too little memory
-    for it; 130: interrupted; 141: whoever reads the output, such as ``head``, has enough of it.
+    for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads the output, such
+    as ``head``, has enough of it.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
             stream.reconfigure(errors="replace")
-    options = parse(arguments)
+    with silence_of_others():
+        options = parse(arguments)
     if getattr(options, "quiet", False):
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+    ranks = join(options)
     try:
+        code, error = _run(options, ranks)
+    except BaseException:
+        ranks.tells()  # so that the others don't
+        raise
+    if error is not None and ranks.tells():
+        print(f"liar: error: {one_line(error)}", file=sys.stderr)
+    return code
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
+    """Run the command; return its exit code, and what to say of it."""
+    try:
+        check_shared(options, ranks)
         code = COMMANDS[options.command](options) or 0
         sys.stdout.flush()
-        return code
+        ranks.leave()
+        return code, None
     except BrokenPipeError as error:
-        return 141 if _nobody_reads() else _fail(error)
+        return (141, None) if _nobody_reads() else (2, error)
     except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
-        return _fail(error)
+        return 2, error
+    except RankLost as error:
+        return 3, what_was_lost(ranks, options, str(error), PATIENCE)
     except (MemoryError, RuntimeError) as error:
         said = str(error) or "out of memory"
         if is_out_of_memory(error):
-            return _fail(
+            return 2, (
                 f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
                 "--device auto for several GPUs, or --max-memory to prune block by block"
             )
         raise
     except KeyboardInterrupt:
-        return 130
+        ranks.tells()
+        return 130, None
 
 
 def _nobody_reads() -> bool:
@@ -84,8 +107,3 @@ def _nobody_reads() -> bool:
     if closed:  # Python would try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return closed
-
-
-def _fail(error: object) -> int:
-    print(f"liar: error: {one_line(error)}", file=sys.stderr)
-    return 2

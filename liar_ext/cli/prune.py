@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.cli.options import recipe_of
+from liar_ext.cli.several import check_device
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
+from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.saved.progress import Progress
@@ -40,12 +42,20 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.checkpoint.saving import check_folder, save_pruned
     from liar_ext.cli.resume import checkpoint_of
     from liar_ext.pipeline.resuming import check, note_result
+    from liar_ext.pipeline.several import check_checkpoint
 
+    ranks = options.ranks
+    check_checkpoint(options.checkpoint, ranks)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
         check(recipe)
     if options.max_memory is not None:
+        if ranks.count > 1:
+            raise InputError(
+                "prune: --max-memory reads the model in one process, and torchrun started "
+                f"{ranks.count}; leave one of them out"
+            )
         from liar_ext.cli.by_blocks import run_by_blocks
 
         run_by_blocks(recipe, options, start)
@@ -56,15 +66,20 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
-        given, settled = load(recipe, progress=not options.quiet), recipe
+        given, settled = load(recipe, ranks=ranks, progress=not options.quiet), recipe
     if getattr(options, "dry_run", False):
         from liar_ext.cli.dry_run import describe
 
-        print("\n".join(describe(given.model, given.calibration, settled)))
+        lines = describe(given.model, given.calibration, settled)
+        if ranks.first:
+            print("\n".join(lines))
         return
     loaded = time.perf_counter() - start
     with checkpoint_of(recipe, options) as saved:
-        report = prune_given(given, settled, bank, saved, progress=not options.quiet)
+        shown = {"ranks": ranks, "progress": not options.quiet}
+        report = prune_given(given, settled, bank, saved, **shown)
+        if not ranks.first:
+            return
         # Those of saving are added by save_pruned, which writes the report.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
@@ -93,6 +108,7 @@ def prune_given(
     bank: MomentBank | None = None,
     saved: Progress | None = None,
     *,
+    ranks: Ranks = ALONE,
     progress: bool,
 ) -> Report:
     """Prune what was loaded; the report says what became of the texts, too."""
@@ -107,6 +123,7 @@ def prune_given(
         judge_on=given.judging,
         bank=bank,
         checkpoint=saved,
+        ranks=ranks,
         progress=progress,
     )
     add_facts(report, given)
@@ -141,27 +158,57 @@ def load(
     progress: bool = False,
     digests: bool = False,
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
+    ranks: Ranks = ALONE,
 ) -> Given:
     """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
 
-    With ``digests`` also those of its documents.
+    With ``digests`` also those of its documents. Of several ranks each loads the model; the first
+    one reads, writes and draws text, and hands the others the sequences.
 
     Raises
     ------
     InputError
         If one of them can't be read, or they don't go together.
     """
+    from liar_ext.data import texts
+
+    check_device(recipe.device, ranks)
+    read, held_out = _documents(recipe) if ranks.first else ({}, None)
+    model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
+    texts.check_seq_len(model, recipe.seq_len)
+    check_eval(recipe, model)
+    drawn = None
+    if ranks.first:
+        drawn = _draw(recipe, model, tokenizer, read, held_out, digests, progress)
+    return Given(model, tokenizer, *ranks.broadcast(drawn))
+
+
+def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
+    """Return the documents of a recipe by source, and those to evaluate on."""
     from liar_ext.calibration.self_calibration import SELF
     from liar_ext.data import texts
-    from liar_ext.data.documents import document_digests
 
     read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
     if held_out is not None:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
-    model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
-    texts.check_seq_len(model, recipe.seq_len)
-    check_eval(recipe, model)
+    return read, held_out
+
+
+def _draw(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    read: dict[str, Sequence[str]],
+    held_out: Sequence[str] | None,
+    digests: bool,
+    progress: bool,
+) -> tuple:
+    """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
+    from liar_ext.calibration.self_calibration import SELF
+    from liar_ext.data import texts
+    from liar_ext.data.documents import document_digests
+
     judge = recipe.judge if recipe.candidates else 0
     if SELF in recipe.calibration:
         read[SELF] = _written(model, tokenizer, recipe, judge, progress)
@@ -192,8 +239,7 @@ def load(
         None if some is None else some.batches(recipe.batch_size)
         for some in (calibration.certification, calibration.judging)
     ]
-    given = model, tokenizer, batches, evaluation, *apart, facts, warnings
-    return Given(*given, calibration.notes, known)
+    return batches, evaluation, *apart, facts, warnings, calibration.notes, known
 
 
 def warnings_of(names: Sequence[str], asked: int, drawn: int, causal: bool) -> list[str]:

@@ -60,12 +60,14 @@ def run(options: argparse.Namespace) -> None:
             f"resume: can't go to {job['folder']!r}, where the job was started: {one_line(error)}"
         ) from error
     done = is_calibrated if command == "calibrate" else is_pruned
-    if done(folder, result):
-        remove(folder)
+    ranks = options.ranks
+    if ranks.broadcast(done(folder, result) if ranks.first else None):
+        if ranks.first:
+            remove(folder)
         if not options.quiet:
             print(f"{result}: was written already")
         return
-    own = {"checkpoint": folder, "quiet": options.quiet, "command": command}
+    own = {"checkpoint": folder, "quiet": options.quiet, "command": command, "ranks": ranks}
     start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
     start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 
@@ -122,7 +124,7 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Progr
     It is removed when the job is done, and where the job is refused before anything was saved.
     """
     folder = options.checkpoint
-    if not folder:
+    if not folder or not options.ranks.first:  # of several ranks the first one alone works in it
         yield None
         return
     new = not Path(folder, JOB_FILE).exists()

@@ -164,7 +164,7 @@ def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
         sources = [0] * len(batch) if batch.source is None else batch.source.tolist()
         for row, source in enumerate(sources):
             places.setdefault(source, []).append((index, row))
-    sequences, tokens = sum(map(len, read)), sum(map(_tokens, read))
+    sequences, tokens = sum(map(len, read)), sum(map(count_tokens, read))
     count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * sequences / max(tokens, 1)))
     share = -(-count // max(len(places), 1))
     chosen: dict[int, list[int]] = {}
@@ -205,7 +205,7 @@ def _together(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     return joined
 
 
-def _tokens(batch: Batch) -> int:
+def count_tokens(batch: Batch) -> int:
     """Return the tokens of a batch that are not padding; an image counts as a long sequence."""
     if batch.mask is not None:
         return int(batch.mask.sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -32,19 +32,22 @@ class Documents(list):
         self.notes = list(notes)
 
 
-def read_documents(source: str) -> Documents:
+def read_documents(source: str | Iterable[Mapping[str, object]]) -> Documents:
     """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
 
     A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
     holds one per file; a dataset of the ``datasets`` library, written ``NAME[:CONFIG[:SPLIT]]``
     (split ``train`` if not given), holds one per row (its column ``text``). A dataset is streamed,
-    and its first ``MOST_OF_A_DATASET`` characters are read; the notes say so if there is more.
+    and its first ``MOST_OF_A_DATASET`` characters are read; the notes say so if there is more. A
+    ``datasets.Dataset`` or ``IterableDataset``, prepared in any way, serves as its name does.
 
     Raises
     ------
     InputError
         If the source does not exist, is not UTF-8, lacks the field or holds no text.
     """
+    if not isinstance(source, str):
+        return _with_text(_of_rows(iter(source), "given"), "the dataset given")
     if not source.strip():
         raise InputError("text: the source is empty; give a text file, a folder or a dataset")
     path = Path(source)
@@ -56,7 +59,11 @@ def read_documents(source: str) -> Documents:
     elif path.is_absolute() or source.startswith(".") or path.suffix in (".txt", *JSON_LINES):
         raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
     else:
-        documents = _read_dataset(source)
+        documents = _of_rows(_rows(source), source)
+    return _with_text(documents, source)
+
+
+def _with_text(documents: Documents, source: str) -> Documents:
     documents[:] = [text for text in documents if text.strip()]
     if not documents:
         raise InputError(f"text: {source} holds no text; give a file with text in it")
@@ -139,8 +146,7 @@ def _checked(text: str, place: str) -> str:
     return text
 
 
-def _read_dataset(source: str) -> Documents:
-    rows = _rows(source)
+def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
     documents, characters, missing = Documents(), 0, 0
     for number, row in enumerate(rows):
         if "text" not in row:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.collect import Tap, check_finite_weights, collect
+from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank, symmetric
 from liar_ext.calibration.passes import room_for_sums
+from liar_ext.calibration.taps import Tap
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar
-from liar_ext.calibration.collect import Tap, check_finite_weights, collect
+from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds
 from liar_ext.calibration.passes import room_for_sums, split
+from liar_ext.calibration.taps import Tap
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of

@@ -26,13 +26,14 @@ from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import settings_of
+from liar_ext.pipeline.several import check_recipe, solve_sites, work_of
 from liar_ext.pipeline.sharing import Known
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
+from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
 from liar_ext.reconstruction.layerwise import check_walk, reconstruct_layerwise
-from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
 from liar_ext.report.clock import Clock
 from liar_ext.report.latency import LatencyTable
 from liar_ext.report.report import Report, versions, what_to_know
@@ -74,8 +75,10 @@ class Job:
     speed: Speed | None = None  # for a budget of latency
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
     saved: Progress | None = None  # where it keeps what is done
+    ranks: Ranks = ALONE  # who shares the work
 
     def __post_init__(self) -> None:
+        self.ranks.work.clear()
         self.asked, self.recipe = self.recipe, self.recipe.settled()
         if self.known is None:
             self.known = Known.of_bank(self.bank)
@@ -83,6 +86,7 @@ class Job:
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
         recipe, model = self.recipe, self.model
+        check_recipe(recipe, self.ranks)
         self.earlier = stock_config.history_of(model.config)
         at = self.sites(model)
         self.warn_of_what_stays(at)
@@ -140,7 +144,7 @@ class Job:
     @cached_property
     def room(self) -> int:
         """Bytes that sums may take at a time; what is free changes while a job runs."""
-        return room_for_sums(self.model, self.recipe.memory)
+        return room_for_sums(self.model, self.recipe.memory, ranks=self.ranks)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites that may be pruned."""
@@ -162,8 +166,8 @@ class Job:
         return self.speed.costs
 
     def evaluate(self, batches: Sequence[Mapping[str, Tensor]] | None) -> dict[str, float] | None:
-        """Return the perplexity of the model as it is now, if there is text for it."""
-        if batches is None:
+        """Return the perplexity, at the first rank, of the model as it is now, if there is text."""
+        if batches is None or not self.ranks.first:
             return None
         with self.clock("evaluate"):
             return perplexity(self.model, batches, progress=self.progress)
@@ -208,7 +212,7 @@ class Job:
         if (self.narrowing or self.experts) and self.recipe.keep == 1.0:
             return None
         text = () if self.batches is None else self.batches
-        kept = {"bank": self.bank, "saved": self.saved}
+        kept = {"bank": self.bank, "saved": self.saved, "ranks": self.ranks}
         return Passes(model, text, at, self.room, **kept, progress=self.progress)
 
     def weights_digest(self) -> str:
@@ -261,6 +265,7 @@ class Job:
                 losses=losses,
                 **self._mode,
             )
+            plan = self.ranks.broadcast(plan)  # the same everywhere, whatever machines they are
             self.grid |= rounding(*asked, plan, costs=costs, losses=losses)
         if self.speed is not None:
             with self.clock("time"):
@@ -282,17 +287,17 @@ class Job:
             return {}
         settings = {**self._mode, "damp": self.recipe.damp}
         if self.recipe.schedule == "one-pass":
-            weights, self.rows = self._solve(passes, plan, settings)
+            weights, self.rows = solve_sites(passes, plan, settings, self.clock)
         else:
             settings |= {"target": self.recipe.solve_target, "refit": self.recipe.refit}
-            settings["fresh"] = fresh or ()
+            settings |= {"fresh": fresh or (), "ranks": self.ranks}
             with self.clock("reconstruct"):
                 weights, self.rows = reconstruct_layerwise(
                     passes.model, passes.batches, plan, saved=self.saved, **settings
                 )
         self.source = passes.bank.source
         self.params["prunable_after"] = sum(row.params_after for row in self.rows)
-        self.facts["calibrate_passes"] = passes.taken
+        self.facts |= {"calibrate_passes": passes.taken, **work_of(self.ranks)}
         return weights
 
     def certify(
@@ -302,8 +307,11 @@ class Job:
         plan: Plan,
         weights: Weights,
     ) -> None:
-        """Measure the sites on fresh text, if there is any; the sliced model comes later."""
-        if batches is None:
+        """Measure the sites on fresh text, if there is any; the sliced model comes later.
+
+        Of several ranks the first one measures; what a walk measured all have.
+        """
+        if batches is None or not self.ranks.first:
             return
         with self.clock("certify"):
             self.fresh = Divergence(self.model, batches)
@@ -334,19 +342,6 @@ class Job:
     @property
     def _mode(self) -> dict[str, object]:
         return {"mode": self.recipe.reconstruct, "progress": self.progress}
-
-    def _solve(
-        self, passes: Passes, plan: Plan, settings: Mapping[str, object]
-    ) -> tuple[Weights, list[SiteRow]]:
-        """Solve the sites of a plan on the dense model's moments."""
-        weights, rows = {}, {}
-        for group in self.clock.each("calibrate", passes.back()):
-            with self.clock("reconstruct"):
-                here = replace(plan, sites={site.name: plan.sites[site.name] for site in group})
-                more, some = solve_sites(passes.model, passes.bank, here, **settings)
-                weights |= more
-                rows |= {row.name: row for row in some}
-        return weights, [rows[name] for name in plan.sites]
 
     def report(
         self, plan: Plan, dense: dict[str, float] | None, pruned: dict[str, float] | None

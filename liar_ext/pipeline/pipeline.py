@@ -15,7 +15,9 @@ from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.resuming import begin, check
+from liar_ext.pipeline.several import check_checkpoint
 from liar_ext.plan import Budget
+from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.saved.progress import Progress, opened
@@ -31,6 +33,7 @@ def prune(
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
     checkpoint: str | os.PathLike[str] | Progress | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -73,6 +76,10 @@ def prune(
         job: sums over the first batches, divergences that sensitivities are made of, the plan,
         and layerwise the blocks that are done. The result has the same bits. The folder stays
         when all is done.
+    ranks : Ranks
+        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`: each calls this with
+        the same model, text and choices, and has the same pruned model then. The first one alone
+        evaluates and certifies, and has that in its report. They keep no checkpoint.
     progress : bool
         Show progress bars.
     **choices
@@ -98,7 +105,8 @@ def prune(
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
-    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
+    check_checkpoint(checkpoint, ranks)
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank, ranks=ranks)
     with opened(checkpoint) as job.saved:
         return run(job, evaluate_on, certify_on, judge_on)
 

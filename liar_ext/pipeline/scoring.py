@@ -39,7 +39,7 @@ def find_scores(
             progress=progress,
         )
 
-    return known.get("score", score_key(recipe), at, compute)
+    return known.get("score", score_key(recipe), at, compute, passes.owners)
 
 
 def find_losses(
@@ -57,12 +57,16 @@ def find_losses(
     See :func:`liar_ext.selection.curve_allocation.measure_losses`.
     """
     given, key = (passes.model, passes.bank), score_key(recipe)
-    curves = known.get(
-        "curve", key, at, lambda missing: error_curves(*given, missing, scores, progress=progress)
-    )
+    owners, work = passes.owners, passes.owners.ranks.work
+
+    def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
+        return error_curves(*given, missing, scores, progress=progress)
+
+    curves = known.get("curve", key, at, curves_of, owners)
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together
+        work["probes"] += len(teams)
         return measure_sensitivities(
             *given,
             [site for site in at if site.team in teams],
@@ -75,8 +79,11 @@ def find_losses(
             progress=progress,
         )
 
-    found = known.get(SENSITIVITY, key_of_sensitivities(recipe, passes.model, at), at, measure)
-    return losses_of(*given, at, curves, found), found
+    found = known.get(
+        SENSITIVITY, key_of_sensitivities(recipe, passes.model, at), at, measure, owners
+    )
+    losses = owners.together(at, lambda mine: losses_of(*given, mine, curves, found))
+    return losses, found
 
 
 def key_of_sensitivities(recipe: Recipe, model: nn.Module, at: Sequence[Site]) -> str:

@@ -80,7 +80,7 @@ def reconstruct(
                 solution = solve(*given, features, mode=form, damp=damp)
         weights[name] = (solution.weight, solution.bias)
         seconds = time.perf_counter() - start
-        row = report_row(site, len(kept.kept), bank[name], solution, seconds)
+        row = report_row(site, len(kept.kept), bank[name].dropped_rows, solution, seconds)
         rows.append(replace(row, tokens=sum(routed[name]) if name in routed else None))
     return weights, rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from liar_ext.calibration.moments import Moments
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.result import Solution
 from liar_ext.report.rows import SiteRow
@@ -11,7 +10,7 @@ from liar_ext.report.rows import SiteRow
 def report_row(
     site: Site,
     units: int,
-    moments: Moments,
+    dropped_rows: int,
     solution: Solution,
     seconds: float,
     target: str = "dense-input",
@@ -27,7 +26,7 @@ def report_row(
         error=solution.error,
         holdout_error=solution.holdout_error,
         condition=solution.condition,
-        dropped_rows=moments.dropped_rows,
+        dropped_rows=dropped_rows,
         path=solution.path,
         seconds=seconds,
         target=target,

@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
+from liar_ext.ranks import ALONE, Ranks
 from liar_ext.reconstruction.block_runner import Blocks, Run
 from liar_ext.reconstruction.layer_sums import (
     Forward,
@@ -42,6 +42,14 @@ class Walk:
 
     Hidden states are held in ``states``, in memory by default. A step reads the weights of its own
     block only, and of what comes before the first.
+
+    Of several ranks each has the streams of every so manieth batch. What a layer's consumer reads
+    goes to one of them, which adds it in the order of batches, as one rank would, and solves.
+
+    Attributes
+    ----------
+    turns, fresh : list of list of Part
+        What this rank has of each round of batches, one batch a rank: calibration text, and fresh.
     """
 
     def __init__(
@@ -54,38 +62,52 @@ class Walk:
         target: str,
         refit: bool,
         states: HiddenStates | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.blocks, self.plan = model, blocks, plan
         self.mode, self.damp, self.target, self.refit = mode, damp, target, refit
         self.device = device_of(model)
         self.states = states or HiddenStates()
-        self.parts: list[Part] = []
+        self.ranks, self.solved = ranks, 0
+        self.turns: list[list[Part]] = []
+        self.fresh: list[list[Part]] = []
         self.targets: dict[str, str] = {}  # by layer of the block in work
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.rows: dict[str, SiteRow] = {}
 
     def start(self, batches: Batches, fresh: Batches = ()) -> None:
         """Split the batches by fold, and take all hidden states to the first block."""
-        sequences = 0
-        for batch in read_batches(batches):
-            batch = with_inputs(self.model, batch)
-            sequences += len(batch)
-            for index in range(FOLDS):
-                rows = (batch.fold == index).nonzero().flatten()
-                if len(rows):
-                    self._enter(batch.select(rows), index)
-        folds = {part.fold for part in self.parts}
-        if folds != set(range(FOLDS)):
+        folds: list[int] = []
+        for index, batch in enumerate(read_batches(batches)):
+            folds += batch.fold.tolist()
+            if index % self.ranks.count == 0:
+                self.turns.append([])
+            if index % self.ranks.count == self.ranks.rank:
+                self.ranks.work["walked"] += len(batch)
+                batch = with_inputs(self.model, batch)
+                for fold in range(FOLDS):
+                    rows = (batch.fold == fold).nonzero().flatten()
+                    if len(rows):
+                        self.turns[-1].append(self._entered(batch.select(rows), fold))
+        if set(folds) != set(range(FOLDS)):
             raise InputError(
-                f"layerwise: each of the {FOLDS} folds needs sequences, got {sequences} in folds "
-                f"{sorted(folds)}; give at least 2 sequences"
+                f"layerwise: each of the {FOLDS} folds needs sequences, got {len(folds)} in folds "
+                f"{sorted(set(folds))}; give at least 2 sequences"
             )
-        for batch in read_batches(fresh):
-            self._enter(with_inputs(self.model, batch), None)
+        for index, batch in enumerate(read_batches(fresh)):
+            if index % self.ranks.count == 0:
+                self.fresh.append([])
+            if index % self.ranks.count == self.ranks.rank:
+                self.fresh[-1].append(self._entered(with_inputs(self.model, batch), None))
 
-    def _enter(self, batch: Batch, fold: int | None) -> None:
+    @property
+    def parts(self) -> list[Part]:
+        """All that this rank has."""
+        return [part for turn in (*self.turns, *self.fresh) for part in turn]
+
+    def _entered(self, batch: Batch, fold: int | None) -> Part:
         streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
-        self.parts.append(Part(batch, fold, *streams))
+        return Part(batch, fold, *streams)
 
     def _first(self, index: int, batch: Batch) -> Tensor:
         """Return the hidden states that the stack beginning at a block reads."""
@@ -129,7 +151,7 @@ class Walk:
         for name in STREAMS:
             streams = [getattr(part, name) for part in self.parts]
             found[name] = [stream.now for stream in streams]
-            for index in streams[0].behind:
+            for index in streams[0].behind if streams else ():
                 found[f"{name}{BEHIND}{index}"] = [stream.behind[index] for stream in streams]
         return found
 
@@ -165,29 +187,44 @@ class Walk:
     ) -> Forward:
         """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
         start = time.perf_counter()
-        sums = self._collect(layer, target, consumers)
-        solutions = [self._solution(*each) for each in zip(layer, sums, strict=True)]
+        owner, self.solved = self.solved % self.ranks.count, self.solved + 1
+        sums = self._collect(layer, target, consumers, owner)
+        found = [
+            (self._solution(site, each), each.moments.dropped_rows, each.rows)
+            for site, each in zip(layer if sums else (), sums, strict=True)
+        ]
+        found = self.ranks.broadcast(found, owner)
         new = {
             site.name: self._consumer(site, solution)
-            for site, solution in zip(layer, solutions, strict=True)
+            for site, (solution, *_) in zip(layer, found, strict=True)
         }
         certified = self._certified(layer, target, consumers, new)
         seconds = (time.perf_counter() - start) / len(layer)
-        for site, each, solution in zip(layer, sums, solutions, strict=True):
-            self._store(site, solution, each, target, seconds, certified[site.name])
+        for site, (solution, dropped, rows) in zip(layer, found, strict=True):
+            counts = dropped, rows
+            self._store(site, solution, counts, target, seconds, certified[site.name])
         return layer_forward(self.model, layer, new)
 
     def _collect(
-        self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
+        self,
+        layer: Sequence[Site],
+        target: str,
+        consumers: Mapping[str, Forward],
+        owner: int = 0,
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the shortfall unless the target is the site's own."""
+        """Return the sums over x̂, and over the shortfall unless the target is the site's own.
+
+        The owner alone has them; other ranks get none.
+        """
         device = self.blocks.device(self.blocks.index_of(layer[0]))
-        sums = [LayerSums.zeros(site, target == "dense-input", device) for site in layer]
-        for part in self.parts:
-            if part.fold is not None:
-                found = self._read(layer, target, part, consumers)
-                for each, rows in zip(sums, found, strict=True):
-                    each.add(rows, part.fold)
+        mine = layer if owner == self.ranks.rank else ()
+        sums = [LayerSums.zeros(site, target == "dense-input", device) for site in mine]
+        for turn in self.turns:
+            read = [(part.fold, self._read(layer, target, part, consumers)) for part in turn]
+            for given in self.ranks.gather(read, owner):
+                for fold, found in given:
+                    for each, rows in zip(sums, found, strict=True):
+                        each.add(rows, fold)
         return sums
 
     def _solution(self, site: Site, sums: LayerSums) -> Solution:
@@ -198,6 +235,7 @@ class Walk:
         features = site.features(kept).to(weight.device)
         affine = self.mode != "linear" and (bias is not None or planned)
         choices = {"mode": "affine" if affine else "linear", "damp": self.damp}
+        self.ranks.work["solved"] += 1
         if site.expert is not None and (sums.moments.tokens == 0).any():
             return drop(*given, features)
         if sums.shortfall is None:
@@ -252,13 +290,16 @@ class Walk:
     ) -> dict[str, float | None]:
         """Return ``Σ |W x̂ + b + r − new(x̂)|² / Σ |W x̂|²`` over fresh text, or None without any."""
         errors = {site.name: [0.0, 0.0] for site in layer}
-        fresh = [part for part in self.parts if part.fold is None]
-        for part in fresh:
-            found = self._read(layer, target, part, consumers)
-            for site, rows in zip(layer, found, strict=True):
-                for place, value in enumerate(error_on(self.model, site, rows, new[site.name])):
-                    errors[site.name][place] += value
-        if not fresh:
+        for turn in self.fresh:
+            own = []
+            for part in turn:
+                found = self._read(layer, target, part, consumers)
+                for site, rows in zip(layer, found, strict=True):
+                    own.append((site.name, error_on(self.model, site, rows, new[site.name])))
+            for name, values in (pair for given in self.ranks.share(own) for pair in given):
+                for place, value in enumerate(values):
+                    errors[name][place] += value
+        if not self.fresh:
             return dict.fromkeys(errors)
         return {name: error / e if e else math.nan for name, (error, e) in errors.items()}
 
@@ -276,40 +317,43 @@ class Walk:
         """Return the target that the arithmetic of the block allows."""
         if self.target in ("dense-input", "branch"):
             return self.target
+        found = self._sum_at(site) if self.ranks.first else None
+        plain, norm = self.ranks.broadcast(found)
+        if norm is not None:
+            self.blocks.norms[site.team] = norm
+        return "stream" if plain or norm is not None else "branch"
+
+    def _sum_at(self, site: Site) -> tuple[bool, str | None]:
+        """Tell whether a block adds what a site gives as it is, or else which norm reads it."""
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
         hidden = part.dense.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
         with self.blocks.answering(part.dense.answers(1)):
             if self.blocks.adds_plainly(site, one, hidden):
-                return "stream"
-            norm = self.blocks.norm_of_sum(site, one, hidden)
-        if norm is None:
-            return "branch"
-        self.blocks.norms[site.team] = norm
-        return "stream"
+                return True, None
+            return False, self.blocks.norm_of_sum(site, one, hidden)
 
     def _keep(self, layer: Sequence[Site]) -> None:
         """Note that a layer loses nothing and keeps the weights that it has."""
-        certified = 0.0 if any(part.fold is None for part in self.parts) else None
+        certified = 0.0 if self.fresh else None
         for site in layer:
             weight = get_consumer_weight(self.model, site).double()
             solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
-            sums = LayerSums(Moments.zeros(0), None, None)
-            self._store(site, solution, sums, "dense-input", 0.0, certified)
+            self._store(site, solution, (0, 0), "dense-input", 0.0, certified)
 
     def _store(
         self,
         site: Site,
         solution: Solution,
-        sums: LayerSums,
+        counts: tuple[int, int],  # rows dropped, and all
         target: str,
         seconds: float,
         certified: float | None,
     ) -> None:
         self.weights[site.name] = (solution.weight, solution.bias)
         units = len(self.plan.sites[site.name].kept)
-        row = report_row(site, units, sums.moments, solution, seconds, target)
-        tokens = None if site.expert is None else sums.rows
+        row = report_row(site, units, counts[0], solution, seconds, target)
+        tokens = None if site.expert is None else counts[1]
         row = replace(row, certified_error=certified, tokens=tokens)
         if self.target in ("stream", "auto") and target == "branch":
             row = replace(row, path=f"{row.path}; branch, as the stream is not a plain sum here")

@@ -9,9 +9,10 @@ from contextlib import ExitStack
 import torch
 
 from liar_ext.bars import Bar
-from liar_ext.calibration.collect import InFlight, adding, check_sums, tap_at
+from liar_ext.calibration.collect import check_sums
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.taps import InFlight, adding, tap_at
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError

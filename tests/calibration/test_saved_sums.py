@@ -140,9 +140,9 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path):
     for batch in range(1, 41):
         now[0] += 10.0
         before = now[0]
-        progress.save(batch, {}, facts)
+        progress.save(batch, dict, facts)
         saved += [batch] * (now[0] > before)
     assert saved == [1, 7, 13, 19, 25, 31, 37]
-    progress.save(40, {}, facts, now=True)
-    progress.save(40, {}, facts, now=True)  # which are there already
+    progress.save(40, dict, facts, now=True)
+    progress.save(40, dict, facts, now=True)  # which are there already
     assert now[0] == 400.0 + 3.0 * 8

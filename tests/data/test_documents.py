@@ -34,6 +34,19 @@ def test_a_dataset_by_name(monkeypatch):
         texts.read_documents("name:bare")
 
 
+def test_a_dataset_that_the_caller_has_prepared():
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["p", " ", "q"], "n": [1, 2, 3]})
+    for given in (rows, rows.to_iterable_dataset(num_shards=2)):
+        assert texts.read_documents(given) == ["p", "q"]
+        assert texts.read_documents(given.filter(lambda row: row["n"] > 1)) == ["q"]
+        with pytest.raises(InputError, match="dataset given must have a column text, got n"):
+            texts.read_documents(given.remove_columns("text"))
+        with pytest.raises(InputError, match="the dataset given holds no text"):
+            texts.read_documents(given.filter(lambda row: row["n"] == 2))
+
+
 def test_what_is_neither_a_file_nor_a_dataset(monkeypatch):
     import datasets
 

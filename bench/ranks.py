@@ -1,0 +1,134 @@
+"""One job by 1, 2 and 3 ranks: the same plan, the same weights, and what each rank did.
+
+    python bench/ranks.py --out out/ranks
+
+runs `torchrun --nproc-per-node N -m liar_ext prune` on a Llama with random weights, or on another
+model and text, layer by layer and in one pass, in float64 and in float32, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BYTES = 256  # a token each
+WORK = ("sequences", "tokens", "walked", "probes", "solved")
+
+
+def main() -> None:
+    """Run every job, and print a row for each."""
+    options = parse()
+    shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True)
+    model, text = options.model, options.calibration
+    if model is None:
+        model, text = options.out / "dense", options.out / "text.txt"
+        write_model(model)
+        words = random.Random(0)
+        lines = (" ".join(f"w{words.randrange(999)}" for _ in range(99)) for _ in range(60))
+        text.write_text("\n".join(lines), encoding="utf-8")
+    print(f"| dtype | schedule | ranks | plan | weights | {' | '.join(WORK)} |")
+    print("|---" * (5 + len(WORK)) + "|")
+    for dtype in options.dtypes:
+        for schedule in options.schedules:
+            first = None
+            for count in options.ranks:
+                out = options.out / f"{dtype}-{schedule}-{count}"
+                work = prune(model, text, out, count, dtype, schedule, options)
+                plan, weights = read(out)
+                first = first or (plan, weights)
+                same = "same" if plan == first[0] else "OTHER"
+                far = f"{difference(weights, first[1]):.0e}" if same == "same" else "–"
+                done = [", ".join(str(rank[what]) for rank in work) for what in WORK]
+                print(f"| {dtype} | {schedule} | {count} | {same} | {far} | {' | '.join(done)} |")
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", type=Path, help="a model folder; a small Llama with random weights if not given")
+    add("--calibration", type=Path, help="its text")
+    add("--ranks", type=int, nargs="+", default=[1, 2, 3])
+    add("--dtypes", nargs="+", default=["float64", "float32"])
+    add("--schedules", nargs="+", default=["layerwise", "one-pass"])
+    add("--samples", type=int, default=24)
+    add("--seq-len", type=int, default=64)
+    add("--out", type=Path, default=Path("out/ranks"), help="a folder of its own, emptied first")
+    options = parser.parse_args()
+    if (options.model is None) != (options.calibration is None):
+        parser.error("--model and --calibration go together")
+    return options
+
+
+def write_model(folder: Path) -> None:
+    """Write a Llama with random weights, and a tokenizer of bytes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=BYTES,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+
+
+def prune(
+    model: Path,
+    text: Path,
+    out: Path,
+    count: int,
+    dtype: str,
+    schedule: str,
+    options: argparse.Namespace,
+) -> list[dict[str, int]]:
+    """Prune a model by so many ranks, each with one thread, and return what each has done."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(count), "-m", "liar_ext", "prune", str(model)]
+    command += ["--calibration", str(text), "--dtype", dtype, "--schedule", schedule]
+    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    subprocess.run(
+        [*command, "--out", str(out), "--quiet"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    return json.loads((out / "liar/report.json").read_text(encoding="utf-8"))["settings"]["ranks"]
+
+
+def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return the plan and the weights of a folder."""
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)
+    return json.loads((folder / "liar/plan.json").read_text(encoding="utf-8")), weights
+
+
+def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of two values, by the largest value of their tensor."""
+    assert weights.keys() == others.keys()
+    return max(
+        float((weights[name] - other).abs().max() / other.abs().max().clamp_min(1e-30))
+        for name, other in others.items()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Taps: where activations are read in a forward pass, and how they are added to their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.hooks import Ended
+from liar_ext.calibration.moments import Moments, Squares
+from liar_ext.data.batches import FOLDS, Batch
+from liar_ext.models.experts import Routed, called_at, routed_input
+from liar_ext.models.sites import Site
+
+# Tokens of one fold, and what each counts; 1 if None.
+Piece = tuple[int, Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor to take the moments of.
+
+    Parameters
+    ----------
+    name : str
+        What the bank calls it.
+    module : str
+        Path of the module that is watched.
+    d_in : int
+        Number of features.
+    take : callable
+        Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output; or
+        those tokens alone that reach an expert.
+    first : bool
+        Only the first token counts.
+    sums : type
+        What is summed: moments, or the squares alone.
+    mask : str
+        The input of the model that says which tokens of the tensor are padding; empty if none are.
+    repeats : bool
+        The module runs several times in one forward pass, and every run counts.
+    """
+
+    name: str
+    module: str
+    d_in: int
+    take: Callable[[tuple, Tensor], Tensor | Routed]
+    first: bool = False
+    sums: type[Moments] | type[Squares] = Moments
+    mask: str = "attention_mask"
+    repeats: bool = False
+
+
+def tap_at(model: nn.Module, site: Site) -> Tap:
+    """Return where what the consumer of a site reads is to be had."""
+    mask, repeats = site.part.mask, site.part.repeats
+    if site.expert is None:
+        take = lambda args, _: args[0]  # noqa: E731
+    else:  # the module of all experts computes what each reads
+        take = lambda args, _: routed_input(model, site, args)  # noqa: E731
+    return Tap(site.name, called_at(site), site.d_in, take, mask=mask, repeats=repeats)
+
+
+@dataclass
+class InFlight:
+    """What the taps need to know of the batch that is run."""
+
+    rows: tuple[Tensor, ...] = ()  # sequences by fold
+    whole: int | None = None  # the fold, when all sequences belong to one
+    batch: Batch | None = None
+    seen: set[str] = field(default_factory=set)  # taps that have got their tensor
+    spare: bool = False  # run for nothing, so that this rank meets the others at every tap
+    fold: Tensor | None = None  # (batch,)
+    counted: int = 0  # tokens of the batch that aren't padding, where experts were tapped
+    routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
+
+    def set(self, batch: Batch) -> None:
+        """Note the folds and the mask of the batch that is run next."""
+        self.fold = fold = batch.fold
+        self.batch = batch
+        self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
+        self.seen.clear()
+        self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
+
+
+def adding(
+    tap: Tap,
+    moments: Moments | Squares | None,
+    current: InFlight,
+    ends: float,
+    hand: Callable[[list[Piece]], Iterable[Piece]] = iter,
+) -> Callable:
+    """Return what adds a tapped tensor to its moments, and ends the run after ``ends`` taps.
+
+    ``hand`` gives the pieces to add here for those that were tapped here; ``moments`` is None where
+    it gives none.
+    """
+
+    def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        x = tap.take(arguments, output)
+        pieces = _routed(tap, x, current) if isinstance(x, Routed) else _pieces(tap, x, current)
+        for fold, tokens, weight in hand(pieces):
+            moments.update(tokens, fold, weight)
+        current.seen.add(tap.name)
+        if len(current.seen) == ends:
+            raise Ended
+
+    return add
+
+
+def _pieces(tap: Tap, x: Tensor, current: InFlight) -> list[Piece]:
+    """Return the tokens of a tensor by fold."""
+    weight = current.batch.mask_of(tap.mask)
+    sequences = sum(map(len, current.rows))
+    # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
+    if x.dim() == 2:
+        x = x.unflatten(0, (sequences, -1))
+    weight = None if weight is None else weight.to(x.device)
+    if tap.first or x.shape[1] == 1:
+        x, weight = x[:, :1], None if weight is None else weight[:, :1]
+    if current.whole is not None:
+        folds = [(current.whole, x, weight)]
+    else:
+        folds = [
+            (fold, x[rows], None if weight is None else weight[rows])
+            for fold, rows in enumerate(rows.to(x.device) for rows in current.rows)
+            if len(rows)
+        ]
+    return [
+        (fold, part.flatten(0, -2), None if counts is None else counts.flatten())
+        for fold, part, counts in folds
+    ]
+
+
+def _routed(tap: Tap, routed: Routed, current: InFlight) -> list[Piece]:
+    """Return the tokens that reach an expert, for ``Σ r² x xᵀ`` over those that aren't padding."""
+    device = routed.x.device
+    each = routed.tokens // len(current.fold)
+    fold = current.fold.to(device).repeat_interleave(each)[routed.token]
+    used = torch.ones_like(fold, dtype=torch.bool)
+    counted = routed.tokens
+    if current.batch.mask is not None:
+        used = current.batch.mask.flatten().to(device)[routed.token]
+        counted = int(current.batch.mask.sum())
+    weight = routed.weight.double().square()
+    pieces = []
+    for index in range(FOLDS):
+        here = used & (fold == index)
+        pieces.append((index, routed.x[here], weight[here]))
+    if not current.spare:
+        current.counted = counted
+        found = current.routed.setdefault(tap.name, [0] * FOLDS)
+        for index, x, _ in pieces:
+            found[index] += len(x)
+    return pieces

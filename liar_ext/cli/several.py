@@ -1,0 +1,119 @@
+"""The command as one of several ranks, which torchrun started: who speaks, and who ends the job."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+
+import torch
+
+from liar_ext.errors import InputError
+from liar_ext.ranks import Ranks
+
+SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
+PATIENCE = 2.0  # seconds; torchrun ends a rank 0.1 to 30 seconds after another has ended
+
+
+def is_other() -> bool:
+    """Tell whether torchrun started this process as another rank than the first."""
+    return os.environ.get("RANK", "0") != "0" and "MASTER_ADDR" in os.environ
+
+
+@contextmanager
+def silence_of_others() -> Iterator[None]:
+    """Let the first rank alone say what all would say alike."""
+    if not is_other():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+def join(options: argparse.Namespace) -> Ranks:
+    """Return the ranks that share the command; the others than the first are quiet from now on.
+
+    Raises
+    ------
+    InputError
+        If it is a command of one process.
+    """
+    ranks = options.ranks = Ranks.join()
+    if ranks.count == 1:
+        return ranks
+    threading.Thread(target=_watch, args=(ranks, options, _terminations()), daemon=True).start()
+    if not ranks.first:
+        options.quiet = True
+        warnings.simplefilter("ignore")
+        from transformers.utils.logging import set_verbosity_error
+
+        set_verbosity_error()
+    return ranks
+
+
+def check_shared(options: argparse.Namespace, ranks: Ranks) -> None:
+    """Raise InputError if several ranks share a command of one process."""
+    if ranks.count > 1 and options.command not in SHARED:
+        raise InputError(
+            f"{options.command}: runs in one process, and torchrun started {ranks.count}; only "
+            f"liar {', '.join(SHARED)} can be shared"
+        )
+
+
+def check_device(device: str, ranks: Ranks) -> None:
+    """Raise InputError unless each rank can have a model of its own on such a device."""
+    if ranks.count == 1:
+        return
+    if device == "auto":
+        raise InputError(
+            "load_model: --device auto spreads one model over all GPUs, and each of "
+            f"{ranks.count} ranks has one of its own; give --device cuda: each then takes one GPU"
+        )
+    if device.startswith("cuda") and torch.cuda.device_count() < ranks.here:
+        raise InputError(
+            f"load_model: {ranks.here} ranks of this machine need a GPU each, and it has "
+            f"{torch.cuda.device_count()}; give as many to --nproc-per-node, or --device cpu"
+        )
+
+
+def what_was_lost(ranks: Ranks, options: argparse.Namespace, reason: str, patience: float) -> str:
+    """Return the line that says why a job of several ranks ended, and how to go on.
+
+    The connection of a process that ends is gone before the process is: ``patience`` is for how
+    many seconds to look for one that has ended.
+    """
+    deadline = time.monotonic() + patience
+    while not (found := ranks.ended()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    checkpoint = getattr(options, "checkpoint", None) or getattr(options, "folder", None)
+    again = "start the same command again, with any number of ranks"
+    if checkpoint:
+        again += f"; it goes on from {checkpoint}"
+    said = f"{' and '.join(found)} ended before the job was done" if found else reason
+    return f"{options.command}: {said}; no output was written, {again}"
+
+
+def _terminations() -> int:
+    """Return what bytes of signals can be read from, SIGTERM among them, whatever torch is at."""
+    here, there = os.pipe()
+    os.set_blocking(there, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(there, warn_on_full_buffer=False)
+    return here
+
+
+def _watch(ranks: Ranks, options: argparse.Namespace, signals: int) -> None:
+    """End the process when torchrun says so, which it does when another rank has ended."""
+    while os.read(signals, 1)[0] != signal.SIGTERM:
+        pass
+    line = what_was_lost(ranks, options, "the job was stopped by SIGTERM", patience=0.0)
+    if ranks.tells():
+        bar = "" if options.quiet else "\n"  # which may be there, and has no end
+        print(f"{bar}liar: error: {line}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGTERM)

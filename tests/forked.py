@@ -1,0 +1,71 @@
+"""Ranks without torchrun: forks of this process, which has imported everything already."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.distributed import TCPStore
+from tqdm import tqdm
+
+SECONDS = 120
+STORES = []
+
+
+def start(count: int, call: Callable[[int], int | None], folder: Path) -> list[int]:
+    """Return the processes of the ranks; each calls ``call`` with its rank, and prints to a file.
+
+    The exit code is what the call returns.
+    """
+    STORES.append(TCPStore("localhost", 0, is_master=True, wait_for_workers=False))
+    given = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": STORES[-1].port}
+    given["CUDA_VISIBLE_DEVICES"] = ""  # a fork can't use a GPU
+    given["TORCHELASTIC_USE_AGENT_STORE"] = True  # as torchrun, this process has the store
+    processes = []
+    for rank in range(count):
+        process = os.fork()
+        if process == 0:
+            code = 99
+            try:
+                tqdm.set_lock(threading.RLock())  # that of the parent may be taken
+                os.environ |= {name: str(value) for name, value in given.items()}
+                os.environ |= {"RANK": str(rank), "MASTER_ADDR": "localhost"}
+                for stream, name in ((1, "out"), (2, "err")):
+                    to = os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                    os.dup2(to, stream)
+                sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+                code = call(rank) or 0
+            except SystemExit as error:
+                code = error.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        processes.append(process)
+    return processes
+
+
+def wait(processes: list[int]) -> list[int]:
+    """Return the exit codes of the ranks, minus the signal where one ended a rank."""
+    codes, deadline = {}, time.monotonic() + SECONDS
+    while len(codes) < len(processes):
+        for process in set(processes) - codes.keys():
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > deadline:
+                os.kill(process, 9)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
+def run(count: int, call: Callable[[int], int | None], folder: Path) -> list[int]:
+    """Start ranks and wait for them."""
+    return wait(start(count, call, folder))
