@@ -10,7 +10,7 @@ from dataclasses import asdict
 from liar_ext.errors import InputError
 
 # Options of the command that are no options of a format.
-OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json")
+OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json", "ranks")
 # Options that prune again, which is no export of a folder but another job.
 REPLAN = ("source", "texts")
 
