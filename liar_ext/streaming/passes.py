@@ -66,9 +66,9 @@ class StreamedPasses:
         self.store, self.model, self.states = store, store.model, states
         self.at, self.keep, self.progress = list(at), keep, progress
         self.batches = list(read_batches(batches))
-        self.bank = MomentBank({})
         self.summed: list[int] = []
         self.source = self._source()
+        self.bank = MomentBank({}, self.source)
         self.blocks = Blocks(self.model, sites(self.model))
         self.index = 0  # of the block that is given
         self.first, self.hidden = 0, []

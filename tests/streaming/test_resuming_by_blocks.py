@@ -13,7 +13,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.saved.progress import Progress
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import prune_folder
+from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 
@@ -89,8 +89,9 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
         monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
     expected = run(*dense, tmp_path / "whole", **choices)
     layerwise = expected.settings["schedule"] == "layerwise"
-    # The sums of block 2; after walk 1, before and in walk 2.
-    stops = [(StreamedPasses, "_sums", 3), (Judged, "outputs", 1), (BlockStore, "tensors", 2)]
+    # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
+    stops = [(StreamedPasses, "_sums", 3), (StreamedJob, "allocate", 1)]
+    stops += [(Judged, "outputs", 1), (BlockStore, "tensors", 2)]
     stops += [(Walk, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
@@ -98,7 +99,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
             with pytest.raises(KeyboardInterrupt):
                 run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
         kept = {path.name for path in (tmp_path / "c").iterdir()}
-        assert ("plan.safetensors" in kept) == (number > 0)
+        assert ("plan.safetensors" in kept) == (number > 1)
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
     with monkeypatch.context() as patch:
         sums, steps = counting(patch, StreamedPasses, "_sums"), counting(patch, Walk, "step")
