@@ -66,7 +66,11 @@ def double_features(model: nn.Module) -> int:
     found = hidden_of(model)
     half = found.size // 2
     with torch.no_grad():
+        alone = dict(model.named_parameters())
         for path in found.writers:
+            if path in alone:
+                alone[path][..., half:] = alone[path][..., :half]
+                continue
             layer = model.get_submodule(path)
             if isinstance(layer, nn.Embedding):
                 layer.weight[:, half:] = layer.weight[:, :half]

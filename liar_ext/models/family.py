@@ -162,7 +162,8 @@ class Step(NamedTuple):
     Parameters
     ----------
     does : {"write", "norm", "read", "read_first", "take", "write_if", "norm_if", "read_if"}
-        ``write``: layers whose rows, or embeddings whose columns, are features of the stream.
+        ``write``: layers whose rows, or embeddings whose columns, are features of the stream, and
+        parameters whose last dimension is.
         ``norm``: a norm over the features; what it puts out is read from there on.
         ``read``: linear layers whose columns are the features; ``read_first``: those that read the
         first token alone. ``take``: those that read what a layer wrote, through no norm. With

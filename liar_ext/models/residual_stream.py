@@ -61,7 +61,8 @@ class Hidden:
     multiple_of : int
         What their number must be a multiple of, so that the stock class can be built.
     writers : tuple of str
-        Paths of embeddings and linear layers.
+        Paths of embeddings, linear layers and convolutions, and of parameters by themselves, whose
+        last dimension the features are.
     sources : tuple of Source
         Where they are read, in the order of computation.
     """
@@ -106,7 +107,7 @@ def hidden_of(model: nn.Module) -> Hidden:
                 f"{getattr(config, name)}; prune other sites, or register a family that fits"
             )
     base = base_path(model)
-    layers = dict(model.named_modules())
+    layers = {**dict(model.named_modules()), **dict(model.named_parameters())}
     trail = _Trail(layers)
     for step in family.stream.start:
         trail.add(step.does, [base + name for name in step.layers])
@@ -135,9 +136,9 @@ def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str
 
 
 class _Trail:
-    """Collects what the steps of a stream say."""
+    """Collects what the steps of a stream say of ``layers``, modules and parameters by path."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module | nn.Parameter]) -> None:
         self.layers = layers
         self.writers: list[str] = []
         self.read: dict[tuple[str, bool], list[str]] = {}  # by source and whether the first token
@@ -167,11 +168,14 @@ class _Trail:
 
     def _there(self, path: str) -> bool:
         """Tell whether there is a layer, and not what stands for none."""
-        return getattr(self.layers.get(path), "weight", None) is not None
+        layer = self.layers.get(path)
+        return isinstance(layer, nn.Parameter) or getattr(layer, "weight", None) is not None
 
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
-        tables = [layer for path in self.writers if is_table(layer := self.layers[path])]
-        size, *others = sorted({table.weight.shape[1] for table in tables})
+        writers = [self.layers[path] for path in self.writers]
+        tables = [layer for layer in writers if is_table(layer)]
+        alone = {layer.shape[-1] for layer in writers if isinstance(layer, nn.Parameter)}
+        size, *others = sorted(alone | {table.weight.shape[1] for table in tables})
         if others:
             raise InputError(
                 f"hidden: all embeddings must have the features of the stream, got {size} and "
@@ -180,16 +184,22 @@ class _Trail:
         known = {*self.writers, *self.norms}.union(*self.read.values())
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            if size in parameter.shape and owner not in known:
+            if size in parameter.shape and known.isdisjoint((owner, name)):
                 raise InputError(
                     f"hidden: {owner} of {type(model).__name__} has {size} features, and the "
                     "stream of the family doesn't name it; prune the base model, or register a "
                     "family that fits"
                 )
+        for path in set().union(*self.read.values()):
+            if (columns := weight_of(self.layers[path]).shape[1]) != size:
+                raise InputError(
+                    f"hidden: {path} of {type(model).__name__} reads {columns} features, and the "
+                    f"stream of the family has {size}; prune the base model"
+                )
         tied = {
             path
             for path in known
-            if any(self.layers[path].weight is table.weight for table in tables)
+            if any(getattr(self.layers[path], "weight", None) is t.weight for t in tables)
         }
         sources = tuple(
             Source(
@@ -215,6 +225,6 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight.T if is_transposed(layer) else layer.weight
 
 
-def is_table(layer: nn.Module) -> bool:
+def is_table(layer: nn.Module | nn.Parameter) -> bool:
     """Tell whether a layer looks features up, by its columns, instead of computing them."""
     return isinstance(layer, nn.Embedding)

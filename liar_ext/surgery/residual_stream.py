@@ -56,7 +56,10 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
         if bias is not None:
             layer.bias.copy_(bias)
     for path in hidden.writers:
-        if is_table(model.get_submodule(path)):
+        owner, _, name = path.rpartition(".")
+        if name in model.get_submodule(owner)._parameters:
+            keep(owner, name, -1)
+        elif is_table(model.get_submodule(path)):
             # A tied head has been here already, and has sliced the weight of both.
             keep(path, "weight", 1)
         else:
@@ -82,6 +85,8 @@ def _fit(layer: nn.Module) -> None:
     """Make the sizes that a layer keeps those of its weight."""
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Conv2d):
+        layer.out_channels = len(layer.weight)
     elif is_transposed(layer):
         layer.nx, layer.nf = layer.weight.shape
     elif isinstance(layer, nn.Embedding):

@@ -15,7 +15,7 @@ from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_encoders import ENCODERS, SEQ2SEQ
 from torch import nn
 
-from liar_ext import Plan, apply_plan, load_pruned, prune, save_pruned
+from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_pruned
 from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, get_consumer_weight, sites
@@ -135,26 +135,54 @@ def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path
     assert possible or "stock" in family_of(tiny(name)).without
 
 
-NARROWED = ["nomic_bert", "modernbert", "clip_text_model", "siglip_text_model"]
+NARROWED = "nomic_bert modernbert clip_text_model siglip_text_model vit dinov2".split()
+NARROWED += ["clip_vision_model"]
 
 
-@pytest.mark.parametrize("name", ["nomic_bert", "modernbert"])
+@pytest.mark.parametrize("name", ["nomic_bert", "modernbert", "vit"])
 def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatch) -> None:
-    check_hidden(name, monkeypatch, tie_word_embeddings=False)
+    check_hidden(name, monkeypatch, **({"tie_word_embeddings": False} if "bert" in name else {}))
 
 
-@pytest.mark.parametrize("head", ["clip", "siglip"])
+@pytest.mark.parametrize("name", ["dinov2", "dinov2_swiglu"])
+@torch.no_grad()
+def test_hidden_features_of_dinov2_that_others_repeat_are_given_back(name, monkeypatch) -> None:
+    model = tiny(name, dtype=torch.float64)
+    half = double_features(model)
+    wanting(monkeypatch, range(half))
+    found = narrow(model, batches(model), 0.5, damp=1e-12)
+    small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, seed=99)
+    apply_plan(small, Plan("dinov2", "auto", {}, hidden=found.kept), found.weights)
+    wanted = outputs(model, inputs)[..., :half]
+    torch.testing.assert_close(outputs(small, inputs), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_reads_the_stream_twice_is_refused() -> None:
+    model = transformers.Dinov2ForImageClassification(tiny("dinov2").config)
+    with pytest.raises(InputError, match="classifier of .* reads 64 features, .* has 32"):
+        hidden_of(model)
+    model = transformers.ViTForMaskedImageModeling(tiny("vit").config)
+    with pytest.raises(InputError, match="decoder.0 of .* has 32 features"):
+        hidden_of(model)
+
+
+@pytest.mark.parametrize("head", ["clip", "siglip", "images"])
 @torch.no_grad()
 def test_hidden_features_of_a_tower_that_others_repeat_are_given_back(
     head: str, monkeypatch
 ) -> None:
-    """What is put out for a text is as it was, and its hidden states those that stay."""
-    sizes = {**ENCODERS["clip_text_model"][2], "projection_dim": 12, "projection_size": 12}
-    name = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel"}[head]
-    config_class = {"clip": "CLIPTextConfig", "siglip": "SiglipTextConfig"}[head]
+    """What is put out for an input is as it was, and its hidden states those that stay."""
+    name, row, put_out = {
+        "clip": ("CLIPTextModelWithProjection", "clip_text_model", "text_embeds"),
+        "siglip": ("SiglipTextModel", "siglip_text_model", "pooler_output"),
+        "images": ("CLIPVisionModelWithProjection", "clip_vision_model", "image_embeds"),
+    }[head]
+    _, config_class, sizes = ENCODERS[row]
+    config = getattr(transformers, config_class)(
+        **{**sizes, "projection_dim": 12, "projection_size": 12}
+    )
     torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config_class)(**sizes)).eval()
-    model = model.double()
+    model = getattr(transformers, name)(config).eval().double()
     half = double_features(model)
     wanting(monkeypatch, range(half))
     found = narrow(model, batches(model), 0.5, damp=1e-12)
@@ -163,7 +191,6 @@ def test_hidden_features_of_a_tower_that_others_repeat_are_given_back(
     before, after = model(**inputs), small(**inputs)
     wanted, given = before.last_hidden_state[..., :half], after.last_hidden_state
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
-    put_out = "text_embeds" if head == "clip" else "pooler_output"
     torch.testing.assert_close(after[put_out], before[put_out], rtol=1e-4, atol=1e-4)
 
 

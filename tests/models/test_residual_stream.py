@@ -169,7 +169,7 @@ def test_a_block_with_more_norms_than_the_family_has_is_refused():
         hidden_of(model)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma3_text", "vit"])
+@pytest.mark.parametrize("name", ["olmo2", "gemma3_text", "dinov3_vit"])
 def test_a_family_without_a_stream_is_refused(name):
     with pytest.raises(InputError, match=f"no stream for family '{name}'"):
         hidden_of(tiny(name))

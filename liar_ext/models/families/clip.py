@@ -54,6 +54,17 @@ _STREAM = Stream(
 )
 
 
+_PATCHES = ("class_embedding", "patch_embedding", "position_embedding")
+_VISION = replace(
+    _STREAM,
+    start=(
+        Step("write", tuple(f"embeddings.{name}" for name in _PATCHES)),
+        Step("norm", ("pre_layrnorm",)),  # as it is spelt there
+    ),
+    ends=((Step("norm", ("post_layernorm",)), Step("read", ("visual_projection", "classifier"))),),
+)
+
+
 def _alone(name: str, stream: Stream | None = None, **without: str) -> Family:
     """Return the row of one tower, which is a model by itself."""
     return Family(
@@ -66,7 +77,7 @@ def _alone(name: str, stream: Stream | None = None, **without: str) -> Family:
     )
 
 
-def _rows(name: str) -> tuple[Family, ...]:
+def _rows(name: str, **vision: Stream | str) -> tuple[Family, ...]:
     """Return the rows of both towers together, and of each alone."""
     without = {
         "hidden": "each tower has a hidden size of its own",
@@ -74,10 +85,13 @@ def _rows(name: str) -> tuple[Family, ...]:
     }
     return (
         Family(name=name, parts=(_IMAGES, _TEXTS), without=without),
-        _alone(f"{name}_vision_model", hidden="patches are embedded by a convolution"),
+        _alone(f"{name}_vision_model", **vision),
         _alone(f"{name}_text_model", _STREAM),
     )
 
 
 # The rows of the table.
-ROWS = (*_rows("clip"), *_rows("siglip"))
+ROWS = (
+    *_rows("clip", stream=_VISION),
+    *_rows("siglip", hidden="its patches are pooled by attention of their own"),
+)

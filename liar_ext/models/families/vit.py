@@ -4,7 +4,45 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.family import Family, Wiring
+from liar_ext.models.family import Family, Step, Stream, Wiring
+
+_START = Step(
+    "write",
+    (
+        "embeddings.patch_embeddings.projection",
+        *("embeddings.cls_token", "embeddings.position_embeddings"),
+    ),
+)
+_MASK = Step("write_if", ("embeddings.mask_token",))
+_BLOCK = (
+    Step("norm", ("layernorm_before",)),
+    Step("read", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+    Step("write", ("attention.o_proj",)),
+    Step("norm", ("layernorm_after",)),
+    Step("read", ("mlp.fc1",)),
+    Step("write", ("mlp.fc2",)),
+)
+_STREAM = Stream(
+    start=(_START, _MASK),
+    block=_BLOCK,
+    ends=((Step("norm", ("layernorm",)), Step("read_first", ("pooler.dense", "classifier"))),),
+    config={"hidden_size": "hidden"},
+    multiple_of="heads",
+)
+# What a branch writes is scaled feature by feature before it is added.
+_SCALED = replace(
+    _STREAM,
+    block=(
+        Step("norm", ("norm1",)),
+        *_BLOCK[1:3],
+        Step("write", ("layer_scale1.lambda1",)),
+        Step("norm", ("norm2",)),
+        Step("read_if", ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj")),
+        Step("write_if", ("mlp.fc2", "mlp.down_proj")),
+        Step("write", ("layer_scale2.lambda1",)),
+    ),
+    ends=((Step("norm", ("layernorm",)), Step("read", ("classifier",))),),
+)
 
 _VIT = Family(
     name="vit",
@@ -20,7 +58,7 @@ _VIT = Family(
     mlp=Wiring(
         producers=("mlp.fc1",), consumer="mlp.fc2", config={"intermediate_size": "features"}
     ),
-    without={"hidden": "patches are embedded by a convolution"},
+    stream=_STREAM,
 )
 
 # The rows of the table.
@@ -35,10 +73,8 @@ ROWS = (
             Wiring(producers=("mlp.fc1",), consumer="mlp.fc2"),
             Wiring(producers=("mlp.gate_proj", "mlp.up_proj"), consumer="mlp.down_proj"),
         ),
-        without={
-            **_VIT.without,
-            "stock": "channels: its config says them by a whole number, mlp_ratio",
-        },
+        stream=_SCALED,
+        without={"stock": "channels: its config says them by a whole number, mlp_ratio"},
     ),
     replace(
         _VIT,
@@ -61,8 +97,9 @@ ROWS = (
             )
             for producers in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.up_proj",))
         ),
+        stream=None,
         without={
-            **_VIT.without,
+            "hidden": "its embeddings are no part of its base model",
             "stock": "heads: its config derives the size of a head from the hidden size",
         },
     ),
