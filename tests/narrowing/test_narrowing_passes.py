@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -53,7 +54,8 @@ def test_the_sums_of_a_pass_are_within_the_memory(name, norms, watch_sums):
     assert all(0 < here <= memory for here in held[1:])
 
 
-def test_the_progress_counts_the_passes(capsys):
+def test_the_progress_counts_the_passes(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # where progress is shown at all
     model = tiny("llama")
     narrow(model, batches(model), 0.8, memory=4 * bytes_of_one(model), progress=True)
     shown = capsys.readouterr().err
