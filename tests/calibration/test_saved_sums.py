@@ -18,7 +18,7 @@ from liar_ext.calibration import collect
 from liar_ext.calibration.saved_sums import SavedSums, saved_batches
 from liar_ext.saved.progress import Progress
 
-SEEDS = 60
+SEEDS = 30
 
 
 @pytest.fixture(scope="module")
