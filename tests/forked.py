@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 from tqdm import tqdm
 
-SECONDS = 120
+SECONDS = 600  # for a busy machine
 STORES = []
 
 

@@ -29,12 +29,12 @@ from liar_ext.saved.progress import Progress
 # Name: family, dtype, batches, fresh ones, choices.
 JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "default": ("llama", torch.float64, 5, 0, {}),
-    "float32": ("llama", torch.float32, 5, 0, {}),
     "one-pass": ("llama", torch.float64, 5, 2, {"schedule": "one-pass"}),
     "few batches": ("qwen3", torch.float32, 1, 0, {}),
     "in groups": ("opt", torch.float32, 4, 0, {"schedule": "one-pass", "memory": 40_000}),
     "norm after sum": ("bert", torch.float64, 4, 3, {}),
-    "experts": ("qwen3_moe", torch.float32, 5, 0, {"allocation": "curve"}),
+    "experts": ("qwen3_moe", torch.float32, 5, 2, {}),
+    "two stacks": ("bart", torch.float64, 4, 0, {}),
     "repeats": ("albert", torch.float32, 4, 0, {}),
     "gradients": ("llama", torch.float32, 3, 0, {"criterion": "taylor", "schedule": "one-pass"}),
     "hidden": ("llama", torch.float32, 4, 0, {"keep_hidden": 0.75}),
