@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-import yaml
-
 from liar_ext.errors import InputError
+from liar_ext.recipe import text
 from liar_ext.recipe.checks import shown
 
 GROUPS = ("selection", "reconstruction")  # in whose fields the recipes of one job may differ
@@ -61,9 +60,7 @@ def _changes(candidate: str, names: list[str]) -> dict[str, Any]:
                 f"{shown(word)}; criterion=obs is one"
             )
         try:
-            changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(
-                f"recipe: values of candidates must be plain ones, got {shown(word)}"
-            ) from None
+            changes[name] = text.from_yaml(value)
+        except InputError as error:
+            raise InputError(f"{error} (candidates, {shown(word)})") from None
     return changes

@@ -89,7 +89,10 @@ def test_a_sweep_judges_the_candidates_of_its_recipes():
         ("criterion=obs,", "candidates must be FIELD=VALUE"),
         ("criterion=nothing", "criterion"),
         ("refine=many", "refine"),
-        ("damp={a", "must be plain ones"),
+        ("damp={a", "not YAML.*candidates, 'damp={a'"),
+        ("refine=" + "9" * 5000, "not YAML"),
+        ("damp=" + "[" * 2000, "not YAML|not nested deeply"),
+        ("criterion=!!python/name:os.system x", "not YAML"),
         ("schedule=one-pass,refit=true", "in one pass"),
     ],
 )
