@@ -68,13 +68,17 @@ def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Non
 def beside(folder: Path, *, keep_parents: bool = True) -> Iterator[Path]:
     """Make a hidden, locked folder beside ``folder``; remove what lies there in the end."""
     missing = [parent for parent in folder.parents if not parent.exists()]
+    # It has its name before it is made, so that an interrupt in between leaves none.
+    path, lock = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}"), None
     try:
-        path, lock = _make_locked(folder)
         try:
+            while lock is None:  # a run that starts now may take the empty folder for a leftover
+                lock = _make_locked(path)
             yield path
         finally:
             _remove(path)
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
     finally:
         if not (keep_parents and folder.exists()):
             with suppress(OSError):  # not empty: somebody else has come
@@ -154,21 +158,19 @@ def _check_existing(folder: Path, overwrite: bool) -> None:
         )
 
 
-def _make_locked(folder: Path) -> tuple[Path, int]:
-    """Make a folder beside another and lock it; return it with the descriptor of the lock."""
-    while True:
-        path = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}")
-        path.mkdir(parents=True)
-        # Another run that starts now may take the empty folder for a leftover.
-        with suppress(FileNotFoundError):
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            # A file system may have no locks; no run removes what it can't lock.
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_open_as(lock, path):
-                (path / MARKER_FILE).write_text(MARK, encoding="utf-8")
-                return path, lock
-            os.close(lock)
+def _make_locked(path: Path) -> int | None:
+    """Make a folder and lock it; return the descriptor of the lock, None if it was taken away."""
+    path.mkdir(parents=True)
+    with suppress(FileNotFoundError):
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        # A file system may have no locks; no run removes what it can't lock.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_open_as(lock, path):
+            (path / MARKER_FILE).write_text(MARK, encoding="utf-8")
+            return lock
+        os.close(lock)
+    return None
 
 
 @contextmanager
@@ -209,6 +211,15 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
+    """Remove a folder, also where an interrupt comes meanwhile."""
+    try:
+        _empty(path)
+    except KeyboardInterrupt:
+        _empty(path)
+        raise
+
+
+def _empty(path: Path) -> None:
     """Remove a folder; until it is empty its mark says that it may be removed."""
     if not path.is_dir():
         return

@@ -221,3 +221,36 @@ def test_a_disk_that_fills_at_the_tokenizer_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tokenizer can't be saved: No space left on device"):
         save_other(tmp_path / "pruned", tokenizer=Tokenizer())
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Path, "mkdir"),
+        (os, "open"),
+        (placing.fcntl, "flock"),
+        (Path, "write_text"),
+        (Path, "touch"),
+        (Path, "unlink"),
+        (Path, "rmdir"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_an_interrupt_at_any_step_leaves_no_folder(owner, name, before, tmp_path, monkeypatch):
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **named):
+        calls.append(name)
+        if before and len(calls) == 1:
+            raise KeyboardInterrupt
+        result = original(*arguments, **named)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt), placing.beside(tmp_path / "out") as path:
+        with open(path / "weights", "w") as file:
+            file.write("x")
+    assert calls and list(tmp_path.iterdir()) == []
