@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,17 @@ def make_plan(model: nn.Module, kinds=("attn", "mlp"), attn_unit="auto", bias=Fa
         attn_unit,
         {site.name: keep_some(site, bias=bias) for site in chosen},
     )
+
+
+def plan_of_experts(model: nn.Module) -> Plan:
+    """Return a plan that keeps other channels of every expert, equally many, and some heads."""
+    plan = make_plan(model)
+    kept = {
+        site.name: SitePlan(site.units, tuple(range(site.expert % 2, site.units, 2)))
+        for site in sites(model)
+        if site.expert is not None
+    }
+    return replace(plan, sites={**plan.sites, **kept})
 
 
 def change(path: Path, **fields) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import stop_at
 
 from liar_ext import cli, load_pruned
 from liar_ext.calibration.collect import InFlight
@@ -36,18 +37,6 @@ def always_saving(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def stop(monkeypatch, kind: type, name: str, call: int) -> None:
-    original, calls = getattr(kind, name), []
-
-    def stopping(*arguments, **named):
-        calls.append(None)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*arguments, **named)
-
-    monkeypatch.setattr(kind, name, stopping)
-
-
 def same_folders(a, b) -> bool:
     ours, theirs = (load_pruned(folder).state_dict() for folder in (a, b))
     plans = [(folder / "liar/plan.json").read_text() for folder in (a, b)]
@@ -65,7 +54,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
         [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (Walk, "step", 3)]
     ):
         with monkeypatch.context() as patch:
-            stop(patch, *stage)
+            stop_at(patch, *stage)
             assert run(*(command if number == 0 else ["resume", "c"])) == 130
         assert not (tmp_path / "pruned").exists()
         said.append("; ".join(resume.what_is_saved("c")))
@@ -93,7 +82,7 @@ def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys
     assert run(*command, "--out", tmp_path / "whole", "--quiet") == 0
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
     with monkeypatch.context() as patch:
-        stop(patch, Walk, "step", 3)
+        stop_at(patch, Walk, "step", 3)
         assert run(*command, "--max-memory", "4GiB") == 130
     assert "is of a job with max_memory 4294967296, got None" in refused(capsys, *command)
     assert run("resume", tmp_path / "c") == 0
@@ -163,7 +152,7 @@ def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
         assert run(*command) == 2
     assert "No space left on device; nothing was left behind" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        stop(patch, Walk, "step", 1)  # no block is solved again
+        stop_at(patch, Walk, "step", 1)  # no block is solved again
         assert run("resume", tmp_path / "c", "--quiet") == 0
     assert same_folders(tmp_path / "pruned", tmp_path / "whole")
 

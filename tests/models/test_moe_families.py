@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from folders import make_plan
+from folders import plan_of_experts
 from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_moe import MOE_FAMILIES
 from torch import nn
@@ -34,22 +33,11 @@ def with_choice(name: str, **settings) -> nn.Module:
     return model
 
 
-def plan_of(model: nn.Module) -> Plan:
-    """Return a plan that keeps other channels of every expert, equally many, and some heads."""
-    plan = make_plan(model)
-    kept = {
-        site.name: SitePlan(site.units, tuple(range(site.expert % 2, site.units, 2)))
-        for site in sites(model)
-        if site.expert is not None
-    }
-    return replace(plan, sites={**plan.sites, **kept})
-
-
 @pytest.mark.parametrize("name", MOE_FAMILIES)
 def test_slicing_equals_zeroing(name: str) -> None:
     model = with_choice(name, dtype=torch.float64)
     model.set_experts_implementation("eager")
-    zeroed, sliced, plan = copy.deepcopy(model), copy.deepcopy(model), plan_of(model)
+    zeroed, sliced, plan = copy.deepcopy(model), copy.deepcopy(model), plan_of_experts(model)
     removed = 0
     for site in sites(zeroed):
         gone = plan.sites[site.name].removed

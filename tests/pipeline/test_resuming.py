@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from stopping import stop_at
 from tiny import batches, tiny
 from torch import nn
 
@@ -33,25 +34,6 @@ def always_saving(monkeypatch):
     """With a clock that stands still it is always time to save."""
     monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-class Stop:
-    """What is called n times by a job, and stops it then."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.patch = monkeypatch
-
-    def at(self, kind: type, name: str, call: int) -> list:
-        original, calls = getattr(kind, name), []
-
-        def stopping(*arguments, **named):
-            calls.append(None)
-            if len(calls) == call:
-                raise KeyboardInterrupt
-            return original(*arguments, **named)
-
-        self.patch.setattr(kind, name, stopping)
-        return calls
 
 
 STAGES = {
@@ -82,7 +64,7 @@ def test_a_job_that_is_stopped_at_every_stage_gives_the_same_bits(name, tmp_path
     done = {}
     for stage, (kind, method) in STAGES.items():
         with monkeypatch.context() as patch:
-            calls = Stop(patch).at(kind, method, 3)
+            calls = stop_at(patch, kind, method, 3)
             try:
                 run(family, tmp_path / "c", **choices)
             except KeyboardInterrupt:
@@ -92,7 +74,7 @@ def test_a_job_that_is_stopped_at_every_stage_gives_the_same_bits(name, tmp_path
     counted = {}
     with monkeypatch.context() as patch:
         for stage, (kind, method) in STAGES.items():
-            counted[stage] = Stop(patch).at(kind, method, -1)
+            counted[stage] = stop_at(patch, kind, method, -1)
         pruned, report = run(family, tmp_path / "c", **choices)
     assert same(pruned, whole) and report.plan == expected.plan
     assert report.evaluation == expected.evaluation
@@ -112,11 +94,11 @@ def test_a_job_that_is_stopped_at_every_stage_gives_the_same_bits(name, tmp_path
 def test_divergences_that_were_measured_are_not_measured_again(tmp_path, monkeypatch):
     choices = {**CURVE, "schedule": "one-pass", "kinds": ("attn",)}
     with monkeypatch.context() as patch:
-        calls = Stop(patch).at(DenseOutputs, "divergence", -1)
+        calls = stop_at(patch, DenseOutputs, "divergence", -1)
         whole, _ = run("llama", **choices)
     for stop in itertools.count(2):
         with monkeypatch.context() as patch:
-            more = Stop(patch).at(DenseOutputs, "divergence", stop)
+            more = stop_at(patch, DenseOutputs, "divergence", stop)
             try:
                 pruned, _ = run("llama", tmp_path / "c", **choices)
             except KeyboardInterrupt:
@@ -134,7 +116,7 @@ def test_a_bank_that_was_given_is_taken_again(tmp_path, monkeypatch):
     models = [tiny("llama"), tiny("llama")]
     prune(models[0], **choices)
     with monkeypatch.context() as patch:
-        Stop(patch).at(Job, "reconstruct", 1)
+        stop_at(patch, Job, "reconstruct", 1)
         with pytest.raises(KeyboardInterrupt):
             prune(tiny("llama"), checkpoint=tmp_path / "c", **choices)
     prune(models[1], checkpoint=tmp_path / "c", **choices)
@@ -161,7 +143,7 @@ def test_a_checkpoint_of_another_job_is_refused(changed, message, tmp_path, monk
     model = tiny("llama", seed=changed.get("model", 0), dtype=changed.get("dtype", torch.float32))
     bank = calibrate(model, text) if "bank" in changed else None
     with monkeypatch.context() as patch:
-        Stop(patch).at(Walk, "step", 2)
+        stop_at(patch, Walk, "step", 2)
         with pytest.raises(KeyboardInterrupt):
             prune(tiny("llama"), data[:4], checkpoint=tmp_path / "c", certify_on=data[4:], **CURVE)
     with pytest.raises(InputError, match=f"checkpoint: .*({message})"):
@@ -171,7 +153,7 @@ def test_a_checkpoint_of_another_job_is_refused(changed, message, tmp_path, monk
 
 
 def test_a_file_that_is_damaged_is_named(tmp_path, monkeypatch):
-    Stop(monkeypatch).at(Walk, "step", 2)
+    stop_at(monkeypatch, Walk, "step", 2)
     with pytest.raises(KeyboardInterrupt):
         run("llama", tmp_path / "c", **CURVE)
     monkeypatch.undo()
@@ -197,18 +179,18 @@ def test_a_walk_of_several_stacks_goes_on_from_every_block(family, tmp_path, mon
     """What the decoder reads of the encoder lies behind the streams, and is kept with them."""
     choices = {"keep": 0.6, "tile": 1, "allocation": "uniform", "schedule": "layerwise"}
     with monkeypatch.context() as patch:
-        calls = Stop(patch).at(Walk, "step", -1)
+        calls = stop_at(patch, Walk, "step", -1)
         whole, _ = run(family, **choices)
         blocks = len(calls)
     assert blocks >= 2
     for block in range(1, blocks + 1):
         folder = tmp_path / f"stopped-{block}"
         with monkeypatch.context() as patch:
-            Stop(patch).at(Walk, "step", block)
+            stop_at(patch, Walk, "step", block)
             with pytest.raises(KeyboardInterrupt):
                 run(family, folder, **choices)
         with monkeypatch.context() as patch:
-            left = Stop(patch).at(Walk, "step", -1)
+            left = stop_at(patch, Walk, "step", -1)
             pruned, _ = run(family, folder, **choices)
         assert len(left) == blocks + 1 - block
         assert same(pruned, whole)

@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folders import make_plan
+from folders import plan_of_experts
 from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext import apply_plan, prune, reconstruct_layerwise, sites
 from liar_ext.models.experts import called_at, gated
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, teams_of
-from liar_ext.plan import Plan, SitePlan
 
 
 def eager(name: str) -> nn.Module:
@@ -22,17 +21,6 @@ def eager(name: str) -> nn.Module:
     model = tiny(name, dtype=torch.float64)
     model.set_experts_implementation("eager")
     return model
-
-
-def plan_of(model: nn.Module) -> Plan:
-    """Return a plan that keeps other channels of every expert, equally many, and some heads."""
-    plan = make_plan(model)
-    kept = {
-        site.name: SitePlan(site.units, tuple(range(site.expert % 2, site.units, 2)))
-        for site in sites(model)
-        if site.expert is not None
-    }
-    return replace(plan, sites={**plan.sites, **kept})
 
 
 def padded(model: nn.Module) -> list[dict]:
@@ -62,7 +50,7 @@ def seen_at(model: nn.Module, paths: list[str], inputs: dict) -> dict[str, tuple
 def test_experts_share_what_their_layer_falls_short_by(name: str, target: str) -> None:
     """Least squares by hand, of the tokens of each expert in the model pruned up to its layer."""
     model, damp = eager(name), 1e-3
-    data, plan = padded(model), plan_of(model)
+    data, plan = padded(model), plan_of_experts(model)
     settings = {"mode": "linear", "damp": damp, "target": target}
     weights, rows = reconstruct_layerwise(model, data, plan, **settings)
     at = [site for site in sites(model) if site.expert is not None]
@@ -103,7 +91,7 @@ def test_experts_share_what_their_layer_falls_short_by(name: str, target: str) -
 @torch.no_grad()
 def test_removing_nothing_changes_nothing_even_when_refitted(name: str) -> None:
     model = eager(name)
-    plan, before = plan_of(model), outputs(model)
+    plan, before = plan_of_experts(model), outputs(model)
     kept = {name: replace(s, kept=tuple(range(s.units))) for name, s in plan.sites.items()}
     plan = replace(plan, sites=kept)
     weights, rows = reconstruct_layerwise(model, padded(model), plan, target="stream", refit=True)
