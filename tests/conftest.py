@@ -24,6 +24,9 @@ from liar_ext.calibration.moments import Moments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+# Threads don't come along into a fork, which would wait for them for ever.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 # Files that take a minute or more.
 LONG = ("test_simulated_gpu.py", "test_decoder_families.py", "test_ops.py", "test_wheel.py")
 
