@@ -17,7 +17,7 @@ from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.errors import InputError
 from liar_ext.models.reading import block_config
 from liar_ext.models.running import predicts_next_token
-from liar_ext.models.sites import Site, family_of, sites
+from liar_ext.models.sites import family_of, sites
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -256,12 +256,6 @@ def sliding_window(config: Any) -> int | None:
     if config.model_type == "qwen2" and not getattr(config, "use_sliding_window", False):
         return None
     return getattr(config, "sliding_window", None)
-
-
-def site_of(found: list[Site], name: str) -> Site | None:
-    """Return the site whose producers or consumer hold a parameter."""
-    path = name.rpartition(".")[0]
-    return next((site for site in found if path in (*site.producers, site.consumer)), None)
 
 
 def _refusal(reason: str) -> InputError:
