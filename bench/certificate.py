@@ -1,10 +1,11 @@
-"""The certificate: held-out errors as predicted from moments, and as measured on fresh text.
+"""The certificate: what a job says of itself, beside what text shows that no decision has seen.
 
-For several amounts of calibration text: calibrate, plan, reconstruct; then compare the held-out
-error that the report of a site shows with the same site's error on text that no decision has seen,
-and both with plain dropping of the same units at that site. With `--schedule layerwise` the fresh
-text takes the same walk, through the weights solved before, and errors are those to the same
-targets. Writes certificate.json and certificate.md.
+For several amounts of calibration text, and every text to measure on: prune by the default
+schedule, `--certify` being that text. The first text is a third fold, documents of the calibration
+text that nothing else is drawn from, as `liar prune --certify` draws it; `--fresh` names others, of
+the same kind or of another. A site's held-out error, by which λ was chosen, stands beside its
+error on that text, and the divergence of the whole model beside that on the third fold. All jobs of
+one amount are the same job, which the bench checks. Writes certificate.json and certificate.md.
 """
 
 from __future__ import annotations
@@ -14,27 +15,22 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from liar_ext import Budget, Plan, apply_plan, calibrate, perplexity, reconstruct, score, sites
-from liar_ext.calibration.moments import Moments
+from liar_ext import perplexity, prune
 from liar_ext.checkpoint import load_model
-from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
-from liar_ext.models.running import evaluating
-from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.data.texts import (
+    calibration_sequences,
+    check_apart,
+    evaluation_sequences,
+    read_documents,
+)
 from liar_ext.recipe import SCHEDULES
-from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.reconstruction.targets import Shortfall
-from liar_ext.reconstruction.walk import Walk
-from liar_ext.selection.curve_allocation import decide
 
-PERPLEXITY_EVERY = 2  # windows of the fresh text
-Weights = dict[str, tuple[Tensor, Tensor | None]]
+THIRD_FOLD = "third fold"
 
 
 def main() -> None:
@@ -46,7 +42,7 @@ def main() -> None:
         rows.append(row)
         (options.out / "certificate.json").write_text(json.dumps(rows, indent=1) + "\n")
         (options.out / "certificate.md").write_text(markdown(rows))
-        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+        print(markdown(rows).splitlines()[-1], flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -57,159 +53,93 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="model folder, hub id or GGUF file")
     add("--calibration", nargs="+", required=True)
-    add("--fresh", required=True, help="text of the same kind, none of it calibrated on")
-    add("--samples", nargs="+", type=int, default=[2, 16, 64], help="calibration sequences")
-    add("--fresh-samples", type=int, default=16)
+    add("--fresh", nargs="+", default=[], help="texts that nothing is calibrated on")
+    add("--samples", nargs="+", type=int, default=[16, 64], help="calibration sequences")
+    add("--certify", type=int, default=16, help="sequences of each text to measure on")
     add("--seq-len", type=int, default=512)
     add("--keep", type=float, default=0.8)
-    add("--criterion", default="obs")
+    add("--criterion", default="wifv")
     add("--allocation", default="uniform", help="curve takes the most time by far")
-    add("--schedule", choices=SCHEDULES, default="one-pass")
+    add("--schedule", choices=SCHEDULES, default="auto")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("out/certificate"))
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace):
-    """Yield one row per amount of calibration text."""
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """Yield one row per amount of calibration text and text to measure on."""
     model, tokenizer = load_model(options.model)
-    at = sites(model)
-    fresh = evaluation_sequences(
-        read_documents(options.fresh),
-        tokenizer,
-        seq_len=options.seq_len,
-        samples=options.fresh_samples,
-    ).batches(1)
-    # The folds do not matter here: both are summed.
-    folded = [{**b, "fold": torch.tensor([i % 2])} for i, b in enumerate(fresh)]
-    judge = calibrate(model, folded, at)
     sources = [read_documents(source) for source in options.calibration]
-    for samples in options.samples:
-        batches = calibration_sequences(
-            sources, tokenizer, samples=samples, seq_len=options.seq_len, seed=options.seed
+    texts = {}
+    for source in options.fresh:
+        documents = read_documents(source)
+        check_apart([text for some in sources for text in some], documents)
+        texts[Path(source).stem] = evaluation_sequences(
+            documents, tokenizer, seq_len=options.seq_len, samples=options.certify
         ).batches()
-        start = time.process_time()
-        bank = calibrate(model, batches, at)
-        scores = score(model, bank, at, options.criterion, seed=options.seed)
-        budget = Budget(options.keep, tile=1)  # as the rows of docs/quality.md
-        plan, _ = decide(model, bank, at, scores, budget, options.allocation, batches)
-        row = {
-            "model": Path(options.model).name,
-            "calibration": [Path(source).name for source in options.calibration],
-            "fresh": Path(options.fresh).name,
-            "fresh_tokens": judge.source["tokens"],
-            "tokens": bank.source["tokens"],
-            "seq_len": options.seq_len,
-            "seed": options.seed,
-            "keep": options.keep,
-            "method": f"{options.criterion}+{options.allocation}, {options.schedule}",
-            "seconds": time.process_time() - start,
-            "sites": [],
-        }
-        dropped, _ = reconstruct(model, bank, plan, mode="none")
-        if options.schedule == "layerwise":
-            weights, reports = reconstruct_layerwise(model, batches, plan)
-            found = walk_through(model, folded, plan, weights, dropped)
-        else:
-            weights, reports = reconstruct(model, bank, plan)
-            found = {
-                site.name: [
-                    errors(model, site, plan, some[site.name][0], judge[site.name])
-                    for some in (weights, dropped)
-                ]
-                for site in at
-            }
-        for report in reports:
-            if not plan.sites[report.name].removed:
-                continue
-            (error, energy), (without, _) = found[report.name]
-            row["sites"].append(
-                {
-                    "name": report.name,
-                    "damp": report.damp if math.isfinite(report.damp) else "inf",
-                    "predicted": report.holdout_error,
-                    "measured": error / energy,
-                    "dropped": without / energy,
-                    "energy": energy,
-                }
+    dense = {name: perplexity(model, batches)["perplexity"] for name, batches in texts.items()}
+    for samples in options.samples:
+        sequences = calibration_sequences(
+            sources,
+            tokenizer,
+            samples=samples,
+            seq_len=options.seq_len,
+            seed=options.seed,
+            certify=options.certify,
+        )
+        plan = None
+        for name, fresh in {THIRD_FOLD: sequences.certification.batches(), **texts}.items():
+            work, start = copy.deepcopy(model), time.process_time()
+            report = prune(
+                work,
+                sequences.batches(),
+                options.keep,
+                certify_on=fresh,
+                criterion=options.criterion,
+                allocation=options.allocation,
+                schedule=options.schedule,
+                seed=options.seed,
             )
-        for name, chosen in (("reconstructed", weights), ("dropped", dropped)):
-            pruned = copy.deepcopy(model)
-            apply_plan(pruned, plan, chosen)
-            after = perplexity(pruned, fresh[::PERPLEXITY_EVERY])
-            row[f"perplexity_{name}"] = after["perplexity"]
-        yield row
-
-
-def errors(
-    model: nn.Module,
-    site: Site,
-    plan: Plan,
-    weight: Tensor,
-    moments: Moments,
-    shortfall: Shortfall | None = None,
-) -> tuple[float, float]:
-    """Return the error ``Σ |W' x_K − W x − r|²`` of a consumer without a bias, and ``Σ |W x|²``."""
-    gram, _, _ = moments.pooled()
-    gram = gram.tril() + gram.tril(-1).mT
-    dense = get_consumer_weight(model, site).double()
-    change = -dense.clone()
-    change[:, site.features(plan.sites[site.name].kept)] += weight
-    error, energy = (float(((w @ gram) * w).sum()) for w in (change, dense))
-    if shortfall is not None:
-        error -= float(2 * (change.mT * shortfall.cross.sum(0)).sum() - shortfall.energy.sum())
-    return error, energy
-
-
-class Judged(Walk):
-    """A walk through weights that are given: where another one solves, this one judges."""
-
-    def judge(self, batches: Sequence[dict], weights: Weights, dropped: Weights) -> dict:
-        """Return the errors and energies by site name, with the weights and with units dropped."""
-        self.given, self.dropped, self.found = weights, dropped, {}
-        self.start(batches)
-        for index in range(len(self.blocks)):
-            self.step(index)
-        return self.found
-
-    def _solve(self, layer, target, consumers):
-        (site,), (sums,) = layer, self._collect(layer, target, consumers)
-        self.found[site.name] = [
-            errors(self.model, site, self.plan, weights[site.name][0], sums.moments, sums.shortfall)
-            for weights in (self.given, self.dropped)
-        ]
-        weight = self.given[site.name][0].to(self.model.dtype)
-        features = site.features(self.plan.sites[site.name].kept)
-        return lambda x: nn.functional.linear(x[..., features], weight)
-
-
-@torch.no_grad()
-def walk_through(
-    model: nn.Module, batches: Sequence[dict], plan: Plan, weights: Weights, dropped: Weights
-) -> dict:
-    """Return what :meth:`Judged.judge` does."""
-    with evaluating(model), Blocks(model, sites(model)).opened() as blocks:
-        walk = Judged(model, blocks, plan, "auto", "auto", "auto", refit=False)
-        return walk.judge(batches, weights, dropped)
+            seconds = time.process_time() - start
+            assert plan in (None, report.plan), f"the job with {name} is another job"
+            plan = report.plan
+            yield {
+                "model": Path(options.model).name,
+                "calibration": [Path(source).name for source in options.calibration],
+                "tokens": sequences.tokens,
+                "seq_len": options.seq_len,
+                "seed": options.seed,
+                "keep": options.keep,
+                "method": f"{options.criterion}+{options.allocation}, "
+                f"{report.settings['schedule']}",
+                "text": name,
+                "seconds": seconds,
+                "divergence": report.evaluation["certified"]["divergence"],
+                "perplexity": [dense[name], perplexity(work, fresh)["perplexity"]]
+                if name in dense
+                else None,
+                "sites": [
+                    {"name": row.name, "held_out": row.holdout_error, "fresh": row.certified_error}
+                    for row in report.sites
+                    if row.units_after < row.units_before
+                ],
+            }
 
 
 def summary(row: dict) -> dict[str, float]:
-    """Return the numbers of a row over all its sites."""
-    sites = row["sites"]
+    """Return the numbers of a row over all its sites; means are geometric."""
 
-    def pooled(key: str) -> float:
-        return sum(site[key] * site["energy"] for site in sites) / sum(s["energy"] for s in sites)
+    def mean(values: Sequence[float]) -> float:
+        return math.exp(sum(map(math.log, values)) / len(values))
 
-    ratios = torch.tensor([site["measured"] / site["predicted"] for site in sites])
+    ratios = [site["fresh"] / site["held_out"] for site in row["sites"]]
     return {
-        "predicted": pooled("predicted"),
-        "measured": pooled("measured"),
-        "dropped": pooled("dropped"),
-        "mean": float(ratios.log().mean().exp()),
-        "within": float(((ratios - 1).abs() <= 0.1).double().mean()),
-        "low": float(ratios.min()),
-        "high": float(ratios.max()),
-        "worse": sum(site["measured"] > site["dropped"] for site in sites),
+        "held_out": mean([site["held_out"] for site in row["sites"]]),
+        "fresh": mean([site["fresh"] for site in row["sites"]]),
+        "ratio": mean(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "within": sum(abs(ratio - 1) <= 0.1 for ratio in ratios) / len(ratios),
     }
 
 
@@ -218,25 +148,27 @@ def markdown(rows: Sequence[dict]) -> str:
     first = rows[0]
     lines = [
         f"{first['model']}, {first['method']}, keep {first['keep']}: calibrated on "
-        f"{', '.join(first['calibration'])}, measured on {first['fresh_tokens']:,} tokens of "
-        f"{first['fresh']}, windows of {first['seq_len']}, seed {first['seed']}. Errors relative "
-        "to the energy of the outputs, pooled over sites.",
+        f"{', '.join(first['calibration'])}, sequences of {first['seq_len']}, seed "
+        f"{first['seed']}. Errors of sites are relative to the energy of their outputs.",
         "",
-        "| calibration tokens | held-out error predicted | measured | by dropping "
-        "| measured / predicted per site: mean (lowest to highest) | sites within 10 % "
-        "| sites worse than dropping | perplexity | by dropping |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| calibration tokens | measured on | error of a site, held out | on that text "
+        "| that / held out: mean (lowest to highest) | sites within 10 % | divergence, nats "
+        "| perplexity (dense) |",
+        "|---" * 8 + "|",
     ]
     for row in rows:
         s = summary(row)
+        judged = "–"
+        if row["perplexity"]:
+            judged = f"{row['perplexity'][1]:.2f} ({row['perplexity'][0]:.2f})"
         lines.append(
-            f"| {row['tokens']:,} | {s['predicted']:.4f} | {s['measured']:.4f} "
-            f"| {s['dropped']:.4f} | {s['mean']:.3f} ({s['low']:.2f} to {s['high']:.2f}) "
-            f"| {s['within']:.0%} | {s['worse']} of {len(row['sites'])} "
-            f"| {row['perplexity_reconstructed']:.2f} | {row['perplexity_dropped']:.2f} |"
+            f"| {row['tokens']:,} | {row['text']} | {s['held_out']:.4f} | {s['fresh']:.4f} "
+            f"| {s['ratio']:.2f} ({s['low']:.2f} to {s['high']:.2f}) | {s['within']:.0%} "
+            f"| {row['divergence']:.3f} | {judged} |"
         )
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
+    torch.set_grad_enabled(False)
     main()
