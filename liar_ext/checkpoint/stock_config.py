@@ -19,6 +19,7 @@ from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import InputError
 from liar_ext.models.reading import config_parts
+from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.sites import (
     Part,
     Site,
@@ -234,8 +235,16 @@ def _build(model: nn.Module, config: Any) -> nn.Module | None:
 
 
 def _covers(stock: nn.Module, model: nn.Module) -> bool:
-    """Tell whether no parameter of a model is larger than that of the stock class."""
-    theirs = shapes_of(stock)
+    """Tell whether no parameter of a model is larger than that of the stock class.
+
+    Nor may that class lack a module, or make a buffer of other sizes, as of rotary frequencies.
+    """
+    theirs, modules = shapes_of(stock), dict(stock.named_modules())
+    buffers = {name: buffer.shape for name, buffer in stock.named_buffers()}
+    if any(name not in modules for name, _ in model.named_modules()) or any(
+        buffers.get(name, buffer.shape) != buffer.shape for name, buffer in model.named_buffers()
+    ):
+        return False
     return all(
         len(shape) == len(theirs[name]) and all(map(int.__le__, shape, theirs[name]))
         for name, shape in shapes_of(model).items()
@@ -337,7 +346,7 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
         f"it with `transformers.{auto}.from_pretrained(folder, trust_remote_code=True)`, which "
         "needs no liar_ext, or with `liar_ext.load_pruned(folder)`."
     )
-    if plan.hidden is not None and family_of(model).stream.multiple_of is None:
+    if plan.hidden is not None and stream_of(model).multiple_of is None:
         return f"{needs} No config of {plan.model_type} can tell of a smaller hidden size."
     cut = [site for site in sites(model, attn_unit=plan.attn_unit) if site.name in plan.sites]
     stuck = {s.kind for s in cut if s.wiring.config is None and plan.sites[s.name].removed}
@@ -345,7 +354,7 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
     if any(plan.sites[s.name].bias and s.wiring.bias_flag is None for s in cut):
         options.append("--reconstruct linear")
     narrowed = ""
-    tied = plan.hidden is not None and "heads" in family_of(model).stream.config.values()
+    tied = plan.hidden is not None and "heads" in stream_of(model).config.values()
     if tied and not why_whole(model, "attn"):
         heads = len(plan.hidden.kept) // sites(model, ("attn",))[0].head_dim
         narrowed = f" {len(plan.hidden.kept)} hidden features go with {heads} heads in every layer."
@@ -358,17 +367,17 @@ def how_to_load(model: nn.Module, plan: Plan) -> str:
 
 def _narrowed_fields(model: nn.Module) -> dict[str, int]:
     """Return the config fields that a smaller hidden size sets; none if it is the dense one."""
-    family = family_of(model)
-    if family.stream is None:
+    row = stream_of(model)
+    if row is None:
         return {}
-    site = sites(model)[0]
-    sizes = {**site.sizes, "hidden": site.d_out}
+    site, dense = sites(model)[0], block_config(family_of(model), model.config)
     # Without sites of attention, its sizes stay those of the dense model.
-    fields = {name: sizes[size] for name, size in family.stream.config.items() if size in sizes}
-    dense = block_config(family, model.config)
-    same = all(
-        getattr(dense, n) == fields[n] for n, s in family.stream.config.items() if s == "hidden"
-    )
+    sizes = {**site.sizes, "hidden": site.d_out}
+    if "head_dim" in row.config.values() and "head_dim" not in sizes:
+        derived = dense.hidden_size // dense.num_attention_heads
+        sizes["head_dim"] = getattr(dense, "head_dim", None) or derived
+    fields = {name: sizes[size] for name, size in row.config.items() if size in sizes}
+    same = all(getattr(dense, n) == fields[n] for n, s in row.config.items() if s == "hidden")
     return {} if same else fields
 
 

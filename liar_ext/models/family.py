@@ -161,12 +161,14 @@ class Step(NamedTuple):
 
     Parameters
     ----------
-    does : {"write", "norm", "read", "read_first", "take", "write_if", "norm_if", "read_if"}
+    does : {"write", "norm", "branch_norm", "read", "read_first", "take", "aside"}, also with "_if"
         ``write``: layers whose rows, or embeddings whose columns, are features of the stream, and
         parameters whose last dimension is.
         ``norm``: a norm over the features; what it puts out is read from there on.
+        ``branch_norm``: a norm over what a branch wrote, before it is added to the stream.
         ``read``: linear layers whose columns are the features; ``read_first``: those that read the
-        first token alone. ``take``: those that read what a layer wrote, through no norm. With
+        first token alone. ``take``: those that read together, through no norm, what a layer wrote,
+        or the stream. ``aside``: layers that hold no feature of the stream, be they as wide. With
         ``_if``: of these layers, those that the model, or this block, has.
     layers : tuple of str
         Paths. A layer may read in one step and write in the next.
@@ -180,12 +182,14 @@ class Step(NamedTuple):
 class Stream:
     """How the residual stream of a family is written, normalised and read, in that order.
 
-    Readers read what the last norm before them put out, be it in the block before.
+    Readers read what the last norm before them put out, be it in the block before; where there is
+    none yet, the stream as it is.
 
     Parameters
     ----------
     start : tuple of Step
-        Before the blocks; paths inside the base model.
+        Before the blocks; paths inside the base model, or inside the model where its base model is
+        the stack of blocks alone.
     block : tuple of Step
         In every block; paths inside the block.
     ends : tuple of tuple of Step
@@ -194,7 +198,8 @@ class Stream:
         a model lacks is skipped, and so is a chain whose first step it lacks.
     config : mapping of str to str
         Config fields that follow, and the size that each one holds: ``hidden``, or one of
-        :attr:`Site.sizes` of attention, which the stock class ties to the hidden size.
+        :attr:`Site.sizes` of attention, which the stock class ties to the hidden size. Where the
+        attention can't be pruned, only ``head_dim`` of these, that of the dense model.
     multiple_of : {"heads", "head_dim"} or None
         What the hidden size of the stock class must be a multiple of; None where that class can't
         be built anyway.
@@ -202,6 +207,9 @@ class Stream:
         Config fields, and the values of them that all this is true for.
     norm_offset : float
         What its norms add to their weights before they scale by them.
+    scaled : bool
+        Whether embeddings are multiplied by the root of the hidden size, which their table keeps
+        as ``embed_scale``.
     """
 
     start: tuple[Step, ...]
@@ -211,6 +219,7 @@ class Stream:
     multiple_of: str | None
     requires: Mapping[str, object] = field(default_factory=dict)
     norm_offset: float = 0.0
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,12 +266,14 @@ class Family:
         whose layers exist is taken; None where the family can't have it pruned.
     config : str
         Path inside the config of the part that describes the blocks; empty for the config itself.
-    stream : Stream or None
-        Its residual stream; None if the hidden size can't be pruned.
+    stream : Stream, tuple of Stream, or None
+        Its residual stream, or several alternatives, the first of which whose first layers exist is
+        taken; None if the hidden size can't be pruned.
     without : mapping of str to str
         What can't be done with the family, and why, in a few words: ``attn`` and ``mlp`` can't be
-        pruned, ``kv_group`` not as whole groups, the ``hidden`` size not, no ``stock`` config
-        says the sizes, or no job is ``layerwise``, as its blocks can't be run one by one.
+        pruned, ``kv_group`` not as whole groups, the ``hidden`` size not (beside a stream: not of
+        models that it isn't of), no ``stock`` config says the sizes, or no job is ``layerwise``,
+        as its blocks can't be run one by one.
     repeats : bool
         Blocks run several times in one forward pass, with the same weights.
     lends : bool
@@ -277,7 +288,7 @@ class Family:
     attn: Wiring | tuple[Wiring, ...] | None = None
     mlp: Wiring | tuple[Wiring, ...] | None = None
     config: str = ""
-    stream: Stream | None = None
+    stream: Stream | tuple[Stream, ...] | None = None
     without: Mapping[str, str] = field(default_factory=dict)
     repeats: bool = False
     lends: bool = False

@@ -56,9 +56,7 @@ def _entries(family: Family) -> dict[str, Entry]:
         "kv_groups": _groups(family, attn),
         "channels": _described(family, "mlp", mlp, "its MLP isn't described"),
         "experts": Entry(YES if any(wiring.experts for wiring in mlp) else NONE),
-        "hidden": _entry(
-            family.stream is not None, family, "hidden", "its residual stream isn't described"
-        ),
+        "hidden": _hidden(family),
         "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
         "stock": _stock(family, {"heads": attn, "channels": mlp}),
         "layerwise": _entry("layerwise" not in family.without, family, "layerwise", ""),
@@ -67,6 +65,16 @@ def _entries(family: Family) -> dict[str, Entry]:
 
 def _entry(applies: bool, family: Family, name: str, reason: str) -> Entry:
     return Entry(YES) if applies else Entry(NO, family.without.get(name, reason))
+
+
+def _hidden(family: Family) -> Entry:
+    """Tell of the hidden size, and of the configs that the stream is described for."""
+    row, reason = family.stream, family.without.get("hidden", "")
+    if row is None:
+        return Entry(NO, reason or "its residual stream isn't described")
+    needs = {} if isinstance(row, tuple) else row.requires
+    said = "only with " + ", ".join(f"{k}={v}" for k, v in needs.items()) if needs else ""
+    return Entry(YES, f"{said}: {reason}" if reason else said)
 
 
 def _described(family: Family, kind: str, wirings: list[Wiring], reason: str) -> Entry:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Step
+from liar_ext.models.family import Family, Step, Stream
 from liar_ext.models.reading import base_path, block_config, blocks_of
 from liar_ext.models.registry import family_of
 
@@ -83,6 +83,17 @@ class Hidden:
         return (*self.norms, *(path for source in self.sources for path in source.readers))
 
 
+def stream_of(model: nn.Module) -> Stream | None:
+    """Return the row of a model's residual stream, of alternatives the one that it has; or None."""
+    family, base = family_of(model), base_path(model)
+    if not isinstance(family.stream, tuple):
+        return family.stream
+    layers = dict(model.named_modules())
+    return next(
+        (row for row in family.stream if all(base + n in layers for n in row.start[0].layers)), None
+    )
+
+
 def hidden_of(model: nn.Module) -> Hidden:
     """Find the writers, norms and readers of a model's residual stream.
 
@@ -92,36 +103,44 @@ def hidden_of(model: nn.Module) -> Hidden:
         If the family has no row for its stream, the row isn't for this config, or a layer has the
         hidden size and isn't in the row.
     """
-    family = family_of(model)
-    if family.stream is None:
-        reason = f" ({family.without['hidden']})" if "hidden" in family.without else ""
-        raise InputError(
-            f"hidden: the table has no stream for family {family.name!r}{reason}; prune other "
-            "sites, or register the family with a Stream"
-        )
-    config = block_config(family, model.config)
-    for name, value in family.stream.requires.items():
-        if getattr(config, name) != value:
-            raise InputError(
-                f"hidden: the stream of {family.name!r} is that of models with {name}={value}, got "
-                f"{getattr(config, name)}; prune other sites, or register a family that fits"
-            )
+    family, row = family_of(model), stream_of(model)
+    _check_row(model, family, row)
     base = base_path(model)
     layers = {**dict(model.named_modules()), **dict(model.named_parameters())}
     trail = _Trail(layers)
-    for step in family.stream.start:
-        trail.add(step.does, [base + name for name in step.layers])
+    for step in row.start:
+        paths = [base + name if base + name in layers else name for name in step.layers]
+        trail.add(step.does, paths)
     for path, _ in blocks_of(model, family):
-        for step in family.stream.block:
+        for step in row.block:
             trail.add(step.does, [f"{path}.{name}" for name in step.layers])
     stream = trail.at
-    for chain in family.stream.ends:
+    for chain in row.ends:
         trail.at = stream
         found = [_present(layers, base, step) for step in chain]
         if found[0]:
             for step, paths in zip(chain, found, strict=True):
                 trail.add(step.does, paths)
-    return trail.hidden(model, family.stream.multiple_of, config.num_attention_heads)
+    heads = block_config(family, model.config).num_attention_heads
+    return trail.hidden(model, row.multiple_of, heads)
+
+
+def _check_row(model: nn.Module, family: Family, row: Stream | None) -> None:
+    """Refuse a model whose family has no row for its stream, or one of other models."""
+    reason = f" ({family.without['hidden']})" if "hidden" in family.without else ""
+    if row is None:
+        raise InputError(
+            f"hidden: the table has no stream for family {family.name!r}{reason}; prune other "
+            "sites, or register the family with a Stream"
+        )
+    config = block_config(family, model.config)
+    for name, value in row.requires.items():
+        if getattr(config, name) != value:
+            raise InputError(
+                f"hidden: the stream of {family.name!r} is that of models with {name}={value}, got "
+                f"{getattr(config, name)}{reason}; prune other sites, or register a family that "
+                "fits"
+            )
 
 
 def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:
@@ -143,6 +162,7 @@ class _Trail:
         self.writers: list[str] = []
         self.read: dict[tuple[str, bool], list[str]] = {}  # by source and whether the first token
         self.norms: list[str] = []
+        self.aside: list[str] = []
         self.at = ""
 
     def add(self, does: str, paths: list[str]) -> None:
@@ -157,12 +177,15 @@ class _Trail:
         free = [path for path in paths if path not in taken]
         if does == "write":
             self.writers += paths
-        elif does == "norm":
+        elif does in ("norm", "branch_norm"):
             self.norms += paths
-            for self.at in paths:
-                self.read[self.at, False] = []
-        elif does == "take":
-            self.read |= {(path, False): [path] for path in free}
+            self.read |= {(path, False): [] for path in paths}
+            if does == "norm":
+                self.at = (self.at, *paths)[-1]
+        elif does == "aside":
+            self.aside += paths
+        elif free and (does == "take" or not self.at):
+            self.read[free[0], False] = free
         elif free:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
 
@@ -175,13 +198,14 @@ class _Trail:
         writers = [self.layers[path] for path in self.writers]
         tables = [layer for layer in writers if is_table(layer)]
         alone = {layer.shape[-1] for layer in writers if isinstance(layer, nn.Parameter)}
-        size, *others = sorted(alone | {table.weight.shape[1] for table in tables})
+        found = alone | {table.weight.shape[1] for table in tables}
+        size, *others = sorted(found) or [len(weight_of(writers[0]))]
         if others:
             raise InputError(
                 f"hidden: all embeddings must have the features of the stream, got {size} and "
                 f"{others[0]}; prune other sites"
             )
-        known = {*self.writers, *self.norms}.union(*self.read.values())
+        known = {*self.writers, *self.norms, *self.aside}.union(*self.read.values())
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
             if size in parameter.shape and known.isdisjoint((owner, name)):
@@ -198,7 +222,7 @@ class _Trail:
                 )
         tied = {
             path
-            for path in known
+            for path in known.difference(self.aside)
             if any(getattr(self.layers[path], "weight", None) is t.weight for t in tables)
         }
         sources = tuple(

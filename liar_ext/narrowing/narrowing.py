@@ -30,8 +30,8 @@ from liar_ext.calibration.passes import room_for_sums, split
 from liar_ext.calibration.taps import Tap
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
-from liar_ext.models.registry import family_of
-from liar_ext.models.residual_stream import Hidden, Source, hidden_of, weight_of
+from liar_ext.models.reading import body_of
+from liar_ext.models.residual_stream import Hidden, Source, hidden_of, stream_of, weight_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
 from liar_ext.plan import Budget, Plan, SitePlan
@@ -256,7 +256,7 @@ def _narrow_moments(
 
 def _body(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
     """Return the base model, or the whole one where a tap is in its head."""
-    base = getattr(model, "base_model", model)
+    base = body_of(model)
     inside = set(base.modules())
     return base if all(model.get_submodule(tap.module) in inside for tap in taps) else model
 
@@ -306,7 +306,7 @@ class _Solver:
         bias = getattr(norm, "bias", None)
         slope, offset, solution = fit_norm(both, kept, bias is not None)
         self.scales[path] = slope, offset
-        added = family_of(self.model).stream.norm_offset
+        added = stream_of(self.model).norm_offset
         weight = slope * (norm.weight[kept].double() + added) - added
         new_bias = None if bias is None else slope * bias[kept].double() + offset
         self._set(path, weight, new_bias)

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.models.residual_stream import hidden_of, is_table, is_transposed, weight_of
+from liar_ext.models.residual_stream import (
+    Hidden,
+    hidden_of,
+    is_table,
+    is_transposed,
+    stream_of,
+    weight_of,
+)
 
 LayerWeights = Mapping[str, tuple[Tensor, Tensor | None]]
 
@@ -25,6 +32,12 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
     weights : mapping of str to (Tensor, Tensor or None)
         New weight and bias by path: ``(d_out, n_kept)`` of a reader, ``(n_kept,)`` of a norm. Any
         other layer keeps the slices that it has.
+
+    Notes
+    -----
+    A class that multiplies its embeddings by ``√hidden`` multiplies those that are left by
+    ``√n_kept``. The table then takes the rest, ``√(hidden / n_kept)``, so that what is written to
+    the stream stays what it was; the norm before a head that shares the table gives it back.
     """
     hidden = hidden_of(model)
     index = torch.tensor(kept, device="cpu")
@@ -65,6 +78,25 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
         else:
             keep(path, "weight", dim_of(path, 0))
             keep(path, "bias", 0)
+    if stream_of(model).scaled:
+        _keep_scale(model, hidden, len(kept))
+
+
+def _keep_scale(model: nn.Module, hidden: Hidden, count: int) -> None:
+    """Let embeddings that are scaled by the root of the hidden size put out what they did."""
+    (table,) = (m for m in map(model.get_submodule, hidden.writers) if is_table(m))
+    # Rounded as its forward rounds them.
+    dtype = table.weight.dtype
+    scales = torch.tensor([table.scalar_embed_scale, count**0.5], device="cpu").to(dtype).double()
+    table.scalar_embed_scale = count**0.5
+    table.embed_scale = torch.full_like(table.embed_scale, table.scalar_embed_scale)
+    factor = float(scales[0] / scales[1])
+    if factor == 1.0:
+        return
+    table.weight.mul_(factor)
+    added = stream_of(model).norm_offset
+    for norm in (model.get_submodule(source.module) for source in hidden.sources if source.tied):
+        norm.weight.copy_((norm.weight.double() + added) / factor - added)
 
 
 def select(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:

@@ -74,6 +74,12 @@ PLAINLY = {
     "distilbert": ("AutoModel", heads_plan(3)),
     "opt": ("AutoModelForCausalLM", heads_plan(3)),
     "gpt_neox": ("AutoModelForCausalLM", heads_plan(3)),
+    "gemma3_text": ("AutoModelForCausalLM", None),
+    "glm4": ("AutoModelForCausalLM", None),
+    "olmo2": ("AutoModelForCausalLM", None),
+    "exaone4": ("AutoModelForCausalLM", None),
+    "electra": ("AutoModelForSequenceClassification", heads_plan(3)),
+    "dinov3_vit": ("AutoModel", heads_plan(3)),
 }
 
 
@@ -107,7 +113,7 @@ def test_plain_transformers_loads_it(name, plainly):
     assert wrong[name].strip() == ""
 
 
-@pytest.mark.parametrize("name", NARROWABLE)
+@pytest.mark.parametrize("name", [*NARROWABLE, "gemma2"])
 def test_sizes_that_no_config_says_load_with_the_plan(name, tmp_path):
     """An odd hidden size, which heads do not divide, and BERT with all its heads."""
     hidden = 23

@@ -97,6 +97,8 @@ def test_a_model_that_sees_is_the_same_on_pictures(kinds: tuple[str, ...]) -> No
         ("cohere2", {"keep_hidden": 0.7}),
         ("phi", {"keep_hidden": 0.7, "criterion": "taylor"}),
         ("stablelm", {"keep_hidden": 0.7, "qk_layernorm": True}),
+        ("gemma2", {"keep_hidden": 0.7, "schedule": "layerwise"}),
+        ("olmo2", {"keep_hidden": 0.7}),
     ],
 )
 def test_jobs_of_other_choices(name: str, choices: dict, tmp_path: Path) -> None:

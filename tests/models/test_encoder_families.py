@@ -136,7 +136,7 @@ def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path
 
 
 NARROWED = "nomic_bert modernbert clip_text_model siglip_text_model vit dinov2".split()
-NARROWED += ["clip_vision_model"]
+NARROWED += ["clip_vision_model", "electra", "dinov3_vit"]
 
 
 @pytest.mark.parametrize("name", ["nomic_bert", "modernbert", "vit"])
@@ -144,15 +144,32 @@ def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatc
     check_hidden(name, monkeypatch, **({"tie_word_embeddings": False} if "bert" in name else {}))
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov2_swiglu"])
+@pytest.mark.parametrize("size", [16, 32])
+def test_hidden_features_of_electra_that_others_repeat_are_given_back(size, monkeypatch) -> None:
+    """Embeddings with a size of their own stay as they are; those of the stream are narrowed."""
+    check_hidden("electra", monkeypatch, embedding_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dinov2", {}),
+        ("dinov2_swiglu", {}),
+        ("dinov3_vit", {}),
+        ("dinov3_vit gated", {}),
+        ("siglip_vision_model", {"vision_use_head": False}),
+    ],
+)
 @torch.no_grad()
-def test_hidden_features_of_dinov2_that_others_repeat_are_given_back(name, monkeypatch) -> None:
-    model = tiny(name, dtype=torch.float64)
+def test_hidden_features_of_images_that_others_repeat_are_given_back(
+    name: str, fields: dict, monkeypatch
+) -> None:
+    model = tiny(name, dtype=torch.float64, **fields)
     half = double_features(model)
     wanting(monkeypatch, range(half))
     found = narrow(model, batches(model), 0.5, damp=1e-12)
     small, inputs = copy.deepcopy(model), tiny_inputs(model, batch=16, seed=99)
-    apply_plan(small, Plan("dinov2", "auto", {}, hidden=found.kept), found.weights)
+    apply_plan(small, Plan(model.config.model_type, "auto", {}, hidden=found.kept), found.weights)
     wanted = outputs(model, inputs)[..., :half]
     torch.testing.assert_close(outputs(small, inputs), wanted, rtol=1e-4, atol=1e-4)
 

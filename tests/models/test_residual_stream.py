@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny import NARROWABLE, TINY, outputs, tiny, tiny_inputs
+from tiny import MORE, NARROWABLE, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import InputError, Plan
@@ -69,15 +69,24 @@ HEADS = {
         "ForQuestionAnswering",
         "Model",
     ],
+    "gemma2": ["ForSequenceClassification", "ForTokenClassification", "Model"],
+    "electra": [
+        "ForPreTraining",
+        "ForMaskedLM",
+        "ForSequenceClassification",
+        "ForTokenClassification",
+        "ForQuestionAnswering",
+        "Model",
+    ],
 }
 
 
-def with_head(name: str, head: str) -> nn.Module:
+def with_head(name: str, head: str, **fields) -> nn.Module:
     """Return a tiny model with another head, and random weights like those of the others."""
-    prefix = TINY[name][0].split("For")[0].removesuffix("LMHeadModel")
+    model_class, config_class, sizes = {**TINY, **MORE}[name]
+    prefix = model_class.split("For")[0].removesuffix("LMHeadModel")
     prefix = prefix.removesuffix("Model")
-    config_class, fields = TINY[name][1:]
-    config = getattr(transformers, config_class)(**fields)
+    config = getattr(transformers, config_class)(**{**sizes, **fields})
     torch.manual_seed(0)
     return getattr(transformers, prefix + head)(config).eval()
 
@@ -155,6 +164,37 @@ def test_every_head_reads_the_stream_somewhere(name, head):
         assert result["pooler_output"].shape == (2, 16)
 
 
+@pytest.mark.parametrize("head", ["ForPreTraining", "ForMaskedLM", "ForSequenceClassification"])
+def test_embeddings_of_electra_that_are_as_wide_as_the_stream_are_narrowed(head):
+    small = narrowed(with_head("electra", head, embedding_size=32), tuple(range(16)))
+    assert 32 not in {size for p in small.electra.embeddings.parameters() for size in p.shape}
+    assert small(**tiny_inputs(small))[0].isfinite().all()
+
+
+def test_a_siglip_that_pools_its_patches_is_refused():
+    with pytest.raises(InputError, match="vision_use_head=False, got True .*as wide as the hidden"):
+        hidden_of(tiny("siglip_vision_model"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text"])
+def test_embeddings_scaled_by_the_hidden_size_put_out_what_they_did(name, tied):
+    """The table takes over what the root of fewer features lacks; a tied head doesn't see it."""
+    model = tiny(name, dtype=torch.float64, tie_word_embeddings=tied)
+    small = narrowed(model, tuple(range(8)))
+    ids = torch.arange(3, 20)
+    wanted = model.model.embed_tokens(ids)[:, :8]
+    torch.testing.assert_close(small.model.embed_tokens(ids), wanted)
+    built = type(small.model.embed_tokens)(61, 8, 0, embed_scale=8**0.5)
+    assert small.model.embed_tokens.scalar_embed_scale == built.scalar_embed_scale
+    assert small.model.embed_tokens.embed_scale.float() == built.embed_scale
+    assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
+    h = torch.randn(5, 8, dtype=torch.float64)
+    head = h / (h.square().mean(1, keepdim=True) + small.model.norm.eps).sqrt()
+    head = (head * (1 + model.model.norm.weight[:8].double())) @ model.lm_head.weight[:, :8].T
+    torch.testing.assert_close(small.lm_head(small.model.norm(h)), head, rtol=1e-5, atol=1e-5)
+
+
 def test_a_head_that_the_family_does_not_name_is_refused():
     model = tiny("llama")
     model.value_head = nn.Linear(model.config.hidden_size, 1)
@@ -169,7 +209,7 @@ def test_a_block_with_more_norms_than_the_family_has_is_refused():
         hidden_of(model)
 
 
-@pytest.mark.parametrize("name", ["olmo2", "gemma3_text", "dinov3_vit"])
+@pytest.mark.parametrize("name", ["olmo", "gemma4_text", "deberta-v2", "albert"])
 def test_a_family_without_a_stream_is_refused(name):
     with pytest.raises(InputError, match=f"no stream for family '{name}'"):
         hidden_of(tiny(name))

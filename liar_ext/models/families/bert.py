@@ -48,6 +48,38 @@ BERT = Stream(
     config={"hidden_size": "hidden", "num_attention_heads": "heads"},
     multiple_of="head_dim",
 )
+# Its embeddings have a size of their own, that of the stream in larger models.
+ELECTRA = replace(
+    BERT,
+    ends=(
+        _pooled("classifier.dense", "classifier.out_proj"),
+        (
+            *(Step(does, ("discriminator_predictions.dense",)) for does in ("read", "write")),
+            Step("take", ("discriminator_predictions.dense_prediction",)),
+        ),
+        _masked(
+            "generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"
+        ),
+        (Step("read", ("classifier", "qa_outputs")),),
+    ),
+    config={**BERT.config, "embedding_size": "hidden"},
+)
+PROJECTED = replace(
+    ELECTRA,
+    start=(
+        Step("write", ("embeddings_project",)),
+        *(Step("aside", step.layers) for step in ELECTRA.start),
+    ),
+    ends=(
+        *ELECTRA.ends[:2],
+        (
+            Step("read", ("generator_predictions.dense",)),
+            Step("aside", ("generator_predictions.LayerNorm", "generator_lm_head")),
+        ),
+        ELECTRA.ends[3],
+    ),
+    config=BERT.config,
+)
 # No config says what is left: a head has hidden / heads features, and the table of relative
 # positions a column for every head that there was.
 MPNET = Stream(
@@ -116,8 +148,7 @@ ROWS = (
     replace(
         _BERT,
         name="electra",
-        stream=None,
-        without={**_BERT.without, "hidden": "its embeddings have a size of their own"},
+        stream=(PROJECTED, ELECTRA),
     ),
     replace(
         _BERT,

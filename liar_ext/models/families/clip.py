@@ -65,6 +65,14 @@ _VISION = replace(
 )
 
 
+_ALONE = replace(
+    _STREAM,
+    start=(Step("write", ("embeddings.patch_embedding", "embeddings.position_embedding")),),
+    ends=((Step("norm", ("post_layernorm",)),),),
+    requires={"vision_use_head": False},
+)
+
+
 def _alone(name: str, stream: Stream | None = None, **without: str) -> Family:
     """Return the row of one tower, which is a model by itself."""
     return Family(
@@ -93,5 +101,10 @@ def _rows(name: str, **vision: Stream | str) -> tuple[Family, ...]:
 # The rows of the table.
 ROWS = (
     *_rows("clip", stream=_VISION),
-    *_rows("siglip", hidden="its patches are pooled by attention of their own"),
+    # torch's attention, which pools the patches, is as wide as the hidden size.
+    *_rows(
+        "siglip",
+        stream=_ALONE,
+        hidden="its patches are pooled by attention that is as wide as the hidden size",
+    ),
 )

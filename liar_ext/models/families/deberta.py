@@ -38,7 +38,7 @@ ROWS = (
             config={"intermediate_size": "features"},
         ),
         without={
-            "hidden": "embeddings of relative positions are read beside the stream",
+            "hidden": "its query and key layers also read embeddings of relative positions",
             "stock": "heads: its config derives the size of a head from the hidden size",
         },
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, HEADS, LLAMA, ROW
-from liar_ext.models.families.reasons import ADDED
 from liar_ext.models.family import Family, Stack, Step, Wiring
 
 _MLP = Wiring(
@@ -29,7 +28,14 @@ def _block(*reads: str) -> tuple[Step, ...]:
     )
 
 
-_GLM = replace(ROW, name="glm", attn=ATTN, mlp=_MLP, stream=replace(LLAMA, block=_block(*_QKV)))
+_BLOCK = _block(*_QKV)
+_SANDWICHED = (
+    *_BLOCK[:3],
+    Step("branch_norm", ("post_self_attn_layernorm",)),
+    *_BLOCK[3:],
+    Step("branch_norm", ("post_mlp_layernorm",)),
+)
+_GLM = replace(ROW, name="glm", attn=ATTN, mlp=_MLP, stream=replace(LLAMA, block=_BLOCK))
 
 # The rows of the table.
 ROWS = (
@@ -53,5 +59,5 @@ ROWS = (
         stream=replace(LLAMA, block=_block("self_attn.qkv_proj")),
     ),
     _GLM,
-    replace(_GLM, name="glm4", stream=None, without={"hidden": ADDED}),
+    replace(_GLM, name="glm4", stream=replace(LLAMA, block=_SANDWICHED)),
 )

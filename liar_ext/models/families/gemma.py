@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.llama import MLP, ROW
-from liar_ext.models.families.reasons import ADDED, BORROWED, SCALED
+from liar_ext.models.families.llama import LLAMA, MLP, ROW
+from liar_ext.models.families.reasons import BORROWED, PICTURES
+from liar_ext.models.family import Step
 
-_GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=None, without={"hidden": SCALED})
-_BOTH = {"hidden": f"{SCALED}, and {ADDED}"}
+# Its norms scale by their weights and one.
+_SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
+_BEFORE = Step("norm", ("pre_feedforward_layernorm",))
+_READ, _WRITTEN = LLAMA.block[4:6]
+_BOTH = replace(
+    _SCALED,
+    block=(
+        *LLAMA.block[:3],
+        Step("branch_norm", ("post_attention_layernorm",)),
+        *(_BEFORE, _READ, _WRITTEN),
+        Step("branch_norm", ("post_feedforward_layernorm",)),
+    ),
+)
+_GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
+_GEMMA3 = replace(_GEMMA, name="gemma3_text", stream=_BOTH)
 
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
 _GEMMA4 = replace(
@@ -16,10 +30,11 @@ _GEMMA4 = replace(
     name="gemma4_text",
     attn=None,
     mlp=replace(MLP, config=None),
+    stream=None,
     lends=True,
     without={
         **{"attn": BORROWED, "kv_group": BORROWED, "layerwise": BORROWED},
-        "hidden": f"{SCALED}, and {ADDED}",
+        "hidden": "every block reads embeddings of its own beside the stream",
         "stock": "channels: its config has sizes of single layers of its own",
     },
 )
@@ -29,14 +44,19 @@ ROWS = (
     _GEMMA4,
     replace(_GEMMA4, name="gemma4", blocks="language_model.layers", config="text_config"),
     _GEMMA,
-    replace(_GEMMA, name="gemma2", without=_BOTH),
-    replace(_GEMMA, name="vaultgemma"),
-    replace(_GEMMA, name="gemma3_text", without=_BOTH),
+    replace(_GEMMA3, name="gemma2"),
+    replace(
+        _GEMMA,
+        name="vaultgemma",
+        stream=replace(_SCALED, block=(*LLAMA.block[:3], _BEFORE, _READ, _WRITTEN)),
+    ),
+    _GEMMA3,
     replace(
         _GEMMA,
         name="gemma3",
         blocks="language_model.layers",
         config="text_config",
-        without=_BOTH,
+        stream=None,
+        without={"hidden": PICTURES},
     ),
 )

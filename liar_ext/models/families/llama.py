@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.reasons import ADDED, JOINT, WEIGHTLESS
+from liar_ext.models.families.reasons import JOINT, WEIGHTLESS
 from liar_ext.models.family import Family, Step, Stream, Wiring
 
 LLAMA = Stream(
@@ -20,6 +20,20 @@ LLAMA = Stream(
     ends=((Step("norm", ("norm",)), Step("read", ("lm_head", "score", "qa_outputs"))),),
     config={"hidden_size": "hidden"},
     multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
+)
+
+# A norm over what each branch writes, and none before it reads.
+AFTER = replace(
+    LLAMA,
+    block=(
+        Step("take", LLAMA.block[1].layers),
+        Step("aside", ("self_attn.q_norm", "self_attn.k_norm")),
+        LLAMA.block[2],
+        Step("branch_norm", ("post_attention_layernorm",)),
+        Step("take", LLAMA.block[4].layers),
+        LLAMA.block[5],
+        Step("branch_norm", ("post_feedforward_layernorm",)),
+    ),
 )
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
@@ -89,8 +103,7 @@ ROWS = (
         name="exaone4",
         attn=replace(ATTN, numbers=_COUNTS),
         mlp=MLP,
-        stream=None,
-        without={"hidden": ADDED},
+        stream=AFTER,
     ),
     replace(
         ROW,
@@ -105,8 +118,8 @@ ROWS = (
             name=name,
             attn=None,
             mlp=MLP,
-            stream=None,
-            without={"attn": JOINT, "kv_group": JOINT, "hidden": ADDED},
+            stream=replace(AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
+            without={"attn": JOINT, "kv_group": JOINT},
         )
         for name in ("olmo2", "olmo3")
     ),

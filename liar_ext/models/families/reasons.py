@@ -1,7 +1,5 @@
 """Why something can't be done with a family, in the words of ``Family.without``."""
 
-SCALED = "its embeddings are scaled by the root of the hidden size"
-ADDED = "it normalises what a branch writes before it adds it"
 JOINT = "its q_norm and k_norm run over all heads at once"
 WEIGHTLESS = "its norms have no weights to fit"
 BORROWED = "some layers read keys and values of others"

@@ -43,6 +43,28 @@ _SCALED = replace(
     ),
     ends=((Step("norm", ("layernorm",)), Step("read", ("classifier",))),),
 )
+# Its base model is the stack of blocks alone.
+_DINOV3 = replace(
+    _SCALED,
+    start=(
+        Step(
+            "write",
+            tuple(
+                f"embeddings.{name}"
+                for name in ("patch_embeddings", "cls_token", "register_tokens", "mask_token")
+            ),
+        ),
+    ),
+    block=(
+        *_SCALED.block[:5],
+        Step("read_if", ("mlp.gate_proj", "mlp.up_proj")),
+        Step("write", ("mlp.down_proj",)),
+        _SCALED.block[7],
+    ),
+    ends=((Step("norm", ("norm",)),),),
+    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
+    multiple_of="head_dim",
+)
 
 _VIT = Family(
     name="vit",
@@ -97,9 +119,8 @@ ROWS = (
             )
             for producers in (("mlp.gate_proj", "mlp.up_proj"), ("mlp.up_proj",))
         ),
-        stream=None,
+        stream=_DINOV3,
         without={
-            "hidden": "its embeddings are no part of its base model",
             "stock": "heads: its config derives the size of a head from the hidden size",
         },
     ),
