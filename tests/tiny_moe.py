@@ -30,6 +30,12 @@ _LINEAR = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
 
+_VISION = {
+    **{"depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 1},
+    **{"hidden_size": 16, "out_hidden_size": 40, "intermediate_size": 16},
+    "deepstack_visual_indexes": [0],
+}
+
 # name: (model class, config class, config fields)
 MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
     "qwen2_moe": (
@@ -38,6 +44,47 @@ MOE_FAMILIES: dict[str, tuple[str, str, dict]] = {
         {
             **{**_EXPERTS, "hidden_size": 64, "mlp_only_layers": [1]},
             **{"shared_expert_intermediate_size": 12, "norm_topk_prob": True},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": {
+                **{**_EXPERTS, "mlp_only_layers": [1], "head_dim": 8},
+                "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": _VISION,
+        },
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM",
+        "MiniMaxConfig",
+        {
+            **{**_SIZES, "num_local_experts": 4, "block_size": 8},
+            "layer_types": ["full_attention", "linear_attention"],
+            **{"mlp_alpha_factor": 0.9, "mlp_beta_factor": 0.8},
+        },
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM",
+        "Lfm2MoeConfig",
+        {
+            **{**_EXPERTS, "num_dense_layers": 1, "num_hidden_layers": 3, "hidden_size": 32},
+            "layer_types": ["full_attention", "conv", "full_attention"],
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1ForCausalLM",
+        "HunYuanMoEV1Config",
+        {**_SIZES, "num_experts": 4, "moe_topk": 2},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {
+            **{**_SIZES, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+            **{"moe_num_shared_experts": 1, "moe_layer_start_index": 1, "num_hidden_layers": 3},
         },
     ),
     "granitemoe": (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.errors import InputError
-from liar_ext.models.experts import called_at, gated, reroute, router_of
+from liar_ext.models.experts import called_at, choice_of, gated, reroute, router_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 
@@ -30,6 +30,8 @@ class LayerTokens:
         The first expert.
     router : nn.Module
         What sends tokens to experts.
+    choice : tuple of Tensor
+        What it is called with beside the tokens.
     logits : Tensor
         ``(tokens, experts)``: the router's.
     routed : Tensor
@@ -42,6 +44,7 @@ class LayerTokens:
 
     site: Site
     router: nn.Module
+    choice: tuple[Tensor, ...]
     logits: Tensor
     routed: Tensor
     products: Tensor
@@ -50,7 +53,8 @@ class LayerTokens:
     def sums(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and c of the experts ``kept``, ``(2, kept, kept)`` and ``(2, kept)``."""
         n, size = len(kept), self.site.experts
-        weight, place = reroute(self.router, self.logits, kept)
+        experts = self.site.wiring.experts
+        weight, place = reroute(self.router, self.logits, kept, experts, self.choice)
         weight, chosen = weight.double(), kept[place]
         cross = weight * self._reached.gather(1, chosen)
         index = chosen[:, :, None] * size + chosen[:, None, :]
@@ -129,7 +133,7 @@ def collect_tokens(
     layers_found = []
     for site in layers:
         parts = [torch.cat(part) for part in zip(*found.pop(site.team), strict=True)]
-        tokens = LayerTokens(site, router_of(model, site), *parts)
+        tokens = LayerTokens(site, router_of(model, site), choice_of(model, site), *parts)
         if set(tokens.fold.tolist()) != set(range(FOLDS)):
             raise InputError(
                 f"experts: each of the {FOLDS} folds needs tokens; give at least 2 sequences"

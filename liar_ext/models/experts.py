@@ -12,14 +12,14 @@ y is weighted by r², and so are the sums over the tokens that reach the expert.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.family import Wiring
+from liar_ext.models.family import Experts, Wiring
 from liar_ext.models.reading import get_path
 
 if TYPE_CHECKING:
@@ -123,6 +123,23 @@ def router_of(model: nn.Module, site: Site) -> nn.Module:
     return model.get_submodule(f"{site.path}.{site.wiring.experts.router}")
 
 
+def choice_of(model: nn.Module, site: Site) -> tuple[Tensor, ...]:
+    """Return what a router is called with beside the tokens: nothing, or a number per expert."""
+    path = site.wiring.experts.choice
+    owner, _, name = f"{site.path}.{path}".rpartition(".")
+    found = getattr(model.get_submodule(owner), name, None) if path else None
+    return () if found is None else (found,)
+
+
+def by_expert(router: nn.Module, experts: int) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
+    """Yield what a router holds for each expert: its owner, name, itself and the dimension."""
+    for module in list(router.modules()):
+        both = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in both:
+            if experts in tensor.shape:
+                yield module, name, tensor, tensor.shape.index(experts)
+
+
 def refuse_experts(at: Sequence[Site], what: str, instead: str) -> None:
     """Raise InputError if a site is an expert, which ``what`` can't do; say what to do instead."""
     name = next((site.name for site in at if site.expert is not None), None)
@@ -160,23 +177,40 @@ def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
     return layer.owner._apply_gate(out if layer.bias is None else out + layer.bias)
 
 
-def reroute(router: nn.Module, logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def reroute(
+    router: nn.Module,
+    logits: Tensor,
+    kept: Tensor,
+    experts: Experts,
+    choice: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
     """Return weights and places in ``kept``, ``(tokens, top_k)``, of a router with fewer rows.
 
     It is the router's own code, which computes its logits from hidden features: it is given the
-    logits as such, and rows of the identity as its weight.
+    logits as such, and rows of the identity as its weight. ``choice`` is what it is called with
+    beside them, see :func:`choice_of`.
     """
-    fewer = copy.copy(router)
-    rows = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)[kept]
-    fewer._parameters = {"weight": nn.Parameter(rows, requires_grad=False)}
-    if "bias" in router._parameters:  # which the logits hold already
-        zeros = rows.new_zeros(len(kept))
-        fewer._parameters["bias"] = nn.Parameter(zeros, requires_grad=False)
+    fewer, size = _light_copy(router), logits.shape[1]
     # Such as a bias of the choice alone.
-    fewer._buffers = {
-        name: buffer[kept] if len(buffer) == logits.shape[1] else buffer
-        for name, buffer in router._buffers.items()
-    }
-    fewer.hidden_dim, fewer.num_experts = logits.shape[1], len(kept)
-    _, weights, places = fewer.forward(logits)
+    for module, name, tensor, dim in by_expert(fewer, size):
+        part = tensor.detach().index_select(dim, kept.to(tensor.device))
+        held = module._parameters if name in module._parameters else module._buffers
+        held[name] = nn.Parameter(part, requires_grad=False) if held is module._parameters else part
+    owner, _, name = experts.weight.rpartition(".")
+    matrix = fewer.get_submodule(owner)
+    rows = torch.eye(size, dtype=logits.dtype, device=logits.device)[kept]
+    matrix._parameters[name] = nn.Parameter(rows, requires_grad=False)
+    if matrix._parameters.get("bias") is not None:  # which the logits hold already
+        zeros = rows.new_zeros(len(kept))
+        matrix._parameters["bias"] = nn.Parameter(zeros, requires_grad=False)
+    fewer.hidden_dim, fewer.num_experts = size, len(kept)
+    _, weights, places = fewer.forward(logits, *(each[kept] for each in choice))
     return weights, places
+
+
+def _light_copy(module: nn.Module) -> nn.Module:
+    """Return a copy whose modules are its own, with the tensors of the other."""
+    copied = copy.copy(module)
+    copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
+    copied._modules = {name: _light_copy(child) for name, child in module._modules.items()}
+    return copied

@@ -78,12 +78,19 @@ class Experts:
         Path of the module that holds the experts, called with tokens, the experts chosen for each
         and their weights.
     router : str
-        Path of the module that chooses: ``weight`` has a row per expert, and so has ``bias``, if
-        there is one; it gives logits, weights and chosen experts, ``top_k`` of a token.
+        Path of the module that chooses: its weight has a row per expert, and so has a bias beside
+        it, if there is one; it gives logits, weights and chosen experts, ``top_k`` of a token.
+    weight : str
+        Path of that weight inside the router.
+    choice : str
+        Path of a buffer outside of the router, one number per expert, that it is called with beside
+        the tokens; empty if there is none. A model may lack it.
     """
 
     module: str
     router: str
+    weight: str = "weight"
+    choice: str = ""
 
 
 @dataclass(frozen=True)

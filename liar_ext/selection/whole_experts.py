@@ -245,7 +245,7 @@ def _row(
 ) -> SiteRow:
     router = router_of(model, site)
     module = model.get_submodule(site.consumer.rpartition(".")[0])
-    both = [*module.parameters(recurse=False), *router.parameters(recurse=False)]
+    both = [*module.parameters(recurse=False), *router.parameters()]
     each = sum(parameter.numel() for parameter in both) // site.experts
     return SiteRow(
         name=f"{site.team.rpartition('.')[0]}.experts",

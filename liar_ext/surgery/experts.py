@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.experts import bias_name, router_of
+from liar_ext.models.experts import bias_name, by_expert, choice_of, router_of
 from liar_ext.models.sites import Site
 from liar_ext.plan import SitePlan
 from liar_ext.surgery.residual_stream import select
@@ -52,12 +52,19 @@ def keep_experts(model: nn.Module, site: Site, kept: Tensor, scales: Tensor | No
     """
     owner, _, consumer = site.consumer.rpartition(".")
     experts, router = model.get_submodule(owner), router_of(model, site)
-    for module in (experts, router):
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, select(parameter, 0, kept))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if len(buffer) == site.experts:
-                setattr(module, name, buffer[kept.to(buffer.device)])
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        setattr(experts, name, select(parameter, 0, kept))
+    held = list(by_expert(router, site.experts))
+    for buffer in choice_of(model, site):
+        path, _, name = f"{site.path}.{site.wiring.experts.choice}".rpartition(".")
+        held.append((model.get_submodule(path), name, buffer, 0))
+    for module, name, tensor, dim in held:
+        if isinstance(tensor, nn.Parameter):
+            setattr(module, name, select(tensor, dim, kept))
+        else:
+            setattr(module, name, tensor.index_select(dim, kept.to(tensor.device)))
+        if isinstance(module, nn.Linear):
+            module.out_features = len(kept)
     if scales is not None:
         for name in (consumer, bias_name(consumer)):
             parameter = getattr(experts, name, None)

@@ -114,7 +114,8 @@ def test_a_router_with_fewer_rows_is_foreseen(name: str) -> None:
     site, kept = layers_of(model)[0], torch.tensor([0, 1, 3])
     hidden = torch.randn(7, site.d_out)
     router = router_of(model, site)
-    weights, places = reroute(router, router(hidden)[0], kept)
+    experts = layers_of(model)[0].wiring.experts
+    weights, places = reroute(router, router(hidden)[0], kept, experts)
     apply_plan(model, Plan(name, "auto", {}, experts={"0.mlp": SitePlan(4, (0, 1, 3))}))
     _, expected, expected_places = router(hidden)
     assert torch.equal(places, expected_places)

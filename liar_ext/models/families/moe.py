@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, MLP, ROW
-from liar_ext.models.families.reasons import JOINT
+from liar_ext.models.families.reasons import JOINT, PICTURES
 from liar_ext.models.family import Experts, Family, Stack, Wiring
 
 # Rows of gate_up_proj: those of all gates, then those of all ups.
@@ -55,6 +55,23 @@ def _placed(wiring: Wiring, experts: Experts, config: dict[str, str]) -> Wiring:
     )
 
 
+_LFM2 = _placed(
+    _STACKED,
+    Experts("feed_forward.experts", "feed_forward.gate", choice="feed_forward.expert_bias"),
+    _QWEN3.config,
+)
+# The router's weight is that of a linear layer inside of it; experts and the one beside them have
+# one width.
+_HUNYUAN = replace(
+    _STACKED,
+    config={"num_experts": "experts"},
+    experts=Experts("mlp.experts", "mlp.gate", weight="wg.weight"),
+)
+_ERNIE = replace(
+    _STACKED,
+    numbers={**_STACKED.numbers, "mlp.num_experts": "experts"},
+    config={"moe_num_experts": "experts"},
+)
 _GRANITE = _placed(
     _STACKED, Experts("block_sparse_moe.experts", "block_sparse_moe.router"), _STACKED.config
 )
@@ -107,6 +124,52 @@ ROWS = (
         attn=replace(ROW.attn, per_head=("self_attn.sinks",)),
         mlp=_GPT_OSS,
         without=_WITHOUT,
+    ),
+    Family(
+        name="qwen3_vl_moe",
+        blocks="language_model.layers",
+        attn=ROW.attn,
+        mlp=(_QWEN3, MLP),
+        config="text_config",
+        without={"hidden": f"{_WITHOUT['hidden']}, and {PICTURES}"},
+    ),
+    # Blocks of linear attention have no sites of attention, and as many heads by the config.
+    Family(
+        name="minimax",
+        blocks="layers",
+        attn=replace(ATTN, optional=True, config=None),
+        mlp=_STACKED,
+        without={**_WITHOUT, "stock": "heads: one field also counts those of linear attention"},
+    ),
+    # The first layers have an ordinary MLP, some blocks convolutions in place of attention.
+    Family(
+        name="lfm2_moe",
+        blocks="layers",
+        attn=replace(ATTN, consumer="self_attn.out_proj", optional=True),
+        mlp=(
+            _LFM2,
+            Wiring(
+                producers=("feed_forward.w1", "feed_forward.w3"),
+                consumer="feed_forward.w2",
+                numbers={"feed_forward.intermediate_size": "features"},
+                config={"intermediate_size": "features"},
+            ),
+        ),
+        without=_WITHOUT,
+    ),
+    Family(
+        name="hunyuan_v1_moe",
+        blocks="layers",
+        attn=ROW.attn,
+        mlp=_HUNYUAN,
+        without={**_WITHOUT, "stock": _BESIDE},
+    ),
+    Family(
+        name="ernie4_5_moe",
+        blocks="layers",
+        attn=replace(ATTN, bias_flag="use_bias"),
+        mlp=(_ERNIE, replace(MLP, bias_flag="use_bias")),
+        without={**_WITHOUT, "stock": _BESIDE},
     ),
     Family(name="qwen2_moe", blocks="layers", attn=ATTN, mlp=(_QWEN3, MLP), without=_WITHOUT),
     Family(name="granitemoe", blocks="layers", attn=ROW.attn, mlp=_GRANITE, without=_WITHOUT),
