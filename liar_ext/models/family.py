@@ -241,6 +241,8 @@ class Part:
         As for :class:`Family`.
     cross_attn : Wiring or None
         The attention to another part, which comes between the two other sites.
+    shared_mlp : Wiring or None
+        The MLP that every token passes beside the experts that it is sent to.
     input : str
         The input of the model that this part reads; empty for the main one.
     mask : str
@@ -252,6 +254,7 @@ class Part:
     attn: Wiring | tuple[Wiring, ...] | None
     mlp: Wiring | tuple[Wiring, ...] | None
     cross_attn: Wiring | None = None
+    shared_mlp: Wiring | None = None
     config: str = ""
     input: str = ""
     mask: str = "attention_mask"
@@ -271,6 +274,8 @@ class Family:
     attn, mlp : Wiring, tuple of Wiring, or None
         The two sites of a block, each one wiring or several alternatives, the first of which
         whose layers exist is taken; None where the family can't have it pruned.
+    shared_mlp : Wiring or None
+        The MLP that every token passes beside the experts that it is sent to; optional.
     config : str
         Path inside the config of the part that describes the blocks; empty for the config itself.
     stream : Stream, tuple of Stream, or None
@@ -294,6 +299,7 @@ class Family:
     blocks: str = ""
     attn: Wiring | tuple[Wiring, ...] | None = None
     mlp: Wiring | tuple[Wiring, ...] | None = None
+    shared_mlp: Wiring | None = None
     config: str = ""
     stream: Stream | tuple[Stream, ...] | None = None
     without: Mapping[str, str] = field(default_factory=dict)
@@ -311,5 +317,13 @@ class Family:
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """Its stacks of blocks, be it one or several."""
-        only = Part("", self.blocks, self.attn, self.mlp, config=self.config, repeats=self.repeats)
+        only = Part(
+            "",
+            self.blocks,
+            self.attn,
+            self.mlp,
+            shared_mlp=self.shared_mlp,
+            config=self.config,
+            repeats=self.repeats,
+        )
         return self.parts or (only,)

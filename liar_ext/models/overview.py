@@ -24,7 +24,7 @@ COLUMNS = {
 LEGEND = {
     "heads": "attention heads can be removed",
     "kv_groups": "key/value heads can, with the query heads that share them",
-    "channels": "MLP channels can, in a mixture those of every expert",
+    "channels": "MLP channels can, in a mixture those of every expert, shared ones included",
     "experts": "whole experts of a mixture can; a dash stands where there are none",
     "hidden": "features of the residual stream can, by `--keep-hidden`",
     "biases": "the config fields by which the stock class gives all these layers a bias; without "

@@ -7,7 +7,8 @@ columns go::
     attn    q, k, v   ──▶ x (d_in = heads · head_dim) ──▶ o      unit = head or KV group
 
 A block of a decoder that reads an encoder has a third one, ``cross_attn``, of the kind ``attn``.
-Where the MLP is a mixture of experts, each expert is a site, such as ``"3.mlp.5"``. Their weights
+Where the MLP is a mixture of experts, each expert is a site, such as ``"3.mlp.5"``, and an expert
+that every token passes beside these is ``"3.shared_mlp"``, of the kind ``mlp``. Weights of experts
 lie in parameters that all experts of a layer share, see :mod:`liar_ext.models.experts`, so that all
 of them must keep equally many channels.
 
@@ -54,7 +55,8 @@ __all__ = [
 
 KINDS = ("attn", "mlp")
 ATTN_UNITS = ("auto", "kv_group", "head")
-CROSS = "cross_attn"
+CROSS, SHARED = "cross_attn", "shared_mlp"
+_KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp"}  # by what a row calls it
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,8 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
     for part, blocks in parts:
         rows = {
             label: _rows(part, label, model.config)
-            for label in ("attn", *([CROSS] if whole else []), "mlp")
-            if label.removeprefix("cross_") in kinds
+            for label, kind in _KIND.items()
+            if kind in kinds and (whole or label != CROSS)
         }
         described = described or any(rows.values())
         for index, block in enumerate(blocks):
@@ -328,7 +330,7 @@ def _read_site(
     """Measure one site of a block."""
     ends = [] if expert is None else [str(expert)]
     name = ".".join([*([part.name] if part.name else []), str(index), label, *ends])
-    (path, block), kind = place, label.removeprefix("cross_")
+    (path, block), kind = place, _KIND[label]
     found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)

@@ -215,12 +215,11 @@ class Blocks:
 
         Judged by running the block on ``hidden``, to rounding: with all that comes later silent,
         the stream after the block is the one before it plus what the consumers of attention up to
-        this one put out; the MLP's consumer adds its own to that. A norm or a scale in between
-        shows.
+        this one put out; an MLP's consumer adds its own to what there is without. A norm or a scale
+        in between shows.
         """
         index = self.index_of(site)
         order = list(self.layers[index])
-        mlp = [name for name, layer in self.layers[index].items() if layer[0].kind == "mlp"]
 
         def silence(x: Tensor, *_: Tensor) -> Tensor:
             return hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
@@ -232,7 +231,7 @@ class Blocks:
             run = run_without(order[order.index(site.team) + 1 :])
             before = self.after_attention(site, hidden, run, itself=False)
         else:
-            before, run = run_without(mlp).output, self.run(index, inputs, hidden)
+            before, run = run_without([site.team]).output, self.run(index, inputs, hidden)
         added = run.seen[site.team][1].view_as(hidden)
         terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
         tolerance = 4 * torch.finfo(hidden.dtype).eps * terms

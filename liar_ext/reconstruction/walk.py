@@ -308,7 +308,8 @@ class Walk:
         here = self.blocks.layers[self.blocks.index_of(site)]
         plain = all(self.targets.get(name) == "stream" for name in here)
         plain = plain and self.blocks.norms.keys().isdisjoint(here)
-        if site.kind != "mlp" or site.expert is not None or len(here) == 1 or not plain:
+        mlps = [name for name, layer in here.items() if layer[0].kind == "mlp"]
+        if mlps != [site.name] or len(here) == 1 or not plain:
             return None
         stream = self.blocks.after_attention(site, hidden, run, itself=False)
         return self.states.hold(stream), self.states.hold(run.seen[site.name][0])

@@ -25,7 +25,9 @@ MOST_SITES = 4096
 MOST_FACTS = 200  # of a table of names and values
 MOST_TEXT = 400  # characters of one value
 LARGEST = 2**53  # of a count: what a double says exactly
-SITE_NAME = re.compile(r"(?:(\w{1,20})\.)?(\d{1,6})\.(?:cross_)?([a-z]\w{0,19})(?:\.\d{1,6})?")
+SITE_NAME = re.compile(
+    r"(?:(\w{1,20})\.)?(\d{1,6})\.(?:cross_|shared_)?([a-z]\w{0,19})(?:\.\d{1,6})?"
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from liar_ext import Budget, InputError, Plan, apply_plan, load_pruned, prune, s
 from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.models.experts import choice_of, reroute, router_of
 from liar_ext.models.sites import family_of, get_consumer_weight, teams_of
-from liar_ext.plan import SitePlan
+from liar_ext.plan import SitePlan, kind_of
 from liar_ext.selection.costs import total_cost
 
 LATENT = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v3"]
@@ -123,6 +123,20 @@ def test_experts_that_are_chosen_by_groups_stay() -> None:
         prune(model, batches(model, 2), 1.0, keep_experts=0.75)
     report = prune(model, batches(model, 2), 0.6, **QUICK)  # their channels may go
     assert any(site.removed for site in report.plan.sites.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("qwen2_moe", [0]), ("deepseek_v3", [1, 2]), ("hunyuan_v1_moe", [0, 1]), ("phimoe", [])],
+)
+def test_an_expert_that_every_token_passes_is_a_site_beside_the_others(name, blocks) -> None:
+    model = tiny(name)
+    shared = [site for site in sites(model, ("mlp",)) if site.name.endswith(".shared_mlp")]
+    assert [site.block for site in shared] == blocks
+    assert all(site.kind == "mlp" and site.expert is None for site in shared)
+    assert {kind_of(site.name) for site in sites(model)} == {"attn", "mlp"}
+    report = prune(model, batches(model, 2), 0.6, tile=1, **QUICK)
+    assert all(report.plan.sites[site.name].removed for site in shared)
 
 
 @pytest.mark.parametrize("name", LATENT)

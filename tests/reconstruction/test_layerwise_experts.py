@@ -87,6 +87,41 @@ def test_experts_share_what_their_layer_falls_short_by(name: str, target: str) -
     assert shifted > 0
 
 
+@pytest.mark.parametrize(("name", "plain"), [("deepseek_v3", True), ("qwen2_moe", False)])
+@torch.no_grad()
+def test_an_expert_of_every_token_makes_up_for_what_the_layer_falls_short_by(
+    name: str, plain: bool
+) -> None:
+    """Least squares by hand; where a gate scales what it gives, its own dense output is asked."""
+    model, damp = eager(name), 1e-3
+    data, plan = padded(model), plan_of_experts(model)
+    settings = {"mode": "linear", "damp": damp, "target": "stream"}
+    weights, rows = reconstruct_layerwise(model, data, plan, **settings)
+    site = [site for site in sites(model) if site.name.endswith("shared_mlp")][-1]
+    done = {each: plan.sites[each] for each in list(plan.sites) if each != site.name}
+    order = [each.name for each in sites(model)]
+    done = {each: kept for each, kept in done.items() if order.index(each) < order.index(site.name)}
+    half = copy.deepcopy(model)
+    apply_plan(half, replace(plan, sites=done), {each: weights[each] for each in done})
+    half.set_experts_implementation("eager")
+    xs, wanted, dense = [], [], get_consumer_weight(model, site)
+    for inputs in data:
+        ends = [seen_at(each, [site.path, site.consumer], inputs) for each in (model, half)]
+        where = site.path if plain else site.consumer
+        (x,), own = ends[1][site.consumer]
+        short = (ends[0][where][1] - ends[1][where][1]).reshape(-1, site.d_out)
+        used = inputs["attention_mask"].flatten().bool()
+        xs.append(x.reshape(-1, site.d_in)[used])
+        wanted.append((own.reshape(-1, site.d_out) + short)[used])
+    x, y, kept = torch.cat(xs), torch.cat(wanted), list(plan.sites[site.name].kept)
+    root = (damp * x[:, kept].square().sum(0).mean()).sqrt()
+    ridge = root * torch.eye(len(kept), dtype=x.dtype)
+    a, b = torch.cat([x[:, kept], ridge]), torch.cat([y, ridge @ dense[:, kept].T])
+    torch.testing.assert_close(weights[site.name][0], torch.linalg.lstsq(a, b).solution.T)
+    row = next(row for row in rows if row.name == site.name)
+    assert ("branch, as the stream is not a plain sum here" in row.path) != plain
+
+
 @pytest.mark.parametrize("name", MOE)
 @torch.no_grad()
 def test_removing_nothing_changes_nothing_even_when_refitted(name: str) -> None:
@@ -103,7 +138,7 @@ def test_removing_nothing_changes_nothing_even_when_refitted(name: str) -> None:
     assert all(row.error < 1e-8 for row in rows)
 
 
-@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("name", [*MOE, "ernie4_5_moe", "qwen2_moe"])
 def test_a_walk_comes_nearer_to_the_dense_model_than_one_pass(name: str) -> None:
     model = tiny(name)
     data = [tiny_inputs(model, batch=16, tokens=16, seed=seed) for seed in range(4)]

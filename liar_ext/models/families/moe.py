@@ -75,10 +75,26 @@ _ERNIE = replace(
 _GRANITE = _placed(
     _STACKED, Experts("block_sparse_moe.experts", "block_sparse_moe.router"), _STACKED.config
 )
+
+
+def _shared(module: str, **more: object) -> Wiring:
+    """Return the wiring of an expert that every token passes, in the layers that have one."""
+    return Wiring(
+        producers=(f"{module}.gate_proj", f"{module}.up_proj"),
+        consumer=f"{module}.down_proj",
+        numbers={f"{module}.intermediate_size": "features"},
+        optional=True,
+        **more,
+    )
+
+
+_GATED = _shared(
+    "mlp.shared_expert", config={"shared_expert_intermediate_size": "features"}
+)  # what it gives is scaled, token by token
+_SUMMED = _shared("mlp.shared_experts")
 _PHI = _placed(_STACKED, Experts("mlp.experts", "mlp.router"), _STACKED.config)
-# An expert that reads every token, beside those of the router, stays whole; the config makes it as
-# wide as the others, or a multiple of that.
-_SHARED = replace(_STACKED, config={"n_routed_experts": "experts"})
+# The config makes an expert that reads every token as wide as the others, or a multiple of that.
+_ROUTED = replace(_STACKED, config={"n_routed_experts": "experts"})
 # Queries, and keys and values together, of all heads are made from a few numbers of a token, which
 # all heads share; v2-lite makes queries from the token itself.
 _LATENT = tuple(
@@ -162,6 +178,7 @@ ROWS = (
         blocks="layers",
         attn=ROW.attn,
         mlp=_HUNYUAN,
+        shared_mlp=_shared("mlp.shared_mlp"),
         without={**_WITHOUT, "stock": _BESIDE},
     ),
     Family(
@@ -169,9 +186,17 @@ ROWS = (
         blocks="layers",
         attn=replace(ATTN, bias_flag="use_bias"),
         mlp=(_ERNIE, replace(MLP, bias_flag="use_bias")),
+        shared_mlp=replace(_SUMMED, bias_flag="use_bias"),
         without={**_WITHOUT, "stock": _BESIDE},
     ),
-    Family(name="qwen2_moe", blocks="layers", attn=ATTN, mlp=(_QWEN3, MLP), without=_WITHOUT),
+    Family(
+        name="qwen2_moe",
+        blocks="layers",
+        attn=ATTN,
+        mlp=(_QWEN3, MLP),
+        shared_mlp=_GATED,
+        without=_WITHOUT,
+    ),
     Family(name="granitemoe", blocks="layers", attn=ROW.attn, mlp=_GRANITE, without=_WITHOUT),
     Family(name="phimoe", blocks="layers", attn=ROW.attn, mlp=_PHI, without=_WITHOUT),
     # The first layers of these have an ordinary MLP.
@@ -180,7 +205,8 @@ ROWS = (
             name=name,
             blocks="layers",
             attn=attn,
-            mlp=(_SHARED, MLP),
+            mlp=(_ROUTED, MLP),
+            shared_mlp=_SUMMED,
             without={**_WITHOUT, "stock": _BESIDE},
         )
         for name, attn in (
@@ -203,6 +229,7 @@ ROWS = (
         blocks="layers",
         attn=replace(ROW.attn, optional=True),
         mlp=(_QWEN3, MLP),
+        shared_mlp=_GATED,
         without=_WITHOUT,
     ),
     Family(
@@ -210,6 +237,7 @@ ROWS = (
         blocks="layers",
         attn=replace(ROW.attn, optional=True),
         mlp=(_QWEN3, MLP),
+        shared_mlp=_GATED,
         without=_WITHOUT,
     ),
 )
