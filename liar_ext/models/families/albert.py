@@ -27,7 +27,8 @@ ROWS = (
         without={
             "hidden": "its embeddings have a size of their own, and its blocks run several times",
             "stock": "heads: its config derives the size of a head from the hidden size",
-            "layerwise": "a block runs several times, and each run reads what the last one wrote",
+            "layerwise": "a block runs several times, and each run reads what the last one wrote; "
+            "one pass sums all of its runs",
         },
     ),
 )
