@@ -151,6 +151,7 @@ def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str
         for name in step.layers
         for path in dict.fromkeys((base + name, name))
         if getattr(layers.get(path), "weight", None) is not None
+        or (step.does == "norm" and path in layers)  # one may have no weights
     ]
 
 

@@ -31,6 +31,7 @@ from liar_ext.calibration.taps import Tap
 from liar_ext.data.batches import FOLDS, Batches
 from liar_ext.errors import InputError
 from liar_ext.models.reading import body_of
+from liar_ext.models.registry import family_of
 from liar_ext.models.residual_stream import Hidden, Source, hidden_of, stream_of, weight_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
@@ -224,8 +225,10 @@ def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
 
 def _stream_energy(model: nn.Module, hidden: Hidden, batches: Batches, **bar) -> MomentBank:
     """Return the sums of squares of the stream before every norm."""
+    again = family_of(model).repeats
     taps = [
-        Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares) for norm in hidden.norms
+        Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares, repeats=again)
+        for norm in hidden.norms
     ]
     return collect(model, _body(model, taps), batches, taps, **bar)
 
@@ -249,8 +252,11 @@ def _narrow_moments(
         narrow_norm(norm, here)
         return lambda args, output: torch.cat([norm(args[0][..., here]), output], dim=-1)
 
-    size = len(kept) + hidden.size
-    taps = [Tap(source.name, source.module, size, take(source), source.first) for source in sources]
+    size, again = len(kept) + hidden.size, family_of(model).repeats
+    taps = [
+        Tap(source.name, source.module, size, take(source), source.first, repeats=again)
+        for source in sources
+    ]
     return collect(model, _body(model, taps), batches, taps, **bar)
 
 
@@ -280,8 +286,9 @@ class _Solver:
         layers = [self.model.get_submodule(path) for path in source.readers]
         if source.norm and not source.first:
             norm = self.model.get_submodule(source.module)
-            layers.append(norm)
-            if self.mode != "none":
+            weighted = getattr(norm, "weight", None) is not None
+            layers += [norm] if weighted else []
+            if weighted and self.mode != "none":
                 solution = self._fit_norm(source.module, norm, both, kept)
         if source.readers:
             scales = self.scales.get(source.module, (one, torch.zeros_like(one)))

@@ -110,7 +110,8 @@ def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
     for name in ("weight", "bias"):
         if getattr(norm, name, None) is not None:
             setattr(norm, name, select(getattr(norm, name), 0, kept))
-    _fit(norm)
+    if hasattr(norm, "normalized_shape"):
+        norm.normalized_shape = (len(kept),)
 
 
 def _fit(layer: nn.Module) -> None:
@@ -123,5 +124,3 @@ def _fit(layer: nn.Module) -> None:
         layer.nx, layer.nf = layer.weight.shape
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = layer.weight.shape[1]
-    elif isinstance(layer, nn.LayerNorm):
-        layer.normalized_shape = tuple(layer.weight.shape)

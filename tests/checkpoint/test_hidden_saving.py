@@ -76,9 +76,11 @@ PLAINLY = {
     "gpt_neox": ("AutoModelForCausalLM", heads_plan(3)),
     "gemma3_text": ("AutoModelForCausalLM", None),
     "glm4": ("AutoModelForCausalLM", None),
+    "olmo": ("AutoModelForCausalLM", equal_plan),
     "olmo2": ("AutoModelForCausalLM", None),
     "exaone4": ("AutoModelForCausalLM", None),
     "electra": ("AutoModelForSequenceClassification", heads_plan(3)),
+    "albert": ("AutoModelForMaskedLM", heads_plan(3)),
     "dinov3_vit": ("AutoModel", heads_plan(3)),
 }
 

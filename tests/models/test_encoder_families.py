@@ -136,10 +136,10 @@ def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path
 
 
 NARROWED = "nomic_bert modernbert clip_text_model siglip_text_model vit dinov2".split()
-NARROWED += ["clip_vision_model", "electra", "dinov3_vit"]
+NARROWED += ["clip_vision_model", "electra", "dinov3_vit", "albert"]
 
 
-@pytest.mark.parametrize("name", ["nomic_bert", "modernbert", "vit"])
+@pytest.mark.parametrize("name", ["nomic_bert", "modernbert", "vit", "albert"])
 def test_hidden_features_that_others_repeat_are_given_back(name: str, monkeypatch) -> None:
     check_hidden(name, monkeypatch, **({"tie_word_embeddings": False} if "bert" in name else {}))
 
@@ -158,10 +158,11 @@ def test_hidden_features_of_electra_that_others_repeat_are_given_back(size, monk
         ("dinov3_vit", {}),
         ("dinov3_vit gated", {}),
         ("siglip_vision_model", {"vision_use_head": False}),
+        ("albert one", {}),
     ],
 )
 @torch.no_grad()
-def test_hidden_features_of_images_that_others_repeat_are_given_back(
+def test_hidden_features_that_are_put_out_are_those_that_others_repeat(
     name: str, fields: dict, monkeypatch
 ) -> None:
     model = tiny(name, dtype=torch.float64, **fields)

@@ -76,5 +76,5 @@ def test_a_family_without_a_stream_is_refused_before_the_first_batch():
         raise AssertionError("a batch was asked for")
         yield
 
-    with pytest.raises(InputError, match="no stream for family 'olmo'"):
-        prune(tiny("olmo"), no_batch(), keep_hidden=0.8)
+    with pytest.raises(InputError, match="no stream for family 'nanochat'"):
+        prune(tiny("nanochat"), no_batch(), keep_hidden=0.8)

@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
-from liar_ext.models.family import Family, Wiring
+from liar_ext.models.family import Family, Step, Stream, Wiring
+
+# What a block reads is now what is put into it, then what a block before it or itself put out; what
+# reads its last run alone is asked itself, too.
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
+_STREAM = Stream(
+    start=(
+        Step("write", ("encoder.embedding_hidden_mapping_in",)),
+        Step("aside", tuple(f"embeddings.{name}" for name in _TABLES)),
+    ),
+    block=(
+        Step("take", ("attention.query", "attention.key", "attention.value")),
+        Step("write", ("attention.dense",)),
+        Step("norm", ("attention.LayerNorm",)),
+        Step("read", ("ffn",)),
+        Step("write", ("ffn_output",)),
+        Step("norm", ("full_layer_layer_norm",)),
+    ),
+    ends=(
+        (
+            Step("take", ("pooler",)),
+            Step("write", ("pooler",)),
+            Step("take", ("classifier", "sop_classifier.classifier")),
+        ),
+        (
+            Step("take", ("predictions.dense",)),
+            Step("aside", ("predictions.LayerNorm", "predictions.decoder")),
+        ),
+        (Step("take", ("classifier", "qa_outputs")),),
+    ),
+    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
+    multiple_of="head_dim",
+)
 
 # The rows of the table.
 ROWS = (
@@ -23,9 +55,9 @@ ROWS = (
         mlp=Wiring(
             producers=("ffn",), consumer="ffn_output", config={"intermediate_size": "features"}
         ),
+        stream=_STREAM,
         repeats=True,
         without={
-            "hidden": "its embeddings have a size of their own, and its blocks run several times",
             "stock": "heads: its config derives the size of a head from the hidden size",
             "layerwise": "a block runs several times, and each run reads what the last one wrote; "
             "one pass sums all of its runs",

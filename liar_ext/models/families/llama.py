@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.reasons import JOINT, WEIGHTLESS
+from liar_ext.models.families.reasons import JOINT
 from liar_ext.models.family import Family, Step, Stream, Wiring
 
 LLAMA = Stream(
@@ -105,13 +105,8 @@ ROWS = (
         mlp=MLP,
         stream=AFTER,
     ),
-    replace(
-        ROW,
-        name="olmo",
-        mlp=MLP,
-        stream=None,
-        without={"hidden": WEIGHTLESS},
-    ),
+    # Its norms have no weights: their readers alone are solved.
+    replace(ROW, name="olmo", mlp=MLP),
     *(
         replace(
             ROW,

@@ -1,7 +1,6 @@
 """Why something can't be done with a family, in the words of ``Family.without``."""
 
 JOINT = "its q_norm and k_norm run over all heads at once"
-WEIGHTLESS = "its norms have no weights to fit"
 BORROWED = "some layers read keys and values of others"
 PICTURES = "what reads pictures writes hidden features, too"
 HEADS_OF_HIDDEN = "heads: its config derives the size of a head from the hidden size"

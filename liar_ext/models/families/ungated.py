@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, LLAMA, MLP, ROW
-from liar_ext.models.families.reasons import WEIGHTLESS
 from liar_ext.models.family import Family, Step, Wiring
 
 _UP = replace(MLP, producers=("mlp.up_proj",), bias_flag="mlp_bias")
@@ -62,7 +61,7 @@ ROWS = (
         mlp=Wiring(
             producers=("mlp.fc1",), consumer="mlp.fc2", config={"intermediate_size": "features"}
         ),
-        without={"hidden": WEIGHTLESS},
+        without={"hidden": "its stream begins as what a norm without weights puts out"},
     ),
     replace(
         ROW,
