@@ -216,7 +216,7 @@ class Stream:
         What its norms add to their weights before they scale by them.
     scaled : bool
         Whether embeddings are multiplied by the root of the hidden size, which their table keeps
-        as ``embed_scale``.
+        as the buffer ``embed_scale`` and the number ``scalar_embed_scale``.
     """
 
     start: tuple[Step, ...]

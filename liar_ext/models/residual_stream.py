@@ -141,6 +141,11 @@ def _check_row(model: nn.Module, family: Family, row: Stream | None) -> None:
                 f"{getattr(config, name)}{reason}; prune other sites, or register a family that "
                 "fits"
             )
+    if row.scaled and not hasattr(model.get_input_embeddings(), "scalar_embed_scale"):
+        raise InputError(
+            f"hidden: the embeddings of {type(model).__name__} must keep the root of the hidden "
+            "size as scalar_embed_scale, and these don't; update transformers"
+        )
 
 
 def _present(layers: Mapping[str, nn.Module], base: str, step: Step) -> list[str]:

@@ -179,6 +179,13 @@ def test_embeddings_of_electra_that_are_as_wide_as_the_stream_are_narrowed(head)
     assert small(**tiny_inputs(small))[0].isfinite().all()
 
 
+def test_embeddings_whose_scale_is_kept_elsewhere_are_refused():
+    model = tiny("gemma2")
+    del model.model.embed_tokens.scalar_embed_scale
+    with pytest.raises(InputError, match="must keep the root of the hidden size .*; update"):
+        hidden_of(model)
+
+
 def test_a_siglip_that_pools_its_patches_is_refused():
     with pytest.raises(InputError, match="vision_use_head=False, got True .*as wide as the hidden"):
         hidden_of(tiny("siglip_vision_model"))
