@@ -47,7 +47,7 @@ def find_blocks(instance: Instance) -> Blocks:
         If there is none or there are several, or something is computed between blocks.
     """
     model = instance.model
-    calls = _watch(instance)
+    calls = watch(instance)
     found: dict[str, list[Call]] = {}
     broken = ""
     for path, container in model.named_modules():
@@ -95,7 +95,7 @@ def cloned(value: Any) -> Any:
     return {key: cloned(each) for key, each in value.items()} if type(value) is dict else value
 
 
-def _watch(instance: Instance) -> list[Call]:
+def watch(instance: Instance) -> list[Call]:
     """Return every run of a module in a forward pass, in the order in which they began."""
     calls: list[Call] = []
     open_calls: list[Call] = []

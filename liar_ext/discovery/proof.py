@@ -62,11 +62,11 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
     kinds = [kind for kind in ("attn", "mlp") if _config_of(family, kind)]
     with registered(family), tempfile.TemporaryDirectory() as folder, quiet():
         if kinds:
-            loaded = _saved(instance, equal_plan(instance.model, kinds), Path(folder) / "equal")
+            loaded = saved(instance, equal_plan(instance.model, kinds), Path(folder) / "equal")
             said.append(f"equal layers of {' and '.join(kinds)} load in {loaded}")
         if in_transformers(type(instance.model)):
             plan = make_plan(instance.model, _kinds(family), unit_of(instance.model))
-            loaded = _saved(instance, plan, Path(folder) / "unequal", ours=True)
+            loaded = saved(instance, plan, Path(folder) / "unequal", ours=True)
             said.append(f"unequal layers load by {loaded}")
     return said
 
@@ -169,8 +169,14 @@ def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str
     return error
 
 
-def _saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> str:
-    """Save a pruned model and load it; return by what."""
+def saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> str:
+    """Save a pruned model and load it; return by what.
+
+    Raises
+    ------
+    Refused
+        If it doesn't load, or with other outputs.
+    """
     model = copy.deepcopy(instance.model)
     apply_plan(model, plan)
     expected = outputs(model, instance.inputs)

@@ -24,13 +24,15 @@ from liar_ext.discovery.numbers import Meanings, with_head_dim, with_numbers, wi
 from liar_ext.discovery.proof import prove, prove_folders
 from liar_ext.discovery.rows import registered
 from liar_ext.discovery.shrinking import tall
+from liar_ext.discovery.stream import find_stream
+from liar_ext.discovery.stream_fields import prove_narrow_folder, with_fields
+from liar_ext.discovery.stream_proof import check_every_block, prove_stream
 from liar_ext.discovery.tracing import Trace
 from liar_ext.discovery.watching import input_by_head
 from liar_ext.discovery.wiring import find_sites
-from liar_ext.models.family import Family
+from liar_ext.models.family import WITHOUT, Family
 from liar_ext.models.reading import blocks_of
 
-HIDDEN = "the residual stream isn't looked for: its steps are written by hand"
 MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
 KINDS = ("attn", "mlp")
 
@@ -56,7 +58,8 @@ def propose(
     found, missing = find_sites(trace)
     wirings = {kind: found[kind].wiring if kind in found else None for kind in KINDS}
     family = Family(name=config.model_type, blocks=blocks.path, **wirings)
-    family, notes = _fitting_every_block(instance.model, config, family, missing)
+    whole = _whole(instance.model, config)
+    family, notes = _fitting_every_block(instance.model, whole, family, missing)
     if family.attn is not None:
         attention = found["attn"]
         try:
@@ -79,10 +82,33 @@ def propose(
     family = with_bias_flags(instance, family)
     if no_config:
         missing["stock"] = "; ".join(no_config.values())
-    order = [kind for kind in KINDS if kind in missing] + ["stock"] * ("stock" in missing)
-    without = {name: missing[name] for name in order} | {"hidden": HIDDEN}
-    family = replace(family, without=without)
-    return family, proved + prove_folders(instance, family), notes
+    folders = prove_folders(instance, family)
+    try:
+        family, narrowed = _with_stream(instances, family, whole)
+        heads = f"of the heads of the family, the stream names those of {model_class.__name__}"
+        notes += [heads] if instance.model.base_model is not instance.model else []
+    except Refused as error:
+        missing["hidden"], narrowed = str(error), []
+    without = {name: missing[name] for name in WITHOUT if name in missing}
+    return replace(family, without=without), proved + folders + narrowed, notes
+
+
+def _with_stream(
+    instances: list[Instance], family: Family, whole: nn.Module | None
+) -> tuple[Family, list[str]]:
+    """Return a row with the residual stream, and what was proved of that.
+
+    Raises
+    ------
+    Refused
+        If it can't be described.
+    """
+    family = replace(family, stream=find_stream(instances[0], family))
+    proved = prove_stream(instances, family)
+    if whole is not None:
+        check_every_block(whole, family)
+    family, told = with_fields(instances, family)
+    return family, [proved, *prove_narrow_folder(instances[0], family, told)]
 
 
 def _check_left(family: Family, missing: dict[str, str]) -> None:
@@ -94,15 +120,18 @@ def _wirings(family: Family) -> list[Any]:
     return [getattr(family, kind) for kind in KINDS if getattr(family, kind) is not None]
 
 
-def _fitting_every_block(
-    model: nn.Module, config: Any, family: Family, missing: dict[str, str]
-) -> tuple[Family, list[str]]:
-    """Return a row without what some block lacks, also of the whole model: a dense MLP, for one."""
-    whole = None
+def _whole(model: nn.Module, config: Any) -> nn.Module | None:
+    """Return a model with all its blocks and no weights, or None if none can be built."""
     for make in tall(config):
         with suppress(Exception):  # a stranger's class and config have rules of their own
-            whole = build(type(model), make(), "meta")
-            break
+            return build(type(model), make(), "meta")
+    return None
+
+
+def _fitting_every_block(
+    model: nn.Module, whole: nn.Module | None, family: Family, missing: dict[str, str]
+) -> tuple[Family, list[str]]:
+    """Return a row without what some block lacks, also of the whole model: a dense MLP, for one."""
     for kind in KINDS:
         for each in (model, whole):
             if each is None or getattr(family, kind) is None:

@@ -67,6 +67,12 @@ def _set(value: Any) -> list[tuple[str, Any]]:
     return found
 
 
+def _label(value: Any, name: str) -> str:
+    """Return what stands before a field in code; nothing for one of a tuple that must be given."""
+    alone = not is_dataclass(value) and name not in value._field_defaults
+    return "" if alone else f"{name}="
+
+
 def _write(value: Any, taken: int, indent: str = "") -> str:
     """Return a value as code: on one line if it fits, beside what the line has already."""
     line = _line(value)
@@ -77,7 +83,7 @@ def _write(value: Any, taken: int, indent: str = "") -> str:
         head, tail, items = "{", "}", [(f"{_line(k)}: ", v) for k, v in value.items()]
     elif is_dataclass(value) or hasattr(value, "_fields"):
         head, tail = f"{type(value).__name__}(", ")"
-        items = [(f"{name}=", each) for name, each in _set(value)]
+        items = [(_label(value, name), each) for name, each in _set(value)]
     else:
         head, tail, items = "(", ")", [("", each) for each in value]
     body = "".join(
@@ -93,7 +99,7 @@ def _line(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_line(k)}: {_line(v)}" for k, v in value.items()) + "}"
     if is_dataclass(value) or hasattr(value, "_fields"):
-        inside = ", ".join(f"{name}={_line(each)}" for name, each in _set(value))
+        inside = ", ".join(f"{_label(value, name)}{_line(each)}" for name, each in _set(value))
         return f"{type(value).__name__}({inside})"
     if isinstance(value, list | tuple):
         inside = ", ".join(map(_line, value))

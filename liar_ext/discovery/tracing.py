@@ -68,8 +68,8 @@ class Trace:
 
     Attributes
     ----------
-    block : nn.Module
-        The block.
+    block, call : nn.Module, Call
+        The block, and how the model ran it.
     layers : dict of str to Layer
         Those that ran once, by their path in the block, in the order in which they ran.
     others : list of str
@@ -83,7 +83,7 @@ class Trace:
     """
 
     def __init__(self, call: Call) -> None:
-        self.block, self._call = call.module, call
+        self.block, self.call = call.module, call
         self._generator = torch.Generator().manual_seed(2)
         self.repeated: list[str] = []
         self.ran: set[str] = set()
@@ -139,6 +139,15 @@ class Trace:
             found.append(Reach(columns, tokens in ([], [TOKEN])))
         return found
 
+    def writers(self) -> list[str]:
+        """Return the layers that what the block puts out depends on, through no other."""
+        before = self.run(None, torch.zeros(()), _unread)
+        moved = {
+            name: self.run(name, self.noise(layer.output), _unread)
+            for name, layer in self.layers.items()
+        }
+        return [name for name, after in moved.items() if _differs(after, before).any()]
+
     def is_linear_in(self, producer: str, row: int, consumer: str) -> bool:
         """Tell whether a consumer's input is a linear function of one output of a layer."""
         layer = self.layers[producer]
@@ -167,18 +176,18 @@ class Trace:
             handles.append(module.register_forward_hook(note))
         try:
             with torch.no_grad():
-                self.block(*cloned(self._call.args), **cloned(self._call.kwargs))
+                self.block(*cloned(self.call.args), **cloned(self.call.kwargs))
         finally:
             for handle in handles:
                 handle.remove()
         layers = {}
         for name, runs in seen.items():
             module = self.block.get_submodule(name)
-            stored = _stored(module, *runs[0])
+            how = stored(module, *runs[0])
             if len(runs) > 1:
                 self.repeated.append(name)
-            elif stored is not None:
-                layers[name] = Layer(module, stored, *runs[0])
+            elif how is not None:
+                layers[name] = Layer(module, how, *runs[0])
         return layers
 
     def _changed(self, moved: str | None, move: Tensor) -> list[str]:
@@ -211,17 +220,20 @@ class Trace:
         return found[0]
 
     @torch.no_grad()
-    def run(self, moved: str | None, move: Tensor, read) -> None:
-        """Run the block with all layers held, but for one or for the block's input."""
-        args, kwargs = self._call.args, self._call.kwargs
+    def run(self, moved: str | None, move: Tensor, read) -> Tensor | None:
+        """Run the block with all layers held, but for one or for the block's input.
+
+        What it puts out comes back, unless ``read`` ended the run.
+        """
+        args, kwargs = self.call.args, self.call.kwargs
         args, kwargs = cloned(args), cloned(kwargs)
         if moved is None and move.ndim:
             args, kwargs = _moved(args, kwargs, move)
         with self._held(moved, move, read):
             try:
-                self.block(*args, **kwargs)
+                return first_tensor(self.block(*args, **kwargs))
             except Ended:
-                pass
+                return None
 
     @contextmanager
     def _held(self, moved: str | None, move: Tensor, read) -> Iterator[None]:
@@ -251,7 +263,11 @@ class Trace:
         return (noise * (like.double().std() + 0.1)).to(like.dtype)
 
 
-def _stored(module: nn.Module, input_: Tensor, output: Tensor) -> bool | None:
+def _unread(name: str, value: Tensor) -> None:
+    """Take no notice of what a layer reads."""
+
+
+def stored(module: nn.Module, input_: Tensor, output: Tensor) -> bool | None:
     """Return whether a layer's matrix is stored transposed; None if it computes something else."""
     weight, bias = module.weight.detach(), getattr(module, "bias", None)
     for transposed, matrix in ((False, weight), (True, weight.T)):

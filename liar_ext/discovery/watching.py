@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liar_ext.discovery.blocks import first_tensor
 from liar_ext.discovery.tracing import Trace
 from liar_ext.models.family import HeadInput
 
@@ -32,6 +33,14 @@ def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
+def fed_by_input(trace: Trace, names: list[str]) -> set[str]:
+    """Return the modules whose input changes with the block's, while all layers are held."""
+    hidden = first_tensor((trace.call.args, trace.call.kwargs))
+    still = _first_inputs(trace, names, None, torch.zeros(()))
+    moved = _first_inputs(trace, names, None, trace.noise(hidden))
+    return {name for name in still if not torch.equal(still[name], moved[name])}
+
+
 def input_by_head(trace: Trace, consumer: str, heads: int) -> HeadInput | None:
     """Return the argument with a slice a head that comes into a block, if there is one.
 
@@ -52,8 +61,10 @@ def input_by_head(trace: Trace, consumer: str, heads: int) -> HeadInput | None:
     return found[-1] if found else None
 
 
-def _first_inputs(trace: Trace, names: list[str], producer: str, move: Tensor) -> dict[str, Tensor]:
-    """Return what modules read while one layer puts out something else."""
+def _first_inputs(
+    trace: Trace, names: list[str], producer: str | None, move: Tensor
+) -> dict[str, Tensor]:
+    """Return what modules read while one layer, or what came in, is something else."""
     inputs: dict[str, Tensor] = {}
 
     def look(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

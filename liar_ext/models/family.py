@@ -207,9 +207,9 @@ class Stream:
         Config fields that follow, and the size that each one holds: ``hidden``, or one of
         :attr:`Site.sizes` of attention, which the stock class ties to the hidden size. Where the
         attention can't be pruned, only ``head_dim`` of these, that of the dense model.
-    multiple_of : {"heads", "head_dim"} or None
-        What the hidden size of the stock class must be a multiple of; None where that class can't
-        be built anyway.
+    multiple_of : {"heads", "head_dim", "any"} or None
+        What the hidden size of the stock class must be a multiple of, if of anything; None where
+        that class can't be built anyway.
     requires : mapping of str to object
         Config fields, and the values of them that all this is true for.
     norm_offset : float

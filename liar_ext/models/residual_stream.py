@@ -121,7 +121,8 @@ def hidden_of(model: nn.Module) -> Hidden:
         if found[0]:
             for step, paths in zip(chain, found, strict=True):
                 trail.add(step.does, paths)
-    heads = block_config(family, model.config).num_attention_heads
+    ruled = row.multiple_of in ("heads", "head_dim")
+    heads = block_config(family, model.config).num_attention_heads if ruled else 1
     return trail.hidden(model, row.multiple_of, heads)
 
 
@@ -241,7 +242,7 @@ class _Trail:
             )
             for (module, first), paths in self.read.items()
         )
-        step = {"heads": heads, "head_dim": size // heads, None: 1}[multiple_of]
+        step = {"heads": heads, "head_dim": size // heads, "any": 1, None: 1}[multiple_of]
         return Hidden(size, step, tuple(self.writers), sources)
 
 

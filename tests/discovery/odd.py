@@ -162,3 +162,75 @@ class Random(OddModel):
     def forward(self, input_ids, **_):
         x = super().forward(input_ids).last_hidden_state
         return BaseModelOutput(last_hidden_state=x + torch.rand(()))
+
+
+class RawStratum(Stratum):
+    """The MLP reads the stream as it is."""
+
+    def forward(self, x):
+        straight, bent = self.rise(x).chunk(2, -1)
+        return x + self.gaze(self.hush(x)) + self.fall(straight * torch.sigmoid(bent))
+
+
+class BranchStratum(Stratum):
+    """What a branch writes is normalised before it is added."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.calm = nn.RMSNorm(config.breadth)
+
+    def forward(self, x):
+        y = self.hush(x)
+        straight, bent = self.rise(y).chunk(2, -1)
+        return x + self.gaze(y) + self.calm(self.fall(straight * torch.sigmoid(bent)))
+
+
+class Averaged(OddModel):
+    """A head that reads the mean over all tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.calm, self.verdict = nn.LayerNorm(config.breadth), nn.Linear(config.breadth, 3)
+
+    def forward(self, input_ids, **_):
+        x = self.calm(super().forward(input_ids).last_hidden_state)
+        return BaseModelOutput(last_hidden_state=self.verdict(x.mean(1)))
+
+
+class Scaled(OddModel):
+    """Embeddings are scaled by the root of what the config says."""
+
+    def forward(self, input_ids, **_):
+        x = self.lexicon(input_ids) * self.config.breadth**0.5
+        for stratum in self.strata:
+            x = stratum(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+class Slim(OddModel):
+    """Embeddings are narrower than the stream."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lexicon, self.widen = nn.Embedding(config.words, 14), nn.Linear(14, config.breadth)
+
+    def forward(self, input_ids, **_):
+        x = self.widen(self.lexicon(input_ids))
+        for stratum in self.strata:
+            x = stratum(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+class Skewed(nn.LayerNorm):
+    """A norm by a sum, which grows with the number of features."""
+
+    def forward(self, x):
+        return self.weight * x / (1 + x.abs().sum(-1, keepdim=True)) + self.bias
+
+
+class SkewedStratum(Stratum):
+    """Its norm isn't one of a mean."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hush = Skewed(config.breadth)

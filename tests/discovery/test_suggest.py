@@ -15,7 +15,7 @@ import liar_ext
 from liar_ext.discovery.instance import Refused, make_instance
 from liar_ext.discovery.proof import prove
 from liar_ext.discovery.suggest import suggest_family
-from liar_ext.models.family import Family, Stack, Wiring
+from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import sites
 
@@ -99,9 +99,18 @@ def test_a_class_that_nobody_has_is_described_right(odd):
             stacked={"rise": Stack(("up", "gate"))},
             config={"swell": "features"},
         ),
-        without=odd.family.without,
+        stream=Stream(
+            start=(Step("write", ("lexicon",)),),
+            block=(
+                Step("norm", ("hush",)),
+                Step("read", ("rise", "gaze.seen", "gaze.ask")),
+                Step("write", ("gaze.tell", "fall")),
+            ),
+            ends=(),
+            config={"breadth": "hidden"},
+            multiple_of="any",
+        ),
     )
-    assert list(odd.family.without) == ["hidden"]
     assert any("equal layers of attn and mlp load in OddModel" in each for each in odd.proved)
 
 
@@ -143,7 +152,7 @@ def test_numbers_that_the_proof_alone_tells_are_found(monkeypatch):
         without.delitem(FAMILIES, "gpt2")
         found = suggest_family(tiny("gpt2"))
     assert found.family.attn.numbers["attn.split_size"] == "features"
-    assert found.notes == ("may be the hidden size, and are left alone: attn.embed_dim",)
+    assert found.notes[0] == "may be the hidden size, and are left alone: attn.embed_dim"
 
 
 def test_a_layout_that_one_key_hides_is_noted(monkeypatch):
