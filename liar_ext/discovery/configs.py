@@ -12,7 +12,7 @@ from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, equal_config
 from liar_ext.discovery.instance import Instance, build
-from liar_ext.discovery.proof import equal_plan
+from liar_ext.discovery.proof import equal_plan, tells_sizes
 from liar_ext.discovery.rows import registered
 from liar_ext.models.family import Family, Wiring
 from liar_ext.models.reading import blocks_of
@@ -25,7 +25,7 @@ DERIVED = {
     "kv_heads": re.compile(r"\w*(kv|key_value)_heads"),
     "features": re.compile(r"\w*(inner|ffn|intermediate)\w*"),
 }
-OTHER = {"heads": 2, "kv_heads": 1, "head_dim": 24, "features": 36}
+OTHER = {"heads": 2, "kv_heads": 1, "head_dim": 24, "features": 36, "experts": 3}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -48,11 +48,11 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
             if _expresses(model, trial, kind):
                 family = trial
                 break
-        else:
+        if not tells_sizes(getattr(family, kind)):
             what = "heads" if kind == "attn" else "channels"
             reasons[kind] = f"no config field builds fewer {what} in the blocks alone"
-            if fields:
-                reasons[kind] = f"{what}: {' and '.join(fields)} can't build fewer of the same size"
+            if own := [name for name, size in fields.items() if size != "experts"]:
+                reasons[kind] = f"{what}: {' and '.join(own)} can't build fewer of the same size"
             elif others:
                 reasons[kind] = f"{what}: {', '.join(others)} changes other layers as well"
     return family, reasons
@@ -116,6 +116,9 @@ def _choices(fields: Mapping[str, str]) -> Iterator[dict[str, str]]:
             yield {**fewer, "head_dim": "head_dim"}
         if fewer and fewer != fields:
             yield fewer
+        experts = {name: size for name, size in fields.items() if size == "experts"}
+        if experts and experts != fields:
+            yield experts
 
 
 def _fields_of(
@@ -123,19 +126,25 @@ def _fields_of(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the fields that hold a size of a site: those of that site alone, and others."""
     model = instances[0].model
-    names = ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features",)
+    names = ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features", "experts")
     with registered(family):
         sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
         found_sites = sites(model, (kind,))
     own = tuple(f"{s.path}.{layer}." for s in found_sites for layer in s.wiring.layers)
     own += tuple(f"{s.path}.{name}" for s in found_sites for name in s.wiring.per_head)
+    own += tuple(
+        f"{s.path}.{module}."
+        for s in found_sites
+        if s.wiring.experts is not None
+        for module in (s.wiring.experts.module, s.wiring.experts.router)
+    )
     blocks = tuple(f"{s.path}." for s in found_sites)
     configs = [_part(each.model.config, family).to_dict() for each in instances]
     before = _shapes(build(type(model), model.config, "meta"))
     found: dict[str, str] = {}
     others: list[str] = []
     for size in names:
-        if size == "kv_heads" and sizes[0]["kv_heads"] == sizes[0]["heads"]:
+        if not sizes[0][size] or size == "kv_heads" and sizes[0]["kv_heads"] == sizes[0]["heads"]:
             continue
         for name, value in configs[0].items():
             derived = value is None and size in DERIVED and DERIVED[size].fullmatch(name)
@@ -178,6 +187,8 @@ def _part(config: Any, family: Family) -> Any:
 
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     """Tell whether the stock class, built by the fields of a row, has the sliced shapes."""
+    if not tells_sizes(getattr(family, kind)):  # as building with fewer experts has shown
+        return True
     model = copy.deepcopy(model)
     with registered(family):
         apply_plan(model, equal_plan(model, (kind,)))

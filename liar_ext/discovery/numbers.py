@@ -25,6 +25,8 @@ def integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> N
 
     Modules that didn't run are left out, and linear layers: their sizes are those of their weights.
     """
+    experts = family.mlp.experts if family.mlp is not None else None
+    router = experts.router if experts is not None else None
     found: list[dict[str, int]] = []
     for model in models:
         block = _block(model, family)
@@ -33,7 +35,7 @@ def integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> N
             weight = module._parameters.get("weight")
             if path not in ran:
                 continue
-            if weight is not None and weight.ndim == 2:
+            if weight is not None and weight.ndim == 2 and path != router:
                 continue
             for name, value in vars(module).items():
                 if isinstance(value, int) and not isinstance(value, bool) and name[0] != "_":
@@ -101,7 +103,7 @@ def with_numbers(
     unclear: Meanings = {}
     chosen: dict[str, dict[str, str]] = {kind: {} for kind in found}
     for path, values in integers(models, family, ran).items():
-        fitting = _meanings(values, found)
+        fitting = [m for m in _meanings(values, found) if _may_hold(family, path, m[0])]
         if len(fitting) == 1 and len(set(values)) > 1 and values != hidden:
             kind, size = fitting[0]
             chosen[kind][path] = size
@@ -135,13 +137,25 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     return replace(family, attn=replace(family.attn, per_head=tuple(found)))
 
 
+def _may_hold(family: Family, path: str, kind: str) -> bool:
+    """Tell whether a module may keep a size: beside experts are others, which stay whole."""
+    experts = getattr(family, kind).experts
+    if experts is None:
+        return True
+    owner = path.rpartition(".")[0]
+    places = (experts.module, experts.router)
+    return owner in places or any(place.startswith(f"{owner}.") for place in places) or not owner
+
+
 def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tuple[str, str]]:
     """Return kind and name of the sizes that an integer equals in all models."""
     fitting = [
         (kind, name)
         for kind, each in found.items()
         for name in each[0].sizes
-        if name != "head_dim" and tuple(site.sizes[name] for site in each) == values
+        if name != "head_dim"
+        and each[0].sizes[name]
+        and tuple(site.sizes[name] for site in each) == values
     ]
     if ("attn", "heads") in fitting:  # as many in all models, where none or all heads share a key
         fitting = [each for each in fitting if each[1] not in ("kv_heads", "group_size")]

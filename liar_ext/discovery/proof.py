@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liar_ext.checkpoint.loading import load_pruned
 from liar_ext.checkpoint.quietening import quiet
@@ -19,7 +19,7 @@ from liar_ext.checkpoint.stock_config import in_transformers
 from liar_ext.discovery.instance import Instance, Refused, outputs, plain
 from liar_ext.discovery.rows import registered
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.family import Family
+from liar_ext.models.family import Family, Wiring
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.units import apply_plan
@@ -59,7 +59,7 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
         If one doesn't.
     """
     said = []
-    kinds = [kind for kind in ("attn", "mlp") if _config_of(family, kind)]
+    kinds = [kind for kind in ("attn", "mlp") if tells_sizes(getattr(family, kind))]
     with registered(family), tempfile.TemporaryDirectory() as folder, quiet():
         if kinds:
             loaded = saved(instance, equal_plan(instance.model, kinds), Path(folder) / "equal")
@@ -104,13 +104,14 @@ def _plan(model: nn.Module, kinds: Sequence[str], unit: str, *, equal: bool) -> 
     return Plan(model.config.model_type, unit, kept)
 
 
+def tells_sizes(wiring: Wiring | None) -> bool:
+    """Tell whether the config fields of a wiring express how many units it has."""
+    sizes = (wiring.config or {}).values() if wiring is not None else ()
+    return bool(set(sizes) - {"experts"})
+
+
 def _kinds(family: Family) -> list[str]:
     return [kind for kind in ("attn", "mlp") if getattr(family, kind) is not None]
-
-
-def _config_of(family: Family, kind: str) -> bool:
-    wiring = getattr(family, kind)
-    return wiring is not None and wiring.config is not None
 
 
 def _has_sdpa(model: nn.Module) -> bool:
@@ -151,21 +152,45 @@ def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str
         removed = site.features(plan.sites[site.name].removed)
         get_consumer_weight(dense, site)[:, removed] = 0
     expected = outputs(dense, instance.inputs)
-    try:
+
+    def given() -> Tensor:
         apply_plan(sliced, plan)
-        given = outputs(sliced, instance.inputs)
+        return outputs(sliced, instance.inputs)
+
+    return compared(f"with {what}", before, expected, given)
+
+
+def compared(what: str, before: Tensor, expected: Tensor, give: Callable[[], Tensor]) -> float:
+    """Return by how much a sliced model's outputs differ from what is expected of them.
+
+    Parameters
+    ----------
+    what : str
+        What was done, as in "with mlp pruned".
+    before, expected : Tensor
+        Outputs of the dense model, and of that without what was sliced.
+    give : callable
+        Slices and gives the outputs.
+
+    Raises
+    ------
+    Refused
+        If they differ, the sliced model can't run, or nothing was to be seen.
+    """
+    try:
+        given = give()
     except Exception as error:  # whatever a stranger's forward raises
         raise Refused(
-            f"with {what} the model fails: {type(error).__name__}: {one_line(error, 120)}"
+            f"{what} the model fails: {type(error).__name__}: {one_line(error, 120)}"
         ) from error
     scale = float(expected.abs().max())
     if float((before - expected).abs().max()) < NOTICED * scale:
-        raise Refused(f"{what}: zeroing changes no output, so that nothing can be compared")
+        raise Refused(f"{what}, zeroing changes no output, so that nothing can be compared")
     if given.shape != expected.shape:
-        raise Refused(f"with {what} the outputs have another size")
+        raise Refused(f"{what} the outputs have another size")
     error = float((given - expected).abs().max()) / scale
     if not error <= CLOSE:
-        raise Refused(f"with {what} the outputs are {error:.1e} from those with zeroed columns")
+        raise Refused(f"{what} the outputs are {error:.1e} from those with zeroed columns")
     return error
 
 

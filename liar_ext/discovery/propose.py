@@ -12,6 +12,8 @@ from torch import nn
 
 from liar_ext.discovery.blocks import find_blocks
 from liar_ext.discovery.configs import with_bias_flags, with_config
+from liar_ext.discovery.experts import find_experts
+from liar_ext.discovery.experts_proof import prove_experts
 from liar_ext.discovery.instance import (
     Instance,
     Refused,
@@ -30,6 +32,7 @@ from liar_ext.discovery.stream_proof import check_every_block, prove_stream
 from liar_ext.discovery.tracing import Trace
 from liar_ext.discovery.watching import input_by_head
 from liar_ext.discovery.wiring import find_sites
+from liar_ext.models.families.reasons import ROUTED
 from liar_ext.models.family import WITHOUT, Family
 from liar_ext.models.reading import blocks_of
 
@@ -56,6 +59,13 @@ def propose(
     blocks = find_blocks(instance)
     trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
     found, missing = find_sites(trace)
+    try:
+        if (mixture := find_experts(trace)) is not None:
+            found["mlp"] = mixture
+            missing.pop("mlp", None)
+    except Refused as error:
+        found.pop("mlp", None)
+        missing["mlp"] = str(error)
     wirings = {kind: found[kind].wiring if kind in found else None for kind in KINDS}
     family = Family(name=config.model_type, blocks=blocks.path, **wirings)
     whole = _whole(instance.model, config)
@@ -83,6 +93,8 @@ def propose(
     if no_config:
         missing["stock"] = "; ".join(no_config.values())
     folders = prove_folders(instance, family)
+    if _has_experts(family):
+        folders += prove_experts(instances, family)
     try:
         family, narrowed = _with_stream(instances, family, whole)
         heads = f"of the heads of the family, the stream names those of {model_class.__name__}"
@@ -91,6 +103,10 @@ def propose(
         missing["hidden"], narrowed = str(error), []
     without = {name: missing[name] for name in WITHOUT if name in missing}
     return replace(family, without=without), proved + folders + narrowed, notes
+
+
+def _has_experts(family: Family) -> bool:
+    return family.mlp is not None and family.mlp.experts is not None
 
 
 def _with_stream(
@@ -103,6 +119,8 @@ def _with_stream(
     Refused
         If it can't be described.
     """
+    if _has_experts(family):
+        raise Refused(ROUTED)
     family = replace(family, stream=find_stream(instances[0], family))
     proved = prove_stream(instances, family)
     if whole is not None:
@@ -132,23 +150,27 @@ def _fitting_every_block(
     model: nn.Module, whole: nn.Module | None, family: Family, missing: dict[str, str]
 ) -> tuple[Family, list[str]]:
     """Return a row without what some block lacks, also of the whole model: a dense MLP, for one."""
+    notes: list[str] = []
     for kind in KINDS:
         for each in (model, whole):
             if each is None or getattr(family, kind) is None:
                 continue
             lacking = _lacking(each, family, kind)
-            if lacking:
+            if lacking and kind == "mlp" and _has_experts(family):
+                family = replace(family, mlp=replace(family.mlp, optional=True))
+                notes = [f"blocks without experts keep what they have: {lacking}"]
+            elif lacking:
                 missing[kind] = f"blocks differ: {lacking}"
                 family = replace(family, **{kind: None})
     few = "only a few blocks were looked at: not all of them can be built"
-    return family, [few] if whole is None else []
+    return family, [few] * (whole is None) + notes
 
 
 def _lacking(model: nn.Module, family: Family, kind: str) -> str:
     """Return which block of a model lacks which layer of a site; nothing if none does."""
     with registered(family):
         for path, block in blocks_of(model, family):
-            there = dict(block.named_modules())
+            there = {name for name, _ in (*block.named_modules(), *block.named_parameters())}
             for layer in getattr(family, kind).layers:
                 if layer not in there:
                     return f"{path} has no {layer}"

@@ -25,6 +25,10 @@ NO_WIDTH = re.compile(
 )
 POSITIONS = re.compile(r"max_\w*(position|seq|len)\w*|n_positions|n_ctx|seq_length")
 TOKEN = re.compile(r"\w*token_(id|index)|\w*_token")
+EXPERTS = re.compile(r"(moe_)?(num|n)_(local_|routed_)?experts")
+TOP_K = re.compile(r"num_experts_per_tok(en)?|moe_(top_?)?k|num_experts_per_token|top_k_experts")
+EXPERT_GROUPS = ("n_group", "topk_group", "num_expert_group")
+DENSE_FIRST = ("first_k_dense_replace", "moe_layer_start_index")
 LABELS = ("id2label", "label2id", "num_labels")
 SIZES = (
     *("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"),
@@ -45,18 +49,21 @@ class Sizes:
         Heads without and with groups of two, features of a head.
     channels : int
         Of the MLP.
+    experts : int
+        Of a mixture, where it has more.
     """
 
     heads: int
     grouped: int
     head_dim: int
     channels: int
+    experts: int
 
 
 # A number that a module keeps is compared in both instances with what it may mean.
-FIRST, SECOND = Sizes(4, 6, 8, 20), Sizes(5, 5, 16, 28)
+FIRST, SECOND = Sizes(4, 6, 8, 20, 7), Sizes(5, 5, 16, 28, 9)
 # For classes whose heads share no keys, and for heads of which a part alone is rotated.
-ALONE, WIDE = Sizes(4, 4, 8, 20), Sizes(4, 6, 32, 20)
+ALONE, WIDE = Sizes(4, 4, 8, 20, 7), Sizes(4, 6, 32, 20, 7)
 
 
 def candidates(config: Any) -> list[Callable[[], Any]]:
@@ -162,7 +169,7 @@ def _part(
     """Return the fields of a config, or of a part of one, with small sizes."""
     small = dict(fields) if layers else _few_layers(fields, names)
     if sizes is not None:
-        small = _narrow(_few_tokens(small), names, sizes, free)
+        small = _few_experts(_narrow(_few_tokens(small), names, sizes, free), names, sizes)
     for key, value in small.items():
         if isinstance(value, Mapping) and key.endswith("config"):
             small[key] = _part(value, {}, sizes, free, layers)
@@ -194,6 +201,25 @@ def _few_layers(fields: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
             small[key] = [value[index] for index in chosen]
         for key, count in counts.items():
             small[key] = len(chosen) if count == most else small[key]
+    return small
+
+
+def _few_experts(
+    fields: Mapping[str, Any], names: Mapping[str, str], sizes: Sizes
+) -> dict[str, Any]:
+    """Set how many experts there are, and how many of them a token gets, without groups of them."""
+    small = dict(fields)
+    counts = [key for key, value in fields.items() if _is(EXPERTS, key, names) and _is_int(value)]
+    if not any(fields[key] > 1 for key in counts):
+        return small
+    small |= {key: sizes.experts for key in counts if fields[key] > 1}
+    for key, value in fields.items():
+        if _is(TOP_K, key, names) and _is_int(value):
+            small[key] = min(value, 2)
+        elif key in EXPERT_GROUPS and _is_int(value):
+            small[key] = 1
+        elif key in DENSE_FIRST and _is_int(value):
+            small[key] = min(value, 1)
     return small
 
 

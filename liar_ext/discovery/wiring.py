@@ -105,7 +105,7 @@ def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Fou
             )
         if count > 1:
             names = _names_of_parts(trace, producer, consumer, owners, count)
-            stacked[producer] = _stack(producer, names, owners, None, channels, channels, 1)
+            stacked[producer] = stack_of(producer, names, owners, None, channels, channels, 1)
         elif owners != list(range(channels)):
             raise Refused(f"rows of {producer} reach the columns of {consumer} in another order")
     return Found("mlp", _wiring(trace, tuple(reach), consumer, stacked=stacked))
@@ -142,7 +142,7 @@ def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) 
         owners = [owner for _, owner, _ in each]
         if len(kinds) > 1:
             names = [role for role, _, _ in each]
-            stacked[producer] = _stack(producer, kinds, owners, names, heads, kv_heads, head_dim)
+            stacked[producer] = stack_of(producer, kinds, owners, names, heads, kv_heads, head_dim)
             own.append(producer)
             continue
         count = kv_heads if kinds[0] in SHARED else heads
@@ -212,7 +212,7 @@ def _role(row: Reach, head_dim: int) -> tuple[str, int, int] | None:
     return (kind, heads[0] // len(heads), len(heads)) if kind else None
 
 
-def _stack(
+def stack_of(
     producer: str,
     names: tuple[str, ...],
     owners: list[int],

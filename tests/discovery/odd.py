@@ -234,3 +234,96 @@ class SkewedStratum(Stratum):
     def __init__(self, config):
         super().__init__(config)
         self.hush = Skewed(config.breadth)
+
+
+class Herd(nn.Module):
+    """Experts that have columns for rows; what is linear stands beside what bends it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.flock, self.girth = config.flock, config.swell
+        shape = (config.flock, config.breadth, 2 * config.swell)
+        self.ascent = nn.Parameter(0.1 * torch.randn(shape))
+        self.descent = nn.Parameter(0.1 * torch.randn(config.flock, config.swell, config.breadth))
+        self.descent_bias = nn.Parameter(0.1 * torch.randn(config.flock, config.breadth))
+
+    def _apply_gate(self, both):
+        return both[..., ::2] * torch.sigmoid(both[..., 1::2])
+
+    def forward(self, x, chosen, shares):
+        y = torch.zeros_like(x)
+        for one in range(self.flock):
+            token, place = torch.where(chosen == one)
+            z = self._apply_gate(x[token] @ self.ascent[one])
+            z = z @ self.descent[one] + self.descent_bias[one]
+            y.index_add_(0, token, z * shares[token, place, None])
+        return y
+
+
+class BlendedHerd(Herd):
+    """Channels of an expert are normalised together."""
+
+    def _apply_gate(self, both):
+        return super()._apply_gate(both).softmax(-1)
+
+
+class Shepherd(nn.Module):
+    """Sends a token to two experts."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = 2
+        self.weight = nn.Parameter(0.1 * torch.randn(config.flock, config.breadth))
+
+    def forward(self, x):
+        logits = x @ self.weight.T
+        shares, chosen = logits.softmax(-1).topk(self.top_k)
+        return logits, shares / shares.sum(-1, keepdim=True), chosen
+
+
+class MutteringShepherd(Shepherd):
+    """Gives experts and no weights."""
+
+    def forward(self, x):
+        return super().forward(x)[2]
+
+
+class FlockConfig(OddConfig):
+    model_type = "flock"
+
+    def __init__(self, flock=5, **fields):
+        self.flock = flock
+        super().__init__(**fields)
+
+
+class Pasture(nn.Module):
+    """Attention, then experts."""
+
+    herd_class, shepherd_class = Herd, Shepherd
+
+    def __init__(self, config):
+        super().__init__()
+        self.hush, self.lull = nn.LayerNorm(config.breadth), nn.LayerNorm(config.breadth)
+        self.gaze = Gaze(config)
+        self.herd, self.shepherd = self.herd_class(config), self.shepherd_class(config)
+
+    def forward(self, x):
+        x = x + self.gaze(self.hush(x))
+        y = self.lull(x).flatten(0, 1)
+        given = self.shepherd(y)
+        if isinstance(given, torch.Tensor):
+            given = None, torch.full(given.shape, 0.5, dtype=x.dtype), given
+        return x + self.herd(y, given[2], given[1]).view_as(x)
+
+
+class FlockModel(OddModel):
+    """A mixture of experts."""
+
+    config_class = FlockConfig
+    stratum_class = Pasture
+
+
+def flock(**members) -> type[FlockModel]:
+    """Return a mixture of experts with members of its own in a block."""
+    pasture = type("Pasture", (Pasture,), members)
+    return type("Flock", (FlockModel,), {"stratum_class": pasture})

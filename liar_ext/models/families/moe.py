@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, MLP, ROW
-from liar_ext.models.families.reasons import JOINT, PICTURES
+from liar_ext.models.families.reasons import JOINT, PICTURES, ROUTED
 from liar_ext.models.family import Experts, Family, Stack, Wiring
 
 # Rows of gate_up_proj: those of all gates, then those of all ups.
@@ -108,7 +108,7 @@ _LATENT = tuple(
     for queries in ("q_b_proj", "q_proj")
 )
 _BESIDE = "channels: one field says how wide routed and shared experts are"
-_WITHOUT = {"hidden": "its routers read it, and a narrower one sends tokens elsewhere"}
+_WITHOUT = {"hidden": ROUTED}
 
 # The rows of the table.
 ROWS = (
