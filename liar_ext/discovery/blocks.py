@@ -46,6 +46,22 @@ def find_blocks(instance: Instance) -> Blocks:
     Refused
         If there is none or there are several, or something is computed between blocks.
     """
+    found = find_stacks(instance)
+    if len(found) > 1:
+        prefix = base_path(instance.model)
+        names = ", ".join(prefix + blocks.path for blocks in found)
+        raise Refused(f"there are several lists of blocks: {names}")
+    return found[0]
+
+
+def find_stacks(instance: Instance) -> list[Blocks]:
+    """Return all lists of blocks of a model, in the order of computation.
+
+    Raises
+    ------
+    Refused
+        If there is none, or something is computed between blocks.
+    """
     model = instance.model
     calls = watch(instance)
     found: dict[str, list[Call]] = {}
@@ -68,12 +84,12 @@ def find_blocks(instance: Instance) -> Blocks:
             found[path] = [each[0] for each in runs]
     if not found:
         raise Refused(broken or "there is no list of blocks that run one after another")
-    if len(found) > 1:
-        raise Refused(f"there are several lists of blocks: {', '.join(found)}")
-    (path, runs), prefix = next(iter(found.items())), base_path(model)
-    if not path.startswith(prefix):
-        raise Refused(f"its blocks, {path}, are outside of the base model")
-    return Blocks(path.removeprefix(prefix), runs)
+    prefix, order = base_path(model), {id(call): index for index, call in enumerate(calls)}
+    for path in found:
+        if not path.startswith(prefix):
+            raise Refused(f"its blocks, {path}, are outside of the base model")
+    stacks = [Blocks(path.removeprefix(prefix), runs) for path, runs in found.items()]
+    return sorted(stacks, key=lambda blocks: order[id(blocks.calls[0])])
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -12,9 +12,9 @@ from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, equal_config
 from liar_ext.discovery.instance import Instance, build
-from liar_ext.discovery.proof import equal_plan, tells_sizes
+from liar_ext.discovery.proof import equal_plan, tells_sizes, wirings_of
 from liar_ext.discovery.rows import registered
-from liar_ext.models.family import Family, Wiring
+from liar_ext.models.family import Family, Part, Wiring
 from liar_ext.models.reading import blocks_of
 from liar_ext.models.sites import sites
 from liar_ext.surgery.units import apply_plan
@@ -48,7 +48,7 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
             if _expresses(model, trial, kind):
                 family = trial
                 break
-        if not tells_sizes(getattr(family, kind)):
+        if not tells_sizes(family, kind):
             what = "heads" if kind == "attn" else "channels"
             reasons[kind] = f"no config field builds fewer {what} in the blocks alone"
             if own := [name for name, size in fields.items() if size != "experts"]:
@@ -56,6 +56,32 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
             elif others:
                 reasons[kind] = f"{what}: {', '.join(others)} changes other layers as well"
     return family, reasons
+
+
+def with_shared_config(instances: list[Instance], family: Family) -> Family:
+    """Return a row of several parts with the config fields that all of them follow together.
+
+    They are looked for where some part has none by itself.
+    """
+    for kind in ("attn", "mlp"):
+        if tells_sizes(family, kind) or not wirings_of(family, kind):
+            continue
+        fields, _ = _fields_of(instances, family, kind)
+        for chosen in _choices(fields):
+            trial = replace(
+                family, parts=tuple(_configured(part, kind, chosen) for part in family.parts)
+            )
+            if _expresses(instances[0].model, trial, kind):
+                family = trial
+                break
+    return family
+
+
+def _configured(part: Part, kind: str, fields: dict[str, str]) -> Part:
+    """Return a part whose sites of a kind follow some config fields."""
+    names = ("attn", "cross_attn") if kind == "attn" else (kind,)
+    there = {name: getattr(part, name) for name in names if getattr(part, name) is not None}
+    return replace(part, **{name: replace(each, config=fields) for name, each in there.items()})
 
 
 def with_bias_flags(instance: Instance, family: Family) -> Family:
@@ -187,7 +213,7 @@ def _part(config: Any, family: Family) -> Any:
 
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     """Tell whether the stock class, built by the fields of a row, has the sliced shapes."""
-    if not tells_sizes(getattr(family, kind)):  # as building with fewer experts has shown
+    if not tells_sizes(family, kind):  # as building with fewer experts has shown
         return True
     model = copy.deepcopy(model)
     with registered(family):

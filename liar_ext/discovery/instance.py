@@ -21,7 +21,7 @@ from liar_ext.models.running import evaluating
 
 MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build
 MOST_VARIANTS = 24
-BATCH, TOKENS = 2, 11
+BATCH, TOKENS, DECODER_TOKENS = 2, 11, 9
 
 
 class Refused(Exception):
@@ -207,17 +207,20 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     """Return random inputs for the forward pass of a model of tokens or images."""
     config, name = model.config, getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(1)
-    if getattr(config, "is_encoder_decoder", False):
-        raise Refused("it is an encoder with a decoder, and a row describes one stack of blocks")
     if name == "input_ids":
         embedding = model.get_input_embeddings().weight
         fields = {**config.to_dict(), **config.get_text_config().to_dict()}
         special = [value for key, value in fields.items() if TOKEN.fullmatch(key)]
         ordinary = [token for token in range(embedding.shape[0]) if token not in special][:1000]
-        draw = torch.randint(len(ordinary), (BATCH, TOKENS), generator=generator)
-        given = {name: torch.tensor(ordinary)[draw]}
-        if "attention_mask" in inspect.signature(model.forward).parameters:
-            given["attention_mask"] = torch.ones_like(draw)
+        reads = inspect.signature(model.forward).parameters
+        given = {}
+        for part, tokens in (("", TOKENS), ("decoder_", DECODER_TOKENS)):
+            if part and not getattr(config, "is_encoder_decoder", False):
+                continue
+            draw = torch.randint(len(ordinary), (BATCH, tokens), generator=generator)
+            given[part + name] = torch.tensor(ordinary)[draw]
+            if f"{part}attention_mask" in reads:
+                given[f"{part}attention_mask"] = torch.ones_like(draw)
         return given
     if name == "pixel_values":
         size = getattr(config, "image_size", None)

@@ -1,43 +1,23 @@
-"""Put a row together from what a trace shows, and settle what only the proof can tell."""
+"""Propose a row of the table: of one stack of blocks, or of an encoder and a decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
-from itertools import islice, product
 from typing import Any
 
 from torch import nn
 
 from liar_ext.discovery.blocks import find_blocks
-from liar_ext.discovery.configs import with_bias_flags, with_config
-from liar_ext.discovery.experts import find_experts
+from liar_ext.discovery.describing import Tried, describe, has_experts, prepare, trace_of
 from liar_ext.discovery.experts_proof import prove_experts
-from liar_ext.discovery.instance import (
-    Instance,
-    Refused,
-    build,
-    make_instance,
-    make_second,
-    variants,
-)
-from liar_ext.discovery.numbers import Meanings, with_head_dim, with_numbers, with_per_head
-from liar_ext.discovery.proof import prove, prove_folders
-from liar_ext.discovery.rows import registered
-from liar_ext.discovery.shrinking import tall
+from liar_ext.discovery.instance import Refused
+from liar_ext.discovery.parts import propose_parts
+from liar_ext.discovery.proof import prove_folders
 from liar_ext.discovery.stream import find_stream
 from liar_ext.discovery.stream_fields import prove_narrow_folder, with_fields
 from liar_ext.discovery.stream_proof import check_every_block, prove_stream
-from liar_ext.discovery.tracing import Trace
-from liar_ext.discovery.watching import input_by_head
-from liar_ext.discovery.wiring import find_sites
 from liar_ext.models.families.reasons import ROUTED
 from liar_ext.models.family import WITHOUT, Family
-from liar_ext.models.reading import blocks_of
-
-MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
-KINDS = ("attn", "mlp")
 
 
 def propose(
@@ -50,68 +30,27 @@ def propose(
     Refused
         If neither attention nor MLP can be described.
     """
-    instance = make_instance(model_class, config, given)
-    second = make_second(model_class, config, instance)
-    instances = [instance] if second is None else [instance, second]
-    models = [each.model for each in instances]
-    if second is None:
-        models += variants(instance)
+    tried, name = prepare(model_class, config, given), config.model_type
+    instance = tried.instances[0]
+    if getattr(config, "is_encoder_decoder", False):
+        return propose_parts(tried, name)
     blocks = find_blocks(instance)
-    trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
-    found, missing = find_sites(trace)
-    try:
-        if (mixture := find_experts(trace)) is not None:
-            found["mlp"] = mixture
-            missing.pop("mlp", None)
-    except Refused as error:
-        found.pop("mlp", None)
-        missing["mlp"] = str(error)
-    wirings = {kind: found[kind].wiring if kind in found else None for kind in KINDS}
-    family = Family(name=config.model_type, blocks=blocks.path, **wirings)
-    whole = _whole(instance.model, config)
-    family, notes = _fitting_every_block(instance.model, whole, family, missing)
-    if family.attn is not None:
-        attention = found["attn"]
-        try:
-            family = with_head_dim(family, models, attention.head_dim, trace.ran)
-            head_input = input_by_head(trace, attention.wiring.consumer, attention.heads)
-            family = replace(family, attn=replace(family.attn, head_input=head_input))
-        except Refused as error:
-            missing["attn"] = str(error)
-            family = replace(family, attn=None)
-    _check_left(family, missing)
-    family = with_per_head(family, models)
-    family, unclear, at_hand = with_numbers(family, models, trace.ran)
-    family, proved = _settle(instances, family, unclear, at_hand, missing)
-    if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
-        notes.append("one key for all heads: whether a weight is stacked by group can't be seen")
-    left = [path for path in unclear if not any(path in w.numbers for w in _wirings(family))]
-    if left:
-        notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
-    family, no_config = with_config(instances, family)
-    family = with_bias_flags(instance, family)
-    if no_config:
-        missing["stock"] = "; ".join(no_config.values())
+    described = describe(tried, name, blocks, *trace_of(blocks))
+    family, missing, notes = described.family, described.missing, described.notes
     folders = prove_folders(instance, family)
-    if _has_experts(family):
-        folders += prove_experts(instances, family)
+    if has_experts(family):
+        folders += prove_experts(tried.instances, family)
     try:
-        family, narrowed = _with_stream(instances, family, whole)
+        family, narrowed = _with_stream(tried, family)
         heads = f"of the heads of the family, the stream names those of {model_class.__name__}"
         notes += [heads] if instance.model.base_model is not instance.model else []
     except Refused as error:
         missing["hidden"], narrowed = str(error), []
     without = {name: missing[name] for name in WITHOUT if name in missing}
-    return replace(family, without=without), proved + folders + narrowed, notes
+    return replace(family, without=without), described.proved + folders + narrowed, notes
 
 
-def _has_experts(family: Family) -> bool:
-    return family.mlp is not None and family.mlp.experts is not None
-
-
-def _with_stream(
-    instances: list[Instance], family: Family, whole: nn.Module | None
-) -> tuple[Family, list[str]]:
+def _with_stream(tried: Tried, family: Family) -> tuple[Family, list[str]]:
     """Return a row with the residual stream, and what was proved of that.
 
     Raises
@@ -119,125 +58,11 @@ def _with_stream(
     Refused
         If it can't be described.
     """
-    if _has_experts(family):
+    if has_experts(family):
         raise Refused(ROUTED)
-    family = replace(family, stream=find_stream(instances[0], family))
-    proved = prove_stream(instances, family)
-    if whole is not None:
-        check_every_block(whole, family)
-    family, told = with_fields(instances, family)
-    return family, [proved, *prove_narrow_folder(instances[0], family, told)]
-
-
-def _check_left(family: Family, missing: dict[str, str]) -> None:
-    if family.attn is None and family.mlp is None:
-        raise Refused("; ".join(f"{kind}: {missing[kind]}" for kind in KINDS))
-
-
-def _wirings(family: Family) -> list[Any]:
-    return [getattr(family, kind) for kind in KINDS if getattr(family, kind) is not None]
-
-
-def _whole(model: nn.Module, config: Any) -> nn.Module | None:
-    """Return a model with all its blocks and no weights, or None if none can be built."""
-    for make in tall(config):
-        with suppress(Exception):  # a stranger's class and config have rules of their own
-            return build(type(model), make(), "meta")
-    return None
-
-
-def _fitting_every_block(
-    model: nn.Module, whole: nn.Module | None, family: Family, missing: dict[str, str]
-) -> tuple[Family, list[str]]:
-    """Return a row without what some block lacks, also of the whole model: a dense MLP, for one."""
-    notes: list[str] = []
-    for kind in KINDS:
-        for each in (model, whole):
-            if each is None or getattr(family, kind) is None:
-                continue
-            lacking = _lacking(each, family, kind)
-            if lacking and kind == "mlp" and _has_experts(family):
-                family = replace(family, mlp=replace(family.mlp, optional=True))
-                notes = [f"blocks without experts keep what they have: {lacking}"]
-            elif lacking:
-                missing[kind] = f"blocks differ: {lacking}"
-                family = replace(family, **{kind: None})
-    few = "only a few blocks were looked at: not all of them can be built"
-    return family, [few] * (whole is None) + notes
-
-
-def _lacking(model: nn.Module, family: Family, kind: str) -> str:
-    """Return which block of a model lacks which layer of a site; nothing if none does."""
-    with registered(family):
-        for path, block in blocks_of(model, family):
-            there = {name for name, _ in (*block.named_modules(), *block.named_parameters())}
-            for layer in getattr(family, kind).layers:
-                if layer not in there:
-                    return f"{path} has no {layer}"
-    return ""
-
-
-def _settle(
-    instances: list[Instance],
-    family: Family,
-    unclear: Meanings,
-    at_hand: Meanings,
-    missing: dict[str, str],
-) -> tuple[Family, list[str]]:
-    """Return the row that the proof holds for, with as few unclear integers as it takes.
-
-    Where it holds for none, one kind of site may hold by itself; the reason why the other doesn't
-    is added to ``missing``.
-    """
-    reasons: list[str] = []
-    held = _first_proved(instances, _trials(family, unclear, at_hand), reasons)
-    if held is None and len(_wirings(family)) == 2:
-        for other in ("attn", "mlp"):
-            alone = replace(family, **{other: None})
-            held = _first_proved(instances, _trials(alone, unclear, at_hand), reasons)
-            if held is not None:
-                missing[other] = reasons[0]
-                break
-    if held is None:
-        raise Refused("; ".join(dict.fromkeys(reasons)))
-    return held
-
-
-def _first_proved(
-    instances: list[Instance], trials: Iterator[Family], reasons: list[str]
-) -> tuple[Family, list[str]] | None:
-    """Return the first row that the proof holds for, or None; add the reasons of the others."""
-    for trial in trials:
-        try:
-            return trial, prove(instances, trial)
-        except Refused as error:
-            reasons.append(str(error))
-    return None
-
-
-def _trials(family: Family, unclear: Meanings, at_hand: Meanings) -> Iterator[Family]:
-    """Yield rows in which unclear integers mean nothing, then one thing or another.
-
-    Numbers of the config come last: mostly no forward reads them.
-    """
-    kinds = [kind for kind in KINDS if getattr(family, kind) is not None]
-    options = {
-        path: [None, *(each for each in meanings if each[0] in kinds)]
-        for path, meanings in {**unclear, **at_hand}.items()
-    }
-    choices = product(*options.values())
-
-    def cost(choice: tuple[tuple[str, str] | None, ...]) -> tuple[int, int]:
-        taken = [path for path, meaning in zip(options, choice, strict=True) if meaning]
-        return sum(path in at_hand for path in taken), len(taken)
-
-    for choice in sorted(islice(choices, MOST_CHOICES), key=cost)[:MOST_TRIALS]:
-        row = family
-        for path, meaning in zip(options, choice, strict=True):
-            if meaning:
-                kind, size = meaning
-                wiring = getattr(row, kind)
-                row = replace(
-                    row, **{kind: replace(wiring, numbers={**wiring.numbers, path: size})}
-                )
-        yield row
+    family = replace(family, stream=find_stream(tried.instances[0], family))
+    proved = prove_stream(tried.instances, family)
+    if tried.whole is not None:
+        check_every_block(tried.whole, family)
+    family, told = with_fields(tried.instances, family)
+    return family, [proved, *prove_narrow_folder(tried.instances[0], family, told)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from liar_ext.discovery.tracing import Trace
 from liar_ext.models.family import HeadInput
 
 Look = Callable[[str, nn.Module, tuple, dict[str, Any]], None]
+See = Callable[[str, Any], None]
 
 
 def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
@@ -41,24 +43,45 @@ def fed_by_input(trace: Trace, names: list[str]) -> set[str]:
     return {name for name in still if not torch.equal(still[name], moved[name])}
 
 
-def input_by_head(trace: Trace, consumer: str, heads: int) -> HeadInput | None:
+def input_by_head(trace: Trace, consumer: str, heads: int, first: nn.Module) -> HeadInput | None:
     """Return the argument with a slice a head that comes into a block, if there is one.
 
-    It is (batch, heads, queries, keys), such as a bias of relative positions.
+    It is (batch, heads, queries, keys), such as a bias of relative positions. Where a module passes
+    it on to the next block, the one of ``first``, the first block, has made it: of a table with a
+    column a head, or by itself.
     """
-    found: list[HeadInput] = []
+    found: list[tuple[HeadInput, Tensor]] = []
+    passed: dict[str, int] = {}
 
     def look(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         names = list(inspect.signature(module.forward).parameters)
         for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
             sliced = isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == heads > 1
             if sliced and name in names:
-                found.append(HeadInput(path, names.index(name), name))
+                found.append((HeadInput(path, names.index(name), name), value))
+
+    def see(path: str, output: Any) -> None:
+        mine = [value for each, value in found if each.module == path]
+        if mine and isinstance(output, tuple):
+            same = [i for i, value in enumerate(output) if value is mine[-1]]
+            passed.update({path: same[0]} if same else {})
 
     around = [name for name, _ in trace.block.named_modules() if consumer.startswith(f"{name}.")]
-    with _looking(trace.block, around, look):
+    with _looking(trace.block, around, look, see):
         trace.run(None, torch.zeros(()), lambda name, value: None)
-    return found[-1] if found else None
+    if not found:
+        return None
+    head_input = found[-1][0]
+    if head_input.module not in passed:
+        return head_input
+    tables = [
+        name
+        for name, child in first.get_submodule(head_input.module).named_children()
+        if isinstance(child, nn.Embedding) and child.weight.shape[1] == heads
+    ]
+    table = tables[0] if tables else ""
+    output = passed[head_input.module]
+    return replace(head_input, output=output, table=table, own=not table)
 
 
 def _first_inputs(
@@ -77,8 +100,13 @@ def _first_inputs(
 
 
 @contextmanager
-def _looking(block: nn.Module, names: list[str], look: Look) -> Iterator[None]:
-    """Call a function with path, module and arguments of every run of some modules."""
+def _looking(
+    block: nn.Module, names: list[str], look: Look, see: See | None = None
+) -> Iterator[None]:
+    """Call a function with path, module and arguments of every run of some modules.
+
+    Another one, if there is one, gets path and output.
+    """
 
     def watch(path: str) -> Any:
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -86,7 +114,14 @@ def _looking(block: nn.Module, names: list[str], look: Look) -> Iterator[None]:
 
         return block.get_submodule(path).register_forward_pre_hook(before, with_kwargs=True)
 
+    def watch_output(path: str) -> Any:
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            see(path, output)
+
+        return block.get_submodule(path).register_forward_hook(after)
+
     handles = [watch(name) for name in names]
+    handles += [watch_output(name) for name in names if see is not None]
     try:
         yield
     finally:

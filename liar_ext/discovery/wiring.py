@@ -30,8 +30,8 @@ class Found:
 
     Parameters
     ----------
-    kind : {"attn", "mlp"}
-        Which site.
+    kind : {"attn", "cross_attn", "mlp"}
+        Which site; ``cross_attn`` reads keys and values of something else than the stream.
     wiring : Wiring
         Its layers, without ``head_dim``, numbers and config.
     heads, kv_heads, head_dim : int
@@ -47,7 +47,7 @@ class Found:
 
 def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
     """Return the sites of a block by kind, and the reason for each kind that can't be described."""
-    found: dict[str, list[Found]] = {"attn": [], "mlp": []}
+    found: dict[str, list[Found]] = {"attn": [], "cross_attn": [], "mlp": []}
     mixed = ""
     reasons: dict[str, list[str]] = {"attn": [], "mlp": []}
     for consumer, parents in trace.parents.items():
@@ -64,11 +64,14 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
             continue
         try:
             read = _read_attention if kind == "attn" else _read_mlp
-            found[kind].append(read(trace, consumer, reach))
+            site = read(trace, consumer, reach)
+            found[site.kind].append(site)
         except Refused as error:
             reasons[kind].append(str(error))
     sites, without = {}, {}
-    for kind, several in found.items():
+    if len(found["cross_attn"]) == 1:
+        sites["cross_attn"] = found["cross_attn"][0]
+    for kind, several in ((kind, found[kind]) for kind in reasons):
         if len(several) == 1 and not reasons[kind]:
             sites[kind] = several[0]
         elif len(several) + len(reasons[kind]) > 1:
@@ -158,7 +161,9 @@ def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) 
     if len(key_value) == 1 or not own or not (key_value or stacked):
         raise Refused(f"{consumer} reads no queries, keys and values of layers that a row can name")
     wiring = _wiring(trace, tuple(own), consumer, key_value=key_value, stacked=stacked)
-    return Found("attn", wiring, heads, kv_heads, head_dim)
+    keys = key_value or tuple(name for name, stack in stacked.items() if stack.shared)
+    kind = "attn" if any(name in trace.readers for name in keys) else "cross_attn"
+    return Found(kind, wiring, heads, kv_heads, head_dim)
 
 
 def _head_dim(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> int:

@@ -125,6 +125,7 @@ def _draw(
 
 def known_tokens(model: nn.Module, config: Any) -> int:
     """Return how many tokens a model has embeddings for."""
-    if len(inputs_read(model)) > 1:
-        return config.get_text_config().vocab_size
+    text = config.get_text_config()
+    if len(inputs_read(model)) > 1 and hasattr(text, "vocab_size"):
+        return text.vocab_size
     return model.get_input_embeddings().weight.shape[0]

@@ -35,12 +35,12 @@ class Gaze(nn.Module):
     def mixed(self, queries):
         return queries
 
-    def forward(self, x):
+    def forward(self, x, other=None):
         batch, tokens, _ = x.shape
         size = self.shades * self.lens_width
-        keys, values = self.seen(x).split([size, size], -1)
+        keys, values = self.seen(x if other is None else other).split([size, size], -1)
         q = self.mixed(self.ask(x)).view(batch, tokens, self.lenses, -1).transpose(1, 2)
-        k, v = (y.view(batch, tokens, self.shades, -1).transpose(1, 2) for y in (keys, values))
+        k, v = (y.view(batch, y.shape[1], self.shades, -1).transpose(1, 2) for y in (keys, values))
         k, v = (y.repeat_interleave(self.lenses // self.shades, 1) for y in (k, v))
         weights = (q @ k.transpose(2, 3) / self.lens_width**0.5).softmax(-1)
         return self.tell((weights @ v).transpose(1, 2).reshape(batch, tokens, -1))
@@ -327,3 +327,59 @@ def flock(**members) -> type[FlockModel]:
     """Return a mixture of experts with members of its own in a block."""
     pasture = type("Pasture", (Pasture,), members)
     return type("Flock", (FlockModel,), {"stratum_class": pasture})
+
+
+class DuetConfig(OddConfig):
+    model_type = "duet"
+
+    def __init__(self, **fields):
+        super().__init__(**{"is_encoder_decoder": True, **fields})
+
+
+class Echo(nn.Module):
+    """Attention to what the other stack has made, between two branches of its own."""
+
+    glance_class = Gaze
+
+    def __init__(self, config):
+        super().__init__()
+        self.hush, self.calm = nn.LayerNorm(config.breadth), nn.LayerNorm(config.breadth)
+        self.gaze, self.glance = Gaze(config), self.glance_class(config)
+        self.rise = nn.Linear(config.breadth, config.swell)
+        self.fall = nn.Linear(config.swell, config.breadth)
+
+    def forward(self, x, other):
+        x = x + self.gaze(self.hush(x))
+        x = x + self.glance(x, other)
+        return x + self.fall(self.rise(self.calm(x)).relu())
+
+
+class MixedEcho(Echo):
+    """A norm over all heads of the attention to the other stack."""
+
+    glance_class = MixedGaze
+
+
+class DeafEcho(Echo):
+    """It has layers for the other stack, and doesn't use them."""
+
+    def forward(self, x, other):
+        x = x + self.gaze(self.hush(x))
+        return x + other.mean(1, keepdim=True) + self.fall(self.rise(self.calm(x)).relu())
+
+
+class DuetModel(OddModel):
+    """Two stacks, of which the second reads the first."""
+
+    config_class = DuetConfig
+    echo_class = Echo
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.echoes = nn.ModuleList(self.echo_class(config) for _ in range(config.strata))
+
+    def forward(self, input_ids, decoder_input_ids, **_):
+        other, x = super().forward(input_ids).last_hidden_state, self.lexicon(decoder_input_ids)
+        for echo in self.echoes:
+            x = echo(x, other)
+        return BaseModelOutput(last_hidden_state=x)

@@ -13,8 +13,6 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     Olmo2Config,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from liar_ext.discovery.suggest import suggest_family
@@ -27,7 +25,7 @@ SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     """None of these families is known, and the table stays as it is."""
-    for name in ("llama", "olmo2", "t5"):
+    for name in ("llama", "olmo2"):
         monkeypatch.delitem(FAMILIES, name, raising=False)
     before = dict(FAMILIES)
     yield
@@ -73,12 +71,6 @@ def test_an_mlp_with_a_norm_over_its_channels_is_left_out():
 def test_models_without_a_row_are_refused(model_class, reason):
     with pytest.raises(InputError, match=f"no row for 'odd': .*{reason}.*by hand"):
         suggest_family(model_class(OddConfig()))
-
-
-def test_two_stacks_are_refused():
-    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=4, vocab_size=40)
-    with pytest.raises(InputError, match="an encoder with a decoder"):
-        suggest_family(T5ForConditionalGeneration(config))
 
 
 def test_huge_sizes_are_made_small_before_anything_is_built(monkeypatch):
