@@ -20,10 +20,12 @@ from liar_ext.discovery.blocks import cloned
 from liar_ext.discovery.instance import Refused
 from liar_ext.discovery.tracing import MOST_ROWS, Trace
 from liar_ext.discovery.wiring import Found, stack_of
+from liar_ext.errors import one_line
 from liar_ext.models.experts import bias_name
 from liar_ext.models.family import Experts, Wiring
 
-CLOSE, CHANGED = 1e-9, 1e-12
+CLOSE, CHANGED = 1e-5, 1e-12  # weights of the router are float32 in some
+MOVE, STRAIGHT = 0.02, 1e-3  # such a move stays below limits, and shows an activation's curve
 
 
 class _Run(NamedTuple):
@@ -40,6 +42,16 @@ def find_experts(trace: Trace) -> Found | None:
     Refused
         If it has one that a row can't name.
     """
+    try:
+        return _found(trace)
+    except Refused:
+        raise
+    except Exception as error:  # whatever a stranger's code raises where it gets something else
+        said = f"{type(error).__name__}: {one_line(error, 120)}"
+        raise Refused(f"what its experts compute can't be seen: {said}") from error
+
+
+def _found(trace: Trace) -> Found | None:
     runs = _runs(trace)
     holders = [path for path in runs if len(_matrices(trace.block.get_submodule(path))) > 1]
     if not holders:
@@ -121,8 +133,8 @@ class _Mixture:
             raise Refused(f"{self.path}._apply_gate isn't how its experts make channels")
         owners, linear = [], []
         for row in range(rows):
-            once = self._read(producer, consumer, row, 0.01) - before
-            twice = self._read(producer, consumer, row, 0.02) - before
+            once = self._read(producer, consumer, row, MOVE) - before
+            twice = self._read(producer, consumer, row, 2 * MOVE) - before
             reached = (once.abs() > CHANGED * scale).any(0).nonzero().flatten().tolist()
             if len(reached) != 1:
                 raise Refused(
@@ -130,7 +142,7 @@ class _Mixture:
                     f"{consumer}, not one"
                 )
             owners += reached
-            linear.append(bool(torch.allclose(twice, 2 * once, rtol=1e-6, atol=1e-9)))
+            linear.append(_straight(once, twice))
         count, rest = divmod(rows, channels)
         if rest or sorted(owners) != sorted(list(range(channels)) * count):
             raise Refused(f"rows of {self.path}.{producer} don't reach each column equally often")
@@ -165,7 +177,7 @@ class _Mixture:
             getattr(module, name).add_(move, alpha=factor)
             found.append(self._output(module))
         none, once, twice = found
-        return bool(torch.allclose(twice - once, once - none, rtol=1e-6, atol=1e-9))
+        return _straight(once - none, twice - none)
 
     @torch.no_grad()
     def _read(self, producer: str, consumer: str, row: int = 0, move: float = 0.0) -> Tensor:
@@ -192,6 +204,11 @@ class _Mixture:
         out = self.hidden[token] @ self._rows(producer, self.module).T
         bias = getattr(self.module, bias_name(producer), None)
         return self.module._apply_gate(out if bias is None else out + bias[self.expert])
+
+
+def _straight(once: Tensor, twice: Tensor) -> bool:
+    """Tell whether a move of twice the size changed twice as much."""
+    return float((twice - 2 * once).abs().max()) <= STRAIGHT * float(once.abs().max())
 
 
 def _runs(trace: Trace) -> dict[str, _Run]:

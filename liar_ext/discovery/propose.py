@@ -16,6 +16,7 @@ from liar_ext.discovery.proof import prove_folders
 from liar_ext.discovery.stream import find_stream
 from liar_ext.discovery.stream_fields import prove_narrow_folder, with_fields
 from liar_ext.discovery.stream_proof import check_every_block, prove_stream
+from liar_ext.errors import one_line
 from liar_ext.models.families.reasons import ROUTED
 from liar_ext.models.family import WITHOUT, Family
 
@@ -60,7 +61,14 @@ def _with_stream(tried: Tried, family: Family) -> tuple[Family, list[str]]:
     """
     if has_experts(family):
         raise Refused(ROUTED)
-    family = replace(family, stream=find_stream(tried.instances[0], family))
+    try:
+        stream = find_stream(tried.instances[0], family)
+    except Refused:
+        raise
+    except Exception as error:  # whatever a stranger's code raises where it gets something else
+        said = f"{type(error).__name__}: {one_line(error, 120)}"
+        raise Refused(f"who reads and writes it can't be seen: {said}") from error
+    family = replace(family, stream=stream)
     proved = prove_stream(tried.instances, family)
     if tried.whole is not None:
         check_every_block(tried.whole, family)

@@ -71,14 +71,19 @@ class _Finder:
         )
 
     def _places(self, calls: Iterable[tuple[str, Call]]) -> list[Place]:
-        found = [place_of(path, call, self.hidden) for path, call in calls]
-        return [place for place in found if place is not None]
+        """Return what has to do with the stream, in order; tables may be looked up repeatedly."""
+        found: dict[str, Place] = {}
+        for path, call in calls:
+            place = place_of(path, call, self.hidden)
+            if place is not None and path in found and place.kind in ("norm", "linear"):
+                raise Refused(f"{path} runs several times in a pass")
+            if place is not None:
+                found.setdefault(path, place)
+        return list(found.values())
 
     def _norm(self, place: Place, path: str) -> Doing:
         """Note what a norm has put out."""
         self.offsets.add(offset_of(place))
-        if path in self.sources.outputs:
-            raise Refused(f"{path} runs several times in a pass")
         self.sources.outputs[path] = place.call.output
         return "norm", place.path
 

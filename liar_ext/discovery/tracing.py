@@ -272,8 +272,9 @@ def stored(module: nn.Module, input_: Tensor, output: Tensor) -> bool | None:
     weight, bias = module.weight.detach(), getattr(module, "bias", None)
     for transposed, matrix in ((False, weight), (True, weight.T)):
         if (matrix.shape[1], matrix.shape[0]) == (input_.shape[-1], output.shape[-1]):
-            expected = input_ @ matrix.T + (0 if bias is None else bias.detach())
-            if expected.shape == output.shape and torch.allclose(expected, output, atol=1e-5):
+            expected = input_.to(matrix) @ matrix.T + (0 if bias is None else bias.detach())
+            same = expected.shape == output.shape
+            if same and torch.allclose(expected, output.to(expected), atol=1e-5):
                 return transposed
     return None
 

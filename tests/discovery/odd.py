@@ -329,6 +329,42 @@ def flock(**members) -> type[FlockModel]:
     return type("Flock", (FlockModel,), {"stratum_class": pasture})
 
 
+class StrictHerd(Herd):
+    """It knows its weights, and computes with no others."""
+
+    def forward(self, x, chosen, shares):
+        if not self.descent.any():
+            raise ArithmeticError("no descent")
+        return super().forward(x, chosen, shares)
+
+
+class StrictNorm(nn.LayerNorm):
+    """It knows its weights, and computes with no others."""
+
+    def forward(self, x):
+        if not self.weight.any():
+            raise ArithmeticError("no weight")
+        return super().forward(x)
+
+
+class StrictStratum(Stratum):
+    """It has such a norm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.hush = StrictNorm(config.breadth)
+
+
+class Twice(OddModel):
+    """Two lookups in one table."""
+
+    def forward(self, input_ids, **_):
+        x = self.lexicon(input_ids) + self.lexicon(input_ids.flip(1))
+        for stratum in self.strata:
+            x = stratum(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
 class DuetConfig(OddConfig):
     model_type = "duet"
 

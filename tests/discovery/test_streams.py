@@ -98,6 +98,10 @@ def test_a_class_that_nobody_has_is_narrowed_saved_and_loaded(tmp_path):
         ),
         (odd.Averaged, "verdict reads something else than the stream or what a norm put out"),
         (odd.Scaled, "with a smaller hidden size a saved folder loads with other outputs"),
+        (
+            variant("Other", stratum_class=odd.StrictStratum),
+            "who reads and writes it can't be seen: ArithmeticError: no weight",
+        ),
         (odd.Slim, "no embedding has its 30 features: they have their own size"),
     ],
 )
@@ -105,6 +109,11 @@ def test_a_stream_that_no_row_can_name_is_left_out(model_class, reason):
     found = suggest_family(model_class(OddConfig())).family
     assert found.stream is None and found.attn is not None and found.mlp is not None
     assert re.search(reason, found.without["hidden"])
+
+
+def test_a_table_that_is_read_twice_is_written_once():
+    found = suggest_family(odd.Twice(OddConfig())).family
+    assert found.stream.start == (Step("write", ("lexicon",)),)
 
 
 @pytest.fixture(scope="module")
