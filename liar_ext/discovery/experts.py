@@ -10,7 +10,6 @@ what the consumer of e reads, times the router's weight::
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ def _found(trace: Trace) -> Found | None:
         consumer=f"{path}.{consumer}",
         stacked={} if stacked is None else {f"{path}.{producer}": stacked},
         transposed=mixture.transposed,
-        experts=Experts(path, _router(trace, path, runs)),
+        experts=_router(trace, path, runs, mixture.count),
     )
     return Found("mlp", wiring)
 
@@ -248,9 +247,9 @@ def _arguments(run: _Run) -> tuple[Tensor, Tensor, Tensor] | None:
     return (hidden, chosen, weights) if fits and not chosen.is_floating_point() else None
 
 
-def _router(trace: Trace, path: str, runs: dict[str, _Run]) -> str:
-    """Return the module that gives logits, and the weights and experts that the others get."""
-    _, chosen, weights = _arguments(runs[path])
+def _router(trace: Trace, path: str, runs: dict[str, _Run], count: int) -> Experts:
+    """Return where experts are, and what gives the weights and experts that they get."""
+    hidden, chosen, weights = _arguments(runs[path])
     for name, run in runs.items():
         given = run.output
         if not isinstance(given, tuple) or len(given) != 3:
@@ -260,14 +259,13 @@ def _router(trace: Trace, path: str, runs: dict[str, _Run]) -> str:
         if not (torch.equal(given[2], chosen) and torch.equal(given[1], weights)):
             continue
         router = trace.block.get_submodule(name)
-        own = {each for each, _ in router.named_parameters()}
-        top_k = getattr(router, "top_k", None)
-        one = len(inspect.signature(router.forward).parameters) == 1
-        if "weight" not in own or not own <= {"weight", "bias"} or not isinstance(top_k, int):
-            raise Refused(f"{name}, which chooses experts, keeps no weight, bias and top_k alone")
-        if not one or top_k != chosen.shape[-1]:
+        own = {each: tuple(p.shape) for each, p in router.named_parameters()}
+        matrices = [each for each, shape in own.items() if shape == (count, hidden.shape[-1])]
+        if len(matrices) != 1 or any(count not in shape for shape in own.values()):
+            raise Refused(f"{name}, which chooses experts, keeps more than numbers for each expert")
+        if len(run.args) != 1 or run.kwargs or getattr(router, "top_k", None) != chosen.shape[-1]:
             raise Refused(f"{name}, which chooses experts, doesn't take tokens alone, top_k each")
-        return name
+        return Experts(path, name, *(() if matrices == ["weight"] else matrices))
     raise Refused(
         f"what chooses the experts of {path} is no module that gives logits, weights and experts"
     )

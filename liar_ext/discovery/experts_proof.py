@@ -15,7 +15,7 @@ from liar_ext.checkpoint.quietening import quiet
 from liar_ext.discovery.instance import Instance, outputs
 from liar_ext.discovery.proof import compared, saved
 from liar_ext.discovery.rows import registered
-from liar_ext.models.experts import reroute, router_of
+from liar_ext.models.experts import choice_of, reroute, router_of
 from liar_ext.models.family import Family
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import Plan, SitePlan
@@ -65,7 +65,7 @@ def _compare(instance: Instance) -> float:
     dense, sliced = copy.deepcopy(instance.model), copy.deepcopy(instance.model)
     plan, before = _plan(dense), outputs(dense, instance.inputs)
     for name, site in _layers(dense).items():
-        _choose_among(router_of(dense, site), torch.tensor(plan.experts[name].kept))
+        _choose_among(dense, site, torch.tensor(plan.experts[name].kept))
 
     def given() -> Tensor:
         apply_plan(sliced, plan)
@@ -75,11 +75,13 @@ def _compare(instance: Instance) -> float:
     return compared("with experts removed", before, expected, given)
 
 
-def _choose_among(router: nn.Module, kept: Tensor) -> None:
-    """Let a router choose among some experts."""
+def _choose_among(model: nn.Module, site: Site, kept: Tensor) -> None:
+    """Let the router of a layer choose among some experts."""
+    router = router_of(model, site)
 
     def choose(_: nn.Module, args: tuple, given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        weights, places = reroute(router, given[0], kept)
+        experts = site.wiring.experts
+        weights, places = reroute(router, given[0], kept, experts, choice_of(model, site))
         return given[0], weights, kept[places]
 
     router.register_forward_hook(choose)

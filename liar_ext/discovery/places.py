@@ -81,8 +81,12 @@ def place_of(path: str, call: Call, hidden: int) -> Place | None:
     """
     module, output = call.module, call.output
     own = {n: p for n, p in module.named_parameters(recurse=False) if hidden in p.shape}
-    if not own or output is None:
+    if output is None:
         return None
+    if not own:
+        alone = next(module.parameters(), None) is None and next(module.children(), None) is None
+        wide = output.shape[-1:] == (hidden,)
+        return Place(path, call, "norm") if alone and wide and _mixes(call, hidden) else None
     weight = own.get("weight")
     if isinstance(module, nn.Embedding):
         wide = weight is not None and weight.shape[1] == hidden
@@ -104,8 +108,10 @@ def place_of(path: str, call: Call, hidden: int) -> Place | None:
     return Place(path, call, "parameters", names) if names else None
 
 
-def offset_of(place: Place) -> float:
+def offset_of(place: Place) -> float | None:
     """Return what a norm adds to its weight before it scales by it: c of ``(w + c) n + b``.
+
+    None of a norm without a weight.
 
     Raises
     ------
@@ -113,6 +119,8 @@ def offset_of(place: Place) -> float:
         If what it puts out isn't of that form, with c one of :data:`OFFSETS`.
     """
     norm = copy.deepcopy(place.call.module)
+    if getattr(norm, "weight", None) is None:
+        return None
     bias = 0.0 if getattr(norm, "bias", None) is None else norm.bias
 
     def given(weight: float) -> Tensor:
@@ -151,7 +159,8 @@ def _mixes(call: Call, hidden: int) -> bool:
     """Tell whether one feature that a module reads changes others that it puts out."""
     if not call.args or not isinstance(call.args[0], Tensor) or call.args[0].shape[-1] != hidden:
         given = first_tensor(call.kwargs)
-        return given is not None and given.shape == call.output.shape
+        weighted = next(call.module.parameters(), None) is not None
+        return weighted and given is not None and given.shape == call.output.shape
     if call.output.shape != call.args[0].shape:
         return False
     args, kwargs = cloned(call.args), cloned(call.kwargs)

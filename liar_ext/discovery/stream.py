@@ -18,7 +18,7 @@ from liar_ext.discovery.instance import Instance, Refused, outputs
 from liar_ext.discovery.places import Place, Sources, offset_of, place_of, reads_features_of
 from liar_ext.discovery.rows import registered
 from liar_ext.discovery.tracing import Trace
-from liar_ext.discovery.watching import fed_by_input
+from liar_ext.discovery.watching import fed_by
 from liar_ext.models.family import Family, Step, Stream
 from liar_ext.models.reading import base_path, blocks_of
 from liar_ext.models.sites import sites
@@ -57,6 +57,9 @@ class _Finder:
         outside = [i for i, (path, _) in enumerate(self.calls) if not path.startswith(prefixes)]
         start = self._start(self._places(self.calls[i] for i in outside if i < first))
         steps = [self._block(path) for path, _ in self.blocks]
+        # Where there is no norm yet, what reads one in other blocks reads the stream as it is.
+        later = [doing for block in steps[1:] for doing in block if doing[0] == "read"]
+        steps[0] = [("read", p) if ("read", p) in later else (does, p) for does, p in steps[0]]
         self.stream_at = next(reversed(self.sources.outputs), "")
         ends = self._ends(self._places(self.calls[i] for i in outside if i > last))
         if len(self.offsets) > 1:
@@ -68,7 +71,13 @@ class _Finder:
             config={},
             multiple_of=None,
             norm_offset=max(self.offsets, default=0.0),
+            scaled=self._is_scaled(),
         )
+
+    def _is_scaled(self) -> bool:
+        """Tell whether the embeddings multiply by the root of the hidden size, and keep it."""
+        table = self.instance.model.get_input_embeddings()
+        return getattr(table, "scalar_embed_scale", None) == self.hidden**0.5
 
     def _places(self, calls: Iterable[tuple[str, Call]]) -> list[Place]:
         """Return what has to do with the stream, in order; tables may be looked up repeatedly."""
@@ -83,7 +92,7 @@ class _Finder:
 
     def _norm(self, place: Place, path: str) -> Doing:
         """Note what a norm has put out."""
-        self.offsets.add(offset_of(place))
+        self.offsets |= {offset_of(place)} - {None}
         self.sources.outputs[path] = place.call.output
         return "norm", place.path
 
@@ -104,9 +113,8 @@ class _Finder:
                 done.append(("write", path))
             else:
                 raise Refused(f"{place.path} reads the embeddings before the blocks do")
-        kinds = {place.kind for place in places}
-        if not kinds & {"table", "parameters"}:
-            raise Refused(f"no embedding has its {self.hidden} features: they have their own size")
+        if all(does != "write" for does, _ in done):
+            raise Refused(f"nothing before the blocks writes its {self.hidden} features")
         return done
 
     def _inside(self, path: str) -> str:
@@ -125,26 +133,37 @@ class _Finder:
         trace, places = Trace(call), self._places(inside)
         writers = trace.writers()
         norms = [place.path for place in places if place.kind == "norm"]
-        if branch := sorted(set(norms) - fed_by_input(trace, norms)):
-            raise Refused(f"{path}.{branch[0]} normalises what a layer writes before it is added")
+        over_stream = fed_by(trace, norms, None)
+        over_branch = set().union(*(fed_by(trace, norms, writer) for writer in writers))
         known = {place.path for place in places}
         for name in (*trace.readers, *writers):
             if name not in known:
                 what = "reads" if name in trace.readers else "writes"
                 raise Refused(f"{path}.{name} {what} the stream, and has not as many features")
-        done: list[tuple[Doing, str]] = []  # with the norm that is read
+        done: list[tuple[Doing, str]] = []  # with the norm, or who reads the same, that is read
+        taken: list[Place] = []
         for place in places:
-            if place.kind == "norm":
+            if place.kind == "norm" and place.path in over_stream:
                 done.append((self._norm(place, f"{path}.{place.path}"), ""))
+            elif place.kind == "norm":
+                branch = place.path in over_branch
+                self.offsets |= {offset_of(place)} - {None} if branch else set()
+                done.append((("branch_norm" if branch else "aside", place.path), ""))
             elif place.kind == "parameters":
                 done += [(("write", _join(place.path, n)), "") for n in place.parameters]
             if place.path in trace.readers:
                 source = self._source(place)
-                if source is None or source[1]:
+                if source is not None and not source[1]:
+                    done.append((("read", place.path), source[0]))
+                elif trace.reads_features(place.path):
+                    alike = [each for each in taken if torch.equal(each.input, place.input)]
+                    taken.append(place)
+                    done.append((("take", place.path), (*alike, place)[0].path))
+                else:
                     raise Refused(
-                        f"{path}.{place.path} reads the stream through no norm that has weights"
+                        f"{path}.{place.path} reads neither what a norm put out nor the stream "
+                        "feature by feature"
                     )
-                done.append((("read", place.path), source[0]))
             if place.path in writers:
                 if place.shape[1] != self.hidden:
                     raise Refused(f"{path}.{place.path} writes no features, but numbers for them")
@@ -177,7 +196,9 @@ class _Finder:
                 raise Refused(f"{place.path} has features of the stream after the blocks")
             else:
                 source = self._source(place)
-                if source is None:
+                if source is None and Sources({"": stream}).of(place.input) is not None:
+                    chain, does = begin(""), "take"
+                elif source is None:
                     chain, does = self._fed(place, written), "take"
                 else:
                     does = "read_first" if source[1] else "read"
@@ -225,10 +246,16 @@ class _Finder:
 
 
 def _after_their_norms(done: list[tuple[Doing, str]], prefix: str) -> list[Doing]:
-    """Put each reader behind the norm that it reads, and those of norms outside first."""
+    """Put each reader behind the norm that it reads, and those of norms outside first.
+
+    Readers of one place of the stream itself come together.
+    """
     here = {f"{prefix}{path}" for (does, path), _ in done if does == "norm"}
     ordered = [doing for doing, norm in done if doing[0] == "read" and norm not in here]
-    for (does, path), _ in (each for each in done if each[0][0] != "read"):
+    for (does, path), at in (each for each in done if each[0][0] != "read"):
+        if does == "take":
+            ordered += [d for d, first in done if d[0] == "take" and first == at == path]
+            continue
         ordered.append((does, path))
         if does == "norm":
             ordered += [d for d, norm in done if d[0] == "read" and norm == f"{prefix}{path}"]

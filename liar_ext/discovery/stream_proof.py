@@ -27,8 +27,7 @@ from liar_ext.discovery.proof import NOTICED
 from liar_ext.discovery.rows import registered
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family
-from liar_ext.models.registry import family_of
-from liar_ext.models.residual_stream import Hidden, hidden_of, is_table, weight_of
+from liar_ext.models.residual_stream import Hidden, hidden_of, is_table, stream_of, weight_of
 from liar_ext.models.running import evaluating
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.units import apply_plan
@@ -81,11 +80,13 @@ def _check_sources(instance: Instance, hidden: Hidden) -> None:
     paths = {module: path for path, module in instance.model.named_modules()}
     calls = {paths[call.module]: call for call in watch(instance)}
     for source in hidden.sources:
+        # What is taken through no norm is read by all of them alike.
+        of = calls.get(source.module)
         for path in (*source.readers, *source.tied):
-            if path not in calls or not source.norm:
+            if path not in calls or of is None:
                 continue
-            given = Sources({source.module: calls[source.module].output})
-            call = calls[path]
+            read = of.output if source.norm else first_tensor((of.args, of.kwargs))
+            given, call = Sources({source.module: read}), calls[path]
             if given.of(first_tensor((call.args, call.kwargs))) != (source.module, source.first):
                 raise Refused(f"{path} reads something else than {source.name}")
 
@@ -157,15 +158,16 @@ def _repeat(model: nn.Module, hidden: Hidden, features: SitePlan, copies: int) -
 
 def _zero(model: nn.Module, hidden: Hidden, features: SitePlan) -> None:
     """Let readers read nothing of the features that leave; the norm of a tied head says nothing."""
-    gone, offset = list(features.removed), family_of(model).stream.norm_offset
+    gone, offset = list(features.removed), stream_of(model).norm_offset
     for index, source in enumerate(hidden.sources):
         for path in source.readers:
             weight_of(model.get_submodule(path))[:, gone] = 0
         if not source.tied:
             continue
-        if not source.norm or any(each.norm for each in hidden.sources[index + 1 :]):
-            raise Refused(f"{source.tied[0]} is tied to the embedding, and reads no last norm")
         norm = model.get_submodule(source.module)
+        weighted = source.norm and getattr(norm, "weight", None) is not None
+        if not weighted or any(each.norm for each in hidden.sources[index + 1 :]):
+            raise Refused(f"{source.tied[0]} is tied to the embedding, and reads no last norm")
         norm.weight[gone] = -offset
         if getattr(norm, "bias", None) is not None:
             norm.bias[gone] = 0

@@ -148,6 +148,22 @@ class Trace:
         }
         return [name for name, after in moved.items() if _differs(after, before).any()]
 
+    def reads_features(self, consumer: str) -> bool:
+        """Tell whether a layer reads what comes into the block, each feature by itself."""
+        hidden, before = (
+            first_tensor((self.call.args, self.call.kwargs)),
+            self.layers[consumer].input,
+        )
+        if hidden.shape[-1] != before.shape[-1]:
+            return False
+        for feature in (0, hidden.shape[-1] - 1):
+            move = torch.zeros_like(hidden)
+            move[..., feature] = float(hidden.abs().max()) + 1.0
+            hit = _differs(self._input(None, move, consumer), before).reshape(-1, before.shape[-1])
+            if hit.any(0).nonzero().flatten().tolist() != [feature]:
+                return False
+        return True
+
     def is_linear_in(self, producer: str, row: int, consumer: str) -> bool:
         """Tell whether a consumer's input is a linear function of one output of a layer."""
         layer = self.layers[producer]
@@ -205,7 +221,7 @@ class Trace:
         value, before = self._input(producer, move, consumer), self.layers[consumer].input
         return _differs(value, before).reshape(-1, before.shape[-1])
 
-    def _input(self, producer: str, move: Tensor, consumer: str) -> Tensor:
+    def _input(self, producer: str | None, move: Tensor, consumer: str) -> Tensor:
         """Return what a consumer reads where one layer puts out something else."""
         found: list[Tensor] = []
 

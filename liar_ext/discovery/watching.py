@@ -35,11 +35,16 @@ def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def fed_by_input(trace: Trace, names: list[str]) -> set[str]:
-    """Return the modules whose input changes with the block's, while all layers are held."""
-    hidden = first_tensor((trace.call.args, trace.call.kwargs))
+def fed_by(trace: Trace, names: list[str], producer: str | None) -> set[str]:
+    """Return the modules whose input changes with a layer's output, or None's: the block's input.
+
+    All other layers are held.
+    """
+    like = first_tensor((trace.call.args, trace.call.kwargs))
+    if producer is not None:
+        like = trace.layers[producer].output
     still = _first_inputs(trace, names, None, torch.zeros(()))
-    moved = _first_inputs(trace, names, None, trace.noise(hidden))
+    moved = _first_inputs(trace, names, producer, trace.noise(like))
     return {name for name in still if not torch.equal(still[name], moved[name])}
 
 

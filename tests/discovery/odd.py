@@ -172,6 +172,14 @@ class RawStratum(Stratum):
         return x + self.gaze(self.hush(x)) + self.fall(straight * torch.sigmoid(bent))
 
 
+class FlippedStratum(Stratum):
+    """The MLP reads the features of the stream in another order."""
+
+    def forward(self, x):
+        straight, bent = self.rise(x.flip(-1)).chunk(2, -1)
+        return x + self.gaze(self.hush(x)) + self.fall(straight * torch.sigmoid(bent))
+
+
 class BranchStratum(Stratum):
     """What a branch writes is normalised before it is added."""
 

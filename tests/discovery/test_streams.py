@@ -20,11 +20,11 @@ from liar_ext.discovery.stream_proof import prove_stream
 from liar_ext.discovery.suggest import suggest_family
 from liar_ext.models.family import Step
 from liar_ext.models.registry import FAMILIES
-from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.residual_stream import hidden_of, stream_of
 
 # Norms before and after the branches, transposed layers, a head that is tied, that reads what a
 # pooler wrote, or the first token; a block without a norm, norms that add one, blocks that differ.
-KNOWN = "llama gpt2 bert roberta opt vit falcon modernbert qwen3_5_text".split()
+KNOWN = "llama gpt2 bert opt vit falcon modernbert qwen3_5_text olmo olmo2 gemma2 electra".split()
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,9 @@ def test_a_stream_of_the_table_is_found_anew(name):
     with registered(found):
         ours = narrowable(instance.model)
     assert ours == narrowable(instance.model)
-    assert found.stream.norm_offset == row.stream.norm_offset
+    theirs = stream_of(instance.model)  # of alternatives the one that it has
+    assert found.stream.norm_offset == theirs.norm_offset
+    assert found.stream.scaled == theirs.scaled
     assert "narrowed equals zeroed" in prove_stream([instance], found)
 
 
@@ -89,12 +91,8 @@ def test_a_class_that_nobody_has_is_narrowed_saved_and_loaded(tmp_path):
     ("model_class", "reason"),
     [
         (
-            variant("Other", stratum_class=odd.RawStratum),
-            "strata.0.rise reads the stream through no norm that has weights",
-        ),
-        (
-            variant("Other", stratum_class=odd.BranchStratum),
-            "strata.0.calm normalises what a layer writes before it is added",
+            variant("Other", stratum_class=odd.FlippedStratum),
+            "strata.0.rise reads neither what a norm put out nor the stream feature by feature",
         ),
         (odd.Averaged, "verdict reads something else than the stream or what a norm put out"),
         (odd.Scaled, "with a smaller hidden size a saved folder loads with other outputs"),
@@ -102,13 +100,45 @@ def test_a_class_that_nobody_has_is_narrowed_saved_and_loaded(tmp_path):
             variant("Other", stratum_class=odd.StrictStratum),
             "who reads and writes it can't be seen: ArithmeticError: no weight",
         ),
-        (odd.Slim, "no embedding has its 30 features: they have their own size"),
     ],
 )
 def test_a_stream_that_no_row_can_name_is_left_out(model_class, reason):
     found = suggest_family(model_class(OddConfig())).family
     assert found.stream is None and found.attn is not None and found.mlp is not None
     assert re.search(reason, found.without["hidden"])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "start", "block"),
+    [
+        (
+            variant("Other", stratum_class=odd.RawStratum),
+            "lexicon",
+            (
+                Step("norm", ("hush",)),
+                Step("read", ("gaze.seen", "gaze.ask")),
+                Step("take", ("rise",)),
+                Step("write", ("gaze.tell", "fall")),
+            ),
+        ),
+        (
+            variant("Other", stratum_class=odd.BranchStratum),
+            "lexicon",
+            (
+                Step("norm", ("hush",)),
+                Step("read", ("rise", "gaze.seen", "gaze.ask")),
+                Step("write", ("gaze.tell", "fall")),
+                Step("branch_norm", ("calm",)),
+            ),
+        ),
+        (odd.Slim, "widen", None),
+    ],
+)
+def test_streams_of_other_forms_are_described(model_class, start, block):
+    """Read through no norm, with a norm over a branch, and wider than the embeddings."""
+    found = suggest_family(model_class(OddConfig())).family
+    assert found.stream.start == (Step("write", (start,)),)
+    assert block is None or set(found.stream.block) == set(block)
 
 
 def test_a_table_that_is_read_twice_is_written_once():
