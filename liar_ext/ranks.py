@@ -9,6 +9,7 @@ many ranks there are nor on which of them did what.
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import socket
@@ -139,6 +140,17 @@ class Ranks:
     def share(self, value: Value) -> list[Value]:
         """Return the values of all ranks, in their order, at all."""
         return [self.broadcast(value, source) for source in range(self.count)]
+
+    def post(self, name: str, value: Any) -> None:
+        """Leave a value, as JSON has it, for the first rank to find; none waits for another."""
+        with self._together():
+            self.store.set(f"{name} of {self.rank}", json.dumps(value))
+
+    def posted(self, name: str) -> list[Any]:
+        """Return what the others have left by that name, each its last value."""
+        with self._together():
+            names = [f"{name} of {rank}" for rank in range(self.count) if rank != self.rank]
+            return [json.loads(self.store.get(each)) for each in names if self.store.check([each])]
 
     def tells(self) -> bool:
         """Tell whether this rank is the one to say why the job ends: the first that asks."""

@@ -86,9 +86,9 @@ def calibrate(
     check_finite_weights(model)
     at = at if at is not None else sites(model)
     owners = owners_of(at, ranks)
-    with opened(checkpoint if ranks.first else None) as room:
+    with opened(checkpoint, ranks) as room:
         of = len(batches) if isinstance(batches, Sized) else None
-        saved = None if checkpoint is None else SavedSums(room, of=of, ranks=ranks)
+        saved = None if room is None else SavedSums(room, of=of)
         bank = collect_at(
             model, batches, at, keep_text=keep_text, saved=saved, owners=owners, progress=progress
         )

@@ -44,7 +44,9 @@ class Passes:
     bank : MomentBank, optional
         Moments over these batches that are there already; whatever groups they hold take no pass.
     saved : Progress, optional
-        Where the sums of each group are kept; those that are there are not taken again.
+        Where the sums of each group are kept; those that are there are not taken again. The first
+        rank gathers those of a group then, and any number of ranks is to find the same groups: so
+        they are those of one rank.
     ranks : Ranks
         Processes that share the work; each has the moments of the sites that it owns.
 
@@ -72,7 +74,8 @@ class Passes:
         self.model, self.ranks, self.progress = model, ranks, progress
         if bank is not None:
             check_bank_is_of(bank, model, at)
-        self.groups = group_sites(at, room_for_sums(model, memory, ranks=ranks), ranks.count)
+        bins = ranks.count if saved is None else 1
+        self.groups = group_sites(at, room_for_sums(model, memory, ranks=ranks), bins)
         self.owners = Owners(ranks)
         once = len(self.groups) == 1 and saved is None
         self.batches = batches if once else list(batches)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
 from liar_ext.calibration.moments import Moments
 from liar_ext.errors import InputError
-from liar_ext.ranks import ALONE, Owners, Ranks
+from liar_ext.ranks import Owners
 from liar_ext.saved.progress import Progress
 
 SUMS, SUFFIX = "calibration", ".bank"
@@ -28,31 +27,23 @@ class SavedSums:
 
     Parameters
     ----------
-    progress : Progress or None
-        The checkpoint; None at other ranks than the first.
+    progress : Progress
+        The checkpoint; its ranks take the sums, and all take part in each method.
     name : str
         Of the sums.
     of : int, optional
         How many batches there are.
-    ranks : Ranks
-        Who takes the sums; all take part in each method.
     """
 
-    def __init__(
-        self,
-        progress: Progress | None,
-        name: str = SUMS,
-        of: int | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.progress, self.name, self.of, self.ranks = progress, name, of, ranks
+    def __init__(self, progress: Progress, name: str = SUMS, of: int | None = None) -> None:
+        self.progress, self.name, self.of, self.ranks = progress, name, of, progress.ranks
         self.done, self.expected = 0, ""  # batches, and their digest
         self.facts: dict[str, Any] = {}  # of the bank
         self._at = 0  # over how many batches the sums were
 
     @property
     def path(self) -> Path:
-        """The file, of which the first rank alone knows."""
+        """The file, which the first rank alone reads and writes."""
         return self.progress.folder / f"{self.name}{SUFFIX}"
 
     def restore(
@@ -127,10 +118,10 @@ class SavedSums:
 
         ``moments`` gives those of all sites at the first rank, and ``facts`` what is known of them.
         """
-        due = batches != self._at and (now or (self.ranks.first and self.progress.due(self.name)))
+        due = batches != self._at and (now or self.progress.due(self.name))
         if not self.ranks.broadcast(due):
             return
-        with self.progress.saving(self.name) if self.ranks.first else nullcontext():
+        with self.progress.saving(self.name):
             whole, source = moments(), facts() | {"progress": batches}
             if self.ranks.first:
                 source |= {} if self.of is None else {"batches": self.of}

@@ -53,12 +53,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             loaded.calibration,
             at,
             keep_text=not options.no_text,
-            checkpoint=saved if ranks.first else options.checkpoint,
+            checkpoint=saved,
             ranks=ranks,
             progress=not options.quiet,
         )
         if not ranks.first:
             return
+        if saved is not None:
+            saved.leave_to_first()
         if options.sensitivities:
             probed = recipe
             if recipe.probe_keep == "auto":

@@ -42,10 +42,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.checkpoint.saving import check_folder, save_pruned
     from liar_ext.cli.resume import checkpoint_of
     from liar_ext.pipeline.resuming import check, note_result
-    from liar_ext.pipeline.several import check_checkpoint
 
     ranks = options.ranks
-    check_checkpoint(options.checkpoint, ranks)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:

@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
     """Read the job, say what there is of it, go on."""
     from liar_ext.cli import calibrate, prune
 
-    job = read_job(options.folder)
+    ranks = options.ranks
+    job = ranks.broadcast(read_job(options.folder) if ranks.first else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     result = job["options"]["bank" if command == "calibrate" else "out"]
     if not options.quiet:
@@ -60,7 +61,6 @@ def run(options: argparse.Namespace) -> None:
             f"resume: can't go to {job['folder']!r}, where the job was started: {one_line(error)}"
         ) from error
     done = is_calibrated if command == "calibrate" else is_pruned
-    ranks = options.ranks
     if ranks.broadcast(done(folder, result) if ranks.first else None):
         if ranks.first:
             remove(folder)
@@ -121,22 +121,25 @@ def is_pruned(folder: str, out: str) -> bool:
 def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Progress | None]:
     """Open the checkpoint of a job, if there is to be one.
 
-    It is removed when the job is done, and where the job is refused before anything was saved.
+    It is removed when the job is done, and where the job is refused before anything was saved. Of
+    several ranks the first one alone does that.
     """
-    folder = options.checkpoint
-    if not folder or not options.ranks.first:  # of several ranks the first one alone works in it
+    folder, first = options.checkpoint, options.ranks.first
+    if not folder:
         yield None
         return
-    new = not Path(folder, JOB_FILE).exists()
-    begin(folder, recipe, options)
-    with Progress(folder) as progress:
+    new = first and not Path(folder, JOB_FILE).exists()
+    if first:
+        begin(folder, recipe, options)
+    with Progress(folder, ranks=options.ranks) as progress:
         try:
             yield progress
         except InputError:
             if new and _names(folder) <= {JOB_FILE, LOCK_FILE, f"{STAMP}{SUFFIX}"}:
                 remove(folder)
             raise
-        remove(folder)
+        if first:
+            remove(folder)
 
 
 def begin(folder: str, recipe: Recipe, options: argparse.Namespace) -> None:

@@ -15,7 +15,6 @@ from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.resuming import begin, check
-from liar_ext.pipeline.several import check_checkpoint
 from liar_ext.plan import Budget
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
@@ -75,11 +74,12 @@ def prune(
         A folder to keep what is done in, and to go on from where it has something of this very
         job: sums over the first batches, divergences that sensitivities are made of, the plan,
         and layerwise the blocks that are done. The result has the same bits. The folder stays
-        when all is done.
+        when all is done. Of several ranks the first one alone works in it, and any number of them
+        can go on from it.
     ranks : Ranks
         Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`: each calls this with
         the same model, text and choices, and has the same pruned model then. The first one alone
-        evaluates and certifies, and has that in its report. They keep no checkpoint.
+        evaluates and certifies, and has that in its report.
     progress : bool
         Show progress bars.
     **choices
@@ -105,9 +105,8 @@ def prune(
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
-    check_checkpoint(checkpoint, ranks)
     job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank, ranks=ranks)
-    with opened(checkpoint) as job.saved:
+    with opened(checkpoint, ranks) as job.saved:
         return run(job, evaluate_on, certify_on, judge_on)
 
 

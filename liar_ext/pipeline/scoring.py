@@ -20,6 +20,7 @@ from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
 from liar_ext.selection.error_curves import error_curves
+from liar_ext.selection.measured import Measured
 
 
 def find_scores(
@@ -57,6 +58,7 @@ def find_losses(
     See :func:`liar_ext.selection.curve_allocation.measure_losses`.
     """
     given, key = (passes.model, passes.bank), score_key(recipe)
+    kept = None if saved is None else Measured(saved, at[0].name)
     owners, work = passes.owners, passes.owners.ranks.work
 
     def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ def find_losses(
             replace(recipe.budget, keep=recipe.probed_fraction),
             probes_of(passes.model, passes.batches),
             mode=recipe.reconstruct,
-            saved=saved,
+            saved=kept,
             progress=progress,
         )
 

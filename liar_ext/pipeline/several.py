@@ -38,15 +38,6 @@ def check_recipe(recipe: Recipe, ranks: Ranks) -> None:
             )
 
 
-def check_checkpoint(checkpoint: object, ranks: Ranks) -> None:
-    """Raise InputError if several ranks are to keep a checkpoint of a whole job."""
-    if checkpoint is not None and ranks.count > 1:
-        raise InputError(
-            f"prune: a checkpoint is of one process, and {ranks.count} ranks share the job; leave "
-            "it out, or let liar calibrate --checkpoint write a bank, and prune by that"
-        )
-
-
 def solve_sites(
     passes: Passes, plan: Plan, settings: Mapping[str, object], clock: Clock
 ) -> tuple[Weights, list[SiteRow]]:

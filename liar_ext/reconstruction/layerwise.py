@@ -127,7 +127,8 @@ def reconstruct_layerwise(
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
-        kept = SavedStreams(saved, "layerwise", len(steps))
+        numbers = [part.number for part in walk.parts]
+        kept = SavedStreams(saved, "layerwise", len(steps), numbers)
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
         walk.go_on(streams)

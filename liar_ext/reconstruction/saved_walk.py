@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
@@ -29,43 +29,63 @@ class SavedStreams:
         Of the walk.
     blocks : int
         How many it has.
+    numbers : sequence of int, optional
+        Which of all hidden states of a stream this rank has, ascending; all of them if not given.
     """
 
-    def __init__(self, saved: Progress | None, name: str, blocks: int) -> None:
+    def __init__(
+        self,
+        saved: Progress | None,
+        name: str,
+        blocks: int,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self.saved, self.walk, self.blocks = saved, name, blocks
-        self.name = f"{name}-streams"
+        self.name, self.numbers = f"{name}-streams", numbers
+        self.owner: dict[int, int] = {}  # who has which, if that is given
+        if saved is not None and numbers is not None:
+            shares = enumerate(saved.ranks.share(list(numbers)))
+            self.owner = {number: rank for rank, share in shares for number in share}
 
     def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
         """Put hidden states that are kept into ``streams``; return how many blocks they are past.
 
-        Those that are there by that name are replaced, others are held in ``states``.
+        Those that are there by that name are replaced, others are held in ``states``. Each rank
+        gets what it has of them, whoever had it.
         """
         known = None if self.saved is None else self.saved.get(self.name)
         if known is None:
             return 0
         blocks.beside = known.facts["beside"]
-        for name, count in known.facts["streams"].items():
-            into = streams.setdefault(name, [])
-            for number in range(count):
-                tensor = known.tensor(f"{name}/{number}")
-                if number < len(into):
-                    into[number].set(tensor)
+        for name, numbers in known.facts["streams"].items():
+            into, at = streams.setdefault(name, []), 0
+            for number in numbers:
+                tensor = known.tensor_at(f"{name}/{number}", self.owner.get(number, 0))
+                if tensor is None:  # it is another rank's
+                    continue
+                if at < len(into):
+                    into[at].set(tensor)
                 else:
                     into.append(states.hold(tensor))
+                at += 1
         return known.facts["blocks"]
 
     def keep(
         self, done: int, blocks: Blocks, streams: Mapping[str, list[Held]], *, now: bool = False
     ) -> None:
         """Keep the hidden states that are past ``done`` blocks, if it is time to."""
-        if self.saved is None or not (now or self.saved.due(self.name)):
+        if self.saved is None:
             return
-        each = {f"{n}/{i}": held for n, some in streams.items() for i, held in enumerate(some)}
-        facts = {"blocks": done, "beside": blocks.beside}
-        facts["streams"] = {name: len(some) for name, some in streams.items()}
+        if not self.saved.ranks.broadcast(now or self.saved.due(self.name)):
+            return
+        each, facts = {}, {"blocks": done, "beside": blocks.beside, "streams": {}}
+        for name, some in streams.items():
+            numbers = list(range(len(some))) if self.numbers is None else self.numbers
+            each |= {f"{name}/{i}": held for i, held in zip(numbers, some, strict=True)}
+            facts["streams"][name] = sorted(self.owner) or numbers
         if not now:
             facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
-        self.saved.put(self.name, each, facts)
+        self.saved.put_shared(self.name, each, facts)
 
 
 def keep_block(

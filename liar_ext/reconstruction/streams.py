@@ -47,6 +47,8 @@ class Part:
         As the model takes them.
     fold : int, optional
         Their fold; None where they are fresh: no solve reads them, errors are measured on them.
+    number : int
+        Which of all parts it is, whatever ranks there are.
     dense, pruned : Stream
         Both streams.
     goals : dict of str to Held
@@ -59,6 +61,7 @@ class Part:
 
     batch: Batch
     fold: int | None
+    number: int
     dense: Stream
     pruned: Stream
     goals: dict[str, Held] = field(default_factory=dict)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +79,19 @@ class Walk:
     def start(self, batches: Batches, fresh: Batches = ()) -> None:
         """Split the batches by fold, and take all hidden states to the first block."""
         folds: list[int] = []
+        numbers = count()
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
             if index % self.ranks.count == 0:
                 self.turns.append([])
-            if index % self.ranks.count == self.ranks.rank:
+            mine = index % self.ranks.count == self.ranks.rank
+            if mine:
                 self.ranks.work["walked"] += len(batch)
                 batch = with_inputs(self.model, batch)
-                for fold in range(FOLDS):
-                    rows = (batch.fold == fold).nonzero().flatten()
-                    if len(rows):
-                        self.turns[-1].append(self._entered(batch.select(rows), fold))
+            for fold in range(FOLDS):
+                rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
+                if len(rows) and mine:
+                    self.turns[-1].append(self._entered(batch.select(rows), fold, number))
         if set(folds) != set(range(FOLDS)):
             raise InputError(
                 f"layerwise: each of the {FOLDS} folds needs sequences, got {len(folds)} in folds "
@@ -97,17 +100,19 @@ class Walk:
         for index, batch in enumerate(read_batches(fresh)):
             if index % self.ranks.count == 0:
                 self.fresh.append([])
+            number = next(numbers)
             if index % self.ranks.count == self.ranks.rank:
-                self.fresh[-1].append(self._entered(with_inputs(self.model, batch), None))
+                batch = with_inputs(self.model, batch)
+                self.fresh[-1].append(self._entered(batch, None, number))
 
     @property
     def parts(self) -> list[Part]:
         """All that this rank has."""
         return [part for turn in (*self.turns, *self.fresh) for part in turn]
 
-    def _entered(self, batch: Batch, fold: int | None) -> Part:
+    def _entered(self, batch: Batch, fold: int | None, number: int) -> Part:
         streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
-        return Part(batch, fold, *streams)
+        return Part(batch, fold, number, *streams)
 
     def _first(self, index: int, batch: Batch) -> Tensor:
         """Return the hidden states that the stack beginning at a block reads."""

@@ -1,4 +1,8 @@
-"""The progress of a job in the folder of a checkpoint: tensors and facts by name, a file each."""
+"""The progress of a job in the folder of a checkpoint: tensors and facts by name, a file each.
+
+Of several ranks the first one alone reads and writes it. What it reads it hands to the others, so
+that all know the same, and what is there is of no number of ranks: any other can go on from it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liar_ext.errors import InputError, one_line
+from liar_ext.ranks import ALONE, Ranks
 from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
 
 LOCK_FILE, SUFFIX, STAMP = ".lock", ".safetensors", "job"
@@ -33,22 +39,35 @@ class Held(Protocol):
 
 
 class Kept:
-    """What was put under a name; a tensor is read when it is asked for."""
+    """What was put under a name; a tensor is read when it is asked for, by all ranks at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with _reading(path):
-            if not is_sealed(path):
-                raise ValueError("its bytes are not those that were written")
-            self._file = safe_open(os.fspath(path), framework="pt").__enter__()
-            self.facts: dict[str, Any] = json.loads(self._file.metadata()["facts"])
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self.path, self._ranks = path, ranks
+        known = None
+        if ranks.first:
+            with _reading(path):
+                if not is_sealed(path):
+                    raise ValueError("its bytes are not those that were written")
+                self._file = safe_open(os.fspath(path), framework="pt").__enter__()
+                names = [name for name in self._file.keys() if name != SEAL]
+                known = names, json.loads(self._file.metadata()["facts"])
+        self._names, self.facts = ranks.broadcast(known)
 
     def names(self) -> list[str]:
         """Return the names of its tensors."""
-        return [name for name in self._file.keys() if name != SEAL]
+        return self._names
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor."""
+        """Return a tensor, at every rank."""
+        return self._ranks.broadcast(self._read(name))
+
+    def tensor_at(self, name: str, rank: int) -> Tensor | None:
+        """Return a tensor at one rank, and None at the others."""
+        return self._ranks.move(self._read(name), 0, rank)
+
+    def _read(self, name: str) -> Tensor | None:
+        if not self._ranks.first:
+            return None
         with _reading(self.path):
             return self._file.get_tensor(name)
 
@@ -69,6 +88,9 @@ class Progress(AbstractContextManager):
         It is made if it isn't there; one process at a time works in it.
     clock : callable
         Seconds.
+    ranks : Ranks
+        Who shares the job. Reading, :meth:`begin` and :meth:`put_shared` are for all of them at
+        once; in what else is called, all but the first do nothing.
 
     Raises
     ------
@@ -77,9 +99,21 @@ class Progress(AbstractContextManager):
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
+        self,
+        folder: str | os.PathLike[str],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self.clock = Path(folder), clock
+        self.folder, self.clock, self.ranks = Path(folder), clock, ranks
+        self._start, self._lock = clock(), None
+        # When it was saved, and how long that took, by name.
+        self._saved: dict[str, tuple[float, float]] = {}
+        if ranks.first:
+            self._take()
+
+    def _take(self) -> None:
+        """Make the folder and have it alone."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / LOCK_FILE, "w")  # noqa: SIM115  (held as long as this)
@@ -91,11 +125,15 @@ class Progress(AbstractContextManager):
             ) from None
         except (OSError, ValueError) as error:
             raise self._refusal(error, "name another folder") from error
-        self._start = clock()
-        self._saved: dict[str, tuple[float, float]] = {}  # when, and how long it took, by name
+
+    def leave_to_first(self) -> None:
+        """Let the first rank go on alone, as the others have left."""
+        self.ranks = ALONE
 
     def due(self, name: str) -> bool:
         """Tell whether it is time to save under a name again: that takes a twentieth at most."""
+        if not self.ranks.first:
+            return False
         saved, took = self._saved.get(name, (self._start, 0.0))
         return self.clock() - saved >= took / SHARE
 
@@ -123,6 +161,8 @@ class Progress(AbstractContextManager):
         InputError
             If it can't be written; what was there before is there still.
         """
+        if not self.ranks.first:
+            return
         entries = [
             Entry(key, value.dtype, tuple(value.shape), lambda value=value: [_tensor_of(value)])
             for key, value in (tensors or {}).items()
@@ -136,6 +176,27 @@ class Progress(AbstractContextManager):
                 advice = "free space, and liar resume goes on from what was saved before"
                 raise self._refusal(error, advice) from error
 
+    def put_shared(
+        self, name: str, tensors: Mapping[str, Tensor | Held], facts: Mapping[str, Any]
+    ) -> None:
+        """Put tensors of which each rank has some; the first one gets them as it writes them.
+
+        They lie in the order of their names, whoever has them.
+        """
+        own = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+        whose = {
+            key: _Elsewhere(self.ranks, rank, *kind)
+            for rank, share in enumerate(self.ranks.share(own))
+            for key, kind in share.items()
+        }
+        order = sorted(whose, key=lambda key: (-whose[key].dtype.itemsize, key))
+        if self.ranks.first:
+            self.put(name, {key: tensors.get(key, whose[key]) for key in order}, facts)
+            return
+        for key in order:
+            if key in tensors:
+                self.ranks.move(_tensor_of(tensors[key]), self.ranks.rank, 0)
+
     def get(self, name: str) -> Kept | None:
         """Return what was put under a name, if anything was.
 
@@ -145,7 +206,8 @@ class Progress(AbstractContextManager):
             If its file is damaged.
         """
         path = self.path(name)
-        return Kept(path) if path.exists() else None
+        there = self.ranks.broadcast(path.exists() if self.ranks.first else None)
+        return Kept(path, self.ranks) if there else None
 
     def need(self, name: str) -> Kept:
         """Return what was put under a name, which must be there."""
@@ -159,7 +221,7 @@ class Progress(AbstractContextManager):
 
     def drop(self, prefix: str) -> None:
         """Remove whatever has a name, or the name of a file, that begins so."""
-        for path in self.folder.glob(f"{prefix}*"):
+        for path in self.folder.glob(f"{prefix}*") if self.ranks.first else ():
             path.unlink(missing_ok=True)
 
     def begin(self, stamp: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -173,9 +235,17 @@ class Progress(AbstractContextManager):
         Raises
         ------
         InputError
-            If another one was, with the first difference.
+            If another one was, with the first difference, or a rank has another job than the first.
         """
         stamp = json.loads(json.dumps(dict(stamp)))  # as it is read back
+        for rank, theirs in enumerate(self.ranks.share(stamp)):
+            for name, value in stamp.items():
+                if theirs[name] != value:
+                    raise InputError(
+                        f"checkpoint: every rank must have the same job, and rank {rank} has "
+                        f"{difference(name, theirs[name], value)} at rank {self.ranks.rank}; give "
+                        "all the same files, and one kind of device"
+                    )
         known = self.get(STAMP)
         if known is None:
             self.put(STAMP, facts={**stamp, **more})
@@ -195,7 +265,8 @@ class Progress(AbstractContextManager):
 
     def close(self) -> None:
         """Let other processes work in the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -205,13 +276,28 @@ class Progress(AbstractContextManager):
         return InputError(f"checkpoint: can't write into {where!r}: {one_line(error)}; {advice}")
 
 
+@dataclass(frozen=True)
+class _Elsewhere:
+    """A tensor that another rank has, and sends when it is asked for."""
+
+    ranks: Ranks
+    rank: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def get(self) -> Tensor:
+        return self.ranks.move(None, self.rank, self.ranks.rank)
+
+
 @contextmanager
-def opened(checkpoint: str | os.PathLike[str] | Progress | None) -> Iterator[Progress | None]:
+def opened(
+    checkpoint: str | os.PathLike[str] | Progress | None, ranks: Ranks = ALONE
+) -> Iterator[Progress | None]:
     """Give the progress in a folder, which is closed in the end, or one that is open already."""
     if checkpoint is None or isinstance(checkpoint, Progress):
         yield checkpoint
         return
-    with Progress(checkpoint) as progress:
+    with Progress(checkpoint, ranks=ranks) as progress:
         yield progress
 
 

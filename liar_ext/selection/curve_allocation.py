@@ -13,10 +13,10 @@ from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
+from liar_ext.selection.measured import Measured
 from liar_ext.selection.refine import predict_divergence, refine_plan
 from liar_ext.selection.sensitivity import site_divergences
 
@@ -158,7 +158,7 @@ def measure_sensitivities(
     batches: Batches,
     *,
     mode: str = "auto",
-    saved: Progress | None = None,
+    saved: Measured | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name.

@@ -18,15 +18,14 @@ from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.selection.measured import Measured
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
 POSITIONS = 64
-ROWS = -1  # the column of :class:`Measured` with the rows compared
 
 
 def site_divergences(
@@ -35,7 +34,7 @@ def site_divergences(
     plan: Plan,
     weights: Weights,
     *,
-    saved: Progress | None = None,
+    saved: Measured | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     """Return the divergence from the dense model when one site alone is pruned, for every site.
@@ -50,8 +49,8 @@ def site_divergences(
         What stays at each site.
     weights : mapping of str to (Tensor, Tensor or None)
         Consumer weights and biases for the plan, from :func:`liar_ext.reconstruct`.
-    saved : Progress, optional
-        Where each divergence is kept as it is found, and those that are there aren't measured.
+    saved : Measured, optional
+        Where each divergence is kept as it is found; those that are there aren't measured.
     progress : bool
         Show a progress bar.
 
@@ -80,7 +79,7 @@ def divergences(
     weights: Weights,
     probes: Sequence[Sequence[str]],
     *,
-    saved: Progress | None = None,
+    saved: Measured | None = None,
     progress: bool = False,
 ) -> list[float]:
     """Return the divergence from the dense model for each set of sites pruned together.
@@ -109,19 +108,20 @@ def divergences(
     anew = family_of(model).lends
     places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
     batches = list(read_batches(batches))
-    found_by = Measured(len(batches), probes, saved)
+    measured = Measured() if saved is None else saved
+    measured.begin(len(batches), probes)
     bar = Bar(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
     with evaluating(model), bar:
         for number, batch in enumerate(batches):
-            if found_by.has(number):
+            if measured.has_all(number, probes):
                 bar.update(len(probes))
                 continue
             with _recorded(blocks) as given:
                 dense = DenseOutputs(model, batch, POSITIONS)
-            found_by.put(number, ROWS, len(dense))
-            for index, names in enumerate(probes):
+            measured.rows[number] = len(dense)
+            for names in probes:
                 bar.update()
-                if found_by.has(number, index):
+                if measured.has(number, names):
                     continue
                 first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
@@ -129,58 +129,8 @@ def divergences(
                         stack.enter_context(replaced(block, _answering(output)))
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
-                    found_by.put(number, index, dense.divergence(model, finite_only=True))
-    return mean_divergences(found_by.totals(), int(found_by.values[:, ROWS].sum()), probes)
-
-
-class Measured:
-    """Sums of divergences by batch and probe, kept as they are found.
-
-    Parameters
-    ----------
-    batches : int
-        Number of them.
-    probes : sequence of sequences of str
-        Names of sites by probe.
-    saved : Progress, optional
-        Where they are kept.
-    """
-
-    def __init__(
-        self, batches: int, probes: Sequence[Sequence[str]], saved: Progress | None = None
-    ) -> None:
-        self.saved, self.probes = saved, [list(names) for names in probes]
-        self.values = torch.full((batches, len(probes) + 1), math.nan, dtype=torch.float64)
-        # Sites whose sums don't fit at once come in groups, each with probes of its own.
-        first = next((name for names in probes for name in names), "none")
-        self.name = f"sensitivities-{first}"
-        known = None if saved is None else saved.get(self.name)
-        if known is not None and known.facts["probes"] == self.probes:
-            values = known.tensor("values")
-            if values.shape == self.values.shape:
-                self.values = values
-
-    def has(self, batch: int, probe: int | None = None) -> bool:
-        """Tell whether a divergence, or all of a batch, is there."""
-        values = self.values[batch]
-        return not bool((values if probe is None else values[probe]).isnan().any())
-
-    def put(self, batch: int, probe: int, value: float) -> None:
-        """Keep a divergence; of the probe ``ROWS``, the number of rows compared."""
-        self.values[batch, probe] = value
-        last = batch + 1 == len(self.values) and self.has(batch)
-        if self.saved is None or not (last or self.saved.due(self.name)):
-            return
-        done, of = int((~self.values[:, :ROWS].isnan()).sum()), self.values[:, :ROWS].numel()
-        said = f"{done} of {of} divergences of {len(self.probes)} sensitivities"
-        self.saved.put(self.name, {"values": self.values}, {"probes": self.probes, "said": said})
-
-    def totals(self) -> list[float]:
-        """Return the sum over batches by probe, added in their order."""
-        total = [0.0] * len(self.probes)
-        for values in self.values[:, :ROWS].tolist():
-            total = [before + value for before, value in zip(total, values, strict=True)]
-        return total
+                    measured.put(number, names, dense.divergence(model, finite_only=True))
+    return mean_divergences(measured.totals(probes), int(sum(measured.rows)), probes)
 
 
 def mean_divergences(
