@@ -17,6 +17,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
+from liar_ext.ranks import ALONE, Ranks
 from liar_ext.selection.divergence import DenseOutputs
 
 # Rows of outputs that are held of the dense model: of 50,000 float32 logits they take 400 MiB.
@@ -77,6 +78,8 @@ class Divergence:
     batches : sequence of mapping
         Fresh text. Outputs are compared at positions spread over each sequence, some ``MOST_ROWS``
         in all.
+    ranks : Ranks
+        Processes that share the batches; each has the outputs for its own.
 
     Raises
     ------
@@ -85,13 +88,17 @@ class Divergence:
     """
 
     @torch.no_grad()
-    def __init__(self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks = ALONE
+    ) -> None:
         sequences = sum(len(next(iter(batch.values()))) for batch in batches)
         if not sequences:
             raise InputError("certify: needs at least one batch, got none; give more text")
         positions = max(1, MOST_ROWS // sequences)
+        self.ranks, self._outputs = ranks, {}
         with evaluating(dense):
-            self._outputs = [DenseOutputs(dense, batch, positions) for batch in batches]
+            for index in range(ranks.rank, len(batches), ranks.count):
+                self._outputs[index] = DenseOutputs(dense, batches[index], positions)
 
     @torch.no_grad()
     def of(self, pruned: nn.Module) -> dict[str, float]:
@@ -100,6 +107,8 @@ class Divergence:
         See :class:`liar_ext.selection.divergence.DenseOutputs`: nats where there are logits.
         """
         with evaluating(pruned):
-            total = sum(outputs.divergence(pruned) for outputs in self._outputs)
-        rows = sum(map(len, self._outputs))
+            own = {at: (each.divergence(pruned), len(each)) for at, each in self._outputs.items()}
+        found = {at: each for share in self.ranks.share(own) for at, each in share.items()}
+        total = sum(found[at][0] for at in sorted(found))
+        rows = sum(found[at][1] for at in found)
         return {"divergence": total / rows, "rows": rows}

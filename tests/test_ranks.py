@@ -26,6 +26,7 @@ from liar_ext.cli.main import main
 from liar_ext.ranks import RankLost, Ranks, deal
 from liar_ext.saved.progress import Progress
 
+CANDIDATES = ("schedule=one-pass,refine=1", "criterion=obs")
 # Name: family, dtype, batches, fresh ones, choices.
 JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "default": ("llama", torch.float64, 5, 0, {}),
@@ -38,6 +39,8 @@ JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "repeats": ("albert", torch.float32, 4, 0, {}),
     "gradients": ("llama", torch.float32, 3, 0, {"criterion": "taylor", "schedule": "one-pass"}),
     "hidden": ("llama", torch.float32, 4, 0, {"keep_hidden": 0.75}),
+    "refined": ("bert", torch.float32, 4, 0, {"refine": 2, "schedule": "one-pass"}),
+    "candidates": ("llama", torch.float32, 4, 2, {"candidates": CANDIDATES}),
 }
 
 
@@ -49,13 +52,16 @@ def run(name: str, ranks: Ranks) -> dict[str, object]:
     if family == "llama":  # for a loss
         data = [{**batch, "labels": batch["input_ids"]} for batch in data]
     certify = [tiny_inputs(model, batch=2, seed=90 + seed) for seed in range(fresh)] or None
-    report = liar_ext.prune(model, data, keep=0.7, certify_on=certify, ranks=ranks, **choices)
+    judge = [tiny_inputs(model, batch=2, seed=80 + seed) for seed in range(5)]
+    given = {"certify_on": certify, "judge_on": judge if "candidates" in choices else None}
+    report = liar_ext.prune(model, data, keep=0.7, ranks=ranks, **given, **choices)
     return {
         "plan": {name: site.kept for name, site in report.plan.sites.items()},
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "rows": [(r.name, r.error, r.holdout_error, r.damp, r.sensitivity) for r in report.sites],
         "certified": [row.certified_error for row in report.sites],
         "tokens": report.settings["calibration_tokens"],
+        "measured": [report.settings.get(name) for name in ("measured_divergence", "candidates")],
         "work": report.settings.get("ranks", [dict(ranks.work)]),
     }
 
@@ -83,6 +89,12 @@ def alone() -> dict[str, dict[str, object]]:
         return {name: run(name, Ranks()) for name in JOBS}
 
 
+def test_whole_plans_and_whole_models_are_measured(alone):
+    """That which the ranks are compared by."""
+    assert alone["refined"]["measured"][0] > 0
+    assert len(alone["candidates"]["measured"][1]) == 1 + len(CANDIDATES)
+
+
 @pytest.mark.parametrize(("count", "jobs"), [(2, ["default", "one-pass"]), (3, [*JOBS])])
 def test_ranks_give_what_one_gives(count, jobs, alone, tmp_path):
     def job(rank: int) -> None:
@@ -97,7 +109,7 @@ def test_ranks_give_what_one_gives(count, jobs, alone, tmp_path):
         results = torch.load(tmp_path / f"results{rank}")
         for name, found in results.items():
             expected = alone[name]
-            compared = ["plan", "weights", "rows", "tokens"]
+            compared = ["plan", "weights", "rows", "tokens", "measured"]
             if rank == 0 or JOBS[name][4].get("schedule") != "one-pass":
                 compared.append("certified")  # in one pass the first rank alone measures
             for what in compared:
@@ -230,7 +242,6 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
 
     def job(rank: int) -> int:
         lines = (
-            (command(llama_folder, corpus, out, "--refine", "1"), "refine 1 solves all sites"),
             (command(llama_folder, corpus, out, "--of", "latency"), "of latency times the model"),
             (command(llama_folder, corpus, out, "--max-memory", "1GiB"), "--max-memory reads"),
             (command(llama_folder, corpus, out, "--device", "auto"), "--device auto spreads"),
@@ -243,7 +254,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
         (tmp_path / "reason").write_text(reason)
         return main(arguments)
 
-    for case in range(8):
+    for case in range(7):
         (tmp_path / "case").write_text(str(case))
         codes = forked.run(2, job, tmp_path)
         errors = "".join((tmp_path / f"err{rank}").read_text() for rank in range(2))

@@ -44,9 +44,7 @@ class Passes:
     bank : MomentBank, optional
         Moments over these batches that are there already; whatever groups they hold take no pass.
     saved : Progress, optional
-        Where the sums of each group are kept; those that are there are not taken again. The first
-        rank gathers those of a group then, and any number of ranks is to find the same groups: so
-        they are those of one rank.
+        Where the sums of each group are kept; those that are there are not taken again.
     ranks : Ranks
         Processes that share the work; each has the moments of the sites that it owns.
 
@@ -74,8 +72,8 @@ class Passes:
         self.model, self.ranks, self.progress = model, ranks, progress
         if bank is not None:
             check_bank_is_of(bank, model, at)
-        bins = ranks.count if saved is None else 1
-        self.groups = group_sites(at, room_for_sums(model, memory, ranks=ranks), bins)
+        room = room_for_sums(model, memory, ranks=ranks)
+        self.groups = group_sites(at, room, bins_of(ranks, saved))
         self.owners = Owners(ranks)
         once = len(self.groups) == 1 and saved is None
         self.batches = batches if once else list(batches)
@@ -136,6 +134,15 @@ def room_for_sums(
     if any(at.type == "cpu" for at in devices):
         free += [count // ranks.here for count in [available_memory()] if count is not None]
     return min(ranks.share(min([most, *(count // 2 for count in free)])))
+
+
+def bins_of(ranks: Ranks, saved: Progress | None) -> int:
+    """Return by how many ranks a group is divided, whose sums are to fit into each.
+
+    With a checkpoint it is one: the first rank gathers the sums there, and any number of ranks is
+    to find the same groups.
+    """
+    return ranks.count if saved is None else 1
 
 
 def group_sites(at: Sequence[Site], memory: int, ranks: int = 1) -> list[Sequence[Site]]:

@@ -14,6 +14,7 @@ from liar_ext.certification import Divergence
 from liar_ext.errors import InputError
 from liar_ext.pipeline.job import Job, Weights
 from liar_ext.pipeline.resuming import decide
+from liar_ext.pipeline.several import work_of
 from liar_ext.plan import Plan
 from liar_ext.recipe.candidates import candidates_of
 from liar_ext.selection.sensitivity import pruned_site
@@ -65,12 +66,13 @@ def solve_best(job: Job, judge_on: Text | None, fresh: Text | None = None) -> So
 
     ``KL(dense ‖ pruned)`` per token of ``judge_on`` decides, see :class:`Divergence`; the first of
     equal ones is kept. Candidates share sums, scores, error curves and sensitivities as far as they
-    would compute the same.
+    would compute the same. Of several ranks all solve each candidate together, and share the text
+    that it is judged on.
     """
     if not job.recipe.candidates:
         return Solved.of(job, fresh)
     with job.clock("judge"):
-        judge = Divergence(job.model, judge_on)
+        judge = Divergence(job.model, judge_on, job.ranks)
     found, best, passes = {}, None, 0
     for name, recipe in candidates_of(job.asked).items():
         own = {"rows": [], "sensitivities": {}, "facts": {}, "grid": {}, "notes": []}
@@ -85,9 +87,9 @@ def solve_best(job: Job, judge_on: Text | None, fresh: Text | None = None) -> So
         job.speed = other.speed
         sums = solved.passes
         if sums is not None and sums.model is job.model and len(sums.groups) == 1:
-            job.bank = sums.bank  # the next ones take no pass
+            job.left = sums.bank  # the next ones take no pass
     kept = best[1].job
-    kept.facts |= {"calibrate_passes": passes, "candidates": found}
+    kept.facts |= {"calibrate_passes": passes, "candidates": found, **work_of(job.ranks)}
     kept.notes.append(_said(found))
     return best[1]
 

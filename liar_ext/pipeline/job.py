@@ -13,7 +13,7 @@ from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes, group_sites, room_for_sums
+from liar_ext.calibration.passes import Passes, bins_of, group_sites, room_for_sums
 from liar_ext.certification import Divergence, certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
@@ -76,9 +76,9 @@ class Job:
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
     saved: Progress | None = None  # where it keeps what is done
     ranks: Ranks = ALONE  # who shares the work
+    left: MomentBank | None = None  # moments that a candidate before has left
 
     def __post_init__(self) -> None:
-        self.ranks.work.clear()
         self.asked, self.recipe = self.recipe, self.recipe.settled()
         if self.known is None:
             self.known = Known.of_bank(self.bank)
@@ -93,7 +93,8 @@ class Job:
         if self.bank is not None:
             self.batches = check_bank(recipe, self.known, self.bank, self.batches, model, at)
         check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
-        if recipe.refine and self.bank is None and len(group_sites(at, self.room)) > 1:
+        bins = bins_of(self.ranks, self.saved)
+        if recipe.refine and self.bank is None and len(group_sites(at, self.room, bins)) > 1:
             raise InputError(
                 "prune: refine solves all sites for each plan, and their sums are over "
                 f"{self.room / 2**30:.3g} GiB; raise memory, or leave refine out"
@@ -213,7 +214,9 @@ class Job:
             return None
         text = () if self.batches is None else self.batches
         kept = {"bank": self.bank, "saved": self.saved, "ranks": self.ranks}
-        return Passes(model, text, at, self.room, **kept, progress=self.progress)
+        passes = Passes(model, text, at, self.room, **kept, progress=self.progress)
+        passes.bank = passes.bank if self.left is None else self.left
+        return passes
 
     def weights_digest(self) -> str:
         """Return what tells the model's weights from others."""
@@ -263,6 +266,7 @@ class Job:
                 refine=recipe.refine,
                 costs=costs,
                 losses=losses,
+                owners=passes.owners,
                 **self._mode,
             )
             plan = self.ranks.broadcast(plan)  # the same everywhere, whatever machines they are

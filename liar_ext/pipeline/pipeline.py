@@ -117,6 +117,7 @@ def run(
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Report:
     """Run the steps of a job in their order."""
+    job.ranks.work.clear()
     if job.saved is not None:
         check(job.recipe)
     job.check()

@@ -26,8 +26,6 @@ Weights = dict[str, tuple[Tensor, Tensor | None]]
 def check_recipe(recipe: Recipe, ranks: Ranks) -> None:
     """Raise InputError for what several ranks can't share."""
     refused = {
-        "candidates": (bool(recipe.candidates), "solves several whole models"),
-        f"refine {recipe.refine}": (recipe.refine > 0, "solves all sites for each plan"),
         "of latency": (recipe.of == "latency", "times the model, which all ranks would at once"),
     }
     for choice, (given, does) in refused.items():

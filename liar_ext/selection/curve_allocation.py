@@ -12,6 +12,7 @@ from liar_ext.data.batches import Batches, probe_batches, read_batches
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
+from liar_ext.ranks import Owners
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.allocation import allocate, probe_plan
 from liar_ext.selection.costs import Costs
@@ -34,6 +35,7 @@ def decide(
     refine: int = 0,
     costs: Costs | None = None,
     losses: Mapping[str, Tensor] | None = None,
+    owners: Owners = Owners(),  # noqa: B008  (holds nothing that changes)
     progress: bool = False,
 ) -> tuple[Plan, dict[str, float]]:
     """Return the plan of an allocation method.
@@ -53,6 +55,8 @@ def decide(
         Rounds of :func:`refine_plan`, for ``curve``; they need the moments of all sites.
     losses : mapping of str to Tensor, optional
         For ``curve``, from :func:`measure_losses`; measured here if not given.
+    owners : Owners
+        Of several ranks who solves which site in a refinement.
     progress : bool
         Show progress bars.
 
@@ -86,6 +90,7 @@ def decide(
             plan,
             rounds=refine,
             costs=costs,
+            owners=owners,
             **settings,
         )
         measured = {"unrefined_divergence": history[0], "measured_divergence": history[-1]}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from liar_ext.ranks import Ranks
 from liar_ext.saved.progress import Progress
 
 Names = Sequence[str]
@@ -71,6 +72,11 @@ class Measured:
         elif self._is_whole() or self.saved.due(self.name):
             self._write()
 
+    def share(self, ranks: Ranks) -> None:
+        """Let all ranks have what each of them has found."""
+        for theirs in ranks.share(self._state()):
+            self._take(theirs)
+
     def totals(self, probes: Sequence[Names]) -> list[float]:
         """Return the sum over batches by probe, added in their order."""
         totals = [0.0] * len(probes)
@@ -82,9 +88,12 @@ class Measured:
     def _is_whole(self) -> bool:
         return not any(math.isnan(value) for values in self.found.values() for value in values)
 
-    def _post(self) -> None:
+    def _state(self) -> dict[str, Any]:
         pairs = [[names, values] for names, values in self.found.items()]
-        self.saved.ranks.post(self.name, {"rows": self.rows, "found": pairs})
+        return {"rows": self.rows, "found": pairs}
+
+    def _post(self) -> None:
+        self.saved.ranks.post(self.name, self._state())
 
     def _take(self, theirs: dict[str, Any]) -> None:
         """Add what another rank has found."""

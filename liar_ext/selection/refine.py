@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
+from liar_ext.ranks import Owners
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.costs import Costs
@@ -55,6 +57,7 @@ def refine_plan(
     rounds: int,
     mode: str = "auto",
     costs: Costs | None = None,
+    owners: Owners = Owners(),  # noqa: B008  (holds nothing that changes)
     progress: bool = False,
 ) -> tuple[Plan, list[float]]:
     """Improve a plan by the measured divergence ``D`` of whole plans.
@@ -80,6 +83,9 @@ def refine_plan(
         Plans to try; each costs one solve of all sites and up to seven passes over ``batches``.
     mode : str
         How the pruned units are reconstructed.
+    owners : Owners
+        Of several ranks who solves which site; they share the batches, and the plans to try are
+        those of the first.
     progress : bool
         Show a progress bar.
 
@@ -94,8 +100,14 @@ def refine_plan(
 
     def solve(plan: Plan) -> Callable[[Sequence[Sequence[str]]], list[float]]:
         """Return how to measure the divergence when only some of a plan's sites are pruned."""
-        weights, _ = reconstruct(model, bank, plan, mode=mode, damp=CURVE_DAMP)
-        return partial(divergences, model, batches, plan, weights)
+
+        def solved(mine: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor | None]]:
+            here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
+            owners.ranks.work["solved"] += len(mine)
+            return reconstruct(model, bank, here, mode=mode, damp=CURVE_DAMP)[0]
+
+        weights = owners.together(at, solved)
+        return partial(divergences, model, batches, plan, weights, ranks=owners.ranks)
 
     measure = solve(plan)
     (least,), shares = measure([_pruned(plan)]), None
@@ -108,7 +120,7 @@ def refine_plan(
         candidate = allocate(
             at, scores, budget, "curve", model_type=plan.model_type, costs=costs, losses=trial
         )
-        candidate = with_bias(candidate, model, mode)
+        candidate = owners.ranks.broadcast(with_bias(candidate, model, mode))
         if candidate.sites == plan.sites:
             losses = trial  # better losses, of which the plan is the optimum still
         else:

@@ -18,6 +18,7 @@ from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites
+from liar_ext.ranks import Owners
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.streaming.block_store import BlockStore
 
@@ -51,6 +52,8 @@ class StreamedPasses:
         The block to begin with next; ``hidden``, or the sums in ``kept``, are those of there on.
     summed : list of int
         Numbers of the walks that ran the text.
+    owners : Owners
+        Who has the moments of which site: this process, all of them.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class StreamedPasses:
         self.at, self.keep, self.progress = list(at), keep, progress
         self.batches = list(read_batches(batches))
         self.summed: list[int] = []
+        self.owners = Owners()
         self.source = self._source()
         self.bank = MomentBank({}, self.source)
         self.blocks = Blocks(self.model, sites(self.model))
