@@ -3,7 +3,8 @@
     python bench/ranks.py --out out/ranks
 
 runs `torchrun --nproc-per-node N -m liar_ext prune` on a Llama with random weights, or on another
-model and text, layer by layer and in one pass, in float64 and in float32, and prints a table.
+model and text, layer by layer and in one pass, in float64 and in float32, and prints a table; and
+once more by blocks, with `--max-memory`, where ranks read the weights from their files together.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BYTES = 256  # a token each
 WORK = ("sequences", "tokens", "walked", "probes", "solved")
+WAYS = ("in memory", "by blocks")
+LIMIT = "8GiB"  # of --max-memory; a rank has libraries and one block
 
 
 def main() -> None:
@@ -38,20 +41,34 @@ def main() -> None:
         words = random.Random(0)
         lines = (" ".join(f"w{words.randrange(999)}" for _ in range(99)) for _ in range(60))
         text.write_text("\n".join(lines), encoding="utf-8")
-    print(f"| dtype | schedule | ranks | plan | weights | {' | '.join(WORK)} |")
-    print("|---" * (5 + len(WORK)) + "|")
-    for dtype in options.dtypes:
-        for schedule in options.schedules:
-            first = None
-            for count in options.ranks:
-                out = options.out / f"{dtype}-{schedule}-{count}"
-                work = prune(model, text, out, count, dtype, schedule, options)
-                plan, weights = read(out)
-                first = first or (plan, weights)
-                same = "same" if plan == first[0] else "OTHER"
-                far = f"{difference(weights, first[1]):.0e}" if same == "same" else "–"
-                done = [", ".join(str(rank[what]) for rank in work) for what in WORK]
-                print(f"| {dtype} | {schedule} | {count} | {same} | {far} | {' | '.join(done)} |")
+    for way in options.ways:
+        print(f"\n{way}\n")
+        more = ["read, MB"] if way == "by blocks" else []
+        print(f"| dtype | schedule | ranks | plan | weights | {' | '.join([*WORK, *more])} |")
+        print("|---" * (5 + len(WORK) + len(more)) + "|")
+        for dtype in options.dtypes:
+            for schedule in options.schedules:
+                compare(model, text, dtype, schedule, way, options)
+
+
+def compare(
+    model: Path, text: Path, dtype: str, schedule: str, way: str, options: argparse.Namespace
+) -> None:
+    """Print a row for each number of ranks; the first one is what others are compared with."""
+    first = None
+    for count in options.ranks:
+        out = options.out / f"{way.replace(' ', '-')}-{dtype}-{schedule}-{count}"
+        work = prune(model, text, out, count, dtype, schedule, way, options)
+        plan, weights = read(out)
+        first = first or (plan, weights)
+        same = "same" if plan == first[0] else "OTHER"
+        far = f"{difference(weights, first[1]):.0e}" if same == "same" else "–"
+        done = [", ".join(str(rank[what]) for rank in work) for what in WORK]
+        if way == "by blocks":
+            done.append(", ".join(f"{rank['read'] / 1e6:.1f}" for rank in work))
+        print(
+            f"| {dtype} | {schedule} | {count} | {same} | {far} | {' | '.join(done)} |", flush=True
+        )
 
 
 def parse() -> argparse.Namespace:
@@ -63,6 +80,13 @@ def parse() -> argparse.Namespace:
     add("--ranks", type=int, nargs="+", default=[1, 2, 3])
     add("--dtypes", nargs="+", default=["float64", "float32"])
     add("--schedules", nargs="+", default=["layerwise", "one-pass"])
+    add(
+        "--ways",
+        nargs="+",
+        default=WAYS,
+        choices=WAYS,
+        help="the whole model in memory, or a block",
+    )
     add("--samples", type=int, default=24)
     add("--seq-len", type=int, default=64)
     add("--out", type=Path, default=Path("out/ranks"), help="a folder of its own, emptied first")
@@ -98,12 +122,14 @@ def prune(
     count: int,
     dtype: str,
     schedule: str,
+    way: str,
     options: argparse.Namespace,
 ) -> list[dict[str, int]]:
     """Prune a model by so many ranks, each with one thread, and return what each has done."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), "-m", "liar_ext", "prune", str(model)]
     command += ["--calibration", str(text), "--dtype", dtype, "--schedule", schedule]
+    command += ["--max-memory", LIMIT] if way == "by blocks" else []
     command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
     subprocess.run(
         [*command, "--out", str(out), "--quiet"],

@@ -125,8 +125,14 @@ class Ranks:
 
     def gather(self, value: Value, to: int) -> list[Value]:
         """Return the values of all ranks, in their order, at rank ``to``; nothing elsewhere."""
-        values = [self.move(value, source, to) for source in range(self.count)]
-        return values if self.rank == to else []
+        return list(self.each(value, to))
+
+    def each(self, value: Value, to: int) -> Iterator[Value]:
+        """Yield what :meth:`gather` returns as it comes: one of the others' is there at a time."""
+        for source in range(self.count):
+            given = self.move(value, source, to)
+            if self.rank == to:
+                yield given
 
     def broadcast(self, value: Value | None, source: int = 0) -> Value:
         """Return the value of one rank at all."""

@@ -243,7 +243,6 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
     def job(rank: int) -> int:
         lines = (
             (command(llama_folder, corpus, out, "--of", "latency"), "of latency times the model"),
-            (command(llama_folder, corpus, out, "--max-memory", "1GiB"), "--max-memory reads"),
             (command(llama_folder, corpus, out, "--device", "auto"), "--device auto spreads"),
             (command(llama_folder, corpus, out, "--device", "cuda"), "need a GPU each"),
             (command(llama_folder, [short], out), "the text is too short"),
@@ -254,7 +253,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
         (tmp_path / "reason").write_text(reason)
         return main(arguments)
 
-    for case in range(7):
+    for case in range(6):
         (tmp_path / "case").write_text(str(case))
         codes = forked.run(2, job, tmp_path)
         errors = "".join((tmp_path / f"err{rank}").read_text() for rank in range(2))

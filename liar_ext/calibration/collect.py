@@ -219,9 +219,9 @@ def _handing(name: str, current: InFlight, owners: Owners) -> Callable:
     if owners.ranks.count == 1 or not owners.of:
         return iter
 
-    def hand(pieces: list[Piece]) -> list[Piece]:
-        given = owners.ranks.gather([] if current.spare else pieces, owners.rank_of(name))
-        return [piece for each in given for piece in each]
+    def hand(pieces: list[Piece]) -> Iterator[Piece]:
+        given = owners.ranks.each([] if current.spare else pieces, owners.rank_of(name))
+        return (piece for each in given for piece in each)
 
     return hand
 

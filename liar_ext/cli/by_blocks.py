@@ -13,6 +13,7 @@ from liar_ext.cli.loading import check_tokenizer
 from liar_ext.cli.prune import add_facts, load, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.errors import InputError
+from liar_ext.pipeline.several import check_checkpoint
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.streaming.block_store import BlockStore
@@ -31,19 +32,23 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             "prune: --bank holds the sums of all layers, for which there must be memory; leave it "
             "or --max-memory out"
         )
+    check_checkpoint(options.checkpoint, options.ranks)
     stores = []
 
     def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-        stores.append(BlockStore(name, dtype, device))
+        stores.append(BlockStore(name, dtype, device, ranks=options.ranks))
         check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 
-    given = load(recipe, progress=not options.quiet, loader=open_store)
+    shown = {"ranks": options.ranks, "progress": not options.quiet}
+    given = load(recipe, loader=open_store, **shown)
     (store,) = stores
     if getattr(options, "dry_run", False):
-        job = StreamedJob(store.model, given.calibration, recipe, store=store)
+        job = StreamedJob(store.model, given.calibration, recipe, store=store, ranks=options.ranks)
         job.certify_on = given.certification
-        print("\n".join(job.describe(options.max_memory)))
+        lines = job.describe(options.max_memory)
+        if options.ranks.first:
+            print("\n".join(lines))
         return
     loaded = time.perf_counter() - start
 

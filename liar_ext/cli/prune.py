@@ -49,11 +49,6 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     if options.checkpoint:
         check(recipe)
     if options.max_memory is not None:
-        if ranks.count > 1:
-            raise InputError(
-                "prune: --max-memory reads the model in one process, and torchrun started "
-                f"{ranks.count}; leave one of them out"
-            )
         from liar_ext.cli.by_blocks import run_by_blocks
 
         run_by_blocks(recipe, options, start)

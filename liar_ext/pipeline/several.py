@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from liar_ext.report.clock import Clock
 from liar_ext.report.rows import SiteRow
 
 # What a rank counts: sequences and tokens in passes over the calibration text, sequences in a walk,
-# probes of sensitivities, sites that it solved.
+# probes of sensitivities, sites that it solved. By blocks also READ, bytes of weights.
 WORK = ("sequences", "tokens", "walked", "probes", "solved")
+READ = "read"
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
@@ -36,26 +38,43 @@ def check_recipe(recipe: Recipe, ranks: Ranks) -> None:
             )
 
 
+def check_checkpoint(checkpoint: object, ranks: Ranks) -> None:
+    """Raise InputError if several ranks are to keep a checkpoint of a job by blocks."""
+    if checkpoint is not None and ranks.count > 1:
+        raise InputError(
+            "prune: the checkpoint of a job by --max-memory is of one process, and "
+            f"{ranks.count} ranks share the job; leave --checkpoint out, or run it in one process"
+        )
+
+
 def solve_sites(
     passes: Passes, plan: Plan, settings: Mapping[str, object], clock: Clock
 ) -> tuple[Weights, list[SiteRow]]:
     """Solve the sites of a plan on the dense model's moments, each rank those that it owns."""
-
-    def solve(mine: Sequence[Site]) -> dict[str, tuple]:
-        here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
-        passes.ranks.work["solved"] += len(mine)
-        weights, rows = reconstruct(passes.model, passes.bank, here, **settings)
-        return {row.name: (weights[row.name], row) for row in rows}
-
     found = {}
     for group in clock.each("calibrate", passes.back()):
         with clock("reconstruct"):
-            found |= passes.owners.together(group, solve)
+            found |= solve_group(passes, group, plan, settings)
     return {name: found[name][0] for name in found}, [found[name][1] for name in plan.sites]
 
 
-def work_of(ranks: Ranks) -> dict[str, list[dict[str, int]]]:
+def solve_group(
+    passes: Any, group: Sequence[Site], plan: Plan, settings: Mapping[str, object]
+) -> dict[str, tuple[tuple[Tensor, Tensor | None], SiteRow]]:
+    """Return weights and rows of the sites that ``passes`` have given, each solved by its owner."""
+    ranks = passes.owners.ranks
+
+    def solve(mine: Sequence[Site]) -> dict[str, tuple]:
+        here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
+        ranks.work["solved"] += len(mine)
+        weights, rows = reconstruct(passes.model, passes.bank, here, **settings)
+        return {row.name: (weights[row.name], row) for row in rows}
+
+    return passes.owners.together(group, solve)
+
+
+def work_of(ranks: Ranks, more: Sequence[str] = ()) -> dict[str, list[dict[str, int]]]:
     """Return what each rank has done, in their order; nothing where torchrun started none."""
     if not ranks.started:
         return {}
-    return {"ranks": ranks.share({name: ranks.work[name] for name in WORK})}
+    return {"ranks": ranks.share({name: ranks.work[name] for name in (*WORK, *more)})}

@@ -226,7 +226,7 @@ class Walk:
         sums = [LayerSums.zeros(site, target == "dense-input", device) for site in mine]
         for turn in self.turns:
             read = [(part.fold, self._read(layer, target, part, consumers)) for part in turn]
-            for given in self.ranks.gather(read, owner):
+            for given in self.ranks.each(read, owner):
                 for fold, found in given:
                     for each, rows in zip(sums, found, strict=True):
                         each.add(rows, fold)

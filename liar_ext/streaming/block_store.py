@@ -1,9 +1,13 @@
-"""The blocks of a model, read from its files one at a time, and the next one ahead."""
+"""The blocks of a model, read from its files one at a time, and the next one ahead.
+
+Of several ranks each reads some of the tensors of a block, and hands them to the others: so the
+weights are read once, by all together.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -14,6 +18,7 @@ from liar_ext.calibration.collect import check_finite_tensors
 from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.checkpoint.offloading import load_offloaded
 from liar_ext.errors import InputError, one_line
+from liar_ext.ranks import ALONE, Ranks, deal
 
 
 class BlockStore:
@@ -32,6 +37,8 @@ class BlockStore:
         Where the model computes.
     prefetch : bool
         Read the next block while one is in use, which takes memory for two.
+    ranks : Ranks
+        Processes that share the job; all ask for the same blocks in the same order.
 
     Attributes
     ----------
@@ -48,10 +55,11 @@ class BlockStore:
         device: str = "cpu",
         *,
         prefetch: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         found = load_offloaded(name, dtype, device)
         self.model, self.tokenizer = found.model, found.tokenizer
-        self.device, self.prefetch = torch.device(device), prefetch
+        self.device, self.prefetch, self.ranks = torch.device(device), prefetch, ranks
         self._weights, self._paths, self._head = found.weights, found.blocks, found.head
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
         self._next: tuple[int, Future] | None = None
@@ -79,9 +87,9 @@ class BlockStore:
     def block(self, index: int) -> Iterator[nn.Module]:
         """Have the weights of one block in memory for as long as the context is open."""
         path = self._paths[index]
-        self._install(self._taken(index))
+        self._bring(index)
         if self.prefetch and index + 1 < len(self):
-            self._next = index + 1, self._reader.submit(self._read, self._paths[index + 1])
+            self._next = index + 1, self._reader.submit(self._read_share, self._paths[index + 1])
         try:
             yield self.model.get_submodule(path)
         finally:
@@ -89,9 +97,9 @@ class BlockStore:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Have the output head in memory for as long as the context is open."""
+        """Have the output head in memory for as long as the context is open, at this rank."""
         for path in self._head:
-            self._install(self._read(path))
+            self._install(self._read(self._names(path)))
         try:
             yield
         finally:
@@ -122,26 +130,42 @@ class BlockStore:
         self._next = None
         self._reader.shutdown(cancel_futures=True)
 
+    def _bring(self, index: int) -> None:
+        """Install a block, of which each rank hands the others what it has read."""
+        for tensors in self.ranks.share(self._taken(index)):
+            self._install(tensors)
+
     def _taken(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of a block, which may have been read ahead."""
+        """Return this rank's tensors of a block, which may have been read ahead."""
         ahead, self._next = self._next, None
         if ahead is None:
-            return self._read(self._paths[index])
+            return self._read_share(self._paths[index])
         tensors = ahead[1].result()
         if ahead[0] == index:
             return tensors
         del tensors, ahead
-        return self._read(self._paths[index])
+        return self._read_share(self._paths[index])
 
-    def _read(self, path: str) -> dict[str, Tensor]:
-        """Read the parameters below a path, copied out of the file's memory map."""
-        names = [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters()]
+    def _names(self, path: str) -> list[str]:
+        """Return the names of the parameters below a path."""
+        return [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters()]
+
+    def _read_share(self, path: str) -> dict[str, Tensor]:
+        """Read what this rank reads of the parameters below a path: they are dealt by size."""
+        names = self._names(path)
+        sizes = [self.model.get_parameter(name).numel() for name in names]
+        dealt = zip(names, deal(sizes, self.ranks.count), strict=True)
+        return self._read([name for name, rank in dealt if rank == self.ranks.rank])
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Read parameters, copied out of the file's memory map."""
         tensors = {}
         for name in names:
             with _naming(name):
                 # A copy: a mapped tensor would fault its pages in again and again where memory is
                 # short, and holds the whole file open.
                 tensors[name] = self._weights[name].clone()
+            self.ranks.work["read"] += tensors[name].nbytes
         check_finite_tensors(tensors.items())
         return tensors
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from liar_ext.bars import Timeline
 from liar_ext.calibration.memory import bytes_of_sums
+from liar_ext.calibration.passes import room_for_sums
 from liar_ext.certification import Divergence
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
@@ -29,6 +31,7 @@ from liar_ext.pipeline.expected import by_blocks
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import expected
 from liar_ext.pipeline.resuming import begin, decide, note_result
+from liar_ext.pipeline.several import READ, check_checkpoint, work_of
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
@@ -78,7 +81,8 @@ def prune_folder(
     Parameters
     ----------
     store : BlockStore
-        The dense model.
+        The dense model. Of several ranks each has the model, its batches and a part of the sums,
+        and calls this alike; the first one evaluates, and writes the folder.
     batches : iterable of mapping
         The calibration set.
     folder : path
@@ -86,7 +90,7 @@ def prune_folder(
     recipe : Recipe
         Every choice; some can't be made here, see :meth:`StreamedJob.check`.
     max_memory : int
-        Bytes that the process may take.
+        Bytes that the process may take, each of several.
     evaluate_on, certify_on : sequence of mapping, optional
         As for :func:`liar_ext.prune`.
     overwrite : bool
@@ -104,8 +108,13 @@ def prune_folder(
     InputError
         If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
     """
-    check_folder(folder, overwrite)
-    job = StreamedJob(store.model, list(read_batches(batches)), recipe, progress, store=store)
+    ranks = store.ranks
+    check_checkpoint(saved, ranks)
+    if ranks.first:
+        check_folder(folder, overwrite)
+    ranks.work.clear()
+    given = store.model, list(read_batches(batches)), recipe, progress
+    job = StreamedJob(*given, store=store, ranks=ranks)
     job.evaluate_on, job.certify_on, job.saved = evaluate_on, certify_on, saved
     job.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     shown = ExitStack()
@@ -118,6 +127,9 @@ def prune_folder(
         passes = job.calibrate(store.model)
         plan = decide(job, passes)
         job.judge(passes)
+        if not ranks.first:
+            plan = job.write(passes, plan, None)
+            return job.report(plan, None, None)
         with writing(folder, overwrite) as path:
             shards = Shards(store.model, path, job.shard_bytes)
             plan = job.write(passes, plan, shards)
@@ -204,6 +216,11 @@ class StreamedJob(Job):
                 "leave it out"
             )
 
+    @cached_property
+    def room(self) -> int:
+        """Bytes of sums at a time, as the time left is told by; blocks have their own."""
+        return room_for_sums(self.model)
+
     def make_room(self, limit: int) -> None:
         """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit."""
         at = self.sites(self.model)
@@ -216,7 +233,8 @@ class StreamedJob(Job):
         left = room_for_states(need, limit, reserved)
         sums = sum(bytes_of_sums(site.d_in) for site in at)
         if self.keep_sums is None:
-            self.keep_sums = self.recipe.schedule == "one-pass" and sums <= left // 2
+            fits = self.recipe.schedule == "one-pass" and sums <= left // 2
+            self.keep_sums = all(self.ranks.share(fits))
         self.states.memory = max(0, left - (sums if self.keep_sums else 0))
         self.shard_bytes = reserved
         self.facts["max_memory"] = limit
@@ -258,10 +276,11 @@ class StreamedJob(Job):
         walk = FirstWalk(self.saved, passes, probes, self.dense)
         scores = walk.restore()
         per = "feature" if recipe.allocation == "global" else "unit"
+        chosen = {"seed": recipe.seed, "per": per}
         for group in self.clock.each("calibrate", passes):
             with self.clock("score"):
-                asked = recipe.criterion
-                scores |= score(self.model, passes.bank, group, asked, seed=recipe.seed, per=per)
+                find = partial(score, self.model, passes.bank, criterion=recipe.criterion, **chosen)
+                scores |= passes.owners.together(group, find)
             if probes is not None:
                 with self.clock("allocate"):
                     probes.step(passes, group, scores)
@@ -274,8 +293,9 @@ class StreamedJob(Job):
         if probes is None:
             return scores, {}
         with self.clock("allocate"):
-            losses, self.sensitivities = probes.losses(passes.blocks)
-        return scores, losses
+            found = passes.owners.together(passes.at, lambda _: probes.losses(passes.blocks))
+        self.sensitivities = {name: value for name, (_, value) in found.items()}
+        return scores, {name: loss for name, (loss, _) in found.items()}
 
     def judge(self, passes: StreamedPasses) -> None:
         """Measure the dense model on the text that has passed all of its blocks."""
@@ -318,16 +338,18 @@ class StreamedJob(Job):
         ]
 
     @torch.no_grad()
-    def write(self, passes: StreamedPasses, plan: Plan, shards: Shards) -> Plan:
+    def write(self, passes: StreamedPasses, plan: Plan, shards: Shards | None) -> Plan:
         """Solve, slice and write one block after the other; return the plan of the dense model."""
         whole = stock_config.from_dense(self.model, plan)
-        self.fingerprint = Trace(self.store, [self._fixed_input()], self.states)
+        inputs = [self._fixed_input()] if self.ranks.first else []
+        self.fingerprint = Trace(self.store, inputs, self.states)
         pruned = self._judged()
         walk = SecondWalk(self, passes, plan, pruned)
         self.blocks, rows = walk.blocks, walk.rows
         walk.run(shards)
-        with self.clock("surgery"), self.store.head():
-            shards.add(self.store.tensors())
+        if shards is not None:
+            with self.clock("surgery"), self.store.head():
+                shards.add(self.store.tensors())
         self.rows = [rows[name] for name in plan.sites]
         with self.clock("evaluate"):
             self.perplexities[1] = pruned.perplexity(self.blocks)
@@ -335,12 +357,13 @@ class StreamedJob(Job):
         if certified is not None:
             self.fresh = SimpleNamespace(of=lambda _: certified)  # which the report asks for
         self._describe()
+        self.facts |= work_of(self.ranks, [READ])
         self.model.liar_plan = whole
         return whole
 
     def _judged(self) -> Judged:
-        """Return what is to be measured along a walk."""
-        texts = self.evaluate_on, self.certify_on
+        """Return what is to be measured along a walk: of several ranks the first one does."""
+        texts = (self.evaluate_on, self.certify_on) if self.ranks.first else (None, None)
         return Judged(self.store, self.states, *texts, progress=self.progress)
 
     def _fixed_input(self) -> dict[str, Tensor]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
 from liar_ext.bars import Bar
-from liar_ext.calibration.collect import check_sums
+from liar_ext.calibration.collect import check_sums, owners_of
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
-from liar_ext.calibration.taps import InFlight, adding, tap_at
-from liar_ext.data.batches import Batches, read_batches
+from liar_ext.calibration.taps import InFlight, Piece, adding, tap_at
+from liar_ext.data.batches import Batches, count_tokens, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites
-from liar_ext.ranks import Owners
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.streaming.block_store import BlockStore
 
@@ -47,13 +47,15 @@ class StreamedPasses:
     Attributes
     ----------
     hidden : list of Held
-        By batch, the hidden states after the block that was given last.
+        By batch of this rank, the hidden states after the block that was given last.
     first : int
         The block to begin with next; ``hidden``, or the sums in ``kept``, are those of there on.
     summed : list of int
         Numbers of the walks that ran the text.
+    mine : list of Batch
+        Those that this rank takes past the blocks: every so manieth.
     owners : Owners
-        Who has the moments of which site: this process, all of them.
+        Who has the moments of which site.
     """
 
     def __init__(
@@ -69,8 +71,9 @@ class StreamedPasses:
         self.store, self.model, self.states = store, store.model, states
         self.at, self.keep, self.progress = list(at), keep, progress
         self.batches = list(read_batches(batches))
+        self.mine = self.batches[store.ranks.rank :: store.ranks.count]
+        self.owners = owners_of(self.at, store.ranks)
         self.summed: list[int] = []
-        self.owners = Owners()
         self.source = self._source()
         self.bank = MomentBank({}, self.source)
         self.blocks = Blocks(self.model, sites(self.model))
@@ -109,7 +112,8 @@ class StreamedPasses:
                     self._check_chain(index)
                     self.bank = MomentBank({}, self.source)  # memory of the last one is free now
                     if known:
-                        self.bank.moments = {s.name: self.kept.pop(s.name) for s in group}
+                        mine = (site for site in group if self.owners.mine(site.name))
+                        self.bank.moments = {site.name: self.kept.pop(site.name) for site in mine}
                     else:
                         self.bank.moments = self._sums(index, group)
                     if self.keep and not known:
@@ -117,9 +121,11 @@ class StreamedPasses:
                     yield group
 
     def _enter(self) -> list[Held]:
-        """Return the hidden states of all batches before the first block."""
-        device = self.store.device
-        entered = (self.blocks.enter(0, batch.to(device).inputs)[0][0] for batch in self.batches)
+        """Return the hidden states of this rank's batches before the first block."""
+        device, work = self.store.device, self.store.ranks.work
+        work["sequences"] += sum(map(len, self.mine))
+        work["tokens"] += sum(map(count_tokens, self.mine))
+        entered = (self.blocks.enter(0, batch.to(device).inputs)[0][0] for batch in self.mine)
         return [self.states.hold(hidden) for hidden in entered]
 
     def _check_chain(self, index: int) -> None:
@@ -139,26 +145,41 @@ class StreamedPasses:
             )
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
-        """Take all sequences past a block, and return the moments of its sites."""
-        device, current = self.store.device, InFlight()
-        moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
+        """Take all sequences past a block, and return the moments of its sites.
+
+        Of several ranks each runs its own. What a site reads goes to its owner, which adds it in
+        the order of batches.
+        """
+        device, ranks, current = self.store.device, self.store.ranks, InFlight()
+        moments = {
+            site.name: Moments.zeros(site.d_in, device=device)
+            for site in group
+            if self.owners.mine(site.name)
+        }
+        read: dict[str, list[Piece]] = {}
         with ExitStack() as stack:
             for site in group:
-                callback = adding(
-                    tap_at(self.model, site), moments[site.name], current, ends=math.inf
-                )
+                hand = iter if ranks.count == 1 else partial(_note, read, site.name)
+                given = tap_at(self.model, site), moments.get(site.name), current
                 consumer = self.model.get_submodule(site.consumer)
-                stack.enter_context(watched(consumer, callback))
-            for batch, held in zip(self.batches, self.hidden, strict=True):
-                batch = batch.to(device)
-                current.set(batch)
-                run = self.blocks.run(index, batch.inputs, held.get().to(device))
-                held.set(run.output)
+                stack.enter_context(watched(consumer, adding(*given, math.inf, hand)))
+            for turn in range(-(-len(self.batches) // ranks.count)):
+                if turn < len(self.mine):
+                    batch, held = self.mine[turn].to(device), self.hidden[turn]
+                    current.set(batch)
+                    run = self.blocks.run(index, batch.inputs, held.get().to(device))
+                    held.set(run.output)
+                for site in group if ranks.count > 1 else ():
+                    every = ranks.each(read.pop(site.name, []), self.owners.rank_of(site.name))
+                    for fold, tokens, weight in (piece for pieces in every for piece in pieces):
+                        moments[site.name].update(tokens, fold, weight)
         check_sums(MomentBank(moments), self.source["sequences"])
-        if moments:
+        if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
-            first = next(iter(moments.values()))
-            self.source["tokens"] = self.source["tokens"] or int(first.tokens.sum())
+            first = moments.get(group[0].name)
+            tokens = None if first is None else int(first.tokens.sum())
+            tokens = ranks.broadcast(tokens, self.owners.rank_of(group[0].name))
+            self.source["tokens"] = self.source["tokens"] or tokens
         return moments
 
     def _source(self) -> dict[str, object]:
@@ -171,3 +192,9 @@ class StreamedPasses:
             "sequences": sum(map(len, self.batches)),
             "tokens": 0,
         }
+
+
+def _note(read: dict[str, list[Piece]], name: str, pieces: list[Piece]) -> tuple[Piece, ...]:
+    """Keep what a site reads until all ranks have run; nothing is added before."""
+    read[name] = pieces
+    return ()

@@ -59,24 +59,37 @@ class ProbeStreams:
     def step(
         self, passes: StreamedPasses, group: Sequence[Site], scores: Mapping[str, Tensor]
     ) -> None:
-        """Take all probes past the block at hand, and begin those of its sites."""
+        """Take all probes past the block at hand, and begin those of its sites.
+
+        Of several ranks each has those of the sites that it owns.
+        """
         blocks, index = passes.blocks, passes.index
         self.dense.begin(blocks)
+        for streams in self.streams.values():
+            self._advance(blocks, index, streams, streams)
+        mine = [site for site in group if passes.owners.mine(site.name)]
+        if mine:
+            self._begin(passes, mine, scores)
+        self.dense.advance(blocks, index)
+
+    def _begin(
+        self, passes: StreamedPasses, group: Sequence[Site], scores: Mapping[str, Tensor]
+    ) -> None:
+        """Begin the probes of sites of the block at hand."""
         given = self.model, passes.bank, group
         curves = error_curves(*given, scores)
         here = probe_sites(*given, scores, curves, self.budget, mode=self.mode)
-        for streams in self.streams.values():
-            self._advance(blocks, index, streams, streams)
+        self.store.ranks.work["probes"] += len(group)
         for site in group:
             if here.plan.sites[site.name].removed:
                 with pruned_site(self.model, site, here.plan, here.weights[site.name]):
-                    self.streams[site.name] = self._advance(blocks, index, self.dense.hidden)
-        self.dense.advance(blocks, index)
+                    begun = self._advance(passes.blocks, passes.index, self.dense.hidden)
+                    self.streams[site.name] = begun
         self.errors |= here.errors
         self.curves |= curves
 
-    def losses(self, blocks: Blocks) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return losses and sensitivities of all sites, after the last block."""
+    def losses(self, blocks: Blocks) -> dict[str, tuple[Tensor, float]]:
+        """Return loss and sensitivity of each site at this rank, after the last block."""
         total, rows = dict.fromkeys(self.streams, 0.0), 0
         with torch.no_grad(), evaluating(self.model), blocks.opened(), self.store.head():
             for number, batch in enumerate(self.batches):
@@ -90,7 +103,7 @@ class ProbeStreams:
         values = mean_divergences(list(total.values()), rows, [(name,) for name in total])
         measured = dict(zip(total, values, strict=True))
         found = sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)
-        return {name: found[name] * curve for name, curve in self.curves.items()}, found
+        return {name: (found[name] * curve, found[name]) for name, curve in self.curves.items()}
 
     def _at(self, streams: Sequence[Held], number: int) -> Tensor:
         return streams[number].get().to(self.store.device)

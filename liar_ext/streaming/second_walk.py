@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from liar_ext.bars import Bar
@@ -11,9 +10,9 @@ from liar_ext.checkpoint.shards import Shards
 from liar_ext.data.hidden_states import Held
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import sites
+from liar_ext.pipeline.several import solve_group
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.one_pass import reconstruct as solve_sites
 from liar_ext.reconstruction.saved_walk import SavedStreams, Weights, keep_block, kept_block
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
@@ -65,8 +64,8 @@ class SecondWalk:
         self.rows: dict[str, SiteRow] = {}
         self.kept = SavedStreams(job.saved, "pruning", len(job.store))
 
-    def run(self, shards: Shards) -> None:
-        """Walk over all blocks."""
+    def run(self, shards: Shards | None) -> None:
+        """Walk over all blocks; of several ranks the first one alone has shards to write."""
         job, blocks = self.job, self.blocks
         for index, weights, streams in self._layerwise() if self.layerwise else self._one_pass():
             if streams is not None:
@@ -77,7 +76,8 @@ class SecondWalk:
                 apply_plan(job.model, self.plan, weights, blocks=[index])
                 if streams is not None:
                     job.fingerprint.advance(blocks, index)
-                shards.add(job.store.tensors(index))
+                if shards is not None:
+                    shards.add(job.store.tensors(index))
             if streams is not None:
                 with job.clock("evaluate"):
                     self.pruned.advance(blocks, index)
@@ -96,10 +96,9 @@ class SecondWalk:
             passes.kept = kept_sums(job.saved, range(passes.first, len(self.blocks)))
         for group in job.clock.each("calibrate", passes.back()):
             with job.clock("reconstruct"):
-                planned = {site.name: self.plan.sites[site.name] for site in group}
-                here = replace(self.plan, sites=planned)
-                weights, some = solve_sites(job.model, passes.bank, here, **settings)
-                self.rows |= {row.name: row for row in some}
+                found = solve_group(passes, group, self.plan, settings)
+                self.rows |= {name: row for name, (_, row) in found.items()}
+            weights = {name: given for name, (given, _) in found.items()}
             yield passes.index, weights, lambda: streams
 
     def _layerwise(self) -> Iterator[Step]:
@@ -108,7 +107,8 @@ class SecondWalk:
         settings = recipe.reconstruct, recipe.damp, recipe.solve_target, recipe.refit
         planned = [site.block for site in self.every if site.name in self.plan.sites]
         with evaluating(job.model), self.blocks.opened():
-            walk = Walk(job.model, self.blocks, self.plan, *settings, states=job.states)
+            shared = {"states": job.states, "ranks": job.ranks}
+            walk = Walk(job.model, self.blocks, self.plan, *settings, **shared)
             with job.clock("reconstruct"):
                 walk.start(job.batches, job.certify_on or ())
             done = self._restore(walk.streams())
