@@ -158,6 +158,31 @@ def test_the_command_that_lost_a_rank_is_resumed_by_another_number(
     assert not (tmp_path / "c").exists()
 
 
+def test_a_bank_with_sensitivities_of_which_the_first_rank_was_killed(
+    llama_folder, corpus, tmp_path, monkeypatch
+):
+    """The first rank measures them when the others have left."""
+
+    def calibrate(bank: str, *more: str) -> list[str]:
+        given = ["calibrate", str(llama_folder), "--calibration", str(corpus[0]), "--samples", "8"]
+        given += ["--seq-len", "16", "--batch-size", "2", "--sensitivities", "--quiet"]
+        return [*given, "--bank", str(tmp_path / bank), *more]
+
+    assert main(calibrate("alone")) == 0
+
+    def stopped(rank):
+        counted(monkeypatch, "divergence", rank == 0)
+        return main(calibrate("bank", "--checkpoint", str(tmp_path / "c")))
+
+    assert forked.run(2, stopped, tmp_path)[0] == -signal.SIGKILL
+    assert not (tmp_path / "bank").exists()
+    codes = forked.run(3, lambda rank: main(["resume", str(tmp_path / "c")]), tmp_path)
+    assert codes == [0] * 3, [(tmp_path / f"err{rank}").read_text() for rank in range(3)]
+    shown = (tmp_path / "out0").read_text()
+    assert "sums over 4 of 4 batches; 1 of " in shown and " divergences of " in shown
+    assert (tmp_path / "bank").read_bytes() == (tmp_path / "alone").read_bytes()
+
+
 def test_ranks_of_different_jobs_get_no_checkpoint(tmp_path):
     def job(rank):
         ranks, data = Ranks.join(), [tiny_inputs(tiny("llama"), batch=4) for _ in range(2)]

@@ -65,7 +65,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             probed = recipe
             if recipe.probe_keep == "auto":
                 probed = replace(recipe, probe_keep=PROBE_KEEP)
-            work = Sweep(loaded.model, loaded.calibration, bank, not options.quiet, saved)
+            given = loaded.model, loaded.calibration, bank, not options.quiet
+            work = Sweep(*given, saved=saved)
             work.plan(probed)
             work.known.store_sensitivities(bank)
         bank.source |= {
