@@ -27,6 +27,8 @@ ONE_KIND = (
     'another kind as well, or "self", text that the model writes itself.'
 )
 
+SKETCHED = 32  # tokens of a document that is written for an estimate alone
+
 
 def run(options: argparse.Namespace) -> None:
     """Run the job that the options and their recipe say."""
@@ -43,7 +45,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.cli.resume import checkpoint_of
     from liar_ext.pipeline.resuming import check, note_result
 
-    ranks = options.ranks
+    ranks, sketch = options.ranks, getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
@@ -59,11 +61,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
-        given, settled = load(recipe, ranks=ranks, progress=not options.quiet), recipe
-    if getattr(options, "dry_run", False):
+        shown = {"ranks": ranks, "progress": not options.quiet}
+        given, settled = load(recipe, sketch=sketch, **shown), recipe
+    if sketch:
         from liar_ext.cli.dry_run import describe
 
         lines = describe(given.model, given.calibration, settled)
+        if "writing" in given.facts:
+            lines.append(f"text of its own: about {given.facts['writing']:.0f} seconds to write")
         if ranks.first:
             print("\n".join(lines))
         return
@@ -152,11 +157,14 @@ def load(
     digests: bool = False,
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
     ranks: Ranks = ALONE,
+    sketch: bool = False,
 ) -> Given:
     """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
 
     With ``digests`` also those of its documents. Of several ranks each loads the model; the first
-    one reads, writes and draws text, and hands the others the sequences.
+    one reads, writes and draws text, and hands the others the sequences. A ``sketch`` has as many
+    sequences, but of what the model writes itself only beginnings, again and again, and what all of
+    it would take, in seconds, as ``facts["writing"]``.
 
     Raises
     ------
@@ -172,7 +180,8 @@ def load(
     check_eval(recipe, model)
     drawn = None
     if ranks.first:
-        drawn = _draw(recipe, model, tokenizer, read, held_out, digests, progress)
+        settings = {"digests": digests, "progress": progress, "sketch": sketch}
+        drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
     return Given(model, tokenizer, *ranks.broadcast(drawn))
 
 
@@ -194,8 +203,10 @@ def _draw(
     tokenizer: Any,
     read: dict[str, Sequence[str]],
     held_out: Sequence[str] | None,
+    *,
     digests: bool,
     progress: bool,
+    sketch: bool,
 ) -> tuple:
     """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
     from liar_ext.calibration.self_calibration import SELF
@@ -203,8 +214,11 @@ def _draw(
     from liar_ext.data.documents import document_digests
 
     judge = recipe.judge if recipe.candidates else 0
+    facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
     if SELF in recipe.calibration:
-        read[SELF] = _written(model, tokenizer, recipe, judge, progress)
+        asked = {"judge": judge, "progress": progress, "sketch": sketch}
+        read[SELF], seconds = _written(model, tokenizer, recipe, **asked)
+        facts |= {"writing": seconds} if sketch else {}
     calibration = texts.calibration_sequences(
         [read[source] for source in recipe.calibration],
         tokenizer,
@@ -216,7 +230,6 @@ def _draw(
         judge=judge,
     )
     evaluation = evaluation_batches(recipe, held_out, tokenizer)
-    facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
@@ -268,20 +281,26 @@ def evaluation_batches(
 
 
 def _written(
-    model: nn.Module, tokenizer: Any, recipe: Recipe, judge: int, progress: bool
-) -> Sequence[str]:
-    """Return the model's own share of the calibration text."""
+    model: nn.Module, tokenizer: Any, recipe: Recipe, *, judge: int, progress: bool, sketch: bool
+) -> tuple[Sequence[str], float]:
+    """Return the model's own share of the calibration text, and the seconds to write it."""
     from liar_ext.calibration.self_calibration import enough_documents, write_documents
 
+    start = time.perf_counter()
     share = -(-(recipe.samples + recipe.certify + judge) // len(recipe.calibration))
-    return write_documents(
+    tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
+    written = write_documents(
         model,
         tokenizer,
         documents=enough_documents(share),
-        tokens=recipe.seq_len,
+        tokens=tokens,
         seed=recipe.seed,
         progress=progress,
     )
+    times = -(-recipe.seq_len // tokens)
+    if sketch:  # once more, as what is read again may be fewer tokens
+        written = [(times + 1) * text for text in written]
+    return written, times * (time.perf_counter() - start)
 
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:

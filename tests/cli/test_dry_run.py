@@ -5,7 +5,7 @@ import torch
 from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
-from liar_ext.calibration import passes
+from liar_ext.calibration import passes, self_calibration
 from liar_ext.cli.dry_run import describe
 
 
@@ -78,6 +78,26 @@ def test_a_dry_run_needs_no_folder_and_writes_none(llama_folder, corpus, tmp_pat
     ):
         assert word in said
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dry_run_writes_beginnings_of_its_own_text_alone(
+    llama_folder, corpus, capsys, monkeypatch
+):
+    asked, write = [], self_calibration.write_documents
+
+    def noted(*given, documents, tokens, **more):
+        asked.append((documents, tokens))
+        return write(*given, documents=documents, tokens=tokens, **more)
+
+    monkeypatch.setattr(self_calibration, "write_documents", noted)
+    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "self", "--dry-run"]
+    assert cli.main([*job, "--samples", "8", "--seq-len", "64", "--batch-size", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "text of its own: about" in said
+    assert "(2 batches)" in said  # of as many sequences as the job would have
+    ((documents, tokens),) = asked
+    assert documents > 4
+    assert tokens == 32
 
 
 def test_an_estimate_covers_every_site(monkeypatch):
