@@ -13,7 +13,6 @@ from liar_ext.cli.loading import check_tokenizer
 from liar_ext.cli.prune import add_facts, load, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.errors import InputError
-from liar_ext.pipeline.several import check_checkpoint
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.streaming.block_store import BlockStore
@@ -32,7 +31,6 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             "prune: --bank holds the sums of all layers, for which there must be memory; leave it "
             "or --max-memory out"
         )
-    check_checkpoint(options.checkpoint, options.ranks)
     stores = []
 
     def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:

@@ -38,15 +38,6 @@ def check_recipe(recipe: Recipe, ranks: Ranks) -> None:
             )
 
 
-def check_checkpoint(checkpoint: object, ranks: Ranks) -> None:
-    """Raise InputError if several ranks are to keep a checkpoint of a job by blocks."""
-    if checkpoint is not None and ranks.count > 1:
-        raise InputError(
-            "prune: the checkpoint of a job by --max-memory is of one process, and "
-            f"{ranks.count} ranks share the job; leave --checkpoint out, or run it in one process"
-        )
-
-
 def solve_sites(
     passes: Passes, plan: Plan, settings: Mapping[str, object], clock: Clock
 ) -> tuple[Weights, list[SiteRow]]:

@@ -15,7 +15,13 @@ from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
-from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
+from liar_ext.reconstruction.saved_walk import (
+    SavedStreams,
+    keep_block,
+    kept_block,
+    named,
+    placed_by_number,
+)
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.streams import with_inputs
 from liar_ext.reconstruction.walk import Walk
@@ -127,8 +133,8 @@ def reconstruct_layerwise(
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
-        numbers = [part.number for part in walk.parts]
-        kept = SavedStreams(saved, "layerwise", len(steps), numbers)
+        placed = placed_by_number(ranks, walk.parts)
+        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: placed)
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
         walk.go_on(streams)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
 
 from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.ranks import Ranks
 from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.streams import Part
 from liar_ext.report.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
+ALL = -1  # the ranks that have the same hidden states
 
 
 class SavedStreams:
@@ -29,8 +32,9 @@ class SavedStreams:
         Of the walk.
     blocks : int
         How many it has.
-    numbers : sequence of int, optional
-        Which of all hidden states of a stream this rank has, ascending; all of them if not given.
+    placed : callable, optional
+        Gives for the name of a stream which rank has which of its hidden states, by their number,
+        ``ALL`` where every rank has them; None where the first one has the whole stream.
     """
 
     def __init__(
@@ -38,14 +42,10 @@ class SavedStreams:
         saved: Progress | None,
         name: str,
         blocks: int,
-        numbers: Sequence[int] | None = None,
+        placed: Callable[[str], Mapping[int, int] | None] = lambda name: None,
     ) -> None:
-        self.saved, self.walk, self.blocks = saved, name, blocks
-        self.name, self.numbers = f"{name}-streams", numbers
-        self.owner: dict[int, int] = {}  # who has which, if that is given
-        if saved is not None and numbers is not None:
-            shares = enumerate(saved.ranks.share(list(numbers)))
-            self.owner = {number: rank for rank, share in shares for number in share}
+        self.saved, self.walk, self.blocks, self.placed = saved, name, blocks, placed
+        self.name = f"{name}-streams"
 
     def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
         """Put hidden states that are kept into ``streams``; return how many blocks they are past.
@@ -58,11 +58,12 @@ class SavedStreams:
             return 0
         blocks.beside = known.facts["beside"]
         for name, numbers in known.facts["streams"].items():
-            into, at = streams.setdefault(name, []), 0
-            for number in numbers:
-                tensor = known.tensor_at(f"{name}/{number}", self.owner.get(number, 0))
+            placed, at = self.placed(name) or {}, 0
+            for key, rank in ((f"{name}/{number}", placed.get(number, 0)) for number in numbers):
+                tensor = known.tensor(key) if rank == ALL else known.tensor_at(key, rank)
                 if tensor is None:  # it is another rank's
                     continue
+                into = streams.setdefault(name, [])
                 if at < len(into):
                     into[at].set(tensor)
                 else:
@@ -76,16 +77,28 @@ class SavedStreams:
         """Keep the hidden states that are past ``done`` blocks, if it is time to."""
         if self.saved is None:
             return
-        if not self.saved.ranks.broadcast(now or self.saved.due(self.name)):
+        ranks = self.saved.ranks
+        if not ranks.broadcast(now or self.saved.due(self.name)):
             return
-        each, facts = {}, {"blocks": done, "beside": blocks.beside, "streams": {}}
+        each, own = {}, {}
         for name, some in streams.items():
-            numbers = list(range(len(some))) if self.numbers is None else self.numbers
-            each |= {f"{name}/{i}": held for i, held in zip(numbers, some, strict=True)}
-            facts["streams"][name] = sorted(self.owner) or numbers
+            placed = self.placed(name) or dict.fromkeys(range(len(some)), 0)
+            own[name] = sorted(placed)
+            here = [n for n in own[name] if placed[n] in (ranks.rank, ALL)]
+            if ranks.first or ALL not in placed.values():
+                each |= {f"{name}/{n}": held for n, held in zip(here, some, strict=True)}
+        shares = reversed(ranks.share(own))  # of a stream of its own the first one knows
+        every = {name: numbers for share in shares for name, numbers in share.items()}
+        facts = {"blocks": done, "beside": blocks.beside, "streams": every}
         if not now:
             facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
         self.saved.put_shared(self.name, each, facts)
+
+
+def placed_by_number(ranks: Ranks, parts: Sequence[Part]) -> dict[int, int]:
+    """Return which rank has which part of a walk, of which this one has some."""
+    shares = enumerate(ranks.share([part.number for part in parts]))
+    return {number: rank for rank, share in shares for number in share}
 
 
 def keep_block(

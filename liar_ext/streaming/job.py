@@ -31,7 +31,7 @@ from liar_ext.pipeline.expected import by_blocks
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import expected
 from liar_ext.pipeline.resuming import begin, decide, note_result
-from liar_ext.pipeline.several import READ, check_checkpoint, work_of
+from liar_ext.pipeline.several import READ, work_of
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
@@ -109,7 +109,6 @@ def prune_folder(
         If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
     """
     ranks = store.ranks
-    check_checkpoint(saved, ranks)
     if ranks.first:
         check_folder(folder, overwrite)
     ranks.work.clear()

@@ -89,6 +89,11 @@ class StreamedPasses:
     def __iter__(self) -> Iterator[list[Site]]:
         return self._walk(known=False)
 
+    @property
+    def placed(self) -> dict[int, int]:
+        """Which rank has which batch."""
+        return {index: index % self.store.ranks.count for index in range(len(self.batches))}
+
     def back(self) -> Iterator[list[Site]]:
         """Return the groups once more, from the sums where they were kept."""
         return self._walk(known=self.keep)

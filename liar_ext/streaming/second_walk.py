@@ -13,7 +13,13 @@ from liar_ext.models.sites import sites
 from liar_ext.pipeline.several import solve_group
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.saved_walk import SavedStreams, Weights, keep_block, kept_block
+from liar_ext.reconstruction.saved_walk import (
+    SavedStreams,
+    Weights,
+    keep_block,
+    kept_block,
+    placed_by_number,
+)
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
 from liar_ext.streaming.first_walk import kept_sums
@@ -62,7 +68,8 @@ class SecondWalk:
         self.every = sites(job.model, attn_unit=plan.attn_unit)
         self.blocks = Blocks(job.model, self.every) if self.layerwise else passes.blocks
         self.rows: dict[str, SiteRow] = {}
-        self.kept = SavedStreams(job.saved, "pruning", len(job.store))
+        self.placed: dict[int, int] = passes.placed  # of the calibration text, by rank
+        self.kept = SavedStreams(job.saved, "pruning", len(job.store), self._placed)
 
     def run(self, shards: Shards | None) -> None:
         """Walk over all blocks; of several ranks the first one alone has shards to write."""
@@ -93,7 +100,8 @@ class SecondWalk:
         passes.first = self._restore(streams)
         yield from self._again(passes.first)
         if passes.keep and not passes.kept:  # the plan was known
-            passes.kept = kept_sums(job.saved, range(passes.first, len(self.blocks)))
+            blocks = range(passes.first, len(self.blocks))
+            passes.kept = kept_sums(job.saved, blocks, passes.owners)
         for group in job.clock.each("calibrate", passes.back()):
             with job.clock("reconstruct"):
                 found = solve_group(passes, group, self.plan, settings)
@@ -111,6 +119,7 @@ class SecondWalk:
             walk = Walk(job.model, self.blocks, self.plan, *settings, **shared)
             with job.clock("reconstruct"):
                 walk.start(job.batches, job.certify_on or ())
+            self.placed = placed_by_number(job.ranks, walk.parts)
             done = self._restore(walk.streams())
             yield from self._again(done)
             steps = range(done, len(self.blocks))
@@ -134,6 +143,11 @@ class SecondWalk:
     def _restore(self, streams: Streams) -> int:
         """Take all that walks along to where it was kept; return how many blocks that is past."""
         return self.kept.restore(self.blocks, streams | self._along(), self.job.states)
+
+    def _placed(self, name: str) -> dict[int, int] | None:
+        """Return which rank has which hidden states of a stream; the first one what it judges."""
+        along = ("fingerprint", "held out", "fresh")
+        return None if name in along else self.placed
 
     def _along(self) -> Streams:
         """Return the hidden states that walk along and take no part in a solve."""

@@ -15,11 +15,16 @@ from tiny import batches, tiny
 
 from liar_ext.cli.main import main
 from liar_ext.pipeline.several import READ, WORK
-from liar_ext.ranks import Ranks
+from liar_ext.ranks import RankLost, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import Walk
+from liar_ext.saved.progress import Progress
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import prune_folder
+from liar_ext.streaming.judging import Judged
+from liar_ext.streaming.passes import StreamedPasses
+from liar_ext.streaming.probes import ProbeStreams
+from liar_ext.streaming.second_walk import SecondWalk
 
 ONE_PASS = {"schedule": "one-pass"}
 # Choices, and whether hidden states are on disk and the sums of one block there at a time.
@@ -53,7 +58,20 @@ class Recorded(dict):
         return self.weights[name]
 
 
-def run(dense, out, name: str, ranks: Ranks):
+def dying_at(kind: type, method: str) -> None:
+    """Let the second call of a method kill this process; where it is called once, the first."""
+    original, calls = getattr(kind, method), []
+
+    def dying(*arguments, **named):
+        calls.append(None)
+        if len(calls) == (1 if method == "losses" else 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(kind, method, dying)
+
+
+def run(dense, out, name: str, ranks: Ranks, saved: Progress | None = None):
     """Return the report of a job, what each rank has done, and which weights it has read."""
     folder, data = dense
     choices, _ = JOBS[name]
@@ -63,7 +81,8 @@ def run(dense, out, name: str, ranks: Ranks):
     store = BlockStore(folder, "float64", ranks=ranks)
     read = store._weights = Recorded(store._weights)
     recipe = Recipe(keep=0.6, tile=1, **choices)
-    report = prune_folder(store, data[:5], out, recipe, max_memory=8 << 30, **texts)
+    given = {"max_memory": 8 << 30, "saved": saved, **texts}
+    report = prune_folder(store, data[:5], out, recipe, **given)
     work = {what: ranks.work[what] for what in (*WORK, READ)}
     return report, ranks.share(work), ranks.share(dict(read))
 
@@ -155,18 +174,63 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
     assert two["evaluation"] == alone["evaluation"]
     assert min(each["read"] for each in two["settings"]["ranks"]) > 0
 
-    def refused(rank):
-        return main(at("kept", "--checkpoint", str(tmp_path / "c")))
-
-    assert set(forked.run(2, refused, tmp_path)) <= {2, 3}
-    said = "".join((tmp_path / f"err{rank}").read_text() for rank in range(2))
-    assert said.count("liar: error") == 1 and "by --max-memory is of one process" in said
-
     def dying(rank):
-        Walk.step = lambda *_: os.kill(os.getpid(), signal.SIGKILL) if rank else None
-        return main(at("dead"))
+        if rank:
+            dying_at(Walk, "step")
+        return main(at("dead", "--checkpoint", str(tmp_path / "c")))
 
     assert forked.run(2, dying, tmp_path) == [3, -signal.SIGKILL]
     said = (tmp_path / "err0").read_text()
     assert said.count("liar: error: prune: rank 1 (process ") == 1
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"alone", "two"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"alone", "two", "c"}
+    assert main(["resume", str(tmp_path / "c"), "--quiet"]) == 0  # in one process
+    for name in ("model.safetensors", "config.json", "liar/plan.json"):
+        assert (tmp_path / "dead" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert not (tmp_path / "c").exists()
+
+
+# Which ranks do a job, one after the other: their number, the call that kills one, and which one.
+RELAYS = {
+    "default": [(2, (StreamedPasses, "_sums"), 0), (3, (Walk, "step"), 2), (2, None, 0)],
+    "one-pass": [(3, (StreamedPasses, "_sums"), 1), (1, (SecondWalk, "_along"), 0), (3, None, 0)],
+    "one-pass-tight": [(1, (ProbeStreams, "losses"), 0), (2, (Judged, "advance"), 0), (1, None, 0)],
+}
+
+
+@pytest.mark.parametrize("name", RELAYS)
+def test_any_number_of_ranks_goes_on_by_blocks(name, dense, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    if JOBS[name][1]:
+        monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+    before, expected, *_ = alone[name]
+    for count, killed, victim in RELAYS[name]:
+
+        def job(rank, killed=killed, victim=victim):
+            warnings.simplefilter("ignore")
+            ranks = Ranks.join()
+            if killed and rank == victim:
+                dying_at(*killed)
+            with Progress(tmp_path / "c", ranks=ranks) as saved:
+                try:
+                    report, *_ = run(dense, tmp_path / "out", name, ranks, saved)
+                except RankLost:
+                    return 3
+            if ranks.first:
+                (tmp_path / "found").write_text(json.dumps(numbers(report)))
+            ranks.leave()
+            return None
+
+        codes = forked.run(count, job, tmp_path)
+        errors = [(tmp_path / f"err{rank}").read_text() for rank in range(count)]
+        if killed:
+            others = {code for rank, code in enumerate(codes) if rank != victim}
+            assert codes[victim] == -signal.SIGKILL and others <= {3}, errors
+            assert not (tmp_path / "out").exists()
+            assert len(list((tmp_path / "c").glob("*.safetensors"))) > 1
+        else:
+            assert codes == [0] * count, errors
+    assert json.loads((tmp_path / "found").read_text()) == expected
+    for file in FILES:
+        if (before / file).exists():
+            assert (tmp_path / "out" / file).read_bytes() == (before / file).read_bytes(), file
