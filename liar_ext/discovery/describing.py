@@ -87,6 +87,8 @@ def trace_of(blocks: Blocks) -> tuple[Trace, dict[str, Found], dict[str, str]]:
     found, missing = find_sites(trace)
     try:
         if (mixture := find_experts(trace)) is not None:
+            if "mlp" in found:
+                found["shared_mlp"] = found["mlp"]
             found["mlp"] = mixture
             missing.pop("mlp", None)
     except Refused as error:
@@ -146,6 +148,33 @@ def describe(
     return Described(family, proved, missing, notes)
 
 
+def with_shared(
+    tried: Tried, blocks: Blocks, trace: Trace, found: Mapping[str, Found], described: Described
+) -> Described:
+    """Return a row of a mixture with the MLP that every token passes beside the experts, if any.
+
+    Where that can't be described a note says why.
+    """
+    family = described.family
+    if "shared_mlp" not in found or not has_experts(family):
+        return described
+    beside = found["shared_mlp"]
+    wiring = replace(beside.wiring, optional=family.mlp.optional)
+    try:
+        alone = {"mlp": replace(beside, wiring=wiring)}
+        shared = describe(tried, family.name, blocks, trace, alone, {}, found["mlp"])
+        row = replace(family, shared_mlp=replace(shared.family.mlp, optional=True))
+        proved = prove(tried.instances, row)
+    except Refused as error:
+        said = f"the MLP beside the experts stays whole: {error}"
+        return replace(described, notes=[*described.notes, said])
+    missing = described.missing
+    if "stock" in shared.missing:
+        reasons = [missing[key] for key in missing if key == "stock"] + [shared.missing["stock"]]
+        missing = {**missing, "stock": "; ".join(dict.fromkeys(reasons))}
+    return Described(row, proved, missing, described.notes)
+
+
 def _home(site: Found) -> str:
     """Return the module that all layers of a site are in; a dot if that is the block itself."""
     first, *others = [layer.split(".")[:-1] for layer in site.wiring.layers]
@@ -185,7 +214,7 @@ def _fitting_every_block(
         for each in (model, whole):
             if each is None or getattr(family, kind) is None:
                 continue
-            lacking = _lacking(each, family, kind)
+            lacking = "" if getattr(family, kind).optional else _lacking(each, family, kind)
             if lacking and kind == "mlp" and has_experts(family):
                 family = replace(family, mlp=replace(family.mlp, optional=True))
                 notes = [f"blocks without experts keep what they have: {lacking}"]

@@ -106,7 +106,7 @@ def _plan(model: nn.Module, kinds: Sequence[str], unit: str, *, equal: bool) -> 
 
 def wirings_of(family: Family, kind: str) -> list[Wiring]:
     """Return the wirings of a kind of site in all parts of a row."""
-    names = ("attn", "cross_attn") if kind == "attn" else (kind,)
+    names = ("attn", "cross_attn") if kind == "attn" else ("mlp", "shared_mlp")
     found = [getattr(part, name) for part in family.all_parts for name in names]
     return [wiring for wiring in found if wiring is not None]
 

@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from liar_ext.discovery.blocks import find_blocks
-from liar_ext.discovery.describing import Tried, describe, has_experts, prepare, trace_of
+from liar_ext.discovery.describing import (
+    Tried,
+    describe,
+    has_experts,
+    prepare,
+    trace_of,
+    with_shared,
+)
 from liar_ext.discovery.experts_proof import prove_experts
 from liar_ext.discovery.instance import Refused
 from liar_ext.discovery.parts import propose_parts
@@ -36,7 +43,9 @@ def propose(
     if getattr(config, "is_encoder_decoder", False):
         return propose_parts(tried, name)
     blocks = find_blocks(instance)
-    described = describe(tried, name, blocks, *trace_of(blocks))
+    trace, found, missing = trace_of(blocks)
+    described = describe(tried, name, blocks, trace, found, missing)
+    described = with_shared(tried, blocks, trace, found, described)
     family, missing, notes = described.family, described.missing, described.notes
     folders = prove_folders(instance, family)
     if has_experts(family):

@@ -28,7 +28,7 @@ CLASSES = {"mixtral": "MixtralForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     """None of these families is known, and the table stays as it is."""
-    rows = {name: FAMILIES[name] for name in (*CLASSES, "glm4_moe", "deepseek_v3")}
+    rows = {name: FAMILIES[name] for name in (*CLASSES, "glm4_moe", "qwen2_moe")}
     for name in rows:
         monkeypatch.delitem(FAMILIES, name)
     before = dict(FAMILIES)
@@ -58,13 +58,21 @@ def test_a_mixture_of_the_table_is_found_anew(name, table):
 
 
 def test_dense_blocks_before_the_mixtures_stay_whole(table):
-    """An expert for every token stays whole, too: its width follows the same field."""
+    """Of an expert for every token the width follows the same field."""
     found = suggest_family(AutoConfig.for_model("glm4_moe"))
     assert found.family.mlp.optional
     assert found.family.mlp.numbers == table["glm4_moe"].mlp[0].numbers
     assert found.family.mlp.config == {"n_routed_experts": "experts"}
     assert "channels: moe_intermediate_size changes other layers" in found.family.without["stock"]
+    assert found.family.shared_mlp == table["glm4_moe"].shared_mlp
     assert any("blocks without experts keep what they have" in note for note in found.notes)
+
+
+def test_the_mlp_beside_the_experts_is_described(table):
+    found = suggest_family(AutoConfig.for_model("qwen2_moe"))
+    assert found.family.shared_mlp == table["qwen2_moe"].shared_mlp
+    assert found.family.mlp.config.keys() & {"moe_intermediate_size"}
+    assert any("equal layers of attn and mlp load" in each for each in found.proved)
 
 
 @pytest.fixture(scope="module")
