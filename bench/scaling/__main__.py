@@ -38,7 +38,6 @@ JOBS = {
     "the default job": Settings(),
     "`--preset fast`": Settings(layerwise=False, curve=False),
 }
-SLOWER = 10  # what else the eigendecompositions' rate is divided by
 
 
 def main() -> None:
@@ -93,11 +92,8 @@ def table(shape: Shape, name: str, settings: Settings, shares: dict[str, float])
     for alone, several in zip(*works.values(), strict=True):
         times = [time_of(alone, 1, shares), time_of(several, DEVICES[-1], shares)]
         yield row(alone, several, times)
-    for title, slower in (("all", 1), (f"all, `eigh` at 1/{SLOWER} of that rate", SLOWER)):
-        if slower > 1 and not settings.layerwise:
-            continue
-        totals = (sum(time_of(w, n, shares, slower) for w in some) for n, some in works.items())
-        yield f"| {title} | | | | | | | | " + " | ".join(f"**{t:,.0f}**" for t in totals) + " |"
+    totals = (sum(time_of(w, n, shares) for w in some) for n, some in works.items())
+    yield "| all | | | | | | | | " + " | ".join(f"**{t:,.0f}**" for t in totals) + " |"
 
 
 def fitted(shape: Shape, settings: Settings, devices: int) -> Settings:
@@ -114,7 +110,7 @@ def fitted(shape: Shape, settings: Settings, devices: int) -> Settings:
 
 def row(work: Work, several: Work, times: Sequence[float]) -> str:
     """Return the row of a phase: what one device does, and what is handed over by several."""
-    kinds = (("forward",), ("gram", "gram32"), ("product", "cholesky", "eigh"))
+    kinds = (("forward",), ("gram", "gram32"), ("product", "cholesky"))
     counts = [sum(work.operations[kind] for kind in some) / 1e12 for some in kinds]
     sent = several.sent * (DEVICES[-1] - 1) / DEVICES[-1]
     sizes = [size / 1e9 for size in (work.memory, work.link, work.disk, sent)]
@@ -129,10 +125,10 @@ def shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def time_of(work: Work, devices: int, shares: dict[str, float], slower: float = 1.0) -> float:
+def time_of(work: Work, devices: int, shares: dict[str, float]) -> float:
     """Return seconds as if nothing overlapped but a device's memory with its arithmetic."""
     several = 1 if work.shared == ALONE else devices
-    busy = sum(count / rate(kind, shares, slower) for kind, count in work.operations.items())
+    busy = sum(count / rate(kind, shares) for kind, count in work.operations.items())
     found = max(busy, work.memory / MEMORY) / several + work.link / PCIE / several
     found += work.disk / DISK
     return found + work.sent * (devices - 1) / devices / NVLINK

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bench.scaling.shapes import WIDTH, Settings, Shape, groups_of
+from bench.scaling.shapes import TRIED, WIDTH, Settings, Shape, groups_of
 from liar_ext.data.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_TOKENS
+from liar_ext.reconstruction.ladder import ROW_BLOCK as LADDER_BLOCK
 from liar_ext.selection.error_curves import ROW_BLOCK
 from liar_ext.selection.sensitivity import POSITIONS
 
@@ -33,7 +34,7 @@ class Work:
     operations : Counter
         By kind: ``forward``, the model's products; ``gram`` and ``gram32``, sums over rows of the
         model's dtype and of float32; and in float64 ``product``, ``cholesky`` with the triangular
-        solves, ``eigh``.
+        solves.
     memory, link, disk, sent : float
         Bytes that come from the device's memory at least, go between host and device, are read
         from or written to files, and of which N ranks hand (N − 1) / N from one to another, one
@@ -222,24 +223,54 @@ def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
         sums.operations["gram32"] += shape.layers * tokens * (d * (d + 1) + 2 * d * h)
         sums.memory += shape.layers * settings.batches * (8 * d**2 + 16 * d * h)
         sums.sent += shape.layers * tokens * (d * WIDTH + 4 * h)
-        for name, count in towards(d, kept[kind], h, settings.ladder).items():
+        for name, count in towards(d, kept[kind], h, settings.tried.get(kind, TRIED)).items():
             solves.operations[name] += shape.layers * count
         solves.sent += shape.layers * kept[kind] * h * 8
     yield from (forward, sums, solves)
 
 
-def towards(d: int, n: int, h: int, ladder: int) -> Counter:
+def towards(d: int, n: int, h: int, tried: float) -> Counter:
     """Count :func:`liar_ext.reconstruction.targets.solve_towards`, linear.
 
-    For each fold one eigendecomposition, nominally ``9 n³`` (Golub and Van Loan, section 8.3), the
-    removed features' share on both folds, ``4 (d + 1) p h``; the other fold's block in the basis
-    of eigenvectors, ``4 n² (n + 1)``, and three sides of h columns; and three quadratic forms for
-    the whole ladder. Then the Gram matrix times the weight, and one solve.
+    For each fold the removed features' share, ``2 (d + 1) p h``, and for each finite λ that is
+    tried :meth:`liar_ext.reconstruction.ladder.Fit.parabola`; of λ = ∞ one row. Then the Gram
+    matrix times the weight, and one solve.
     """
-    fold = 4 * (d + 1) * (d - n) * h + 4 * n**2 * (n + 1) + 6 * n**2 * h
-    fold += 3 * (2 * (n + 1) ** 2 * h + 2 * ladder * (n + 1) ** 2)
-    total = Counter(eigh=FOLDS * 9 * n**3, product=FOLDS * fold + 2 * d**2 * h)
-    return total + solved(d, n, h, 1, True, dense=True)
+    total = Counter(product=FOLDS * (2 * (d + 1) * (d - n) * h + half(1, 2 * h)) + 2 * d**2 * h)
+    for name, count in parabola(n, h).items():
+        total[name] += FOLDS * tried * count
+    return total + solved(d, n, h, 1, False, dense=True)
+
+
+def parabola(n: int, h: int) -> Counter:
+    """Count the held-out errors of one λ: a factor, 2 h columns solved twice, and their products.
+
+    Of the factor, ``n³/3``, what isn't products is the blocks on the diagonal and the triangular
+    solves below them.
+    """
+    total = Counter(product=half(n + 1, 2 * h)) + substituted(n, 2 * h) + substituted(n, 2 * h)
+    for start in range(0, n, LADDER_BLOCK):
+        stop = min(start + LADDER_BLOCK, n)
+        b = stop - start
+        total += Counter(product=2 * (n - start) * b * start)
+        total += Counter(cholesky=b**3 / 3 + (n - stop) * b**2)
+    return total
+
+
+def substituted(n: int, columns: int) -> Counter:
+    """Count :func:`liar_ext.reconstruction.ladder.substitute`: a product at every halving."""
+    if n <= LADDER_BLOCK:
+        return Counter(cholesky=n**2 * columns)
+    a, c = n // 2, n - n // 2
+    products = Counter(product=2 * a * c * columns)
+    return substituted(a, columns) + substituted(c, columns) + products
+
+
+def half(n: int, columns: int) -> int:
+    """Count :func:`liar_ext.reconstruction.ladder.half_product`: the blocks up to the diagonal."""
+    starts = range(0, n, LADDER_BLOCK)
+    rows = [(min(start + LADDER_BLOCK, n) - start, start) for start in starts]
+    return sum(2 * b * (b + start) * columns for b, start in rows)
 
 
 def one_pass(shape: Shape, settings: Settings) -> Work:

@@ -22,7 +22,6 @@ PEAKS = {
     "gram32": TF32 / 3,  # docs/cuda.md: a product of float32 is three of TF32
     "product": F64,
     "cholesky": F64,
-    "eigh": F64,
 }
 # docs/cuda.md: what the L2 cache of an H100 lets the tiles of `gram_update_` reach.
 BOUNDS = {"gram": 350e12}
@@ -33,7 +32,6 @@ SHARES = {
     "gram32": 0.89,
     "product": 0.83,
     "cholesky": 0.42,
-    "eigh": 0.55,
 }
 WHAT = {
     "forward": "torch's product, bfloat16",
@@ -41,17 +39,12 @@ WHAT = {
     "gram32": "`gram_update_`, float32 rows, float64 sums",
     "product": "torch's product, float64",
     "cholesky": "torch's Cholesky factor and the inverse of it, float64",
-    "eigh": "torch's eigendecomposition, float64, counted as 9 n³",
 }
 
 
-def rate(kind: str, shares: dict[str, float], slower: float = 1.0) -> float:
-    """Return operations a second of a GPU: its peak times the share measured here.
-
-    ``slower`` divides the rate of eigendecompositions.
-    """
-    found = min(PEAKS[kind] * shares[kind], BOUNDS.get(kind, float("inf")))
-    return found / slower if kind == "eigh" else found
+def rate(kind: str, shares: dict[str, float]) -> float:
+    """Return operations a second of a GPU: its peak times the share measured here."""
+    return min(PEAKS[kind] * shares[kind], BOUNDS.get(kind, float("inf")))
 
 
 def measure() -> dict[str, float]:
@@ -92,7 +85,6 @@ def measure() -> dict[str, float]:
         "gram32": (lambda: ops.gram_update_(*gram, wide), tokens * d * (d + 1), torch.float32),
         "product": (lambda: square @ square, 2 * n**3, double),
         "cholesky": (factor, 4 / 3 * n**3, double),
-        "eigh": (lambda: torch.linalg.eigh(positive), 9 * n**3, double),
     }
     return {
         name: operations / seconds(call) / (peaks[dtype] * 1e9)

@@ -10,6 +10,8 @@ from liar_ext.calibration.passes import split
 from liar_ext.reconstruction.settings import DAMP_LADDER
 from liar_ext.streaming.memory import CURVE, LINEAR, TOWARDS
 
+# Finite λ of the ladder that a walk tries at a site, see `liar_ext.reconstruction.ladder.choose`.
+TRIED = 3
 WIDTH = 2  # bytes of a weight and of a hidden feature, bfloat16
 
 
@@ -74,7 +76,9 @@ class Settings:
     """The choices of a job: by default those of ``liar prune``, in bfloat16.
 
     ``kept`` and ``probed`` are the features that the plan and the probes leave, by kind of site,
-    where it isn't ``keep`` of them. ``room`` is of the sums that a pass collects, in bytes.
+    where it isn't ``keep`` of them. ``tried`` are the finite λ that a walk tries at a site, on
+    average, where it isn't ``TRIED`` of them. ``room`` is of the sums that a pass collects, in
+    bytes.
     """
 
     sequences: int = 128
@@ -87,6 +91,7 @@ class Settings:
     room: int = 1 << 62
     kept: dict[str, int] = field(default_factory=dict)
     probed: dict[str, int] = field(default_factory=dict)
+    tried: dict[str, float] = field(default_factory=dict)
     ladder: int = len(DAMP_LADDER)
 
     @property

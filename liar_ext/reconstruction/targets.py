@@ -12,6 +12,7 @@ Both the solution and the sums are linear in α, so one solve serves every α.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.reconstruction.result import Solution, check_solved, least_held_out, ratio
+from liar_ext.reconstruction.ladder import Choice, Fit, choose
+from liar_ext.reconstruction.result import Solution, check_solved, ratio
 from liar_ext.reconstruction.settings import damp_ladder
 
 
@@ -137,32 +139,23 @@ def solve_towards(
     device = moments.gram.device
     wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
     ladder = damp_ladder(damp)
-    damps = torch.tensor(ladder, dtype=torch.float64, device=device)
     folds = [_Sums.of_fold(moments, shortfall, fold) for fold in range(FOLDS)]
-    parabolas = [
-        _held_out(wide, folds[fold], folds[FOLDS - 1 - fold], kept, damps, affine)
-        for fold in range(FOLDS)
-    ]
-    best, share, held_out = _least(torch.stack(parabolas), ladder, *shares)
+    choice = _choose(wide, folds, kept, affine, ladder, shares)
+    chosen, share = choice.damp, choice.share
 
     sums = folds[0] + folds[1]
     mean, offset = sums.means(affine)
-    gram = symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
+    gram = sums.centred(mean)
     own = gram @ wide.mT
     # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
     asked = sums.cross - torch.outer(sums.total, offset)
-    new, _, error, info = ops.reconstruct(
-        wide,
-        gram,
-        kept,
-        damps[best : best + 1],
-        holdout=gram,
-        cross=own + share * asked,
-        holdout_cross=own + asked,
-    )
-    check_solved(info[0, 0], held_out, ladder[best], damp)
+    damps = torch.tensor([chosen], dtype=torch.float64, device=device)
+    new, error, _, info = ops.reconstruct(wide, gram, kept, damps, cross=own + share * asked)
+    check_solved(info[0, 0], choice.held_out, chosen, damp)
+    # ⟨W', G W'⟩ is in the error to the share asked for: that to all of it asks for more.
+    error = error[0] - 2 * (1 - share) * (new[0] * asked[kept].mT).sum()
     left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
-    error = error[0] + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
+    error = error + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
     error += (1 - share) ** 2 * left
     new_bias = None
     if affine:
@@ -170,15 +163,15 @@ def solve_towards(
         new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
     whole = symmetric(sums.gram) @ wide.mT if affine else own
     energy = (wide.mT * whole).sum()
-    solved = ladder[best] < math.inf
+    tried = f", {choice.tried} of {len(ladder)} λ" if len(ladder) > 1 else ""
     return Solution(
         weight=new[0],
         bias=new_bias,
-        damp=ladder[best],
+        damp=chosen,
         error=ratio(error, energy),
-        holdout_error=ratio(held_out, energy),
+        holdout_error=ratio(choice.held_out, energy),
         condition=float(info[0, 1]),
-        path=f"{mode}, cholesky float64" if solved else f"{mode}, drop",
+        path=mode + (", cholesky float64" if chosen < math.inf else ", drop") + tried,
         share=share,
     )
 
@@ -214,6 +207,11 @@ class _Sums:
         scale = 1 / self.tokens if affine else 0.0
         return self.total * scale, self.missing * scale
 
+    def centred(self, mean: Tensor) -> Tensor:
+        """Return ``Σ (x̂ − mean)(x̂ − mean)ᵀ``, the full matrix."""
+        plain = not mean.any()
+        return symmetric(self.gram if plain else centre(self.gram, self.total, self.tokens, mean))
+
 
 @dataclass(frozen=True)
 class _Normal:
@@ -223,80 +221,48 @@ class _Normal:
     """
 
     block: Tensor  # Σ x̃_K x̃_Kᵀ, (n + 1, n + 1)
-    removed: Tensor  # Σ x̃_K (W_P x̃_P)ᵀ, (n + 1, d_out)
-    shortfall: Tensor  # Σ x̃_K rᵀ, (n + 1, d_out)
+    right: Tensor  # [Σ x̃_K (W_P x̃_P)ᵀ, Σ x̃_K rᵀ], (n + 1, 2 d_out)
     energy: Tensor  # Σ |W_P x̃_P + r|²
 
     @classmethod
     def about(cls, mean: Tensor, weight: Tensor, sums: _Sums, kept: Tensor) -> _Normal:
-        d = len(mean)
-        gram = sums.gram.new_empty(d + 1, d + 1)
-        gram[:d, :d] = symmetric(centre(sums.gram, sums.total, sums.tokens, mean))
-        gram[d, :d] = gram[:d, d] = sums.total - sums.tokens * mean
-        gram[d, d] = sums.tokens
+        d, n = len(mean), len(kept)
+        gram, edge = sums.centred(mean), sums.total - sums.tokens * mean
+        gone = torch.ones(d, dtype=torch.bool, device=gram.device).index_fill_(0, kept, False)
+        block = gram.new_empty(n + 1, n + 1)
+        block[:n, :n] = gram[kept][:, kept]
+        block[n, :n] = block[:n, n] = edge[kept]
+        block[n, n] = sums.tokens
+        leaving = weight[:, gone].mT
+        removed = torch.cat([gram[:, gone] @ leaving, edge[None, gone] @ leaving])
         cross = torch.cat([sums.cross - torch.outer(mean, sums.missing), sums.missing[None]])
-        gone = torch.ones(d + 1, dtype=torch.bool, device=gram.device)
-        gone[kept] = gone[d] = False
+        energy = (leaving * (removed + 2 * cross)[:d][gone]).sum() + sums.energy
         stays = torch.cat([kept, kept.new_tensor([d])])
-        leaving = weight[:, gone[:d]].mT
-        removed = gram[:, gone] @ leaving
-        energy = (leaving * (removed + 2 * cross)[gone]).sum() + sums.energy
-        return cls(gram[stays][:, stays], removed[stays], cross[stays], energy)
+        right = torch.cat([removed[stays], cross[stays]], 1)
+        return cls(block, right, energy)
 
 
-def _held_out(
-    weight: Tensor, fit: _Sums, judge: _Sums, kept: Tensor, damps: Tensor, affine: bool
-) -> Tensor:
-    """Return per λ the parabola ``e₀ + e₁ α + e₂ α²`` of the held-out error, ``(L, 3)``.
+def _choose(
+    weight: Tensor,
+    folds: Sequence[_Sums],
+    kept: Tensor,
+    affine: bool,
+    ladder: Sequence[float],
+    shares: tuple[float, float],
+) -> Choice:
+    """Return the λ and the share of least held-out error, of fits on one fold and the other."""
+    means = [sums.means(affine) for sums in folds]
 
-    With ``Ĝ_KK = Q diag(s) Qᵀ`` on the fold of the fit, the change of weights is
-    ``Zᵀ = Q diag(f) Qᵀ (R₀ + α R₁)``, ``f = 1 / (s + Λ)``. In the basis Q the held-out error
-    ``e − 2⟨Z, R⟩ + tr(Z G Zᵀ)`` is ``e − 2 f·u + fᵀ H f``, with u and H the same for every λ: the
-    ladder costs one eigendecomposition.
-    """
-    mean, offset = fit.means(affine)
-    ours, theirs = (_Normal.about(mean, weight, sums, kept) for sums in (fit, judge))
-    n = len(kept)
-    values, vectors = torch.linalg.eigh(ours.block[:n, :n])
-    scale = values.mean() if n else values.new_ones(())
-    scale = torch.where(scale == 0, 1.0, scale)
-    filters = 1 / (values + damps[:, None] * scale)
-    # A singular matrix solves nothing: NaN here, and an error if no other λ is left.
-    filters = torch.where((values + damps[:, None] * scale) > 0, filters, math.nan)
-    # The constant feature carries the change of the bias, whatever λ.
-    filters = torch.cat([filters, torch.ones_like(damps)[:, None]], dim=1)
+    @functools.cache
+    def about(fold: int, fitted: int) -> _Normal:
+        return _Normal.about(means[fitted][0], weight, folds[fold], kept)
 
-    def rotate(rows: Tensor) -> Tensor:
-        return torch.cat([vectors.mT @ rows[:n], rows[n:]])
-
-    removed = torch.cat([vectors.mT @ ours.removed[:n], torch.zeros_like(offset)[None]])
-    shortfall = torch.cat([vectors.mT @ ours.shortfall[:n], offset[None]])
-    block = rotate(rotate(theirs.block).mT)
-    wanted = rotate(theirs.removed + theirs.shortfall)
-
-    def linear(a: Tensor) -> Tensor:
-        return filters @ (a * wanted).sum(1)
-
-    def quadratic(a: Tensor, b: Tensor) -> Tensor:
-        return ((filters @ ((a @ b.mT) * block)) * filters).sum(1)
-
-    constant = theirs.energy - 2 * linear(removed) + quadratic(removed, removed)
-    slope = 2 * quadratic(removed, shortfall) - 2 * linear(shortfall)
-    return torch.stack([constant, slope, quadratic(shortfall, shortfall)], dim=1)
-
-
-def _least(
-    parabolas: Tensor, ladder: Sequence[float], low: float, high: float
-) -> tuple[int, float, Tensor]:
-    """Return the λ, by index, and the share of least error, and that error.
-
-    ``parabolas`` are by fold and λ, ``(2, L, 3)``.
-    """
-    _, slope, curve = parabolas.sum(0).unbind(1)
-    share = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
-    # The least share competes at every λ, whatever the folds say of a greater one.
-    share = torch.cat([torch.full_like(share, low), share])
-    constant, slope, curve = parabolas.repeat(1, 2, 1).unbind(2)
-    errors = constant + share * slope + share.square() * curve
-    best = least_held_out(errors, [*ladder, *ladder])
-    return best % len(ladder), float(share[best]), errors[:, best].sum()
+    fits = []
+    for fold, (_, offset) in enumerate(means):
+        # About 0 the equations of a fold serve both to fit and to judge.
+        fitted = fold if affine else 0
+        ours, theirs = about(fold, fitted), about(FOLDS - 1 - fold, fitted)
+        removed, shortfall = theirs.right.split(len(offset), 1)
+        block, right = ours.block[:-1, :-1], ours.right[:-1]
+        fits.append(Fit(block, right, offset, theirs.block, removed + shortfall, theirs.energy))
+    return choose(lambda damp: torch.stack([fit.parabola(damp) for fit in fits]), ladder, *shares)

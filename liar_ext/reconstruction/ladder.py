@@ -1,0 +1,192 @@
+"""The walk down a ladder of λ: held-out errors of one λ at a time, until they rise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liar_ext.reconstruction.result import least_held_out
+
+ROW_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solve on one fold with any λ, judged on the other fold.
+
+    The change of the weights is ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)``, of a share α of the target. A
+    last row, and column, of what judges it stands for a constant feature 1, which carries the
+    change of the bias.
+
+    Parameters
+    ----------
+    block : Tensor
+        ``G_KK`` of the fit, ``(n, n)`` float64.
+    right : Tensor
+        ``[R₀, R₁]``, ``(n, 2 d_out)``.
+    offset : Tensor
+        The change of the bias by all of the target, ``(d_out,)``.
+    judge : Tensor
+        ``G_KK`` that judges, ``(n + 1, n + 1)``.
+    wanted : Tensor
+        ``Σ x_K yᵀ`` of what is to be restored where it is judged, ``(n + 1, d_out)``.
+    energy : Tensor
+        ``Σ |y|²``.
+    """
+
+    block: Tensor
+    right: Tensor
+    offset: Tensor
+    judge: Tensor
+    wanted: Tensor
+    energy: Tensor
+
+    def parabola(self, damp: float) -> Tensor:
+        """Return the held-out error ``e₀ + e₁ α + e₂ α²``, ``(3,)``; NaN where it has no solution.
+
+        One Cholesky factor, and ``e = Σ |y|² − 2 ⟨Z, Σ x_K yᵀ⟩ + tr(Zᵀ G Z)``.
+        """
+        n, h = len(self.block), len(self.offset)
+        change = self.right.new_zeros(n + 1, 2 * h)
+        change[n, h:] = self.offset
+        live = slice(n, None) if math.isinf(damp) else slice(None)
+        if n and not math.isinf(damp):
+            factor = self._factor(damp)
+            if factor is None:
+                return self.right.new_full((3,), math.nan)
+            change[:n] = self.right
+            substitute(factor, change[:n])
+            substitute_back(factor, change[:n])
+        change, wanted, judge = change[live], self.wanted[live], self.judge[live, live]
+        half = half_product(judge, change)
+        pulled = (change.view(-1, 2, h) * wanted[:, None]).sum((0, 2))
+        a, b = change.split(h, 1)
+        half_a, half_b = half.split(h, 1)
+        mixed = (a * half_b).sum() + (half_a * b).sum()
+        constant = self.energy - 2 * pulled[0] + 2 * (a * half_a).sum()
+        return torch.stack([constant, 2 * (mixed - pulled[1]), 2 * (b * half_b).sum()])
+
+    def _factor(self, damp: float) -> Tensor | None:
+        scale = self.block.diagonal().mean()
+        shifted = self.block.clone()
+        shifted.diagonal().add_(damp * torch.where(scale == 0, 1.0, scale))
+        return shifted if factor_in_place(shifted) else None
+
+
+def factor_in_place(square: Tensor) -> bool:
+    """Put L with ``square = L Lᵀ`` in its lower triangle; False where that isn't positive definite.
+
+    By block columns, what is to the left of one taken from it at once: nearly all of it products.
+    """
+    for start in range(0, len(square), ROW_BLOCK):
+        stop = min(start + ROW_BLOCK, len(square))
+        column, left = square[start:, start:stop], square[start:, :start]
+        if start:
+            torch.addmm(column, left, left[: stop - start].mT, alpha=-1, out=column)
+        corner, code = torch.linalg.cholesky_ex(column[: stop - start])
+        if code != 0:
+            return False
+        column[: stop - start] = corner
+        below = column[stop - start :]
+        if len(below):
+            below.copy_(torch.linalg.solve_triangular(corner.mT, below, upper=True, left=False))
+    return True
+
+
+def substitute(factor: Tensor, right: Tensor) -> None:
+    """Put ``L⁻¹ R`` in the place of R, ``(n, columns)``; nearly all of it products, by halves."""
+    n = len(factor)
+    if n <= ROW_BLOCK:
+        right.copy_(torch.linalg.solve_triangular(factor, right, upper=False))
+        return
+    top, below = right[: n // 2], right[n // 2 :]
+    substitute(factor[: n // 2, : n // 2], top)
+    torch.addmm(below, factor[n // 2 :, : n // 2], top, alpha=-1, out=below)
+    substitute(factor[n // 2 :, n // 2 :], below)
+
+
+def substitute_back(factor: Tensor, right: Tensor) -> None:
+    """Put ``L⁻ᵀ R`` in the place of R, ``(n, columns)``."""
+    n = len(factor)
+    if n <= ROW_BLOCK:
+        right.copy_(torch.linalg.solve_triangular(factor.mT, right, upper=True))
+        return
+    top, below = right[: n // 2], right[n // 2 :]
+    substitute_back(factor[n // 2 :, n // 2 :], below)
+    torch.addmm(top, factor[n // 2 :, : n // 2].mT, below, alpha=-1, out=top)
+    substitute_back(factor[: n // 2, : n // 2], top)
+
+
+def half_product(square: Tensor, right: Tensor) -> Tensor:
+    """Return ``V = (S + D / 2) R`` with ``square = S + Sᵀ + D``, D its blocks on the diagonal.
+
+    So ``Rᵀ square R = Rᵀ V + Vᵀ R`` for half of the operations.
+    """
+    half = torch.empty_like(right)
+    for start in range(0, len(square), ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        torch.mm(square[rows, rows], right[rows], out=half[rows])
+        half[rows] *= 0.5
+        if start:
+            before = square[rows, :start]
+            torch.addmm(half[rows], before, right[:start], out=half[rows])
+    return half
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The λ and the share of least held-out error, that error, and how many λ were tried."""
+
+    damp: float
+    share: float
+    held_out: Tensor
+    tried: int
+
+
+def choose(
+    parabolas: Callable[[float], Tensor], ladder: Sequence[float], low: float, high: float
+) -> Choice:
+    """Return the λ and the share α in ``[low, high]`` of least held-out error.
+
+    From the top of the ladder down, until the error of both folds at its best α rises. So the
+    choice is that of the whole ladder wherever the error falls and then rises along it.
+
+    Parameters
+    ----------
+    parabolas : callable
+        From λ to the parabolas of both folds, ``(2, 3)``.
+    ladder : sequence of float
+        Ascending λ.
+    low, high : float
+        Least and greatest share.
+    """
+    found: list[Tensor] = []
+    least = math.inf
+    for damp in reversed(ladder):
+        found.insert(0, parabolas(damp))
+        error, _ = held_out_errors(found[0][:, None], low, high)
+        now = float(error.sum(0).nan_to_num(nan=math.inf, posinf=math.inf).min())
+        if now > least:
+            break
+        least = now
+    errors, share = held_out_errors(torch.stack(found, 1), low, high)
+    tried = ladder[-len(found) :]
+    best = least_held_out(errors, [*tried, *tried])
+    return Choice(tried[best % len(tried)], float(share[best]), errors[:, best].sum(), len(tried))
+
+
+def held_out_errors(parabolas: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Return the held-out errors by fold, ``(2, 2 λ)``, and their shares, ``(2 λ,)``.
+
+    ``parabolas`` are by fold and λ, ``(2, λ, 3)``. First come those of the least share, which
+    competes at every λ, whatever the folds say of a greater one; then those of the best.
+    """
+    _, slope, curve = parabolas.sum(0).unbind(1)
+    share = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
+    share = torch.cat([torch.full_like(share, low), share])
+    constant, slope, curve = parabolas.repeat(1, 2, 1).unbind(2)
+    return constant + share * slope + share.square() * curve, share
