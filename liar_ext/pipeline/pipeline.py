@@ -136,10 +136,11 @@ def expected(
 
     None either where candidates are tried, of which each is a job.
     """
+    room = job.room  # which ranks find out together, whoever of them shows progress
     if not job.progress or job.recipe.candidates:
         return {}
     at = job.sites(job.model)
-    return stages_of(job.model, at, job.batches, job.recipe, job.room, evaluate_on)
+    return stages_of(job.model, at, job.batches, job.recipe, room, evaluate_on)
 
 
 def _steps(
