@@ -37,6 +37,16 @@ class Bar(tqdm):
         super().close()
 
 
+def spare(stage: str, steps: int | None = None) -> None:
+    """Let the job that is shown know that steps of a stage needn't be done; all of them if None.
+
+    A bar counts them nevertheless. They are of a job that was stopped, and take no time now.
+    """
+    job = _JOB.get()
+    if job is not None:
+        job.spare(stage, steps)
+
+
 @dataclass
 class Stage:
     """A stage of a job.
@@ -49,11 +59,14 @@ class Stage:
         What they take together, in a unit that all stages share.
     done : int
         Steps that are done, of bars that are closed.
+    spared : int
+        Steps of these, and to come, that take no time.
     """
 
     steps: int
     work: float
     done: int = 0
+    spared: int = 0
 
 
 class Timeline:
@@ -93,16 +106,25 @@ class Timeline:
         if known is not None:
             known.done += steps
 
+    def spare(self, stage: str, steps: int | None) -> None:
+        """Note steps that take no time."""
+        known = self.stages.get(_name(stage))
+        if known is not None:
+            known.spared = known.steps if steps is None else known.spared + steps
+
     def left(self, stage: str = "", steps: int = 0) -> float | None:
         """Return the seconds left, ``steps`` of a stage being done beside what is noted.
 
-        Time goes on as it did: ``gone · (work − done) / done``. None before any work is done.
+        Time goes on as it did: ``gone · (work − done) / done``, what is spared being neither. None
+        before any work is done.
         """
         work = done = 0.0
         for name, each in self.stages.items():
             so_far = each.done + (steps if name == _name(stage) else 0)
-            work += each.work
-            done += each.work * min(so_far / max(each.steps, 1), 1.0)
+            to_do = max(each.steps - each.spared, 0)
+            step = each.work / max(each.steps, 1)
+            work += step * to_do
+            done += step * min(max(so_far - each.spared, 0), to_do)
         return (self.clock() - self.start) * (work - done) / done if done else None
 
     def line(self, stage: str, steps: int, total: int | None) -> str:

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from liar_ext.bars import Bar, Stage, Timeline
+from liar_ext.bars import Bar, Stage, Timeline, spare
 
 
 class Terminal(io.StringIO):
@@ -35,6 +35,23 @@ def test_a_line_says_what_is_done_and_what_is_left(clock):
     clock[0] += 3600
     assert job.line("sensitivity", 60, 60).endswith("1:04:10 gone, about 0:00 left")
     assert job.line("write", 3, None) == "prune: write 3 · 1:04:10 gone, about 1:25:33 left"
+
+
+def test_what_was_done_before_a_stop_takes_no_time(clock):
+    stages = {"calibrate": Stage(10, 30.0), "curves": Stage(4, 10.0), "layerwise": Stage(6, 60.0)}
+    job = Timeline("prune", stages, lambda: clock[0])
+    with job.shown():
+        spare("curves")
+        spare("calibrate, pass 1", 10)
+        spare("layerwise", 0)
+    job.advance("calibrate, pass 1", 10)
+    job.advance("curves", 4)
+    assert job.left() is None  # nothing was done in this process yet
+    clock[0] += 10
+    assert job.left("layerwise", 1) == pytest.approx(50.0)
+    job.spare("layerwise", 2)
+    assert job.left("layerwise", 3) == pytest.approx(30.0)
+    spare("layerwise")  # outside of a job it is nothing
 
 
 def test_a_job_has_one_line_on_a_terminal_that_is_gone_at_the_end():

@@ -12,7 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Bar
+from liar_ext.bars import Bar, spare
 from liar_ext.calibration.fingerprints import Seen, fingerprint_of
 from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.memory import bytes_of_sums
@@ -163,6 +163,7 @@ def collect(
     def facts_so_far() -> dict[str, object]:
         return facts | seen.facts(*_added(ranks.share((tokens, current.routed))))
 
+    spare(title, done)
     bar = Bar(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:

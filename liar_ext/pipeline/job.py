@@ -218,6 +218,10 @@ class Job:
         passes.bank = passes.bank if self.left is None else self.left
         return passes
 
+    def before_plan(self) -> dict[str, int | None]:
+        """Return the steps by stage that a plan takes, None for all: a known one spares them."""
+        return dict.fromkeys(("calibrate", "gradients", "curves", "sensitivity"))
+
     def weights_digest(self) -> str:
         """Return what tells the model's weights from others."""
         return fingerprint_of(self.model.state_dict().items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from liar_ext.bars import spare
 from liar_ext.calibration.fingerprints import digest_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS
@@ -72,6 +73,8 @@ def decide(job: Job, passes: Any) -> Plan:
     """
     known = None if job.saved is None or passes is None else job.saved.get(PLAN)
     if known is not None:
+        for stage, steps in job.before_plan().items():
+            spare(stage, steps)
         facts = known.facts
         passes.summed = facts["summed"]
         if job.bank is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Bar
+from liar_ext.bars import Bar, spare
 from liar_ext.data.batches import Batch, Batches, read_batch
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
@@ -138,6 +138,7 @@ def reconstruct_layerwise(
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
         walk.go_on(streams)
+        spare("layerwise", done)
         for index in Bar(steps, desc="layerwise", disable=not progress):
             if index < done:
                 weights, rows = kept_block(saved, index)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Bar
+from liar_ext.bars import Bar, spare
 from liar_ext.calibration.hooks import replaced, watched
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
@@ -115,6 +115,7 @@ def divergences(
     batches = list(read_batches(batches))
     measured = Measured() if saved is None else saved
     measured.begin(len(batches), probes)
+    spare("sensitivity", sum(measured.has(n, each) for n in range(len(batches)) for each in probes))
     bar = Bar(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
     with evaluating(model), bar:
         for number, batch in enumerate(batches):

@@ -215,6 +215,10 @@ class StreamedJob(Job):
                 "leave it out"
             )
 
+    def before_plan(self) -> dict[str, int | None]:
+        """Return the steps of the first walk, a block each."""
+        return {"calibrate": len(self.store)}
+
     @cached_property
     def room(self) -> int:
         """Bytes of sums at a time, as the time left is told by; blocks have their own."""

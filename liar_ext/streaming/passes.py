@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from liar_ext.bars import Bar
+from liar_ext.bars import Bar, spare
 from liar_ext.calibration.collect import check_sums, owners_of
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
@@ -109,8 +109,10 @@ class StreamedPasses:
             if not known:
                 self.summed.append(len(self.summed) + 1)
             title = "from memory" if known else f"calibrate, walk {self.taken}"
-            steps = range(first, len(self.blocks))
-            for index in Bar(steps, desc=title, disable=not self.progress):
+            spare(title, first)
+            steps, every = range(first, len(self.blocks)), len(self.blocks)
+            bar = {"initial": first, "total": every, "disable": not self.progress}
+            for index in Bar(steps, desc=title, **bar):
                 self.index = index
                 group = [site for site in self.at if site.block == index]
                 with self.store.block(index):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from liar_ext.bars import Bar
+from liar_ext.bars import Bar, spare
 from liar_ext.checkpoint.shards import Shards
 from liar_ext.data.hidden_states import Held
 from liar_ext.models.running import evaluating
@@ -122,8 +122,10 @@ class SecondWalk:
             self.placed = placed_by_number(job.ranks, walk.parts)
             done = self._restore(walk.streams())
             yield from self._again(done)
-            steps = range(done, len(self.blocks))
-            for index in Bar(steps, desc="layerwise, walk 2", disable=not job.progress):
+            spare("layerwise", done)
+            steps, every = range(done, len(self.blocks)), len(self.blocks)
+            bar = {"initial": done, "total": every, "disable": not job.progress}
+            for index in Bar(steps, desc="layerwise, walk 2", **bar):
                 with job.store.block(index):
                     if index <= max(planned, default=-1):
                         with job.clock("reconstruct"):
