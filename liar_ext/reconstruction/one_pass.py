@@ -14,6 +14,7 @@ from liar_ext.errors import solving
 from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.ridge import drop, solve
+from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
 from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, form_of_expert
 from liar_ext.report.rows import SiteRow
@@ -75,9 +76,10 @@ def reconstruct(
         form = form_of_expert(mode, given[1] is not None) if expert else mode
         with solving(name):
             if expert and (bank[name].tokens == 0).any():
-                solution = drop(*given, features)
+                solution = solve_where_it_fits(drop, *given, features)
             else:
-                solution = solve(*given, features, mode=form, damp=damp)
+                choices = {"mode": form, "damp": damp}
+                solution = solve_where_it_fits(solve, *given, features, **choices)
         weights[name] = (solution.weight, solution.bias)
         seconds = time.perf_counter() - start
         row = report_row(site, len(kept.kept), bank[name].dropped_rows, solution, seconds)

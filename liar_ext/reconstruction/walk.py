@@ -29,6 +29,7 @@ from liar_ext.reconstruction.layer_sums import (
 )
 from liar_ext.reconstruction.result import Solution
 from liar_ext.reconstruction.ridge import drop, solve
+from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
 from liar_ext.reconstruction.targets import solve_towards
@@ -242,12 +243,12 @@ class Walk:
         choices = {"mode": "affine" if affine else "linear", "damp": self.damp}
         self.ranks.work["solved"] += 1
         if site.expert is not None and (sums.moments.tokens == 0).any():
-            return drop(*given, features)
+            return solve_where_it_fits(drop, *given, features)
         if sums.shortfall is None:
-            return solve(*given, features, **choices)
-        return solve_towards(
-            *given, sums.shortfall, features, **choices, shares=SHARES[self.target]
-        )
+            return solve_where_it_fits(solve, *given, features, **choices)
+        given += (sums.shortfall,)
+        choices["shares"] = SHARES[self.target]
+        return solve_where_it_fits(solve_towards, *given, features, **choices)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""

@@ -16,7 +16,7 @@ from liar_ext import ops
 from liar_ext.plan import Plan
 from liar_ext.report import markdown
 from liar_ext.report.card import card
-from liar_ext.report.rows import SiteRow
+from liar_ext.report.rows import ON_HOST, SiteRow
 
 REPORT_JSON = "liar/report.json"
 REPORT_MARKDOWN = "liar/report.md"
@@ -152,17 +152,21 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     if mode not in ("none", "bias") and given_up:
         warnings.append(
             "The cross-validated error is least with plain dropping at "
-            f"{', '.join(given_up[:8])}{' ...' if len(given_up) > 8 else ''} "
-            f"({len(given_up)} sites): give more calibration text."
+            f"{_first(given_up)} ({len(given_up)} sites): give more calibration text."
         )
     starved = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
     if starved:
         names = [f"{row.name} ({row.tokens})" for row in starved]
         warnings.append(
             "Fewer calibration tokens than the expert has channels reached "
-            f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)} experts): "
+            f"{_first(names)} ({len(names)} experts): "
             "their channels are chosen, and compensated for, by little or nothing; give more "
             "calibration text."
+        )
+    moved = [row.name for row in rows if row.path.endswith(ON_HOST)]
+    if moved:
+        warnings.append(
+            f"The GPU had no memory to solve {_first(moved)} ({len(moved)} sites), so the CPU did."
         )
     if any(row.target != "dense-input" for row in pruned):
         warnings.append(
@@ -176,6 +180,11 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             "the cross-validated errors say what that costs."
         )
     return warnings
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return eight names at most."""
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
 def _strict(value: object) -> object:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ON_HOST = "on the CPU, as the GPU had no room"  # ends the path of a solve
+
 
 @dataclass(frozen=True)
 class SiteRow:

@@ -21,6 +21,7 @@ from liar_ext import (
     cli,
     criterion,
     error_curves,
+    ops,
     prune,
     reconstruct,
     score,
@@ -28,6 +29,7 @@ from liar_ext import (
     verify_pruned,
 )
 from liar_ext.criteria import _CRITERIA, list_criteria
+from liar_ext.report.rows import ON_HOST
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -93,6 +95,26 @@ def test_a_job_does_what_it_does_on_the_cpu(job):
         assert_as_on_the_cpu("mistral", over_two_devices, **JOBS[job])
     else:
         assert_as_on_the_cpu(**JOBS[job])
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
+def test_a_solve_that_a_gpu_has_no_memory_for_is_done_on_the_cpu(schedule, monkeypatch):
+    solve = ops.reconstruct
+
+    def without_room(weight, *more, **choices):
+        if weight.is_cuda:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return solve(weight, *more, **choices)
+
+    dense, model = tiny("llama"), tiny("llama").to("cuda")
+    options = {"allocation": "uniform", "schedule": schedule}
+    prune(dense, batches(dense), 0.7, **options)
+    monkeypatch.setattr(ops, "reconstruct", without_room)
+    report = prune(model, batches(model), 0.7, **options)
+    assert report.sites and all(row.path.endswith(ON_HOST) for row in report.sites)
+    assert any("The GPU had no memory to solve 0.attn" in said for said in report.warnings)
+    inputs = {name: value.to("cuda") for name, value in tiny_inputs(model).items()}
+    torch.testing.assert_close(outputs(model, inputs).cpu(), outputs(dense), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -50,8 +50,9 @@ What was done to the package to break it, and what came of it. `make reliability
   room again after that; an output or a checkpoint in a folder without write permission; a model, or
   a bank, whose file was cut; and the solve of a wide model in little address space. Each job must
   do its work, or say in one line what is wrong (out of memory: at which site), leave nothing behind
-  but its checkpoint, and with room again end in the same bytes. There is no other path for a solve
-  that doesn't fit: it ends in that line.
+  but its checkpoint, and with room again end in the same bytes. A solve that
+  doesn't fit the CPU's memory ends in that line; one that a GPU has no room for is done on the CPU
+  (in the tests of a GPU).
 - **bad command lines**: `liar` with arguments and input that cannot be used, which must say so in
   one line, exit with 2 and write nothing.
 - **operator calls**: every operator with shapes, strides, types and values of every kind. Each call
