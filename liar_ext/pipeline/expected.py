@@ -78,6 +78,13 @@ def stages_of(
     return stages
 
 
+def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
+    """Return the steps, by stage, that come before the plan; None for all of a stage."""
+    probed = len(at) if recipe.allocation == "curve" else 0
+    stages = dict.fromkeys(("calibrate", "gradients", "curves", "sensitivity"))
+    return {**stages, "reconstruct": probed}
+
+
 def by_blocks(stages: Mapping[str, Stage], blocks: int, kept: bool) -> dict[str, Stage]:
     """Return the stages of a job that reads one block at a time: its two walks over the blocks.
 

@@ -24,6 +24,7 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
+from liar_ext.pipeline.expected import before_plan
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import settings_of
 from liar_ext.pipeline.several import check_recipe, solve_sites, work_of
@@ -220,7 +221,7 @@ class Job:
 
     def before_plan(self) -> dict[str, int | None]:
         """Return the steps by stage that a plan takes, None for all: a known one spares them."""
-        return dict.fromkeys(("calibrate", "gradients", "curves", "sensitivity"))
+        return before_plan(self.sites(self.model), self.recipe)
 
     def weights_digest(self) -> str:
         """Return what tells the model's weights from others."""

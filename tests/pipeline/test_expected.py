@@ -74,3 +74,20 @@ def test_walks_over_blocks_have_the_work_of_all_stages():
     assert once == {"calibrate": Stage(3, 15.0), "from memory": Stage(3, 11.0)}
     assert by_blocks(stages, 3, kept=False) == {"calibrate": Stage(6, 3.0 + 15.0 + 11.0)}
     assert by_blocks({}, 3, kept=True) == {}
+
+
+@pytest.mark.parametrize("schedule", ["layerwise", "one-pass"])
+def test_what_a_checkpoint_has_is_no_work(timelines, schedule, tmp_path):
+    """Of a job that was done once, solves in one pass are left, which no checkpoint keeps.
+
+    Of a walk the blocks are left that are past the streams that were written last.
+    """
+    for _ in range(2):
+        model = tiny("llama")
+        recipe = Recipe(keep=0.5, tile=1, schedule=schedule)
+        prune(model, batches(model, 8), recipe, checkpoint=tmp_path / "kept", progress=True)
+    stages = timelines[-1].stages
+    left = {name: max(each.steps - each.spared, 0) for name, each in stages.items()}
+    left.pop("layerwise", None)
+    assert left.pop("reconstruct") == (6 if schedule == "one-pass" else 0)
+    assert set(left.values()) == {0}
