@@ -123,12 +123,11 @@ class Ranks:
             return self._received(lambda part: dist.recv(part, source))
         return None
 
-    def gather(self, value: Value, to: int) -> list[Value]:
-        """Return the values of all ranks, in their order, at rank ``to``; nothing elsewhere."""
-        return list(self.each(value, to))
-
     def each(self, value: Value, to: int) -> Iterator[Value]:
-        """Yield what :meth:`gather` returns as it comes: one of the others' is there at a time."""
+        """Yield the values of all ranks, in their order, at rank ``to``; nothing elsewhere.
+
+        One of the others' is there at a time.
+        """
         for source in range(self.count):
             given = self.move(value, source, to)
             if self.rank == to:

@@ -291,7 +291,7 @@ def test_values_arrive_bit_for_bit(tmp_path):
     def job(rank: int) -> None:
         ranks = Ranks.join()
         assert same(ranks.broadcast(value if rank == 1 else None, 1), value)
-        found = ranks.gather({**value, "rank": rank}, 2)
+        found = list(ranks.each({**value, "rank": rank}, 2))
         assert same(found, [{**value, "rank": each} for each in range(3)] if rank == 2 else [])
         assert ranks.share(rank * 10) == [0, 10, 20]
         moved = ranks.move(value if rank == 2 else None, 2, 0)

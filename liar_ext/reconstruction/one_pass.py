@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments
 from liar_ext.errors import solving
-from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
+from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
+from liar_ext.ranks import Owners
 from liar_ext.reconstruction.ridge import drop, solve
 from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
@@ -85,6 +86,28 @@ def reconstruct(
         row = report_row(site, len(kept.kept), bank[name].dropped_rows, solution, seconds)
         rows.append(replace(row, tokens=sum(routed[name]) if name in routed else None))
     return weights, rows
+
+
+def reconstruct_shared(
+    model: nn.Module,
+    bank: Mapping[str, Moments],
+    plan: Plan,
+    at: Sequence[Site],
+    owners: Owners,
+    **settings: object,
+) -> dict[str, tuple[tuple[Tensor, Tensor | None], SiteRow]]:
+    """Return weights and row by name of some sites of a plan, each solved by its owner.
+
+    ``settings`` are those of :func:`reconstruct`; each rank has the moments of the sites it owns.
+    """
+
+    def solve(mine: Sequence[Site]) -> dict[str, tuple]:
+        here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
+        owners.ranks.work["solved"] += len(mine)
+        weights, rows = reconstruct(model, bank, here, **settings)
+        return {row.name: (weights[row.name], row) for row in rows}
+
+    return owners.together(at, solve)
 
 
 def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:

@@ -246,8 +246,7 @@ class Walk:
             return solve_where_it_fits(drop, *given, features)
         if sums.shortfall is None:
             return solve_where_it_fits(solve, *given, features, **choices)
-        given += (sums.shortfall,)
-        choices["shares"] = SHARES[self.target]
+        given, choices["shares"] = (*given, sums.shortfall), SHARES[self.target]
         return solve_where_it_fits(solve_towards, *given, features, **choices)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:

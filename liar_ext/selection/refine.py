@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.ranks import Owners
-from liar_ext.reconstruction.one_pass import reconstruct, with_bias
+from liar_ext.reconstruction.one_pass import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.error_curves import CURVE_DAMP
@@ -100,13 +99,8 @@ def refine_plan(
 
     def solve(plan: Plan) -> Callable[[Sequence[Sequence[str]]], list[float]]:
         """Return how to measure the divergence when only some of a plan's sites are pruned."""
-
-        def solved(mine: Sequence[Site]) -> dict[str, tuple[Tensor, Tensor | None]]:
-            here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
-            owners.ranks.work["solved"] += len(mine)
-            return reconstruct(model, bank, here, mode=mode, damp=CURVE_DAMP)[0]
-
-        weights = owners.together(at, solved)
+        found = reconstruct_shared(model, bank, plan, at, owners, mode=mode, damp=CURVE_DAMP)
+        weights = {name: new for name, (new, _) in found.items()}
         return partial(divergences, model, batches, plan, weights, ranks=owners.ranks)
 
     measure = solve(plan)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from liar_ext.bars import Timeline
 from liar_ext.calibration.memory import bytes_of_sums
-from liar_ext.calibration.passes import room_for_sums
 from liar_ext.certification import Divergence
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
@@ -218,11 +217,6 @@ class StreamedJob(Job):
     def before_plan(self) -> dict[str, int | None]:
         """Return the steps of the first walk, a block each."""
         return {"calibrate": len(self.store)}
-
-    @cached_property
-    def room(self) -> int:
-        """Bytes of sums at a time, as the time left is told by; blocks have their own."""
-        return room_for_sums(self.model)
 
     def make_room(self, limit: int) -> None:
         """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit."""

@@ -10,9 +10,9 @@ from liar_ext.checkpoint.shards import Shards
 from liar_ext.data.hidden_states import Held
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import sites
-from liar_ext.pipeline.several import solve_group
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.one_pass import reconstruct_shared
 from liar_ext.reconstruction.saved_walk import (
     SavedStreams,
     Weights,
@@ -104,7 +104,8 @@ class SecondWalk:
             passes.kept = kept_sums(job.saved, blocks, passes.owners)
         for group in job.clock.each("calibrate", passes.back()):
             with job.clock("reconstruct"):
-                found = solve_group(passes, group, self.plan, settings)
+                given = job.model, passes.bank, self.plan, group, passes.owners
+                found = reconstruct_shared(*given, **settings)
                 self.rows |= {name: row for name, (_, row) in found.items()}
             weights = {name: given for name, (given, _) in found.items()}
             yield passes.index, weights, lambda: streams
