@@ -38,8 +38,9 @@ def solve_sites(
     found = {}
     for group in clock.each("calibrate", passes.back()):
         with clock("reconstruct"):
-            given = passes.model, passes.bank, plan, group, passes.owners
-            found |= reconstruct_shared(*given, **settings)
+            found |= reconstruct_shared(
+                passes.model, passes.bank, plan, group, passes.owners, **settings
+            )  # a name for the bank would keep it while the next group's is summed
     return {name: found[name][0] for name in found}, [found[name][1] for name in plan.sites]
 
 

@@ -104,8 +104,9 @@ class SecondWalk:
             passes.kept = kept_sums(job.saved, blocks, passes.owners)
         for group in job.clock.each("calibrate", passes.back()):
             with job.clock("reconstruct"):
-                given = job.model, passes.bank, self.plan, group, passes.owners
-                found = reconstruct_shared(*given, **settings)
+                found = reconstruct_shared(
+                    job.model, passes.bank, self.plan, group, passes.owners, **settings
+                )
                 self.rows |= {name: row for name, (_, row) in found.items()}
             weights = {name: given for name, (given, _) in found.items()}
             yield passes.index, weights, lambda: streams
