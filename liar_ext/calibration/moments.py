@@ -17,6 +17,8 @@ from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.ranks import Owners
 
+ROWS = 256  # of a matrix, looked at together
+
 
 @dataclass
 class Moments:
@@ -187,7 +189,10 @@ class Squares:
 
 def check_finite(*sums: Tensor, at: str = "a site") -> None:
     """Raise InputError if sums over the calibration text, taken ``at`` a site, are not finite."""
-    if not all(bool(torch.isfinite(part).all()) for part in sums):
+    squares = (square for part in sums for square in (part if part.dim() > 2 else [part]))
+    # By blocks of rows, as torch.isfinite takes a copy.
+    finite = [torch.isfinite(rows).all() for square in squares for rows in square.split(ROWS)]
+    if not bool(torch.stack(finite).all()):
         raise InputError(
             f"calibrate: moments must be finite, got a NaN or an infinity in the sums at {at}; "
             "leave the text with the largest activations out, or load the model in float64"

@@ -12,6 +12,8 @@ from torch import Tensor
 from liar_ext.reconstruction.result import least_held_out
 
 ROW_BLOCK = 256
+# From a start and a stop to these rows of a symmetric matrix, up to the column of the stop.
+Rows = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,33 +50,74 @@ class Fit:
     def parabola(self, damp: float) -> Tensor:
         """Return the held-out error ``e₀ + e₁ α + e₂ α²``, ``(3,)``; NaN where it has no solution.
 
-        One Cholesky factor, and ``e = Σ |y|² − 2 ⟨Z, Σ x_K yᵀ⟩ + tr(Zᵀ G Z)``.
+        One Cholesky factor, and :func:`error_of_shares`.
         """
-        n, h = len(self.block), len(self.offset)
-        change = self.right.new_zeros(n + 1, 2 * h)
-        change[n, h:] = self.offset
-        live = slice(n, None) if math.isinf(damp) else slice(None)
-        if n and not math.isinf(damp):
-            factor = self._factor(damp)
-            if factor is None:
+        factor = None
+        if len(self.block) and not math.isinf(damp):
+            factor = self.block.clone()
+            if not factor_with_damp(factor, damp):
                 return self.right.new_full((3,), math.nan)
-            change[:n] = self.right
-            substitute(factor, change[:n])
-            substitute_back(factor, change[:n])
-        change, wanted, judge = change[live], self.wanted[live], self.judge[live, live]
-        half = half_product(judge, change)
-        pulled = (change.view(-1, 2, h) * wanted[:, None]).sum((0, 2))
-        a, b = change.split(h, 1)
-        half_a, half_b = half.split(h, 1)
-        mixed = (a * half_b).sum() + (half_a * b).sum()
-        constant = self.energy - 2 * pulled[0] + 2 * (a * half_a).sum()
-        return torch.stack([constant, 2 * (mixed - pulled[1]), 2 * (b * half_b).sum()])
+        change = change_by(factor, self.right, self.offset)
+        return error_of_shares(change, rows_of(self.judge), self.wanted, self.energy)
 
-    def _factor(self, damp: float) -> Tensor | None:
-        scale = self.block.diagonal().mean()
-        shifted = self.block.clone()
-        shifted.diagonal().add_(damp * torch.where(scale == 0, 1.0, scale))
-        return shifted if factor_in_place(shifted) else None
+
+def rows_of(square: Tensor) -> Rows:
+    """Return the block rows of a matrix that is there as a whole."""
+    return lambda start, stop: square[start:stop, :stop]
+
+
+def factor_with_damp(square: Tensor, damp: float) -> bool:
+    """Put L with ``square + Λ = L Lᵀ`` in the lower triangle, as :func:`factor_in_place` does."""
+    scale = square.diagonal().mean()
+    square.diagonal().add_(damp * torch.where(scale == 0, 1.0, scale))
+    return factor_in_place(square)
+
+
+def change_by(factor: Tensor | None, right: Tensor, offset: Tensor) -> Tensor:
+    """Return ``Z``, ``(n + 1, columns)``, the last row that of the bias.
+
+    Parameters
+    ----------
+    factor : Tensor or None
+        L, ``(n, n)``; None where λ is infinite, or nothing stays: then only the last row comes.
+    right : Tensor
+        ``[R₀, R₁]``, or ``R₀`` alone.
+    offset : Tensor
+        Change of the bias, of the columns of R₁.
+    """
+    n, columns = 0 if factor is None else len(factor), right.shape[1]
+    change = right.new_zeros(n + 1, columns)
+    change[n, columns - len(offset) :] = offset
+    if factor is not None:
+        change[:n] = right
+        substitute(factor, change[:n])
+        substitute_back(factor, change[:n])
+    return change
+
+
+def error_of_shares(change: Tensor, judge: Rows, wanted: Tensor, energy: Tensor) -> Tensor:
+    """Return ``e = Σ |y|² − 2 ⟨Z, Σ x_K yᵀ⟩ + tr(Zᵀ G Z)`` as ``e₀ + e₁ α + e₂ α²``, ``(3,)``.
+
+    Parameters
+    ----------
+    change : Tensor
+        What :func:`change_by` gives: of ``[R₀, R₁]``, or of R₀ alone, of which no share is taken.
+    judge : callable
+        Block rows of ``G``, ``(n + 1, n + 1)``.
+    wanted : Tensor
+        ``(n + 1, d_out)``.
+    energy : Tensor
+        ``Σ |y|²``.
+    """
+    live, h = len(wanted) - len(change), wanted.shape[1]
+    half, wanted = half_product(judge, change, live), wanted[live:]
+    pulled = (change.view(len(change), -1, h) * wanted[:, None]).sum((0, 2))
+    a, b, half_a, half_b = change[:, :h], change[:, h:], half[:, :h], half[:, h:]
+    constant = energy - 2 * pulled[0] + 2 * (a * half_a).sum()
+    if not b.shape[1]:
+        return torch.stack([constant, torch.zeros_like(constant), torch.zeros_like(constant)])
+    mixed = (a * half_b).sum() + (half_a * b).sum()
+    return torch.stack([constant, 2 * (mixed - pulled[1]), 2 * (b * half_b).sum()])
 
 
 def factor_in_place(square: Tensor) -> bool:
@@ -121,19 +164,20 @@ def substitute_back(factor: Tensor, right: Tensor) -> None:
     substitute_back(factor[: n // 2, : n // 2], top)
 
 
-def half_product(square: Tensor, right: Tensor) -> Tensor:
+def half_product(square: Rows, right: Tensor, first: int = 0) -> Tensor:
     """Return ``V = (S + D / 2) R`` with ``square = S + Sᵀ + D``, D its blocks on the diagonal.
 
-    So ``Rᵀ square R = Rᵀ V + Vᵀ R`` for half of the operations.
+    So ``Rᵀ square R = Rᵀ V + Vᵀ R`` for half of the operations. With ``first`` the rows and columns
+    from there on count.
     """
     half = torch.empty_like(right)
-    for start in range(0, len(square), ROW_BLOCK):
-        rows = slice(start, start + ROW_BLOCK)
-        torch.mm(square[rows, rows], right[rows], out=half[rows])
+    for start in range(0, len(right), ROW_BLOCK):
+        rows = slice(start, min(start + ROW_BLOCK, len(right)))
+        block = square(first + rows.start, first + rows.stop)[:, first:]
+        torch.mm(block[:, start:], right[rows], out=half[rows])
         half[rows] *= 0.5
         if start:
-            before = square[rows, :start]
-            torch.addmm(half[rows], before, right[:start], out=half[rows])
+            torch.addmm(half[rows], block[:, :start], right[:start], out=half[rows])
     return half
 
 
@@ -145,6 +189,10 @@ class Choice:
     share: float
     held_out: Tensor
     tried: int
+
+    def said_of(self, ladder: Sequence[float]) -> str:
+        """Return what the path of a solve says of the walk."""
+        return f", {self.tried} of {len(ladder)} λ" if len(ladder) > 1 else ""
 
 
 def choose(

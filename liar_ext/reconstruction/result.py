@@ -67,6 +67,13 @@ def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
     return int(total.nan_to_num(nan=math.inf).argmin())
 
 
+def path_of(mode: str, damp: float) -> str:
+    """Return what was solved in a form with the λ that was taken."""
+    if damp < math.inf:
+        return f"{mode}, cholesky float64"
+    return f"{mode}, drop" if mode in ("linear", "affine") else mode
+
+
 def ratio(error: Tensor, energy: Tensor) -> float:
     """Return ``error / energy``; a consumer whose output is zero has no error to speak of.
 

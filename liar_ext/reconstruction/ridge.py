@@ -10,7 +10,13 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_folds
 from liar_ext.data.batches import FOLDS
-from liar_ext.reconstruction.result import Solution, check_solved, least_held_out, ratio
+from liar_ext.reconstruction.result import (
+    Solution,
+    check_solved,
+    least_held_out,
+    path_of,
+    ratio,
+)
 from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, damp_ladder, form_at
 
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
@@ -88,8 +94,6 @@ def solve(
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
         new_bias = start + wide @ mean - new[0] @ mean[kept]
-    solved = ladder[best] < math.inf
-    given_up = not solved and mode in ("linear", "affine")
     return Solution(
         weight=new[0],
         bias=new_bias,
@@ -97,7 +101,7 @@ def solve(
         error=ratio(error[0], energy),
         holdout_error=ratio(held_out[:, best].sum(), energy),
         condition=float(info[0, 1]),
-        path=mode + (", cholesky float64" if solved else ", drop" if given_up else ""),
+        path=path_of(mode, ladder[best]),
     )
 
 

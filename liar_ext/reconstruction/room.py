@@ -1,4 +1,4 @@
-"""Where a solve is done: a site that a GPU has no room for is solved on the host."""
+"""Where a solve is done: on the device, on the host, or in a file, as far as there is memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
 from liar_ext.errors import is_out_of_memory
+from liar_ext.reconstruction import blocked, ridge, targets
 from liar_ext.reconstruction.result import Solution
 from liar_ext.reconstruction.targets import Shortfall
-from liar_ext.report.rows import ON_HOST
+from liar_ext.report.rows import BY_BLOCKS, ON_HOST
+
+IN_BLOCKS = {
+    ridge.solve: blocked.solve,
+    ridge.drop: blocked.drop,
+    targets.solve_towards: blocked.solve_towards,
+}
 
 
 def solve_where_it_fits(
@@ -28,7 +35,8 @@ def solve_where_it_fits(
 
     Where a GPU has no memory for it, it is done once more on the CPU, on copies of the sums, and
     the new weight comes back. The path of the solution, and so the row of the report, ends in
-    :data:`ON_HOST` then.
+    :data:`ON_HOST` then. Where an allocation fails on the CPU, the solve is done once more by
+    :mod:`liar_ext.reconstruction.blocked`, in a file, and :data:`BY_BLOCKS` is in its path.
 
     Parameters
     ----------
@@ -39,18 +47,22 @@ def solve_where_it_fits(
 
     Raises
     ------
-    RuntimeError
-        If an allocation fails on the CPU.
+    MemoryError, RuntimeError
+        If an allocation fails by blocks as well, or the file can't be made.
     """
     device = moments.gram.device
     try:
         return solve(weight, bias, moments, *more, **choices)
-    except RuntimeError as error:
-        if device.type == "cpu" or not is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
     # Not in the handler: the traceback holds what was allocated.
+    if device.type == "cpu":
+        found = IN_BLOCKS[solve](weight, bias, moments, *more, **choices)
+        return replace(found, path=f"{found.path}, {BY_BLOCKS}")
     torch.cuda.empty_cache()
-    found = solve(weight, bias, _on_host(moments), *map(_on_host, more), **choices)
+    given = map(_on_host, (weight.detach(), bias, moments, *more))
+    found = solve_where_it_fits(solve, *given, **choices)
     return replace(
         found,
         weight=found.weight.to(device),
@@ -60,9 +72,9 @@ def solve_where_it_fits(
 
 
 def _on_host(given: Any) -> Any:
-    """Return sums with their tensors on the CPU; anything else as it is."""
+    """Return sums with their tensors on the CPU, and so other tensors; anything else as it is."""
     if isinstance(given, Moments):
         return Moments(given.gram.cpu(), given.total.cpu(), given.count.cpu())
     if isinstance(given, Shortfall):
         return Shortfall(given.cross.cpu(), given.total.cpu(), given.energy.cpu())
-    return given
+    return given.cpu() if isinstance(given, Tensor) else given

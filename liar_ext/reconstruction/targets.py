@@ -13,7 +13,6 @@ Both the solution and the sums are linear in α, so one solve serves every α.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.reconstruction.ladder import Choice, Fit, choose
-from liar_ext.reconstruction.result import Solution, check_solved, ratio
+from liar_ext.reconstruction.result import Solution, check_solved, path_of, ratio
 from liar_ext.reconstruction.settings import damp_ladder
 
 
@@ -163,7 +162,6 @@ def solve_towards(
         new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
     whole = symmetric(sums.gram) @ wide.mT if affine else own
     energy = (wide.mT * whole).sum()
-    tried = f", {choice.tried} of {len(ladder)} λ" if len(ladder) > 1 else ""
     return Solution(
         weight=new[0],
         bias=new_bias,
@@ -171,7 +169,7 @@ def solve_towards(
         error=ratio(error, energy),
         holdout_error=ratio(choice.held_out, energy),
         condition=float(info[0, 1]),
-        path=mode + (", cholesky float64" if chosen < math.inf else ", drop") + tried,
+        path=path_of(mode, chosen) + choice.said_of(ladder),
         share=share,
     )
 

@@ -16,7 +16,7 @@ from liar_ext import ops
 from liar_ext.plan import Plan
 from liar_ext.report import markdown
 from liar_ext.report.card import card
-from liar_ext.report.rows import ON_HOST, SiteRow
+from liar_ext.report.rows import BY_BLOCKS, ON_HOST, SiteRow
 
 REPORT_JSON = "liar/report.json"
 REPORT_MARKDOWN = "liar/report.md"
@@ -167,6 +167,12 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
     if moved:
         warnings.append(
             f"The GPU had no memory to solve {_first(moved)} ({len(moved)} sites), so the CPU did."
+        )
+    starved = [row.name for row in rows if BY_BLOCKS in row.path]
+    if starved:
+        warnings.append(
+            f"An allocation failed in the solve of {_first(starved)} ({len(starved)} sites), so it "
+            "was done by blocks, in a file, more slowly: give more memory."
         )
     if any(row.target != "dense-input" for row in pruned):
         warnings.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ON_HOST = "on the CPU, as the GPU had no room"  # ends the path of a solve
+BY_BLOCKS = "by blocks in a file, as memory had no room"  # is in it
 
 
 @dataclass(frozen=True)
