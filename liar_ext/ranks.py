@@ -81,6 +81,11 @@ class Ranks:
 
         gloo carries what is on the CPU, nccl what is on GPUs; each rank takes the GPU of its
         ``LOCAL_RANK``, where the machine has one for each.
+
+        Raises
+        ------
+        RankLost
+            If another rank, or what started them, ends before all have met.
         """
         if not all(name in os.environ for name in ENVIRONMENT):
             return cls()
@@ -92,10 +97,13 @@ class Ranks:
         if torch.cuda.is_available() and torch.cuda.device_count() >= here:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             backend = "cpu:gloo,cuda:nccl"
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-        ranks = cls(rank, count, here, True, dist.PrefixStore("liar", store))
-        ranks.store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
+        ranks = cls(rank, count, here, True)
+        with ranks._together():
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+            given = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}
+            dist.init_process_group(backend, **given)
+            ranks.store = dist.PrefixStore("liar", store)
+            ranks.store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
         ranks.share(None)  # all are there
         return ranks
 

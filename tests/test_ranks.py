@@ -23,7 +23,7 @@ from liar_ext.calibration.passes import split
 from liar_ext.calibration.saved_sums import saved_batches
 from liar_ext.calibration.taps import InFlight
 from liar_ext.cli.main import main
-from liar_ext.ranks import RankLost, Ranks, deal
+from liar_ext.ranks import RankLost, Ranks, _is_alive, deal
 from liar_ext.saved.progress import Progress
 
 CANDIDATES = ("schedule=one-pass,refine=1", "criterion=obs")
@@ -233,6 +233,35 @@ def test_a_busy_rank_ends_when_it_is_told_to(llama_folder, corpus, tmp_path, mon
     said = (tmp_path / "err0").read_text().splitlines()[-1]  # below the progress bar
     assert said.startswith(f"liar: error: prune: rank 1 (process {processes[1]}) ended before the")
     assert not out.exists()
+
+
+def test_a_rank_whose_launcher_ends_before_all_have_met(llama_folder, corpus, tmp_path):
+    """It would wait for the others for hours."""
+    launcher = os.fork()
+    if launcher == 0:
+
+        def job(rank: int) -> int:
+            if rank == 1:
+                time.sleep(2)  # the other one waits for it, or looks for the store
+                os._exit(0)
+            (tmp_path / "process").write_text(str(os.getpid()))
+            code = main(command(llama_folder, corpus, tmp_path / "out"))
+            (tmp_path / "code").write_text(str(code))
+            return code
+
+        forked.start(2, job, tmp_path)
+        while not (tmp_path / "process").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os._exit(0)
+    os.waitpid(launcher, 0)
+    process, deadline = int((tmp_path / "process").read_text()), time.monotonic() + 60
+    while _is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    said = [line for line in (tmp_path / "err0").read_text().splitlines() if "error: " in line]
+    assert not _is_alive(process)
+    assert len(said) == 1 and said[0].startswith("liar: error: prune: the ranks haven't met: ")
+    assert not (tmp_path / "code").exists() and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_path):

@@ -15,9 +15,10 @@ from contextlib import contextmanager, redirect_stderr
 import torch
 
 from liar_ext.errors import InputError
-from liar_ext.ranks import Ranks
+from liar_ext.ranks import RankLost, Ranks
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
+PAUSE = 0.2  # seconds between two looks for the process that started this one
 PATIENCE = 2.0  # seconds; torchrun ends a rank 0.1 to 30 seconds after another has ended
 
 
@@ -41,10 +42,18 @@ def join(options: argparse.Namespace) -> Ranks:
 
     Raises
     ------
-    InputError
-        If it is a command of one process.
+    SystemExit
+        With 3, after a line that says so, if they can't meet.
     """
-    ranks = options.ranks = Ranks.join()
+    met = threading.Event()
+    threading.Thread(target=_watch_parent, args=(options, met, os.getppid()), daemon=True).start()
+    try:
+        ranks = options.ranks = Ranks.join()
+    except RankLost as error:
+        print(_not_met(options, str(error)), file=sys.stderr, flush=True)
+        raise SystemExit(3) from error
+    finally:
+        met.set()
     if ranks.count == 1:
         return ranks
     threading.Thread(target=_watch, args=(ranks, options, _terminations()), daemon=True).start()
@@ -97,6 +106,22 @@ def what_was_lost(ranks: Ranks, options: argparse.Namespace, reason: str, patien
         again += f"; it goes on from {checkpoint}"
     said = f"{' and '.join(found)} ended before the job was done" if found else reason
     return f"{options.command}: {said}; no output was written, {again}"
+
+
+def _watch_parent(options: argparse.Namespace, met: threading.Event, parent: int) -> None:
+    """End the process when torchrun ends before the ranks have met: they would wait for hours."""
+    while not met.wait(PAUSE):
+        if os.getppid() != parent:
+            said = _not_met(options, "what started the ranks ended")
+            print(said, file=sys.stderr, flush=True)
+            os._exit(3)
+
+
+def _not_met(options: argparse.Namespace, reason: str) -> str:
+    return (
+        f"liar: error: {options.command}: the ranks haven't met: {reason}; start the same command "
+        "again"
+    )
 
 
 def _terminations() -> int:
