@@ -38,7 +38,7 @@ WORKERS ?= 2
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
 
-# Hostile folders, kills while a folder is saved, jobs that are stopped, faults of disks, files and
+# Hostile folders, kills while a folder is saved, jobs and ranks that are stopped, faults of disks, files and
 # memory, bad command lines, operators: writes docs/reliability.md, in some twenty minutes on one core.
 reliability: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m reliability

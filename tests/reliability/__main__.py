@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORD, TABLE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
-CHECKS = ("folders_attacked", "kills", "stops", "faults", "commands", "operators")
+CHECKS = ("folders_attacked", "kills", "stops", "rank_stops", "faults", "commands", "operators")
 COLUMNS = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost", "left behind")
 INTRODUCTION = """# Reliability
 
@@ -45,6 +45,12 @@ What was done to the package to break it, and what came of it. `make reliability
   process goes on by `liar resume` and is stopped again. After every stop the output must be absent
   or whole and each file of the checkpoint whole, and in the end bank, weights and plan the bytes of
   a job that nobody stopped.
+- **ranks that are stopped**: `liar calibrate`, and `liar prune` in one pass, layerwise and by
+  blocks, by two ranks of torchrun's launcher with a checkpoint, at random times: SIGKILL to one of
+  the ranks, and SIGKILL, SIGTERM and SIGINT to the launcher (one that is killed leaves its ranks
+  behind). 1, 2 or 3 ranks, as drawn, go on and are stopped again, and in the end 1, 2 or 3 finish.
+  The demands are those of jobs that are stopped, and all ranks must end within 60 seconds; where a
+  rank was killed one line must say so, and never a traceback.
 - **faults of disks, files and memory**: a quarter each: a disk of some KiB (mounted in memory;
   where that isn't allowed, a limit of the size of files), with and without a checkpoint, and with
   room again after that; an output or a checkpoint in a folder without write permission; a model, or

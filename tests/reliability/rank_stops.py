@@ -1,0 +1,256 @@
+"""Stop jobs of several ranks at random times, and go on with another number of ranks.
+
+torchrun's own launcher starts the ranks, as forks of a process that has everything loaded. A rank,
+or the launcher, gets a signal at a random time; when all of them have ended 1, 2 or 3 ranks go on,
+are stopped again, and so on until the job is done. A launcher that is killed leaves ranks behind,
+which may end the job.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
+
+from liar_ext import cli
+from liar_ext.ranks import Ranks
+from reliability.outcome import LIMIT, Outcome, in_child
+from reliability.stops import _always_saving, _expected, _look, _result, _words, make_inputs
+
+TITLE = "ranks that are stopped"
+FULL, SHORT = 56, 2
+JOBS = ("walk", "calibrate", "prune", "by blocks")
+TORCHRUN, RANK = "torchrun", "a rank"
+STOPS = (
+    (RANK, signal.SIGKILL),
+    (TORCHRUN, signal.SIGKILL),
+    (RANK, signal.SIGKILL),
+    (TORCHRUN, signal.SIGTERM),
+    (RANK, signal.SIGKILL),
+    (TORCHRUN, signal.SIGINT),
+)
+LIBC = ctypes.CDLL(None)
+PDEATHSIG = 1  # PR_SET_PDEATHSIG, which ranks that are commands don't have
+
+
+def run(count: int, seed: int, work: Path) -> Iterator[Outcome]:
+    """Stop jobs ``count`` times, each kind of job equally often."""
+    torch.set_num_threads(1)
+    paths = make_inputs(work)
+    jobs = JOBS[:count]
+    for at, stage in enumerate(jobs):
+        yield from _stops(stage, range(at, count, len(jobs)), seed, work, paths)
+
+
+def _stops(
+    stage: str, numbers: range, seed: int, work: Path, paths: dict[str, str]
+) -> Iterator[Outcome]:
+    """Stop jobs of one kind."""
+    home = work / stage.replace(" ", "-")
+    home.mkdir()
+    expected, seconds = _expected(stage, home, paths)
+    draw = random.Random(f"{seed}/{stage}")
+    for number in numbers:
+        who, sent = STOPS[number // len(JOBS) % len(STOPS)]
+        begun = (home / "c" / "job.json").exists()
+        ranks = draw.choice((1, 2, 3)) if begun else 2
+        delay = draw.uniform(0.0, 2.5 * seconds)
+        start = time.monotonic()
+        job = _Launched(ranks, _words(stage, home, paths), work / "ranks")
+        time.sleep(delay)
+        job.stop(who, sent, draw)
+        ended = job.wait()
+        wrong = _look(home, expected) or job.wrong(who, sent, (home / "out").exists())
+        ends = (home / "out").exists() or not (home / "c").exists() or number == numbers[-1]
+        if not wrong and ends and ended != "hang":
+            wrong = _finished(stage, home, paths, expected, draw.choice((1, 2, 3)))
+        case = f"{number} {stage}, {ranks} ranks, {sent.name} to {who} after {delay:.3f} s"
+        verdict = "hang" if ended == "hang" else "data lost" if wrong else "done"
+        yield Outcome(TITLE, case, f"ended by {ended}", verdict, time.monotonic() - start, wrong)
+        if verdict != "done" or ends:
+            shutil.rmtree(home)
+            home.mkdir()
+
+
+def _finished(stage: str, home: Path, paths: dict[str, str], expected: bytes, ranks: int) -> str:
+    """Go on to the end by some ranks, 1 without torchrun; return what is wrong then."""
+    again = (home / "c" / "job.json").exists() or not (home / "out").exists()
+    words = _words(stage, home, paths)
+    if again and ranks == 1:
+        kind, said, _ = in_child(lambda: cli.main(words))
+        if (kind, said) != ("value", 0):
+            return f"going on gave {kind} {said}"
+    elif again:
+        job = _Launched(ranks, words, home.parent / "ranks")
+        ended = job.wait()
+        if ended != "exit 0":
+            return f"going on with {ranks} ranks ended by {ended}: {job.said()}"
+    if _result(home / "out") != expected:
+        return "the result isn't that of a job that nobody stopped"
+    left = sorted(path.name for path in home.iterdir())
+    return "" if left == ["out"] or not again else f"left {left}"
+
+
+class _Launched:
+    """A job that torchrun's launcher has started.
+
+    Parameters
+    ----------
+    ranks : int
+        How many there are.
+    words : list of str
+        The command.
+    folder : Path
+        What they say, and their processes, go there.
+    """
+
+    def __init__(self, ranks: int, words: list[str], folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self.ranks, self.folder = ranks, folder
+        self.process = os.fork()
+        if self.process == 0:
+            try:
+                (folder / "launcher").write_text(str(os.getpid()))
+                _say_to(folder / "torchrun")
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                given = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=job"]
+                given += [f"--nproc-per-node={ranks}", f"--log-dir={folder}/logs", "liar"]
+                config, _, _ = config_from_args(parse_args(given))
+                config.start_method = "fork"
+                elastic_launch(config, _rank)(words, folder)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(1)
+
+    def processes(self) -> dict[int, int]:
+        """Return the processes by rank."""
+        found = self.folder.glob("process[0-9]")
+        return {int(path.name[-1]): int(path.read_text() or 0) for path in found}
+
+    def stop(self, who: str, sent: signal.Signals, draw: random.Random) -> None:
+        """Send a signal to the launcher, or to one of the ranks, as soon as it is there."""
+        if who == TORCHRUN:
+            os.kill(self.process, sent)  # not waited for yet, so that it is there
+            return
+        rank, deadline = draw.randrange(self.ranks), time.monotonic() + LIMIT
+        while not self.processes().get(rank) and time.monotonic() < deadline:
+            if os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return
+            time.sleep(0.002)
+        process = self.processes().get(rank, 0)
+        if _parent(process) == self.process:
+            with suppress(ProcessLookupError):
+                os.kill(process, sent)
+
+    def wait(self) -> str:
+        """Wait until the launcher and all ranks have ended; return how it ended."""
+        deadline, ended = time.monotonic() + LIMIT, ""
+        while time.monotonic() < deadline:
+            if not ended:
+                found, status = os.waitpid(self.process, os.WNOHANG)
+                code = os.waitstatus_to_exitcode(status) if found else 0
+                ended = (f"signal {-code}" if code < 0 else f"exit {code}") if found else ""
+            if ended and not any(_parent(each) for each in self.processes().values()):
+                return ended
+            time.sleep(0.005)
+        for process in [*self.processes().values(), *([] if ended else [self.process])]:
+            if _parent(process):
+                os.kill(process, signal.SIGKILL)
+        if not ended:
+            os.waitpid(self.process, 0)
+        return "hang"
+
+    def said(self) -> str:
+        """Return what the ranks said."""
+        return "".join(path.read_text() for path in sorted(self.folder.glob("said[0-9]")))
+
+    def wrong(self, who: str, sent: signal.Signals, done: bool) -> str:
+        """Return what is wrong with what the ranks said; nothing if all is well."""
+        said, joined = self.said(), len(list(self.folder.glob("joined[0-9]")))
+        lines = [line for line in said.splitlines() if line.startswith("liar: error:")]
+        least = who == RANK and self.ranks > 1 and joined == self.ranks and not done
+        # Without a launcher, or before they have met, nothing says which of them is to speak.
+        alone = (who, sent) == (TORCHRUN, signal.SIGKILL) or joined < self.ranks
+        most = self.ranks if alone else 1
+        if "Traceback" in said or not least <= len(lines) <= most:
+            return f"{joined} of {self.ranks} ranks had met, and {len(lines)} lines came: {said}"
+        return ""
+
+
+def _rank(words: list[str], folder: Path) -> None:
+    """Do the job of a rank; torchrun's launcher wants it to return where all is well."""
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # as of a command
+        signal.signal(each, signal.SIG_DFL)
+    LIBC.prctl(PDEATHSIG, 0, 0, 0, 0)
+    rank, launcher = os.environ["RANK"], int((folder / "launcher").read_text())
+    _say_to(folder / f"said{rank}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _always_saving()
+    join = Ranks.join
+
+    def joined() -> Ranks:
+        ranks = join()
+        (folder / f"joined{rank}").touch()
+        return ranks
+
+    Ranks.join = staticmethod(joined)
+    path = folder / f"process{rank}"
+    path.with_suffix(".new").write_text(str(os.getpid()))
+    path.with_suffix(".new").rename(path)
+    code = 70
+    try:
+        code = cli.main(words)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code:
+            os._exit(code)
+    # What calls this waits for the launcher, for good if that was killed; a command doesn't.
+    threading.Thread(target=_end_after, args=(launcher,), daemon=True).start()
+
+
+def _end_after(launcher: int) -> None:
+    """End this process when the launcher has ended."""
+    while os.getppid() == launcher:
+        time.sleep(0.01)
+    os._exit(0)
+
+
+def _say_to(path: Path) -> None:
+    """Let this process print into a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _parent(process: int) -> int:
+    """Return the parent of a process that runs; 0 of one that is not there, or has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[1])
