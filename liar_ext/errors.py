@@ -43,5 +43,6 @@ def solving(site: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = one_line(error).split(". ")[0]
+        # torch says first which check failed, and last which process holds what.
+        said = ". ".join(one_line(error).split("err == 0. ")[-1].split(". ")[:2])
         raise MemoryError(f"reconstruct: out of memory in the solve of {site}: {said}") from error
