@@ -32,7 +32,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 GIB = 2**30
 EVERY = 0.2  # seconds between two looks at memory
 DTYPE = torch.bfloat16
-BYTES = 256  # a token each
+HEAD = 128  # features of a head
 
 
 def main() -> None:
@@ -83,13 +83,14 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
     if (folder / "model.safetensors.index.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    hidden, channels, heads = options.hidden, options.channels, options.hidden // 128
+    hidden, channels, heads = options.hidden, options.channels, heads_of(options)
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=channels,
         num_hidden_layers=options.blocks,
         num_attention_heads=heads,
         num_key_value_heads=heads,
+        head_dim=HEAD,
         vocab_size=options.vocabulary,
         max_position_embeddings=4096,
     )
@@ -116,7 +117,8 @@ def write_model(folder: Path, options: argparse.Namespace) -> None:
 
     for index in range(options.blocks):
         at = f"model.layers.{index}"
-        tensors = {f"{at}.self_attn.{n}_proj.weight": draw(hidden, hidden) for n in "qkvo"}
+        tensors = {f"{at}.self_attn.{n}_proj.weight": draw(heads * HEAD, hidden) for n in "qkv"}
+        tensors[f"{at}.self_attn.o_proj.weight"] = draw(hidden, heads * HEAD)
         tensors |= {f"{at}.mlp.{n}_proj.weight": draw(channels, hidden) for n in ("gate", "up")}
         tensors[f"{at}.mlp.down_proj.weight"] = draw(hidden, channels)
         norms = ("input_layernorm", "post_attention_layernorm")
@@ -201,10 +203,16 @@ def group(limit: int) -> Iterator:
             made.rmdir()
 
 
+def heads_of(options: argparse.Namespace) -> int:
+    """Return how many heads a block has."""
+    return options.heads or options.hidden // HEAD
+
+
 def shape(options: argparse.Namespace) -> str:
     """Return the shape of the model in words."""
     return (
-        f"{options.blocks} blocks of hidden size {options.hidden} with {options.channels} channels"
+        f"{options.blocks} blocks of hidden size {options.hidden}, {heads_of(options)} heads, "
+        f"{options.channels} channels"
     )
 
 
@@ -250,6 +258,7 @@ def parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/out_of_memory"))
     add("--hidden", type=int, default=2048)
     add("--channels", type=int, default=2048)
+    add("--heads", type=int, help=f"of {HEAD} features; as many as the hidden size has otherwise")
     add("--blocks", type=int, default=48)
     add("--vocabulary", type=int, default=32000)
     add("--limit", type=float, default=1.4, help="GiB that the process may take")

@@ -8,7 +8,7 @@ from typing import Any
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.passes import split
 from liar_ext.reconstruction.settings import DAMP_LADDER
-from liar_ext.streaming.memory import CURVE, LINEAR, TOWARDS
+from liar_ext.streaming.memory import bytes_of_solve
 
 # Finite λ of the ladder that a walk tries at a site, see `liar_ext.reconstruction.ladder.choose`.
 TRIED = 3
@@ -123,12 +123,12 @@ def groups_of(shape: Shape, settings: Settings) -> list[list[tuple[int, str]]]:
 def bytes_at_once(shape: Shape, settings: Settings) -> dict[str, int]:
     """Return what a job holds on a device, activations aside, by what takes it.
 
-    Counts :func:`liar_ext.streaming.memory.need_of`, whose factors of d² were measured, and
+    Counts :func:`liar_ext.streaming.memory.need_of`, whose factors were measured, and
     :class:`liar_ext.calibration.passes.Passes` where the model is whole.
     """
     widest = max(shape.features.values())
-    factor = TOWARDS if settings.layerwise else LINEAR
-    factor = max(factor, CURVE if settings.curve else 0)
+    steps = ["towards"] if settings.layerwise else ["linear"]
+    steps += ["linear", "curve"] if settings.curve else []
     sizes = {kind: bytes_of_sums(d) for kind, d in shape.features.items()}
     cross = settings.layerwise * 16 * widest * shape.hidden
     if settings.by_blocks:
@@ -140,4 +140,8 @@ def bytes_at_once(shape: Shape, settings: Settings) -> dict[str, int]:
         groups = groups_of(shape, settings)
         sums = max(sum(sizes[kind] for _, kind in group) for group in groups)
         sums = max(sums, sizes["mlp"] + cross)
-    return {"weights": weights, "sums": sums, "a solve": factor * 8 * widest**2}
+    return {
+        "weights": weights,
+        "sums": sums,
+        "a solve": bytes_of_solve(widest, shape.hidden, steps),
+    }

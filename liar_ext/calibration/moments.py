@@ -18,6 +18,7 @@ from liar_ext.errors import InputError
 from liar_ext.ranks import Owners
 
 ROWS = 256  # of a matrix, looked at together
+ROW_BLOCK = 256  # of a triangle that is mirrored
 
 
 @dataclass
@@ -216,12 +217,21 @@ def centre(gram: Tensor, total: Tensor, tokens: Tensor, mean: Tensor) -> Tensor:
     form; with the mean of another fold it is what that fold's affine fit is judged by.
     """
     cross = torch.outer(total, mean)
-    return gram - cross - cross.T + tokens * torch.outer(mean, mean)
+    centred = gram - cross
+    centred -= cross.mT
+    torch.outer(mean, mean, out=cross)
+    return centred.add_(cross.mul_(tokens))
 
 
 def symmetric(gram: Tensor) -> Tensor:
     """Return the full matrix, or batch of them, of which the lower triangle is given."""
-    return gram.tril() + gram.tril(-1).mT
+    full = gram.tril()
+    for start in range(0, full.shape[-1], ROW_BLOCK):  # by blocks: no second matrix is made
+        rows, after = slice(start, start + ROW_BLOCK), slice(start + ROW_BLOCK, None)
+        corner = full[..., rows, rows]
+        corner += corner.tril(-1).mT
+        full[..., rows, after] = full[..., after, rows].mT
+    return full
 
 
 @dataclass

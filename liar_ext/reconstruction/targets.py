@@ -12,7 +12,6 @@ Both the solution and the sums are linear in α, so one solve serves every α.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -136,32 +135,35 @@ def solve_towards(
     check_finite(shortfall.cross, shortfall.total, shortfall.energy)
     affine = mode == "affine"
     device = moments.gram.device
-    wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
-    ladder = damp_ladder(damp)
+    weight, kept, ladder = weight.detach().to(device), kept.to(device), damp_ladder(damp)
     folds = [_Sums.of_fold(moments, shortfall, fold) for fold in range(FOLDS)]
-    choice = _choose(wide, folds, kept, affine, ladder, shares)
+    choice = _choose(weight, folds, kept, affine, ladder, shares)
     chosen, share = choice.damp, choice.share
 
-    sums = folds[0] + folds[1]
+    # In the order that has fewest matrices at a time: each may take a gigabyte.
+    wide, sums = weight.double(), folds[0] + folds[1]
     mean, offset = sums.means(affine)
+    energy = (wide.mT * (symmetric(sums.gram) @ wide.mT)).sum() if affine else None
     gram = sums.centred(mean)
     own = gram @ wide.mT
+    energy = (wide.mT * own).sum() if energy is None else energy
     # Centred cross-sums of the shortfall; the error to judge by is that to all of it.
-    asked = sums.cross - torch.outer(sums.total, offset)
+    asked = sums.cross.sub_(torch.outer(sums.total, offset))
+    beyond = (wide.mT * (own + 2 * asked)).sum()
+    of_target, left = sums.energy, sums.tokens * offset.square().sum()  # which the mean holds
+    cross, asked = own.add_(share * asked), asked[kept]
+    del sums
     damps = torch.tensor([chosen], dtype=torch.float64, device=device)
-    new, error, _, info = ops.reconstruct(wide, gram, kept, damps, cross=own + share * asked)
+    new, error, _, info = ops.reconstruct(wide, gram, kept, damps, cross=cross)
     check_solved(info[0, 0], choice.held_out, chosen, damp)
     # ⟨W', G W'⟩ is in the error to the share asked for: that to all of it asks for more.
-    error = error[0] - 2 * (1 - share) * (new[0] * asked[kept].mT).sum()
-    left = sums.tokens * offset.square().sum()  # of the energy, held by the mean
-    error = error + (wide.mT * (own + 2 * asked)).sum() + sums.energy - left
+    error = error[0] - 2 * (1 - share) * (new[0] * asked.mT).sum()
+    error = error + beyond + of_target - left
     error += (1 - share) ** 2 * left
     new_bias = None
     if affine:
         start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
         new_bias = start + wide @ mean - new[0] @ mean[kept] + share * offset
-    whole = symmetric(sums.gram) @ wide.mT if affine else own
-    energy = (wide.mT * whole).sum()
     return Solution(
         weight=new[0],
         bias=new_bias,
@@ -218,26 +220,40 @@ class _Normal:
     ``x̃ = x̂ − mean``; a last row, and column, stands for a constant feature 1.
     """
 
+    sums: _Sums
+    mean: Tensor
+    kept: Tensor
     block: Tensor  # Σ x̃_K x̃_Kᵀ, (n + 1, n + 1)
-    right: Tensor  # [Σ x̃_K (W_P x̃_P)ᵀ, Σ x̃_K rᵀ], (n + 1, 2 d_out)
+    removed: Tensor  # Σ x̃_K (W_P x̃_P)ᵀ, (n + 1, d_out)
     energy: Tensor  # Σ |W_P x̃_P + r|²
 
     @classmethod
     def about(cls, mean: Tensor, weight: Tensor, sums: _Sums, kept: Tensor) -> _Normal:
-        d, n = len(mean), len(kept)
+        n = len(kept)
         gram, edge = sums.centred(mean), sums.total - sums.tokens * mean
-        gone = torch.ones(d, dtype=torch.bool, device=gram.device).index_fill_(0, kept, False)
+        gone = torch.ones_like(mean, dtype=torch.bool).index_fill_(0, kept, False)
         block = gram.new_empty(n + 1, n + 1)
-        block[:n, :n] = gram[kept][:, kept]
+        block[:n, :n] = gram[kept[:, None], kept]
         block[n, :n] = block[:n, n] = edge[kept]
         block[n, n] = sums.tokens
         leaving = weight[:, gone].mT
-        removed = torch.cat([gram[:, gone] @ leaving, edge[None, gone] @ leaving])
-        cross = torch.cat([sums.cross - torch.outer(mean, sums.missing), sums.missing[None]])
-        energy = (leaving * (removed + 2 * cross)[:d][gone]).sum() + sums.energy
-        stays = torch.cat([kept, kept.new_tensor([d])])
-        right = torch.cat([removed[stays], cross[stays]], 1)
-        return cls(block, right, energy)
+        every = gram[:, gone] @ leaving
+        del gram
+        asked = 2 * _about(mean, sums, gone)
+        energy = (leaving * (every[gone] + asked)).sum() + sums.energy
+        removed = torch.cat([every[kept], edge[None, gone] @ leaving])
+        return cls(sums, mean, kept, block, removed, energy)
+
+    def shortfall(self) -> Tensor:
+        """Return ``Σ x̃_K rᵀ``, ``(n + 1, d_out)``."""
+        cross = _about(self.mean, self.sums, self.kept)
+        return torch.cat([cross, self.sums.missing[None]])
+
+
+def _about(mean: Tensor, sums: _Sums, features: Tensor) -> Tensor:
+    """Return ``Σ x̃ rᵀ`` of some features."""
+    cross = sums.cross[features]
+    return cross.sub_(torch.outer(mean[features], sums.missing)) if mean.any() else cross
 
 
 def _choose(
@@ -250,17 +266,25 @@ def _choose(
 ) -> Choice:
     """Return the λ and the share of least held-out error, of fits on one fold and the other."""
     means = [sums.means(affine) for sums in folds]
+    # About 0 the equations of a fold serve both to fit and to judge.
+    fitted = [fold if affine else 0 for fold in range(FOLDS)]
+    wide = weight.double()
+    about = {
+        (fold, at): _Normal.about(means[at][0], wide, folds[fold], kept)
+        for fold in range(FOLDS)
+        for at in sorted(set(fitted))
+    }
+    del wide
 
-    @functools.cache
-    def about(fold: int, fitted: int) -> _Normal:
-        return _Normal.about(means[fitted][0], weight, folds[fold], kept)
+    def parabola(fold: int, damp: float) -> Tensor:
+        # What can be made again is not held for both folds.
+        ours, theirs = (about[each, fitted[fold]] for each in (fold, FOLDS - 1 - fold))
+        right = torch.cat([ours.removed, ours.shortfall()], 1)[:-1]
+        wanted = theirs.shortfall().add_(theirs.removed)
+        block, offset = ours.block[:-1, :-1], means[fold][1]
+        return Fit(block, right, offset, theirs.block, wanted, theirs.energy).parabola(damp)
 
-    fits = []
-    for fold, (_, offset) in enumerate(means):
-        # About 0 the equations of a fold serve both to fit and to judge.
-        fitted = fold if affine else 0
-        ours, theirs = about(fold, fitted), about(FOLDS - 1 - fold, fitted)
-        removed, shortfall = theirs.right.split(len(offset), 1)
-        block, right = ours.block[:-1, :-1], ours.right[:-1]
-        fits.append(Fit(block, right, offset, theirs.block, removed + shortfall, theirs.energy))
-    return choose(lambda damp: torch.stack([fit.parabola(damp) for fit in fits]), ladder, *shares)
+    def parabolas(damp: float) -> Tensor:
+        return torch.stack([parabola(fold, damp) for fold in range(FOLDS)])
+
+    return choose(parabolas, ladder, *shares)

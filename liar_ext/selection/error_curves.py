@@ -124,17 +124,18 @@ def error_curve(
     """
     d, units = weight.shape[1], len(order)
     features = torch.arange(d, device=gram.device).view(units, -1)[order.flip(0)].flatten()
-    gram = _arranged(gram, features)
-    mean = gram.diagonal().mean()
-    shift = damp * torch.where(mean > 0, mean, 1.0)
-    eye = torch.eye(d, dtype=gram.dtype, device=gram.device)
-    factor, code = torch.linalg.cholesky_ex(gram + shift * eye)
+    shifted = _arranged(gram, features)
+    mean = shifted.diagonal().mean()
+    shifted.diagonal().add_(damp * torch.where(mean > 0, mean, 1.0))
+    factor, code = torch.linalg.cholesky_ex(shifted)
+    del shifted  # at d = 11,008 each of these is a gigabyte
     if code != 0:
         raise InputError(f"error_curve: damp={damp} leaves the Gram matrix singular; raise it")
     outputs = weight[:, features] @ factor
     inverse = lower_inverse(factor)
-    judge = gram if holdout is None else _arranged(holdout, features)
-    steps = torch.zeros(d, dtype=gram.dtype, device=gram.device)
+    del factor
+    judge = _arranged(gram if holdout is None else holdout, features)
+    steps = torch.zeros(d, dtype=judge.dtype, device=judge.device)
     # Z is lower triangular and the terms are symmetric: a quarter of the products is enough.
     blocks = [slice(start, min(start + ROW_BLOCK, d)) for start in range(0, d, ROW_BLOCK)]
     for index, rows in enumerate(blocks):
@@ -183,4 +184,4 @@ def removal_order(scores: Tensor, groups: int = 1) -> Tensor:
 
 def _arranged(gram: Tensor, features: Tensor) -> Tensor:
     """Return the full float64 matrix over ``features`` from a lower triangle."""
-    return symmetric(gram.double())[features][:, features]
+    return symmetric(gram.double())[features[:, None], features]

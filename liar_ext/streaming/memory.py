@@ -12,14 +12,22 @@ from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.ridge import PAIRED_BYTES
 from liar_ext.reconstruction.settings import WITH_BIAS
 from liar_ext.streaming.block_store import BlockStore
 
 GIB = 2**30
-# Matrices of d × d float64 that a step has at its peak beside the sums, measured at d = 2560 with
-# d_out = 1024 and rounded up: the solve without means and with them, towards a target, an error
-# curve. `obs` has the inverse, what it downdates, and their panels.
-LINEAR, AFFINE, TOWARDS, CURVE, OBS = 4, 7, 9, 8, 6
+# Matrices of float64 that a step has at its peak beside the sums of a site, of d × d and of
+# d × d_out: the peaks that `bench/solve_memory.py` measures, rounded up.
+PEAKS = {
+    "linear": (3.25, 2.5),
+    "affine": (6.25, 2.0),
+    "towards": (3.5, 9.0),
+    "towards, affine": (5.5, 10.0),
+    "curve": (4.0, 2.25),
+    "obs": (4.0, 1.0),
+}
+WORKSPACE = 32 << 20  # what BLAS and the operators have besides
 # Tensors of a block's widest layers that a forward pass has at a time, for one batch.
 ACTIVATIONS = 6
 PATCHES = 1024
@@ -70,14 +78,12 @@ def need_of(
     store: BlockStore, at: Sequence[Site], batches: Sequence[Batch], recipe: Recipe
 ) -> Need:
     """Return what a job needs while hidden states lie on disk."""
-    layerwise = recipe.schedule == "layerwise"
-    solve = AFFINE if recipe.reconstruct in WITH_BIAS or _has_biases(store, at) else LINEAR
-    solve = TOWARDS if layerwise else solve
-    solve = max(solve, CURVE if recipe.allocation == "curve" else 0)
-    solve = max(solve, OBS if recipe.criterion == "obs" else 0)
+    layerwise, steps = recipe.schedule == "layerwise", steps_of(recipe, _has_biases(store, at))
     by_block: dict[int, int] = {}
+    solved: dict[int, int] = {}  # new weights, in float64 until the block is sliced
     for site in at:
         by_block[site.block] = by_block.get(site.block, 0) + bytes_of_sums(site.d_in)
+        solved[site.block] = solved.get(site.block, 0) + 8 * site.d_in * site.d_out
     together = max(by_block.values())
     if layerwise:
         together = max(together, *(bytes_of_sums(site.d_in) + _cross(site) for site in at))
@@ -90,9 +96,29 @@ def need_of(
         outside=resident_bytes(),
         blocks=store.block_bytes * (2 if store.prefetch else 1),
         sums=together,
-        work=solve * 8 * widest**2,
+        work=max(bytes_of_solve(s.d_in, s.d_out, steps) for s in at) + max(solved.values()),
         batch=max(wide, store.head_bytes),
     )
+
+
+def steps_of(recipe: Recipe, biases: bool) -> list[str]:
+    """Return the steps of ``PEAKS`` that a job takes, for consumers with biases or without."""
+    affine = recipe.reconstruct in WITH_BIAS or biases
+    curve, steps = recipe.allocation == "curve", []
+    if recipe.schedule == "layerwise":
+        steps.append("towards, affine" if affine else "towards")
+    if recipe.schedule != "layerwise" or curve:  # whose probes are solved in one pass
+        steps.append("affine" if affine else "linear")
+    steps += ["curve"] if curve else []
+    return steps + (["obs"] if recipe.criterion == "obs" else [])
+
+
+def bytes_of_solve(d_in: int, d_out: int, steps: Sequence[str]) -> int:
+    """Return the bytes that the greediest of some steps has at its peak beside a site's sums."""
+    sizes = (squares * d_in + wide * d_out for squares, wide in map(PEAKS.get, steps))
+    sums = bytes_of_sums(d_in)
+    copies = 2 * sums if sums <= PAIRED_BYTES else 0  # folds side by side take copies
+    return WORKSPACE + int(8 * d_in * max(sizes)) + copies
 
 
 def room_for_states(need: Need, limit: int, reserved: int) -> int:
