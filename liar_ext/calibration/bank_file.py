@@ -25,6 +25,7 @@ from torch import Tensor
 
 from liar_ext.calibration import kept_text
 from liar_ext.calibration.bank_source import check_source
+from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.memory import available_memory
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError, one_line
@@ -227,7 +228,7 @@ def _sums(path: str | os.PathLike[str], file: safe_open, name: str, d: int) -> S
     triangle = torch.ones(d, d, dtype=torch.bool).tril_()
     gram = packed.new_zeros(FOLDS, d, d)
     gram[:, triangle] = packed
-    finite = all(bool(torch.isfinite(part).all()) for part in (packed, total, count))
+    finite = all(all_finite(part) for part in (packed, total, count))
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
         raise refusal(path, f"sums of {name} must be finite, sums of squares and counts not < 0")
     return gram, total, count

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Bar, spare
 from liar_ext.calibration.fingerprints import Seen, fingerprint_of
+from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank, Moments, check_finite, whole
@@ -318,7 +319,7 @@ def check_finite_weights(model: nn.Module) -> None:
 def check_finite_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Raise InputError if one of the tensors, with their names, holds a NaN or an infinity."""
     for name, tensor in tensors:
-        if not torch.isfinite(tensor.detach()).all():
+        if not all_finite(tensor):
             raise InputError(
                 f"calibrate: weights must be finite, got NaN or infinity in {name}; "
                 "the checkpoint is damaged or was converted wrongly"

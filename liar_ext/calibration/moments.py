@@ -12,12 +12,12 @@ from torch import Tensor
 from liar_ext import ops
 from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
 from liar_ext.calibration.bank_source import combine, renumbered
+from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.kept_text import Text
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.ranks import Owners
 
-ROWS = 256  # of a matrix, looked at together
 ROW_BLOCK = 256  # of a triangle that is mirrored
 
 
@@ -190,10 +190,7 @@ class Squares:
 
 def check_finite(*sums: Tensor, at: str = "a site") -> None:
     """Raise InputError if sums over the calibration text, taken ``at`` a site, are not finite."""
-    squares = (square for part in sums for square in (part if part.dim() > 2 else [part]))
-    # By blocks of rows, as torch.isfinite takes a copy.
-    finite = [torch.isfinite(rows).all() for square in squares for rows in square.split(ROWS)]
-    if not bool(torch.stack(finite).all()):
+    if not all(all_finite(part) for part in sums):
         raise InputError(
             f"calibrate: moments must be finite, got a NaN or an infinity in the sums at {at}; "
             "leave the text with the largest activations out, or load the model in float64"

@@ -83,7 +83,7 @@ def need_of(
     solved: dict[int, int] = {}  # new weights, in float64 until the block is sliced
     for site in at:
         by_block[site.block] = by_block.get(site.block, 0) + bytes_of_sums(site.d_in)
-        solved[site.block] = solved.get(site.block, 0) + 8 * site.d_in * site.d_out
+        solved[site.block] = solved.get(site.block, 0) + _new(site)
     together = max(by_block.values())
     if layerwise:
         together = max(together, *(bytes_of_sums(site.d_in) + _cross(site) for site in at))
@@ -96,7 +96,7 @@ def need_of(
         outside=resident_bytes(),
         blocks=store.block_bytes * (2 if store.prefetch else 1),
         sums=together,
-        work=max(bytes_of_solve(s.d_in, s.d_out, steps) for s in at) + max(solved.values()),
+        work=max(bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - _new(s) for s in at),
         batch=max(wide, store.head_bytes),
     )
 
@@ -151,6 +151,10 @@ def resident_bytes(proc: Path = PROC) -> int:
 
 def _cross(site: Site) -> int:
     return FOLDS * 8 * site.d_in * site.d_out
+
+
+def _new(site: Site) -> int:
+    return 8 * site.d_in * site.d_out
 
 
 def sequence_length(batch: Batch) -> int:
