@@ -6,7 +6,14 @@ runs as a process that may take no more than a limit: of a memory control group 
 the shards must be smaller than the limit, as mapping one counts. Memory over time is drawn, and
 the same command without `--max-memory` is run under the same limit, to show that it must fail.
 
-    python bench/out_of_memory.py --out out/out_of_memory
+What docs/scaling.md shows was run by `make out-of-memory` with these in OOM, the first two before
+the bound of a solve counted d x d_out:
+
+    --fixed-damp --runs one-pass
+    --fixed-damp --runs layerwise
+    --hidden 8192 --heads 4 --channels 512 --vocabulary 8000 --samples 2 --seq-len 64 --runs default
+    --hidden 4096 --channels 11008 --blocks 2 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0
+        --fixed-damp --runs one-pass
 """
 
 from __future__ import annotations
