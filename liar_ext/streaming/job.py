@@ -276,8 +276,11 @@ class StreamedJob(Job):
         chosen = {"seed": recipe.seed, "per": per}
         for group in self.clock.each("calibrate", passes):
             with self.clock("score"):
-                find = partial(score, self.model, passes.bank, criterion=recipe.criterion, **chosen)
-                scores |= passes.owners.together(group, find)
+                # No name is left that holds the block's sums while the next ones are made.
+                scores |= passes.owners.together(
+                    group,
+                    partial(score, self.model, passes.bank, criterion=recipe.criterion, **chosen),
+                )
             if probes is not None:
                 with self.clock("allocate"):
                     probes.step(passes, group, scores)

@@ -110,6 +110,8 @@ class SecondWalk:
                 self.rows |= {name: row for name, (_, row) in found.items()}
             weights = {name: given for name, (given, _) in found.items()}
             yield passes.index, weights, lambda: streams
+            found.clear()  # the next block is solved without them
+            weights.clear()
 
     def _layerwise(self) -> Iterator[Step]:
         """Yield the new weights of each block, solved on what the pruned blocks before it give."""

@@ -15,6 +15,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.streaming import memory
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
+from liar_ext.streaming.passes import StreamedPasses
 
 GIB = 2**30
 # Tied and untied heads, stacked and transposed layers, norms after the sums, names that the file
@@ -167,6 +168,28 @@ def test_one_block_is_in_memory_at_a_time(llama, prefetch, tmp_path, monkeypatch
     prune_folder(store, data, tmp_path / "pruned", recipe, max_memory=4 * GIB)
     assert 1 <= most <= 2 + prefetch  # the one before is dropped while the next comes in
     assert all(p.is_meta for n, p in store.model.named_parameters() if "layers" in n)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monkeypatch):
+    """Those of the block before are gone when the next one is summed."""
+    before: list[weakref.ref] = []
+    sums = StreamedPasses._sums
+
+    def watched(self, index, group):
+        assert [each() for each in before] == [None] * len(before)
+        found = sums(self, index, group)
+        before[:] = [weakref.ref(each.gram) for each in found.values()]
+        return found
+
+    def kept(_, index, weights, rows):
+        before.extend(weakref.ref(weight) for weight, _ in weights.values())
+
+    monkeypatch.setattr(StreamedPasses, "_sums", watched)
+    monkeypatch.setattr("liar_ext.streaming.second_walk.keep_block", kept)
+    monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+    by_blocks(llama, batches(tiny("llama"), 3), tmp_path / "pruned", **JOBS[job])
+    assert before
 
 
 def test_weights_are_written_as_they_are_solved(llama, tmp_path, monkeypatch):
