@@ -7,11 +7,12 @@ the shards must be smaller than the limit, as mapping one counts. Memory over ti
 the same command without `--max-memory` is run under the same limit, to show that it must fail.
 
 What docs/scaling.md shows was run by `make out-of-memory` with these in OOM, the first two before
-the bound of a solve counted d x d_out:
+the bound of a solve counted d x d_out; the layerwise one is refused below 1.34 GiB since then:
 
-    --fixed-damp --runs one-pass
-    --fixed-damp --runs layerwise
-    --hidden 8192 --heads 4 --channels 512 --vocabulary 8000 --samples 2 --seq-len 64 --runs default
+    --fixed-damp --limit 1.4 --spare 0.1 --runs one-pass
+    --fixed-damp --limit 1.4 --spare 0.1 --runs layerwise
+    --hidden 8192 --heads 4 --channels 512 --vocabulary 8000 --samples 2 --seq-len 64 --limit 1.4
+        --spare 0.1 --runs default
     --hidden 4096 --channels 11008 --blocks 2 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0
         --fixed-damp --runs one-pass
 """
@@ -268,8 +269,8 @@ def parse() -> argparse.Namespace:
     add("--heads", type=int, help=f"of {HEAD} features; as many as the hidden size has otherwise")
     add("--blocks", type=int, default=48)
     add("--vocabulary", type=int, default=32000)
-    add("--limit", type=float, default=1.4, help="GiB that the process may take")
-    add("--spare", type=float, default=0.1, help="GiB less than that for --max-memory")
+    add("--limit", type=float, default=1.43, help="GiB that the process may take")
+    add("--spare", type=float, default=0.05, help="GiB less than that for --max-memory")
     add("--samples", type=int, default=4)
     add("--seq-len", type=int, default=128)
     add("--batch-size", type=int, default=2)

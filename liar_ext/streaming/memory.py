@@ -115,10 +115,13 @@ def steps_of(recipe: Recipe, biases: bool) -> list[str]:
 
 def bytes_of_solve(d_in: int, d_out: int, steps: Sequence[str]) -> int:
     """Return the bytes that the greediest of some steps has at its peak beside a site's sums."""
-    sizes = (squares * d_in + wide * d_out for squares, wide in map(PEAKS.get, steps))
     sums = bytes_of_sums(d_in)
-    copies = 2 * sums if sums <= PAIRED_BYTES else 0  # folds side by side take copies
-    return WORKSPACE + int(8 * d_in * max(sizes)) + copies
+    copies = 2 * sums if sums <= PAIRED_BYTES else 0  # one pass: folds side by side take copies
+    sizes = (
+        8 * d_in * (squares * d_in + wide * d_out) + copies * (step in ("linear", "affine"))
+        for step, (squares, wide) in ((step, PEAKS[step]) for step in steps)
+    )
+    return WORKSPACE + int(max(sizes))
 
 
 def room_for_states(need: Need, limit: int, reserved: int) -> int:
