@@ -71,35 +71,53 @@ def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
 
 def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) -> list[str]:
     """Return what layers can keep."""
-    budget, lines = recipe.budget, []
-    for kind in recipe.prunable_kinds:
-        some = [site for site in at if site.kind == kind]
-        if not some:
-            continue
-        kept = [len(equal.sites[site.name].kept) for site in some]
-        site, counts = some[0], allowed_counts(some[0], budget)
-        same = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
-        step = site_step(site, budget)
-        steps = f" in steps of {step}" if len(counts) > 1 else ": none can go"
-        free = steps if step > 1 else ""
-        if recipe.allocation != "uniform":
-            whose = "all layers the same number" if recipe.uniform_layers else "each its own number"
-            free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}{steps}"
-        layers = teams_of(some)
-        each = "" if site.expert is None else f"{len(layers[site.team])} experts of "
-        lines.append(
-            f"{kind}: {len(layers)} layers of {each}{site.units} {site.unit.replace('_', ' ')}s; "
-            f"the same fraction everywhere would keep {same}{free}"
-        )
+    lines = [_layers(some, equal, recipe) for some in _alike(at, recipe)]
     if recipe.keep_experts != 1.0:
         count, layers = count_experts_kept(model, recipe.keep_experts), layers_of(model)
         lines.append(f"experts: {count} of {layers[0].experts} in each of {len(layers)} layers")
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
         count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-        step = budget.step(hidden.size, hidden.multiple_of)
+        step = recipe.budget.step(hidden.size, hidden.multiple_of)
         lines.append(f"hidden size: {count} of {hidden.size} features, in steps of {step}")
     return lines
+
+
+def _alike(at: Sequence[Site], recipe: Recipe) -> list[list[Site]]:
+    """Return the sites in groups of one name and size: experts, and what is shared, by themselves.
+
+    The first of a group can stand for all of it.
+    """
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in sorted(at, key=lambda site: recipe.prunable_kinds.index(site.kind)):
+        facts = _what(site), site.expert is None, site.experts, site.units, site.unit, site.d_in
+        groups.setdefault(facts, []).append(site)
+    return list(groups.values())
+
+
+def _what(site: Site) -> str:
+    """Return what a site's name says that it is: attn, cross attn, mlp, or the shared mlp."""
+    parts = [part for part in site.name.split(".") if not part.isdecimal()]
+    return parts[-1].replace("_", " ")
+
+
+def _layers(some: Sequence[Site], equal: Plan, recipe: Recipe) -> str:
+    """Return what the layers can keep whose sites these are, all of one size."""
+    kept = [len(equal.sites[site.name].kept) for site in some]
+    site, counts = some[0], allowed_counts(some[0], recipe.budget)
+    same = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
+    step = site_step(site, recipe.budget)
+    steps = f" in steps of {step}" if len(counts) > 1 else ": none can go"
+    free = steps if step > 1 else ""
+    if recipe.allocation != "uniform":
+        whose = "all layers the same number" if recipe.uniform_layers else "each its own number"
+        free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}{steps}"
+    layers = teams_of(some)
+    each = "" if site.expert is None else f"{len(layers[site.team])} experts of "
+    return (
+        f"{_what(site)}: {len(layers)} layer{'s' * (len(layers) > 1)} of {each}{site.units} "
+        f"{site.unit.replace('_', ' ')}s; the same fraction everywhere would keep {same}{free}"
+    )
 
 
 def _memory(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> list[str]:
@@ -180,10 +198,11 @@ def _solving(
     equal: Plan,
     recipe: Recipe,
 ) -> float:
-    """Return the seconds of all solves and error curves, from one site of each kind."""
+    """Return the seconds of all solves and error curves, from one site of each kind and size."""
     seconds, curve = 0.0, recipe.allocation == "curve"
-    for kind in recipe.prunable_kinds:
-        site = next((site for site in group if site.kind == kind), None)
+    here = {site.name for site in group}
+    for some in _alike(at, recipe):
+        site = next((site for site in some if site.name in here), None)
         if site is None:
             continue
         plan = replace(equal, sites={site.name: equal.sites[site.name]})
@@ -192,9 +211,9 @@ def _solving(
         solve = _seconds(lambda plan=plan: reconstruct(model, bank, plan, mode=recipe.reconstruct))
         each = solve * (1 + curve + recipe.refine)
         if curve:
-            here = [site]
-            each += _seconds(lambda here=here, s=scores: error_curves(model, bank, here, s))
-        seconds += each * sum(other.kind == kind for other in at)
+            one = [site]
+            each += _seconds(lambda one=one, s=scores: error_curves(model, bank, one, s))
+        seconds += each * len(some)
     return seconds
 
 

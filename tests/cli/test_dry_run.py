@@ -114,6 +114,29 @@ def _sites(model):
     return sites(model)
 
 
+OF_MIXTURES = {
+    "qwen2_moe": {
+        "mlp: 1 layer of 4 experts of 16 channels": "8",
+        "shared mlp: 1 layer of 12 channels": "6",
+        "mlp: 1 layer of 24 channels": "12",
+    },
+    "deepseek_v3": {
+        "mlp: 1 layer of 24 channels": "12",
+        "mlp: 2 layers of 4 experts of 16 channels": "8",
+        "shared mlp: 2 layers of 16 channels": "8",
+    },
+}
+
+
+@pytest.mark.parametrize("family", OF_MIXTURES)
+def test_it_tells_experts_from_mlps_that_every_token_passes(family):
+    """Each kind of MLP has a line, with its own size and what it can keep."""
+    recipe = Recipe(keep=0.5, kinds=("mlp",), tile=1)
+    lines = describe(tiny(family), in_folds(tiny(family)), recipe)
+    parts = [line.split("; ") for line in lines if "mlp: " in line]
+    assert {what: keep.rpartition(" ")[2] for what, keep, _ in parts} == OF_MIXTURES[family]
+
+
 def test_it_counts_layers_of_experts():
     lines = describe(tiny("mixtral"), in_folds(tiny("mixtral")), Recipe(keep=0.5, kinds=("mlp",)))
     assert any(line.startswith("mlp: 2 layers of 4 experts of 32 channels; ") for line in lines)
