@@ -23,7 +23,7 @@ from liar_ext.checkpoint.names import (
     QUANTISER_MARKS,
     TOKENIZER_FILES,
 )
-from liar_ext.checkpoint.quietening import quiet
+from liar_ext.checkpoint.quietening import obedient_bar, quiet
 from liar_ext.checkpoint.reading import (
     check_keys,
     read_marked_config,
@@ -221,7 +221,7 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     """Load a causal language model from a GGUF file, dequantised."""
     from transformers import AutoModelForCausalLM
 
-    with reading(path, "load_model"):
+    with obedient_bar(), reading(path, "load_model"):
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False, **kwargs
         )

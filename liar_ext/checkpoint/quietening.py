@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Keep back the progress bars of transformers."""
+    """Keep back the progress bars of transformers; afterwards they are as they were."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()
@@ -41,6 +41,22 @@ def no_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+@contextmanager
+def obedient_bar() -> Iterator[None]:
+    """Let the bar of a GGUF file obey the switch of transformers' other bars, which it ignores."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging as bars
+
+    own = vars(reader).get("tqdm")
+    if own is not None:
+        reader.tqdm = bars.tqdm
+    try:
+        yield
+    finally:
+        if own is not None:
+            reader.tqdm = own
 
 
 def _is_news(record: logging.LogRecord) -> bool:

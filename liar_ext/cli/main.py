@@ -7,7 +7,9 @@ import os
 import select
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.cli import (
     bench,
     calibrate,
@@ -57,13 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     with silence_of_others():
         options = parse(arguments)
-    if getattr(options, "quiet", False):
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
     ranks = join(options)
     try:
-        code, error = _run(options, ranks)
+        with no_bars() if getattr(options, "quiet", False) else nullcontext():
+            code, error = _run(options, ranks)
     except BaseException:
         ranks.tells()  # so that the others don't
         raise

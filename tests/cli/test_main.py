@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from tiny import outputs, tiny
+from transformers.utils.logging import is_progress_bar_enabled
 
 from liar_ext import cli, load_pruned, verify_pruned
+from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
 
 
@@ -256,7 +258,7 @@ def write_gguf(path, model, tokenizer) -> None:
     writer.close()
 
 
-def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path):
+def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path, capfd):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     dense = tiny("llama", **sizes)
     write_gguf(tmp_path / "tiny.gguf", dense, tokenizer)
@@ -266,6 +268,10 @@ def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path):
     assert verify_pruned(out)["agrees"]
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert torch.equal(outputs(load_pruned(out)), outputs(dense))
+    # The bar of its tensors obeys --quiet, and the switch is as it was for the next command.
+    assert "quantizing" not in capfd.readouterr().err and is_progress_bar_enabled()
+    load_model(tmp_path / "tiny.gguf")
+    assert "quantizing" in capfd.readouterr().err
 
 
 def test_a_model_without_tokenizer_is_refused(corpus, tmp_path, capsys):
