@@ -215,11 +215,14 @@ class _Trail:
         known = {*self.writers, *self.norms, *self.aside}.union(*self.read.values())
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
-            if size in parameter.shape and known.isdisjoint((owner, name)):
+            # The rows of a table are looked up by number: no feature of the stream is among them.
+            features = parameter.shape[is_table(self.layers.get(owner, model)) :]
+            if size in features and known.isdisjoint((owner, name)):
                 raise InputError(
-                    f"hidden: {owner} of {type(model).__name__} has {size} features, and the "
-                    "stream of the family doesn't name it; prune the base model, or register a "
-                    "family that fits"
+                    f"hidden: {owner or name} of {type(model).__name__} has {size} features, as "
+                    "many as the stream, and the Stream of the family doesn't name it; prune the "
+                    "base model, or register a family whose Stream names it: as aside if it holds "
+                    "no feature of the stream, else by what it does"
                 )
         for path in set().union(*self.read.values()):
             if (columns := weight_of(self.layers[path]).shape[1]) != size:

@@ -159,6 +159,7 @@ def test_hidden_features_of_electra_that_others_repeat_are_given_back(size, monk
         ("dinov3_vit gated", {}),
         ("siglip_vision_model", {"vision_use_head": False}),
         ("albert one", {}),
+        ("mpnet", {"hidden_size": 32}),  # as many as its buckets of relative positions
     ],
 )
 @torch.no_grad()

@@ -278,3 +278,18 @@ def test_hidden_features_and_units_go_in_any_order(name):
     assert {site.d_out for site in sites(both)} == {len(kept)}
     flops = [site.unit_flops(1) - 4 * site.width * (site.kind == "attn") for site in sites(both)]
     assert flops == [2 * site.unit_weights for site in sites(both)]
+
+
+def test_a_table_of_as_many_rows_as_the_stream_has_features_stays():
+    """MPNet has 32 buckets of relative positions; a hidden size of 32 was refused for them."""
+    model = tiny("mpnet", hidden_size=32)
+    apply_plan(model, Plan("mpnet", "auto", {}, hidden=SitePlan(32, tuple(range(8, 32)))))
+    assert model.encoder.relative_attention_bias.weight.shape == (32, 4)
+    assert outputs(model).shape[-1] == 24
+
+
+def test_a_table_as_wide_as_the_stream_is_refused_by_its_name():
+    model = tiny("llama")
+    model.model.extra = nn.Embedding(7, model.config.hidden_size)
+    with pytest.raises(InputError, match="hidden: model.extra of LlamaFor.* has 40 .* as aside if"):
+        hidden_of(model)
