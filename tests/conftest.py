@@ -93,6 +93,18 @@ def corpus(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(scope="module")
+def quick_workers():
+    """Let the workers of ``verify`` be forked from one process; tests/verification starts them."""
+    import fresh_workers
+
+    from liar_ext.verification import verification
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "subprocess", fresh_workers)
+        yield
+
+
 @pytest.fixture
 def watch_sums(monkeypatch):
     """Give a function that returns the bytes of Gram matrices alive after each `module.collect`."""

@@ -6,6 +6,10 @@ Makes a tiny model and texts in FOLDER under the names that the README has for t
 every `liar` command of its blocks and of its running text, its Python block, and the two ways to
 load that its table names. No network is asked. Nothing of this repository is imported but liar_ext,
 as it is installed: `make check-readme` runs it where there is only the wheel.
+
+The first command is run as it stands. What follows runs in processes that are forked from this one,
+which has imported torch and transformers and does nothing else: they begin without liar_ext, as new
+ones do, and without the seconds that those imports take.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ import shlex
 import string
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
@@ -65,13 +73,58 @@ def commands(text: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def run(words: list[str], where: Path) -> None:
-    """Run a command, print it, and stop at a failure."""
+def run(words: list[str], where: Path, call: Callable[[], object] | None = None) -> None:
+    """Run a command, or a call in a process of its own, print it, and stop at a failure."""
     print("$", " ".join(words), flush=True)
-    done = subprocess.run(words, cwd=where, capture_output=True, text=True, errors="replace")
-    print("\n".join(done.stdout.splitlines()[-3:]), flush=True)
-    if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    if call:
+        code, said = apart(words, where, call)
+    else:
+        done = subprocess.run(words, cwd=where, capture_output=True, text=True, errors="replace")
+        code, said = done.returncode, done.stdout + done.stderr
+    print("\n".join(said.splitlines()[-3:]), flush=True)
+    if code:
+        raise SystemExit(f"exit code {code}\n{said[-6000:]}")
+
+
+def apart(words: list[str], where: Path, call: Callable[[], object]) -> tuple[int, str]:
+    """Return the exit code and the output of a call in a fork, where ``words`` are `sys.argv`."""
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.chdir(where)
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+                sys.argv = words
+                code = call() or 0
+            except SystemExit as error:
+                code = error.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
+
+
+def command() -> int:
+    """Do what the command does."""
+    from liar_ext.cli import main
+
+    return main()
+
+
+def load_without_liar_ext(load: str) -> None:
+    """Load ``folder``, the last of `sys.argv`, by a line of the README."""
+    sys.modules["liar_ext"] = None
+    from transformers import AutoModelForCausalLM
+
+    names = {"AutoModelForCausalLM": AutoModelForCausalLM, "folder": sys.argv[-1]}
+    print(eval(f"AutoModelForCausalLM.{load}", names).num_parameters(), "parameters")
 
 
 def main() -> None:
@@ -81,30 +134,28 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
     os.environ.pop("PYTHONPATH", None)
-    make_model(folder / "MODEL")
-    make_model(folder / HUB)
+    import_module("transformers.models.llama.modeling_llama")
+    run(["make", "MODEL"], folder, lambda: make_model(folder / "MODEL"))
+    run(["make", HUB], folder, lambda: make_model(folder / HUB))
     make_texts(folder)
     text = README.read_text(encoding="utf-8")
     liar = str(Path(sys.executable).with_name("liar"))
     lines = commands(text)
     assert len(lines) >= 4, lines
-    for line in lines:
+    for at, line in enumerate(lines):
         words = shlex.split(line.split("#")[0])
-        run([liar, *words[1:]], folder)
+        run([liar, *words[1:]], folder, command if at else None)
     loads = re.findall(r"from_pretrained\(folder.*?\)", text)
     assert len(loads) == 2 and "trust_remote_code=True" in loads[1], loads
     # Without liar_ext, as the table says; equal layers first.
     options = ["--calibration", "text.jsonl", "--uniform-layers", "--out", "equal/", "--quiet"]
-    run([liar, "prune", "MODEL", *options], folder)
+    run([liar, "prune", "MODEL", *options], folder, command)
     for name, load in zip(("equal", "pruned"), loads, strict=True):
-        code = "import sys; sys.modules['liar_ext'] = None; folder = sys.argv[1]\n"
-        code += "from transformers import AutoModelForCausalLM\n"
-        code += f"print(AutoModelForCausalLM.{load}.num_parameters(), 'parameters')"
-        run([sys.executable, "-c", code, name], folder)
+        run(["load", load, name], folder, lambda load=load: load_without_liar_ext(load))
     (folder / "pruned").rename(folder / "by-command")
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    run([sys.executable, "-c", block], folder)
-    run([liar, "verify", "pruned/"], folder)
+    run(["the block of Python"], folder, lambda: exec(block, {"__name__": "__main__"}))
+    run([liar, "verify", "pruned/"], folder, command)
     print("every line of the README runs")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import resource
-import subprocess
-import sys
 
 import pytest
 import transformers
+from reliability.outcome import in_child
 
 from liar_ext import cli, verify_pruned
 from liar_ext.cli.replan import compare
+from liar_ext.export import gguf
 from liar_ext.export.record import read_record
 from liar_ext.report.report import REPORT_JSON
 
@@ -89,24 +91,19 @@ def test_reports_that_are_damaged_are_compared_as_far_as_they_go():
 
 
 @pytest.mark.parametrize("to", ["gguf", "uniform"])
-def test_a_full_disk_leaves_nothing_behind(to, pruned, tmp_path):
-    def small_files():
+def test_a_full_disk_leaves_nothing_behind(to, pruned, tmp_path, monkeypatch):
+    # The tokenizer of the tiny models has no GGUF form.
+    monkeypatch.setattr(gguf, "add_tokenizer", lambda *_: [])
+
+    def export_to_a_small_disk() -> tuple[int, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = run(pruned, "--to", to, "-o", tmp_path / "out")
+        return code, said.getvalue()
 
-    command = [sys.executable, "-c", FULL, "export", str(pruned), "--to", to]
-    command += ["-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
-    assert done.returncode == 2, done.stderr
-    assert "can't write" in done.stderr and "nothing was left behind" in done.stderr
+    kind, answer, _ = in_child(export_to_a_small_disk)
+    assert kind == "value", answer
+    code, said = answer
+    assert code == 2 and "can't write" in said and "nothing was left behind" in said
     assert list(tmp_path.iterdir()) == []
-
-
-# The tokenizer of the tiny models has no GGUF form.
-FULL = """
-import signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from liar_ext import cli
-from liar_ext.export import gguf
-gguf.add_tokenizer = lambda *args: []
-sys.exit(cli.main(sys.argv[1:]))
-"""

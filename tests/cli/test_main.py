@@ -14,6 +14,8 @@ from liar_ext import cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 
 @pytest.fixture(scope="module")
 def pruned(llama_folder, corpus, tmp_path_factory):

@@ -26,7 +26,8 @@ from liar_ext.models.sites import (
     why_whole,
 )
 
-STREAMS = [name for name in DECODERS if FAMILIES[tiny(name).config.model_type].stream]
+CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}
+STREAMS = [name for name, config in CONFIGS.items() if FAMILIES[config.model_type].stream]
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,22 +38,25 @@ def data(tmp_path_factory, tokenizer):
     return folder
 
 
-def run(data: Path, out: Path, *more: str) -> list[dict]:
-    """Run the script; return the rows that its file has."""
+@pytest.fixture
+def run(data, monkeypatch):
+    """Give a function that runs the script and returns the rows that its file has."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import encoders
+
     tasks = [word for name in ("stsb", "sst2", "news") for word in (f"--{name}", data / name)]
-    command = [sys.executable, ROOT / "bench" / "encoders.py", data / "encoder", *tasks]
-    subprocess.run(
-        [*map(str, command), "--keep", "0.5", "--samples", "4", "--out", str(out), *more],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    return json.loads((out / "encoders.json").read_text())
+
+    def run(out: Path, *more: str) -> list[dict]:
+        line = ["encoders.py", data / "encoder", *tasks, "--keep", "0.5", "--samples", "4"]
+        monkeypatch.setattr(sys, "argv", [*map(str, line), "--out", str(out), *more])
+        encoders.main()
+        return json.loads((out / "encoders.json").read_text())
+
+    return run
 
 
-def test_every_task_has_its_rows_and_a_second_run_makes_what_is_missing(data, tmp_path):
-    rows = run(data, tmp_path, "--seeds", "0", "--keep-hidden", "0.5")
+def test_every_task_has_its_rows_and_a_second_run_makes_what_is_missing(run, tmp_path):
+    rows = run(tmp_path, "--seeds", "0", "--keep-hidden", "0.5")
     judged = {(row["task"], row["calibration"]) for row in rows if row["method"] == "default"}
     sentences = {
         (task, calibration)
@@ -69,17 +70,15 @@ def test_every_task_has_its_rows_and_a_second_run_makes_what_is_missing(data, tm
     assert all(row["keep"] <= 0.5 and row["tokens"] >= 512 for row in pruned)
     kept = {(row["task"], row["dense"]) for row in rows}
     assert len(kept) == 3  # each task has one figure of the dense model
-    again = run(data, tmp_path, "--seeds", "0", "1", "--keep-hidden", "0.5")
+    again = run(tmp_path, "--seeds", "0", "1", "--keep-hidden", "0.5")
     assert again[: len(rows)] == rows and len(again) == len(rows) + len(pruned)
     assert {row["seed"] for row in again[len(rows) :]} == {1}
 
 
-def test_calibration_and_judging_share_no_article(data):
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        from encoder_tasks import news_apart
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
+def test_calibration_and_judging_share_no_article(data, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from encoder_tasks import news_apart
+
     (rest, test), (same, dev) = (news_apart(data / "news", judge) for judge in ("test", "dev"))
     assert rest == same and len(rest) + len(test) + len(dev) == 60
     parts = {part for article in rest for part in article.split("\n\n")}

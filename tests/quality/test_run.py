@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from bench.quality.options import parse
 from bench.quality.record import Record
 from bench.quality.run import estimate, run
 
-ROOT = Path(__file__).parents[2]
 METHODS = ("liar", "wifv+global+bias", "liar+layerwise")
 NAMES = ("web", "code")
 
@@ -55,15 +54,25 @@ def arguments(llama_folder, tmp_path):
     ]
 
 
-def start(arguments: list[str], out: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bench.quality", *arguments, "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(arguments: list[str], out: Path) -> int:
+    """Run the bench in a fork, and return its process."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            said = os.open(f"{out}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for stream in (1, 2):
+                os.dup2(said, stream)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+            run(parse([*arguments, "--out", str(out)]))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return process
 
 
 def rows_of(out: Path) -> list[dict]:
@@ -72,22 +81,20 @@ def rows_of(out: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_and_gives_the_same_rows(arguments, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(arguments, killed)
     kept = killed / "quality.json"
-    while process.poll() is None and not (kept.exists() and len(rows_of(killed)) > 2):
+    while not (kept.exists() and len(rows_of(killed)) > 2):
+        assert os.waitpid(process, os.WNOHANG) == (0, 0), Path(f"{killed}.said").read_text()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL  # or it had finished
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     before = rows_of(killed)
     assert 2 < len(before) < 13
-    process = start(arguments, killed)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-    run(parse([*arguments, "--out", str(whole)]))
+    for out in (killed, whole):
+        code = os.waitpid(start(arguments, out), 0)[1]
+        assert code == 0, Path(f"{out}.said").read_text()
     after = rows_of(killed)
     assert after[: len(before)] == before and after == rows_of(whole)
     assert len(after) == 1 + len(METHODS) * 2 * 2
