@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
@@ -270,14 +270,21 @@ def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
 
 
 def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
-    """Return shapes of parameters and numbers of one module that differ from the stock one's."""
+    """Return shapes of what one module saves, and numbers, that differ from the stock one's."""
+    stock = _saved(theirs)
     sizes = {
         name: list(value.shape)
-        for name, value in ours._parameters.items()
-        if value is not None
-        and (theirs._parameters.get(name) is None or theirs._parameters[name].shape != value.shape)
+        for name, value in _saved(ours).items()
+        if name not in stock or stock[name].shape != value.shape
     }
     return sizes | dict(_numbers(ours, theirs))
+
+
+def _saved(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module itself that its state dict holds."""
+    both = {**module._parameters, **module._buffers}
+    dropped = module._non_persistent_buffers_set
+    return {n: value for n, value in both.items() if value is not None and n not in dropped}
 
 
 def _numbers(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -7,8 +7,8 @@ liar_ext writes this file into the folders of such models, so that they load wit
 The class of transformers that is asked for is built; then, before any weight is read, its modules
 get the sizes that ``liar`` in config.json names, by their path in the base model::
 
-    modules       the shape of a parameter, or a number that a module keeps, by name; one that it
-                  reads from its config by ``config.`` and the name
+    modules       the shape of a parameter or buffer, or a number that a module keeps, by name; one
+                  that it reads from its config by ``config.`` and the name
     head          the same outside of the base model; only of the class that was saved
     head_inputs   [position, keyword, heads]: an argument of forward that has one slice per head of
                   the dense model, of which those of the heads that are left are taken; no heads:
@@ -94,6 +94,8 @@ def _set_sizes(path: str, module: nn.Module, sizes: dict[str, Any]) -> None:
     for name, size in sizes.items():
         if name in module._parameters:
             setattr(module, name, _resized(f"{path}.{name}", module, name, size))
+        elif isinstance(module._buffers.get(name), torch.Tensor):
+            setattr(module, name, _part(f"{path}.{name}", module._buffers[name], size))
         elif name.startswith("config.") and hasattr(module, "config"):
             set_config_number(module, name.removeprefix("config."), size)
         elif isinstance(getattr(module, name, None), int | float | tuple):
@@ -110,13 +112,17 @@ def _resized(path: str, module: nn.Module, name: str, shape: list[int]) -> nn.Pa
     old = module._parameters[name]
     if old is None:
         return nn.Parameter(module.weight.new_zeros(shape))
+    return nn.Parameter(_part(path, old, shape), requires_grad=old.requires_grad)
+
+
+def _part(path: str, old: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Return the first rows and columns of a tensor, in memory of their own."""
     if len(shape) != old.ndim or any(n > most for n, most in zip(shape, old.shape, strict=True)):
         raise ValueError(
             f"config.json names the shape {shape} for {path}, the dense model has "
             f"{list(old.shape)}: the folder is damaged"
         )
-    part = old.detach()[tuple(slice(n) for n in shape)].clone()
-    return nn.Parameter(part, requires_grad=old.requires_grad)
+    return old.detach()[tuple(slice(n) for n in shape)].clone()
 
 
 class LayerConfig:

@@ -117,6 +117,24 @@ def test_tokens_are_sent_anew_as_the_router_without_some_experts_sends_them(name
     torch.testing.assert_close(weights.gather(1, order), expected.gather(1, other))
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "dots1", "glm4_moe", "lfm2_moe"])
+def test_a_bias_of_the_choice_is_as_long_as_its_layer_has_experts(name: str, tmp_path) -> None:
+    """It is a buffer, which no config sizes by the layer."""
+    model = with_choice(name)
+    last = [site for site in sites(model) if site.expert is not None][-1].team
+    plan = Plan(model.config.model_type, "auto", {}, experts={last: SitePlan(4, (0, 2, 3))})
+    apply_plan(model, plan)
+    save_pruned(model, tmp_path / "pruned", plan)
+    auto = transformers.AutoModelForCausalLM
+    for loaded in (
+        load_pruned(tmp_path / "pruned"),
+        auto.from_pretrained(tmp_path / "pruned", trust_remote_code=True),
+    ):
+        torch.testing.assert_close(outputs(loaded), outputs(model))
+        biases = [b for n, b in loaded.named_buffers() if n.endswith("bias")]
+        assert [len(bias) for bias in biases] == [4, 3]
+
+
 def test_experts_that_are_chosen_by_groups_stay() -> None:
     model = tiny("deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2)
     with pytest.raises(InputError, match="chooses among 4 groups"):
