@@ -28,7 +28,9 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
     mark = fields.get("liar")
     if mark is None:
         raise InputError(
-            f"load_pruned: {folder} isn't a pruned model; load it with plain transformers"
+            f"load_pruned: {folder} isn't a pruned model that says so; load it with plain "
+            "transformers. If apply_plan had sliced it, save it again with save_pruned(model, "
+            "folder, plan): save_pretrained alone writes the dense sizes into config.json"
         )
     mark = mark if isinstance(mark, Mapping) else {"version": mark}
     version = mark.get("version")

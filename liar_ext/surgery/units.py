@@ -42,7 +42,10 @@ def apply_plan(
     """Remove from a model what the plan doesn't keep, in place.
 
     Everything is checked before anything changes, so that an error leaves the model as it was.
-    New parameters keep dtype, device and ``requires_grad``; the model's config isn't touched.
+    New parameters keep dtype, device and ``requires_grad``; the model's config isn't touched, and
+    says the dense sizes. So save the model with :func:`liar_ext.save_pruned`, which writes the new
+    ones: a folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
+    every loader. :func:`liar_ext.prune` describes its model, which ``save_pretrained`` then saves.
 
     Parameters
     ----------
