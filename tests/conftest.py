@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # Files that take a minute or more.
-LONG = ("test_simulated_gpu.py", "test_decoder_families.py", "test_ops.py", "test_wheel.py")
+LONG = (
+    *("test_simulated_gpu.py", "test_decoder_families.py", "test_ops.py", "test_wheel.py"),
+    *("test_ranks.py", "test_encoder_families.py"),
+)
 
 
 def pytest_collection_modifyitems(items):

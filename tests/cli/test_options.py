@@ -127,20 +127,26 @@ def test_every_subcommand_has_help(capsys):
         assert stop.value.code == 0 and f"liar {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["liar_ext", "liar_ext.cli"])
-def test_version_and_a_passive_wait_policy(module):
+@pytest.mark.parametrize(
+    ("module", "policy", "spins"),
+    [
+        ("liar_ext", None, "'0'"),
+        ("liar_ext.cli", None, "'0'"),
+        ("liar_ext", "active", "'30000000000'"),
+    ],
+)
+def test_version_and_a_passive_wait_policy(module, policy, spins):
     """The policy must be there before torch loads OpenMP, which shows it when it is asked to."""
-    for policy, spins in ((None, "'0'"), ("active", "'30000000000'")):
-        environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
-        environment.pop("OMP_WAIT_POLICY", None)
-        if policy:
-            environment["OMP_WAIT_POLICY"] = policy
-        command = [sys.executable, "-m", module, "--version"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0 and done.stdout.startswith("liar_ext 0.")
-        shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
-        assert all(line.endswith(f"= {spins}") for line in shown), shown
-        assert shown or sys.platform != "linux"
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    if policy:
+        environment["OMP_WAIT_POLICY"] = policy
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("liar_ext 0.")
+    shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
+    assert all(line.endswith(f"= {spins}") for line in shown), shown
+    assert shown or sys.platform != "linux"
 
 
 def test_other_processes_keep_their_environment():
