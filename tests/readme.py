@@ -45,8 +45,8 @@ def make_model(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]"
     )
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 128}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 4096}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), **sizes, **heads))
     model.save_pretrained(folder)
