@@ -128,7 +128,7 @@ def test_a_family_is_pruned_as_on_the_cpu(family):
     assert_as_on_the_cpu(family=family, allocation="uniform")
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt_neox", "bert", "mpnet"])
+@pytest.mark.parametrize("family", ["opt", "mpnet"])  # norms before, and after the sum
 def test_a_family_is_narrowed_as_on_the_cpu(family):
     assert_as_on_the_cpu(family=family, allocation="uniform", keep_hidden=0.75)
 
@@ -217,7 +217,7 @@ def test_the_calls_of_the_bench(bench):
     assert sum("ours" in row["way"] for row in rows) == 14
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", "auto"])
+@pytest.mark.parametrize("device", ["cuda:1", "auto"])
 def test_the_command_on_a_device(device, llama_folder, corpus, tmp_path, capsys, monkeypatch):
     def run(*arguments) -> str:
         assert cli.main([*map(str, arguments), "--device", device]) == 0
