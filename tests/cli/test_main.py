@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from tiny import outputs, tiny
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
 from liar_ext import cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
@@ -265,6 +265,7 @@ def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path, capf
     dense = tiny("llama", **sizes)
     write_gguf(tmp_path / "tiny.gguf", dense, tokenizer)
     out = tmp_path / "out"
+    enable_progress_bar()
     arguments = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--quiet")
     assert run("prune", tmp_path / "tiny.gguf", *arguments, "--keep", 1, "--out", out) == 0
     assert verify_pruned(out)["agrees"]
