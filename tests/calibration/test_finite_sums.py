@@ -28,6 +28,14 @@ def test_one_value_is_seen_wherever_it_is(dtype, bad):
     assert not all_finite(large) and not all_finite(large.T) and all_finite(large[:-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_what_has_no_order_in_torch_is_looked_at_too(dtype):
+    values = torch.ones(3, 2).to(dtype)
+    spoilt = values.clone()
+    spoilt[1, 1] = complex(0, math.inf) if dtype.is_complex else math.nan
+    assert all_finite(values) and all_finite(values.conj()) and not all_finite(spoilt)
+
+
 def test_no_values_are_finite():
     assert all_finite(torch.empty(0, 4))
     assert all_finite(torch.tensor([1, 2]))
