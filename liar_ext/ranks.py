@@ -35,6 +35,11 @@ MOST_AT_ONCE = 1 << 30  # bytes of one message
 Value = TypeVar("Value")
 
 
+def launched() -> bool:
+    """Tell whether torchrun started this process."""
+    return all(name in os.environ for name in ENVIRONMENT)
+
+
 class Named(Protocol):
     """A site, of which only the name counts here."""
 
@@ -87,7 +92,7 @@ class Ranks:
         RankLost
             If another rank, or what started them, ends before all have met.
         """
-        if not all(name in os.environ for name in ENVIRONMENT):
+        if not launched():
             return cls()
         count = int(os.environ["WORLD_SIZE"])
         if count == 1:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, redirect_stderr
 import torch
 
 from liar_ext.errors import InputError
-from liar_ext.ranks import RankLost, Ranks
+from liar_ext.ranks import RankLost, Ranks, launched
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
 PAUSE = 0.2  # seconds between two looks for the process that started this one
@@ -45,6 +45,9 @@ def join(options: argparse.Namespace) -> Ranks:
     SystemExit
         With 3, after a line that says so, if they can't meet.
     """
+    if not launched():
+        options.ranks = Ranks()
+        return options.ranks
     met = threading.Event()
     threading.Thread(target=_watch_parent, args=(options, met, os.getppid()), daemon=True).start()
     try:
