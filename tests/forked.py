@@ -1,4 +1,4 @@
-"""Ranks without torchrun: forks of this process, which has imported everything already."""
+"""Forks of this process, which has imported everything already: ranks without torchrun, too."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch.distributed import TCPStore
@@ -26,30 +27,44 @@ def start(count: int, call: Callable[[int], int | None], folder: Path) -> list[i
     given = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": STORES[-1].port}
     given["CUDA_VISIBLE_DEVICES"] = ""  # a fork can't use a GPU
     given["TORCHELASTIC_USE_AGENT_STORE"] = True  # as torchrun, this process has the store
-    processes = []
-    for rank in range(count):
-        process = os.fork()
-        if process == 0:
-            code = 99
-            try:
-                tqdm.set_lock(threading.RLock())  # that of the parent may be taken
-                os.environ |= {name: str(value) for name, value in given.items()}
-                os.environ |= {"RANK": str(rank), "MASTER_ADDR": "localhost"}
-                for stream, name in ((1, "out"), (2, "err")):
-                    to = os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                    os.dup2(to, stream)
-                sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-                code = call(rank) or 0
-            except SystemExit as error:
-                code = error.code
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        processes.append(process)
-    return processes
+
+    def rank_of(rank: int) -> int | None:
+        os.environ |= {name: str(value) for name, value in given.items()}
+        os.environ |= {"RANK": str(rank), "MASTER_ADDR": "localhost"}
+        return call(rank)
+
+    return [
+        fork(partial(rank_of, rank), folder / f"out{rank}", folder / f"err{rank}")
+        for rank in range(count)
+    ]
+
+
+def fork(call: Callable[[], int | None], out: Path, err: Path) -> int:
+    """Return the process of a fork, which prints to files and ends with what the call returns."""
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        tqdm.set_lock(threading.RLock())  # that of the parent may be taken
+        print_to(out, err)
+        code = call() or 0
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def print_to(out: Path, err: Path) -> None:
+    """Let this process print into files, or one."""
+    for stream, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def wait(processes: list[int]) -> list[int]:

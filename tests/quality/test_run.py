@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -56,23 +55,8 @@ def arguments(llama_folder, tmp_path):
 
 def start(arguments: list[str], out: Path) -> int:
     """Run the bench in a fork, and return its process."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            said = os.open(f"{out}.said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(said, stream)
-            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-            run(parse([*arguments, "--out", str(out)]))
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return process
+    said = Path(f"{out}.said")
+    return forked.fork(lambda: run(parse([*arguments, "--out", str(out)])), said, said)
 
 
 def rows_of(out: Path) -> list[dict]:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from forked import print_to
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
@@ -125,7 +126,7 @@ class _Launched:
         if self.process == 0:
             try:
                 (folder / "launcher").write_text(str(os.getpid()))
-                _say_to(folder / "torchrun")
+                print_to(folder / "torchrun", folder / "torchrun")
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 given = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=job"]
                 given += [f"--nproc-per-node={ranks}", f"--log-dir={folder}/logs", "liar"]
@@ -200,7 +201,7 @@ def _rank(words: list[str], folder: Path) -> None:
         signal.signal(each, signal.SIG_DFL)
     LIBC.prctl(PDEATHSIG, 0, 0, 0, 0)
     rank, launcher = os.environ["RANK"], int((folder / "launcher").read_text())
-    _say_to(folder / f"said{rank}")
+    print_to(folder / f"said{rank}", folder / f"said{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _always_saving()
     join = Ranks.join
@@ -237,14 +238,6 @@ def _end_after(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(0.01)
     os._exit(0)
-
-
-def _say_to(path: Path) -> None:
-    """Let this process print into a file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _parent(process: int) -> int:
