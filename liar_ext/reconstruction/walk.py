@@ -246,8 +246,8 @@ class Walk:
             return solve_where_it_fits(drop, *given, features)
         if sums.shortfall is None:
             return solve_where_it_fits(solve, *given, features, **choices)
-        given, choices["shares"] = (*given, sums.shortfall), SHARES[self.target]
-        return solve_where_it_fits(solve_towards, *given, features, **choices)
+        choices["shares"] = SHARES[self.target]
+        return solve_where_it_fits(solve_towards, *given, sums.shortfall, features, **choices)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""

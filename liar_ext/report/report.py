@@ -168,10 +168,10 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
         warnings.append(
             f"The GPU had no memory to solve {_first(moved)} ({len(moved)} sites), so the CPU did."
         )
-    starved = [row.name for row in rows if BY_BLOCKS in row.path]
-    if starved:
+    cramped = [row.name for row in rows if BY_BLOCKS in row.path]
+    if cramped:
         warnings.append(
-            f"An allocation failed in the solve of {_first(starved)} ({len(starved)} sites), so it "
+            f"An allocation failed in the solve of {_first(cramped)} ({len(cramped)} sites), so it "
             "was done by blocks, in a file, more slowly: give more memory."
         )
     if any(row.target != "dense-input" for row in pruned):
