@@ -30,6 +30,22 @@ SHAPES = {
 }
 
 
+def random_llama(shape: str, layers: int | None = None) -> LlamaForCausalLM:
+    """Return a Llama of a model's shape with random weights, of some of its layers or all."""
+    depth, hidden, channels, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=channels,
+        num_hidden_layers=layers or depth,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -41,19 +57,8 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8, help="what stays of each site (0.8)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    layers, hidden, channels, heads, kv_heads, vocabulary = SHAPES[options.shape]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=channels,
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, vocabulary, (options.sequences, LENGTH))
+    layers, model = SHAPES[options.shape][0], random_llama(options.shape, options.layers)
+    ids = torch.randint(0, model.config.vocab_size, (options.sequences, LENGTH))
     batches = [{"input_ids": rows, "fold": torch.arange(len(rows)) % 2} for rows in ids.split(4)]
     spent, rows = timed(model, batches, options.keep)
 
