@@ -76,7 +76,7 @@ def measure(kind: str, d: int, outputs: int) -> int:
 def curve(weight: Tensor, moments: Moments) -> Tensor:
     """Return the error curve of one fold, judged on the other."""
     order = torch.arange(moments.d_in)
-    return error_curve(weight.double(), moments.gram[0], order, 0.01, holdout=moments.gram[1])
+    return error_curve(weight.double(), moments.gram[0], order, 0.01, moments.gram[1])
 
 
 def peak() -> int:

@@ -36,8 +36,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def solving(site: str) -> Iterator[None]:
-    """Let an allocation that fails in the solve of a site say which one it was."""
+def solving(site: str, operation: str = "reconstruct", work: str = "solve") -> Iterator[None]:
+    """Let an allocation that fails in the solve of a site, or other work, say which one it was."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -45,4 +45,4 @@ def solving(site: str) -> Iterator[None]:
             raise
         # torch says first which check failed, and last which process holds what.
         said = ". ".join(one_line(error).split("err == 0. ")[-1].split(". ")[:2])
-        raise MemoryError(f"reconstruct: out of memory in the solve of {site}: {said}") from error
+        raise MemoryError(f"{operation}: out of memory in the {work} of {site}: {said}") from error

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from bench.scaling.shapes import TRIED, WIDTH, Settings, Shape, groups_of
 from liar_ext.data.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_TOKENS
-from liar_ext.reconstruction.ladder import ROW_BLOCK as LADDER_BLOCK
-from liar_ext.selection.error_curves import ROW_BLOCK
+from liar_ext.reconstruction.ladder import ROW_BLOCK
+from liar_ext.selection.error_curves import PANEL
 from liar_ext.selection.sensitivity import POSITIONS
 
 SEQUENCES, SITES, ALONE = "sequences", "sites", "alone"
@@ -112,34 +112,48 @@ def calibration(shape: Shape, settings: Settings) -> Iterator[Work]:
 def curves(shape: Shape, settings: Settings) -> Work:
     """Count :func:`liar_ext.selection.error_curves.error_curve`, on both folds of every site.
 
-    ``d³/3`` to factor, ``2/3 d³`` to invert the factor L by halves, ``2 d² h`` for W L with h
-    outputs; then by blocks Z G Zᵀ and YᵀY up to their diagonal, some ``d³ + d² h``.
+    ``d³/3`` to factor, as many to invert the factor L, ``d² h`` for W L with h outputs; then by
+    blocks Z G Zᵀ and YᵀY up to their diagonal, some ``d³ + d² h``.
     """
     work = Work("error curves", SITES)
     for d in shape.features.values():
-        stops = [min(start + ROW_BLOCK, d) for start in range(0, d, ROW_BLOCK)]
-        rows = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
-        blocks = list(zip(rows, stops, strict=True))
-        triangle = sum(2 * b * stop**2 for b, stop in blocks)
-        for index, (b, _) in enumerate(blocks):
-            triangle += sum(2 * b * c * (end + shape.hidden) for c, end in blocks[: index + 1])
-        inverse = inverted(d)
-        inverse["product"] += 2 * shape.hidden * d**2 + triangle
-        inverse["cholesky"] += d**3 / 3
-        for kind, count in inverse.items():
+        blocks = list(blocks_of(d))
+        counted = factored(d) + inverted(d)
+        counted["product"] += sum(2 * shape.hidden * (d - start) * b for start, b in blocks)
+        counted["product"] += sum(2 * b * (start + b) ** 2 for start, b in blocks)
+        for index, (_, b) in enumerate(blocks):
+            terms = sum(2 * b * c * (at + c + shape.hidden) for at, c in blocks[: index + 1])
+            counted["product"] += terms
+        for kind, count in counted.items():
             work.operations[kind] += FOLDS * shape.layers * count
     return work
 
 
-def inverted(d: int) -> Counter:
-    """Count :func:`liar_ext.selection.error_curves.lower_inverse`: two products at every halving.
+def blocks_of(n: int, size: int = ROW_BLOCK) -> Iterator[tuple[int, int]]:
+    """Yield where blocks of n rows start, and how many rows they have."""
+    return ((start, min(size, n - start)) for start in range(0, n, size))
 
-    Down to a block of rows, whose inverse is a triangular solve of ``d³``.
+
+def factored(n: int) -> Counter:
+    """Count :func:`liar_ext.reconstruction.ladder.factor_in_place`, ``n³/3``.
+
+    What isn't products is the blocks on the diagonal and the triangular solves below them.
     """
-    if d <= ROW_BLOCK:
-        return Counter(cholesky=d**3)
-    a, c = d // 2, d - d // 2
-    return inverted(a) + inverted(c) + Counter(product=2 * a * c * (a + c))
+    total: Counter = Counter()
+    for start, b in blocks_of(n):
+        total += Counter(product=2 * (n - start) * b * start)
+        total += Counter(cholesky=b**3 / 3 + (n - start - b) * b**2)
+    return total
+
+
+def inverted(d: int) -> Counter:
+    """Count :func:`liar_ext.selection.error_curves.invert_in_place`, by rows and their panels."""
+    total: Counter = Counter()
+    for start, b in blocks_of(d):
+        panels = blocks_of(start, PANEL)
+        total += Counter(product=sum(2 * b * (start - at + b) * width for at, width in panels))
+        total += Counter(cholesky=b**3)
+    return total
 
 
 def solved(d: int, n: int, h: int, ladder: int, held_out: bool, dense: bool = False) -> Counter:
@@ -243,23 +257,14 @@ def towards(d: int, n: int, h: int, tried: float) -> Counter:
 
 
 def parabola(n: int, h: int) -> Counter:
-    """Count the held-out errors of one λ: a factor, 2 h columns solved twice, and their products.
-
-    Of the factor, ``n³/3``, what isn't products is the blocks on the diagonal and the triangular
-    solves below them.
-    """
-    total = Counter(product=half(n + 1, 2 * h)) + substituted(n, 2 * h) + substituted(n, 2 * h)
-    for start in range(0, n, LADDER_BLOCK):
-        stop = min(start + LADDER_BLOCK, n)
-        b = stop - start
-        total += Counter(product=2 * (n - start) * b * start)
-        total += Counter(cholesky=b**3 / 3 + (n - stop) * b**2)
-    return total
+    """Count the held-out errors of one λ: a factor, 2 h columns solved twice, their products."""
+    products = Counter(product=half(n + 1, 2 * h))
+    return products + factored(n) + substituted(n, 2 * h) + substituted(n, 2 * h)
 
 
 def substituted(n: int, columns: int) -> Counter:
     """Count :func:`liar_ext.reconstruction.ladder.substitute`: a product at every halving."""
-    if n <= LADDER_BLOCK:
+    if n <= ROW_BLOCK:
         return Counter(cholesky=n**2 * columns)
     a, c = n // 2, n - n // 2
     products = Counter(product=2 * a * c * columns)
@@ -268,9 +273,7 @@ def substituted(n: int, columns: int) -> Counter:
 
 def half(n: int, columns: int) -> int:
     """Count :func:`liar_ext.reconstruction.ladder.half_product`: the blocks up to the diagonal."""
-    starts = range(0, n, LADDER_BLOCK)
-    rows = [(min(start + LADDER_BLOCK, n) - start, start) for start in starts]
-    return sum(2 * b * (b + start) * columns for b, start in rows)
+    return sum(2 * b * (b + start) * columns for start, b in blocks_of(n))
 
 
 def one_pass(shape: Shape, settings: Settings) -> Work:

@@ -239,7 +239,7 @@ class Job:
                 scores |= find_scores(*given, group, progress=self.progress)
             if self.recipe.allocation == "curve":
                 with self.clock("allocate"):
-                    shown = {"saved": self.saved, "progress": self.progress}
+                    shown = {"saved": self.saved, "progress": self.progress, "notes": self.notes}
                     found = find_losses(*given, group, scores, **shown)
                     losses |= found[0]
                     self.sensitivities |= found[1]

@@ -52,17 +52,19 @@ def find_losses(
     *,
     saved: Progress | None = None,
     progress: bool = False,
+    notes: list[str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the losses of sites and their sensitivities; what is known is not measured again.
 
-    See :func:`liar_ext.selection.curve_allocation.measure_losses`.
+    See :func:`liar_ext.selection.curve_allocation.measure_losses`; ``notes`` are given what
+    :func:`error_curves` has to say.
     """
     given, key = (passes.model, passes.bank), score_key(recipe)
     kept = None if saved is None else Measured(saved, at[0].name)
     owners, work = passes.owners, passes.owners.ranks.work
 
     def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
-        return error_curves(*given, missing, scores, progress=progress)
+        return error_curves(*given, missing, scores, progress=progress, notes=notes)
 
     curves = known.get("curve", key, at, curves_of, owners)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, is_out_of_memory, solving
 from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.reconstruction.ladder import ROW_BLOCK, factor_with_damp
+from liar_ext.reconstruction.out_of_core import in_file
 
 # The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
-ROW_BLOCK = 256
+CRAMPED = "An allocation failed in the error curve of {}, so it was computed {}: give more memory."
+PANEL = 1024  # columns of L⁻¹ that are computed together
 
 
 def error_curves(
@@ -26,6 +29,7 @@ def error_curves(
     *,
     damp: float = CURVE_DAMP,
     progress: bool = False,
+    notes: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the held-out error of every site for every number of units removed.
 
@@ -47,6 +51,9 @@ def error_curves(
         λ of the reconstruction, relative to the mean diagonal of the whole Gram matrix.
     progress : bool
         Show a progress bar.
+    notes : list of str, optional
+        Is given a note of each site whose curve found no memory, and was computed on the CPU
+        instead of a GPU, or there in a file.
 
     Returns
     -------
@@ -58,20 +65,44 @@ def error_curves(
     ------
     InputError
         If λ leaves a Gram matrix singular.
+    MemoryError
+        If there is no memory, and no room for a file either.
     """
     curves = {}
     for site in Bar(at, desc="curves", disable=not progress):
         moments = bank[site.name]
         weight = get_consumer_weight(model, site).to(moments.gram.device, torch.float64)
         order = removal_order(site.per_unit(scores[site.name]), site.groups)
-        curve = sum(
-            error_curve(
-                weight, moments.gram[fold], order, damp, holdout=moments.gram[FOLDS - 1 - fold]
-            )
-            for fold in range(FOLDS)
-        )
+        with solving(site.name, "error_curves", "error curve"):
+            curve, instead = _held_out(weight, moments.gram, order, damp)
+        if notes is not None and instead:
+            notes.append(CRAMPED.format(site.name, instead))
         curves[site.name] = curve / curve[-1] if curve[-1] > 0 else torch.zeros_like(curve)
     return curves
+
+
+def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, str]:
+    """Return the sum of both folds' curves, and where they were computed for want of memory.
+
+    Where a GPU has none for it, it is computed on the CPU, and where an allocation fails there, by
+    matrices in files, to the same bits as in memory.
+    """
+
+    def both(allocate: Callable[..., Tensor] | None = None) -> Tensor:
+        folds = ((gram[fold], gram[FOLDS - 1 - fold]) for fold in range(FOLDS))
+        return sum(error_curve(weight, own, order, damp, other, allocate) for own, other in folds)
+
+    try:
+        return both(), ""
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not in the handler: the traceback holds what was allocated.
+    if weight.device.type == "cpu":
+        return both(in_file), "in a file"
+    torch.cuda.empty_cache()
+    curve, instead = _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp)
+    return curve.to(weight.device), instead or "on the CPU"
 
 
 def energy_shares(
@@ -90,7 +121,12 @@ def energy_shares(
 
 
 def error_curve(
-    weight: Tensor, gram: Tensor, order: Tensor, damp: float, holdout: Tensor | None = None
+    weight: Tensor,
+    gram: Tensor,
+    order: Tensor,
+    damp: float,
+    holdout: Tensor | None = None,
+    allocate: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Return ``tr(ΔW_k G ΔW_kᵀ)`` after the first k units of ``order`` are gone, for every k.
 
@@ -111,6 +147,9 @@ def error_curve(
         λ; ``Λ = λ · mean(diag G) · I``.
     holdout : Tensor, optional
         ``(d, d)``, to evaluate the error with instead of ``gram``; lower triangle.
+    allocate : callable, optional
+        Returns zeros, ``(rows, columns)`` float64, for what is as large as G, twice, and as W; in
+        memory by default. All else is by blocks.
 
     Returns
     -------
@@ -122,29 +161,31 @@ def error_curve(
     InputError
         If ``G + Λ`` is singular.
     """
+    allocate = allocate or weight.new_zeros
     d, units = weight.shape[1], len(order)
     features = torch.arange(d, device=gram.device).view(units, -1)[order.flip(0)].flatten()
-    shifted = _arranged(gram, features)
-    mean = shifted.diagonal().mean()
-    shifted.diagonal().add_(damp * torch.where(mean > 0, mean, 1.0))
-    factor, code = torch.linalg.cholesky_ex(shifted)
-    del shifted  # at d = 11,008 each of these is a gigabyte
-    if code != 0:
+    square = allocate(d, d)
+    _arrange(gram, features, square)
+    if not factor_with_damp(square, damp):
         raise InputError(f"error_curve: damp={damp} leaves the Gram matrix singular; raise it")
-    outputs = weight[:, features] @ factor
-    inverse = lower_inverse(factor)
-    del factor
-    judge = _arranged(gram if holdout is None else holdout, features)
+    square.tril_()
+    outputs = allocate(len(weight), d)
+    for rows in _blocks(len(weight)):
+        outputs[rows] = weight[rows][:, features]
+    for columns in _blocks(d):
+        outputs[:, columns] = outputs[:, columns.start :] @ square[columns.start :, columns]
+    invert_in_place(square)
+    judge = allocate(d, d)
+    _arrange(gram if holdout is None else holdout, features, judge)
     steps = torch.zeros(d, dtype=judge.dtype, device=judge.device)
     # Z is lower triangular and the terms are symmetric: a quarter of the products is enough.
-    blocks = [slice(start, min(start + ROW_BLOCK, d)) for start in range(0, d, ROW_BLOCK)]
-    for index, rows in enumerate(blocks):
-        judged = inverse[rows, : rows.stop] @ judge[: rows.stop, : rows.stop]
-        for columns in blocks[: index + 1]:
+    for rows in _blocks(d):
+        judged = square[rows, : rows.stop] @ judge[: rows.stop, : rows.stop]
+        for columns in _blocks(rows.stop):
             end = columns.stop
-            terms = judged[:, :end] @ inverse[columns, :end].mT
+            terms = judged[:, :end] @ square[columns, :end].mT
             terms *= outputs[:, rows].mT @ outputs[:, columns]
-            if columns is rows:
+            if columns == rows:
                 steps[rows] += terms.diagonal()
                 terms = terms.tril(-1)
             steps[columns] += 2 * terms.sum(0)
@@ -152,23 +193,32 @@ def error_curve(
     return torch.cat([curve.new_zeros(1), curve.clamp_min(0.0)])
 
 
-def lower_inverse(factor: Tensor) -> Tensor:
-    """Return L⁻¹ of a lower triangular L, ``(d, d)``.
+def invert_in_place(factor: Tensor) -> None:
+    """Put L⁻¹ in the place of a lower triangular L, ``(d, d)``, which has zeros above the diagonal.
 
-    By halves, ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``: two thirds of the operations
-    of a triangular solve for the identity, and nearly all of them products.
+    By blocks of rows, ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``, and of B A⁻¹ by
+    panels of columns, which A⁻¹ has no rows above: nearly all of it products.
     """
-    d = len(factor)
-    if d <= ROW_BLOCK:
-        eye = torch.eye(d, dtype=factor.dtype, device=factor.device)
-        return torch.linalg.solve_triangular(factor, eye, upper=False)
-    half = d // 2
-    inverse = torch.zeros_like(factor)
-    inverse[:half, :half] = lower_inverse(factor[:half, :half])
-    inverse[half:, half:] = lower_inverse(factor[half:, half:])
-    middle = factor[half:, :half] @ inverse[:half, :half]
-    inverse[half:, :half] = inverse[half:, half:] @ -middle
-    return inverse
+    for rows in _blocks(len(factor)):
+        eye = torch.eye(rows.stop - rows.start, dtype=factor.dtype, device=factor.device)
+        corner = torch.linalg.solve_triangular(factor[rows, rows], eye, upper=False)
+        factor[rows, rows] = corner
+        for panel in _blocks(rows.start, PANEL):
+            below = slice(panel.start, rows.start)
+            factor[rows, panel] = corner @ -(factor[rows, below] @ factor[below, panel])
+
+
+def _blocks(count: int, size: int = ROW_BLOCK) -> Iterator[slice]:
+    """Yield slices of at most ``size`` that cover ``count``."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _arrange(gram: Tensor, features: Tensor, into: Tensor) -> None:
+    """Fill a square with the matrix over ``features`` of which ``gram`` is the lower triangle."""
+    for rows in _blocks(len(features)):
+        at = features[rows]
+        across, down = gram[at][:, features], gram[:, at][features].mT
+        into[rows] = torch.where(at[:, None] >= features, across, down)
 
 
 def removal_order(scores: Tensor, groups: int = 1) -> Tensor:
@@ -180,8 +230,3 @@ def removal_order(scores: Tensor, groups: int = 1) -> Tensor:
     order = by_group.argsort(dim=1, descending=True, stable=True).flip(1)
     offset = torch.arange(groups, device=order.device)[:, None] * by_group.shape[1]
     return (order + offset).mT.flatten()
-
-
-def _arranged(gram: Tensor, features: Tensor) -> Tensor:
-    """Return the full float64 matrix over ``features`` from a lower triangle."""
-    return symmetric(gram.double())[features[:, None], features]

@@ -294,6 +294,7 @@ class StreamedJob(Job):
             return scores, {}
         with self.clock("allocate"):
             found = passes.owners.together(passes.at, lambda _: probes.losses(passes.blocks))
+        self.notes += probes.notes
         self.sensitivities = {name: value for name, (_, value) in found.items()}
         return scores, {name: loss for name, (loss, _) in found.items()}
 

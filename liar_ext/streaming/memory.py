@@ -24,7 +24,7 @@ PEAKS = {
     "affine": (6.25, 2.0),
     "towards": (3.5, 9.0),
     "towards, affine": (5.5, 10.0),
-    "curve": (4.0, 2.25),
+    "curve": (2.75, 2.25),
     "obs": (4.0, 1.0),
 }
 WORKSPACE = 32 << 20  # what BLAS and the operators have besides

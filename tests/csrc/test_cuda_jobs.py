@@ -30,6 +30,7 @@ from liar_ext import (
 )
 from liar_ext.criteria import _CRITERIA, list_criteria
 from liar_ext.report.rows import ON_HOST
+from liar_ext.selection.error_curves import error_curve
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -115,6 +116,23 @@ def test_a_solve_that_a_gpu_has_no_memory_for_is_done_on_the_cpu(schedule, monke
     assert any("The GPU had no memory to solve 0.attn" in said for said in report.warnings)
     inputs = {name: value.to("cuda") for name, value in tiny_inputs(model).items()}
     torch.testing.assert_close(outputs(model, inputs).cpu(), outputs(dense), rtol=1e-3, atol=1e-4)
+
+
+def test_a_curve_that_a_gpu_has_no_memory_for_is_computed_on_the_cpu(monkeypatch):
+    def without_room(weight, *more):
+        if weight.is_cuda:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        return error_curve(weight, *more)
+
+    model = tiny("llama").to("cuda")
+    bank, at, notes = calibrate(model, batches(model)), sites(model), []
+    given = model, bank, at, score(model, bank, at, "wifv")
+    expected = error_curves(*given)
+    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", without_room)
+    found = error_curves(*given, notes=notes)
+    assert len(notes) == len(at) and all("so it was computed on the CPU" in said for said in notes)
+    for name, curve in found.items():
+        torch.testing.assert_close(curve, expected[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import tiny, tiny_inputs
+from forked import fork, wait
+from tiny import batches, tiny, tiny_inputs
 
-from liar_ext import InputError, calibrate, ops, score, sites
+from liar_ext import InputError, calibrate, ops, prune, score, sites
 from liar_ext.data.batches import FOLDS
 from liar_ext.models.sites import get_consumer_weight
+from liar_ext.reconstruction.out_of_core import in_file
 from liar_ext.selection.allocation import select
-from liar_ext.selection.error_curves import error_curve, error_curves, removal_order
+from liar_ext.selection.error_curves import (
+    error_curve,
+    error_curves,
+    invert_in_place,
+    removal_order,
+)
 
 DAMP = 1e-2
 
@@ -66,6 +76,15 @@ def test_points_on_both_sides_of_a_block_of_rows(d):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10 * float(want[-1]))
 
 
+@pytest.mark.parametrize("d", [1, 256, 1030, 1290])
+def test_a_factor_is_inverted_in_its_place(d):
+    random = torch.randn(d, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
+    factor = random.tril(-1) / d + torch.eye(d)
+    expected = torch.linalg.inv(factor)
+    invert_in_place(factor)
+    torch.testing.assert_close(factor, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_dead_features_cost_nothing_and_a_singular_gram_is_refused():
     weight, gram = problem()
     gram[5], gram[:, 5] = 0, 0
@@ -110,3 +129,63 @@ def test_a_site_without_output_has_no_error():
     bank = calibrate(model, [tiny_inputs(model, batch=8)], at)
     curves = error_curves(model, bank, at, score(model, bank, at, "wifv"))
     assert not curves["0.mlp"].any() and curves["1.mlp"].any()
+
+
+@pytest.mark.parametrize("d", [24, 600])
+def test_in_a_file_a_curve_is_the_same_to_the_last_bit(d):
+    weight, gram = problem(2 * d, d)
+    holdout = problem(d, d, seed=7)[1].float()
+    order = torch.randperm(d // 4, generator=torch.Generator().manual_seed(2))
+    in_memory = error_curve(weight, gram, order, DAMP, holdout)
+    assert torch.equal(error_curve(weight, gram, order, DAMP, holdout, in_file), in_memory)
+
+
+def test_a_curve_that_memory_has_no_room_for(tmp_path):
+    """A limit of private memory that a curve's matrices don't fit, and its blocks do."""
+    model = tiny("llama", intermediate_size=1600, num_hidden_layers=1)  # a square is 20 MiB
+    at = [site for site in sites(model) if site.kind == "mlp"]
+    bank = calibrate(model, [tiny_inputs(model, batch=8, seed=s) for s in range(2)], at)
+    given = model, bank, at, score(model, bank, at, "wifv")
+    expected, notes = error_curves(*given), []
+
+    def cramped():
+        torch.set_num_threads(1)
+        status = Path("/proc/self/status").read_text()
+        used = int(status.partition("VmData:")[2].split()[0]) << 10
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (30 << 20), resource.RLIM_INFINITY))
+        found = error_curves(*given, notes=notes)
+        assert torch.equal(found["0.mlp"], expected["0.mlp"])
+        print(notes)
+
+    out, err = tmp_path / "out", tmp_path / "err"
+    assert wait([fork(cramped, out, err)]) == [0], err.read_text()
+    assert "failed in the error curve of 0.mlp, so it was computed in a file" in out.read_text()
+
+
+def test_a_job_says_where_memory_had_no_room(monkeypatch):
+    ordinary, model = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
+    before = prune(ordinary, batches(ordinary), 0.7)
+
+    def curve(weight, gram, order, damp, holdout=None, allocate=None):
+        if allocate is None:
+            raise MemoryError
+        return error_curve(weight, gram, order, damp, holdout, allocate)
+
+    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", curve)
+    report = prune(model, batches(model), 0.7)
+    said = "An allocation failed in the error curve of 1.mlp, so it was computed in a file"
+    assert any(said in warning for warning in report.warnings)
+    assert not any("An allocation failed" in warning for warning in before.warnings)
+    assert report.plan == before.plan
+    for name, value in ordinary.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_neither_memory_nor_a_file(monkeypatch):
+    def nowhere(*_, **__):
+        raise MemoryError("no file of 9 GiB")
+
+    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", nowhere)
+    model = tiny("llama")
+    with pytest.raises(MemoryError, match="error_curves: out of memory in the error curve of 0.at"):
+        prune(model, batches(model), 0.7)
