@@ -19,7 +19,7 @@ from liar_ext.reconstruction.settings import form_at
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
-from liar_ext.selection.error_curves import error_curves
+from liar_ext.selection.error_curves import error_curves, notes_of
 from liar_ext.selection.measured import Measured
 
 
@@ -52,21 +52,23 @@ def find_losses(
     *,
     saved: Progress | None = None,
     progress: bool = False,
-    notes: list[str] | None = None,
+    notes: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return the losses of sites and their sensitivities; what is known is not measured again.
 
-    See :func:`liar_ext.selection.curve_allocation.measure_losses`; ``notes`` are given what
-    :func:`error_curves` has to say.
+    See :func:`liar_ext.selection.curve_allocation.measure_losses`; ``notes`` are given what a
+    report should say of the error curves.
     """
     given, key = (passes.model, passes.bank), score_key(recipe)
     kept = None if saved is None else Measured(saved, at[0].name)
     owners, work = passes.owners, passes.owners.ranks.work
+    elsewhere: dict[str, str] = {}
 
     def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
-        return error_curves(*given, missing, scores, progress=progress, notes=notes)
+        return error_curves(*given, missing, scores, progress=progress, elsewhere=elsewhere)
 
     curves = known.get("curve", key, at, curves_of, owners)
+    notes += notes_of(elsewhere)
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together

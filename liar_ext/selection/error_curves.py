@@ -17,7 +17,6 @@ from liar_ext.reconstruction.out_of_core import in_file
 
 # The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
-CRAMPED = "An allocation failed in the error curve of {}, so it was computed {}: give more memory."
 PANEL = 1024  # columns of L⁻¹ that are computed together
 
 
@@ -29,7 +28,7 @@ def error_curves(
     *,
     damp: float = CURVE_DAMP,
     progress: bool = False,
-    notes: list[str] | None = None,
+    elsewhere: dict[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Return the held-out error of every site for every number of units removed.
 
@@ -51,9 +50,9 @@ def error_curves(
         λ of the reconstruction, relative to the mean diagonal of the whole Gram matrix.
     progress : bool
         Show a progress bar.
-    notes : list of str, optional
-        Is given a note of each site whose curve found no memory, and was computed on the CPU
-        instead of a GPU, or there in a file.
+    elsewhere : dict of str to str, optional
+        Is given the sites whose curves found no memory, and where they were computed then: on the
+        CPU instead of a GPU, or there in a file. See :func:`notes_of`.
 
     Returns
     -------
@@ -75,10 +74,21 @@ def error_curves(
         order = removal_order(site.per_unit(scores[site.name]), site.groups)
         with solving(site.name, "error_curves", "error curve"):
             curve, instead = _held_out(weight, moments.gram, order, damp)
-        if notes is not None and instead:
-            notes.append(CRAMPED.format(site.name, instead))
+        if elsewhere is not None and instead:
+            elsewhere[site.name] = instead
         curves[site.name] = curve / curve[-1] if curve[-1] > 0 else torch.zeros_like(curve)
     return curves
+
+
+def notes_of(elsewhere: Mapping[str, str]) -> list[str]:
+    """Return what a report says of curves that found no memory, by where they were computed."""
+    notes = []
+    for where in sorted(set(elsewhere.values())):
+        first, *others = (name for name, its in elsewhere.items() if its == where)
+        named = f"{first} and {len(others)} more" if others else first
+        said = f"An allocation failed in error curves ({named}), which were computed {where}"
+        notes.append(f"{said}: give more memory.")
+    return notes
 
 
 def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, str]:

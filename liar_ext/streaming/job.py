@@ -38,6 +38,7 @@ from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.report.report import Report
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.error_curves import notes_of
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.first_walk import NAME as FIRST
 from liar_ext.streaming.first_walk import FirstWalk
@@ -294,7 +295,7 @@ class StreamedJob(Job):
             return scores, {}
         with self.clock("allocate"):
             found = passes.owners.together(passes.at, lambda _: probes.losses(passes.blocks))
-        self.notes += probes.notes
+        self.notes += notes_of(probes.elsewhere)
         self.sensitivities = {name: value for name, (_, value) in found.items()}
         return scores, {name: loss for name, (loss, _) in found.items()}
 

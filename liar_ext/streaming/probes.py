@@ -53,7 +53,7 @@ class ProbeStreams:
         self.batches = list(read_batches(probes_of(store.model, batches)))
         self.errors: dict[str, float] = {}  # of each probe
         self.curves: dict[str, Tensor] = {}  # of each site
-        self.notes: list[str] = []
+        self.elsewhere: dict[str, str] = {}  # curves that found no memory
         self.dense = Trace(store, self.batches, states)
         self.streams: dict[str, list[Held]] = {}  # of each probe that has begun, by batch
 
@@ -78,7 +78,7 @@ class ProbeStreams:
     ) -> None:
         """Begin the probes of sites of the block at hand."""
         given = self.model, passes.bank, group
-        curves = error_curves(*given, scores, notes=self.notes)
+        curves = error_curves(*given, scores, elsewhere=self.elsewhere)
         here = probe_sites(*given, scores, curves, self.budget, mode=self.mode)
         self.store.ranks.work["probes"] += len(group)
         for site in group:

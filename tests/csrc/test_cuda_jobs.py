@@ -125,12 +125,12 @@ def test_a_curve_that_a_gpu_has_no_memory_for_is_computed_on_the_cpu(monkeypatch
         return error_curve(weight, *more)
 
     model = tiny("llama").to("cuda")
-    bank, at, notes = calibrate(model, batches(model)), sites(model), []
+    bank, at, elsewhere = calibrate(model, batches(model)), sites(model), {}
     given = model, bank, at, score(model, bank, at, "wifv")
     expected = error_curves(*given)
     monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", without_room)
-    found = error_curves(*given, notes=notes)
-    assert len(notes) == len(at) and all("so it was computed on the CPU" in said for said in notes)
+    found = error_curves(*given, elsewhere=elsewhere)
+    assert elsewhere == {site.name: "on the CPU" for site in at}
     for name, curve in found.items():
         torch.testing.assert_close(curve, expected[name], rtol=1e-9, atol=1e-12)
 

@@ -55,11 +55,11 @@ What was done to the package to break it, and what came of it. `make reliability
   where that isn't allowed, a limit of the size of files), with and without a checkpoint, and with
   room again after that; an output or a checkpoint in a folder without write permission; a model, or
   a bank, whose file was cut; and the error curves and solve of a wide model with little address
-  space, or little private memory, to spare. Each job must do its work, or say in one line what is wrong (out of
-  memory: at which site), leave nothing behind but its checkpoint, and with room again end in the
-  same bytes. What doesn't fit the CPU's memory must give the same weights but for rounding, in a
-  file, and say so in the report (a solve in the row of its site), or end in that line; what a GPU
-  has no room for is done on the CPU (in the tests of a GPU).
+  space, or little private memory, to spare. Each job must do its work, or say in one line what is
+  wrong (out of memory: at which site), leave nothing behind but its checkpoint, and with room again
+  end in the same bytes. What doesn't fit the CPU's memory must give the same weights but for
+  rounding, in a file, and say so in the report (a solve in the row of its site), or end in that
+  line; what a GPU has no room for is done on the CPU (in the tests of a GPU).
 - **bad command lines**: `liar` with arguments and input that cannot be used, which must say so in
   one line, exit with 2 and write nothing.
 - **operator calls**: every operator with shapes, strides, types and values of every kind. Each call
