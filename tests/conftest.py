@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Where transformers copies the code of a folder before it runs it; gone when the tests end.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 
+import forked  # noqa: F401  (says what a fork begins with)
 import pytest
 import torch
 from tiny import VOCAB, tiny
@@ -23,9 +24,6 @@ from liar_ext.calibration.moments import Moments
 # Tests of operators need no models, and take seconds less without.
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# Threads don't come along into a fork, which would wait for them for ever.
-os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 # Files that take a minute or more.
 LONG = (

@@ -11,11 +11,25 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch.distributed import TCPStore
 from tqdm import tqdm
 
 SECONDS = 600  # for a busy machine
 STORES = []
+
+
+def begin_anew() -> None:
+    """Let a fork have one thread, and a lock of progress bars that no other process has.
+
+    Threads don't come along, and it would wait for them for ever; the lock of tqdm is shared by
+    forks, and one that is killed can leave it taken.
+    """
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+
+
+os.register_at_fork(after_in_child=begin_anew)
 
 
 def start(count: int, call: Callable[[int], int | None], folder: Path) -> list[int]:
@@ -46,7 +60,6 @@ def fork(call: Callable[[], int | None], out: Path, err: Path) -> int:
         return process
     code = 99
     try:
-        tqdm.set_lock(threading.RLock())  # that of the parent may be taken
         print_to(out, err)
         code = call() or 0
     except SystemExit as error:

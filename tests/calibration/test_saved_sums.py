@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 
 import pytest
@@ -76,8 +75,6 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(model, tmp_path):
         child = os.fork()
         if child == 0:
             try:
-                # The lock of progress bars is shared by forks, and a kill can leave it taken.
-                collect.Bar.set_lock(threading.RLock())
                 calibrate(model, data, checkpoint=folder)
             finally:
                 os._exit(0)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import forked  # noqa: F401  (says what a fork begins with)
+
 LIMIT = 60.0  # seconds, for one call
 MEMORY = 12 << 30  # bytes of address space for a child; a check of sizes that failed shows here
 

@@ -13,14 +13,12 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from liar_ext import cli
 from liar_ext.calibration.bank_file import read_bank
@@ -204,6 +202,5 @@ def _stopped(
 
 
 def _always_saving() -> None:
-    """Save whatever is done, so that stops hit that; and take a lock that no fork has a copy of."""
+    """Save whatever is done, so that stops hit that."""
     Progress.__init__.__defaults__ = (lambda: 0.0,)
-    tqdm.set_lock(threading.RLock())
