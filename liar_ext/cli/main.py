@@ -92,10 +92,24 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
                 f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
                 "--device auto for several GPUs, or --max-memory to prune block by block"
             )
-        raise
-    except KeyboardInterrupt:
-        ranks.tells()
-        return 130, None
+        return _interrupted(error, ranks)
+    except BaseException as error:
+        return _interrupted(error, ranks)
+
+
+def _interrupted(error: BaseException, ranks: Ranks) -> tuple[int, None]:
+    """Return the exit code of an interrupt; raise an error that came of nothing of the kind.
+
+    An interrupt in the middle of a context can leave that unable to close, so that another error
+    comes out, with the interrupt behind it.
+    """
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__context__
+    if behind is None:
+        raise error
+    ranks.tells()
+    return 130, None
 
 
 def _nobody_reads() -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -360,3 +361,25 @@ def test_options_that_argparse_refuses():
     with pytest.raises(SystemExit) as stop:
         run("prune", "model", "--keep", "lots")
     assert stop.value.code == 2
+
+
+def test_an_interrupt_that_a_context_hides_behind_an_error_of_its_own(monkeypatch):
+    @contextmanager
+    def cannot_close():
+        try:
+            yield
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    def command(error):
+        def run(_):
+            with cannot_close():
+                raise error
+
+        return run
+
+    monkeypatch.setitem(COMMANDS, "info", command(KeyboardInterrupt()))
+    assert run("info") == 130
+    monkeypatch.setitem(COMMANDS, "info", command(ValueError()))
+    with pytest.raises(RuntimeError, match="empty mode stack"):
+        run("info")
