@@ -26,7 +26,7 @@ from liar_ext.cli import (
     verify,
 )
 from liar_ext.cli.options import one_line, parse
-from liar_ext.cli.several import PATIENCE, check_shared, join, silence_of_others, what_was_lost
+from liar_ext.cli.several import PATIENCE, check_shared, join, say, silence_of_others, what_was_lost
 from liar_ext.errors import InputError, is_out_of_memory
 from liar_ext.ranks import RankLost, Ranks
 
@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException:
         ranks.tells()  # so that the others don't
         raise
-    if error is not None and ranks.tells():
-        print(f"liar: error: {one_line(error)}", file=sys.stderr)
+    if error is not None:
+        say(ranks, one_line(error))
     return code
 
 

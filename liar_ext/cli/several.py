@@ -19,6 +19,7 @@ from liar_ext.ranks import RankLost, Ranks, launched
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
 PAUSE = 0.2  # seconds between two looks for the process that started this one
+SPEAKING = threading.Lock()
 PATIENCE = 2.0  # seconds; torchrun ends a rank 0.1 to 30 seconds after another has ended
 
 
@@ -111,6 +112,13 @@ def what_was_lost(ranks: Ranks, options: argparse.Namespace, reason: str, patien
     return f"{options.command}: {said}; no output was written, {again}"
 
 
+def say(ranks: Ranks, line: str, before: str = "") -> None:
+    """Print why the job ends, if no rank and no thread of this one has: whole, before any exits."""
+    with SPEAKING:
+        if ranks.tells():
+            print(f"{before}liar: error: {line}", file=sys.stderr, flush=True)
+
+
 def _watch_parent(options: argparse.Namespace, met: threading.Event, parent: int) -> None:
     """End the process when torchrun ends before the ranks have met: they would wait for hours."""
     while not met.wait(PAUSE):
@@ -141,7 +149,5 @@ def _watch(ranks: Ranks, options: argparse.Namespace, signals: int) -> None:
     while os.read(signals, 1)[0] != signal.SIGTERM:
         pass
     line = what_was_lost(ranks, options, "the job was stopped by SIGTERM", patience=0.0)
-    if ranks.tells():
-        bar = "" if options.quiet else "\n"  # which may be there, and has no end
-        print(f"{bar}liar: error: {line}", file=sys.stderr, flush=True)
+    say(ranks, line, "" if options.quiet else "\n")  # a bar may be there, and has no end
     os._exit(128 + signal.SIGTERM)

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from threading import Event, Thread
+from time import sleep
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 from liar_ext import cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
+from liar_ext.cli.several import say
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
@@ -383,3 +386,22 @@ def test_an_interrupt_that_a_context_hides_behind_an_error_of_its_own(monkeypatc
     monkeypatch.setitem(COMMANDS, "info", command(ValueError()))
     with pytest.raises(RuntimeError, match="empty mode stack"):
         run("info")
+
+
+def test_a_line_is_out_before_another_thread_may_end_the_process(capsys):
+    """As of a rank that says which other one ended, while torchrun's SIGTERM comes."""
+    asked = Event()
+
+    class Told:
+        def tells(self):
+            first = not asked.is_set()
+            asked.set()
+            sleep(0.2 * first)
+            return first
+
+    speaker = Thread(target=say, args=(Told(), "rank 1 ended"))
+    speaker.start()
+    asked.wait()
+    say(Told(), "stopped by SIGTERM")
+    assert capsys.readouterr().err == "liar: error: rank 1 ended\n"
+    speaker.join()
