@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import select
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.cli import (
@@ -73,43 +75,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
-    try:
-        check_shared(options, ranks)
-        code = COMMANDS[options.command](options) or 0
-        sys.stdout.flush()
-        ranks.leave()
-        return code, None
-    except BrokenPipeError as error:
+    with _interrupts() as interrupts:
+        try:
+            check_shared(options, ranks)
+            code = COMMANDS[options.command](options) or 0
+            sys.stdout.flush()
+            ranks.leave()
+            return code, None
+        except BaseException as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                ranks.tells()
+                return 130, None
+            return _answer(error, options, ranks)
+
+
+def _answer(error: BaseException, options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
+    """Return the exit code of an error, and what to say of it; raise one that is a defect."""
+    if isinstance(error, BrokenPipeError):
         return (141, None) if _nobody_reads() else (2, error)
-    except (InputError, OSError) as error:  # OSError: no permission, disk full, no such file
+    if isinstance(error, (InputError, OSError)):  # OSError: no permission, disk full, no such file
         return 2, error
-    except RankLost as error:
+    if isinstance(error, RankLost):
         return 3, what_was_lost(ranks, options, str(error), PATIENCE)
-    except (MemoryError, RuntimeError) as error:
+    if is_out_of_memory(error):
         said = str(error) or "out of memory"
-        if is_out_of_memory(error):
-            return 2, (
-                f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
-                "--device auto for several GPUs, or --max-memory to prune block by block"
-            )
-        return _interrupted(error, ranks)
-    except BaseException as error:
-        return _interrupted(error, ranks)
+        return 2, (
+            f"{said.split('. ')[0]}; give smaller --batch-size or --memory, --dtype bfloat16, "
+            "--device auto for several GPUs, or --max-memory to prune block by block"
+        )
+    raise error
 
 
-def _interrupted(error: BaseException, ranks: Ranks) -> tuple[int, None]:
-    """Return the exit code of an interrupt; raise an error that came of nothing of the kind.
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect the interrupts that come; each raises KeyboardInterrupt, as ever.
 
-    An interrupt in the middle of a context can leave that unable to close, so that another error
-    comes out, with the interrupt behind it.
+    What is interrupted may raise another error in its place: a context that can't close any more,
+    or a call into torch that gave up what it was told.
     """
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, KeyboardInterrupt):
-        behind = behind.__context__
-    if behind is None:
-        raise error
-    ranks.tells()
-    return 130, None
+    seen: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    alone = threading.current_thread() is not threading.main_thread()
+    if alone or before is not signal.default_int_handler:
+        yield seen
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _nobody_reads() -> bool:

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from threading import Event, Thread
 from time import sleep
 
@@ -13,7 +13,7 @@ import torch
 from tiny import outputs, tiny
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
-from liar_ext import cli, load_pruned, verify_pruned
+from liar_ext import InputError, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
 from liar_ext.cli.several import say
@@ -366,25 +366,29 @@ def test_options_that_argparse_refuses():
     assert stop.value.code == 2
 
 
-def test_an_interrupt_that_a_context_hides_behind_an_error_of_its_own(monkeypatch):
-    @contextmanager
-    def cannot_close():
+def test_an_interrupt_that_comes_out_as_another_error(monkeypatch):
+    """As of a context that can't close, or of a C function that drops what it was told."""
+
+    def interrupted(_):
         try:
-            yield
-        finally:
-            raise RuntimeError("trying to pop from empty mode stack")
+            os.kill(os.getpid(), signal.SIGINT)
+            sleep(1)
+        except KeyboardInterrupt:
+            raise InputError("damaged") from None
 
-    def command(error):
-        def run(_):
-            with cannot_close():
-                raise error
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setitem(COMMANDS, "info", interrupted)
+        assert run("info") == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
-        return run
+    def broken(_):
+        raise RuntimeError("a defect")
 
-    monkeypatch.setitem(COMMANDS, "info", command(KeyboardInterrupt()))
-    assert run("info") == 130
-    monkeypatch.setitem(COMMANDS, "info", command(ValueError()))
-    with pytest.raises(RuntimeError, match="empty mode stack"):
+    monkeypatch.setitem(COMMANDS, "info", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
         run("info")
 
 
