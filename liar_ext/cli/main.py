@@ -115,8 +115,8 @@ def _interrupts() -> Iterator[list[int]]:
     """
     seen: list[int] = []
     before = signal.getsignal(signal.SIGINT)
-    alone = threading.current_thread() is not threading.main_thread()
-    if alone or before is not signal.default_int_handler:
+    background = threading.current_thread() is not threading.main_thread()
+    if background or before is not signal.default_int_handler:
         yield seen
         return
 
