@@ -31,6 +31,7 @@ from liar_ext.reconstruction.ladder import (
     error_of_shares,
     factor_with_damp,
     half_product,
+    slices,
 )
 from liar_ext.reconstruction.out_of_core import About, in_file
 from liar_ext.reconstruction.result import (
@@ -97,11 +98,6 @@ def solve_towards(
     return problem.solution(choice.damp, choice.share, choice.held_out, damp, path)
 
 
-def _columns(outputs: int) -> Iterator[slice]:
-    """Yield the outputs that are solved together."""
-    return (slice(at, min(at + OUTPUTS, outputs)) for at in range(0, outputs, OUTPUTS))
-
-
 @dataclass(frozen=True)
 class _Outputs:
     """Of some outputs, what the features that stay have to restore."""
@@ -137,7 +133,7 @@ class _Fit:
 
     def parts(self, factor: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield outputs, the change of their weights, and its error as a parabola of the share."""
-        columns = _columns(len(self.offset))
+        columns = slices(len(self.offset), OUTPUTS)
         for here, mine, other in zip(columns, self.outputs, self.judged, strict=True):
             count = here.stop - here.start
             offset = self.offset[here][: mine.right.shape[1] - count]
@@ -243,7 +239,7 @@ class _Problem:
         """Yield what has to be restored, for some outputs at a time."""
         d, n = len(about.mean), len(self.kept)
         stays = torch.cat([self.kept, self.kept.new_tensor([d])])
-        for here in _columns(len(self.weight)):
+        for here in slices(len(self.weight), OUTPUTS):
             leaving = self._turned(here).index_fill_(0, stays, 0.0)
             removed = about.product(leaving)
             energy, parts = (leaving * removed).sum(), [removed[stays]]
@@ -274,4 +270,4 @@ class _Problem:
     def _at_mean(self, mean: Tensor) -> Tensor:
         """Return ``W mean``."""
         weight = self.weight.detach()
-        return torch.cat([weight[here].double() @ mean for here in _columns(len(weight))])
+        return torch.cat([weight[here].double() @ mean for here in slices(len(weight), OUTPUTS)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,11 @@ class Fit:
                 return self.right.new_full((3,), math.nan)
         change = change_by(factor, self.right, self.offset)
         return error_of_shares(change, rows_of(self.judge), self.wanted, self.energy)
+
+
+def slices(count: int, size: int = ROW_BLOCK) -> Iterator[slice]:
+    """Yield slices of at most ``size`` that cover ``count``."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def rows_of(square: Tensor) -> Rows:
@@ -171,8 +176,8 @@ def half_product(square: Rows, right: Tensor, first: int = 0) -> Tensor:
     from there on count.
     """
     half = torch.empty_like(right)
-    for start in range(0, len(right), ROW_BLOCK):
-        rows = slice(start, min(start + ROW_BLOCK, len(right)))
+    for rows in slices(len(right)):
+        start = rows.start
         block = square(first + rows.start, first + rows.stop)[:, first:]
         torch.mm(block[:, start:], right[rows], out=half[rows])
         half[rows] *= 0.5

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.errors import one_line
-from liar_ext.reconstruction.ladder import ROW_BLOCK, Rows
+from liar_ext.reconstruction.ladder import Rows, slices
 
 # /tmp may itself be held in memory; this folder is for files that are large (hier(7)).
 LARGE_FILES = "/var/tmp"
@@ -89,8 +89,8 @@ class About:
     def product(self, right: Tensor) -> Tensor:
         """Return the product of all of it with ``right``, ``(d + 1, columns)``."""
         rows, product = self.rows(torch.arange(len(self.mean))), torch.zeros_like(right)
-        for start in range(0, len(right), ROW_BLOCK):
-            here = slice(start, min(start + ROW_BLOCK, len(right)))
+        for here in slices(len(right)):
+            start = here.start
             block = rows(here.start, here.stop)
             torch.addmm(product[here], block, right[: here.stop], out=product[here])
             if start:

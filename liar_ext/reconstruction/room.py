@@ -1,10 +1,10 @@
-"""Where a solve is done: on the device, on the host, or in a file, as far as there is memory."""
+"""Where work is done: on the device, on the host, or in a file, as far as there is memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,27 @@ IN_BLOCKS = {
     ridge.drop: blocked.drop,
     targets.solve_towards: blocked.solve_towards,
 }
+
+Done = TypeVar("Done")
+
+
+def where_it_fits(
+    device: torch.device,
+    here: Callable[[], Done],
+    in_file: Callable[[], Done],
+    on_host: Callable[[], Done],
+) -> Done:
+    """Return ``here()``; where an allocation fails ``in_file()``, or of a GPU ``on_host()``."""
+    try:
+        return here()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Not in the handler: the traceback holds what was allocated.
+    if device.type == "cpu":
+        return in_file()
+    torch.cuda.empty_cache()
+    return on_host()
 
 
 def solve_where_it_fits(
@@ -50,25 +71,23 @@ def solve_where_it_fits(
     MemoryError, RuntimeError
         If an allocation fails by blocks as well, or the file can't be made.
     """
-    device = moments.gram.device
-    try:
-        return solve(weight, bias, moments, *more, **choices)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Not in the handler: the traceback holds what was allocated.
-    if device.type == "cpu":
-        found = IN_BLOCKS[solve](weight, bias, moments, *more, **choices)
+    device, given = moments.gram.device, (weight, bias, moments, *more)
+
+    def in_file() -> Solution:
+        found = IN_BLOCKS[solve](*given, **choices)
         return replace(found, path=f"{found.path}, {BY_BLOCKS}")
-    torch.cuda.empty_cache()
-    given = map(_on_host, (weight.detach(), bias, moments, *more))
-    found = solve_where_it_fits(solve, *given, **choices)
-    return replace(
-        found,
-        weight=found.weight.to(device),
-        bias=None if found.bias is None else found.bias.to(device),
-        path=f"{found.path}, {ON_HOST}",
-    )
+
+    def on_host() -> Solution:
+        copies = map(_on_host, (weight.detach(), bias, moments, *more))
+        found = solve_where_it_fits(solve, *copies, **choices)
+        return replace(
+            found,
+            weight=found.weight.to(device),
+            bias=None if found.bias is None else found.bias.to(device),
+            path=f"{found.path}, {ON_HOST}",
+        )
+
+    return where_it_fits(device, lambda: solve(*given, **choices), in_file, on_host)
 
 
 def _on_host(given: Any) -> Any:

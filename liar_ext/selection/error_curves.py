@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.errors import InputError, is_out_of_memory, solving
+from liar_ext.errors import InputError, solving
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.reconstruction.ladder import ROW_BLOCK, factor_with_damp
+from liar_ext.reconstruction.ladder import factor_with_damp, slices
 from liar_ext.reconstruction.out_of_core import in_file
+from liar_ext.reconstruction.room import where_it_fits
 
 # The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
@@ -102,17 +103,13 @@ def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple
         folds = ((gram[fold], gram[FOLDS - 1 - fold]) for fold in range(FOLDS))
         return sum(error_curve(weight, own, order, damp, other, allocate) for own, other in folds)
 
-    try:
-        return both(), ""
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Not in the handler: the traceback holds what was allocated.
-    if weight.device.type == "cpu":
-        return both(in_file), "in a file"
-    torch.cuda.empty_cache()
-    curve, instead = _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp)
-    return curve.to(weight.device), instead or "on the CPU"
+    def on_host() -> tuple[Tensor, str]:
+        curve, instead = _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp)
+        return curve.to(weight.device), instead or "on the CPU"
+
+    return where_it_fits(
+        weight.device, lambda: (both(), ""), lambda: (both(in_file), "in a file"), on_host
+    )
 
 
 def energy_shares(
@@ -180,18 +177,18 @@ def error_curve(
         raise InputError(f"error_curve: damp={damp} leaves the Gram matrix singular; raise it")
     square.tril_()
     outputs = allocate(len(weight), d)
-    for rows in _blocks(len(weight)):
+    for rows in slices(len(weight)):
         outputs[rows] = weight[rows][:, features]
-    for columns in _blocks(d):
+    for columns in slices(d):
         outputs[:, columns] = outputs[:, columns.start :] @ square[columns.start :, columns]
     invert_in_place(square)
     judge = allocate(d, d)
     _arrange(gram if holdout is None else holdout, features, judge)
     steps = torch.zeros(d, dtype=judge.dtype, device=judge.device)
     # Z is lower triangular and the terms are symmetric: a quarter of the products is enough.
-    for rows in _blocks(d):
+    for rows in slices(d):
         judged = square[rows, : rows.stop] @ judge[: rows.stop, : rows.stop]
-        for columns in _blocks(rows.stop):
+        for columns in slices(rows.stop):
             end = columns.stop
             terms = judged[:, :end] @ square[columns, :end].mT
             terms *= outputs[:, rows].mT @ outputs[:, columns]
@@ -209,23 +206,18 @@ def invert_in_place(factor: Tensor) -> None:
     By blocks of rows, ``[[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [−C⁻¹ B A⁻¹, C⁻¹]]``, and of B A⁻¹ by
     panels of columns, which A⁻¹ has no rows above: nearly all of it products.
     """
-    for rows in _blocks(len(factor)):
+    for rows in slices(len(factor)):
         eye = torch.eye(rows.stop - rows.start, dtype=factor.dtype, device=factor.device)
         corner = torch.linalg.solve_triangular(factor[rows, rows], eye, upper=False)
         factor[rows, rows] = corner
-        for panel in _blocks(rows.start, PANEL):
+        for panel in slices(rows.start, PANEL):
             below = slice(panel.start, rows.start)
             factor[rows, panel] = corner @ -(factor[rows, below] @ factor[below, panel])
 
 
-def _blocks(count: int, size: int = ROW_BLOCK) -> Iterator[slice]:
-    """Yield slices of at most ``size`` that cover ``count``."""
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
 def _arrange(gram: Tensor, features: Tensor, into: Tensor) -> None:
     """Fill a square with the matrix over ``features`` of which ``gram`` is the lower triangle."""
-    for rows in _blocks(len(features)):
+    for rows in slices(len(features)):
         at = features[rows]
         across, down = gram[at][:, features], gram[:, at][features].mT
         into[rows] = torch.where(at[:, None] >= features, across, down)
