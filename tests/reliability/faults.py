@@ -192,7 +192,7 @@ def _little_memory(home: Path, paths: dict[str, str], whole: dict, draw: random.
         blocked = [row.name for row in report.sites if BY_BLOCKS in row.path]
         prune(dense, data, bank=bank, **choices)
         # Without room for their workspace BLAS's products round otherwise, by blocks or not.
-        same = _as_one(model, dense, 1e-4)
+        same = _as_one(model, dense, 1e-4 if blocked else 1e-6)
         call += f", by blocks: {', '.join(blocked)}" if blocked else ""
         call += ", curve in a file" * any("error curve" in said for said in report.warnings)
         return call, ("done" if same else "wrong answer"), "" if same else "other weights"

@@ -12,6 +12,7 @@ from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.recipe import Recipe
+from liar_ext.selection.error_curves import error_curve
 from liar_ext.streaming import memory
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
@@ -296,3 +297,18 @@ def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     needed = job.need.total + store.block_bytes
     job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
     assert "without reading ahead" in job.describe(needed - 1)[0]
+
+
+def test_curves_that_find_no_memory_are_said_once(llama, tmp_path, monkeypatch):
+    def cramped(weight, gram, order, damp, holdout=None, allocate=None):
+        if allocate is None:
+            raise MemoryError
+        return error_curve(weight, gram, order, damp, holdout, allocate)
+
+    data, choices = batches(tiny("llama"), 3), JOBS["curve"]
+    expected = by_blocks(llama, data, tmp_path / "memory", **choices)
+    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", cramped)
+    report = by_blocks(llama, data, tmp_path / "file", **choices)
+    said = [each for each in report.warnings if "An allocation failed in error curves" in each]
+    assert len(said) == 1 and "(0.attn and 5 more), which were computed in a file" in said[0]
+    assert report.plan == expected.plan and not set(said) & set(expected.warnings)
