@@ -33,10 +33,11 @@ demo: setup $(ASSETS)/.installed
 	$(BIN)/python demo/jobs.py --out out/demo
 
 # Tests run in WORKERS processes of one thread each, a file at a time; what needs more threads sets their
-# number. tests/conftest.py says which files come first.
+# number. tests/conftest.py says which files come first. A test that stands still fails, and says where.
 WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -p no:benchmark
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--timeout 900 -p no:benchmark
 
 # Hostile folders, kills while a folder is saved, jobs and ranks that are stopped, faults of disks, files and
 # memory, bad command lines, operators: writes docs/reliability.md, in some twenty minutes on one core.

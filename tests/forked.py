@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,6 +18,8 @@ from torch.distributed import TCPStore
 from tqdm import tqdm
 
 SECONDS = 600  # for a busy machine
+STILL = 500  # of one fork, which then says where it stands and ends
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STORES = []
 
 
@@ -23,8 +27,11 @@ def begin_anew() -> None:
     """Let a fork have one thread, and a lock of progress bars that no other process has.
 
     Threads don't come along, and it would wait for them for ever; the lock of tqdm is shared by
-    forks, and one that is killed can leave it taken.
+    forks, and one that is killed can leave it taken. One that stands still nevertheless ends.
     """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, file=2, chain=True)  # its timer would wait for a thread
+    signal.alarm(STILL)
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())
 
@@ -53,17 +60,28 @@ def start(count: int, call: Callable[[int], int | None], folder: Path) -> list[i
     ]
 
 
-def fork(call: Callable[[], int | None], out: Path, err: Path) -> int:
-    """Return the process of a fork, which prints to files and ends with what the call returns."""
+def fork(call: Callable[[], int | None], out: Path | None = None, err: Path | None = None) -> int:
+    """Return the process of a fork, which ends with what the call returns, whatever comes.
+
+    It may print to files. Signals wait until it can take them, and it takes them as a command does.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     process = os.fork()
     if process:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return process
     code = 99
     try:
-        print_to(out, err)
+        if out is not None:
+            print_to(out, err or out)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         code = call() or 0
     except SystemExit as error:
         code = error.code
+    except KeyboardInterrupt:
+        code = 130
     except BaseException:
         traceback.print_exc()
     finally:
@@ -80,20 +98,25 @@ def print_to(out: Path, err: Path) -> None:
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def wait(processes: list[int]) -> list[int]:
-    """Return the exit codes of the ranks, minus the signal where one ended a rank."""
-    codes, deadline = {}, time.monotonic() + SECONDS
-    while len(codes) < len(processes):
-        for process in set(processes) - codes.keys():
-            done, status = os.waitpid(process, os.WNOHANG)
-            if done:
-                codes[process] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
-                os.kill(process, 9)
-        time.sleep(0.01)
-    return [codes[process] for process in processes]
+def end(process: int, seconds: float = SECONDS) -> int | None:
+    """Return the exit code of a fork, minus the signal that ended it; None if it is killed now."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
 
 
-def run(count: int, call: Callable[[int], int | None], folder: Path) -> list[int]:
+def wait(processes: list[int]) -> list[int | None]:
+    """Return how each of the ranks ended."""
+    deadline = time.monotonic() + SECONDS
+    return [end(process, max(deadline - time.monotonic(), 0.1)) for process in processes]
+
+
+def run(count: int, call: Callable[[int], int | None], folder: Path) -> list[int | None]:
     """Start ranks and wait for them."""
     return wait(start(count, call, folder))

@@ -8,11 +8,13 @@ the files, the folder and the environment of a worker, and its exit code is the 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 WORKER = Path(__file__).parents[1] / "liar_ext" / "verification" / "worker.py"
+STILL = 500  # seconds
 STREAMS = ("stdin", "stdout", "stderr")
 FAMILIES = ("llama", "bert", "qwen3_moe")  # what most tests load
 
@@ -52,7 +55,11 @@ def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
 
 
 def _answer(work: Callable[[], None], files: list[str], cwd: str, env: dict[str, str]) -> None:
-    """Be a worker, and end."""
+    """Be a worker, and end: one that stands still, too, which says where."""
+    faulthandler.register(
+        signal.SIGALRM, file=2, chain=True
+    )  # and then ends, as it does by default
+    signal.alarm(STILL)
     code = 1
     try:
         for stream, (name, file) in enumerate(zip(STREAMS, files, strict=True)):

@@ -237,24 +237,23 @@ def test_a_busy_rank_ends_when_it_is_told_to(llama_folder, corpus, tmp_path, mon
 
 def test_a_rank_whose_launcher_ends_before_all_have_met(llama_folder, corpus, tmp_path):
     """It would wait for the others for hours."""
-    launcher = os.fork()
-    if launcher == 0:
 
-        def job(rank: int) -> int:
-            if rank == 1:
-                time.sleep(2)  # the other one waits for it, or looks for the store
-                os._exit(0)
-            (tmp_path / "process").write_text(str(os.getpid()))
-            code = main(command(llama_folder, corpus, tmp_path / "out"))
-            (tmp_path / "code").write_text(str(code))
-            return code
+    def job(rank: int) -> int:
+        if rank == 1:
+            time.sleep(2)  # the other one waits for it, or looks for the store
+            os._exit(0)
+        (tmp_path / "process").write_text(str(os.getpid()))
+        code = main(command(llama_folder, corpus, tmp_path / "out"))
+        (tmp_path / "code").write_text(str(code))
+        return code
 
+    def launch() -> None:
         forked.start(2, job, tmp_path)
         while not (tmp_path / "process").exists():
             time.sleep(0.01)
         time.sleep(0.5)
-        os._exit(0)
-    os.waitpid(launcher, 0)
+
+    assert forked.end(forked.fork(launch)) == 0
     process, deadline = int((tmp_path / "process").read_text()), time.monotonic() + 60
     while _is_alive(process) and time.monotonic() < deadline:
         time.sleep(0.05)

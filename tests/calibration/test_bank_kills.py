@@ -7,6 +7,7 @@ import random
 import signal
 import time
 
+import forked
 import pytest
 import torch
 from tiny import tiny, tiny_inputs
@@ -16,11 +17,8 @@ from liar_ext import MomentBank, calibrate
 SEEDS = 60
 
 
-def writer(banks: list[MomentBank], path: str, kind: int) -> None:
+def writer(banks: list[MomentBank], path: str) -> None:
     """Write one bank after another until the process ends."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {kind})
     while True:
         for bank in banks:
             bank.save(path)
@@ -59,16 +57,7 @@ def test_a_bank_is_whole_whenever_its_writer_is_killed(kind, tmp_path):
     for seed in range(SEEDS // 3):
         if seed % 4 == 0:
             path.unlink(missing_ok=True)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {kind})  # it waits until the child can catch it
-        child = os.fork()
-        if child == 0:
-            try:
-                writer(banks, str(path), kind)
-            except KeyboardInterrupt:
-                os._exit(130)
-            finally:
-                os._exit(1)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {kind})
+        child = forked.fork(lambda: writer(banks, str(path)))
         time.sleep(random.Random(f"{kind}/{seed}").uniform(0.0, 0.03))
         status = ended(child, kind)
         if kind is signal.SIGINT:

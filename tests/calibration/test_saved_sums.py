@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 
+import forked
 import pytest
 import torch
 from tiny import tiny, tiny_inputs
@@ -72,15 +73,10 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(model, tmp_path):
     calibrate(model, data, checkpoint=tmp_path / "timed")
     seconds, reached = time.monotonic() - start, []
     for seed in range(SEEDS):
-        child = os.fork()
-        if child == 0:
-            try:
-                calibrate(model, data, checkpoint=folder)
-            finally:
-                os._exit(0)
+        child = forked.fork(lambda: calibrate(model, data, checkpoint=folder) and None)
         time.sleep(random.Random(seed).uniform(0.0, 0.6 * seconds))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        forked.end(child)
         before, done = done, saved_batches(folder)
         assert done >= before
         reached.append(done)

@@ -73,12 +73,11 @@ def test_a_killed_run_goes_on_and_gives_the_same_rows(arguments, tmp_path):
         assert os.waitpid(process, os.WNOHANG) == (0, 0), Path(f"{killed}.said").read_text()
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert forked.end(process) == -signal.SIGKILL
     before = rows_of(killed)
     assert 2 < len(before) < 13
     for out in (killed, whole):
-        code = os.waitpid(start(arguments, out), 0)[1]
-        assert code == 0, Path(f"{out}.said").read_text()
+        assert forked.end(start(arguments, out)) == 0, Path(f"{out}.said").read_text()
     after = rows_of(killed)
     assert after[: len(before)] == before and after == rows_of(whole)
     assert len(after) == 1 + len(METHODS) * 2 * 2

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import resource
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from tiny import batches, tiny
@@ -175,25 +175,23 @@ def test_a_process_that_may_not_have_more_memory(tmp_path):
         moments.update(torch.randn(2 * d, d).double(), fold)
     kept = torch.arange(0, d, 2)
     expected = ridge.solve(weight, None, moments, kept)
-    child = os.fork()
-    if child == 0:
-        code = 9
+
+    def limited() -> int:
+        torch.set_num_threads(1)
+        status = Path("/proc/self/status").read_text()
+        used = int(status.partition("VmData:")[2].split()[0]) << 10
+        resource.setrlimit(resource.RLIMIT_DATA, (used + (24 << 20), resource.RLIM_INFINITY))
         try:
-            torch.set_num_threads(1)
-            status = Path("/proc/self/status").read_text()
-            used = int(status.partition("VmData:")[2].split()[0]) << 10
-            resource.setrlimit(resource.RLIMIT_DATA, (used + (24 << 20), resource.RLIM_INFINITY))
-            try:
-                ridge.solve(weight, None, moments, kept)
-                code = 8
-            except (MemoryError, RuntimeError) as error:
-                code = 7 if is_out_of_memory(error) else 6
-            found = solve_where_it_fits(ridge.solve, weight, None, moments, kept)
-            (tmp_path / "found").write_bytes(pickle.dumps(found))
-            code = 0 if code == 7 else code
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            ridge.solve(weight, None, moments, kept)
+            return 8
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                return 7
+        found = solve_where_it_fits(ridge.solve, weight, None, moments, kept)
+        (tmp_path / "found").write_bytes(pickle.dumps(found))
+        return 0
+
+    assert forked.end(forked.fork(limited)) == 0
     found = pickle.loads((tmp_path / "found").read_bytes())
     assert found.path == f"{expected.path}, {BY_BLOCKS}"
     assert torch.allclose(found.weight, expected.weight, rtol=1e-10, atol=1e-12)

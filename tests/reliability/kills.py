@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
+
 import liar_ext
 from liar_ext.checkpoint import placing
 from liar_ext.checkpoint.manifest import digest, strangers
@@ -109,23 +111,19 @@ def _start_again(home: Path, overwrite: bool, there: bool, new) -> list[str]:
 
 def _kill_a_save(new, folder: Path, overwrite, atomic, sent, step, delay) -> None:
     """Save in a child that is killed at a step, or after a delay."""
-    child = os.fork()
-    if child == 0:
-        try:
-            null = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(null, stream)
-            if not atomic:
-                placing._renameat2 = lambda *arguments: False
-            if step is not None:
-                _die_at(step, sent)
-            liar_ext.save_pruned(*_arguments(new, folder.parent), overwrite=overwrite)
-        finally:
-            os._exit(0)
+
+    def save() -> None:
+        if not atomic:
+            placing._renameat2 = lambda *arguments: False
+        if step is not None:
+            _die_at(step, sent)
+        liar_ext.save_pruned(*_arguments(new, folder.parent), overwrite=overwrite)
+
+    child = forked.fork(save, Path(os.devnull))
     if step is None:
         time.sleep(delay)
         os.kill(child, sent)
-    os.waitpid(child, 0)
+    forked.end(child)
 
 
 def _die_at(step: int, sent: signal.Signals) -> None:

@@ -6,14 +6,14 @@ import os
 import pickle
 import resource
 import select
-import signal
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import forked  # noqa: F401  (says what a fork begins with)
+import forked
 
 LIMIT = 60.0  # seconds, for one call
 MEMORY = 12 << 30  # bytes of address space for a child; a check of sizes that failed shows here
@@ -53,10 +53,7 @@ def in_child(call: Callable[[], Any], limit: float = LIMIT) -> tuple[str, Any, f
     """
     start = time.monotonic()
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        os._exit(_answer(call, writer))
+    child = forked.fork(lambda: _answer(call, reader, writer), Path(os.devnull))
     os.close(writer)
     answer = b""
     while (left := start + limit - time.monotonic()) > 0:
@@ -65,28 +62,23 @@ def in_child(call: Callable[[], Any], limit: float = LIMIT) -> tuple[str, Any, f
             answer += block
             if not block:
                 break
-    else:
-        os.kill(child, signal.SIGKILL)
     os.close(reader)
-    status = os.waitpid(child, 0)[1]
+    code = forked.end(child, max(start + limit - time.monotonic(), 0.0))
     seconds = time.monotonic() - start
-    if seconds >= limit:
+    if code is None:
         return "hang", None, seconds
-    if not answer:
-        return "crash", f"status {status}", seconds
+    if code:
+        return "crash", f"exit code {code}", seconds
     return (*pickle.loads(answer), seconds)
 
 
-def _answer(call: Callable[[], Any], writer: int) -> int:
+def _answer(call: Callable[[], Any], reader: int, writer: int) -> None:
     """Send what a call returned, or raised, through a pipe."""
+    os.close(reader)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(null, stream)
     try:
         answer = ("value", call())
     except BaseException:
         answer = ("error", traceback.format_exc())
     with os.fdopen(writer, "wb") as pipe:
         pipe.write(pickle.dumps(answer))
-    return 0

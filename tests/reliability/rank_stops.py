@@ -21,15 +21,23 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import torch
-from forked import print_to
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from liar_ext import cli
 from liar_ext.ranks import Ranks
 from reliability.outcome import LIMIT, Outcome, in_child
-from reliability.stops import _always_saving, _expected, _look, _result, _words, make_inputs
+from reliability.stops import (
+    _always_saving,
+    _expected,
+    _look,
+    _result,
+    _words,
+    ended_by,
+    make_inputs,
+)
 
 TITLE = "ranks that are stopped"
 FULL, SHORT = 56, 2
@@ -122,23 +130,16 @@ class _Launched:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         self.ranks, self.folder = ranks, folder
-        self.process = os.fork()
-        if self.process == 0:
-            try:
-                (folder / "launcher").write_text(str(os.getpid()))
-                print_to(folder / "torchrun", folder / "torchrun")
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                given = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=job"]
-                given += [f"--nproc-per-node={ranks}", f"--log-dir={folder}/logs", "liar"]
-                config, _, _ = config_from_args(parse_args(given))
-                config.start_method = "fork"
-                elastic_launch(config, _rank)(words, folder)
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-            finally:
-                os._exit(1)
+        self.process = forked.fork(lambda: self._launch(words), folder / "torchrun")
+
+    def _launch(self, words: list[str]) -> None:
+        """Be the launcher."""
+        (self.folder / "launcher").write_text(str(os.getpid()))
+        given = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=job"]
+        given += [f"--nproc-per-node={self.ranks}", f"--log-dir={self.folder}/logs", "liar"]
+        config, _, _ = config_from_args(parse_args(given))
+        config.start_method = "fork"
+        elastic_launch(config, _rank)(words, self.folder)
 
     def processes(self) -> dict[int, int]:
         """Return the processes by rank."""
@@ -166,8 +167,7 @@ class _Launched:
         while time.monotonic() < deadline:
             if not ended:
                 found, status = os.waitpid(self.process, os.WNOHANG)
-                code = os.waitstatus_to_exitcode(status) if found else 0
-                ended = (f"signal {-code}" if code < 0 else f"exit {code}") if found else ""
+                ended = ended_by(os.waitstatus_to_exitcode(status)) if found else ""
             if ended and not any(_parent(each) for each in self.processes().values()):
                 return ended
             time.sleep(0.005)
@@ -201,7 +201,7 @@ def _rank(words: list[str], folder: Path) -> None:
         signal.signal(each, signal.SIG_DFL)
     LIBC.prctl(PDEATHSIG, 0, 0, 0, 0)
     rank, launcher = os.environ["RANK"], int((folder / "launcher").read_text())
-    print_to(folder / f"said{rank}", folder / f"said{rank}")
+    forked.print_to(folder / f"said{rank}", folder / f"said{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _always_saving()
     join = Ranks.join

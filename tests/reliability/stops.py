@@ -12,12 +12,11 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import torch
 
 from liar_ext import cli
@@ -166,39 +165,20 @@ def _stopped(
 ) -> str:
     """Run a job, or go on with it, and stop it after some time; return how it ended."""
     words = _words(stage, home, paths)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[1:])
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS[1:])
-            said = os.open(home.parent / "said", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(said, stream)
-            _always_saving()
-            os._exit(cli.main(words))
-        except KeyboardInterrupt:
-            os._exit(130)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(70)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS[1:])
+
+    def job() -> int:
+        _always_saving()
+        return cli.main(words)
+
+    child = forked.fork(job, home.parent / "said")
     time.sleep(delay)
-    end = time.monotonic() + LIMIT
     os.kill(child, sent)
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            break
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "hang"
-        time.sleep(0.002)
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {status >> 8}"
+    return ended_by(forked.end(child, LIMIT))
+
+
+def ended_by(code: int | None) -> str:
+    """Return how a process ended, in words."""
+    return "hang" if code is None else f"signal {-code}" if code < 0 else f"exit {code}"
 
 
 def _always_saving() -> None:
