@@ -68,7 +68,7 @@ def find_losses(
         return error_curves(*given, missing, scores, progress=progress, elsewhere=elsewhere)
 
     curves = known.get("curve", key, at, curves_of, owners)
-    notes += notes_of(elsewhere)
+    notes += notes_of(elsewhere, at, owners.ranks)
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together

@@ -12,6 +12,7 @@ from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError, solving
 from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.ranks import Ranks
 from liar_ext.reconstruction.ladder import factor_with_damp, slices
 from liar_ext.reconstruction.out_of_core import in_file
 from liar_ext.reconstruction.room import where_it_fits
@@ -81,11 +82,15 @@ def error_curves(
     return curves
 
 
-def notes_of(elsewhere: Mapping[str, str]) -> list[str]:
-    """Return what a report says of curves that found no memory, by where they were computed."""
+def notes_of(elsewhere: Mapping[str, str], at: Sequence[Site], ranks: Ranks) -> list[str]:
+    """Return what a report says of curves that found no memory, at any rank.
+
+    ``elsewhere`` is what :func:`error_curves` told of this rank's share of the sites ``at``.
+    """
+    told = {name: where for each in ranks.share(elsewhere) for name, where in each.items()}
     notes = []
-    for where in sorted(set(elsewhere.values())):
-        first, *others = (name for name, its in elsewhere.items() if its == where)
+    for where in sorted(set(told.values())):
+        first, *others = (site.name for site in at if told.get(site.name) == where)
         named = f"{first} and {len(others)} more" if others else first
         said = f"An allocation failed in error curves ({named}), which were computed {where}"
         notes.append(f"{said}: give more memory.")

@@ -295,7 +295,7 @@ class StreamedJob(Job):
             return scores, {}
         with self.clock("allocate"):
             found = passes.owners.together(passes.at, lambda _: probes.losses(passes.blocks))
-        self.notes += notes_of(probes.elsewhere)
+        self.notes += notes_of(probes.elsewhere, passes.at, passes.owners.ranks)
         self.sensitivities = {name: value for name, (_, value) in found.items()}
         return scores, {name: loss for name, (loss, _) in found.items()}
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from forked import fork, wait
 from tiny import batches, tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, ops, prune, score, sites
 from liar_ext.data.batches import FOLDS
 from liar_ext.models.sites import get_consumer_weight
+from liar_ext.ranks import Ranks
 from liar_ext.reconstruction.out_of_core import in_file
 from liar_ext.selection.allocation import select
 from liar_ext.selection.error_curves import (
@@ -157,8 +159,8 @@ def test_a_curve_that_memory_has_no_room_for(tmp_path):
         assert torch.equal(found["0.mlp"], expected["0.mlp"])
         assert elsewhere == {"0.mlp": "in a file"}
 
-    out, err = tmp_path / "out", tmp_path / "err"
-    assert wait([fork(cramped, out, err)]) == [0], err.read_text()
+    said = tmp_path / "said"
+    assert forked.end(forked.fork(cramped, said)) == 0, said.read_text()
 
 
 def test_a_job_says_where_memory_had_no_room(monkeypatch):
@@ -178,6 +180,25 @@ def test_a_job_says_where_memory_had_no_room(monkeypatch):
     assert report.plan == before.plan
     for name, value in ordinary.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def test_a_job_of_several_says_so_of_each_rank(tmp_path, monkeypatch):
+    def curve(weight, gram, order, damp, holdout=None, allocate=None):
+        if allocate is None and os.environ.get("RANK") == "1":
+            raise MemoryError
+        return error_curve(weight, gram, order, damp, holdout, allocate)
+
+    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", curve)
+    model = tiny("llama")
+
+    def job(rank: int) -> None:
+        ranks = Ranks.join()
+        report = prune(model, batches(model), 0.7, ranks=ranks)
+        said = [warning for warning in report.warnings if "An allocation failed" in warning]
+        assert rank or (len(said) == 1 and "(0.mlp and 2 more), which were computed" in said[0])
+        ranks.leave()
+
+    assert forked.run(2, job, tmp_path) == [0, 0], (tmp_path / "err0").read_text()
 
 
 def test_neither_memory_nor_a_file(monkeypatch):
