@@ -21,6 +21,8 @@ SECONDS = 600  # for a busy machine
 STILL = 500  # of one fork, which then says where it stands and ends
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STORES = []
+# Else each class of bars makes one for itself, shared by forks, at its first bar.
+tqdm.set_lock(threading.RLock())
 
 
 def begin_anew() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 
+import forked
 import pytest
+from tqdm import auto, tqdm
 
 from liar_ext.bars import Bar, Stage, Timeline, spare
 
@@ -83,3 +85,11 @@ def test_where_there_is_no_terminal_nothing_is_written():
         assert list(Bar(range(4), desc="curves", file=out)) == [0, 1, 2, 3]
         assert list(Bar(range(4), desc="curves", file=Terminal(), disable=True)) == [0, 1, 2, 3]
     assert out.getvalue() == "" and job.stages["curves"].done == 0
+
+
+def test_a_fork_of_the_tests_shares_no_lock_of_bars():
+    """One that was killed while it held it let all others wait for ever."""
+    with Bar(total=1) as bar:
+        before = bar.get_lock()
+    for kind in (Bar, tqdm, auto.tqdm):
+        assert forked.end(forked.fork(lambda kind=kind: int(kind.get_lock() is before))) == 0
