@@ -29,8 +29,9 @@ from liar_ext import (
     verify_pruned,
 )
 from liar_ext.criteria import _CRITERIA, list_criteria
-from liar_ext.report.rows import ON_HOST
-from liar_ext.selection.error_curves import error_curve
+from liar_ext.reconstruction.out_of_core import in_file
+from liar_ext.report.rows import BY_BLOCKS, ON_HOST
+from liar_ext.selection import error_curves as curves_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -98,39 +99,46 @@ def test_a_job_does_what_it_does_on_the_cpu(job):
         assert_as_on_the_cpu(**JOBS[job])
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
-def test_a_solve_that_a_gpu_has_no_memory_for_is_done_on_the_cpu(schedule, monkeypatch):
-    solve = ops.reconstruct
+def without_room(monkeypatch, where, name: str, host: bool) -> None:
+    """Let a function find no memory on a GPU, and on the host neither but in a file."""
+    function = getattr(where, name)
 
-    def without_room(weight, *more, **choices):
+    def cramped(weight, *more, **choices):
         if weight.is_cuda:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-        return solve(weight, *more, **choices)
+        if not host and in_file not in more:
+            raise MemoryError
+        return function(weight, *more, **choices)
+
+    monkeypatch.setattr(where, name, cramped)
+
+
+@pytest.mark.parametrize("host", [True, False], ids=["host", "file"])
+@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
+def test_a_solve_that_a_gpu_has_no_memory_for_is_done_on_the_cpu(schedule, host, monkeypatch):
+    """There in memory, or in a file where it has none either."""
 
     dense, model = tiny("llama"), tiny("llama").to("cuda")
     options = {"allocation": "uniform", "schedule": schedule}
     prune(dense, batches(dense), 0.7, **options)
-    monkeypatch.setattr(ops, "reconstruct", without_room)
+    without_room(monkeypatch, ops, "reconstruct", host)
     report = prune(model, batches(model), 0.7, **options)
     assert report.sites and all(row.path.endswith(ON_HOST) for row in report.sites)
+    assert all((BY_BLOCKS in row.path) is not host for row in report.sites)
     assert any("The GPU had no memory to solve 0.attn" in said for said in report.warnings)
     inputs = {name: value.to("cuda") for name, value in tiny_inputs(model).items()}
     torch.testing.assert_close(outputs(model, inputs).cpu(), outputs(dense), rtol=1e-3, atol=1e-4)
 
 
-def test_a_curve_that_a_gpu_has_no_memory_for_is_computed_on_the_cpu(monkeypatch):
-    def without_room(weight, *more):
-        if weight.is_cuda:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-        return error_curve(weight, *more)
-
+@pytest.mark.parametrize(("host", "where"), [(True, "on the CPU"), (False, "in a file")])
+def test_a_curve_that_a_gpu_has_no_memory_for_is_computed_on_the_cpu(host, where, monkeypatch):
     model = tiny("llama").to("cuda")
     bank, at, elsewhere = calibrate(model, batches(model)), sites(model), {}
     given = model, bank, at, score(model, bank, at, "wifv")
     expected = error_curves(*given)
-    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", without_room)
+    without_room(monkeypatch, curves_module, "error_curve", host)
     found = error_curves(*given, elsewhere=elsewhere)
-    assert elsewhere == {site.name: "on the CPU" for site in at}
+    assert elsewhere == {site.name: where for site in at}
     for name, curve in found.items():
         torch.testing.assert_close(curve, expected[name], rtol=1e-9, atol=1e-12)
 
