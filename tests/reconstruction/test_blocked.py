@@ -178,9 +178,7 @@ def test_a_process_that_may_not_have_more_memory(tmp_path):
 
     def limited() -> int:
         torch.set_num_threads(1)
-        status = Path("/proc/self/status").read_text()
-        used = int(status.partition("VmData:")[2].split()[0]) << 10
-        resource.setrlimit(resource.RLIMIT_DATA, (used + (24 << 20), resource.RLIM_INFINITY))
+        forked.cramp(24 << 20, 16 << 20)
         try:
             ridge.solve(weight, None, moments, kept)
             return 8
