@@ -126,6 +126,7 @@ class StreamedPasses:
                     if self.keep and not known:
                         self.kept |= self.bank.moments
                     yield group
+            self.bank = MomentBank({}, self.source)  # what comes after needs the memory
 
     def _enter(self) -> list[Held]:
         """Return the hidden states of this rank's batches before the first block."""
