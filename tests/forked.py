@@ -90,9 +90,11 @@ def fork(call: Callable[[], int | None], out: Path | None = None, err: Path | No
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def print_to(out: Path, err: Path) -> None:
@@ -103,15 +105,15 @@ def print_to(out: Path, err: Path) -> None:
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def cramp(spare: int, block: int) -> None:
-    """Let this process have ``spare`` bytes more, and no block that it had once and gave back."""
+def cramp(spare: int) -> None:
+    """Let this process have ``spare`` bytes more, and no large block that it once gave back."""
 
     def private() -> int:
         return int(Path("/proc/self/status").read_text().partition("VmData:")[2].split()[0]) << 10
 
     before = private()
     while private() == before:  # as long as one is served from what was freed
-        LIBC.malloc(ctypes.c_size_t(block))
+        LIBC.malloc(ctypes.c_size_t(16 << 20))
     resource.setrlimit(resource.RLIMIT_DATA, (private() + spare, resource.RLIM_INFINITY))
 
 

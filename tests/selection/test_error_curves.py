@@ -150,7 +150,7 @@ def test_a_curve_that_memory_has_no_room_for(tmp_path):
 
     def cramped():
         torch.set_num_threads(1)
-        forked.cramp(30 << 20, 16 << 20)
+        forked.cramp(30 << 20)
         found = error_curves(*given, elsewhere=elsewhere)
         assert torch.equal(found["0.mlp"], expected["0.mlp"])
         assert elsewhere == {"0.mlp": "in a file"}
