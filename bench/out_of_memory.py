@@ -7,7 +7,7 @@ the shards must be smaller than the limit, as mapping one counts. Memory over ti
 the same command without `--max-memory` is run under the same limit, to show that it must fail.
 
 What docs/scaling.md shows was run by `make out-of-memory` with these in OOM, the first two before
-the bound of a solve counted d x d_out; the layerwise one is refused below 1.34 GiB since then:
+the bound of a solve counted d x d_out; the second is refused below 1.34 GiB since then:
 
     --fixed-damp --limit 1.4 --spare 0.1 --runs one-pass
     --fixed-damp --limit 1.4 --spare 0.1 --runs layerwise
@@ -15,6 +15,7 @@ the bound of a solve counted d x d_out; the layerwise one is refused below 1.34 
         --spare 0.1 --runs default
     --hidden 4096 --channels 11008 --blocks 2 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0
         --fixed-damp --runs one-pass
+    the same with --limit 10.1 --runs layerwise
 """
 
 from __future__ import annotations
