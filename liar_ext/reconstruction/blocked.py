@@ -24,7 +24,6 @@ from torch import Tensor
 from liar_ext.calibration.moments import Moments, check_finite, check_folds
 from liar_ext.data.batches import FOLDS
 from liar_ext.reconstruction.ladder import (
-    ROW_BLOCK,
     Rows,
     change_by,
     choose,
@@ -126,9 +125,8 @@ class _Fit:
         n = len(self.square)
         if not n or math.isinf(damp):
             return None, True
-        for start in range(0, n, ROW_BLOCK):
-            stop = min(start + ROW_BLOCK, n)
-            self.square[start:stop, :stop] = self.block(start, stop)
+        for rows in slices(n):
+            self.square[rows, : rows.stop] = self.block(rows.start, rows.stop)
         return self.square, factor_with_damp(self.square, damp)
 
     def parts(self, factor: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:

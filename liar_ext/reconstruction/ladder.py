@@ -130,9 +130,9 @@ def factor_in_place(square: Tensor) -> bool:
 
     By block columns, what is to the left of one taken from it at once: nearly all of it products.
     """
-    for start in range(0, len(square), ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, len(square))
-        column, left = square[start:, start:stop], square[start:, :start]
+    for rows in slices(len(square)):
+        start, stop = rows.start, rows.stop
+        column, left = square[start:, rows], square[start:, :start]
         if start:
             torch.addmm(column, left, left[: stop - start].mT, alpha=-1, out=column)
         corner, code = torch.linalg.cholesky_ex(column[: stop - start])
