@@ -98,7 +98,8 @@ def fork(call: Callable[[], int | None], out: Path | None = None, err: Path | No
 
 
 def print_to(out: Path, err: Path) -> None:
-    """Let this process print into files, or one."""
+    """Let this process print into files, or one, and read nothing."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         os.dup2(file, stream)

@@ -56,9 +56,7 @@ def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
 
 def _answer(work: Callable[[], None], files: list[str], cwd: str, env: dict[str, str]) -> None:
     """Be a worker, and end: one that stands still, too, which says where."""
-    faulthandler.register(
-        signal.SIGALRM, file=2, chain=True
-    )  # and then ends, as it does by default
+    faulthandler.register(signal.SIGALRM, file=2, chain=True)
     signal.alarm(STILL)
     code = 1
     try:

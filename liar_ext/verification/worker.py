@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from typing import Any
@@ -38,11 +37,7 @@ def main() -> None:
     """Do the jobs on standard input."""
     jobs = json.load(sys.stdin)
     if len(jobs) > 1:
-        from tqdm import tqdm
         from transformers import AutoModel  # noqa: F401  (so that no child has to)
-
-        # tqdm's own lock is shared by forks, and a child that is killed may hold it.
-        tqdm.set_lock(threading.RLock())
     for job in jobs:
         print(json.dumps(apart(job) if len(jobs) > 1 else do(job)), flush=True)
 

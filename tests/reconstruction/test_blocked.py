@@ -177,7 +177,6 @@ def test_a_process_that_may_not_have_more_memory(tmp_path):
     expected = ridge.solve(weight, None, moments, kept)
 
     def limited() -> int:
-        torch.set_num_threads(1)
         forked.cramp(24 << 20)
         try:
             ridge.solve(weight, None, moments, kept)

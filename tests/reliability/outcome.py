@@ -67,7 +67,7 @@ def in_child(call: Callable[[], Any], limit: float = LIMIT) -> tuple[str, Any, f
     seconds = time.monotonic() - start
     if code is None:
         return "hang", None, seconds
-    if code:
+    if code or not answer:
         return "crash", f"exit code {code}", seconds
     return (*pickle.loads(answer), seconds)
 

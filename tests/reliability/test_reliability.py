@@ -32,6 +32,7 @@ def test_a_child_tells_what_came_of_it() -> None:
     assert kind == "error" and "IndexError" in text
     assert in_child(lambda: time.sleep(30), limit=0.2)[0] == "hang"
     assert in_child(lambda: __import__("os").kill(__import__("os").getpid(), 9))[0] == "crash"
+    assert in_child(lambda: __import__("os")._exit(0))[0] == "crash"  # without an answer
 
 
 @pytest.mark.parametrize("verdict", ["traceback", "code run", "hang"])

@@ -149,7 +149,6 @@ def test_a_curve_that_memory_has_no_room_for(tmp_path):
     expected, elsewhere = error_curves(*given), {}
 
     def cramped():
-        torch.set_num_threads(1)
         forked.cramp(30 << 20)
         found = error_curves(*given, elsewhere=elsewhere)
         assert torch.equal(found["0.mlp"], expected["0.mlp"])
@@ -159,16 +158,21 @@ def test_a_curve_that_memory_has_no_room_for(tmp_path):
     assert forked.end(forked.fork(cramped, said)) == 0, said.read_text()
 
 
-def test_a_job_says_where_memory_had_no_room(monkeypatch):
-    ordinary, model = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
-    before = prune(ordinary, batches(ordinary), 0.7)
+def without_room(monkeypatch, rank: str | None = None) -> None:
+    """Let a curve find no memory but in a file: in this process, or at a rank."""
 
     def curve(weight, gram, order, damp, holdout=None, allocate=None):
-        if allocate is None:
+        if allocate is None and os.environ.get("RANK") == rank:
             raise MemoryError
         return error_curve(weight, gram, order, damp, holdout, allocate)
 
     monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", curve)
+
+
+def test_a_job_says_where_memory_had_no_room(monkeypatch):
+    ordinary, model = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
+    before = prune(ordinary, batches(ordinary), 0.7)
+    without_room(monkeypatch)
     report = prune(model, batches(model), 0.7)
     said = "error curves (0.attn and 5 more), which were computed in a file: give more memory."
     assert f"An allocation failed in {said}" in report.warnings
@@ -179,12 +183,7 @@ def test_a_job_says_where_memory_had_no_room(monkeypatch):
 
 
 def test_a_job_of_several_says_so_of_each_rank(tmp_path, monkeypatch):
-    def curve(weight, gram, order, damp, holdout=None, allocate=None):
-        if allocate is None and os.environ.get("RANK") == "1":
-            raise MemoryError
-        return error_curve(weight, gram, order, damp, holdout, allocate)
-
-    monkeypatch.setattr("liar_ext.selection.error_curves.error_curve", curve)
+    without_room(monkeypatch, rank="1")
     model = tiny("llama")
 
     def job(rank: int) -> None:
