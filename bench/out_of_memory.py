@@ -15,7 +15,7 @@ the bound of a solve counted d x d_out; the second is refused below 1.34 GiB sin
         --spare 0.1 --runs default
     --hidden 4096 --channels 11008 --blocks 2 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0
         --fixed-damp --runs one-pass
-    the same with --limit 10.1 --runs layerwise
+    the same with --limit 10.1 --runs layerwise default
 """
 
 from __future__ import annotations
