@@ -13,9 +13,9 @@ the bound of a solve counted d x d_out; the second is refused below 1.34 GiB sin
     --fixed-damp --limit 1.4 --spare 0.1 --runs layerwise
     --hidden 8192 --heads 4 --channels 512 --vocabulary 8000 --samples 2 --seq-len 64 --limit 1.4
         --spare 0.1 --runs default
-    --hidden 4096 --channels 11008 --blocks 2 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0
+    --hidden 4096 --channels 11008 --blocks 41 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0
         --fixed-damp --runs one-pass
-    the same with --limit 10.1 --runs layerwise default
+    the same with --blocks 2 --limit 10.1 --runs layerwise default
 """
 
 from __future__ import annotations
