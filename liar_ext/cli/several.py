@@ -18,6 +18,7 @@ from liar_ext.errors import InputError
 from liar_ext.ranks import RankLost, Ranks, launched
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
+INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
 PAUSE = 0.2  # seconds between two looks for the process that started this one
 SPEAKING = threading.Lock()
 PATIENCE = 2.0  # seconds; torchrun ends a rank 0.1 to 30 seconds after another has ended
@@ -54,7 +55,8 @@ def join(options: argparse.Namespace) -> Ranks:
     try:
         ranks = options.ranks = Ranks.join()
     except RankLost as error:
-        print(_not_met(options, str(error)), file=sys.stderr, flush=True)
+        said = _not_met(options, str(error)) + _how_to_reach()
+        print(said, file=sys.stderr, flush=True)
         raise SystemExit(3) from error
     finally:
         met.set()
@@ -132,6 +134,17 @@ def _not_met(options: argparse.Namespace, reason: str) -> str:
     return (
         f"liar: error: {options.command}: the ranks haven't met: {reason}; start the same command "
         "again"
+    )
+
+
+def _how_to_reach() -> str:
+    """Return how ranks of several machines meet, unless it was said or all are on this one."""
+    count = os.environ["WORLD_SIZE"]
+    if INTERFACE in os.environ or os.environ.get("LOCAL_WORLD_SIZE", count) == count:
+        return ""
+    return (
+        f"; where a machine's host name isn't its address in the network, set {INTERFACE} there to "
+        "the interface that leads to the others, as eth0"
     )
 
 
