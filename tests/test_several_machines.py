@@ -18,7 +18,7 @@ BECOME = 'hostname "$0" && mount -t proc proc /proc && exec "$@"'
 
 def on(name: str) -> list[str]:
     """Return what starts a command on a machine."""
-    become = ["unshare", "--uts", "--pid", "--mount", "--fork", "sh", "-c", BECOME, name]
+    become = ["unshare", "--uts", "--pid", "--mount", "--kill-child", "sh", "-c", BECOME, name]
     return ["ip", "netns", "exec", name, *become]
 
 
@@ -47,28 +47,21 @@ def machines():
 
 
 def test_two_machines_make_what_one_process_makes(machines, llama_folder, corpus, tmp_path):
-    assert main(command(llama_folder, corpus, tmp_path / "alone", "--quiet")) == 0
-    running = []
-    for number, name in enumerate(machines):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        launch += ["--nproc-per-node", "1", "--node-rank", str(number)]
-        launch += ["--master-addr", "10.9.0.1", "--master-port", "29500", "-m", "liar_ext"]
-        launch += command(llama_folder, corpus, tmp_path / f"of {number}")
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            several.INTERFACE: name,
-        }
-        with open(tmp_path / f"said {number}", "w") as said:
-            running.append(
-                subprocess.Popen(
-                    [*on(name), *launch],
-                    stdout=said,
-                    stderr=said,
-                    env=environment,
-                )
-            )
     said = [tmp_path / f"said {number}" for number in range(2)]
-    codes = [each.wait(300) for each in running]
+    assert main(command(llama_folder, corpus, tmp_path / "alone", "--quiet")) == 0
+    with ExitStack() as stack:
+        running = []
+        for number, name in enumerate(machines):
+            launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+            launch += ["--nproc-per-node", "1", "--node-rank", str(number)]
+            launch += ["--master-addr", "10.9.0.1", "--master-port", "29500", "-m", "liar_ext"]
+            launch += command(llama_folder, corpus, tmp_path / f"of {number}")
+            more = {"PYTHONPATH": os.pathsep.join(sys.path), several.INTERFACE: name}
+            out = stack.enter_context(said[number].open("w"))
+            given = {"stdout": out, "stderr": out, "env": os.environ | more}
+            running.append(subprocess.Popen([*on(name), *launch], **given))
+            stack.callback(running[-1].kill)
+        codes = [each.wait(300) for each in running]
     assert codes == [0, 0], "\n".join(each.read_text() for each in said)
     for name in ("model.safetensors", "config.json", "liar/plan.json"):
         assert (tmp_path / "of 0" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
