@@ -25,12 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liar_ext.errors import one_line
+from liar_ext.errors import InputError, one_line
 
 # Of a rank that hangs and doesn't end; one that ends is noticed at once. Others wait while the
 # first one evaluates, or writes calibration text.
 TIMEOUT = timedelta(hours=6)
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+MOST_RANKS = 1 << 16  # a number beyond it is none of ranks
 MOST_AT_ONCE = 1 << 30  # bytes of one message
 Value = TypeVar("Value")
 
@@ -38,6 +39,18 @@ Value = TypeVar("Value")
 def launched() -> bool:
     """Tell whether torchrun started this process."""
     return all(name in os.environ for name in ENVIRONMENT)
+
+
+def _whole(name: str, least: int, most: int, default: int | None = None) -> int:
+    """Return the whole number of a variable of the environment, which must be in a range."""
+    given = os.environ.get(name, default)
+    with suppress(TypeError, ValueError):
+        if least <= (number := int(given)) <= most:
+            return number
+    raise InputError(
+        f"ranks: {name} must be a whole number from {least} to {most}, got {given!r} in the "
+        f"environment; start all ranks by torchrun, or unset {', '.join(ENVIRONMENT)}"
+    )
 
 
 class Named(Protocol):
@@ -89,18 +102,22 @@ class Ranks:
 
         Raises
         ------
+        InputError
+            If a variable that torchrun sets holds another thing than torchrun would have set.
         RankLost
             If another rank, or what started them, ends before all have met.
         """
         if not launched():
             return cls()
-        count = int(os.environ["WORLD_SIZE"])
+        count = _whole("WORLD_SIZE", 1, MOST_RANKS)
+        rank = _whole("RANK", 0, count - 1)
         if count == 1:
             return cls(started=True)
-        rank, here = int(os.environ["RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        here, local = _whole("LOCAL_WORLD_SIZE", 1, count, 1), _whole("LOCAL_RANK", 0, count - 1, 0)
+        _whole("MASTER_PORT", 0, 65_535)
         backend = "gloo"
         if torch.cuda.is_available() and torch.cuda.device_count() >= here:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
         ranks = cls(rank, count, here, True)
         with ranks._together():

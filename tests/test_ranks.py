@@ -291,6 +291,32 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("RANK", "one", "RANK must be a whole number from 0 to 1, got 'one'"),
+        ("RANK", "2", "RANK must be a whole number from 0 to 1, got '2'"),
+        ("WORLD_SIZE", "", "WORLD_SIZE must be a whole number from 1 to"),
+        ("WORLD_SIZE", "1", "RANK must be a whole number from 0 to 0, got '1'"),
+        ("WORLD_SIZE", "9" * 30, "WORLD_SIZE must be a whole number from 1 to"),
+        ("MASTER_PORT", "http", "MASTER_PORT must be a whole number from 0 to 65535"),
+        ("LOCAL_WORLD_SIZE", "3", "LOCAL_WORLD_SIZE must be a whole number from 1 to 2"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK must be a whole number from 0 to 1"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_set_is_refused(
+    name, value, rule, monkeypatch, capsys
+):
+    of_torchrun = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}
+    for each, given in {**of_torchrun, name: value}.items():
+        monkeypatch.setenv(each, given)
+    with pytest.raises(SystemExit) as ended:
+        main(["info"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and len(said.splitlines()) == 1
+    assert said.startswith(f"liar: error: info: ranks: {rule}")
+
+
 def test_ranks_of_different_models_are_refused(tmp_path):
     def job(rank: int) -> None:
         ranks = Ranks.join()

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 
 import torch
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 from liar_ext.ranks import RankLost, Ranks, launched
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
@@ -45,7 +45,8 @@ def join(options: argparse.Namespace) -> Ranks:
     Raises
     ------
     SystemExit
-        With 3, after a line that says so, if they can't meet.
+        After a line that says so: with 3 if they can't meet, with 2 if the environment doesn't say
+        how.
     """
     if not launched():
         options.ranks = Ranks()
@@ -54,6 +55,9 @@ def join(options: argparse.Namespace) -> Ranks:
     threading.Thread(target=_watch_parent, args=(options, met, os.getppid()), daemon=True).start()
     try:
         ranks = options.ranks = Ranks.join()
+    except InputError as error:
+        print(f"liar: error: {options.command}: {one_line(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
     except RankLost as error:
         said = _not_met(options, str(error)) + _how_to_reach()
         print(said, file=sys.stderr, flush=True)
