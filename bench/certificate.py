@@ -86,6 +86,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
             seq_len=options.seq_len,
             seed=options.seed,
             certify=options.certify,
+            random_tokens=0.0,  # held-out errors are of text then, as those on fresh text
         )
         plan = None
         for name, fresh in {THIRD_FOLD: sequences.certification.batches(), **texts}.items():

@@ -16,10 +16,10 @@ the dense model on four texts; with --questions the accuracy on a file of questi
 choices; how many tokens 64 greedy continuations go as the dense model's. Its summary is the mean
 over the texts of log(perplexity / dense).
 
-A method is liar, which is what liar_ext.prune does by default, or criterion+allocation+mode, which
-is solved in one pass; then +FIELD=VALUE for any field of a recipe. +layerwise, +one-pass and +equal
-are short for +schedule=layerwise, +schedule=one-pass and +uniform_layers=true; the tile is 1 unless
-it is named. "others" stands for configurations of ours
+A method is liar, which is what liar prune does by default, or criterion+allocation+mode, which is
+solved in one pass, on text without random tokens; then +FIELD=VALUE for any field of a recipe.
++layerwise, +one-pass and +equal are short for +schedule=layerwise, +schedule=one-pass and
++uniform_layers=true; the tile is 1 unless it is named. "others" stands for configurations of ours
 after what others publish, "steps" for ablations.
 
 Rows are kept in OUT/quality.json, whole at any time: a run that was killed goes on where it was,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def measure(
         },
     }
     wanted = {}
-    for seed in options.seeds:
+    for seed, (random_tokens, some) in product(options.seeds, by_random_tokens(methods).items()):
         drawn = texts.draw(
             model,
             tokenizer,
@@ -82,6 +83,7 @@ def measure(
             seed=seed,
             lone=options.lone,
             judge=options.judge,
+            random_tokens=random_tokens,
         )
         of_seed = shared | {
             "seed": seed,
@@ -91,13 +93,13 @@ def measure(
         }
         rows = []
         for ratio in options.ratios:
-            for method in methods:
+            for method in some:
                 recipe = read_method(method, keep=1 - ratio, seed=seed)
                 facts = {"method": method, "ratio": ratio, "recipe": recipe.to_dict()}
                 if record.find(of_seed | facts) is None:
                     rows.append((recipe, of_seed | facts))
         if rows:
-            wanted[seed] = drawn, rows
+            wanted[seed, random_tokens] = drawn, rows
     dense = shared | {"method": DENSE, "ratio": 0.0, "seed": 0, "recipe": {}}
     dense |= {"calibration": [], "calibration_tokens": 0, "calibration_digest": ""}
     known = record.find(dense) is not None
@@ -133,6 +135,14 @@ def measure(
             )
             del pruned
         del case
+
+
+def by_random_tokens(methods: Sequence[str]) -> dict[float, list[str]]:
+    """Return methods by the fraction of random tokens in their calibration sets."""
+    found: dict[float, list[str]] = {}
+    for name in methods:
+        found.setdefault(read_method(name, keep=1.0, seed=0).random_tokens, []).append(name)
+    return found
 
 
 class Stopwatch:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.quality.windows import HeldOut
 from demo import assets
 from liar_ext.calibration.self_calibration import SELF, enough_documents, write_documents
+from liar_ext.data.documents import Documents
 from liar_ext.data.texts import (
     Sequences,
     calibration_sequences,
@@ -113,6 +114,7 @@ class Texts:
             for name, source in calibration.items()
         }
         self.judged = {name: read_documents(source) for name, source in judged.items()}
+        self._written: dict[tuple[int, int, int], Documents] = {}
         known = [text for documents in self.calibration.values() for text in documents]
         for documents in self.judged.values():
             check_apart(known, documents)
@@ -127,14 +129,18 @@ class Texts:
         seed: int,
         lone: str,
         judge: int = 0,
+        random_tokens: float = 0.0,
     ) -> Sequences:
         """Return the calibration set of a seed; what the model writes itself is written here."""
         sources = dict(self.calibration)
         if SELF in sources:
             share = enough_documents(-(-(samples + judge) // len(sources)))
-            sources[SELF] = write_documents(
-                model, tokenizer, documents=share, tokens=seq_len, seed=seed
-            )
+            key = seed, share, seq_len
+            if key not in self._written:
+                self._written[key] = write_documents(
+                    model, tokenizer, documents=share, tokens=seq_len, seed=seed
+                )
+            sources[SELF] = self._written[key]
         return calibration_sequences(
             list(sources.values()),
             tokenizer,
@@ -143,6 +149,7 @@ class Texts:
             seed=seed,
             judge=judge,
             lone=lone,
+            random_tokens=random_tokens,
         )
 
     def windows(self, tokenizer, *, seq_len: int, samples: int) -> dict[str, HeldOut]:

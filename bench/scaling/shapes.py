@@ -11,7 +11,7 @@ from liar_ext.reconstruction.settings import DAMP_LADDER
 from liar_ext.streaming.memory import bytes_of_solve
 
 # Finite λ of the ladder that a walk tries at a site, see `liar_ext.reconstruction.ladder.choose`.
-TRIED = 3
+TRIED = 4
 WIDTH = 2  # bytes of a weight and of a hidden feature, bfloat16
 
 
@@ -81,7 +81,7 @@ class Settings:
     bytes.
     """
 
-    sequences: int = 128
+    sequences: int = 171  # 128 of text, and a third as many of random tokens
     length: int = 512
     batch: int = 4
     keep: float = 0.8

@@ -117,7 +117,9 @@ def renumbered(text: Sequence[Mapping[str, Tensor]], own: Source, merged: Source
         return [dict(batch) for batch in text]
     number = torch.tensor([merged["texts"].index(name) for name in names])
     return [
-        {**batch, "source": number[batch["source"]]} if "source" in batch else dict(batch)
+        {**batch, "source": torch.where(own < 0, own, number[own.clamp_min(0)])}
+        if (own := batch.get("source")) is not None
+        else dict(batch)
         for batch in text
     ]
 
@@ -149,6 +151,10 @@ def _number(value: Any) -> bool:
     return plain and math.isfinite(value) and value >= 0
 
 
+def _fraction(value: Any) -> bool:
+    return _number(value) and value < 1
+
+
 def _names(value: Any) -> bool:
     """Tell whether a value is a list of strings that a terminal shows as they are."""
     return isinstance(value, list) and all(_string(v) and v.isprintable() for v in value)
@@ -168,8 +174,12 @@ def _sites(value: Any) -> bool:
 def _calibrations(value: Any) -> bool:
     checks = {"texts": _names, "notes": _names, "bos": _string, "packed": _flag}
     checks |= dict.fromkeys(("samples", "seq_len", "seed", "batch_size"), _count)
+    newer = {"random_tokens": _fraction}  # which banks of before don't say: they have none
     return isinstance(value, list) and all(
-        isinstance(each, dict) and each.keys() == checks.keys() and _all(checks, each)
+        isinstance(each, dict)
+        and each.keys() - newer.keys() == checks.keys()
+        and _all(checks, each)
+        and _all(newer, {"random_tokens": 0.0, **each})
         for each in value
     )
 

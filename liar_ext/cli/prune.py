@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +226,8 @@ def _draw(
         samples=recipe.samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
+        random_tokens=recipe.random_tokens,
+        vocab_size=_vocab_size(model),
         packed=predicts_next_token(model),
         certify=recipe.certify,
         judge=judge,
@@ -233,9 +236,7 @@ def _draw(
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
-    causal, count = predicts_next_token(model), len(calibration)
-    warnings = list(calibration.notes)
-    warnings += warnings_of(recipe.calibration, recipe.samples, count, causal)
+    warnings = [*calibration.notes, *warnings_of(recipe.calibration, predicts_next_token(model))]
     known = None
     if digests:
         every = (text for documents in read.values() for text in documents)
@@ -248,14 +249,16 @@ def _draw(
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known
 
 
-def warnings_of(names: Sequence[str], asked: int, drawn: int, causal: bool) -> list[str]:
-    """Return what a user has to know of the calibration text."""
-    warnings = []
-    if len(set(names)) == 1 and "self" not in names and causal:
-        warnings.append(ONE_KIND)
-    if drawn < asked:
-        warnings.append(f"The calibration text gave {drawn} of {asked} sequences.")
-    return warnings
+def _vocab_size(model: nn.Module) -> int | None:
+    """Return how many tokens a model has embeddings of; None where it has no table of them."""
+    with suppress(NotImplementedError, AttributeError):
+        return model.get_input_embeddings().num_embeddings
+    return None
+
+
+def warnings_of(names: Sequence[str], causal: bool) -> list[str]:
+    """Return what a user has to know of the kinds of calibration text."""
+    return [ONE_KIND] if len(set(names)) == 1 and "self" not in names and causal else []
 
 
 def check_eval(recipe: Recipe, model: nn.Module) -> None:

@@ -104,7 +104,8 @@ def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Nam
     changes: dict[str, Any] = {"calibration": ()}
     runs = source.get("calibrations", [])
     if len(runs) == 1:
-        changes = {name: runs[0][name] for name in OF_TEXT if name != "calibration"}
+        drawn = {"random_tokens": 0.0, **runs[0]}  # which banks of before don't say
+        changes = {name: drawn[name] for name in OF_TEXT if name != "calibration"}
         changes["calibration"] = tuple(runs[0]["texts"])
     elif source.get("seq_len", 0) > 1:
         changes["seq_len"] = source["seq_len"]
@@ -118,9 +119,7 @@ def warnings_of_bank(header: Stored) -> list[str]:
     runs = header.source.get("calibrations", [])
     found = [note for run in runs for note in run["notes"]]
     if header.source.get("texts"):
-        asked = sum(run["samples"] for run in runs)
-        count = header.source.get("sequences", 0)
-        found += warnings_of(header.source["texts"], asked, count, runs[0]["packed"])
+        found += warnings_of(header.source["texts"], runs[0]["packed"])
     return list(dict.fromkeys(found))
 
 

@@ -39,7 +39,8 @@ class Batch:
     labels : dict of str to Tensor
         ``labels``, or ``start_positions`` and ``end_positions``, where the batch has them.
     source : Tensor, optional
-        ``(sequences,)`` int64: which of several texts a sequence is of; all of one unless given.
+        ``(sequences,)`` int64: which of several texts a sequence is of, -1 of none, as random
+        tokens are; all of one unless given.
     """
 
     inputs: dict[str, Tensor]
@@ -101,7 +102,7 @@ def read_batches(batches: Batches) -> Iterator[Batch]:
     batches : iterable of mapping or Tensor
         Keyword arguments of a model, or ``input_ids`` alone. ``attention_mask`` ``(batch, tokens)``
         is zero where a token is padding, ``fold`` ``(batch,)`` is 0 or 1, ``source`` ``(batch,)``
-        says by a number which of several texts a sequence is of.
+        says by a number which of several texts a sequence is of, by -1 that it is of none.
 
     Raises
     ------
@@ -154,9 +155,10 @@ def _padding(mask: Tensor | None) -> Tensor | None:
 def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
     """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
-    Every source gives equally many of them, and each at least one. Of a text the first
-    ``PROBE_LENGTH`` tokens are taken. Sequences of one batch stay together, and those without
-    padding are put together, so that short ones need few passes.
+    Every source gives equally many of them, and each at least one; what is of no text, a source
+    below 0, gives none where there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken.
+    Sequences of one batch stay together, and those without padding are put together, so that short
+    ones need few passes.
     """
     read = [_beginning(batch) for batch in read_batches(batches)]
     places: dict[int, list[tuple[int, int]]] = {}
@@ -164,6 +166,7 @@ def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
         sources = [0] * len(batch) if batch.source is None else batch.source.tolist()
         for row, source in enumerate(sources):
             places.setdefault(source, []).append((index, row))
+    places = {source: found for source, found in places.items() if source >= 0} or places
     sequences, tokens = sum(map(len, read)), sum(map(count_tokens, read))
     count = max(PROBE_SEQUENCES, math.ceil(PROBE_TOKENS * sequences / max(tokens, 1)))
     share = -(-count // max(len(places), 1))

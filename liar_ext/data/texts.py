@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from liar_ext.data.batches import FOLDS
 from liar_ext.data.documents import Documents, check_apart, read_documents
 from liar_ext.data.folds import CHARACTERS, cut_pieces, halve, split_documents
+from liar_ext.data.random_tokens import (
+    NO_TEXT,
+    RANDOM_TOKENS,
+    check_fraction,
+    random_sequences,
+)
 from liar_ext.errors import InputError
 
 __all__ = [
@@ -51,7 +57,7 @@ class Sequences:
     notes : tuple of str
         What a user has to know of the draw.
     source : Tensor, optional
-        ``(sequences,)`` int64: which of several texts each is of.
+        ``(sequences,)`` int64: which of several texts each is of; -1 if of random tokens.
     """
 
     input_ids: Tensor
@@ -112,11 +118,14 @@ def calibration_sequences(
     certify: int = 0,
     judge: int = 0,
     lone: str = "blocks",
+    random_tokens: float = RANDOM_TOKENS,
+    vocab_size: int | None = None,
 ) -> Sequences:
     """Draw calibration sequences from several texts, in two folds split by document.
 
     Each source (a list of documents) contributes evenly, as far as it reaches. Documents are drawn
     first, and what is drawn is tokenised: all of a source up to some millions of characters.
+    Sequences of random tokens come beside them.
 
     Parameters
     ----------
@@ -142,12 +151,18 @@ def calibration_sequences(
     lone : {"blocks", "halves"}
         A source that is a single document is cut into blocks of paragraphs, which take turns in
         going to the folds, or into two halves, one for each.
+    random_tokens : float
+        Fraction of all sequences that are of random tokens, in [0, 1): a third as many come beside
+        ``samples`` by default. See :func:`liar_ext.data.random_tokens.random_sequences`.
+    vocab_size : int, optional
+        Tokens that the model has embeddings of; by default all of the tokenizer's.
 
     Raises
     ------
     InputError
         If a number is out of range, or a part gets no sequence.
     """
+    check_fraction("calibration", random_tokens)
     apart = {name: n for name, n in (("certify", certify), ("judge", judge)) if n}
     _check_draw(samples, seq_len, seed, apart, lone)
     generator = torch.Generator().manual_seed(seed)
@@ -192,6 +207,11 @@ def calibration_sequences(
         more[name] = _pad([window for window, _ in part], turns, tokenizer, bos)
     folds = [fold for fold in range(FOLDS) for _ in drawn[fold]]
     rows, origins = zip(*(pair for fold in range(FOLDS) for pair in drawn[fold]), strict=True)
+    if len(rows) < samples:
+        notes.append(f"The calibration text gave {len(rows)} of {samples} sequences.")
+    for index, row in random_sequences(rows, tokenizer, random_tokens, seed, vocab_size):
+        rows, origins = (*rows, row), (*origins, NO_TEXT)
+        folds.append(folds[index])
     origin = torch.tensor(origins)
     apart = more.get("certify"), more.get("judge")
     return _pad(rows, folds, tokenizer, bos, *apart, tuple(notes), source=origin)

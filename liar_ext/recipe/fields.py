@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from liar_ext.data.random_tokens import RANDOM_TOKENS, check_fraction
 from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
@@ -42,6 +43,14 @@ class Fields:
         check.whole(2),
         "calibration sequences; encoders read document by document, as many as make so many times "
         "--seq-len tokens",
+    )
+    random_tokens: float = choice(
+        RANDOM_TOKENS,
+        "calibration",
+        check.number,
+        "fraction of all calibration sequences that are of tokens drawn from the vocabulary and "
+        "come beside those of text: they let units count that the text never moves",
+        metavar="F",
     )
     seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
     batch_size: int = choice(4, "calibration", check.whole(1), "sequences per forward pass")
@@ -208,6 +217,7 @@ class Fields:
             value = each.metadata["check"](each.name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)
         _ = self.budget
+        check_fraction("recipe", self.random_tokens)
         if not 0.0 < self.keep_hidden <= 1.0:
             raise InputError(
                 f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"

@@ -26,7 +26,7 @@ class Recipe(Fields):
 
     Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
     The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
-    ``samples``, ``batch_size``, ``judge``, ``eval``, ``eval_samples``,
+    ``samples``, ``random_tokens``, ``batch_size``, ``judge``, ``eval``, ``eval_samples``,
     ``certify``) are for the command;
     :func:`liar_ext.prune` is given the model and the batches.
 
@@ -42,6 +42,9 @@ class Recipe(Fields):
     samples, seq_len, batch_size : int
         Sequences to draw; tokens per sequence, also those that FLOPs are counted at; sequences per
         forward pass.
+    random_tokens : float
+        Fraction of all sequences that are of random tokens, beside those of text; see
+        :func:`liar_ext.data.random_tokens.random_sequences`.
     seed : int
         Of the draw, the folds, and criteria that draw.
     memory : int, optional

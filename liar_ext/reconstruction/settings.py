@@ -8,7 +8,7 @@ from liar_ext.errors import InputError
 
 MODES = ("auto", "none", "bias", "linear", "affine")
 WITH_BIAS = ("bias", "affine")
-DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, math.inf)
+DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1, 1.0, math.inf)
 
 
 def check_settings(mode: str, damp: float | str) -> None:

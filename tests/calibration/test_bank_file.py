@@ -117,12 +117,15 @@ def test_banks_add_up_in_any_order(model, tmp_path):
 
 
 def test_sources_of_texts_keep_their_names(model):
-    one, other = (calibrate(model, batches(seed)) for seed in range(2))
+    mine, theirs = batches(0), batches(1)
+    theirs[1]["source"][0] = -1  # of random tokens
+    one, other = calibrate(model, mine), calibrate(model, theirs)
     one.source["texts"], other.source["texts"] = ["a", "b"], ["b", "c"]
     one.merge(other)
     assert one.source["texts"] == ["a", "b", "c"]
     assert one.text[0]["source"].tolist() == [0, 1, 0]
     assert one.text[2]["source"].tolist() == [1, 2, 1]
+    assert one.text[3]["source"].tolist() == [-1, 2]
 
 
 def test_text_that_one_lacks_is_dropped(model):
@@ -200,6 +203,10 @@ def test_a_file_that_was_changed_is_refused(model, place, tmp_path):
         MomentBank.load(path)
 
 
+DRAWN = {
+    **{"texts": ["a"], "notes": [], "bos": "", "packed": True},
+    **{"samples": 8, "seq_len": 9, "seed": 0, "batch_size": 3},
+}
 SOURCES = [
     {"sequences": True},
     {"tokens": -1},
@@ -211,6 +218,8 @@ SOURCES = [
     {"sites": {"0.mlp": {}}},
     {"sites": []},
     {"calibrations": [{"texts": []}]},
+    {"calibrations": [DRAWN | {"random_tokens": 1.0}]},
+    {"calibrations": [DRAWN | {"random": 0.5}]},
     {"sensitivities": [{"key": "k", "sites": {"0.mlp": float("nan")}}]},
     {"sensitivities": [{"key": "k", "sites": {"0.mlp": -1.0}}]},
     {"sensitivities": {}},
@@ -249,6 +258,15 @@ def test_text_that_contradicts_itself_is_refused(model, name, value, tmp_path):
     put(path, header, body[:at] + data + body[at + len(data) :])
     with pytest.raises(InputError, match="MomentBank.load: .*damaged"):
         MomentBank.load(path)
+
+
+def test_how_sequences_were_drawn_may_lack_random_tokens(model, tmp_path):
+    """Banks of before don't say: they have none."""
+    for more in ({}, {"random_tokens": 0.25}):
+        bank = calibrate(model, batches())
+        bank.source["calibrations"] = [DRAWN | more]
+        bank.save(tmp_path / "bank")
+        assert MomentBank.load(tmp_path / "bank").source["calibrations"] == [DRAWN | more]
 
 
 def test_a_file_that_memory_cannot_hold_is_not_read(model, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from liar_ext.checkpoint import loading
 from liar_ext.cli import resume
 from liar_ext.saved.progress import Progress
 
-TEXT = ("--samples", 8, "--seq-len", 32)
+TEXT = ("--samples", 8, "--seq-len", 32, "--random-tokens", 0)
 
 
 def run(*arguments) -> int:
@@ -61,6 +61,7 @@ def test_a_bank_says_where_it_comes_from(banks, texts):
     (how,) = facts["calibrations"]
     assert how["texts"] == facts["texts"] == [str(texts[0])]
     assert (how["samples"], how["seq_len"], how["seed"], how["batch_size"]) == (8, 32, 0, 4)
+    assert how["random_tokens"] == 0.0
     assert facts["sequences"] == 8 and facts["tokens"] == 256 and facts["seq_len"] == 32
     assert len(MomentBank.load(banks[0]).documents) == 40
     assert MomentBank.load(banks[1]).text is None

@@ -22,6 +22,7 @@ GIVEN = {
     "device": ("cuda:1", "cuda:1"),
     "calibration": ("other.txt", ("other.txt",)),
     "samples": ("16", 16),
+    "random_tokens": ("0.5", 0.5),
     "seq_len": ("32", 32),
     "batch_size": ("2", 2),
     "seed": ("7", 7),
@@ -193,7 +194,8 @@ def test_certified_errors_are_of_sequences_that_no_decision_sees(
     report = json.loads((certified / "liar/report.json").read_text())
     assert report["evaluation"]["certified"]["rows"] == 4 * 16
     assert all(site["certified_error"] >= 0 for site in report["sites"])
-    assert report["recipe"]["certify"] == 4 and report["settings"]["calibration_sequences"] == 8
+    assert report["recipe"]["certify"] == 4
+    assert report["settings"]["calibration_sequences"] == 8 + 3  # of random tokens
     assert cli.main([*job, "--out", str(plain)]) == 0
     assert "ertified" not in (plain / "liar/report.md").read_text()
 

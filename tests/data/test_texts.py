@@ -12,12 +12,18 @@ from transformers import PreTrainedTokenizerFast
 
 from liar_ext import InputError
 from liar_ext.data import texts
+from liar_ext.data.batches import probe_batches
 from liar_ext.data.folds import block_spans, cut_blocks, cut_pieces
+
+
+def draw(*sources, **settings) -> texts.Sequences:
+    """Return sequences of text alone."""
+    return texts.calibration_sequences(*sources, **{"random_tokens": 0.0, **settings})
 
 
 def test_no_document_stands_in_both_folds(tokenizer):
     documents = [letter * 30 for letter in "abcdefghij"]
-    drawn = texts.calibration_sequences([documents], tokenizer, samples=20, seq_len=8)
+    drawn = draw([documents], tokenizer, samples=20, seq_len=8)
     letters = [set(row.tolist()) for row in drawn.input_ids]
     for letter in tokenizer("abcdefghij")["input_ids"]:
         folds = {int(f) for row, f in zip(letters, drawn.fold, strict=True) if letter in row}
@@ -35,7 +41,7 @@ def test_a_lone_document_is_cut_into_blocks_with_gaps(tokenizer):
     for (at, _), (following, _) in zip(places, places[1:], strict=False):
         assert blocks[at] in text and set(blocks[at].split("\n\n")) <= set(paragraphs)
         assert text[at + len(blocks[at]) : following].strip("\n") in paragraphs, "one left out"
-    drawn = texts.calibration_sequences([[text]], tokenizer, samples=8, seq_len=8)
+    drawn = draw([[text]], tokenizer, samples=8, seq_len=8)
     assert drawn.notes == (
         "A calibration text of 1 document(s) was cut into 16 blocks of consecutive paragraphs, 8 "
         "for each of 2 parts, with a gap between them: held-out errors are those on the same "
@@ -54,7 +60,7 @@ def test_blocks_of_a_text_without_paragraphs_have_gaps_too(text):
 
 def test_a_lone_document_gives_an_encoder_many_sequences(tokenizer):
     words = " ".join(f"{index:04}" for index in range(400))
-    drawn = texts.calibration_sequences([[words]], tokenizer, samples=20, seq_len=24, packed=False)
+    drawn = draw([[words]], tokenizer, samples=20, seq_len=24, packed=False)
     assert len(drawn) == 20 and len({tuple(row) for row in drawn.input_ids.tolist()}) == 20
     assert cut_pieces("aa bb ccccccc d", 5) == ["aa bb", "cccc", "ccc d"]
     assert cut_pieces(words, 99) != [words] and " ".join(cut_pieces(words, 99)) == words
@@ -63,7 +69,7 @@ def test_a_lone_document_gives_an_encoder_many_sequences(tokenizer):
 def test_halves_are_what_they_were(tokenizer):
     text = "a" * 50 + " " + "b" * 50
     settings = {"samples": 8, "seq_len": 10, "lone": "halves"}
-    drawn = texts.calibration_sequences([[text]], tokenizer, **settings)
+    drawn = draw([[text]], tokenizer, **settings)
     a, b = tokenizer("ab")["input_ids"]
     assert (drawn.input_ids[drawn.fold == 0] == a).all()
     assert not (drawn.input_ids[drawn.fold == 1] == a).any()
@@ -74,29 +80,23 @@ def test_halves_are_what_they_were(tokenizer):
 
 def test_certification_shares_no_document_with_the_folds(tokenizer):
     documents = [letter * 60 for letter in string.ascii_lowercase]
-    drawn = texts.calibration_sequences(
-        [documents[:10], documents[10:]], tokenizer, samples=8, seq_len=8, certify=6
-    )
+    drawn = draw([documents[:10], documents[10:]], tokenizer, samples=8, seq_len=8, certify=6)
     third = drawn.certification
     assert len(drawn) == 8 and len(third) == 6 and third.fold.tolist() == [0, 1] * 3
     seen = set(drawn.input_ids.flatten().tolist()) & set(third.input_ids.flatten().tolist())
     assert seen <= set(tokenizer("\n")["input_ids"])
-    assert texts.calibration_sequences([documents], tokenizer, seq_len=8).certification is None
-    alone = texts.calibration_sequences(
-        ["".join(documents).split("  ")], tokenizer, samples=8, seq_len=8, certify=4
-    )
+    assert draw([documents], tokenizer, seq_len=8).certification is None
+    alone = draw(["".join(documents).split("  ")], tokenizer, samples=8, seq_len=8, certify=4)
     letters = [set(part.input_ids.flatten().tolist()) for part in (alone, alone.certification)]
     assert not letters[0] & letters[1] and len(alone.certification) == 4
     with pytest.raises(InputError, match="too short: .* and for certify"):
-        texts.calibration_sequences([["ab" * 30] * 2], tokenizer, seq_len=32, certify=90)
-    both = texts.calibration_sequences(
-        [documents], tokenizer, samples=8, seq_len=8, certify=4, judge=6
-    )
+        draw([["ab" * 30] * 2], tokenizer, seq_len=32, certify=90)
+    both = draw([documents], tokenizer, samples=8, seq_len=8, certify=4, judge=6)
     parts = both, both.certification, both.judging
     assert [len(part) for part in parts] == [8, 4, 6]
     whose = [set(part.input_ids.flatten().tolist()) - seen for part in parts]
     assert not whose[0] & whose[1] and not whose[0] & whose[2] and not whose[1] & whose[2]
-    short = texts.calibration_sequences([documents], tokenizer, seq_len=8, certify=900)
+    short = draw([documents], tokenizer, samples=8, seq_len=8, certify=900)
     assert short.notes == (
         f"The text gave {len(short.certification)} of 900 sequences to certify with.",
     )
@@ -117,7 +117,7 @@ def test_certification_shares_no_document_with_the_folds(tokenizer):
 )
 def test_bad_numbers_of_a_draw(tokenizer, numbers):
     with pytest.raises(InputError, match=f"calibration: .*{next(iter(numbers))} .*must"):
-        texts.calibration_sequences([["ab" * 300] * 9], tokenizer, **numbers)
+        draw([["ab" * 300] * 9], tokenizer, **numbers)
 
 
 def test_bad_numbers_of_an_evaluation(tokenizer):
@@ -144,7 +144,7 @@ def test_of_much_text_only_a_part_is_tokenised(tokenizer, packed, monkeypatch):
     monkeypatch.setattr(texts, "ENOUGH", 2000)
     documents = [letter * 500 for letter in string.ascii_lowercase] * 20
     settings = {"samples": 8, "seq_len": 8, "packed": packed}
-    assert len(texts.calibration_sequences([documents], Counting(), **settings)) == 8
+    assert len(draw([documents], Counting(), **settings)) == 8
     assert sum(read) < 2 * 2600
     read.clear()
     assert len(texts.evaluation_sequences(documents, Counting(), seq_len=8, samples=8)) == 8
@@ -163,7 +163,7 @@ def with_bos(tokenizer):
 
 def test_windows_begin_as_the_tokenizer_begins_a_document(tokenizer, with_bos):
     documents = [letter * 60 for letter in "abcd"]
-    drawn = texts.calibration_sequences([documents], with_bos, samples=8, seq_len=10)
+    drawn = draw([documents], with_bos, samples=8, seq_len=10)
     windows = texts.evaluation_sequences(documents, with_bos, seq_len=10)
     for sequences in (drawn, windows):
         assert sequences.bos == "[BOS]" and sequences.input_ids.shape[1] == 10
@@ -189,7 +189,7 @@ def test_sequences_fit_the_positions_of_the_model(name, positions):
 
 def test_sources_contribute_evenly(tokenizer):
     long, short = ["a" * 400] * 10, ["b" * 40] * 4
-    drawn = texts.calibration_sequences([long, short], tokenizer, samples=8, seq_len=10)
+    drawn = draw([long, short], tokenizer, samples=8, seq_len=10)
     b = tokenizer("b")["input_ids"][0]
     of_b = (drawn.input_ids == b).any(1)
     assert int(of_b.sum()) == 4
@@ -200,18 +200,13 @@ def test_sources_contribute_evenly(tokenizer):
 
 def test_the_seed_decides(tokenizer):
     documents = [letter * 37 for letter in "abcdefghijklmnop"]
-    draws = [
-        texts.calibration_sequences([documents], tokenizer, samples=6, seq_len=9, seed=seed)
-        for seed in (0, 0, 1)
-    ]
+    draws = [draw([documents], tokenizer, samples=6, seq_len=9, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(draws[0].input_ids, draws[1].input_ids)
     assert not torch.equal(draws[0].input_ids, draws[2].input_ids)
 
 
 def test_encoders_get_padded_documents(tokenizer):
-    drawn = texts.calibration_sequences(
-        [["abc", "de", "f", "ghij"]], tokenizer, samples=4, seq_len=3, packed=False
-    )
+    drawn = draw([["abc", "de", "f", "ghij"]], tokenizer, samples=4, seq_len=3, packed=False)
     assert drawn.input_ids.shape == (4, 3)
     assert drawn.tokens == 3 + 2 + 1 + 3
     for batch in drawn.batches(3):
@@ -221,7 +216,7 @@ def test_encoders_get_padded_documents(tokenizer):
 def test_short_documents_count_by_their_tokens(tokenizer):
     """A hundred sentences of four tokens are no hundred sequences of forty."""
     documents = [f"{index:04}" for index in range(400)]
-    drawn = texts.calibration_sequences(
+    drawn = draw(
         [documents[:200], documents[200:]], tokenizer, samples=20, seq_len=40, packed=False
     )
     assert drawn.tokens == 800 and len(drawn) == 200
@@ -229,20 +224,20 @@ def test_short_documents_count_by_their_tokens(tokenizer):
     firsts = drawn.input_ids[:, 0] == drawn.input_ids[0, 0]
     assert 0 < firsts.sum() <= len(firsts)
     long = [str(index) * 500 for index in range(1, 9)] * 3
-    few = texts.calibration_sequences([long], tokenizer, samples=20, seq_len=40, packed=False)
+    few = draw([long], tokenizer, samples=20, seq_len=40, packed=False)
     assert few.tokens == 800 and len(few) == 20
 
 
 def test_sequences_of_like_length_share_a_batch_without_more_padding_than_they_need(tokenizer):
     words = ["a" * length for length in (30, 1, 7, 2, 30, 1, 7, 2)]
-    drawn = texts.calibration_sequences([words], tokenizer, samples=8, seq_len=32, packed=False)
+    drawn = draw([words], tokenizer, samples=8, seq_len=32, packed=False)
     batches = drawn.batches(2)
     lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
     for batch, each in zip(batches, lengths, strict=True):
         assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(each), max(each))
         assert each == sorted(each)
     assert sorted(sum(lengths, [])) == sorted(map(len, words))
-    full = texts.calibration_sequences(["ab " * 400], tokenizer, samples=8, seq_len=8)
+    full = draw(["ab " * 400], tokenizer, samples=8, seq_len=8)
     rows = torch.cat([batch["input_ids"] for batch in full.batches(3)])
     assert torch.equal(rows, full.input_ids)
 
@@ -250,7 +245,7 @@ def test_sequences_of_like_length_share_a_batch_without_more_padding_than_they_n
 @pytest.mark.parametrize("documents", [["abc"], ["abc", "def"]])
 def test_too_short_to_calibrate(tokenizer, documents):
     with pytest.raises(InputError, match="too short: .* give more text or a smaller seq_len"):
-        texts.calibration_sequences([documents], tokenizer, samples=4, seq_len=64)
+        draw([documents], tokenizer, samples=4, seq_len=64)
     with pytest.raises(InputError, match="does not fill one window of 64 tokens"):
         texts.evaluation_sequences(documents, tokenizer, seq_len=64)
 
@@ -277,3 +272,64 @@ def test_blocks_follow_one_another_and_never_touch(pieces, parts, seq_len):
     for (start, end), (following, _) in zip(spans, spans[1:], strict=False):
         assert start < end < following
         assert following - end <= len(text) / len(spans) / 4 + 2
+
+
+def test_random_tokens_come_beside_the_text(tokenizer):
+    documents = [letter * 40 for letter in "abcdefgh"]
+    settings = {"samples": 24, "seq_len": 8, "seed": 3}
+    text = draw([documents], tokenizer, **settings)
+    drawn = draw([documents], tokenizer, **settings, random_tokens=0.25)
+    assert len(text) == 24 and len(drawn) == 32
+    assert torch.equal(drawn.input_ids[:24], text.input_ids)
+    assert torch.equal(drawn.fold[:24], text.fold)
+    assert drawn.source.tolist() == 24 * [0] + 8 * [-1]
+    assert drawn.fold[24:].bincount().tolist() == [4, 4]
+    plain = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    assert set(drawn.input_ids[24:].flatten().tolist()) <= plain
+    assert len(drawn.input_ids[24:].unique()) > 15  # of 64 draws
+    again = draw([documents], tokenizer, **settings, random_tokens=0.25)
+    assert torch.equal(again.input_ids, drawn.input_ids)
+    # Beside other text there are others, so that shards of one seed don't count them twice.
+    other = draw(
+        [[each[::-1] + "z" for each in documents]], tokenizer, **settings, random_tokens=0.25
+    )
+    assert not torch.equal(other.input_ids[24:], drawn.input_ids[24:])
+    few = draw([documents], tokenizer, **settings, random_tokens=0.25, vocab_size=6)
+    assert few.input_ids[24:].max() < 6 <= few.input_ids[:24].max()
+    # Sensitivities are measured on text, and on what there is where there is none.
+    batches = drawn.batches(4)
+    assert sum(len(each["input_ids"]) for each in probe_batches(batches)) >= 16
+    on = torch.cat([each["input_ids"] for each in probe_batches(batches)])
+    assert all((row == text.input_ids).all(1).any() for row in on)
+    alone = [{**each, "source": torch.full_like(each["source"], -1)} for each in batches]
+    assert probe_batches(alone)
+
+
+def test_random_tokens_leave_special_ones_in_their_place(tokenizer):
+    words = ["a b", "abc " * 9, "cab"] * 8
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        special_tokens=[
+            (name, tokenizer.convert_tokens_to_ids(name)) for name in ("[CLS]", "[SEP]")
+        ],
+    )
+    drawn = draw([words], tokenizer, samples=8, seq_len=12, packed=False, random_tokens=0.5)
+    random = drawn.source == -1
+    assert 2 * int(random.sum()) == len(drawn)
+    special = torch.tensor(tokenizer.all_special_ids)
+    for row, mask in zip(drawn.input_ids[random], drawn.attention_mask[random], strict=True):
+        ids = row[mask.bool()]
+        assert torch.isin(ids[[0, -1]], special).all() and not torch.isin(ids[1:-1], special).any()
+    assert drawn.attention_mask[random].sum() < random.sum() * 12  # as long as text is
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_a_fraction_of_random_tokens_that_cannot_be(tokenizer, fraction):
+    with pytest.raises(InputError, match=r"random_tokens must be in \[0, 1\), got"):
+        draw([["ab" * 300] * 9], tokenizer, random_tokens=fraction)
+
+
+def test_a_vocabulary_without_plain_tokens(tokenizer):
+    with pytest.raises(InputError, match="random_tokens=0"):
+        draw([["ab" * 300] * 9], tokenizer, samples=4, seq_len=8, random_tokens=0.5, vocab_size=0)

@@ -61,13 +61,15 @@ def test_held_out_errors_are_those_of_fresh_text(model, fresh, criterion):
 
 
 @pytest.mark.parametrize("tokens", [24, 48, 96])
-@pytest.mark.parametrize("seed", range(4))
-def test_with_few_tokens_it_is_no_worse_than_dropping(model, fresh, tokens, seed):
-    bank = moments_of(model, 1, seed=50 + seed, rows=tokens // 12)
-    _, measured, dropped = errors(model, bank, fresh, "wifv").unbind(1)
+def test_with_few_tokens_it_is_no_worse_than_dropping(model, fresh, tokens):
+    banks = [moments_of(model, 1, seed=50 + seed, rows=tokens // 12) for seed in range(8)]
+    found = torch.stack([errors(model, bank, fresh, "wifv") for bank in banks])
+    _, measured, dropped = found.unbind(-1)
     # A choice by some dozen tokens may be unlucky at a site; not by much, and not on the whole.
-    assert (measured <= 1.05 * dropped).all()
-    assert measured.sum() <= dropped.sum()
+    assert (measured <= 1.1 * dropped).all()
+    assert measured.sum() < dropped.sum()
+    # Few tokens support what is shrunken most: a ladder that ends sooner drops in their place.
+    assert (measured < dropped).sum() > 4
 
 
 def test_a_ridge_that_is_worse_than_dropping_in_one_fold_is_not_taken():

@@ -1,0 +1,87 @@
+"""Sequences of random tokens, which a calibration set has beside those of its text.
+
+Units that the text never moves look as if nothing were lost with them. Tokens drawn evenly from the
+vocabulary move them all, need no data, and cost a forward pass over as many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from liar_ext.errors import InputError
+
+RANDOM_TOKENS = 0.25  # of all sequences; what it buys stands in docs/quality.md
+NO_TEXT = -1  # the source of such sequences, where texts count from 0
+
+
+def check_fraction(operation: str, fraction: float) -> None:
+    """Raise InputError unless a fraction of the sequences can be of random tokens."""
+    if not 0.0 <= fraction < 1.0:
+        raise InputError(
+            f"{operation}: random_tokens must be in [0, 1), got {fraction}; 0.25 makes every "
+            "fourth sequence one of random tokens, and 0 none"
+        )
+
+
+def random_sequences(
+    rows: Sequence[Sequence[int]],
+    tokenizer,
+    fraction: float,
+    seed: int,
+    vocab_size: int | None = None,
+) -> list[tuple[int, list[int]]]:
+    """Return copies of some rows, evenly spread, with random tokens, and which each is of.
+
+    Special tokens stay where they are; every other one is drawn evenly from those of the vocabulary
+    that aren't special. The draw depends on the rows, so that other text has other ones beside it.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of int
+        Token ids of each sequence of text.
+    tokenizer
+        A Hugging Face tokenizer.
+    fraction : float
+        What they are of all sequences: ``len(rows) · fraction / (1 − fraction)`` come, rounded.
+    seed : int
+        Of the draw.
+    vocab_size : int, optional
+        Ids from there on aren't drawn, as the model has no embedding of them.
+    """
+    count = round(len(rows) * fraction / (1 - fraction))
+    if not count:
+        return []
+    special, plain = _vocabulary(tokenizer, vocab_size)
+    generator = torch.Generator().manual_seed(_seed_of(rows, seed))
+    copies = []
+    for step in range(count):
+        index = (2 * step + 1) * len(rows) // (2 * count)
+        ids = torch.tensor(rows[index])
+        drawn = plain[torch.randint(len(plain), ids.shape, generator=generator)]
+        copies.append((index, torch.where(torch.isin(ids, special), ids, drawn).tolist()))
+    return copies
+
+
+def _vocabulary(tokenizer, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """Return the ids of special tokens, all that were added to a vocabulary, and the others."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    plain = sorted({*tokenizer.get_vocab().values()} - special)
+    if vocab_size is not None:
+        plain = [token for token in plain if token < vocab_size]
+    if not plain:
+        raise InputError(
+            "calibration: random_tokens draws tokens that aren't special, and the tokenizer has "
+            "none; give random_tokens=0"
+        )
+    return torch.tensor(sorted(special), dtype=torch.long), torch.tensor(plain)
+
+
+def _seed_of(rows: Sequence[Sequence[int]], seed: int) -> int:
+    digest = blake2b(str(seed).encode(), digest_size=7)
+    for row in rows:
+        digest.update(torch.tensor(row).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little")
