@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liar_ext.data.random_tokens import MOST_RANDOM
 from liar_ext.errors import InputError
 
 Source = dict[str, Any]
@@ -152,7 +153,7 @@ def _number(value: Any) -> bool:
 
 
 def _fraction(value: Any) -> bool:
-    return _number(value) and value < 1
+    return _number(value) and value <= MOST_RANDOM
 
 
 def _names(value: Any) -> bool:

@@ -152,8 +152,8 @@ def calibration_sequences(
         A source that is a single document is cut into blocks of paragraphs, which take turns in
         going to the folds, or into two halves, one for each.
     random_tokens : float
-        Fraction of all sequences that are of random tokens, in [0, 1): a third as many come beside
-        ``samples`` by default. See :func:`liar_ext.data.random_tokens.random_sequences`.
+        Fraction of all sequences that are of random tokens, in [0, 0.9]: a third as many come
+        beside ``samples`` by default. See :func:`liar_ext.data.random_tokens.random_sequences`.
     vocab_size : int, optional
         Tokens that the model has embeddings of; by default all of the tokenizer's.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import string
+from argparse import Namespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from liar_ext import MomentBank, Recipe, cli
 from liar_ext.calibration import collect
 from liar_ext.checkpoint import loading
 from liar_ext.cli import resume
+from liar_ext.cli.with_bank import recipe_of_bank
 from liar_ext.saved.progress import Progress
 
 TEXT = ("--samples", 8, "--seq-len", 32, "--random-tokens", 0)
@@ -66,6 +68,13 @@ def test_a_bank_says_where_it_comes_from(banks, texts):
     assert len(MomentBank.load(banks[0]).documents) == 40
     assert MomentBank.load(banks[1]).text is None
     assert len(MomentBank.load(banks[1]).source["sensitivities"]) == 1
+
+
+def test_a_bank_of_before_has_no_random_tokens(banks):
+    source = MomentBank.load(banks[0]).source
+    del source["calibrations"][0]["random_tokens"]
+    found = recipe_of_bank(Recipe(), source, Namespace(command="prune"))
+    assert (found.samples, found.random_tokens) == (8, 0.0)
 
 
 def test_prune_by_a_bank_gives_what_prune_gives(banks, llama_folder, corpus, tmp_path, monkeypatch):
