@@ -52,6 +52,16 @@ def random_sequences(
         Of the draw.
     vocab_size : int, optional
         Ids from there on aren't drawn, as the model has no embedding of them.
+
+    Returns
+    -------
+    list of (int, list of int)
+        The row that a copy is of, and its token ids.
+
+    Raises
+    ------
+    InputError
+        If no token of the vocabulary can be drawn.
     """
     count = round(len(rows) * fraction / (1 - fraction))
     if not count:

@@ -209,10 +209,10 @@ def calibration_sequences(
     rows, origins = zip(*(pair for fold in range(FOLDS) for pair in drawn[fold]), strict=True)
     if len(rows) < samples:
         notes.append(f"The calibration text gave {len(rows)} of {samples} sequences.")
-    for index, row in random_sequences(rows, tokenizer, random_tokens, seed, vocab_size):
-        rows, origins = (*rows, row), (*origins, NO_TEXT)
-        folds.append(folds[index])
-    origin = torch.tensor(origins)
+    copies = random_sequences(rows, tokenizer, random_tokens, seed, vocab_size)
+    folds += [folds[index] for index, _ in copies]
+    rows = [*rows, *(row for _, row in copies)]
+    origin = torch.tensor([*origins, *len(copies) * [NO_TEXT]])
     apart = more.get("certify"), more.get("judge")
     return _pad(rows, folds, tokenizer, bos, *apart, tuple(notes), source=origin)
 
