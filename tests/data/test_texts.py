@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import string
+from copy import deepcopy
 
 import pytest
 import torch
@@ -307,6 +308,7 @@ def test_random_tokens_come_beside_the_text(tokenizer):
 
 def test_random_tokens_leave_special_ones_in_their_place(tokenizer):
     words = ["a b", "abc " * 9, "cab"] * 8
+    tokenizer = deepcopy(tokenizer)  # other tests share it
     tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
