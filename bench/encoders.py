@@ -34,6 +34,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from liar_ext import Plan, apply_plan, narrow, prune
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.data.random_tokens import RANDOM_TOKENS
 from liar_ext.data.texts import calibration_sequences
 
 # All but the default with tile 1, as the older rows of docs/quality.md.
@@ -84,6 +85,7 @@ def parse() -> argparse.Namespace:
     add("--keep", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--samples", type=int, default=512, help=f"times {SEQ_LEN} calibration tokens")
+    add("--random-tokens", type=float, default=RANDOM_TOKENS, help="as of `liar prune`")
     add("--methods", nargs="*", choices=METHODS, default=["default"])
     add("--judge", choices=("test", "dev"), default="test")
     add("--keep-hidden", nargs="+", type=float, default=[], help="fractions of the hidden size")
@@ -153,10 +155,10 @@ def compare(
             (each, method) for each in texts.items() for method in options.methods
         ]:
             facts = {"calibration": calibration, "method": method, "asked": keep, "seed": seed}
-            facts["samples"] = options.samples
+            facts |= {"samples": options.samples, "random_tokens": options.random_tokens}
             if not missing(facts):
                 continue
-            batches = draw(documents, tokenizer, options.samples, seed)
+            batches = draw(documents, tokenizer, options, seed)
             model, start = copy.deepcopy(dense), time.process_time()
             report = prune(model, batches, keep, seed=seed, **METHODS[method])
             facts["seconds"] = time.process_time() - start
@@ -170,9 +172,10 @@ def compare(
         yield from narrowed(dense, next(iter(texts.values())), fraction, tokenizer, options, judged)
 
 
-def draw(documents: Sequence[str], tokenizer, samples: int, seed: int) -> list[dict]:
+def draw(documents: Sequence[str], tokenizer, options, seed: int) -> list[dict]:
     """Return calibration batches as `liar prune` draws them for an encoder."""
-    settings = {"samples": samples, "seq_len": SEQ_LEN, "seed": seed, "packed": False}
+    settings = {"samples": options.samples, "seq_len": SEQ_LEN, "seed": seed, "packed": False}
+    settings["random_tokens"] = options.random_tokens
     return calibration_sequences([documents], tokenizer, **settings).batches(BATCH)
 
 
@@ -181,7 +184,7 @@ def narrowed(
 ) -> Iterator[dict]:
     """Yield the rows of a smaller hidden size: sliced, and solved."""
     seed, start = options.seeds[0], time.process_time()
-    done = narrow(dense, draw(documents, tokenizer, options.samples, seed), fraction)
+    done = narrow(dense, draw(documents, tokenizer, options, seed), fraction)
     seconds = time.process_time() - start
     plan = Plan(dense.config.model_type, "auto", {}, hidden=done.kept)
     for name, weights in (("sliced", {}), ("solved", done.weights)):
@@ -190,13 +193,14 @@ def narrowed(
         method = f"{len(done.kept.kept)} of {done.kept.units} hidden features, {name}"
         facts = {"calibration": "", "method": method, "asked": fraction, "seed": seed}
         facts |= {"samples": options.samples, "seconds": seconds, "tokens": done.source["tokens"]}
+        facts["random_tokens"] = options.random_tokens
         yield from judged(model, {**facts, "keep": count_params(model) / count_params(dense)})
 
 
 def key_of(row: dict) -> tuple:
-    """Return what tells a row from others."""
+    """Return what tells a row from others; rows of before are of text alone."""
     names = "judge task calibration method asked seed samples"
-    return tuple(row[name] for name in names.split())
+    return (*(row[name] for name in names.split()), row.get("random_tokens", 0.0))
 
 
 def markdown(rows: list[dict]) -> str:
