@@ -54,7 +54,7 @@ LISTS = {"others": tuple(OTHERS), "steps": STEPS}
 def read_method(name: str, *, keep: float, seed: int) -> Recipe:
     """Return the recipe that a method's name stands for.
 
-    ``liar`` is what :func:`liar_ext.prune` does by default, ``A+B+C`` has the criterion A, the
+    ``liar`` is what ``liar prune`` does by default, ``A+B+C`` has the criterion A, the
     allocation B and the reconstruction C, in one pass, on text without random tokens. Further words
     set fields of the recipe: ``refine=4``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
     are short for ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``. The

@@ -128,8 +128,8 @@ class Texts:
         seq_len: int,
         seed: int,
         lone: str,
+        random_tokens: float,
         judge: int = 0,
-        random_tokens: float = 0.0,
     ) -> Sequences:
         """Return the calibration set of a seed; what the model writes itself is written here."""
         sources = dict(self.calibration)

@@ -33,6 +33,8 @@ MOST = 2**63
 # Facts that must be the same for sums to add up, with what a person can do where they aren't; what
 # banks of older versions don't say may be anything.
 UNSAID = ("dtype", "tokenizer")
+# What they don't say of how sequences were drawn, and how it was.
+UNSAID_OF_DRAW = {"random_tokens": 0.0}
 SHARED = {
     "model_type": "calibrate the same weights for both",
     "model": "calibrate the same weights for both",
@@ -175,12 +177,11 @@ def _sites(value: Any) -> bool:
 def _calibrations(value: Any) -> bool:
     checks = {"texts": _names, "notes": _names, "bos": _string, "packed": _flag}
     checks |= dict.fromkeys(("samples", "seq_len", "seed", "batch_size"), _count)
-    newer = {"random_tokens": _fraction}  # which banks of before don't say: they have none
+    checks["random_tokens"] = _fraction
     return isinstance(value, list) and all(
         isinstance(each, dict)
-        and each.keys() - newer.keys() == checks.keys()
-        and _all(checks, each)
-        and _all(newer, {"random_tokens": 0.0, **each})
+        and (drawn := UNSAID_OF_DRAW | each).keys() == checks.keys()
+        and _all(checks, drawn)
         for each in value
     )
 

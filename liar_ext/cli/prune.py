@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.several import check_device
 from liar_ext.errors import InputError
+from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
@@ -227,7 +227,7 @@ def _draw(
         seq_len=recipe.seq_len,
         seed=recipe.seed,
         random_tokens=recipe.random_tokens,
-        vocab_size=_vocab_size(model),
+        vocab_size=known_tokens(model, model.config),
         packed=predicts_next_token(model),
         certify=recipe.certify,
         judge=judge,
@@ -247,13 +247,6 @@ def _draw(
         for some in (calibration.certification, calibration.judging)
     ]
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known
-
-
-def _vocab_size(model: nn.Module) -> int | None:
-    """Return how many tokens a model has embeddings of; None where it has no table of them."""
-    with suppress(NotImplementedError, AttributeError):
-        return model.get_input_embeddings().num_embeddings
-    return None
 
 
 def warnings_of(names: Sequence[str], causal: bool) -> list[str]:

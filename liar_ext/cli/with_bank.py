@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.calibration.bank_file import Stored, read_bank
+from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.bank_options import OF_TEXT
 from liar_ext.cli.loading import load_with_tokenizer
@@ -104,7 +105,7 @@ def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Nam
     changes: dict[str, Any] = {"calibration": ()}
     runs = source.get("calibrations", [])
     if len(runs) == 1:
-        drawn = {"random_tokens": 0.0, **runs[0]}  # which banks of before don't say
+        drawn = UNSAID_OF_DRAW | runs[0]
         changes = {name: drawn[name] for name in OF_TEXT if name != "calibration"}
         changes["calibration"] = tuple(runs[0]["texts"])
     elif source.get("seq_len", 0) > 1:

@@ -98,9 +98,11 @@ def test_the_whole_bench(arguments, tmp_path, capsys):
     assert dense["method"] == "dense" and dense["summary"] == 0.0
     assert dense["continuation"] == {"equal_tokens": 32.0, "equal_share": 1.0, "kl": 0.0}
     assert all(abs(text["kl"]) < 1e-6 for text in dense["texts"].values())
-    assert sorted((row["ratio"], row["method"]) for row in others) == sorted(
-        (ratio, method) for ratio in (0.3, 0.5) for method in METHODS
-    )
+    liar, flap, walk = METHODS
+    assert [(row["ratio"], row["method"]) for row in others] == [
+        *((ratio, method) for ratio in (0.3, 0.5) for method in (liar, walk)),
+        *((ratio, flap) for ratio in (0.3, 0.5)),
+    ]
     tokens = {row["method"].split("+")[0]: row["calibration_tokens"] for row in others}
     assert tokens["liar"] > tokens["wifv"]  # which others' configurations don't get
     for row in others:

@@ -66,8 +66,9 @@ def test_with_few_tokens_it_is_no_worse_than_dropping(model, fresh, tokens):
     found = torch.stack([errors(model, bank, fresh, "wifv") for bank in banks])
     _, measured, dropped = found.unbind(-1)
     # A choice by some dozen tokens may be unlucky at a site; not by much, and not on the whole.
-    assert (measured <= 1.1 * dropped).all()
+    assert (measured <= (1.1 if tokens == 24 else 1.05) * dropped).all()
     assert measured.sum() < dropped.sum()
+    assert tokens == 24 or (measured.sum(1) <= dropped.sum(1)).all()
     # Few tokens support what is shrunken most: a ladder that ends sooner drops in their place.
     assert (measured < dropped).sum() > 4
 
