@@ -62,6 +62,7 @@ def main() -> None:
         tokenizer,
         samples=options.samples,
         seq_len=options.seq_len,
+        random_tokens=0.0,  # quantisers are calibrated on these, too
     )
     calibration = DataLoader(alternating(sequences), batch_size=options.batch_size)
     texts = {
