@@ -55,8 +55,8 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
     """Return the recipe that a method's name stands for.
 
     ``liar`` is what ``liar prune`` does by default, ``A+B+C`` has the criterion A, the
-    allocation B and the reconstruction C, in one pass, on text without random tokens. Further words
-    set fields of the recipe: ``refine=4``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
+    allocation B and the reconstruction C, in one pass, on the named text alone. Further words set
+    fields of the recipe: ``refine=4``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
     are short for ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``. The
     tile is 1, single channels, unless it is named: ``liar+tile=auto``.
 
@@ -83,7 +83,7 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
                 f"VALUE, got {name!r}"
             )
         chosen |= {"criterion": first, "allocation": words[0], "reconstruct": words[1]}
-        chosen |= SHORT["one-pass"] | {"random_tokens": 0.0}
+        chosen |= SHORT["one-pass"] | {"self_text": 0.0, "random_tokens": 0.0}
         words = words[2:]
     for word in words:
         field, equals, value = word.partition("=")

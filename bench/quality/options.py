@@ -17,7 +17,7 @@ choices; how many tokens 64 greedy continuations go as the dense model's. Its su
 over the texts of log(perplexity / dense).
 
 A method is liar, which is what liar prune does by default, or criterion+allocation+mode, which is
-solved in one pass, on text without random tokens; then +FIELD=VALUE for any field of a recipe.
+solved in one pass, on the named text alone; then +FIELD=VALUE for any field of a recipe.
 +layerwise, +one-pass and +equal are short for +schedule=layerwise, +schedule=one-pass and
 +uniform_layers=true; the tile is 1 unless it is named. "others" stands for configurations of ours
 after what others publish, "steps" for ablations.

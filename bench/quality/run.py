@@ -74,7 +74,9 @@ def measure(
         },
     }
     wanted = {}
-    for seed, (random_tokens, some) in product(options.seeds, by_random_tokens(methods).items()):
+    for seed, (beside, some) in product(options.seeds, by_what_is_beside(methods).items()):
+        self_text, random_tokens = beside
+        clock = Stopwatch()
         drawn = texts.draw(
             model,
             tokenizer,
@@ -83,8 +85,10 @@ def measure(
             seed=seed,
             lone=options.lone,
             judge=options.judge,
+            self_text=self_text,
             random_tokens=random_tokens,
         )
+        drawing = clock.lap()
         of_seed = shared | {
             "seed": seed,
             "calibration": list(texts.calibration),
@@ -99,7 +103,7 @@ def measure(
                 if record.find(of_seed | facts) is None:
                     rows.append((recipe, of_seed | facts))
         if rows:
-            wanted[seed, random_tokens] = drawn, rows
+            wanted[seed, beside] = drawn, drawing, rows
     dense = shared | {"method": DENSE, "ratio": 0.0, "seed": 0, "recipe": {}}
     dense |= {"calibration": [], "calibration_tokens": 0, "calibration_digest": ""}
     known = record.find(dense) is not None
@@ -112,9 +116,9 @@ def measure(
         spent = clock.lap()
         yield dense | found | {"removed": {}, "seconds": {"judge": spent, "spent": spent}}
     del cast
-    for drawn, rows in wanted.values():
+    for drawn, drawing, rows in wanted.values():
         judging = None if drawn.judging is None else drawn.judging.batches()
-        case = Case(model, drawn.batches(), judging)
+        case = Case(model, drawn.batches(), judging, drawing)
         for recipe, facts in rows:
             try:
                 pruned, report, seconds = case.prune(recipe)
@@ -137,11 +141,12 @@ def measure(
         del case
 
 
-def by_random_tokens(methods: Sequence[str]) -> dict[float, list[str]]:
-    """Return methods by the fraction of random tokens in their calibration sets."""
-    found: dict[float, list[str]] = {}
+def by_what_is_beside(methods: Sequence[str]) -> dict[tuple[float, float | str], list[str]]:
+    """Return methods by the fractions of written text and random tokens in their sets."""
+    found: dict[tuple[float, float | str], list[str]] = {}
     for name in methods:
-        found.setdefault(read_method(name, keep=1.0, seed=0).random_tokens, []).append(name)
+        recipe = read_method(name, keep=1.0, seed=0)
+        found.setdefault((recipe.self_text, recipe.random_tokens), []).append(name)
     return found
 
 

@@ -13,10 +13,16 @@ from torch import Tensor
 
 from bench.quality.windows import HeldOut
 from demo import assets
-from liar_ext.calibration.self_calibration import SELF, enough_documents, write_documents
+from liar_ext.calibration.self_calibration import (
+    SELF,
+    enough_documents,
+    write_documents,
+    write_sequences,
+)
 from liar_ext.data.documents import Documents
+from liar_ext.data.random_tokens import fraction_of
+from liar_ext.data.sequences import Sequences, count_beside, seed_of
 from liar_ext.data.texts import (
-    Sequences,
     calibration_sequences,
     check_apart,
     document_prefix,
@@ -114,7 +120,7 @@ class Texts:
             for name, source in calibration.items()
         }
         self.judged = {name: read_documents(source) for name, source in judged.items()}
-        self._written: dict[tuple[int, int, int], Documents] = {}
+        self._written: dict[tuple[int, int, int], Documents | Sequences] = {}
         known = [text for documents in self.calibration.values() for text in documents]
         for documents in self.judged.values():
             check_apart(known, documents)
@@ -128,7 +134,8 @@ class Texts:
         seq_len: int,
         seed: int,
         lone: str,
-        random_tokens: float,
+        self_text: float,
+        random_tokens: float | str,
         judge: int = 0,
     ) -> Sequences:
         """Return the calibration set of a seed; what the model writes itself is written here."""
@@ -141,7 +148,7 @@ class Texts:
                     model, tokenizer, documents=share, tokens=seq_len, seed=seed
                 )
             sources[SELF] = self._written[key]
-        return calibration_sequences(
+        drawn = calibration_sequences(
             list(sources.values()),
             tokenizer,
             samples=samples,
@@ -149,8 +156,17 @@ class Texts:
             seed=seed,
             judge=judge,
             lone=lone,
-            random_tokens=random_tokens,
+            random_tokens=fraction_of(random_tokens, self_text > 0 or SELF in sources),
         )
+        if self_text == 0 or SELF in sources:
+            return drawn
+        rows = drawn.input_ids[drawn.source >= 0]
+        count, seed = count_beside(len(rows), self_text), seed_of(rows, seed)
+        own = count, seed, seq_len
+        if own not in self._written:
+            how = {"count": count, "seq_len": seq_len, "seed": seed}
+            self._written[own] = write_sequences(model, tokenizer, **how)
+        return drawn.beside(self._written[own])
 
     def windows(self, tokenizer, *, seq_len: int, samples: int) -> dict[str, HeldOut]:
         """Return windows of each text to judge by, evenly spread."""

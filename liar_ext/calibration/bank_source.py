@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liar_ext.data.random_tokens import MOST_RANDOM
+from liar_ext.data.sequences import MOST_BESIDE
 from liar_ext.errors import InputError
 
 Source = dict[str, Any]
@@ -34,7 +34,7 @@ MOST = 2**63
 # banks of older versions don't say may be anything.
 UNSAID = ("dtype", "tokenizer")
 # What they don't say of how sequences were drawn, and how it was.
-UNSAID_OF_DRAW = {"random_tokens": 0.0}
+UNSAID_OF_DRAW = {"random_tokens": 0.0, "self_text": 0.0}
 SHARED = {
     "model_type": "calibrate the same weights for both",
     "model": "calibrate the same weights for both",
@@ -155,7 +155,11 @@ def _number(value: Any) -> bool:
 
 
 def _fraction(value: Any) -> bool:
-    return _number(value) and value <= MOST_RANDOM
+    return _number(value) and value <= MOST_BESIDE
+
+
+def _fraction_or_auto(value: Any) -> bool:
+    return value == "auto" or _fraction(value)
 
 
 def _names(value: Any) -> bool:
@@ -177,7 +181,7 @@ def _sites(value: Any) -> bool:
 def _calibrations(value: Any) -> bool:
     checks = {"texts": _names, "notes": _names, "bos": _string, "packed": _flag}
     checks |= dict.fromkeys(("samples", "seq_len", "seed", "batch_size"), _count)
-    checks["random_tokens"] = _fraction
+    checks["self_text"], checks["random_tokens"] = _fraction, _fraction_or_auto
     return isinstance(value, list) and all(
         isinstance(each, dict)
         and (drawn := UNSAID_OF_DRAW | each).keys() == checks.keys()

@@ -6,21 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar
+from liar_ext.data.batches import FOLDS
 from liar_ext.data.documents import Documents
+from liar_ext.data.sequences import Sequences, of_no_text
 from liar_ext.data.texts import document_prefix
 from liar_ext.errors import InputError
+from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import device_of, predicts_next_token
 
 SELF = "self"  # the source that stands for it
+SELF_TEXT = 0.25  # of all sequences; what it buys stands in docs/quality.md
 # Documents are written side by side, as many as have their keys and values in this much memory.
 CACHE_BYTES, MOST_ROWS = 2 << 30, 64
 # Windows of a fixed length lose the last tokens of a text: one document in so many is to spare.
 SPARE = 8
 # What separates documents where the tokenizer begins none with a token of its own.
 SEPARATOR = "<|endoftext|>"
+# What fields of a configuration begin with that name the token of such an input.
+OTHER_INPUTS = ("image", "video", "vision", "audio", "boi", "eoi", "boa", "eoa")
 
 
-@torch.no_grad()
 def write_documents(
     model: nn.Module,
     tokenizer,
@@ -65,6 +70,65 @@ def write_documents(
     Source: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization
     and Pruning", NAACL 2025, arXiv:2410.17170.
     """
+    ids = _write(model, tokenizer, documents, tokens, seed, progress)
+    return Documents(tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def write_sequences(
+    model: nn.Module,
+    tokenizer,
+    *,
+    count: int,
+    seq_len: int,
+    seed: int = 0,
+    written: int | None = None,
+    progress: bool = False,
+) -> Sequences:
+    """Let a model write sequences, as :func:`write_documents` does, and leave them tokens.
+
+    They begin as windows of text do, and take turns in going to the two folds::
+
+        text = calibration_sequences([read_documents("text.txt")], tokenizer, samples=64)
+        both = text.beside(write_sequences(model, tokenizer, count=21, seq_len=512))
+
+    Parameters
+    ----------
+    model, tokenizer, seed, progress
+        As for :func:`write_documents`.
+    count : int
+        How many, one at least for each fold.
+    seq_len : int
+        Tokens of each, those that a document begins with included.
+    written : int, optional
+        Write that many tokens of each alone, again and again: for an estimate.
+
+    Returns
+    -------
+    Sequences
+
+    Raises
+    ------
+    InputError
+        As for :func:`write_documents`.
+    """
+    count = max(count, FOLDS)
+    prefix = torch.tensor(document_prefix(tokenizer), dtype=torch.long).expand(count, -1)
+    tokens = seq_len - prefix.shape[1]
+    ids = _write(model, tokenizer, count, min(written or tokens, tokens), seed, progress).cpu()
+    ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    return of_no_text(torch.cat([prefix, ids], 1))
+
+
+def enough_documents(sequences: int) -> int:
+    """Return how many documents of a sequence's length fill that many sequences."""
+    return sequences + max(sequences // SPARE, 4)
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module, tokenizer, count: int, tokens: int, seed: int, progress: bool
+) -> Tensor:
+    """Return ``(count, tokens)`` tokens that a model writes, each row from the beginning on."""
     if not predicts_next_token(model):
         raise InputError(
             f'text: the source "{SELF}" lets the model write its calibration text, which '
@@ -72,28 +136,21 @@ def write_documents(
         )
     device = device_of(model)
     start = torch.tensor(_beginning(model, tokenizer), device=device)
-    rows = min(MOST_ROWS, max(1, int(CACHE_BYTES // _cache_bytes(model, tokens))), documents)
-    written: list[str] = []
+    rows = min(MOST_ROWS, max(1, int(CACHE_BYTES // _cache_bytes(model, tokens))), count)
+    written: list[Tensor] = []
     training = model.training
     cuda = [device] if device.type == "cuda" else []
-    bar = Bar(total=documents, desc="write", disable=not progress)
+    bar = Bar(total=count, desc="write", disable=not progress)
     with torch.random.fork_rng(devices=cuda), bar:
         torch.manual_seed(seed)
         model.eval()
         try:
-            while len(written) < documents:
-                count = min(rows, documents - len(written))
-                ids = _draw(model, start.expand(count, -1), tokens)
-                written += tokenizer.batch_decode(ids, skip_special_tokens=True)
-                bar.update(count)
+            for some in start.expand(count, -1).split(rows):
+                written.append(_draw(model, some, tokens))
+                bar.update(len(some))
         finally:
             model.train(training)
-    return Documents(written)
-
-
-def enough_documents(sequences: int) -> int:
-    """Return how many documents of a sequence's length fill that many sequences."""
-    return sequences + max(sequences // SPARE, 4)
+    return torch.cat(written)
 
 
 def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
@@ -113,6 +170,7 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
             max_new_tokens=tokens,
             pad_token_id=0,
             use_cache=True,
+            suppress_tokens=_of_other_inputs(model) or None,
         ),
     )
     try:
@@ -122,7 +180,8 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
             raise
         raise InputError(
             f"text: {type(model).__name__} gave probabilities that are not finite while it wrote "
-            "its calibration text; load it in a wider dtype, or give text"
+            "its calibration text; load it in a wider dtype, or calibrate on given text alone, "
+            "self_text=0"
         ) from None
     finally:
         model.generation_config = own
@@ -144,7 +203,20 @@ def _beginning(model: nn.Module, tokenizer) -> list[int]:
         config.bos_token_id,
         *ends,
     ]
-    return [next((token for token in choices if token is not None), 0)]
+    known = known_tokens(model, model.config)
+    return [next((token for token in choices if token is not None and token < known), 0)]
+
+
+def _of_other_inputs(model: nn.Module) -> list[int]:
+    """Return the tokens that stand for what isn't text, such as an image, and can't be alone."""
+    facts = model.config.to_dict().items()
+    return sorted(
+        value
+        for name, value in facts
+        if name.startswith(OTHER_INPUTS)
+        and name.endswith(("token_id", "token_index"))
+        and isinstance(value, int)
+    )
 
 
 def _cache_bytes(model: nn.Module, tokens: int) -> float:

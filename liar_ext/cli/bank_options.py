@@ -15,7 +15,7 @@ BANK_HELP = (
 )
 # Fields of a recipe that sensitivities depend on, beside the calibration.
 SENSED = ("attn_unit", "criterion", "probe_keep", "reconstruct")
-OF_TEXT = ("calibration", "samples", "random_tokens", "seq_len", "batch_size", "seed")
+OF_TEXT = ("calibration", "samples", "self_text", "random_tokens", "seq_len", "batch_size", "seed")
 
 
 def add_calibrate(commands: argparse._SubParsersAction) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from liar_ext.calibration.self_calibration import SELF
 from liar_ext.cli.loading import check_tokenizer
+from liar_ext.cli.own_text import writes
 from liar_ext.cli.prune import add_facts, load, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.errors import InputError
@@ -17,6 +19,11 @@ from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
+
+NONE_WRITTEN = (
+    "The model wrote no calibration text of its own (--self-text), for which all of it must be in "
+    "memory: text unlike that of the calibration set loses more."
+)
 
 
 def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> None:
@@ -39,10 +46,13 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         return stores[0].model, stores[0].tokenizer
 
     shown = {"ranks": options.ranks, "progress": not options.quiet}
-    given = load(recipe, loader=open_store, **shown)
+    settled = replace(recipe, self_text=0.0)
+    given = load(settled, loader=open_store, **shown)
     (store,) = stores
+    if writes(recipe, store.model):
+        given.warnings.append(NONE_WRITTEN)
     if getattr(options, "dry_run", False):
-        job = StreamedJob(store.model, given.calibration, recipe, store=store, ranks=options.ranks)
+        job = StreamedJob(store.model, given.calibration, settled, store=store, ranks=options.ranks)
         job.certify_on = given.certification
         lines = job.describe(options.max_memory)
         if options.ranks.first:
@@ -60,7 +70,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             store,
             given.calibration,
             options.out,
-            recipe,
+            settled,
             max_memory=options.max_memory,
             evaluate_on=given.evaluation,
             certify_on=given.certification,

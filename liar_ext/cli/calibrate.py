@@ -33,6 +33,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Load, draw text, run the model over it, write."""
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.memory import bytes_of_sums, check_memory
+    from liar_ext.cli.own_text import let_write
     from liar_ext.cli.prune import load
     from liar_ext.cli.resume import checkpoint_of
     from liar_ext.cli.with_bank import calibrations, check_bank_place
@@ -48,6 +49,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     packed = predicts_next_token(loaded.model)
     with checkpoint_of(recipe, options) as saved:
+        let_write(loaded, recipe, saved, ranks=ranks, progress=not options.quiet)
         bank = calibrate(
             loaded.model,
             loaded.calibration,

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.self_calibration import SELF
 from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.cli.options import recipe_of
+from liar_ext.cli.own_text import SKETCHED, TextAndOwn, let_write, writes
 from liar_ext.cli.several import check_device
+from liar_ext.data.random_tokens import fraction_of
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
@@ -25,10 +28,8 @@ from liar_ext.saved.progress import Progress
 
 ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
-    'another kind as well, or "self", text that the model writes itself.'
+    "another kind as well, or let the model write a share of its own with --self-text 0.25."
 )
-
-SKETCHED = 32  # tokens of a document that is written for an estimate alone
 
 
 def run(options: argparse.Namespace) -> None:
@@ -65,11 +66,15 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         shown = {"ranks": ranks, "progress": not options.quiet}
         given, settled = load(recipe, sketch=sketch, **shown), recipe
     if sketch:
+        let_write(given, settled, sketch=True, **shown)
         from liar_ext.cli.dry_run import describe
 
         lines = describe(given.model, given.calibration, settled)
-        if "writing" in given.facts:
-            lines.append(f"text of its own: about {given.facts['writing']:.0f} seconds to write")
+        seconds = given.facts.get("writing", 0.0)
+        if isinstance(given.calibration, TextAndOwn):
+            seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
+        if seconds:
+            lines.append(f"text of its own: about {seconds:.0f} seconds to write")
         if ranks.first:
             print("\n".join(lines))
         return
@@ -113,6 +118,8 @@ def prune_given(
     """Prune what was loaded; the report says what became of the texts, too."""
     from liar_ext.pipeline import prune
 
+    if bank is None:
+        let_write(given, recipe, saved, ranks=ranks, progress=progress)
     report = prune(
         given.model,
         given.calibration,
@@ -125,6 +132,8 @@ def prune_given(
         ranks=ranks,
         progress=progress,
     )
+    if isinstance(given.calibration, TextAndOwn):
+        report.seconds = {"write": given.calibration.seconds, **report.seconds}
     add_facts(report, given)
     return report
 
@@ -188,7 +197,6 @@ def load(
 
 def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
     """Return the documents of a recipe by source, and those to evaluate on."""
-    from liar_ext.calibration.self_calibration import SELF
     from liar_ext.data import texts
 
     read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
@@ -210,7 +218,6 @@ def _draw(
     sketch: bool,
 ) -> tuple:
     """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
-    from liar_ext.calibration.self_calibration import SELF
     from liar_ext.data import texts
     from liar_ext.data.documents import document_digests
 
@@ -220,13 +227,14 @@ def _draw(
         asked = {"judge": judge, "progress": progress, "sketch": sketch}
         read[SELF], seconds = _written(model, tokenizer, recipe, **asked)
         facts |= {"writing": seconds} if sketch else {}
+    written = SELF in recipe.calibration or writes(recipe, model)
     calibration = texts.calibration_sequences(
         [read[source] for source in recipe.calibration],
         tokenizer,
         samples=recipe.samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
-        random_tokens=recipe.random_tokens,
+        random_tokens=fraction_of(recipe.random_tokens, written),
         vocab_size=known_tokens(model, model.config),
         packed=predicts_next_token(model),
         certify=recipe.certify,
@@ -236,7 +244,8 @@ def _draw(
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
-    warnings = [*calibration.notes, *warnings_of(recipe.calibration, predicts_next_token(model))]
+    kinds = warnings_of(recipe.calibration, predicts_next_token(model), recipe.self_text)
+    warnings = [*calibration.notes, *kinds]
     known = None
     if digests:
         every = (text for documents in read.values() for text in documents)
@@ -249,9 +258,10 @@ def _draw(
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known
 
 
-def warnings_of(names: Sequence[str], causal: bool) -> list[str]:
+def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
     """Return what a user has to know of the kinds of calibration text."""
-    return [ONE_KIND] if len(set(names)) == 1 and "self" not in names and causal else []
+    alone = len(set(names)) == 1 and SELF not in names and self_text == 0
+    return [ONE_KIND] if alone and causal else []
 
 
 def check_eval(recipe: Recipe, model: nn.Module) -> None:

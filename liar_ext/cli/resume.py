@@ -21,6 +21,7 @@ from liar_ext.calibration.saved_sums import SUFFIX as BANK
 from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint.manifest import strangers
 from liar_ext.checkpoint.names import PLAN_FILE
+from liar_ext.cli.own_text import WRITTEN
 from liar_ext.errors import InputError, one_line
 from liar_ext.pipeline.resuming import RESULT
 from liar_ext.plan import Plan
@@ -30,6 +31,7 @@ from liar_ext.whole_file import is_unfinished, whole_file
 
 JOB_FILE, VERSION = "job.json", 2
 MOST_BYTES = 1 << 20
+NOTHING_DONE = f"{STAMP}{SUFFIX}", f"{WRITTEN}{SUFFIX}"  # files that are there before any step
 # Options of the commands that are no fields of a recipe, and their types.
 OWN: dict[str, dict[str, tuple[type, ...]]] = {
     "calibrate": {"bank": (str,), "no_text": (bool,), "sensitivities": (bool,)},
@@ -135,7 +137,7 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Progr
         try:
             yield progress
         except InputError:
-            if new and _names(folder) <= {JOB_FILE, LOCK_FILE, f"{STAMP}{SUFFIX}"}:
+            if new and _names(folder) <= {JOB_FILE, LOCK_FILE, *NOTHING_DONE}:
                 remove(folder)
             raise
         if first:

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
             "--calibration TEXT, MODEL before it"
         )
     from liar_ext.checkpoint.saving import check_folder, save_pruned
+    from liar_ext.cli.own_text import let_write
     from liar_ext.cli.prune import add_facts, load
     from liar_ext.cli.with_bank import load_by_bank
     from liar_ext.pipeline.sweep import sweep
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> None:
         given, bank, recipe = load_by_bank(options.bank, recipe, options)
     else:
         given = load(recipe, progress=progress)
+        let_write(given, recipe, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
         add_facts(report, given)

@@ -7,25 +7,21 @@ vocabulary move them all, need no data, and cost a forward pass over as many tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
+from liar_ext.data.sequences import count_beside, seed_of
 from liar_ext.errors import InputError
 
 RANDOM_TOKENS = 0.25  # of all sequences; what it buys stands in docs/quality.md
-MOST_RANDOM = 0.9  # nine sequences of them for each of text
-NO_TEXT = -1  # the source of such sequences, where texts count from 0
 
 
-def check_fraction(operation: str, fraction: float) -> None:
-    """Raise InputError unless a fraction of the sequences can be of random tokens."""
-    if not 0.0 <= fraction <= MOST_RANDOM:
-        raise InputError(
-            f"{operation}: random_tokens must be in [0, {MOST_RANDOM}], got {fraction}; 0.25 makes "
-            "every fourth sequence one of random tokens, and 0 none"
-        )
+def fraction_of(asked: float | str, written: bool) -> float:
+    """Return the fraction of random tokens that "auto" is: none beside what a model has written."""
+    if asked != "auto":
+        return float(asked)
+    return 0.0 if written else RANDOM_TOKENS
 
 
 def random_sequences(
@@ -47,7 +43,7 @@ def random_sequences(
     tokenizer
         A Hugging Face tokenizer.
     fraction : float
-        What they are of all sequences: ``len(rows) · fraction / (1 − fraction)`` come, rounded.
+        What they are of these and those of text.
     seed : int
         Of the draw.
     vocab_size : int, optional
@@ -63,11 +59,11 @@ def random_sequences(
     InputError
         If no token of the vocabulary can be drawn.
     """
-    count = round(len(rows) * fraction / (1 - fraction))
+    count = count_beside(len(rows), fraction)
     if not count:
         return []
     special, plain = _vocabulary(tokenizer, vocab_size)
-    generator = torch.Generator().manual_seed(_seed_of(rows, seed))
+    generator = torch.Generator().manual_seed(seed_of(rows, seed))
     copies = []
     for step in range(count):
         index = (2 * step + 1) * len(rows) // (2 * count)
@@ -89,10 +85,3 @@ def _vocabulary(tokenizer, vocab_size: int | None) -> tuple[Tensor, Tensor]:
             "none; give random_tokens=0"
         )
     return torch.tensor(sorted(special), dtype=torch.long), torch.tensor(plain)
-
-
-def _seed_of(rows: Sequence[Sequence[int]], seed: int) -> int:
-    digest = blake2b(str(seed).encode(), digest_size=7)
-    for row in rows:
-        digest.update(torch.tensor(row).numpy().tobytes())
-    return int.from_bytes(digest.digest(), "little")

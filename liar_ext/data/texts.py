@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.data.batches import FOLDS
 from liar_ext.data.documents import Documents, check_apart, read_documents
 from liar_ext.data.folds import CHARACTERS, cut_pieces, halve, split_documents
-from liar_ext.data.random_tokens import (
-    NO_TEXT,
-    RANDOM_TOKENS,
-    check_fraction,
-    random_sequences,
-)
+from liar_ext.data.random_tokens import RANDOM_TOKENS, random_sequences
+from liar_ext.data.sequences import NO_TEXT, Sequences, check_fraction
 from liar_ext.errors import InputError
 
 __all__ = [
@@ -36,75 +31,6 @@ __all__ = [
 
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Token sequences of one length, ready for a model.
-
-    Parameters
-    ----------
-    input_ids, attention_mask : Tensor
-        ``(sequences, seq_len)`` int64.
-    fold : Tensor
-        ``(sequences,)`` int64: 0 or 1. Sequences of one document share a fold.
-    bos : str
-        Special tokens that every packed window begins with, as the tokenizer begins a document;
-        empty where it adds none.
-    certification, judging : Sequences, optional
-        Sequences of documents that none of these come from: for a figure that no decision has
-        seen, and for a choice among whole models. Their fold only takes turns.
-    notes : tuple of str
-        What a user has to know of the draw.
-    source : Tensor, optional
-        ``(sequences,)`` int64: which of several texts each is of; -1 if of random tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    fold: Tensor
-    bos: str = ""
-    certification: Sequences | None = None
-    judging: Sequences | None = None
-    notes: tuple[str, ...] = ()
-    source: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
-
-    def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
-        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
-
-        Sequences of like length share a batch, which is cut after the longest: little is padding.
-
-        Raises
-        ------
-        InputError
-            If ``batch_size`` is less than 1.
-        """
-        if batch_size < 1:
-            raise InputError(f"batches: batch_size must be at least 1, got {batch_size}")
-        batches = []
-        lengths = self.attention_mask.sum(1)
-        for fold in self.fold.unique():
-            rows = (self.fold == fold).nonzero().flatten()
-            rows = rows[lengths[rows].argsort(stable=True)]
-            for some in rows.split(batch_size):
-                longest = int(lengths[some].max())
-                batch = {
-                    "input_ids": self.input_ids[some, :longest],
-                    "attention_mask": self.attention_mask[some, :longest],
-                    "fold": self.fold[some],
-                }
-                if self.source is not None:
-                    batch["source"] = self.source[some]
-                batches.append(batch)
-        return batches
 
 
 def calibration_sequences(
@@ -162,7 +88,7 @@ def calibration_sequences(
     InputError
         If a number is out of range, or a part gets no sequence.
     """
-    check_fraction("calibration", random_tokens)
+    check_fraction("calibration", "random_tokens", random_tokens)
     apart = {name: n for name, n in (("certify", certify), ("judge", judge)) if n}
     _check_draw(samples, seq_len, seed, apart, lone)
     generator = torch.Generator().manual_seed(seed)

@@ -46,6 +46,7 @@ __all__ = ["LIARGPTQModifier", "LIARPruningModifier"]
 
 # What oneshot is given: the model, its device, and the data, drawn and batched.
 NOT_HERE = {"model", "dtype", "device", "calibration", "samples", "batch_size"}
+NOT_HERE |= {"self_text", "random_tokens"}
 NOT_HERE |= {"eval", "eval_samples", "certify"}
 CHOICES = {each.name: each.default for each in recipe_fields() if each.name not in NOT_HERE}
 

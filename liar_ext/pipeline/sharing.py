@@ -22,7 +22,7 @@ from liar_ext.recipe import Recipe
 # that a new one costs time and never a wrong result.
 LATER = (
     *("model", "dtype", "device", "calibration", "samples", "seq_len", "batch_size", "memory"),
-    "random_tokens",
+    *("self_text", "random_tokens"),
     *("keep", "of", "latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"),
     *("latency_table", "tile", "at_least", "uniform_layers", "kinds", "attn_unit", "allocation"),
     *("probe_keep", "refine", "candidates", "reconstruct", "damp", "schedule", "target", "refit"),

@@ -21,7 +21,7 @@ GROUPS = {
 }
 # What docs/quality.md shows: the cheapest job that reconstructs, the default, the best.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"allocation": "uniform", "schedule": "one-pass"},
+    "fast": {"allocation": "uniform", "schedule": "one-pass", "self_text": 0.0},
     "balanced": {},
     "best": {"refine": 4},
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from liar_ext.data.random_tokens import RANDOM_TOKENS, check_fraction
+from liar_ext.calibration.self_calibration import SELF_TEXT
+from liar_ext.data.sequences import check_fraction
 from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
@@ -44,12 +45,21 @@ class Fields:
         "calibration sequences; encoders read document by document, as many as make so many times "
         "--seq-len tokens",
     )
-    random_tokens: float = choice(
-        RANDOM_TOKENS,
+    self_text: float = choice(
+        SELF_TEXT,
         "calibration",
         check.number,
+        "fraction of the calibration text that a causal language model writes itself, beside the "
+        "texts that are named, unless self is one of them or --max-memory is given: then none",
+        metavar="F",
+    )
+    random_tokens: float | str = choice(
+        "auto",
+        "calibration",
+        check.number_or_auto,
         "fraction of all calibration sequences that are of tokens drawn from the vocabulary and "
-        "come beside those of text: they let units count that the text never moves",
+        "come beside those of text: they let units count that the text never moves; auto is 0.25 "
+        "where the model writes nothing, and else 0",
         metavar="F",
     )
     seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
@@ -217,7 +227,9 @@ class Fields:
             value = each.metadata["check"](each.name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)
         _ = self.budget
-        check_fraction("recipe", self.random_tokens)
+        for name in ("self_text", "random_tokens"):
+            if getattr(self, name) != "auto":
+                check_fraction("recipe", name, getattr(self, name))
         if not 0.0 < self.keep_hidden <= 1.0:
             raise InputError(
                 f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"

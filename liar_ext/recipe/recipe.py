@@ -26,9 +26,9 @@ class Recipe(Fields):
 
     Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
     The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
-    ``samples``, ``random_tokens``, ``batch_size``, ``judge``, ``eval``, ``eval_samples``,
-    ``certify``) are for the command;
-    :func:`liar_ext.prune` is given the model and the batches.
+    ``samples``, ``self_text``, ``random_tokens``, ``batch_size``, ``judge``, ``eval``,
+    ``eval_samples``, ``certify``) are for the command; :func:`liar_ext.prune` is given the model
+    and the batches.
 
     Parameters
     ----------
@@ -42,9 +42,14 @@ class Recipe(Fields):
     samples, seq_len, batch_size : int
         Sequences to draw; tokens per sequence, also those that FLOPs are counted at; sequences per
         forward pass.
-    random_tokens : float
+    self_text : float
+        Fraction that the model writes itself, beside the texts, of what these and it are together;
+        see :func:`liar_ext.calibration.self_calibration.write_sequences`. Only causal language
+        models write, and none where ``self`` is one of the texts.
+    random_tokens : float or "auto"
         Fraction of all sequences that are of random tokens, beside those of text; see
-        :func:`liar_ext.data.random_tokens.random_sequences`.
+        :func:`liar_ext.data.random_tokens.random_sequences`. ``"auto"`` is a quarter where the
+        model writes nothing, and else none.
     seed : int
         Of the draw, the folds, and criteria that draw.
     memory : int, optional

@@ -8,7 +8,8 @@ from tiny import tiny
 
 from liar_ext import InputError, cli
 from liar_ext.calibration import self_calibration
-from liar_ext.calibration.self_calibration import write_documents
+from liar_ext.calibration.self_calibration import write_documents, write_sequences
+from liar_ext.data.texts import calibration_sequences, document_prefix
 
 
 def written(tokenizer, **how):
@@ -80,6 +81,44 @@ def test_what_cannot_write_is_refused(tokenizer):
         write_documents(broken, tokenizer, documents=1, tokens=4)
 
 
+def test_sequences_are_those_tokens_in_turns(tokenizer):
+    model = tiny("llama")
+    drawn = write_sequences(model, tokenizer, count=5, seq_len=9, seed=3)
+    assert drawn.input_ids.shape == (5, 9) and drawn.tokens == 45
+    assert drawn.fold.tolist() == [0, 1, 0, 1, 0]
+    prefix = document_prefix(tokenizer)
+    assert drawn.input_ids[:, : len(prefix)].tolist() == 5 * [prefix]
+    texts = write_documents(model, tokenizer, documents=5, tokens=9 - len(prefix), seed=3)
+    assert tokenizer.batch_decode(drawn.input_ids, skip_special_tokens=True) == texts
+    one = write_sequences(model, tokenizer, count=1, seq_len=9)
+    assert one.fold.tolist() == [0, 1]  # both folds have some
+    short = write_sequences(model, tokenizer, count=2, seq_len=11, written=3).input_ids
+    short = short[:, len(prefix) :]
+    assert torch.equal(short, short[:, :3].repeat(1, 4)[:, : short.shape[1]])
+
+
+def test_sequences_beside_others_are_of_no_text(tokenizer):
+    model = tiny("llama")
+    text = calibration_sequences(
+        [["ab" * 300] * 9, ["cd" * 300] * 9], tokenizer, samples=8, seq_len=12, random_tokens=0.5
+    )
+    both = text.beside(write_sequences(model, tokenizer, count=3, seq_len=12))
+    assert both.source.tolist() == [*text.source.tolist(), -1, -1, -1]
+    assert len(both) == 8 + 8 + 3 and both.bos == text.bos
+    assert torch.equal(both.input_ids[:16], text.input_ids)
+    (own,) = {len(batch["fold"].unique()) for batch in both.batches()}
+    assert own == 1
+
+
+def test_tokens_of_other_inputs_are_never_written(tokenizer):
+    model = tiny("llama")
+    model.config.image_token_id = 7
+    model.config.vision_start_token_id = 9
+    ids = write_sequences(model, tokenizer, count=64, seq_len=64).input_ids
+    assert not torch.isin(ids, torch.tensor([7, 9])).any()
+    assert len(ids.unique()) > 20
+
+
 def test_the_command_calibrates_on_what_the_model_writes(llama_folder, corpus, tmp_path, capsys):
     out = tmp_path / "pruned"
     options = ["--keep", "0.7", "--samples", "8", "--seq-len", "16", "--certify", "2", "--quiet"]
@@ -87,5 +126,5 @@ def test_the_command_calibrates_on_what_the_model_writes(llama_folder, corpus, t
     assert cli.main(["prune", str(llama_folder), *sources, "--out", str(out), *options]) == 0
     report = json.loads((out / "liar/report.json").read_text())
     assert report["settings"]["calibration"] == ["self", str(corpus[0])]
-    assert report["settings"]["calibration_sequences"] == 8 + 3  # of random tokens
+    assert report["settings"]["calibration_sequences"] == 8
     assert all(site["certified_error"] is not None for site in report["sites"])

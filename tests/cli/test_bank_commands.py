@@ -19,7 +19,7 @@ from liar_ext.cli import resume
 from liar_ext.cli.with_bank import recipe_of_bank
 from liar_ext.saved.progress import Progress
 
-TEXT = ("--samples", 8, "--seq-len", 32, "--random-tokens", 0)
+TEXT = ("--samples", 8, "--seq-len", 32, "--self-text", 0, "--random-tokens", 0)
 
 
 def run(*arguments) -> int:

@@ -94,7 +94,7 @@ def test_a_dry_run_writes_beginnings_of_its_own_text_alone(
     assert cli.main([*job, "--samples", "8", "--seq-len", "64", "--batch-size", "4"]) == 0
     said = capsys.readouterr().out
     assert "text of its own: about" in said
-    assert "(4 batches)" in said  # of as many sequences as the job would have
+    assert "(2 batches)" in said  # of as many sequences as the job would have
     ((documents, tokens),) = asked
     assert documents > 4
     assert tokens == 32

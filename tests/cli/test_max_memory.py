@@ -17,7 +17,8 @@ def run(*arguments) -> int:
 @pytest.fixture(scope="module")
 def command(llama_folder, corpus):
     """The command but for its output."""
-    sizes = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--eval", corpus[1]]
+    sizes = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--self-text", 0]
+    sizes += ["--eval", corpus[1]]
     return ["prune", llama_folder, "--calibration", corpus[0], *sizes]
 
 

@@ -22,6 +22,7 @@ GIVEN = {
     "device": ("cuda:1", "cuda:1"),
     "calibration": ("other.txt", ("other.txt",)),
     "samples": ("16", 16),
+    "self_text": ("0.5", 0.5),
     "random_tokens": ("0.5", 0.5),
     "seq_len": ("32", 32),
     "batch_size": ("2", 2),
@@ -195,7 +196,7 @@ def test_certified_errors_are_of_sequences_that_no_decision_sees(
     assert report["evaluation"]["certified"]["rows"] == 4 * 16
     assert all(site["certified_error"] >= 0 for site in report["sites"])
     assert report["recipe"]["certify"] == 4
-    assert report["settings"]["calibration_sequences"] == 8 + 3  # of random tokens
+    assert report["settings"]["calibration_sequences"] == 8 + 3  # written
     assert cli.main([*job, "--out", str(plain)]) == 0
     assert "ertified" not in (plain / "liar/report.md").read_text()
 

@@ -29,6 +29,7 @@ def test_names_of_methods():
         allocation="global",
         reconstruct="bias",
         schedule="one-pass",
+        self_text=0.0,
         random_tokens=0.0,
     )
     named = read_method("liar+layerwise+refine=2+kinds=mlp+tile=auto+damp=0.1", keep=0.7, seed=0)

@@ -12,6 +12,7 @@ Line = tuple[str, ...]
 # Options of `liar prune` with values that it must refuse.
 VALUES = {
     "--samples": ["0", "-1", "1", "2.5", "many", "", "1e3", "9" * 20, "9" * 5000],
+    "--self-text": ["-0.1", "0.999999", "nan", "x", "", "1e300"],
     "--random-tokens": ["-0.1", "0.999999", "nan", "x", "", "1e300"],
     "--seq-len": ["0", "-1", "1", "x", "", str(2**63), "65", "100000"],
     "--batch-size": ["0", "-1", "1.5", "x", "", "-" + "9" * 30],

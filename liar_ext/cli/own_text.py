@@ -1,0 +1,109 @@
+"""The calibration text that a language model writes itself, beside the texts that a job names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.collect import check_finite_weights
+from liar_ext.calibration.self_calibration import SELF, write_sequences
+from liar_ext.data.batches import read_batches
+from liar_ext.data.sequences import count_beside, of_no_text, seed_of
+from liar_ext.models.running import predicts_next_token
+from liar_ext.ranks import ALONE, Ranks
+from liar_ext.recipe import Recipe
+from liar_ext.saved.progress import Progress
+
+if TYPE_CHECKING:
+    from liar_ext.cli.prune import Given
+
+Batches = Sequence[Mapping[str, Tensor]]
+WRITTEN = "written"  # its name in a checkpoint
+SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
+
+
+class TextAndOwn(Sequence):
+    """Batches of text, then those that are written when the first of all is asked for.
+
+    What a job refuses it refuses before that, and so in no time. ``seconds`` are what it took.
+    """
+
+    def __init__(self, text: Batches, write: Callable[[], Batches]) -> None:
+        self._text, self._write = text, write
+        self._all: list[Mapping[str, Tensor]] = []
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __getitem__(self, index):
+        return self._batches()[index]
+
+    def _batches(self) -> list[Mapping[str, Tensor]]:
+        if not self._all:
+            start = time.perf_counter()
+            self._all = [*self._text, *self._write()]
+            self.seconds = time.perf_counter() - start
+        return self._all
+
+
+def writes(recipe: Recipe, model: nn.Module) -> bool:
+    """Tell whether a model writes text beside that which a recipe names."""
+    named = SELF in recipe.calibration
+    return recipe.self_text > 0 and not named and predicts_next_token(model)
+
+
+def let_write(
+    given: Given,
+    recipe: Recipe,
+    saved: Progress | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    progress: bool = False,
+    sketch: bool = False,
+) -> None:
+    """Give what was loaded the sequences that its model writes, if any, once it is gone through.
+
+    The first rank writes, or takes what a checkpoint has, and hands it to the others. A ``sketch``
+    has beginnings, again and again.
+    """
+    if not writes(recipe, given.model):
+        return
+    rows = [
+        row
+        for batch in read_batches(given.calibration)
+        for row in batch.inputs["input_ids"][batch.source >= 0]
+    ]
+    count = count_beside(len(rows), recipe.self_text)
+    if count == 0:
+        return
+    length = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
+
+    def write() -> Batches:
+        kept = None if saved is None else saved.get(WRITTEN)
+        ids = None
+        check_finite_weights(given.model)
+        if kept is not None:
+            ids = kept.tensor("input_ids")
+        elif ranks.first:
+            ids = write_sequences(
+                given.model,
+                given.tokenizer,
+                count=count,
+                seq_len=recipe.seq_len,
+                seed=seed_of(rows, recipe.seed),
+                written=length,
+                progress=progress,
+            ).input_ids
+        if kept is None:
+            ids = ranks.broadcast(ids)
+            if saved is not None:
+                saved.put(WRITTEN, {"input_ids": ids})
+        own = of_no_text(ids)
+        given.facts["written_sequences"] = len(own)
+        return own.batches(recipe.batch_size)
+
+    given.calibration = TextAndOwn(given.calibration, write)
