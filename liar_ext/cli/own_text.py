@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.self_calibration import SELF, write_sequences
 from liar_ext.data.batches import read_batches
 from liar_ext.data.sequences import count_beside, of_no_text, seed_of
+from liar_ext.errors import InputError
+from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
-from liar_ext.saved.progress import Progress
+from liar_ext.saved.progress import Kept, Progress
 
 if TYPE_CHECKING:
     from liar_ext.cli.prune import Given
@@ -83,12 +86,10 @@ def let_write(
     length = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
 
     def write() -> Batches:
-        kept = None if saved is None else saved.get(WRITTEN)
-        ids = None
         check_finite_weights(given.model)
-        if kept is not None:
-            ids = kept.tensor("input_ids")
-        elif ranks.first:
+        kept = None if saved is None else saved.get(WRITTEN)
+        ids = None if kept is None else _read(kept, recipe.seq_len, given.model)
+        if kept is None and ranks.first:
             ids = write_sequences(
                 given.model,
                 given.tokenizer,
@@ -107,3 +108,14 @@ def let_write(
         return own.batches(recipe.batch_size)
 
     given.calibration = TextAndOwn(given.calibration, write)
+
+
+def _read(kept: Kept, seq_len: int, model: nn.Module) -> Tensor:
+    """Return what a checkpoint has of it."""
+    ids = kept.tensor("input_ids") if "input_ids" in kept.names() else torch.empty(0)
+    known = known_tokens(model, model.config)
+    if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != seq_len or not len(ids):
+        raise InputError(f"checkpoint: {kept.path} holds no text of this job; remove the folder")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise InputError(f"checkpoint: {kept.path} has tokens beyond {known}; remove the folder")
+    return ids

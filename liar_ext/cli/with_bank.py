@@ -120,8 +120,8 @@ def warnings_of_bank(header: Stored) -> list[str]:
     runs = header.source.get("calibrations", [])
     found = [note for run in runs for note in run["notes"]]
     if header.source.get("texts"):
-        least = min((UNSAID_OF_DRAW | run)["self_text"] for run in runs)
-        found += warnings_of(header.source["texts"], runs[0]["packed"], least)
+        most = max((UNSAID_OF_DRAW | run)["self_text"] for run in runs)
+        found += warnings_of(header.source["texts"], runs[0]["packed"], most)
     return list(dict.fromkeys(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from liar_ext import MomentBank, cli
 from liar_ext.cli import own_text
 from liar_ext.cli.by_blocks import NONE_WRITTEN
 from liar_ext.cli.prune import ONE_KIND
+from liar_ext.saved.progress import Progress
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
 
@@ -151,3 +153,31 @@ def test_a_dry_run_writes_beginnings_alone(llama_folder, corpus, asked, capsys):
     said = capsys.readouterr().out
     assert "text of its own: about" in said
     assert "(4 batches)" in said  # of 8 sequences of text, 3 written
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ({"input_ids": torch.full((3, 16), 10**6)}, "has tokens beyond"),
+        ({"input_ids": torch.full((3, 16), -1)}, "has tokens beyond"),
+        ({"input_ids": torch.zeros(3, 8, dtype=torch.long)}, "no text of this job"),
+        ({"input_ids": torch.zeros(3, 16)}, "no text of this job"),
+        ({"other": torch.zeros(3)}, "no text of this job"),
+    ],
+)
+def test_a_checkpoint_that_holds_something_else(kept, said, llama_folder, corpus, tmp_path, capsys):
+    with Progress(tmp_path / "kept") as progress:
+        progress.put(own_text.WRITTEN, kept)
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "out"]
+    command += ["--checkpoint", tmp_path / "c"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own_text, "write_sequences", stop)
+        assert run(*command) == 130
+    shutil.copy(tmp_path / "kept/written.safetensors", tmp_path / "c")
+    assert run(*command) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
