@@ -26,6 +26,9 @@ def _load() -> ctypes.CDLL:
     torch.cuda.device_count = lambda: 2
     torch.cuda.Event = _Event
     torch.cuda.mem_get_info = lambda device=None: (8 << 30, 8 << 30)
+    # What is drawn there is drawn by the host's generator.
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.UntypedStorage.clone = _clone
     importlib.import_module("liar_ext")
     return ctypes.CDLL(launchers)
