@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.quality.windows import HeldOut
 from demo import assets
@@ -120,7 +121,9 @@ class Texts:
             for name, source in calibration.items()
         }
         self.judged = {name: read_documents(source) for name, source in judged.items()}
-        self._written: dict[tuple[int, int, int], Documents | Sequences] = {}
+        # What a model has written, by the model and what it was asked for.
+        self._written: WeakKeyDictionary[nn.Module, dict[tuple, Documents | Sequences]]
+        self._written = WeakKeyDictionary()
         known = [text for documents in self.calibration.values() for text in documents]
         for documents in self.judged.values():
             check_apart(known, documents)
@@ -139,15 +142,15 @@ class Texts:
         judge: int = 0,
     ) -> Sequences:
         """Return the calibration set of a seed; what the model writes itself is written here."""
-        sources = dict(self.calibration)
+        sources, written = dict(self.calibration), self._written.setdefault(model, {})
         if SELF in sources:
             share = enough_documents(-(-(samples + judge) // len(sources)))
             key = seed, share, seq_len
-            if key not in self._written:
-                self._written[key] = write_documents(
+            if key not in written:
+                written[key] = write_documents(
                     model, tokenizer, documents=share, tokens=seq_len, seed=seed
                 )
-            sources[SELF] = self._written[key]
+            sources[SELF] = written[key]
         drawn = calibration_sequences(
             list(sources.values()),
             tokenizer,
@@ -163,10 +166,10 @@ class Texts:
         rows = drawn.input_ids[drawn.source >= 0]
         count, seed = count_beside(len(rows), self_text), seed_of(rows, seed)
         own = count, seed, seq_len
-        if own not in self._written:
+        if own not in written:
             how = {"count": count, "seq_len": seq_len, "seed": seed}
-            self._written[own] = write_sequences(model, tokenizer, **how)
-        return drawn.beside(self._written[own])
+            written[own] = write_sequences(model, tokenizer, **how)
+        return drawn.beside(written[own])
 
     def windows(self, tokenizer, *, seq_len: int, samples: int) -> dict[str, HeldOut]:
         """Return windows of each text to judge by, evenly spread."""

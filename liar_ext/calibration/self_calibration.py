@@ -203,8 +203,8 @@ def _beginning(model: nn.Module, tokenizer) -> list[int]:
         config.bos_token_id,
         *ends,
     ]
-    known = known_tokens(model, model.config)
-    return [next((token for token in choices if token is not None and token < known), 0)]
+    known = range(known_tokens(model, model.config))
+    return [next((token for token in choices if token in known), 0)]
 
 
 def _of_other_inputs(model: nn.Module) -> list[int]:

@@ -46,9 +46,12 @@ __all__ = ["LIARGPTQModifier", "LIARPruningModifier"]
 
 # What oneshot is given: the model, its device, and the data, drawn and batched.
 NOT_HERE = {"model", "dtype", "device", "calibration", "samples", "batch_size"}
-NOT_HERE |= {"self_text", "random_tokens"}
 NOT_HERE |= {"eval", "eval_samples", "certify"}
-CHOICES = {each.name: each.default for each in recipe_fields() if each.name not in NOT_HERE}
+# What comes beside text that liar prune draws.
+BESIDE = {"self_text", "random_tokens"}
+CHOICES = {
+    each.name: each.default for each in recipe_fields() if each.name not in NOT_HERE | BESIDE
+}
 
 _Choices = create_model(
     "_Choices",
@@ -102,6 +105,12 @@ class LIARPruningModifier(_Choices):
             raise InputError(
                 f"LIARPruningModifier: {', '.join(elsewhere)} must be given to oneshot itself, as "
                 "its model or dataset arguments; leave it out here"
+            )
+        beside = sorted(BESIDE & choices.keys())
+        if beside:
+            raise InputError(
+                f"LIARPruningModifier: {', '.join(beside)} is of text that liar prune draws, and "
+                "oneshot is given its data; leave it out here"
             )
         preset = given.get("preset")
         recipe = Recipe.build(**choices) if preset is None else Recipe.preset(preset, **choices)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -108,6 +109,15 @@ def test_sequences_beside_others_are_of_no_text(tokenizer):
     assert torch.equal(both.input_ids[:16], text.input_ids)
     (own,) = {len(batch["fold"].unique()) for batch in both.batches()}
     assert own == 1
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_document_begins_with_a_token_that_the_model_knows(token, tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = bare.eos_token = None
+    model = tiny("llama")
+    model.config.bos_token_id = model.config.eos_token_id = token
+    assert write_sequences(model, bare, count=2, seq_len=9).input_ids.shape == (2, 9)
 
 
 def test_tokens_of_other_inputs_are_never_written(tokenizer):

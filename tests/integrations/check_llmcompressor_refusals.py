@@ -30,6 +30,7 @@ def groups_of(size):
         ({"keep": "half"}, "keep must be a number"),
         ({"criterion": "magic"}, "magic"),
         ({"samples": 8}, "samples must be given to oneshot"),
+        ({"self_text": 0.5, "random_tokens": 0.0}, "self_text is of text .* leave it out"),
         ({"preset": "fastest"}, "preset must be one of"),
         ({"kinds": "mlp"}, "kinds must be some of"),
     ],
