@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,12 @@ def small(tmp_path):
     (tmp_path / "high" / "a.py").write_text("from liar_ext.low.b import x\n")
     (tmp_path / "low" / "b.py").write_text("x = 1\n")
     return tmp_path
+
+
+def test_no_two_test_files_share_a_name():
+    """In folders that are no packages pytest imports each by its name alone, and one of them fails."""
+    found = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert not {name for name, times in found.items() if times > 1}
 
 
 def test_an_import_that_goes_up_is_found(small):

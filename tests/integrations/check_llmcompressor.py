@@ -90,7 +90,7 @@ def test_shared_grams_are_twice_the_sums_of_kept_inputs(folder, monkeypatch):
 def test_shared_grams_run_the_model_no_more(folder, monkeypatch):
     calls = []
     model = load(folder)
-    pruning = LIARPruningModifier(**EQUAL, allocation="uniform")
+    pruning = LIARPruningModifier(**EQUAL, allocation="uniform", schedule="one-pass")
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     oneshot(model=model, recipe=[pruning, LIARGPTQModifier(**W4)], dataset=loader())
     assert len(calls) == len(loader())
