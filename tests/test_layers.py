@@ -116,7 +116,7 @@ def small(tmp_path):
 
 
 def test_no_two_test_files_share_a_name():
-    """In folders that are no packages pytest imports each by its name alone, and one of them fails."""
+    """In folders that are no packages pytest imports each by its name alone; one of two fails."""
     found = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
     assert not {name for name, times in found.items() if times > 1}
 
