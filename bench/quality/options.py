@@ -28,7 +28,6 @@ picture of the summary. Seconds are CPU seconds of all that a method needs, cali
 """
 SHORT = {
     "models": ["SmolLM2-135M-Instruct"],
-    "methods": ["liar", "liar+one-pass", FLAP],
     "seeds": [0],
     "ratios": [0.2],
     "samples": 32,
@@ -48,7 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--models", nargs="+", default=list(NAMED), help="names, folders, hub ids or GGUF files")
-    add("--methods", nargs="+", default=["liar", FLAP])
+    add("--methods", nargs="+", default=["liar", "liar+one-pass", FLAP])
     add("--ratios", nargs="+", type=float, default=[0.2, 0.5], help="fractions removed")
     add("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration set")
     add("--calibration", nargs="+", default=["encyclopaedia"], metavar="TEXT",
