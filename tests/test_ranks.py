@@ -27,6 +27,7 @@ from liar_ext.ranks import RankLost, Ranks, _is_alive, deal
 from liar_ext.saved.progress import Progress
 
 CANDIDATES = ("schedule=one-pass,refine=1", "criterion=obs")
+MEASURED = ("measured_divergence", "candidates", "divergence_rescaled")
 # Name: family, dtype, batches, fresh ones, choices.
 JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "default": ("llama", torch.float64, 5, 0, {}),
@@ -40,6 +41,7 @@ JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "gradients": ("llama", torch.float32, 3, 0, {"criterion": "taylor", "schedule": "one-pass"}),
     "hidden": ("llama", torch.float32, 4, 0, {"keep_hidden": 0.75}),
     "refined": ("bert", torch.float32, 4, 0, {"refine": 2, "schedule": "one-pass"}),
+    "rescaled": ("llama", torch.float32, 4, 0, {"rescale": True}),
     "candidates": ("llama", torch.float32, 4, 2, {"candidates": CANDIDATES}),
 }
 
@@ -61,7 +63,7 @@ def run(name: str, ranks: Ranks) -> dict[str, object]:
         "rows": [(r.name, r.error, r.holdout_error, r.damp, r.sensitivity) for r in report.sites],
         "certified": [row.certified_error for row in report.sites],
         "tokens": report.settings["calibration_tokens"],
-        "measured": [report.settings.get(name) for name in ("measured_divergence", "candidates")],
+        "measured": [report.settings.get(name) for name in MEASURED],
         "work": report.settings.get("ranks", [dict(ranks.work)]),
     }
 
@@ -93,6 +95,7 @@ def test_whole_plans_and_whole_models_are_measured(alone):
     """That which the ranks are compared by."""
     assert alone["refined"]["measured"][0] > 0
     assert len(alone["candidates"]["measured"][1]) == 1 + len(CANDIDATES)
+    assert alone["rescaled"]["measured"][2] > 0
 
 
 @pytest.mark.parametrize(("count", "jobs"), [(2, ["default", "one-pass"]), (3, [*JOBS])])

@@ -177,10 +177,11 @@ def _time(
     runs += forward * BACKWARD_RUNS * (get_criterion(recipe.criterion).needs == "gradient")
     solves = _solving(model, banks[0], groups[0], at, equal, recipe) * (_passes(groups, recipe) > 0)
     probes = 0.0
-    if recipe.allocation == "curve":
+    if recipe.allocation == "curve" or recipe.rescale:
         share = sum(map(_size_of, probe_batches(batches))) / _size_of(batches[0])
-        plans = len(at) / 2 + 7 * recipe.refine  # of one site half of the blocks are run again
-        probes = plans * share * forward
+        # Of one site half of the blocks are run again.
+        every = (recipe.allocation == "curve") + recipe.rescale
+        probes = (every * len(at) / 2 + 7 * recipe.refine) * share * forward
     seconds = runs * len(batches) + solves + probes
     shown = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     relative = seconds / max(forward * len(batches), 1e-9)

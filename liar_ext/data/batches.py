@@ -152,18 +152,22 @@ def _padding(mask: Tensor | None) -> Tensor | None:
     return None if full else mask.bool()
 
 
-def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
+def probe_batches(
+    batches: Batches, *, every: bool = False, rows: int = PROBE_ROWS
+) -> list[dict[str, Tensor]]:
     """Return a few sequences, evenly spread: ``PROBE_TOKENS`` tokens, ``PROBE_SEQUENCES`` at least.
 
     Every source gives equally many of them, and each at least one; what is of no text, a source
     below 0, gives none where there is text. Of a text the first ``PROBE_LENGTH`` tokens are taken.
-    Sequences of one batch stay together, and those without padding are put together, so that short
-    ones need few passes.
+    Sequences of one batch stay together, and those without padding are put together, ``rows`` at
+    most, so that short ones need few passes. With ``every`` all sequences are as of one source,
+    and no batch has more than ``rows``.
     """
     read = [_beginning(batch) for batch in read_batches(batches)]
     places: dict[int, list[tuple[int, int]]] = {}
     for index, batch in enumerate(read):
-        sources = [0] * len(batch) if batch.source is None else batch.source.tolist()
+        alike = every or batch.source is None
+        sources = [0] * len(batch) if alike else batch.source.tolist()
         for row, source in enumerate(sources):
             places.setdefault(source, []).append((index, row))
     places = {source: found for source, found in places.items() if source >= 0} or places
@@ -176,7 +180,15 @@ def probe_batches(batches: Batches) -> list[dict[str, Tensor]]:
         for step in range(taken):
             index, row = found[(2 * step + 1) * len(found) // (2 * taken)]
             chosen.setdefault(index, []).append(row)
-    return _together([read[index].select(rows) for index, rows in sorted(chosen.items())])
+    most = rows if every else count
+    return _together(
+        [
+            read[index].select(taken[first : first + most])
+            for index, taken in sorted(chosen.items())
+            for first in range(0, len(taken), most)
+        ],
+        rows,
+    )
 
 
 def _beginning(batch: Batch) -> Batch:
@@ -190,14 +202,14 @@ def _beginning(batch: Batch) -> Batch:
     return replace(batch, inputs=inputs, mask=mask)
 
 
-def _together(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+def _together(batches: Sequence[Batch], rows: int) -> list[dict[str, Tensor]]:
     """Return the inputs of batches, with neighbours without padding of one width in one batch."""
     joined: list[dict[str, Tensor]] = []
     plain = False  # whether the last of them takes more
     for batch in batches:
         inputs, last = batch.inputs, joined[-1] if joined else {}
         fits = inputs.keys() == last.keys() and all(
-            value.shape[1:] == last[name].shape[1:] and len(value) + len(last[name]) <= PROBE_ROWS
+            value.shape[1:] == last[name].shape[1:] and len(value) + len(last[name]) <= rows
             for name, value in inputs.items()
         )
         if plain and fits and batch.mask is None:

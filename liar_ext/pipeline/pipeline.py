@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Stage, Timeline
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.data.batches import Batches
+from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.resuming import begin, check
-from liar_ext.plan import Budget
+from liar_ext.plan import Budget, Plan
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.rescaling import PROBED_ROWS, Rescaling
 from liar_ext.saved.progress import Progress, opened
 
 
@@ -153,5 +154,27 @@ def _steps(
     solved = solve_best(job, judge_on, certify_on)
     job = solved.job
     job.certify(certify_on, solved.passes, solved.plan, solved.weights)
+    dense_outputs = _outputs(job)
     plan = job.slice(solved.plan, solved.weights)
+    _rescale(job, dense_outputs, plan)
     return job.report(plan, dense, job.evaluate(evaluate_on))
+
+
+def _outputs(job: Job) -> Rescaling | None:
+    """Note what the dense model gives, where scales are to bring the pruned one nearer to it."""
+    if not job.recipe.rescale:
+        return None
+    with job.clock("rescale"):
+        probes = probe_batches(job.batches, every=True, rows=PROBED_ROWS)
+        return Rescaling(job.model, probes, job.ranks)
+
+
+def _rescale(job: Job, dense: Rescaling | None, plan: Plan) -> None:
+    """Scale what the layers of the sliced model give, where that brings it nearer."""
+    if dense is None:
+        return
+    with job.clock("rescale"):
+        found = dense.fit(job.model, plan.attn_unit, progress=job.progress)
+    job.facts |= found.facts()
+    if not found.scales:
+        job.notes.append("Nothing was rescaled: no scales bring held-out outputs nearer.")

@@ -109,6 +109,7 @@ def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[
         "schedule layerwise": recipe.schedule == "layerwise",
         "allocation curve": curve,
         "refine": recipe.refine > 0,
+        "rescale": recipe.rescale,
         "keep_hidden": recipe.keep_hidden != 1.0,
         "keep_experts": recipe.keep_experts != 1.0,
     }

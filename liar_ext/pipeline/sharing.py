@@ -26,6 +26,7 @@ LATER = (
     *("keep", "of", "latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"),
     *("latency_table", "tile", "at_least", "uniform_layers", "kinds", "attn_unit", "allocation"),
     *("probe_keep", "refine", "candidates", "reconstruct", "damp", "schedule", "target", "refit"),
+    "rescale",
     *("judge", "eval", "eval_samples", "certify"),
 )
 SENSITIVITY = "sensitivity"

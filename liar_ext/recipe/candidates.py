@@ -10,6 +10,7 @@ from liar_ext.recipe import text
 from liar_ext.recipe.checks import shown
 
 GROUPS = ("selection", "reconstruction")  # in whose fields the recipes of one job may differ
+NOT_TRIED = ("candidates", "rescale")  # what comes after the choice
 
 
 def candidates_of(recipe: Any) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def candidates_of(recipe: Any) -> dict[str, Any]:
     names = [
         each.name
         for each in fields(recipe)
-        if each.metadata["group"] in GROUPS and each.name != "candidates"
+        if each.metadata["group"] in GROUPS and each.name not in NOT_TRIED
     ]
     alone = replace(recipe, candidates=())
     changes = {each: _changes(each, names) for each in recipe.candidates}

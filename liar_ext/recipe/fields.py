@@ -198,6 +198,13 @@ class Fields:
     refit: bool = choice(
         False, "reconstruction", check.flag, "layerwise: solve layers that lose nothing, too"
     )
+    rescale: bool = choice(
+        False,
+        "reconstruction",
+        check.flag,
+        "after all layers are solved, fit one scale for what each of them gives, so that the whole "
+        "model's output is nearest to the dense one's",
+    )
     judge: int = choice(
         16,
         "evaluation",

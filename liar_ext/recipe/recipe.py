@@ -109,6 +109,8 @@ class Recipe(Fields):
         :func:`liar_ext.reconstruct_layerwise`.
     refit : bool
         Solve the sites that lose nothing, too, in layerwise mode.
+    rescale : bool
+        Fit one scale for what each layer gives when all are solved; see :mod:`liar_ext.rescaling`.
     judge : int
         Sequences of documents that nothing else sees, to choose among ``candidates`` by.
     eval : str, optional

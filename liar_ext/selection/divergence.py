@@ -69,9 +69,15 @@ class DenseOutputs:
         With ``finite_only`` rows where that model overflows count as the mean of the others do,
         which serves to compare sites; if all do, or without it, the sum is not finite either.
         """
-        total, dense = 0.0, self._rows
-        _, rows = self._run(pruned)
-        scale = 1.0
+        return self.divergence_of(self.outputs(pruned), finite_only=finite_only)
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """Return the rows of a model, which is run for it: logits or hidden states."""
+        return self._run(model)[1]
+
+    def divergence_of(self, rows: Tensor, *, finite_only: bool = False) -> float:
+        """Return :meth:`divergence` of the model whose :meth:`outputs` these are."""
+        total, dense, scale = 0.0, self._rows, 1.0
         if finite_only:
             finite = torch.isfinite(rows).all(-1)
             if not finite.all():
@@ -85,6 +91,19 @@ class DenseOutputs:
             else:
                 total += float(0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum())
         return total * scale
+
+    def metric(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what a small change of a model's outputs does to the divergence.
+
+        With J what they change by, less its mean under the third that is returned if there is one,
+        the divergence changes by ``Σ slope · J + ½ Σ (root · J)²``: ``q − p``, ``√q`` and q of
+        logits, ``(h' − h) / |h|²`` and ``1 / |h|`` of hidden states.
+        """
+        if self._has_logits:
+            q = rows.softmax(-1)
+            return q - self._rows.exp(), q.sqrt(), q
+        size = self._rows.norm(dim=-1, keepdim=True)
+        return (rows - self._rows) / size.square(), 1 / size, None
 
     def _run(self, model: nn.Module) -> tuple[bool, Tensor]:
         """Return whether there are logits, and them or the last hidden states, (rows, features)."""

@@ -123,7 +123,7 @@ def divergences(
             if measured.has_all(number, here) or (probes and not here):
                 bar.update(len(probes))
                 continue
-            with _recorded(blocks) as given:
+            with recorded(blocks) as given:
                 dense = DenseOutputs(model, batch, POSITIONS)
             measured.rows[number] = len(dense)
             bar.update(len(probes) - len(here))
@@ -134,7 +134,7 @@ def divergences(
                 first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
                     for block, output in zip(blocks[:first], given, strict=False):
-                        stack.enter_context(replaced(block, _answering(output)))
+                        stack.enter_context(replaced(block, answering(output)))
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
                     measured.put(number, names, dense.divergence(model, finite_only=True))
@@ -171,7 +171,7 @@ def mean_divergences(
 
 
 @contextmanager
-def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
+def recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
     """Collect what each block returns while the context is open."""
     given: list = []
     with ExitStack() as stack:
@@ -180,7 +180,7 @@ def _recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
         yield given
 
 
-def _answering(output: object) -> Callable:
+def answering(output: object) -> Callable:
     """Return a forward that gives ``output`` without computing it."""
     return lambda *args, **kwargs: output
 

@@ -175,6 +175,7 @@ class StreamedJob(Job):
         refused = {
             f"--criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
             f"--refine {recipe.refine}": recipe.refine > 0,
+            "--rescale": recipe.rescale,
             f"--candidates {' '.join(recipe.candidates)}": bool(recipe.candidates),
             f"--keep-hidden {recipe.keep_hidden}": self.narrows,
             f"--keep-experts {recipe.keep_experts}": recipe.keep_experts != 1.0,

@@ -50,6 +50,7 @@ GIVEN = {
     "damp": ("1e-3", 1e-3),
     "schedule": ("layerwise", "layerwise"),
     "target": ("dense-input", "dense-input"),
+    "rescale": ("", True),
     "judge": ("8", 8),
     "eval": ("held_out.txt", "held_out.txt"),
     "eval_samples": ("5", 5),

@@ -86,6 +86,7 @@ def test_a_sweep_judges_the_candidates_of_its_recipes():
         ("obs", "candidates must be FIELD=VALUE"),
         ("keep=0.5", "candidates must be FIELD=VALUE"),
         ("candidates=x", "candidates must be FIELD=VALUE"),
+        ("rescale=true", "candidates must be FIELD=VALUE"),
         ("criterion=obs,", "candidates must be FIELD=VALUE"),
         ("criterion=nothing", "criterion"),
         ("refine=many", "refine"),

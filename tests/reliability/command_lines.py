@@ -57,6 +57,8 @@ ADDED: list[Line] = [
     ("--refine", "1", "--memory", "1e-9"),
     ("--candidates", "criterion=obs", "--max-memory", "8GiB"),
     ("--refit", "--schedule", "one-pass"),
+    ("--rescale", "--max-memory", "8GiB"),
+    ("--candidates", "rescale=true"),
     ("--target", "branch", "--schedule", "one-pass"),
     ("--schedule", "layerwise", "--reconstruct", "none"),
     ("--keep-hidden", "0.9", "--multiple-of", "64"),
