@@ -173,22 +173,16 @@ def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:
     norm follows a consumer, scaling its input changes nothing, and the norm is the module.
     """
     row, family = stream_of(model), family_of(model)
-    offset, after, last = 0.0, {}, ""
-    for step in () if row is None else row.block:
-        if step.does == "write":
-            last = step.layers[-1]
-        if step.does == "branch_norm":
-            after[last], offset = step.layers[0], row.norm_offset
     paths = list(dict.fromkeys(site.path for site in at))
     handles = []
     for name, layer in teams_of(at).items():
         site = layer[0]
         if site.expert is not None:
             continue
-        norm = after.get(site.consumer.removeprefix(f"{site.path}."))
-        path = site.consumer if norm is None else f"{site.path}.{norm}"
+        norm = site.wiring.output_norm if row is not None else ""
+        path = f"{site.path}.{norm}" if norm else site.consumer
         first = 0 if family.lends or site.part.repeats else paths.index(site.path)
-        handles.append(Handle(name, path, first, 0.0 if norm is None else offset))
+        handles.append(Handle(name, path, first, row.norm_offset if norm else 0.0))
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     for chain in () if row is None or head is None else row.ends:
         does, layers = chain[0]

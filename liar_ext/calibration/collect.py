@@ -44,9 +44,10 @@ def calibrate(
     """Collect the moments of every site's consumer input in one pass over ``batches``.
 
     For each site and each fold, ``G = Σ_t w_t x_t x_tᵀ``, ``s = Σ_t w_t x_t`` and ``n = Σ_t w_t``,
-    where ``w_t`` is 0 for padding and 1 otherwise. An expert has sums over the tokens that the
-    router sends there, with ``w_t`` times the square of the weight that their output gets. A task
-    head on top of the model is not run.
+    where ``w_t`` is 0 for padding and 1 otherwise, or where a norm reads the output what
+    :func:`liar_ext.calibration.taps.relative_weights` says. An expert has sums over the tokens that
+    the router sends there, with ``w_t`` times the square of the weight that their output gets. A
+    task head on top of the model is not run.
 
     Parameters
     ----------
@@ -201,8 +202,7 @@ def collect(
     if saved is not None and seen.batches > done:
         saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
     check_sums(bank, len(seen.sequences), current.routed)
-    every = [sums.tokens for name, sums in bank.items() if name not in current.routed]
-    summed = int(every[0].sum()) if every else None
+    summed = _tokens_of(bank, {tap.name for tap in taps if tap.relative} | current.routed.keys())
     bank.source = _agreed(ranks, facts, seen, tokens, current.routed, summed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
@@ -226,6 +226,12 @@ def _handing(name: str, current: InFlight, owners: Owners) -> Callable:
         return (piece for each in given for piece in each)
 
     return hand
+
+
+def _tokens_of(bank: MomentBank, weighed: Collection[str]) -> int | None:
+    """Return the tokens of a site that sees all of them and counts each as one, if there is one."""
+    plain = next((sums.tokens for name, sums in bank.items() if name not in weighed), None)
+    return None if plain is None else int(plain.sum())
 
 
 def _added(shares: Sequence[tuple[int, dict[str, list[int]]]]) -> tuple[int, dict[str, list[int]]]:

@@ -14,6 +14,7 @@ from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.models.experts import Routed, called_at, routed_input
 from liar_ext.models.sites import Site
 
+NORM_EPS = 1e-6
 # Tokens of one fold, and what each counts; 1 if None.
 Piece = tuple[int, Tensor, Tensor | None]
 
@@ -41,6 +42,8 @@ class Tap:
         The input of the model that says which tokens of the tensor are padding; empty if none are.
     repeats : bool
         The module runs several times in one forward pass, and every run counts.
+    relative : bool
+        Tokens count as :func:`relative_weights` of what the module gives says.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Tap:
     sums: type[Moments] | type[Squares] = Moments
     mask: str = "attention_mask"
     repeats: bool = False
+    relative: bool = False
 
 
 def tap_at(model: nn.Module, site: Site) -> Tap:
@@ -60,7 +64,36 @@ def tap_at(model: nn.Module, site: Site) -> Tap:
         take = lambda args, _: args[0]  # noqa: E731
     else:  # the module of all experts computes what each reads
         take = lambda args, _: routed_input(model, site, args)  # noqa: E731
-    return Tap(site.name, called_at(site), site.d_in, take, mask=mask, repeats=repeats)
+    how = {"mask": mask, "repeats": repeats, "relative": is_relative(site)}
+    return Tap(site.name, called_at(site), site.d_in, take, **how)
+
+
+def is_relative(site: Site) -> bool:
+    """Tell whether errors of a site count relative to what its consumer gives for the token.
+
+    A norm that reads it, and that alone, passes on no more: ``y / rms(y)``.
+    """
+    return bool(site.wiring.output_norm) and site.expert is None
+
+
+def relative_weights(output: Tensor) -> Tensor:
+    """Return what each token counts where errors are relative to the output.
+
+    ``w_t = 1 / (|y_t|² / d_out + ε)``, as a norm divides by ``rms(y_t)``, with its usual ε = 1e-6.
+
+    Parameters
+    ----------
+    output : Tensor
+        y, ``(tokens, d_out)``.
+
+    Returns
+    -------
+    Tensor
+        ``(tokens,)`` float64; 1 where the output isn't finite, so that whoever sums drops the token
+        and counts it.
+    """
+    weight = 1 / (output.double().square().mean(-1) + NORM_EPS)
+    return torch.where(torch.isfinite(output).all(-1), weight, 1.0)
 
 
 @dataclass
@@ -100,7 +133,10 @@ def adding(
 
     def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
         x = tap.take(arguments, output)
-        pieces = _routed(tap, x, current) if isinstance(x, Routed) else _pieces(tap, x, current)
+        if isinstance(x, Routed):
+            pieces = _routed(tap, x, current)
+        else:
+            pieces = _pieces(tap, x, current, output if tap.relative else None)
         for fold, tokens, weight in hand(pieces):
             moments.update(tokens, fold, weight)
         current.seen.add(tap.name)
@@ -110,14 +146,18 @@ def adding(
     return add
 
 
-def _pieces(tap: Tap, x: Tensor, current: InFlight) -> list[Piece]:
-    """Return the tokens of a tensor by fold."""
+def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor | None = None) -> list[Piece]:
+    """Return the tokens of a tensor by fold; ``output`` is what they count relative to, if any."""
     weight = current.batch.mask_of(tap.mask)
     sequences = sum(map(len, current.rows))
     # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
     if x.dim() == 2:
         x = x.unflatten(0, (sequences, -1))
     weight = None if weight is None else weight.to(x.device)
+    if output is not None:
+        used = torch.ones(x.shape[:2], device=x.device) if weight is None else weight
+        current.counted = int(used.sum())
+        weight = used * relative_weights(output.reshape(*x.shape[:2], -1))
     if tap.first or x.shape[1] == 1:
         x, weight = x[:, :1], None if weight is None else weight[:, :1]
     if current.whole is not None:

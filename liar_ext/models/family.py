@@ -132,6 +132,8 @@ class Wiring:
         Parameters with one number per query head.
     experts : Experts or None
         Where every expert has layers of these paths, which then name parameters.
+    output_norm : str
+        A norm of the block that reads what the consumer gives, and that alone; empty if none does.
     """
 
     producers: tuple[str, ...]
@@ -148,6 +150,7 @@ class Wiring:
     optional: bool = False
     per_head: tuple[str, ...] = ()
     experts: Experts | None = None
+    output_norm: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):

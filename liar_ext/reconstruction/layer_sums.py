@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.taps import is_relative, relative_weights
+from liar_ext.data.batches import Batch
 from liar_ext.models.experts import routed_input
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.reconstruction.targets import Shortfall
@@ -82,6 +84,15 @@ def rows_of(
         asked = None if shortfall is None else shortfall[routed.token][here]
         found.append(Rows(routed.x[here], asked, routed.weight[here].double().square()))
     return found
+
+
+def counted(batch: Batch, site: Site, tokens: int, output: Tensor) -> Tensor:
+    """Return what each of ``tokens`` rows counts: 0 for padding, 1 or relative to the ``output``.
+
+    See :func:`liar_ext.calibration.taps.relative_weights`.
+    """
+    used = batch.counting(tokens, output.device, site.part.mask)
+    return used * relative_weights(output.flatten(0, -2)) if is_relative(site) else used
 
 
 @dataclass

@@ -23,6 +23,7 @@ from liar_ext.reconstruction.layer_sums import (
     Forward,
     LayerSums,
     Rows,
+    counted,
     error_on,
     layer_forward,
     rows_of,
@@ -278,7 +279,7 @@ class Walk:
         read, output = run.seen[name]
 
         def counts(tokens: int) -> Tensor:
-            return part.batch.counting(tokens, output.device, site.part.mask)
+            return counted(part.batch, site, tokens, output)
 
         if target == "dense-input":
             return rows_of(self.model, layer, read, None, counts)

@@ -13,7 +13,7 @@ from liar_ext.bars import Bar, spare
 from liar_ext.calibration.collect import check_sums, owners_of
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
-from liar_ext.calibration.taps import InFlight, Piece, adding, tap_at
+from liar_ext.calibration.taps import InFlight, Piece, adding, is_relative, tap_at
 from liar_ext.data.batches import Batches, count_tokens, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.errors import InputError
@@ -186,6 +186,8 @@ class StreamedPasses:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
             first = moments.get(group[0].name)
             tokens = None if first is None else int(first.tokens.sum())
+            if is_relative(group[0]):
+                tokens = sum(map(count_tokens, self.batches))
             tokens = ranks.broadcast(tokens, self.owners.rank_of(group[0].name))
             self.source["tokens"] = self.source["tokens"] or tokens
         return moments

@@ -59,5 +59,11 @@ ROWS = (
         stream=replace(LLAMA, block=_block("self_attn.qkv_proj")),
     ),
     _GLM,
-    replace(_GLM, name="glm4", stream=replace(LLAMA, block=_SANDWICHED)),
+    replace(
+        _GLM,
+        name="glm4",
+        attn=replace(ATTN, output_norm="post_self_attn_layernorm"),
+        mlp=replace(_MLP, output_norm="post_mlp_layernorm"),
+        stream=replace(LLAMA, block=_SANDWICHED),
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.llama import LLAMA, MLP, ROW
+from liar_ext.models.families.llama import ATTN_AFTER, LLAMA, MLP, MLP_AFTER, ROW
 from liar_ext.models.families.reasons import BORROWED, PICTURES
 from liar_ext.models.family import Step
 
@@ -22,14 +22,20 @@ _BOTH = replace(
     ),
 )
 _GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
-_GEMMA3 = replace(_GEMMA, name="gemma3_text", stream=_BOTH)
+_GEMMA3 = replace(
+    _GEMMA,
+    name="gemma3_text",
+    attn=replace(ROW.attn, output_norm=ATTN_AFTER.output_norm),
+    mlp=MLP_AFTER,
+    stream=_BOTH,
+)
 
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
 _GEMMA4 = replace(
     _GEMMA,
     name="gemma4_text",
     attn=None,
-    mlp=replace(MLP, config=None),
+    mlp=replace(MLP_AFTER, config=None),
     stream=None,
     lends=True,
     without={
@@ -52,7 +58,7 @@ ROWS = (
     ),
     _GEMMA3,
     replace(
-        _GEMMA,
+        _GEMMA3,
         name="gemma3",
         blocks="language_model.layers",
         config="text_config",

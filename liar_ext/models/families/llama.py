@@ -64,6 +64,10 @@ ROW = Family(
 ATTN = replace(ROW.attn, bias_flag=None)
 MLP = replace(ROW.mlp, bias_flag=None)
 
+# With a norm over what they write.
+ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
+MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
+
 # Attention modules of some keep head counts, which their forward doesn't read.
 _COUNTS = {
     **ATTN.numbers,
@@ -101,8 +105,8 @@ ROWS = (
     replace(
         ROW,
         name="exaone4",
-        attn=replace(ATTN, numbers=_COUNTS),
-        mlp=MLP,
+        attn=replace(ATTN_AFTER, numbers=_COUNTS),
+        mlp=MLP_AFTER,
         stream=AFTER,
     ),
     # Its norms have no weights: their readers alone are solved.
@@ -112,7 +116,7 @@ ROWS = (
             ROW,
             name=name,
             attn=None,
-            mlp=MLP,
+            mlp=MLP_AFTER,
             stream=replace(AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
             without={"attn": JOINT, "kv_group": JOINT},
         )

@@ -1,0 +1,131 @@
+"""Where a norm reads what a consumer gives, tokens count relative to that: against brute force."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import TINY, tiny, tiny_inputs
+from tiny_decoders import DECODERS
+
+from liar_ext import calibrate, prune, sites
+from liar_ext.calibration.taps import is_relative, relative_weights
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.reconstruction.one_pass import reconstruct
+from liar_ext.selection.allocation import even_plan
+
+NORMED = ("gemma3_text", "olmo2", "exaone4", "glm4")
+
+
+@torch.no_grad()
+def seen(model, data) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return what the consumer of each site reads and gives."""
+    found, hooks = {}, []
+    for site in sites(model):
+
+        def note(_, args, output, name=site.name):
+            found[name] = args[0], output
+
+        hooks.append(model.get_submodule(site.consumer).register_forward_hook(note))
+    model(**data)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sorted({*TINY, *DECODERS}))
+def test_the_norms_that_families_name_read_what_consumers_give(family):
+    model = tiny(family)
+    read, given, hooks = {}, {}, []
+    at = [site for site in sites(model) if site.expert is None]
+    for site in at:
+
+        def note(_, args, output, name=site.name):
+            given[name] = output
+
+        hooks.append(model.get_submodule(site.consumer).register_forward_hook(note))
+    for name, module in model.named_modules():
+        if "norm" in type(module).__name__.lower():
+
+            def keep(_, args, output, name=name):
+                read[name] = args[0]
+
+            hooks.append(module.register_forward_hook(keep))
+    model(**tiny_inputs(model))
+    for site in at:
+        same = [
+            name.removeprefix(f"{site.path}.")
+            for name, x in read.items()
+            if name.startswith(f"{site.path}.")
+            and x.numel() == given[site.name].numel()
+            and torch.equal(x.flatten(), given[site.name].flatten())
+        ]
+        assert same == [site.wiring.output_norm] * bool(site.wiring.output_norm), site.name
+
+
+@pytest.mark.parametrize("family", NORMED)
+def test_sums_are_those_of_tokens_by_what_is_given(family):
+    model = tiny(family, dtype=torch.float64)
+    data = tiny_inputs(model, batch=4, tokens=10)
+    data["attention_mask"] = torch.ones_like(data["input_ids"])
+    data["attention_mask"][1, 7:] = 0
+    found = seen(model, data)
+    bank = calibrate(model, [data])
+    assert bank.source["tokens"] == int(data["attention_mask"].sum()) == 37
+    for site in sites(model):
+        assert is_relative(site)
+        x, y = found[site.name]
+        weight = data["attention_mask"] / (y.square().mean(-1) + 1e-6)
+        for fold in (0, 1):
+            rows, each = x[fold::2].flatten(0, 1), weight[fold::2].flatten()
+            sums = bank[site.name]
+            gram = (rows * each[:, None]).mT @ rows
+            torch.testing.assert_close(sums.gram[fold].tril(), gram.tril())
+            torch.testing.assert_close(sums.total[fold], each @ rows)
+            torch.testing.assert_close(sums.tokens[fold], each.sum())
+
+
+@pytest.mark.parametrize("family", NORMED)
+def test_a_walk_counts_tokens_as_one_pass_does(family):
+    """The first block reads the same in both."""
+    model = tiny(family, dtype=torch.float64)
+    data = [tiny_inputs(model, batch=4, tokens=16, seed=seed) for seed in range(3)]
+    at = sites(model)
+    counts = {site.name: torch.arange(site.units // 2) for site in at}
+    plan = even_plan(at, prune(tiny(family), data, keep=0.5).recipe.budget)
+    bank = calibrate(model, data)
+    once, _ = reconstruct(model, bank, plan, damp=1e-2)
+    walked, _ = reconstruct_layerwise(model, data, plan, target="dense-input", damp=1e-2)
+    first = [site.name for site in at if site.block == 0][:1]
+    assert counts and first
+    for name in first:
+        torch.testing.assert_close(walked[name][0], once[name][0], rtol=1e-6, atol=1e-8)
+
+
+def test_weights_of_tokens():
+    y = torch.tensor([[3.0, 4.0], [0.0, 10.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+    assert relative_weights(y).tolist() == pytest.approx([2 / 25, 1 / 50, 1e6, 1.0, 1.0], rel=1e-5)
+
+
+def test_a_token_counts_alike_however_large_what_it_gives_is():
+    torch.manual_seed(0)
+    x, weight = torch.randn(12, 5), torch.randn(3, 5)
+    scale = 10.0 ** torch.randint(0, 4, (12, 1))
+    sums = []
+    for factor in (1.0, scale):
+        rows = (x * factor).double()
+        each = relative_weights((x * factor) @ weight.mT)[:, None]
+        sums.append((each * rows).mT @ rows)
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_job_keeps_counting_tokens(dtype):
+    model = tiny("gemma3_text", dtype=dtype)
+    data = [tiny_inputs(model, batch=4, tokens=16, seed=seed) for seed in range(3)]
+    data[0]["attention_mask"] = torch.ones_like(data[0]["input_ids"])
+    data[0]["attention_mask"][0, 9:] = 0
+    report = prune(model, data, keep=0.5)
+    assert report.settings["calibration_tokens"] == 3 * 64 - 7
