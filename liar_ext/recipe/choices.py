@@ -23,7 +23,7 @@ GROUPS = {
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "schedule": "one-pass", "self_text": 0.0},
     "balanced": {},
-    "best": {"refine": 4},
+    "best": {"rescale": True},
 }
 
 

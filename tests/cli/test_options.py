@@ -101,8 +101,8 @@ def test_options_override_a_recipe(tmp_path):
 
 
 def test_options_override_a_preset():
-    assert read("--preset", "best").refine == 4
-    assert read("--preset", "best", "--refine", "0") == read()
+    assert read("--preset", "best").rescale
+    assert read("--preset", "best", "--no-rescale") == read()
 
 
 def test_a_preset_and_a_recipe_are_refused_together(capsys):

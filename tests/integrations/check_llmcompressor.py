@@ -125,7 +125,7 @@ def test_the_saved_recipe_prunes_again(folder, tmp_path):
 
 
 def test_a_preset_is_where_fields_begin():
-    assert LIARPruningModifier(preset="best").refine == 4
+    assert LIARPruningModifier(preset="best").rescale
     assert LIARPruningModifier(preset="best", schedule="one-pass").schedule == "one-pass"
     dumped = LIARPruningModifier(preset="best", schedule="one-pass").model_dump()
     known = {name: value for name, value in dumped.items() if not name.endswith("_")}

@@ -262,7 +262,7 @@ def test_files_that_are_no_recipes_are_refused(tmp_path):
 def test_presets_are_recipes():
     assert Recipe.preset("balanced") == Recipe()
     assert Recipe.preset("fast").allocation == "uniform"
-    assert Recipe.preset("best", keep=0.5) == Recipe(refine=4, keep=0.5)
+    assert Recipe.preset("best", keep=0.5) == Recipe(rescale=True, keep=0.5)
     assert len({Recipe.preset(name) for name in PRESETS}) == len(PRESETS)
     with pytest.raises(InputError, match="preset must be one of fast, balanced, best"):
         Recipe.preset("quick")
