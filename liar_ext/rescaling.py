@@ -15,6 +15,7 @@ fitted on all batches but one, and judged on that. Without logits the divergence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -73,20 +74,21 @@ class Rescaled:
         ``1 + s`` by layer; empty where no scale lets the model be nearer.
     damp : float
         μ, in means of the diagonal of H; infinite where it is none.
-    before, after : float
+    before, after : float or None
         Divergence on the text that scales were fitted on, per row as
-        :meth:`liar_ext.selection.divergence.DenseOutputs.divergence` has it.
+        :meth:`liar_ext.selection.divergence.DenseOutputs.divergence` has it; None where outputs
+        aren't finite.
     held_out : float
         What the scales change of it on batches that they weren't fitted on, by the expansion.
     """
 
     scales: dict[str, float] = field(default_factory=dict)
     damp: float = float("inf")
-    before: float = 0.0
-    after: float = 0.0
+    before: float | None = None
+    after: float | None = None
     held_out: float = 0.0
 
-    def facts(self) -> dict[str, float]:
+    def facts(self) -> dict[str, float | None]:
         """Return what the report says of it."""
         least, most = (f(self.scales.values(), default=1.0) for f in (min, max))
         return {
@@ -150,7 +152,10 @@ class Rescaling:
             shares = {at: each for share in self.ranks.share(own) for at, each in share.items()}
             found = [shares[at] for at in sorted(shares)]
             damp, change, step = self.ranks.broadcast(best_step(found))
-            before = sum(each.divergence for each in found) / sum(each.rows for each in found)
+            rows = sum(each.rows for each in found)
+            before = sum(each.divergence for each in found) / max(rows, 1)
+            if step is None and not (rows and math.isfinite(before)):
+                return Rescaled()
             if step is None:
                 return Rescaled(before=before, after=before)
             factors = (1 + step).tolist()

@@ -209,6 +209,17 @@ def test_the_dense_model_stays_as_it_is():
         assert torch.equal(tensor, dense.state_dict()[name])
 
 
+@pytest.mark.parametrize("which", ["dense", "pruned"])
+def test_outputs_that_are_not_finite_scale_nothing(which):
+    models = {"dense": tiny("llama"), "pruned": tiny("llama")}
+    data = [tiny_inputs(models["dense"], batch=2, seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        models[which].model.norm.weight.fill_(torch.inf)
+    found = Rescaling(models["dense"], data).fit(models["pruned"])
+    assert found.scales == {} and found.before is found.after is None
+    assert found.facts()["divergence_unscaled"] is None
+
+
 @pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "bert", "qwen3_moe"])
 def test_a_job_reports_what_scales_gave(family, schedule):
