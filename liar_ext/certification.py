@@ -7,21 +7,14 @@ seen by no decision, so what it shows is an unbiased estimate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from liar_ext.calibration.passes import Passes
-from liar_ext.errors import InputError
-from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
-from liar_ext.selection.divergence import DenseOutputs
 
-# Rows of outputs that are held of the dense model: of 50,000 float32 logits they take 400 MiB.
-MOST_ROWS = 2048
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
@@ -66,49 +59,3 @@ def _error(passes: Passes, site: Site, kept: Tensor, weight: Tensor, bias: Tenso
         error += 2 * shift @ (lost @ total) + tokens * shift.square().sum()
     energy = ((old @ gram) * old).sum()
     return float(error.clamp(min=0) / energy)
-
-
-class Divergence:
-    """How far a pruned model is from the dense one, of which only outputs are held.
-
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model; it is run now.
-    batches : sequence of mapping
-        Fresh text. Outputs are compared at positions spread over each sequence, some ``MOST_ROWS``
-        in all.
-    ranks : Ranks
-        Processes that share the batches; each has the outputs for its own.
-
-    Raises
-    ------
-    InputError
-        If there is no batch.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks = ALONE
-    ) -> None:
-        sequences = sum(len(next(iter(batch.values()))) for batch in batches)
-        if not sequences:
-            raise InputError("certify: needs at least one batch, got none; give more text")
-        positions = max(1, MOST_ROWS // sequences)
-        self.ranks, self._outputs = ranks, {}
-        with evaluating(dense):
-            for index in range(ranks.rank, len(batches), ranks.count):
-                self._outputs[index] = DenseOutputs(dense, batches[index], positions)
-
-    @torch.no_grad()
-    def of(self, pruned: nn.Module) -> dict[str, float]:
-        """Return ``divergence`` per row, and ``rows``, the tokens or sequences compared.
-
-        See :class:`liar_ext.selection.divergence.DenseOutputs`: nats where there are logits.
-        """
-        with evaluating(pruned):
-            own = {at: (each.divergence(pruned), len(each)) for at, each in self._outputs.items()}
-        found = {at: each for share in self.ranks.share(own) for at, each in share.items()}
-        total = sum(found[at][0] for at in sorted(found))
-        rows = sum(found[at][1] for at in found)
-        return {"divergence": total / rows, "rows": rows}

@@ -24,21 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar
-from liar_ext.calibration.hooks import replaced
+from liar_ext.data.batches import Batches, probe_batches
 from liar_ext.models.reading import base_path
-from liar_ext.models.registry import family_of
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.ranks import ALONE, Ranks
-from liar_ext.selection.divergence import DenseOutputs
-from liar_ext.selection.sensitivity import POSITIONS, answering, recorded
+from liar_ext.selection.divergence import DenseOutputs, Divergence
+from liar_ext.selection.sensitivity import POSITIONS, blocks_before, recorded, replayed
 
 # By which a scale is moved to see what changes. In half precision more, and both ways: rounding of
 # the outputs as they are would be in every difference to them, and in q, and add up in the slope.
 NUDGE, HALF_NUDGE = 0.02, 0.1
 LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # μ, in means of the diagonal of H
-PROBED_ROWS = 2  # sequences of a batch: outputs of all handles are held for them
+ROWS = 2  # sequences of a batch: outputs of all handles are held for them
 PIECE = 1 << 19  # numbers of a row of J that are multiplied at a time
 
 
@@ -83,7 +82,7 @@ class Rescaled:
     """
 
     scales: dict[str, float] = field(default_factory=dict)
-    damp: float = float("inf")
+    damp: float = math.inf
     before: float | None = None
     after: float | None = None
     held_out: float = 0.0
@@ -100,6 +99,11 @@ class Rescaled:
         }
 
 
+def rescale_batches(batches: Batches) -> list[dict[str, Tensor]]:
+    """Return what scales are fitted on: beginnings of all that was calibrated on, evenly spread."""
+    return probe_batches(batches, every=True, rows=ROWS)
+
+
 class Rescaling:
     """Scales that bring a pruned model nearer to the dense one, whose outputs are held.
 
@@ -113,14 +117,10 @@ class Rescaling:
         Processes that share the batches; all find the same scales.
     """
 
-    @torch.no_grad()
     def __init__(
         self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks = ALONE
     ) -> None:
-        self.ranks, self._outputs = ranks, {}
-        with evaluating(dense):
-            for index in range(ranks.rank, len(batches), ranks.count):
-                self._outputs[index] = DenseOutputs(dense, batches[index], POSITIONS)
+        self._dense = Divergence(dense, batches, ranks, POSITIONS)
 
     @torch.no_grad()
     def fit(
@@ -143,31 +143,28 @@ class Rescaling:
         -------
         Rescaled
         """
-        every = sites(pruned, attn_unit=attn_unit)
-        handles = handles_of(pruned, every)
-        blocks = [pruned.get_submodule(path) for path in dict.fromkeys(s.path for s in every)]
+        every, ranks = sites(pruned, attn_unit=attn_unit), self._dense.ranks
+        handles, (blocks, _) = handles_of(pruned, every), blocks_before(pruned, every)
+        bar = Bar(list(self._dense.outputs.items()), desc="rescale", disable=not progress)
         with evaluating(pruned):
-            bar = Bar(list(self._outputs), desc="rescale", disable=not progress)
-            own = {at: _expansion(self._outputs[at], pruned, handles, blocks) for at in bar}
-            shares = {at: each for share in self.ranks.share(own) for at, each in share.items()}
-            found = [shares[at] for at in sorted(shares)]
-            damp, change, step = self.ranks.broadcast(best_step(found))
-            rows = sum(each.rows for each in found)
-            before = sum(each.divergence for each in found) / max(rows, 1)
-            if step is None and not (rows and math.isfinite(before)):
-                return Rescaled()
-            if step is None:
-                return Rescaled(before=before, after=before)
-            factors = (1 + step).tolist()
-            with _scaled(pruned, dict(zip(handles, factors, strict=True))):
-                own = {at: (o.divergence(pruned), len(o)) for at, o in self._outputs.items()}
-        sums = {at: each for share in self.ranks.share(own) for at, each in share.items()}
-        after = sum(sums[at][0] for at in sorted(sums)) / sum(rows for _, rows in sums.values())
+            own = {at: _expansion(dense, pruned, handles, blocks) for at, dense in bar}
+        shares = {at: each for share in ranks.share(own) for at, each in share.items()}
+        found = [shares[at] for at in sorted(shares)]
+        rows = sum(each.rows for each in found)
+        before = sum(each.divergence for each in found) / max(rows, 1)
+        if not rows or not math.isfinite(before):
+            return Rescaled()
+        damp, change, step = ranks.broadcast(best_step(found))
+        if step is None:
+            return Rescaled(before=before, after=before)
+        factors = dict(zip(handles, (1 + step).tolist(), strict=True))
+        with _scaled(pruned, factors):
+            after = self._dense.of(pruned)["divergence"]
         if not after < before:
             return Rescaled(before=before, after=before)
-        for handle, factor in zip(handles, factors, strict=True):
+        for handle, factor in factors.items():
             _multiply(pruned.get_submodule(handle.path), factor, handle.offset)
-        scales = {handle.name: factor for handle, factor in zip(handles, factors, strict=True)}
+        scales = {handle.name: factor for handle, factor in factors.items()}
         return Rescaled(scales, damp, before, after, change)
 
 
@@ -177,8 +174,7 @@ def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:
     Experts have none: what a layer of them gives is no output of one module's weights. Where a
     norm follows a consumer, scaling its input changes nothing, and the norm is the module.
     """
-    row, family = stream_of(model), family_of(model)
-    paths = list(dict.fromkeys(site.path for site in at))
+    row, (blocks, places) = stream_of(model), blocks_before(model, at)
     handles = []
     for name, layer in teams_of(at).items():
         site = layer[0]
@@ -186,14 +182,13 @@ def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:
             continue
         norm = site.wiring.output_norm if row is not None else ""
         path = f"{site.path}.{norm}" if norm else site.consumer
-        first = 0 if family.lends or site.part.repeats else paths.index(site.path)
-        handles.append(Handle(name, path, first, row.norm_offset if norm else 0.0))
+        handles.append(Handle(name, path, places[site.name], row.norm_offset if norm else 0.0))
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     for chain in () if row is None or head is None else row.ends:
         does, layers = chain[0]
         path = base_path(model) + layers[0]
         if does == "norm" and getattr(modules.get(path), "weight", None) is not None:
-            handles.append(Handle("head", path, len(paths), row.norm_offset))
+            handles.append(Handle("head", path, len(blocks), row.norm_offset))
             break
     return handles
 
@@ -235,7 +230,7 @@ def best_step(found: Sequence[Expansion]) -> tuple[float, float, Tensor | None]:
     found = [each for each in found if each.rows]
     rows = sum(each.rows for each in found)
     if len(found) < 2 or not all(torch.isfinite(each.curvature).all() for each in found):
-        return float("inf"), 0.0, None
+        return math.inf, 0.0, None
     slope, curvature = sum(e.slope for e in found), sum(e.curvature for e in found)
     changes = {
         damp: sum(
@@ -246,7 +241,7 @@ def best_step(found: Sequence[Expansion]) -> tuple[float, float, Tensor | None]:
     }
     damp = min(changes, key=changes.get)
     if not changes[damp] < 0:
-        return float("inf"), 0.0, None
+        return math.inf, 0.0, None
     return damp, changes[damp] / rows, _step(slope, curvature, damp)
 
 
@@ -269,9 +264,7 @@ def _expansion(
     slope = torch.zeros(len(handles), dtype=torch.float64)
     jacobian = torch.empty(len(handles), rows.numel(), dtype=torch.bfloat16, device=rows.device)
     for index, handle in enumerate(handles):
-        with ExitStack() as stack:
-            for block, output in zip(blocks[: handle.block], given, strict=False):
-                stack.enter_context(replaced(block, answering(output)))
+        with replayed(blocks[: handle.block], given):
             moved = _derivative(dense, pruned, handle, rows)
         if centre is not None:
             moved -= (centre * moved).sum(-1, keepdim=True)

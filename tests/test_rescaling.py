@@ -22,8 +22,10 @@ from liar_ext.rescaling import (
     _scaled,
     best_step,
     handles_of,
+    rescale_batches,
 )
 from liar_ext.selection.divergence import DenseOutputs
+from liar_ext.selection.sensitivity import blocks_before
 
 # Norms of branches and offsets, biases, transposed weights, norms after sums, no logits.
 FAMILIES = ("llama", "gemma3_text", "opt", "gpt2", "bert", "distilbert", "olmo2")
@@ -40,7 +42,7 @@ def changed(model: torch.nn.Module, by: float = 0.05) -> torch.nn.Module:
 
 
 def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [model.get_submodule(p) for p in dict.fromkeys(s.path for s in sites(model))]
+    return blocks_before(model, sites(model))[0]
 
 
 @torch.no_grad()
@@ -235,7 +237,7 @@ def test_a_job_reports_what_scales_gave(family, schedule):
     some = any("Nothing was rescaled" in each for each in report.warnings)
     assert some == (said["greatest_scale"] == said["least_scale"] == 1.0)
     # By a run of its own, on the sequences that were compared.
-    probes = probe_batches(data, every=True, rows=2)
+    probes = rescale_batches(data)
     with torch.no_grad():
         each = [DenseOutputs(dense, batch) for batch in probes]
         rows = sum(map(len, each))
@@ -247,6 +249,6 @@ def test_a_job_reports_what_scales_gave(family, schedule):
 def test_text_of_no_source_counts_too():
     dense = tiny("llama")
     data = tiny_inputs(dense, batch=8, tokens=8) | {"source": torch.tensor([0] * 6 + [-1] * 2)}
-    taken = [len(batch["input_ids"]) for batch in probe_batches([data], every=True, rows=2)]
+    taken = [len(batch["input_ids"]) for batch in rescale_batches([data])]
     assert taken == [2, 2, 2, 2]
     assert sum(len(batch["input_ids"]) for batch in probe_batches([data])) == 6

@@ -14,7 +14,7 @@ from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.models.experts import Routed, called_at, routed_input
 from liar_ext.models.sites import Site
 
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # what norms of today's families add to a mean square
 # Tokens of one fold, and what each counts; 1 if None.
 Piece = tuple[int, Tensor, Tensor | None]
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from liar_ext.calibration.passes import Passes
-from liar_ext.certification import Divergence
 from liar_ext.errors import InputError
 from liar_ext.pipeline.job import Job, Weights
 from liar_ext.pipeline.resuming import decide
 from liar_ext.pipeline.several import work_of
 from liar_ext.plan import Plan
 from liar_ext.recipe.candidates import candidates_of
+from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 
 Text = Sequence[Mapping[str, Tensor]]

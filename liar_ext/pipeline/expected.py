@@ -13,7 +13,7 @@ from liar_ext.models.sites import Site
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.settings import damp_ladder
-from liar_ext.rescaling import PROBED_ROWS
+from liar_ext.rescaling import rescale_batches
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
 
@@ -74,7 +74,7 @@ def stages_of(
     if solves:
         stages["reconstruct"] = Stage(solves * len(at), solved)
     if recipe.rescale:
-        probes = probe_batches(batches, every=True, rows=PROBED_ROWS)
+        probes = rescale_batches(batches)
         share = sum(map(_size, probes)) / tokens
         stages["rescale"] = Stage(len(probes), len(at) / 2 * share * forward)
     if evaluate_on:

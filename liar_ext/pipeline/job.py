@@ -14,7 +14,7 @@ from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, bins_of, group_sites, room_for_sums
-from liar_ext.certification import Divergence, certified_errors
+from liar_ext.certification import certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.data.batches import Batches
@@ -44,6 +44,7 @@ from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.curve_allocation import decide
+from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.rounding import rounding
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts, count_experts_kept
 from liar_ext.surgery.units import apply_plan
@@ -106,12 +107,11 @@ class Job:
         if self.narrows:
             count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
         backward = get_criterion(recipe.criterion).needs == "gradient"
-        layerwise = recipe.schedule == "layerwise"
         if backward:
             check_owned(at)
         if self.saved is not None or runs_over_text(recipe, self.known, model, at):
             self.batches = list(self.batches or ())  # to be gone through again
-        if layerwise:
+        if recipe.schedule == "layerwise":
             self._check_walk()
         if backward and self.batches:
             check_loss(model, self.batches[0])

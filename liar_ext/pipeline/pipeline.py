@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Stage, Timeline
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.data.batches import Batches, probe_batches
+from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.expected import stages_of
@@ -19,7 +19,7 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.rescaling import PROBED_ROWS, Rescaling
+from liar_ext.rescaling import Rescaling, rescale_batches
 from liar_ext.saved.progress import Progress, opened
 
 
@@ -165,8 +165,7 @@ def _outputs(job: Job) -> Rescaling | None:
     if not job.recipe.rescale:
         return None
     with job.clock("rescale"):
-        probes = probe_batches(job.batches, every=True, rows=PROBED_ROWS)
-        return Rescaling(job.model, probes, job.ranks)
+        return Rescaling(job.model, rescale_batches(job.batches), job.ranks)
 
 
 def _rescale(job: Job, dense: Rescaling | None, plan: Plan) -> None:

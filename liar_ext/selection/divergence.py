@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.data.batches import Batch, read_batch
+from liar_ext.errors import InputError
 from liar_ext.models.inputs import DECODER_IDS, DECODER_MASK, complete_inputs
-from liar_ext.models.running import device_of, output_of
+from liar_ext.models.running import device_of, evaluating, output_of
+from liar_ext.ranks import ALONE, Ranks
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
+# Rows of outputs that are held of the dense model: of 50,000 float32 logits they take 400 MiB.
+MOST_ROWS = 2048
 
 
 class DenseOutputs:
@@ -123,6 +127,62 @@ class DenseOutputs:
         return name == "logits", rows if self._usable is None else rows[
             self._usable.to(rows.device)
         ]
+
+
+class Divergence:
+    """How far a pruned model is from the dense one, of which only outputs are held.
+
+    Parameters
+    ----------
+    dense : nn.Module
+        The dense model; it is run now.
+    batches : sequence of mapping
+        Text. Outputs are compared at positions spread over each sequence.
+    ranks : Ranks
+        Processes that share the batches; each has the outputs for its own.
+    positions : int, optional
+        How many of a sequence; by default some ``MOST_ROWS`` in all.
+
+    Attributes
+    ----------
+    outputs : dict of int to DenseOutputs
+        What this rank has, by batch.
+
+    Raises
+    ------
+    InputError
+        If there is no batch.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        dense: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        ranks: Ranks = ALONE,
+        positions: int | None = None,
+    ) -> None:
+        sequences = sum(len(next(iter(batch.values()))) for batch in batches)
+        if not sequences:
+            raise InputError("certify: needs at least one batch, got none; give more text")
+        positions = positions or max(1, MOST_ROWS // sequences)
+        self.ranks, self.outputs = ranks, {}
+        with evaluating(dense):
+            for index in range(ranks.rank, len(batches), ranks.count):
+                self.outputs[index] = DenseOutputs(dense, batches[index], positions)
+
+    @torch.no_grad()
+    def of(self, pruned: nn.Module) -> dict[str, float]:
+        """Return ``divergence`` per row, and ``rows``, the tokens or sequences compared.
+
+        See :class:`DenseOutputs`: nats where there are logits.
+        """
+        with evaluating(pruned):
+            own = {at: (each.divergence(pruned), len(each)) for at, each in self.outputs.items()}
+        found = {at: each for share in self.ranks.share(own) for at, each in share.items()}
+        total = sum(found[at][0] for at in sorted(found))
+        rows = sum(found[at][1] for at in found)
+        return {"divergence": total / rows, "rows": rows}
 
 
 def _spread(ids: Tensor | None, mask: Tensor | None, count: int | None) -> Tensor | None:

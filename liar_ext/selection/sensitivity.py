@@ -107,11 +107,7 @@ def divergences(
     """
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}
-    paths = list(dict.fromkeys(site.path for site in every))
-    blocks = [model.get_submodule(path) for path in paths]
-    # What repeats gives something else every time, and what a block lends it must have made.
-    anew = family_of(model).lends
-    places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
+    blocks, places = blocks_before(model, every)
     batches = list(read_batches(batches))
     measured = Measured() if saved is None else saved
     measured.begin(len(batches), probes)
@@ -133,8 +129,7 @@ def divergences(
                     continue
                 first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
-                    for block, output in zip(blocks[:first], given, strict=False):
-                        stack.enter_context(replaced(block, answering(output)))
+                    stack.enter_context(replayed(blocks[:first], given))
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
                     measured.put(number, names, dense.divergence(model, finite_only=True))
@@ -170,6 +165,17 @@ def mean_divergences(
     return [value / rows for value in total]
 
 
+def blocks_before(
+    model: nn.Module, every: Sequence[Site]
+) -> tuple[list[nn.Module], dict[str, int]]:
+    """Return the blocks of sites, and how many of them give the same whatever a site gives."""
+    paths = list(dict.fromkeys(site.path for site in every))
+    # What repeats gives something else every time, and what a block lends it must have made.
+    anew = family_of(model).lends
+    places = {s.name: 0 if anew or s.part.repeats else paths.index(s.path) for s in every}
+    return [model.get_submodule(path) for path in paths], places
+
+
 @contextmanager
 def recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
     """Collect what each block returns while the context is open."""
@@ -180,7 +186,16 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[list]:
         yield given
 
 
-def answering(output: object) -> Callable:
+@contextmanager
+def replayed(blocks: Sequence[nn.Module], given: Sequence[object]) -> Iterator[None]:
+    """Let blocks give what was recorded of them, in their order, without computing it."""
+    with ExitStack() as stack:
+        for block, output in zip(blocks, given, strict=False):
+            stack.enter_context(replaced(block, _answering(output)))
+        yield
+
+
+def _answering(output: object) -> Callable:
     """Return a forward that gives ``output`` without computing it."""
     return lambda *args, **kwargs: output
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from liar_ext.bars import Timeline
 from liar_ext.calibration.memory import bytes_of_sums
-from liar_ext.certification import Divergence
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
@@ -38,6 +37,7 @@ from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.report.report import Report
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.error_curves import notes_of
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.first_walk import NAME as FIRST

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from liar_ext.certification import Divergence
 from liar_ext.data.batches import Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.evaluation import perplexity
 from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.selection.divergence import Divergence
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.trace import Trace
 

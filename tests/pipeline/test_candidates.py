@@ -9,10 +9,10 @@ import torch
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Recipe, prune
-from liar_ext.certification import Divergence
 from liar_ext.errors import InputError
 from liar_ext.pipeline.sweep import Sweep
 from liar_ext.recipe.candidates import candidates_of
+from liar_ext.selection.divergence import Divergence
 
 TRIED = ("criterion=magnitude,allocation=uniform", "criterion=obs", "schedule=one-pass")
 

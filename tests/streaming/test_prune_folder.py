@@ -79,6 +79,8 @@ def test_plan_weights_and_report_are_those_of_the_job_in_memory(dense, job, tmp_
     for ours, theirs in zip(report.sites, expected.sites, strict=True):
         assert (ours.damp, ours.error, ours.path) == (theirs.damp, theirs.error, theirs.path)
         assert ours.sensitivity == theirs.sensitivity
+    tokens = "calibration_tokens"
+    assert report.settings[tokens] == expected.settings[tokens]
     assert report.params == expected.params
     assert report.loading == expected.loading
     assert pruned.config.liar["history"] == whole.config.liar["history"]
