@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,9 +21,10 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
-from liar_ext.models.sites import Site, sites, why_whole
+from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.expected import before_plan
+from liar_ext.pipeline.scheduling import NO_GAIN, may_walk, warn_of_what_stays
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import settings_of
 from liar_ext.pipeline.several import check_recipe, solve_sites, work_of
@@ -87,11 +87,12 @@ class Job:
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
-        recipe, model = self.recipe, self.model
+        model, at = self.model, self.sites(self.model)
+        self._choose_schedule(at)
+        recipe = self.recipe
         check_recipe(recipe, self.ranks)
         self.earlier = stock_config.history_of(model.config)
-        at = self.sites(model)
-        self.warn_of_what_stays(at)
+        warn_of_what_stays(model, recipe.prunable_kinds, at)
         if self.bank is not None:
             self.batches = check_bank(recipe, self.known, self.bank, self.batches, model, at)
         check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
@@ -116,15 +117,10 @@ class Job:
         if backward and self.batches:
             check_loss(model, self.batches[0])
 
-    def warn_of_what_stays(self, at: Sequence[Site]) -> None:
-        """Say which kinds of sites are asked for and can't lose a unit."""
-        whose = self.model.config.model_type
-        for kind in self.recipe.prunable_kinds:
-            some, reason = [site for site in at if site.kind == kind], why_whole(self.model, kind)
-            if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
-                reason = "all its query heads share one key and value; give attn_unit='head'"
-            if reason:
-                warnings.warn(f"prune: {kind} of {whose} stays whole: {reason}", stacklevel=4)
+    def _choose_schedule(self, at: Sequence[Site]) -> None:
+        """Solve in one pass by default where a walk gains nothing."""
+        if self.recipe.schedule == "layerwise" and not may_walk(self.asked, at):
+            self._in_one_pass(NO_GAIN)
 
     def _check_walk(self) -> None:
         """Refuse to walk blocks that can't be run one by one, or do without one by default."""
@@ -134,9 +130,11 @@ class Job:
         except InputError as error:
             if self.asked.schedule != "auto":
                 raise
-            self.recipe = replace(self.recipe, schedule="one-pass")
-            reason = str(error).removeprefix("layerwise: ").partition("; use")[0]
-            self.notes.append(f"Layers were solved in one pass, not one after the other: {reason}.")
+            self._in_one_pass(str(error).removeprefix("layerwise: ").partition("; use")[0])
+
+    def _in_one_pass(self, reason: str) -> None:
+        self.recipe = replace(self.recipe, schedule="one-pass")
+        self.notes.append(f"Layers were solved in one pass, not one after the other: {reason}.")
 
     @property
     def narrows(self) -> bool:

@@ -186,7 +186,8 @@ class Fields:
         "reconstruction",
         check.one_of(SCHEDULES),
         "solve all layers on the dense model's activations, or walk them on the pruned one's; auto "
-        "is layerwise, and one-pass where reconstruct is none or bias",
+        "is layerwise, and one-pass where reconstruct is none or bias, or a norm reads what each "
+        "layer gives (Gemma 2-4, OLMo 2)",
     )
     target: str | None = choice(
         None,

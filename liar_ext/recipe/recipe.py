@@ -160,7 +160,8 @@ class Recipe(Fields):
         """Return the recipe with what ``schedule="auto"`` stands for.
 
         ``layerwise``, or ``one-pass`` where ``reconstruct`` is ``none`` or ``bias``: these solve
-        for no target.
+        for no target. A job solves in one pass, too, where its model can't be walked, or where a
+        norm reads what consumers give and no target is named; its report says so.
         """
         if self.schedule != "auto":
             return self

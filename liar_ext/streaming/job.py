@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +24,7 @@ from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import HiddenStates
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
-from liar_ext.models.sites import sites
+from liar_ext.models.sites import Site, sites
 from liar_ext.pipeline.expected import by_blocks
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import expected
@@ -195,6 +195,11 @@ class StreamedJob(Job):
             )
         self._check_walk()
         super().check()
+
+    def _choose_schedule(self, at: Sequence[Site]) -> None:
+        """Walk where fresh text is given: in one pass it can't be measured on block by block."""
+        if self.certify_on is None:
+            super()._choose_schedule(at)
 
     def _check_walk(self) -> None:
         """Refuse a model of which more than one block has to be in memory.
