@@ -6,6 +6,7 @@
 ``sites``                 per site what its units are: ``unit``, ``units``, ``width``, ``groups``
 ``sequences``, ``tokens`` numbers of them
 ``seq_len``               tokens of the longest sequence
+``relative``              names of the sites whose tokens count relative to the output
 ``routed``                by the name of an expert, the tokens of each fold that reached it
 ``data``                  a fingerprint of each text run over, with its folds
 ``texts``                 names of the texts that ``source`` of the kept text counts
@@ -40,6 +41,7 @@ SHARED = {
     "model": "calibrate the same weights for both",
     "dtype": "calibrate both with the same --dtype",
     "tokenizer": "calibrate both with the same tokenizer",
+    "relative": "calibrate both anew, so that tokens count alike",
 }
 
 
@@ -215,7 +217,7 @@ def _routed(value: Any) -> bool:
 CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("sequences", "tokens", "seq_len", "progress"), _count),
     **dict.fromkeys(("model_type", "model", "dtype", "tokenizer"), _string),
-    **dict.fromkeys(("data", "texts"), _names),
+    **dict.fromkeys(("data", "texts", "relative"), _names),
     "sites": _sites,
     "routed": _routed,
     "calibrations": _calibrations,

@@ -19,7 +19,7 @@ from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank, Moments, check_finite, whole
 from liar_ext.calibration.saved_sums import SavedSums
-from liar_ext.calibration.taps import InFlight, Piece, Tap, adding, tap_at
+from liar_ext.calibration.taps import InFlight, Piece, Tap, adding, is_relative, tap_at
 from liar_ext.data.batches import FOLDS, Batch, Batches, count_tokens, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import complete_inputs
@@ -154,6 +154,8 @@ def collect(
         "model": fingerprint_of(model.state_dict().items()),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    relative = sorted(tap.name for tap in taps if tap.relative)
+    facts |= {"relative": relative} if relative else {}
     widths = {tap.name: tap.d_in for tap in taps}
     done = 0 if saved is None else saved.restore(widths, bank.moments, facts, owners)
     if done and ranks.first:
@@ -202,7 +204,7 @@ def collect(
     if saved is not None and seen.batches > done:
         saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
     check_sums(bank, len(seen.sequences), current.routed)
-    summed = _tokens_of(bank, {tap.name for tap in taps if tap.relative} | current.routed.keys())
+    summed = _tokens_of(bank, {*relative, *current.routed})
     bank.source = _agreed(ranks, facts, seen, tokens, current.routed, summed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
@@ -296,6 +298,14 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
             f"calibrate: the bank must hold every site, with its features; {missing[0]} is "
             "missing or of another size; calibrate the model that is pruned, without keep_hidden"
         )
+    relative = set(bank.source.get("relative", ()))
+    for site in at:
+        if is_relative(site) != (site.name in relative):
+            raise InputError(
+                f"calibrate: tokens must count relative to what {site.consumer} gives where a norm "
+                f"reads it, and else alike; at {site.name} the bank has it otherwise; calibrate "
+                "the model anew"
+            )
     dtype = str(model.dtype).removeprefix("torch.")
     if bank.source.get("dtype", dtype) != dtype:
         raise InputError(

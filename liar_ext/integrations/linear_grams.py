@@ -9,6 +9,7 @@ pass. All of them are of the dense model's activations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank, symmetric
 from liar_ext.calibration.passes import room_for_sums
-from liar_ext.calibration.taps import Tap
+from liar_ext.calibration.taps import tap_at
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
@@ -30,6 +31,8 @@ def calibrate_linears(
     model: nn.Module, batches: Batches, at: Sequence[Site], memory: int | None = None
 ) -> MomentBank:
     """Return the moments of all sites, as ``NAME``, and of what their producers read, ``NAME.in``.
+
+    Where tokens of a site count relative to its output, ``NAME.alike`` has them count alike.
 
     Parameters
     ----------
@@ -53,11 +56,11 @@ def calibrate_linears(
     taps = []
     for site in at:
         reads = _producer_inputs(model, site)
-        counting = {"mask": site.part.mask, "repeats": site.part.repeats}
-        taps += [
-            Tap(f"{site.name}.in", _producers(site)[0], reads, _first_argument, **counting),
-            Tap(site.name, site.consumer, site.d_in, _first_argument, **counting),
-        ]
+        pruned = tap_at(model, site)
+        here = replace(pruned, name=f"{site.name}.in", module=_producers(site)[0], d_in=reads)
+        taps += [pruned, replace(here, relative=False)]
+        if pruned.relative:  # a quantiser counts all tokens alike
+            taps.append(replace(pruned, name=f"{site.name}.alike", relative=False))
     size, room = sum(bytes_of_sums(tap.d_in) for tap in taps), room_for_sums(model, memory)
     if size > room:
         raise InputError(
@@ -88,7 +91,7 @@ def linear_grams(
     for site in at:
         reads = symmetric(bank[f"{site.name}.in"].pooled()[0]).float()
         grams |= dict.fromkeys(_producers(site), reads)
-        gram = bank[site.name].pooled()[0]
+        gram = bank.get(f"{site.name}.alike", bank[site.name]).pooled()[0]
         if site.name in plan.sites:
             features = site.features(_here(site, plan, earlier)).to(gram.device)
             gram = gram[features][:, features]  # ascending: the lower triangle stays the lower one
@@ -103,10 +106,6 @@ def _here(site: Site, plan: Plan, earlier: Plan | None) -> Sequence[int]:
         return kept
     place = {unit: index for index, unit in enumerate(earlier.sites[site.name].kept)}
     return [place[unit] for unit in kept]
-
-
-def _first_argument(arguments: tuple, _: object) -> Tensor:
-    return arguments[0]
 
 
 def _producers(site: Site) -> list[str]:

@@ -145,7 +145,8 @@ def check_bank(
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
             "none; calibrate with the text kept, or take allocation global or uniform, a "
-            "criterion without gradients, and the schedule one-pass"
+            "criterion without gradients, and the schedule one-pass, and leave refine and rescale "
+            "out"
         )
     rows = model.get_input_embeddings()
     if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):

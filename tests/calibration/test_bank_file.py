@@ -215,6 +215,7 @@ SOURCES = [
     {"model": 3},
     {"data": "abc"},
     {"texts": ["a\x1b[2J"]},
+    {"relative": "0.mlp"},
     {"sites": {"0.mlp": {}}},
     {"sites": []},
     {"calibrations": [{"texts": []}]},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 from tiny import TINY, tiny, tiny_inputs
 from tiny_decoders import DECODERS
 
-from liar_ext import Budget, calibrate, prune, sites
+from liar_ext import Budget, InputError, MomentBank, calibrate, prune, sites
 from liar_ext.calibration.taps import is_relative, relative_weights
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct
@@ -123,3 +124,20 @@ def test_a_job_keeps_counting_tokens(dtype):
     data[0]["attention_mask"][0, 9:] = 0
     report = prune(model, data, keep=0.5)
     assert report.settings["calibration_tokens"] == 3 * 64 - 7
+
+
+def test_a_bank_says_how_its_tokens_count(tmp_path):
+    model = tiny("gemma3_text")
+    data = [tiny_inputs(model, batch=4, seed=seed) for seed in range(2)]
+    bank = calibrate(model, data[:1])
+    bank.save(tmp_path / "bank")
+    bank = MomentBank.load(tmp_path / "bank")
+    assert bank.source["relative"] == sorted(site.name for site in sites(model))
+    other = calibrate(model, data[1:])
+    prune(deepcopy(model), None, bank=bank, keep=0.5)
+    del other.source["relative"]
+    with pytest.raises(InputError, match=r"MomentBank\.merge: .*so that tokens count alike"):
+        bank.merge(other)
+    with pytest.raises(InputError, match=r"count relative to what .*; calibrate the model anew"):
+        prune(model, None, bank=other, keep=0.5)
+    assert "relative" not in calibrate(tiny("llama"), data).source

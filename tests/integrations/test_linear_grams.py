@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import deepcopy
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from liar_ext.calibration.hooks import watched
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "opt"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "bert", "opt", "gemma3_text"])
 def test_grams_are_those_of_the_dense_inputs_that_stay(name):
     model = tiny(name)
     rows = batches(model, 2)
@@ -41,7 +42,11 @@ def test_grams_are_those_of_the_dense_inputs_that_stay(name):
 
     at = sites(model)
     bank = calibrate_linears(model, rows, at)
+    alone = deepcopy(model)
     plan = prune(model, rows, keep=0.6, bank=bank).plan
+    assert plan == prune(alone, rows, keep=0.6).plan
+    for path, value in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[path], value)
     grams = linear_grams(bank, at, plan)
     assert grams.keys() == linears.keys()
     features = {site.consumer: site.features(plan.sites[site.name].kept) for site in at}
