@@ -17,22 +17,43 @@ from liar_ext.models.family import HeadInput
 
 Look = Callable[[str, nn.Module, tuple, dict[str, Any]], None]
 See = Callable[[str, Any], None]
+LARGE = (1e3, 1e6)  # times an output, so that what a norm adds to a mean square is nothing
+ROUNDING = 1e-5  # many norms compute in float32
 
 
 def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
     """Return the modules without matrices that read outputs of some layers, such as norms."""
-    inner = [
-        name
-        for name, module in trace.block.named_modules()
-        if name and name not in trace.layers and next(module.children(), None) is None
-    ]
-    found = set()
+    inner, found = _without_matrices(trace), set()
     for producer in producers:
         layer = trace.layers[producer]
         still = _first_inputs(trace, inner, producer, torch.zeros_like(layer.output))
         moved = _first_inputs(trace, inner, producer, trace.noise(layer.output))
         found |= {n for n in still.keys() & moved.keys() if not torch.equal(still[n], moved[n])}
     return sorted(found)
+
+
+def norm_after(trace: Trace, consumer: str) -> str:
+    """Return the norm that reads what a layer gives, and that alone; empty if none does.
+
+    Then the block puts out the same whatever large factor that gets.
+    """
+    output = trace.layers[consumer].output
+    larger = [trace.run(consumer, factor * output, lambda *_: None) for factor in LARGE]
+    change = (larger[0] - larger[1]).abs().max()
+    if change > ROUNDING * larger[0].abs().max():
+        return ""
+    inputs = _first_inputs(trace, _without_matrices(trace), None, torch.zeros(()))
+    flat = output.flatten()
+    readers = [name for name, read in inputs.items() if torch.equal(read.flatten(), flat)]
+    return readers[-1] if readers else ""  # those before it, such as a dropout, change nothing
+
+
+def _without_matrices(trace: Trace) -> list[str]:
+    return [
+        name
+        for name, module in trace.block.named_modules()
+        if name and name not in trace.layers and next(module.children(), None) is None
+    ]
 
 
 def fed_by(trace: Trace, names: list[str], producer: str | None) -> set[str]:

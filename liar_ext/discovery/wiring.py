@@ -11,13 +11,13 @@ one output of a producer reaches says what it is::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from liar_ext.discovery.instance import Refused
 from liar_ext.discovery.tracing import Reach, Trace
-from liar_ext.discovery.watching import mixers
+from liar_ext.discovery.watching import mixers, norm_after
 from liar_ext.models.family import Stack, Wiring
 from liar_ext.models.stacking import row_units
 
@@ -65,7 +65,8 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
         try:
             read = _read_attention if kind == "attn" else _read_mlp
             site = read(trace, consumer, reach)
-            found[site.kind].append(site)
+            wiring = replace(site.wiring, output_norm=norm_after(trace, consumer))
+            found[site.kind].append(replace(site, wiring=wiring))
         except Refused as error:
             reasons[kind].append(str(error))
     sites, without = {}, {}

@@ -21,7 +21,7 @@ from liar_ext.models.sites import sites
 
 # Of kinds that differ: grouped and not, stacked in both ways, transposed, an input made for all
 # heads, images, the config in a part.
-KNOWN = "llama gpt2 gpt_neox bert mpnet distilbert opt vit gemma3 phi3".split()
+KNOWN = "llama gpt2 gpt_neox bert mpnet distilbert opt vit gemma2 gemma3 phi3".split()
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,15 @@ def test_a_family_of_the_table_is_found_anew(name, monkeypatch):
     assert (ours.name, ours.blocks, ours.config) == (name, row.blocks, row.config)
     for kind in ("attn", "mlp"):
         theirs, wiring = getattr(row, kind), getattr(ours, kind)
-        for word in ("producers", "consumer", "head_dim", "stacked", "transposed", "head_input"):
+        for word in (
+            "producers",
+            "consumer",
+            "head_dim",
+            "stacked",
+            "transposed",
+            "head_input",
+            "output_norm",
+        ):
             assert getattr(wiring, word) == getattr(theirs, word), word
         assert set(wiring.key_value) == set(theirs.key_value)
         assert wiring.config == theirs.config
