@@ -13,19 +13,20 @@ from matplotlib import pyplot
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # Rows of the tables, and what the picture calls them.
 LANGUAGE = {
-    "wanda+uniform+none": ("after Wanda-sp: no reconstruction", "#b0b0b0"),
-    "wifv+global+bias": ("FLAP: bias compensation", "#e08214"),
-    "obs+uniform+linear": ("after SlimGPT: least squares", "#8073ac"),
-    "wifv+global+linear": ("after GRAIL: FLAP's units, least squares", "#2166ac"),
-    "liar": ("liar_ext, single channels", "#1b7837"),
-    "wifv+curve+auto+layerwise": ("liar_ext, layerwise", "#7fbf7b"),
+    "FLAP": ("FLAP", "#e08214"),
+    "SliceGPT, sliced to the same parameters of the blocks": ("SliceGPT", "#b0b0b0"),
+    "GRAIL with FLAP's units": ("GRAIL, FLAP's units", "#2166ac"),
+    "GRAIL with SlimGPT's units, MLP only": ("GRAIL, SlimGPT's units", "#8073ac"),
+    "`liar`, the default: beside text of its own": ("liar_ext", "#1b7837"),
 }
+TEXTS = {"WikiText-2, calibrated on": 26.97, "web pages, not calibrated on": 18.71}  # dense
 ENCODER = {
     "`wifv`, `uniform`, `none`": ("no reconstruction", "#b0b0b0"),
     "`wifv`, `uniform`, `bias`": ("bias compensation", "#e08214"),
     "`wifv`, `uniform`, `linear`": ("least squares", "#8073ac"),
     "`wifv`, `curve`, `affine`: the default then": ("liar_ext, single channels", "#1b7837"),
 }
+REMOVED = (20, 30, 50)
 MOST = 400  # perplexities above are off the picture
 
 
@@ -39,22 +40,21 @@ def number(cell: str) -> float:
     return float(re.search(r"[\d.]+", cell).group(0))
 
 
-def draw_language(axes, text: str) -> None:
-    """Draw perplexity against the fraction of parameters removed."""
-    dense = float(re.search(r"dense ([\d.]+)\. Calibrated", text).group(1))
-    removed = [0, 20, 30, 50]
-    for name, (label, colour) in LANGUAGE.items():
-        values = [dense, *map(number, cells(text, name))]
-        width = 3 if name == "liar" else 1.8
-        axes.plot(removed, values, "o-", color=colour, label=label, linewidth=width, markersize=5)
-    axes.set(yscale="log", ylim=(dense * 0.93, MOST), xticks=removed)
-    axes.set_yticks([30, 50, 100, 200, 400], labels=["30", "50", "100", "200", "400"])
+def draw_language(axes, text: str, place: int) -> None:
+    """Draw perplexity of one of both texts against the fraction of parameters removed."""
+    name, dense = list(TEXTS.items())[place]
+    for row, (label, colour) in LANGUAGE.items():
+        pairs = [re.findall(r"[\d.]+", cell) for cell in cells(text, row)]
+        points = {x: float(pair[place]) for x, pair in zip(REMOVED, pairs, strict=True) if pair}
+        points = {0: dense, **points}
+        width = 3 if label == "liar_ext" else 1.8
+        axes.plot(*zip(*points.items(), strict=True), "o-", color=colour, label=label, lw=width)
+    axes.set(yscale="log", ylim=(dense * 0.93, MOST), xticks=[0, *REMOVED])
+    axes.set_yticks([20, 30, 50, 100, 200, 400][dense > 20 :])
+    axes.yaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
-    axes.set(
-        xlabel="% of attention and MLP parameters removed", ylabel="perplexity, lower is better"
-    )
-    axes.set_title("SmolLM2-135M, WikiText-2 test", fontsize=11)
-    axes.legend(frameon=False, fontsize=9)
+    axes.set(xlabel="% of attention and MLP parameters removed", ylabel="perplexity")
+    axes.set_title(f"SmolLM2-135M, {name}", fontsize=11)
 
 
 def draw_encoder(axes, text: str) -> None:
@@ -76,10 +76,12 @@ def draw_encoder(axes, text: str) -> None:
 def main() -> None:
     """Write docs/overview.png."""
     text = (DOCS / "quality.md").read_text(encoding="utf-8")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
-    draw_encoder(left, text)
-    draw_language(right, text)
-    for axes in (left, right):
+    figure, every = pyplot.subplots(1, 3, figsize=(15, 4))
+    draw_encoder(every[0], text)
+    draw_language(every[1], text, 0)
+    draw_language(every[2], text, 1)
+    every[1].legend(frameon=False, fontsize=9, loc="upper left")
+    for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(DOCS / "overview.png", dpi=120)
