@@ -44,6 +44,7 @@ METHODS = {
     "one-pass": {"schedule": "one-pass"},
     "branch": {"schedule": "layerwise", "target": "branch"},
     "obs": {"criterion": "obs"},
+    "rescale": {"rescale": True},
     "tile=1": {"tile": 1},
     "uniform": {"allocation": "uniform"},
     "none": {**PLAIN, "reconstruct": "none"},
