@@ -17,9 +17,9 @@ from bench.quality.methods import DENSE, expand, is_layerwise, read_method
 from bench.quality.plot import plot
 from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
-from bench.quality.sharing import Case
+from bench.quality.sharing import Case, settled_on
 from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
-from liar_ext import sites
+from liar_ext import Recipe, sites
 from liar_ext.errors import InputError
 
 # CPU seconds of a row beside others of its seed, by what the method has to do; where there are such
@@ -118,27 +118,35 @@ def measure(
     del cast
     for drawn, drawing, rows in wanted.values():
         judging = None if drawn.judging is None else drawn.judging.batches()
-        case = Case(model, drawn.batches(), judging, drawing)
-        for recipe, facts in rows:
-            try:
-                pruned, report, seconds = case.prune(recipe)
-            except InputError as error:  # a size that a method can't reach on this model
-                print(f"{facts['method']}, remove {facts['ratio']:g}: {error}", flush=True)
-                continue
-            start = time.process_time()
-            found = judges.judge(pruned)
-            judged = time.process_time() - start
-            yield (
-                facts
-                | found
-                | {
-                    "removed": removed(model, report.plan),
-                    "predicted_divergence": report.settings.get("predicted_divergence"),
-                    "seconds": {"prune": seconds, "judge": judged, "spent": clock.lap()},
-                }
-            )
-            del pruned
-        del case
+        yield from judged(Case(model, drawn.batches(), judging, drawing), rows, judges, clock)
+
+
+def judged(
+    case: Case, rows: Sequence[tuple[Recipe, dict[str, Any]]], judges: Judges, clock: Stopwatch
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one calibration set; a job that has two names is done once."""
+    known: dict[Recipe, dict[str, Any]] = {}
+    for recipe, facts in rows:
+        job = settled_on(case.model, recipe)
+        if job in known:  # liar and liar+one-pass of Gemma, for one
+            seconds = known[job]["seconds"] | {"spent": clock.lap()}
+            yield facts | known[job] | {"seconds": seconds}
+            continue
+        try:
+            pruned, report, seconds = case.prune(recipe)
+        except InputError as error:  # a size that a method can't reach on this model
+            print(f"{facts['method']}, remove {facts['ratio']:g}: {error}", flush=True)
+            continue
+        start = time.process_time()
+        found = judges.judge(pruned)
+        taken = {"prune": seconds, "judge": time.process_time() - start, "spent": clock.lap()}
+        known[job] = found | {
+            "removed": removed(case.model, report.plan),
+            "predicted_divergence": report.settings.get("predicted_divergence"),
+            "seconds": taken,
+        }
+        yield facts | known[job]
+        del pruned
 
 
 def by_what_is_beside(methods: Sequence[str]) -> dict[tuple[float, float | str], list[str]]:

@@ -14,7 +14,7 @@ from bench.quality import models, peers, texts
 from bench.quality.methods import FLAP, OTHERS, expand, read_method
 from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
-from bench.quality.sharing import Case
+from bench.quality.sharing import Case, settled_on
 from liar_ext import Recipe, prune
 from liar_ext.errors import InputError
 from liar_ext.pipeline import scoring
@@ -48,6 +48,15 @@ def test_names_of_methods():
 def test_wrong_names_are_refused(name):
     with pytest.raises(InputError):
         read_method(name, keep=0.8, seed=0)
+
+
+@pytest.mark.parametrize(("family", "same"), [("gemma3_text", "one-pass"), ("llama", "layerwise")])
+def test_one_job_by_two_names(family, same):
+    jobs = {
+        name: settled_on(tiny(family), read_method(f"liar{name}", keep=0.8, seed=0))
+        for name in ("", "+one-pass", "+layerwise")
+    }
+    assert jobs[""] == jobs[f"+{same}"] and len(set(jobs.values())) == 2
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
