@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -35,17 +35,23 @@ def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
 def norm_after(trace: Trace, consumer: str) -> str:
     """Return the norm that reads what a layer gives, and that alone; empty if none does.
 
-    Then the block puts out the same whatever large factor that gets.
+    Then the norm and the block put out the same whatever large factor that gets.
     """
     output = trace.layers[consumer].output
-    larger = [trace.run(consumer, factor * output, lambda *_: None) for factor in LARGE]
-    change = (larger[0] - larger[1]).abs().max()
-    if change > ROUNDING * larger[0].abs().max():
+    if not _same(*(trace.run(consumer, factor * output, lambda *_: None) for factor in LARGE)):
         return ""
     inputs = _first_inputs(trace, _without_matrices(trace), None, torch.zeros(()))
-    flat = output.flatten()
-    readers = [name for name, read in inputs.items() if torch.equal(read.flatten(), flat)]
-    return readers[-1] if readers else ""  # those before it, such as a dropout, change nothing
+    for name, read in inputs.items():
+        if torch.equal(read.flatten(), output.flatten()):
+            module = trace.block.get_submodule(name)  # or a dropout before it, which scales along
+            with suppress(TypeError):  # a module that takes more than one tensor is none
+                if _same(*(module(factor * read) for factor in LARGE)):
+                    return name
+    return ""
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return float((one - other).abs().max()) <= ROUNDING * float(one.abs().max())
 
 
 def _without_matrices(trace: Trace) -> list[str]:
