@@ -21,7 +21,7 @@ def may_walk(asked: Recipe, at: Sequence[Site]) -> bool:
     """Tell whether ``schedule="auto"`` may solve these sites one after the other.
 
     Not where a norm reads what their consumers give: of Gemma-3 one pass is better in all pairs
-    that were measured, at half of the time (docs/quality.md). A target that is named, or
+    that were measured, in two thirds of the time (docs/quality.md). A target that is named, or
     ``refit``, asks for a walk.
     """
     named = asked.schedule != "auto" or asked.target is not None or asked.refit
