@@ -17,10 +17,11 @@ from bench.quality.methods import DENSE, expand, is_layerwise, read_method
 from bench.quality.plot import plot
 from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
-from bench.quality.sharing import Case, settled_on
+from bench.quality.sharing import Case
 from bench.quality.texts import Texts, choose_texts, digest_of, write_texts
 from liar_ext import Recipe, sites
 from liar_ext.errors import InputError
+from liar_ext.pipeline.scheduling import settled_for
 
 # CPU seconds of a row beside others of its seed, by what the method has to do; where there are such
 # rows already, what they took. One core of an AMD EPYC with AVX-512, taken from single steps.
@@ -127,7 +128,7 @@ def judged(
     """Yield the rows of one calibration set; a job that has two names is done once."""
     known: dict[Recipe, dict[str, Any]] = {}
     for recipe, facts in rows:
-        job = settled_on(case.model, recipe)
+        job = settled_for(recipe, sites(case.model, recipe.prunable_kinds, recipe.attn_unit))
         if job in known:  # liar and liar+one-pass of Gemma, for one
             seconds = known[job]["seconds"] | {"spent": clock.lap()}
             yield facts | known[job] | {"seconds": seconds}

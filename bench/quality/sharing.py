@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from liar_ext import Recipe, sites
-from liar_ext.pipeline.scheduling import may_walk
+from liar_ext import Recipe
 from liar_ext.pipeline.sweep import Sweep
 from liar_ext.report.report import Report
-
-
-def settled_on(model: nn.Module, recipe: Recipe) -> Recipe:
-    """Return a recipe with what ``schedule="auto"`` stands for on a model that can be walked."""
-    settled = recipe.settled()
-    at = sites(model, recipe.prunable_kinds, recipe.attn_unit)
-    return settled if may_walk(recipe, at) else replace(settled, schedule="one-pass")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.expected import before_plan
-from liar_ext.pipeline.scheduling import NO_GAIN, may_walk, warn_of_what_stays
+from liar_ext.pipeline.scheduling import NO_GAIN, settled_for, warn_of_what_stays
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import settings_of
 from liar_ext.pipeline.several import check_recipe, solve_sites, work_of
@@ -119,7 +119,8 @@ class Job:
 
     def _choose_schedule(self, at: Sequence[Site]) -> None:
         """Solve in one pass by default where a walk gains nothing."""
-        if self.recipe.schedule == "layerwise" and not may_walk(self.asked, at):
+        settled = settled_for(self.asked, at)
+        if self.recipe.schedule == "layerwise" and settled.schedule == "one-pass":
             self._in_one_pass(NO_GAIN)
 
     def _check_walk(self) -> None:

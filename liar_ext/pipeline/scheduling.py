@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -17,15 +18,18 @@ NO_GAIN = (
 )
 
 
-def may_walk(asked: Recipe, at: Sequence[Site]) -> bool:
-    """Tell whether ``schedule="auto"`` may solve these sites one after the other.
+def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
+    """Return a recipe with what ``schedule="auto"`` stands for on sites that can be walked.
 
-    Not where a norm reads what their consumers give: of Gemma-3 one pass is better in all pairs
-    that were measured, in two thirds of the time (docs/quality.md). A target that is named, or
-    ``refit``, asks for a walk.
+    One pass where a norm reads what their consumers give: of Gemma-3 it is better in all pairs that
+    were measured, in two thirds of the time (docs/quality.md). A target that is named, or
+    ``refit``, asks for a walk. Else :meth:`Recipe.settled`.
     """
+    settled = asked.settled()
     named = asked.schedule != "auto" or asked.target is not None or asked.refit
-    return named or not any(map(is_relative, at))
+    if named or not any(map(is_relative, at)):
+        return settled
+    return replace(settled, schedule="one-pass")
 
 
 def warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:

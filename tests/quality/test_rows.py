@@ -14,10 +14,11 @@ from bench.quality import models, peers, texts
 from bench.quality.methods import FLAP, OTHERS, expand, read_method
 from bench.quality.record import Record, alone_in, write_whole
 from bench.quality.report import markdown
-from bench.quality.sharing import Case, settled_on
-from liar_ext import Recipe, prune
+from bench.quality.sharing import Case
+from liar_ext import Recipe, prune, sites
 from liar_ext.errors import InputError
 from liar_ext.pipeline import scoring
+from liar_ext.pipeline.scheduling import settled_for
 
 
 def test_names_of_methods():
@@ -53,7 +54,7 @@ def test_wrong_names_are_refused(name):
 @pytest.mark.parametrize(("family", "same"), [("gemma3_text", "one-pass"), ("llama", "layerwise")])
 def test_one_job_by_two_names(family, same):
     jobs = {
-        name: settled_on(tiny(family), read_method(f"liar{name}", keep=0.8, seed=0))
+        name: settled_for(read_method(f"liar{name}", keep=0.8, seed=0), sites(tiny(family)))
         for name in ("", "+one-pass", "+layerwise")
     }
     assert jobs[""] == jobs[f"+{same}"] and len(set(jobs.values())) == 2
