@@ -76,7 +76,7 @@ def is_relative(site: Site) -> bool:
     return bool(site.wiring.output_norm) and site.expert is None
 
 
-def relative_weights(output: Tensor) -> Tensor:
+def relative_weights(output: Tensor, *, centred: bool = False) -> Tensor:
     """Return what each token counts where errors are relative to the output.
 
     ``w_t = 1 / (|y_t|² / d_out + ε)``, as a norm divides by ``rms(y_t)``, with its usual ε = 1e-6.
@@ -92,7 +92,9 @@ def relative_weights(output: Tensor) -> Tensor:
         ``(tokens,)`` float64; 1 where the output isn't finite, so that whoever sums drops the token
         and counts it.
     """
-    weight = 1 / (output.double().square().mean(-1) + NORM_EPS)
+    wide = output.double()
+    size = wide.var(-1, correction=0) if centred else wide.square().mean(-1)
+    weight = 1 / (size + NORM_EPS)
     return torch.where(torch.isfinite(output).all(-1), weight, 1.0)
 
 

@@ -86,12 +86,17 @@ def rows_of(
     return found
 
 
-def counted(batch: Batch, site: Site, tokens: int, output: Tensor) -> Tensor:
-    """Return what each of ``tokens`` rows counts: 0 for padding, 1 or relative to the ``output``.
+def counted(
+    batch: Batch, site: Site, tokens: int, output: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """Return what each of ``tokens`` rows counts: 0 for padding, and 1 unless a norm follows.
 
-    See :func:`liar_ext.calibration.taps.relative_weights`.
+    A norm that reads the ``output``, or the ``total`` of it and the stream, divides by the size of
+    what it reads; see :func:`liar_ext.calibration.taps.relative_weights`.
     """
     used = batch.counting(tokens, output.device, site.part.mask)
+    if total is not None:
+        return used * relative_weights(total.flatten(0, -2), centred=True)
     return used * relative_weights(output.flatten(0, -2)) if is_relative(site) else used
 
 

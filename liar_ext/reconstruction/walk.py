@@ -279,7 +279,7 @@ class Walk:
         read, output = run.seen[name]
 
         def counts(tokens: int) -> Tensor:
-            return counted(part.batch, site, tokens, output)
+            return counted(part.batch, site, tokens, output, run.sums.get(name))
 
         if target == "dense-input":
             return rows_of(self.model, layer, read, None, counts)
