@@ -25,6 +25,7 @@ from liar_ext.checkpoint.names import (
 )
 from liar_ext.checkpoint.quietening import obedient_bar, quiet
 from liar_ext.checkpoint.reading import (
+    bare_class,
     check_keys,
     read_marked_config,
     read_weights,
@@ -202,7 +203,14 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     if path.is_dir():
         found = inspect_folder(path, "load_model")
         stock = stock_class(found.config, "load_model")
-        return read_weights(stock, found, "load_model", strict=False, **kwargs)
+        bare = bare_class(found, stock)
+        model = read_weights(bare or stock, found, "load_model", strict=False, **kwargs)
+        if bare is not None:
+            model.liar_notes = [
+                f"The model was loaded as {bare.__name__}: config.json names {stock.__name__}, "
+                "and the weights are those of the model without its head."
+            ]
+        return model
     with quiet(), reading(name, "load_model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         stock = stock_class(config.to_dict(), "load_model")

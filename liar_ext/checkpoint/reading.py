@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
 from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
-from liar_ext.checkpoint.stock_config import describe
+from liar_ext.checkpoint.stock_config import describe, skeleton
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.reading import config_parts
 from liar_ext.plan import Plan
@@ -120,6 +122,8 @@ def read_weights(
     """Load a folder by its stock class; refuse weights that lack, or add, any of the model's."""
     numel = None if "quantization_config" in found.config else found.numel
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
+    if _lacks_pooler(stock, found):
+        kwargs["add_pooling_layer"] = False
     with quiet(), reading(found.path, operation):
         model, info = loader.from_pretrained(
             found.path,
@@ -217,6 +221,33 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
             f"{str(fields.get('model_type'))[:80]!r}; copy the folder again"
         )
     return stock
+
+
+def bare_class(found: Folder, stock: Any) -> Any | None:
+    """Return the class without a head, where the weights are those of it; None elsewhere.
+
+    So are the folders of sentence-transformers, with ``modules.json``, whatever head their config
+    names. In any other folder the weights decide: none of the head's own is there.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    bare = MODEL_MAPPING.get(stock.config_class, None)
+    if bare is stock or not isinstance(bare, type):
+        return None
+    if (found.path / MODULES_FILE).is_file():
+        return bare
+    with reading(found.path, "load_model"):
+        model = skeleton(stock, CONFIG_MAPPING[found.config["model_type"]].from_dict(found.config))
+    tied = set(model.all_tied_weights_keys)
+    prefix = f"{stock.base_model_prefix}."
+    head = {name for name in model.state_dict() if not name.startswith(prefix)} - tied
+    return bare if head and head.isdisjoint(found.tensors) else None
+
+
+def _lacks_pooler(stock: Any, found: Folder) -> bool:
+    """Tell whether a class makes a pooler, of which the folder has no weight."""
+    takes = "add_pooling_layer" in inspect.signature(stock.__init__).parameters
+    return takes and not any("pooler." in name for name in found.tensors)
 
 
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
