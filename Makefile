@@ -250,7 +250,7 @@ check-readme: setup
 # docs/families.md: the table of families, from its rows.
 families: setup
 	mkdir -p build
-	$(BIN)/python -m liar_ext.cli families --markdown > build/families.md
+	$(BIN)/python bench/families.py > build/families.md
 	mv build/families.md docs/families.md
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.

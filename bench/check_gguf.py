@@ -25,7 +25,7 @@ from liar_ext.export.llama_cpp import run_file, tokenize
 
 TOLERANCE = 1e-3  # in nats, of float32 sums in another order
 FOLDERS = {
-    "equal": ["--uniform-layers", "--multiple-of", "32"],
+    "equal": ["--uniform-layers", "--tile", "32"],
     "unequal": ["--allocation", "global"],
     "hidden": ["--keep-hidden", "0.9", "--uniform-layers", "--sites", "mlp"],
 }

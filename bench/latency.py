@@ -30,8 +30,7 @@ from liar_ext.models.sites import Site
 from liar_ext.pipeline.speed import Speed
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import measure_losses
-from liar_ext.selection.refine import predict_divergence
+from liar_ext.selection.curve_allocation import measure_losses, predict_divergence
 
 ROUNDS = 15
 

@@ -79,9 +79,8 @@ def main() -> None:
 def write_bank(clock: Clock, model: nn.Module, batches: list, path: Path) -> None:
     """Calibrate, measure sensitivities, write both."""
     bank = clock("calibrate", lambda: calibrate(model, batches))
-    work = Sweep(model, bank=bank)
-    recipe = Recipe(probe_keep=PROBE_KEEP)
-    clock(f"sensitivities, {PROBE_KEEP:g} of each site left", lambda: work.plan(recipe))
+    work = Sweep(model, bank=bank, probe_keep=PROBE_KEEP)
+    clock(f"sensitivities, {PROBE_KEEP:g} of each site left", lambda: work.plan(Recipe()))
     work.known.store_sensitivities(bank)
     clock("write the bank", lambda: bank.save(path))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import numbers
@@ -20,39 +19,9 @@ EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of v
 READABLE = (1, 2, 3)  # version 1 has no hidden features
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
 PHASES = ("prefill", "decode", "both")
-TILES = (1, 16, 32, 64, 128)  # that the command offers
 # The default tile, the smallest group of common weight quantisers. It is halved for a size that
 # has fewer steps of it than these, where one step would be more than an eighth of a layer.
 AUTO_TILE, LEAST_STEPS = 32, 8
-OLDER_NAMES = {"multiple_of": "tile"}
-
-
-def by_todays_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields under the names that they have now.
-
-    Raises
-    ------
-    InputError
-        If a field is given under both of its names.
-    """
-    for old, new in OLDER_NAMES.items():
-        if old in given and new in given:
-            raise InputError(f"budget: {new} must be given once, {old} is its older name; drop it")
-    return {OLDER_NAMES.get(name, name): value for name, value in given.items()}
-
-
-def takes_older_names(cls: type) -> type:
-    """Let a dataclass be made and read by the older names of its fields, too."""
-    made = cls.__init__
-
-    @functools.wraps(made)
-    def __init__(self: Any, *args: Any, **given: Any) -> None:
-        made(self, *args, **by_todays_names(given))
-
-    cls.__init__ = __init__
-    for old, new in OLDER_NAMES.items():
-        setattr(cls, old, property(lambda self, new=new: getattr(self, new)))
-    return cls
 
 
 def check_tile(operation: str, value: Any) -> int | str:
@@ -65,12 +34,10 @@ def check_tile(operation: str, value: Any) -> int | str:
     long = integral and abs(value) >= 2**63  # which Python may refuse to write out
     came = f"an integer of {int(value).bit_length()} bits" if long else reprlib.repr(value)
     raise InputError(
-        f'{operation}: tile must be an integer of at least 1 or "auto", such as '
-        f"{', '.join(map(str, TILES))}, got {came}"
+        f'{operation}: tile must be an integer of at least 1 or "auto", got {came}; 32 is one'
     )
 
 
-@takes_older_names
 @dataclass(frozen=True)
 class Budget:
     """How much of the model may stay, and which unit counts are allowed.
@@ -90,9 +57,6 @@ class Budget:
     tile : int or "auto"
         Channels that an MLP keeps are a multiple of this, except where it keeps all; heads stay
         whole, whatever it is. ``"auto"`` is 32, halved for a layer until that has eight steps.
-        ``multiple_of`` is its older name.
-    at_least : int
-        Units that every site keeps at least.
     uniform_layers : bool
         Every site of a kind ("attn", "mlp") keeps the same number of units, so that a stock
         loader takes the result.
@@ -115,7 +79,6 @@ class Budget:
     keep: float
     of: str = "prunable"
     tile: int | str = "auto"
-    at_least: int = 1
     uniform_layers: bool = False
     seq_len: int = 512
     latency_phase: str = "both"
@@ -137,7 +100,7 @@ class Budget:
                 f"{self.latency_phase!r}"
             )
         sizes = ("latency_batch", "latency_prompt", "latency_new_tokens")
-        for name in ("at_least", "seq_len", *sizes):
+        for name in ("seq_len", *sizes):
             if getattr(self, name) < 1:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
 

@@ -72,17 +72,13 @@ def of_parser(command: str) -> dict[str, str]:
 
 
 def of_formats() -> dict[tuple[str, str], str]:
-    """Return the options of `liar export` that a format or pruning again has, with defaults."""
-    from liar_ext.cli.replan import replan
-
+    """Return the options of `liar export` that a format has, with defaults."""
     found = {}
     for form, row in FORMATS.items():
-        functions = [import_module(row.module).export] + [replan] * (form == "uniform")
-        for function in reversed(functions):
-            for name, each in inspect.signature(function).parameters.items():
-                if each.kind is each.KEYWORD_ONLY and name not in ("progress", "overwrite"):
-                    default = None if each.default is each.empty else each.default
-                    found[form, "--" + name.replace("_", "-")] = said(default)
+        function = import_module(row.module).export
+        for name, each in inspect.signature(function).parameters.items():
+            if each.kind is each.KEYWORD_ONLY and name != "progress":
+                found[form, "--" + name.replace("_", "-")] = said(each.default)
     return found
 
 

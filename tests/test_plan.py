@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy
 import pytest
 
@@ -15,7 +13,7 @@ def test_keep_outside_its_range(keep):
         Budget(keep)
 
 
-@pytest.mark.parametrize("field", ["tile", "at_least", "seq_len"])
+@pytest.mark.parametrize("field", ["tile", "seq_len"])
 def test_other_fields_outside_their_range(field):
     with pytest.raises(InputError, match=field):
         Budget(0.5, **{field: 0})
@@ -63,15 +61,7 @@ def test_a_tile_is_a_number_or_auto(tile):
 def test_a_tile_too_long_to_be_shown_is_refused_too():
     with pytest.raises(InputError, match="an integer of 16610 bits"):
         Budget(0.5, tile=-(10**5000))
-
-
-def test_the_older_name_of_tile_is_taken():
-    budget = Budget(0.5, multiple_of=8)
-    assert budget == Budget(0.5, tile=8) and budget.multiple_of == budget.tile == 8
     assert Budget(0.5).tile == "auto" and type(Budget(0.5, tile=numpy.int64(8)).tile) is int
-    assert replace(budget, keep=0.7) == Budget(0.7, tile=8)
-    with pytest.raises(InputError, match="tile must be given once, multiple_of is its older name"):
-        Budget(0.5, tile=8, multiple_of=8)
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -56,7 +56,7 @@ def read_method(name: str, *, keep: float, seed: int) -> Recipe:
 
     ``liar`` is what ``liar prune`` does by default, ``A+B+C`` has the criterion A, the
     allocation B and the reconstruction C, in one pass, on the named text alone. Further words set
-    fields of the recipe: ``refine=4``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
+    fields of the recipe: ``damp=0.1``, ``kinds=mlp``; ``layerwise``, ``one-pass`` and ``equal``
     are short for ``schedule=layerwise``, ``schedule=one-pass`` and ``uniform_layers=true``. The
     tile is 1, single channels, unless it is named: ``liar+tile=auto``.
 

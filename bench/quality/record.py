@@ -12,6 +12,7 @@ from typing import Any
 
 from liar_ext import Recipe
 from liar_ext.errors import InputError
+from liar_ext.recipe.recipe import REMOVED
 from liar_ext.whole_file import whole_file
 
 # What makes two rows the same measurement, but for the recipe.
@@ -62,9 +63,11 @@ def key_of(row: Mapping[str, Any]) -> str:
     """Return what tells a row from others.
 
     Fields of the recipe that a row lacks, as one from before there were such fields, count as they
-    are by default.
+    are by default; fields that were removed since don't count where they had no effect.
     """
-    recipe = dict(row["recipe"])
+    recipe = {
+        name: value for name, value in row["recipe"].items() if value not in REMOVED.get(name, ())
+    }
     for each in fields(Recipe):
         if each.default is not MISSING:
             default = list(each.default) if isinstance(each.default, tuple) else each.default

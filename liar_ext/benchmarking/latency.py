@@ -66,7 +66,7 @@ def measure_latency(
         while.
     budget : Budget
         What is timed (``latency_phase``, ``latency_batch``, ``latency_prompt``,
-        ``latency_new_tokens``), and which sizes there are (``tile``, ``at_least``).
+        ``latency_new_tokens``), and which sizes there are (``tile``).
     at : sequence of Site, optional
         The sites; all by default.
     clock : callable, optional

@@ -14,7 +14,7 @@ BANK_HELP = (
     "the text, as solving layer by layer does, takes the text that it keeps"
 )
 # Fields of a recipe that sensitivities depend on, beside the calibration.
-SENSED = ("attn_unit", "criterion", "probe_keep", "reconstruct")
+SENSED = ("attn_unit", "criterion", "reconstruct")
 OF_TEXT = ("calibration", "samples", "self_text", "random_tokens", "seq_len", "batch_size", "seed")
 
 
@@ -42,8 +42,8 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     groups["sensitivities"].add_argument(
         "--sensitivities",
         action="store_true",
-        help="measure the sensitivity of each site, too, with 0.8 of it left unless --probe-keep "
-        "says otherwise: a sweep by curve then runs no forward pass at all",
+        help="measure the sensitivity of each site, too, with 0.8 of it left: a sweep by "
+        "curve then runs no forward pass at all",
     )
     output = parser.add_argument_group("Output")
     add_checkpoint(output, "the sums so far and the divergences that were measured")

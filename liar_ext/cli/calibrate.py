@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
@@ -64,12 +63,9 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         if saved is not None:
             saved.leave_to_first()
         if options.sensitivities:
-            probed = recipe
-            if recipe.probe_keep == "auto":
-                probed = replace(recipe, probe_keep=PROBE_KEEP)
             given = loaded.model, loaded.calibration, bank, not options.quiet
-            work = Sweep(*given, saved=saved)
-            work.plan(probed)
+            work = Sweep(*given, saved=saved, probe_keep=PROBE_KEEP)
+            work.plan(recipe)
             work.known.store_sensitivities(bank)
         bank.source |= {
             "texts": list(recipe.calibration),

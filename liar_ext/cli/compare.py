@@ -4,32 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from liar_ext.errors import InputError
-from liar_ext.report.speed import Benchmark
-
 
 def run(options: argparse.Namespace) -> None:
-    """Measure what is to be measured, write the page, and pictures; print where."""
-    from liar_ext.report.compare import check, write_comparison
+    """Write the page, and pictures; print where."""
+    from liar_ext.report.compare import write_comparison
 
-    check(options.folders, options.output)
-    benches = measured(options) if options.measure else None
-    for path in write_comparison(options.folders, options.output, options.png, benches):
+    for path in write_comparison(options.folders, options.output, options.png):
         print(f"{path}: written")
-
-
-def measured(options: argparse.Namespace) -> dict[str, Benchmark]:
-    """Return a benchmark of each folder that has none stored; they are not stored either."""
-    from liar_ext.benchmarking.job import benchmark
-    from liar_ext.benchmarking.timing import Settings
-    from liar_ext.report.html import stored_bench
-    from liar_ext.report.reading import read_report
-
-    benches = {}
-    for folder in dict.fromkeys(options.folders):
-        if stored_bench(folder, read_report(folder, "compare"))[0] is None:
-            try:
-                benches[folder] = benchmark(folder, None, Settings(batches=(1,)), memory=False)
-            except InputError as error:
-                raise InputError(f"compare: {folder} can't be measured: {error}") from error
-    return benches

@@ -181,7 +181,7 @@ def _time(
         share = sum(map(_size_of, probe_batches(batches))) / _size_of(batches[0])
         # Of one site half of the blocks are run again.
         every = (recipe.allocation == "curve") + recipe.rescale
-        probes = (every * len(at) / 2 + 7 * recipe.refine) * share * forward
+        probes = every * len(at) / 2 * share * forward
     seconds = runs * len(batches) + solves + probes
     shown = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     relative = seconds / max(forward * len(batches), 1e-9)
@@ -210,7 +210,7 @@ def _solving(
         plan = with_bias(plan, model, recipe.reconstruct)
         scores = {site.name: torch.arange(site.units, 0, -1.0)}
         solve = _seconds(lambda plan=plan: reconstruct(model, bank, plan, mode=recipe.reconstruct))
-        each = solve * (1 + curve + recipe.refine)
+        each = solve * (1 + curve)
         if curve:
             one = [site]
             each += _seconds(lambda one=one, s=scores: error_curves(model, bank, one, s))

@@ -7,12 +7,8 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
-from liar_ext.errors import InputError
-
 # Options of the command that are no options of a format.
 OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json", "ranks")
-# Options that prune again, which is no export of a folder but another job.
-REPLAN = ("source", "texts")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -21,26 +17,14 @@ def run(options: argparse.Namespace) -> None:
 
     own = {name: value for name, value in vars(options).items() if name not in OWN}
     progress = not (options.quiet or options.json)
-    again = [f"--{name}" for name in REPLAN if name in own]
-    if again and options.to != "uniform":
-        raise InputError(f"export: {again[0]} is an option of --to uniform, got {options.to}")
-    if again:
-        if "source" not in own:
-            raise InputError("export: --texts goes with --source MODEL, the dense model")
-        from liar_ext.cli.replan import replan
-
-        done = replan(
-            options.folder, options.out, overwrite=options.overwrite, progress=progress, **own
-        )
-    else:
-        done = export(
-            options.folder,
-            options.to,
-            options.out,
-            overwrite=options.overwrite,
-            progress=progress,
-            **own,
-        )
+    done = export(
+        options.folder,
+        options.to,
+        options.out,
+        overwrite=options.overwrite,
+        progress=progress,
+        **own,
+    )
     if options.json:
         print(json.dumps(asdict(done), indent=1, default=str))
         return
@@ -90,22 +74,6 @@ def add_export(
         type=number,
         metavar="N",
         help="uniform: round the padded MLP size up to a multiple of N",
-        **suppress,
-    )
-    add(
-        "--source",
-        type=name,
-        metavar="MODEL",
-        help="uniform: the dense model; prune it again by the folder's recipe with equal layers, "
-        "instead of padding",
-        **suppress,
-    )
-    add(
-        "--texts",
-        nargs="+",
-        type=name,
-        metavar="TEXT",
-        help="uniform: calibration texts, instead of those that the recipe names",
         **suppress,
     )
     add("--quiet", action="store_true", help="no progress bars, no notes")

@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from liar_ext.errors import InputError
-from liar_ext.models.overview import markdown, overview, plain
+from liar_ext.models.overview import overview, plain
 
 
 def add_families(commands: Any, name: Callable[[str], str]) -> None:
@@ -28,15 +27,11 @@ def add_families(commands: Any, name: Callable[[str], str]) -> None:
         help="propose a row for the architecture of a model folder or hub id; its config is read, "
         "its weights aren't, and none of its code is run",
     )
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--markdown", action="store_true", help="print the page of the documentation")
+    add("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the table, or a proposed row."""
-    if options.suggest and options.markdown:
-        raise InputError("families: --suggest prints Python code or JSON; leave --markdown out")
     if options.suggest:
         print(_suggestion(options.suggest, options.json))
         return
@@ -45,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         facts = {n: {key: each._asdict() for key, each in row.items()} for n, row in table.items()}
         print(json.dumps(facts, indent=1))
     else:
-        print(markdown(table).rstrip() if options.markdown else "\n".join(plain(table)))
+        print("\n".join(plain(table)))
 
 
 def _suggestion(model: str, as_json: bool) -> str:

@@ -10,7 +10,6 @@ from dataclasses import MISSING, Field
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import TILES
 from liar_ext.recipe.checks import check_printable, shown
 from liar_ext.recipe.recipe import option_of
 from liar_ext.selection.criteria import list_criteria
@@ -36,8 +35,7 @@ def add_field(group: argparse._ArgumentGroup, each: Field) -> None:
     elif each.name in ("calibration", "candidates"):
         settings |= {"nargs": "+", "metavar": facts["metavar"]}
     elif each.name == "tile":
-        _add_tile(group, settings, f"{help} (default: {default})")
-        return
+        settings |= {"type": _tile, "metavar": "N"}
     elif each.name == "kinds":
         settings |= {"type": _sites, "metavar": "{all,attn,mlp}"}
     elif names:
@@ -47,15 +45,6 @@ def add_field(group: argparse._ArgumentGroup, each: Field) -> None:
     if default not in (None, (), MISSING) and not isinstance(default, bool):
         help += f" (default: {'all' if each.name == 'kinds' else default})"
     group.add_argument(option_of(each), help=help.replace("%", "%%"), **settings)
-
-
-def _add_tile(group: argparse._ArgumentGroup, settings: dict[str, Any], help: str) -> None:
-    """Add ``--tile``, and its older name, which takes any number."""
-    either = group.add_mutually_exclusive_group()
-    tiles = ",".join(("auto", *map(str, TILES)))
-    either.add_argument("--tile", type=_tile, metavar=f"{{{tiles}}}", help=help, **settings)
-    older = "the older name of --tile; takes any number"
-    either.add_argument("--multiple-of", type=_whole, metavar="N", help=older, **settings)
 
 
 def _metavar(each: Field) -> str:
@@ -110,11 +99,8 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def _tile(text: str) -> int | str:
-    """Read one of the tiles that kernels and quantisers have."""
-    if text not in ("auto", *map(str, TILES)):
-        known = ", ".join(map(str, TILES))
-        raise argparse.ArgumentTypeError(f"must be auto or one of {known}, got {shown(text)}")
-    return text if text == "auto" else int(text)
+    """Read a tile: a number, or "auto"."""
+    return text if text == "auto" else _whole(text)
 
 
 def read_number(text: str) -> float:

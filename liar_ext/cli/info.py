@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from liar_ext import ops
-from liar_ext.models.overview import overview, plain
 from liar_ext.models.registry import FAMILIES
 from liar_ext.report.report import versions
 from liar_ext.selection.criteria import list_criteria
@@ -29,5 +28,3 @@ def run(options: argparse.Namespace) -> None:
         print(f"{what:32} {state}")
     print(f"{'families':32} {', '.join(FAMILIES)}")
     print(f"{'extension':32} {Path(ops.__file__).parents[1]}")
-    if options.families:
-        print("\n" + "\n".join(plain(overview())))

@@ -63,8 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     add_export(commands, read_name, at_least(1))
     add_families(commands, read_name)
-    info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
-    info.add_argument("--families", action="store_true", help="what liar families prints, too")
+    commands.add_parser("info", help="versions, kernels in use, what can be loaded")
     return parser
 
 
@@ -256,9 +255,6 @@ def _add_compare(commands) -> None:
     )
     parser.add_argument("folders", metavar="DIR", type=read_name, nargs="+")
     _add_page(parser, "compare.html", "compare.html")
-    parser.add_argument(
-        "--measure", action="store_true", help="time those that liar bench stored nothing of"
-    )
 
 
 def _add_page(parser: argparse.ArgumentParser, where: str, default: str | None) -> None:

@@ -69,34 +69,12 @@ def export(
             raise InputError(f"export: --to {to} writes nothing, got an output {out}; leave it out")
         return run(folder, folder, progress=progress, **options)
 
-    def write(path: Path) -> Exported:
-        return run(folder, path, progress=progress, **options)
-
-    return write_export(folder, to, out, write, overwrite=overwrite, options=options)
-
-
-def write_export(
-    folder: Path,
-    to: str,
-    out: str | os.PathLike[str] | None,
-    write: Callable[[Path], Exported],
-    *,
-    overwrite: bool,
-    options: Mapping[str, Any],
-) -> Exported:
-    """Let ``write(path)`` write an export of a folder, put it in its place and record it.
-
-    Raises
-    ------
-    InputError
-        If the output can't be written, or is in the way of something.
-    """
-    target = _target(folder, out, FORMATS[to].suffix or "")
+    target = _target(folder, out, row.suffix)
     _check_target(target, folder.resolve(), overwrite)
     try:
         clean_leftovers(target)
         with beside(target) as room:
-            done = write(room / target.name)
+            done = run(folder, room / target.name, progress=progress, **options)
             _put(room / target.name, target, overwrite)
     except OSError as error:
         raise InputError(

@@ -36,7 +36,7 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import output_of
 from liar_ext.models.sites import Site, sites, skeleton
 from liar_ext.plan import Plan, SitePlan, kind_of
-from liar_ext.report.report import REPORT_JSON
+from liar_ext.report.report import RECIPE_YAML, REPORT_JSON
 from liar_ext.surgery.units import apply_plan, unit_rows
 
 # What a config says of unequal layers, and of what was saved.
@@ -93,7 +93,7 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     counts = {"before": count_params(model), "after": count_params(padded)}
     report = _report(folder, counts) | {"loading": how_to_load(padded, wide)}
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
-    return Exported("uniform", (out,), _notes(plan, wide, counts, difference))
+    return Exported("uniform", (out,), _notes(folder.name, plan, wide, counts, difference))
 
 
 def _read_plan(folder: Path) -> Plan:
@@ -101,7 +101,7 @@ def _read_plan(folder: Path) -> Plan:
     if not (folder / PLAN_FILE).is_file():
         raise InputError(
             f"export: --to uniform: {folder} has no {PLAN_FILE}, which says what its layers keep; "
-            "copy the folder again, or prune again with --source MODEL"
+            "copy the folder again, or prune again with --uniform-layers"
         )
     return Plan.from_json(json.dumps(read_json(folder / PLAN_FILE, "export")))
 
@@ -253,7 +253,9 @@ def _report(folder: Path, counts: dict[str, int]) -> dict[str, Any]:
     return {**fields, "uniform": {"source": folder.name, "params": counts}}
 
 
-def _notes(plan: Plan, wide: Plan, counts: dict[str, int], difference: float) -> tuple[str, ...]:
+def _notes(
+    folder: str, plan: Plan, wide: Plan, counts: dict[str, int], difference: float
+) -> tuple[str, ...]:
     sizes = []
     for kind in ("attn", "mlp"):
         old = [len(site.kept) for name, site in plan.sites.items() if kind_of(name) == kind]
@@ -265,7 +267,7 @@ def _notes(plan: Plan, wide: Plan, counts: dict[str, int], difference: float) ->
     return (
         f"Layers padded with zeros ({'; '.join(sizes)}): outputs differ by {difference:.1e} of "
         "the largest.",
-        f"{counts['before']:,} parameters became {counts['after']:,} (+{share:.1%}). With --source "
-        "MODEL it is pruned again, with equal layers at the budget of the recipe.",
+        f"{counts['before']:,} parameters became {counts['after']:,} (+{share:.1%}). With liar "
+        f"prune --recipe {folder}/{RECIPE_YAML} --uniform-layers layers are equal at its budget.",
         *(["Nothing is saved: the widest layers are those of the dense model."] if lost else []),
     )

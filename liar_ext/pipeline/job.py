@@ -12,7 +12,7 @@ from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes, bins_of, group_sites, room_for_sums
+from liar_ext.calibration.passes import Passes, room_for_sums
 from liar_ext.certification import certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
@@ -35,6 +35,7 @@ from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
 from liar_ext.reconstruction.layerwise import check_walk, reconstruct_layerwise
+from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.report.clock import Clock
 from liar_ext.report.latency import LatencyTable
 from liar_ext.report.report import Report, versions, what_to_know
@@ -43,7 +44,7 @@ from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.curve_allocation import decide
+from liar_ext.selection.curve_allocation import predict_divergence
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.rounding import rounding
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts, count_experts_kept
@@ -96,12 +97,6 @@ class Job:
         if self.bank is not None:
             self.batches = check_bank(recipe, self.known, self.bank, self.batches, model, at)
         check_budget(at, recipe.budget, recipe.allocation, self.costs(model))
-        bins = bins_of(self.ranks, self.saved)
-        if recipe.refine and self.bank is None and len(group_sites(at, self.room, bins)) > 1:
-            raise InputError(
-                "prune: refine solves all sites for each plan, and their sums are over "
-                f"{self.room / 2**30:.3g} GiB; raise memory, or leave refine out"
-            )
         self.params = {"before": count_params(model), "prunable_before": sum(s.params for s in at)}
         if recipe.keep_experts != 1.0:
             count_experts_kept(model, recipe.keep_experts)
@@ -259,26 +254,16 @@ class Job:
                     lambda costs: allocate(*asked, costs=costs, losses=losses)
                 )
         with self.clock("allocate"):
-            plan, divergences = decide(
-                passes.model,
-                passes.bank,
-                at,
-                scores,
-                budget,
-                recipe.allocation,
-                passes.batches,
-                refine=recipe.refine,
-                costs=costs,
-                losses=losses,
-                owners=passes.owners,
-                **self._mode,
-            )
+            model_type = passes.model.config.model_type
+            plan = allocate(*asked, model_type=model_type, costs=costs, losses=losses)
+            plan = with_bias(plan, passes.model, recipe.reconstruct)
             plan = self.ranks.broadcast(plan)  # the same everywhere, whatever machines they are
+            if recipe.allocation == "curve":
+                self.facts["predicted_divergence"] = predict_divergence(losses, plan)
             self.grid |= rounding(*asked, plan, costs=costs, losses=losses)
         if self.speed is not None:
             with self.clock("time"):
                 self.speed.time(plan)
-        self.facts |= divergences
         return plan
 
     def reconstruct(
@@ -297,7 +282,6 @@ class Job:
         if self.recipe.schedule == "one-pass":
             weights, self.rows = solve_sites(passes, plan, settings, self.clock)
         else:
-            settings |= {"target": self.recipe.solve_target, "refit": self.recipe.refit}
             settings |= {"fresh": fresh or (), "ranks": self.ranks}
             with self.clock("reconstruct"):
                 weights, self.rows = reconstruct_layerwise(

@@ -22,12 +22,10 @@ def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
     """Return a recipe with what ``schedule="auto"`` stands for on sites that can be walked.
 
     One pass where a norm reads what their consumers give: of Gemma-3 it is better in all pairs that
-    were measured, in two thirds of the time (docs/quality.md). A target that is named, or
-    ``refit``, asks for a walk. Else :meth:`Recipe.settled`.
+    were measured, in two thirds of the time (docs/quality.md). Else :meth:`Recipe.settled`.
     """
     settled = asked.settled()
-    named = asked.schedule != "auto" or asked.target is not None or asked.refit
-    if named or not any(map(is_relative, at)):
+    if asked.schedule != "auto" or not any(map(is_relative, at)):
         return settled
     return replace(settled, schedule="one-pass")
 

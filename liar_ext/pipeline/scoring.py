@@ -78,37 +78,35 @@ def find_losses(
             [site for site in at if site.team in teams],
             scores,
             curves,
-            replace(recipe.budget, keep=recipe.probed_fraction),
+            replace(recipe.budget, keep=known.probe_keep or recipe.keep),
             probes_of(passes.model, passes.batches),
             mode=recipe.reconstruct,
             saved=kept,
             progress=progress,
         )
 
-    found = known.get(
-        SENSITIVITY, key_of_sensitivities(recipe, passes.model, at), at, measure, owners
-    )
+    key = key_of_sensitivities(recipe, known, passes.model, at)
+    found = known.get(SENSITIVITY, key, at, measure, owners)
     losses = owners.together(at, lambda mine: losses_of(*given, mine, curves, found))
     return losses, found
 
 
-def key_of_sensitivities(recipe: Recipe, model: nn.Module, at: Sequence[Site]) -> str:
+def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:
     """Return what the sensitivities of a job's sites depend on, beside the site."""
     forms = {get_consumer_bias(model, site) is not None for site in at}
-    mode = recipe.reconstruct
-    return sensitivity_key(recipe, form_at(mode, *forms) if len(forms) == 1 else mode)
+    mode, keep = recipe.reconstruct, known.probe_keep or recipe.keep
+    return sensitivity_key(recipe, keep, form_at(mode, *forms) if len(forms) == 1 else mode)
 
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
     """Return which choices run the model over the calibration text, beside its moments."""
     curve = recipe.allocation == "curve"
     if curve:
-        curve = not known.has(SENSITIVITY, key_of_sensitivities(recipe, model, at), at)
+        curve = not known.has(SENSITIVITY, key_of_sensitivities(recipe, known, model, at), at)
     reasons = {
         f"criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
         "schedule layerwise": recipe.schedule == "layerwise",
         "allocation curve": curve,
-        "refine": recipe.refine > 0,
         "rescale": recipe.rescale,
         "keep_hidden": recipe.keep_hidden != 1.0,
         "keep_experts": recipe.keep_experts != 1.0,
@@ -145,8 +143,7 @@ def check_bank(
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
             "none; calibrate with the text kept, or take allocation global or uniform, a "
-            "criterion without gradients, and the schedule one-pass, and leave refine and rescale "
-            "out"
+            "criterion without gradients, and the schedule one-pass, and leave rescale out"
         )
     rows = model.get_input_embeddings()
     if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):

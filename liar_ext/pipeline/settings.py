@@ -10,7 +10,7 @@ from torch import nn
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 
-ASKED = "criterion allocation refine reconstruct damp schedule refit keep_hidden seed"
+ASKED = "criterion allocation reconstruct damp schedule keep_hidden seed"
 
 
 def settings_of(
@@ -23,7 +23,6 @@ def settings_of(
     """Return the choices of a recipe, what they were made on, and other ``facts``."""
     return {
         **{name: getattr(recipe, name) for name in ASKED.split()},
-        "target": recipe.solve_target,
         "kinds": list(recipe.kinds),
         "attn_unit": plan.attn_unit,
         "calibration_sequences": source["sequences"],

@@ -24,9 +24,8 @@ LATER = (
     *("model", "dtype", "device", "calibration", "samples", "seq_len", "batch_size", "memory"),
     *("self_text", "random_tokens"),
     *("keep", "of", "latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"),
-    *("latency_table", "tile", "at_least", "uniform_layers", "kinds", "attn_unit", "allocation"),
-    *("probe_keep", "refine", "candidates", "reconstruct", "damp", "schedule", "target", "refit"),
-    "rescale",
+    *("latency_table", "tile", "uniform_layers", "kinds", "attn_unit", "allocation"),
+    *("candidates", "reconstruct", "damp", "schedule", "rescale"),
     *("judge", "eval", "eval_samples", "certify"),
 )
 SENSITIVITY = "sensitivity"
@@ -43,15 +42,18 @@ class Known:
         Values by what they are, key and site.
     spared : float
         CPU seconds that were not spent anew.
+    probe_keep : float or None
+        Fraction of a site that stays while its sensitivity is measured; None: the budget's.
     """
 
     found: dict[tuple, tuple[Any, float]] = field(default_factory=dict)
     spared: float = 0.0
+    probe_keep: float | None = None
 
     @classmethod
-    def of_bank(cls, bank: MomentBank | None) -> Known:
+    def of_bank(cls, bank: MomentBank | None, probe_keep: float | None = None) -> Known:
         """Return the sensitivities that a bank has."""
-        known = cls()
+        known = cls(probe_keep=probe_keep)
         for each in [] if bank is None else bank.source.get("sensitivities", ()):
             for name, value in each["sites"].items():
                 known.found[SENSITIVITY, each["key"], name] = value, 0.0
@@ -106,7 +108,7 @@ def score_key(recipe: Recipe) -> str:
     return json.dumps({**chosen, "per": per, "liar_ext": version("liar_ext")}, sort_keys=True)
 
 
-def sensitivity_key(recipe: Recipe, form: str) -> str:
+def sensitivity_key(recipe: Recipe, keep: float, form: str) -> str:
     """Return what sensitivities depend on, beside the site; ``form`` is that of the new weights."""
-    more = {"keep": recipe.probed_fraction, "at_least": recipe.at_least, "form": form}
+    more = {"keep": keep, "form": form}
     return json.dumps({**json.loads(score_key(recipe)), **more}, sort_keys=True)

@@ -98,6 +98,8 @@ class Sweep:
         As for :func:`liar_ext.prune`, for recipes with candidates.
     saved : Progress, optional
         Where the divergences are kept that sensitivities are made of: for plans by one recipe.
+    probe_keep : float, optional
+        Fraction of each site that stays while its sensitivity is measured; the budget's by default.
     """
 
     model: nn.Module
@@ -106,6 +108,7 @@ class Sweep:
     progress: bool = False
     judge_on: Sequence[Mapping[str, Tensor]] | None = None
     saved: Progress | None = None
+    probe_keep: float | None = None
     known: Known = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +119,7 @@ class Sweep:
                 raise InputError("sweep: needs batches or a bank, got neither; give one of them")
             check_memory("sweep", sum(bytes_of_sums(site.d_in) for site in sites(self.model)))
             self.bank = calibrate(self.model, self.batches, progress=self.progress)
-        self.known = Known.of_bank(self.bank)
+        self.known = Known.of_bank(self.bank, self.probe_keep)
 
     def check(self, recipes: Iterable[Recipe]) -> None:
         """Raise InputError for whatever can't work, before anything long, such as timing."""
@@ -182,7 +185,8 @@ class Sweep:
                     "calibration text, and the bank keeps none; calibrate with the text kept, or "
                     "leave them out"
                 )
-            return Job(model, batches, recipe, self.progress)
+            known = Known(probe_keep=self.probe_keep)
+            return Job(model, batches, recipe, self.progress, known=known)
         given = model, self.batches, recipe, self.progress, self.bank, self.known
         return Job(*given, saved=self.saved)
 
@@ -201,15 +205,17 @@ def sweep(
 ) -> list[Point]:
     """Decide what several budgets keep, from one calibration, and prune a copy for each if asked.
 
-    Moments, scores and error curves are computed once, and so are sensitivities: at the fraction
-    ``probe_keep``, 0.8 here unless given, for all budgets. With a bank there is no pass over the
-    calibration text; with one that has the sensitivities, no forward pass at all::
+    Moments, scores and error curves are computed once, and so are sensitivities: with 0.8 of each
+    site left, for all budgets. With a bank there is no pass over the calibration text; with one
+    that has the sensitivities, no forward pass at all::
 
         bank = MomentBank.load("moments.safetensors")
         for point in sweep(model, bank=bank, keep=(0.9, 0.8, 0.7)):
             print(point.recipe.keep, point.predicted_divergence, point.params)
 
-    Each result is what :func:`liar_ext.prune` gives by ``point.recipe``, weights and all.
+    Of ``keep=0.8``, and where ``allocation`` is not ``curve``, each result is what
+    :func:`liar_ext.prune` gives by ``point.recipe``, weights and all. For other budgets ``prune``
+    measures sensitivities at the budget's own fraction, and its plan may be slightly different.
 
     Parameters
     ----------
@@ -240,7 +246,7 @@ def sweep(
         If a choice, the model, the data or a budget cannot be used, before the first is decided.
     """
     recipes = recipes_of(Recipe.build(recipe, **choices), keep)
-    work = Sweep(model, batches, bank, progress)
+    work = Sweep(model, batches, bank, progress, probe_keep=PROBE_KEEP)
     solves = on_result is not None or evaluate_on is not None
     work.check(recipes if solves else map(_decided, recipes))
     points, dense = [], None
@@ -264,15 +270,13 @@ def sweep(
 
 def _decided(recipe: Recipe) -> Recipe:
     """Return a recipe that decides the same and solves nothing that runs the model."""
-    return replace(recipe, schedule="one-pass", target=None, refit=False)
+    return replace(recipe, schedule="one-pass")
 
 
 def recipes_of(recipe: Recipe, keep: Sequence[float | Budget]) -> list[Recipe]:
-    """Return the recipe of each budget, each with the one fraction for all sensitivities."""
+    """Return the recipe of each budget."""
     if not keep:
         raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
-    if recipe.allocation == "curve" and recipe.probe_keep == "auto":
-        recipe = replace(recipe, probe_keep=PROBE_KEEP)
     found = []
     for each in keep:
         budget = asdict(each) if isinstance(each, Budget) else {"keep": each}

@@ -17,7 +17,7 @@ def candidates_of(recipe: Any) -> dict[str, Any]:
     """Return the recipes that a recipe wants tried, by what is said of them, itself first.
 
     Each of ``recipe.candidates`` is one or more ``FIELD=VALUE`` with commas between them, values as
-    YAML has them: ``criterion=obs``, ``criterion=obs,refine=4``.
+    YAML has them: ``criterion=obs``, ``criterion=obs,damp=0.1``.
 
     Parameters
     ----------

@@ -12,10 +12,9 @@ from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.candidates import candidates_of
 from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, choice
-from liar_ext.reconstruction.layerwise import TARGETS, check_target
+from liar_ext.reconstruction.layerwise import check_mode
 from liar_ext.reconstruction.settings import MODES
 from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.refine import check_refine
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ class Fields:
         "MLP channels that a layer keeps are a multiple of this; auto is 32, halved for layers "
         "that have fewer than eight of them. Heads stay whole",
     )
-    at_least: int = choice(1, "budget", check.whole(1), "units that every site keeps")
     uniform_layers: bool = choice(
         False,
         "budget",
@@ -146,17 +144,6 @@ class Fields:
         "scores, or by error curves and the measured sensitivity of each site (a few more forward "
         "passes)",
     )
-    probe_keep: float | str = choice(
-        "auto",
-        "selection",
-        check.number_or_auto,
-        "curve: fraction that each site alone keeps while its sensitivity is measured; auto is "
-        "that of the budget; a number serves several budgets",
-        metavar="F",
-    )
-    refine: int = choice(
-        0, "selection", check.whole(0), "curve: measure N whole plans more, and keep the best"
-    )
     candidates: tuple[str, ...] = choice(
         (),
         "selection",
@@ -188,16 +175,6 @@ class Fields:
         "solve all layers on the dense model's activations, or walk them on the pruned one's; auto "
         "is layerwise, and one-pass where reconstruct is none or bias, or a norm reads what each "
         "layer gives (Gemma 2-4, OLMo 2)",
-    )
-    target: str | None = choice(
-        None,
-        "reconstruction",
-        check.one_of(TARGETS, optional=True),
-        "layerwise: restore what a layer loses, its dense output, the dense residual stream, or as "
-        "much of the latter as held-out text supports (auto, the default)",
-    )
-    refit: bool = choice(
-        False, "reconstruction", check.flag, "layerwise: solve layers that lose nothing, too"
     )
     rescale: bool = choice(
         False,
@@ -246,11 +223,6 @@ class Fields:
             raise InputError(
                 f"recipe: keep_experts must be in (0, 1], got {self.keep_experts}; 0.75 keeps 75 %"
             )
-        if self.probe_keep != "auto" and not 0.0 < self.probe_keep < 1.0:
-            raise InputError(
-                f'recipe: probe_keep must be "auto", or more than 0 and less than 1, got '
-                f"{self.probe_keep}; 0.8 prunes a fifth of a site to measure it"
-            )
         if self.of == "kv_cache" and "attn" not in self.kinds:
             raise InputError(
                 "recipe: a budget of kv_cache is spent on attention, got kinds="
@@ -264,15 +236,8 @@ class Fields:
         if self.candidates:
             candidates_of(self)
         get_criterion(self.criterion)
-        check_refine(self.refine, self.allocation)
-        if self._walks:
-            check_target(self.solve_target, self.reconstruct)
-        elif self.refit or self.target not in (None, "dense-input"):
-            raise InputError(
-                "recipe: in one pass a site knows its dense input only, got "
-                f'target={self.target!r}, refit={self.refit}; use schedule="layerwise", and '
-                "reconstruct auto, linear or affine"
-            )
+        if self.schedule == "layerwise":
+            check_mode(self.reconstruct)
 
     def _check_latency(self) -> None:
         if self.latency_table is None:
@@ -293,22 +258,6 @@ class Fields:
         return ("attn",) if self.of == "kv_cache" else self.kinds
 
     @property
-    def probed_fraction(self) -> float:
-        """What a site keeps while its sensitivity is measured."""
-        return self.keep if self.probe_keep == "auto" else self.probe_keep
-
-    @property
     def budget(self) -> Budget:
         """The fields that a budget has."""
         return Budget(**{each.name: getattr(self, each.name) for each in fields(Budget)})
-
-    @property
-    def solve_target(self) -> str:
-        """What sites are solved for: ``target``, or what it is by default."""
-        return self.target or ("auto" if self._walks else "dense-input")
-
-    @property
-    def _walks(self) -> bool:
-        """Whether sites are solved layerwise."""
-        solves = self.reconstruct not in ("none", "bias")
-        return self.schedule == "layerwise" or (self.schedule == "auto" and solves)

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import Budget, by_todays_names, takes_older_names
+from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
 from liar_ext.recipe.choices import GROUPS, PRESETS
 from liar_ext.recipe.fields import Fields
 
 VERSION = 1
+# Fields that recipes had once, with the values that changed nothing.
+REMOVED: dict[str, tuple[Any, ...]] = {
+    "at_least": (1,),
+    "probe_keep": ("auto",),
+    "refine": (0,),
+    "target": (None, "auto"),
+    "refit": (False,),
+}
 
 
-@takes_older_names
 @dataclass(frozen=True)
 class Recipe(Fields):
     """Every choice of a job, shared by :func:`liar_ext.prune`, the command, report and folder.
@@ -57,8 +65,8 @@ class Recipe(Fields):
         and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
         device in use, the CPU included, where that is less. What needs more is summed in groups,
         with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
-        ``layerwise``. ``refine`` needs all sites at once.
-    keep, of, tile, at_least, uniform_layers
+        ``layerwise``.
+    keep, of, tile, uniform_layers
         As for :class:`liar_ext.Budget`.
     latency_phase, latency_batch, latency_prompt, latency_new_tokens
         As for :class:`liar_ext.Budget`: what a budget of latency is measured with.
@@ -85,13 +93,6 @@ class Recipe(Fields):
         How the pruning ratio is distributed over layers; see :func:`liar_ext.allocate`. ``curve``
         measures error curves and sensitivities for it: see
         :func:`liar_ext.selection.curve_allocation.measure_losses`.
-    probe_keep : float or "auto"
-        For ``curve``: the fraction of a site that stays while its sensitivity is measured; that of
-        the budget by default. Jobs for several budgets that name one fraction share what is
-        measured, see :func:`liar_ext.sweep`.
-    refine : int
-        For ``curve``: whole plans to measure after that; see
-        :func:`liar_ext.selection.refine.refine_plan`.
     candidates : tuple of str
         Other choices that are tried, each ``FIELD=VALUE`` or several of them with commas between:
         see :func:`liar_ext.recipe.candidates.candidates_of`. Each gives a whole model, and the one
@@ -104,11 +105,6 @@ class Recipe(Fields):
         Solve all sites on what the dense model computes, or one after the other on what the pruned
         model computes up to there. Layerwise holds all batches and runs the model some four times.
         ``auto``: see :meth:`settled`.
-    target : {"dense-input", "branch", "stream", "auto"}, optional
-        What a site is solved for in layerwise mode, "auto" by default; see
-        :func:`liar_ext.reconstruct_layerwise`.
-    refit : bool
-        Solve the sites that lose nothing, too, in layerwise mode.
     rescale : bool
         Fit one scale for what each layer gives when all are solved; see :mod:`liar_ext.rescaling`.
     judge : int
@@ -146,7 +142,6 @@ class Recipe(Fields):
             if "keep" in choices:
                 raise InputError(f"recipe: keep must be given once, got {start!r} besides keep=")
             start, choices = None, {"keep": start, **choices}
-        choices = by_todays_names(choices)
         if isinstance(choices.get("keep"), Budget):
             budget = asdict(choices.pop("keep"))
             twice = sorted(budget.keys() & choices.keys())
@@ -161,11 +156,12 @@ class Recipe(Fields):
 
         ``layerwise``, or ``one-pass`` where ``reconstruct`` is ``none`` or ``bias``: these solve
         for no target. A job solves in one pass, too, where its model can't be walked, or where a
-        norm reads what consumers give and no target is named; its report says so.
+        norm reads what consumers give; its report says so.
         """
         if self.schedule != "auto":
             return self
-        return replace(self, schedule="layerwise" if self._walks else "one-pass")
+        solves = self.reconstruct not in ("none", "bias")
+        return replace(self, schedule="layerwise" if solves else "one-pass")
 
     @classmethod
     def preset(cls, name: str, **choices: Any) -> Recipe:
@@ -184,6 +180,8 @@ class Recipe(Fields):
     def from_dict(cls, facts: Mapping[str, Any]) -> Recipe:
         """Return the recipe of some fields; what is missing is as by default.
 
+        Fields of older versions are dropped, with a warning, if they had their default.
+
         Raises
         ------
         InputError
@@ -194,13 +192,20 @@ class Recipe(Fields):
                 f"recipe: must be a mapping of fields, got {check.shown(facts)}; a line is "
                 "keep: 0.8, for one"
             )
-        facts = by_todays_names(facts)
+        facts = dict(facts)
+        if "multiple_of" in facts and "tile" not in facts:  # its name in version 0.1.0
+            facts["tile"] = facts.pop("multiple_of")
         version = facts.pop("version", VERSION)
         if type(version) is not int or version != VERSION:
             raise InputError(
                 f"recipe: version must be {VERSION}, got {check.shown(version)}; read it with the "
                 "liar_ext that wrote it"
             )
+        unused = [name for name, had in REMOVED.items() if name in facts and facts[name] in had]
+        if unused:
+            said = f"recipe: ignoring {', '.join(unused)}: removed options, at their defaults"
+            warnings.warn(said, stacklevel=2)
+        facts = {name: value for name, value in facts.items() if name not in unused}
         _check_names(facts)
         return cls(**facts)
 
@@ -264,6 +269,11 @@ def _check_names(choices: Mapping[str, Any]) -> None:
     """Raise InputError for the first name that is no field."""
     known = [each.name for each in fields(Recipe)]
     for name in choices:
+        if name in REMOVED:
+            raise InputError(
+                f"recipe: {name} was removed, got {check.shown(choices[name])}; leave it out, or "
+                "use the version of liar_ext that wrote the recipe"
+            )
         if name not in known:
             near = difflib.get_close_matches(str(name)[:40], known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

@@ -36,14 +36,14 @@ class Rows(NamedTuple):
     ----------
     x : Tensor
         x̂, ``(rows, d_in)``.
-    shortfall : Tensor or None
-        r, ``(rows, d_out)``; None for the site's own target.
+    shortfall : Tensor
+        r, ``(rows, d_out)``.
     weight : Tensor
         ``(rows,)``: what each counts, bool or a number.
     """
 
     x: Tensor
-    shortfall: Tensor | None
+    shortfall: Tensor
     weight: Tensor
 
 
@@ -51,7 +51,7 @@ def rows_of(
     model: nn.Module,
     layer: Sequence[Site],
     read: Tensor | tuple[Tensor, Tensor, Tensor],
-    shortfall: Tensor | None,
+    shortfall: Tensor,
     counts: Callable[[int], Tensor],
 ) -> list[Rows]:
     """Return the rows of each site of a layer.
@@ -65,8 +65,8 @@ def rows_of(
     read : Tensor, or (Tensor, Tensor, Tensor)
         What the consumer reads, or what the module of all experts is called with: tokens, chosen
         experts and their weights.
-    shortfall : Tensor or None
-        What the layer's output falls short by, a row per token; None for each site's own target.
+    shortfall : Tensor
+        What the layer's output falls short by, a row per token.
     counts : callable
         Gives for a number of tokens which of them are no padding.
     """
@@ -75,13 +75,12 @@ def rows_of(
         return [Rows(x, shortfall, counts(len(x)))]
     tokens, _, given = read
     used = counts(len(tokens))
-    if shortfall is not None:
-        shortfall = shortfall / given.sum(-1, keepdim=True).to(shortfall)
+    shortfall = shortfall / given.sum(-1, keepdim=True).to(shortfall)
     found = []
     for site in layer:
         routed = routed_input(model, site, read)
         here = used[routed.token]
-        asked = None if shortfall is None else shortfall[routed.token][here]
+        asked = shortfall[routed.token][here]
         found.append(Rows(routed.x[here], asked, routed.weight[here].double().square()))
     return found
 
@@ -108,29 +107,26 @@ class LayerSums:
     ----------
     moments : Moments
         Of x̂.
-    shortfall : Shortfall or None
-        Of r; None for the site's own target.
+    shortfall : Shortfall
+        Of r.
     rows : int
         How many tokens there were.
     """
 
     moments: Moments
-    shortfall: Shortfall | None
+    shortfall: Shortfall
     rows: int = 0
 
     @classmethod
-    def zeros(cls, site: Site, own: bool, device: torch.device) -> LayerSums:
-        """Return the sums over no tokens, for the site's ``own`` target or another."""
-        shortfall = None if own else Shortfall.zeros(site.d_in, site.d_out, device=device)
+    def zeros(cls, site: Site, device: torch.device) -> LayerSums:
+        """Return the sums over no tokens."""
+        shortfall = Shortfall.zeros(site.d_in, site.d_out, device=device)
         return cls(Moments.zeros(site.d_in, device=device), shortfall)
 
     def add(self, rows: Rows, fold: int) -> None:
         """Add tokens to a fold; those with a value that isn't finite are left out and counted."""
         (x, r, weight), moments = rows, self.moments
         self.rows += int((weight > 0).sum())
-        if self.shortfall is None:
-            moments.update(x, fold, weight)
-            return
         x = x.to(r.dtype)
         usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
         moments.count[fold, 1] += (weight.bool() & ~usable).sum()
@@ -144,7 +140,7 @@ def error_on(model: nn.Module, site: Site, rows: Rows, new: Forward) -> tuple[fl
     x, r, counts = rows
     dense = nn.functional.linear(x, weight)
     left = (dense if bias is None else dense + bias) - new(x)
-    left = left.double() if r is None else left.double() + r
+    left = left.double() + r
     usable = counts.bool() & torch.isfinite(left).all(-1)
     scale = counts[usable].double()[:, None]
     error = (scale * left[usable].square()).sum()

@@ -28,8 +28,6 @@ from liar_ext.reconstruction.walk import Walk
 from liar_ext.report.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
-TARGETS = ("dense-input", "branch", "stream", "auto")
-
 
 @torch.no_grad()
 def reconstruct_layerwise(
@@ -39,8 +37,6 @@ def reconstruct_layerwise(
     *,
     mode: str = "auto",
     damp: float | str = "auto",
-    target: str = "auto",
-    refit: bool = False,
     fresh: Batches = (),
     saved: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -50,13 +46,16 @@ def reconstruct_layerwise(
 
     Every calibration sequence has two residual streams, ``h`` in the dense model and ``ĥ`` in the
     pruned one. At a site, x̂ is what its consumer ``y = W x + b`` reads in the pruned model, removed
-    features included, and x in the dense one. The consumer that stays is solved for a target
-    ``y*``::
+    features included, and x in the dense one. The consumer that stays is solved for::
 
-        dense-input   y* = W x̂ + b                restore what this site loses, nothing else
-        branch        y* = W x + b                give the output that the dense site gives
-        stream        y* = h_after − ĥ_before     make the stream equal the dense one after the site
-        auto          dense-input + α (stream − dense-input)     α in [0, 1] by held-out error
+        W x̂ + b + α (y* − W x̂ − b)     α in [0, 1] of least held-out error, with the target
+        stream    y* = h_after − ĥ_before     make the stream equal the dense one after the site
+        branch    y* = W x + b                give the output that the dense site gives
+
+    The target is ``stream`` where the block adds the consumer's output to the stream as it is.
+    Where a norm follows the sum (BERT) the stream is the sum, before the norm. Where a norm or a
+    scale comes between (Gemma 3, DINOv2) ``branch`` takes its place, and the row of the site says
+    so.
 
     Attention comes first; the MLP then reads the stream that the new attention leaves. Of a model
     of several stacks, encoder and decoder or two towers, each is walked in turn. A decoder reads
@@ -65,9 +64,9 @@ def reconstruct_layerwise(
     the layer falls short of its target by is asked of all of them alike, see
     :mod:`liar_ext.reconstruction.layer_sums`.
 
-    λ, and for ``auto`` α, are those of least held-out error, see
-    :func:`liar_ext.reconstruction.targets.solve_towards`. At the first site of the walk all targets
-    are the same, and so is the one-pass solution.
+    λ and α are those of least held-out error, see
+    :func:`liar_ext.reconstruction.targets.solve_towards`. Sites that lose nothing stay as they are.
+    At the first site of the walk the solution is that of one pass.
 
     Parameters
     ----------
@@ -82,14 +81,6 @@ def reconstruct_layerwise(
         the plain form. ``auto`` is the affine one.
     damp : float or "auto"
         λ, or the held-out choice.
-    target : {"dense-input", "branch", "stream", "auto"}
-        What to solve for. ``stream`` needs a block that adds the consumer's output to the stream
-        as it is. Where a norm follows the sum (BERT) the stream is the sum, before the norm. Where
-        a norm or a scale comes between (Gemma 3, DINOv2) ``branch`` takes its place, and the row
-        of the site says so.
-    refit : bool
-        Solve the sites that lose nothing, too, to compensate for what others lost; with the
-        target ``dense-input`` that changes nothing.
     fresh : iterable of mapping
         Batches that ``batches`` lacks: no solve reads them, and each row has its error on them, as
         ``certified_error``, relative to their ``Σ |W x̂|²``.
@@ -118,18 +109,18 @@ def reconstruct_layerwise(
     a block is worked on, and what both encoders gave while a decoder is walked, all on the CPU;
     and the sums of one site, or of all experts of a layer. Work: one run of each dense
     block and one per site of each pruned block, and one more of the latter unless both its sites
-    add to the stream as they are and the target is ``stream`` or ``auto``.
+    add to the stream as they are.
 
     Source: docs/method.md, section "Layerwise reconstruction".
     """
-    check_target(target, mode)
+    check_mode(mode)
     check_settings(mode, damp)
     batches = list(batches)
     check_walk(model, batches)
     every = sites(model, attn_unit=plan.attn_unit)
     plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
-        walk = Walk(model, blocks, plan, mode, damp, target, refit, ranks=ranks)
+        walk = Walk(model, blocks, plan, mode, damp, ranks=ranks)
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
@@ -169,10 +160,8 @@ def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor
         )
 
 
-def check_target(target: str, mode: str) -> None:
-    """Raise InputError unless a layerwise walk can solve for ``target`` in this ``mode``."""
-    if target not in TARGETS:
-        raise InputError(f"layerwise: target must be one of {', '.join(TARGETS)}, got {target!r}")
+def check_mode(mode: str) -> None:
+    """Raise InputError unless a layerwise walk can solve in this ``mode``."""
     if mode not in ("auto", "linear", "affine"):
         raise InputError(
             f"layerwise: reconstruct must be auto, linear or affine, got {mode!r}, which solves "

@@ -29,7 +29,7 @@ from liar_ext.reconstruction.layer_sums import (
     rows_of,
 )
 from liar_ext.reconstruction.result import Solution
-from liar_ext.reconstruction.ridge import drop, solve
+from liar_ext.reconstruction.ridge import drop
 from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
@@ -37,7 +37,6 @@ from liar_ext.reconstruction.targets import solve_towards
 from liar_ext.report.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
-SHARES = {"branch": (1.0, 1.0), "stream": (1.0, 1.0), "auto": (0.0, 1.0)}
 
 
 class Walk:
@@ -62,13 +61,11 @@ class Walk:
         plan: Plan,
         mode: str,
         damp: float | str,
-        target: str,
-        refit: bool,
         states: HiddenStates | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.blocks, self.plan = model, blocks, plan
-        self.mode, self.damp, self.target, self.refit = mode, damp, target, refit
+        self.mode, self.damp = mode, damp
         self.device = device_of(model)
         self.states = states or HiddenStates()
         self.ranks, self.solved = ranks, 0
@@ -136,20 +133,18 @@ class Walk:
             self._turn(index)
         layers = self.blocks.layers[index]
         here = {name: at for name, at in layers.items() if at[0].name in self.plan.sites}
-        dense_too = self.target != "dense-input"  # which needs no dense stream
         self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
-        after = [self._dense_run(index, part) for part in self.parts] if dense_too else []
+        after = [self._dense_run(index, part) for part in self.parts]
         consumers: dict[str, Forward] = {}
         for name, layer in here.items():
-            lossless = all(len(self.plan.sites[at.name].kept) == at.units for at in layer)
-            if lossless and not (self.refit and dense_too):
+            if all(len(self.plan.sites[at.name].kept) == at.units for at in layer):
                 self._keep(layer)
             else:
                 with solving(name):
                     consumers[name] = self._solve(layer, self.targets[name], consumers)
         for part in self.parts:
             part.pruned.now.set(self._after(index, part, consumers))
-        for part, dense in zip(self.parts, after, strict=False):
+        for part, dense in zip(self.parts, after, strict=True):
             part.dense.now = dense
 
     def streams(self) -> dict[str, list[Held]]:
@@ -219,13 +214,13 @@ class Walk:
         consumers: Mapping[str, Forward],
         owner: int = 0,
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the shortfall unless the target is the site's own.
+        """Return the sums over x̂, and over the shortfall.
 
         The owner alone has them; other ranks get none.
         """
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         mine = layer if owner == self.ranks.rank else ()
-        sums = [LayerSums.zeros(site, target == "dense-input", device) for site in mine]
+        sums = [LayerSums.zeros(site, device) for site in mine]
         for turn in self.turns:
             read = [(part.fold, self._read(layer, target, part, consumers)) for part in turn]
             for given in self.ranks.each(read, owner):
@@ -245,9 +240,6 @@ class Walk:
         self.ranks.work["solved"] += 1
         if site.expert is not None and (sums.moments.tokens == 0).any():
             return solve_where_it_fits(drop, *given, features)
-        if sums.shortfall is None:
-            return solve_where_it_fits(solve, *given, features, **choices)
-        choices["shares"] = SHARES[self.target]
         return solve_where_it_fits(solve_towards, *given, sums.shortfall, features, **choices)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
@@ -281,8 +273,6 @@ class Walk:
         def counts(tokens: int) -> Tensor:
             return counted(part.batch, site, tokens, output, run.sums.get(name))
 
-        if target == "dense-input":
-            return rows_of(self.model, layer, read, None, counts)
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
         return rows_of(self.model, layer, read, r.to(output.device).flatten(0, -2), counts)
@@ -321,9 +311,7 @@ class Walk:
         return self.states.hold(stream), self.states.hold(run.seen[site.name][0])
 
     def _target_at(self, site: Site) -> str:
-        """Return the target that the arithmetic of the block allows."""
-        if self.target in ("dense-input", "branch"):
-            return self.target
+        """Return the target that the arithmetic of the block allows: "stream", else "branch"."""
         found = self._sum_at(site) if self.ranks.first else None
         plain, norm = self.ranks.broadcast(found)
         if norm is not None:
@@ -362,7 +350,7 @@ class Walk:
         row = report_row(site, units, counts[0], solution, seconds, target)
         tokens = None if site.expert is None else counts[1]
         row = replace(row, certified_error=certified, tokens=tokens)
-        if self.target in ("stream", "auto") and target == "branch":
+        if target == "branch":
             row = replace(row, path=f"{row.path}; branch, as the stream is not a plain sum here")
         self.rows[site.name] = row
 

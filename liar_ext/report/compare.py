@@ -36,7 +36,6 @@ def write_comparison(
     folders: Sequence[str | os.PathLike[str]],
     file: str | os.PathLike[str],
     png: str | os.PathLike[str] | None = None,
-    benches: Mapping[str, Benchmark] | None = None,
 ) -> list[Path]:
     """Write one page of several saved folders, and its pictures as PNG; return the files.
 
@@ -48,8 +47,6 @@ def write_comparison(
         Where the page goes.
     png : path, optional
         A folder for the pictures.
-    benches : mapping of str to Benchmark, optional
-        By folder as given, instead of what is stored beside it.
 
     Raises
     ------
@@ -58,7 +55,7 @@ def write_comparison(
     """
     check(folders, file)
     target = Path(file)
-    runs, notes = read_runs(folders, benches)
+    runs, notes = read_runs(folders)
     what = speed_of(runs)
     with canvas.drawing("compare") as figures:
         drawn = {
@@ -83,16 +80,12 @@ def check(folders: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str
     files.check_place(Path(file), "compare", "-o", files.begins_with(page.MARK))
 
 
-def read_runs(
-    folders: Sequence[str | os.PathLike[str]], benches: Mapping[str, Benchmark] | None = None
-) -> tuple[list[Run], list[str]]:
+def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
     """Return what is stored of each folder, and what a reader has to know of it."""
     runs, notes = [], []
     for number, folder in enumerate(folders, 1):
         report = read_report(folder, "compare")
-        bench, said = (benches or {}).get(os.fspath(folder)), []
-        if bench is None:
-            bench, said = stored_bench(folder, report)
+        bench, said = stored_bench(folder, report)
         runs.append(Run(number, report.folder, report, bench))
         notes += [f"{report.folder}: {each}" for each in said]
     names = [run.name for run in runs]
@@ -207,7 +200,7 @@ def render(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[
             svgs.get("speed"),
             f"Median {SPEEDS[what[0]]}{batch}; higher is better. Hollow: the dense model, in the "
             "same rounds.",
-            "Run liar bench DIR --against MODEL, or compare with --measure.",
+            "Run liar bench DIR --against MODEL.",
         ),
     ]
     heads = ["", "run", "parameters", "perplexity", f"{SPEEDS[what[0]]}{batch}", "model"]

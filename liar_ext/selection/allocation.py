@@ -179,10 +179,9 @@ class _Problem:
             outside = 1.0 - in_sites / total
             fixed = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
             raise InputError(
-                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with at_least="
-                f"{budget.at_least}, tile={budget.tile} the sites can go down to "
-                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile or "
-                "at_least"
+                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
+                f"{budget.tile} the sites can go down to "
+                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile"
             )
         return problem
 
@@ -252,8 +251,7 @@ def site_step(site: Site, budget: Budget) -> int:
 def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
     """Return the unit counts that a site may keep, ascending: its grid, and all of its units."""
     step = site_step(site, budget)
-    first = math.ceil(min(budget.at_least, site.units) / step) * step
-    return (*range(first, site.units, step), site.units)
+    return (*range(step, site.units, step), site.units)
 
 
 def _worth_their_cost(

@@ -12,90 +12,16 @@ from liar_ext.data.batches import Batches, probe_batches, read_batches
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
-from liar_ext.ranks import Owners
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.selection.allocation import allocate, probe_plan
-from liar_ext.selection.costs import Costs
+from liar_ext.selection.allocation import probe_plan
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
 from liar_ext.selection.measured import Measured
-from liar_ext.selection.refine import predict_divergence, refine_plan
 from liar_ext.selection.sensitivity import site_divergences
 
 
-def decide(
-    model: nn.Module,
-    bank: MomentBank,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    allocation: str,
-    batches: Batches,
-    *,
-    mode: str = "auto",
-    refine: int = 0,
-    costs: Costs | None = None,
-    losses: Mapping[str, Tensor] | None = None,
-    owners: Owners = Owners(),  # noqa: B008  (holds nothing that changes)
-    progress: bool = False,
-) -> tuple[Plan, dict[str, float]]:
-    """Return the plan of an allocation method.
-
-    Parameters
-    ----------
-    model, bank, at, scores, budget, costs
-        As for :func:`liar_ext.allocate`; the model stays as it is.
-    allocation : {"uniform", "global", "curve"}
-        Method.
-    batches : sequence
-        Calibration batches, of which ``curve`` takes :func:`probes_of`, unless it has its losses
-        and refines nothing.
-    mode : str
-        How the pruned units are reconstructed.
-    refine : int
-        Rounds of :func:`refine_plan`, for ``curve``; they need the moments of all sites.
-    losses : mapping of str to Tensor, optional
-        For ``curve``, from :func:`measure_losses`; measured here if not given.
-    owners : Owners
-        Of several ranks who solves which site in a refinement.
-    progress : bool
-        Show progress bars.
-
-    Returns
-    -------
-    plan : Plan
-    divergences : dict of str to float
-        ``predicted_divergence`` of the plan for ``curve``; with ``refine`` also its
-        ``measured_divergence``, and ``unrefined_divergence``, measured before the first round.
-    """
-    model_type = model.config.model_type
-    if allocation != "curve":
-        plan = allocate(at, scores, budget, allocation, model_type=model_type, costs=costs)
-        return with_bias(plan, model, mode), {}
-    settings = {"mode": mode, "progress": progress}
-    probe = probes_of(model, batches) if refine or losses is None else []
-    if losses is None:
-        losses, _ = measure_losses(model, bank, at, scores, budget, probe, **settings)
-    plan = allocate(at, scores, budget, "curve", model_type=model_type, costs=costs, losses=losses)
-    plan = with_bias(plan, model, mode)
-    measured = {}
-    if refine:
-        plan, history = refine_plan(
-            model,
-            bank,
-            at,
-            scores,
-            budget,
-            probe,
-            losses,
-            plan,
-            rounds=refine,
-            costs=costs,
-            owners=owners,
-            **settings,
-        )
-        measured = {"unrefined_divergence": history[0], "measured_divergence": history[-1]}
-    predicted = predict_divergence(losses, plan)
-    return plan, {"predicted_divergence": predicted, **measured}
+def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:
+    """Return the sum of the losses of a plan over all its sites."""
+    return sum(float(losses[name][len(site.removed)]) for name, site in plan.sites.items())
 
 
 def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:

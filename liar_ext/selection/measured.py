@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from liar_ext.ranks import Ranks
 from liar_ext.saved.progress import Progress
 
 Names = Sequence[str]
@@ -71,11 +70,6 @@ class Measured:
             self._post()
         elif self._is_whole() or self.saved.due(self.name):
             self._write()
-
-    def share(self, ranks: Ranks) -> None:
-        """Let all ranks have what each of them has found."""
-        for theirs in ranks.share(self._state()):
-            self._take(theirs)
 
     def totals(self, probes: Sequence[Names]) -> list[float]:
         """Return the sum over batches by probe, added in their order."""

@@ -11,7 +11,7 @@ from liar_ext.models.sites import Site
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS, Budget, Plan
 from liar_ext.selection.allocation import allocate, allowed_counts, site_step
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.refine import predict_divergence
+from liar_ext.selection.curve_allocation import predict_divergence
 
 OBJECTIVES = {
     "curve": "predicted divergence from the dense model, nats per token, by held-out error curves",
@@ -41,16 +41,15 @@ def rounding(
     at, scores, budget, method, costs, losses
         As for :func:`liar_ext.allocate`.
     plan : Plan
-        What was decided; it may be refined.
+        What was decided.
 
     Returns
     -------
     dict
         ``tile`` as asked for; ``sites``, a row per kind and size; ``kept`` and
         ``kept_at_tile_1``, fractions of the budget's cost; ``objective`` in words; for ``curve``
-        ``predicted_divergence`` and ``predicted_divergence_at_tile_1``, before refinement;
-        ``notes`` on layers that the grid does not suit, and ``warnings`` of those that it keeps
-        from being pruned.
+        ``predicted_divergence`` and ``predicted_divergence_at_tile_1``; ``notes`` on layers that
+        the grid does not suit, and ``warnings`` of those that it keeps from being pruned.
     """
     rows = [_row(some, budget, plan) for some in _kinds(at)]
     facts = {"tile": budget.tile, "sites": rows, "objective": OBJECTIVES[method]}
@@ -70,8 +69,7 @@ def rounding(
     facts["notes"] = [note for row in channels for note in _notes(row, budget)]
     facts["warnings"] = [
         f"{row['layers']} {row['kind']} layers keep all of their {row['units']} channels, since "
-        f"at_least={budget.at_least} and tile={budget.tile} allow no smaller number; lower one of "
-        "them to prune these layers."
+        f"tile={budget.tile} allows no smaller number; lower it to prune these layers."
         for row in channels
         if row["counts"] == 1 and budget.keep < 1.0
     ]

@@ -18,7 +18,6 @@ from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.selection.divergence import DenseOutputs
 from liar_ext.selection.measured import Measured
 
@@ -81,7 +80,6 @@ def divergences(
     probes: Sequence[Sequence[str]],
     *,
     saved: Measured | None = None,
-    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> list[float]:
     """Return the divergence from the dense model for each set of sites pruned together.
@@ -95,9 +93,6 @@ def divergences(
         As for :func:`site_divergences`.
     probes : sequence of sequences of str
         Names of the sites that are pruned, by probe.
-    ranks : Ranks
-        Processes that all measure these probes: each takes a run of the batches, or of the probes
-        of a batch, and all have the result.
 
     Returns
     -------
@@ -115,15 +110,13 @@ def divergences(
     bar = Bar(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
     with evaluating(model), bar:
         for number, batch in enumerate(batches):
-            here = _share_of(probes, number, len(batches), ranks)
-            if measured.has_all(number, here) or (probes and not here):
+            if measured.has_all(number, probes):
                 bar.update(len(probes))
                 continue
             with recorded(blocks) as given:
                 dense = DenseOutputs(model, batch, POSITIONS)
             measured.rows[number] = len(dense)
-            bar.update(len(probes) - len(here))
-            for names in here:
+            for names in probes:
                 bar.update()
                 if measured.has(number, names):
                     continue
@@ -133,18 +126,7 @@ def divergences(
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
                     measured.put(number, names, dense.divergence(model, finite_only=True))
-    measured.share(ranks)
     return mean_divergences(measured.totals(probes), int(sum(measured.rows)), probes)
-
-
-def _share_of(
-    probes: Sequence[Sequence[str]], batch: int, batches: int, ranks: Ranks
-) -> Sequence[Sequence[str]]:
-    """Return the probes that this rank measures on a batch: its run of all, batch by batch."""
-    every = batches * len(probes)
-    first, end = (every * rank // ranks.count for rank in (ranks.rank, ranks.rank + 1))
-    before = batch * len(probes)
-    return probes[max(first - before, 0) : max(end - before, 0)]
 
 
 def mean_divergences(

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,7 +174,6 @@ class StreamedJob(Job):
         recipe, one_pass = self.recipe, self.recipe.schedule == "one-pass"
         refused = {
             f"--criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
-            f"--refine {recipe.refine}": recipe.refine > 0,
             "--rescale": recipe.rescale,
             f"--candidates {' '.join(recipe.candidates)}": bool(recipe.candidates),
             f"--keep-hidden {recipe.keep_hidden}": self.narrows,
@@ -273,8 +272,7 @@ class StreamedJob(Job):
         """Return the scores of all units, and for ``curve`` the losses of all sites."""
         recipe, probes = self.recipe, None
         if recipe.allocation == "curve":
-            budget = replace(recipe.budget, keep=recipe.probed_fraction)
-            given = budget, recipe.reconstruct, self.states
+            given = recipe.budget, recipe.reconstruct, self.states
             probes = ProbeStreams(self.store, passes.batches, *given)
         self.dense = self._judged()
         walk = FirstWalk(self.saved, passes, probes, self.dense)

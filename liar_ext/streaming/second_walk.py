@@ -116,7 +116,7 @@ class SecondWalk:
     def _layerwise(self) -> Iterator[Step]:
         """Yield the new weights of each block, solved on what the pruned blocks before it give."""
         job, recipe = self.job, self.job.recipe
-        settings = recipe.reconstruct, recipe.damp, recipe.solve_target, recipe.refit
+        settings = recipe.reconstruct, recipe.damp
         planned = [site.block for site in self.every if site.name in self.plan.sites]
         with evaluating(job.model), self.blocks.opened():
             shared = {"states": job.states, "ranks": job.ranks}

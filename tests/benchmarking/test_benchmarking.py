@@ -220,20 +220,6 @@ def test_what_can_not_be_measured_is_refused(folder, no_processes, capsys, monke
     assert "--against" in capsys.readouterr().err
 
 
-def test_comparing_measures_what_is_not_stored(folder, tmp_path, capsys, monkeypatch):
-    def quick(name, against, settings, **_):
-        assert against is None and settings.batches == (1,)
-        return benchmark(name, None, Settings(1, 6, 2, (1,)), memory=False)
-
-    monkeypatch.setattr("liar_ext.benchmarking.job.benchmark", quick)
-    page = tmp_path / "c.html"
-    assert main(["compare", str(folder), "-o", str(page), "--measure"]) == 0
-    assert page.read_text().count("<svg") == 2 and not bench_file(folder).exists()
-    (folder / "model.safetensors").unlink()
-    assert main(["compare", str(folder), "-o", str(page), "--measure"]) == 2
-    assert "can't be measured: load_model: " in capsys.readouterr().err
-
-
 def test_a_stored_benchmark_knows_its_folder(folder):
     found = benchmark(folder, folder, Settings(1, 6, 2, (1,)), memory=False)
     fields = json.loads(found.to_json())

@@ -119,5 +119,3 @@ def test_bad_memory_is_refused_at_once():
     model = tiny("llama")
     with pytest.raises(InputError, match="memory must be an integer of at least 1, got 0"):
         prune(model, [], 0.7, memory=0)
-    with pytest.raises(InputError, match="refine solves all sites .* over 9.31e-10 GiB; raise"):
-        prune(model, [], 0.7, memory=1, refine=2)

@@ -12,9 +12,7 @@ import transformers
 from reliability.outcome import in_child
 
 from liar_ext import cli, verify_pruned
-from liar_ext.cli.replan import compare
 from liar_ext.export import gguf
-from liar_ext.export.record import read_record
 from liar_ext.report.report import REPORT_JSON
 
 
@@ -48,46 +46,9 @@ def test_uniform_by_padding(pruned, tmp_path, capsys):
     assert report["uniform"]["source"] == "pruned" and report["evaluation"]["dense"]
 
 
-def test_uniform_by_pruning_again(pruned, llama_folder, corpus, tmp_path, capsys):
-    out = tmp_path / "again"
-    assert run(pruned, "--to", "uniform", "-o", out, "--source", llama_folder) == 0
-    printed = capsys.readouterr().out
-    for name in ("parameters", "perplexity", "predicted divergence", "mean held-out error"):
-        assert f"{name}" in printed and "unequal" in printed
-    transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert verify_pruned(out)["layers"] == "equal"
-    report = json.loads((out / REPORT_JSON).read_text())
-    assert report["recipe"]["uniform_layers"] and report["recipe"]["keep"] == 0.6
-    assert read_record(pruned)[-1]["options"]["source"] == str(llama_folder)
-    assert run(pruned, "--to", "uniform", "-o", out, "--source", llama_folder) == 2
-    assert "exists" in capsys.readouterr().err
-    more = ("--overwrite", "--texts", corpus[1], "--quiet")  # which the recipe evaluates on
-    assert run(pruned, "--to", "uniform", "-o", out, "--source", llama_folder, *more) == 2
-    assert "document" in capsys.readouterr().err and verify_pruned(out)["agrees"]
-
-
-def test_options_of_other_formats_are_refused(pruned, llama_folder, capsys):
-    for options, words in {
-        ("--to", "gguf", "--source", "x"): "--source is an option of --to uniform",
-        ("--to", "uniform", "--texts", "x"): "--texts goes with --source MODEL",
-        ("--to", "uniform", "--quantize", "q8_0"): "has no option quantize; it has multiple_of",
-    }.items():
-        assert run(pruned, *options) == 2
-        assert words in capsys.readouterr().err
-    assert run(llama_folder, "--to", "uniform", "--source", llama_folder) == 2
-    assert "the choices of the job that --source repeats" in capsys.readouterr().err
-
-
-def test_reports_that_are_damaged_are_compared_as_far_as_they_go():
-    assert compare({}, {}) == ["The folder has no report to compare with."]
-    assert compare({"sites": 3, "params": [], "evaluation": {"pruned": 1}}, {"sites": [1]}) == [
-        "The folder has no report to compare with."
-    ]
-    both = {"params": {"after": 10}, "sites": [{"holdout_error": 0.5}, {"holdout_error": "inf"}]}
-    assert compare(both, both) == [
-        "parameters: 10 unequal, 10 equal layers",
-        "mean held-out error of the sites: 0.5 unequal, 0.5 equal layers",
-    ]
+def test_options_of_other_formats_are_refused(pruned, capsys):
+    assert run(pruned, "--to", "uniform", "--quantize", "q8_0") == 2
+    assert "has no option quantize; it has multiple_of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["gguf", "uniform"])

@@ -8,7 +8,6 @@ import shutil
 import pytest
 
 from liar_ext import cli
-from liar_ext.models.overview import markdown, overview
 from liar_ext.models.registry import FAMILIES
 
 
@@ -35,19 +34,16 @@ def change(folder, tmp_path, **fields):
     return path
 
 
-def test_the_table_is_printed_in_three_forms(capsys):
+def test_the_table_is_printed_in_two_forms(capsys):
     code, plain, _ = run(capsys, "families")
     assert code == 0
     lines = plain.splitlines()
     heads = "family heads KV groups channels experts hidden size biases stock config layerwise"
     assert lines[0].split() == heads.split()
     assert [line.split()[0] for line in lines[1 : len(FAMILIES) + 1]] == sorted(FAMILIES)
-    _, page, _ = run(capsys, "families", "--markdown")
-    assert page == markdown(overview())
     _, text, _ = run(capsys, "families", "--json")
     facts = json.loads(text)
     assert facts["llama"]["heads"] == {"applies": "yes", "reason": ""}
-    assert run(capsys, "info", "--families")[1].endswith(plain)
 
 
 def test_a_row_is_proposed_for_a_config_alone(folder, capsys, monkeypatch):
@@ -76,7 +72,6 @@ def test_what_cannot_be_used_is_one_line(folder, llama_folder, tmp_path, capsys)
         ("--suggest", tmp_path / "empty"): "holds no readable config.json",
         ("--suggest", llama_folder / "config.json"): "must be a model folder or a hub id",
         ("--suggest", "x.gguf"): "must be a model folder or a hub id",
-        ("--suggest", folder, "--markdown"): "leave --markdown out",
         ("--suggest", change(folder, tmp_path, model_type="mine", auto_map={"AutoModel": "a.B"})): (
             "has no architecture 'mine', and no code of"
         ),

@@ -35,7 +35,6 @@ GIVEN = {
     "latency_prompt": ("512", 512),
     "latency_new_tokens": ("64", 64),
     "tile": ("64", 64),
-    "at_least": ("2", 2),
     "uniform_layers": (None, True),
     "keep_hidden": ("0.9", 0.9),
     "keep_experts": ("0.75", 0.75),
@@ -43,20 +42,17 @@ GIVEN = {
     "attn_unit": ("head", "head"),
     "criterion": ("obs", "obs"),
     "allocation": ("uniform", "uniform"),
-    "probe_keep": ("0.7", 0.7),
-    "refine": ("3", 3),
     "candidates": ("criterion=obs", ("criterion=obs",)),
     "reconstruct": ("affine", "affine"),
     "damp": ("1e-3", 1e-3),
     "schedule": ("layerwise", "layerwise"),
-    "target": ("dense-input", "dense-input"),
     "rescale": ("", True),
     "judge": ("8", 8),
     "eval": ("held_out.txt", "held_out.txt"),
     "eval_samples": ("5", 5),
     "certify": ("4", 4),
 }
-NEED_OTHERS = {"model", "refit", "latency_table"}  # see below
+NEED_OTHERS = {"model", "latency_table"}  # see below
 JOB = ("prune", "model", "--calibration", "text.txt")
 
 
@@ -82,7 +78,6 @@ def test_every_field_has_an_option(each):
 
 
 def test_fields_that_need_others_have_options_too():
-    assert read("--schedule", "layerwise", "--refit").refit
     assert read("--of", "latency", "--latency-table", "a.json").latency_table == "a.json"
     assert recipe_of(parse(["prune", "here"])).model == "here"
     assert recipe_of(parse(["prune", "--keep", "0.7", "here"])).model == "here"
@@ -223,19 +218,14 @@ def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch)
     assert len(saved) == 1 and saved[0] != tmp_path / "out"
 
 
-@pytest.mark.parametrize("text", ["auto", "1", "16", "32", "64", "128"])
-def test_tiles_and_their_older_name(text):
+@pytest.mark.parametrize("text", ["auto", "1", "7", "256"])
+def test_tiles(text):
     value = text if text == "auto" else int(text)
     assert read("--tile", text) == read() if text == "auto" else read("--tile", text).tile == value
-    if text != "auto":
-        assert read("--multiple-of", text) == read("--tile", text)
-    assert read("--multiple-of", "7").tile == 7
 
 
-@pytest.mark.parametrize("options", [["--tile", "7"], ["--tile", "16", "--multiple-of", "16"]])
-def test_other_tiles_are_refused(options, capsys):
+def test_other_tiles_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        read(*options)
-    said = capsys.readouterr().err
+        read("--tile", "x")
     assert stop.value.code == 2
-    assert "must be auto or one of 1, 16, 32, 64, 128, got '7'" in said or "not allowed" in said
+    assert "must be an integer, got 'x'" in capsys.readouterr().err

@@ -38,16 +38,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 JOBS = {
     "default": {},
     "global": {"allocation": "global"},
-    "refine": {"refine": 1},
     "heads": {"attn_unit": "head"},
     "affine": {"reconstruct": "affine"},
     "groups of sites": {"memory": 1},
     "hidden": {"keep_hidden": 0.8},
-    "refit": {"schedule": "layerwise", "refit": True},
-    **{
-        f"layerwise {target}": {"schedule": "layerwise", "target": target}
-        for target in ("dense-input", "branch", "auto")
-    },
+    "layerwise": {"schedule": "layerwise"},
     **{
         name: {"criterion": name, "allocation": "uniform", "schedule": "one-pass"}
         for name in ("obs", "energy", "fisher")
@@ -58,7 +53,7 @@ ON_ONE = (
     "default",
     "groups of sites",
     "hidden",
-    "refit",
+    "layerwise",
 )  # on one device as well, whatever there is
 
 

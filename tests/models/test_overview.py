@@ -7,7 +7,8 @@ from dataclasses import replace
 from test_docs import ROOT
 from tiny import TINY, tiny
 
-from liar_ext.models.overview import COLUMNS, Entry, markdown, overview, plain
+from bench.families import markdown
+from liar_ext.models.overview import COLUMNS, Entry, overview, plain
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import sites
 

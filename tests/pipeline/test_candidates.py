@@ -89,12 +89,12 @@ def test_a_sweep_judges_the_candidates_of_its_recipes():
         ("rescale=true", "candidates must be FIELD=VALUE"),
         ("criterion=obs,", "candidates must be FIELD=VALUE"),
         ("criterion=nothing", "criterion"),
-        ("refine=many", "refine"),
+        ("damp=many", "damp"),
         ("damp={a", "not YAML.*candidates, 'damp={a'"),
-        ("refine=" + "9" * 5000, "not YAML"),
+        ("rescale=" + "9" * 5000, "candidates must be FIELD=VALUE"),
         ("damp=" + "[" * 2000, "not YAML|not nested deeply"),
         ("criterion=!!python/name:os.system x", "not YAML"),
-        ("schedule=one-pass,refit=true", "in one pass"),
+        ("schedule=layerwise,reconstruct=none", "solves for no target"),
     ],
 )
 def test_a_candidate_that_cannot_be_is_refused(candidate, message):

@@ -22,8 +22,8 @@ CURVE = {"keep": 0.6, "tile": 1, "allocation": "curve"}
 JOBS = {
     "default": ("llama", CURVE),
     "groups": ("llama", {**CURVE, "schedule": "one-pass", "memory": 60_000}),
-    "norm of the sum": ("bert", {**CURVE, "refine": 1}),
-    "tuples": ("gpt_neox", {**CURVE, "target": "dense-input", "refit": True}),
+    "norm of the sum": ("bert", CURVE),
+    "tuples": ("gpt_neox", CURVE),
     "experts": ("qwen3_moe", {**CURVE, "schedule": "one-pass"}),
     "narrowed": ("llama", {**CURVE, "keep_hidden": 0.8}),
 }

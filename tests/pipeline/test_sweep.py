@@ -10,6 +10,8 @@ import liar_ext
 from liar_ext import Budget, InputError, MomentBank, Recipe, calibrate, prune, sweep
 from liar_ext.calibration import passes
 from liar_ext.pipeline import scoring
+from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.pipeline import run
 from liar_ext.pipeline.sharing import LATER, Known
 from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
 from liar_ext.recipe.recipe import recipe_fields
@@ -20,10 +22,10 @@ CHOICES = [
     ("llama", {}),
     ("llama", {"allocation": "global", "tile": 1}),
     ("llama", {"allocation": "uniform", "criterion": "obs", "reconstruct": "affine"}),
-    ("llama", {"criterion": "taylor", "refine": 1, "attn_unit": "head"}),
+    ("llama", {"criterion": "taylor", "attn_unit": "head"}),
     ("llama", {"schedule": "one-pass", "of": "params"}),
     ("qwen3_moe", {}),
-    ("llama", {"criterion": "random", "seed": 3, "kinds": ("mlp",), "probe_keep": "auto"}),
+    ("llama", {"criterion": "random", "seed": 3, "kinds": ("mlp",)}),
     ("bert", {"reconstruct": "none"}),
     ("bert", {}),
     ("llama", {"keep_hidden": 0.5, "allocation": "uniform"}),
@@ -48,7 +50,7 @@ def banks(tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "choices"), CHOICES, ids=str)
 def test_each_budget_is_what_it_is_from_scratch(family, choices, banks, monkeypatch):
-    """By the recipe that a point names: the same plan, and the same bits."""
+    """By the recipe that a point names and its probes: the same plan, and the same bits."""
     model, found = tiny(family), []
     before = outputs(model)
     with monkeypatch.context() as patch:
@@ -65,7 +67,8 @@ def test_each_budget_is_what_it_is_from_scratch(family, choices, banks, monkeypa
     assert torch.equal(outputs(model), before)
     for keep, pruned, point, planned in zip(KEEP, found, points, plans, strict=True):
         alone = tiny(family)
-        report = prune(alone, batches(alone), point.recipe)
+        known = Known(probe_keep=PROBE_KEEP)
+        report = run(Job(alone, batches(alone), point.recipe, known=known))
         assert point.recipe.keep == keep and report.plan == point.plan == planned.plan
         assert same_weights(pruned, alone)
         assert point.predicted_divergence == report.settings.get("predicted_divergence")
@@ -86,7 +89,6 @@ def test_sensitivities_are_measured_once_for_all_budgets(banks, monkeypatch):
     model = tiny("llama")
     points = sweep(model, bank=banks["llama"], keep=(0.9, 0.8, 0.7, 0.5))
     assert calls == [6]
-    assert {point.recipe.probe_keep for point in points} == {PROBE_KEEP}
     losses = [point.predicted_divergence for point in points]
     assert losses == sorted(losses) and losses[0] > 0
     # At each budget's own fraction there is nothing to share; what is known still is.
@@ -112,16 +114,16 @@ def test_a_bank_with_sensitivities_needs_no_forward_pass(banks, tmp_path, monkey
     expected = sweep(tiny("llama"), bank=banks["llama"], keep=KEEP)
     with pytest.raises(InputError, match="allocation curve runs the model over the calibration"):
         sweep(model, bank=bank, keep=KEEP)
-    work = Sweep(model, bank=banks["llama"])
-    work.plan(Recipe(probe_keep=PROBE_KEEP))
+    work = Sweep(model, bank=banks["llama"], probe_keep=PROBE_KEEP)
+    work.plan(Recipe())
     work.known.store_sensitivities(bank)
     bank.save(tmp_path / "bank")
     bank = MomentBank.load(tmp_path / "bank")
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: pytest.fail("run"))
     points = sweep(model, bank=bank, keep=KEEP)
     assert [point.plan for point in points] == [point.plan for point in expected]
-    report = prune(model, bank=bank, keep=0.6, probe_keep=PROBE_KEEP, schedule="one-pass")
-    assert report.plan == expected[1].plan
+    report = prune(model, bank=bank, keep=0.8, schedule="one-pass")
+    assert report.plan == expected[0].plan
     assert all(row.sensitivity > 0 for row in report.sites)
     other = calibrate(tiny("llama"), [batch["input_ids"] + 1 for batch in batches(model)])
     assert Known.of_bank(bank).found and not Known.of_bank(other).found
@@ -157,7 +159,6 @@ def test_what_can_not_be_swept_is_refused_before_anything_is_run(banks, monkeypa
         ((0.8, 0.001), {}, "no plan keeps 0.001"),
         ((0.8, 1.5), {}, "keep must be in"),
         ((0.8,), {"keep_hidden": 0.5}, "keep_hidden and keep_experts take moments"),
-        ((0.8,), {"probe_keep": 1.0}, "probe_keep must be"),
         ((0.8,), {"colour": 1}, "unknown field"),
     ):
         with pytest.raises(InputError, match=message):

@@ -33,12 +33,10 @@ def test_names_of_methods():
         self_text=0.0,
         random_tokens=0.0,
     )
-    named = read_method("liar+layerwise+refine=2+kinds=mlp+tile=auto+damp=0.1", keep=0.7, seed=0)
-    assert named == Recipe(
-        keep=0.7, schedule="layerwise", refine=2, kinds=("mlp",), tile="auto", damp=0.1
-    )
-    assert read_method("liar+equal+at_least=2", keep=0.7, seed=0) == Recipe(
-        keep=0.7, tile=1, uniform_layers=True, at_least=2
+    named = read_method("liar+layerwise+kinds=mlp+tile=auto+damp=0.1", keep=0.7, seed=0)
+    assert named == Recipe(keep=0.7, schedule="layerwise", kinds=("mlp",), tile="auto", damp=0.1)
+    assert read_method("liar+equal+batch_size=2", keep=0.7, seed=0) == Recipe(
+        keep=0.7, tile=1, uniform_layers=True, batch_size=2
     )
     assert expand(["liar", "others", FLAP]) == ["liar", *OTHERS]
 
@@ -69,7 +67,7 @@ METHODS = [
     "liar",
     "liar+one-pass",
     "liar+tile=4",
-    "liar+refine=1+damp=0.5",
+    "liar+damp=0.5",
     "liar+equal",
     "obs+curve+none",
     "taylor+uniform+linear",
@@ -96,7 +94,7 @@ def test_methods_that_share_give_what_they_give_alone(name, monkeypatch):
         pruned, report, seconds = case.prune(recipe)
         shared[method] = pruned.state_dict(), report.plan, report
         assert seconds > case.calibrating
-    # Those of liar, of another form and of other units; schedule, tile, refine, damp, equal layers
+    # Those of liar, of another form and of other units; schedule, tile, damp, equal layers
     # and a choice of sites share liar's.
     assert len(calls) == 3 - (name == "opt")  # whose heads share no keys
     monkeypatch.undo()
@@ -160,8 +158,9 @@ def test_rows_are_found_again(tmp_path):
         row(calibration_digest="x"),
     ):
         assert again.find(other) is None
-    before = row()  # of a recipe that had one field less
-    del before["recipe"]["refine"]
+    before = row()  # of a recipe that had one field less, and one that is gone
+    del before["recipe"]["rescale"]
+    before["recipe"]["refine"] = 0
     assert again.find(before) is not None
     before["recipe"]["schedule"] = "layerwise"  # the default was another one
     assert again.find(before) is None

@@ -14,6 +14,7 @@ from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Recipe, prune
 from liar_ext.recipe.choices import ALLOCATIONS, GROUPS, PRESETS
+from liar_ext.recipe.recipe import REMOVED
 from liar_ext.selection import allocation
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
@@ -27,8 +28,6 @@ def recipes(draw) -> Recipe:
     schedule = draw(st.sampled_from(["auto", "one-pass", "layerwise"]))
     layerwise = schedule == "layerwise"
     modes = ["auto", "linear", "affine"] + ["none", "bias"] * (not layerwise)
-    targets = ["dense-input"] + ["branch", "stream", "auto"] * layerwise
-    method = draw(st.sampled_from(ALLOCATIONS))
     positive = st.integers(1, BIG)
     fraction = st.floats(0, 1, exclude_min=True)
     return Recipe(
@@ -50,22 +49,17 @@ def recipes(draw) -> Recipe:
         latency_prompt=draw(positive),
         latency_new_tokens=draw(positive),
         tile=draw(st.just("auto") | positive),
-        at_least=draw(positive),
         uniform_layers=draw(st.booleans()),
         keep_hidden=draw(fraction),
         keep_experts=draw(fraction),
         kinds=draw(st.sampled_from([("attn", "mlp"), ("mlp",), ("attn",)])),
         attn_unit=draw(st.sampled_from(["auto", "kv_group", "head"])),
         criterion=draw(st.sampled_from(["wifv", "obs", "random"])),
-        allocation=method,
-        probe_keep=draw(st.just("auto") | st.floats(0, 1, exclude_min=True, exclude_max=True)),
-        refine=draw(st.integers(0, 5)) if method == "curve" else 0,
+        allocation=draw(st.sampled_from(ALLOCATIONS)),
         candidates=draw(st.sampled_from([(), ("damp=1e-3",)])),
         reconstruct=draw(st.sampled_from(modes)),
         damp=draw(st.just("auto") | st.floats(0, allow_infinity=True, allow_nan=False)),
         schedule=schedule,
-        target=draw(st.none() | st.sampled_from(targets)),
-        refit=layerwise and draw(st.booleans()),
         rescale=draw(st.booleans()),
         eval=draw(st.none() | NAMES),
         eval_samples=draw(st.none() | positive),
@@ -135,7 +129,6 @@ WRONG = {
     "latency_new_tokens": [0, True, 2**63],
     "latency_table": ["", 7, "table.json"],  # the last: without of="latency"
     "tile": [0, -8, 1.5, "32", "all", True, None, 2**63, [8]],
-    "at_least": [0, "1"],
     "uniform_layers": [1, "yes", None],
     "keep_hidden": [0.0, 1.01, math.nan, "all"],
     "keep_experts": [0.0, 1.01, math.nan, "all"],
@@ -143,14 +136,10 @@ WRONG = {
     "attn_unit": ["token", None],
     "criterion": ["best", "", None, []],
     "allocation": ["fair", 1, []],
-    "probe_keep": [0.0, 1.0, -0.5, "budget", None, True],
-    "refine": [-1, 1.5, None],
     "candidates": ["criterion=obs", ["obs"], ["keep=0.5"], [""], [1], None],
     "reconstruct": ["ridge", None, {}],
     "damp": ["much", -1, math.nan, None, [1], True, "nan"],
     "schedule": ["two-pass", None],
-    "target": ["dense", 1],
-    "refit": ["no", 0],
     "rescale": ["yes", 1, None],
     "judge": [-1, 0, 1, 0.5, None, True],
     "eval": ["", " ", 1, "\0"],
@@ -179,10 +168,6 @@ def test_a_wrong_value_is_refused_in_one_line(name, value):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"refine": 2, "allocation": "uniform"}, "refine"),
-        ({"refit": True, "schedule": "one-pass"}, 'use schedule="layerwise"'),
-        ({"target": "stream", "schedule": "one-pass"}, 'use schedule="layerwise"'),
-        ({"target": "stream", "reconstruct": "bias"}, 'use schedule="layerwise"'),
         ({"schedule": "layerwise", "reconstruct": "none"}, "solves for no target"),
         ({"calibration": ("a.txt",), "seq_len": 1}, "seq_len must be at least 2"),
     ],
@@ -276,8 +261,8 @@ def test_building_from_a_budget_or_a_fraction():
     assert Recipe.build(Recipe(keep=0.5), criterion="obs") == Recipe(keep=0.5, criterion="obs")
     with pytest.raises(InputError, match="keep must be given once"):
         Recipe.build(0.5, keep=0.6)
-    with pytest.raises(InputError, match="at_least must be given once"):
-        Recipe.build(budget, at_least=2)
+    with pytest.raises(InputError, match="tile must be given once"):
+        Recipe.build(budget, tile=2)
 
 
 def test_a_job_is_repeated_by_its_recipe(tmp_path):
@@ -304,14 +289,28 @@ def test_the_report_says_what_the_model_was():
 def test_the_older_name_of_tile_is_read():
     """As in the recipe of every folder that was saved before."""
     assert Recipe.from_yaml("keep: 0.5\nmultiple_of: 1\n") == Recipe(keep=0.5, tile=1)
-    assert Recipe.from_json('{"multiple_of": 8}') == Recipe(multiple_of=8) == Recipe(tile=8)
-    assert Recipe.build(0.5, multiple_of=8).multiple_of == 8
-    assert "multiple_of" not in Recipe(tile=8).to_yaml()
-    for facts in ({"tile": 8, "multiple_of": 8}, {"keep": Budget(0.5, tile=4), "multiple_of": 8}):
-        with pytest.raises(InputError, match="tile must be given once"):
-            Recipe.build(**facts)
-    with pytest.raises(InputError, match="tile must be given once"):
-        Recipe.from_dict({"tile": 8, "multiple_of": 8})
+    assert Recipe.from_json('{"multiple_of": 8}') == Recipe(tile=8)
+    for make in (Recipe.from_dict, lambda facts: Recipe.build(**facts)):
+        with pytest.raises(InputError, match="unknown field 'multiple_of'"):
+            make({"tile": 8, "multiple_of": 8})
+
+
+def test_removed_fields_are_read_where_they_had_no_effect():
+    facts = {name: values[-1] for name, values in REMOVED.items()}
+    with pytest.warns(UserWarning, match=f"ignoring {', '.join(REMOVED)}: removed") as found:
+        assert Recipe.from_dict({"keep": 0.5, **facts}) == Recipe(keep=0.5)
+    assert len(found) == 1
+    assert Recipe.from_yaml("target: null") == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("at_least", 2), ("probe_keep", 0.8), ("refine", 4), ("target", "branch"), ("refit", True)],
+)
+def test_removed_fields_are_refused_where_they_had_an_effect(name, value):
+    for make in (Recipe.from_dict, lambda facts: Recipe.build(**facts)):
+        with pytest.raises(InputError, match=f"{name} was removed, got {value!r}; leave it out"):
+            make({name: value})
 
 
 @pytest.mark.parametrize(
@@ -320,9 +319,9 @@ def test_the_older_name_of_tile_is_read():
         ("llama", {}, "layerwise"),
         ("gpt2", {}, "layerwise"),
         ("bert", {}, "layerwise"),
-        ("vit", {"target": "stream"}, "layerwise"),
+        ("vit", {}, "layerwise"),
         ("bert", {"reconstruct": "bias"}, "one-pass"),
-        ("llama", {"reconstruct": "none", "target": "dense-input"}, "one-pass"),
+        ("llama", {"reconstruct": "none"}, "one-pass"),
         ("bert", {"schedule": "one-pass"}, "one-pass"),
     ],
 )

@@ -250,14 +250,11 @@ def test_probe_plans_take_something_off_every_site(llama):
 
 def test_constraints_hold(llama, losses):
     model, at, scores = llama
-    for method, tile, at_least in itertools.product(
-        ("uniform", "global", "curve"), (1, 4, 8), (1, 3)
-    ):
-        budget = Budget(0.6, tile=tile, at_least=at_least, uniform_layers=True)
+    for method, tile in itertools.product(("uniform", "global", "curve"), (1, 4, 8)):
+        budget = Budget(0.6, tile=tile, uniform_layers=True)
         plan = allocate(at, scores, budget, method, losses=losses)
         for site in at:
             kept = len(plan.sites[site.name].kept)
-            assert kept >= at_least
             assert kept == site.units or site.kind == "attn" or kept % tile == 0
         for kind in ("attn", "mlp"):
             assert len({len(plan.sites[s.name].kept) for s in at if s.kind == kind}) == 1

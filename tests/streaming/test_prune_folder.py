@@ -219,7 +219,6 @@ def test_weights_are_written_as_they_are_solved(llama, tmp_path, monkeypatch):
     ("choices", "said"),
     [
         ({"criterion": "taylor"}, "--criterion taylor needs the whole model"),
-        ({"refine": 2, "allocation": "curve"}, "--refine 2 needs the whole model"),
         ({"keep_hidden": 0.9}, "--keep-hidden 0.9 needs the whole model"),
         ({"of": "latency"}, "--of latency needs the whole model"),
         ({"memory": 1 << 20}, "--memory bounds the sums of a model that is in memory"),
