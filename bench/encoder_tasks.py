@@ -20,13 +20,14 @@ HELD_OUT_EVERY = 7
 class Similarity:
     """Spearman correlation of the cosine similarity of pairs with their scores."""
 
-    def __init__(self, rows: Sequence[tuple[float, str, str]], tokenizer) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
+    def __init__(self, rows: Sequence[tuple[float, str, str]], tokenizer, cls: bool) -> None:
+        self.rows, self.tokenizer, self.cls = rows, tokenizer, cls
 
     def __call__(self, model) -> float:
         """Return it for a model."""
         left, right = (
-            embed(model, self.tokenizer, [row[side] for row in self.rows]) for side in (1, 2)
+            embed(model, self.tokenizer, [row[side] for row in self.rows], self.cls)
+            for side in (1, 2)
         )
         cosine = (left * right).sum(1)
         return float(spearmanr(cosine, [row[0] for row in self.rows]).statistic)
@@ -35,13 +36,15 @@ class Similarity:
 class News:
     """Recall@1: the share of titles to which no body is nearer than the article's own."""
 
-    def __init__(self, articles: Sequence[tuple[str, str]], tokenizer) -> None:
+    def __init__(self, articles: Sequence[tuple[str, str]], tokenizer, cls: bool) -> None:
         self.titles, self.bodies = zip(*articles, strict=True)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.cls = tokenizer, cls
 
     def __call__(self, model) -> float:
         """Return it for a model."""
-        titles, bodies = (embed(model, self.tokenizer, each) for each in (self.titles, self.bodies))
+        titles, bodies = (
+            embed(model, self.tokenizer, each, self.cls) for each in (self.titles, self.bodies)
+        )
         found = (titles @ bodies.T).argmax(1) == torch.arange(len(titles))
         return float(found.double().mean())
 
@@ -65,16 +68,17 @@ class Sentiment:
 
 
 @torch.no_grad()
-def embed(model, tokenizer, texts: Sequence[str]) -> Tensor:
-    """Return embeddings of length 1, the mean of the outputs of each text's tokens."""
+def embed(model, tokenizer, texts: Sequence[str], cls: bool) -> Tensor:
+    """Return embeddings of length 1: the mean over each text's tokens, or the first of them."""
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
     rows: dict[int, Tensor] = {}
     for at in range(0, len(order), BATCH):
         here = order[at : at + BATCH]
         inputs = encode(tokenizer, [texts[index] for index in here])
         mask = inputs["attention_mask"][..., None]
-        mean = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-        rows |= zip(here, torch.nn.functional.normalize(mean, dim=-1), strict=True)
+        states = model(**inputs).last_hidden_state
+        pooled = states[:, 0] if cls else (states * mask).sum(1) / mask.sum(1)
+        rows |= zip(here, torch.nn.functional.normalize(pooled, dim=-1), strict=True)
     return torch.stack([rows[at] for at in range(len(texts))])
 
 

@@ -1,6 +1,6 @@
-"""Encoders at 50, 35 and 25 % of the parameters of their heads and channels, judged by three tasks.
+"""Sentence encoders at 50, 35 and 25 % of their heads' and channels' parameters, by three tasks.
 
-Takes a sentence encoder (all-MiniLM-L6-v2, say) as a folder, and data as folders: STS-B with
+Takes the encoders of `bench/encoder_models.py`, by name, and data as folders: STS-B with
 `sts-train.csv` and `sts-test.csv` (tab-separated, score in column 5, sentences in 6 and 7), SST-2
 with `train.tsv` and `test.tsv` (sentence, label), and news as a folder of articles, a title and a
 body each; what is not given is left out. `--judge dev` takes the dev files instead, and other
@@ -10,12 +10,13 @@ articles, for choices that the test data must not decide.
     news      recall@1: of 300 articles or more, is the body nearest to a title its own
     SST-2     accuracy; the encoder is fine-tuned before pruning, once, and kept
 
-The encoder is pruned on training sentences of STS-B, and again on news articles that are not
-judged; both of these models are judged by both tasks, so that each task has a row of a calibration
-text of its own kind and one of another kind. Calibration takes no labels, and is drawn as
-`liar prune` draws it. Rows lie in `encoders.json`; a second run makes what is missing.
+An encoder is pruned on training sentences of STS-B, and again on news articles that are not judged;
+both of these models are judged by both tasks, so that each task has a row of a calibration text of
+its own kind and one of another kind. Calibration takes no labels, and is drawn as `liar prune`
+draws it. Methods share sums, scores, error curves and sensitivities; the seconds of a row count
+what it would have spent alone. Rows lie in `encoders.json`; a second run makes what is missing.
 
-`--keep-hidden` measures STS-B with hidden features sliced, and with all that read them solved, and
+`--keep-hidden` measures with hidden features sliced, and with all that read them solved, and
 nothing else removed. What those rows keep is of all parameters, not of the units'.
 """
 
@@ -29,20 +30,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from encoder_models import folders, is_cls
 from encoder_tasks import News, Sentiment, Similarity, fine_tuned, news_apart, read_sts
-from transformers import AutoModel, AutoTokenizer
 
-from liar_ext import Plan, apply_plan, narrow, prune
+from liar_ext import Plan, Recipe, apply_plan, narrow
+from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.data.random_tokens import RANDOM_TOKENS
 from liar_ext.data.texts import calibration_sequences
+from liar_ext.pipeline.choosing import JUDGED
+from liar_ext.pipeline.sweep import Sweep
 
-# All but the default with tile 1, as the older rows of docs/quality.md.
+# Those of no or partial reconstruction are uniform, with single channels, as others' methods are.
 PLAIN = {"criterion": "wifv", "allocation": "uniform", "schedule": "one-pass", "tile": 1}
 METHODS = {
-    "default": {},
+    "auto": {},
     "one-pass": {"schedule": "one-pass"},
-    "branch": {"schedule": "layerwise", "target": "branch"},
+    "layerwise": {"schedule": "layerwise"},
+    "one-pass, random tokens": {"schedule": "one-pass", "random_tokens": 0.25},
+    "layerwise, random tokens": {"schedule": "layerwise", "random_tokens": 0.25},
     "obs": {"criterion": "obs"},
     "rescale": {"rescale": True},
     "tile=1": {"tile": 1},
@@ -52,6 +57,7 @@ METHODS = {
     "linear": {**PLAIN, "reconstruct": "linear"},
     "affine": {**PLAIN, "reconstruct": "affine"},
 }
+DEFAULT = ("auto", "one-pass", "layerwise")
 SEQ_LEN, BATCH = 128, 64
 
 
@@ -62,14 +68,18 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "encoders.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    tokenizer = AutoTokenizer.from_pretrained(options.encoder)
-    jobs = [sentences_of(options, tokenizer), classifier_of(options, tokenizer)]
-    for model, texts, tasks in filter(None, jobs):
-        for row in compare(model, texts, tasks, tokenizer, options, rows):
-            rows.append(row)
-            print(row, flush=True)
-            path.write_text(json.dumps(rows, indent=1) + "\n")
-            (options.out / "encoders.md").write_text(markdown(rows))
+    for name in options.encoders:
+        folder = folders()[name] if name in folders() else Path(name)
+        model, tokenizer = load_model(folder)
+        jobs = [sentences_of(model, is_cls(folder), options, tokenizer)]
+        if options.sst2 is not None:
+            jobs.append(classifier_of(name, folder, options, tokenizer))
+        for dense, texts, tasks in filter(None, jobs):
+            for row in compare(name, dense, texts, tasks, tokenizer, options, rows):
+                rows.append(row)
+                print(row, flush=True)
+                path.write_text(json.dumps(rows, indent=1) + "\n")
+                (options.out / "encoders.md").write_text(markdown(rows))
     print(markdown(rows))
 
 
@@ -79,15 +89,15 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("encoder", type=Path, help="folder of the sentence encoder")
+    add("encoders", nargs="*", default=list(folders()), help="names or folders of encoders")
     add("--stsb", type=Path, help="folder of STS-B")
     add("--sst2", type=Path, help="folder of SST-2")
     add("--news", type=Path, help="folder of articles, in folders or not")
+    add("--calibration", nargs="+", choices=("STS-B", "news"), default=["STS-B", "news"])
     add("--keep", type=float, nargs="+", default=[0.5, 0.35, 0.25])
     add("--seeds", type=int, nargs="+", default=[0, 1])
-    add("--samples", type=int, default=512, help=f"times {SEQ_LEN} calibration tokens")
-    add("--random-tokens", type=float, default=RANDOM_TOKENS, help="as of `liar prune`")
-    add("--methods", nargs="*", choices=METHODS, default=["default"])
+    add("--samples", type=int, default=128, help=f"times {SEQ_LEN} calibration tokens")
+    add("--methods", nargs="*", choices=METHODS, default=DEFAULT)
     add("--judge", choices=("test", "dev"), default="test")
     add("--keep-hidden", nargs="+", type=float, default=[], help="fractions of the hidden size")
     add("--out", type=Path, default=Path("out/encoders"))
@@ -97,7 +107,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def sentences_of(options: argparse.Namespace, tokenizer) -> tuple | None:
+def sentences_of(model, cls: bool, options: argparse.Namespace, tokenizer) -> tuple | None:
     """Return the encoder, calibration texts and tasks by name."""
     texts: dict[str, list[str]] = {}
     tasks: dict[str, Callable] = {}
@@ -105,25 +115,23 @@ def sentences_of(options: argparse.Namespace, tokenizer) -> tuple | None:
         train = read_sts(options.stsb / "sts-train.csv")
         texts["STS-B"] = list(dict.fromkeys(text for _, *pair in train for text in pair))
         judged = read_sts(options.stsb / f"sts-{options.judge}.csv")
-        tasks["STS-B, Spearman"] = Similarity(judged, tokenizer)
+        tasks["STS-B, Spearman"] = Similarity(judged, tokenizer, cls)
     if options.news is not None:
         texts["news"], judged = news_apart(options.news, options.judge)
-        tasks[f"news, recall@1 of {len(judged)}"] = News(judged, tokenizer)
-    if not tasks:
-        return None
-    return AutoModel.from_pretrained(options.encoder).eval(), texts, tasks
+        tasks[f"news, recall@1 of {len(judged)}"] = News(judged, tokenizer, cls)
+    texts = {name: each for name, each in texts.items() if name in options.calibration}
+    return (model, texts, tasks) if tasks else None
 
 
-def classifier_of(options: argparse.Namespace, tokenizer) -> tuple | None:
+def classifier_of(name: str, folder: Path, options: argparse.Namespace, tokenizer) -> tuple:
     """Return the fine-tuned classifier, its calibration text and its task."""
-    if options.sst2 is None:
-        return None
     task = Sentiment(options.sst2 / f"{options.judge}.tsv", tokenizer)
-    model, train = fine_tuned(options.encoder, options.sst2, tokenizer, options.out)
+    model, train = fine_tuned(folder, options.sst2, tokenizer, options.out / Path(name).name)
     return model, {"SST-2": train}, {"SST-2, accuracy": task}
 
 
 def compare(
+    name: str,
     dense,
     texts: dict[str, list[str]],
     tasks: dict[str, Callable],
@@ -133,51 +141,58 @@ def compare(
 ) -> Iterator[dict]:
     """Yield the rows that are missing: each pruned model by each of the tasks."""
     done = {key_of(row) for row in known}
-    mine = [row for row in known if row["judge"] == options.judge and row["task"] in tasks]
-    before: dict[str, float] = {}
+    same = {"encoder": name, "judge": options.judge}
+    before = {row["task"]: row["dense"] for row in known if same.items() <= row.items()}
 
     def judged(model, facts: dict) -> Iterator[dict]:
         for task, measure in tasks.items():
-            row = {"judge": options.judge, "task": task, **facts}
+            row = {**same, "task": task, **facts}
             if key_of(row) in done:  # a run was stopped between the tasks
                 continue
-            earlier = next((row["dense"] for row in mine if row["task"] == task), None)
-            before[task] = before.get(task) or earlier or measure(dense)
+            before[task] = before.get(task) or measure(dense)
             after = measure(model)
             scores = {"dense": before[task], "pruned": after, "retained": after / before[task]}
             yield {**row, **scores}
 
     def missing(facts: dict) -> bool:
-        rows = ({"judge": options.judge, "task": task, **facts} for task in tasks)
-        return not all(key_of(row) in done for row in rows)
+        return not all(key_of({**same, "task": task, **facts}) in done for task in tasks)
 
-    for keep, seed in [(keep, seed) for seed in options.seeds for keep in options.keep]:
-        for (calibration, documents), method in [
-            (each, method) for each in texts.items() for method in options.methods
-        ]:
-            facts = {"calibration": calibration, "method": method, "asked": keep, "seed": seed}
-            facts |= {"samples": options.samples, "random_tokens": options.random_tokens}
-            if not missing(facts):
-                continue
-            batches = draw(documents, tokenizer, options, seed)
-            model, start = copy.deepcopy(dense), time.process_time()
-            report = prune(model, batches, keep, seed=seed, **METHODS[method])
-            facts["seconds"] = time.process_time() - start
-            facts["keep"] = report.params["prunable_after"] / report.params["prunable_before"]
-            facts["tokens"] = report.settings["calibration_tokens"]
-            yield from judged(model, facts)
+    for seed in options.seeds:
+        for calibration, documents in texts.items():
+            sweeps: dict[float, tuple[Sweep, float]] = {}
+            for keep, method in [(keep, way) for keep in options.keep for way in options.methods]:
+                facts = {"calibration": calibration, "method": method, "asked": keep, "seed": seed}
+                facts |= {"samples": options.samples}
+                if not missing(facts):
+                    continue
+                choices = dict(METHODS[method])
+                random_tokens = choices.pop("random_tokens", 0.0)
+                if random_tokens not in sweeps:
+                    start = time.process_time()
+                    given = draw(documents, tokenizer, options, seed, random_tokens)
+                    sweep = Sweep(dense, given[0], judge_on=given[1])
+                    sweeps[random_tokens] = sweep, time.process_time() - start
+                sweep, seconds = sweeps[random_tokens]
+                start, spared = time.process_time(), sweep.known.spared
+                model, point = sweep.prune(Recipe(keep=keep, seed=seed, **choices))
+                report = point.report
+                facts["seconds"] = time.process_time() - start + seconds
+                facts["seconds"] += sweep.known.spared - spared
+                facts["keep"] = report.params["prunable_after"] / report.params["prunable_before"]
+                facts["tokens"] = report.settings["calibration_tokens"]
+                facts["schedule"] = report.settings["schedule"]
+                facts["schedules"] = report.settings.get("schedules", {})
+                yield from judged(model, facts)
     for fraction in options.keep_hidden:
-        narrowed_before = ("hidden" in row["method"] and row["asked"] == fraction for row in mine)
-        if any(narrowed_before):
-            continue
         yield from narrowed(dense, next(iter(texts.values())), fraction, tokenizer, options, judged)
 
 
-def draw(documents: Sequence[str], tokenizer, options, seed: int) -> list[dict]:
-    """Return calibration batches as `liar prune` draws them for an encoder."""
+def draw(documents: Sequence[str], tokenizer, options, seed: int, random_tokens: float) -> tuple:
+    """Return batches to calibrate on, and others to judge by, as `liar prune` draws them."""
     settings = {"samples": options.samples, "seq_len": SEQ_LEN, "seed": seed, "packed": False}
-    settings["random_tokens"] = options.random_tokens
-    return calibration_sequences([documents], tokenizer, **settings).batches(BATCH)
+    settings |= {"random_tokens": random_tokens, "judge": min(JUDGED, options.samples // 8)}
+    drawn = calibration_sequences([documents], tokenizer, **settings)
+    return drawn.batches(BATCH), drawn.judging.batches(BATCH)
 
 
 def narrowed(
@@ -185,7 +200,7 @@ def narrowed(
 ) -> Iterator[dict]:
     """Yield the rows of a smaller hidden size: sliced, and solved."""
     seed, start = options.seeds[0], time.process_time()
-    done = narrow(dense, draw(documents, tokenizer, options, seed), fraction)
+    done = narrow(dense, draw(documents, tokenizer, options, seed, 0.0)[0], fraction)
     seconds = time.process_time() - start
     plan = Plan(dense.config.model_type, "auto", {}, hidden=done.kept)
     for name, weights in (("sliced", {}), ("solved", done.weights)):
@@ -194,31 +209,44 @@ def narrowed(
         method = f"{len(done.kept.kept)} of {done.kept.units} hidden features, {name}"
         facts = {"calibration": "", "method": method, "asked": fraction, "seed": seed}
         facts |= {"samples": options.samples, "seconds": seconds, "tokens": done.source["tokens"]}
-        facts["random_tokens"] = options.random_tokens
+        facts |= {"schedule": "", "schedules": {}}
         yield from judged(model, {**facts, "keep": count_params(model) / count_params(dense)})
 
 
 def key_of(row: dict) -> tuple:
-    """Return what tells a row from others; rows of before are of text alone."""
-    names = "judge task calibration method asked seed samples"
-    return (*(row[name] for name in names.split()), row.get("random_tokens", 0.0))
+    """Return what tells a row from others."""
+    return tuple(row[name] for name in KEY.split())
+
+
+KEY = "encoder judge task calibration method asked seed samples"
 
 
 def markdown(rows: list[dict]) -> str:
-    """Return the table."""
+    """Return the table: a column for each method."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    names = ("encoder", "judge", "task", "calibration", "asked", "seed")
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in names), {})[row["method"]] = row
     lines = [
-        "| judged by | calibrated on | method | kept | tokens | seed | dense | pruned | retained "
-        "| CPU s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| encoder | judged by | calibrated on | kept | seed | dense | {' | '.join(methods)} |",
+        "|---" * (6 + len(methods)) + "|",
     ]
-    for row in sorted(rows, key=lambda row: (*key_of(row)[:4], -row["asked"], row["seed"])):
+    for (encoder, judge, task, calibration, asked, seed), found in sorted(
+        cells.items(), key=lambda cell: (*cell[0][:4], -cell[0][4], cell[0][5])
+    ):
+        dense = next(iter(found.values()))["dense"]
+        shown = [_shown(found[method]) if method in found else "" for method in methods]
         lines.append(
-            f"| {row['task']}{' (dev)' * (row['judge'] == 'dev')} | {row['calibration']} "
-            f"| {row['method']} | {row['keep']:.3f} | {row['tokens']:,} | {row['seed']} "
-            f"| {row['dense']:.4f} | {row['pruned']:.4f} | {row['retained']:.1%} "
-            f"| {row['seconds']:.0f} |"
+            f"| {encoder} | {task}{' (dev)' * (judge == 'dev')} | {calibration} | {asked} | {seed} "
+            f"| {dense:.4f} | {' | '.join(shown)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _shown(row: dict) -> str:
+    taken = f", {row['schedule']}" if row["schedules"] else ""
+    return f"{row['retained']:.1%} ({row['seconds']:.0f} s{taken})"
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from liar_ext.cli.main import main
 from liar_ext.ranks import RankLost, Ranks, _is_alive, deal
 from liar_ext.saved.progress import Progress
 
-CANDIDATES = ("schedule=one-pass", "criterion=obs")
-MEASURED = ("candidates", "divergence_rescaled")
+MEASURED = ("schedules", "divergence_rescaled")
 # Name: family, dtype, batches, fresh ones, choices.
 JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "default": ("llama", torch.float64, 5, 0, {}),
@@ -41,7 +40,7 @@ JOBS: dict[str, tuple[str, torch.dtype, int, int, dict]] = {
     "gradients": ("llama", torch.float32, 3, 0, {"criterion": "taylor", "schedule": "one-pass"}),
     "hidden": ("llama", torch.float32, 4, 0, {"keep_hidden": 0.75}),
     "rescaled": ("llama", torch.float32, 4, 0, {"rescale": True}),
-    "candidates": ("llama", torch.float32, 4, 2, {"candidates": CANDIDATES}),
+    "auto": ("llama", torch.float32, 4, 2, {}),
 }
 
 
@@ -54,7 +53,7 @@ def run(name: str, ranks: Ranks) -> dict[str, object]:
         data = [{**batch, "labels": batch["input_ids"]} for batch in data]
     certify = [tiny_inputs(model, batch=2, seed=90 + seed) for seed in range(fresh)] or None
     judge = [tiny_inputs(model, batch=2, seed=80 + seed) for seed in range(5)]
-    given = {"certify_on": certify, "judge_on": judge if "candidates" in choices else None}
+    given = {"certify_on": certify, "judge_on": judge if name == "auto" else None}
     report = liar_ext.prune(model, data, keep=0.7, ranks=ranks, **given, **choices)
     return {
         "plan": {name: site.kept for name, site in report.plan.sites.items()},
@@ -92,7 +91,7 @@ def alone() -> dict[str, dict[str, object]]:
 
 def test_whole_models_are_measured(alone):
     """That which the ranks are compared by."""
-    assert len(alone["candidates"]["measured"][0]) == 1 + len(CANDIDATES)
+    assert len(alone["auto"]["measured"][0]) == 2
     assert alone["rescaled"]["measured"][1] > 0
 
 

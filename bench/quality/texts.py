@@ -159,7 +159,7 @@ class Texts:
             seed=seed,
             judge=judge,
             lone=lone,
-            random_tokens=fraction_of(random_tokens, self_text > 0 or SELF in sources),
+            random_tokens=fraction_of(random_tokens, True, self_text > 0 or SELF in sources),
         )
         if self_text == 0 or SELF in sources:
             return drawn

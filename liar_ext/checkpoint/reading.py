@@ -122,8 +122,6 @@ def read_weights(
     """Load a folder by its stock class; refuse weights that lack, or add, any of the model's."""
     numel = None if "quantization_config" in found.config else found.numel
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
-    if _lacks_pooler(stock, found):
-        kwargs["add_pooling_layer"] = False
     with quiet(), reading(found.path, operation):
         model, info = loader.from_pretrained(
             found.path,
@@ -133,8 +131,9 @@ def read_weights(
             ignore_mismatched_sizes=True,  # to refuse them below, by name
             **kwargs,
         )
-    check_keys(info, found.path, operation, strict)
     model.__class__ = stock  # only __init__ differed, and no module has that class
+    info["missing_keys"] = _silence_pooler(model, set(info["missing_keys"]))
+    check_keys(info, found.path, operation, strict)
     if hasattr(model.config, "liar"):
         said = _sizes_said(model.config)
         with reading(found.path, operation):
@@ -244,10 +243,16 @@ def bare_class(found: Folder, stock: Any) -> Any | None:
     return bare if head and head.isdisjoint(found.tensors) else None
 
 
-def _lacks_pooler(stock: Any, found: Folder) -> bool:
-    """Tell whether a class makes a pooler, of which the folder has no weight."""
-    takes = "add_pooling_layer" in inspect.signature(stock.__init__).parameters
-    return takes and not any("pooler." in name for name in found.tensors)
+def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:
+    """Return missing weights but for those of a pooler, which are set to zero.
+
+    A sentence encoder is read by its hidden states; many folders leave the pooler out.
+    """
+    takes = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+    pooler = {name for name in missing if name.startswith("pooler.")} if takes else set()
+    for name in pooler:
+        model.get_parameter(name).data.zero_()
+    return missing - pooler
 
 
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:

@@ -119,7 +119,7 @@ def add_sweep(
                 metavar="F",
                 help="fractions to keep (default: 0.9 0.8 0.7 0.6 0.5)",
             )
-        elif each.name not in ("certify", "candidates", "judge", "keep_hidden", "keep_experts"):
+        elif each.name not in ("certify", "keep_hidden", "keep_experts"):
             add_field(groups[each.metadata["group"]], each)
     output = parser.add_argument_group("Output")
     output.add_argument(

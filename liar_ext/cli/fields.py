@@ -32,7 +32,7 @@ def add_field(group: argparse._ArgumentGroup, each: Field) -> None:
     names = getattr(facts["check"], "names", None)
     if isinstance(default, bool):
         settings["action"] = argparse.BooleanOptionalAction
-    elif each.name in ("calibration", "candidates"):
+    elif each.name == "calibration":
         settings |= {"nargs": "+", "metavar": facts["metavar"]}
     elif each.name == "tile":
         settings |= {"type": _tile, "metavar": "N"}

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
         shown = {"ranks": ranks, "progress": not options.quiet}
-        given, settled = load(recipe, sketch=sketch, **shown), recipe
+        from liar_ext.pipeline.choosing import sequences_to_judge
+
+        judge = sequences_to_judge(recipe)
+        given, settled = load(recipe, sketch=sketch, judge=judge, **shown), recipe
     if sketch:
         let_write(given, settled, sketch=True, **shown)
         from liar_ext.cli.dry_run import describe
@@ -168,13 +172,15 @@ def load(
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
     ranks: Ranks = ALONE,
     sketch: bool = False,
+    judge: int = 0,
 ) -> Given:
     """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
 
     With ``digests`` also those of its documents. Of several ranks each loads the model; the first
     one reads, writes and draws text, and hands the others the sequences. A ``sketch`` has as many
     sequences, but of what the model writes itself only beginnings, again and again, and what all of
-    it would take, in seconds, as ``facts["writing"]``.
+    it would take, in seconds, as ``facts["writing"]``. With ``judge`` so many sequences more are
+    drawn to judge whole models by, if the text has them.
 
     Raises
     ------
@@ -190,7 +196,7 @@ def load(
     check_eval(recipe, model)
     drawn = None
     if ranks.first:
-        settings = {"digests": digests, "progress": progress, "sketch": sketch}
+        settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
     return Given(model, tokenizer, *ranks.broadcast(drawn))
 
@@ -216,30 +222,34 @@ def _draw(
     digests: bool,
     progress: bool,
     sketch: bool,
+    judge: int,
 ) -> tuple:
     """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
     from liar_ext.data import texts
     from liar_ext.data.documents import document_digests
 
-    judge = recipe.judge if recipe.candidates else 0
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
     if SELF in recipe.calibration:
         asked = {"judge": judge, "progress": progress, "sketch": sketch}
         read[SELF], seconds = _written(model, tokenizer, recipe, **asked)
         facts |= {"writing": seconds} if sketch else {}
     written = SELF in recipe.calibration or writes(recipe, model)
-    calibration = texts.calibration_sequences(
+    draw = partial(
+        texts.calibration_sequences,
         [read[source] for source in recipe.calibration],
         tokenizer,
         samples=recipe.samples,
         seq_len=recipe.seq_len,
         seed=recipe.seed,
-        random_tokens=fraction_of(recipe.random_tokens, written),
+        random_tokens=fraction_of(recipe.random_tokens, predicts_next_token(model), written),
         vocab_size=known_tokens(model, model.config),
         packed=predicts_next_token(model),
         certify=recipe.certify,
-        judge=judge,
     )
+    try:
+        calibration = draw(judge=judge)
+    except InputError:  # the text may be too short for one part more
+        calibration = draw()
     evaluation = evaluation_batches(recipe, held_out, tokenizer)
     facts["bos"] = calibration.bos
     if recipe.eval:

@@ -96,12 +96,11 @@ def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Nam
             f"{options.command}: --{given[0].replace('_', '-')} is of the calibration, which the "
             "bank holds already; leave it out, or leave --bank out"
         )
-    for name in ("certify", "candidates"):
-        if getattr(recipe, name):
-            raise InputError(
-                f"{options.command}: --{name} draws calibration text, and a bank has none to "
-                "spare; leave it out, or leave --bank out"
-            )
+    if recipe.certify:
+        raise InputError(
+            f"{options.command}: --certify draws calibration text, and a bank has none to spare; "
+            "leave it out, or leave --bank out"
+        )
     changes: dict[str, Any] = {"calibration": ()}
     runs = source.get("calibrations", [])
     if len(runs) == 1:

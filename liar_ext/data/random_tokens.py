@@ -17,11 +17,14 @@ from liar_ext.errors import InputError
 RANDOM_TOKENS = 0.25  # of all sequences; what it buys stands in docs/quality.md
 
 
-def fraction_of(asked: float | str, written: bool) -> float:
-    """Return the fraction of random tokens that "auto" is: none beside what a model has written."""
+def fraction_of(asked: float | str, causal: bool, written: bool) -> float:
+    """Return the fraction of random tokens: of "auto" a quarter for language models.
+
+    Those that write text of their own need none, and encoders gain nothing by them.
+    """
     if asked != "auto":
         return float(asked)
-    return 0.0 if written else RANDOM_TOKENS
+    return RANDOM_TOKENS if causal and not written else 0.0
 
 
 def random_sequences(

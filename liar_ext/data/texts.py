@@ -13,7 +13,7 @@ from torch import nn
 from liar_ext.data.batches import FOLDS
 from liar_ext.data.documents import Documents, check_apart, read_documents
 from liar_ext.data.folds import CHARACTERS, cut_pieces, halve, split_documents
-from liar_ext.data.random_tokens import RANDOM_TOKENS, random_sequences
+from liar_ext.data.random_tokens import random_sequences
 from liar_ext.data.sequences import NO_TEXT, Sequences, check_fraction
 from liar_ext.errors import InputError
 
@@ -44,7 +44,7 @@ def calibration_sequences(
     certify: int = 0,
     judge: int = 0,
     lone: str = "blocks",
-    random_tokens: float = RANDOM_TOKENS,
+    random_tokens: float = 0.0,
     vocab_size: int | None = None,
 ) -> Sequences:
     """Draw calibration sequences from several texts, in two folds split by document.
@@ -78,8 +78,8 @@ def calibration_sequences(
         A source that is a single document is cut into blocks of paragraphs, which take turns in
         going to the folds, or into two halves, one for each.
     random_tokens : float
-        Fraction of all sequences that are of random tokens, in [0, 0.9]: a third as many come
-        beside ``samples`` by default. See :func:`liar_ext.data.random_tokens.random_sequences`.
+        Fraction of all sequences that are of random tokens, in [0, 0.9], beside ``samples``. See
+        :func:`liar_ext.data.random_tokens.random_sequences`.
     vocab_size : int, optional
         Tokens that the model has embeddings of; by default all of the tokenizer's.
 

@@ -31,6 +31,8 @@ def stages_of(
     recipe: Recipe,
     room: int,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    *,
+    both: bool = False,
 ) -> dict[str, Stage]:
     """Return the stages of :func:`liar_ext.prune` by the names of their bars.
 
@@ -45,6 +47,8 @@ def stages_of(
         Bytes that sums may take at a time.
     evaluate_on : sequence of mapping, optional
         Held-out text.
+    both : bool
+        Layers are solved in one pass, too, to compare.
     """
     if not isinstance(batches, Sequence) or not batches or not at:
         return {}
@@ -52,7 +56,7 @@ def stages_of(
     tokens = sum(_size(batch.inputs) for batch in read_batches(batches))
     per_token = total_cost(model, at, Budget(1.0, "flops", seq_len=1))
     groups, layerwise = len(group_sites(at, room)), recipe.schedule == "layerwise"
-    passes = groups if layerwise else 2 * groups - 1
+    passes = groups if layerwise and not both else 2 * groups - 1
     forward, squares = per_token * tokens, sum(tokens * site.active * site.d_in**2 for site in at)
     stages = {"calibrate": Stage(passes * count, passes * forward + squares * passes / groups)}
     if get_criterion(recipe.criterion).needs == "gradient":
@@ -68,9 +72,10 @@ def stages_of(
         blocks = len({site.path for site in at})
         work = WALKED * forward + sum(_towards(site, recipe, tokens) for site in at)
         stages["layerwise"] = Stage(blocks, work)
-    else:
+    one_pass = both or not layerwise
+    if one_pass:
         solved += sum(_solve(site, recipe, len(damp_ladder(recipe.damp))) for site in at)
-    solves = (recipe.allocation == "curve") + (not layerwise)
+    solves = (recipe.allocation == "curve") + one_pass
     if solves:
         stages["reconstruct"] = Stage(solves * len(at), solved)
     if recipe.rescale:

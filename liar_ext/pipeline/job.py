@@ -16,25 +16,26 @@ from liar_ext.calibration.passes import Passes, room_for_sums
 from liar_ext.certification import certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.data.batches import Batches
+from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
+from liar_ext.pipeline.choosing import hold_out, solve
 from liar_ext.pipeline.expected import before_plan
 from liar_ext.pipeline.scheduling import NO_GAIN, settled_for, warn_of_what_stays
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import settings_of
-from liar_ext.pipeline.several import check_recipe, solve_sites, work_of
+from liar_ext.pipeline.several import check_recipe, work_of
 from liar_ext.pipeline.sharing import Known
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
-from liar_ext.reconstruction.layerwise import check_walk, reconstruct_layerwise
+from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.report.clock import Clock
 from liar_ext.report.latency import LatencyTable
@@ -79,17 +80,20 @@ class Job:
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
     saved: Progress | None = None  # where it keeps what is done
     ranks: Ranks = ALONE  # who shares the work
-    left: MomentBank | None = None  # moments that a candidate before has left
+    judged: Batches | None = None  # text that decides the schedule, and nothing else
 
     def __post_init__(self) -> None:
         self.asked, self.recipe = self.recipe, self.recipe.settled()
+        self.notes += getattr(self.model, "liar_notes", [])
         if self.known is None:
             self.known = Known.of_bank(self.bank)
 
     def check(self) -> None:
         """Raise InputError for whatever can't work, before the first batch is asked for."""
         model, at = self.model, self.sites(self.model)
-        self._choose_schedule(at)
+        if not self.measures:
+            self.judged = None
+            self._choose_schedule(at)
         recipe = self.recipe
         check_recipe(recipe, self.ranks)
         self.earlier = stock_config.history_of(model.config)
@@ -109,8 +113,24 @@ class Job:
             self.batches = list(self.batches or ())  # to be gone through again
         if recipe.schedule == "layerwise":
             self._check_walk()
+        if self.measures:
+            self._hold_out(at)
         if backward and self.batches:
             check_loss(model, self.batches[0])
+
+    @property
+    def measures(self) -> bool:
+        """Whether the schedule is chosen by what whole models give on held-out text."""
+        auto = self.asked.schedule == "auto" and self.recipe.schedule == "layerwise"
+        return auto and (self.bank is None or self.judged is not None)
+
+    def _hold_out(self, at: Sequence[Site]) -> None:
+        """Keep some of the calibration text apart, unless other text is given to judge by."""
+        if self.judged is None:
+            self.batches, judged = hold_out(read_batches(self.batches))
+            self.judged = judged or None
+        if self.judged is None:
+            self._choose_schedule(at)
 
     def _choose_schedule(self, at: Sequence[Site]) -> None:
         """Solve in one pass by default where a walk gains nothing."""
@@ -209,9 +229,7 @@ class Job:
             return None
         text = () if self.batches is None else self.batches
         kept = {"bank": self.bank, "saved": self.saved, "ranks": self.ranks}
-        passes = Passes(model, text, at, self.room, **kept, progress=self.progress)
-        passes.bank = passes.bank if self.left is None else self.left
-        return passes
+        return Passes(model, text, at, self.room, **kept, progress=self.progress)
 
     def before_plan(self) -> dict[str, int | None]:
         """Return the steps by stage that a plan takes, None for all: a known one spares them."""
@@ -278,15 +296,12 @@ class Job:
         """
         if passes is None:
             return {}
-        settings = {**self._mode, "damp": self.recipe.damp}
-        if self.recipe.schedule == "one-pass":
-            weights, self.rows = solve_sites(passes, plan, settings, self.clock)
-        else:
-            settings |= {"fresh": fresh or (), "ranks": self.ranks}
-            with self.clock("reconstruct"):
-                weights, self.rows = reconstruct_layerwise(
-                    passes.model, passes.batches, plan, saved=self.saved, **settings
-                )
+        chosen = solve(self, passes, plan, fresh)
+        weights, self.rows = chosen.solved
+        if chosen.divergences:
+            self.recipe = replace(self.recipe, schedule=chosen.schedule)
+            self.facts["schedules"] = chosen.divergences
+            self.notes.append(chosen.said)
         self.source = passes.bank.source
         self.params["prunable_after"] = sum(row.params_after for row in self.rows)
         self.facts |= {"calibrate_passes": passes.taken, **work_of(self.ranks)}
@@ -374,7 +389,8 @@ class Job:
 
     def _as_run(self) -> Recipe:
         """Return the recipe with what the model was."""
-        model, changes = self.model, {}
+        model = self.model
+        changes = {} if self.judged is None else {"schedule": self.asked.schedule}
         dtype = str(model.dtype).removeprefix("torch.")
         if dtype in DTYPES:
             changes["dtype"] = dtype

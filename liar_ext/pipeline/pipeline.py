@@ -11,10 +11,9 @@ from liar_ext.bars import Stage, Timeline
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
-from liar_ext.pipeline.candidates import check_candidates, solve_best
 from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
-from liar_ext.pipeline.resuming import begin, check
+from liar_ext.pipeline.resuming import begin, check, decide
 from liar_ext.plan import Budget, Plan
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
@@ -65,8 +64,11 @@ def prune(
         decision sees them; the report then has errors on them: of each site's new weights, on the
         input and for the target that they were solved for, and the divergence of the whole model.
     judge_on : sequence of mapping, optional
-        Batches of the calibration set's kind, that ``batches`` lacks, for ``candidates``: the
-        whole model is kept that diverges least from the dense one on them.
+        Batches of the calibration set's kind, that ``batches`` lacks. They decide
+        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the whole model
+        is kept that diverges less from the dense one on them. By default every eighth sequence of
+        ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
+        ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
     bank : MomentBank, optional
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
         not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
@@ -107,55 +109,51 @@ def prune(
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
     job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank, ranks=ranks)
+    job.judged = judge_on
     with opened(checkpoint, ranks) as job.saved:
-        return run(job, evaluate_on, certify_on, judge_on)
+        return run(job, evaluate_on, certify_on)
 
 
 def run(
     job: Job,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
-    judge_on: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Report:
     """Run the steps of a job in their order."""
     job.ranks.work.clear()
     if job.saved is not None:
         check(job.recipe)
     job.check()
-    check_candidates(job, judge_on)
     if job.saved is not None:
         # What is free changes, and other groups of sites would have other sums.
         job.room = begin(job, {"fresh text": certify_on}, room=job.room)["room"]
     with Timeline("prune", expected(job, evaluate_on)).shown():
-        return _steps(job, evaluate_on, certify_on, judge_on)
+        return _steps(job, evaluate_on, certify_on)
 
 
 def expected(
     job: Job, evaluate_on: Sequence[Mapping[str, Tensor]] | None = None
 ) -> dict[str, Stage]:
-    """Return the stages of a job that has been checked; none where nobody looks on.
-
-    None either where candidates are tried, of which each is a job.
-    """
+    """Return the stages of a job that has been checked; none where nobody looks on."""
     room = job.room  # which ranks find out together, whoever of them shows progress
-    if not job.progress or job.recipe.candidates:
+    if not job.progress:
         return {}
-    at = job.sites(job.model)
-    return stages_of(job.model, at, job.batches, job.recipe, room, evaluate_on)
+    at, both = job.sites(job.model), job.judged is not None
+    return stages_of(job.model, at, job.batches, job.recipe, room, evaluate_on, both=both)
 
 
 def _steps(
     job: Job,
     evaluate_on: Sequence[Mapping[str, Tensor]] | None,
     certify_on: Sequence[Mapping[str, Tensor]] | None,
-    judge_on: Sequence[Mapping[str, Tensor]] | None,
 ) -> Report:
     dense = job.evaluate(evaluate_on)
-    solved = solve_best(job, judge_on, certify_on)
-    job = solved.job
-    job.certify(certify_on, solved.passes, solved.plan, solved.weights)
+    passes = job.calibrate(job.narrow())
+    plan = decide(job, passes)
+    weights = job.reconstruct(passes, plan, certify_on)
+    job.certify(certify_on, passes, plan, weights)
     dense_outputs = _outputs(job)
-    plan = job.slice(solved.plan, solved.weights)
+    plan = job.slice(plan, weights)
     _rescale(job, dense_outputs, plan)
     return job.report(plan, dense, job.evaluate(evaluate_on))
 

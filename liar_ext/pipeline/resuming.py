@@ -19,12 +19,7 @@ PLAN, RESULT = "plan", "result"
 
 
 def check(recipe: Recipe) -> None:
-    """Raise InputError if a job can't go on with the same result, or is more than one."""
-    if recipe.candidates:
-        raise InputError(
-            "checkpoint: a checkpoint keeps one job, and candidates are several; leave one of "
-            "--candidates and --checkpoint out"
-        )
+    """Raise InputError if a job can't go on with the same result."""
     if recipe.of == "latency":
         raise InputError(
             "checkpoint: --of latency decides by seconds, which come out otherwise every time; "
@@ -54,7 +49,7 @@ def begin(job: Job, texts: dict[str, Batches | None], **kept: Any) -> dict[str, 
     InputError
         If another job was begun there.
     """
-    texts = {"calibration text": job.batches, **texts}
+    texts = {"calibration text": job.batches, "judged text": job.judged, **texts}
     stamp = {
         "weights": job.weights_digest(),
         "dtype": str(job.model.dtype),
@@ -90,8 +85,8 @@ def decide(job: Job, passes: Any) -> Plan:
         facts |= {name: getattr(job, name) for name in ("facts", "grid", "sensitivities")}
         source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
         job.saved.put(PLAN, facts=facts | {"source": source, "summed": passes.summed})
-    if job.saved is not None and job.recipe.schedule == "layerwise":
-        job.saved.drop(SUMS)  # which a walk doesn't need
+    if job.saved is not None and job.recipe.schedule == "layerwise" and job.judged is None:
+        job.saved.drop(SUMS)  # which a walk alone doesn't need
     return plan
 
 

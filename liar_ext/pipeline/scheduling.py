@@ -19,7 +19,7 @@ NO_GAIN = (
 
 
 def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
-    """Return a recipe with what ``schedule="auto"`` stands for on sites that can be walked.
+    """Return a recipe with what ``schedule="auto"`` stands for where no text is left to measure by.
 
     One pass where a norm reads what their consumers give: of Gemma-3 it is better in all pairs that
     were measured, in two thirds of the time (docs/quality.md). Else :meth:`Recipe.settled`.

@@ -25,8 +25,8 @@ LATER = (
     *("self_text", "random_tokens"),
     *("keep", "of", "latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"),
     *("latency_table", "tile", "uniform_layers", "kinds", "attn_unit", "allocation"),
-    *("candidates", "reconstruct", "damp", "schedule", "rescale"),
-    *("judge", "eval", "eval_samples", "certify"),
+    *("reconstruct", "damp", "schedule", "rescale"),
+    *("eval", "eval_samples", "certify"),
 )
 SENSITIVITY = "sensitivity"
 Value = TypeVar("Value")

@@ -18,7 +18,6 @@ from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.sites import sites, skeleton
-from liar_ext.pipeline.candidates import check_candidates
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import run
 from liar_ext.pipeline.sharing import Known
@@ -95,7 +94,7 @@ class Sweep:
     progress : bool
         Show progress bars.
     judge_on : sequence of mapping, optional
-        As for :func:`liar_ext.prune`, for recipes with candidates.
+        As for :func:`liar_ext.prune`.
     saved : Progress, optional
         Where the divergences are kept that sensitivities are made of: for plans by one recipe.
     probe_keep : float, optional
@@ -128,18 +127,12 @@ class Sweep:
                 continue
             job = self._job(self.model, recipe)
             job.check()
-            check_candidates(job, self._judge_of(recipe))
 
     def plan(self, recipe: Recipe) -> Point:
         """Return what a recipe decides; nothing is solved."""
         start = time.perf_counter()
         job = self._job(self.model, _decided(recipe))
         job.check()
-        if recipe.candidates:
-            raise InputError(
-                "sweep: candidates are judged as whole models, got "
-                f"{list(recipe.candidates)} where nothing is solved; leave them out"
-            )
         passes = job.calibrate(job.narrow())
         plan = job.allocate(passes, *job.score(passes))
         if job.narrowing is not None:
@@ -160,7 +153,9 @@ class Sweep:
         """Return a pruned copy of the model, and what it is."""
         start = time.perf_counter()
         pruned = copy.deepcopy(self.model)
-        report = run(self._job(pruned, recipe), judge_on=self._judge_of(recipe))
+        job = self._job(pruned, recipe)
+        job.judged = self.judge_on
+        report = run(job)
         costs = [operations(each, report.recipe) for each in (pruned, self.model)]
         point = Point(
             report.recipe,
@@ -172,9 +167,6 @@ class Sweep:
             report,
         )
         return pruned, point
-
-    def _judge_of(self, recipe: Recipe) -> Sequence[Mapping[str, Tensor]] | None:
-        return self.judge_on if recipe.candidates else None
 
     def _job(self, model: nn.Module, recipe: Recipe) -> Job:
         if recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0:  # all moments are others

@@ -10,7 +10,6 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.candidates import candidates_of
 from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, choice
 from liar_ext.reconstruction.layerwise import check_mode
 from liar_ext.reconstruction.settings import MODES
@@ -56,9 +55,8 @@ class Fields:
         "auto",
         "calibration",
         check.number_or_auto,
-        "fraction of all calibration sequences that are of tokens drawn from the vocabulary and "
-        "come beside those of text: they let units count that the text never moves; auto is 0.25 "
-        "where the model writes nothing, and else 0",
+        "fraction of all calibration sequences with tokens drawn from the vocabulary, beside those "
+        "of text; auto is 0.25 for language models that write no text of their own, and else 0",
         metavar="F",
     )
     seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
@@ -144,15 +142,6 @@ class Fields:
         "scores, or by error curves and the measured sensitivity of each site (a few more forward "
         "passes)",
     )
-    candidates: tuple[str, ...] = choice(
-        (),
-        "selection",
-        check.texts,
-        "choices to try beside, FIELD=VALUE of selection and reconstruction, with commas where "
-        "several go together: each is decided and solved, and the model kept that diverges least "
-        "on --judge sequences",
-        metavar="CHOICE",
-    )
     reconstruct: str = choice(
         "auto",
         "reconstruction",
@@ -172,9 +161,8 @@ class Fields:
         "auto",
         "reconstruction",
         check.one_of(SCHEDULES),
-        "solve all layers on the dense model's activations, or walk them on the pruned one's; auto "
-        "is layerwise, and one-pass where reconstruct is none or bias, or a norm reads what each "
-        "layer gives (Gemma 2-4, OLMo 2)",
+        "solve all layers on the dense model's activations, or one after the other on the pruned "
+        "model's; auto does both and keeps what is nearer to the dense model on held-out text",
     )
     rescale: bool = choice(
         False,
@@ -182,12 +170,6 @@ class Fields:
         check.flag,
         "after all layers are solved, fit one scale for what each of them gives, so that the whole "
         "model's output is nearest to the dense one's",
-    )
-    judge: int = choice(
-        16,
-        "evaluation",
-        check.whole(2),
-        "for --candidates: draw N more sequences, of documents that none of them saw",
     )
     eval: str | None = choice(
         None,
@@ -233,8 +215,6 @@ class Fields:
             raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
         if self.certify == 1:
             raise InputError("recipe: certify must be 0, or at least 2 sequences, got 1")
-        if self.candidates:
-            candidates_of(self)
         get_criterion(self.criterion)
         if self.schedule == "layerwise":
             check_mode(self.reconstruct)

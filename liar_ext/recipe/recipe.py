@@ -25,6 +25,8 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "refine": (0,),
     "target": (None, "auto"),
     "refit": (False,),
+    "candidates": ([], ()),
+    "judge": (16,),
 }
 
 
@@ -34,8 +36,8 @@ class Recipe(Fields):
 
     Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
     The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
-    ``samples``, ``self_text``, ``random_tokens``, ``batch_size``, ``judge``, ``eval``,
-    ``eval_samples``, ``certify``) are for the command; :func:`liar_ext.prune` is given the model
+    ``samples``, ``self_text``, ``random_tokens``, ``batch_size``, ``eval``, ``eval_samples``,
+    ``certify``) are for the command; :func:`liar_ext.prune` is given the model
     and the batches.
 
     Parameters
@@ -56,8 +58,8 @@ class Recipe(Fields):
         models write, and none where ``self`` is one of the texts.
     random_tokens : float or "auto"
         Fraction of all sequences that are of random tokens, beside those of text; see
-        :func:`liar_ext.data.random_tokens.random_sequences`. ``"auto"`` is a quarter where the
-        model writes nothing, and else none.
+        :func:`liar_ext.data.random_tokens.random_sequences`. ``"auto"`` is a quarter for a
+        language model that writes nothing, and else none.
     seed : int
         Of the draw, the folds, and criteria that draw.
     memory : int, optional
@@ -93,10 +95,6 @@ class Recipe(Fields):
         How the pruning ratio is distributed over layers; see :func:`liar_ext.allocate`. ``curve``
         measures error curves and sensitivities for it: see
         :func:`liar_ext.selection.curve_allocation.measure_losses`.
-    candidates : tuple of str
-        Other choices that are tried, each ``FIELD=VALUE`` or several of them with commas between:
-        see :func:`liar_ext.recipe.candidates.candidates_of`. Each gives a whole model, and the one
-        is kept that diverges least from the dense one on text that none of them has seen.
     reconstruct : {"auto", "none", "bias", "linear", "affine"}
         Error compensation; see :func:`liar_ext.reconstruct`.
     damp : float or "auto"
@@ -104,11 +102,10 @@ class Recipe(Fields):
     schedule : {"auto", "one-pass", "layerwise"}
         Solve all sites on what the dense model computes, or one after the other on what the pruned
         model computes up to there. Layerwise holds all batches and runs the model some four times.
-        ``auto``: see :meth:`settled`.
+        ``auto`` solves by both and keeps what diverges less from the dense model on text that no
+        solve and no sensitivity saw; without such text see :meth:`settled`.
     rescale : bool
         Fit one scale for what each layer gives when all are solved; see :mod:`liar_ext.rescaling`.
-    judge : int
-        Sequences of documents that nothing else sees, to choose among ``candidates`` by.
     eval : str, optional
         Held-out text for perplexity before and after.
     eval_samples : int, optional
@@ -152,7 +149,7 @@ class Recipe(Fields):
         return replace(start or cls(), **choices)
 
     def settled(self) -> Recipe:
-        """Return the recipe with what ``schedule="auto"`` stands for.
+        """Return the recipe with what ``schedule="auto"`` stands for where nothing is measured.
 
         ``layerwise``, or ``one-pass`` where ``reconstruct`` is ``none`` or ``bias``: these solve
         for no target. A job solves in one pass, too, where its model can't be walked, or where a

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liar_ext.data.batches import Batch, read_batch
+from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import DECODER_IDS, DECODER_MASK, complete_inputs
 from liar_ext.models.running import device_of, evaluating, output_of
@@ -136,7 +136,7 @@ class Divergence:
     ----------
     dense : nn.Module
         The dense model; it is run now.
-    batches : sequence of mapping
+    batches : iterable of mapping
         Text. Outputs are compared at positions spread over each sequence.
     ranks : Ranks
         Processes that share the batches; each has the outputs for its own.
@@ -158,11 +158,12 @@ class Divergence:
     def __init__(
         self,
         dense: nn.Module,
-        batches: Sequence[Mapping[str, Tensor]],
+        batches: Batches,
         ranks: Ranks = ALONE,
         positions: int | None = None,
     ) -> None:
-        sequences = sum(len(next(iter(batch.values()))) for batch in batches)
+        batches = list(read_batches(batches))
+        sequences = sum(map(len, batches))
         if not sequences:
             raise InputError("certify: needs at least one batch, got none; give more text")
         positions = positions or max(1, MOST_ROWS // sequences)

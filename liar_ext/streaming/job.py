@@ -175,7 +175,6 @@ class StreamedJob(Job):
         refused = {
             f"--criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
             "--rescale": recipe.rescale,
-            f"--candidates {' '.join(recipe.candidates)}": bool(recipe.candidates),
             f"--keep-hidden {recipe.keep_hidden}": self.narrows,
             f"--keep-experts {recipe.keep_experts}": recipe.keep_experts != 1.0,
             "--of latency": recipe.of == "latency",
@@ -194,6 +193,11 @@ class StreamedJob(Job):
             )
         self._check_walk()
         super().check()
+
+    @property
+    def measures(self) -> bool:
+        """Never: the model that is solved is written, and not there to be compared."""
+        return False
 
     def _choose_schedule(self, at: Sequence[Site]) -> None:
         """Walk where fresh text is given: in one pass it can't be measured on block by block."""

@@ -42,12 +42,10 @@ GIVEN = {
     "attn_unit": ("head", "head"),
     "criterion": ("obs", "obs"),
     "allocation": ("uniform", "uniform"),
-    "candidates": ("criterion=obs", ("criterion=obs",)),
     "reconstruct": ("affine", "affine"),
     "damp": ("1e-3", 1e-3),
     "schedule": ("layerwise", "layerwise"),
     "rescale": ("", True),
-    "judge": ("8", 8),
     "eval": ("held_out.txt", "held_out.txt"),
     "eval_samples": ("5", 5),
     "certify": ("4", 4),
@@ -197,15 +195,18 @@ def test_certified_errors_are_of_sequences_that_no_decision_sees(
     assert "ertified" not in (plain / "liar/report.md").read_text()
 
 
-def test_candidates_are_judged_on_sequences_of_their_own(llama_folder, corpus, tmp_path, capsys):
-    out = tmp_path / "best"
+def test_auto_is_judged_on_sequences_of_their_own(llama_folder, corpus, tmp_path, capsys):
+    out, again = tmp_path / "auto", tmp_path / "again"
     job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
-    job += ["--samples", "8", "--keep", "0.7", "--candidates", "criterion=obs", "schedule=one-pass"]
-    assert cli.main([*job, "--judge", "4", "--out", str(out)]) == 0
-    assert "Of 3 candidates" in capsys.readouterr().out
+    assert cli.main([*job, "--samples", "8", "--keep", "0.7", "--out", str(out)]) == 0
+    assert "on held-out text the whole pruned model diverges" in capsys.readouterr().out
     report = json.loads((out / "liar/report.json").read_text())
-    assert len(report["settings"]["candidates"]) == 3
-    assert report["recipe"]["candidates"] == []  # what was kept, by which it comes out again
+    assert sorted(report["settings"]["schedules"]) == ["layerwise", "one-pass"]
+    assert report["settings"]["calibration_sequences"] == 8 + 3  # written
+    recipe = str(out / "liar/recipe.yaml")
+    assert cli.main(["prune", "--recipe", recipe, "--out", str(again)]) == 0
+    same = [(each / "model.safetensors").read_bytes() for each in (out, again)]
+    assert same[0] == same[1]
 
 
 def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):

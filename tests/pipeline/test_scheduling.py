@@ -41,15 +41,6 @@ def test_who_names_a_walk_gets_it():
     assert report.settings["schedule"] == "layerwise" and not said(report)
 
 
-def test_of_two_candidates_each_has_its_schedule_and_its_notes():
-    model = tiny("gemma3_text")
-    text = batches(model, 4)
-    recipe = Recipe.build(**JOB, candidates=("schedule=layerwise",))
-    report = prune(model, text[:2], recipe, judge_on=text[2:])
-    assert len(set(report.settings["candidates"].values())) == 2
-    assert bool(said(report)) == (report.settings["schedule"] == "one-pass")
-
-
 def test_a_bank_without_text_serves_a_job_that_need_not_walk():
     model = tiny("gemma3_text")
     bank = calibrate(model, batches(model, 2), keep_text=False)

@@ -56,14 +56,12 @@ def recipes(draw) -> Recipe:
         attn_unit=draw(st.sampled_from(["auto", "kv_group", "head"])),
         criterion=draw(st.sampled_from(["wifv", "obs", "random"])),
         allocation=draw(st.sampled_from(ALLOCATIONS)),
-        candidates=draw(st.sampled_from([(), ("damp=1e-3",)])),
         reconstruct=draw(st.sampled_from(modes)),
         damp=draw(st.just("auto") | st.floats(0, allow_infinity=True, allow_nan=False)),
         schedule=schedule,
         rescale=draw(st.booleans()),
         eval=draw(st.none() | NAMES),
         eval_samples=draw(st.none() | positive),
-        judge=draw(st.integers(2, BIG)),
         certify=draw(st.just(0) | st.integers(2, BIG)),
     )
 
@@ -136,12 +134,10 @@ WRONG = {
     "attn_unit": ["token", None],
     "criterion": ["best", "", None, []],
     "allocation": ["fair", 1, []],
-    "candidates": ["criterion=obs", ["obs"], ["keep=0.5"], [""], [1], None],
     "reconstruct": ["ridge", None, {}],
     "damp": ["much", -1, math.nan, None, [1], True, "nan"],
     "schedule": ["two-pass", None],
     "rescale": ["yes", 1, None],
-    "judge": [-1, 0, 1, 0.5, None, True],
     "eval": ["", " ", 1, "\0"],
     "eval_samples": [0, -1, 1.5, "3"],
     "certify": [-1, 1, 0.5, None, True],
@@ -327,7 +323,7 @@ def test_removed_fields_are_refused_where_they_had_an_effect(name, value):
 )
 def test_the_schedule_by_default_is_layerwise_where_consumers_are_solved(family, choices, schedule):
     model = tiny(family)
-    report = prune(model, batches(model), 0.7, **choices)
+    report = prune(model, batches(model, 3), 0.7, **choices)
     assert report.recipe.schedule == report.settings["schedule"] == schedule
     assert ("stream" in {row.target for row in report.sites}) == (schedule == "layerwise")
     assert Recipe(**choices).settled().settled() == Recipe(**choices).settled()

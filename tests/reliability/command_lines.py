@@ -26,8 +26,6 @@ VALUES = {
     "--attn-unit": ["token", ""],
     "--criterion": ["best", "", " ", "wifv ", "\udcff"],
     "--allocation": ["fair", "", "curves"],
-    "--candidates": ["", "obs", "keep=0.5", "criterion=best", "damp={a", "damp=1,", "\udcff=1"],
-    "--judge": ["0", "1", "-1", "x", ""],
     "--reconstruct": ["ridge", ""],
     "--damp": ["much", "-1", "nan", "", "1e-3x"],
     "--schedule": ["two-pass", ""],
@@ -49,9 +47,7 @@ VALUES = {
 }
 # Beside a valid job.
 ADDED: list[Line] = [
-    ("--candidates", "criterion=obs", "--max-memory", "8GiB"),
     ("--rescale", "--max-memory", "8GiB"),
-    ("--candidates", "rescale=true"),
     ("--schedule", "layerwise", "--reconstruct", "none"),
     ("--keep-hidden", "0.9", "--tile", "64"),
     ("--preset", "fast", "--recipe", "{unknown}"),

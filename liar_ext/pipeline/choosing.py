@@ -1,0 +1,144 @@
+"""The schedule ``auto``: solve in one pass and layer by layer, and keep what measures better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from liar_ext.calibration.passes import Passes
+from liar_ext.data.batches import FOLDS, Batch, Batches
+from liar_ext.models.sites import Site
+from liar_ext.pipeline.several import Weights, solve_sites
+from liar_ext.plan import Plan
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.report.rows import SiteRow
+from liar_ext.selection.divergence import Divergence
+from liar_ext.selection.sensitivity import pruned_site
+
+if TYPE_CHECKING:
+    from liar_ext.pipeline.job import Job
+
+# Of a calibration set with enough sequences every n-th is held out, up to so many.
+HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
+SCHEDULES = ("one-pass", "layerwise")  # the cheaper one first
+HOW = {"one-pass": "in one pass", "layerwise": "layer by layer"}
+JUDGED = 16  # sequences of documents of their own that the command draws, of 128 or more
+
+
+def sequences_to_judge(recipe: Recipe) -> int:
+    """Return how many sequences a command draws beside those of the recipe, to judge models by."""
+    auto = recipe.schedule == "auto" and recipe.settled().schedule == "layerwise"
+    return min(max(recipe.samples // HELD_OUT_EVERY, FOLDS), JUDGED) if auto else 0
+
+
+def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Split batches into those to calibrate on and those to judge whole models by.
+
+    Every eighth sequence of text is held out, 64 at most. Random and generated sequences
+    (``source`` -1) are not. A set of fewer than 32 sequences stays whole.
+    """
+    batches = list(batches)
+    places = [
+        (index, row)
+        for index, batch in enumerate(batches)
+        for row in range(len(batch))
+        if batch.source is None or batch.source[row] >= 0
+    ]
+    if len(places) < LEAST:
+        return batches, []
+    count = min(len(places) // HELD_OUT_EVERY, MOST)
+    taken = {places[(2 * step + 1) * len(places) // (2 * count)] for step in range(count)}
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    for index, batch in enumerate(batches):
+        judged = torch.tensor([(index, row) in taken for row in range(len(batch))])
+        for part, rows in zip(parts, ((~judged).nonzero(), judged.nonzero()), strict=True):
+            if len(rows):
+                part.append(batch.select(rows.flatten()))
+    return parts
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The schedule that was kept.
+
+    Parameters
+    ----------
+    schedule : str
+        Its name.
+    solved : tuple
+        New weights by site, and rows of the report.
+    divergences : dict of str to float
+        Of the whole model by each schedule, on held-out text.
+    """
+
+    schedule: str
+    solved: tuple[Weights, list[SiteRow]]
+    divergences: dict[str, float]
+
+    @property
+    def said(self) -> str:
+        """The line of the report."""
+        values = " and ".join(
+            f"{HOW[name]} {value:.3g}" for name, value in self.divergences.items()
+        )
+        return (
+            f"Layers were solved {HOW[self.schedule]}: on held-out text the whole pruned model "
+            f"diverges from the dense one by {values}."
+        )
+
+
+def solve(job: Job, passes: Passes, plan: Plan, fresh: Batches | None) -> Chosen:
+    """Solve the sites of a job by its schedule, or by each and keep what diverges least.
+
+    Where text is held out for it, both are measured; of equal ones the cheaper is kept. A walk
+    measures its errors on ``fresh`` text on its way.
+    """
+    if job.judged is None:
+        return Chosen(
+            job.recipe.schedule, _solve(job, job.recipe.schedule, passes, plan, fresh), {}
+        )
+    with job.clock("judge"):
+        judge = Divergence(job.model, job.judged, job.ranks)
+    at, found, best = job.sites(passes.model), {}, None
+    for schedule in SCHEDULES:
+        solved = _solve(job, schedule, passes, plan, fresh)
+        with job.clock("judge"):
+            found[schedule] = divergence_of(judge, passes.model, at, plan, solved[0])
+        if best is None or found[schedule] < found[best[0]]:
+            best = schedule, solved
+    return Chosen(*best, found)
+
+
+def _solve(
+    job: Job, schedule: str, passes: Passes, plan: Plan, fresh: Batches | None
+) -> tuple[Weights, list[SiteRow]]:
+    """Return new weights by a schedule, and the rows of the report."""
+    settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
+    if schedule == "one-pass":
+        return solve_sites(passes, plan, settings, job.clock)
+    settings |= {"fresh": fresh or (), "saved": job.saved, "ranks": job.ranks}
+    with job.clock("reconstruct"):
+        return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+
+
+@torch.no_grad()
+def divergence_of(
+    judge: Divergence,
+    model: nn.Module,
+    at: Iterable[Site],
+    plan: Plan,
+    weights: Weights,
+) -> float:
+    """Return how far a model is from the judge's dense one with all its sites pruned."""
+    with ExitStack() as pruned:
+        for site in at:
+            pruned.enter_context(pruned_site(model, site, plan, weights[site.name]))
+        found = judge.of(model)["divergence"]
+    return math.inf if math.isnan(found) else found
