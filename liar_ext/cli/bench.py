@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench, table
 from liar_ext.errors import InputError
-from liar_ext.report import files
-from liar_ext.report.speed import Benchmark, bench_file, read_bench, table
+from liar_ext.report.reading import report_digest
+from liar_ext.whole_file import check_place, write_whole
 
 
 def run(options: argparse.Namespace) -> None:
@@ -17,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
 
     target = place(options.folder, options.json)
     if target is not None:
-        files.check_place(target, "bench", "--json", _is_benchmark)
+        check_place(target, "bench", "--json", _is_benchmark)
     settings = Settings(
         rounds=options.rounds,
         prompt_length=options.prompt_length,
@@ -36,7 +38,8 @@ def run(options: argparse.Namespace) -> None:
     )
     print("\n".join(lines(found)))
     if target is not None:
-        files.write_whole(target, found.to_json(), "bench", "--json")
+        found = replace(found, report_digest=report_digest(options.folder))
+        write_whole(target, found.to_json(), "bench", "--json")
         print(f"{target}: written")
 
 

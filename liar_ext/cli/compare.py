@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from liar_ext.benchmarking.stored import Benchmark
 from liar_ext.errors import InputError
-from liar_ext.report.speed import Benchmark
 
 
 def run(options: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def _recipe(
     folder: Path, source: str, texts: Sequence[str] | None, multiple_of: int | None
 ) -> Recipe:
     """Return the recipe of a folder, for another job."""
-    from liar_ext.report.report import RECIPE_YAML
+    from liar_ext.checkpoint.names import RECIPE_YAML
 
     if not (folder / RECIPE_YAML).is_file():
         raise InputError(
@@ -73,11 +73,11 @@ def _recipe(
 def _prune(folder: Path, out: Path, recipe: Recipe, progress: bool) -> Any:
     """Run a job and write its folder; pad it where no config says layers of these sizes."""
     from liar_ext.checkpoint.inspection import read_config, read_json
+    from liar_ext.checkpoint.names import REPORT_JSON
     from liar_ext.checkpoint.saving import save_pruned
     from liar_ext.cli.prune import load, prune_given
     from liar_ext.export.formats import Exported, is_unequal
     from liar_ext.export.uniform import export as pad
-    from liar_ext.report.report import REPORT_JSON
 
     given = load(recipe, progress=progress)
     report = prune_given(given, recipe, progress=progress)

@@ -10,11 +10,12 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -112,6 +113,27 @@ def to_svg(figure: Any, name: str) -> str:
 def to_png(figure: Any, path: Any) -> None:
     """Write a figure as PNG, on white."""
     figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+
+
+def write_pictures(folder: Path, figures: Mapping[str, Any], operation: str) -> list[Path]:
+    """Write figures as PNG files of their names into a folder, which is made; return the files.
+
+    Raises
+    ------
+    InputError
+        If they can't be written.
+    """
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            to_png(figure, folder / f"{name}.png")
+            written.append(folder / f"{name}.png")
+    except OSError as error:
+        raise InputError(
+            f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"
+        ) from error
+    return written
 
 
 def _restyled(tag: str, used: set[str]) -> str:

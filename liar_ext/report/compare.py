@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liar_ext.benchmarking.stored import Benchmark, Rate, figure
 from liar_ext.errors import InputError
-from liar_ext.report import canvas, files, page
+from liar_ext.report import canvas, page
 from liar_ext.report.html import change, magnitude, quality, stored_bench
-from liar_ext.report.reading import SavedReport, read_report, text
+from liar_ext.report.reading import SavedReport, read_report
 from liar_ext.report.scatter import Point, scatter
-from liar_ext.report.speed import Benchmark, Rate, figure
+from liar_ext.untrusted import text
+from liar_ext.whole_file import begins_with, check_place, write_whole
 
 MOST_RUNS = 50
 MOST_DRIFT = 1.1  # of a dense model's speed between measurements
@@ -68,9 +70,9 @@ def write_comparison(
             "speed": scatter(figures, speed_points(runs, what), SPEEDS[what[0]]),
         }
         svgs = {name: each and canvas.to_svg(each, name) for name, each in drawn.items()}
-        files.write_whole(target, render(runs, svgs, notes), "compare", "-o")
+        write_whole(target, render(runs, svgs, notes), "compare", "-o")
         there = {name: each for name, each in drawn.items() if each is not None}
-        written = [] if png is None else files.write_pictures(Path(png), there, "compare")
+        written = [] if png is None else canvas.write_pictures(Path(png), there, "compare")
     return [target, *written]
 
 
@@ -80,7 +82,7 @@ def check(folders: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str
         raise InputError(
             f"compare: takes at most {MOST_RUNS} folders, got {len(folders)}; compare fewer"
         )
-    files.check_place(Path(file), "compare", "-o", files.begins_with(page.MARK))
+    check_place(Path(file), "compare", "-o", begins_with(page.MARK))
 
 
 def read_runs(

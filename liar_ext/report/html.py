@@ -6,10 +6,11 @@ import math
 import os
 from pathlib import Path
 
+from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench, table
 from liar_ext.errors import InputError
-from liar_ext.report import canvas, files, page, pictures
+from liar_ext.report import canvas, page, pictures
 from liar_ext.report.reading import Perplexity, SavedReport, SavedSite, read_report
-from liar_ext.report.speed import Benchmark, bench_file, read_bench, table
+from liar_ext.whole_file import begins_with, check_place, write_whole
 
 MOST_ROWS = 512  # of a table of sites
 MEASURE_SPEED = "liar bench DIR --against MODEL measures it."
@@ -44,7 +45,7 @@ def write_page(
         If there is no report that can be read, matplotlib is missing, or nothing can be written.
     """
     target = page_file(folder) if file is None else Path(file)
-    files.check_place(target, "report", "-o", files.begins_with(page.MARK))
+    check_place(target, "report", "-o", begins_with(page.MARK))
     report = read_report(folder)
     bench, notes = stored_bench(folder, report)
     with canvas.drawing("report") as figures:
@@ -54,9 +55,9 @@ def write_page(
             "seconds": pictures.time_spent(report, figures),
         }
         svgs = {name: figure and canvas.to_svg(figure, name) for name, figure in drawn.items()}
-        files.write_whole(target, render(report, svgs, bench, notes), "report", "-o")
+        write_whole(target, render(report, svgs, bench, notes), "report", "-o")
         there = {name: figure for name, figure in drawn.items() if figure is not None}
-        written = [] if png is None else files.write_pictures(Path(png), there, "report")
+        written = [] if png is None else canvas.write_pictures(Path(png), there, "report")
     return [target, *written]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 
 if TYPE_CHECKING:
     from liar_ext.report.report import Report

@@ -6,8 +6,6 @@ there. Nothing of a file reaches a page or a picture but through :func:`text` an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -16,15 +14,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError, one_line
-from liar_ext.report.report import REPORT_JSON
+from liar_ext.untrusted import count, listing, mapping, number, read_object, text
 
 REPORT_NAMES = (REPORT_JSON, "liar_report.json")  # the second: of version 0.1.0
-MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB
 MOST_SITES = 4096
 MOST_FACTS = 200  # of a table of names and values
-MOST_TEXT = 400  # characters of one value
-LARGEST = 2**53  # of a count: what a double says exactly
 SITE_NAME = re.compile(
     r"(?:(\w{1,20})\.)?(\d{1,6})\.(?:cross_|shared_)?([a-z]\w{0,19})(?:\.\d{1,6})?"
 )
@@ -181,70 +177,12 @@ def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
     return found
 
 
-def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
-    """Return the object of a JSON file, and the SHA-256 of the file.
-
-    Raises
-    ------
-    InputError
-        If it is no ordinary file, too large, too deep, or no JSON object.
-    """
+def report_digest(folder: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a folder's report, "" if it has none."""
     try:
-        if not path.is_file():
-            raise ValueError("it is no ordinary file")
-        with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES:,} bytes, which no report has")
-        value = json.loads(data.decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"it is a {type(value).__name__} and no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{operation}: {path} can't be read: {one_line(error)}; copy it again"
-        ) from error
-    return value, hashlib.sha256(data).hexdigest()
-
-
-def text(value: Any, most: int = MOST_TEXT) -> str:
-    """Return a value as printable text of bounded length; "" of None."""
-    if value is None:
+        return read_object(find_report(folder, "report"), "report")[1]
+    except InputError:
         return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | dict):
-        flat = len(value) <= most and not any(isinstance(each, list | dict) for each in value)
-        value = ", ".join(map(str, value)) if flat else f"{len(value):,} entries"
-    said = str(value)[: most + 1] if not isinstance(value, int) or abs(value) < LARGEST else "?"
-    said = "".join(each if each.isprintable() else "\ufffd" for each in said)
-    return said if len(said) <= most else said[:most] + "…"
-
-
-def number(value: Any) -> float | None:
-    """Return a finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def count(value: Any) -> int | None:
-    """Return an integer of at least 0, or None."""
-    number = isinstance(value, int) and not isinstance(value, bool)
-    return value if number and 0 <= value < LARGEST else None
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """Return an object, or an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def listing(value: Any) -> list[Any]:
-    """Return a list, or an empty one."""
-    return value if isinstance(value, list) else []
 
 
 def _sites(value: Any, what: str, notes: list[str]) -> tuple[SavedSite, ...]:

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext import ops
+from liar_ext.checkpoint.names import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
 from liar_ext.plan import Plan
 from liar_ext.report import markdown
 from liar_ext.report.card import card
-from liar_ext.report.rows import BY_BLOCKS, ON_HOST, SiteRow
-
-REPORT_JSON = "liar/report.json"
-REPORT_MARKDOWN = "liar/report.md"
-RECIPE_YAML = "liar/recipe.yaml"
+from liar_ext.rows import BY_BLOCKS, ON_HOST, SiteRow
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Report:
     latency : dict
         For a budget of latency: ``dense_seconds``; the fraction of them that the plan takes,
         ``predicted`` and ``measured``, the latter with quartiles, before reconstruction and
-        saving; ``table``, which :class:`liar_ext.report.latency.LatencyTable` loads.
+        saving; ``table``, which :class:`liar_ext.latency_table.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     seconds : dict

@@ -12,6 +12,7 @@ from example_reports import NASTY, SCRIPT, bench_of, ordinary, save, store_bench
 from test_html import Reader
 
 from liar_ext import InputError
+from liar_ext.benchmarking.stored import Benchmark, ModelFacts, Quartiles, Rate, read_bench, table
 from liar_ext.cli import main
 from liar_ext.report import canvas
 from liar_ext.report.compare import (
@@ -24,7 +25,6 @@ from liar_ext.report.compare import (
     write_comparison,
 )
 from liar_ext.report.scatter import Point, scatter
-from liar_ext.report.speed import Benchmark, ModelFacts, Quartiles, Rate, read_bench, table
 
 
 @pytest.fixture

@@ -26,14 +26,14 @@ from example_reports import (
 )
 from example_reports import wrong as wrong_kinds
 
-from liar_ext import InputError
+from liar_ext import InputError, untrusted
 from liar_ext.checkpoint.manifest import strangers, write_manifest
+from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.cli import main
 from liar_ext.report import canvas, pictures, reading
 from liar_ext.report.html import page_file, write_page
 from liar_ext.report.page import MARK
 from liar_ext.report.reading import MOST_SITES, read_report
-from liar_ext.report.report import REPORT_JSON
 
 OLD = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
 TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
@@ -215,7 +215,7 @@ def test_a_report_of_a_million_sites_gives_a_page_that_opens(tmp_path):
 
 
 def test_a_report_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MOST_BYTES", 1000)
+    monkeypatch.setattr(untrusted, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="more than 1,000 bytes"):
         write_page(save(tmp_path / "run", ordinary()))
     assert not page_file(tmp_path / "run").exists()

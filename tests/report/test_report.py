@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from liar_ext import Recipe, Report
-from liar_ext.report.clock import Clock
+from liar_ext.bars import Clock
 from liar_ext.report.markdown import figure, site_table
 from liar_ext.report.report import what_to_know
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 
 ROW = SiteRow(
     name="3.mlp",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.report.reading import count, listing, mapping, number, read_object, text
+from liar_ext.untrusted import count, listing, mapping, number, read_object, text
 
 VERSION = 1
 MOST_ROWS = 100

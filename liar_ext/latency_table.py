@@ -11,7 +11,7 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.plan import PHASES, Budget
-from liar_ext.report.reading import listing, mapping, read_object
+from liar_ext.untrusted import listing, mapping, read_object
 
 VERSION = 1
 MOST_ROWS, MOST_COUNTS = 4096, 256
