@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from liar_ext.errors import InputError, one_line
 
 MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB
 MOST_TEXT = 400  # characters of one value
+MOST_NAMED = 200  # names of one object
 LARGEST = 2**53  # of a count: what a double says exactly
 
 
@@ -60,14 +61,13 @@ def text(value: Any, most: int = MOST_TEXT) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, or None."""
+    """Return a finite number as it is, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        value = float(value)
+        return value if math.isfinite(value) else None
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
 
 
 def count(value: Any) -> int | None:
@@ -84,3 +84,17 @@ def mapping(value: Any) -> Mapping[str, Any]:
 def listing(value: Any) -> list[Any]:
     """Return a list, or an empty one."""
     return value if isinstance(value, list) else []
+
+
+def named(value: Any) -> dict[str, Any]:
+    """Return the names and values of an object: numbers as they are, all else as text."""
+    return {
+        text(key, 60): each if isinstance(each, bool) or number(each) is not None else text(each)
+        for key, each in list(mapping(value).items())[:MOST_NAMED]
+    }
+
+
+def record(value: Any, **read: Callable[[Any], Any]) -> dict[str, Any] | None:
+    """Return the named fields of an object, each as read by its function; None if one is wrong."""
+    found = {name: each(mapping(value).get(name)) for name, each in read.items()}
+    return None if None in found.values() else found

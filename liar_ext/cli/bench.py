@@ -6,9 +6,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench, table
+from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
 from liar_ext.errors import InputError
 from liar_ext.report.reading import report_digest
+from liar_ext.report.tables import speed, to_text
 from liar_ext.whole_file import check_place, write_whole
 
 
@@ -52,15 +53,8 @@ def place(folder: str, given: str | None) -> Path | None:
 
 def lines(bench: Benchmark) -> list[str]:
     """Return a benchmark as a table of plain text."""
-    heads = ("", "dense", "pruned", "pruned / dense (quartiles)")
-    rows = [heads, *table(bench)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    said = [f"{key} {value}" for key, value in (bench.settings | bench.machine).items()]
-    body = [
-        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
-        for row in rows
-    ]
-    return [*body, f"Medians of {bench.settings['rounds']} rounds; {'; '.join(said)}"]
+    table = speed(bench)
+    return [*to_text(table), table.note]
 
 
 def _is_benchmark(path: Path) -> bool:

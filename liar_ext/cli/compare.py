@@ -22,12 +22,13 @@ def measured(options: argparse.Namespace) -> dict[str, Benchmark]:
     """Return a benchmark of each folder that has none stored; they are not stored either."""
     from liar_ext.benchmarking.job import benchmark
     from liar_ext.benchmarking.timing import Settings
-    from liar_ext.report.html import stored_bench
-    from liar_ext.report.reading import read_report
+    from liar_ext.report.page import stored_bench
+    from liar_ext.report.reading import find_report
 
     benches = {}
     for folder in dict.fromkeys(options.folders):
-        if stored_bench(folder, read_report(folder, "compare"))[0] is None:
+        find_report(folder, "compare")  # refuses one without
+        if stored_bench(folder)[0] is None:
             try:
                 benches[folder] = benchmark(folder, None, Settings(batches=(1,)), memory=False)
             except InputError as error:

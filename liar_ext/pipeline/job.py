@@ -37,8 +37,8 @@ from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
 from liar_ext.reconstruction.layerwise import check_walk, reconstruct_layerwise
-from liar_ext.report.report import Report, versions, what_to_know
-from liar_ext.rows import SiteRow
+from liar_ext.report.report import Report, versions
+from liar_ext.rows import SiteRow, what_to_know
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
