@@ -122,12 +122,13 @@ def evaluation(value: Any) -> dict[str, dict[str, float]]:
     return {name: each for name, each in found.items() if each.get("perplexity") != 0}
 
 
-def recipe(value: Any) -> Recipe | Mapping[str, Any] | None:
-    """Read a recipe, as a mapping if it is none of this version."""
+def recipe(value: Any) -> Recipe | Mapping[str, Any]:
+    """Read a recipe: what the file says of it, if it is no whole recipe of this version."""
     try:
-        return Recipe.from_dict(mapping(value)) if value else None
+        found = Recipe.from_dict(mapping(value))
     except InputError:
         return named(value)
+    return found if found.to_dict() == value else named(value)
 
 
 def _at_least_zero(value: Any) -> float | None:

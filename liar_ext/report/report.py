@@ -64,7 +64,7 @@ class Report:
         What stays; written to a file of its own, not into the report's JSON.
     recipe : Recipe
         Every choice of the job, to be repeated: ``liar prune --recipe liar/recipe.yaml``. A mapping
-        if it was read from a file and is no recipe of this version.
+        if it was read from a file and is no whole recipe of this version.
     """
 
     model: str
@@ -125,7 +125,7 @@ class Report:
             seconds=reading.numbers(facts.get("seconds")),
             warnings=cut + reading.lines(facts.get("warnings")),
             loading=text(facts.get("loading"), 1000),
-            recipe=reading.recipe(facts.get("recipe")),
+            recipe=reading.recipe(facts.get("recipe")) or None,
         )
 
     @classmethod

@@ -56,10 +56,7 @@ def to_text(table: Table) -> list[str]:
     rows = [table.columns, *table.rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if at in table.text_columns else ">" for at in range(len(widths))]
-    return [
-        "  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip()  # as f"{cell:>9}"
-        for row in rows
-    ]
+    return ["  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip() for row in rows]
 
 
 def to_markdown(table: Table) -> list[str]:
@@ -72,7 +69,7 @@ def to_markdown(table: Table) -> list[str]:
 
 def in_markdown(value: str) -> str:
     """Return text that is no markup of Markdown's or HTML's, on one line."""
-    return " ".join(value.split()).replace("<", "&lt;").replace("|", "\\|")
+    return " ".join(value.split()).replace("<", "&lt;").replace("|", "&#124;")
 
 
 def figure(value: float | None, form: str = ".3g") -> str:
@@ -96,10 +93,9 @@ def ratio(before: float | None, after: float | None) -> str:
 
 
 def pair(before: int | None, after: int | None) -> str:
-    """Return a count before and after."""
-    return (
-        figure(before, ",") if before == after else f"{figure(before, ',')} → {figure(after, ',')}"
-    )
+    """Return a count before and after, once if it is the same."""
+    counts = figure(before, ","), figure(after, ",")
+    return counts[0] if before == after else " → ".join(counts)
 
 
 def measured_on(found: Mapping[str, float]) -> str:
@@ -126,8 +122,8 @@ def sizes(params: Mapping, evaluation: Mapping, latency: Mapping) -> Table:
         rows.append((title, quality(before), quality(after), ratio(before, after)))
     certified = evaluation.get("certified")
     if certified:
-        title = f"divergence from the dense model, {figure(certified.get('rows'), ',')} outputs no "
-        title += (
+        title = (
+            f"divergence from the dense model, {figure(certified.get('rows'), ',')} outputs no "
             "decision has seen: KL in nats, or without logits half the squared relative distance"
         )
         rows.append((title, "0", figure(certified["divergence"]), ""))

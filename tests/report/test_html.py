@@ -24,6 +24,7 @@ from example_reports import (
     write_pages,
 )
 from example_reports import wrong as wrong_kinds
+from test_report import GRID, LATENCY
 
 from liar_ext import InputError, untrusted
 from liar_ext.checkpoint.manifest import strangers, write_manifest
@@ -44,7 +45,7 @@ class Reader(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.tags, self.attributes, self.said = set(), [], []
+        self.tags, self.attributes, self.said, self.code = set(), [], [], []
         self.open: list[str] = []
         self.feed(page)
         self.close()
@@ -65,6 +66,8 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
             self.said.append(data)
+        if self.open and self.open[-1] == "code":
+            self.code.append(data)
 
     @property
     def text(self) -> str:
@@ -95,6 +98,7 @@ def test_the_page_says_what_the_report_does(tmp_path):
     assert "Few tokens." in said and "3.7 min" in said and "0.31" in said
     assert "15.mlp" in said and "Sites (60)" in said
     assert "calibration" in said and "held out" in said and "allocate" in said
+    assert "liar_ext.load_pruned(folder)" in page.code and page.text.count("`") == 0
     assert said.count("Not measured") == 1 and "liar bench DIR --against MODEL" in said
 
 
@@ -113,12 +117,26 @@ def test_pictures_are_text_and_follow_light_and_dark(tmp_path):
     assert len(pictures_of) == 3
     assert all("<text" in each and 'role="img"' in each for each in pictures_of)
     assert not re.findall(r"(?:fill|stroke): #(?!fff)[0-9a-f]{6}", "".join(pictures_of))
+    assert "<title>0: 8 of 9 units stay</title>" in text  # to a pointer
+    assert "<title>allocate: 176 s</title>" in text
     assert "var(--blue)" in text and "prefers-color-scheme: dark" in text
     identifiers = re.findall(r' id="([^"]*)"', text)
     assert len(set(identifiers)) == len(identifiers)
     referred = re.findall(r'(?:url\(#|href="#)([\w-]+)', text)
     assert set(referred) == set(identifiers)
     assert 'name="viewport"' in text and "default-src 'none'" in text.replace("&#x27;", "'")
+
+
+def test_the_template_is_packaged():
+    assert '"report/page.html"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_the_page_has_every_table_of_the_report(tmp_path):
+    fields = ordinary(2, grid=GRID, latency=LATENCY)
+    said = written(tmp_path, fields).text
+    for table in Report.from_dict(fields).tables():
+        assert f"{table.title} ({len(table.rows)})" in said
+        assert all(cell in said for row in table.rows for cell in row)
 
 
 def test_a_page_is_the_same_each_time(tmp_path):
