@@ -11,6 +11,7 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
+from liar_ext.latency_table import LatencyTable
 from liar_ext.models.sites import register_family, sites
 from liar_ext.narrowing.narrowing import narrow
 from liar_ext.pipeline import prune, sweep
@@ -18,7 +19,6 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.reconstruction.one_pass import reconstruct
-from liar_ext.report.latency import LatencyTable
 from liar_ext.report.report import Report
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.costs import Costs

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+Step = TypeVar("Step")
 _JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
 
 
@@ -133,6 +135,33 @@ class Timeline:
         said = f"{self.title}: {stage} {steps}{of} · {_shown(self.clock() - self.start)} gone"
         left = self.left(stage, steps)
         return said if left is None else f"{said}, about {_shown(left)} left"
+
+
+class Clock:
+    """Seconds by stage; stages of one name add up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Count the seconds of the context for a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def each(self, stage: str, steps: Iterable[Step]) -> Iterator[Step]:
+        """Yield the steps; what getting them takes is of the stage."""
+        steps, step = iter(steps), None
+        while True:
+            with self(stage):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
 
 def _name(stage: str) -> str:

@@ -6,10 +6,12 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from liar_ext.errors import InputError, one_line
 
 MOST_OF_NAME = 200  # bytes; a name has at most 255
 
@@ -43,6 +45,71 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def is_unfinished(name: str) -> bool:
     """Tell whether a name is that of an unfinished file, which a killed writer leaves."""
     return re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", name) is not None
+
+
+def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
+    """Refuse a place where a file can't be written, or that holds anything but one of ours.
+
+    Parameters
+    ----------
+    path : Path
+        Where it goes.
+    operation, option : str
+        The command, and its option that names another place.
+    is_ours : callable
+        Tells whether a file that is there may be replaced.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    other = f"give another name with {option}"
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise InputError(f"{operation}: {path} is no ordinary file; {other}")
+        if path.exists() and not is_ours(path):
+            raise InputError(
+                f"{operation}: {path} exists and liar {operation} didn't write it; remove it, or "
+                f"{other}"
+            )
+        if not path.parent.is_dir():
+            raise InputError(
+                f"{operation}: there is no folder {path.parent} to write into; make it, or {other}"
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{operation}: {path.parent} may not be written to; {other}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{operation}: can't write {path}: {one_line(error)}; {other}") from error
+
+
+def begins_with(mark: str) -> Callable[[Path], bool]:
+    """Return what tells whether a file begins with a mark."""
+
+    def is_ours(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return file.read(len(mark.encode())) == mark.encode()
+
+    return is_ours
+
+
+def write_whole(path: Path, data: str, operation: str, option: str) -> None:
+    """Write a text file.
+
+    Raises
+    ------
+    InputError
+        If it can't be written.
+    """
+    try:
+        with whole_file(path) as file:
+            file.write(data.encode())
+    except OSError as error:
+        raise InputError(
+            f"{operation}: can't write {path}: {one_line(error)}; give another name with {option}"
+        ) from error
 
 
 def _for_its_owner(name: str, flags: int) -> int:

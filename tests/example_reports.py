@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from liar_ext.benchmarking.stored import Benchmark, ModelFacts, Quartiles, Rate, bench_file
+from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.report.compare import write_comparison
-from liar_ext.report.html import write_page
-from liar_ext.report.report import REPORT_JSON
-from liar_ext.report.speed import Benchmark, ModelFacts, Quartiles, Rate, bench_file
+from liar_ext.report.page import write_page
 
 SCRIPT = "<script>alert(1)</script>"
 NASTY = f"\"'><img src=x onerror=alert(2)>{SCRIPT}$\\frac{{1}}$&amp;\u202e\ud800\x00</style></svg>"

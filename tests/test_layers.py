@@ -23,7 +23,7 @@ MOST_LINES, MOST_IN_FUNCTION = 400, 80
 
 def layers(text: str) -> dict[str, int]:
     """Return the layer of each module or folder, from the table of CONTRIBUTING."""
-    rows = re.findall(r"^    (\d)  (\S.*)$", text, re.M)
+    rows = re.findall(r"^    (\d+)  (\S.*)$", text, re.M)
     return {name: int(layer) for layer, names in rows for name in re.findall(r"\w+", names)}
 
 

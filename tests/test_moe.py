@@ -14,8 +14,8 @@ from liar_ext.checkpoint import load_model
 from liar_ext.errors import InputError
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.report.card import card
-from liar_ext.report.reading import read_report
+from liar_ext.report.pictures import _by_kind
+from liar_ext.report.report import Report
 from liar_ext.surgery.units import apply_plan
 
 SIZE = {"qwen3_moe": "moe_intermediate_size"}
@@ -69,9 +69,8 @@ def test_the_report_shows_experts(even) -> None:
     experts = [row for row in report.sites if row.tokens is not None]
     assert len(experts) == 4 * (2 - (name == "qwen3_moe"))
     assert {row.name.split(".")[1] for row in experts} == {"mlp"}
-    assert ("" if name == "olmoe" else "and ") + "MLP channels removed" in card(report)
-    read = read_report(folder)
-    assert {site.kind for site in read.sites} <= {"attn", "mlp"}
+    assert ("" if name == "olmoe" else "and ") + "MLP channels removed" in report.to_card()
+    assert _by_kind(Report.load(folder).sites, bool).keys() <= {"attn", "mlp"}
 
 
 @pytest.mark.parametrize("name", MOE)

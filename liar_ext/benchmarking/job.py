@@ -13,12 +13,10 @@ import torch
 from torch import nn
 
 from liar_ext.benchmarking.memory import peak_memory
+from liar_ext.benchmarking.stored import Benchmark, ModelFacts
 from liar_ext.benchmarking.timing import Clock, Settings, check_models, measure, use_threads
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import placement
-from liar_ext.errors import InputError
-from liar_ext.report.reading import find_report, read_object
-from liar_ext.report.speed import Benchmark, ModelFacts
 
 
 def benchmark(
@@ -76,7 +74,6 @@ def benchmark(
     return Benchmark(
         pruned=facts["pruned"],
         dense=facts.get("dense"),
-        report_digest=_digest(folder),
         settings={**asdict(settings), "batches": list(settings.batches), "threads": threads},
         machine=machine(settings.device),
         rates=rates,
@@ -87,14 +84,6 @@ def _sizes(model: nn.Module) -> tuple[int, int]:
     """Return the parameters of a model, tied ones once, and their bytes."""
     parameters = list(model.parameters())
     return sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
-
-
-def _digest(folder: str | os.PathLike[str]) -> str:
-    """Return the digest of a folder's report; "" where there is none."""
-    try:
-        return read_object(find_report(folder, "bench"), "bench")[1]
-    except InputError:
-        return ""
 
 
 def machine(device: str) -> dict[str, str]:

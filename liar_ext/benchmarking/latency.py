@@ -28,16 +28,16 @@ from torch import nn
 from liar_ext.bars import Bar
 from liar_ext.benchmarking import timing
 from liar_ext.benchmarking.job import machine
+from liar_ext.benchmarking.stored import Quartiles
 from liar_ext.benchmarking.timing import Clock, Settings
 from liar_ext.data.texts import check_seq_len
 from liar_ext.errors import InputError
+from liar_ext.latency_table import LatencyTable, SizeRow
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.inputs import inputs_read
 from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.report.latency import LatencyTable, SizeRow
-from liar_ext.report.speed import Quartiles
 from liar_ext.selection.allocation import allowed_counts
 from liar_ext.surgery.units import apply_plan
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar
+from liar_ext.benchmarking.stored import Quartiles, Rate
 from liar_ext.data.texts import check_seq_len
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import draw_inputs, inputs_read
 from liar_ext.models.running import device_of, predicts_next_token
-from liar_ext.report.speed import Quartiles, Rate
 
 SEED = 0
 Clock = Callable[[], float]

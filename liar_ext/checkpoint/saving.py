@@ -31,7 +31,14 @@ from liar_ext.checkpoint.carrying import carry, license_of, source_folder
 from liar_ext.checkpoint.completing import complete_config
 from liar_ext.checkpoint.fingerprint import write_fingerprint
 from liar_ext.checkpoint.manifest import write_manifest
-from liar_ext.checkpoint.names import CARD_FILE, MARKER_FILE, OWN_FOLDER, PLAN_FILE, QUANTISER_MARKS
+from liar_ext.checkpoint.names import (
+    CARD_FILE,
+    MARKER_FILE,
+    OWN_FOLDER,
+    PLAN_FILE,
+    QUANTISER_MARKS,
+    REPORT_JSON,
+)
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.quietening import no_bars, quiet
 from liar_ext.checkpoint.shards import Shards
@@ -40,7 +47,6 @@ from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
-from liar_ext.report.report import REPORT_JSON
 
 __all__ = ["PLAN_FILE", "check_folder", "save_pruned"]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
 from liar_ext.errors import InputError
-from liar_ext.report import files
-from liar_ext.report.speed import Benchmark, bench_file, read_bench, table
+from liar_ext.report.reading import report_digest
+from liar_ext.report.tables import speed, to_text
+from liar_ext.whole_file import check_place, write_whole
 
 
 def run(options: argparse.Namespace) -> None:
@@ -17,7 +20,7 @@ def run(options: argparse.Namespace) -> None:
 
     target = place(options.folder, options.json)
     if target is not None:
-        files.check_place(target, "bench", "--json", _is_benchmark)
+        check_place(target, "bench", "--json", _is_benchmark)
     settings = Settings(
         rounds=options.rounds,
         prompt_length=options.prompt_length,
@@ -36,7 +39,8 @@ def run(options: argparse.Namespace) -> None:
     )
     print("\n".join(lines(found)))
     if target is not None:
-        files.write_whole(target, found.to_json(), "bench", "--json")
+        found = replace(found, report_digest=report_digest(options.folder))
+        write_whole(target, found.to_json(), "bench", "--json")
         print(f"{target}: written")
 
 
@@ -49,15 +53,8 @@ def place(folder: str, given: str | None) -> Path | None:
 
 def lines(bench: Benchmark) -> list[str]:
     """Return a benchmark as a table of plain text."""
-    heads = ("", "dense", "pruned", "pruned / dense (quartiles)")
-    rows = [heads, *table(bench)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    said = [f"{key} {value}" for key, value in (bench.settings | bench.machine).items()]
-    body = [
-        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip()
-        for row in rows
-    ]
-    return [*body, f"Medians of {bench.settings['rounds']} rounds; {'; '.join(said)}"]
+    table = speed(bench)
+    return [*to_text(table), table.note]
 
 
 def _is_benchmark(path: Path) -> bool:

@@ -24,7 +24,7 @@ from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.report.markdown import latency as said
+from liar_ext.report.tables import latency_lines
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.error_curves import error_curves
@@ -62,7 +62,11 @@ def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
         f"{type(model).__name__}: {count_params(model):,} parameters, of which "
         f"{sum(site.params for site in at):,} may be pruned",
         *_sizes(at, equal, recipe, model),
-        *([] if job.speed is None else (f"latency: {line}" for line in said(job.speed.facts()))),
+        *(
+            []
+            if job.speed is None
+            else (f"latency: {line}" for line in latency_lines(job.speed.facts()))
+        ),
         *_memory(model, at, recipe),
         _time(model, batches, at, equal, recipe),
         _loading(model, equal, recipe, at),

@@ -7,7 +7,7 @@ import argparse
 
 def run(options: argparse.Namespace) -> None:
     """Write the page, and pictures; print where."""
-    from liar_ext.report.html import write_page
+    from liar_ext.report.page import write_page
 
     for path in write_page(options.folder, options.output, options.png):
         print(f"{path}: written")

@@ -20,7 +20,7 @@ from liar_ext.data.documents import check_apart_from
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
-from liar_ext.report.files import check_place
+from liar_ext.whole_file import check_place
 
 UNCHECKED = (
     "The bank has no digests of its documents: nobody has looked whether the evaluation text "

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.inspection import read_config, read_json
-from liar_ext.checkpoint.names import PLAN_FILE
+from liar_ext.checkpoint.names import PLAN_FILE, RECIPE_YAML, REPORT_JSON
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import equal_config, how_to_load
 from liar_ext.errors import InputError
@@ -36,7 +36,6 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import output_of
 from liar_ext.models.sites import Site, sites, skeleton
 from liar_ext.plan import Plan, SitePlan, kind_of
-from liar_ext.report.report import RECIPE_YAML, REPORT_JSON
 from liar_ext.surgery.units import apply_plan, unit_rows
 
 # What a config says of unequal layers, and of what was saved.

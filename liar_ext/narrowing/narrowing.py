@@ -39,7 +39,7 @@ from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.reconstruction.result import Solution
 from liar_ext.reconstruction.ridge import solve
 from liar_ext.reconstruction.settings import check_settings, form_at
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 from liar_ext.surgery.residual_stream import narrow_norm
 from liar_ext.surgery.units import apply_plan
 

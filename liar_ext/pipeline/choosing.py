@@ -18,7 +18,7 @@ from liar_ext.pipeline.several import Weights, solve_sites
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from liar_ext.bars import Clock
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
@@ -19,6 +20,7 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
+from liar_ext.latency_table import LatencyTable
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites
@@ -37,10 +39,8 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
 from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.reconstruction.one_pass import with_bias
-from liar_ext.report.clock import Clock
-from liar_ext.report.latency import LatencyTable
-from liar_ext.report.report import Report, versions, what_to_know
-from liar_ext.report.rows import SiteRow
+from liar_ext.report.report import Report, versions
+from liar_ext.rows import SiteRow, what_to_know
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from liar_ext.bars import Clock
 from liar_ext.calibration.passes import Passes
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan
 from liar_ext.ranks import Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.one_pass import reconstruct_shared
-from liar_ext.report.clock import Clock
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 
 # What a rank counts: sequences and tokens in passes over the calibration text, sequences in a walk,
 # probes of sensitivities, sites that it solved. By blocks also READ, bytes of weights.

@@ -8,12 +8,12 @@ from dataclasses import asdict, replace
 from torch import nn
 
 from liar_ext.benchmarking.latency import measure_latency, plan_of, ratios, sliced, where
+from liar_ext.benchmarking.stored import Quartiles
 from liar_ext.benchmarking.timing import Clock
 from liar_ext.errors import InputError
+from liar_ext.latency_table import LatencyTable
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
-from liar_ext.report.latency import LatencyTable
-from liar_ext.report.speed import Quartiles
 from liar_ext.selection.costs import Costs
 
 # A plan may miss what its sites add up to by this fraction of the dense seconds.

@@ -25,7 +25,7 @@ from liar_ext.reconstruction.saved_walk import (
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.streams import with_inputs
 from liar_ext.reconstruction.walk import Walk
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
 

@@ -18,7 +18,7 @@ from liar_ext.reconstruction.ridge import drop, solve
 from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
 from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, form_of_expert
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 
 
 def reconstruct(

@@ -14,7 +14,7 @@ from liar_ext.errors import is_out_of_memory
 from liar_ext.reconstruction import blocked, ridge, targets
 from liar_ext.reconstruction.result import Solution
 from liar_ext.reconstruction.targets import Shortfall
-from liar_ext.report.rows import BY_BLOCKS, ON_HOST
+from liar_ext.rows import BY_BLOCKS, ON_HOST
 
 IN_BLOCKS = {
     ridge.solve: blocked.solve,

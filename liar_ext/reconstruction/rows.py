@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.result import Solution
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 
 
 def report_row(

@@ -11,7 +11,7 @@ from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.ranks import Ranks
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.streams import Part
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]

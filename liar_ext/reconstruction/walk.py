@@ -34,7 +34,7 @@ from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
 from liar_ext.reconstruction.targets import solve_towards
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
 

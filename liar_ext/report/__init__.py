@@ -1,1 +1,1 @@
-"""The report of a job: a row per site, written as JSON and Markdown."""
+"""The report of a job, as JSON, text, Markdown and HTML."""

@@ -1,156 +1,228 @@
-"""The parts that every page is made of: HTML that needs no script, no font and no other file.
+"""The page of one job: what it did, what that cost in quality, and what it took.
 
-Whatever is not markup of our own goes through :func:`escape`. A content policy forbids scripts and
-requests, should anything slip through all the same.
+``page.html`` is the template of this page and of a comparison. Whatever is shown is escaped by it,
+but pictures, which are SVG of our own.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
+from liar_ext.errors import InputError
+from liar_ext.report import pictures, tables
+from liar_ext.report.reading import report_digest
+from liar_ext.report.report import Report
+from liar_ext.report.tables import quality
+from liar_ext.untrusted import text
+from liar_ext.whole_file import begins_with, check_place, write_whole
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'none'"
-STYLE = """
-:root { color-scheme: light dark; --back: #ffffff; --card: #f5f7fa; --line: #d9dee4;
-  --ink: #1f2933; --faint: #616e7c; --grid: #e4e7eb; --pale: #cbd2d9; --blue: #2b6cb0;
-  --orange: #c05621; --green: #2f855a; --warn: #fff4e0; }
-@media (prefers-color-scheme: dark) { :root { --back: #14181d; --card: #1d232a; --line: #38424d;
-  --ink: #e4e7eb; --faint: #9aa5b1; --grid: #2f3842; --pale: #4a5561; --blue: #63a4e8;
-  --orange: #f0975a; --green: #5cc28c; --warn: #3a2f18; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-main { max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
-h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
-p { margin: 0.5rem 0; }
-.note, figcaption, footer { color: var(--faint); font-size: 0.875rem; }
-.tiles { display: grid; gap: 0.75rem; margin: 1rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(9.2rem, 1fr)); }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 0.5rem;
-  padding: 0.75rem; }
-.tile b { display: block; font-size: 1.35rem; line-height: 1.3; }
-.tile span { color: var(--faint); font-size: 0.875rem; display: block; }
-.bar { height: 0.5rem; background: var(--pale); border-radius: 0.25rem; margin-top: 0.5rem; }
-.bar i { display: block; height: 100%; background: var(--blue); border-radius: 0.25rem; }
-.warn { background: var(--warn); border-left: 4px solid var(--orange); padding: 0.5rem 0.75rem;
-  margin: 0.5rem 0; }
-.pictures { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; }
-figure h2 { margin-top: 0.5rem; }
-figure svg { display: block; width: 100%; height: auto; max-width: 40rem;
-  font-family: system-ui, "DejaVu Sans", sans-serif; stroke-linejoin: round; }
-code { font-size: 0.9em; background: var(--card); padding: 0.1em 0.25em; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; width: 100%; }
-th, td { text-align: left; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-td { min-width: 5.5rem; }
-th { color: var(--faint); font-weight: 600; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal;
-  min-width: 0; }
-.facts td { overflow-wrap: anywhere; }
-.facts td:first-child { color: var(--faint); width: 40%; }
-details { margin: 1rem 0; }
-summary { cursor: pointer; font-weight: 600; padding: 0.4rem 0; }
-@media (max-width: 30rem) { main { padding: 0.75rem; } h1 { font-size: 1.3rem; }
-  th, td { padding: 0.3rem 0.35rem; } }
-@media print { details > * { display: block; } }
-"""
+MOST_ROWS = 512  # of a table
+MEASURE_SPEED = "liar bench DIR --against MODEL measures it."
+MEASURE_PERPLEXITY = "Perplexity: liar prune --eval TEXT measures it, for causal language models."
+SAID = ("criterion", "allocation", "schedule")  # choices that are named at the top
 
 
-def escape(value: object) -> str:
-    """Return a value as text of HTML, also within quotes."""
-    return html.escape(str(value), quote=True)
+def page_file(folder: str | os.PathLike[str]) -> Path:
+    """Return where the page of a folder goes: beside it, for the folder itself is sealed."""
+    path = Path(folder).resolve()
+    return path.with_name(f"{path.name}.html")
 
 
-def with_code(value: str) -> str:
-    """Return text as HTML, what stands between backticks as code."""
-    parts = escape(value).split("`")
-    closed = len(parts) - 1 + len(parts) % 2  # a last backtick without its pair is itself
-    inner = [f"<code>{each}</code>" if at % 2 else each for at, each in enumerate(parts[:closed])]
-    return "".join(inner) + "".join(f"`{each}" for each in parts[closed:])
+def name_of(folder: str | os.PathLike[str]) -> str:
+    """Return the name of a folder as a page shows it."""
+    return text(Path(folder).resolve().name or str(folder), 100)
 
 
-def document(title: str, parts: Sequence[str]) -> str:
-    """Return a page of parts that are HTML already; the title is plain text."""
-    head = (
-        f'{MARK}<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-    )
-    return "\n".join([head, *(part for part in parts if part), "</main></body></html>"]) + "\n"
+def write_page(
+    folder: str | os.PathLike[str],
+    file: str | os.PathLike[str] | None = None,
+    png: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Write the page of a saved folder, and its pictures as PNG; return the files.
 
+    Parameters
+    ----------
+    folder : path
+        What :func:`liar_ext.save_pruned` wrote, with a report.
+    file : path, optional
+        Where the page goes; ``DIR.html`` beside the folder by default.
+    png : path, optional
+        A folder for the pictures.
 
-def tile(title: str, value: str, under: str = "", share: float | None = None) -> str:
-    """Return a number with what it is, and a bar of the share that stays."""
-    bar = ""
-    if share is not None:
-        bar = f'<div class="bar"><i style="width:{100 * min(max(share, 0), 1):.1f}%"></i></div>'
-    return (
-        f'<div class="tile"><span>{escape(title)}</span><b>{escape(value)}</b>'
-        f"<span>{escape(under)}</span>{bar}</div>"
-    )
-
-
-def section(title: str, *parts: str, missing: str = "") -> str:
-    """Return a section of parts that are HTML already; without any it says what is missing."""
-    inner = "".join(parts) or f'<p class="note">Not measured. {escape(missing)}</p>'
-    return f"<section><h2>{escape(title)}</h2>{inner}</section>"
-
-
-def picture(title: str, svg: str | None, caption: str, missing: str = "") -> str:
-    """Return a figure with title and caption, or that there is none."""
-    if svg is None:
-        return f"<figure>{section(title, missing=missing)}</figure>"
-    label = escape(f"{title}. {caption}")
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return (
-        f"<figure><h2>{escape(title)}</h2>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def table(
-    heads: Sequence[str], rows: Sequence[Sequence[object]], texts: Sequence[int] = (0,)
-) -> str:
-    """Return a table, all columns but ``texts`` right-aligned; one that is too wide scrolls."""
-
-    def cells(row: Sequence[object], tag: str) -> str:
-        return "".join(
-            f"<{tag}{'' if at in texts else ' class=n'}>{escape(value)}</{tag}>"
-            for at, value in enumerate(row)
+    Raises
+    ------
+    InputError
+        If there is no report that can be read, matplotlib is missing, or nothing can be written.
+    """
+    target = page_file(folder) if file is None else Path(file)
+    check_place(target, "report", "-o", begins_with(MARK))
+    report, name = Report.load(folder), name_of(folder)
+    bench, notes = stored_bench(folder)
+    model = report.model or "an unnamed model"
+    is_judged = {"dense", "pruned"} <= report.evaluation.keys()
+    with pictures.drawing("report") as figures:
+        drawn = {
+            "units": pictures.kept(report.sites, figures),
+            "errors": pictures.errors(report.sites, figures),
+            "seconds": pictures.time_spent(report.seconds, figures),
+        }
+        written = document(
+            "report",
+            f"{name}: pruned from {model}",
+            name,
+            f"Pruned from {model}{_choices(report)}.",
+            warnings=[*notes, *report.warnings],
+            tiles=_tiles(report, bench),
+            pictures=_pictures(report, pictures.as_svg(drawn)),
+            sections=[
+                (report.sizes(), "" if is_judged else MEASURE_PERPLEXITY),
+                (tables.speed(bench), "" if bench else MEASURE_SPEED),
+            ],
+            loading=report.loading,
+            folded=report.tables(),
         )
+        write_whole(target, written, "report", "-o")
+        return [target, *pictures.write(png, drawn, "report")]
 
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table><thead><tr>{cells(heads, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+
+def stored_bench(folder: str | os.PathLike[str]) -> tuple[Benchmark | None, list[str]]:
+    """Return the benchmark that is stored beside a folder, and what is wrong with it.
+
+    One of another state of the folder, or one that can't be read, is told of and not used.
+    """
+    path = bench_file(folder)
+    if not os.path.lexists(path):
+        return None, []
+    try:
+        bench = read_bench(path)
+    except InputError as error:
+        return None, [f"The stored benchmark is left out: {error}"]
+    if bench.report_digest != report_digest(folder):
+        return None, [
+            f"The stored benchmark {path.name} is of another state of this folder and is left out; "
+            "run liar bench again."
+        ]
+    return bench, []
+
+
+def document(command: str, title: str, heading: str, intro: str = "", **parts: Any) -> str:
+    """Return a page as HTML, of parts that ``page.html`` names."""
+    known = {"tiles": (), "loading": "", "folded": (), "end": "", "most_rows": MOST_ROWS}
+    return _template().render(
+        command=command, title=title, heading=heading, intro=intro, **{**known, **parts}
     )
 
 
-def facts(rows: dict[str, str]) -> str:
-    """Return a table of names and values."""
-    body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in rows.items())
-    return f'<table class="facts"><tbody>{body}</tbody></table>'
+def picture(title: str, svg: str | None, caption: str, missing: str) -> dict[str, Any]:
+    """Return a picture with its title and caption, or what is missing for it."""
+    label = escape(f"{title}. {caption}")
+    svg = svg and Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+    return {"title": title, "svg": svg, "caption": caption, "missing": missing}
 
 
-def folded(title: str, inner: str) -> str:
-    """Return a part that is shown when its title is pressed."""
-    return f"<details><summary>{escape(title)}</summary>{inner}</details>"
+def change(before: float, after: float) -> str:
+    """Return the ratio of two numbers as text."""
+    return f"×\u00a0{after / before:.3f}" if before else ""
 
 
-def warning(said: str) -> str:
-    """Return a line that has to be seen."""
-    return f'<p class="warn">{escape(said)}</p>'
+def magnitude(value: float) -> str:
+    """Return a count in millions or billions, as models are named by."""
+    for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.4g}\u00a0{word}"
+    return f"{value:,}"
 
 
-def footer(command: str, said: str = "") -> str:
-    """Return what stands below every page."""
-    return (
-        f'<footer><p class="note">{escape(said)} Written by liar {command}. Nothing in this page '
-        "is fetched from elsewhere, and it runs no script.</p></footer>"
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
+    environment.filters["code"] = lambda value: Markup(
+        re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(value)))
+    )
+    return environment.get_template("page.html")
+
+
+def _choices(report: Report) -> str:
+    """Return the choices that matter most, as the end of a sentence."""
+    known = {**report.budget, **report.settings, **report.choices}
+    said = []
+    if "keep" in known:
+        said.append(f"{text(known['keep'])} of {text(known.get('of', 'its parameters'))} kept")
+    said += [f"{word} {text(known[word])}" for word in SAID if word in known]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str, float | None]]:
+    """Return numbers to be seen first: title, value, what stands under it, and the part kept."""
+    tiles, found = [], report.evaluation
+    nothing = "–", "not measured", None
+    for title, part in tables.SIZES.items():
+        before, after = (report.params.get(f"{part}{when}") for when in ("before", "after"))
+        known = before and after is not None
+        under = known and f"{magnitude(before)} → {magnitude(after)}"
+        tile = (f"{after / before:.1%}", under, min(after / before, 1)) if known else nothing
+        tiles.append((title, *tile))
+    if "dense" in found and "pruned" in found:
+        dense, pruned = (found[name]["perplexity"] for name in ("dense", "pruned"))
+        under = f"{quality(dense)} → {quality(pruned)}"
+        tiles.append(("perplexity", change(dense, pruned), under, None))
+    elif "certified" not in found:
+        tiles.append(("perplexity", *nothing))
+    if "certified" in found:
+        outputs = tables.figure(found["certified"].get("rows"), ",")
+        under = f"from the dense model, certified, {outputs} outputs"
+        tiles.append(("divergence", tables.figure(found["certified"]["divergence"]), under, None))
+    for what, title in (("decode", "greedy decoding"), ("encode", "encoding")):
+        rate = bench.rate(what) if bench else None
+        if rate is not None and rate.ratio is not None:
+            under = f"pruned / dense, batch {rate.batch}"
+            tiles.append((f"speed, {title}", f"× {rate.ratio.median:.2f}", under, None))
+    if "total" in report.seconds:
+        tiles.append(("time spent", _duration(report.seconds["total"]), "for the whole job", None))
+    return tiles
+
+
+def _pictures(report: Report, svgs: dict[str, str | None]) -> list[dict[str, Any]]:
+    is_certified = any(site.certified_error is not None for site in report.sites)
+    more = "; certified: on text that no decision has seen." if is_certified else "."
+    return [
+        picture(
+            "Units kept per layer",
+            svgs["units"],
+            "Heads, or groups of heads that share keys, and MLP channels: of each layer what was "
+            "there and what stays.",
+            "The report names no site with its units.",
+        ),
+        picture(
+            "Error per layer",
+            svgs["errors"],
+            "Of a pruned layer's output, relative to its energy before. Held out: solved on one "
+            f"half of the calibration documents, measured on the other{more}",
+            "No site of the report was pruned and has an error.",
+        ),
+        picture(
+            "Time spent",
+            svgs["seconds"],
+            "Seconds by stage of the job.",
+            "The report has no seconds.",
+        ),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,128 +1,314 @@
-"""The pictures of a report: units kept, errors and seconds, drawn by matplotlib."""
+"""The pictures of pages: units kept, errors, seconds, and a number of several models.
+
+matplotlib draws them. In an SVG, colours are variables of the page's style, so that one picture
+serves light and dark, and bars and points say their values to a pointer. Pictures are as wide as a
+phone, with text that can be read there.
+"""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from liar_ext.report.canvas import COLOURS, FONT, WIDTH, decades
-from liar_ext.report.reading import SavedReport, SavedSite
+from liar_ext.errors import InputError, one_line
+from liar_ext.rows import SiteRow
 
+# On white, and what the page's style calls it.
+COLOURS = {
+    "ink": "#1f2933",
+    "faint": "#7b8794",
+    "grid": "#e4e7eb",
+    "pale": "#cbd2d9",
+    "blue": "#2b6cb0",
+    "orange": "#c05621",
+    "green": "#2f855a",
+}
+WIDTH = 5.0  # inches; 360 points, which a phone shows at about their size
+FONT = 11.0  # points
+SETTINGS = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a "$" in a name is a "$"
+    "text.usetex": False,
+    "axes.unicode_minus": True,
+    "font.family": "sans-serif",
+    "font.size": FONT,
+    **dict.fromkeys(("axes.titlesize", "axes.labelsize"), FONT),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), FONT - 1),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), COLOURS["faint"]),
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color"), COLOURS["ink"]),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), COLOURS["ink"]),
+    "grid.color": COLOURS["grid"],
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    "axes.axisbelow": True,
+}
 MOST_BARS = 96  # beyond, neighbouring layers share a bar
 MOST_MARKERS = 48  # beyond, they would hide the line
 MOST_STAGES = 12
-MOST_KINDS = 3
 SMALLEST, GREATEST = 1e-9, 1e3  # of an error that is drawn
 KINDS = {"attn": "attention", "mlp": "MLP", "other": "other sites"}
+SITE_NAME = re.compile(
+    r"(?:(\w{1,20})\.)?(\d{1,6})\.(?:cross_|shared_)?([a-z]\w{0,19})(?:\.\d{1,6})?"
+)
+ERRORS = {  # by field: label, colour, marker
+    "error": ("calibration", "faint", "o"),
+    "holdout_error": ("held out", "orange", "D"),
+    "certified_error": ("certified", "green", "s"),
+}
+POINT_COLOURS, POINT_MARKERS = ("blue", "orange", "green", "ink"), "osD^v"
+HOVER = "hover "  # begins the id of what says its value to a pointer
 
 
-def kept(report: SavedReport, figures: Any) -> Any | None:
+@contextmanager
+def drawing(operation: str) -> Iterator[Any]:
+    """Give the class of figures, with the settings of this module, and leave none behind.
+
+    Raises
+    ------
+    InputError
+        If matplotlib isn't there.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            f"{operation}: pictures need matplotlib: pip install 'liar_ext[report]'"
+        ) from error
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            yield Figure
+
+
+def kept(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     """Draw the units that each layer keeps, in front of those that it had; None without any."""
     from matplotlib.ticker import MaxNLocator
 
-    groups = _by_kind(report, lambda site: None not in (site.units_before, site.units_after))
+    groups = _by_kind(sites, lambda site: None not in (site.units_before, site.units_after))
     if not groups:
         return None
     figure, axes = _panels(figures, len(groups), 1.7)
-    for panel, (kind, sites) in zip(axes, groups.items(), strict=True):
-        at, wide, before, after = _bars(
-            sites, lambda site: (float(site.units_before), float(site.units_after))
-        )
-        panel.bar(at, before, wide, color=COLOURS["pale"], label="removed")
-        panel.bar(at, after, wide, color=COLOURS["blue"], label="kept")
+    for panel, (kind, places) in zip(axes, groups.items(), strict=True):
+        bars, wide = _bars(places)
+        at, before, after = zip(*bars, strict=True)
+        removed = panel.bar(at, before, wide, color=COLOURS["pale"], label="removed")
+        stay = panel.bar(at, after, wide, color=COLOURS["blue"], label="kept")
+        for patch, behind, (x, old, new) in zip(stay, removed, bars, strict=True):
+            _say(f"{x:g}: {new:,.4g} of {old:,.4g} units stay", patch, behind)
         share = sum(after) / max(sum(before), 1)
-        panel.set_title(f"{_title(kind)}: {share:.0%} of the units stay", loc="left")
+        panel.set_title(f"{KINDS[kind]}: {share:.0%} of the units stay", loc="left")
         panel.set_ylabel("units")
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _finish(figure, axes, sum(groups.values(), []))
+    _finish(figure, axes, sites)
     return figure
 
 
-def errors(report: SavedReport, figures: Any) -> Any | None:
+def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     """Draw the errors of each pruned layer, relative to its dense output; None without any."""
     groups = _by_kind(
-        report,
-        lambda site: site.is_pruned and {site.error, site.holdout_error} != {None},
+        sites, lambda site: site.is_pruned and {site.error, site.holdout_error} != {None}
     )
     if not groups:
         return None
     figure, axes = _panels(figures, len(groups), 1.9)
-    series = {
-        "error": ("calibration", "faint", "o"),
-        "holdout_error": ("held out", "orange", "D"),
-        "certified_error": ("certified", "green", "s"),
-    }
-    for panel, (kind, sites) in zip(axes, groups.items(), strict=True):
-        for name, (label, colour, marker) in series.items():
-            points = _broken(
-                [
-                    (_place(i, s), y)
-                    for i, s in enumerate(sites)
-                    if (y := getattr(s, name)) is not None
-                ]
-            )
+    for panel, (kind, places) in zip(axes, groups.items(), strict=True):
+        for name, (label, colour, marker) in ERRORS.items():
+            known = [(x, getattr(site, name)) for x, site in places]
+            points = _broken([(x, y) for x, y in known if y is not None])
             if points:
-                panel.plot(
-                    *zip(*points, strict=True),
-                    marker=marker,
-                    markersize=3.5 if len(points) <= MOST_MARKERS else 1.5,
-                    linewidth=1,
-                    color=COLOURS[colour],
-                    label=label,
-                )
+                size = 3.5 if len(points) <= MOST_MARKERS else 1.5
+                style = {"marker": marker, "markersize": size, "linewidth": 1}
+                panel.plot(*zip(*points, strict=True), color=COLOURS[colour], label=label, **style)
         panel.set_yscale("log")
-        panel.set_ylim(*decades(panel.get_ylim()))
-        panel.set_title(_title(kind), loc="left")
-        panel.yaxis.set_major_formatter(_percent)
+        panel.set_ylim(*_decades(panel.get_ylim()))
+        panel.set_title(KINDS[kind], loc="left")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         panel.yaxis.set_minor_formatter("")
         panel.set_ylabel("error")
-    _finish(figure, axes, sum(groups.values(), []))
+    _finish(figure, axes, sites)
     return figure
 
 
-def time_spent(report: SavedReport, figures: Any) -> Any | None:
-    """Draw the seconds of each stage; None without any."""
-    stages = sorted(report.seconds.items(), key=lambda item: -item[1])
-    stages = [(name, spent) for name, spent in stages if spent > 0]
+def time_spent(seconds: Mapping[str, float], figures: Any) -> Any | None:
+    """Draw the seconds of each stage but ``total``; None without any."""
+    known = [(name, spent) for name, spent in seconds.items() if spent > 0 and name != "total"]
+    stages = sorted(known, key=lambda item: -item[1])
     if not stages:
         return None
     if len(stages) > MOST_STAGES:
         rest = sum(spent for _, spent in stages[MOST_STAGES - 1 :])
         stages = [*stages[: MOST_STAGES - 1], ("other stages", rest)]
     figure = figures(figsize=(WIDTH, 0.7 + 0.28 * len(stages)), layout="constrained")
-    panel = figure.subplots()
+    panel, places = figure.subplots(), range(len(stages))
     names = [name if len(name) <= 18 else name[:17] + "…" for name, _ in stages]
-    values = [spent for _, spent in stages]
-    places = list(range(len(stages)))
-    panel.barh(places, values, color=COLOURS["blue"], height=0.65)
+    bars = panel.barh(places, [each for _, each in stages], color=COLOURS["blue"], height=0.65)
     panel.set_yticks(places, names)
     panel.invert_yaxis()
-    panel.set_xlim(0, max(values) * 1.2)
-    for place, value in zip(places, values, strict=True):
-        panel.annotate(
-            f"{value:.3g}",
-            (value, place),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=FONT - 1,
-        )
+    panel.set_xlim(0, stages[0][1] * 1.2)
+    for place, bar, (name, spent) in zip(places, bars, stages, strict=True):
+        _say(f"{name}: {spent:.3g} s", bar)
+        _label(panel, f"{spent:.3g}", (spent, place), (4, 0), va="center")
     panel.set_xlabel("seconds")
     panel.tick_params(axis="y", length=0)
     return figure
 
 
+@dataclass(frozen=True)
+class Point:
+    """A model in a comparison; dense ones have no number."""
+
+    params: int
+    value: float
+    model: str
+    number: int | None = None
+
+
+def scatter(
+    figures: Any, points: Sequence[Point], title: str, *, lower_is_better: bool = False
+) -> Any | None:
+    """Draw values against parameters, a colour for each model; None without any pruned one.
+
+    Pruned models are filled and numbered, dense ones hollow. The vertical axis is logarithmic if
+    values span more than a decade, and begins at zero unless lower is better.
+    """
+    points = [each for each in points if each.value > 0]
+    if not any(each.number is not None for each in points):
+        return None
+    figure = figures(figsize=(WIDTH, 3.4), layout="constrained")
+    panel, models = figure.subplots(), list(dict.fromkeys(each.model for each in points))
+    for point in points:
+        at, said = models.index(point.model), f"{point.value:.4g}, {point.params:,} parameters"
+        colour = COLOURS[POINT_COLOURS[at % len(POINT_COLOURS)]]
+        (drawn,) = panel.plot(
+            [point.params / 1e6],
+            [point.value],
+            marker=POINT_MARKERS[at % len(POINT_MARKERS)],
+            markersize=8,
+            color=colour,
+            markerfacecolor="none" if point.number is None else colour,
+        )
+        _say(f"{'dense' if point.number is None else point.number}: {said}", drawn)
+    values = [each.value for each in points]
+    if max(values) > 10 * min(values):
+        panel.set_yscale("log")
+        panel.set_ylim(*_decades((min(values), max(values) * 1.01)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_minor_formatter("")
+    elif lower_is_better:
+        panel.margins(y=0.15)
+    else:
+        panel.set_ylim(0, 1.15 * max(values))
+    panel.margins(x=0.12)
+    panel.set_xlabel("parameters, millions")
+    panel.set_ylabel(title)
+    panel.grid(linewidth=0.6)
+    figure.draw_without_rendering()
+    for place, numbers in _numbers(panel, points):
+        _label(panel, numbers, place, (0, 7), ha="center", va="bottom")
+    return figure
+
+
+def as_svg(drawn: Mapping[str, Any | None]) -> dict[str, str | None]:
+    """Return figures as ``<svg>`` elements that follow the style of the page around them."""
+    return {name: figure and _svg(figure, name) for name, figure in drawn.items()}
+
+
+def write(
+    folder: str | os.PathLike[str] | None, drawn: Mapping[str, Any | None], operation: str
+) -> list[Path]:
+    """Write figures as PNG files, on white, into a folder, which is made; return the files.
+
+    Raises
+    ------
+    InputError
+        If they can't be written.
+    """
+    if folder is None:
+        return []
+    there = {name: figure for name, figure in drawn.items() if figure is not None}
+    paths = [Path(folder) / f"{name}.png" for name in there]
+    plain = {"format": "png", "dpi": 200, "facecolor": "white", "metadata": {"Software": None}}
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path, figure in zip(paths, there.values(), strict=True):
+            figure.savefig(path, **plain)
+    except OSError as error:
+        raise InputError(
+            f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"
+        ) from error
+    return paths
+
+
+def _svg(figure: Any, name: str) -> str:
+    import matplotlib
+
+    output = io.StringIO()
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # several share a page
+        figure.savefig(output, format="svg", transparent=True, metadata=empty)
+    picture = output.getvalue()
+    picture = picture[picture.index("<svg") :]
+    picture = re.sub(r"<(metadata|style)\b.*?</\1>", "", picture, flags=re.DOTALL)
+    for size in ("width", "height"):
+        picture = re.sub(rf'(<svg\b[^>]*?) {size}="[^"]*"', r"\1", picture, count=1)
+    picture = re.sub(f'<g id="{HOVER}([^"]*)">', r"<g><title>\1</title>", picture)
+    used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', picture))
+    return re.sub(r"<[^!>][^>]*>", lambda tag: _restyled(tag[0], used), picture)
+
+
+def _restyled(tag: str, used: set[str]) -> str:
+    """Return a tag of an SVG with the page's colours and fonts, without names nobody refers to."""
+    tag = re.sub(r' id="([^"]*)"', lambda name: name[0] if name[1] in used else "", tag)
+    style = re.search(r'style="([^"]*)"', tag)
+    if style is None:
+        return tag
+    said = style[1]
+    for name, colour in COLOURS.items():
+        said = said.replace(colour, f"var(--{name})")
+    said = re.sub(r"font-family:[^;]*;?|(font: [\d.]+px)[^;]*", r"\1", said)
+    said = re.sub(r"font: ([\d.]+px)", r"font-size: \1", said)
+    return tag.replace(style[0], f'style="{said}"')
+
+
+def _say(said: str, *artists: Any) -> None:
+    """Let something that is drawn say this to a pointer; see :func:`_svg`."""
+    for each in artists:
+        each.set_gid(HOVER + said.replace('"', "'"))  # matplotlib escapes the rest
+
+
+def _label(panel: Any, said: str, place: Any, shift: Any, **alignment: str) -> None:
+    panel.annotate(said, place, shift, textcoords="offset points", fontsize=FONT - 1, **alignment)
+
+
+def _decades(limits: tuple[float, float]) -> tuple[float, float]:
+    """Return limits widened to powers of ten, so that two of them at least have their ticks."""
+    low, high = (math.log10(limit) for limit in limits)
+    return 10.0 ** math.floor(low), 10.0 ** math.ceil(high)
+
+
 def _by_kind(
-    report: SavedReport, is_shown: Callable[[SavedSite], bool]
-) -> dict[str, list[SavedSite]]:
-    """Return the sites by kind, attention first, in the order of the layers."""
-    groups: dict[str, list[SavedSite]] = {}
-    for site in report.sites:
-        if is_shown(site):
-            groups.setdefault(site.kind if site.kind in KINDS else "other", []).append(site)
-    order = [kind for kind in KINDS if kind in groups][:MOST_KINDS]
-    return {kind: sorted(groups[kind], key=lambda site: site.block or 0) for kind in order}
+    sites: Sequence[SiteRow], is_shown: Callable[[SiteRow], bool]
+) -> dict[str, list[tuple[int, SiteRow]]]:
+    """Return places and sites by kind, attention first, in the order of the layers.
+
+    Layers are counted anew in each part of a model, so that those have no place in one row.
+    """
+    groups: dict[str, list[tuple[int, SiteRow]]] = {}
+    for site in filter(is_shown, sites):
+        found = SITE_NAME.fullmatch(site.name)
+        group = groups.setdefault(found[3] if found and found[3] in KINDS else "other", [])
+        group.append((int(found[2]) if found and found[1] is None else len(group), site))
+    return {
+        kind: sorted(groups[kind], key=lambda each: each[0]) for kind in KINDS if kind in groups
+    }
 
 
 def _panels(figures: Any, number: int, height: float) -> tuple[Any, Sequence[Any]]:
@@ -130,24 +316,23 @@ def _panels(figures: Any, number: int, height: float) -> tuple[Any, Sequence[Any
     return figure, figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0]
 
 
-def _place(index: int, site: SavedSite) -> int:
-    return index if site.block is None else site.block
+def _bars(places: Sequence[tuple[int, SiteRow]]) -> tuple[list[tuple[float, float, float]], float]:
+    """Return bars as place, units before and after, and their width.
 
-
-def _bars(
-    sites: Sequence[SavedSite], read: Callable[[SavedSite], tuple[float, float]]
-) -> tuple[list[float], float, list[float], list[float]]:
-    """Return places, width, and two heights of bars: the means of layers that share one."""
-    places = [_place(index, site) for index, site in enumerate(sites)]
-    first, wide = min(places), 1 + (max(places) - min(places)) // MOST_BARS
-    bins: dict[int, list[tuple[float, float]]] = {}
-    for place, site in zip(places, sites, strict=True):
-        bins.setdefault((place - first) // wide, []).append(read(site))
-    at = [first + wide * (key + 0.5) - 0.5 for key in bins]
-    means = [
-        [sum(values) / len(values) for values in zip(*each, strict=True)] for each in bins.values()
-    ]
-    return at, 0.8 * wide, [mean[0] for mean in means], [mean[1] for mean in means]
+    Layers that share a bar, if there are very many, have their mean in it.
+    """
+    first, last = places[0][0], places[-1][0]
+    wide = 1 + (last - first) // MOST_BARS
+    bins: dict[int, list[SiteRow]] = {}
+    for place, site in places:
+        bins.setdefault((place - first) // wide, []).append(site)
+    bars = []
+    for key, some in bins.items():
+        sums = (
+            sum(getattr(site, f"units_{when}") for site in some) for when in ("before", "after")
+        )
+        bars.append((first + wide * (key + 0.5) - 0.5, *(each / len(some) for each in sums)))
+    return bars, 0.8 * wide
 
 
 def _broken(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
@@ -160,7 +345,7 @@ def _broken(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _finish(figure: Any, axes: Sequence[Any], sites: Sequence[SavedSite]) -> None:
+def _finish(figure: Any, axes: Sequence[Any], sites: Sequence[SiteRow]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     named = dict(
@@ -172,12 +357,24 @@ def _finish(figure: Any, axes: Sequence[Any], sites: Sequence[SavedSite]) -> Non
     for panel in axes:
         panel.grid(axis="y", linewidth=0.6)
         panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes[-1].set_xlabel("layer" if any(site.block is not None for site in sites) else "site")
+    found = (SITE_NAME.fullmatch(site.name) for site in sites)
+    axes[-1].set_xlabel("layer" if any(each and each[1] is None for each in found) else "site")
 
 
-def _percent(value: float, _: Any = None) -> str:
-    return f"{100 * value:g} %"
-
-
-def _title(kind: str) -> str:
-    return KINDS[kind]
+def _numbers(panel: Any, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:
+    """Return where labels go, and their numbers; points too near for two labels share one."""
+    groups: list[list[tuple[Any, Any, int]]] = []
+    for point in points:
+        if point.number is not None:
+            place = point.params / 1e6, point.value
+            at = panel.transAxes.inverted().transform(panel.transData.transform(place))
+            near = [each for each in groups if (abs(each[0][1] - at) < (0.12, 0.09)).all()]
+            if not near:
+                groups.append([])
+            (near or groups[-1:])[0].append((place, at, point.number))
+    labels = []
+    for group in groups:
+        more = f" +{len(group) - 3}" if len(group) > 3 else ""
+        highest = max(group, key=lambda each: each[0][1])[0]
+        labels.append((highest, ", ".join(str(number) for *_, number in group[:3]) + more))
+    return labels

@@ -1,4 +1,4 @@
-"""The report of a job: every number a user needs to trust the result."""
+"""The report of a job: every number a user needs to trust the result, and its text for people."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from liar_ext import ops
-from liar_ext.plan import Plan
-from liar_ext.report import markdown
-from liar_ext.report.card import card
-from liar_ext.report.rows import BY_BLOCKS, ON_HOST, SiteRow
+import yaml
 
-REPORT_JSON = "liar/report.json"
-REPORT_MARKDOWN = "liar/report.md"
-RECIPE_YAML = "liar/recipe.yaml"
+from liar_ext import ops
+from liar_ext.checkpoint.names import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
+from liar_ext.plan import Plan, kind_of
+from liar_ext.recipe import Recipe
+from liar_ext.report import reading, tables
+from liar_ext.report.tables import Table, figure, in_markdown, to_markdown
+from liar_ext.rows import SiteRow
+from liar_ext.untrusted import count, listing, named, read_object, text
+
+MOST_SITES = 4096
+REMOVED = {"attn": "attention heads", "mlp": "MLP channels"}
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Report:
     latency : dict
         For a budget of latency: ``dense_seconds``; the fraction of them that the plan takes,
         ``predicted`` and ``measured``, the latter with quartiles, before reconstruction and
-        saving; ``table``, which :class:`liar_ext.report.latency.LatencyTable` loads.
+        saving; ``table``, which :class:`liar_ext.latency_table.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     seconds : dict
@@ -59,7 +63,8 @@ class Report:
     plan : Plan
         What stays; written to a file of its own, not into the report's JSON.
     recipe : Recipe
-        Every choice of the job, to be repeated: ``liar prune --recipe liar/recipe.yaml``.
+        Every choice of the job, to be repeated: ``liar prune --recipe liar/recipe.yaml``. A mapping
+        if it was read from a file and is no whole recipe of this version.
     """
 
     model: str
@@ -77,28 +82,62 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     loading: str = ""
     plan: Plan | None = None
-    recipe: Any = None  # a Recipe, which stands on a higher layer
+    recipe: Recipe | Mapping[str, Any] | None = None
 
-    def summary(self) -> str:
-        """Return what came out in a few lines of text."""
-        return "\n".join(markdown.summary(self))
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        """Every choice of the recipe by its name; empty without one."""
+        return self.recipe.to_dict() if isinstance(self.recipe, Recipe) else self.recipe or {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON holds: numbers to six digits, an infinity as ``"inf"``."""
+        found = {key: value for key, value in vars(self).items() if key not in ("plan", "recipe")}
+        for name in ("sites", "hidden"):
+            found[name] = [asdict(row) for row in found[name]]
+        return {**_strict(found), "recipe": dict(self.choices) or None}
 
     def to_json(self) -> str:
-        """Return the report as strict JSON, numbers to six digits; an infinity is ``"inf"``."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("plan", "recipe")}
-        for name in ("sites", "hidden"):
-            facts[name] = [asdict(row) for row in facts[name]]
-        facts = _strict(facts)
-        facts["recipe"] = None if self.recipe is None else self.recipe.to_dict()
-        return json.dumps(facts, indent=1, allow_nan=False)
+        """Return :meth:`to_dict` as strict JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
-    def to_markdown(self) -> str:
-        """Return the report as Markdown for a person."""
-        return "\n".join(markdown.page(self)) + "\n"
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Report:
+        """Read what :meth:`to_dict` gave, or a stranger has written.
 
-    def to_card(self, license_name: str | None = None) -> str:
-        """Return the report as a model card, the README.md of a folder."""
-        return card(self, license_name)
+        Text is printable and of bounded length. What is missing, or no value of its kind, is None
+        or left out. More than 4,096 sites are cut, and a warning says so.
+        """
+        cut, rows = [], {}
+        for name, what in (("sites", "sites"), ("hidden", "places of hidden features")):
+            found = listing(facts.get(name))
+            rows[name] = [reading.row(each) for each in found[:MOST_SITES]]
+            if len(found) > MOST_SITES:
+                cut.append(f"Of {len(found):,} {what} the first {MOST_SITES:,} are shown.")
+        return cls(
+            model=text(facts.get("model"), 200),
+            **{name: named(facts.get(name)) for name in ("budget", "settings", "versions")},
+            **rows,
+            earlier=[reading.job(each) for each in listing(facts.get("earlier"))],
+            grid=reading.grid(facts.get("grid")),
+            params=reading.numbers(facts.get("params")),
+            latency=reading.latency(facts.get("latency")),
+            evaluation=reading.evaluation(facts.get("evaluation")),
+            seconds=reading.numbers(facts.get("seconds")),
+            warnings=cut + reading.lines(facts.get("warnings")),
+            loading=text(facts.get("loading"), 1000),
+            recipe=reading.recipe(facts.get("recipe")) or None,
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], operation: str = "report") -> Report:
+        """Read the report of a saved folder, of this version or an older one.
+
+        Raises
+        ------
+        InputError
+            If the folder has none, or it is no JSON object that can be read.
+        """
+        return cls.from_dict(read_object(reading.find_report(folder, operation), operation)[0])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the report, ``liar/report.json`` and ``.md``, and the recipe into ``folder``."""
@@ -106,8 +145,115 @@ class Report:
         (folder / REPORT_JSON).parent.mkdir(exist_ok=True)
         (folder / REPORT_JSON).write_text(self.to_json() + "\n", encoding="utf-8")
         (folder / REPORT_MARKDOWN).write_text(self.to_markdown(), encoding="utf-8")
-        if self.recipe is not None:
+        if isinstance(self.recipe, Recipe):
             self.recipe.save(folder / RECIPE_YAML)
+
+    def sizes(self) -> Table:
+        """Return what the model was and is."""
+        return tables.sizes(self.params, self.evaluation, self.latency)
+
+    def tables(self) -> list[Table]:
+        """Return all other tables, in the order of a page."""
+        found = [tables.latency(self.latency)] if self.latency else []
+        found += [tables.grid(self.grid)] if self.grid else []
+        found += [tables.sites("Sites", self.sites)] if self.sites else []
+        found += [tables.sites("Hidden features", self.hidden)] if self.hidden else []
+        choices, settings = self.choices, self.settings
+        if choices:
+            repeat = f"Repeat the job by `liar prune --recipe {RECIPE_YAML} --out DIR`."
+            found.append(tables.facts("Recipe", choices, repeat))
+            settings = {key: value for key, value in settings.items() if key not in choices}
+        else:
+            found.append(tables.facts("Budget", self.budget))
+        jobs = {f"job {at}": tables.earlier_job(job) for at, job in enumerate(self.earlier, 1)}
+        found += [
+            tables.facts("Found" if choices else "Settings", settings),
+            tables.facts("Pruned before", jobs),
+            tables.facts("Seconds", {key: figure(s, ".1f") for key, s in self.seconds.items()}),
+            tables.facts("Versions", self.versions),
+        ]
+        return [table for table in found if table.rows]
+
+    def to_markdown(self) -> str:
+        """Return the report as Markdown for a person."""
+        lines = [f"# Pruning report: {in_markdown(self.model)}", "", *to_markdown(self.sizes())]
+        lines += ["", in_markdown(self.loading)] if self.loading else []
+        lines += self._warnings("Warnings")
+        for table in self.tables():
+            lines += ["", f"## {table.title}", "", *to_markdown(table)]
+        return "\n".join(lines) + "\n"
+
+    def summary(self) -> str:
+        """Return what came out in a few lines of text: sizes, quality, errors, warnings."""
+        lines = [f"Pruned before: {tables.earlier_job(job)}" for job in self.earlier]
+        for title, part in tables.SIZES.items():
+            before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
+            if before and after is not None:
+                lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
+        dense, pruned = self.evaluation.get("dense"), self.evaluation.get("pruned")
+        if dense and pruned:
+            lines.append(
+                f"{'perplexity':20} {dense['perplexity']:>15.2f} → {pruned['perplexity']:>15.2f}  "
+                f"({tables.measured_on(dense)})"
+            )
+        certified = self.evaluation.get("certified")
+        if certified:
+            lines.append(
+                f"{'certified divergence':20} {figure(certified['divergence']):>15} from the dense "
+                f"model, over {figure(certified.get('rows'), ',')} outputs that no decision has "
+                "seen"
+            )
+        lines += [f"{'latency':20} {line}" for line in tables.latency_lines(self.latency)]
+        lines += [f"{'sizes':20} {line}" for line in tables.grid_lines(self.grid)]
+        cut = [row for row in self.sites if row.is_pruned]
+        for name, title, said in (
+            ("holdout_error", "error of a site", ", of its output's energy (cross-validated)"),
+            ("certified_error", "", " (certified)"),
+        ):
+            known = [row for row in cut if getattr(row, name) is not None]
+            if known:
+                worst = max(known, key=lambda row: getattr(row, name))
+                most = getattr(worst, name)
+                lines.append(f"{title:20} {most:.2%} at most, at {worst.name}{said}")
+        lines += [self.loading] if self.loading else []
+        return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
+
+    def to_card(self, license_name: str | None = None) -> str:
+        """Return a model card, README.md of a folder, with the metadata that model hubs read."""
+        path, known = Path(self.model), self.settings
+        front = {
+            "library_name": "transformers",
+            **({} if path.is_absolute() or path.exists() else {"base_model": self.model}),
+            **({"license": license_name} if license_name else {}),
+            "tags": ["pruned", "structured-pruning", "liar"],
+        }
+        kinds = {kind_of(row.name) for row in self.sites if row.is_pruned}
+        removed = [words for kind, words in REMOVED.items() if kind in kinds]
+        removed = " and ".join(removed + ["hidden features"] * bool(self.hidden)) or "nothing"
+        lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+        lines += [f"# {in_markdown(path.name or self.model)}, pruned", ""]
+        lines += [
+            f"{removed[0].upper() + removed[1:]} removed without retraining: the units that stay "
+            "interpolate the removed ones (LIAR, arXiv 2407.13331), and the interpolation is "
+            "folded into the weights.",
+            "",
+            f"Importance: `{known.get('criterion')}`. Allocation: `{known.get('allocation')}`. "
+            f"Reconstruction: `{known.get('reconstruct')}`, {known.get('schedule')}, from "
+            f"{count(known.get('calibration_tokens')) or 0:,} calibration tokens.",
+            *("", *to_markdown(self.sizes()), "", "## How to load", ""),
+            in_markdown(self.loading) or "With `liar_ext.load_pruned(folder)`.",
+            "",
+            "`liar verify FOLDER` reloads it and compares its outputs with the saved ones.",
+            *self._warnings("What to know"),
+            "",
+            "Every number of the job is in `liar/report.md`, every choice in",
+            "`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it.",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _warnings(self, title: str) -> list[str]:
+        lines = [f"- {in_markdown(warning)}" for warning in self.warnings]
+        return ["", f"## {title}", "", *lines] if lines else []
 
 
 def versions() -> dict[str, str]:
@@ -118,79 +264,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{f"liar_ext.{key}": str(value) for key, value in ops.build_info().items()},
     }
-
-
-def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -> list[str]:
-    """Return what a user has to know before trusting the result.
-
-    Parameters
-    ----------
-    rows : sequence of SiteRow
-        What happened at the sites.
-    mode : str
-        How the pruned units were reconstructed.
-    tokens : int
-        Calibration tokens.
-    widest : int
-        Features of the widest site.
-    """
-    warnings = []
-    dropped = max((row.dropped_rows for row in rows), default=0)
-    if dropped:
-        warnings.append(
-            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
-            "calibrate in a wider dtype."
-        )
-    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
-    if unknown:
-        warnings.append(
-            f"The errors of {', '.join(unknown[:8])} ({len(unknown)} sites) are not finite and say "
-            "nothing; load the model in a wider dtype."
-        )
-    pruned = [row for row in rows if row.units_after < row.units_before]
-    given_up = [row.name for row in pruned if math.isinf(row.damp)]
-    if mode not in ("none", "bias") and given_up:
-        warnings.append(
-            "The cross-validated error is least with plain dropping at "
-            f"{_first(given_up)} ({len(given_up)} sites): give more calibration text."
-        )
-    starved = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
-    if starved:
-        names = [f"{row.name} ({row.tokens})" for row in starved]
-        warnings.append(
-            "Fewer calibration tokens than the expert has channels reached "
-            f"{_first(names)} ({len(names)} experts): "
-            "their channels are chosen, and compensated for, by little or nothing; give more "
-            "calibration text."
-        )
-    moved = [row.name for row in rows if row.path.endswith(ON_HOST)]
-    if moved:
-        warnings.append(
-            f"The GPU had no memory to solve {_first(moved)} ({len(moved)} sites), so the CPU did."
-        )
-    cramped = [row.name for row in rows if BY_BLOCKS in row.path]
-    if cramped:
-        warnings.append(
-            f"An allocation failed in the solve of {_first(cramped)} ({len(cramped)} sites), so it "
-            "was done by blocks, in a file, more slowly: give more memory."
-        )
-    if any(row.target != "dense-input" for row in pruned):
-        warnings.append(
-            "Layerwise errors count what the layers before have lost, on text that those were "
-            "solved for: fresh text can show several times as much. Judge the model by --eval, "
-            "--certify or its own task."
-        )
-    if tokens < 2 * widest:
-        warnings.append(
-            f"{tokens} calibration tokens are few for sites of {widest} features; "
-            "the cross-validated errors say what that costs."
-        )
-    return warnings
-
-
-def _first(names: Sequence[str]) -> str:
-    """Return eight names at most."""
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
 
 
 def _strict(value: object) -> object:

@@ -38,7 +38,7 @@ from liar_ext.models.sites import (
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.reconstruction.result import least_held_out, ratio
 from liar_ext.reconstruction.settings import check_settings, damp_ladder
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.surgery.units import apply_plan
 

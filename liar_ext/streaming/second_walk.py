@@ -21,7 +21,7 @@ from liar_ext.reconstruction.saved_walk import (
     placed_by_number,
 )
 from liar_ext.reconstruction.walk import Walk
-from liar_ext.report.rows import SiteRow
+from liar_ext.rows import SiteRow
 from liar_ext.streaming.first_walk import kept_sums
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses

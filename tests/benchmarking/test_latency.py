@@ -23,9 +23,9 @@ from liar_ext import (
 )
 from liar_ext.benchmarking import latency
 from liar_ext.benchmarking.latency import plan_of, ratios, rising_means, sliced
+from liar_ext.benchmarking.stored import Quartiles
 from liar_ext.cli.dry_run import describe
 from liar_ext.pipeline.speed import Speed
-from liar_ext.report.speed import Quartiles
 from liar_ext.selection.allocation import even_plan
 from liar_ext.selection.costs import Costs
 

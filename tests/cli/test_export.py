@@ -12,8 +12,8 @@ import transformers
 from reliability.outcome import in_child
 
 from liar_ext import cli, verify_pruned
+from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.export import gguf
-from liar_ext.report.report import REPORT_JSON
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from liar_ext import (
 )
 from liar_ext.criteria import _CRITERIA, list_criteria
 from liar_ext.reconstruction.out_of_core import in_file
-from liar_ext.report.rows import BY_BLOCKS, ON_HOST
+from liar_ext.rows import BY_BLOCKS, ON_HOST
 from liar_ext.selection import error_curves as curves_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -40,8 +40,9 @@ from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.report.html import write_page
-from liar_ext.report.reading import read_report
+from liar_ext.report.page import write_page
+from liar_ext.report.pictures import _by_kind
+from liar_ext.report.report import Report
 from liar_ext.selection.allocation import probe_plan
 
 PARTS = ["clip", "bart", "t5", "whisper"]
@@ -323,7 +324,7 @@ def test_a_report_of_parts_has_a_page(tmp_path: Path) -> None:
     assert "ttention heads and MLP channels removed" in " ".join(report.to_card().split())
     (tmp_path / "liar").mkdir()
     report.save(tmp_path)
-    kinds = {site.kind for site in read_report(tmp_path).sites}
+    kinds = _by_kind(Report.load(tmp_path).sites, bool).keys()
     assert kinds == {"attn", "mlp"}
     assert "decoder.1.cross_attn" in write_page(tmp_path)[0].read_text()
 

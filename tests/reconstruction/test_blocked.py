@@ -18,7 +18,7 @@ from liar_ext.reconstruction import blocked, out_of_core, ridge, targets
 from liar_ext.reconstruction.ladder import ROW_BLOCK, Fit
 from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.targets import Shortfall
-from liar_ext.report.rows import BY_BLOCKS
+from liar_ext.rows import BY_BLOCKS
 
 D_IN, D_OUT = ROW_BLOCK + 90, blocked.OUTPUTS + 30
 KEPT = torch.tensor([i for i in range(D_IN) if i % 7])  # more than a block of rows

@@ -12,8 +12,9 @@ from example_reports import NASTY, SCRIPT, bench_of, ordinary, save, store_bench
 from test_html import Reader
 
 from liar_ext import InputError
+from liar_ext.benchmarking.stored import Benchmark, ModelFacts, Quartiles, Rate, read_bench
 from liar_ext.cli import main
-from liar_ext.report import canvas
+from liar_ext.report import tables
 from liar_ext.report.compare import (
     MOST_RUNS,
     cautions,
@@ -23,8 +24,7 @@ from liar_ext.report.compare import (
     speed_points,
     write_comparison,
 )
-from liar_ext.report.scatter import Point, scatter
-from liar_ext.report.speed import Benchmark, ModelFacts, Quartiles, Rate, read_bench, table
+from liar_ext.report.pictures import Point, drawing, scatter
 
 
 @pytest.fixture
@@ -64,10 +64,10 @@ def test_numbers_are_drawn_against_parameters(runs):
 def test_points_lie_where_their_numbers_say():
     points = [Point(100_000_000, 40.0, "a", 1), Point(130_000_000, 30.0, "a")]
     points += [Point(101_000_000, 40.5, "a", 2), Point(50_000_000, 300.0, "b", 3)]
-    with canvas.drawing("compare") as figures:
+    with drawing("compare") as figures:
         (panel,) = scatter(figures, points, "perplexity").axes
         drawn = [line.get_xydata().tolist() for line in panel.lines]
-        assert drawn == [[[130, 30]], [[100, 40], [101, 40.5]], [], [[50, 300]]]
+        assert drawn == [[[100, 40]], [[130, 30]], [[101, 40.5]], [[50, 300]]]
         assert [text.get_text() for text in panel.texts] == ["1, 2", "3"]
         assert panel.get_yscale() == "linear"
         (panel,) = scatter(figures, [*points, Point(1, 9000.0, "b", 4)], "perplexity").axes
@@ -157,13 +157,13 @@ def test_a_benchmark_is_read_as_it_was_stored(tmp_path):
     read = read_bench(store_bench(folder))
     assert (read.pruned, read.dense, read.rates) == (bench.pruned, bench.dense, bench.rates)
     assert read.report_digest == bench.report_digest
-    assert read.settings == {**bench.settings, "rounds": "5", "threads": "1", "batches": "1, 32"}
-    assert table(read) == table(bench)
+    assert read.settings == {**bench.settings, "batches": "1, 32"}
+    assert tables.speed(read) == tables.speed(bench)
 
 
 def test_the_table_has_what_was_measured_alone():
     rate = Rate(1, "decode", "tokens/s", Quartiles(1234.5, 1, 2))
-    rows = table(Benchmark(ModelFacts("x", 10, 5 << 20, {"1": 7 << 20}), rates=[rate]))
+    rows = tables.speed(Benchmark(ModelFacts("x", 10, 5 << 20, {"1": 7 << 20}), rates=[rate])).rows
     assert rows == [
         ("batch 1: decode, tokens/s", "", "1,234", ""),
         ("parameters", "", "10", ""),

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -25,15 +24,15 @@ from example_reports import (
     write_pages,
 )
 from example_reports import wrong as wrong_kinds
+from test_report import GRID, LATENCY
 
-from liar_ext import InputError
+from liar_ext import InputError, untrusted
 from liar_ext.checkpoint.manifest import strangers, write_manifest
+from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.cli import main
-from liar_ext.report import canvas, pictures, reading
-from liar_ext.report.html import page_file, write_page
-from liar_ext.report.page import MARK
-from liar_ext.report.reading import MOST_SITES, read_report
-from liar_ext.report.report import REPORT_JSON
+from liar_ext.report import pictures
+from liar_ext.report.page import MARK, page_file, write_page
+from liar_ext.report.report import MOST_SITES, Report
 
 OLD = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
 TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
@@ -46,7 +45,7 @@ class Reader(HTMLParser):
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.tags, self.attributes, self.said = set(), [], []
+        self.tags, self.attributes, self.said, self.code = set(), [], [], []
         self.open: list[str] = []
         self.feed(page)
         self.close()
@@ -67,6 +66,8 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
             self.said.append(data)
+        if self.open and self.open[-1] == "code":
+            self.code.append(data)
 
     @property
     def text(self) -> str:
@@ -93,17 +94,18 @@ def test_the_page_says_what_the_report_does(tmp_path):
     said = page.text
     for told in ("134.5\u00a0M → 113.3\u00a0M", "84.2%", "80.0%", "27.53", "37.91", "×\u00a01.377"):
         assert told.replace("\u00a0", " ") in said.replace("\u00a0", " ")
-    assert "an/ordinary-135M" in said and "Over 4,088 tokens, windows of 512" in said
+    assert "an/ordinary-135M" in said and "4,088 tokens in windows of 512" in said
     assert "Few tokens." in said and "3.7 min" in said and "0.31" in said
     assert "15.mlp" in said and "Sites (60)" in said
     assert "calibration" in said and "held out" in said and "allocate" in said
+    assert "liar_ext.load_pruned(folder)" in page.code and page.text.count("`") == 0
     assert said.count("Not measured") == 1 and "liar bench DIR --against MODEL" in said
 
 
 def test_earlier_jobs_are_told_of(tmp_path):
-    job = {"budget": {"keep": 0.9}, "params": {"before": 2000, "after": 1800}}
+    job = {"budget": {"keep": 0.9}, "params": [2000, 1800]}
     said = written(tmp_path, ordinary(2, earlier=[job, None, {"params": NASTY}])).text
-    assert "Pruned before" in said and "2,000 → 1,800 parameters; keep 0.9" in said
+    assert "Pruned before" in said and "2,000 → 1,800 parameters (keep 0.9)" in said
     assert "Pruned before" not in written(tmp_path, ordinary(2)).text
 
 
@@ -115,12 +117,26 @@ def test_pictures_are_text_and_follow_light_and_dark(tmp_path):
     assert len(pictures_of) == 3
     assert all("<text" in each and 'role="img"' in each for each in pictures_of)
     assert not re.findall(r"(?:fill|stroke): #(?!fff)[0-9a-f]{6}", "".join(pictures_of))
+    assert "<title>0: 8 of 9 units stay</title>" in text  # to a pointer
+    assert "<title>allocate: 176 s</title>" in text
     assert "var(--blue)" in text and "prefers-color-scheme: dark" in text
     identifiers = re.findall(r' id="([^"]*)"', text)
     assert len(set(identifiers)) == len(identifiers)
     referred = re.findall(r'(?:url\(#|href="#)([\w-]+)', text)
     assert set(referred) == set(identifiers)
     assert 'name="viewport"' in text and "default-src 'none'" in text.replace("&#x27;", "'")
+
+
+def test_the_template_is_packaged():
+    assert '"report/page.html"' in (Path(__file__).parents[2] / "pyproject.toml").read_text()
+
+
+def test_the_page_has_every_table_of_the_report(tmp_path):
+    fields = ordinary(2, grid=GRID, latency=LATENCY)
+    said = written(tmp_path, fields).text
+    for table in Report.from_dict(fields).tables():
+        assert f"{table.title} ({len(table.rows)})" in said
+        assert all(cell in said for row in table.rows for cell in row)
 
 
 def test_a_page_is_the_same_each_time(tmp_path):
@@ -159,8 +175,7 @@ def text_of_page(tmp_path, fields) -> str:
 
     A page is made of what was read, and many a wrong value is read as nothing.
     """
-    found = read_report(save(tmp_path / "run", fields))
-    read = repr(replace(found, digest=""))
+    read = repr(Report.load(save(tmp_path / "run", fields)))
     if read not in PAGES:
         PAGES[read] = written(tmp_path, fields).text
     return PAGES[read]
@@ -186,23 +201,22 @@ def test_any_field_of_a_site_may_be_anything(value, tmp_path):
 
 def test_errors_of_pruned_layers_alone_are_drawn():
     rows = [site("0.mlp", 8, 4, 0.1), site("1.mlp", 8, 8, 0.0), site("2.mlp", 8, 4, 0.2)]
-    found = reading.SavedReport(*[None] * 15)
-    report = reading.SavedReport(**{**vars(found), "sites": tuple(map(reading._site, rows))})
-    with canvas.drawing("report") as figures:
-        (panel,) = pictures.errors(report, figures).axes
+    sites = Report.from_dict({"sites": rows}).sites
+    with pictures.drawing("report") as figures:
+        (panel,) = pictures.errors(sites, figures).axes
         lines = [line.get_xydata() for line in panel.lines]
         assert [line[:, 0].tolist() for line in lines] == [[0, 0.5, 2]] * 2
         assert lines[0][[0, 2], 1].tolist() == [0.1, 0.2] and math.isnan(lines[0][1, 1])
-        (panel,) = pictures.kept(report, figures).axes
+        (panel,) = pictures.kept(sites, figures).axes
         heights = [bar.get_height() for bar in panel.patches]
         assert heights == [8, 8, 8, 4, 8, 4]
 
 
-def test_layers_share_bars_where_they_are_too_many(tmp_path):
+def test_layers_share_bars_where_they_are_too_many():
     rows = [site(f"{layer}.mlp", 8, 4, 0.1) for layer in range(1000)]
-    found = read_report(save(tmp_path / "run", {"sites": rows}))
-    with canvas.drawing("report") as figures:
-        (panel,) = pictures.kept(found, figures).axes
+    sites = Report.from_dict({"sites": rows}).sites
+    with pictures.drawing("report") as figures:
+        (panel,) = pictures.kept(sites, figures).axes
     assert len(panel.patches) < 2 * pictures.MOST_BARS + 2
     assert {bar.get_height() for bar in panel.patches} == {4, 8}
 
@@ -215,7 +229,7 @@ def test_a_report_of_a_million_sites_gives_a_page_that_opens(tmp_path):
 
 
 def test_a_report_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "MOST_BYTES", 1000)
+    monkeypatch.setattr(untrusted, "MOST_BYTES", 1000)
     with pytest.raises(InputError, match="more than 1,000 bytes"):
         write_page(save(tmp_path / "run", ordinary()))
     assert not page_file(tmp_path / "run").exists()

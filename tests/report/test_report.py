@@ -7,12 +7,12 @@ import math
 from dataclasses import replace
 
 import pytest
+from test_latency_table import table
 
 from liar_ext import Recipe, Report
-from liar_ext.report.clock import Clock
-from liar_ext.report.markdown import figure, site_table
-from liar_ext.report.report import what_to_know
-from liar_ext.report.rows import SiteRow
+from liar_ext.bars import Clock
+from liar_ext.report.tables import Table, figure, sites, to_markdown, to_text
+from liar_ext.rows import SiteRow, what_to_know
 
 ROW = SiteRow(
     name="3.mlp",
@@ -28,6 +28,25 @@ ROW = SiteRow(
     path="linear, cholesky float64",
     seconds=1.23456,
 )
+GRID = {
+    "tile": 32,
+    "sites": [
+        {
+            **{"layers": 30, "kind": "mlp", "unit": "channel", "units": 1536, "step": 32},
+            **{"least_kept": 960, "most_kept": 1536},
+        }
+    ],
+    "hidden": {"units": 576, "step": 16, "kept": 512, "kept_at_tile_1": 500},
+    "objective": "divergence",
+    **{"kept": 0.8, "kept_at_tile_1": 0.81},
+    **{"predicted_divergence": 0.1, "predicted_divergence_at_tile_1": 0.09},
+    "notes": ["Of 3 layers some keep all."],
+}
+LATENCY = {
+    **{"dense_seconds": 0.04, "predicted": 0.8},
+    "measured": {"median": 0.81, "low": 0.8, "high": 0.83},
+    "table": table().to_dict(),
+}
 PERPLEXITY = {"perplexity": 26.9712345, "tokens": 4088, "sequences": 8, "seq_len": 512}
 
 
@@ -77,35 +96,93 @@ def test_numbers_are_rounded_as_a_person_reads_them():
     page = report().to_markdown()
     (row,) = [line for line in page.splitlines() if line.startswith("| 3.mlp")]
     assert row == (
-        "| 3.mlp | 1536 → 1229 | 2,654,208 → 2,123,712 | 1e-03 | 0.0123 | 0.0235 | 1e+05 | 0 "
+        "| 3.mlp | 1,536 → 1,229 | 2,654,208 → 2,123,712 | 1e-03 | 0.0123 | 0.0235 | 1e+05 | 0 "
         "| linear, cholesky float64 | dense-input | 1.2 |"
     )
-    assert "| predicted | 0.331 |" in page and "| calibrate | 12.3 |" in page
-    assert [figure(x) for x in (0.000012345, 120.0, 3, "a", None)] == [
-        "1.23e-05",
-        "120",
-        "3",
-        "a",
-        "",
-    ]
+    assert "| predicted | 0.331234 |" in page and "| calibrate | 12.3 |" in page
+    assert [figure(x) for x in (0.000012345, 120.0, 3, None)] == ["1.23e-05", "120", "3", "–"]
 
 
-def test_every_line_of_a_table_has_as_many_cells():
+@pytest.mark.parametrize("form", [to_text, to_markdown])
+def test_every_line_of_a_table_has_as_many_cells(form):
     for rows in ([ROW], [replace(ROW, certified_error=0.1), ROW]):
-        cells = {line.count("|") for line in site_table(rows)[2:]}
-        assert len(cells) == 1
+        table = sites("Sites", rows)
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+        lines = form(replace(table, note=""))
+        assert len(lines) == len(rows) + (2 if form is to_markdown else 1)
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_columns_of_numbers_end_where_their_heads_do():
+    table = Table("", ("a", "number", "b"), [("long", "1", "x"), ("s", "23", "y")], (0, 2))
+    assert to_text(table) == ["a     number  b", "long       1  x", "s         23  y"]
+    assert to_markdown(table)[1] == "| --- | ---: | --- |"
+
+
+def test_markup_and_lines_are_no_markdown():
+    nasty = "a|b\n\n# <script>"
+    whole = report(model=nasty, loading=nasty, warnings=[nasty], settings={nasty: nasty})
+    page, card = whole.to_markdown(), whole.to_card()
+    assert "<script" not in page and page.count("\n# ") == 0 and page.count("&lt;script>") == 5
+    assert "<script" not in card.split("---")[2] and "a&#124;b # &lt;script>" in card
 
 
 def test_the_recipe_stands_in_the_report_as_it_is_saved(tmp_path):
     whole = report()
     whole.save(tmp_path)
     page = (tmp_path / "liar/report.md").read_text()
-    assert page.split("```yaml\n")[1].split("```")[0] == whole.recipe.to_yaml()
-    assert "| criterion | wifv |" not in page  # once is enough
+    recipe = page.split("## Recipe")[1].split("## Found")[0]
+    assert "| criterion | wifv |" in recipe and "`liar prune --recipe liar/recipe.yaml" in recipe
+    assert page.count("| criterion | wifv |") == 1  # once is enough
     assert Recipe.load(tmp_path / "liar" / "recipe.yaml") == whole.recipe
     facts = json.loads((tmp_path / "liar/report.json").read_text())
     assert facts["recipe"]["keep"] == 0.123456789
     assert facts["sites"][0]["error"] == 0.0123457 and facts["seconds"]["calibrate"] == 12.3457
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    hidden = [replace(ROW, name="hidden", damp=math.inf, certified_error=0.1, sensitivity=0.5)]
+    written = report(
+        hidden=hidden,
+        earlier=[{"budget": {"keep": 0.9}, "params": [2000, 1800]}],
+        grid=GRID,
+        latency=LATENCY,
+    )
+    written.save(tmp_path)
+    read = Report.load(tmp_path)
+    assert read.to_dict() == written.to_dict() and read.recipe == written.recipe
+    assert (read.to_markdown(), read.summary()) == (written.to_markdown(), written.summary())
+    assert "| 30 mlp layers, channels | 1536 | 32 | 960 to 1536 |" in read.to_markdown()
+    assert "×1.250 predicted, ×1.235 measured (1.205–1.250)" in read.summary()
+    assert "2,000 → 1,800 parameters (keep 0.9)" in read.summary()
+
+
+@pytest.mark.parametrize("facts", [{"keep": 0.5}, {"version": 99, "keep": 0.5, "new": 1}])
+def test_a_recipe_of_another_version_is_shown_as_it_is(facts):
+    """Not with choices of today that the job never made."""
+    read = Report.from_dict({"recipe": facts})
+    assert read.recipe == facts and Report.from_dict({"recipe": [1]}).recipe is None
+    (table,) = read.tables()
+    assert table.title == "Recipe" and [name for name, _ in table.rows] == list(facts)
+
+
+@pytest.mark.parametrize("name", ["grid", "latency"])
+@pytest.mark.parametrize("value", [None, -1, "x", [1], {}, 10**400, math.nan])
+def test_any_part_of_grid_and_latency_may_be_anything(name, value):
+    """What has a wrong part is shown without it, or not at all."""
+    whole = {"grid": GRID, "latency": LATENCY}[name]
+
+    def wrong(part):
+        for key, inner in part.items():
+            yield {**part, key: value}
+            if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+                yield from ({**part, key: [each]} for each in wrong(inner[0]))
+            elif isinstance(inner, dict):
+                yield from ({**part, key: each} for each in wrong(inner))
+
+    for facts in wrong(whole):
+        read = Report.from_dict({name: facts})
+        read.to_markdown(), read.summary()
 
 
 def test_json_is_strict():

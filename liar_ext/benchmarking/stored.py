@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from liar_ext.errors import InputError
-from liar_ext.report.reading import count, listing, mapping, number, read_object, text
+from liar_ext.untrusted import count, listing, mapping, named, number, read_object, record, text
 
 VERSION = 1
 MOST_ROWS = 100
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,7 @@ class Quartiles:
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
         """Return the quartiles of values, by linear interpolation between neighbours."""
-        ordered = sorted(values)
-
-        def at(share: float) -> float:
-            place = share * (len(ordered) - 1)
-            below = int(place)
-            above = min(below + 1, len(ordered) - 1)
-            return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-        return cls(at(0.5), at(0.25), at(0.75))
+        return cls(*np.quantile(values, (0.5, 0.25, 0.75)).tolist())
 
 
 @dataclass(frozen=True)
@@ -122,45 +115,10 @@ def read_bench(path: Path, operation: str = "report") -> Benchmark:
         pruned=_model(fields.get("pruned")),
         dense=_model(fields["dense"]) if mapping(fields.get("dense")) else None,
         report_digest=text(fields.get("report_digest"), 64),
-        settings=_texts(fields.get("settings")),
-        machine=_texts(fields.get("machine")),
+        settings=named(fields.get("settings")),
+        machine=named(fields.get("machine")),
         rates=[rate for rate in rates if rate is not None],
     )
-
-
-def table(bench: Benchmark) -> list[tuple[str, str, str, str]]:
-    """Return rows of text: what, dense, pruned, and pruned / dense with its quartiles."""
-    rows = []
-    for rate in bench.rates:
-        ratio = rate.ratio
-        rows.append(
-            (
-                f"batch {rate.batch}: {rate.what}, {rate.unit}",
-                "" if rate.dense is None else figure(rate.dense.median),
-                figure(rate.pruned.median),
-                "" if ratio is None else f"{ratio.median:.3f} ({ratio.low:.3f}–{ratio.high:.3f})",
-            )
-        )
-    dense = bench.dense or ModelFacts("")
-    sizes = [("parameters", dense.params, bench.pruned.params, 1)]
-    sizes.append(("weights, MiB", dense.weight_bytes, bench.pruned.weight_bytes, MIB))
-    for stage, peak in bench.pruned.peak.items():
-        title = {"load": "after loading", "device": "of the device"}.get(stage, f"batch {stage}")
-        sizes.append((f"peak memory, {title}, MiB", dense.peak.get(stage), peak, MIB))
-    for title, before, after, unit in sizes:
-        if after is not None:
-            share = f"{after / before:.3f}" if before else ""
-            rows.append((title, _whole(before, unit), _whole(after, unit), share))
-    return rows
-
-
-def figure(value: float) -> str:
-    """Return a rate to four digits, without an exponent."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _whole(value: int | None, unit: int) -> str:
-    return "" if value is None else f"{value / unit:,.0f}"
 
 
 def _rate(row: Any) -> Rate | None:
@@ -172,22 +130,12 @@ def _rate(row: Any) -> Rate | None:
 
 
 def _quartiles(value: Any) -> Quartiles | None:
-    found = [number(mapping(value).get(name)) for name in ("median", "low", "high")]
-    if any(each is None or each < 0 for each in found):
-        return None
-    return Quartiles(*found)
+    found = record(value, **dict.fromkeys(("median", "low", "high"), number))
+    return Quartiles(**found) if found and min(found.values()) >= 0 else None
 
 
 def _model(value: Any) -> ModelFacts:
-    fields = mapping(value)
-    peak = {
-        text(stage, 10): found
-        for stage, each in list(mapping(fields.get("peak")).items())[:MOST_ROWS]
-        if (found := count(each)) is not None
-    }
-    name = text(fields.get("name"), 200)
-    return ModelFacts(name, count(fields.get("params")), count(fields.get("weight_bytes")), peak)
-
-
-def _texts(value: Any) -> dict[str, str]:
-    return {text(k, 40): text(v, 100) for k, v in list(mapping(value).items())[:MOST_ROWS]}
+    facts = mapping(value)
+    peak = {key: each for key, each in named(facts.get("peak")).items() if count(each) is not None}
+    sizes = (count(facts.get(name)) for name in ("params", "weight_bytes"))
+    return ModelFacts(text(facts.get("name"), 200), *sizes, peak)

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from liar_ext.errors import InputError
 from liar_ext.plan import PHASES, Budget
-from liar_ext.report.reading import listing, mapping, read_object
+from liar_ext.untrusted import listing, mapping, named, read_object, text
 
 VERSION = 1
 MOST_ROWS, MOST_COUNTS = 4096, 256
@@ -66,19 +68,8 @@ class SizeRow:
 
         Less than the smallest size that was measured costs as much as that; nothing costs nothing.
         """
-        found, right = [], 0
-        for count in range(self.units + 1):
-            while self.counts[right] < count:
-                right += 1
-            high, at = self.seconds[right], self.counts[right]
-            if count == at or right == 0:
-                found.append(high)
-            else:
-                left = self.counts[right - 1]
-                low = self.seconds[right - 1]
-                found.append(low + (high - low) * (count - left) / (at - left))
-        found[0] = 0.0
-        return found
+        found = np.interp(range(self.units + 1), self.counts, self.seconds).tolist()
+        return [0.0, *found[1:]]
 
 
 @dataclass(frozen=True)
@@ -120,19 +111,14 @@ class LatencyTable:
 
     def check(self, budget: Budget) -> None:
         """Raise InputError unless this is what the budget counts."""
-        asked = (
-            budget.latency_phase,
-            budget.latency_batch,
-            budget.latency_prompt,
-            budget.latency_new_tokens,
-        )
-        found = (self.phase, self.batch, self.prompt, self.new_tokens)
+        names = ("phase", "batch", "prompt", "new_tokens")
+        asked = [getattr(budget, f"latency_{name}") for name in names]
+        found = [getattr(self, name) for name in names]
         if asked != found:
-            names = ("phase", "batch", "prompt", "new_tokens")
             told = ", ".join(f"{n} {a}" for n, a in zip(names, found, strict=True))
             raise InputError(
                 f"latency: the table was measured with {told}, the budget asks for "
-                f"{', '.join(str(each) for each in asked)}; ask for what it has, or measure again"
+                f"{', '.join(map(str, asked))}; ask for what it has, or measure again"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,11 +145,11 @@ class LatencyTable:
             raise InputError("latency: a table must have rows")
         try:
             made = cls(
-                phase=str(facts["phase"]),
+                phase=text(facts["phase"]),
                 **{name: int(facts[name]) for name in ("batch", "prompt", "new_tokens")},
                 **{name: float(facts[name]) for name in ("fixed", "spread", "scale")},
                 rows=tuple(_row(row) for row in rows),
-                where=dict(mapping(facts.get("where"))),
+                where=named(facts.get("where")),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, InputError):
@@ -195,15 +181,8 @@ class LatencyTable:
 
 
 def _row(facts: Mapping[str, Any]) -> SizeRow:
-    sizes = ("units", "width", "groups", "d_out", "sites")
-    lists = {
-        name: listing(facts.get(name))[:MOST_COUNTS] for name in ("counts", "seconds", "spread")
-    }
-    return SizeRow(
-        kind=str(facts["kind"]),
-        unit=str(facts["unit"]),
-        **{name: int(facts[name]) for name in sizes},
-        counts=tuple(map(int, lists["counts"])),
-        seconds=tuple(map(float, lists["seconds"])),
-        spread=tuple(map(float, lists["spread"])),
-    )
+    found: dict[str, Any] = {name: text(facts[name], 40) for name in ("kind", "unit")}
+    found |= {name: int(facts[name]) for name in ("units", "width", "groups", "d_out", "sites")}
+    for name, read in (("counts", int), ("seconds", float), ("spread", float)):
+        found[name] = tuple(map(read, listing(facts.get(name))[:MOST_COUNTS]))
+    return SizeRow(**found)

@@ -1,0 +1,126 @@
+"""What happened at each site, and what a user has to know of that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ON_HOST = "on the CPU, as the GPU had no room"  # ends the path of a solve
+BY_BLOCKS = "by blocks in a file, as memory had no room"  # is in it
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What happened at one site.
+
+    Errors are relative to ``tr(W G Wᵀ)``, the energy of the consumer's output; ``damp`` is λ, with
+    infinity for plain dropping; ``condition`` is a lower bound on that of the solved matrix.
+    ``target`` is what errors are measured to, and ``share`` how far towards it, from the site's own
+    dense weight on its input, the solve was taken.
+    ``holdout_error`` is cross-validated: solved on one half of the calibration documents and
+    measured on the other, which λ is chosen by, too. ``certified_error`` is measured on text that
+    no decision has seen; None where there was none.
+    ``sensitivity`` is what the model's output loses per unit of relative error of the site, in
+    nats; None where it was not measured.
+    ``tokens`` is how many calibration tokens reached an expert; None where all do, and where it was
+    kept as it is.
+    A row that was read from a file has None for whatever the file doesn't say.
+    """
+
+    name: str
+    units_before: int
+    units_after: int
+    params_before: int
+    params_after: int
+    damp: float
+    error: float
+    holdout_error: float
+    condition: float
+    dropped_rows: int
+    path: str
+    seconds: float
+    target: str = "dense-input"
+    share: float = 0.0
+    sensitivity: float | None = None
+    certified_error: float | None = None
+    tokens: int | None = None
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether units were removed, as far as it is known."""
+        counts = self.units_before, self.units_after
+        return None not in counts and self.units_after < self.units_before
+
+
+def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -> list[str]:
+    """Return what a user has to know before trusting the result.
+
+    Parameters
+    ----------
+    rows : sequence of SiteRow
+        What happened at the sites.
+    mode : str
+        How the pruned units were reconstructed.
+    tokens : int
+        Calibration tokens.
+    widest : int
+        Features of the widest site.
+    """
+    warnings = []
+    dropped = max((row.dropped_rows for row in rows), default=0)
+    if dropped:
+        warnings.append(
+            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
+            "calibrate in a wider dtype."
+        )
+    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
+    if unknown:
+        warnings.append(
+            f"The errors of {', '.join(unknown[:8])} ({len(unknown)} sites) are not finite and say "
+            "nothing; load the model in a wider dtype."
+        )
+    pruned = [row for row in rows if row.is_pruned]
+    given_up = [row.name for row in pruned if math.isinf(row.damp)]
+    if mode not in ("none", "bias") and given_up:
+        warnings.append(
+            "The cross-validated error is least with plain dropping at "
+            f"{_first(given_up)} ({len(given_up)} sites): give more calibration text."
+        )
+    starved = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
+    if starved:
+        names = [f"{row.name} ({row.tokens})" for row in starved]
+        warnings.append(
+            "Fewer calibration tokens than the expert has channels reached "
+            f"{_first(names)} ({len(names)} experts): "
+            "their channels are chosen, and compensated for, by little or nothing; give more "
+            "calibration text."
+        )
+    moved = [row.name for row in rows if row.path.endswith(ON_HOST)]
+    if moved:
+        warnings.append(
+            f"The GPU had no memory to solve {_first(moved)} ({len(moved)} sites), so the CPU did."
+        )
+    cramped = [row.name for row in rows if BY_BLOCKS in row.path]
+    if cramped:
+        warnings.append(
+            f"An allocation failed in the solve of {_first(cramped)} ({len(cramped)} sites), so it "
+            "was done by blocks, in a file, more slowly: give more memory."
+        )
+    if any(row.target != "dense-input" for row in pruned):
+        warnings.append(
+            "Layerwise errors count what the layers before have lost, on text that those were "
+            "solved for: fresh text can show several times as much. Judge the model by --eval, "
+            "--certify or its own task."
+        )
+    if tokens < 2 * widest:
+        warnings.append(
+            f"{tokens} calibration tokens are few for sites of {widest} features; "
+            "the cross-validated errors say what that costs."
+        )
+    return warnings
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return eight names at most."""
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
