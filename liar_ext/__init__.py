@@ -1,5 +1,7 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
+from typing import TYPE_CHECKING, Any
+
 import liar_ext.environment  # noqa: F401  (before torch)
 from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
 from liar_ext.benchmarking.latency import measure_latency
@@ -8,7 +10,6 @@ from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned, verify_pruned
 from liar_ext.checkpoint.registration import register
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.latency_table import LatencyTable
@@ -26,6 +27,9 @@ from liar_ext.selection.criteria import criterion, score
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.surgery.units import apply_plan
+
+if TYPE_CHECKING:
+    from liar_ext.suggest.suggest import suggest_family
 
 register()  # stock loaders build layers of unequal sizes, where liar_ext is imported
 
@@ -62,3 +66,12 @@ __all__ = [
     "sweep",
     "verify_pruned",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what most programs don't use when it is first asked for."""
+    if name == "suggest_family":
+        from liar_ext.suggest.suggest import suggest_family
+
+        return suggest_family
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _suggestion(model: str, as_json: bool) -> str:
     """Return a row as Python code, with what is known of it in comments; or all as JSON."""
-    from liar_ext.discovery.reading import suggest_for
+    from liar_ext.suggest.suggest import suggest_for
 
     found = suggest_for(model)
     if as_json:

@@ -56,7 +56,7 @@ def test_a_row_is_proposed_for_a_config_alone(folder, capsys, monkeypatch):
         found = FAMILIES["llama"]
     assert found.attn.config == row.attn.config and found.mlp == row.mlp
     assert text.startswith("# llama: proposed, and proved on tiny random models\n# proved: sliced")
-    assert found.stream.block == row.stream.block and "\n# proved: narrowed equals zeroed" in text
+    assert found.stream is None and "\n# lacking: hidden: the residual stream isn't" in text
 
 
 def test_a_known_family_is_said_to_be_known(folder, capsys):
@@ -91,4 +91,4 @@ def test_a_config_that_claims_too_much_is_read_safely(folder, tmp_path, capsys, 
     code, text, _ = run(capsys, "families", "--suggest", path, "--json")
     facts = json.loads(text)
     assert code == 0 and facts["proved"]
-    assert not facts["missing"] and "stream=Stream(" in facts["code"]
+    assert set(facts["missing"]) == {"hidden"}

@@ -10,7 +10,6 @@ from tiny import GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import (
@@ -21,6 +20,7 @@ from liar_ext.models.sites import (
     sites,
 )
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.suggest.suggest import suggest_family
 from liar_ext.surgery.units import apply_plan
 
 

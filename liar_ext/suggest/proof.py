@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.checkpoint.loading import load_pruned
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import in_transformers
-from liar_ext.discovery.instance import Instance, Refused, outputs, plain
-from liar_ext.discovery.rows import registered
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family, Wiring
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.suggest.instance import Instance, Refused, make_plain, outputs
+from liar_ext.suggest.row import registered
 from liar_ext.surgery.units import apply_plan
 
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype
@@ -58,30 +58,25 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
     Refused
         If one doesn't.
     """
-    said = []
-    kinds = [kind for kind in ("attn", "mlp") if tells_sizes(family, kind)]
+    said, model = [], instance.model
+    kinds = [kind for kind in _kinds(family) if tells_sizes(family, kind)]
     with registered(family), tempfile.TemporaryDirectory() as folder, quiet():
         if kinds:
-            loaded = saved(instance, equal_plan(instance.model, kinds), Path(folder) / "equal")
+            loaded = _saved(instance, equal_plan(model, kinds), Path(folder) / "equal")
             said.append(f"equal layers of {' and '.join(kinds)} load in {loaded}")
-        if in_transformers(type(instance.model)):
-            plan = make_plan(instance.model, _kinds(family), unit_of(instance.model))
-            loaded = saved(instance, plan, Path(folder) / "unequal", ours=True)
+        if in_transformers(type(model)):
+            plan = _plan(model, _kinds(family), _unit_of(model))
+            loaded = _saved(instance, plan, Path(folder) / "unequal", ours=True)
             said.append(f"unequal layers load by {loaded}")
     return said
 
 
-def make_plan(model: nn.Module, kinds: Sequence[str], unit: str) -> Plan:
-    """Keep about half of the units, one more in every other block, at random."""
-    return _plan(model, kinds, unit, equal=False)
-
-
 def equal_plan(model: nn.Module, kinds: Sequence[str]) -> Plan:
     """Keep half of the units of every site."""
-    return _plan(model, kinds, unit_of(model), equal=True)
+    return _plan(model, kinds, _unit_of(model), equal=True)
 
 
-def unit_of(model: nn.Module) -> str:
+def _unit_of(model: nn.Module) -> str:
     """Return the unit of attention of which there are several: heads, where all share one key."""
     try:
         return "head" if sites(model, ("attn",))[0].units == 1 else "auto"
@@ -89,7 +84,8 @@ def unit_of(model: nn.Module) -> str:
         return "auto"
 
 
-def _plan(model: nn.Module, kinds: Sequence[str], unit: str, *, equal: bool) -> Plan:
+def _plan(model: nn.Module, kinds: Sequence[str], unit: str, equal: bool = False) -> Plan:
+    """Keep about half of the units at random; one more in every other block, unless equal."""
     generator = torch.Generator().manual_seed(3)
     kept = {}
     for site in sites(model, kinds, unit):
@@ -106,15 +102,15 @@ def _plan(model: nn.Module, kinds: Sequence[str], unit: str, *, equal: bool) -> 
 
 def wirings_of(family: Family, kind: str) -> list[Wiring]:
     """Return the wirings of a kind of site in all parts of a row."""
-    names = ("attn", "cross_attn") if kind == "attn" else ("mlp", "shared_mlp")
+    names = ("attn", "cross_attn") if kind == "attn" else (kind,)
     found = [getattr(part, name) for part in family.all_parts for name in names]
     return [wiring for wiring in found if wiring is not None]
 
 
 def tells_sizes(family: Family, kind: str) -> bool:
     """Tell whether config fields express how many units the sites of a kind have."""
-    fields = [set((wiring.config or {}).values()) for wiring in wirings_of(family, kind)]
-    return bool(fields) and all(sizes - {"experts"} for sizes in fields)
+    found = wirings_of(family, kind)
+    return bool(found) and all(wiring.config for wiring in found)
 
 
 def _kinds(family: Family) -> list[str]:
@@ -130,8 +126,7 @@ def _has_sdpa(model: nn.Module) -> bool:
 def _combinations(model: nn.Module, family: Family) -> Iterator[tuple[list[str], str]]:
     """Yield which kinds of site are pruned together, and by which unit of attention."""
     kinds = _kinds(family)
-    subsets = [[kind] for kind in kinds] + ([kinds] if len(kinds) > 1 else [])
-    for subset in subsets:
+    for subset in [[kind] for kind in kinds] + [kinds] * (len(kinds) > 1):
         units = ["auto"]
         if "attn" in subset:
             site = sites(model, ("attn",))[0]
@@ -148,48 +143,22 @@ def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str
     Refused
         If they differ, the sliced one can't run, or nothing was to be seen.
     """
-    dense, sliced = copy.deepcopy(instance.model), copy.deepcopy(instance.model)
-    what = f"{' and '.join(kinds)} pruned by {unit}" if "attn" in kinds else "mlp pruned"
-    for model in (dense, sliced):
-        if attention != "eager":
-            model.set_attn_implementation(attention)
-    plan = make_plan(dense, kinds, unit)
-    before = outputs(dense, instance.inputs)
-    for site in sites(dense, kinds, unit):
+    dense, sliced = (instance._replace(model=copy.deepcopy(instance.model)) for _ in range(2))
+    what = f"with {' and '.join(kinds)} pruned" + f" by {unit}" * ("attn" in kinds)
+    for each in (dense, sliced) if attention != "eager" else ():
+        each.model.set_attn_implementation(attention)
+    plan = _plan(dense.model, kinds, unit)
+    before = outputs(dense)
+    for site in sites(dense.model, kinds, unit):
         removed = site.features(plan.sites[site.name].removed)
-        get_consumer_weight(dense, site)[:, removed] = 0
-    expected = outputs(dense, instance.inputs)
-
-    def given() -> Tensor:
-        apply_plan(sliced, plan)
-        return outputs(sliced, instance.inputs)
-
-    return compared(f"with {what}", before, expected, given)
-
-
-def compared(what: str, before: Tensor, expected: Tensor, give: Callable[[], Tensor]) -> float:
-    """Return by how much a sliced model's outputs differ from what is expected of them.
-
-    Parameters
-    ----------
-    what : str
-        What was done, as in "with mlp pruned".
-    before, expected : Tensor
-        Outputs of the dense model, and of that without what was sliced.
-    give : callable
-        Slices and gives the outputs.
-
-    Raises
-    ------
-    Refused
-        If they differ, the sliced model can't run, or nothing was to be seen.
-    """
+        get_consumer_weight(dense.model, site)[:, removed] = 0
+    expected = outputs(dense)
     try:
-        given = give()
+        apply_plan(sliced.model, plan)
+        given = outputs(sliced)
     except Exception as error:  # whatever a stranger's forward raises
-        raise Refused(
-            f"{what} the model fails: {type(error).__name__}: {one_line(error, 120)}"
-        ) from error
+        said = f"{type(error).__name__}: {one_line(error, 120)}"
+        raise Refused(f"{what} the model fails: {said}") from error
     scale = float(expected.abs().max())
     if float((before - expected).abs().max()) < NOTICED * scale:
         raise Refused(f"{what}, zeroing changes no output, so that nothing can be compared")
@@ -201,7 +170,7 @@ def compared(what: str, before: Tensor, expected: Tensor, give: Callable[[], Ten
     return error
 
 
-def saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> str:
+def _saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> str:
     """Save a pruned model and load it; return by what.
 
     Raises
@@ -209,20 +178,20 @@ def saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> s
     Refused
         If it doesn't load, or with other outputs.
     """
-    model = copy.deepcopy(instance.model)
-    apply_plan(model, plan)
-    expected = outputs(model, instance.inputs)
+    pruned = instance._replace(model=copy.deepcopy(instance.model))
+    apply_plan(pruned.model, plan)
+    expected = outputs(pruned)
     try:
-        save_pruned(model, folder, plan)
+        save_pruned(pruned.model, folder, plan)
         if ours:
             loaded, name = load_pruned(folder, dtype=torch.float64), "liar_ext.load_pruned"
         else:
             stock: Any = type(instance.model)
             loaded = stock.from_pretrained(folder, dtype=torch.float64)
             name = f"{stock.__name__}.from_pretrained"
-        plain(loaded.config)
+        make_plain(loaded.config)
         # Buffers were made in float32, of this model as of the one that was saved.
-        given = outputs(loaded.to(torch.float64).eval(), instance.inputs)
+        given = outputs(instance._replace(model=loaded.to(torch.float64).eval()))
     except Exception as error:  # a stranger's class and config have rules of their own
         raise Refused(f"a saved folder doesn't load: {one_line(error, 160)}") from error
     close = CLOSE * float(expected.abs().max())

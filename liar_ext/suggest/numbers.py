@@ -8,41 +8,17 @@ from dataclasses import replace
 
 from torch import nn
 
-from liar_ext.discovery.instance import Refused
-from liar_ext.discovery.rows import registered
 from liar_ext.models.family import Family
 from liar_ext.models.reading import blocks_of
 from liar_ext.models.sites import Site, sites
+from liar_ext.suggest.instance import Refused
+from liar_ext.suggest.row import registered
 
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
+KINDS = ("attn", "mlp")
 HEAD = re.compile(r"head_?(dim|size|width)|attention_head_size|\w*head_dim|d_head|dim_head")
 Numbers = dict[str, tuple[int, ...]]
 Meanings = dict[str, list[tuple[str, str]]]  # of an integer: kinds of site, and sizes of them
-
-
-def integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> Numbers:
-    """Return the integers that all modules of a block keep, by path, in each of some models.
-
-    Modules that didn't run are left out, and linear layers: their sizes are those of their weights.
-    """
-    experts = family.mlp.experts if family.mlp is not None else None
-    router = experts.router if experts is not None else None
-    found: list[dict[str, int]] = []
-    for model in models:
-        block = _block(model, family)
-        values = {}
-        for path, module in block.named_modules():
-            weight = module._parameters.get("weight")
-            if path not in ran:
-                continue
-            if weight is not None and weight.ndim == 2 and path != router:
-                continue
-            for name, value in vars(module).items():
-                if isinstance(value, int) and not isinstance(value, bool) and name[0] != "_":
-                    values[f"{path}.{name}" if path else name] = value
-        found.append(values)
-    everywhere = [path for path in found[0] if all(path in values for values in found)]
-    return {path: tuple(values[path] for values in found) for path in everywhere}
 
 
 def with_head_dim(
@@ -55,7 +31,7 @@ def with_head_dim(
     Refused
         If no integer of the block has it, or several do that differ elsewhere.
     """
-    numbers = integers(models, family, ran)
+    numbers = _integers(models, family, ran)
     equal = [path for path, values in numbers.items() if values[0] == head_dim]
     fitting = [path for path in equal if _fits(family, path, models)]
     named = [path for path in fitting if HEAD.fullmatch(path.rpartition(".")[2])]
@@ -70,19 +46,6 @@ def with_head_dim(
     return replace(family, attn=replace(family.attn, head_dim=chosen[0]))
 
 
-def _fits(family: Family, path: str, models: list[nn.Module]) -> bool:
-    """Tell whether all models have whole heads of the size that an integer says."""
-    trial = replace(family, attn=replace(family.attn, head_dim=path))
-    try:
-        with registered(trial):
-            found = [site for model in models for site in sites(model, ("attn",))]
-    except (ValueError, ZeroDivisionError, RuntimeError):
-        return False
-    return all(
-        site.head_dim > 0 and site.d_in % site.head_dim == 0 and site.kv_heads > 0 for site in found
-    )
-
-
 def with_numbers(
     family: Family, models: list[nn.Module], ran: Collection[str]
 ) -> tuple[Family, Meanings, Meanings]:
@@ -93,17 +56,12 @@ def with_numbers(
     that it may be: the second that is returned. The third are numbers of the config that modules
     have at hand, which a forward may read.
     """
-    with registered(family):
-        found = {
-            kind: [_of_block(sites(model, (kind,))) for model in models]
-            for kind in ("attn", "mlp")
-            if getattr(family, kind) is not None
-        }
+    found = _sites(family, models)
     hidden = tuple(site.d_out for site in next(iter(found.values())))
     unclear: Meanings = {}
     chosen: dict[str, dict[str, str]] = {kind: {} for kind in found}
-    for path, values in integers(models, family, ran).items():
-        fitting = [m for m in _meanings(values, found) if _may_hold(family, path, m[0])]
+    for path, values in _integers(models, family, ran).items():
+        fitting = _meanings(values, found)
         if len(fitting) == 1 and len(set(values)) > 1 and values != hidden:
             kind, size = fitting[0]
             chosen[kind][path] = size
@@ -123,8 +81,7 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     """Return a row with the vectors that have one number per query head, in all models."""
     if family.attn is None or len(models) < 2:
         return family
-    with registered(family):
-        heads = tuple(_of_block(sites(model, ("attn",))).sizes["heads"] for model in models)
+    heads = tuple(site.sizes["heads"] for site in _sites(family, models)["attn"])
     blocks = [dict(_block(model, family).named_parameters()) for model in models]
     own = {f"{layer}.bias" for layer in family.attn.layers}
     found = [
@@ -137,14 +94,50 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     return replace(family, attn=replace(family.attn, per_head=tuple(found)))
 
 
-def _may_hold(family: Family, path: str, kind: str) -> bool:
-    """Tell whether a module may keep a size: beside experts are others, which stay whole."""
-    experts = getattr(family, kind).experts
-    if experts is None:
-        return True
-    owner = path.rpartition(".")[0]
-    places = (experts.module, experts.router)
-    return owner in places or any(place.startswith(f"{owner}.") for place in places) or not owner
+def _sites(family: Family, models: list[nn.Module]) -> dict[str, list[Site]]:
+    """Return the sites of one block, by kind, of each of some models."""
+    with registered(family):
+        every = {
+            kind: [sites(model, (kind,)) for model in models]
+            for kind in KINDS
+            if getattr(family, kind) is not None
+        }
+    return {
+        kind: [found[min(BLOCK, len(found) - 1)] for found in each] for kind, each in every.items()
+    }
+
+
+def _integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> Numbers:
+    """Return the integers that all modules of a block keep, by path, in each of some models.
+
+    Modules that didn't run are left out, and linear layers: their sizes are those of their weights.
+    """
+    found: list[dict[str, int]] = []
+    for model in models:
+        values = {}
+        for path, module in _block(model, family).named_modules():
+            weight = module._parameters.get("weight")
+            if path not in ran or (weight is not None and weight.ndim == 2):
+                continue
+            for name, value in vars(module).items():
+                if type(value) is int and name[0] != "_":
+                    values[f"{path}.{name}" if path else name] = value
+        found.append(values)
+    everywhere = [path for path in found[0] if all(path in values for values in found)]
+    return {path: tuple(values[path] for values in found) for path in everywhere}
+
+
+def _fits(family: Family, path: str, models: list[nn.Module]) -> bool:
+    """Tell whether all models have whole heads of the size that an integer says."""
+    trial = replace(family, attn=replace(family.attn, head_dim=path))
+    try:
+        with registered(trial):
+            found = [site for model in models for site in sites(model, ("attn",))]
+    except (ValueError, ZeroDivisionError, RuntimeError):
+        return False
+    return all(
+        site.head_dim > 0 and site.d_in % site.head_dim == 0 and site.kv_heads > 0 for site in found
+    )
 
 
 def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tuple[str, str]]:
@@ -165,8 +158,8 @@ def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tup
 def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
     """Return the integers of the config that the module around each consumer keeps."""
     numbers: Numbers = {}
-    for kind in ("attn", "mlp"):
-        path = getattr(family, kind).consumer if getattr(family, kind) is not None else ""
+    for wiring in filter(None, (family.attn, family.mlp)):
+        path = wiring.consumer
         while path := path.rpartition(".")[0]:
             owners = [_block(model, family).get_submodule(path) for model in models]
             configs = [getattr(owner, "config", None) for owner in owners]
@@ -183,7 +176,3 @@ def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
 def _block(model: nn.Module, family: Family) -> nn.Module:
     blocks = [block for _, block in blocks_of(model, family)]
     return blocks[min(BLOCK, len(blocks) - 1)]
-
-
-def _of_block(found: list[Site]) -> Site:
-    return found[min(BLOCK, len(found) - 1)]

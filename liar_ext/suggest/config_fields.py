@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, equal_config
-from liar_ext.discovery.instance import Instance, build
-from liar_ext.discovery.proof import equal_plan, tells_sizes, wirings_of
-from liar_ext.discovery.rows import registered
-from liar_ext.models.family import Family, Part, Wiring
-from liar_ext.models.reading import blocks_of
+from liar_ext.models.family import Family, Part
+from liar_ext.models.reading import block_config, blocks_of
 from liar_ext.models.sites import sites
+from liar_ext.suggest.instance import Instance, build
+from liar_ext.suggest.proof import equal_plan, tells_sizes, wirings_of
+from liar_ext.suggest.row import registered
 from liar_ext.surgery.units import apply_plan
 
 # Fields that may hold None where the class derives the size from others.
@@ -25,8 +25,8 @@ DERIVED = {
     "kv_heads": re.compile(r"\w*(kv|key_value)_heads"),
     "features": re.compile(r"\w*(inner|ffn|intermediate)\w*"),
 }
-OTHER = {"heads": 2, "kv_heads": 1, "head_dim": 24, "features": 36, "experts": 3}
-Shapes = dict[str, tuple[int, ...]]
+OTHER = {"heads": 2, "kv_heads": 1, "head_dim": 24, "features": 36}
+KINDS = {"attn": "heads", "mlp": "channels"}
 
 
 def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict[str, str]]:
@@ -36,25 +36,24 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
     sliced. It holds the size in the config of every instance.
     """
     model = instances[0].model
-    family = replace(family, config=part_of(model, family))
+    family = replace(family, config=_part_of(model, family))
     reasons = {}
-    for kind in ("attn", "mlp"):
+    for kind, units in KINDS.items():
         wiring = getattr(family, kind)
         if wiring is None:
             continue
         fields, others = _fields_of(instances, family, kind)
-        for chosen in _choices(fields):
-            trial = replace(family, **{kind: replace(wiring, config=chosen)})
-            if _expresses(model, trial, kind):
-                family = trial
-                break
+        trials = (
+            replace(family, **{kind: replace(wiring, config=chosen)}) for chosen in _choices(fields)
+        )
+        family = next((trial for trial in trials if _expresses(model, trial, kind)), family)
         if not tells_sizes(family, kind):
-            what = "heads" if kind == "attn" else "channels"
-            reasons[kind] = f"no config field builds fewer {what} in the blocks alone"
-            if own := [name for name, size in fields.items() if size != "experts"]:
-                reasons[kind] = f"{what}: {' and '.join(own)} can't build fewer of the same size"
+            reasons[kind] = f"no config field builds fewer {units} in the blocks alone"
+            if fields:
+                names = " and ".join(fields)
+                reasons[kind] = f"{units}: {names} can't build fewer of the same size"
             elif others:
-                reasons[kind] = f"{what}: {', '.join(others)} changes other layers as well"
+                reasons[kind] = f"{units}: {', '.join(others)} changes other layers as well"
     return family, reasons
 
 
@@ -63,45 +62,45 @@ def with_shared_config(instances: list[Instance], family: Family) -> Family:
 
     They are looked for where some part has none by itself.
     """
-    for kind in ("attn", "mlp"):
-        if tells_sizes(family, kind) or not wirings_of(family, kind):
-            continue
-        fields, _ = _fields_of(instances, family, kind)
-        for chosen in _choices(fields):
-            trial = replace(
-                family, parts=tuple(_configured(part, kind, chosen) for part in family.parts)
-            )
-            if _expresses(instances[0].model, trial, kind):
-                family = trial
-                break
+    model = instances[0].model
+    for kind in KINDS:
+        if not tells_sizes(family, kind) and wirings_of(family, kind):
+            fields, _ = _fields_of(instances, family, kind)
+            trials = (_configured(family, kind, chosen) for chosen in _choices(fields))
+            family = next((trial for trial in trials if _expresses(model, trial, kind)), family)
     return family
 
 
-def _configured(part: Part, kind: str, fields: dict[str, str]) -> Part:
-    """Return a part whose sites of a kind follow some config fields."""
-    names = ("attn", "cross_attn") if kind == "attn" else (kind,)
-    there = {name: getattr(part, name) for name in names if getattr(part, name) is not None}
-    return replace(part, **{name: replace(each, config=fields) for name, each in there.items()})
+def _configured(family: Family, kind: str, fields: dict[str, str]) -> Family:
+    """Return a row whose sites of a kind follow some config fields, in all its parts."""
+
+    def part(each: Part) -> Part:
+        names = ("attn", "cross_attn") if kind == "attn" else (kind,)
+        there = {name: getattr(each, name) for name in names if getattr(each, name) is not None}
+        return replace(each, **{name: replace(w, config=fields) for name, w in there.items()})
+
+    return replace(family, parts=tuple(map(part, family.parts)))
 
 
 def with_bias_flags(instance: Instance, family: Family) -> Family:
     """Return a row with the config fields that give a bias to all layers of a site."""
-    model, config = instance.model, instance.model.config
-    own = _part(config, family).to_dict()
+    model = instance.model
+    with registered(family):
+        biases = {
+            kind: {
+                f"{site.path}.{layer}.bias"
+                for site in sites(model, (kind,))
+                for layer in site.wiring.layers
+            }
+            for kind in KINDS
+            if getattr(family, kind) is not None
+        }
+    own = block_config(family, model.config).to_dict()
     for name in (n for n, value in own.items() if "bias" in n and isinstance(value, bool)):
-        built = _build(model, family, {name: not own[name]})
+        built = _build(model, family, name, not own[name])
         if built is None:
             continue
-        changed = _names(model) ^ _names(built)
-        with registered(family):
-            biases = {
-                kind: {
-                    f"{site.path}.{layer}.bias"
-                    for site in sites(model, (kind,))
-                    for layer in site.wiring.layers
-                }
-                for kind, _ in wirings(family)
-            }
+        changed = _shapes(model).keys() ^ _shapes(built).keys()
         given = [kind for kind, each in biases.items() if each <= changed]
         if given and changed == set().union(*(biases[kind] for kind in given)):
             for kind in given:
@@ -109,14 +108,12 @@ def with_bias_flags(instance: Instance, family: Family) -> Family:
     return family
 
 
-def part_of(model: nn.Module, family: Family) -> str:
+def _part_of(model: nn.Module, family: Family) -> str:
     """Return the name of the part of a config that the blocks are built from; empty for all."""
     config = model.config
-    with registered(family):
-        path = next(blocks_of(model, family))[0]
+    path = next(blocks_of(model, family))[0]
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
-    while path:
-        path = path.rpartition(".")[0]
+    while path := path.rpartition(".")[0]:
         used = getattr(model.get_submodule(path), "config", None)
         if used is config:
             return ""
@@ -124,13 +121,6 @@ def part_of(model: nn.Module, family: Family) -> str:
             if part is not None and (part is used or type(part) is type(used)):
                 return name
     return ""
-
-
-def wirings(family: Family) -> Iterator[tuple[str, Wiring]]:
-    """Yield the kinds of site that a row describes."""
-    for kind in ("attn", "mlp"):
-        if getattr(family, kind) is not None:
-            yield kind, getattr(family, kind)
 
 
 def _choices(fields: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -142,9 +132,6 @@ def _choices(fields: Mapping[str, str]) -> Iterator[dict[str, str]]:
             yield {**fewer, "head_dim": "head_dim"}
         if fewer and fewer != fields:
             yield fewer
-        experts = {name: size for name, size in fields.items() if size == "experts"}
-        if experts and experts != fields:
-            yield experts
 
 
 def _fields_of(
@@ -152,24 +139,17 @@ def _fields_of(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the fields that hold a size of a site: those of that site alone, and others."""
     model = instances[0].model
-    names = ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features", "experts")
     with registered(family):
         sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
         found_sites = sites(model, (kind,))
     own = tuple(f"{s.path}.{layer}." for s in found_sites for layer in s.wiring.layers)
     own += tuple(f"{s.path}.{name}" for s in found_sites for name in s.wiring.per_head)
-    own += tuple(
-        f"{s.path}.{module}."
-        for s in found_sites
-        if s.wiring.experts is not None
-        for module in (s.wiring.experts.module, s.wiring.experts.router)
-    )
     blocks = tuple(f"{s.path}." for s in found_sites)
-    configs = [_part(each.model.config, family).to_dict() for each in instances]
+    configs = [block_config(family, each.model.config).to_dict() for each in instances]
     before = _shapes(build(type(model), model.config, "meta"))
     found: dict[str, str] = {}
     others: list[str] = []
-    for size in names:
+    for size in ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features",):
         if not sizes[0][size] or size == "kv_heads" and sizes[0]["kv_heads"] == sizes[0]["heads"]:
             continue
         for name, value in configs[0].items():
@@ -180,7 +160,7 @@ def _fields_of(
             )
             if name in found or not (derived or holds):
                 continue
-            built = _build(model, family, {name: OTHER[size]})
+            built = _build(model, family, name, OTHER[size])
             if built is None:  # a rule ties it to another field
                 found |= {name: size} if holds and size in ("heads", "kv_heads") else {}
                 continue
@@ -207,14 +187,8 @@ def _follows(built: nn.Module, family: Family, kind: str, size: str) -> bool:
             return False
 
 
-def _part(config: Any, family: Family) -> Any:
-    return getattr(config, family.config) if family.config else config
-
-
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     """Tell whether the stock class, built by the fields of a row, has the sliced shapes."""
-    if not tells_sizes(family, kind):  # as building with fewer experts has shown
-        return True
     model = copy.deepcopy(model)
     with registered(family):
         apply_plan(model, equal_plan(model, (kind,)))
@@ -224,20 +198,15 @@ def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
             return False
 
 
-def _build(model: nn.Module, family: Family, fields: Mapping[str, Any]) -> nn.Module | None:
-    """Return a model of the config with some fields changed; None if its rules forbid it."""
+def _build(model: nn.Module, family: Family, field: str, value: Any) -> nn.Module | None:
+    """Return a model of the config with a field changed; None if its rules forbid it."""
     config = copy.deepcopy(model.config)
     try:
-        for name, value in fields.items():
-            setattr(_part(config, family), name, value)
+        setattr(block_config(family, config), field, value)
         return build(type(model), config, "meta")
     except Exception:  # a stranger's class and config have rules of their own
         return None
 
 
-def _shapes(model: nn.Module) -> Shapes:
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in model.named_parameters()}
-
-
-def _names(model: nn.Module) -> set[str]:
-    return {name for name, _ in model.named_parameters()}

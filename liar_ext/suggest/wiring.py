@@ -11,21 +11,21 @@ one output of a producer reaches says what it is::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from liar_ext.discovery.instance import Refused
-from liar_ext.discovery.tracing import Reach, Trace
-from liar_ext.discovery.watching import mixers, norm_after
 from liar_ext.models.family import Stack, Wiring
 from liar_ext.models.stacking import row_units
+from liar_ext.suggest.between import mixers, norm_after
+from liar_ext.suggest.instance import Refused
+from liar_ext.suggest.trace import Reach, Trace
 
 SHARED = ("key", "value")
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A site as a trace shows it.
 
     Parameters
@@ -48,8 +48,8 @@ class Found:
 def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
     """Return the sites of a block by kind, and the reason for each kind that can't be described."""
     found: dict[str, list[Found]] = {"attn": [], "cross_attn": [], "mlp": []}
-    mixed = ""
     reasons: dict[str, list[str]] = {"attn": [], "mlp": []}
+    mixed = ""
     for consumer, parents in trace.parents.items():
         if not parents or consumer in trace.readers:
             continue
@@ -57,31 +57,39 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
         rows = [row for each in reach.values() for row in each]
         kind = "mlp" if all(row.local and len(row.columns) < 2 for row in rows) else "attn"
         if all(row.local for row in rows) and kind == "attn":  # such as a low-rank product
-            between = mixers(trace, parents)
-            mixed = f"; columns of {consumer} depend on several rows of {', '.join(parents)}" + (
-                f", through {', '.join(between[:3])}" if between else ""
-            )
+            mixed = f"; columns of {consumer} depend on several rows of {', '.join(parents)}"
+            mixed += _through(trace, parents)
             continue
         try:
             read = _read_attention if kind == "attn" else _read_mlp
             site = read(trace, consumer, reach)
             wiring = replace(site.wiring, output_norm=norm_after(trace, consumer))
-            found[site.kind].append(replace(site, wiring=wiring))
+            found[site.kind].append(site._replace(wiring=wiring))
         except Refused as error:
             reasons[kind].append(str(error))
     sites, without = {}, {}
     if len(found["cross_attn"]) == 1:
         sites["cross_attn"] = found["cross_attn"][0]
-    for kind, several in ((kind, found[kind]) for kind in reasons):
-        if len(several) == 1 and not reasons[kind]:
-            sites[kind] = several[0]
-        elif len(several) + len(reasons[kind]) > 1:
-            names = [each.wiring.consumer for each in several] + reasons[kind]
+    for kind in reasons:
+        names = [each.wiring.consumer for each in found[kind]] + reasons[kind]
+        if kind == "mlp" and (experts := _experts(trace)):
+            without[kind] = f"{experts} holds experts, which aren't looked for"
+        elif len(names) > 1:
             without[kind] = f"a block has {len(names)} such sites, not one: {', '.join(names[:3])}"
+        elif found[kind]:
+            sites[kind] = found[kind][0]
         else:
-            nothing = _nothing(trace, kind) + mixed * (kind == "mlp")
-            without[kind] = reasons[kind][0] if reasons[kind] else nothing
+            without[kind] = (reasons[kind] or [_nothing(trace, kind) + mixed * (kind == "mlp")])[0]
     return sites, without
+
+
+def _experts(trace: Trace) -> str:
+    """Return the module that holds a matrix for each of several experts, repeatedly; or nothing."""
+    for path, module in trace.block.named_modules():
+        counts = [len(each) for each in module.parameters(recurse=False) if each.ndim == 3]
+        if len(counts) > 1 and len(set(counts)) == 1:
+            return path
+    return ""
 
 
 def _nothing(trace: Trace, kind: str) -> str:
@@ -93,6 +101,12 @@ def _nothing(trace: Trace, kind: str) -> str:
     if trace.others:
         return f"{said}; {trace.others[0]} is the weight of no such layer"
     return said
+
+
+def _through(trace: Trace, producers: list[str], said: str = ", through") -> str:
+    """Return the modules that lie between, in words; nothing if there are none."""
+    between = mixers(trace, producers)
+    return f"{said} {', '.join(between[:3])}" if between else ""
 
 
 def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
@@ -108,22 +122,15 @@ def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Fou
                 f"the {channels} columns of {consumer}"
             )
         if count > 1:
-            names = _names_of_parts(trace, producer, consumer, owners, count)
-            stacked[producer] = stack_of(producer, names, owners, None, channels, channels, 1)
+            first = [row for row, owner in enumerate(owners) if owner == 0]
+            linear = [trace.is_linear_in(producer, row, consumer) for row in first]
+            names = tuple(f"part{index}" for index in range(count))
+            if count == 2 and linear.count(True) == 1:  # what acts linearly is ``up``
+                names = tuple("up" if each else "gate" for each in linear)
+            stacked[producer] = _stack(producer, names, owners, None, channels, channels, 1)
         elif owners != list(range(channels)):
             raise Refused(f"rows of {producer} reach the columns of {consumer} in another order")
     return Found("mlp", _wiring(trace, tuple(reach), consumer, stacked=stacked))
-
-
-def _names_of_parts(
-    trace: Trace, producer: str, consumer: str, owners: list[int], count: int
-) -> tuple[str, ...]:
-    """Return names of the matrices that an MLP's producer stacks: what acts linearly is ``up``."""
-    rows = [row for row, owner in enumerate(owners) if owner == 0]
-    linear = [trace.is_linear_in(producer, row, consumer) for row in rows]
-    if count == 2 and linear.count(True) == 1:
-        return tuple("up" if each else "gate" for each in linear)
-    return tuple(f"part{index}" for index in range(count))
 
 
 def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Found:
@@ -142,11 +149,11 @@ def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) 
     kv_heads = heads // sizes.pop()
     own, shared, stacked = [], {}, {}
     for producer, each in roles.items():
-        kinds = tuple(dict.fromkeys(role for role, _, _ in each))
+        names = [role for role, _, _ in each]
+        kinds = tuple(dict.fromkeys(names))
         owners = [owner for _, owner, _ in each]
         if len(kinds) > 1:
-            names = [role for role, _, _ in each]
-            stacked[producer] = stack_of(producer, kinds, owners, names, heads, kv_heads, head_dim)
+            stacked[producer] = _stack(producer, kinds, owners, names, heads, kv_heads, head_dim)
             own.append(producer)
             continue
         count = kv_heads if kinds[0] in SHARED else heads
@@ -179,29 +186,20 @@ def _head_dim(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> int
                 sizes.add(size)
     columns = trace.layers[consumer].columns
     if len(sizes) != 1 or columns % min(sizes):
-        raise Refused(
-            f"queries that {consumer} reads reach {_sizes(sizes)} of its {columns} columns"
-        )
+        reached = " or ".join(map(str, sorted(sizes))) or "none"
+        raise Refused(f"queries that {consumer} reads reach {reached} of its {columns} columns")
     if sizes == {columns}:
-        between = mixers(trace, reach)
         raise Refused(
             f"every query reaches all {columns} columns of {consumer}: there is one head"
-            + (f", or heads are mixed by {', '.join(between[:3])}" if between else "")
+            + _through(trace, list(reach), ", or heads are mixed by")
         )
     return sizes.pop()
 
 
-def _sizes(sizes: set[int]) -> str:
-    return " or ".join(map(str, sorted(sizes))) or "none"
-
-
 def _mixed(trace: Trace, producer: str, row: int, consumer: str) -> str:
     """Return the reason for which heads aren't units, with the modules in between."""
-    between = ", ".join(mixers(trace, [producer])[:3])
-    return (
-        f"row {row} of {producer} reaches columns of {consumer} that are no head's and no group's"
-        + (f", through {between}" if between else "")
-    )
+    said = f"row {row} of {producer} reaches columns of {consumer} that are no head's and no"
+    return f"{said} group's{_through(trace, [producer])}"
 
 
 def _role(row: Reach, head_dim: int) -> tuple[str, int, int] | None:
@@ -218,7 +216,7 @@ def _role(row: Reach, head_dim: int) -> tuple[str, int, int] | None:
     return (kind, heads[0] // len(heads), len(heads)) if kind else None
 
 
-def stack_of(
+def _stack(
     producer: str,
     names: tuple[str, ...],
     owners: list[int],
@@ -233,11 +231,9 @@ def stack_of(
     its matrix, if that is known.
     """
     rows, group = len(owners), heads // kv_heads
-    for by_group in (False, True):
+    lengths = [(kv_heads if name in SHARED else heads) * head_dim for name in names]
+    for by_group in (False, True) if sum(lengths) == rows else ():
         stack = Stack(names, by_group)
-        lengths = [(kv_heads if n in SHARED else heads) * head_dim for n in names]
-        if sum(lengths) != rows:
-            continue
         parts = [torch.full((length,), index) for index, length in enumerate(lengths)]
         groups = kv_heads if by_group else 1
         kinds = torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten().tolist()
@@ -260,4 +256,4 @@ def _wiring(trace: Trace, producers: tuple[str, ...], consumer: str, **settings:
     stored = {trace.layers[name].transposed for name in wiring.layers}
     if len(stored) > 1:
         raise Refused(f"some layers around {consumer} store their weights transposed, some don't")
-    return Wiring(producers=producers, consumer=consumer, transposed=stored.pop(), **settings)
+    return replace(wiring, transposed=stored.pop())

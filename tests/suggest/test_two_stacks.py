@@ -8,19 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from discovery import odd
-from discovery.odd import DuetConfig, DuetModel
+from suggest import odd
+from suggest.odd import DuetConfig, DuetModel
 from tiny import outputs
 from transformers import AutoConfig
 
 import liar_ext
-from liar_ext.discovery.rows import registered
-from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.models.family import Stack, Wiring
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.suggest.row import registered
+from liar_ext.suggest.suggest import suggest_family
 
 KINDS = ("attn", "cross_attn", "mlp")
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from liar_ext.checkpoint.quietening import quiet
-from liar_ext.discovery.shrinking import TOKEN, candidates, seconds
 from liar_ext.errors import one_line
+from liar_ext.models.reading import config_parts
 from liar_ext.models.running import evaluating
+from liar_ext.suggest.small_config import TOKEN, candidates, seconds, tall
 
 MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build
 MOST_VARIANTS = 24
@@ -28,24 +28,33 @@ class Refused(Exception):
     """A reason for which no row, or a part of one, can be proposed."""
 
 
-@dataclass
-class Instance:
-    """A tiny model with what its forward pass takes.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Random weights in float64, in evaluation mode, attention spelled out.
-    inputs : dict
-        Arguments of its forward.
-    """
+class Instance(NamedTuple):
+    """A tiny model with random weights in float64, and the arguments of its forward pass."""
 
     model: nn.Module
     inputs: dict[str, Tensor]
 
 
-def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Instance:
-    """Return the first small version of a model that can be built and run.
+class Tried(NamedTuple):
+    """The tiny models that a row is read from and proved on.
+
+    Parameters
+    ----------
+    instances : list of Instance
+        One, or two of sizes that differ.
+    models : list of nn.Module
+        Those of the instances, or the one and variants of it without weights.
+    whole : nn.Module or None
+        A model with all blocks, and without weights; None if none can be built.
+    """
+
+    instances: list[Instance]
+    models: list[nn.Module]
+    whole: nn.Module | None
+
+
+def prepare(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Tried:
+    """Build the tiny models of a class.
 
     Parameters
     ----------
@@ -59,12 +68,39 @@ def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | 
     Raises
     ------
     Refused
-        If none can be built and run, with the first reason.
+        If none can be built and run.
+    """
+    first = make_instance(model_class, config, given)
+    second = _second(model_class, config, first)
+    instances = [first] if second is None else [first, second]
+    models = [each.model for each in instances] + ([] if second else _variants(first))
+    whole = None
+    for make in tall(config):
+        with suppress(Exception):  # a stranger's class and config have rules of their own
+            whole = build(model_class, make(), "meta")
+            break
+    return Tried(instances, models, whole)
+
+
+def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Instance:
+    """Return the first small version of a model that can be built and run; see :func:`prepare`.
+
+    Raises
+    ------
+    Refused
+        If none can, with the first reason.
     """
     tried: list[dict[str, Any]] = []
-    attempts = [partial(_built, model_class, make, tried) for make in candidates(config)]
-    if given is not None:
-        attempts.append(partial(_copy, given))
+
+    def built(make: Any) -> nn.Module:
+        version = make()
+        if version.to_dict() in tried:
+            raise Refused("it was tried")
+        tried.append(version.to_dict())
+        return build(model_class, version, "cpu")
+
+    attempts = [partial(built, make) for make in candidates(config)]
+    attempts += [partial(_copy, given)] * (given is not None)
     reasons: list[str] = []
     for attempt in attempts:
         try:
@@ -75,12 +111,16 @@ def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | 
         except Exception as error:  # whatever a stranger's code raises
             reasons.append(f"{type(error).__name__}: {one_line(error, 160)}")
         else:
-            _check_determinism(found)
+            first, again = (outputs(found) for _ in range(2))
+            if first.shape != again.shape or not torch.equal(first, again):
+                raise Refused(
+                    "two equal forward passes give different outputs, so that nothing is proved"
+                )
             return found
     raise Refused(f"no tiny instance could be built and run ({reasons[0]})")
 
 
-def make_second(model_class: type[nn.Module], config: Any, first: Instance) -> Instance | None:
+def _second(model_class: type[nn.Module], config: Any, first: Instance) -> Instance | None:
     """Return an instance of other sizes than the first, or None if there is none."""
     shapes = [parameter.shape for parameter in first.model.parameters()]
     for make in seconds(config):
@@ -91,7 +131,7 @@ def make_second(model_class: type[nn.Module], config: Any, first: Instance) -> I
     return None
 
 
-def variants(first: Instance) -> list[nn.Module]:
+def _variants(first: Instance) -> list[nn.Module]:
     """Return models without weights in which one integer of the config is twice as large.
 
     They tell numbers apart where no field has a name that says what it is.
@@ -108,7 +148,7 @@ def variants(first: Instance) -> list[nn.Module]:
 
 def _instance(model: nn.Module) -> Instance:
     found = Instance(model, _inputs(model))
-    outputs(model, found.inputs)
+    outputs(found)
     return found
 
 
@@ -122,36 +162,45 @@ def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
         meta device weights don't count.
     """
     config = copy.deepcopy(config)
-    plain(config)
+    make_plain(config)
     with _bounded(), torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = model_class(config)
     if device == "meta":
         return model.eval()
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    if numbers > MOST_NUMBERS:
-        raise Refused(
-            f"it has {numbers:,} weights where its config could not be made smaller, more than "
-            f"{MOST_NUMBERS:,}"
-        )
+    _check_size(model, "it has {:,} weights where its config could not be made smaller")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = model_class(copy.deepcopy(config))
-        shake(model)
-    return model.to(torch.float64).eval()
+        return _randomised(model_class(copy.deepcopy(config)))
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    _check_size(model, "the model itself has {:,} weights")
+    model = copy.deepcopy(model).cpu()
+    make_plain(model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _randomised(model)
+
+
+def _check_size(model: nn.Module, said: str) -> None:
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > MOST_NUMBERS:
+        raise Refused(f"{said.format(numbers)}, more than {MOST_NUMBERS:,}")
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
+def _randomised(model: nn.Module) -> nn.Module:
     """Give every parameter random values, biases and norms too, so that each can be noticed."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             base = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
             scale = 0.1 if parameter.ndim == 1 else 0.2
             parameter.copy_(base + scale * torch.randn_like(parameter))
+    return model.to(torch.float64).eval()
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def outputs(instance: Instance) -> Tensor:
     """Return all floating-point outputs of a model as one vector.
 
     Raises
@@ -159,8 +208,8 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     Refused
         If there are none, or they aren't finite.
     """
-    with evaluating(model):
-        given = model(**inputs)
+    with evaluating(instance.model):
+        given = instance.model(**instance.inputs)
     values = given.values() if isinstance(given, Mapping) else given
     values = [values] if isinstance(values, Tensor) else values
     found = [
@@ -172,35 +221,12 @@ def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return result
 
 
-def plain(config: Any) -> None:
+def make_plain(config: Any) -> None:
     """Let a config and its parts ask for no cache, and for code that takes float64."""
     config._attn_implementation = config._experts_implementation = "eager"
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+    for part in config_parts(config):
         if getattr(part, "use_cache", None):
             part.use_cache = False
-
-
-def _built(
-    model_class: type[nn.Module], make: Callable[[], Any], tried: list[dict[str, Any]]
-) -> nn.Module:
-    """Return a model of a version of a config that wasn't tried before."""
-    version = make()
-    if version.to_dict() in tried:
-        raise Refused("it was tried")
-    tried.append(version.to_dict())
-    return build(model_class, version, "cpu")
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    if numbers > MOST_NUMBERS:
-        raise Refused(f"the model itself has {numbers:,} weights, more than {MOST_NUMBERS:,}")
-    model = copy.deepcopy(model).cpu().to(torch.float64).eval()
-    plain(model.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        shake(model)
-    return model
 
 
 def _inputs(model: nn.Module) -> dict[str, Tensor]:
@@ -208,17 +234,17 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     config, name = model.config, getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(1)
     if name == "input_ids":
-        embedding = model.get_input_embeddings().weight
+        rows = model.get_input_embeddings().weight.shape[0]
         fields = {**config.to_dict(), **config.get_text_config().to_dict()}
         special = [value for key, value in fields.items() if TOKEN.fullmatch(key)]
-        ordinary = [token for token in range(embedding.shape[0]) if token not in special][:1000]
+        ordinary = torch.tensor([token for token in range(rows) if token not in special][:1000])
         reads = inspect.signature(model.forward).parameters
         given = {}
         for part, tokens in (("", TOKENS), ("decoder_", DECODER_TOKENS)):
             if part and not getattr(config, "is_encoder_decoder", False):
                 continue
             draw = torch.randint(len(ordinary), (BATCH, tokens), generator=generator)
-            given[part + name] = torch.tensor(ordinary)[draw]
+            given[part + name] = ordinary[draw]
             if f"{part}attention_mask" in reads:
                 given[f"{part}attention_mask"] = torch.ones_like(draw)
         return given
@@ -229,12 +255,6 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
         pixels = torch.randn(BATCH, channels, *size, generator=generator)
         return {name: pixels.to(torch.float64)}
     raise Refused(f"its forward pass takes {name}, and only tokens and images are known here")
-
-
-def _check_determinism(instance: Instance) -> None:
-    first, again = (outputs(instance.model, instance.inputs) for _ in range(2))
-    if first.shape != again.shape or not torch.equal(first, again):
-        raise Refused("two equal forward passes give different outputs, so that nothing is proved")
 
 
 @contextmanager

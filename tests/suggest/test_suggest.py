@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from discovery.odd import OddConfig, OddModel
 from folders import equal_plan
+from suggest.odd import OddConfig, OddModel
 from tiny import TINY, outputs, tiny
 from transformers import AutoConfig
 
 import liar_ext
-from liar_ext.discovery.instance import Refused, make_instance
-from liar_ext.discovery.proof import prove
-from liar_ext.discovery.suggest import suggest_family
-from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
+from liar_ext.models.family import Family, Stack, Wiring
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import sites
+from liar_ext.suggest.instance import Refused, make_instance
+from liar_ext.suggest.proof import prove
+from liar_ext.suggest.suggest import suggest_family
 
 # Of kinds that differ: grouped and not, stacked in both ways, transposed, an input made for all
 # heads, images, the config in a part.
@@ -107,17 +107,7 @@ def test_a_class_that_nobody_has_is_described_right(odd):
             stacked={"rise": Stack(("up", "gate"))},
             config={"swell": "features"},
         ),
-        stream=Stream(
-            start=(Step("write", ("lexicon",)),),
-            block=(
-                Step("norm", ("hush",)),
-                Step("read", ("rise", "gaze.seen", "gaze.ask")),
-                Step("write", ("gaze.tell", "fall")),
-            ),
-            ends=(),
-            config={"breadth": "hidden"},
-            multiple_of="any",
-        ),
+        without={"hidden": "the residual stream isn't described"},
     )
     assert any("equal layers of attn and mlp load in OddModel" in each for each in odd.proved)
 

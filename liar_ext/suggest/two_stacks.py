@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 
-from liar_ext.discovery.blocks import Blocks, find_stacks
-from liar_ext.discovery.configs import with_shared_config
-from liar_ext.discovery.describing import Described, Tried, describe, has_experts, trace_of
-from liar_ext.discovery.instance import Refused
-from liar_ext.discovery.proof import prove, prove_folders, tells_sizes
 from liar_ext.models.family import WITHOUT, Family, Part, Wiring
+from liar_ext.suggest.config_fields import with_shared_config
+from liar_ext.suggest.describe import Described, describe
+from liar_ext.suggest.instance import Refused, Tried
+from liar_ext.suggest.proof import prove, prove_folders, tells_sizes
+from liar_ext.suggest.trace import Blocks, Trace
+from liar_ext.suggest.wiring import find_sites
 
 HIDDEN = "encoder and decoder have a residual stream each"
 CROSS = "cross_attn"
 
 
-def propose_parts(tried: Tried, name: str) -> tuple[Family, list[str], list[str]]:
+def propose_two_stacks(
+    tried: Tried, name: str, stacks: list[Blocks]
+) -> tuple[Family, list[str], list[str]]:
     """Return a row for an encoder that a decoder reads, what was proved, and what to know.
 
     Raises
@@ -25,28 +28,23 @@ def propose_parts(tried: Tried, name: str) -> tuple[Family, list[str], list[str]
         If there aren't two stacks of blocks, or one of them can't be described.
     """
     instance = tried.instances[0]
-    stacks = find_stacks(instance)
     if len(stacks) != 2:
         names = ", ".join(blocks.path for blocks in stacks)
         raise Refused(f"an encoder and a decoder are two lists of blocks, found {names}")
     encoder, decoder = (_Stack(tried, name, blocks) for blocks in stacks)
     if CROSS in encoder.found:
         raise Refused(f"blocks of {stacks[0].path} read something beside the encoder's text")
-    notes = [
-        f"{label}: {note}"
-        for label, stack in (("encoder", encoder), ("decoder", decoder))
-        for note in stack.described.notes
-    ]
+    notes = [f"encoder: {note}" for note in encoder.described.notes]
+    notes += [f"decoder: {note}" for note in decoder.described.notes]
     cross = decoder.cross(tried, name)
     if cross.family.attn is None:
         notes.append(f"decoder: attention to the encoder stays whole: {cross.missing['attn']}")
-    reads = inspect.signature(instance.model.forward).parameters
     mask = "decoder_attention_mask"
+    if mask not in inspect.signature(instance.model.forward).parameters:
+        mask = ""
     parts = (
         encoder.part("encoder", "input_ids", "attention_mask"),
-        decoder.part(
-            "decoder", "decoder_input_ids", mask if mask in reads else "", cross.family.attn
-        ),
+        decoder.part("decoder", "decoder_input_ids", mask, cross.family.attn),
     )
     family = with_shared_config(tried.instances, Family(name=name, parts=parts))
     missing = {"hidden": HIDDEN} | _missing(family, encoder.described, decoder.described, cross)
@@ -59,16 +57,14 @@ class _Stack:
     """One of the two, with what was found in a block of it."""
 
     def __init__(self, tried: Tried, name: str, blocks: Blocks) -> None:
-        self.blocks = blocks
-        self.trace, self.found, self.missing = trace_of(blocks)
+        self.blocks, self.trace = blocks, Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
+        self.found, self.missing = find_sites(self.trace)
         try:
             self.described = describe(
                 tried, name, blocks, self.trace, self.found, self.missing, self.found.get(CROSS)
             )
         except Refused as error:
             raise Refused(f"{blocks.path}: {error}") from error
-        if has_experts(self.described.family):
-            raise Refused(f"{blocks.path} have experts, and of two stacks none are known to")
 
     def cross(self, tried: Tried, name: str) -> Described:
         """Return the row of the attention to another stack alone, or one that says why not."""
@@ -104,13 +100,12 @@ def _missing(
     """Return what the parts lack, and why, each reason once."""
     found: dict[str, str] = {}
     for kind in ("attn", "mlp"):
-        reasons = {
-            name: each.missing[kind]
+        reasons = [
+            f"{name}: {each.missing[kind]}"
             for name, each in (("encoder", encoder), ("decoder", decoder))
             if kind in each.missing
-        }
-        if reasons:
-            found[kind] = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        ]
+        found |= {kind: "; ".join(reasons)} if reasons else {}
     reasons = [
         reason
         for each in (encoder, decoder, cross)
@@ -118,6 +113,4 @@ def _missing(
         # Of all parts together a field may tell what it doesn't of one.
         if reason and not tells_sizes(family, "mlp" if "channels" in reason else "attn")
     ]
-    if reasons:
-        found["stock"] = "; ".join(dict.fromkeys(reasons))
-    return found
+    return found | ({"stock": "; ".join(dict.fromkeys(reasons))} if reasons else {})

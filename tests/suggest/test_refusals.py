@@ -6,18 +6,15 @@ import re
 
 import pytest
 import torch
-from discovery import odd
-from discovery.odd import OddConfig, OddModel, variant
+from suggest import odd
+from suggest.odd import OddConfig, OddModel, variant
 from tiny import tiny
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    Olmo2Config,
-)
+from transformers import AutoConfig, LlamaConfig, Olmo2Config
 
-from liar_ext.discovery.suggest import suggest_family
 from liar_ext.errors import InputError
 from liar_ext.models.registry import FAMILIES
+from liar_ext.suggest.suggest import suggest_family
 
 SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
 
@@ -25,7 +22,7 @@ SMALL = {"vocab_size": 40, "num_hidden_layers": 2}
 @pytest.fixture(autouse=True)
 def table(monkeypatch):
     """None of these families is known, and the table stays as it is."""
-    for name in ("llama", "olmo2"):
+    for name in ("llama", "olmo2", "qwen2_moe"):
         monkeypatch.delitem(FAMILIES, name, raising=False)
     before = dict(FAMILIES)
     yield
@@ -50,6 +47,12 @@ def test_attention_that_no_row_can_name_is_left_out(gaze, reason):
     found = suggest_family(model).family
     assert found.attn is None and found.mlp.consumer == "fall"
     assert re.search(reason, found.without["attn"])
+
+
+def test_experts_are_left_out_and_the_mlp_beside_them():
+    found = suggest_family(AutoConfig.for_model("qwen2_moe")).family
+    assert found.mlp is None and found.attn.consumer == "self_attn.o_proj"
+    assert found.without["mlp"] == "mlp.experts holds experts, which aren't looked for"
 
 
 def test_an_mlp_with_a_norm_over_its_channels_is_left_out():

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from liar_ext.discovery.blocks import Call
-from liar_ext.discovery.tracing import Trace
-from liar_ext.discovery.watching import norm_after
+from liar_ext.suggest.between import norm_after
+from liar_ext.suggest.trace import Call, Trace
 
 
 class Block(nn.Module):

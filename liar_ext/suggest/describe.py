@@ -1,0 +1,172 @@
+"""Describe one stack of blocks from what a trace shows, and settle what only the proof can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
+from typing import Any
+
+from torch import nn
+
+from liar_ext.models.family import Family
+from liar_ext.models.reading import blocks_of
+from liar_ext.suggest.between import input_by_head
+from liar_ext.suggest.config_fields import with_bias_flags, with_config
+from liar_ext.suggest.instance import Instance, Refused, Tried
+from liar_ext.suggest.numbers import KINDS, Meanings, with_head_dim, with_numbers, with_per_head
+from liar_ext.suggest.proof import prove
+from liar_ext.suggest.trace import Blocks, Trace
+from liar_ext.suggest.wiring import Found
+
+MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
+
+
+@dataclass
+class Described:
+    """A row of one stack of blocks that was proved, and what it lacks."""
+
+    family: Family
+    proved: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def describe(
+    tried: Tried,
+    name: str,
+    blocks: Blocks,
+    trace: Trace,
+    found: Mapping[str, Found],
+    missing: Mapping[str, str],
+    apart: Found | None = None,
+) -> Described:
+    """Return the proved row of a stack of blocks, with config fields, by what was found.
+
+    ``apart`` is another attention of the block, whose numbers are its own.
+
+    Raises
+    ------
+    Refused
+        If neither attention nor MLP can be described.
+    """
+    missing, ran = dict(missing), trace.ran
+    if apart is not None:
+        home = _home(apart)
+        ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
+    wirings = {kind: found[kind].wiring for kind in KINDS if kind in found}
+    family = Family(name=name, blocks=blocks.path, **wirings)
+    family, notes = _fitting_every_block(tried, family, missing)
+    if family.attn is not None:
+        site, first = found["attn"], blocks.calls[0].module
+        try:
+            family = with_head_dim(family, tried.models, site.head_dim, ran)
+            head_input = input_by_head(trace, site.wiring.consumer, site.heads, first)
+            family = replace(family, attn=replace(family.attn, head_input=head_input))
+        except Refused as error:
+            missing["attn"] = str(error)
+            family = replace(family, attn=None)
+    if family.attn is None and family.mlp is None:
+        raise Refused("; ".join(f"{kind}: {missing[kind]}" for kind in KINDS if kind in missing))
+    family = with_per_head(family, tried.models)
+    family, unclear, at_hand = with_numbers(family, tried.models, ran)
+    family, proved = _settle(tried.instances, family, unclear, at_hand, missing)
+    if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
+        notes.append("one key for all heads: whether a weight is stacked by group can't be seen")
+    left = [path for path in unclear if not any(path in w.numbers for w in _wirings(family))]
+    if left:
+        notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
+    family, no_config = with_config(tried.instances, family)
+    family = with_bias_flags(tried.instances[0], family)
+    if no_config:
+        missing["stock"] = "; ".join(no_config.values())
+    return Described(family, proved, missing, notes)
+
+
+def _home(site: Found) -> str:
+    """Return the module that all layers of a site are in; a dot if that is the block itself."""
+    first, *others = [layer.split(".")[:-1] for layer in site.wiring.layers]
+    while first and any(names[: len(first)] != first for names in others):
+        first = first[:-1]
+    return ".".join(first) or "."
+
+
+def _wirings(family: Family) -> list[Any]:
+    return [getattr(family, kind) for kind in KINDS if getattr(family, kind) is not None]
+
+
+def _fitting_every_block(
+    tried: Tried, family: Family, missing: dict[str, str]
+) -> tuple[Family, list[str]]:
+    """Return a row without what some block lacks, also of the whole model; and what to know."""
+    for kind, model in product(KINDS, (tried.models[0], tried.whole)):
+        if model is not None and getattr(family, kind) is not None:
+            if lacking := _lacking(model, family, kind):
+                missing[kind] = f"blocks differ: {lacking}"
+                family = replace(family, **{kind: None})
+    few = "only a few blocks were looked at: not all of them can be built"
+    return family, [few] * (tried.whole is None)
+
+
+def _lacking(model: nn.Module, family: Family, kind: str) -> str:
+    """Return which block of a model lacks which layer of a site; nothing if none does."""
+    for path, block in blocks_of(model, family):
+        there = {name for name, _ in block.named_modules()}
+        for layer in getattr(family, kind).layers:
+            if layer not in there:
+                return f"{path} has no {layer}"
+    return ""
+
+
+def _settle(
+    instances: list[Instance],
+    family: Family,
+    unclear: Meanings,
+    at_hand: Meanings,
+    missing: dict[str, str],
+) -> tuple[Family, list[str]]:
+    """Return the row that the proof holds for, with as few unclear integers as it takes.
+
+    Where it holds for none, one kind of site may hold by itself; the reason why the other doesn't
+    is added to ``missing``.
+    """
+    reasons: list[str] = []
+    for other in (None, "attn", "mlp") if len(_wirings(family)) == 2 else (None,):
+        row = family if other is None else replace(family, **{other: None})
+        for trial in _trials(row, unclear, at_hand):
+            try:
+                proved = prove(instances, trial)
+            except Refused as error:
+                reasons.append(str(error))
+            else:
+                missing |= {} if other is None else {other: reasons[0]}
+                return trial, proved
+    raise Refused("; ".join(dict.fromkeys(reasons)))
+
+
+def _trials(family: Family, unclear: Meanings, at_hand: Meanings) -> Iterator[Family]:
+    """Yield rows in which unclear integers mean nothing, then one thing or another.
+
+    Numbers of the config come last: mostly no forward reads them.
+    """
+    kinds = [kind for kind in KINDS if getattr(family, kind) is not None]
+    options = {
+        path: [None, *(each for each in meanings if each[0] in kinds)]
+        for path, meanings in {**unclear, **at_hand}.items()
+    }
+
+    def meant(choice: tuple[tuple[str, str] | None, ...]) -> list[tuple[str, tuple[str, str]]]:
+        return [(path, each) for path, each in zip(options, choice, strict=True) if each]
+
+    def cost(choice: tuple[tuple[str, str] | None, ...]) -> tuple[int, int]:
+        taken = meant(choice)
+        return sum(path in at_hand for path, _ in taken), len(taken)
+
+    choices = islice(product(*options.values()), MOST_CHOICES)
+    for choice in sorted(choices, key=cost)[:MOST_TRIALS]:
+        row = family
+        for path, (kind, size) in meant(choice):
+            wiring = getattr(row, kind)
+            numbers = {**wiring.numbers, path: size}
+            row = replace(row, **{kind: replace(wiring, numbers=numbers)})
+        yield row

@@ -1,0 +1,207 @@
+"""Propose a row of the table of families for a model that it lacks, and prove it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liar_ext.checkpoint.inspection import read_config
+from liar_ext.checkpoint.quietening import no_bars
+from liar_ext.checkpoint.reading import reading
+from liar_ext.errors import InputError, one_line
+from liar_ext.models.family import WITHOUT, Family
+from liar_ext.models.reading import base_path
+from liar_ext.models.registry import FAMILIES
+from liar_ext.suggest.describe import describe
+from liar_ext.suggest.instance import Refused, prepare
+from liar_ext.suggest.proof import prove_folders
+from liar_ext.suggest.row import code
+from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
+from liar_ext.suggest.trace import Trace, find_stacks
+from liar_ext.suggest.two_stacks import propose_two_stacks
+from liar_ext.suggest.wiring import find_sites
+
+# What a pruned or quantised folder says beside the sizes of its dense model.
+EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")
+HIDDEN = "the residual stream isn't described"
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A row of the table of families, and what stands behind it.
+
+    Parameters
+    ----------
+    family : Family
+        The row.
+    known : bool
+        Whether the table has it already; nothing was tried then.
+    proved : tuple of str
+        What was proved of it, each a sentence.
+    notes : tuple of str
+        What else is to be known, such as what was left alone.
+
+    What the row lacks, and why, is in ``family.without``.
+    """
+
+    family: Family
+    known: bool
+    proved: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> str:
+        """Python code that registers the row."""
+        return code(self.family)
+
+
+@torch.no_grad()
+def suggest_family(model: Any) -> Suggestion:
+    """Propose a row of the table of families for a model or its config, and prove it.
+
+    A tiny instance of the class is built from the config with its sizes made small; the blocks,
+    the linear layers in them and who reads whom are found by moving single outputs in one pass.
+    Then the row is registered for a moment, and the instance pruned by it in every combination:
+    slicing must equal zeroing, and saved folders must load. What can't be proved isn't in the row.
+    Residual streams and experts aren't looked for; they can be added by hand.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or PreTrainedConfig
+        A model, whose weights aren't read; or a config, from which the class is built that it
+        names in ``architectures``, or the base model.
+
+    Returns
+    -------
+    Suggestion
+        Its ``code`` registers the row. A family of the table comes back as it is.
+
+    Raises
+    ------
+    InputError
+        If neither attention nor MLP can be described, with the reason.
+
+    Examples
+    --------
+    >>> import liar_ext
+    >>> print(liar_ext.suggest_family(model).code)  # doctest: +SKIP
+    """
+    given = model if isinstance(model, nn.Module) else None
+    config = getattr(model, "config", None) if given is not None else model
+    name = getattr(config, "model_type", None)
+    if not isinstance(name, str) or not name or not hasattr(config, "to_dict"):
+        raise InputError(
+            "suggest_family: takes a model of transformers or its config, with a model_type, got "
+            f"{type(model).__name__}"
+        )
+    if name in FAMILIES:
+        return Suggestion(FAMILIES[name], known=True)
+    try:
+        if wrong := check_sizes(config):
+            raise Refused(wrong)
+        with no_bars(), torch.device("cpu"):
+            return _propose(_class_of(model), config, given)
+    except Refused as error:
+        raise InputError(
+            f"suggest_family: no row for {name!r}: {one_line(error, 700)}; describe the family by "
+            "hand, see docs/extend.md"
+        ) from error
+
+
+def suggest_for(name: str) -> Suggestion:
+    """Propose a row for the model in a folder, or in a repository of the hub, by its config alone.
+
+    Raises
+    ------
+    InputError
+        If there is no config, transformers has no such architecture, or no row can be proposed.
+
+    Notes
+    -----
+    No code of a folder or repository is run. For a model that needs its own, build it, and call
+    :func:`liar_ext.suggest_family` with it.
+    """
+    fields = _fields(name)
+    kind = fields.get("model_type")
+    if kind in FAMILIES:
+        return Suggestion(FAMILIES[kind], known=True)
+    import transformers
+
+    if kind not in transformers.CONFIG_MAPPING:
+        raise InputError(
+            f"families: transformers {transformers.__version__} has no architecture "
+            f"{str(kind)[:60]!r}, and no code of {name} is run; load the model by what it needs, "
+            "and call liar_ext.suggest_family(model)"
+        )
+    fields = {key: value for key, value in fields.items() if key not in EXTRA}
+    if most_layers(fields) > MOST_DEPTH:
+        fields = bound_layers(fields)
+    with reading(f"the config of {name}", "families"):
+        config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
+    return suggest_family(config)
+
+
+def _fields(name: str) -> Mapping[str, Any]:
+    """Return the fields of a config."""
+    path = Path(name)
+    if path.is_dir():
+        return read_config(path, "families")
+    if path.suffix == ".gguf" or path.is_absolute() or path.exists():
+        raise InputError(f"families: {name} must be a model folder or a hub id")
+    from transformers import PreTrainedConfig
+
+    with reading(name, "families"):
+        return PreTrainedConfig.get_config_dict(name)[0]
+
+
+def _class_of(model: Any) -> type[nn.Module]:
+    """Return the class of a model, or the one that a config is for."""
+    if isinstance(model, nn.Module):
+        return type(model)
+    import transformers
+
+    names = getattr(model, "architectures", None) or [""]
+    stock = getattr(transformers, str(names[0]), None)
+    if isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel):
+        return stock
+    mapping = transformers.AutoModel._model_mapping
+    if type(model) in mapping:
+        found = mapping[type(model)]
+        return found[0] if isinstance(found, tuple | list) else found
+    raise Refused(
+        f"transformers {transformers.__version__} has no model class for {type(model).__name__}; "
+        "build the model, and give that to liar_ext.suggest_family"
+    )
+
+
+def _propose(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Suggestion:
+    """Return a row for one stack of blocks, or for an encoder and a decoder.
+
+    Raises
+    ------
+    Refused
+        If neither attention nor MLP can be described.
+    """
+    tried, name = prepare(model_class, config, given), config.model_type
+    instance = tried.instances[0]
+    stacks = find_stacks(instance)
+    if getattr(config, "is_encoder_decoder", False):
+        family, proved, notes = propose_two_stacks(tried, name, stacks)
+        return Suggestion(family, False, tuple(proved), tuple(notes))
+    if len(stacks) > 1:
+        prefix = base_path(instance.model)
+        names = ", ".join(prefix + blocks.path for blocks in stacks)
+        raise Refused(f"there are several lists of blocks: {names}")
+    (blocks,) = stacks
+    trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
+    described = describe(tried, name, blocks, trace, *find_sites(trace))
+    proved = described.proved + prove_folders(instance, described.family)
+    missing = {"hidden": HIDDEN} | described.missing
+    without = {each: missing[each] for each in WITHOUT if each in missing}
+    family = replace(described.family, without=without)
+    return Suggestion(family, False, tuple(proved), tuple(described.notes))
