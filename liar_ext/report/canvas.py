@@ -26,6 +26,7 @@ COLOURS = {
     "orange": "#c05621",
     "green": "#2f855a",
 }
+PNG_MARK = {"Software": "liar_ext"}
 WIDTH = 5.0  # inches; 360 points, which a phone shows at about their size
 FONT = 11.0  # points
 SETTINGS = {
@@ -109,9 +110,15 @@ def to_svg(figure: Any, name: str) -> str:
     return re.sub(r"<[^!>][^>]*>", lambda tag: _restyled(tag[0], used), picture)
 
 
+def is_png(path: Any) -> bool:
+    """Tell whether a file is a picture that :func:`to_png` wrote."""
+    with open(path, "rb") as file:
+        return b"Software\0liar_ext" in file.read(1000)
+
+
 def to_png(figure: Any, path: Any) -> None:
-    """Write a figure as PNG, on white."""
-    figure.savefig(path, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    """Write a figure as PNG, on white, with :data:`PNG_MARK` near its beginning."""
+    figure.savefig(path, format="png", dpi=200, facecolor="white", metadata=PNG_MARK)
 
 
 def _restyled(tag: str, used: set[str]) -> str:

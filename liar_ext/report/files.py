@@ -82,18 +82,20 @@ def write_pictures(folder: Path, figures: Mapping[str, Any], operation: str) -> 
     Raises
     ------
     InputError
-        If they can't be written.
+        If they can't be written, or a file there is not one of these.
     """
-    from liar_ext.report.canvas import to_png
+    from liar_ext.report.canvas import is_png, to_png
 
-    written = []
+    pictures = {folder / f"{name}.png": figure for name, figure in figures.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            to_png(figure, folder / f"{name}.png")
-            written.append(folder / f"{name}.png")
+        for path in pictures:
+            check_place(path, operation, "--png", is_png)
+        for path, figure in pictures.items():
+            with whole_file(path) as file:
+                to_png(figure, file)
     except OSError as error:
         raise InputError(
             f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"
         ) from error
-    return written
+    return list(pictures)

@@ -165,6 +165,32 @@ def test_verify_and_eval_the_result(pruned, corpus, capsys):
     assert "93 tokens in 3 windows of 32" in capsys.readouterr().out
 
 
+def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
+    command = ("eval", llama_folder, "--text", corpus[1], "--seq-len", 32, "--quiet", "--output")
+    assert run(*command, tmp_path / "a.json") == run(*command, tmp_path / "a.json") == 0
+    assert "perplexity" in json.loads((tmp_path / "a.json").read_text())
+    capsys.readouterr()
+    (tmp_path / "own.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("a.json")
+    for name in ("own.json", "link.json", "missing/o.json"):
+        assert run("eval", "/nowhere", *command[2:], tmp_path / name) == 2  # nothing was loaded
+        assert "give another name with --output" in capsys.readouterr().err
+    assert (tmp_path / "own.json").read_text() == "{}"
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    text = ("--text", corpus[1], "--seq-len", 32, "--quiet")
+    assert run("eval", llama_folder, *text, "--output", tmp_path / "a.json") == 2
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out and "No space left" in captured.err
+
+
 def test_verify_finds_a_changed_weight(pruned, tmp_path, capsys):
     import shutil
 
