@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,22 @@ def card(report: Report, license_name: str | None = None) -> str:
         **({"license": license_name} if license_name else {}),
         "tags": ["pruned", "structured-pruning", "liar"],
     }
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}, pruned"]
-    lines += ["", *_what_was_done(report), "", *markdown.size_table(report)]
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---"]
+    lines += ["", f"# {_plain(name)}, pruned", "", *_what_was_done(report)]
+    lines += ["", *markdown.size_table(report)]
     lines += ["", "## How to load", "", report.loading or "With `liar_ext.load_pruned(folder)`."]
     lines += ["", "`liar verify FOLDER` reloads it and compares its outputs with the saved ones."]
     if report.warnings:
-        lines += ["", "## What to know", "", *(f"- {warning}" for warning in report.warnings)]
+        lines += ["", "## What to know", "", *(f"- {_plain(said)}" for said in report.warnings)]
     lines += ["", "Every number of the job is in `liar/report.md`, every choice in"]
     lines += ["`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it."]
     return "\n".join(lines) + "\n"
+
+
+def _plain(said: str) -> str:
+    """Return text as one line of Markdown that shows it: names of files may hold markup."""
+    shown = "".join(each if each.isprintable() else "\ufffd" for each in " ".join(said.split()))
+    return re.sub(r"([\\`<>&#|\[\]])", r"\\\1", shown)
 
 
 def _what_was_done(report: Report) -> list[str]:
