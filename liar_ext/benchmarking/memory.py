@@ -14,14 +14,10 @@ import torch
 
 from liar_ext.benchmarking.timing import Settings, check_models, run_once, use_threads
 from liar_ext.checkpoint import load_model
+from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
 
 PATIENCE = 3600  # seconds that one process may take
-# The search path is the parent's: "-c" alone would put the current folder first.
-PROGRAM = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]); "
-    "from liar_ext.benchmarking.memory import main; main()"
-)
 
 
 def peak_memory(name: str, settings: Settings) -> dict[str, int]:
@@ -37,7 +33,7 @@ def peak_memory(name: str, settings: Settings) -> dict[str, int]:
     """
     try:
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, json.dumps(sys.path)],
+            child(__file__),
             input=json.dumps({"name": name, **asdict(settings)}),
             capture_output=True,
             text=True,
@@ -104,3 +100,7 @@ def resident() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
 """Take along what a model's folder holds beside its weights, its config and its tokenizer.
 
 Chat templates, the config of a preprocessor, the modules of sentence-transformers: a tool that
-reads them falls back to other numbers, in silence, where they are missing. Left behind are weights
-in any format, which are those of the dense model, code, hidden files, the model card, and what
-leads out of the folder. ``modules.json`` names folders that go along whole, with the weights of
-their layers.
+reads them falls back to other numbers, in silence, where they are missing. Only kinds of files that
+such tools read go along. Left behind are weights in any format, which are those of the dense model,
+code, hidden files, the model card, and what leads out of the folder. ``modules.json`` names folders
+that go along, too, with the weights of their layers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"),
     *(".ot", ".tflite", ".npz", ".index.json", ".data"),
 )
-CODE = (".py", ".pyc", ".so", ".sh")
+KINDS = (".json", ".jinja", ".txt", ".md", ".model", ".tiktoken", ".spm", ".yaml", ".yml")
+LICENSES = ("license", "licence", "notice", "copying")
 TOKENIZER = (
     *TOKENIZER_FILES,
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
@@ -69,7 +70,7 @@ def carry(source: Path, folder: Path, hidden: int, *, tokenizer: bool) -> list[s
     Returns
     -------
     list of str
-        A sentence for each file that stays behind although it is no weight and no code.
+        A sentence for each file that stays behind although its kind goes along.
     """
     said = []
     for path, name in _files(source, said):
@@ -101,16 +102,24 @@ def license_of(source: Path | None) -> str | None:
 def _files(source: Path, said: list[str]) -> Iterator[tuple[Path, str]]:
     """Yield the files that go along, with their names in the folder."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.name != CARD_FILE and not _stays(path.name):
+        own = path.name == CARD_FILE or path.name.startswith(f"{OWN_FOLDER}_")
+        if path.is_file() and not own and _goes(path.name) and not _is_weight(path.name):
             yield path, path.name
     for name in _modules(source, said):
         for path in sorted((source / name).rglob("*")):
-            if path.is_file() and path.suffix not in CODE and not path.name.startswith("."):
+            if path.is_file() and (_goes(path.name) or _is_weight(path.name)):
                 yield path, str(path.relative_to(source))
 
 
-def _stays(name: str) -> bool:
-    return name.startswith((".", f"{OWN_FOLDER}_")) or name.endswith((*WEIGHTS, *CODE))
+def _goes(name: str) -> bool:
+    """Tell whether a file is of a kind that goes along."""
+    name = name.lower()
+    known = name.endswith(KINDS) or name.partition(".")[0] in LICENSES
+    return known and not name.startswith(".")
+
+
+def _is_weight(name: str) -> bool:
+    return name.lower().endswith(WEIGHTS) and not name.startswith(".")
 
 
 def _modules(source: Path, said: list[str]) -> list[str]:
@@ -128,7 +137,8 @@ def _modules(source: Path, said: list[str]) -> list[str]:
     found = []
     for name in filter(None, names):
         parts = PurePosixPath(name).parts
-        if len(parts) == 1 and parts[0] not in ("..", OWN_FOLDER) and not name.startswith("/"):
+        below = len(parts) == 1 and parts[0] not in ("..", OWN_FOLDER) and not name.startswith("/")
+        if below and _lies_inside(source / name, source):
             found.append(name)
         else:
             said.append(f"{path} names {name[:80]!r}, which leads elsewhere and stays behind.")

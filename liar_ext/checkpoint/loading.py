@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -229,15 +231,29 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     """Load a causal language model from a GGUF file, dequantised."""
     from transformers import AutoModelForCausalLM
 
-    with obedient_bar(), reading(path, "load_model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False, **kwargs
+    with obedient_bar(), quiet(), reading(path, "load_model"), _alone(path) as found:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **found, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+    check_keys(info, path, "load_model", strict=False)
     # An ordinary model now.
+    model.config._name_or_path = os.fspath(path.parent)
     model.config.__dict__.pop("quantization_config", None)
     for name in QUANTISER_MARKS:
         model.__dict__.pop(name, None)
     return model
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[dict[str, Any]]:
+    """Give the arguments that read a GGUF file and nothing beside it: no code, no adapter."""
+    with TemporaryDirectory() as room:
+        Path(room, "model.gguf").symlink_to(path.resolve())
+        yield {
+            "pretrained_model_name_or_path": room,
+            "gguf_file": "model.gguf",
+            "trust_remote_code": False,
+        }
 
 
 def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
@@ -262,8 +278,8 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
     from transformers import AutoTokenizer
 
     if path.suffix == ".gguf":
-        with reading(path, "load_model"):
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with reading(path, "load_model"), _alone(path) as found:
+            return AutoTokenizer.from_pretrained(**found)
     if model.main_input_name != "input_ids":
         return None  # a vision model, which has a processor
     if path.is_dir():

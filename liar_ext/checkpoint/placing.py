@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from liar_ext.checkpoint.manifest import strangers
 from liar_ext.checkpoint.names import MARKER_FILE
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
@@ -95,25 +95,25 @@ def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
         If something came there that may not be replaced. ``path`` then gets a name of its own,
         which the error tells, so that no work is lost.
     """
-    if not _rename_to_nothing(path, folder):
+    if _rename_to_nothing(path, folder):
+        (folder / MARKER_FILE).unlink()
+        return
+    try:
         with _lock_existing(folder):
-            try:
-                _check_existing(folder, overwrite)
-            except InputError as error:
-                kept = folder.with_name(path.name.removeprefix("."))
-                path.rename(kept)
-                (kept / MARKER_FILE).unlink()
-                raise InputError(
-                    f"save_pruned: {folder} has changed while this ran, and was left alone "
-                    f"({str(error).removeprefix('save_pruned: ')}); this model is in {kept}"
-                ) from error
+            _check_existing(folder, overwrite)
             try:
                 (folder / MARKER_FILE).write_text(MARK, encoding="utf-8")
                 _exchange(path, folder)
             finally:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
-    else:
-        (folder / MARKER_FILE).unlink()
+    except (InputError, OSError) as error:
+        kept = folder.with_name(path.name.removeprefix("."))
+        path.rename(kept)
+        (kept / MARKER_FILE).unlink()
+        raise InputError(
+            f"save_pruned: this model is in {kept}; {folder} has changed while this ran, and was "
+            f"left alone: {one_line(error).removeprefix('save_pruned: ')}"
+        ) from error
 
 
 def clean_leftovers(folder: Path) -> None:
@@ -147,7 +147,9 @@ def _check_existing(folder: Path, overwrite: bool) -> None:
     if not os.path.lexists(folder):
         return
     if not overwrite:
-        raise InputError(f"save_pruned: {folder} exists; choose another folder or overwrite it")
+        raise InputError(
+            f"save_pruned: {folder} exists; choose another folder, or overwrite it (--overwrite)"
+        )
     others = strangers(folder) if folder.is_dir() else [folder.name]
     if others:
         raise InputError(
@@ -177,7 +179,7 @@ def _make_locked(path: Path) -> int | None:
 def _lock_existing(folder: Path) -> Iterator[None]:
     """Wait for other runs that replace the same folder."""
     while True:
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if _is_open_as(lock, folder):

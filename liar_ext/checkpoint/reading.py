@@ -170,11 +170,11 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
         name, theirs, ours = mismatched[0]
         raise InputError(
             f"{operation}: {path} has {name} with shape {tuple(theirs)}, its config or plan says "
-            f"{tuple(ours)} ({len(mismatched)} such weights); copy the folder again"
+            f"{tuple(ours)} ({len(mismatched)} such weights); copy it again"
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise InputError(f"{operation}: {path} lacks {_some(missing)}; copy the folder again")
+        raise InputError(f"{operation}: {path} lacks {_some(missing)}; copy it again")
     extra = [
         key
         for key in sorted(info["unexpected_keys"])
@@ -183,7 +183,7 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
     if extra:
         raise InputError(
             f"{operation}: {path} has weights that its config, or plan, doesn't: {_some(extra)}; "
-            "copy the folder again"
+            "copy it again"
         )
 
 

@@ -101,10 +101,17 @@ def save_pruned(
 
 
 @contextmanager
-def writing(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Give a hidden folder to write to, which takes the place of ``folder`` in the end, at once."""
+def writing(
+    folder: str | os.PathLike[str], overwrite: bool = False, *, checked: bool = False
+) -> Iterator[Path]:
+    """Give a hidden folder to write to, which takes the place of ``folder`` in the end, at once.
+
+    With ``checked`` the place was looked at before the job: what came there since stops nothing,
+    and the hidden folder gets a name of its own, so that no work is lost.
+    """
     folder = Path(folder).resolve()
-    check_folder(folder, overwrite)
+    if not checked:
+        check_folder(folder, overwrite)
     try:
         with beside(folder) as path:
             yield path

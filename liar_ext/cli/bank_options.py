@@ -73,10 +73,11 @@ def add_resume(commands: argparse._SubParsersAction) -> None:
         "resume",
         help="go on with a job that was stopped",
         description="Say what the checkpoint DIR holds and go on with its job, a liar calibrate or "
-        "liar prune with --checkpoint DIR, in the folder that it was started in.",
+        "liar prune with --checkpoint DIR, in the folder that it was started in. Run it only on "
+        "checkpoints that you trust: like a script, one says what is read and where results go.",
     )
-    parser.add_argument("folder", metavar="DIR", type=read_name)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+    parser.add_argument("folder", metavar="DIR", type=read_name, help="a checkpoint")
+    _add_writing(parser, "what the job writes, if it is there already")
 
 
 def add_merge(commands: argparse._SubParsersAction) -> None:

@@ -34,8 +34,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.calibration.memory import bytes_of_sums, check_memory
     from liar_ext.cli.own_text import let_write
     from liar_ext.cli.prune import load
-    from liar_ext.cli.resume import checkpoint_of
-    from liar_ext.cli.with_bank import calibrations, check_bank_place
+    from liar_ext.cli.resume import check_apart, checkpoint_of
+    from liar_ext.cli.with_bank import calibrations, check_bank_place, save_bank
     from liar_ext.data.texts import tokenizer_fingerprint
     from liar_ext.models.running import predicts_next_token
     from liar_ext.models.sites import sites
@@ -43,6 +43,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
 
     ranks = options.ranks
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
+    check_apart(options)
     loaded = load(recipe, ranks=ranks, progress=not options.quiet, digests=True)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
@@ -73,7 +74,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
         }
         bank.documents = loaded.documents
-        bank.save(options.bank)
+        save_bank(bank, options.bank, "calibrate", "--bank", options.overwrite)
     if not options.quiet:
         print(
             f"{options.bank}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "

@@ -37,6 +37,7 @@ LAYERWISE_RUNS = 4
 # Of a backward pass with its forward, in forward passes.
 BACKWARD_RUNS = 3
 GIB = 2**30
+PLAIN = "loads with plain"
 
 
 def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
@@ -258,12 +259,23 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
         hidden = hidden_of(model)
         count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
         plan = replace(plan, hidden=SitePlan(hidden.size, tuple(range(count))))
+    said = _how(model, plan)
+    if not (recipe.uniform_layers and recipe.allocation != "uniform" and plan.sites):
+        return f"loading: {said}"
+    for kind in recipe.prunable_kinds:  # the allocation may leave the others whole
+        names = {site.name for site in at if site.kind == kind}
+        alone = {name: each for name, each in plan.sites.items() if name in names}
+        less = _how(model, replace(plan, sites=alone))
+        if alone and PLAIN in less and PLAIN not in said:
+            return f"loading, if only {kind} sites lose units: {less} Otherwise: {said}"
+    return f"loading, with the sizes of the same fraction everywhere: {said}"
+
+
+def _how(model: nn.Module, plan: Plan) -> str:
+    """Return which loaders take the model after a plan."""
     pruned = skeleton(type(model), model.config)
     apply_plan(pruned, plan)
-    said = how_to_load(pruned, plan)
-    if recipe.uniform_layers and recipe.allocation != "uniform" and plan.sites:
-        return f"loading, with the sizes of the same fraction everywhere: {said}"
-    return f"loading: {said}"
+    return how_to_load(pruned, plan)
 
 
 def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:

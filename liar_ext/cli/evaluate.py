@@ -12,17 +12,21 @@ from torch import nn
 from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
+from liar_ext.report import files
 from liar_ext.report.report import versions
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the perplexity, or lm-eval's table."""
     _check_together(options)
+    output = Path(options.output) if options.output else None
+    if output is not None:
+        files.check_place(output, "eval", "--output", files.begins_with('{\n "model": '))
     result, line = (_tasks if options.tasks else _perplexity)(options)
-    if options.output:
-        facts = {"model": options.model, **result, "versions": versions()}
-        Path(options.output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result) if options.json else line)
+    print(json.dumps(result) if options.json else line, flush=True)
+    if output is not None:
+        facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
+        files.write_whole(output, facts + "\n", "eval", "--output")
 
 
 def _check_together(options: argparse.Namespace) -> None:

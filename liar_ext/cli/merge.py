@@ -11,7 +11,7 @@ def run(options: argparse.Namespace) -> None:
     """Check what the banks say of themselves, add them, write."""
     from liar_ext.calibration.bank_file import read_bank
     from liar_ext.calibration.moments import MomentBank
-    from liar_ext.cli.with_bank import check_bank_place
+    from liar_ext.cli.with_bank import check_bank_place, save_bank
 
     if len(options.banks) < 2:
         raise InputError("merge: needs at least two banks to add, got one; name another")
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     for path in order[1:]:
         with _naming(path, order[: order.index(path)]):
             total.merge(MomentBank.load(path))
-    total.save(options.out)
+    save_bank(total, options.out, "merge", "--out", options.overwrite)
     if not options.quiet:
         print(
             f"{options.out}: moments of {len(total)} sites over {total.source['tokens']:,} tokens "

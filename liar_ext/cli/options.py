@@ -179,7 +179,12 @@ def _add_eval(commands) -> None:
     what.add_argument(
         "--tasks", type=read_names, metavar="TASK[,...]", help="tasks, groups or tags of lm-eval"
     )
-    add("--include-path", type=read_name, metavar="DIR", help="tasks: folder of task files (YAML)")
+    add(
+        "--include-path",
+        type=read_name,
+        metavar="DIR",
+        help="tasks: folder of task files (YAML), whose Python functions (!function) are run",
+    )
     add("--limit", type=at_least(1), metavar="N", help="tasks: the first N items of each")
     add("--num-fewshot", type=at_least(0), metavar="N", help="tasks: examples in each prompt")
     add("--output", type=read_name, metavar="FILE", help="write the result as JSON, too")

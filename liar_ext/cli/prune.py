@@ -44,8 +44,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Run the job that a recipe says, and for its output the options."""
     start, bank = time.perf_counter(), None
 
-    from liar_ext.checkpoint.saving import check_folder, save_pruned
-    from liar_ext.cli.resume import checkpoint_of
+    from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+    from liar_ext.cli.resume import check_apart, checkpoint_of
     from liar_ext.pipeline.resuming import check, note_result
 
     ranks, sketch = options.ranks, getattr(options, "dry_run", False)
@@ -53,6 +53,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
         check(recipe)
+    check_apart(options)
     if options.max_memory is not None:
         from liar_ext.cli.by_blocks import run_by_blocks
 
@@ -92,14 +93,9 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
         note_result(saved, report.plan)
-        save_pruned(
-            given.model,
-            options.out,
-            report.plan,
-            report=report,
-            tokenizer=given.tokenizer,
-            overwrite=options.overwrite,
-        )
+        with writing(options.out, options.overwrite, checked=True) as path:
+            saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
+            fill_folder(given.model, path, report.plan, **saving)
     say(report, options, start)
 
 
@@ -154,7 +150,7 @@ class Given:
 
     model: nn.Module
     tokenizer: Any
-    calibration: Sequence[Mapping[str, Tensor]] | None  # None: a bank keeps no text
+    calibration: Sequence[Mapping[str, Tensor]] | None  # None: that of the bank
     evaluation: Sequence[Mapping[str, Tensor]] | None
     certification: Sequence[Mapping[str, Tensor]] | None
     judging: Sequence[Mapping[str, Tensor]] | None

@@ -1,7 +1,8 @@
 """``liar resume``: go on with a job that was stopped, by what its checkpoint holds.
 
 Beside what is done a checkpoint has ``job.json``: the command, its recipe and its other options,
-and the folder that it was started in, where the names in it mean what they meant.
+and the folder that it was started in, where the names in it mean what they meant. It doesn't say
+what may be overwritten, which is asked for each time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from liar_ext.calibration.bank_file import read_bank
 from liar_ext.calibration.saved_sums import SUFFIX as BANK
 from liar_ext.calibration.saved_sums import SUMS
@@ -26,10 +25,11 @@ from liar_ext.errors import InputError, one_line
 from liar_ext.pipeline.resuming import RESULT
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
-from liar_ext.saved.progress import LOCK_FILE, STAMP, SUFFIX, Progress
+from liar_ext.recipe.checks import check_printable
+from liar_ext.saved.progress import LOCK_FILE, STAMP, SUFFIX, Progress, facts_of
 from liar_ext.whole_file import is_unfinished, whole_file
 
-JOB_FILE, VERSION = "job.json", 2
+JOB_FILE, VERSION = "job.json", 3
 MOST_BYTES = 1 << 20
 NOTHING_DONE = f"{STAMP}{SUFFIX}", f"{WRITTEN}{SUFFIX}"  # files that are there before any step
 # Options of the commands that are no fields of a recipe, and their types.
@@ -37,8 +37,6 @@ OWN: dict[str, dict[str, tuple[type, ...]]] = {
     "calibrate": {"bank": (str,), "no_text": (bool,), "sensitivities": (bool,)},
     "prune": {"bank": (str, type(None)), "out": (str,), "max_memory": (int, type(None))},
 }
-for _each in OWN.values():
-    _each["overwrite"] = (bool,)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         )
     try:
         os.chdir(job["folder"])
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"resume: can't go to {job['folder']!r}, where the job was started: {one_line(error)}"
         ) from error
@@ -69,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
         if not options.quiet:
             print(f"{result}: was written already")
         return
-    own = {"checkpoint": folder, "quiet": options.quiet, "command": command, "ranks": ranks}
+    own = {"checkpoint": folder, "command": command, "ranks": ranks}
+    own |= {"quiet": options.quiet, "overwrite": options.overwrite}
     start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
     start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 
@@ -86,10 +85,8 @@ def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:
                 group = f" of group {group}" if group else ""
                 said.append(f"sums over {source.get('progress', 0)}{of} batches{group}")
             elif path.suffix == SUFFIX:
-                with suppress(SafetensorError, ValueError, KeyError, TypeError):
-                    with safe_open(os.fspath(path), framework="pt") as file:
-                        said += [json.loads(file.metadata()["facts"])["said"]]
-    return said
+                said += [(facts_of(path) or {}).get("said")]
+    return [each for each in said if isinstance(each, str)]
 
 
 def is_calibrated(folder: str, bank: str) -> bool:
@@ -117,6 +114,29 @@ def is_pruned(folder: str, out: str) -> bool:
         return later and Plan.load(Path(out, PLAN_FILE)) == Plan.from_json(plan)
     except OSError:
         return False
+
+
+def check_apart(options: argparse.Namespace) -> None:
+    """Refuse a checkpoint that lies in a result, or that a file of the job lies in.
+
+    Raises
+    ------
+    InputError
+        If so.
+    """
+    if not options.checkpoint:
+        return
+    folder = os.path.realpath(options.checkpoint)
+    for name in ("out", "bank"):
+        path = getattr(options, name, None)
+        if path and os.path.commonpath([folder, os.path.realpath(path)]) in (
+            folder,
+            os.path.realpath(path),
+        ):
+            raise InputError(
+                f"checkpoint: --checkpoint {options.checkpoint} and --{name} {path} must not lie "
+                "one in the other, as the checkpoint is removed in the end; name another folder"
+            )
 
 
 @contextmanager
@@ -200,7 +220,10 @@ def read_job(folder: str) -> dict[str, Any]:
         with path.open("rb") as file:
             job = json.loads(file.read(MOST_BYTES))
         _check(job)
-        job["recipe"] = Recipe.from_dict(job["recipe"]).to_dict()
+        recipe = Recipe.from_dict(job["recipe"])
+        if not recipe.model:
+            raise ValueError("it names no model")
+        job["recipe"] = recipe.to_dict()
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InputError) and str(error).startswith("resume: "):
             raise
@@ -216,15 +239,22 @@ def remove(folder: str) -> None:
 
     By what goes last a job that is done is known for that, if a kill comes in between.
     """
-    every = list(Path(folder).iterdir())
-    own = {path for path in every if path.suffix in (BANK, SUFFIX) or is_unfinished(path.name)}
+    own = {path for path in Path(folder).iterdir() if _is_own(path)}
     job, lock, *last = (
         Path(folder, name) for name in (JOB_FILE, LOCK_FILE, f"{SUMS}{BANK}", f"{RESULT}{SUFFIX}")
     )
-    for path in [*own.difference(last), job, *last, lock]:
+    for path in [*own.difference(last), job, *own.intersection(last), lock]:
         path.unlink(missing_ok=True)
     with suppress(OSError):
         os.rmdir(folder)
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether a job wrote a file of a checkpoint, by what the file says of itself."""
+    if path.suffix == BANK and path.name.startswith(SUMS):
+        with suppress(InputError):
+            return "progress" in read_bank(path, sums=False).source
+    return is_unfinished(path.name) or (path.suffix == SUFFIX and facts_of(path) is not None)
 
 
 def _check(job: Any) -> None:
@@ -238,6 +268,9 @@ def _check(job: Any) -> None:
     for name, kinds in known.items():
         if type(own[name]) not in kinds:
             raise ValueError(f"{name} must be of type {kinds[0].__name__}")
+    for name, value in {"folder": job["folder"], **own}.items():
+        if isinstance(value, str):
+            check_printable(name, value)
 
 
 def _names(folder: str) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
             "sweep: needs MODEL and --bank FILE, which liar calibrate writes, or MODEL and "
             "--calibration TEXT, MODEL before it"
         )
-    from liar_ext.checkpoint.saving import check_folder, save_pruned
+    from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
     from liar_ext.cli.own_text import let_write
     from liar_ext.cli.prune import add_facts, load
     from liar_ext.cli.with_bank import load_by_bank
@@ -50,14 +51,9 @@ def run(options: argparse.Namespace) -> None:
 
     def save(pruned: nn.Module, report: Report) -> None:
         add_facts(report, given)
-        save_pruned(
-            pruned,
-            folders[report.recipe.keep],
-            report.plan,
-            report=report,
-            tokenizer=given.tokenizer,
-            overwrite=options.overwrite,
-        )
+        saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
+        with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
+            fill_folder(pruned, path, report.plan, **saving)
 
     points = sweep(
         given.model,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
@@ -17,7 +19,7 @@ from liar_ext.cli.prune import Given, check_eval, evaluation_batches, warnings_o
 from liar_ext.cli.several import check_device
 from liar_ext.data import texts
 from liar_ext.data.documents import check_apart_from
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
 from liar_ext.whole_file import check_place
@@ -47,6 +49,31 @@ def check_bank_place(path: str, command: str, option: str, overwrite: bool) -> N
                 "which replaces a bank and nothing else"
             ) from None
         raise
+
+
+def save_bank(bank: MomentBank, path: str, command: str, option: str, overwrite: bool) -> None:
+    """Write a bank where :func:`check_bank_place` was content, if it still is.
+
+    Raises
+    ------
+    InputError
+        If something came there meanwhile: the bank has another name then, which the error says.
+    """
+    place = Path(path)
+    made = place.with_name(f"{place.stem}.{uuid4().hex[:8]}{place.suffix}")
+    bank.save(made)
+    try:
+        try:  # unlike a rename, a link replaces nothing
+            os.link(made, place)
+            made.unlink()
+        except OSError:  # something is there, or the file system has no links
+            check_bank_place(path, command, option, overwrite)
+            os.replace(made, place)
+    except (OSError, InputError) as error:
+        raise InputError(
+            f"{command}: this bank is in {made}; {path} has changed while this ran, and was left "
+            f"alone: {one_line(error).removeprefix(f'{command}: ')}"
+        ) from error
 
 
 def load_by_bank(
@@ -82,7 +109,7 @@ def load_by_bank(
     facts: dict[str, object] = {"calibration": bank.source.get("texts", []), "bank": path}
     facts |= {"seq_len": recipe.seq_len, "bos": _last(bank.source, "bos", "")}
     facts |= {"eval": recipe.eval} if recipe.eval else {}
-    return Given(model, tokenizer, bank.text, evaluation, None, None, facts, warnings), bank, recipe
+    return Given(model, tokenizer, None, evaluation, None, None, facts, warnings), bank, recipe
 
 
 def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Namespace) -> Recipe:
@@ -118,7 +145,7 @@ def warnings_of_bank(header: Stored) -> list[str]:
     """Return what a user has to know of the text that a bank was made of."""
     runs = header.source.get("calibrations", [])
     found = [note for run in runs for note in run["notes"]]
-    if header.source.get("texts"):
+    if header.source.get("texts") and runs:
         most = max((UNSAID_OF_DRAW | run)["self_text"] for run in runs)
         found += warnings_of(header.source["texts"], runs[0]["packed"], most)
     return list(dict.fromkeys(found))

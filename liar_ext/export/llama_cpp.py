@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -20,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from liar_ext.environment import child
 from liar_ext.errors import InputError
 
+WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 PROGRAM, LIBRARY = "llama-quantize", "llama_cpp_py_sync"
 # The types of llama.h, enum llama_ftype, by the names that llama-quantize has for them.
 TYPES = {
@@ -58,7 +59,7 @@ def quantize_file(source: Path, out: Path, kind: str) -> list[str]:
     if program is not None:
         command = [program, str(source), str(out), kind.upper()]
     else:
-        command = _worker("quantize", source, out, TYPES[kind])
+        command = child(WORKER, "quantize", source, out, TYPES[kind])
     done = _finished(command)
     if done.returncode or not out.is_file():
         raise InputError(
@@ -112,18 +113,12 @@ def tokenize(path: Path, texts: Sequence[str]) -> list[list[int]]:
 def _run(command: str, path: Path, given: Path, out: Path) -> None:
     if find_spec(LIBRARY) is None:
         raise InputError("export: running a GGUF file needs pip install llama-cpp-py-sync")
-    done = _finished(_worker(command, path, given, out))
+    done = _finished(child(WORKER, command, path, given, out))
     if done.returncode:
         raise InputError(
             f"export: llama.cpp can't run {path.name} ({done.returncode}): {_end(done)}; update "
             "llama-cpp-py-sync, or use the folder itself"
         )
-
-
-def _worker(*arguments: object) -> list[str]:
-    """Return the command line of the worker; isolated, so that no file beside it is imported."""
-    script = Path(__file__).with_name("llama_cpp_worker.py")
-    return [sys.executable, "-I", str(script), *map(str, arguments)]
 
 
 def _finished(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,7 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
     Raises
     ------
     InputError
-        If the record can't be read.
+        If the record can't be read, or names what is no file and no folder.
     """
     path = folder / EXPORTS_FILE
     if not os.path.lexists(path):
@@ -44,9 +44,25 @@ def read_record(folder: Path) -> list[dict[str, Any]]:
     if fields.get("version") != RECORD_VERSION or not isinstance(entries, list):
         raise InputError(f"export: {path} is no record of this version; remove it")
     for entry in entries:
-        if not isinstance(entry, dict) or not {"format", "path"} <= entry.keys():
+        said = entry if isinstance(entry, dict) else {}
+        if not all(isinstance(said.get(name), str) for name in ("format", "path")):
             raise InputError(f"export: {path} has an entry without format or path; remove it")
+        if "\0" in said["path"] or any(map(_is_special, _exported(folder / said["path"]))):
+            raise InputError(
+                f"export: {path} names {said['path'][:80]!r}, which is no file and no folder; "
+                "remove that entry"
+            )
     return entries
+
+
+def _exported(path: Path) -> list[Path]:
+    """Return what is opened of an export: the file, or the folder and the graph in it."""
+    return [path, *(path / "onnx").glob("*")]
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether opening a path may wait for ever, as a pipe does."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def write_record(folder: Path, done: Exported, options: Mapping[str, Any]) -> list[str]:

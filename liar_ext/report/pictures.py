@@ -20,6 +20,7 @@ from typing import Any
 
 from liar_ext.errors import InputError, one_line
 from liar_ext.rows import SiteRow
+from liar_ext.whole_file import check_place, whole_file
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -31,6 +32,7 @@ COLOURS = {
     "orange": "#c05621",
     "green": "#2f855a",
 }
+PNG_MARK = {"Software": "liar_ext"}
 WIDTH = 5.0  # inches; 360 points, which a phone shows at about their size
 FONT = 11.0  # points
 SETTINGS = {
@@ -229,22 +231,31 @@ def write(
     Raises
     ------
     InputError
-        If they can't be written.
+        If they can't be written, or a file there is not one of these.
     """
     if folder is None:
         return []
     there = {name: figure for name, figure in drawn.items() if figure is not None}
     paths = [Path(folder) / f"{name}.png" for name in there]
-    plain = {"format": "png", "dpi": 200, "facecolor": "white", "metadata": {"Software": None}}
+    plain = {"format": "png", "dpi": 200, "facecolor": "white", "metadata": PNG_MARK}
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            check_place(path, operation, "--png", _is_png)
         for path, figure in zip(paths, there.values(), strict=True):
-            figure.savefig(path, **plain)
+            with whole_file(path) as file:
+                figure.savefig(file, **plain)
     except OSError as error:
         raise InputError(
             f"{operation}: can't write into {folder}: {one_line(error)}; give another with --png"
         ) from error
     return paths
+
+
+def _is_png(path: Path) -> bool:
+    """Tell whether a file is a picture that :func:`write` wrote."""
+    with path.open("rb") as file:
+        return b"Software\0liar_ext" in file.read(1000)
 
 
 def _svg(figure: Any, name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +47,8 @@ class Kept:
         known = None
         if ranks.first:
             with _reading(path):
+                if not path.is_file():
+                    raise ValueError("it must be an ordinary file")
                 if not is_sealed(path):
                     raise ValueError("its bytes are not those that were written")
                 self._file = safe_open(os.fspath(path), framework="pt").__enter__()
@@ -116,7 +119,9 @@ class Progress(AbstractContextManager):
         """Make the folder and have it alone."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / LOCK_FILE, "w")  # noqa: SIM115  (held as long as this)
+            # A link would lead to somebody else's file.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._lock = os.open(self.folder / LOCK_FILE, flags, 0o666)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
@@ -220,9 +225,11 @@ class Progress(AbstractContextManager):
         return known
 
     def drop(self, prefix: str) -> None:
-        """Remove whatever has a name, or the name of a file, that begins so."""
-        for path in self.folder.glob(f"{prefix}*") if self.ranks.first else ():
-            path.unlink(missing_ok=True)
+        """Remove what has this name, or this name with an ending, banks included."""
+        own = re.compile(re.escape(prefix) + r"(-\w+)?\.(bank|safetensors)")
+        for path in self.folder.iterdir() if self.ranks.first else ():
+            if own.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def begin(self, stamp: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """Note what job this is, by name and value, or check that it is the one that was begun.
@@ -266,7 +273,8 @@ class Progress(AbstractContextManager):
     def close(self) -> None:
         """Let other processes work in the folder."""
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -274,6 +282,17 @@ class Progress(AbstractContextManager):
     def _refusal(self, error: Exception, advice: str) -> InputError:
         where = os.fspath(self.folder)
         return InputError(f"checkpoint: can't write into {where!r}: {one_line(error)}; {advice}")
+
+
+def facts_of(path: Path) -> dict[str, Any] | None:
+    """Return the facts of a file that :meth:`Progress.put` wrote; None of any other file."""
+    try:
+        if not path.is_file():
+            return None
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return dict(json.loads(file.metadata()["facts"]))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def prune_folder(
         if not ranks.first:
             plan = job.write(passes, plan, None)
             return job.report(plan, None, None)
-        with writing(folder, overwrite) as path:
+        with writing(folder, overwrite, checked=True) as path:
             shards = Shards(store.model, path, job.shard_bytes)
             plan = job.write(passes, plan, shards)
             report = job.report(plan, *job.perplexities)

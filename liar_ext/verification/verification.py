@@ -30,6 +30,7 @@ from liar_ext.checkpoint.names import (
 )
 from liar_ext.checkpoint.reading import read_marked_config, stock_class
 from liar_ext.checkpoint.trust import check_code
+from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
 from liar_ext.export.record import read_record
 from liar_ext.verification.worker import ROUNDS, TOKENS
@@ -170,13 +171,13 @@ def _loaded(
 def _answers(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what the worker says of each job; where it ended before, why."""
     done = subprocess.run(
-        [sys.executable, str(WORKER)],
+        child(WORKER),
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
         errors="replace",
         cwd=Path(jobs[0]["folder"]).parent,
-        env={**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     said = [line for line in done.stderr.splitlines() if line.strip()]

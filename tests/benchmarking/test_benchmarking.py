@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from itertools import count
 
 import pytest
@@ -124,7 +125,8 @@ def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
 
     Nor does the other run what lies in the current folder.
     """
-    (tmp_path / "torch.py").write_text("raise SystemExit('run')")
+    for name in ("json", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
     monkeypatch.chdir(tmp_path)
     block = torch.ones(100_000_000)  # 400 MB, and freed
     del block
@@ -138,13 +140,14 @@ def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
 def test_what_the_other_process_refuses_is_refused(llama_folder, monkeypatch):
     with pytest.raises(InputError, match="positions"):
         peak_memory(str(llama_folder), Settings(prompt_length=1000))
-    monkeypatch.setattr(memory, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
+    ending = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(memory, "child", lambda _: ending)
     with pytest.raises(InputError, match="it was killed, for lack of memory"):
         peak_memory("x", SHORT)
-    monkeypatch.setattr(memory, "PROGRAM", "raise SystemExit('a reason')")
+    ending[-1] = "raise SystemExit('a reason')"
     with pytest.raises(InputError, match="can't be measured: a reason; give smaller --batch"):
         peak_memory("x", SHORT)
-    monkeypatch.setattr(memory, "PROGRAM", "import time; time.sleep(60)")
+    ending[-1] = "import time; time.sleep(60)"
     monkeypatch.setattr(memory, "PATIENCE", 0.1)
     with pytest.raises(InputError, match="took more than 0.1 s"):
         peak_memory("x", SHORT)

@@ -96,6 +96,37 @@ def test_nothing_from_outside_of_the_folder_goes_along(source: Path, tmp_path: P
     assert sum("leads" in warning for warning in report.warnings) == 6
 
 
+def test_a_module_that_is_a_link_is_not_walked(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "private.txt").write_text("of the user")
+    (source / "2_Home").symlink_to(tmp_path / "home")
+    (source / "modules.json").write_text(json.dumps([*MODULES, {"path": "2_Home"}]))
+    model, plan = pruned("bert")
+    report = Report("bert")
+    save_pruned(model, tmp_path / "out", plan, report=report, source=source)
+    assert "private" not in (tmp_path / "out/README.md").read_text()
+    assert not (tmp_path / "out/2_Home").exists()
+
+
+def test_only_kinds_of_files_that_loaders_read_go_along(source: Path, tmp_path: Path) -> None:
+    stay = {"evil.PY", "run.bash", "evil.cu", "MODEL.BIN", "Makefile", "1_Pooling/evil.PYX"}
+    go = {"LICENSE", "NOTICE.txt", "vocab.txt", "1_Pooling/model.safetensors"}
+    for name in stay | go:
+        (source / name).write_text("")
+    model, plan = pruned("bert")
+    save_pruned(model, tmp_path / "out", plan, source=source)
+    assert go <= names(tmp_path / "out") and not stay & names(tmp_path / "out")
+
+
+def test_the_card_shows_a_name_as_it_is(tmp_path: Path) -> None:
+    model, plan = pruned("bert")
+    report = Report("a\n# b <script>[x](y)")
+    report.warnings.append("c\n<img>")
+    save_pruned(model, tmp_path / "out", plan, report=report)
+    card = (tmp_path / "out/README.md").read_text()
+    assert r"# a \# b \<script\>\[x\](y), pruned" in card and r"- c \<img\>" in card
+
+
 @pytest.mark.parametrize("name", ["", ".", "downloads", "nowhere", "no/where", "\0"])
 def test_only_a_model_folder_is_a_source(name: str, tmp_path: Path, monkeypatch) -> None:
     """A model from a config has no name, and one from a GGUF file that of the folder around it."""

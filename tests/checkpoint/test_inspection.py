@@ -56,7 +56,7 @@ def refused(load, folder: Path, match: str) -> None:
 def test_a_config_of_more_layers_than_weights(dense: Path) -> None:
     """Random layers would be pruned."""
     change(dense / "config.json", num_hidden_layers=5)
-    refused(load_model, dense, r"lacks model.layers.3.\S+, .* more; copy the folder again")
+    refused(load_model, dense, r"lacks model.layers.3.\S+, .* more; copy it again")
 
 
 def test_a_config_of_fewer_layers_than_weights(dense: Path) -> None:

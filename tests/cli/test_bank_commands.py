@@ -247,6 +247,19 @@ def test_what_contradicts_a_bank_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_sealed_bank_that_no_calibration_gives(banks, llama_folder, tmp_path, capsys):
+    out = ("--out", tmp_path / "out", "--quiet")
+    bank = MomentBank.load(banks[0])
+    bank.source["calibrations"] = []
+    bank.save(tmp_path / "a.bank")
+    fast = ("--preset", "fast", "--keep", 0.7)
+    assert run("prune", llama_folder, "--bank", tmp_path / "a.bank", *fast, *out) == 0
+    bank.text[0]["input_ids"][0, 0] = 10**6
+    bank.save(tmp_path / "b.bank")
+    command = ("prune", llama_folder, "--bank", tmp_path / "b.bank", *out, "--overwrite")
+    assert "has tokens that the 61 embeddings" in refused(capsys, *command)
+
+
 def test_a_calibration_that_was_stopped_is_resumed(
     banks, llama_folder, texts, tmp_path, capsys, monkeypatch
 ):

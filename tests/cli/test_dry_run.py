@@ -140,3 +140,12 @@ def test_it_tells_experts_from_mlps_that_every_token_passes(family):
 def test_it_counts_layers_of_experts():
     lines = describe(tiny("mixtral"), in_folds(tiny("mixtral")), Recipe(keep=0.5, kinds=("mlp",)))
     assert any(line.startswith("mlp: 2 layers of 4 experts of 32 channels; ") for line in lines)
+
+
+def test_it_says_that_layers_of_one_size_may_need_no_code():
+    """Fewer heads of BERT need code, fewer channels don't, and which go is measured later."""
+    recipe = Recipe(keep=0.7, uniform_layers=True)
+    model = tiny("bert")
+    said = describe(model, in_folds(model), recipe)[-1]
+    assert said.startswith("loading, if only mlp sites lose units: The saved folder loads with")
+    assert "Otherwise: The stock class cannot build" in said

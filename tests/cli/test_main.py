@@ -164,6 +164,32 @@ def test_verify_and_eval_the_result(pruned, corpus, capsys):
     assert "93 tokens in 3 windows of 32" in capsys.readouterr().out
 
 
+def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
+    command = ("eval", llama_folder, "--text", corpus[1], "--seq-len", 32, "--quiet", "--output")
+    assert run(*command, tmp_path / "a.json") == run(*command, tmp_path / "a.json") == 0
+    assert "perplexity" in json.loads((tmp_path / "a.json").read_text())
+    capsys.readouterr()
+    (tmp_path / "own.json").write_text("{}")
+    (tmp_path / "link.json").symlink_to("a.json")
+    for name in ("own.json", "link.json", "missing/o.json"):
+        assert run("eval", "/nowhere", *command[2:], tmp_path / name) == 2  # nothing was loaded
+        assert "give another name with --output" in capsys.readouterr().err
+    assert (tmp_path / "own.json").read_text() == "{}"
+
+
+def test_an_evaluation_that_cannot_be_written_is_printed(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    text = ("--text", corpus[1], "--seq-len", 32, "--quiet")
+    assert run("eval", llama_folder, *text, "--output", tmp_path / "a.json") == 2
+    captured = capsys.readouterr()
+    assert "perplexity" in captured.out and "No space left" in captured.err
+
+
 def test_verify_finds_a_changed_weight(pruned, tmp_path, capsys):
     import shutil
 
@@ -223,7 +249,7 @@ def test_encoders_calibrate_on_padded_documents(tokenizer, tmp_path):
     assert verify_pruned(out)["agrees"]
 
 
-def write_gguf(path, model, tokenizer) -> None:
+def write_gguf(path, model, tokenizer, without: str = "lm_head.weight") -> None:
     """Write a tiny Llama as llama.cpp stores it: its names, and query and key rows interleaved."""
     import gguf
 
@@ -249,8 +275,8 @@ def write_gguf(path, model, tokenizer) -> None:
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, tensor in state.items():
-        if name == "lm_head.weight":
-            continue  # tied to the embeddings
+        if name in ("lm_head.weight", without):
+            continue  # the first is tied to the embeddings
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for projection, count in heads.items():
             if projection in name:
@@ -277,6 +303,28 @@ def test_a_gguf_file_becomes_an_ordinary_model(tokenizer, corpus, tmp_path, capf
     assert "quantizing" not in capfd.readouterr().err and is_progress_bar_enabled()
     load_model(tmp_path / "tiny.gguf")
     assert "quantizing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "lacks",
+    ["layers.2.self_attn.k_proj.weight", "layers.0.mlp.up_proj.weight", "norm.weight"],
+)
+def test_a_gguf_file_without_a_weight_is_refused(lacks, tokenizer, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama"), tokenizer, f"model.{lacks}")
+    with pytest.raises(InputError, match=f"tiny.gguf lacks model.{lacks}; copy it again"):
+        load_model(tmp_path / "tiny.gguf")
+
+
+def test_nothing_beside_a_gguf_file_is_read(tokenizer, tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama"), tokenizer)
+    code = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(code))
+    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
+    adapter = {"base_model_name_or_path": "/nowhere", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # to transformers' question
+    model, found = load_model(tmp_path / "tiny.gguf")
+    assert found("ab").input_ids and model.config.name_or_path == str(tmp_path)
 
 
 def test_a_model_without_tokenizer_is_refused(corpus, tmp_path, capsys):

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
+import liar_ext
 from liar_ext import Recipe, cli
 from liar_ext.cli.options import parse, parser, recipe_of
-from liar_ext.environment import is_command
+from liar_ext.environment import child, is_command
 from liar_ext.recipe.choices import GROUPS
 from liar_ext.recipe.recipe import option_of
 
@@ -161,6 +163,25 @@ def test_what_is_the_command():
     assert not is_command(["-m"], ["python", "-m", "pytest", "liar_ext"])
     assert not is_command(["-c"], ["python", "-c", "..."])
     assert not is_command(["liar.py"], []) and not is_command([""], []) and not is_command([], [])
+
+
+def test_a_child_imports_nothing_of_the_current_folder_nor_of_its_own(tmp_path, monkeypatch):
+    for name in ("json", "runpy", "numpy", "beside"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import importlib.util, json, sys, numpy\n"
+        "print(json.dumps([sys.argv[1:], importlib.util.find_spec('beside') is None]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run(child(script, "a", 1), capture_output=True, text=True)
+    assert done.stdout == '[["a", "1"], true]\n', done.stderr
+
+
+def test_children_are_started_in_one_place_only():
+    package = Path(liar_ext.__file__).parent
+    starting = [path for path in package.rglob("*.py") if "sys.executable" in path.read_text()]
+    assert [path.name for path in starting] == ["environment.py"]
 
 
 def test_a_run_is_repeated_by_its_recipe(llama_folder, corpus, tmp_path, capsys):

@@ -13,8 +13,9 @@ from stopping import stop_at
 
 from liar_ext import cli, load_pruned
 from liar_ext.calibration.collect import InFlight
+from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
-from liar_ext.cli import own_text, resume
+from liar_ext.cli import own_text, prune, resume
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
@@ -184,9 +185,125 @@ def test_what_a_killed_writer_left_is_no_file_of_others(llama_folder, corpus, tm
     assert not (tmp_path / "c").exists()
 
 
-def test_the_job_of_a_checkpoint_has_no_option_of_another_type(tmp_path, capsys):
-    own = {"bank": None, "out": 3, "max_memory": None, "overwrite": False}
-    job = {"version": 2, "command": "prune", "folder": "/", "recipe": {}, "options": own}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    assert run("resume", tmp_path) == 2
-    assert "out must be of type str" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"options": {"bank": None, "out": 3, "max_memory": None}}, "out must be of type str"),
+        ({"folder": "a\0b"}, "folder must hold no NUL"),
+        ({"options": {"bank": None, "out": "\ud800", "max_memory": None}}, "out must be UTF-8"),
+        ({"recipe": {"model": None}}, "it names no model"),
+        ({"recipe": {"model": "a\0b"}}, "must hold no NUL"),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_in_one_line(changes, said, tmp_path, capsys):
+    own = {"bank": None, "out": "p", "max_memory": None}
+    job = {"version": 3, "command": "prune", "folder": "/", "recipe": {}, "options": own}
+    (tmp_path / "job.json").write_text(json.dumps(job | changes))
+    error = refused(capsys, "resume", tmp_path)
+    assert said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["job.safetensors", "calibration.bank"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name, llama_folder, corpus, tmp_path, capsys):
+    recipe = {"model": str(llama_folder), "calibration": [str(corpus[0])], "samples": 8}
+    options = {"bank": None, "out": "p", "max_memory": None}
+    job = {"version": 3, "command": "prune", "folder": str(tmp_path), "options": options}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/job.json").write_text(json.dumps(job | {"recipe": recipe | {"seq_len": 32}}))
+    os.mkfifo(tmp_path / "c" / name)
+    assert "must be an ordinary file" in refused(capsys, "resume", tmp_path / "c")
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_lock_of_a_checkpoint_follows_no_link(llama_folder, corpus, tmp_path, capsys):
+    own = tmp_path / "own"
+    own.write_text("mine")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/.lock").symlink_to(own)
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "p"]
+    error = refused(capsys, *command, "--checkpoint", tmp_path / "c")
+    assert "checkpoint: can't write into" in error and own.read_text() == "mine"
+
+
+def test_only_files_of_the_job_are_removed_with_its_checkpoint(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    """And nothing is overwritten because a checkpoint says so."""
+    command = ["calibrate", llama_folder, "--calibration", corpus[0], *SIZES[:6]]
+    assert run(*command, "--bank", tmp_path / "b", "--quiet") == 0
+    command += ["--bank", tmp_path / "b", "--checkpoint", tmp_path / "c", "--overwrite"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, InFlight, "set", 4)
+        assert run(*command) == 130
+    theirs = ["model.safetensors", "my.bank", "calibration-mine.bank", "notes.txt"]
+    for name, source in zip(theirs, (llama_folder / theirs[0], tmp_path / "b"), strict=False):
+        shutil.copy(source, tmp_path / "c" / name)
+    shutil.copy(tmp_path / "b", tmp_path / "c" / theirs[2])
+    (tmp_path / "c" / theirs[3]).write_text("")
+    before = (tmp_path / "b").stat()
+    assert "exists; give another name with --bank, or --overwrite" in refused(
+        capsys, "resume", tmp_path / "c"
+    )
+    assert os.path.samestat(before, (tmp_path / "b").stat())
+    assert run("resume", tmp_path / "c", "--overwrite") == 0
+    assert not os.path.samestat(before, (tmp_path / "b").stat())
+    assert sorted(os.listdir(tmp_path / "c")) == sorted(theirs)
+
+
+@pytest.mark.parametrize(("checkpoint", "result"), [("x", "x"), ("x/ck", "x"), ("x", "x/y/b")])
+def test_a_checkpoint_and_a_result_in_one_place_are_refused_at_once(
+    checkpoint, result, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x/y").mkdir(parents=True)
+    if result == "x":
+        (tmp_path / "x/y").rmdir()
+        (tmp_path / "x").rmdir()
+    here = ["--calibration", "t.txt", "--checkpoint", tmp_path / checkpoint]
+    for command in (["calibrate", "/m", "--bank", result], ["prune", "/m", "--out", result]):
+        assert "must not lie one in the other" in refused(capsys, *command, *here)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "pipe"])
+@pytest.mark.parametrize("command", ["prune", "calibrate"])
+def test_what_appears_in_the_place_of_a_result_costs_no_work(
+    command, kind, llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    place = tmp_path / "result"
+    put = {
+        "folder": place.mkdir,
+        "file": place.touch,
+        "link": lambda: place.symlink_to("nowhere"),
+        "pipe": lambda: os.mkfifo(place),
+    }
+    option = {"prune": "--out", "calibrate": "--bank"}[command]
+    more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
+    of, name = (saving, "fill_folder") if command == "prune" else (MomentBank, "save")
+    work = getattr(of, name)
+
+    def meanwhile(*given, **more):
+        put[kind]()
+        return work(*given, **more)
+
+    monkeypatch.setattr(of, name, meanwhile)
+    arguments = [llama_folder, "--calibration", corpus[0], *SIZES[:6], *more, option, place]
+    error = refused(capsys, command, *arguments)
+    (kept,) = (path for path in tmp_path.iterdir() if path != place)
+    assert f"is in {kept}; {place} has changed while this ran" in error
+    assert load_pruned(kept) if command == "prune" else MomentBank.load(kept)
+
+
+def test_a_folder_that_appears_before_the_result_is_written_costs_no_work(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    job = prune.prune_given
+
+    def meanwhile(*given, **more):
+        (tmp_path / "result").mkdir()
+        return job(*given, **more)
+
+    monkeypatch.setattr(prune, "prune_given", meanwhile)
+    arguments = [llama_folder, "--calibration", corpus[0], *SIZES[:8], "--preset", "fast"]
+    error = refused(capsys, "prune", *arguments, "--out", tmp_path / "result")
+    (kept,) = (path for path in tmp_path.iterdir() if path.name != "result")
+    assert f"this model is in {kept}" in error and load_pruned(kept)

@@ -78,6 +78,23 @@ def test_an_export_lies_beside_its_folder_and_is_recorded(folder):
     assert strangers(folder) == ["mine.txt"]
 
 
+def test_a_record_that_cannot_be_is_refused_and_no_pipe_is_opened(folder):
+    (folder / "graph/onnx").mkdir(parents=True)
+    for name in ("pipe", "graph/onnx/model.onnx"):
+        os.mkfifo(folder / name)
+    for kind, path, said in (
+        ("gguf", "pipe", "no file and no folder"),
+        ("onnx", "graph", "no file and no folder"),
+        ("gguf", "a\0b", "no file and no folder"),
+        (["gguf"], "pipe", "without format or path"),
+        ("gguf", 3, "without format or path"),
+    ):
+        record = {"version": 1, "exports": [{"format": kind, "path": path}]}
+        (folder / EXPORTS_FILE).write_text(json.dumps(record))
+        with pytest.raises(InputError, match=said):
+            read_record(folder)
+
+
 def test_a_folder_that_is_not_ours_stays_as_it_is(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["liar"]

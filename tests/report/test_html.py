@@ -343,6 +343,20 @@ def test_pictures_are_written_where_they_are_wanted(tmp_path, capsys):
     assert "can't write into" in capsys.readouterr().err
 
 
+def test_pictures_replace_pictures_and_nothing_else(tmp_path, capsys):
+    folder, pictures = save(tmp_path / "run", ordinary(4)), tmp_path / "p"
+    command = ["report", str(folder), "--png", str(pictures)]
+    assert main(command) == main(command) == 0
+    own = tmp_path / "own.png"
+    own.write_bytes(b"mine")
+    for put in (lambda path: path.symlink_to(own), lambda path: path.write_bytes(b"mine")):
+        (pictures / "errors.png").unlink()
+        put(pictures / "errors.png")
+        assert main(command) == 2
+        assert "errors.png" in capsys.readouterr().err
+        assert own.read_bytes() == (pictures / "errors.png").read_bytes() == b"mine"
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"pip install 'liar_ext\[report\]'"):
