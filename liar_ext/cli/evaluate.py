@@ -12,8 +12,8 @@ from torch import nn
 from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
-from liar_ext.report import files
 from liar_ext.report.report import versions
+from liar_ext.whole_file import begins_with, check_place, write_whole
 
 
 def run(options: argparse.Namespace) -> None:
@@ -21,12 +21,12 @@ def run(options: argparse.Namespace) -> None:
     _check_together(options)
     output = Path(options.output) if options.output else None
     if output is not None:
-        files.check_place(output, "eval", "--output", files.begins_with('{\n "model": '))
+        check_place(output, "eval", "--output", begins_with('{\n "model": '))
     result, line = (_tasks if options.tasks else _perplexity)(options)
     print(json.dumps(result) if options.json else line, flush=True)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
-        files.write_whole(output, facts + "\n", "eval", "--output")
+        write_whole(output, facts + "\n", "eval", "--output")
 
 
 def _check_together(options: argparse.Namespace) -> None:
