@@ -1,4 +1,4 @@
-"""A causal language model at 90 and 80 %: perplexity, speed, and how the same text goes on."""
+"""A pruned causal language model: perplexity, speed, and how the same text goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from liar_ext import perplexity
 from liar_ext.data.texts import evaluation_sequences
 
-WINDOWS, WINDOW = 8, 512
+WINDOWS, WINDOW = 6, 512
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 40
 PREFILL_ROUNDS = 3
 PHRASE = 3  # tokens

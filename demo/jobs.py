@@ -2,8 +2,8 @@
 
 1. all-MiniLM-L6-v2, a sentence encoder, at half of the parameters of its heads and channels:
    retrieval and sentences per second.
-2. SmolLM2-135M-Instruct, a causal language model, at 90 and 80 %: perplexity, tokens per second,
-   and how each goes on with the same openings.
+2. SmolLM2-135M-Instruct, a causal language model, at 90 %, with the presets fast and balanced:
+   perplexity, tokens per second, and how each goes on with the same openings.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from liar_ext.data.texts import read_documents
 # What is done, and about how many seconds each takes on two cores.
 STAGES = {
     "Write calibration and held-out texts": 4,
-    "Prune all-MiniLM-L6-v2 to 50 %": 106,
-    "Measure retrieval and speed": 26,
+    "Prune all-MiniLM-L6-v2 to 50 %": 45,
+    "Measure retrieval and speed": 20,
     "Convert SmolLM2-135M-Instruct from GGUF, once": 12,
-    "Prune SmolLM2 to 90 %": 331,
-    "Prune SmolLM2 to 80 %": 316,
-    "Measure perplexity, speed and continuations": 65,
+    "Prune SmolLM2 to 90 %, preset fast": 40,
+    "Prune SmolLM2 to 90 %, preset balanced": 170,
+    "Measure perplexity, speed and continuations": 50,
 }
 
 
@@ -108,7 +108,7 @@ def run_encoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
     folder = out / "MiniLM-50"
     lines = [
         f"liar prune {assets.minilm()} \\\n    --calibration {texts['news']} \\\n"
-        f"    --samples 512 --seq-len 128 --keep 0.5 --out {folder} --overwrite",
+        f"    --samples 128 --seq-len 128 --keep 0.5 --out {folder} --overwrite",
         ">>> from liar_ext import load_pruned",
         f'>>> encoder = load_pruned("{folder}")',
     ]
@@ -121,14 +121,14 @@ def run_encoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
 
 
 def run_decoder(out: Path, texts: dict[str, Path], articles: list[str], stages: Stages) -> dict:
-    """Prune the language model to 90 and 80 % and compare all three."""
+    """Prune the language model to 90 % by two presets, and compare all three."""
     stages.next()
     source, folders, lines = assets.smollm2(), {}, []
-    for percent in (90, 80):
-        folder = folders[f"{percent} %"] = out / f"SmolLM2-{percent}"
+    for preset in ("fast", "balanced"):
+        folder = folders[f"90 %, {preset}"] = out / f"SmolLM2-90-{preset}"
         lines.append(
             f"liar prune {source} \\\n    --calibration {texts['web']} {texts['news']} \\\n"
-            f"    --samples 32 --keep {percent / 100} --out {folder} --overwrite"
+            f"    --samples 16 --keep 0.9 --preset {preset} --out {folder} --overwrite"
         )
         stages.next()
         liar(lines[-1])

@@ -73,7 +73,7 @@ def decoder_part(result: dict) -> list[str]:
             [f"{of['repeated']:.0%}" for of in models.values()],
         ),
     ]
-    lines = ["## A causal language model at 90 and 80 %", "", *block(result["lines"])]
+    lines = ["## A causal language model at 90 %", "", *block(result["lines"])]
     lines += [*table(["SmolLM2-135M-Instruct", *models], rows), ""]
     lines.append("How each goes on after the same openings of held-out articles, greedily:")
     for index, prompt in enumerate(result["prompts"]):

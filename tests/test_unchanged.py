@@ -36,7 +36,17 @@ def machine() -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "kernel": ops.build_info()["cpu_kernel"],
         "processor": platform.machine(),
+        "model": processor_model(),
     }
+
+
+def processor_model() -> str:
+    """Return family and model of the processor: libraries choose kernels by them."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    names = ("vendor_id", "cpu family", "model", "stepping")
+    return " ".join(facts.get(name, "").strip() for name in names)
 
 
 def run(family: str, choices: dict) -> dict[str, object]:
