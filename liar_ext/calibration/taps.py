@@ -92,7 +92,7 @@ def relative_weights(output: Tensor, *, centred: bool = False) -> Tensor:
         ``(tokens,)`` float64; 1 where the output isn't finite, so that whoever sums drops the token
         and counts it.
     """
-    wide = output.double()
+    wide = output.detach().double()
     size = wide.var(-1, correction=0) if centred else wide.square().mean(-1)
     weight = 1 / (size + NORM_EPS)
     return torch.where(torch.isfinite(output).all(-1), weight, 1.0)

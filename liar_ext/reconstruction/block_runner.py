@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -186,7 +185,7 @@ class Blocks:
         run, carried = Run(None, {}), []
         with ExitStack() as stack:
             if (maker := self._maker(index)) is not None:
-                note = partial(_keep_output, carried, maker.output)
+                note = lambda _, output: carried.append(output[maker.output])  # noqa: E731
                 stack.enter_context(watched(self._blocks[index].get_submodule(maker.module), note))
             for name, layer in self.layers[index].items():
                 consumer = self._model.get_submodule(called_at(layer[0]))
@@ -277,6 +276,13 @@ class Blocks:
             if not ((both - quiet - added).abs() > tolerance).any():
                 return norm
         return None
+
+    def ends_with(
+        self, norm: str, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor
+    ) -> bool:
+        """Tell whether a block gives what the norm after a site's sum does, bit for bit."""
+        run, read = self._norms_read(site, inputs, hidden, {})
+        return torch.equal(self._model.get_submodule(norm)(read[norm]), run.output)
 
     def _norms_read(
         self,
@@ -369,10 +375,6 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
         for x, y, same in zip(wrote[:-1], read[1:], inside, strict=True)
         if same
     )
-
-
-def _keep_output(found: list, index: int, _: tuple, output: tuple) -> None:
-    found.append(output[index])
 
 
 def _note(seen: dict, name: str, end: str | None, keep: Callable) -> Callable:

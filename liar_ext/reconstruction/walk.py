@@ -72,6 +72,7 @@ class Walk:
         self.turns: list[list[Part]] = []
         self.fresh: list[list[Part]] = []
         self.targets: dict[str, str] = {}  # by layer of the block in work
+        self.ends: set[str] = set()  # layers whose norm gives what their block does
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.rows: dict[str, SiteRow] = {}
 
@@ -182,7 +183,10 @@ class Walk:
         (stream, x), part.halfway = (held.get() for held in part.halfway), None
         layers = self.blocks.layers[index].items()
         (mlp,) = (name for name, layer in layers if layer[0].kind == "mlp")
-        return stream + consumers[mlp](x.to(self.blocks.device(index))).cpu().view_as(stream)
+        device = self.blocks.device(index)
+        after = stream + consumers[mlp](x.to(device)).cpu().view_as(stream)
+        norm = self.blocks.norms.get(mlp)
+        return after if norm is None else self.model.get_submodule(norm)(after.to(device)).detach()
 
     def _solve(
         self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
@@ -300,33 +304,42 @@ class Walk:
         return {name: error / e if e else math.nan for name, (error, e) in errors.items()}
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
-        """Return what :class:`Part` keeps of a run, if the block is a plain sum of all layers."""
+        """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
         here = self.blocks.layers[self.blocks.index_of(site)]
-        plain = all(self.targets.get(name) == "stream" for name in here)
-        plain = plain and self.blocks.norms.keys().isdisjoint(here)
         mlps = [name for name, layer in here.items() if layer[0].kind == "mlp"]
-        if mlps != [site.name] or len(here) == 1 or not plain:
+        if mlps != [site.name] or len(here) == 1:
             return None
-        stream = self.blocks.after_attention(site, hidden, run, itself=False)
-        return self.states.hold(stream), self.states.hold(run.seen[site.name][0])
+        x, added = run.seen[site.name]
+        if site.name in self.ends:
+            stream = run.sums[site.name] - added.view_as(hidden)
+        elif all(self.targets.get(name) == "stream" for name in here) and (
+            self.blocks.norms.keys().isdisjoint(here)
+        ):
+            stream = self.blocks.after_attention(site, hidden, run, itself=False)
+        else:
+            return None
+        return self.states.hold(stream), self.states.hold(x)
 
     def _target_at(self, site: Site) -> str:
         """Return the target that the arithmetic of the block allows: "stream", else "branch"."""
         found = self._sum_at(site) if self.ranks.first else None
-        plain, norm = self.ranks.broadcast(found)
+        plain, norm, ends = self.ranks.broadcast(found)
         if norm is not None:
             self.blocks.norms[site.team] = norm
+        if ends:
+            self.ends.add(site.team)
         return "stream" if plain or norm is not None else "branch"
 
-    def _sum_at(self, site: Site) -> tuple[bool, str | None]:
-        """Tell whether a block adds what a site gives as it is, or else which norm reads it."""
+    def _sum_at(self, site: Site) -> tuple[bool, str | None, bool]:
+        """Tell whether a block adds what a site gives plainly, or which norm reads and ends it."""
         part = self.parts[0]
         one = part.batch.select([0]).to(self.device).inputs
         hidden = part.dense.get()[:1].to(self.blocks.device(self.blocks.index_of(site)))
         with self.blocks.answering(part.dense.answers(1)):
             if self.blocks.adds_plainly(site, one, hidden):
-                return True, None
-            return False, self.blocks.norm_of_sum(site, one, hidden)
+                return True, None, False
+            norm = self.blocks.norm_of_sum(site, one, hidden)
+            return False, norm, norm is not None and self.blocks.ends_with(norm, site, one, hidden)
 
     def _keep(self, layer: Sequence[Site]) -> None:
         """Note that a layer loses nothing and keeps the weights that it has."""
