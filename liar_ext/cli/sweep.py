@@ -14,6 +14,7 @@ from torch import nn
 from liar_ext.cli.options import recipe_of
 from liar_ext.errors import InputError
 from liar_ext.report.report import Report
+from liar_ext.report.tables import Table, figure, to_text
 
 if TYPE_CHECKING:
     from liar_ext.pipeline.sweep import Point
@@ -73,31 +74,29 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({"dense": dense, "budgets": rows}, indent=1))
         return
-    print("\n".join(table(dense, rows)))
+    print("\n".join(to_text(table(dense, rows))))
     if not options.quiet:
         for warning in given.warnings:
             print(f"Warning: {warning}")
 
 
-def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of a table: the dense model, and each budget."""
-    judged = dense["perplexity"] is not None
-    head = f"{'keep':>6} {'divergence':>11} {'parameters':>15} {'of dense':>9} {'operations':>11}"
-    lines = [head + f" {'perplexity':>11}" * judged + f" {'seconds':>8}"]
-    for row in [{**dense, "keep": "dense", "predicted_divergence": None, "seconds": None}, *rows]:
-        loss, seconds = row["predicted_divergence"], row["seconds"]
-        cells = [
-            f"{row['keep']:>6}",
-            f"{'–' if loss is None else f'{loss:.4g}':>11}",
-            f"{row['params']:>15,}",
-            f"{row['params'] / dense['params']:>9.1%}",
-            f"{row['flops']:>11.1%}",
-        ]
-        if judged:
-            cells.append(f"{row['perplexity']:>11.2f}")
-        cells.append(f"{'' if seconds is None else f'{seconds:.1f}':>8}")
-        lines.append(" ".join(cells).rstrip())
-    return lines
+def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+    """Return a table of the dense model and each budget."""
+    judged = ("perplexity",) if dense["perplexity"] is not None else ()
+    heads = ("keep", "divergence", "parameters", "of dense", "operations", *judged, "seconds")
+    cells = [
+        (
+            str(row["keep"]),
+            figure(row.get("predicted_divergence"), ".4g"),
+            f"{row['params']:,}",
+            f"{row['params'] / dense['params']:.1%}",
+            f"{row['flops']:.1%}",
+            *(f"{row[name]:.2f}" for name in judged),
+            figure(row.get("seconds"), ".1f"),
+        )
+        for row in [{"keep": "dense", **dense}, *rows]
+    ]
+    return Table("", heads, cells, ())
 
 
 def _dense(model: nn.Module, points: Sequence[Point]) -> dict[str, Any]:

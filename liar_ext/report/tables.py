@@ -145,7 +145,7 @@ def sites(title: str, rows: Sequence[SiteRow]) -> Table:
             figure(row.holdout_error),
             *(figure(row.certified_error) for _ in certified),
             figure(row.condition, ".0e"),
-            figure(row.dropped_rows),
+            figure(row.dropped_rows, ","),
             row.path,
             f"{row.share:.2f} {row.target}" if row.share else "dense-input",
             figure(row.seconds, ".1f"),
@@ -247,7 +247,7 @@ def facts(title: str, found: Mapping[str, Any], note: str = "") -> Table:
 def earlier_job(job: Mapping[str, Any]) -> str:
     """Return what a job did that had pruned the model before."""
     keep = job.get("budget", {}).get("keep")
-    return f"{pair(*job.get('params', (0, 0)))} parameters (keep {text(keep)})"
+    return f"{pair(*job.get('params', (None, None)))} parameters (keep {text(keep)})"
 
 
 def speed(bench: Benchmark | None) -> Table:
@@ -277,5 +277,6 @@ def speed(bench: Benchmark | None) -> Table:
             rows.append((what, left, f"{after / unit:,.0f}", ratio(before, after)))
     settings = bench.settings | bench.machine
     said = "; ".join(f"{key} {text(value)}" for key, value in settings.items())
-    note = f"Medians of alternating rounds, ratios with their quartiles; {said}"
+    against = f"Dense: {bench.dense.name}. " if bench.dense else ""
+    note = f"{against}Medians of alternating rounds, ratios with their quartiles; {said}"
     return Table(title, (*RATIO[:3], "pruned / dense (quartiles)"), rows, (0,), note)

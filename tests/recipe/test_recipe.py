@@ -268,7 +268,7 @@ def test_a_job_is_repeated_by_its_recipe(tmp_path):
     recipe = Recipe.load(tmp_path / "liar" / "recipe.yaml")
     assert recipe == report.recipe and recipe.criterion == "obs"
     assert json.loads((tmp_path / "liar/report.json").read_text())["recipe"] == recipe.to_dict()
-    assert recipe.to_yaml() in (tmp_path / "liar/report.md").read_text()
+    assert f"| criterion | {recipe.criterion} |" in (tmp_path / "liar/report.md").read_text()
     prune(again, batches(again), recipe)
     assert outputs(first).equal(outputs(again))
     assert prune(tiny("llama"), batches(first), recipe, keep=0.9).budget["keep"] == 0.9

@@ -93,11 +93,11 @@ def test_a_report_of_nothing_is_short():
 
 
 def test_numbers_are_rounded_as_a_person_reads_them():
-    page = report().to_markdown()
+    page = report(sites=[replace(ROW, dropped_rows=12345)]).to_markdown()
     (row,) = [line for line in page.splitlines() if line.startswith("| 3.mlp")]
     assert row == (
-        "| 3.mlp | 1,536 → 1,229 | 2,654,208 → 2,123,712 | 1e-03 | 0.0123 | 0.0235 | 1e+05 | 0 "
-        "| linear, cholesky float64 | dense-input | 1.2 |"
+        "| 3.mlp | 1,536 → 1,229 | 2,654,208 → 2,123,712 | 1e-03 | 0.0123 | 0.0235 | 1e+05 "
+        "| 12,345 | linear, cholesky float64 | dense-input | 1.2 |"
     )
     assert "| predicted | 0.331234 |" in page and "| calibrate | 12.3 |" in page
     assert [figure(x) for x in (0.000012345, 120.0, 3, None)] == ["1.23e-05", "120", "3", "–"]
