@@ -1,7 +1,7 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
 import liar_ext.environment  # noqa: F401  (before torch)
-from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
+from liar_ext import ops
 from liar_ext.benchmarking.latency import measure_latency
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments

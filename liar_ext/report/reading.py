@@ -19,7 +19,6 @@ from typing import Any
 from liar_ext.errors import InputError, one_line
 from liar_ext.report.report import REPORT_JSON
 
-REPORT_NAMES = (REPORT_JSON, "liar_report.json")  # the second: of version 0.1.0
 MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB
 MOST_SITES = 4096
 MOST_FACTS = 200  # of a table of names and values
@@ -168,14 +167,15 @@ def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
     path = Path(folder)
     try:
         is_folder = path.is_dir()
-        found = next((path / name for name in REPORT_NAMES if (path / name).is_file()), None)
+        found = path / REPORT_JSON
+        is_report = found.is_file()
     except (OSError, ValueError) as error:
         raise InputError(f"{operation}: {path} can't be read: {one_line(error)}") from error
     if not is_folder:
         raise InputError(f"{operation}: {path} is no folder; give one that liar prune wrote")
-    if found is None:
+    if not is_report:
         raise InputError(
-            f"{operation}: {path} has no {REPORT_NAMES[0]}; give a folder that liar prune wrote, "
+            f"{operation}: {path} has no {REPORT_JSON}; give a folder that liar prune wrote, "
             "or save_pruned with report="
         )
     return found
