@@ -186,25 +186,6 @@ def curve_rows(d, width, steps):
         lambda: reference.obs_curve(weight, gram, width, 1e-2, units - removed),
         repeats=3,
     )
-    for way, op in {"ours": ops, "plain torch": reference}.items():
-        yield measured(
-            f"unit_energy, d = {d}, width = {width}",
-            way,
-            lambda op=op: op.unit_energy(weight, gram, width),
-        )
-
-
-def fisher_rows(d, width):
-    """Time one batch of sequences; the bytes are those of x and its gradient."""
-    x = torch.randn(4, 2048, d, device="cuda").to(torch.bfloat16)
-    fisher = torch.zeros(d // width, **F64)
-    for way, op in {"ours": ops, "plain torch": reference}.items():
-        yield measured(
-            f"fisher_update_, d = {d}, width = {width}",
-            way,
-            lambda op=op: op.fisher_update_(fisher, x, x, width),
-            lambda ms: {"TB/s": 2 * x.nbytes / ms / 1e9},
-        )
 
 
 def jobs(found, tokens):
@@ -220,15 +201,13 @@ def jobs(found, tokens):
     # Attention of Llama-2-7B (a head is 128) and Llama-3-8B (a KV group is 512), then MLPs.
     for d, width in ((4096, 128), (4096, 512), (4096, 1), (11008, 1), (14336, 1)):
         yield "curve", curve_rows(d, width, 64)
-    for d, width in ((4096, 128), (14336, 1)):
-        yield "fisher", fisher_rows(d, width)
 
 
 def main():
     """Run everything and print one line a measurement."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128 * 2048)
-    parser.add_argument("--only", choices=["gram", "reconstruct", "small", "curve", "fisher"])
+    parser.add_argument("--only", choices=["gram", "reconstruct", "small", "curve"])
     parser.add_argument("--json", help="write the rows to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or ops.build_info()["cuda"] != "compiled":

@@ -49,8 +49,6 @@ STABLE_TORCH_LIBRARY(liar_ext, m) {
   m.def(
       "obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, int groups=1) -> "
       "(Tensor order, Tensor error, Tensor info)");
-  m.def("unit_energy(Tensor weight, Tensor gram, int width) -> Tensor");
-  m.def("fisher_update_(Tensor(a!) fisher, Tensor x, Tensor grad, int width) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(liar_ext, CompositeExplicitAutograd, m) {

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import liar_ext.environment  # noqa: F401  (before torch)
-from liar_ext import _aliases, ops  # noqa: F401  (old names of modules)
+from liar_ext import ops
 from liar_ext.benchmarking.latency import measure_latency
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments

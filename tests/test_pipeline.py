@@ -142,7 +142,7 @@ def test_perplexity_is_reported_before_and_after():
     [
         ({"keep": 1.5}, r"keep must be in \(0, 1\]"),
         ({"keep": 0.01}, "no plan keeps"),
-        ({"criterion": "best"}, "unknown criterion 'best'; known: energy"),
+        ({"criterion": "best"}, "unknown criterion 'best'; known: fisher"),
         ({"reconstruct": "ridge"}, "reconstruct must be one of"),
         ({"damp": "lots"}, "damp must be"),
         ({"allocation": "fair"}, "allocation must be one of"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -42,18 +41,3 @@ def test_one_command_alone_imports_suggestions():
 def test_public_names_are_documented():
     for name in liar_ext.__all__:
         assert getattr(liar_ext, name).__doc__, name
-
-
-def test_modules_that_users_name_keep_working():
-    """Names of modules in the documentation of 0.1.0, and in folders saved by it."""
-    for name, members in {
-        "arch": ("Family", "HeadInput", "Wiring", "family_of", "get_consumer_weight", "sites"),
-        "criteria": ("criterion", "get_criterion", "list_criteria", "score"),
-        "curves": ("error_curves",),
-        "gradients": ("SiteGradients", "collect_gradients"),
-        "layerwise": ("reconstruct_layerwise",),
-        "texts": ("read_documents", "calibration_sequences"),
-    }.items():
-        module = importlib.import_module(f"liar_ext.{name}")
-        assert all(hasattr(module, member) for member in members), name
-        assert getattr(liar_ext, name) is module

@@ -68,7 +68,7 @@ def test_every_public_name_has_its_place():
     names = {f"liar_ext.{name}" for name in liar_ext.__all__}
     names |= {f"liar_ext.export.{name}" for name in liar_ext.export.__all__}
     names |= {f"{row.module}.export" for row in FORMATS.values()}
-    names |= {"liar_ext.checkpoint.load_model", "liar_ext.checkpoint.PrunedModel"}
+    names |= {"liar_ext.checkpoint.load_model"}
     folder = ROOT / "liar_ext" / "integrations"
     modules = {f"liar_ext.integrations.{path.stem}" for path in folder.glob("[a-z]*.py")}
     helpers = {"layer_sizes", "linear_grams"}

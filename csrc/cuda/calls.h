@@ -55,23 +55,6 @@ struct CurveCall {
   double* info;
 };
 
-struct EnergyCall {
-  std::int64_t d, d_out, width;
-  const double* weight;
-  std::int64_t weight_stride;
-  const double* gram;
-  std::int64_t gram_stride;
-  double* energy;
-};
-
-struct FisherCall {
-  Element element;
-  const void *x, *grad;
-  std::int64_t sequences, tokens, d, width;
-  std::int64_t x_sequence, x_stride, grad_sequence, grad_stride;
-  double* fisher;
-};
-
 struct Place {
   int device;
   void* stream;
@@ -82,8 +65,6 @@ struct Place {
 std::int64_t gram_update(const GramCall& call, void* workspace, Place place);
 std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place);
 std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
-std::int64_t unit_energy(const EnergyCall& call, void* workspace, Place place);
-std::int64_t fisher_update(const FisherCall& call, void* workspace, Place place);
 
 // How many devices the driver offers; 0, without an error, where there is no driver or an old one.
 int device_count();

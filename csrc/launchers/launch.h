@@ -18,9 +18,7 @@ using torch::stable::Tensor;
       Tensor weight, Tensor gram, Tensor kept, Tensor damps, std::optional<Tensor> holdout,      \
       std::optional<Tensor> cross, std::optional<Tensor> holdout_cross, bool errors_only);       \
   std::tuple<Tensor, Tensor, Tensor> obs_curve_##device(                                         \
-      Tensor weight, Tensor gram, int64_t width, double damp, int64_t at_least, int64_t groups); \
-  Tensor unit_energy_##device(Tensor weight, Tensor gram, int64_t width);                        \
-  void fisher_update_##device(Tensor fisher, Tensor x, Tensor grad, int64_t width);
+      Tensor weight, Tensor gram, int64_t width, double damp, int64_t at_least, int64_t groups);
 
 LIAR_LAUNCHERS(cpu)
 LIAR_LAUNCHERS(cuda)  // compiled where nvcc was found

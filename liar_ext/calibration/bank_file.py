@@ -32,7 +32,6 @@ from liar_ext.errors import InputError, one_line
 from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
 
 BANK_VERSION = 2
-OLDER = ("1",)
 PARTS = ("gram", "total", "count")
 DTYPES = {"F64": torch.float64, "F32": torch.float32}
 SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
@@ -91,13 +90,13 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             version = metadata.get("liar_bank")
-            if version not in (str(BANK_VERSION), *OLDER):
+            if version != str(BANK_VERSION):
                 raise refusal(path, f"liar_bank must be {BANK_VERSION}, got {version}")
             source = _source(path, metadata)
-            extras = _extras(path, file, version)
+            extras = _extras(path, file)
             widths = _widths(path, file, [key for key in file.keys() if key not in extras])
             _check_memory(path, widths if sums else {}, _bytes(file, extras))
-            if SEAL in extras and sums and not is_sealed(path):
+            if sums and not is_sealed(path):
                 raise refusal(path, "its bytes are not those that were written")
             stored = Stored(source)
             _read_extras(path, file, extras, stored)
@@ -151,16 +150,16 @@ def _source(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
     return source
 
 
-def _extras(path: str | os.PathLike[str], file: safe_open, version: str) -> list[str]:
+def _extras(path: str | os.PathLike[str], file: safe_open) -> list[str]:
     """Return the names of what is no sum, after a look at the header."""
     names = [key for key in file.keys() if "/" in key]
     for name in names:
-        if version in OLDER or name not in EXTRAS:
+        if name not in EXTRAS:
             raise refusal(path, "each site must have gram, total and count, and nothing else")
         part = file.get_slice(name)
         if part.get_dtype() != EXTRAS[name] or len(part.get_shape()) > 2:
             raise refusal(path, f"{name} must be {EXTRAS[name]}, got {part.get_dtype()}")
-    if version not in OLDER and SEAL not in names:
+    if SEAL not in names:
         raise refusal(path, f"it has no {SEAL}")
     text = set(names) & kept_text.PARTS.keys()
     if text and not text >= kept_text.PARTS.keys() - {"text/source"}:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liar_ext import ops
 from liar_ext.bars import Bar
 from liar_ext.calibration.hooks import watched
 from liar_ext.data.batches import LABELS, Batch, Batches, read_batch, read_batches
@@ -133,7 +132,7 @@ def collect_gradients(
                 joined.setdefault(site.name, []).append(torch.stack(both))
             for site in at:
                 x, gradient = torch.cat(joined[site.name], 2)  # the runs of what repeats
-                ops.fisher_update_(fisher[site.name], x, gradient, site.width)
+                fisher[site.name] += _squared_by_mask(x, gradient, site.width)
             for total, gradient in zip(sums, gradients[len(seen) :], strict=True):
                 total += gradient
             items, sequences = items + count, sequences + rows
@@ -150,6 +149,12 @@ def collect_gradients(
         site.name: _summarise(site, owned[site.name], products, fisher[site.name] / sequences)
         for site in at
     }
+
+
+def _squared_by_mask(x: Tensor, gradient: Tensor, width: int) -> Tensor:
+    """Return ``Σ_s (Σ_t Σ_{j∈u} x_stj g_stj)²`` by unit, ``(units,)`` float64."""
+    sums = [(one.double() * other.double()).sum(0) for one, other in zip(x, gradient, strict=True)]
+    return torch.stack(sums).unflatten(1, (-1, width)).sum(2).square().sum(0)
 
 
 def check_owned(at: Sequence[Site]) -> None:

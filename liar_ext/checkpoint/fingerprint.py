@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.names import FINGERPRINT_FILE, OLD_FINGERPRINT_FILE
+from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.inputs import draw_inputs, inputs_read, known_tokens
 from liar_ext.models.running import output_of
@@ -97,9 +97,8 @@ def read_fingerprint(folder: Path) -> Fingerprint:
     InputError
         If the folder has no fingerprint, or none that :func:`write_fingerprint` could have written.
     """
-    names = (FINGERPRINT_FILE, OLD_FINGERPRINT_FILE)
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
+    path = folder / FINGERPRINT_FILE
+    if not path.is_file():
         raise InputError(
             f"verify: {folder} has no {FINGERPRINT_FILE}; save the model with save_pruned"
         )

@@ -39,8 +39,6 @@ from liar_ext.errors import InputError, one_line
 from liar_ext.models.inputs import inputs_read, known_tokens
 from liar_ext.plan import Plan
 
-# Arguments of from_pretrained that say where to find a repository.
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # Arguments that would have transformers run code of the folder, or read other files of it.
 REFUSED_ARGUMENTS = (
     "trust_remote_code",
@@ -103,28 +101,6 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     if known:
         model.liar_plan = known[0]  # with which a further pruning composes
     return model
-
-
-class PrunedModel:
-    """The loader that ``auto_map`` names in folders of version 0.1.0 with unequal layers.
-
-    With ``trust_remote_code=True`` the auto classes of transformers call it as if it were a model
-    class; what they return is an object of the stock class, ``generate`` and all.
-    """
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Do nothing: the folder holds the code already."""
-
-    @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *args: Any, **kwargs: Any) -> nn.Module:
-        """Load a folder, or a repository of the hub, as :func:`load_pruned` does."""
-        if not Path(name).is_dir():
-            from huggingface_hub import snapshot_download
-
-            own = [key for key in HUB_ARGUMENTS if key in kwargs]
-            name = snapshot_download(os.fspath(name), **{key: kwargs.pop(key) for key in own})
-        return load_pruned(name, **kwargs)
 
 
 def load_model(

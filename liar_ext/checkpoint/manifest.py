@@ -1,8 +1,6 @@
 """What of a folder was written by ``save_pruned``: only that may be replaced.
 
-``liar/manifest.json`` lists every file with its SHA-256; in older folders it lies at the top.
-Folders of version 0.1.0 have none; there the names decide that it, and transformers'
-``save_pretrained``, gave their files.
+``liar/manifest.json`` lists every file with its SHA-256.
 """
 
 from __future__ import annotations
@@ -10,27 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path, PurePosixPath
 
-from liar_ext.checkpoint.names import (
-    MANIFEST_FILE,
-    MARKER_FILE,
-    OLD_MANIFEST_FILE,
-    OLD_PLAN_FILE,
-)
+from liar_ext.checkpoint.names import MANIFEST_FILE, MARKER_FILE
 
 MANIFEST_VERSION = 1
 BLOCK = 1 << 20
-# Of a model, its tokenizer or processor, and of version 0.1.0 itself.
-KNOWN = re.compile(
-    r"(generation_|tokenizer_|preprocessor_|processor_|video_preprocessor_)?config\.json"
-    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|tokenizer\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)"
-    r"|merges\.txt|(spiece|sentencepiece\.bpe)\.model|chat_template\.(jinja|json)"
-    r"|additional_chat_templates/[^/]+\.jinja"
-    r"|liar_(plan\.json|probe\.safetensors|loader\.py|report\.(json|md))"
-)
 
 
 def write_manifest(folder: Path) -> None:
@@ -61,17 +44,15 @@ def strangers(folder: Path, *, contents: bool = True) -> list[str]:
         Compare digests, too, and not only names: it reads every file.
     """
     found = [name for name in entries(folder) if name != MARKER_FILE]
-    manifest = next((name for name in (MANIFEST_FILE, OLD_MANIFEST_FILE) if name in found), None)
-    if manifest is None:
-        old = OLD_PLAN_FILE in found
-        return [name for name in found if not (old and _is_known(folder / name, name))]
-    files = _listed(folder / manifest)
+    if MANIFEST_FILE not in found:
+        return found
+    files = _listed(folder / MANIFEST_FILE)
     if files is None:
-        return [manifest]
+        return [MANIFEST_FILE]
     return [
         name
         for name in found
-        if name != manifest
+        if name != MANIFEST_FILE
         and not (name in files and (not contents or digest(folder / name) == files[name]))
     ]
 
@@ -95,10 +76,6 @@ def digest(path: Path) -> str | None:
         while block := file.read(BLOCK):
             value.update(block)
     return value.hexdigest()
-
-
-def _is_known(path: Path, name: str) -> bool:
-    return bool(KNOWN.fullmatch(name)) and path.is_file() and not path.is_symlink()
 
 
 def _listed(path: Path) -> dict[str, str] | None:

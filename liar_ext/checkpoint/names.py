@@ -33,15 +33,6 @@ TOKENIZER_FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 
-# Of version 0.1.0, whose folders are read.
+# Of version 0.1.0, whose folders are loaded.
 OLD_MARK_VERSION = 1
 OLD_PLAN_FILE = "liar_plan.json"
-OLD_FINGERPRINT_FILE = "liar_probe.safetensors"
-OLD_MANIFEST_FILE = "liar_manifest.json"
-OLD_LOADER_CLASS = f"{LOADER_MODULE}.PrunedModel"
-OLD_LOADER_CODE = '''"""Builds the layers that liar_plan.json says; config.json names it."""
-
-from liar_ext.checkpoint import PrunedModel
-
-__all__ = ["PrunedModel"]
-'''

@@ -14,8 +14,6 @@ from liar_ext.checkpoint.names import (
     LOADER_CODE,
     LOADER_FILE,
     LOADER_MODULE,
-    OLD_LOADER_CLASS,
-    OLD_LOADER_CODE,
     OLD_MARK_VERSION,
 )
 from liar_ext.errors import InputError
@@ -29,8 +27,13 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
     Raises
     ------
     InputError
-        If the folder has any other code, or names it.
+        If the folder has any other code, or names it, or version 0.1.0 saved it.
     """
+    if config["liar"]["version"] == OLD_MARK_VERSION:
+        raise InputError(
+            f"verify: {folder} was saved by version 0.1.0, which can only be loaded; load it with "
+            "liar_ext.load_pruned and save it again with save_pruned"
+        )
     auto_map = config.get("auto_map", {})
     unequal = config["liar"]["layers"] == "unequal"
     others = [
@@ -46,18 +49,18 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
         if auto_map or "auto_map" in config:
             raise _refusal(folder, "auto_map", "equal layers need no code")
         return []
-    known, old = _auto_names(), config["liar"]["version"] == OLD_MARK_VERSION
+    known = _auto_names()
     for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
-        if name not in known or not (loader == OLD_LOADER_CLASS if old else _is_stock(loader)):
+        if name not in known or not _is_stock(loader):
             raise _refusal(folder, f"auto_map with {name}: {str(loader)[:80]}", "it isn't ours")
-    path, code = folder / LOADER_FILE, (OLD_LOADER_CODE if old else LOADER_CODE).encode()
+    path, code = folder / LOADER_FILE, LOADER_CODE.encode()
     if auto_map and not (
         path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
     ):
         raise _refusal(folder, LOADER_FILE, "it isn't the file that save_pruned writes")
     names = config.get("architectures")
     saved = f"{LOADER_MODULE}.{names[0] if isinstance(names, list) and names else ''}"
-    return sorted(name for name, loader in auto_map.items() if old or loader == saved)
+    return sorted(name for name, loader in auto_map.items() if loader == saved)
 
 
 def _refusal(folder: Path, what: str, why: str) -> InputError:

@@ -2,18 +2,14 @@
 
 from liar_ext.ops.wrappers import (
     build_info,
-    fisher_update_,
     gram_update_,
     obs_curve,
     reconstruct,
-    unit_energy,
 )
 
 __all__ = [
     "build_info",
-    "fisher_update_",
     "gram_update_",
     "obs_curve",
     "reconstruct",
-    "unit_energy",
 ]

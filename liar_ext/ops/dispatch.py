@@ -20,7 +20,7 @@ except ImportError as error:
         "`pip install --no-build-isolation -e .` in the source tree, with torch >= 2.10 installed"
     ) from error
 
-OPERATORS = ("fisher_update_", "gram_update_", "obs_curve", "reconstruct", "unit_energy")
+OPERATORS = ("gram_update_", "obs_curve", "reconstruct")
 
 
 def _check_device(op: str, first: str, **tensors) -> None:
@@ -75,18 +75,6 @@ def _(weight, gram, width, damp, at_least, groups=1):
         weight.new_empty(removed + 1, dtype=torch.float64),
         weight.new_empty(2, dtype=torch.float64),
     )
-
-
-@torch.library.register_fake("liar_ext::unit_energy")
-def _(weight, gram, width):
-    _check_device("unit_energy", "weight", weight=weight, gram=gram)
-    return weight.new_empty(weight.shape[1] // width, dtype=torch.float64)
-
-
-@torch.library.register_fake("liar_ext::fisher_update_")
-def _(fisher, x, grad, width):
-    _check_device("fisher_update_", "x", x=x, fisher=fisher, grad=grad)
-    torch._check(x.dim() == 3, lambda: f"fisher_update_: x must have 3 dimensions, got {x.shape}")
 
 
 def _refuse(op, device: str):

@@ -172,21 +172,6 @@ def _each_site(
     return results
 
 
-def unit_energy(weight: Tensor, gram: Tensor, width: int) -> Tensor:
-    """Return ``tr(W_u G_uu W_uᵀ)`` of every unit; see :func:`liar_ext.ops.unit_energy`."""
-    weight, gram = weight.double(), _symmetric(gram)
-    units = len(gram) // width
-    blocks = gram.reshape(units, width, units, width).diagonal(dim1=0, dim2=2)
-    columns = weight.reshape(-1, units, width)
-    return torch.einsum("oui,iju,ouj->u", columns, blocks, columns)
-
-
-def fisher_update_(fisher: Tensor, x: Tensor, grad: Tensor, width: int) -> None:
-    """Add the units' squared mask gradients; see :func:`liar_ext.ops.fisher_update_`."""
-    products = (x.double() * grad.double()).sum(1)
-    fisher += products.reshape(len(x), len(fisher), width).sum(2).square().sum(0)
-
-
 def _solve(block: Tensor, shift: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(block + shift)⁻¹ rhs``, the code of the factorisation and its condition."""
     one = block.new_ones(())

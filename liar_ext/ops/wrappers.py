@@ -16,11 +16,9 @@ from liar_ext.ops import dispatch  # noqa: F401  importing it registers the oper
 
 __all__ = [
     "build_info",
-    "fisher_update_",
     "gram_update_",
     "obs_curve",
     "reconstruct",
-    "unit_energy",
 ]
 
 
@@ -210,64 +208,6 @@ def obs_curve(
     (arXiv 2412.18110), with every downdate exact and none of the choices made in blocks.
     """
     return torch.ops.liar_ext.obs_curve(weight, gram, width, damp, at_least, groups)
-
-
-def unit_energy(weight: Tensor, gram: Tensor, width: int) -> Tensor:
-    r"""Return the output's squared error when a unit alone is dropped, for every unit.
-
-    .. math:: e_u = \mathrm{tr}\,W_u G_{uu} W_u^T
-
-    Parameters
-    ----------
-    weight : Tensor
-        ``W``, ``(d_out, d)``, any float dtype.
-    gram : Tensor
-        ``G``, ``(d, d)`` float32 or float64; only the lower triangle is read.
-    width : int
-        Features per unit; unit u is the features ``[u · width, (u + 1) · width)``.
-
-    Returns
-    -------
-    Tensor
-        ``(d / width,)`` float64.
-
-    Raises
-    ------
-    RuntimeError
-        If a shape, a dtype or the width is not as above.
-    """
-    return torch.ops.liar_ext.unit_energy(weight, gram, width)
-
-
-def fisher_update_(fisher: Tensor, x: Tensor, grad: Tensor, width: int) -> None:
-    r"""Add the squared gradients of the units' masks, one per sequence, in place.
-
-    .. math:: F_u \mathrel{+}= \sum_s \Big(\sum_t \sum_{j \in u} x_{stj}\, g_{stj}\Big)^2
-
-    where ``g`` is the gradient of a sequence's loss by ``x``; the inner sum is then its gradient by
-    a mask that multiplies the features of unit u. Summed in float64.
-
-    Parameters
-    ----------
-    fisher : Tensor
-        ``(d / width,)`` float64, contiguous; shares no memory with the others.
-    x : Tensor
-        ``(sequences, tokens, d)`` float16, bfloat16, float32 or float64; any strides.
-    grad : Tensor
-        Shape and dtype of ``x``.
-    width : int
-        Features per unit; unit u is the features ``[u · width, (u + 1) · width)``.
-
-    Raises
-    ------
-    RuntimeError
-        If a shape, a dtype or the width is not as above.
-
-    Notes
-    -----
-    Source: the diagonal of the empirical Fisher information of masks (arXiv 2204.09656).
-    """
-    torch.ops.liar_ext.fisher_update_(fisher, x, grad, width)
 
 
 def build_info() -> dict[str, str]:

@@ -35,14 +35,15 @@ def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
     path = Path(folder)
     try:
         is_folder = path.is_dir()
-        found = next((path / name for name in REPORT_NAMES if (path / name).is_file()), None)
+        found = path / REPORT_JSON
+        is_report = found.is_file()
     except (OSError, ValueError) as error:
         raise InputError(f"{operation}: {path} can't be read: {one_line(error)}") from error
     if not is_folder:
         raise InputError(f"{operation}: {path} is no folder; give one that liar prune wrote")
-    if found is None:
+    if not is_report:
         raise InputError(
-            f"{operation}: {path} has no {REPORT_NAMES[0]}; give a folder that liar prune wrote, "
+            f"{operation}: {path} has no {REPORT_JSON}; give a folder that liar prune wrote, "
             "or save_pruned with report="
         )
     return found

@@ -244,13 +244,6 @@ def wifv(stats: SiteStatistics) -> Tensor:
     return stats.weight.square().sum(0) * stats.moments.variance()
 
 
-@criterion("energy", source="output error without reconstruction")
-def energy(stats: SiteStatistics) -> Tensor:
-    """``tr(W_u G_uu W_uᵀ) / n``: the output's squared error when unit ``u`` alone is dropped."""
-    gram, _, tokens = stats.moments.pooled()
-    return ops.unit_energy(stats.weight, gram, stats.width) / tokens
-
-
 @criterion("obs", source="output error after reconstruction, as in Optimal Brain Surgeon")
 def obs(stats: SiteStatistics) -> Tensor:
     """Error per token once ``u`` is gone, units going by least error after reconstruction.

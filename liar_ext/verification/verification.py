@@ -25,8 +25,6 @@ from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.names import (
     FINGERPRINT_FILE,
-    OLD_FINGERPRINT_FILE,
-    OLD_MARK_VERSION,
 )
 from liar_ext.checkpoint.reading import read_marked_config, stock_class
 from liar_ext.checkpoint.trust import check_code
@@ -117,13 +115,10 @@ def verify_everywhere(
     for name in autos[:1]:
         how = f"transformers.{name}.from_pretrained(trust_remote_code=True)"
         loaders.append((how, name, True))
-    names = (FINGERPRINT_FILE, OLD_FINGERPRINT_FILE)
     job = {
-        # Folders of version 0.1.0 hold code that needs it.
-        "alone": config["liar"]["version"] != OLD_MARK_VERSION,
         "folder": str(folder),
         "device": device,
-        "fingerprint": str(next(folder / n for n in names if (folder / n).is_file())),
+        "fingerprint": str(folder / FINGERPRINT_FILE),
     }
     with tempfile.TemporaryDirectory() as room:
         job["ids"] = None
@@ -216,7 +211,7 @@ def _uniform(path: Path, how: str, fingerprint: Fingerprint) -> Iterator[Row]:
     own = read_fingerprint(path)
     name = stock_class(read_marked_config(path), "verify").__name__
     job = {"folder": str(path), "device": "cpu", "loader": name, "code": False, "ids": None}
-    job |= {"alone": True, "fingerprint": str(path / FINGERPRINT_FILE)}
+    job |= {"fingerprint": str(path / FINGERPRINT_FILE)}
     yield from _loaded([how], [job], own, _megabytes(path))
 
 

@@ -4,7 +4,7 @@ Run as a script it needs transformers and safetensors alone, and makes sure that
 imported, unless that is the loader to try. A list of jobs comes in as JSON, for each a row goes out
 on a line of its own, or what went wrong::
 
-    [{"folder": DIR, "loader": "AutoModelForCausalLM", "code": true, "alone": true,
+    [{"folder": DIR, "loader": "AutoModelForCausalLM", "code": true,
       "device": "cpu", "fingerprint": FILE, "ids": FILE.npy or null}, ...]
     {"difference": 0.0, "params": 1000, "perplexity": 30.1, "tokens_per_second": 900.0}
     {"error": "RuntimeError: ..."}
@@ -44,7 +44,7 @@ def main() -> None:
 
 def do(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job in this process, which is good for no other one then."""
-    if job["loader"] != "liar_ext" and job["alone"]:
+    if job["loader"] != "liar_ext":
         sys.modules["liar_ext"] = None
     return run(job)
 

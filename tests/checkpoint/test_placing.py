@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from folders import equal_plan, make_plan, pruned
-from tiny import outputs
 
 from liar_ext.checkpoint import load_pruned, placing, save_pruned, saving
 from liar_ext.checkpoint.manifest import strangers
 from liar_ext.checkpoint.names import MANIFEST_FILE, MARKER_FILE
 from liar_ext.checkpoint.placing import check_folder
 from liar_ext.errors import InputError
-
-SAVED_BEFORE = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
 
 
 @pytest.fixture
@@ -69,18 +66,6 @@ def test_a_damaged_manifest_proves_nothing(manifest: str, folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(manifest)
     with pytest.raises(InputError, match=f"holds {MANIFEST_FILE}"):
         check_folder(folder, overwrite=True)
-
-
-def test_a_folder_of_0_1_0_is_known_by_its_names(tmp_path: Path) -> None:
-    import shutil
-
-    folder = shutil.copytree(SAVED_BEFORE, tmp_path / "pruned")
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds notes.txt, which"):
-        check_folder(folder, overwrite=True)
-    (folder / "notes.txt").unlink()
-    model = save_other(folder, overwrite=True)
-    assert torch.equal(outputs(load_pruned(folder)), outputs(model))
 
 
 @pytest.mark.parametrize("atomic", [True, False])

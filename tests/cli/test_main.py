@@ -362,7 +362,7 @@ def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
     (tmp_path / "empty.txt").write_text(" \n")
     refuse("keep must be in (0, 1]", "--keep", "0")
     refuse("no plan keeps 0.01", "--keep", "0.01", "--seq-len", "16")
-    refuse("unknown criterion 'best'; known: energy", "--criterion", "best")
+    refuse("unknown criterion 'best'; known: fisher", "--criterion", "best")
     refuse("damp must be a number", "--damp", "much")
     refuse("must be UTF-8", calibration=tmp_path / "latin.txt")
     refuse("too short", "--seq-len", "64", calibration=tmp_path / "short.txt")

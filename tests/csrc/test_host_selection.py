@@ -1,9 +1,9 @@
-"""obs_curve and the scores as the GPU would compute them, executed on the host."""
+"""obs_curve as the GPU would compute it, executed on the host."""
 
 import numpy as np
 import pytest
 import torch
-from host_kernels import DTYPES, LARGE, kernels, narrow, widen
+from host_kernels import LARGE, kernels
 
 from liar_ext.ops import reference
 
@@ -129,55 +129,11 @@ def test_curve_in_any_order(d, width, at_least, order):
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("order", [1, 6])
-def test_scores_in_any_order(order):
-    weight, gram = problem(6, 300, 11)
-    x = np.random.default_rng(7).normal(size=(3, 5, 300))
-
-    def scores():
-        fisher = np.zeros(30)
-        kernels().fisher_update_(fisher, x, x[::-1].copy(), 10, "f64")
-        return [fisher, *(kernels().unit_energy(weight, gram, width) for width in (1, 10))]
-
-    first = scores()
-    kernels().configure(order=order, late_copies=False)
-    assert all(np.array_equal(a, b) for a, b in zip(first, scores(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("d", "width"), [(1, 1), (7, 1), (300, 1), (12, 3), (129, 43), (70, 70), (256, 128)]
-)
-def test_unit_energy(d, width):
-    weight, gram = problem(6, d, 11)
-    got = kernels().unit_energy(weight, gram, width)
-    assert len(got) == d // width
-    for u, value in enumerate(got):
-        part = slice(u * width, (u + 1) * width)
-        want = np.einsum("oi,ij,oj->", weight[:, part], full(gram)[part, part], weight[:, part])
-        np.testing.assert_allclose(value, want, rtol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("sequences", "tokens", "d", "width"),
-    [(0, 3, 4, 2), (2, 0, 4, 2), (1, 1, 1, 1), (3, 40, 12, 4), (2, 9, 300, 1), (2, 5, 320, 160)],
-)
-def test_fisher_update(dtype, sequences, tokens, d, width):
-    rng = np.random.default_rng(7)
-    wide = rng.standard_normal((2, sequences, tokens + 1, d + 3))
-    x, grad = (narrow(a, dtype)[:, :tokens, :d] for a in wide)
-    fisher = np.ones(d // width)
-    kernels().fisher_update_(fisher, x, grad, width, dtype)
-    products = (widen(x) * widen(grad)).reshape(sequences, tokens, d // width, width)
-    np.testing.assert_allclose(fisher, 1 + (products.sum((1, 3)) ** 2).sum(0), rtol=1e-12)
-
-
 def test_a_wrong_fragment_is_seen():
     weight, gram = problem(9, 24, 6)
-    right = kernels().obs_curve(weight, gram, 4, 1e-2), kernels().unit_energy(weight, gram, 4)
+    right = kernels().obs_curve(weight, gram, 4, 1e-2)
     kernels().configure(swapped_fragments=True)
-    assert not np.array_equal(kernels().obs_curve(weight, gram, 4, 1e-2)[1], right[0][1])
-    assert not np.array_equal(kernels().unit_energy(weight, gram, 4), right[1])
+    assert not np.array_equal(kernels().obs_curve(weight, gram, 4, 1e-2)[1], right[1])
 
 
 def test_every_barrier_is_needed_and_its_loss_seen():
@@ -187,14 +143,13 @@ def test_every_barrier_is_needed_and_its_loss_seen():
     wide_weight, wide_gram = problem(8, 260, 20)
     wide_weight[:, 256:] *= 1e-3
     jobs = [
-        lambda: [kernels().unit_energy(weight, gram, 70)],
         lambda: kernels().obs_curve(weight[:, :90], gram[:90, :90], 1, 1e-2, at_least=84),
         lambda: kernels().obs_curve(weight, gram, 2, 1e-2, at_least=66),
         lambda: kernels().obs_curve(wide_weight, wide_gram, 1, 1e-2, at_least=256),
     ]
     kernels().configure()
     right = [job() for job in jobs]
-    files = ("choice.cuh", "curve.cuh", "scores.cuh", "block.cuh")
+    files = ("choice.cuh", "curve.cuh", "block.cuh")
     sites = [s for s in kernels().synchronization_sites() if any(f in s for f in files)]
 
     def survives(site):

@@ -65,7 +65,6 @@ def test_launchers_wait_for_no_value():
         count_waits = ctypes.CDLL("libtorch_cuda.so").liar_count_waits
         x, kept = torch.randn(40, 12, device="cuda"), torch.arange(0, 12, 2, device="cuda")
         damps = torch.tensor([0.1, torch.inf], dtype=torch.float64, device="cuda")
-        fisher = torch.zeros(3, dtype=torch.float64, device="cuda")
         gram, weight = x.T @ x, torch.randn(5, 12, device="cuda")
         moments, mask, turned = sums(12, "cuda"), x[:, 0] > 0, x.T.contiguous().T
         before = count_waits()
@@ -74,8 +73,6 @@ def test_launchers_wait_for_no_value():
         ops.reconstruct(weight[None], gram[None], kept[None], damps, errors_only=True)
         ops.obs_curve(weight, gram, 1, 0.1, 0)
         ops.obs_curve(weight, gram, 4, 0.1, 1)
-        ops.unit_energy(weight, gram, 4)
-        ops.fisher_update_(fisher, x[None], x[None], 4)
         print(count_waits() - before)
         gram[0, 0].item()
         print(count_waits() - before)
@@ -100,15 +97,15 @@ def test_what_cuda_says_is_passed_on_with_what_to_do(code, words, hint):
         eye = torch.eye(4, device="cuda")
         launchers.liar_refuse_launches({code})
         try:
-            ops.unit_energy(eye, eye, 2)
+            ops.obs_curve(eye, eye, 2, 0.1, 0)
         except RuntimeError as error:
             print(error)
         launchers.liar_refuse_launches(0)
-        print(ops.unit_energy(eye, eye, 2).tolist())
+        print(ops.obs_curve(eye, eye, 2, 0.1, 0)[0].tolist())
     """)
-    said, *_, energy = done.stdout.splitlines()
-    assert f'unit_energy: CUDA says "{words}' in said and hint in said
-    assert energy == "[2.0, 2.0]"
+    said, *_, order = done.stdout.splitlines()
+    assert f'obs_curve: CUDA says "{words}' in said and hint in said
+    assert order == "[0, 1]"
 
 
 def test_a_host_that_reads_the_memory_of_a_device_ends():

@@ -35,7 +35,6 @@ void expect_near(const Values& got, const Values& want, double tolerance, const 
 void test_gram(const Pool& pool);
 void test_solve(const Pool& pool);
 void test_reconstruct(const Pool& pool);
-void test_scores(const Pool& pool);
 void test_sweep(const Pool& pool);
 void test_obs_curve(const Pool& pool);
 

@@ -90,7 +90,6 @@ int run() {
     test_gram(pool);
     test_solve(pool);
     test_reconstruct(pool);
-    test_scores(pool);
     test_sweep(pool);
     test_obs_curve(pool);
   }

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-OPERATORS = ("fisher_update_", "gram_update_", "obs_curve", "reconstruct", "unit_energy")
+OPERATORS = ("gram_update_", "obs_curve", "reconstruct")
 OUTCOMES = ("agreed", "refused", "wrong", "tracebacks", "crashed")
 
 

@@ -114,52 +114,21 @@ def _gram(choices, *shape: int) -> Tensor:
     return gram
 
 
-def _units(choices, call: Call, kinds) -> int:
-    """Add W, G and a width to a call; return the number of units."""
-    width = choices.pick(WIDTHS)
+def obs_curve(choices) -> Call:
+    """Units of any width and number, in groups or not, down to any number that stays."""
+    call, width = Call("obs_curve", {}), choices.pick(WIDTHS)
     units = choices.pick((1, 2, 3, 4, 6, 12, 33)) if width < 20 else choices.pick((1, 2, 4))
     d, d_out = units * width, choices.pick(SIZES)
-    weight, gram = numbers(choices, d_out, d, kind=choices.pick(kinds)), _gram(choices, d)
+    kind = choices.pick(("normal", "integers", "zeros"))
+    weight, gram = numbers(choices, d_out, d, kind=kind), _gram(choices, d)
     for values in (weight, gram):
         if choices.integer(0, 15) == 0:
             call.finite &= not spoil_values(choices, values)
     call.arguments["weight"] = laid_out(choices, weight, choices.pick(FLOATS))
     call.arguments["gram"] = laid_out(choices, gram, choices.pick(WIDE), ("contiguous", "strided"))
     call.arguments["width"] = width
-    return units
-
-
-def obs_curve(choices) -> Call:
-    """Units of any width and number, in groups or not, down to any number that stays."""
-    call = Call("obs_curve", {})
-    units = _units(choices, call, ("normal", "integers", "zeros"))
     groups = choices.pick([g for g in range(1, units + 1) if units % g == 0])
     call.arguments["damp"] = choices.pick((1e-3, 1e-2, 1.0))
     call.arguments["at_least"] = groups * choices.integer(0, units // groups)
     call.arguments["groups"] = groups
-    return call
-
-
-def unit_energy(choices) -> Call:
-    """The same of all units at once."""
-    call = Call("unit_energy", {})
-    _units(choices, call, KINDS)
-    return call
-
-
-def fisher_update_(choices) -> Call:
-    """Sequences of any number and length, by any strides."""
-    sequences, tokens = choices.pick((0, 1, 2, 5)), choices.pick((0, 1, 3, 17))
-    width, units = choices.pick(WIDTHS), choices.pick((1, 2, 3, 33, 520))
-    dtype, call = choices.pick(FLOATS), Call("fisher_update_", {})
-    start = numbers(choices, units, kind="integers").abs()
-    call.arguments["fisher"], call.written["fisher"] = surrounded(choices, start)
-    for name in ("x", "grad"):
-        values = numbers(choices, sequences, tokens, width * units, kind=choices.pick(KINDS[:5]))
-        if choices.integer(0, 15) == 0:
-            call.finite &= not spoil_values(choices, values)
-        call.arguments[name] = laid_out(choices, values, dtype)
-        if choices.integer(0, 5) == 0:  # sequences between tokens
-            call.arguments[name] = call.arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
-    call.arguments["width"] = width
     return call

@@ -12,16 +12,13 @@ MATRICES = {
     "gram_update_": ("gram", "x", "y"),
     "reconstruct": ("weight", "gram", "holdout", "cross", "holdout_cross"),
     "obs_curve": ("weight", "gram"),
-    "unit_energy": ("weight", "gram"),
-    "fisher_update_": ("x", "grad"),
 }
 VECTORS = {
     "gram_update_": ("total", "count", "weight"),
     "reconstruct": ("kept", "damps"),
-    "fisher_update_": ("fisher",),
 }
-WRITTEN = {"gram_update_": ("gram", "total", "count"), "fisher_update_": ("fisher",)}
-READ = {"gram_update_": ("x", "y", "weight"), "fisher_update_": ("x", "grad")}
+WRITTEN = {"gram_update_": ("gram", "total", "count")}
+READ = {"gram_update_": ("x", "y", "weight")}
 
 
 def _given(call: Call, names) -> list[str]:
@@ -56,7 +53,7 @@ def size(choices, call: Call) -> bool:
         axis = 0  # one column more of both is right
     if call.operator == "gram_update_" and name == "x":
         axis = 1  # one token more is right
-    if call.operator in ("unit_energy", "obs_curve") and name == "weight":
+    if call.operator == "obs_curve" and name == "weight":
         axis = 1
     if call.operator == "reconstruct" and name == "weight":
         axis = tensor.dim() - 1
@@ -69,18 +66,18 @@ def dtype(choices, call: Call) -> bool:
     """Give a tensor a dtype that the operator does not take."""
     name = choices.pick(_given(call, call.arguments))
     wrong = [torch.int32, torch.complex64, torch.uint8]
-    if name in ("total", "gram", "count", "fisher", "damps", "holdout"):
+    if name in ("total", "gram", "count", "damps", "holdout"):
         wrong += [torch.float16]
-    if name in ("count", "fisher", "damps"):
+    if name in ("count", "damps"):
         wrong += [torch.float32]
-    if name in ("y", "grad"):
+    if name == "y":
         wrong += [torch.float64 if call.arguments["x"].dtype != torch.float64 else torch.float32]
     return _replace(call, name, call.arguments[name].to(choices.pick(wrong)))
 
 
 def strides(choices, call: Call) -> bool:
     """Give a tensor that is written, or read as it lies, with gaps between its entries."""
-    names = [n for n in _given(call, ("gram", "total", "count", "fisher", "kept", "damps"))]
+    names = [n for n in _given(call, ("gram", "total", "count", "kept", "damps"))]
     names = names if call.operator in VECTORS else []
     if call.operator == "reconstruct":
         names = [name for name in names if name != "gram"]
@@ -173,17 +170,16 @@ def number(choices, call: Call) -> bool:
             return False
         damps[choices.integer(0, len(damps) - 1)] = choices.pick((-1.0, math.nan, -math.inf))
         return True
-    if "width" not in call.arguments:
+    if call.operator != "obs_curve":
         return False
-    d = call.arguments["weight" if "weight" in call.arguments else "x"].shape[-1]
-    wrong = [("width", choices.pick((0, -1, d + 1, 2**40, -(2**63))))]
-    if call.operator == "obs_curve":
-        units = d // call.arguments["width"]
-        wrong += [
-            ("damp", choices.pick((-1e-3, math.nan, math.inf))),
-            ("at_least", choices.pick((-1, units + 1, 2**50))),
-            ("groups", choices.pick((0, -1, units + 1, 2**50))),
-        ]
+    d = call.arguments["weight"].shape[-1]
+    units = d // call.arguments["width"]
+    wrong = [
+        ("width", choices.pick((0, -1, d + 1, 2**40, -(2**63)))),
+        ("damp", choices.pick((-1e-3, math.nan, math.inf))),
+        ("at_least", choices.pick((-1, units + 1, 2**50))),
+        ("groups", choices.pick((0, -1, units + 1, 2**50))),
+    ]
     name, value = choices.pick(wrong)
     call.arguments[name] = value
     return True

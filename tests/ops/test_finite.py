@@ -98,13 +98,3 @@ def test_a_curve_of_nans_says_so(width):
             spoilt[name][3, 2] = bad
             _, error, info = ops.obs_curve(**spoilt, width=width, damp=1e-3, at_least=0)
             assert info[0] != 0 and info[1].isnan() and error.isnan().all()
-
-
-@pytest.mark.parametrize("width", [1, 7])
-def test_an_energy_of_nans_is_one(width):
-    arguments = problem(False, False)
-    for name in ("weight", "gram"):
-        spoilt = {**arguments, name: arguments[name].clone()}
-        spoilt[name][3, 3] = torch.nan
-        energy = ops.unit_energy(**spoilt, width=width)
-        assert energy.isnan().nonzero().flatten().tolist() == [3 // width]

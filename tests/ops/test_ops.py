@@ -43,15 +43,9 @@ def test_schemas():
         "bool errors_only=False) -> "
         "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)"
     )
-    assert str(OPS.unit_energy.default._schema) == (
-        "liar_ext::unit_energy(Tensor weight, Tensor gram, int width) -> Tensor"
-    )
     assert str(OPS.obs_curve.default._schema) == (
         "liar_ext::obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, "
         "int groups=1) -> (Tensor order, Tensor error, Tensor info)"
-    )
-    assert str(OPS.fisher_update_.default._schema) == (
-        "liar_ext::fisher_update_(Tensor(a!) fisher, Tensor x, Tensor grad, int width) -> ()"
     )
 
 
@@ -135,7 +129,7 @@ def test_every_kernel_path_of_this_machine(kernel):
     """The numerical tests once more, on each instruction set that the CPU has."""
     if kernel == ops.build_info()["cpu_kernel"]:
         pytest.skip("the path that all other tests take")
-    names = ("ops_gram", "ops_obs_curve", "ops_reconstruct", "ops_scores", "limits")
+    names = ("ops_gram", "ops_obs_curve", "ops_reconstruct", "limits")
     numerical = [str(CHILD / f"test_{name}.py") for name in names]
     result = run_with_kernel(kernel, "-m", "pytest", "-q", "-p", "no:cacheprovider", *numerical)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -348,7 +348,9 @@ def test_a_plan_for_another_model_is_refused():
         reconstruct_layerwise(tiny("llama", num_hidden_layers=2), data, plan)
 
 
-@pytest.mark.parametrize(("name", "runs"), [("llama", 2), ("gpt_neox", 2), ("bert", 2), ("gemma3_text", 3)])
+@pytest.mark.parametrize(
+    ("name", "runs"), [("llama", 2), ("gpt_neox", 2), ("bert", 2), ("gemma3_text", 3)]
+)
 def test_a_block_of_sums_is_not_run_again_to_pass_it(name, runs, monkeypatch):
     seen = []
     run = Blocks.run

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-EVIL = "open({path!r}, 'w').write('code was run')\nfrom liar_ext.checkpoint import PrunedModel\n"
+EVIL = "open({path!r}, 'w').write('code was run')\nclass PrunedModel: pass\n"
 NASTY = [
     *(None, True, 0, -1, 1, 3, 10**9, 10**18, -(10**30), 1.5, 1e308, float("nan"), float("inf")),
     *("", "4", "../..", "/etc/passwd", "\ud800", "a" * 10_000, [], [[]], {}, [1, 2], {"a": None}),

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,7 +33,6 @@ from liar_ext.report import pictures
 from liar_ext.report.page import MARK, page_file, write_page
 from liar_ext.report.report import MOST_SITES, Report
 
-OLD = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
 TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
 TAGS |= set("figcaption table thead tbody tr th td details summary footer code".split())
 TAGS |= set("svg g path defs use text clippath rect title".split())
@@ -264,14 +262,6 @@ def test_a_folder_without_a_report_is_refused(tmp_path):
         write_page(tmp_path)
     with pytest.raises(InputError, match="can't be read|is no folder"):
         write_page("a\0b", tmp_path / "x.html")
-
-
-def test_a_folder_of_an_older_version_has_its_page(tmp_path):
-    folder = tmp_path / "old"
-    shutil.copytree(OLD, folder)
-    found = Reader(write_page(folder)[0].read_text())
-    assert "70.5%" in found.text and "1.mlp" in found.text and "LlamaForCausalLM" in found.text
-    assert strangers(folder) == strangers(OLD)
 
 
 def test_the_folder_stays_as_it_was(tmp_path):

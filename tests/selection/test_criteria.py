@@ -36,12 +36,10 @@ def by_definition(name: str, weight: torch.Tensor, x: torch.Tensor, width: int) 
             scores.append((w.abs() * norm).sum())
         elif name == "wifv":
             scores.append((w.square() * x_u.var(0, unbiased=False)).sum())
-        elif name == "energy":
-            scores.append((x_u @ w.T).square().sum() / len(x))
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "wanda", "wifv", "energy"])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "wifv"])
 def test_scores_equal_their_definition(job, name):
     model, bank, at, inputs = job
     scores = score(model, bank, at, name)
@@ -65,7 +63,7 @@ def test_scores_of_features_equal_their_definition(job, name):
 
 def test_criteria_without_scores_of_features_give_those_of_units(job):
     model, bank, at, _ = job
-    for name in ("random", "energy", "obs"):
+    for name in ("random", "obs"):
         by_feature, by_unit = (score(model, bank, at, name, per=per) for per in ("feature", "unit"))
         assert all(torch.equal(by_feature[site.name], by_unit[site.name]) for site in at)
     with pytest.raises(InputError, match="per must be one of unit, feature, got 'head'"):
@@ -112,9 +110,7 @@ def test_users_register_their_own(job):
 
 def test_unknown_and_broken_criteria(job):
     model, bank, at, _ = job
-    with pytest.raises(
-        InputError, match="unknown criterion 'best'; known: energy, fisher, magnitude"
-    ):
+    with pytest.raises(InputError, match="unknown criterion 'best'; known: fisher, magnitude, obs"):
         score(model, bank, at, "best")
     with pytest.raises(InputError, match="needs must be one of"):
         criterion("x", needs="magic", source="test")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -90,12 +89,6 @@ def test_other_weights_are_found_by_every_loader(tmp_path: Path) -> None:
     assert all(row.difference > 1e-2 for row in facts["rows"])
 
 
-def test_a_folder_of_version_0_1_0(tmp_path: Path) -> None:
-    saved = Path(__file__).parents[1] / "assets" / "saved_by_0.1.0"
-    facts = verify_everywhere(shutil.copytree(saved, tmp_path / "saved"))
-    assert facts["agrees"] and len(facts["rows"]) == 2
-
-
 def test_code_of_a_stranger_is_not_run(tmp_path: Path) -> None:
     model, plan = pruned("llama")
     save_pruned(model, tmp_path / "model", plan)
@@ -116,7 +109,7 @@ def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) 
 
     monkeypatch.setattr(verification, "_answers", spoilt)
     hows = ["a", "b", "c"]
-    job = {"folder": str(unequal), "device": "cpu", "ids": None, "alone": True, "code": True}
+    job = {"folder": str(unequal), "device": "cpu", "ids": None, "code": True}
     job |= {"loader": "AutoModelForCausalLM", "fingerprint": str(unequal / FINGERPRINT_FILE)}
     rows = verification._loaded(hows, [job] * 3, read_fingerprint(unequal), 1.0)
     assert [row.how for row in rows] == hows

@@ -37,6 +37,7 @@ struct Curve {
   std::int64_t* order = nullptr;  // steps
   double* error = nullptr;        // steps + 1, from 0
   double* info = nullptr;         // [code, condition]
+  int most_batches = 65535;       // see ProductParams
 };
 
 struct CurveState {

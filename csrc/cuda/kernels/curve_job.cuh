@@ -38,10 +38,11 @@ inline void downdate(const CurveState& s, std::int64_t first, std::int64_t depth
                      int batches, Stream& stream) {
   const std::int64_t at = first * s.stride;
   const auto add = [&](const double* a, const double* b, double* out, std::int64_t out_stride) {
-    product<Mma64>(to_params({a + at, b + at, s.stride, size, size, depth, out, out_stride, -1,
-                              true, batches, size, size * size},
-                             true),
-                   stream);
+    auto p = to_params({a + at, b + at, s.stride, size, size, depth, out, out_stride, -1, true,
+                        batches, size, size * size},
+                       true);
+    p.most_batches = s.curve.most_batches;
+    product<Mma64>(p, stream);
   };
   add(s.l, s.l, h, h_stride);
   add(s.e, s.r, v, v_stride);

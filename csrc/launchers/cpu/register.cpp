@@ -7,6 +7,4 @@ STABLE_TORCH_LIBRARY_IMPL(liar_ext, CPU, m) {
   m.impl("gram_update_", TORCH_BOX(&liar::gram_update_cpu));
   m.impl("reconstruct", TORCH_BOX(&liar::reconstruct_cpu));
   m.impl("obs_curve", TORCH_BOX(&liar::obs_curve_cpu));
-  m.impl("unit_energy", TORCH_BOX(&liar::unit_energy_cpu));
-  m.impl("fisher_update_", TORCH_BOX(&liar::fisher_update_cpu));
 }
