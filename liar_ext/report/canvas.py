@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -69,9 +69,10 @@ def drawing(operation: str) -> Iterator[Any]:
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"{operation}: pictures need matplotlib: pip install 'liar_ext[report]'"
+            f"{operation}: pictures need matplotlib ({one_line(error, 160)}): pip install "
+            "'liar_ext[report]'"
         ) from error
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
         with warnings.catch_warnings():
