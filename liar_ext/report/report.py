@@ -21,6 +21,7 @@ from liar_ext.report.rows import BY_BLOCKS, ON_HOST, SiteRow
 REPORT_JSON = "liar/report.json"
 REPORT_MARKDOWN = "liar/report.md"
 RECIPE_YAML = "liar/recipe.yaml"
+NO_ERROR = 1e-6  # a relative error that no site of a real model has
 
 
 @dataclass
@@ -148,6 +149,11 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             "nothing; load the model in a wider dtype."
         )
     pruned = [row for row in rows if row.units_after < row.units_before]
+    if pruned and all(row.error < NO_ERROR and row.holdout_error < NO_ERROR for row in pruned):
+        warnings.append(
+            "Every error is 0: the activations do not vary over the calibration text, or the "
+            "removed units did nothing. Give other text, and look at the model's weights."
+        )
     given_up = [row.name for row in pruned if math.isinf(row.damp)]
     if mode not in ("none", "bias") and given_up:
         warnings.append(
