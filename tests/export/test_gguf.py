@@ -225,6 +225,13 @@ def test_types_of_the_weights(dtype, tmp_path):
     logits_agree(load_model(folder, "float32")[0], wide)
 
 
+@pytest.mark.parametrize("threads", ["", "4,2", "many", "0"])
+def test_llama_cpp_runs_with_any_number_of_threads(threads, tmp_path, monkeypatch):
+    done = export(save(tiny("llama"), tmp_path / "model"), "gguf")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert run_file(done.paths[0], np.array([[3, 4, 5]]))["nll"].shape == (1, 2)
+
+
 def test_a_weight_out_of_range_of_f16_is_refused(tmp_path):
     for value in (1e6, torch.nan):
         model = tiny("llama")
