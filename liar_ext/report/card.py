@@ -33,7 +33,10 @@ def card(report: Report, license_name: str | None = None) -> str:
     if report.warnings:
         lines += ["", "## What to know", "", *(f"- {_plain(said)}" for said in report.warnings)]
     lines += ["", "Every number of the job is in `liar/report.md`, every choice in"]
-    lines += ["`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it."]
+    if report.recipe is not None and report.recipe.calibration:
+        lines += ["`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it."]
+    else:
+        lines += ["`liar/recipe.yaml`, but for the calibration text, which was given in Python."]
     return "\n".join(lines) + "\n"
 
 
