@@ -19,7 +19,7 @@ from liar_ext.report.report import versions
 def run(options: argparse.Namespace) -> None:
     """Print the perplexity, or lm-eval's table."""
     _check_together(options)
-    check_causal(options.model, "eval: it")
+    check_causal(options.model, "eval:")
     output = Path(options.output) if options.output else None
     if output is not None:
         files.check_place(output, "eval", "--output", files.begins_with('{\n "model": '))
@@ -83,5 +83,5 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
     if not predicts_next_token(model):
-        raise not_causal(type(model).__name__, "eval: it")
+        raise not_causal(type(model).__name__, "eval:")
     return model, tokenizer

@@ -170,7 +170,7 @@ def test_an_encoder_is_refused_before_it_is_loaded(corpus, tmp_path, capsys, mon
     monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
     text = ("--text", corpus[1])
     assert run("eval", tmp_path / "bert", *text) == 2
-    assert "eval: it needs a causal language model, got Bert" in capsys.readouterr().err
+    assert "eval: needs a causal language model, got Bert" in capsys.readouterr().err
     text = ("--calibration", corpus[0], "--eval", corpus[1], "--out", tmp_path / "out")
     assert run("prune", tmp_path / "bert", *text) == 2
     assert "prune: --eval needs a causal language model, got Bert" in capsys.readouterr().err
