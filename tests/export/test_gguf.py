@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from folders import equal_plan, make_plan, pruned
+from folders import byte_level, equal_plan, make_plan, pruned
 from tiny import outputs, tiny, tiny_inputs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from liar_ext import InputError, cli, save_pruned
 from liar_ext.checkpoint import load_model
@@ -344,20 +343,6 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, words, tmp_p
         fields = {"query_pre_attn_scalar": 4, **fields}
     with pytest.raises(InputError, match=words):
         export(save(tiny(name, **fields), tmp_path / "model"), "gguf")
-
-
-def byte_level(size: int = 61) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE whose tokens are those of the tiny models; few bytes are among them."""
-    core = Tokenizer(models.BPE(ignore_merges=False))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
-    )
-    core.train_from_iterator(["aa bb ab abba bab", "ab ba 12 3"], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def tampered(folder, **fields):
