@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
+from types import TracebackType
 
 MODULES = ("liar_ext", "liar_ext.cli")
 # Isolated until the search path is the parent's: no file of the current folder is imported.
@@ -51,5 +52,14 @@ def child(script: str | os.PathLike[str], *arguments: object) -> list[str]:
     return [sys.executable, "-I", "-c", CHILD, paths, os.fspath(script), *map(str, arguments)]
 
 
+def _quietly_interrupted(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Show no traceback of Ctrl-C, which may come while modules are imported."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
 if is_command(sys.argv, sys.orig_argv):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    sys.excepthook = _quietly_interrupted

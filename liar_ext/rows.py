@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ON_HOST = "on the CPU, as the GPU had no room"  # ends the path of a solve
+NO_ERROR = 1e-6  # a relative error that no site of a real model has
 BY_BLOCKS = "by blocks in a file, as memory had no room"  # is in it
 
 
@@ -81,6 +82,11 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             "nothing; load the model in a wider dtype."
         )
     pruned = [row for row in rows if row.is_pruned]
+    if pruned and all(row.error < NO_ERROR and row.holdout_error < NO_ERROR for row in pruned):
+        warnings.append(
+            "Every error is 0: the activations do not vary over the calibration text, or the "
+            "removed units did nothing. Give other text, and look at the model's weights."
+        )
     given_up = [row.name for row in pruned if math.isinf(row.damp)]
     if mode not in ("none", "bias") and given_up:
         warnings.append(

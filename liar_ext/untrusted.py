@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
     InputError
         If it is no ordinary file, too large, too deep, or no JSON object.
     """
+    if not os.path.lexists(path):
+        raise InputError(f"{operation}: there is no file {path}")
     try:
         if not path.is_file():
             raise ValueError("it is no ordinary file")

@@ -17,8 +17,12 @@ MOST_OF_NAME = 200  # bytes; a name has at most 255
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def whole_file(
+    path: str | os.PathLike[str], take: Callable[[str, Path], None] | None = None
+) -> Iterator[BinaryIO]:
     """Open a file to be written beside ``path``, whose place it takes when the context ends well.
+
+    ``take`` moves the file there; another than by default may replace nothing, for one.
 
     The bytes are on the disk before the name is. What a killed writer has left is removed by the
     next one: its file is hidden, has a name of this form, and nobody holds its lock.
@@ -26,7 +30,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     _clean(path)
     # Named before it is there, so that an interrupt at any point finds it.
-    name = path.parent / f"{_prefix(path)}{secrets.token_hex(8)}.part"
+    name = os.fspath(path.parent / f"{_prefix(path)}{secrets.token_hex(8)}.part")
     try:
         with open(name, "xb", opener=_for_its_owner) as file:
             with suppress(OSError):  # a file system may have no locks
@@ -35,7 +39,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             os.fsync(file.fileno())
-            os.replace(name, path)
+            (take or os.replace)(name, path)
         _sync_folder(path.parent)
     finally:
         with suppress(OSError):

@@ -88,3 +88,19 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     fast.chat_template = "{{ messages[0].content }}!"
     return fast
+
+
+def byte_level(size: int = 61) -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE whose tokens are those of the tiny models; few bytes are among them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE(ignore_merges=False))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
+    )
+    core.train_from_iterator(["aa bb ab abba bab", "ab ba 12 3"], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )

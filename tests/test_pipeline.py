@@ -7,7 +7,16 @@ import pytest
 import torch
 from tiny import batches, outputs, tiny, tiny_inputs
 
-from liar_ext import Budget, InputError, Plan, apply_plan, kl_divergence, prune, sites
+from liar_ext import (
+    Budget,
+    InputError,
+    Plan,
+    apply_plan,
+    kl_divergence,
+    prune,
+    save_pruned,
+    sites,
+)
 from liar_ext.plan import SitePlan
 from liar_ext.report.report import Report
 
@@ -292,3 +301,30 @@ def test_a_model_that_was_sliced_by_hand_since_is_pruned():
         report = prune(model, batches(model), 0.6)
     assert all(report.plan.sites[name].units == 2 for name in by_hand)
     assert torch.isfinite(outputs(model)).all()
+
+
+@pytest.mark.parametrize(
+    ("choice", "instead"),
+    [
+        ({"eval": "nope.txt"}, "evaluate_on"),
+        ({"certify": 4}, "certify_on"),
+        ({"calibration": ("nowhere.txt",)}, "calibration_sequences"),
+        ({"samples": 3}, "calibration_sequences"),
+        ({"seq_len": 8}, "calibration_sequences"),
+        ({"dtype": "bfloat16"}, "load_model"),
+        ({"preset": "fast"}, "Recipe.preset"),
+    ],
+)
+def test_a_choice_that_the_command_alone_heeds_is_refused(choice, instead):
+    model = tiny("llama")
+    with pytest.raises(InputError, match=f"prune: {next(iter(choice))} is no .*{instead}"):
+        prune(model, batches(model), **choice)
+
+
+def test_the_recipe_of_a_job_in_python_says_what_was_run(tmp_path):
+    model = tiny("llama")
+    report = prune(model, batches(model), keep=0.7, schedule="one-pass", allocation="uniform")
+    found = report.recipe
+    assert (found.samples, found.seq_len, found.self_text, found.random_tokens) == (48, 16, 0, 0)
+    save_pruned(model, tmp_path / "out", report.plan, report=report)
+    assert "repeats it" not in (tmp_path / "out/README.md").read_text()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Mapping
 
 import forked
@@ -23,6 +24,7 @@ from liar_ext.calibration.passes import split
 from liar_ext.calibration.saved_sums import saved_batches
 from liar_ext.calibration.taps import InFlight
 from liar_ext.cli.main import main
+from liar_ext.cli.several import check_shared
 from liar_ext.ranks import RankLost, Ranks, _is_alive, deal
 from liar_ext.saved.progress import Progress
 
@@ -315,6 +317,15 @@ def test_an_environment_that_torchrun_would_not_set_is_refused(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and len(said.splitlines()) == 1
     assert said.startswith(f"liar: error: info: ranks: {rule}")
+
+
+def test_ranks_of_different_options_are_refused(tmp_path):
+    def job(rank: int) -> None:
+        options = Namespace(command="prune", keep=0.5 + rank / 4, quiet=rank > 0)
+        with pytest.raises(InputError, match="same options.* has keep 0"):
+            check_shared(options, Ranks.join())
+
+    assert forked.run(2, job, tmp_path) == [0, 0], (tmp_path / "err0").read_text()
 
 
 def test_ranks_of_different_models_are_refused(tmp_path):

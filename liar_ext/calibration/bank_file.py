@@ -14,9 +14,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +51,12 @@ class Stored:
     text: kept_text.Text | None = None
 
 
-def write_bank(path: str | os.PathLike[str], bank: Stored) -> None:
+def write_bank(
+    path: str | os.PathLike[str], bank: Stored, take: Callable[[str, Path], None] | None = None
+) -> None:
     """Write a bank; the file is there whole or not at all, and a site at a time is packed.
+
+    ``take`` is as for :func:`liar_ext.whole_file.whole_file`.
 
     Raises
     ------
@@ -65,7 +70,7 @@ def write_bank(path: str | os.PathLike[str], bank: Stored) -> None:
     source = json.dumps(bank.source, allow_nan=False)
     metadata = {"liar_bank": str(BANK_VERSION), "source": source}
     try:
-        write_tensors(path, [*_of_sums(bank.sums), *small], metadata)
+        write_tensors(path, [*_of_sums(bank.sums), *small], metadata, take)
     except OSError as error:
         raise InputError(
             f"MomentBank.save: can't write {os.fspath(path)!r}: {one_line(error)}; nothing was "

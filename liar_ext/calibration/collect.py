@@ -280,8 +280,15 @@ def check_sums(bank: MomentBank, sequences: int, routed: Collection[str] = ()) -
 
     Sites that tokens are ``routed`` to may have none.
     """
-    every = [sums.tokens for name, sums in bank.items() if name not in routed]
-    if not sequences or any((each == 0).any() for each in every):
+    every = {name: sums for name, sums in bank.items() if name not in routed}
+    empty = [name for name, sums in every.items() if (sums.tokens == 0).any()]
+    dropped = [name for name in empty if sequences and every[name].count[:, 1].any()]
+    if dropped:
+        raise InputError(
+            f"calibrate: every token has values at {dropped[0]} that are not finite, or too large "
+            "to be summed; look for damaged weights before it, or load the model in a wider dtype"
+        )
+    if not sequences or empty:
         raise InputError(
             f"calibrate: each of the {FOLDS} folds needs tokens, got {sequences} sequence(s); "
             "give at least 2 sequences"

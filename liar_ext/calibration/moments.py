@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -303,15 +304,18 @@ class MomentBank(Mapping[str, Moments]):
         if self.documents is not None:
             self.documents = self.documents.unique()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self, path: str | os.PathLike[str], take: Callable[[str, Path], None] | None = None
+    ) -> None:
         """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`.
 
-        The file is there whole or not at all; one that was there is replaced. It holds the
-        calibration text as token ids, if the bank does: see ``keep_text`` of
-        :func:`liar_ext.calibrate`.
+        The file is there whole or not at all; one that was there is replaced, unless ``take`` does
+        otherwise, see :func:`liar_ext.whole_file.whole_file`. It holds the calibration text as
+        token ids, if the bank does: see ``keep_text`` of :func:`liar_ext.calibrate`.
         """
         sums = {name: (part.gram, part.total, part.count) for name, part in self.moments.items()}
-        write_bank(path, Stored(self.source, sums, self.sequences, self.documents, self.text))
+        stored = Stored(self.source, sums, self.sequences, self.documents, self.text)
+        write_bank(path, stored, take)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MomentBank:

@@ -6,6 +6,7 @@ claim is looked over first: :mod:`liar_ext.checkpoint.inspection`.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -189,7 +190,7 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
                 "and the weights are those of the model without its head."
             ]
         return model
-    with quiet(), reading(name, "load_model"):
+    with quiet(), _no_folder(path), reading(name, "load_model"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         stock = stock_class(config.to_dict(), "load_model")
         model, info = stock.from_pretrained(
@@ -201,6 +202,21 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         )
     check_keys(info, name, "load_model", strict=False)
     return model
+
+
+@contextmanager
+def _no_folder(path: Path) -> Iterator[None]:
+    """Let an error of the hub say that there is no folder of this name, and which one is near."""
+    try:
+        yield
+    except InputError as error:
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        names = [each.name for each in beside if each.is_dir()]
+        near = difflib.get_close_matches(path.name, names, 1)
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
+        raise InputError(
+            f"load_model: there is no folder {path} here{hint} The hub: {one_line(error, 160)}"
+        ) from error
 
 
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:

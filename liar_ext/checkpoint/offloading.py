@@ -8,19 +8,20 @@ hooks, which would read the whole model for every batch, are taken off again.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
+from liar_ext.checkpoint.open_weights import OpenWeights
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import reading, stock_class
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, one_line
 from liar_ext.models.reading import blocks_of, body_of
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import skeleton
@@ -39,7 +40,7 @@ class Offloaded:
         Its blocks, and its output head unless it shares its weights, are on the meta device.
     tokenizer
         As of :func:`liar_ext.checkpoint.loading.load_model`.
-    weights : mapping of str to Tensor
+    weights : OpenWeights
         Reads a tensor of those by its name in the model, in the model's dtype.
     blocks, head : list of str
         Paths of the blocks, and of what was left out beside them.
@@ -47,7 +48,7 @@ class Offloaded:
 
     model: nn.Module
     tokenizer: Any
-    weights: Mapping[str, Tensor]
+    weights: OpenWeights
     blocks: list[str]
     head: list[str]
 
@@ -64,10 +65,10 @@ def load_offloaded(
     """
     try:
         from accelerate.hooks import remove_hook_from_submodules
-    except ImportError as error:
+    except Exception as error:  # a broken package raises anything
         raise InputError(
-            "load_model: reading a model block by block needs accelerate; pip install "
-            "'liar_ext[large]'"
+            f"load_model: reading a model block by block needs accelerate ({one_line(error, 160)});"
+            " pip install 'liar_ext[large]'"
         ) from error
     path = Path(name)
     if path.suffix == ".gguf":
@@ -96,11 +97,15 @@ def load_offloaded(
             "one by one for example, which can't be read block by block; leave --max-memory out"
         ) from error
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    weights = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
+    found = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None))
     remove_hook_from_submodules(model)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.clone()  # transformers maps it, and the file may change
     for mark in MARKS:
         model.__dict__.pop(mark, None)
-    return Offloaded(model.eval(), load_tokenizer(path, name, model), weights, blocks, head)
+    weights, tokenizer = OpenWeights(found.index), load_tokenizer(path, name, model)
+    return Offloaded(model.eval(), tokenizer, weights, blocks, head)
 
 
 def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str, str]]:

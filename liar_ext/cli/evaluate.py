@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.cli.loading import load_with_tokenizer
+from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
 from liar_ext.report.report import versions
@@ -19,6 +19,7 @@ from liar_ext.whole_file import begins_with, check_place, write_whole
 def run(options: argparse.Namespace) -> None:
     """Print the perplexity, or lm-eval's table."""
     _check_together(options)
+    check_causal(options.model, "eval:")
     output = Path(options.output) if options.output else None
     if output is not None:
         check_place(output, "eval", "--output", begins_with('{\n "model": '))
@@ -82,5 +83,5 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, Any]:
     """
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
     if not predicts_next_token(model):
-        raise InputError(f"eval: MODEL must be a causal language model, got {type(model).__name__}")
+        raise not_causal(type(model).__name__, "eval:")
     return model, tokenizer

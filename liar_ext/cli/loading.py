@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,27 @@ def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, 
     model, tokenizer = checkpoint.load_model(name, dtype, device)
     check_tokenizer(name, tokenizer)
     return model, tokenizer
+
+
+def check_causal(name: str, command: str) -> None:
+    """Raise InputError if a folder's config tells that its model predicts no next token."""
+    from liar_ext.checkpoint.inspection import read_config
+    from liar_ext.checkpoint.reading import stock_class
+
+    path = Path(name)
+    if not path.is_dir():
+        return
+    fields = read_config(path, "load_model")
+    stock = stock_class(fields, "load_model")
+    if not stock.can_generate() or fields.get("is_encoder_decoder"):
+        raise not_causal(stock.__name__, command)
+
+
+def not_causal(kind: str, command: str) -> InputError:
+    """Return the error for a model that has no perplexity."""
+    return InputError(
+        f"{command} needs a causal language model, got {kind}; judge the model by its own task"
+    )
 
 
 def check_tokenizer(name: str, tokenizer: Any) -> None:

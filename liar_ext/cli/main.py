@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.cli import (
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads the output, such
     as ``head``, has enough of it.
     """
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
             stream.reconfigure(errors="replace")
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
         try:
             check_shared(options, ranks)
             code = COMMANDS[options.command](options) or 0
-            sys.stdout.flush()
+            _finish_output(options.command)
             ranks.leave()
             return code, None
         except BaseException as error:
@@ -131,11 +132,40 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
+def _open_streams() -> None:
+    """Let standard streams that are closed lead nowhere, before a file gets their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
+
+
+def _finish_output(command: str) -> None:
+    """Write what is left of the output; where it can't be, say that the job is done."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise InputError(
+            f"{command}: the job is done, and what it says can't be printed: {one_line(error)}"
+        ) from error
+
+
+def _drop_output() -> None:
+    """Let what is left of the output go nowhere: Python would try again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _nobody_reads() -> bool:
     """Tell whether the standard output is closed at its other end; what is left goes nowhere."""
-    output, end = sys.stdout.fileno(), select.poll()
-    end.register(output, 0)
+    end = select.poll()
+    end.register(sys.stdout.fileno(), 0)
     closed = any(event & select.POLLERR for _, event in end.poll(0))
-    if closed:  # Python would try again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    if closed:
+        _drop_output()
     return closed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.self_calibration import SELF
-from liar_ext.cli.loading import load_with_tokenizer
+from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.own_text import SKETCHED, TextAndOwn, let_write, writes
 from liar_ext.cli.several import check_device
@@ -186,6 +186,7 @@ def load(
     from liar_ext.data import texts
 
     check_device(recipe.device, ranks)
+    check_unloaded(recipe)
     read, held_out = _documents(recipe) if ranks.first else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
@@ -273,10 +274,17 @@ def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[st
 def check_eval(recipe: Recipe, model: nn.Module) -> None:
     """Refuse an evaluation of a model that has no perplexity."""
     if recipe.eval and not predicts_next_token(model):
-        raise InputError(
-            f"prune: --eval needs a causal language model, got {type(model).__name__}; leave it "
-            "out, and judge the model by its own task"
-        )
+        raise not_causal(type(model).__name__, "prune: --eval")
+
+
+def check_unloaded(recipe: Recipe) -> None:
+    """Refuse what can be told before the model is loaded, which may take minutes."""
+    from liar_ext.report.latency import LatencyTable
+
+    if recipe.eval:
+        check_causal(recipe.model, "prune: --eval")
+    if recipe.latency_table is not None:
+        LatencyTable.load(recipe.latency_table)
 
 
 def evaluation_batches(

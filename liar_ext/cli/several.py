@@ -16,6 +16,7 @@ import torch
 
 from liar_ext.errors import InputError, one_line
 from liar_ext.ranks import RankLost, Ranks, launched
+from liar_ext.saved.progress import difference
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
 INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
@@ -77,12 +78,20 @@ def join(options: argparse.Namespace) -> Ranks:
 
 
 def check_shared(options: argparse.Namespace, ranks: Ranks) -> None:
-    """Raise InputError if several ranks share a command of one process."""
+    """Raise InputError if several ranks share a command of one process, or have other options."""
     if ranks.count > 1 and options.command not in SHARED:
         raise InputError(
             f"{options.command}: runs in one process, and torchrun started {ranks.count}; only "
             f"liar {', '.join(SHARED)} can be shared"
         )
+    own = {name: each for name, each in vars(options).items() if name not in ("ranks", "quiet")}
+    for rank, theirs in enumerate(ranks.share(own) if ranks.count > 1 else ()):
+        if theirs != own:
+            name = next(name for name in {**own, **theirs} if own.get(name) != theirs.get(name))
+            raise InputError(
+                f"{options.command}: every rank must have the same options, and rank {rank} has "
+                f"{difference(name, theirs.get(name), own.get(name))} at rank {ranks.rank}"
+            )
 
 
 def check_device(device: str, ranks: Ranks) -> None:

@@ -15,7 +15,13 @@ from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.bank_options import OF_TEXT
 from liar_ext.cli.loading import load_with_tokenizer
-from liar_ext.cli.prune import Given, check_eval, evaluation_batches, warnings_of
+from liar_ext.cli.prune import (
+    Given,
+    check_eval,
+    check_unloaded,
+    evaluation_batches,
+    warnings_of,
+)
 from liar_ext.cli.several import check_device
 from liar_ext.data import texts
 from liar_ext.data.documents import check_apart_from
@@ -59,21 +65,23 @@ def save_bank(bank: MomentBank, path: str, command: str, option: str, overwrite:
     InputError
         If something came there meanwhile: the bank has another name then, which the error says.
     """
-    place = Path(path)
-    made = place.with_name(f"{place.stem}.{uuid4().hex[:8]}{place.suffix}")
-    bank.save(made)
-    try:
-        try:  # unlike a rename, a link replaces nothing
-            os.link(made, place)
-            made.unlink()
-        except OSError:  # something is there, or the file system has no links
-            check_bank_place(path, command, option, overwrite)
-            os.replace(made, place)
-    except (OSError, InputError) as error:
-        raise InputError(
-            f"{command}: this bank is in {made}; {path} has changed while this ran, and was left "
-            f"alone: {one_line(error).removeprefix(f'{command}: ')}"
-        ) from error
+
+    def take(made: str, place: Path) -> None:
+        try:
+            try:  # unlike a rename, a link replaces nothing
+                os.link(made, place)
+            except OSError:  # something is there, or the file system has no links
+                check_bank_place(path, command, option, overwrite)
+                os.replace(made, place)
+        except (OSError, InputError) as error:
+            kept = place.with_name(f"{place.stem}.{uuid4().hex[:8]}{place.suffix}")
+            os.replace(made, kept)
+            raise InputError(
+                f"{command}: this bank is in {kept}; {path} has changed while this ran, and was "
+                f"left alone: {one_line(error).removeprefix(f'{command}: ')}"
+            ) from error
+
+    bank.save(path, take)
 
 
 def load_by_bank(
@@ -96,6 +104,7 @@ def load_by_bank(
         else:
             check_apart_from(set(header.documents.tolist()), held_out)
     check_device(recipe.device, options.ranks)
+    check_unloaded(recipe)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     check_eval(recipe, model)
     known = header.source.get("tokenizer")

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +89,14 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
     if to not in FORMATS:
         raise InputError(f"export: to must be one of {', '.join(FORMATS)}, got {to!r}")
     row = FORMATS[to]
-    missing = [package for package in row.packages if find_spec(package) is None]
-    if missing:
-        raise InputError(
-            f"export: --to {to} needs the package {missing[0]}; pip install 'liar_ext[{row.extra}]'"
-        )
+    for package in row.packages:
+        try:
+            import_module(package)
+        except Exception as error:  # a broken package raises anything
+            raise InputError(
+                f"export: --to {to} needs the package {package} ({one_line(error, 160)}); pip "
+                f"install 'liar_ext[{row.extra}]'"
+            ) from error
     run = import_module(row.module).export
     known = [
         name

@@ -80,7 +80,10 @@ def score(
     sequences, length = ids.shape
     settings = library.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = length
-    settings.n_threads = settings.n_threads_batch = int(os.environ.get("OMP_NUM_THREADS", 1))
+    # OpenMP takes a list of numbers, a level of nesting each, and passes over what is none.
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    threads = int(threads) if threads.isdecimal() and 0 < int(threads) < 2**15 else 1
+    settings.n_threads = settings.n_threads_batch = threads
     settings.type_k = settings.type_v = 0  # keys and values as float32, by default float16
     settings.flash_attn_type = 0
     context = library.llama_init_from_model(model, settings)

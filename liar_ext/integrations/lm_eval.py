@@ -115,9 +115,9 @@ def _import() -> Any:
         import lm_eval
         import lm_eval.evaluator
         import lm_eval.tasks
-    except ImportError as error:
+    except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"eval: tasks need lm-eval ({one_line(error)}); pip install 'liar_ext[eval]'"
+            f"eval: tasks need lm-eval ({one_line(error, 160)}); pip install 'liar_ext[eval]'"
         ) from error
     return lm_eval
 

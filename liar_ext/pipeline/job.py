@@ -22,21 +22,19 @@ from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.latency_table import LatencyTable
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.choosing import hold_out, solve
 from liar_ext.pipeline.expected import before_plan
 from liar_ext.pipeline.scheduling import NO_GAIN, settled_for, warn_of_what_stays
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
-from liar_ext.pipeline.settings import settings_of
+from liar_ext.pipeline.settings import as_run, settings_of
 from liar_ext.pipeline.several import check_recipe, work_of
 from liar_ext.pipeline.sharing import Known
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.choices import DTYPES
 from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.report.report import Report, versions
@@ -355,6 +353,8 @@ class Job:
     ) -> Report:
         """Return every number that a user needs to trust the result."""
         model, hidden_rows = self.model, self.narrowing.rows if self.narrowing else []
+        # What was measured is measured again where the recipe is.
+        asked = self.recipe if self.judged is None else replace(self.recipe, schedule="auto")
         rows = [replace(row, sensitivity=self.sensitivities.get(row.name)) for row in self.rows]
         evaluation = {"dense": dense, "pruned": pruned} if dense and pruned else {}
         if self.fresh is not None:
@@ -363,7 +363,7 @@ class Job:
         return Report(
             model=self.recipe.model or model.config.name_or_path or type(model).__name__,
             plan=plan,
-            recipe=self._as_run(),
+            recipe=as_run(asked, model, self.source),
             budget=self.recipe.budget.to_dict(),
             earlier=self.earlier,
             settings=settings_of(self.recipe, model, plan, self.source, self.facts),
@@ -386,14 +386,3 @@ class Job:
             + ([] if self.speed is None else self.speed.warnings()),
             loading=stock_config.how_to_load(model, plan),
         )
-
-    def _as_run(self) -> Recipe:
-        """Return the recipe with what the model was."""
-        model = self.model
-        changes = {} if self.judged is None else {"schedule": self.asked.schedule}
-        dtype = str(model.dtype).removeprefix("torch.")
-        if dtype in DTYPES:
-            changes["dtype"] = dtype
-        if self.recipe.device != "auto":
-            changes["device"] = str(device_of(model))
-        return replace(self.recipe, **changes)

@@ -21,6 +21,27 @@ from liar_ext.report.report import Report
 from liar_ext.rescaling import Rescaling, rescale_batches
 from liar_ext.saved.progress import Progress, opened
 
+_DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
+_LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
+# What the command does around prune, and what does it in Python.
+AROUND: dict[str, str] = {
+    **dict.fromkeys(("calibration", "samples", "seq_len", "random_tokens"), _DRAW),
+    "batch_size": "calibration_sequences(...).batches(batch_size) makes the batches",
+    "self_text": "liar_ext.calibration.self_calibration.write_sequences lets the model write",
+    **dict.fromkeys(("dtype", "device"), _LOAD),
+    "eval": "give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
+    "eval_samples": "liar_ext.data.texts.evaluation_sequences takes it, as samples",
+    "certify": "give certify_on the batches; calibration_sequences(certify=...) draws them",
+    "judge": "give judge_on the batches; calibration_sequences(judge=...) draws them",
+    "preset": "give liar_ext.Recipe.preset(NAME) as the recipe",
+}
+
+
+def check_choices(choices: Mapping[str, object]) -> None:
+    """Raise InputError for a choice of the command that :func:`prune` itself can't heed."""
+    for name in AROUND.keys() & choices.keys():
+        raise InputError(f"prune: {name} is no keyword of prune in Python: {AROUND[name]}")
+
 
 def prune(
     model: nn.Module,
@@ -87,7 +108,8 @@ def prune(
         Show progress bars.
     **choices
         Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
-        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...
+        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ... Those by which the command
+        loads the model and draws the text are refused.
 
     Returns
     -------
@@ -108,6 +130,7 @@ def prune(
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
+    check_choices(choices)
     job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank, ranks=ranks)
     job.judged = judge_on
     with opened(checkpoint, ranks) as job.saved:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from liar_ext.models.running import device_of
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.choices import DTYPES
 
 ASKED = "criterion allocation reconstruct damp schedule keep_hidden seed"
 
@@ -34,3 +37,18 @@ def settings_of(
         "threads": torch.get_num_threads(),
         **facts,
     }
+
+
+def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recipe:
+    """Return a recipe with what model and text were, where it doesn't say which they are."""
+    changes: dict[str, object] = {}
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype in DTYPES:
+        changes["dtype"] = dtype
+    if recipe.device != "auto":
+        changes["device"] = str(device_of(model))
+    if not recipe.calibration:  # the batches were drawn elsewhere
+        count = max(source["sequences"], 2)
+        changes |= {"samples": count, "seq_len": max(source["tokens"] // count, 1)}
+        changes |= {"self_text": 0.0, "random_tokens": 0.0}
+    return replace(recipe, **changes)

@@ -80,9 +80,10 @@ def drawing(operation: str) -> Iterator[Any]:
     try:
         import matplotlib
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"{operation}: pictures need matplotlib: pip install 'liar_ext[report]'"
+            f"{operation}: pictures need matplotlib ({one_line(error, 160)}): pip install "
+            "'.[report]'"
         ) from error
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):
         with warnings.catch_warnings():

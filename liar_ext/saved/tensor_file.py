@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -58,11 +59,15 @@ class Entry:
 
 
 def write_tensors(
-    path: str | os.PathLike[str], entries: Sequence[Entry], metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
+    take: Callable[[str, Path], None] | None = None,
 ) -> None:
     """Write a file that is there whole or not at all; one tensor at a time is in memory.
 
-    Entries of wider elements must come first, so that all are aligned.
+    Entries of wider elements must come first, so that all are aligned. ``take`` is as for
+    :func:`liar_ext.whole_file.whole_file`.
 
     Raises
     ------
@@ -83,7 +88,7 @@ def write_tensors(
     header["__metadata__"] = dict(metadata)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
+    with whole_file(path, take) as file:
         seal = blake2b(digest_size=SEAL_BYTES)
         _write(file, seal, struct.pack("<Q", len(text)))
         _write(file, seal, text)

@@ -129,6 +129,7 @@ class BlockStore:
         """Stop reading ahead."""
         self._next = None
         self._reader.shutdown(cancel_futures=True)
+        self._weights.close()
 
     def _bring(self, index: int) -> None:
         """Install a block, of which each rank hands the others what it has read."""
@@ -158,13 +159,11 @@ class BlockStore:
         return self._read([name for name, rank in dealt if rank == self.ranks.rank])
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read parameters, copied out of the file's memory map."""
+        """Read parameters."""
         tensors = {}
         for name in names:
             with _naming(name):
-                # A copy: a mapped tensor would fault its pages in again and again where memory is
-                # short, and holds the whole file open.
-                tensors[name] = self._weights[name].clone()
+                tensors[name] = self._weights[name]
             self.ranks.work["read"] += tensors[name].nbytes
         check_finite_tensors(tensors.items())
         return tensors

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from reliability import commands
 
+from liar_ext import InputError
+from liar_ext.checkpoint.offloading import load_offloaded
 from liar_ext.cli.main import COMMANDS
+from liar_ext.export import export
+from liar_ext.integrations.lm_eval import load_tasks
+from liar_ext.report.canvas import drawing
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +53,23 @@ def test_running_the_model_or_success_would_be_seen(inputs):
     assert verdict == "traceback" and "the model was run" in said
     verdict, said = commands.attempt(["info"], work)
     assert verdict == "traceback" and "exit code 0" in said
+
+
+@pytest.mark.parametrize(
+    ("package", "use"),
+    [
+        ("matplotlib", lambda: drawing("report").__enter__()),
+        ("gguf", lambda: export("nowhere", "gguf")),
+        ("accelerate", lambda: load_offloaded("nowhere")),
+        ("lm_eval", lambda: load_tasks(["arc_easy"])),
+    ],
+)
+def test_a_package_that_raises_at_import_is_one_that_is_missing(
+    package, use, tmp_path, monkeypatch
+):
+    (tmp_path / f"{package}.py").write_text("raise RuntimeError('broken by its update')")
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"\(broken by its update\).* 'liar_ext\["):
+        use()

@@ -334,7 +334,8 @@ def test_what_is_no_job_is_not_resumed(job, tmp_path, capsys):
 
 
 def test_a_checkpoint_takes_no_folder_of_others(llama_folder, texts, tmp_path, capsys):
-    (tmp_path / "mine").write_text("")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/mine").write_text("")
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--bank", tmp_path / "b")
-    said = refused(capsys, *start, "--checkpoint", tmp_path)
+    said = refused(capsys, *start, "--checkpoint", tmp_path / "theirs")
     assert "must be a new or empty folder" in said and "mine" in said

@@ -164,6 +164,53 @@ def test_verify_and_eval_the_result(pruned, corpus, capsys):
     assert "93 tokens in 3 windows of 32" in capsys.readouterr().out
 
 
+def test_an_encoder_is_refused_before_it_is_loaded(corpus, tmp_path, capsys, monkeypatch):
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
+    text = ("--text", corpus[1])
+    assert run("eval", tmp_path / "bert", *text) == 2
+    assert "eval: needs a causal language model, got Bert" in capsys.readouterr().err
+    text = ("--calibration", corpus[0], "--eval", corpus[1], "--out", tmp_path / "out")
+    assert run("prune", tmp_path / "bert", *text) == 2
+    assert "prune: --eval needs a causal language model, got Bert" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_told_before_the_model_is_loaded(
+    llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
+    command = ("prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out")
+    assert run(*command, "--of", "latency", "--latency-table", tmp_path / "no.json") == 2
+    assert f"latency: there is no file {tmp_path / 'no.json'}" in capsys.readouterr().err
+
+
+def test_a_typo_in_the_name_of_a_folder(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "minilm").mkdir()
+    for name, said in (("minlm", "here; did you mean minilm? "), ("no/where", "here. The hub: ")):
+        assert run("eval", name, "--text", corpus[1]) == 2
+        assert f"there is no folder {name} {said}" in capsys.readouterr().err
+
+
+def test_values_that_are_too_large_are_told(llama_folder, corpus, tmp_path, capsys):
+    model, tokenizer = load_model(llama_folder)
+    model.model.layers[1].mlp.up_proj.weight.data *= 1e18
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
+    assert run("prune", tmp_path / "model", *text, "--out", tmp_path / "out") == 2
+    assert "has values at 1.mlp that are not finite, or too large" in capsys.readouterr().err
+
+
+def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a" * 4000)
+    text = ("--calibration", tmp_path / "text.txt", "--samples", 8, "--seq-len", 16)
+    own = ("--self-text", 0, "--random-tokens", 0, "--preset", "fast", "--keep", 0.5)
+    assert run("prune", llama_folder, *text, *own, "--out", tmp_path / "out") == 0
+    assert "Every error is 0: the activations do not vary" in capsys.readouterr().out
+
+
 def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
     command = ("eval", llama_folder, "--text", corpus[1], "--seq-len", 32, "--quiet", "--output")
     assert run(*command, tmp_path / "a.json") == run(*command, tmp_path / "a.json") == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -176,6 +178,29 @@ def test_a_child_imports_nothing_of_the_current_folder_nor_of_its_own(tmp_path, 
     monkeypatch.chdir(tmp_path)
     done = subprocess.run(child(script, "a", 1), capture_output=True, text=True)
     assert done.stdout == '[["a", "1"], true]\n', done.stderr
+
+
+def test_an_interrupt_while_modules_are_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    (tmp_path / "liar").write_text("from liar_ext.cli import main; main()")
+    paths = os.pathsep.join([str(tmp_path), str(Path(liar_ext.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    command = [sys.executable, str(tmp_path / "liar"), "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
+@pytest.mark.parametrize(("shell", "code"), [(">&-", 0), ("> /dev/full", 2)])
+def test_an_output_that_cannot_be_written_is_no_traceback(shell, code, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    program = (
+        "import sys; from liar_ext.cli import main; module = sys.modules[main.__module__]; "
+        "module.COMMANDS['info'] = lambda _: print('done'); sys.exit(main(['info']))"
+    )
+    command = f"{shlex.join([sys.executable, '-c', program])} {shell}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("info: the job is done, and what it says can't be printed" in done.stderr) == (code > 0)
 
 
 def test_children_are_started_in_one_place_only():

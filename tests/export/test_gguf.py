@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from folders import equal_plan, make_plan, pruned
+from folders import byte_level, equal_plan, make_plan, pruned
 from tiny import outputs, tiny, tiny_inputs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from liar_ext import InputError, cli, save_pruned
 from liar_ext.checkpoint import load_model
@@ -225,6 +224,13 @@ def test_types_of_the_weights(dtype, tmp_path):
     logits_agree(load_model(folder, "float32")[0], wide)
 
 
+@pytest.mark.parametrize("threads", ["", "4,2", "many", "0"])
+def test_llama_cpp_runs_with_any_number_of_threads(threads, tmp_path, monkeypatch):
+    done = export(save(tiny("llama"), tmp_path / "model"), "gguf")
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert run_file(done.paths[0], np.array([[3, 4, 5]]))["nll"].shape == (1, 2)
+
+
 def test_a_weight_out_of_range_of_f16_is_refused(tmp_path):
     for value in (1e6, torch.nan):
         model = tiny("llama")
@@ -337,20 +343,6 @@ def test_what_llama_cpp_computes_otherwise_is_refused(name, fields, words, tmp_p
         fields = {"query_pre_attn_scalar": 4, **fields}
     with pytest.raises(InputError, match=words):
         export(save(tiny(name, **fields), tmp_path / "model"), "gguf")
-
-
-def byte_level(size: int = 61) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE whose tokens are those of the tiny models; few bytes are among them."""
-    core = Tokenizer(models.BPE(ignore_merges=False))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False
-    )
-    core.train_from_iterator(["aa bb ab abba bab", "ab ba 12 3"], trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def tampered(folder, **fields):

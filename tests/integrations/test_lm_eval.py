@@ -120,4 +120,4 @@ def test_an_encoder_has_no_tasks(tmp_path, tokenizer, tasks, capsys):
     tokenizer.save_pretrained(tmp_path / "bert")
     arguments = ["--tasks", "letters", "--include-path", str(tasks), "--quiet"]
     assert main(["eval", str(tmp_path / "bert"), *arguments]) == 2
-    assert "must be a causal language model" in capsys.readouterr().err
+    assert "needs a causal language model" in capsys.readouterr().err

@@ -22,7 +22,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RECORD, TABLE = ROOT / "docs" / "reliability.json", ROOT / "docs" / "reliability.md"
-CHECKS = ("folders_attacked", "kills", "stops", "rank_stops", "faults", "commands", "operators")
+CHECKS = (
+    *("folders_attacked", "strangers", "kills", "stops", "rank_stops", "faults", "commands"),
+    "operators",
+)
 COLUMNS = ("traceback", "crash", "wrong answer", "hang", "code run", "data lost", "left behind")
 INTRODUCTION = """# Reliability
 
@@ -35,6 +38,12 @@ What was done to the package to break it, and what came of it. `make reliability
   and every sixth to `liar verify`. Each call must refuse in one line, or do its work, within 60
   seconds (the command, which starts a process for each loader, within 240) and 12 GiB of address
   space, and run none of the code.
+- **files of strangers**: a checkpoint whose `job.json` has nasty values or names a result of the
+  user, with links and pipes among its files; a record of exports that names a pipe; a GGUF file
+  with code and an adapter beside it, without one of its weights, or damaged; a result and a
+  checkpoint in one place; a standard output that is closed or full; files in the current folder
+  that are named as modules. Nothing may wait or show a traceback, none of the code may run, and the
+  models and banks of the user must stay as they are.
 - **kills in the save phase**: SIGKILL, SIGINT and SIGTERM at file operations of a save and at
   random times, with and without an older folder to replace, with and without the system's exchange
   of two folders. The folder must be absent, the old one or the new one, and the next run must find

@@ -84,7 +84,7 @@ def _make_banks(folder: Path, paths: dict[str, Path]) -> None:
     paths["torn"].write_bytes(paths["bank"].read_bytes()[:-9])
     paths["jobs"] = folder / "jobs"
     paths["jobs"].mkdir()
-    (paths["jobs"] / "job.json").write_text('{"version": 2, "command": "sweep"}')
+    (paths["jobs"] / "job.json").write_text('{"version": 3, "command": "sweep"}')
 
 
 def fill(line: Line, paths: dict[str, str]) -> list[str]:

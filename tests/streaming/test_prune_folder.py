@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import weakref
 
 import pytest
@@ -260,17 +262,30 @@ def test_too_little_memory_is_refused_with_what_it_takes(llama, tmp_path):
     assert not (tmp_path / "pruned").exists()
 
 
-def test_a_file_that_is_torn_on_the_way_ends_the_job_with_nothing_left(llama, tmp_path):
-    store = BlockStore(llama, prefetch=False)
-
-    def torn(name):
-        raise ValueError("the header is too large")
-
-    store._weights = type("Torn", (), {"__getitem__": lambda self, name: torn(name)})()
-    with pytest.raises(InputError, match="can't read model.layers.0.* copy the folder again"):
+@pytest.mark.parametrize("change", ["other", "shorter"])
+def test_a_file_that_changes_on_the_way_ends_the_job_with_nothing_left(change, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    store = BlockStore(model, prefetch=False)
+    if change == "other":
+        os.utime(model / "model.safetensors", ns=(1, 1))
+    else:
+        os.truncate(model / "model.safetensors", 5000)
+    with pytest.raises(InputError, match="can't read model.layers.0.* was changed after it was"):
         data, recipe = batches(store.model, 3), Recipe(keep=0.6)
         prune_folder(store, data, tmp_path / "pruned", recipe, max_memory=4 * GIB)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_file_whose_place_another_takes_is_read_on(llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    store = BlockStore(model, prefetch=False)
+    (tmp_path / "other").write_bytes(b"other")
+    os.replace(tmp_path / "other", model / "model.safetensors")
+    expected = tiny("llama", tie_word_embeddings=False).state_dict()
+    with store.block(1):
+        for name, value in store.tensors(1).items():
+            assert torch.equal(value, expected[name])
+    store.close()
 
 
 def test_weights_that_are_not_finite_are_refused_when_they_are_read(tmp_path):
