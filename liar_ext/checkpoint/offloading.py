@@ -68,7 +68,7 @@ def load_offloaded(
     except Exception as error:  # a broken package raises anything
         raise InputError(
             f"load_model: reading a model block by block needs accelerate ({one_line(error, 160)});"
-            " pip install 'liar_ext[large]'"
+            " pip install '.[large]'"
         ) from error
     path = Path(name)
     if path.suffix == ".gguf":

@@ -182,7 +182,7 @@ def _rows(source: str) -> Iterator[dict]:
     except ImportError:
         raise InputError(
             f"text: no file {source}, and dataset names need the package datasets; "
-            "pip install 'liar_ext[eval]' or give a text file"
+            "pip install '.[eval]' or give a text file"
         ) from None
     name, config, split = (*source.split(":"), "", "")[:3]
     failure = None

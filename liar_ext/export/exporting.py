@@ -95,7 +95,7 @@ def _exporter(to: str, options: Mapping[str, Any]) -> tuple[Format, Callable[...
         except Exception as error:  # a broken package raises anything
             raise InputError(
                 f"export: --to {to} needs the package {package} ({one_line(error, 160)}); pip "
-                f"install 'liar_ext[{row.extra}]'"
+                f"install '.[{row.extra}]'"
             ) from error
     run = import_module(row.module).export
     known = [

@@ -117,7 +117,7 @@ def _import() -> Any:
         import lm_eval.tasks
     except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"eval: tasks need lm-eval ({one_line(error, 160)}); pip install 'liar_ext[eval]'"
+            f"eval: tasks need lm-eval ({one_line(error, 160)}); pip install '.[eval]'"
         ) from error
     return lm_eval
 

@@ -238,7 +238,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError("verify: pip install 'liar_ext[onnx]' to run an ONNX graph") from error
+        raise InputError("verify: pip install '.[onnx]' to run an ONNX graph") from error
     try:
         session = onnxruntime.InferenceSession(
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
