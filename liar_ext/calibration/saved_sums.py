@@ -8,7 +8,6 @@ sums of all, so that any number of them can go on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,9 +127,3 @@ class SavedSums:
                 sums = {name: (each.gram, each.total, each.count) for name, each in whole.items()}
                 write_bank(self.path, Stored(source, sums))
         self._at = batches
-
-
-def saved_batches(folder: str | os.PathLike[str]) -> int:
-    """Return over how many batches the sums in a checkpoint are; 0 where there are none."""
-    path = Path(folder) / f"{SUMS}{SUFFIX}"
-    return read_bank(path, sums=False).source.get("progress", 0) if path.exists() else 0

@@ -18,7 +18,7 @@ from liar_ext.models.sites import Site, get_consumer_weight
 
 # The choice of units hardly depends on λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
 OBS_DAMP = 1e-2
-NEEDS = ("weights", "moments", "gram", "gradient")
+NEEDS = ("moments", "gradient")
 PER = ("unit", "feature")
 
 
@@ -80,8 +80,7 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
         What users call it.
     needs : {"moments", "gradient"}
         With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for which the model is run
-        backward over the calibration text; weight and moments it gets either way, so that
-        ``"weights"`` and ``"gram"`` mean no more than ``"moments"``.
+        backward over the calibration text; weight and moments it gets either way.
     source : str
         Where it was published, e.g. ``"arXiv:2306.11695"``.
 

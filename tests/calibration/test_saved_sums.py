@@ -15,7 +15,8 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.calibration import collect
-from liar_ext.calibration.saved_sums import SavedSums, saved_batches
+from liar_ext.calibration.bank_file import read_bank
+from liar_ext.calibration.saved_sums import SUFFIX, SUMS, SavedSums
 from liar_ext.saved.progress import Progress
 
 SEEDS = 30
@@ -38,6 +39,12 @@ def same(a: MomentBank, b: MomentBank) -> bool:
         and torch.equal(a[name].count, b[name].count)
         for name in a
     )
+
+
+def saved_batches(folder) -> int:
+    """Return over how many batches the sums in a checkpoint are; 0 where there are none."""
+    path = folder / f"{SUMS}{SUFFIX}"
+    return read_bank(path, sums=False).source.get("progress", 0) if path.exists() else 0
 
 
 def stopping(data: list, after: int):
