@@ -1,0 +1,193 @@
+"""Loads a folder, compares its output with the one that was saved, and measures it.
+
+Run as a script, isolated, it needs transformers and safetensors alone, and makes sure that liar_ext
+can't be imported, unless that is the loader to try. Its arguments are folders to import from beside
+those of an isolated Python. A list of jobs comes in as JSON, for each a row goes out on a line of
+its own, or what went wrong::
+
+    [{"folder": DIR, "loader": "AutoModelForCausalLM", "code": true, "alone": true,
+      "device": "cpu", "fingerprint": FILE, "ids": FILE.npy or null}, ...]
+    {"difference": 0.0, "params": 1000, "perplexity": 30.1, "tokens_per_second": 900.0}
+    {"error": "RuntimeError: ..."}
+
+Several jobs are done in a process each, forked from one that has imported torch and transformers,
+which take longer than a small model, and nothing else. A device must not have been touched then.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":
+    sys.path += sys.argv[1:]
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+ROUNDS, TOKENS = 5, 128
+
+
+def main() -> None:
+    """Do the jobs on standard input."""
+    jobs = json.load(sys.stdin)
+    if len(jobs) > 1:
+        from transformers import AutoModel  # noqa: F401  (so that no child has to)
+    for job in jobs:
+        print(json.dumps(apart(job) if len(jobs) > 1 else do(job)), flush=True)
+
+
+def do(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job in this process, which is good for no other one then."""
+    if job["loader"] == "liar_ext" or not job["alone"]:
+        package = Path(__file__).parents[1]  # this one, whichever else is installed
+        spec = importlib.util.spec_from_file_location("liar_ext", package / "__init__.py")
+        sys.modules["liar_ext"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["liar_ext"])
+    else:
+        sys.modules["liar_ext"] = None
+    return run(job)
+
+
+def apart(job: dict[str, Any]) -> dict[str, Any]:
+    """Do a job in a child; return its row, or the last line that it said."""
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(said.fileno(), stream)
+                os.write(answer.fileno(), json.dumps(do(job)).encode())
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for file in (answer, said):
+            file.seek(0)
+        if code == 0:
+            return json.load(answer)
+        lines = said.read().decode(errors="replace").split("\n")
+        return {"error": ([line for line in lines if line.strip()] or [f"exit code {code}"])[-1]}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Load, compare, measure."""
+    model = load(job)
+    row = compare(model, job)
+    row["tokens_per_second"] = tokens_per_second(model, _saved(job)[1])
+    if job["ids"] is not None:
+        row["perplexity"] = perplexity(model, torch.from_numpy(np.load(job["ids"])))
+    return row
+
+
+def load(job: dict[str, Any]) -> nn.Module:
+    """Return the model, by the loader of the job, as it was when it was saved."""
+    facts, device = _saved(job)[0], job["device"]
+    settings: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    settings |= {"dtype": getattr(torch, facts["dtype"]), "attn_implementation": facts["attention"]}
+    if job["loader"] == "liar_ext":
+        from liar_ext.checkpoint import load_pruned
+
+        model = load_pruned(job["folder"], **settings)
+    else:
+        import transformers
+
+        settings |= {"trust_remote_code": True} if job["code"] else {}
+        loader = getattr(transformers, job["loader"])
+        model = loader.from_pretrained(job["folder"], use_safetensors=True, **settings)
+    return (model if device == "auto" else model.to(device)).eval()
+
+
+def compare(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
+    """Return the greatest difference of outputs from those that were saved, and the parameters."""
+    _, inputs, expected = _saved(job)
+    for name, value in inputs.items():
+        rows = _known_tokens(model) if name.endswith("_ids") else 0
+        if rows and not 0 <= int(value.min()) <= int(value.max()) < rows:
+            raise ValueError(f"it has tokens beyond the {rows} that the model knows")
+    found = output_of(model, inputs)
+    same = found.shape == expected.shape
+    difference = float((found - expected.to(found.dtype)).abs().max()) if same else math.inf
+    return {
+        "difference": math.inf if math.isnan(difference) else difference,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tensor]:
+    """Return facts, inputs and output of the fingerprint, see ``checkpoint/fingerprint.py``."""
+    with safe_open(job["fingerprint"], framework="pt") as file:
+        facts = file.metadata()
+        more = [key for key in file.keys() if key.startswith("input:")]  # noqa: SIM118, no mapping
+        inputs = {facts["name"]: file.get_tensor("input")}
+        inputs |= {key.removeprefix("input:"): file.get_tensor(key) for key in more}
+        return facts, inputs, file.get_tensor("output")
+
+
+def _known_tokens(model: nn.Module) -> int:
+    """Return how many tokens a model has embeddings for."""
+    known = [getattr(model.config.get_text_config(), "vocab_size", 0)]
+    with suppress(NotImplementedError, AttributeError):  # of towers there is no one table
+        known.append(model.get_input_embeddings().weight.shape[0])
+    return max(known)
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return logits, the last hidden state, or embeddings of towers side by side, on the CPU."""
+    given = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    result = model(**given)
+    names = [name for name in ("logits", "last_hidden_state") if result.get(name) is not None]
+    names = names[:1] or [name for name in ("image_embeds", "text_embeds") if name in result]
+    found = torch.cat([result[name] for name in names])
+    return found.cpu() if found.dtype == torch.float64 else found.float().cpu()
+
+
+def tokens_per_second(model: nn.Module, inputs: dict[str, Tensor]) -> float:
+    """Return inputs over the median time of forward passes: a text of 128 tokens, or an image."""
+    name, value = next(iter(inputs.items()))
+    if name == "input_ids" and len(inputs) == 1:
+        most = min(TOKENS, getattr(model.config, "max_position_embeddings", TOKENS))
+        value = value.repeat(1, -(-TOKENS // value.shape[1]))[:, :most]
+        inputs = {name: value}
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        output_of(model, inputs)
+        seconds.append(time.perf_counter() - start)
+    count = value.shape[1] if name == "input_ids" else value.shape[0]
+    return count / statistics.median(seconds[1:])
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """Return ``exp`` of the mean of ``-log p(token | those before it)`` over sequences."""
+    losses = []
+    for row in ids.long():
+        logits = model(input_ids=row[None].to(model.device)).logits[0, :-1].float()
+        losses.append(nn.functional.cross_entropy(logits, row[1:].to(logits.device)).item())
+    return math.exp(statistics.fmean(losses))
+
+
+if __name__ == "__main__":
+    main()
