@@ -1,5 +1,6 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import liar_ext.environment  # noqa: F401  (before torch)
@@ -7,7 +8,7 @@ from liar_ext import ops
 from liar_ext.benchmarking.latency import measure_latency
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank, Moments
-from liar_ext.checkpoint import load_pruned, verify_pruned
+from liar_ext.checkpoint import load_pruned
 from liar_ext.checkpoint.registration import register
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.errors import InputError
@@ -29,6 +30,7 @@ from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.surgery.units import apply_plan
 
 if TYPE_CHECKING:
+    from liar_ext.export.verify import verify_pruned
     from liar_ext.suggest.suggest import suggest_family
 
 register()  # stock loaders build layers of unequal sizes, where liar_ext is imported
@@ -67,11 +69,14 @@ __all__ = [
     "verify_pruned",
 ]
 
+_LATER = {  # by their modules, which most programs don't use
+    "suggest_family": "liar_ext.suggest.suggest",
+    "verify_pruned": "liar_ext.export.verify",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what most programs don't use when it is first asked for."""
-    if name == "suggest_family":
-        from liar_ext.suggest.suggest import suggest_family
-
-        return suggest_family
+    """Import one of those when it is first asked for."""
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -96,13 +96,13 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_workers():
-    """Let the workers of ``verify`` be forked from one process; tests/verification starts them."""
+    """Let the workers of ``verify`` be forked from one process; test_verify.py starts them."""
     import fresh_workers
 
-    from liar_ext.verification import verification
+    from liar_ext.export import verify
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "subprocess", fresh_workers)
+        patch.setattr(verify, "subprocess", fresh_workers)
         yield
 
 

@@ -2,7 +2,7 @@
 
 Each answers as a fresh process does, without the seconds that imports take: what it is forked from
 has no liar_ext, and does nothing else. As a script this file is that process: a line of JSON names
-the files, the folder and the environment of a worker, and its exit code is the answer.
+the files and the environment of a worker, and its exit code is the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).parents[1] / "liar_ext" / "verification" / "worker.py"
+WORKER = Path(__file__).parents[1] / "liar_ext" / "export" / "verify_worker.py"
 STILL = 500  # seconds
 STREAMS = ("stdin", "stdout", "stderr")
 FAMILIES = ("llama", "bert", "qwen3_moe")  # what most tests load
@@ -46,7 +46,7 @@ def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in STREAMS]
         Path(files[0]).write_text(settings["input"])
-        job = {"files": files, "cwd": str(settings["cwd"]), "env": settings["env"]}
+        job = {"files": files, "env": settings["env"]}
         parent = _parent()
         print(json.dumps(job), file=parent.stdin, flush=True)
         code = int(parent.stdout.readline())
@@ -54,7 +54,7 @@ def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, code, *said)
 
 
-def _answer(work: Callable[[], None], files: list[str], cwd: str, env: dict[str, str]) -> None:
+def _answer(work: Callable[[], None], files: list[str], env: dict[str, str]) -> None:
     """Be a worker, and end: one that stands still, too, which says where."""
     faulthandler.register(signal.SIGALRM, file=2, chain=True)
     signal.alarm(STILL)
@@ -64,7 +64,6 @@ def _answer(work: Callable[[], None], files: list[str], cwd: str, env: dict[str,
             opened = open(file, "w" if stream else "r")  # noqa: SIM115
             os.dup2(opened.fileno(), stream)
             setattr(sys, name, opened)
-        os.chdir(cwd)
         os.environ.clear()
         os.environ.update(env)
         work()

@@ -38,7 +38,7 @@ def load(job: dict, folder: str | Path | None = None) -> Any:
 
 def fingerprint_gap(job: dict, folder: str | Path, code: bool, perplexity: bool = True) -> Row:
     """Return how far a folder's outputs are from those of the model that was saved."""
-    worker = script("liar_ext/verification/worker.py")
+    worker = script("liar_ext/export/verify_worker.py")
     given = {"folder": str(folder), "loader": job["auto"], "code": code, "device": "cpu"}
     given["fingerprint"] = next(map(str, Path(job["folder"]).glob("liar/fingerprint*")))
     given["ids"] = job["ids"] if perplexity and job["causal"] else None
@@ -107,6 +107,6 @@ def quality(job: dict, model: Any) -> Any:
     """Return the perplexity of a decoder on the cell's tokens, or embeddings by an encoder."""
     if not job["causal"]:
         return pooled(job, model=model)
-    worker = script("liar_ext/verification/worker.py")
+    worker = script("liar_ext/export/verify_worker.py")
     with torch.no_grad():
         return worker.perplexity(model, torch.from_numpy(np.load(job["ids"])))

@@ -2,6 +2,5 @@
 
 from liar_ext.checkpoint.loading import load_model, load_pruned
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.checkpoint.verifying import verify_pruned
 
-__all__ = ["load_model", "load_pruned", "save_pruned", "verify_pruned"]
+__all__ = ["load_model", "load_pruned", "save_pruned"]

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.inputs import draw_inputs, inputs_read, known_tokens
+from liar_ext.models.inputs import draw_inputs, inputs_read
 from liar_ext.models.running import output_of
 
 TOKENS = 16
@@ -143,45 +142,6 @@ def _check_fingerprint(fingerprint: Fingerprint, dtype: str) -> None:
         )
     if not fingerprint.output.isfinite().all():
         raise ValueError("the output holds NaN or infinity, which agrees with nothing")
-
-
-def compare_fingerprint(model: nn.Module, fingerprint: Fingerprint) -> dict[str, Any]:
-    """Return how far a loaded model is from the one that was saved.
-
-    Returns
-    -------
-    dict
-        ``max_abs_difference`` of the outputs, ``params``, and ``agrees``: within the tolerance,
-        with as many parameters.
-    """
-    for name, config in inputs_read(model).items():
-        value = fingerprint.inputs.get(name)
-        if value is None or not name.endswith("_ids"):
-            continue
-        rows = known_tokens(model, config)
-        if not 0 <= int(value.min()) <= int(value.max()) < rows:
-            raise InputError(
-                f"verify: the fingerprint has tokens beyond the {rows} that the model knows; copy "
-                "the folder again"
-            )
-    try:
-        output = _run(model, fingerprint.inputs)
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise InputError(
-            f"verify: the model can't run on the fingerprint's input: {one_line(error)}; copy the "
-            "folder again"
-        ) from error
-    same_shape = output.shape == fingerprint.output.shape
-    difference = float((output - fingerprint.output).abs().max()) if same_shape else math.inf
-    difference = math.inf if math.isnan(difference) else difference
-    params = count_params(model)
-    return {
-        "max_abs_difference": difference,
-        "params": params,
-        "agrees": difference <= fingerprint.tolerance and params == fingerprint.params,
-    }
 
 
 def count_params(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ SEQ_LEN, SAMPLES = 256, 16
 
 def run(options: argparse.Namespace) -> int:
     """Reload, compare, print; return 1 if outputs differ."""
-    from liar_ext.verification.verification import table, verify_everywhere
+    from liar_ext.export.verify import table, verify_everywhere
 
     ids = _ids(options.folder, options.text) if options.text else None
     facts = verify_everywhere(options.folder, options.device, ids)

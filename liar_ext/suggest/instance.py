@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -53,24 +52,15 @@ class Tried(NamedTuple):
     whole: nn.Module | None
 
 
-def prepare(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Tried:
-    """Build the tiny models of a class.
-
-    Parameters
-    ----------
-    model_class : type
-        What is built, as ``model_class(config)``.
-    config : PreTrainedConfig
-        Of any sizes.
-    given : nn.Module or None
-        The model itself, of which a copy is taken if none can be built and it is small enough.
+def prepare(model_class: type[nn.Module], config: Any) -> Tried:
+    """Build the tiny models of a class, from a config of any sizes.
 
     Raises
     ------
     Refused
         If none can be built and run.
     """
-    first = make_instance(model_class, config, given)
+    first = make_instance(model_class, config)
     second = _second(model_class, config, first)
     instances = [first] if second is None else [first, second]
     models = [each.model for each in instances] + ([] if second else _variants(first))
@@ -82,8 +72,8 @@ def prepare(model_class: type[nn.Module], config: Any, given: nn.Module | None) 
     return Tried(instances, models, whole)
 
 
-def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Instance:
-    """Return the first small version of a model that can be built and run; see :func:`prepare`.
+def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
+    """Return the first small version of a model that can be built and run.
 
     Raises
     ------
@@ -91,21 +81,15 @@ def make_instance(model_class: type[nn.Module], config: Any, given: nn.Module | 
         If none can, with the first reason.
     """
     tried: list[dict[str, Any]] = []
-
-    def built(make: Any) -> nn.Module:
-        version = make()
-        if version.to_dict() in tried:
-            raise Refused("it was tried")
-        tried.append(version.to_dict())
-        return build(model_class, version, "cpu")
-
-    attempts = [partial(built, make) for make in candidates(config)]
-    attempts += [partial(_copy, given)] * (given is not None)
     reasons: list[str] = []
-    for attempt in attempts:
+    for make in candidates(config):
         try:
             with quiet():
-                found = _instance(attempt())
+                version = make()
+                if version.to_dict() in tried:
+                    continue
+                tried.append(version.to_dict())
+                found = _instance(build(model_class, version, "cpu"))
         except Refused as error:
             reasons.append(str(error))
         except Exception as error:  # whatever a stranger's code raises
@@ -167,35 +151,20 @@ def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
         model = model_class(config)
     if device == "meta":
         return model.eval()
-    _check_size(model, "it has {:,} weights where its config could not be made smaller")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _randomised(model_class(copy.deepcopy(config)))
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    _check_size(model, "the model itself has {:,} weights")
-    model = copy.deepcopy(model).cpu()
-    make_plain(model.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _randomised(model)
-
-
-def _check_size(model: nn.Module, said: str) -> None:
     numbers = sum(parameter.numel() for parameter in model.parameters())
     if numbers > MOST_NUMBERS:
-        raise Refused(f"{said.format(numbers)}, more than {MOST_NUMBERS:,}")
-
-
-@torch.no_grad()
-def _randomised(model: nn.Module) -> nn.Module:
-    """Give every parameter random values, biases and norms too, so that each can be noticed."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            base = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
-            scale = 0.1 if parameter.ndim == 1 else 0.2
-            parameter.copy_(base + scale * torch.randn_like(parameter))
+        raise Refused(
+            f"it has {numbers:,} weights where its config could not be made smaller, more than "
+            f"{MOST_NUMBERS:,}"
+        )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = model_class(copy.deepcopy(config))
+        for parameter in model.parameters():  # biases and norms too, so that each can be noticed
+            if parameter.is_floating_point():
+                base = parameter if parameter.ndim == 1 else torch.zeros_like(parameter)
+                scale = 0.1 if parameter.ndim == 1 else 0.2
+                parameter.copy_(base + scale * torch.randn_like(parameter))
     return model.to(torch.float64).eval()
 
 

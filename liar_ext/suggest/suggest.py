@@ -91,8 +91,7 @@ def suggest_family(model: Any) -> Suggestion:
     >>> import liar_ext
     >>> print(liar_ext.suggest_family(model).code)  # doctest: +SKIP
     """
-    given = model if isinstance(model, nn.Module) else None
-    config = getattr(model, "config", None) if given is not None else model
+    config = getattr(model, "config", None) if isinstance(model, nn.Module) else model
     name = getattr(config, "model_type", None)
     if not isinstance(name, str) or not name or not hasattr(config, "to_dict"):
         raise InputError(
@@ -105,7 +104,7 @@ def suggest_family(model: Any) -> Suggestion:
         if wrong := check_sizes(config):
             raise Refused(wrong)
         with no_bars(), torch.device("cpu"):
-            return _propose(_class_of(model), config, given)
+            return _propose(_class_of(model), config)
     except Refused as error:
         raise InputError(
             f"suggest_family: no row for {name!r}: {one_line(error, 700)}; describe the family by "
@@ -179,7 +178,7 @@ def _class_of(model: Any) -> type[nn.Module]:
     )
 
 
-def _propose(model_class: type[nn.Module], config: Any, given: nn.Module | None) -> Suggestion:
+def _propose(model_class: type[nn.Module], config: Any) -> Suggestion:
     """Return a row for one stack of blocks, or for an encoder and a decoder.
 
     Raises
@@ -187,7 +186,7 @@ def _propose(model_class: type[nn.Module], config: Any, given: nn.Module | None)
     Refused
         If neither attention nor MLP can be described.
     """
-    tried, name = prepare(model_class, config, given), config.model_type
+    tried, name = prepare(model_class, config), config.model_type
     instance = tried.instances[0]
     stacks = find_stacks(instance)
     if getattr(config, "is_encoder_decoder", False):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,12 +42,11 @@ class Call:
         return first_tensor((self.args, self.kwargs))
 
 
-@dataclass
-class Blocks:
+class Blocks(NamedTuple):
     """The path of a list of blocks inside the base model, and how the model called each of them."""
 
     path: str
-    calls: list[Call] = field(repr=False)
+    calls: list[Call]
 
 
 class Layer(NamedTuple):

@@ -82,16 +82,8 @@ class _Stack:
     def part(self, name: str, reads: str, mask: str, cross: Wiring | None = None) -> Part:
         """Return the part of the row."""
         row = self.described.family
-        return Part(
-            name=name,
-            blocks=row.blocks,
-            attn=row.attn,
-            mlp=row.mlp,
-            cross_attn=cross,
-            config=row.config,
-            input=reads,
-            mask=mask,
-        )
+        made = {"cross_attn": cross, "config": row.config, "input": reads, "mask": mask}
+        return Part(name, row.blocks, row.attn, row.mlp, **made)
 
 
 def _missing(

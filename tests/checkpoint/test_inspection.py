@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
-from liar_ext.checkpoint import inspection, load_model, load_pruned, save_pruned, verify_pruned
+from liar_ext import verify_pruned
+from liar_ext.checkpoint import inspection, load_model, load_pruned, save_pruned
 from liar_ext.errors import InputError
 
 

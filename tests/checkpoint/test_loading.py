@@ -14,7 +14,8 @@ from folders import equal_plan, make_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 
-from liar_ext.checkpoint import load_model, load_pruned, verify_pruned
+from liar_ext import verify_pruned
+from liar_ext.checkpoint import load_model, load_pruned
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.errors import InputError
 from liar_ext.models.sites import get_consumer_bias, sites

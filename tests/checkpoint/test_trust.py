@@ -11,7 +11,8 @@ import torch
 from folders import equal_plan, make_plan, pruned, read, tokenizer
 from tiny import outputs, tiny
 
-from liar_ext.checkpoint import load_model, load_pruned, save_pruned, verify_pruned
+from liar_ext import verify_pruned
+from liar_ext.checkpoint import load_model, load_pruned, save_pruned
 from liar_ext.checkpoint.names import LOADER_CODE
 from liar_ext.errors import InputError
 

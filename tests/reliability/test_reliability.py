@@ -50,11 +50,11 @@ def test_what_is_bad_is_counted(verdict: str) -> None:
 
 def test_code_of_a_folder_would_be_seen(monkeypatch) -> None:
     """With the check of the folder's code removed, the attack on it shows."""
-    from liar_ext.checkpoint import verifying
+    from liar_ext.export import verify
     from reliability import folders_attacked
 
     monkeypatch.setattr(
-        verifying,
+        verify,
         "check_code",
         lambda folder, config: sorted(
             config.get("auto_map") or {}, key="AutoModelForCausalLM".__ne__

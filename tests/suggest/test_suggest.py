@@ -138,7 +138,7 @@ def test_a_model_of_that_class_is_pruned_saved_and_loaded(odd, tmp_path):
 )
 def test_a_wrong_row_is_not_proved(wrong):
     row = FAMILIES["llama"]
-    instance = make_instance(type(tiny("llama")), tiny("llama").config, None)
+    instance = make_instance(type(tiny("llama")), tiny("llama").config)
     assert "mlp" in prove([instance], row)[0]
     with pytest.raises((Refused, ValueError, ZeroDivisionError)):
         prove([instance], replace(row, attn=replace(row.attn, **wrong)))

@@ -1,4 +1,4 @@
-"""Loads a folder in a process of its own, compares its output and measures it.
+"""Loads a folder, compares its output with the one that was saved, and measures it.
 
 Run as a script it needs transformers and safetensors alone, and makes sure that liar_ext can't be
 imported, unless that is the loader to try. A list of jobs comes in as JSON, for each a row goes out
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -74,72 +75,99 @@ def apart(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": ([line for line in lines if line.strip()] or [f"exit code {code}"])[-1]}
 
 
-@torch.no_grad()
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Load, compare, measure."""
-    with safe_open(job["fingerprint"], framework="pt") as file:
-        facts, given, expected = (
-            file.metadata(),
-            file.get_tensor("input"),
-            file.get_tensor("output"),
-        )
-    settings = {"dtype": getattr(torch, facts["dtype"])}
-    model = load(job, settings | {"attn_implementation": facts["attention"]}).eval()
-    found = output_of(model, facts["name"], given)
-    same = found.shape == expected.shape
-    difference = float((found - expected.to(found.dtype)).abs().max()) if same else math.inf
-    row = {
-        "difference": math.inf if math.isnan(difference) else difference,
-        "params": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens_per_second": tokens_per_second(model, facts["name"], given),
-    }
+    model = load(job)
+    row = compare(model, job)
+    row["tokens_per_second"] = tokens_per_second(model, _saved(job)[1])
     if job["ids"] is not None:
         row["perplexity"] = perplexity(model, torch.from_numpy(np.load(job["ids"])))
     return row
 
 
-def load(job: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
-    """Return the model, by the loader of the job."""
-    device = job["device"]
-    spread = {"device_map": "auto"} if device == "auto" else {}
+def load(job: dict[str, Any]) -> nn.Module:
+    """Return the model, by the loader of the job, as it was when it was saved."""
+    facts, device = _saved(job)[0], job["device"]
+    settings: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    settings |= {"dtype": getattr(torch, facts["dtype"]), "attn_implementation": facts["attention"]}
     if job["loader"] == "liar_ext":
         from liar_ext.checkpoint import load_pruned
 
-        model = load_pruned(job["folder"], **settings, **spread)
+        model = load_pruned(job["folder"], **settings)
     else:
         import transformers
 
+        settings |= {"trust_remote_code": True} if job["code"] else {}
         loader = getattr(transformers, job["loader"])
-        code = {"trust_remote_code": True} if job["code"] else {}
-        model = loader.from_pretrained(
-            job["folder"], use_safetensors=True, **code, **settings, **spread
-        )
-    return model if spread else model.to(device)
+        model = loader.from_pretrained(job["folder"], use_safetensors=True, **settings)
+    return (model if device == "auto" else model.to(device)).eval()
 
 
-def output_of(model: nn.Module, name: str, value: Tensor) -> Tensor:
-    """Return logits, or the last hidden state, on the CPU."""
-    value = value.to(model.device)
-    result = model(**{name: value.to(model.dtype) if value.is_floating_point() else value})
-    found = result["logits"] if "logits" in result else result["last_hidden_state"]
+def compare(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
+    """Return the greatest difference of outputs from those that were saved, and the parameters."""
+    _, inputs, expected = _saved(job)
+    for name, value in inputs.items():
+        rows = _known_tokens(model) if name.endswith("_ids") else 0
+        if rows and not 0 <= int(value.min()) <= int(value.max()) < rows:
+            raise ValueError(f"it has tokens beyond the {rows} that the model knows")
+    found = output_of(model, inputs)
+    same = found.shape == expected.shape
+    difference = float((found - expected.to(found.dtype)).abs().max()) if same else math.inf
+    return {
+        "difference": math.inf if math.isnan(difference) else difference,
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tensor]:
+    """Return facts, inputs and output of the fingerprint, see ``checkpoint/fingerprint.py``."""
+    with safe_open(job["fingerprint"], framework="pt") as file:
+        facts = file.metadata()
+        more = [key for key in file.keys() if key.startswith("input:")]  # noqa: SIM118, no mapping
+        inputs = {facts["name"]: file.get_tensor("input")}
+        inputs |= {key.removeprefix("input:"): file.get_tensor(key) for key in more}
+        return facts, inputs, file.get_tensor("output")
+
+
+def _known_tokens(model: nn.Module) -> int:
+    """Return how many tokens a model has embeddings for."""
+    known = [getattr(model.config.get_text_config(), "vocab_size", 0)]
+    with suppress(NotImplementedError, AttributeError):  # of towers there is no one table
+        known.append(model.get_input_embeddings().weight.shape[0])
+    return max(known)
+
+
+@torch.no_grad()
+def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return logits, the last hidden state, or embeddings of towers side by side, on the CPU."""
+    given = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    result = model(**given)
+    names = [name for name in ("logits", "last_hidden_state") if result.get(name) is not None]
+    names = names[:1] or [name for name in ("image_embeds", "text_embeds") if name in result]
+    found = torch.cat([result[name] for name in names])
     return found.cpu() if found.dtype == torch.float64 else found.float().cpu()
 
 
-def tokens_per_second(model: nn.Module, name: str, given: Tensor) -> float:
+def tokens_per_second(model: nn.Module, inputs: dict[str, Tensor]) -> float:
     """Return inputs over the median time of forward passes: a text of 128 tokens, or an image."""
-    value = given
-    if name == "input_ids":
-        most = getattr(model.config, "max_position_embeddings", TOKENS)
-        value = given.repeat(1, -(-TOKENS // given.shape[1]))[:, : min(TOKENS, most)]
+    name, value = next(iter(inputs.items()))
+    if name == "input_ids" and len(inputs) == 1:
+        most = min(TOKENS, getattr(model.config, "max_position_embeddings", TOKENS))
+        value = value.repeat(1, -(-TOKENS // value.shape[1]))[:, :most]
+        inputs = {name: value}
     seconds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        output_of(model, name, value)
+        output_of(model, inputs)
         seconds.append(time.perf_counter() - start)
     count = value.shape[1] if name == "input_ids" else value.shape[0]
     return count / statistics.median(seconds[1:])
 
 
+@torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor) -> float:
     """Return ``exp`` of the mean of ``-log p(token | those before it)`` over sequences."""
     losses = []

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from folders import change, equal_plan, make_plan, pruned, read
 from safetensors.torch import load_file, save_file
 
-from liar_ext import InputError, cli, save_pruned
+from liar_ext import InputError, cli, save_pruned, verify_pruned
 from liar_ext.checkpoint.fingerprint import read_fingerprint
 from liar_ext.checkpoint.names import FINGERPRINT_FILE
-from liar_ext.export import export
-from liar_ext.verification import verification
-from liar_ext.verification.verification import table, verify_everywhere
+from liar_ext.export import export, verify
+from liar_ext.export.verify import table, verify_everywhere
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,33 @@ def test_other_weights_are_found_by_every_loader(tmp_path: Path) -> None:
     assert all(row.difference > 1e-2 for row in facts["rows"])
 
 
+def test_all_that_towers_read_is_given_to_every_loader(tmp_path: Path) -> None:
+    model, plan = pruned("clip")
+    save_pruned(model, tmp_path / "model", plan)
+    facts, here = verify_everywhere(tmp_path / "model"), verify_pruned(tmp_path / "model")
+    assert facts["agrees"] and here["agrees"]
+    assert [row.how for row in facts["rows"]] == list(here["loaders"])
+
+
+def test_no_file_of_the_current_folder_is_imported(tmp_path: Path, monkeypatch) -> None:
+    """Nor where an empty entry of PYTHONPATH stands for that folder."""
+    model, plan = pruned("llama", equal_plan)
+    save_pruned(model, tmp_path / "model", plan)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ":")
+    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n")
+    commands, run = [], subprocess.run
+
+    def noted(command: list[str], **settings):
+        commands.append(command)
+        return run(command, **settings)
+
+    monkeypatch.setattr(verify.subprocess, "run", noted)
+    assert verify_everywhere("model")["agrees"]
+    assert not (tmp_path / "PWNED").exists()
+    assert commands and str(tmp_path) not in commands[0]
+
+
 def test_code_of_a_stranger_is_not_run(tmp_path: Path) -> None:
     model, plan = pruned("llama")
     save_pruned(model, tmp_path / "model", plan)
@@ -101,19 +128,19 @@ def test_code_of_a_stranger_is_not_run(tmp_path: Path) -> None:
 
 def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) -> None:
     """Each row is of a process of its own; the last says what it would by itself."""
-    answers = verification._answers
+    answers = verify._answers
 
     def spoilt(jobs):
         wrong = [{"loader": "NoSuchModel"}, {"fingerprint": "/nowhere"}, {}]
         return answers([jobs[1] | change for change in wrong])
 
-    monkeypatch.setattr(verification, "_answers", spoilt)
+    monkeypatch.setattr(verify, "_answers", spoilt)
     hows = ["a", "b", "c"]
     job = {"folder": str(unequal), "device": "cpu", "ids": None, "code": True}
     job |= {"loader": "AutoModelForCausalLM", "fingerprint": str(unequal / FINGERPRINT_FILE)}
-    rows = verification._loaded(hows, [job] * 3, read_fingerprint(unequal), 1.0)
+    rows = verify._loaded(dict.fromkeys(hows, job), read_fingerprint(unequal), 1.0)
     assert [row.how for row in rows] == hows
     assert "NoSuchModel" in rows[0].error and "/nowhere" in rows[1].error
     assert rows[2].agrees and not rows[2].error
-    monkeypatch.setattr(verification, "WORKER", Path("/nowhere.py"))
+    monkeypatch.setattr(verify, "WORKER", Path("/nowhere.py"))
     assert "nowhere.py" in answers([job] * 2)[1]["error"]

@@ -1,7 +1,8 @@
-"""Reload all that a folder and its exports claim, each in a process of its own.
+"""Prove that a saved model is the one that was saved, wherever it is loaded.
 
-What agrees in the process that saved a model proves little of another machine: here a row is a
-fresh process, in which liar_ext can't be imported where the folder says that it isn't needed.
+What agrees in the process that saved a model proves little of another machine: for ``liar verify``
+a loader runs in a fresh process, in which liar_ext can't be imported where the folder says that it
+isn't needed.
 """
 
 from __future__ import annotations
@@ -13,27 +14,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from liar_ext.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import placement
-from liar_ext.checkpoint.names import (
-    FINGERPRINT_FILE,
-)
-from liar_ext.checkpoint.reading import read_marked_config, stock_class
+from liar_ext.checkpoint.names import FINGERPRINT_FILE
+from liar_ext.checkpoint.quietening import quiet
+from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
 from liar_ext.checkpoint.trust import check_code
 from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
+from liar_ext.export import verify_worker
 from liar_ext.export.record import read_record
-from liar_ext.verification.worker import ROUNDS, TOKENS
+from liar_ext.export.verify_worker import ROUNDS, TOKENS
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(verify_worker.__file__)
 # Weights of these types have their own rounding: the difference is told, and nothing is demanded.
 EXACT = ("f32", "float32", None)
 # Float32 sums in the order of another runtime, over a model's depth, over its largest output.
@@ -74,6 +76,59 @@ class Row:
     quantised: bool = False
 
 
+def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
+    """Reload a folder by every loader that it claims, in this process, and compare outputs.
+
+    The output on the fixed input of the folder's fingerprint agrees if
+    ``max |y − ŷ| ≤ √ε · max |y|``, ε of the model's dtype: half of its digits. ``liar verify`` does
+    the same in processes without liar_ext, and also tries the folder's exports.
+
+    Parameters
+    ----------
+    folder : path
+        What :func:`liar_ext.save_pruned` wrote.
+    device : str
+        Where to run, as for :func:`liar_ext.checkpoint.load_model`; another device than the saved
+        model's computes slightly other numbers.
+
+    Returns
+    -------
+    dict
+        ``agrees`` (all of them), ``layers`` ("equal" or "unequal"), ``dtype``, ``params``,
+        ``tolerance``, and ``loaders``: by name ``max_abs_difference``, ``params``, ``agrees``.
+
+    Raises
+    ------
+    InputError
+        If the folder isn't one of ours, is damaged, has code that isn't ours, or there is no such
+        device.
+
+    Notes
+    -----
+    The loader in the folder is run only if it is, byte for byte, the one that ``save_pruned``
+    writes; transformers then copies it to its cache of modules.
+    """
+    facts, fingerprint, jobs = _claims(folder, device)
+    loaders = {}
+    for how, job in jobs.items():
+        with quiet(), reading(folder, "verify"):
+            model = verify_worker.load(job)
+        try:
+            found = verify_worker.compare(model, job)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(
+                f"verify: the model can't run on the fingerprint's input: {one_line(error)}; copy "
+                "the folder again"
+            ) from error
+        agrees = _agrees(found, fingerprint)
+        difference, params = found["difference"], found["params"]
+        loaders[how] = {"max_abs_difference": difference, "params": params, "agrees": agrees}
+        del model
+    return facts | {"agrees": all(each["agrees"] for each in loaders.values()), "loaders": loaders}
+
+
 def verify_everywhere(
     folder: str | os.PathLike[str],
     device: str = "cpu",
@@ -101,65 +156,86 @@ def verify_everywhere(
     InputError
         If the folder isn't one of ours, is damaged, or has code that isn't ours.
     """
+    facts, fingerprint, jobs = _claims(folder, device)
+    folder = Path(facts["folder"])
+    with tempfile.TemporaryDirectory() as room:
+        if ids is not None:
+            path = os.path.join(room, "ids.npy")
+            np.save(path, ids)
+            jobs = {how: job | {"ids": path} for how, job in jobs.items()}
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+        rows = _loaded(jobs, fingerprint, weights)
+    rows += _exports(folder, fingerprint, ids)
+    return facts | {"rows": rows, "agrees": all(row.agrees for row in rows)}
+
+
+def _claims(
+    folder: str | os.PathLike[str], device: str
+) -> tuple[dict[str, Any], Fingerprint, dict[str, dict[str, Any]]]:
+    """Return what a folder says of itself, and a job of the worker for each loader, by its name.
+
+    Raises
+    ------
+    InputError
+        If the folder isn't one of ours, is damaged, or has code that isn't ours.
+    """
     placement(device)
     folder = Path(os.path.abspath(folder))
     config = read_marked_config(folder)
     autos = check_code(folder, config)
     fingerprint = read_fingerprint(folder)
     inspect_folder(folder, "verify")
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
-    loaders: list[tuple[str, str, bool]] = [("liar_ext.load_pruned", "liar_ext", False)]
+    loaders = {"liar_ext.load_pruned": ("liar_ext", False)}
     if config["liar"]["layers"] == "equal":
         name = stock_class(config, "load_pruned").__name__
-        loaders.append((f"transformers.{name}.from_pretrained", name, False))
+        loaders[f"transformers.{name}.from_pretrained"] = (name, False)
     for name in autos[:1]:
-        how = f"transformers.{name}.from_pretrained(trust_remote_code=True)"
-        loaders.append((how, name, True))
-    job = {
-        "folder": str(folder),
-        "device": device,
-        "fingerprint": str(folder / FINGERPRINT_FILE),
-    }
-    with tempfile.TemporaryDirectory() as room:
-        job["ids"] = None
-        if ids is not None:
-            job["ids"] = os.path.join(room, "ids.npy")
-            np.save(job["ids"], ids)
-        jobs = [job | {"loader": loader, "code": code} for _, loader, code in loaders]
-        hows = [how for how, _, _ in loaders]
-        rows = _loaded(hows, jobs, fingerprint, weights)
-    rows += _exports(folder, fingerprint, ids)
-    return {
+        loaders[f"transformers.{name}.from_pretrained(trust_remote_code=True)"] = (name, True)
+    job = _job(folder, device)
+    facts = {
         "folder": str(folder),
         "layers": config["liar"]["layers"],
         "dtype": str(fingerprint.dtype).removeprefix("torch."),
         "params": fingerprint.params,
         "tolerance": fingerprint.tolerance,
-        "rows": rows,
-        "agrees": all(row.agrees for row in rows),
     }
+    jobs = {how: job | {"loader": name, "code": code} for how, (name, code) in loaders.items()}
+    return facts, fingerprint, jobs
+
+
+def _job(folder: Path, device: str) -> dict[str, Any]:
+    """Return what the worker needs to know of a folder."""
+    saved = str(folder / FINGERPRINT_FILE)
+    known = {"folder": str(folder), "device": device, "fingerprint": saved}
+    return known | {"ids": None, "code": False}
+
+
+def _agrees(found: Mapping[str, Any], fingerprint: Fingerprint) -> bool:
+    """Tell whether a loaded model is the one that was saved, but for rounding."""
+    same = found["params"] == fingerprint.params
+    return same and found["difference"] <= fingerprint.tolerance
 
 
 def _loaded(
-    hows: Sequence[str], jobs: Sequence[dict[str, Any]], fingerprint: Fingerprint, megabytes: float
+    jobs: Mapping[str, dict[str, Any]], fingerprint: Fingerprint, megabytes: float
 ) -> list[Row]:
     """Return a row for each loader of torch."""
     # A device that is asked for by a parent is lost to its forks.
-    forks = sys.platform == "linux" and all(job["device"] == "cpu" for job in jobs)
-    found = _answers(jobs) if forks else [each for job in jobs for each in _answers([job])]
+    forks = sys.platform == "linux" and all(job["device"] == "cpu" for job in jobs.values())
+    groups = [list(jobs.values())] if forks else [[job] for job in jobs.values()]
+    found = [each for group in groups for each in _answers(group)]
     return [
         Row(how, one_line(answer["error"]))
         if "error" in answer
         else Row(
             how,
             difference=answer["difference"],
-            agrees=answer["difference"] <= fingerprint.tolerance
-            and answer["params"] == fingerprint.params,
+            agrees=_agrees(answer, fingerprint),
             perplexity=answer.get("perplexity"),
             tokens_per_second=answer["tokens_per_second"],
             megabytes=megabytes,
         )
-        for how, answer in zip(hows, found, strict=True)
+        for how, answer in zip(jobs, found, strict=True)
     ]
 
 
@@ -171,7 +247,6 @@ def _answers(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         errors="replace",
-        cwd=Path(jobs[0]["folder"]).parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -192,7 +267,9 @@ def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> 
             if not path.exists():
                 raise InputError(f"verify: {path} isn't there; export it again")
             if entry["format"] == "uniform":
-                yield from _uniform(path, how, fingerprint)
+                own, name = read_fingerprint(path), stock_class(read_marked_config(path), "verify")
+                job = _job(path, "cpu") | {"loader": name.__name__}
+                yield from _loaded({how: job}, own, _megabytes(path))
             elif entry["format"] in run:
                 found = run[entry["format"]](path, fingerprint, ids)
                 limit = OTHER_RUNTIME * max(1.0, float(fingerprint.output.abs().max()))
@@ -204,15 +281,6 @@ def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> 
                 yield Row(how, agrees=agrees, megabytes=size, quantised=quantised, **found)
         except InputError as error:
             yield Row(how, one_line(error))
-
-
-def _uniform(path: Path, how: str, fingerprint: Fingerprint) -> Iterator[Row]:
-    """Yield the row of a folder with equal layers: its own fingerprint, by a stock loader."""
-    own = read_fingerprint(path)
-    name = stock_class(read_marked_config(path), "verify").__name__
-    job = {"folder": str(path), "device": "cpu", "loader": name, "code": False, "ids": None}
-    job |= {"fingerprint": str(path / FINGERPRINT_FILE)}
-    yield from _loaded([how], [job], own, _megabytes(path))
 
 
 def _run_gguf(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> dict[str, Any]:
@@ -238,7 +306,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError("verify: pip install '.[onnx]' to run an ONNX graph") from error
+        raise InputError("verify: pip install 'liar_ext[onnx]' to run an ONNX graph") from error
     try:
         session = onnxruntime.InferenceSession(
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]

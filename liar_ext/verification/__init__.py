@@ -1,1 +1,0 @@
-"""Proof, in processes of their own, that what a folder claims is there."""
