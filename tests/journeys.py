@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from tiny import batches, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import Plan, load_pruned, narrow, prune, save_pruned
+from liar_ext.models.family import Stack
+from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of, weight_of
 from liar_ext.models.sites import get_consumer_weight, sites, why_whole
 from liar_ext.narrowing import narrowing
@@ -27,9 +31,52 @@ def kinds_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if not why_whole(model, kind))
 
 
+def one_of_each_kind(rows: Mapping[str, tuple[str, str, dict]]) -> list[str]:
+    """Return the first of those tiny models whose families differ by names alone.
+
+    Classes for other uses (``ForCausalLM``) are of other kinds, and so are several models of one
+    family whose row has alternatives. What a row alone can break is tried of every family.
+    """
+    found: dict[object, str] = {}
+    models = Counter()
+    for name, (model_class, config_class, _) in rows.items():
+        row = FAMILIES[getattr(transformers, config_class).model_type]
+        wirings = [getattr(part, kind) for part in row.all_parts for kind in KINDS]
+        number = models[row.name] * any(type(wiring) is tuple for wiring in wirings)
+        models[row.name] += 1
+        found.setdefault((_without_names(row), model_class.partition("For")[2], number), name)
+    return list(found.values())
+
+
+def _without_names(value: object) -> object:
+    """Return what a row of the table is made of: sizes, layouts and counts, and no paths."""
+    if isinstance(value, Stack):
+        return tuple(value)
+    if isinstance(value, Mapping):
+        return tuple(
+            sorted(
+                repr(each if isinstance(each, str) else _without_names(each))
+                for each in value.values()
+            )
+        )
+    if is_dataclass(value):
+        left = {f.name: getattr(value, f.name) for f in fields(value)}
+        whole = tuple(sorted(left.pop("without", ())))
+        own = [each for name, each in left.items() if name not in ("name", "requires", "stream")]
+        return whole, *map(_without_names, own)
+    if isinstance(value, tuple):
+        return (
+            len(value)
+            if all(isinstance(each, str) for each in value)
+            else tuple(map(_without_names, value))
+        )
+    return bool(value) if isinstance(value, str) else value
+
+
 def check_slicing(name: str) -> None:
     """Slicing units equals zeroing them, in every combination of sites and units."""
     model = tiny(name, dtype=torch.float64)
+    model.set_attn_implementation("eager")  # it reads what modules say of groups; jobs take sdpa
     dense, kinds = outputs(model), kinds_of(model)
     grouped = {site.unit for site in sites(model)} & {"kv_group"}
     for unit in ("kv_group", "head") if grouped else ("auto",):

@@ -33,7 +33,7 @@ from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
 from liar_ext.export import verify_worker
 from liar_ext.export.record import read_record
-from liar_ext.export.verify_worker import ROUNDS, TOKENS
+from liar_ext.export.verify_worker import TOKENS, median_seconds
 
 WORKER = Path(verify_worker.__file__)
 # Weights of these types have their own rounding: the difference is told, and nothing is demanded.
@@ -44,36 +44,16 @@ OTHER_RUNTIME = 1e-3
 
 @dataclass(frozen=True)
 class Row:
-    """One way to load a folder, and what came of it.
+    """One way to load a folder, and what came of it."""
 
-    Parameters
-    ----------
-    how : str
-        The loader, or the format and its file.
-    error : str
-        Why it doesn't load; empty if it does.
-    difference : float or None
-        Greatest difference of its output from the one that was saved.
-    agrees : bool
-        Whether it loads and computes what was saved; of a quantised export, whether it loads.
-    perplexity : float or None
-        On the text that was given.
-    tokens_per_second : float or None
-        Of forward passes over 128 tokens, batch 1; images a second for vision models.
-    megabytes : float
-        Of the weights on disk.
-    quantised : bool
-        Whether the weights have their own rounding, so that outputs differ by nature.
-    """
-
-    how: str
-    error: str = ""
-    difference: float | None = None
-    agrees: bool = False
-    perplexity: float | None = None
-    tokens_per_second: float | None = None
-    megabytes: float = 0.0
-    quantised: bool = False
+    how: str  # the loader, or the format and its file
+    error: str = ""  # why it doesn't load
+    difference: float | None = None  # the greatest of its output from the one that was saved
+    agrees: bool = False  # it computes what was saved; of a quantised export, it loads
+    perplexity: float | None = None  # on the text that was given
+    tokens_per_second: float | None = None  # over 128 tokens, batch 1; of images, images
+    megabytes: float = 0.0  # of the weights on disk
+    quantised: bool = False  # its weights have their own rounding: outputs differ by nature
 
 
 def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[str, Any]:
@@ -130,31 +110,12 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
 
 
 def verify_everywhere(
-    folder: str | os.PathLike[str],
-    device: str = "cpu",
-    ids: np.ndarray | None = None,
+    folder: str | os.PathLike[str], device: str = "cpu", ids: np.ndarray | None = None
 ) -> dict[str, Any]:
     """Reload a folder by every loader that it claims, and its exports, in fresh processes.
 
-    Parameters
-    ----------
-    folder : path
-        What :func:`liar_ext.save_pruned` wrote.
-    device : str
-        Where the loaders of torch run.
-    ids : ndarray, optional
-        Token ids, shape (sequences, tokens), for perplexity.
-
-    Returns
-    -------
-    dict
-        ``folder``, ``layers``, ``dtype``, ``params``, ``tolerance``, ``rows`` (of :class:`Row`) and
-        ``agrees``: all of them.
-
-    Raises
-    ------
-    InputError
-        If the folder isn't one of ours, is damaged, or has code that isn't ours.
+    ``ids``, ``(sequences, tokens)``, are for perplexity. It returns and raises what
+    :func:`verify_pruned` does, with ``rows``, each a :class:`Row`, in place of ``loaders``.
     """
     facts, fingerprint, jobs = _claims(folder, device)
     folder = Path(facts["folder"])
@@ -172,13 +133,7 @@ def verify_everywhere(
 def _claims(
     folder: str | os.PathLike[str], device: str
 ) -> tuple[dict[str, Any], Fingerprint, dict[str, dict[str, Any]]]:
-    """Return what a folder says of itself, and a job of the worker for each loader, by its name.
-
-    Raises
-    ------
-    InputError
-        If the folder isn't one of ours, is damaged, or has code that isn't ours.
-    """
+    """Return what a folder says of itself, and a job of the worker for each loader, by its name."""
     placement(device)
     folder = Path(os.path.abspath(folder))
     config = read_marked_config(folder)
@@ -229,11 +184,9 @@ def _loaded(
         if "error" in answer
         else Row(
             how,
-            difference=answer["difference"],
             agrees=_agrees(answer, fingerprint),
-            perplexity=answer.get("perplexity"),
-            tokens_per_second=answer["tokens_per_second"],
             megabytes=megabytes,
+            **{name: value for name, value in answer.items() if name != "params"},
         )
         for how, answer in zip(jobs, found, strict=True)
     ]
@@ -312,8 +265,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
         )
         expected = fingerprint.output.float().numpy()
-        ((name, tensor),) = fingerprint.inputs.items()
-        given = tensor.numpy()
+        ((name, given),) = ((name, value.numpy()) for name, value in fingerprint.inputs.items())
 
         def run(value: np.ndarray) -> list[np.ndarray]:
             inputs = {name: value}
@@ -327,28 +279,14 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
             for each in run(given)
             if each.shape == expected.shape
         ]
-        long = given
         if name == "input_ids":
-            long = np.resize(given, (1, min(TOKENS, _positions(path))))
-        seconds = [_timed(run, long) for _ in range(ROUNDS + 1)]
+            most = int(read_config(path, "verify").get("max_position_embeddings", TOKENS))
+            given = np.resize(given, (1, min(TOKENS, most)))
+        seconds = median_seconds(lambda: run(given))
     except Exception as error:  # onnxruntime has many kinds
         raise InputError(f"verify: onnxruntime can't run {path}: {one_line(error)}") from error
-    count = long.shape[1] if name == "input_ids" else long.shape[0]
-    return {
-        "difference": min(gaps, default=math.inf),
-        "tokens_per_second": count / float(np.median(seconds[1:])),
-    }
-
-
-def _positions(path: Path) -> int:
-    """Return how many tokens the model of an exported folder takes."""
-    return int(read_config(path, "verify").get("max_position_embeddings", TOKENS))
-
-
-def _timed(run: Any, value: np.ndarray) -> float:
-    start = time.perf_counter()
-    run(value)
-    return time.perf_counter() - start
+    count = given.shape[name == "input_ids"]
+    return {"difference": min(gaps, default=math.inf), "tokens_per_second": count / seconds}
 
 
 def _megabytes(path: Path) -> float:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -106,10 +107,12 @@ def load(job: dict[str, Any]) -> nn.Module:
 def compare(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
     """Return the greatest difference of outputs from those that were saved, and the parameters."""
     _, inputs, expected = _saved(job)
+    known = [getattr(model.config.get_text_config(), "vocab_size", 0)]
+    with suppress(NotImplementedError, AttributeError):  # of towers there is no one table
+        known.append(model.get_input_embeddings().weight.shape[0])
     for name, value in inputs.items():
-        rows = _known_tokens(model) if name.endswith("_ids") else 0
-        if rows and not 0 <= int(value.min()) <= int(value.max()) < rows:
-            raise ValueError(f"it has tokens beyond the {rows} that the model knows")
+        if name.endswith("_ids") and not 0 <= int(value.min()) <= int(value.max()) < max(known):
+            raise ValueError(f"it has tokens beyond the {max(known)} that the model knows")
     found = output_of(model, inputs)
     same = found.shape == expected.shape
     difference = float((found - expected.to(found.dtype)).abs().max()) if same else math.inf
@@ -127,14 +130,6 @@ def _saved(job: dict[str, Any]) -> tuple[dict[str, str], dict[str, Tensor], Tens
         inputs = {facts["name"]: file.get_tensor("input")}
         inputs |= {key.removeprefix("input:"): file.get_tensor(key) for key in more}
         return facts, inputs, file.get_tensor("output")
-
-
-def _known_tokens(model: nn.Module) -> int:
-    """Return how many tokens a model has embeddings for."""
-    known = [getattr(model.config.get_text_config(), "vocab_size", 0)]
-    with suppress(NotImplementedError, AttributeError):  # of towers there is no one table
-        known.append(model.get_input_embeddings().weight.shape[0])
-    return max(known)
 
 
 @torch.no_grad()
@@ -158,13 +153,17 @@ def tokens_per_second(model: nn.Module, inputs: dict[str, Tensor]) -> float:
         most = min(TOKENS, getattr(model.config, "max_position_embeddings", TOKENS))
         value = value.repeat(1, -(-TOKENS // value.shape[1]))[:, :most]
         inputs = {name: value}
+    return value.shape[name == "input_ids"] / median_seconds(lambda: output_of(model, inputs))
+
+
+def median_seconds(run: Callable[[], Any]) -> float:
+    """Return the median time of some runs, of which the first doesn't count."""
     seconds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
-        output_of(model, inputs)
+        run()
         seconds.append(time.perf_counter() - start)
-    count = value.shape[1] if name == "input_ids" else value.shape[0]
-    return count / statistics.median(seconds[1:])
+    return statistics.median(seconds[1:])
 
 
 @torch.no_grad()

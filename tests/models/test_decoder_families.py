@@ -10,7 +10,14 @@ import pytest
 import torch
 import transformers
 from folders import equal_plan, make_plan, pruned, read
-from journeys import check_hidden, check_job, check_slicing, kinds_of, says_equal_layers
+from journeys import (
+    check_hidden,
+    check_job,
+    check_slicing,
+    kinds_of,
+    one_of_each_kind,
+    says_equal_layers,
+)
 from tiny import NARROWABLE, batches, outputs, tiny
 from tiny_decoders import DECODERS
 
@@ -188,13 +195,13 @@ def test_scaled_rotary_frequencies_keep_their_number() -> None:
     assert model.config.liar["layers"] == "unequal"
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", one_of_each_kind(DECODERS))
 def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     check_job(name, tmp_path, schedule="one-pass")
     assert read(tmp_path / "one")["liar"]["layers"] == "unequal"
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", one_of_each_kind(DECODERS))
 def test_a_layerwise_job_of_equal_layers(name: str, tmp_path: Path) -> None:
     # Curves, which cost a fifth of a job, are those of the job of unequal layers.
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}
