@@ -66,9 +66,9 @@ def make_texts(folder: Path) -> None:
 
 
 def commands(text: str) -> list[str]:
-    """Return the command lines of ``liar``: of indented blocks, then of the running text."""
+    """Return the command lines of ``liar``: of blocks of code, then of the running text."""
     text = re.sub(r"\\\n\s*", " ", text)
-    found = re.findall(r"^    (liar .*)$", text, re.MULTILINE)
+    found = re.findall(r"^(?:    )?(liar .*)$", text, re.MULTILINE)
     found += [line for line in re.findall(r"`(liar [^`\n]+)`", text) if len(line.split()) > 2]
     return list(dict.fromkeys(found))
 

@@ -1,4 +1,4 @@
-"""The matrix as Markdown: compact for the README, with every number and reason for its page."""
+"""The matrix as Markdown: ticks for the README, every number and reason for its page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONSUMERS = (
 
 
 def compact(rows: dict[str, dict[str, Any]]) -> str:
-    """Return a row for each consumer, a column for each family, three numbers in a cell."""
+    """Return a row for each consumer, a column for each family, three marks in a cell."""
     lines = [f"| | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
     for consumer in CONSUMERS:
         cells = [
@@ -42,14 +42,10 @@ def key(consumer: str, family: str, layers: str) -> str:
 
 
 def _short(row: dict[str, Any] | None) -> str:
+    """Return a tick for what ran and agrees, a dash for what is refused."""
     if row is None or row["state"] == "not run":
         return "not run"
-    if row["state"] == "cannot":
-        return "–"
-    if "→" in row["number"]:
-        return f"{row['after'] / row['before'] - 1:+.1%}".replace("%", " %")
-    number = re.sub(r", ppl.*|, \d+/\d+ tokens|cosine ≥ | \(.*", "", _number(row))
-    return number if row["state"] == "good" else f"**{number or 'fails'}**"
+    return {"cannot": "–", "good": "✓"}.get(row["state"], "**fails**")
 
 
 def _number(row: dict[str, Any]) -> str:
