@@ -279,7 +279,7 @@ def check_eval(recipe: Recipe, model: nn.Module) -> None:
 
 def check_unloaded(recipe: Recipe) -> None:
     """Refuse what can be told before the model is loaded, which may take minutes."""
-    from liar_ext.report.latency import LatencyTable
+    from liar_ext.latency_table import LatencyTable
 
     if recipe.eval:
         check_causal(recipe.model, "prune: --eval")

@@ -12,7 +12,7 @@ from liar_ext.checkpoint.offloading import load_offloaded
 from liar_ext.cli.main import COMMANDS
 from liar_ext.export import export
 from liar_ext.integrations.lm_eval import load_tasks
-from liar_ext.report.canvas import drawing
+from liar_ext.report.pictures import drawing
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ def run(*arguments) -> int:
 def command(llama_folder, corpus):
     """The command but for its output."""
     sizes = ["--keep", 0.7, "--samples", 16, "--seq-len", 32, "--self-text", 0]
+    sizes += ["--schedule", "layerwise"]  # auto measures in memory alone
     sizes += ["--eval", corpus[1]]
     return ["prune", llama_folder, "--calibration", corpus[0], *sizes]
 
