@@ -20,7 +20,6 @@ OF_THE_RUN = (
     "seq_len",
     "seed",
     "keep",
-    "judge",
     "eval",
     "eval_samples",
     "certify",

@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="encyclopaedia, news, self, or sources of one's own")  # fmt: skip
     add("--samples", type=int, default=64, help="calibration sequences")
     add("--judge", type=int, default=0,
-        help="sequences to judge candidates by; needs --lone blocks")  # fmt: skip
+        help="sequences that decide the schedule auto; needs --lone blocks")  # fmt: skip
     add("--lone", choices=("halves", "blocks"), default="halves",
         help="how a calibration text of one document is split into folds")  # fmt: skip
     add("--wikitext", type=Path, metavar="FOLDER",

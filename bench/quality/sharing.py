@@ -24,7 +24,7 @@ class Case:
     batches : sequence of mapping
         The calibration set.
     judging : sequence of mapping, optional
-        What methods with candidates are judged on.
+        What decides the schedule auto.
     drawing : float
         CPU seconds that the calibration set took, which each method needs.
     """
