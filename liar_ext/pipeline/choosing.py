@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
-
-if TYPE_CHECKING:
-    from liar_ext.pipeline.job import Job
 
 # Of a calibration set with enough sequences every n-th is held out, up to so many.
 HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
@@ -94,8 +91,8 @@ class Chosen:
         )
 
 
-def solve(job: Job, passes: Passes, plan: Plan, fresh: Batches | None) -> Chosen:
-    """Solve the sites of a job by its schedule, or by each and keep what diverges least.
+def solve(job: Any, passes: Passes, plan: Plan, fresh: Batches | None) -> Chosen:
+    """Solve the sites of a :class:`~liar_ext.pipeline.job.Job`, by its schedule or the better one.
 
     Where text is held out for it, both are measured; of equal ones the cheaper is kept. A walk
     measures its errors on ``fresh`` text on its way.
@@ -117,7 +114,7 @@ def solve(job: Job, passes: Passes, plan: Plan, fresh: Batches | None) -> Chosen
 
 
 def _solve(
-    job: Job, schedule: str, passes: Passes, plan: Plan, fresh: Batches | None
+    job: Any, schedule: str, passes: Passes, plan: Plan, fresh: Batches | None
 ) -> tuple[Weights, list[SiteRow]]:
     """Return new weights by a schedule, and the rows of the report."""
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
