@@ -49,6 +49,7 @@ def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recip
         changes["device"] = str(device_of(model))
     if not recipe.calibration:  # the batches were drawn elsewhere
         count = max(source["sequences"], 2)
-        changes |= {"samples": count, "seq_len": max(source["tokens"] // count, 1)}
-        changes |= {"self_text": 0.0, "random_tokens": 0.0}
+        changes |= {"samples": count, "self_text": 0.0, "random_tokens": 0.0}
+        if recipe.of not in ("flops", "latency"):  # whose budgets are of another length
+            changes["seq_len"] = max(source["tokens"] // count, 1)
     return replace(recipe, **changes)

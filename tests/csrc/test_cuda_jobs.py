@@ -203,7 +203,7 @@ def test_sums_take_half_of_what_is_free(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("job", ["default", "layerwise auto", "fisher"])
+@pytest.mark.parametrize("job", ["default", "layerwise", "fisher"])
 def test_narrow_dtypes(dtype, job):
     model = tiny("llama", dtype=dtype).to("cuda")
     report = prune(model, batches(model), 0.7, **JOBS[job])
@@ -231,7 +231,6 @@ def test_the_calls_of_the_bench(bench):
         *bench.small_rows(2, 16, 8, 8),
         *bench.curve_rows(16, 1, 4),
         *bench.curve_rows(16, 4, 2),
-        *bench.fisher_rows(16, 4),
     ]
     refused = {row["way"] for row in rows if "not run" in row}
     assert refused <= {"torch.mm bf16 to f32 (no sum)", "torch.addmm bf16 into f32"}
