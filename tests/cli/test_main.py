@@ -57,7 +57,9 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     assert report["budget"]["keep"] == 0.7
     assert report["evaluation"]["dense"]["perplexity"] > 1
     assert report["settings"]["bos"] == "" and "cut into" in report["warnings"][-1]
-    stages = "load write calibrate score allocate reconstruct surgery save evaluate total".split()
+    stages = (
+        "load write calibrate score allocate reconstruct judge surgery save evaluate total".split()
+    )
     assert set(stages) == set(report["seconds"])
     assert report["params"]["prunable_after"] <= 0.7 * report["params"]["prunable_before"]
     fields = "name units_before units_after params_before params_after damp error holdout_error"

@@ -59,9 +59,7 @@ def test_sequences_of_another_fold_are_not_dropped_in_silence():
     model = tiny("llama")
     batch = tiny_inputs(model, batch=6)
     bank = calibrate(model, [batch])
-    plan = allocate(
-        sites(model), score(model, bank, sites(model), "energy"), Budget(0.7), "uniform"
-    )
+    plan = allocate(sites(model), score(model, bank, sites(model), "wifv"), Budget(0.7), "uniform")
     with pytest.raises(InputError, match="fold must be 0 or 1"):
         reconstruct_layerwise(model, [{**batch, "fold": torch.tensor([0, 1, 2, 0, 1, 1])}], plan)
 
