@@ -133,7 +133,7 @@ $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 	touch $@
 
 # llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
-# the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/llmcompressor.md;
+# the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/howto/llmcompressor.md;
 # COMPRESS may give more options of bench/compressor.py.
 COMPRESSOR := build/llmcompressor
 COMPRESS ?= --preset fast --samples 16 --eval-samples 4
@@ -207,13 +207,13 @@ abi: setup
 	$(BIN)/torch-abi-audit --check both $(ABI)/newest/lib/python3*/site-packages/liar_ext
 
 # Pruned models in vLLM beside transformers, in an environment that has vLLM's build for CPUs and the
-# wheel of this package; puts the table into docs/vllm.md. Some 20 minutes of CPU time.
+# wheel of this package; puts the table into docs/howto/vllm.md. Some 20 minutes of CPU time.
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 check-vllm: setup $(ASSETS)/.installed vllm-wheel
 	$(BIN)/python demo/assets.py out/demo/texts
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/integrations/check_vllm.py \
-	  --model $(MODEL) --text out/demo/texts/web.jsonl --write docs/vllm.md
+	  --model $(MODEL) --text out/demo/texts/web.jsonl --write docs/howto/vllm.md
 	OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 \
 	  VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 PYTHONPATH=tests \
 	  $(VLLM)/bin/python tests/pages.py docs/howto/vllm.md

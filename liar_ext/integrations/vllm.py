@@ -257,7 +257,7 @@ def _sized_layers(
     if not built:
         raise RuntimeError(
             "vllm: this version builds the layers in a way that liar_ext doesn't know; use one "
-            "that docs/vllm.md names"
+            "that docs/howto/vllm.md names"
         )
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from compressing import EQUAL, SIZES, W4, load, loader, logits, rows, run
-from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -138,25 +135,6 @@ def test_the_report_is_written(folder, tmp_path):
         _ = modifier.report
     run(folder, modifier)
     assert (tmp_path / "report" / "plan.json").exists()
-
-
-def test_the_blocks_of_the_page_run(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "dense").symlink_to(folder)
-    text = (Path(__file__).parents[2] / "docs" / "llmcompressor.md").read_text("utf-8")
-    python = re.findall(r"^```py\n(.*?)^```$", text, re.M | re.S)
-    yaml = re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S)
-    assert len(python) == 2 and len(yaml) == 1
-    (tmp_path / "recipe.yaml").write_text(yaml[0])
-    words = "structured pruning removes whole heads and channels of a model "
-    texts = [words[i:] + words[:i] for i in range(16)]
-    names = {
-        "dataset": Dataset.from_dict({"text": texts}),
-        "w4a16_of_32": W4["config_groups"],
-    }
-    for block in python:
-        exec(block, names)
-    assert load(tmp_path / "pruned-w4a16").config.intermediate_size < SIZES["intermediate_size"]
 
 
 WITHOUT = """

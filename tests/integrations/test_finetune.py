@@ -1,10 +1,8 @@
-"""Training what was pruned: peft and Trainer, on equal and unequal layers, and the page of docs."""
+"""Training what was pruned: peft and Trainer, on equal and unequal layers."""
 
 from __future__ import annotations
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from transformers import (
 from liar_ext import prune, save_pruned
 from liar_ext.checkpoint import load_model
 
-PAGE = Path(__file__).parents[2] / "docs" / "finetune.md"
 MODULES = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value", "output.dense"]}
 AUTO = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}
 
@@ -119,15 +116,3 @@ def test_pruned_fine_tuned_and_pruned_again(pruned, family, tmp_path):
     assert second.params["after"] < report.params["after"]
     model.save_pretrained(tmp_path / "twice")
     torch.testing.assert_close(outputs(load(tmp_path / "twice", family, equal)), outputs(model))
-
-
-def test_the_blocks_of_the_page_run(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
-    assert len(blocks) == 3
-    model = tiny("llama")
-    names = {"model": model, "tokenizer": tokenizer, "batches": batches(model)}
-    names["dataset"] = rows("llama")
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)
-    assert (tmp_path / "pruned-lora").is_dir() and (tmp_path / "pruned-twice").is_dir()
