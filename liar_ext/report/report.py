@@ -19,7 +19,7 @@ from liar_ext.checkpoint.names import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
-from liar_ext.report.tables import Table, figure, in_markdown, to_markdown
+from liar_ext.report.tables import Table, figure, in_markdown, plain, to_markdown
 from liar_ext.rows import SiteRow
 from liar_ext.untrusted import count, listing, named, read_object, text
 
@@ -231,7 +231,7 @@ class Report:
         removed = [words for kind, words in REMOVED.items() if kind in kinds]
         removed = " and ".join(removed + ["hidden features"] * bool(self.hidden)) or "nothing"
         lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
-        lines += [f"# {in_markdown(path.name or self.model)}, pruned", ""]
+        lines += [f"# {plain(path.name or self.model)}, pruned", ""]
         lines += [
             f"{removed[0].upper() + removed[1:]} removed without retraining: the units that stay "
             "interpolate the removed ones (LIAR, arXiv 2407.13331), and the interpolation is "
@@ -252,7 +252,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def _warnings(self, title: str) -> list[str]:
-        lines = [f"- {in_markdown(warning)}" for warning in self.warnings]
+        lines = [f"- {plain(warning)}" for warning in self.warnings]
         return ["", f"## {title}", "", *lines] if lines else []
 
 

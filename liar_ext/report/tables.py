@@ -8,6 +8,7 @@ as "–".
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,12 @@ def to_markdown(table: Table) -> list[str]:
 def in_markdown(value: str) -> str:
     """Return text that is no markup of Markdown's or HTML's, on one line."""
     return " ".join(value.split()).replace("<", "&lt;").replace("|", "&#124;")
+
+
+def plain(value: str) -> str:
+    """Return text of a stranger as one line of Markdown that shows it as it is."""
+    line = "".join(each if each.isprintable() else "\ufffd" for each in " ".join(value.split()))
+    return re.sub(r"([\\`>&#|\[\]])", r"\\\1", line).replace("<", "&lt;")
 
 
 def figure(value: float | None, form: str = ".3g") -> str:
