@@ -76,7 +76,7 @@ def in_markdown(value: str) -> str:
 def plain(value: str) -> str:
     """Return text of a stranger as one line of Markdown that shows it as it is."""
     line = "".join(each if each.isprintable() else "\ufffd" for each in " ".join(value.split()))
-    return re.sub(r"([\\`>&#|\[\]])", r"\\\1", line).replace("<", "&lt;")
+    return re.sub(r"([\\`&#|\[\]])", r"\\\1", line).replace("<", "&lt;")
 
 
 def figure(value: float | None, form: str = ".3g") -> str:
