@@ -105,11 +105,13 @@ class Budget:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields, as a plan or a report keeps them: those of latency where it counts."""
+        """Return the fields that count for this unit, as a plan or a report keeps them."""
         facts = asdict(self)
-        if self.of == "latency":
-            return facts
-        return {name: value for name, value in facts.items() if not name.startswith("latency_")}
+        if self.of != "latency":
+            facts = {name: each for name, each in facts.items() if not name.startswith("latency_")}
+        if self.of not in ("latency", "flops"):
+            del facts["seq_len"]
+        return facts
 
     def step(self, size: int, base: int = 1) -> int:
         """Return the grid of a size, which must be a multiple of ``base`` anyhow: lcm(base, tile).

@@ -120,7 +120,8 @@ class Job:
     def measures(self) -> bool:
         """Whether the schedule is chosen by what whole models give on held-out text."""
         auto = self.asked.schedule == "auto" and self.recipe.schedule == "layerwise"
-        return auto and (self.bank is None or self.judged is not None)
+        # Fewer hidden features are no states to compare with the dense model's.
+        return auto and not self.narrows and (self.bank is None or self.judged is not None)
 
     def _hold_out(self, at: Sequence[Site]) -> None:
         """Keep some of the calibration text apart, unless other text is given to judge by."""

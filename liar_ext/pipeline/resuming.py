@@ -49,13 +49,14 @@ def begin(job: Job, texts: dict[str, Batches | None], **kept: Any) -> dict[str, 
     InputError
         If another job was begun there.
     """
-    texts = {"calibration text": job.batches, "judged text": job.judged, **texts}
+    texts = {"calibration text": job.batches, **texts}
     stamp = {
         "weights": job.weights_digest(),
         "dtype": str(job.model.dtype),
         **{name: None if text is None else digest_of(text) for name, text in texts.items()},
         "bank": None if job.bank is None else job.bank.source.get("data"),
         "recipe": job.recipe.to_dict(),
+        "judged text": None if job.judged is None else digest_of(job.judged),
     }
     known = job.saved.begin(stamp, **kept)
     return {name: known[name] for name in kept}

@@ -156,7 +156,7 @@ class Sweep:
         job = self._job(pruned, recipe)
         job.judged = self.judge_on
         report = run(job)
-        costs = [operations(each, report.recipe) for each in (pruned, self.model)]
+        costs = [operations(each, recipe) for each in (pruned, self.model)]
         point = Point(
             report.recipe,
             report.plan,

@@ -131,7 +131,7 @@ def test_a_bank_has_what_was_written(llama_folder, corpus, tmp_path, asked):
     bank = MomentBank.load(tmp_path / "bank")
     (drawn,) = bank.source["calibrations"]
     assert bank.source["sequences"] == 11 and drawn["self_text"] == 0.25
-    job = ["prune", llama_folder, "--keep", 0.7, "--quiet"]
+    job = ["prune", llama_folder, "--keep", 0.7, "--quiet", "--schedule", "layerwise"]
     assert run(*job, "--bank", tmp_path / "bank", "--out", tmp_path / "by_bank") == 0
     assert len(asked) == 1
     assert run(*job, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "by_text") == 0

@@ -81,7 +81,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
 
 
 def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys, monkeypatch):
-    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES]
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--schedule", "layerwise"]
     assert run(*command, "--out", tmp_path / "whole", "--quiet", "--self-text", 0) == 0
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
     with monkeypatch.context() as patch:

@@ -25,17 +25,16 @@ def same_weights(one, other) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gemma3_text"])
-@pytest.mark.parametrize("more", [{}, {"keep_hidden": 0.75}], ids=["whole", "narrowed"])
-def test_auto_keeps_the_schedule_that_diverges_less(name, more):
+@pytest.mark.parametrize("name", ["llama", "bert", "mpnet", "gemma3_text"])
+def test_auto_keeps_the_schedule_that_diverges_less(name):
     model = tiny(name)
     data, judge = batches(model, 2), batches(model, 2, first=50)
     alone, found = {}, {}
     for schedule in ("one-pass", "layerwise"):
         alone[schedule] = copy.deepcopy(model)
-        prune(alone[schedule], data, keep=0.6, schedule=schedule, **more)
+        prune(alone[schedule], data, keep=0.6, schedule=schedule)
         found[schedule] = Divergence(model, judge).of(alone[schedule])["divergence"]
-    report = prune(model, data, keep=0.6, judge_on=judge, **more)
+    report = prune(model, data, keep=0.6, judge_on=judge)
     assert report.settings["schedules"] == pytest.approx(found, rel=1e-4)
     best = min(found, key=found.get)
     assert report.settings["schedule"] == best
@@ -80,6 +79,14 @@ def test_no_solve_and_no_sensitivity_sees_what_decides():
     prune(one, data, keep=0.6)
     prune(other, rest, keep=0.6, judge_on=[batch.inputs for batch in judged])
     assert same_weights(one, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "mpnet"])
+def test_a_smaller_hidden_size_is_not_measured(name):
+    model = tiny(name)
+    report = prune(model, batches(model, 9), keep=0.6, keep_hidden=0.75)
+    assert report.settings["schedule"] == "layerwise" and "schedules" not in report.settings
+    assert report.settings["calibration_sequences"] == 36
 
 
 def test_few_sequences_are_not_divided():
