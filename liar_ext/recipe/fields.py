@@ -51,7 +51,7 @@ class Fields:
         "auto",
         "calibration",
         check.number_or_auto,
-        "fraction of random sequences; auto: 0.25 for language models that generate no text, else 0",
+        "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
         metavar="F",
     )
     seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
