@@ -9,10 +9,7 @@ from liar_ext.cli.fields import add_field, read_name, read_number
 from liar_ext.recipe.choices import GROUPS
 from liar_ext.recipe.recipe import recipe_fields
 
-BANK_HELP = (
-    "a moment bank, which liar calibrate wrote: its sums are not taken again, and what runs over "
-    "the text, as solving layer by layer does, takes the text that it keeps"
-)
+BANK_HELP = "reuse the activation statistics and the text of a file written by liar calibrate"
 # Fields of a recipe that sensitivities depend on, beside the calibration.
 SENSED = ("attn_unit", "criterion", "reconstruct")
 OF_TEXT = ("calibration", "samples", "self_text", "random_tokens", "seq_len", "batch_size", "seed")
@@ -42,28 +39,26 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     groups["sensitivities"].add_argument(
         "--sensitivities",
         action="store_true",
-        help="measure the sensitivity of each site, too, with 0.8 of it left: a sweep by "
-        "curve then runs no forward pass at all",
+        help="also measure sensitivities, with 0.8 kept; a sweep then never runs the model",
     )
     output = parser.add_argument_group("Output")
-    add_checkpoint(output, "the sums so far and the divergences that were measured")
+    add_checkpoint(output, "statistics and divergences")
     output.add_argument("--bank", type=read_name, metavar="FILE", help="file to write")
     output.add_argument(
         "--no-text",
         action="store_true",
-        help="leave the token ids out of FILE: what runs the model over the text is refused then",
+        help="do not store token ids; steps that run the model over the text are then rejected",
     )
     _add_writing(output, "FILE, if it is a bank")
 
 
 def add_checkpoint(group: argparse._ArgumentGroup, what: str) -> None:
-    """Add ``--checkpoint``, by which ``what`` is kept."""
+    """Add ``--checkpoint``, which saves ``what``."""
     group.add_argument(
         "--checkpoint",
         type=read_name,
         metavar="DIR",
-        help=f"keep what is done in DIR, {what}: after a kill the same command, or liar resume "
-        "DIR, goes on from there, with the same result; DIR is removed in the end",
+        help=f"save {what} in DIR; resume with the same command or liar resume DIR",
     )
 
 
@@ -90,7 +85,7 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
         "common are refused.",
     )
     add = parser.add_argument
-    add("banks", metavar="BANK", type=read_name, nargs="+", help="what liar calibrate wrote")
+    add("banks", metavar="BANK", type=read_name, nargs="+", help="file written by liar calibrate")
     add("-o", "--out", metavar="FILE", type=read_name, required=True, help="bank to write")
     _add_writing(parser, "FILE, if it is a bank")
 
@@ -124,7 +119,11 @@ def add_sweep(
             add_field(groups[each.metadata["group"]], each)
     output = parser.add_argument_group("Output")
     output.add_argument(
-        "-o", "--out", type=read_name, metavar="DIR", help="write DIR/keep-0.9 and so on"
+        "-o",
+        "--out",
+        type=read_name,
+        metavar="DIR",
+        help="also write pruned models: DIR/keep-0.9 and so on",
     )
     output.add_argument("--json", action="store_true", help="print JSON")
     _add_writing(output, "folders of pruned models in DIR")

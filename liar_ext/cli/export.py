@@ -59,14 +59,14 @@ def add_export(
         "--quantize",
         type=name,
         metavar="TYPE",
-        help="gguf: f32, f16, bf16, or a type of llama.cpp such as q8_0 (default: the dtype of "
-        "the weights); onnx: int8 (default: float32)",
+        help="gguf: f32, f16, bf16, q8_0, ... (default: as the weights); onnx: int8 (default: "
+        "float32)",
         **suppress,
     )
     add(
         "--check",
         action=argparse.BooleanOptionalAction,
-        help="gguf: run the file by llama.cpp, if its library is installed (default: do)",
+        help="gguf: run the file with llama.cpp, if its library is installed (default: on)",
         **suppress,
     )
     add(

@@ -24,8 +24,7 @@ def add_families(commands: Any, name: Callable[[str], str]) -> None:
         "--suggest",
         type=name,
         metavar="MODEL",
-        help="propose a row for the architecture of a model folder or hub id; its config is read, "
-        "its weights aren't, and none of its code is run",
+        help="propose a family definition for a model folder or hub id; only its config is read",
     )
     add("--json", action="store_true", help="print JSON")
 

@@ -116,7 +116,7 @@ def _add_prune(commands) -> None:
         add_field(groups[each.metadata["group"]], each)
     output = parser.add_argument_group("Output")
     output.add_argument("--out", type=read_name, metavar="DIR", help="folder to write")
-    add_checkpoint(output, "sums, sensitivities, the plan and the layers that are solved")
+    add_checkpoint(output, "progress")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
 
@@ -126,15 +126,13 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="only say what would be done: sizes, memory, passes, minutes, how the result loads",
+        help="only print the plan: sizes, memory, passes, minutes, how the result loads",
     )
     group.add_argument(
         "--max-memory",
         type=read_size,
         metavar="SIZE",
-        help="prune a model that is larger than memory, in at most SIZE, such as 12GiB: its blocks "
-        "are read from MODEL one at a time and written as they are solved, and hidden states that "
-        "don't fit lie on disk beside DIR; the result is the same. Needs accelerate",
+        help="prune a model larger than memory block by block, in at most SIZE, such as 12GiB",
     )
 
 
@@ -144,24 +142,15 @@ def _add_start(group: argparse._ArgumentGroup) -> None:
         "--preset",
         choices=PRESETS,
         default="balanced",
-        help=f"{PRESET_HELP} (default: balanced)",
+        help="trade run time for quality (default: balanced)",
     )
     start.add_argument(
         "--recipe",
         type=read_name,
         metavar="FILE",
-        help="choices of an earlier run, DIR/liar/recipe.yaml; options beside it override it",
+        help="settings of an earlier run, DIR/liar/recipe.yaml; options override them",
     )
     group.add_argument("--bank", type=read_name, metavar="FILE", help=BANK_HELP)
-
-
-# Times of docs/performance.md, section "Presets".
-PRESET_HELP = (
-    "fast: the same ratio in all layers, solved in one pass; balanced: ratios by the measured "
-    "sensitivity of each, and layers solved one after the other; best: that, and a scale for "
-    "what each layer gives. On one CPU thread fast takes 1.8 forward passes over a calibration "
-    "set of 11,008 tokens, balanced 11 and best 17, most of which don't grow with the text"
-)
 
 
 def _add_eval(commands) -> None:
@@ -183,12 +172,12 @@ def _add_eval(commands) -> None:
         "--include-path",
         type=read_name,
         metavar="DIR",
-        help="tasks: folder of task files (YAML), whose Python functions (!function) are run",
+        help="tasks: folder of task files (YAML); their Python functions (!function) are run",
     )
-    add("--limit", type=at_least(1), metavar="N", help="tasks: the first N items of each")
+    add("--limit", type=at_least(1), metavar="N", help="tasks: use the first N items of each")
     add("--num-fewshot", type=at_least(0), metavar="N", help="tasks: examples in each prompt")
-    add("--output", type=read_name, metavar="FILE", help="write the result as JSON, too")
-    add("--samples", type=at_least(1), metavar="N", help="N windows, evenly spread")
+    add("--output", type=read_name, metavar="FILE", help="also write the result as JSON")
+    add("--samples", type=at_least(1), metavar="N", help="use N evenly spread windows")
     add("--seq-len", type=at_least(2), default=512, metavar="N", help="tokens per window")
     add(
         "--batch-size",
@@ -197,8 +186,8 @@ def _add_eval(commands) -> None:
         metavar="N",
         help="windows, or requests, per forward pass",
     )
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: over all")
+    add("--dtype", choices=DTYPES, default="float32", help="data type of the weights")
+    add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: all GPUs")
     add("--json", action="store_true", help="print JSON")
     add("--quiet", action="store_true", help="no progress bars")
 
@@ -212,7 +201,7 @@ def _add_verify(commands) -> None:
     )
     parser.add_argument("folder", metavar="DIR", type=read_name)
     parser.add_argument("--text", type=read_name, help="also measure perplexity on it")
-    parser.add_argument("--device", default="cpu", type=read_name, help="where to run")
+    parser.add_argument("--device", default="cpu", type=read_name, help="device to run on")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -228,15 +217,15 @@ def _add_bench(commands) -> None:
     add = parser.add_argument
     add("folder", metavar="DIR", type=read_name, help="pruned model")
     add("--against", required=True, metavar="MODEL", type=read_name, help="the dense model")
-    add("--rounds", type=at_least(1), default=5, metavar="N", help="rounds that are timed")
+    add("--rounds", type=at_least(1), default=5, metavar="N", help="timed rounds")
     add("--prompt-length", type=at_least(1), default=128, metavar="N", help="tokens of a prompt")
     add("--new-tokens", type=at_least(1), default=32, metavar="N", help="tokens to decode")
     add("--batch", type=at_least(1), nargs="+", default=[1, 32], metavar="N", help="batch sizes")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: over all")
-    add("--threads", type=at_least(1), metavar="N", help="of torch on the CPU; as it is, if not")
+    add("--dtype", choices=DTYPES, default="float32", help="data type of the weights")
+    add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: all GPUs")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads of torch")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
-    add("--json", metavar="FILE", type=read_name, help="where to store it; if not, DIR.bench.json")
+    add("--json", metavar="FILE", type=read_name, help="file for the numbers, not DIR.bench.json")
     add("--quiet", action="store_true", help="no progress bars")
 
 
@@ -264,5 +253,12 @@ def _add_compare(commands) -> None:
 
 def _add_page(parser: argparse.ArgumentParser, where: str, default: str | None) -> None:
     add = parser.add_argument
-    add("-o", "--output", metavar="FILE", type=read_name, default=default, help=f"default: {where}")
-    add("--png", metavar="FOLDER", type=read_name, help="write the pictures as PNG, too")
+    add(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=read_name,
+        default=default,
+        help=f"page to write (default: {where})",
+    )
+    add("--png", metavar="FOLDER", type=read_name, help="also write the pictures as PNG")

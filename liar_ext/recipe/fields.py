@@ -23,170 +23,155 @@ class Fields:
     model: str | None = choice(
         None, "model", check.text(optional=True), "model folder, hub id, or GGUF file"
     )
-    dtype: str = choice("float32", "model", check.one_of(DTYPES), "of the weights")
+    dtype: str = choice("float32", "model", check.one_of(DTYPES), "data type of the weights")
     device: str = choice(
-        "cpu", "model", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all"
+        "cpu", "model", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all GPUs"
     )
     calibration: tuple[str, ...] = choice(
         (),
         "calibration",
         check.texts,
-        "text files, .jsonl files with a field text, folders of text files, or names of the "
-        "datasets library (NAME[:CONFIG[:SPLIT]]), or self: text that the model writes itself; "
-        "sequences are drawn evenly from all",
+        "text or .jsonl files, folders, names of datasets, or self: text that the model generates",
         metavar="TEXT",
     )
     samples: int = choice(
         128,
         "calibration",
         check.whole(2),
-        "calibration sequences; encoders read document by document, as many as make so many times "
-        "--seq-len tokens",
+        "number of calibration sequences; encoders read that many times --seq-len tokens",
     )
     self_text: float = choice(
         SELF_TEXT,
         "calibration",
         check.number,
-        "fraction of the calibration text that a causal language model writes itself, beside the "
-        "texts that are named, unless self is one of them or --max-memory is given: then none",
+        "fraction of calibration text that a causal language model generates itself",
         metavar="F",
     )
     random_tokens: float | str = choice(
         "auto",
         "calibration",
         check.number_or_auto,
-        "fraction of all calibration sequences with tokens drawn from the vocabulary, beside those "
-        "of text; auto is 0.25 for language models that write no text of their own, and else 0",
+        "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
         metavar="F",
     )
     seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
     batch_size: int = choice(4, "calibration", check.whole(1), "sequences per forward pass")
-    seed: int = choice(0, "calibration", check.whole(0), "of the draw and the folds")
+    seed: int = choice(
+        0, "calibration", check.whole(0), "random seed for sampling and the train/validation split"
+    )
     memory: int | None = choice(
         None,
         "calibration",
         check.whole(1, optional=True),
-        "for sums over the calibration text at a time, 16 d² bytes for a layer of d inputs: what "
-        "needs more is summed in groups of layers, with more passes and the same result (32, or "
-        "half of what is free, by default)",
+        "memory for activation statistics; less takes more passes (default: 32, or half of the "
+        "free memory)",
         metavar="GIB",
     )
     keep: float = choice(0.8, "budget", check.number, "fraction to keep, in (0, 1]")
-    of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "what the fraction counts")
+    of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "unit of --keep")
     latency_phase: str = choice(
         "both",
         "budget",
         check.one_of(PHASES),
-        "latency: time of a prompt, of the tokens generated after it, or of both",
+        "latency: time the prompt, the generated tokens, or both",
     )
     latency_batch: int = choice(1, "budget", check.whole(1), "latency: sequences at a time")
     latency_prompt: int = choice(128, "budget", check.whole(1), "latency: tokens of a prompt")
-    latency_new_tokens: int = choice(
-        32, "budget", check.whole(1), "latency: tokens generated after it"
-    )
+    latency_new_tokens: int = choice(32, "budget", check.whole(1), "latency: generated tokens")
     latency_table: str | None = choice(
         None,
         "budget",
         check.text(optional=True),
-        "latency: a table measured before, or a folder or report that has one; measured on this "
-        "device by default",
+        "latency: table, folder or report with measured times (default: measure this device)",
         metavar="FILE",
     )
     tile: int | str = choice(
         "auto",
         "budget",
         check.tile,
-        "MLP channels that a layer keeps are a multiple of this; auto is 32, halved for layers "
-        "that have fewer than eight of them. Heads stay whole",
+        "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
     )
     uniform_layers: bool = choice(
         False,
         "budget",
         check.flag,
-        "all layers keep equally many units, so that stock loaders take the result",
+        "keep the same number of units in all layers, for standard loaders",
     )
     keep_hidden: float = choice(
         1.0,
         "budget",
         check.number,
-        "fraction of the hidden size to keep; narrowed first, and --keep counts the rest. Use "
-        "--keep 1 to narrow only. Takes two passes over the calibration text, more where the sums "
-        "of all norms are over 8 GiB, or --memory",
+        "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
     )
     keep_experts: float = choice(
         1.0,
         "budget",
         check.number,
-        "fraction of the experts of each layer to keep, in a mixture of experts; they leave first, "
-        "and --keep counts the rest. Use --keep 1 to remove experts only",
+        "fraction of the experts per layer to keep; --keep counts the rest",
     )
     kinds: tuple[str, ...] = choice(
         KINDS,
         "budget",
         check.some_of(KINDS),
-        "sites that may be pruned; prunable parameters are theirs",
+        "layers that may be pruned",
         option="--sites",
     )
     attn_unit: str = choice(
         "auto",
         "budget",
         check.one_of(ATTN_UNITS),
-        "attention unit; auto takes KV groups where query heads share keys",
+        "attention unit; auto: KV groups if query heads share keys",
     )
     criterion: str = choice("wifv", "selection", check.text(), "importance score")
     allocation: str = choice(
         "curve",
         "selection",
         check.one_of(ALLOCATIONS),
-        "how the pruning ratio is distributed over layers: the same everywhere, by standardised "
-        "scores, or by error curves and the measured sensitivity of each site (a few more forward "
-        "passes)",
+        "pruning ratio per layer: equal, by standardised scores, or by measured sensitivity",
     )
     reconstruct: str = choice(
         "auto",
         "reconstruction",
         check.one_of(MODES),
-        "error compensation: none, of the means (bias), a linear map of what stays, both (affine); "
-        "auto is affine where a consumer has a bias and linear elsewhere; bias and affine give "
-        "consumers a bias if they lack one",
+        "error compensation in the weights; auto: affine for layers with a bias, else linear",
     )
     damp: float | str = choice(
         "auto",
         "reconstruction",
         check.number_or_auto,
-        "ridge regularisation, or auto: by cross-validation",
+        "strength of the ridge regularisation; auto: by cross-validation",
         metavar="LAMBDA",
     )
     schedule: str = choice(
         "auto",
         "reconstruction",
         check.one_of(SCHEDULES),
-        "solve all layers on the dense model's activations, or one after the other on the pruned "
-        "model's; auto does both and keeps what is nearer to the dense model on held-out text",
+        "solve on activations of the dense or of the pruned model; auto: the better one",
     )
     rescale: bool = choice(
         False,
         "reconstruction",
         check.flag,
-        "after all layers are solved, fit one scale for what each of them gives, so that the whole "
-        "model's output is nearest to the dense one's",
+        "after solving, fit one scale per layer output to the output of the whole model",
     )
     eval: str | None = choice(
         None,
         "evaluation",
         check.text(optional=True),
-        "held-out text: report perplexity before and after",
+        "measure perplexity before and after on this held-out text",
         metavar="TEXT",
     )
     eval_samples: int | None = choice(
-        None, "evaluation", check.whole(1, optional=True), "evaluate on N windows, evenly spread"
+        None,
+        "evaluation",
+        check.whole(1, optional=True),
+        "evaluate on N evenly spread windows (default: all)",
     )
     certify: int = choice(
         0,
         "evaluation",
         check.whole(0),
-        "draw N more calibration sequences, of documents that no decision sees, and report the "
-        "errors on them; 16 are a good number",
+        "report errors on N more sequences, from unused documents; 16 is a good number",
     )
 
     def __post_init__(self) -> None:
