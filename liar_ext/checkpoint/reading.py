@@ -226,7 +226,8 @@ def bare_class(found: Folder, stock: Any) -> Any | None:
     """Return the class without a head, where the weights are those of it; None elsewhere.
 
     So are the folders of sentence-transformers, with ``modules.json``, whatever head their config
-    names. In any other folder the weights decide: none of the head's own is there.
+    names. In any other folder the weights decide: none of the head's own is there, and none that
+    the bare model lacks, as a head has in older files.
     """
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
@@ -236,11 +237,13 @@ def bare_class(found: Folder, stock: Any) -> Any | None:
     if (found.path / MODULES_FILE).is_file():
         return bare
     with reading(found.path, "load_model"):
-        model = skeleton(stock, CONFIG_MAPPING[found.config["model_type"]].from_dict(found.config))
-    tied = set(model.all_tied_weights_keys)
-    prefix = f"{stock.base_model_prefix}."
+        config = CONFIG_MAPPING[found.config["model_type"]].from_dict(found.config)
+        model, without = (skeleton(each, config) for each in (stock, bare))
+    prefix, tied = f"{stock.base_model_prefix}.", set(model.all_tied_weights_keys)
     head = {name for name in model.state_dict() if not name.startswith(prefix)} - tied
-    return bare if head and head.isdisjoint(found.tensors) else None
+    there = {name.removeprefix(prefix) for name in found.tensors}
+    more = {name for name in there - set(without.state_dict()) if "position_ids" not in name}
+    return bare if head and head.isdisjoint(there) and not more else None
 
 
 def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:

@@ -247,7 +247,9 @@ class Report:
             *self._warnings("What to know"),
             "",
             "Every number of the job is in `liar/report.md`, every choice in",
-            "`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it.",
+            "`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it."
+            if self.choices.get("calibration")
+            else "`liar/recipe.yaml`, but for the calibration text, which was given in Python.",
         ]
         return "\n".join(lines) + "\n"
 
