@@ -19,6 +19,7 @@ from liar_ext.ranks import RankLost, Ranks, launched
 from liar_ext.saved.progress import difference
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
+OWN = ("ranks", "quiet", "out", "bank", "checkpoint")  # options of which each machine has its own
 INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
 PAUSE = 0.2  # seconds between two looks for the process that started this one
 SPEAKING = threading.Lock()
@@ -77,6 +78,15 @@ def join(options: argparse.Namespace) -> Ranks:
     return ranks
 
 
+OWN = (
+    "ranks",
+    "quiet",
+    "out",
+    "bank",
+    "checkpoint",
+)  # and places, of which machines have their own
+
+
 def check_shared(options: argparse.Namespace, ranks: Ranks) -> None:
     """Raise InputError if several ranks share a command of one process, or have other options."""
     if ranks.count > 1 and options.command not in SHARED:
@@ -84,7 +94,7 @@ def check_shared(options: argparse.Namespace, ranks: Ranks) -> None:
             f"{options.command}: runs in one process, and torchrun started {ranks.count}; only "
             f"liar {', '.join(SHARED)} can be shared"
         )
-    own = {name: each for name, each in vars(options).items() if name not in ("ranks", "quiet")}
+    own = {name: each for name, each in vars(options).items() if name not in OWN}
     for rank, theirs in enumerate(ranks.share(own) if ranks.count > 1 else ()):
         if theirs != own:
             name = next(name for name in {**own, **theirs} if own.get(name) != theirs.get(name))

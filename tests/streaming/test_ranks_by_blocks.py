@@ -57,6 +57,9 @@ class Recorded(dict):
         self.update({name: self.get(name) + 1})
         return self.weights[name]
 
+    def close(self) -> None:
+        self.weights.close()
+
 
 def dying_at(kind: type, method: str) -> None:
     """Let the second call of a method kill this process; where it is called once, the first."""
