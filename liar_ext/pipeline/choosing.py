@@ -82,9 +82,7 @@ class Chosen:
     @property
     def said(self) -> str:
         """The line of the report."""
-        values = " and ".join(
-            f"{HOW[name]} {value:.3g}" for name, value in self.divergences.items()
-        )
+        values = " and ".join(f"{each:.3g} {HOW[name]}" for name, each in self.divergences.items())
         return (
             f"Layers were solved {HOW[self.schedule]}: on held-out text the whole pruned model "
             f"diverges from the dense one by {values}."
