@@ -63,7 +63,7 @@ def test_narrowing_has_the_same_bound():
     report = prune(whole, data, 0.7, keep_hidden=0.8)
     in_parts = prune(parts, data, 0.7, keep_hidden=0.8, memory=1)
     assert_same((parts, in_parts), (whole, report))
-    assert in_parts.settings["narrow_passes"] == 8 and in_parts.settings["calibrate_passes"] == 11
+    assert in_parts.settings["narrow_passes"] == 8 and in_parts.settings["calibrate_passes"] == 6
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
