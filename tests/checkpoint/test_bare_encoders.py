@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from folders import tokenizer
-from tiny import tiny
+from safetensors.torch import load_file, save_file
+from tiny import batches, tiny
 from transformers import AutoModel
 
-from liar_ext import cli
+from liar_ext import cli, load_pruned, prune, save_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.errors import InputError
 
@@ -80,6 +81,18 @@ def test_a_pooler_that_the_folder_lacks_is_silent(tmp_path):
     write(tmp_path / "dense", "bert", head="BertModel", without=("pooler",))
     model, _ = load_model(tmp_path / "dense")
     assert not model.pooler.dense.weight.any() and not model.pooler.dense.bias.any()
+
+
+def test_a_pruned_folder_has_its_pooler(tmp_path):
+    write(tmp_path / "dense", "bert", head="BertModel")
+    model, _ = load_model(tmp_path / "dense")
+    report = prune(model, batches(model, 2), 0.7, allocation="uniform")
+    save_pruned(model, tmp_path / "pruned", report.plan, report=report)
+    file = tmp_path / "pruned" / "model.safetensors"
+    kept = {name: each for name, each in load_file(file).items() if "pooler" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lacks pooler.dense"):
+        load_pruned(tmp_path / "pruned")
 
 
 @pytest.mark.parametrize("head", ["BertModel", "BertForMaskedLM"])
