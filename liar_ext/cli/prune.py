@@ -32,6 +32,11 @@ ONE_KIND = (
     "another kind as well, or let the model write a share of its own with --self-text 0.25."
 )
 
+UNMEASURED = (
+    "The text is too short to measure --schedule auto on: layers are solved layer by layer, or in "
+    "one pass if a norm reads the output of each layer."
+)
+
 
 def run(options: argparse.Namespace) -> None:
     """Run the job that the options and their recipe say."""
@@ -224,6 +229,7 @@ def _draw(
     """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
     from liar_ext.data import texts
     from liar_ext.data.documents import document_digests
+    from liar_ext.pipeline.choosing import LEAST
 
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
     if SELF in recipe.calibration:
@@ -243,16 +249,18 @@ def _draw(
         packed=predicts_next_token(model),
         certify=recipe.certify,
     )
+    short = []
     try:
         calibration = draw(judge=judge)
     except InputError:  # the text may be too short for one part more
         calibration = draw()
+        short = [UNMEASURED] if judge and len(calibration) < LEAST else []
     evaluation = evaluation_batches(recipe, held_out, tokenizer)
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
     kinds = warnings_of(recipe.calibration, predicts_next_token(model), recipe.self_text)
-    warnings = [*calibration.notes, *kinds]
+    warnings = [*calibration.notes, *short, *kinds]
     known = None
     if digests:
         every = (text for documents in read.values() for text in documents)

@@ -16,7 +16,9 @@ import pytest
 import liar_ext
 from liar_ext import Recipe, cli
 from liar_ext.cli.options import parse, parser, recipe_of
+from liar_ext.data import texts
 from liar_ext.environment import child, is_command
+from liar_ext.errors import InputError
 from liar_ext.recipe.choices import GROUPS
 from liar_ext.recipe.recipe import option_of
 
@@ -253,6 +255,23 @@ def test_auto_is_judged_on_sequences_of_their_own(llama_folder, corpus, tmp_path
     assert cli.main(["prune", "--recipe", recipe, "--out", str(again)]) == 0
     same = [(each / "model.safetensors").read_bytes() for each in (out, again)]
     assert same[0] == same[1]
+
+
+def test_a_text_too_short_to_judge_by_is_told(llama_folder, corpus, tmp_path, monkeypatch):
+    draw = texts.calibration_sequences
+
+    def short(*given, **settings):
+        if settings.get("judge"):
+            raise InputError("calibration: the text is too short")
+        return draw(*given, **settings)
+
+    monkeypatch.setattr(texts, "calibration_sequences", short)
+    out = tmp_path / "out"
+    job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "--seq-len", "16"]
+    assert cli.main([*job, "--samples", "8", "--keep", "0.7", "--out", str(out)]) == 0
+    report = json.loads((out / "liar/report.json").read_text())
+    assert "schedules" not in report["settings"]
+    assert any("too short to measure --schedule auto" in each for each in report["warnings"])
 
 
 def test_the_report_is_written_once(llama_folder, corpus, tmp_path, monkeypatch):
