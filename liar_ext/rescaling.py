@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Bar
 from liar_ext.data.batches import Batches, probe_batches
+from liar_ext.distributed import broadcast, gather
 from liar_ext.models.reading import base_path
 from liar_ext.models.residual_stream import stream_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.selection.divergence import DenseOutputs, Divergence
 from liar_ext.selection.sensitivity import POSITIONS, blocks_before, recorded, replayed
 
@@ -113,14 +113,10 @@ class Rescaling:
         The dense model; it is run now.
     batches : sequence of mapping
         Text, in batches that are few and small: outputs of all handles are held for one of them.
-    ranks : Ranks
-        Processes that share the batches; all find the same scales.
     """
 
-    def __init__(
-        self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks = ALONE
-    ) -> None:
-        self._dense = Divergence(dense, batches, ranks, POSITIONS)
+    def __init__(self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self._dense = Divergence(dense, batches, POSITIONS)
 
     @torch.no_grad()
     def fit(
@@ -143,18 +139,18 @@ class Rescaling:
         -------
         Rescaled
         """
-        every, ranks = sites(pruned, attn_unit=attn_unit), self._dense.ranks
+        every = sites(pruned, attn_unit=attn_unit)
         handles, (blocks, _) = handles_of(pruned, every), blocks_before(pruned, every)
         bar = Bar(list(self._dense.outputs.items()), desc="rescale", disable=not progress)
         with evaluating(pruned):
             own = {at: _expansion(dense, pruned, handles, blocks) for at, dense in bar}
-        shares = {at: each for share in ranks.share(own) for at, each in share.items()}
+        shares = {at: each for share in gather(own) for at, each in share.items()}
         found = [shares[at] for at in sorted(shares)]
         rows = sum(each.rows for each in found)
         before = sum(each.divergence for each in found) / max(rows, 1)
         if not rows or not math.isfinite(before):
             return Rescaled()
-        damp, change, step = ranks.broadcast(best_step(found))
+        damp, change, step = broadcast(best_step(found))
         if step is None:
             return Rescaled(before=before, after=before)
         factors = dict(zip(handles, (1 + step).tolist(), strict=True))

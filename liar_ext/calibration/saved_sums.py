@@ -2,8 +2,8 @@
 
 The bank in a checkpoint has the moments over the first batches, the digest of these, and their
 number. Sums are added batch by batch in float64, so that those that were saved and read back, and
-go on, are the same to the last bit. Of several ranks the first one reads and writes it, with the
-sums of all, so that any number of them can go on.
+go on, are the same to the last bit. Of several ranks the first one reads and writes the sums of
+all, added up, so that any number of them can go on: to the same sums but for rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
 from liar_ext.calibration.moments import Moments
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.ranks import Owners
 from liar_ext.saved.progress import Progress
 
 SUMS, SUFFIX = "calibration", ".bank"
@@ -27,7 +27,7 @@ class SavedSums:
     Parameters
     ----------
     progress : Progress
-        The checkpoint; its ranks take the sums, and all take part in each method.
+        The checkpoint. All ranks take part in each method.
     name : str
         Of the sums.
     of : int, optional
@@ -35,7 +35,7 @@ class SavedSums:
     """
 
     def __init__(self, progress: Progress, name: str = SUMS, of: int | None = None) -> None:
-        self.progress, self.name, self.of, self.ranks = progress, name, of, progress.ranks
+        self.progress, self.name, self.of = progress, name, of
         self.done, self.expected = 0, ""  # batches, and their digest
         self.facts: dict[str, Any] = {}  # of the bank
         self._at = 0  # over how many batches the sums were
@@ -46,39 +46,32 @@ class SavedSums:
         return self.progress.folder / f"{self.name}{SUFFIX}"
 
     def restore(
-        self,
-        widths: Mapping[str, int],
-        moments: Mapping[str, Moments],
-        facts: Mapping[str, Any],
-        owners: Owners,
+        self, widths: Mapping[str, int], moments: Mapping[str, Moments], facts: Mapping[str, Any]
     ) -> int:
         """Put the sums that were saved into ``moments``; return over how many batches they are.
+
+        The first rank has them, and the others begin with none.
 
         Parameters
         ----------
         widths : mapping of str to int
             Features of each site.
         moments : mapping of str to Moments
-            Of the sites that this rank owns.
+            Sums over no tokens, by site.
         facts : mapping
             What tells the model from another.
-        owners : Owners
-            Who owns which site.
 
         Raises
         ------
         InputError
             If they are of another model, by its ``facts``, or of other sites, or damaged.
         """
-        stored = self._read(widths, facts) if self.ranks.first else None
-        self.done = self.ranks.broadcast(self.done)
-        for name in widths if self.done else ():
-            sums = None if stored is None else stored.sums.pop(name)
-            sums = self.ranks.move(sums, 0, owners.rank_of(name))
-            if owners.mine(name):
-                mine = moments[name]
-                for into, value in zip((mine.gram, mine.total, mine.count), sums, strict=True):
-                    into.copy_(value)
+        stored = self._read(widths, facts) if is_first() else None
+        self.done = broadcast(self.done)
+        for name in widths if stored is not None else ():
+            mine, sums = moments[name], stored.sums.pop(name)
+            for into, value in zip((mine.gram, mine.total, mine.count), sums, strict=True):
+                into.copy_(value)
         return self.done
 
     def _read(self, widths: Mapping[str, int], facts: Mapping[str, Any]) -> Stored | None:
@@ -99,7 +92,7 @@ class SavedSums:
 
     def check(self, batches: int, digest: str) -> None:
         """Raise InputError, at the first rank, unless the first batches are those of the sums."""
-        if self.ranks.first and (batches != self.done or digest != self.expected):
+        if is_first() and (batches != self.done or digest != self.expected):
             raise InputError(
                 f"checkpoint: the sums in {self.path} are over {self.done} batches of other text "
                 "than was given; give the same text, or remove that file"
@@ -118,11 +111,11 @@ class SavedSums:
         ``moments`` gives those of all sites at the first rank, and ``facts`` what is known of them.
         """
         due = batches != self._at and (now or self.progress.due(self.name))
-        if not self.ranks.broadcast(due):
+        if not broadcast(due):
             return
         with self.progress.saving(self.name):
             whole, source = moments(), facts() | {"progress": batches}
-            if self.ranks.first:
+            if is_first():
                 source |= {} if self.of is None else {"batches": self.of}
                 sums = {name: (each.gram, each.total, each.count) for name, each in whole.items()}
                 write_bank(self.path, Stored(source, sums))

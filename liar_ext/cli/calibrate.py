@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.recipe import recipe_fields
@@ -41,33 +42,29 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.models.sites import sites
     from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
 
-    ranks = options.ranks
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
     check_apart(options)
-    loaded = load(recipe, ranks=ranks, progress=not options.quiet, digests=True)
+    loaded = load(recipe, progress=not options.quiet, digests=True)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     packed = predicts_next_token(loaded.model)
     with checkpoint_of(recipe, options) as saved:
-        let_write(loaded, recipe, saved, ranks=ranks, progress=not options.quiet)
+        let_write(loaded, recipe, saved, progress=not options.quiet)
         bank = calibrate(
             loaded.model,
             loaded.calibration,
             at,
             keep_text=not options.no_text,
             checkpoint=saved,
-            ranks=ranks,
             progress=not options.quiet,
         )
-        if not ranks.first:
-            return
-        if saved is not None:
-            saved.leave_to_first()
         if options.sensitivities:
             given = loaded.model, loaded.calibration, bank, not options.quiet
             work = Sweep(*given, saved=saved, probe_keep=PROBE_KEEP)
             work.plan(recipe)
             work.known.store_sensitivities(bank)
+        if not is_first():
+            return
         bank.source |= {
             "texts": list(recipe.calibration),
             "tokenizer": tokenizer_fingerprint(loaded.tokenizer),

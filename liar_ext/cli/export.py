@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 # Options of the command that are no options of a format.
-OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json", "ranks")
+OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json")
 
 
 def run(options: argparse.Namespace) -> None:

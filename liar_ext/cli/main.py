@@ -28,9 +28,9 @@ from liar_ext.cli import (
     verify,
 )
 from liar_ext.cli.options import one_line, parse
-from liar_ext.cli.several import PATIENCE, check_shared, join, say, silence_of_others, what_was_lost
+from liar_ext.cli.processes import how_to_go_on, meet, quieten, silence_of_others
+from liar_ext.distributed import RankLost, leave, tells
 from liar_ext.errors import InputError, is_out_of_memory
-from liar_ext.ranks import RankLost, Ranks
 
 COMMANDS = {
     "prune": prune.run,
@@ -62,42 +62,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     with silence_of_others():
         options = parse(arguments)
-    ranks = join(options)
+    quieten(options)
     try:
         with no_bars() if getattr(options, "quiet", False) else nullcontext():
-            code, error = _run(options, ranks)
+            code, error = _run(options)
     except BaseException:
-        ranks.tells()  # so that the others don't
+        tells()  # so that the others don't
         raise
-    if error is not None:
-        say(ranks, one_line(error))
+    if error is not None and tells():
+        print(f"liar: error: {one_line(error)}", file=sys.stderr, flush=True)
     return code
 
 
-def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
+def _run(options: argparse.Namespace) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
     with _interrupts() as interrupts:
         try:
-            check_shared(options, ranks)
+            meet(options)
             code = COMMANDS[options.command](options) or 0
             _finish_output(options.command)
-            ranks.leave()
+            leave()
             return code, None
         except BaseException as error:
             if interrupts or isinstance(error, KeyboardInterrupt):
-                ranks.tells()
+                tells()
                 return 130, None
-            return _answer(error, options, ranks)
+            return _answer(error, options)
 
 
-def _answer(error: BaseException, options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
+def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, object]:
     """Return the exit code of an error, and what to say of it; raise one that is a defect."""
     if isinstance(error, BrokenPipeError):
         return (141, None) if _nobody_reads() else (2, error)
     if isinstance(error, (InputError, OSError)):  # OSError: no permission, disk full, no such file
         return 2, error
     if isinstance(error, RankLost):
-        return 3, what_was_lost(ranks, options, str(error), PATIENCE)
+        return 3, how_to_go_on(error, options)
     if is_out_of_memory(error):
         said = str(error) or "out of memory"
         return 2, (

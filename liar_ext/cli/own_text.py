@@ -13,10 +13,10 @@ from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.self_calibration import SELF, write_sequences
 from liar_ext.data.batches import read_batches
 from liar_ext.data.sequences import count_beside, of_no_text, seed_of
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.saved.progress import Kept, Progress
 
@@ -64,7 +64,6 @@ def let_write(
     recipe: Recipe,
     saved: Progress | None = None,
     *,
-    ranks: Ranks = ALONE,
     progress: bool = False,
     sketch: bool = False,
 ) -> None:
@@ -89,7 +88,7 @@ def let_write(
         check_finite_weights(given.model)
         kept = None if saved is None else saved.get(WRITTEN)
         ids = None if kept is None else _read(kept, recipe.seq_len, given.model)
-        if kept is None and ranks.first:
+        if kept is None and is_first():
             ids = write_sequences(
                 given.model,
                 given.tokenizer,
@@ -100,7 +99,7 @@ def let_write(
                 progress=progress,
             ).input_ids
         if kept is None:
-            ids = ranks.broadcast(ids)
+            ids = broadcast(ids)
             if saved is not None:
                 saved.put(WRITTEN, {"input_ids": ids})
         own = of_no_text(ids)

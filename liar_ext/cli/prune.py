@@ -17,12 +17,12 @@ from liar_ext.calibration.self_calibration import SELF
 from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.own_text import SKETCHED, TextAndOwn, let_write, writes
-from liar_ext.cli.several import check_device
+from liar_ext.cli.processes import check_device
 from liar_ext.data.random_tokens import fraction_of
+from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.saved.progress import Progress
@@ -53,7 +53,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     from liar_ext.cli.resume import check_apart, checkpoint_of
     from liar_ext.pipeline.resuming import check, note_result
 
-    ranks, sketch = options.ranks, getattr(options, "dry_run", False)
+    sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
@@ -70,29 +70,19 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
-        shown = {"ranks": ranks, "progress": not options.quiet}
         from liar_ext.pipeline.choosing import sequences_to_judge
 
-        judge = sequences_to_judge(recipe)
-        given, settled = load(recipe, sketch=sketch, judge=judge, **shown), recipe
+        asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
+        given, settled = load(recipe, progress=not options.quiet, **asked), recipe
+    if sketch and is_first():
+        with alone():
+            print("\n".join(_sketched(given, settled, not options.quiet)))
     if sketch:
-        let_write(given, settled, sketch=True, **shown)
-        from liar_ext.cli.dry_run import describe
-
-        lines = describe(given.model, given.calibration, settled)
-        seconds = given.facts.get("writing", 0.0)
-        if isinstance(given.calibration, TextAndOwn):
-            seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
-        if seconds:
-            lines.append(f"text of its own: about {seconds:.0f} seconds to write")
-        if ranks.first:
-            print("\n".join(lines))
         return
     loaded = time.perf_counter() - start
     with checkpoint_of(recipe, options) as saved:
-        shown = {"ranks": ranks, "progress": not options.quiet}
-        report = prune_given(given, settled, bank, saved, **shown)
-        if not ranks.first:
+        report = prune_given(given, settled, bank, saved, progress=not options.quiet)
+        if not is_first():
             return
         # Those of saving are added by save_pruned, which writes the report.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
@@ -102,6 +92,20 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
             fill_folder(given.model, path, report.plan, **saving)
     say(report, options, start)
+
+
+def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:
+    """Return the lines of a dry run."""
+    from liar_ext.cli.dry_run import describe
+
+    let_write(given, recipe, sketch=True, progress=progress)
+    lines = describe(given.model, given.calibration, recipe)
+    seconds = given.facts.get("writing", 0.0)
+    if isinstance(given.calibration, TextAndOwn):
+        seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
+    if seconds:
+        lines.append(f"text of its own: about {seconds:.0f} seconds to write")
+    return lines
 
 
 def say(report: Report, options: argparse.Namespace, start: float) -> None:
@@ -117,14 +121,13 @@ def prune_given(
     bank: MomentBank | None = None,
     saved: Progress | None = None,
     *,
-    ranks: Ranks = ALONE,
     progress: bool,
 ) -> Report:
     """Prune what was loaded; the report says what became of the texts, too."""
     from liar_ext.pipeline import prune
 
     if bank is None:
-        let_write(given, recipe, saved, ranks=ranks, progress=progress)
+        let_write(given, recipe, saved, progress=progress)
     report = prune(
         given.model,
         given.calibration,
@@ -134,7 +137,6 @@ def prune_given(
         judge_on=given.judging,
         bank=bank,
         checkpoint=saved,
-        ranks=ranks,
         progress=progress,
     )
     if isinstance(given.calibration, TextAndOwn):
@@ -171,7 +173,6 @@ def load(
     progress: bool = False,
     digests: bool = False,
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
-    ranks: Ranks = ALONE,
     sketch: bool = False,
     judge: int = 0,
 ) -> Given:
@@ -190,17 +191,17 @@ def load(
     """
     from liar_ext.data import texts
 
-    check_device(recipe.device, ranks)
+    check_device(recipe.device)
     check_unloaded(recipe)
-    read, held_out = _documents(recipe) if ranks.first else ({}, None)
+    read, held_out = _documents(recipe) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
     check_eval(recipe, model)
     drawn = None
-    if ranks.first:
+    if is_first():
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
-    return Given(model, tokenizer, *ranks.broadcast(drawn))
+    return Given(model, tokenizer, *broadcast(drawn))
 
 
 def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:

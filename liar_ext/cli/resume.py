@@ -21,6 +21,7 @@ from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint.manifest import strangers
 from liar_ext.checkpoint.names import PLAN_FILE
 from liar_ext.cli.own_text import WRITTEN
+from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError, one_line
 from liar_ext.pipeline.resuming import RESULT
 from liar_ext.plan import Plan
@@ -43,8 +44,7 @@ def run(options: argparse.Namespace) -> None:
     """Read the job, say what there is of it, go on."""
     from liar_ext.cli import calibrate, prune
 
-    ranks = options.ranks
-    job = ranks.broadcast(read_job(options.folder) if ranks.first else None)
+    job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     result = job["options"]["bank" if command == "calibrate" else "out"]
     if not options.quiet:
@@ -61,13 +61,13 @@ def run(options: argparse.Namespace) -> None:
             f"resume: can't go to {job['folder']!r}, where the job was started: {one_line(error)}"
         ) from error
     done = is_calibrated if command == "calibrate" else is_pruned
-    if ranks.broadcast(done(folder, result) if ranks.first else None):
-        if ranks.first:
+    if broadcast(is_first() and done(folder, result)):
+        if is_first():
             remove(folder)
         if not options.quiet:
             print(f"{result}: was written already")
         return
-    own = {"checkpoint": folder, "command": command, "ranks": ranks}
+    own = {"checkpoint": folder, "command": command}
     own |= {"quiet": options.quiet, "overwrite": options.overwrite}
     start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
     start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
@@ -108,7 +108,7 @@ def is_pruned(folder: str, out: str) -> bool:
         written, began = (Path(*parts).stat() for parts in ((out, PLAN_FILE), (folder, JOB_FILE)))
         if not Path(folder, f"{RESULT}{SUFFIX}").exists() or strangers(Path(out)):
             return False
-        with Progress(folder) as progress:
+        with alone(), Progress(folder) as progress:
             plan = progress.need(RESULT).facts["plan"]
         later = written.st_mtime_ns >= began.st_mtime_ns
         return later and Plan.load(Path(out, PLAN_FILE)) == Plan.from_json(plan)
@@ -146,14 +146,14 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Progr
     It is removed when the job is done, and where the job is refused before anything was saved. Of
     several ranks the first one alone does that.
     """
-    folder, first = options.checkpoint, options.ranks.first
+    folder, first = options.checkpoint, is_first()
     if not folder:
         yield None
         return
     new = first and not Path(folder, JOB_FILE).exists()
     if first:
         begin(folder, recipe, options)
-    with Progress(folder, ranks=options.ranks) as progress:
+    with Progress(folder) as progress:
         try:
             yield progress
         except InputError:

@@ -15,6 +15,7 @@ from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.bank_options import OF_TEXT
 from liar_ext.cli.loading import load_with_tokenizer
+from liar_ext.cli.processes import check_device
 from liar_ext.cli.prune import (
     Given,
     check_eval,
@@ -22,7 +23,6 @@ from liar_ext.cli.prune import (
     evaluation_batches,
     warnings_of,
 )
-from liar_ext.cli.several import check_device
 from liar_ext.data import texts
 from liar_ext.data.documents import check_apart_from
 from liar_ext.errors import InputError, one_line
@@ -103,7 +103,7 @@ def load_by_bank(
             warnings.append(UNCHECKED)
         else:
             check_apart_from(set(header.documents.tolist()), held_out)
-    check_device(recipe.device, options.ranks)
+    check_device(recipe.device)
     check_unloaded(recipe)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     check_eval(recipe, model)

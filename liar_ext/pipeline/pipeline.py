@@ -15,7 +15,6 @@ from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.resuming import begin, check, decide
 from liar_ext.plan import Budget, Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.rescaling import Rescaling, rescale_batches
@@ -53,7 +52,6 @@ def prune(
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
     checkpoint: str | os.PathLike[str] | Progress | None = None,
-    ranks: Ranks = ALONE,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -100,10 +98,6 @@ def prune(
         and layerwise the blocks that are done. The result has the same bits. The folder stays
         when all is done. Of several ranks the first one alone works in it, and any number of them
         can go on from it.
-    ranks : Ranks
-        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`: each calls this with
-        the same model, text and choices, and has the same pruned model then. The first one alone
-        evaluates and certifies, and has that in its report.
     progress : bool
         Show progress bars.
     **choices
@@ -124,6 +118,10 @@ def prune(
 
     Notes
     -----
+    Processes that have met by :func:`liar_ext.distributed.join` share the work: each calls this
+    with the same model, text and choices, and has the same pruned model then. The first one alone
+    evaluates, and has that in its report.
+
     FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp's
     score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
     the dense model's activations.
@@ -131,9 +129,9 @@ def prune(
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
     check_choices(choices)
-    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank, ranks=ranks)
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
     job.judged = judge_on
-    with opened(checkpoint, ranks) as job.saved:
+    with opened(checkpoint) as job.saved:
         return run(job, evaluate_on, certify_on)
 
 
@@ -143,7 +141,6 @@ def run(
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Report:
     """Run the steps of a job in their order."""
-    job.ranks.work.clear()
     if job.saved is not None:
         check(job.recipe)
     job.check()
@@ -186,7 +183,7 @@ def _outputs(job: Job) -> Rescaling | None:
     if not job.recipe.rescale:
         return None
     with job.clock("rescale"):
-        return Rescaling(job.model, rescale_batches(job.batches), job.ranks)
+        return Rescaling(job.model, rescale_batches(job.batches))
 
 
 def _rescale(job: Job, dense: Rescaling | None, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from liar_ext.calibration.collect import check_bank_is_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
 from liar_ext.data.batches import Batches
+from liar_ext.distributed import share
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
@@ -40,7 +42,7 @@ def find_scores(
             progress=progress,
         )
 
-    return known.get("score", score_key(recipe), at, compute, passes.owners)
+    return known.get("score", score_key(recipe), at, partial(share, compute=compute))
 
 
 def find_losses(
@@ -61,18 +63,16 @@ def find_losses(
     """
     given, key = (passes.model, passes.bank), score_key(recipe)
     kept = None if saved is None else Measured(saved, at[0].name)
-    owners, work = passes.owners, passes.owners.ranks.work
     elsewhere: dict[str, str] = {}
 
     def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
         return error_curves(*given, missing, scores, progress=progress, elsewhere=elsewhere)
 
-    curves = known.get("curve", key, at, curves_of, owners)
-    notes += notes_of(elsewhere, at, owners.ranks)
+    curves = known.get("curve", key, at, partial(share, compute=curves_of))
+    notes += notes_of(elsewhere, at)
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together
-        work["probes"] += len(teams)
         return measure_sensitivities(
             *given,
             [site for site in at if site.team in teams],
@@ -86,9 +86,8 @@ def find_losses(
         )
 
     key = key_of_sensitivities(recipe, known, passes.model, at)
-    found = known.get(SENSITIVITY, key, at, measure, owners)
-    losses = owners.together(at, lambda mine: losses_of(*given, mine, curves, found))
-    return losses, found
+    found = known.get(SENSITIVITY, key, at, measure)
+    return losses_of(*given, at, curves, found), found
 
 
 def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:

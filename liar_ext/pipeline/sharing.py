@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.models.sites import Site
-from liar_ext.ranks import Owners
 from liar_ext.recipe import Recipe
 
 # Fields of a recipe that no score depends on. A field that isn't here is taken to change them, so
@@ -65,17 +64,13 @@ class Known:
         key: str,
         at: Sequence[Site],
         compute: Callable[[Sequence[Site]], Mapping[str, Value]],
-        owners: Owners,
     ) -> dict[str, Value]:
-        """Return the values of sites by name; ``compute`` gives those that aren't there.
-
-        Of several ranks each computes those of the sites that it owns.
-        """
+        """Return the values of sites by name; ``compute`` gives those that aren't there."""
         missing = [site for site in at if not self.has(what, key, [site])]
         self.spared += sum(self.found.get((what, key, place(site)), (0, 0.0))[1] for site in at)
         if missing:
             start = time.process_time()
-            values = owners.together(missing, compute)
+            values = compute(missing)
             each = (time.process_time() - start) / len(missing)
             for site in missing:
                 self.found[what, key, place(site)] = values[site.name], each

@@ -13,15 +13,8 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
-from liar_ext.reconstruction.saved_walk import (
-    SavedStreams,
-    keep_block,
-    kept_block,
-    named,
-    placed_by_number,
-)
+from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.streams import with_inputs
 from liar_ext.reconstruction.walk import Walk
@@ -39,7 +32,6 @@ def reconstruct_layerwise(
     damp: float | str = "auto",
     fresh: Batches = (),
     saved: Progress | None = None,
-    ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve the sites of ``plan`` block by block, each on what the pruned blocks before it give.
@@ -84,9 +76,6 @@ def reconstruct_layerwise(
     fresh : iterable of mapping
         Batches that ``batches`` lacks: no solve reads them, and each row has its error on them, as
         ``certified_error``, relative to their ``Σ |W x̂|²``.
-    ranks : Ranks
-        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`: each holds the
-        streams of its own batches, sites are solved in turn, and all get the weights.
     progress : bool
         Show a progress bar.
 
@@ -120,12 +109,11 @@ def reconstruct_layerwise(
     every = sites(model, attn_unit=plan.attn_unit)
     plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
-        walk = Walk(model, blocks, plan, mode, damp, ranks=ranks)
+        walk = Walk(model, blocks, plan, mode, damp)
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
-        placed = placed_by_number(ranks, walk.parts)
-        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: placed)
+        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: walk.numbers)
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
         walk.go_on(streams)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments
+from liar_ext.distributed import share
 from liar_ext.errors import solving
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
-from liar_ext.ranks import Owners
 from liar_ext.reconstruction.ridge import drop, solve
 from liar_ext.reconstruction.room import solve_where_it_fits
 from liar_ext.reconstruction.rows import report_row
@@ -93,21 +93,19 @@ def reconstruct_shared(
     bank: Mapping[str, Moments],
     plan: Plan,
     at: Sequence[Site],
-    owners: Owners,
     **settings: object,
 ) -> dict[str, tuple[tuple[Tensor, Tensor | None], SiteRow]]:
-    """Return weights and row by name of some sites of a plan, each solved by its owner.
+    """Return weights and row by name of some sites of a plan, which ranks share.
 
-    ``settings`` are those of :func:`reconstruct`; each rank has the moments of the sites it owns.
+    ``settings`` are those of :func:`reconstruct`.
     """
 
     def solve(mine: Sequence[Site]) -> dict[str, tuple]:
         here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
-        owners.ranks.work["solved"] += len(mine)
         weights, rows = reconstruct(model, bank, here, **settings)
         return {row.name: (weights[row.name], row) for row in rows}
 
-    return owners.together(at, solve)
+    return share(at, solve)
 
 
 def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:

@@ -8,14 +8,12 @@ from dataclasses import asdict
 from torch import Tensor
 
 from liar_ext.data.hidden_states import Held, HiddenStates
-from liar_ext.ranks import Ranks
+from liar_ext.distributed import broadcast, gather, is_first
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.streams import Part
 from liar_ext.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
-ALL = -1  # the ranks that have the same hidden states
 
 
 class SavedStreams:
@@ -32,9 +30,9 @@ class SavedStreams:
         Of the walk.
     blocks : int
         How many it has.
-    placed : callable, optional
-        Gives for the name of a stream which rank has which of its hidden states, by their number,
-        ``ALL`` where every rank has them; None where the first one has the whole stream.
+    numbers : callable, optional
+        Gives for the name of a stream the numbers of the hidden states that this rank has of it;
+        None where the first one has the whole stream.
     """
 
     def __init__(
@@ -42,9 +40,9 @@ class SavedStreams:
         saved: Progress | None,
         name: str,
         blocks: int,
-        placed: Callable[[str], Mapping[int, int] | None] = lambda name: None,
+        numbers: Callable[[str], Sequence[int] | None] = lambda name: None,
     ) -> None:
-        self.saved, self.walk, self.blocks, self.placed = saved, name, blocks, placed
+        self.saved, self.walk, self.blocks, self.numbers = saved, name, blocks, numbers
         self.name = f"{name}-streams"
 
     def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
@@ -57,11 +55,13 @@ class SavedStreams:
         if known is None:
             return 0
         blocks.beside = known.facts["beside"]
-        for name, numbers in known.facts["streams"].items():
-            placed, at = self.placed(name) or {}, 0
-            for key, rank in ((f"{name}/{number}", placed.get(number, 0)) for number in numbers):
-                tensor = known.tensor(key) if rank == ALL else known.tensor_at(key, rank)
-                if tensor is None:  # it is another rank's
+        for name, every in known.facts["streams"].items():
+            mine, at = self.numbers(name), 0
+            if mine is not None:
+                streams.setdefault(name, [])
+            for number in every:
+                tensor = known.tensor(f"{name}/{number}")
+                if not (is_first() if mine is None else number in mine):
                     continue
                 into = streams.setdefault(name, [])
                 if at < len(into):
@@ -77,28 +77,22 @@ class SavedStreams:
         """Keep the hidden states that are past ``done`` blocks, if it is time to."""
         if self.saved is None:
             return
-        ranks = self.saved.ranks
-        if not ranks.broadcast(now or self.saved.due(self.name)):
+        if not broadcast(now or self.saved.due(self.name)):
             return
-        each, own = {}, {}
-        for name, some in streams.items():
-            placed = self.placed(name) or dict.fromkeys(range(len(some)), 0)
-            own[name] = sorted(placed)
-            here = [n for n in own[name] if placed[n] in (ranks.rank, ALL)]
-            if ranks.first or ALL not in placed.values():
-                each |= {f"{name}/{n}": held for n, held in zip(here, some, strict=True)}
-        shares = reversed(ranks.share(own))  # of a stream of its own the first one knows
-        every = {name: numbers for share in shares for name, numbers in share.items()}
+        own = {name: self.numbers(name) or range(len(some)) for name, some in streams.items()}
+        each = {
+            f"{name}/{number}": held
+            for name, some in streams.items()
+            for number, held in zip(own[name], some, strict=True)
+        }
+        every: dict[str, list[int]] = {}
+        for share in gather({name: list(numbers) for name, numbers in own.items()}):
+            for name, numbers in share.items():
+                every[name] = sorted([*every.get(name, ()), *numbers])
         facts = {"blocks": done, "beside": blocks.beside, "streams": every}
         if not now:
             facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
         self.saved.put_shared(self.name, each, facts)
-
-
-def placed_by_number(ranks: Ranks, parts: Sequence[Part]) -> dict[int, int]:
-    """Return which rank has which part of a walk, of which this one has some."""
-    shares = enumerate(ranks.share([part.number for part in parts]))
-    return {number: rank for rank, share in shares for number in share}
 
 
 def keep_block(

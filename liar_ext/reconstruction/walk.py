@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.reconstruction.block_runner import Blocks, Run
 from liar_ext.reconstruction.layer_sums import (
     Forward,
@@ -45,13 +45,15 @@ class Walk:
     Hidden states are held in ``states``, in memory by default. A step reads the weights of its own
     block only, and of what comes before the first.
 
-    Of several ranks each has the streams of every so manieth batch. What a layer's consumer reads
-    goes to one of them, which adds it in the order of batches, as one rank would, and solves.
+    Rank r of n holds the hidden states of batches r, r + n, ... Sums are all-reduced, and the sites
+    of a layer are shared.
 
     Attributes
     ----------
-    turns, fresh : list of list of Part
-        What this rank has of each round of batches, one batch a rank: calibration text, and fresh.
+    text, fresh : list of Part
+        What this rank has of the calibration text, and of fresh text.
+    certifies : bool
+        Whether any rank has fresh text.
     """
 
     def __init__(
@@ -62,15 +64,14 @@ class Walk:
         mode: str,
         damp: float | str,
         states: HiddenStates | None = None,
-        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.blocks, self.plan = model, blocks, plan
         self.mode, self.damp = mode, damp
         self.device = device_of(model)
         self.states = states or HiddenStates()
-        self.ranks, self.solved = ranks, 0
-        self.turns: list[list[Part]] = []
-        self.fresh: list[list[Part]] = []
+        self.text: list[Part] = []
+        self.fresh: list[Part] = []
+        self.certifies = False
         self.targets: dict[str, str] = {}  # by layer of the block in work
         self.ends: set[str] = set()  # layers whose norm gives what their block does
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -82,33 +83,33 @@ class Walk:
         numbers = count()
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
-            if index % self.ranks.count == 0:
-                self.turns.append([])
-            mine = index % self.ranks.count == self.ranks.rank
+            mine = index % world_size() == rank()
             if mine:
-                self.ranks.work["walked"] += len(batch)
                 batch = with_inputs(self.model, batch)
             for fold in range(FOLDS):
                 rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
                 if len(rows) and mine:
-                    self.turns[-1].append(self._entered(batch.select(rows), fold, number))
+                    self.text.append(self._entered(batch.select(rows), fold, number))
         if set(folds) != set(range(FOLDS)):
             raise InputError(
                 f"layerwise: each of the {FOLDS} folds needs sequences, got {len(folds)} in folds "
                 f"{sorted(set(folds))}; give at least 2 sequences"
             )
         for index, batch in enumerate(read_batches(fresh)):
-            if index % self.ranks.count == 0:
-                self.fresh.append([])
-            number = next(numbers)
-            if index % self.ranks.count == self.ranks.rank:
+            self.certifies, number = True, next(numbers)
+            if index % world_size() == rank():
                 batch = with_inputs(self.model, batch)
-                self.fresh[-1].append(self._entered(batch, None, number))
+                self.fresh.append(self._entered(batch, None, number))
 
     @property
     def parts(self) -> list[Part]:
         """All that this rank has."""
-        return [part for turn in (*self.turns, *self.fresh) for part in turn]
+        return [*self.text, *self.fresh]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which of all parts these are, whatever ranks there are."""
+        return [part.number for part in self.parts]
 
     def _entered(self, batch: Batch, fold: int | None, number: int) -> Part:
         streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
@@ -193,47 +194,37 @@ class Walk:
     ) -> Forward:
         """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
         start = time.perf_counter()
-        owner, self.solved = self.solved % self.ranks.count, self.solved + 1
-        sums = self._collect(layer, target, consumers, owner)
-        found = [
-            (self._solution(site, each), each.moments.dropped_rows, each.rows)
-            for site, each in zip(layer if sums else (), sums, strict=True)
-        ]
-        found = self.ranks.broadcast(found, owner)
-        new = {
-            site.name: self._consumer(site, solution)
-            for site, (solution, *_) in zip(layer, found, strict=True)
-        }
+        names, found = (site.name for site in layer), self._collect(layer, target, consumers)
+        sums = dict(zip(names, found, strict=True))
+        found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
+        solutions = {name: Solution(**fields) for name, fields in found.items()}
+        new = {site.name: self._consumer(site, solutions[site.name]) for site in layer}
         certified = self._certified(layer, target, consumers, new)
         seconds = (time.perf_counter() - start) / len(layer)
-        for site, (solution, dropped, rows) in zip(layer, found, strict=True):
-            counts = dropped, rows
-            self._store(site, solution, counts, target, seconds, certified[site.name])
+        for site in layer:
+            counts = sums[site.name].moments.dropped_rows, sums[site.name].rows
+            given = solutions[site.name], counts, target, seconds, certified[site.name]
+            self._store(site, *given)
         return layer_forward(self.model, layer, new)
 
     def _collect(
-        self,
-        layer: Sequence[Site],
-        target: str,
-        consumers: Mapping[str, Forward],
-        owner: int = 0,
+        self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the shortfall.
-
-        The owner alone has them; other ranks get none.
-        """
+        """Return the sums over x̂, and over the shortfall, of all ranks."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
-        mine = layer if owner == self.ranks.rank else ()
-        sums = [LayerSums.zeros(site, device) for site in mine]
-        for turn in self.turns:
-            read = [(part.fold, self._read(layer, target, part, consumers)) for part in turn]
-            for given in self.ranks.each(read, owner):
-                for fold, found in given:
-                    for each, rows in zip(sums, found, strict=True):
-                        each.add(rows, fold)
+        sums = [LayerSums.zeros(site, device) for site in layer]
+        for part in self.text:
+            read = self._read(layer, target, part, consumers)
+            for each, rows in zip(sums, read, strict=True):
+                each.add(rows, part.fold)
+        counts = gather([each.rows for each in sums])
+        for each, rows in zip(sums, zip(*counts, strict=True), strict=True):
+            all_reduce(*vars(each.moments).values(), *vars(each.shortfall).values())
+            each.rows = sum(rows)
         return sums
 
-    def _solution(self, site: Site, sums: LayerSums) -> Solution:
+    def _solution(self, site: Site, sums: LayerSums) -> dict[str, object]:
+        """Return the fields of the solution of a site."""
         weight = get_consumer_weight(self.model, site)
         bias = get_consumer_bias(self.model, site)
         kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
@@ -241,10 +232,10 @@ class Walk:
         features = site.features(kept).to(weight.device)
         affine = self.mode != "linear" and (bias is not None or planned)
         choices = {"mode": "affine" if affine else "linear", "damp": self.damp}
-        self.ranks.work["solved"] += 1
         if site.expert is not None and (sums.moments.tokens == 0).any():
-            return solve_where_it_fits(drop, *given, features)
-        return solve_where_it_fits(solve_towards, *given, sums.shortfall, features, **choices)
+            return vars(solve_where_it_fits(drop, *given, features))
+        towards = sums.shortfall, features
+        return vars(solve_where_it_fits(solve_towards, *given, *towards, **choices))
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""
@@ -290,16 +281,14 @@ class Walk:
     ) -> dict[str, float | None]:
         """Return ``Σ |W x̂ + b + r − new(x̂)|² / Σ |W x̂|²`` over fresh text, or None without any."""
         errors = {site.name: [0.0, 0.0] for site in layer}
-        for turn in self.fresh:
-            own = []
-            for part in turn:
-                found = self._read(layer, target, part, consumers)
-                for site, rows in zip(layer, found, strict=True):
-                    own.append((site.name, error_on(self.model, site, rows, new[site.name])))
-            for name, values in (pair for given in self.ranks.share(own) for pair in given):
-                for place, value in enumerate(values):
-                    errors[name][place] += value
-        if not self.fresh:
+        for part in self.fresh:
+            found = self._read(layer, target, part, consumers)
+            for site, rows in zip(layer, found, strict=True):
+                for place, value in enumerate(error_on(self.model, site, rows, new[site.name])):
+                    errors[site.name][place] += value
+        every = gather(errors)
+        errors = {name: [sum(each[name][n] for each in every) for n in (0, 1)] for name in errors}
+        if not self.certifies:
             return dict.fromkeys(errors)
         return {name: error / e if e else math.nan for name, (error, e) in errors.items()}
 
@@ -322,8 +311,7 @@ class Walk:
 
     def _target_at(self, site: Site) -> str:
         """Return the target that the arithmetic of the block allows: "stream", else "branch"."""
-        found = self._sum_at(site) if self.ranks.first else None
-        plain, norm, ends = self.ranks.broadcast(found)
+        plain, norm, ends = broadcast(self._sum_at(site) if is_first() else None)
         if norm is not None:
             self.blocks.norms[site.team] = norm
         if ends:
@@ -343,7 +331,7 @@ class Walk:
 
     def _keep(self, layer: Sequence[Site]) -> None:
         """Note that a layer loses nothing and keeps the weights that it has."""
-        certified = 0.0 if self.fresh else None
+        certified = 0.0 if self.certifies else None
         for site in layer:
             weight = get_consumer_weight(self.model, site).double()
             solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")

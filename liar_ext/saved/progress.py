@@ -1,7 +1,7 @@
 """The progress of a job in the folder of a checkpoint: tensors and facts by name, a file each.
 
-Of several ranks the first one alone reads and writes it. What it reads it hands to the others, so
-that all know the same, and what is there is of no number of ranks: any other can go on from it.
+Of several ranks the first one alone reads and writes it, and hands the others what it reads. The
+files do not depend on the number of ranks: any other can go on from them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from liar_ext.distributed import broadcast, gather, is_first, rank
 from liar_ext.errors import InputError, one_line
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
 
 LOCK_FILE, SUFFIX, STAMP = ".lock", ".safetensors", "job"
@@ -42,10 +42,9 @@ class Held(Protocol):
 class Kept:
     """What was put under a name; a tensor is read when it is asked for, by all ranks at once."""
 
-    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
-        self.path, self._ranks = path, ranks
-        known = None
-        if ranks.first:
+    def __init__(self, path: Path) -> None:
+        self.path, known = path, None
+        if is_first():
             with _reading(path):
                 if not path.is_file():
                     raise ValueError("it must be an ordinary file")
@@ -54,7 +53,7 @@ class Kept:
                 self._file = safe_open(os.fspath(path), framework="pt").__enter__()
                 names = [name for name in self._file.keys() if name != SEAL]
                 known = names, json.loads(self._file.metadata()["facts"])
-        self._names, self.facts = ranks.broadcast(known)
+        self._names, self.facts = broadcast(known)
 
     def names(self) -> list[str]:
         """Return the names of its tensors."""
@@ -62,17 +61,11 @@ class Kept:
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor, at every rank."""
-        return self._ranks.broadcast(self._read(name))
-
-    def tensor_at(self, name: str, rank: int) -> Tensor | None:
-        """Return a tensor at one rank, and None at the others."""
-        return self._ranks.move(self._read(name), 0, rank)
-
-    def _read(self, name: str) -> Tensor | None:
-        if not self._ranks.first:
-            return None
-        with _reading(self.path):
-            return self._file.get_tensor(name)
+        found = None
+        if is_first():
+            with _reading(self.path):
+                found = self._file.get_tensor(name)
+        return broadcast(found)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of them."""
@@ -83,7 +76,8 @@ class Progress(AbstractContextManager):
     """The checkpoint of one job: whoever does a part of it puts there what is done, by name.
 
     What is put is there whole or not at all, whenever the process ends, and stays until something
-    else is put under its name.
+    else is put under its name. Reading, :meth:`begin` and :meth:`put_shared` are for all ranks at
+    once; in what else is called all but the first do nothing.
 
     Parameters
     ----------
@@ -91,9 +85,6 @@ class Progress(AbstractContextManager):
         It is made if it isn't there; one process at a time works in it.
     clock : callable
         Seconds.
-    ranks : Ranks
-        Who shares the job. Reading, :meth:`begin` and :meth:`put_shared` are for all of them at
-        once; in what else is called, all but the first do nothing.
 
     Raises
     ------
@@ -105,14 +96,12 @@ class Progress(AbstractContextManager):
         self,
         folder: str | os.PathLike[str],
         clock: Callable[[], float] = time.monotonic,
-        *,
-        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self.clock, self.ranks = Path(folder), clock, ranks
+        self.folder, self.clock = Path(folder), clock
         self._start, self._lock = clock(), None
         # When it was saved, and how long that took, by name.
         self._saved: dict[str, tuple[float, float]] = {}
-        if ranks.first:
+        if is_first():
             self._take()
 
     def _take(self) -> None:
@@ -131,13 +120,9 @@ class Progress(AbstractContextManager):
         except (OSError, ValueError) as error:
             raise self._refusal(error, "name another folder") from error
 
-    def leave_to_first(self) -> None:
-        """Let the first rank go on alone, as the others have left."""
-        self.ranks = ALONE
-
     def due(self, name: str) -> bool:
         """Tell whether it is time to save under a name again: that takes a twentieth at most."""
-        if not self.ranks.first:
+        if not is_first():
             return False
         saved, took = self._saved.get(name, (self._start, 0.0))
         return self.clock() - saved >= took / SHARE
@@ -166,7 +151,7 @@ class Progress(AbstractContextManager):
         InputError
             If it can't be written; what was there before is there still.
         """
-        if not self.ranks.first:
+        if not is_first():
             return
         entries = [
             Entry(key, value.dtype, tuple(value.shape), lambda value=value: [_tensor_of(value)])
@@ -190,17 +175,18 @@ class Progress(AbstractContextManager):
         """
         own = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
         whose = {
-            key: _Elsewhere(self.ranks, rank, *kind)
-            for rank, share in enumerate(self.ranks.share(own))
+            key: _Elsewhere(source, *kind)
+            for source, share in enumerate(gather(own))
             for key, kind in share.items()
         }
         order = sorted(whose, key=lambda key: (-whose[key].dtype.itemsize, key))
-        if self.ranks.first:
+        if is_first():
             self.put(name, {key: tensors.get(key, whose[key]) for key in order}, facts)
             return
         for key in order:
-            if key in tensors:
-                self.ranks.move(_tensor_of(tensors[key]), self.ranks.rank, 0)
+            if whose[key].source:
+                own = whose[key].source == rank()
+                broadcast(_tensor_of(tensors[key]) if own else None, whose[key].source)
 
     def get(self, name: str) -> Kept | None:
         """Return what was put under a name, if anything was.
@@ -211,8 +197,7 @@ class Progress(AbstractContextManager):
             If its file is damaged.
         """
         path = self.path(name)
-        there = self.ranks.broadcast(path.exists() if self.ranks.first else None)
-        return Kept(path, self.ranks) if there else None
+        return Kept(path) if broadcast(path.exists()) else None
 
     def need(self, name: str) -> Kept:
         """Return what was put under a name, which must be there."""
@@ -227,7 +212,7 @@ class Progress(AbstractContextManager):
     def drop(self, prefix: str) -> None:
         """Remove what has this name, or this name with an ending, banks included."""
         own = re.compile(re.escape(prefix) + r"(-\w+)?\.(bank|safetensors)")
-        for path in self.folder.iterdir() if self.ranks.first else ():
+        for path in self.folder.iterdir() if is_first() else ():
             if own.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
@@ -245,13 +230,13 @@ class Progress(AbstractContextManager):
             If another one was, with the first difference, or a rank has another job than the first.
         """
         stamp = json.loads(json.dumps(dict(stamp)))  # as it is read back
-        for rank, theirs in enumerate(self.ranks.share(stamp)):
+        for other, theirs in enumerate(gather(stamp)):
             for name, value in stamp.items():
                 if theirs[name] != value:
                     raise InputError(
-                        f"checkpoint: every rank must have the same job, and rank {rank} has "
-                        f"{difference(name, theirs[name], value)} at rank {self.ranks.rank}; give "
-                        "all the same files, and one kind of device"
+                        f"checkpoint: every rank must have the same job, and rank {other} has "
+                        f"{difference(name, theirs[name], value)} at rank {rank()}; give all "
+                        "the same files, and one kind of device"
                     )
         known = self.get(STAMP)
         if known is None:
@@ -299,24 +284,23 @@ def facts_of(path: Path) -> dict[str, Any] | None:
 class _Elsewhere:
     """A tensor that another rank has, and sends when it is asked for."""
 
-    ranks: Ranks
-    rank: int
+    source: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     def get(self) -> Tensor:
-        return self.ranks.move(None, self.rank, self.ranks.rank)
+        return broadcast(None, self.source)
 
 
 @contextmanager
 def opened(
-    checkpoint: str | os.PathLike[str] | Progress | None, ranks: Ranks = ALONE
+    checkpoint: str | os.PathLike[str] | Progress | None,
 ) -> Iterator[Progress | None]:
     """Give the progress in a folder, which is closed in the end, or one that is open already."""
     if checkpoint is None or isinstance(checkpoint, Progress):
         yield checkpoint
         return
-    with Progress(checkpoint, ranks=ranks) as progress:
+    with Progress(checkpoint) as progress:
         yield progress
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from liar_ext.distributed import gather, world_size
 from liar_ext.saved.progress import Progress
 
 Names = Sequence[str]
@@ -16,8 +16,8 @@ Names = Sequence[str]
 class Measured:
     """Sums of divergences by probe and batch, kept as they are found.
 
-    Of several ranks each measures probes of its own. What one has found it leaves for the first
-    one, which writes all that is there whenever it has found something itself: none waits.
+    Of several ranks each measures probes of its own, and the first one writes; it knows what others
+    have found by :meth:`gather`.
 
     Parameters
     ----------
@@ -50,8 +50,6 @@ class Measured:
             self.rows, self.found = [math.nan] * batches, {}
         for names in probes:
             self.found.setdefault(tuple(names), [math.nan] * batches)
-        if self.saved is not None and not self.saved.ranks.first:
-            self._post()  # so that the first one knows how many there are
 
     def has(self, batch: int, names: Names) -> bool:
         """Tell whether a divergence is there."""
@@ -64,12 +62,16 @@ class Measured:
     def put(self, batch: int, names: Names, value: float) -> None:
         """Keep a divergence."""
         self.found[tuple(names)][batch] = value
-        if self.saved is None:
-            return
-        if not self.saved.ranks.first:
-            self._post()
-        elif self._is_whole() or self.saved.due(self.name):
-            self._write()
+        self._keep()
+
+    def gather(self, batch: int) -> None:
+        """Let all ranks know what each has found on a batch."""
+        for theirs in gather({names: values[batch] for names, values in self.found.items()}):
+            for names, value in theirs.items():
+                if not self.has(batch, names):
+                    self.found[names][batch] = value
+        if world_size() > 1:
+            self._keep()
 
     def totals(self, probes: Sequence[Names]) -> list[float]:
         """Return the sum over batches by probe, added in their order."""
@@ -82,26 +84,9 @@ class Measured:
     def _is_whole(self) -> bool:
         return not any(math.isnan(value) for values in self.found.values() for value in values)
 
-    def _state(self) -> dict[str, Any]:
-        pairs = [[names, values] for names, values in self.found.items()]
-        return {"rows": self.rows, "found": pairs}
-
-    def _post(self) -> None:
-        self.saved.ranks.post(self.name, self._state())
-
-    def _take(self, theirs: dict[str, Any]) -> None:
-        """Add what another rank has found."""
-        pairs = [(self.rows, theirs["rows"])]
-        for names, values in theirs["found"]:
-            mine = self.found.setdefault(tuple(names), [math.nan] * len(self.rows))
-            pairs.append((mine, values))
-        for mine, values in pairs:
-            for batch, value in enumerate(values):
-                mine[batch] = value if math.isnan(mine[batch]) else mine[batch]
-
-    def _write(self) -> None:
-        for theirs in self.saved.ranks.posted(self.name):
-            self._take(theirs)
+    def _keep(self) -> None:
+        if self.saved is None or not (self._is_whole() or self.saved.due(self.name)):
+            return
         columns = list(self.found.values())
         done = sum(not math.isnan(value) for values in columns for value in values)
         of = len(columns) * len(self.rows)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from liar_ext.bars import Bar, spare
 from liar_ext.calibration.hooks import replaced, watched
 from liar_ext.data.batches import Batches, read_batches
+from liar_ext.distributed import rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at
 from liar_ext.models.registry import family_of
@@ -116,9 +117,9 @@ def divergences(
             with recorded(blocks) as given:
                 dense = DenseOutputs(model, batch, POSITIONS)
             measured.rows[number] = len(dense)
-            for names in probes:
+            for index, names in enumerate(probes):
                 bar.update()
-                if measured.has(number, names):
+                if measured.has(number, names) or index % world_size() != rank():
                     continue
                 first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
@@ -126,6 +127,7 @@ def divergences(
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
                     measured.put(number, names, dense.divergence(model, finite_only=True))
+            measured.gather(number)
     return mean_divergences(measured.totals(probes), int(sum(measured.rows)), probes)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
 from liar_ext.data.hidden_states import Held
-from liar_ext.ranks import Owners
-from liar_ext.reconstruction.saved_walk import ALL, SavedStreams
+from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.saved.progress import Progress
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
@@ -39,15 +40,11 @@ class FirstWalk:
         dense: Judged,
     ) -> None:
         self.saved, self.passes, self.probes, self.dense = saved, passes, probes, dense
-        self.kept = SavedStreams(saved, NAME, len(passes.blocks), self._placed)
+        self.kept = SavedStreams(saved, NAME, len(passes.blocks), self._numbers)
 
     def restore(self) -> dict[str, Tensor]:
-        """Take all to where the hidden states are that were kept; return the scores up to there.
-
-        Each rank gets what it owns, whatever ranks there were.
-        """
+        """Take all to where the hidden states are that were kept; return the scores up to there."""
         passes, scores, streams = self.passes, {}, self._streams()
-        owners = passes.owners
         done = self.kept.restore(passes.blocks, streams, passes.states)
         for index in range(done):
             known = self.saved.need(f"{NAME}-{index}")
@@ -56,14 +53,12 @@ class FirstWalk:
                 if what == "score":
                     scores[name] = known.tensor(each)
                 elif what == "curve" and self.probes is not None:
-                    curve = known.tensor_at(each, owners.rank_of(name))
-                    self.probes.curves |= {} if curve is None else {name: curve}
+                    self.probes.curves[name] = known.tensor(each)
             if self.probes is not None:
-                errors = known.facts["errors"].items()
-                self.probes.errors |= {name: e for name, e in errors if owners.mine(name)}
+                self.probes.errors |= known.facts["errors"]
             passes.source["tokens"] = known.facts["tokens"]
         if passes.keep:
-            passes.kept |= kept_sums(self.saved, range(done), owners)
+            passes.kept |= kept_sums(self.saved, range(done))
         if self.probes is not None:
             own = {name: held for name, held in streams.items() if name not in self._streams()}
             self.probes.streams |= {name.partition(" ")[2]: held for name, held in own.items()}
@@ -75,31 +70,26 @@ class FirstWalk:
         passes, index = self.passes, self.passes.index
         if self.saved is None:
             return
-        ranks, names = self.saved.ranks, [s.name for s in passes.at if s.block == index]
-        mine = [name for name in names if passes.owners.mine(name)]
-        tensors = {f"score/{name}": scores[name] for name in names if ranks.first}
+        names = [site.name for site in passes.at if site.block == index]
+        tensors = {f"score/{name}": scores[name] for name in names}
         errors = {}
         if self.probes is not None:
-            tensors |= {f"curve/{name}": self.probes.curves[name] for name in mine}
-            errors = {name: self.probes.errors[name] for name in mine}
+            tensors |= {f"curve/{name}": self.probes.curves[name] for name in names}
+            errors = {name: self.probes.errors[name] for name in names}
         if passes.keep:
-            for name in mine:
+            for name in names:
                 sums = passes.bank[name]
                 tensors |= {f"{part}/{name}": getattr(sums, part) for part in PARTS}
-        facts = {"tokens": passes.source["tokens"]}
-        facts["errors"] = {n: error for share in ranks.share(errors) for n, error in share.items()}
-        self.saved.put_shared(f"{NAME}-{index}", tensors, facts)
+        facts = {"tokens": passes.source["tokens"], "errors": errors}
+        self.saved.put(f"{NAME}-{index}", tensors, facts)
         self.kept.keep(index + 1, passes.blocks, self._streams())
 
-    def _placed(self, name: str) -> dict[int, int] | None:
-        """Return which rank has which hidden states of a stream."""
-        what, _, site = name.partition(" ")
+    def _numbers(self, name: str) -> Sequence[int] | None:
+        """Return which hidden states of a stream this rank has."""
         if name == "text":
-            return self.passes.placed
-        if self.probes is None or what not in ("probe", "probed"):
-            return None
-        rank = self.passes.owners.rank_of(site) if what == "probe" else ALL
-        return dict.fromkeys(range(len(self.probes.batches)), rank)
+            return self.passes.numbers
+        probed = self.probes is not None and name.partition(" ")[0] in ("probe", "probed")
+        return self.probes.numbers if probed else None
 
     def _streams(self) -> dict[str, list[Held]]:
         streams = {"text": self.passes.hidden, **self.dense.streams()}
@@ -109,14 +99,13 @@ class FirstWalk:
         return streams
 
 
-def kept_sums(saved: Progress | None, blocks: range, owners: Owners) -> dict[str, Moments]:
-    """Return the moments of some blocks, each site's at the rank that owns it."""
+def kept_sums(saved: Progress | None, blocks: range) -> dict[str, Moments]:
+    """Return the moments of some blocks."""
     found: dict[str, dict[str, Tensor]] = {}
     for index in blocks if saved is not None else ():
         known = saved.need(f"{NAME}-{index}")
         for each in known.names():
             part, _, name = each.partition("/")
-            sums = known.tensor_at(each, owners.rank_of(name)) if part in PARTS else None
-            if sums is not None:
-                found.setdefault(name, {})[part] = sums
+            if part in PARTS:
+                found.setdefault(name, {})[part] = known.tensor(each)
     return {name: Moments(**parts) for name, parts in found.items()}

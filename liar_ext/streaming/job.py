@@ -22,6 +22,7 @@ from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.shards import SHARD_BYTES, Shards
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import HiddenStates
+from liar_ext.distributed import gather, is_first, share
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites
@@ -29,7 +30,6 @@ from liar_ext.pipeline.expected import by_blocks
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import expected
 from liar_ext.pipeline.resuming import begin, decide, note_result
-from liar_ext.pipeline.several import READ, work_of
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
@@ -81,8 +81,8 @@ def prune_folder(
     Parameters
     ----------
     store : BlockStore
-        The dense model. Of several ranks each has the model, its batches and a part of the sums,
-        and calls this alike; the first one evaluates, and writes the folder.
+        The dense model. Of several ranks each reads it and calls this alike; the first one
+        evaluates, and writes the folder.
     batches : iterable of mapping
         The calibration set.
     folder : path
@@ -108,12 +108,10 @@ def prune_folder(
     InputError
         If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
     """
-    ranks = store.ranks
-    if ranks.first:
+    if is_first():
         check_folder(folder, overwrite)
-    ranks.work.clear()
     given = store.model, list(read_batches(batches)), recipe, progress
-    job = StreamedJob(*given, store=store, ranks=ranks)
+    job = StreamedJob(*given, store=store)
     job.evaluate_on, job.certify_on, job.saved = evaluate_on, certify_on, saved
     job.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     shown = ExitStack()
@@ -126,7 +124,7 @@ def prune_folder(
         passes = job.calibrate(store.model)
         plan = decide(job, passes)
         job.judge(passes)
-        if not ranks.first:
+        if not is_first():
             plan = job.write(passes, plan, None)
             return job.report(plan, None, None)
         with writing(folder, overwrite, checked=True) as path:
@@ -241,7 +239,7 @@ class StreamedJob(Job):
         sums = sum(bytes_of_sums(site.d_in) for site in at)
         if self.keep_sums is None:
             fits = self.recipe.schedule == "one-pass" and sums <= left // 2
-            self.keep_sums = all(self.ranks.share(fits))
+            self.keep_sums = all(gather(fits))
         self.states.memory = max(0, left - (sums if self.keep_sums else 0))
         self.shard_bytes = reserved
         self.facts["max_memory"] = limit
@@ -286,7 +284,7 @@ class StreamedJob(Job):
         for group in self.clock.each("calibrate", passes):
             with self.clock("score"):
                 # No name is left that holds the block's sums while the next ones are made.
-                scores |= passes.owners.together(
+                scores |= share(
                     group,
                     partial(score, self.model, passes.bank, criterion=recipe.criterion, **chosen),
                 )
@@ -302,8 +300,8 @@ class StreamedJob(Job):
         if probes is None:
             return scores, {}
         with self.clock("allocate"):
-            found = passes.owners.together(passes.at, lambda _: probes.losses(passes.blocks))
-        self.notes += notes_of(probes.elsewhere, passes.at, passes.owners.ranks)
+            found = probes.losses(passes.blocks)
+        self.notes += notes_of(probes.elsewhere, passes.at)
         self.sensitivities = {name: value for name, (_, value) in found.items()}
         return scores, {name: loss for name, (loss, _) in found.items()}
 
@@ -351,7 +349,7 @@ class StreamedJob(Job):
     def write(self, passes: StreamedPasses, plan: Plan, shards: Shards | None) -> Plan:
         """Solve, slice and write one block after the other; return the plan of the dense model."""
         whole = stock_config.from_dense(self.model, plan)
-        inputs = [self._fixed_input()] if self.ranks.first else []
+        inputs = [self._fixed_input()] if is_first() else []
         self.fingerprint = Trace(self.store, inputs, self.states)
         pruned = self._judged()
         walk = SecondWalk(self, passes, plan, pruned)
@@ -367,13 +365,12 @@ class StreamedJob(Job):
         if certified is not None:
             self.fresh = SimpleNamespace(of=lambda _: certified)  # which the report asks for
         self._describe()
-        self.facts |= work_of(self.ranks, [READ])
         self.model.liar_plan = whole
         return whole
 
     def _judged(self) -> Judged:
         """Return what is to be measured along a walk: of several ranks the first one does."""
-        texts = (self.evaluate_on, self.certify_on) if self.ranks.first else (None, None)
+        texts = (self.evaluate_on, self.certify_on) if is_first() else (None, None)
         return Judged(self.store, self.states, *texts, progress=self.progress)
 
     def _fixed_input(self) -> dict[str, Tensor]:
