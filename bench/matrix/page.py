@@ -25,11 +25,11 @@ CONSUMERS = (
 
 
 def compact(rows: dict[str, dict[str, Any]]) -> str:
-    """Return a row for each consumer, a column for each family, three marks in a cell."""
+    """Return a row for each consumer, a column for each family."""
     lines = [f"| | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
     for consumer in CONSUMERS:
         cells = [
-            " · ".join(_short(rows.get(key(consumer, family, layers))) for layers in LAYERS)
+            _short([rows.get(key(consumer, family, layers)) for layers in LAYERS])
             for family in FAMILIES
         ]
         lines.append(f"| {consumer} | {' | '.join(cells)} |")
@@ -41,11 +41,15 @@ def key(consumer: str, family: str, layers: str) -> str:
     return f"{consumer} / {family} / {layers}"
 
 
-def _short(row: dict[str, Any] | None) -> str:
-    """Return a tick for what ran and agrees, a dash for what is refused."""
-    if row is None or row["state"] == "not run":
-        return "not run"
-    return {"cannot": "–", "good": "✓"}.get(row["state"], "**fails**")
+def _short(rows: list[dict[str, Any] | None]) -> str:
+    """Return a tick for what ran and agrees, a dash for what is refused, of all kinds of layers."""
+    states = [row["state"] if row else "not run" for row in rows]
+    if "not run" in states or "bad" in states:
+        return "**fails**" if "bad" in states else "not run"
+    good = [layers for layers, state in zip(LAYERS, states, strict=True) if state == "good"]
+    if len(good) in (0, len(states)):
+        return "✓" if good else "–"
+    return f"✓ {', '.join(good)}"
 
 
 def _number(row: dict[str, Any]) -> str:
