@@ -13,8 +13,8 @@ from pathlib import Path
 from liar_ext.cli.options import parser
 
 ROOT = Path(__file__).resolve().parents[1]
-FENCE = re.compile(r"^( *)(```|~~~).*?^ *\2 *$|<!--.*?-->|^\$\$.*?^\$\$", re.DOTALL | re.MULTILINE)
-END = re.compile(r"[.!?][\"')\]*_]*\s+(?=[A-Z\"'(\[*_`¹²³]|code\b)")
+FENCE = re.compile(r"^( *)(```|~~~).*?^ *\2 *$|<!--.*?-->|^\$\$.*?\$\$$", re.DOTALL | re.MULTILINE)
+END = re.compile(r"(?<!e\.g)(?<!i\.e)[.!?][\"')\]*_]*\s+")
 ITEM = re.compile(r"^ *(?:[-*+]|\d+\.) +")
 NUMBER = re.compile(r"(?<![\w.])[\d][\d.,]*")
 LONG, LONGER, MANY, WIDE = 25, 30, 12, 5

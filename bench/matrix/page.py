@@ -85,7 +85,7 @@ def _long(row: dict[str, Any] | None, reasons: list[str]) -> str:
 
 def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Return the versions that were run, with the consumers of each environment."""
-    lines = ["### Versions", ""]
+    lines = ["### Versions", "", "| packages | date | run |", "|---|---|---|"]
     environments: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for consumer in CONSUMERS:
         for name, row in rows.items():
@@ -95,7 +95,8 @@ def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
     for packages, of in environments.items():
         consumers = list(dict.fromkeys(row["consumer"] for row in of))
         dates = sorted({row["date"] for row in of})
-        lines.append(f"- {', '.join(consumers)}: {', '.join(packages)}; {' and '.join(dates)}")
+        cells = [", ".join(packages), ", ".join(dates), ", ".join(consumers)]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
