@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling ranks
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format prose clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families figures sweep out-of-memory scaling ranks
 
 setup: $(STAMP)
 
@@ -252,11 +252,13 @@ check-readme: setup
 	$(README_VENV)/bin/python -m pip install -q "$$(echo $(README_VENV)/wheel/*.whl)[report]"
 	$(README_VENV)/bin/python -I tests/readme.py $(README_VENV)/run
 
-# docs/families.md: the table of families, from its rows.
+# The tables of families, from their rows: docs/families.md, README.md and docs/index.md.
 families: setup
-	mkdir -p build
-	$(BIN)/python bench/families.py > build/families.md
-	mv build/families.md docs/families.md
+	$(BIN)/python bench/families.py
+
+# Pictures and folded tables of the docs, from docs/data.
+figures: setup
+	$(BIN)/python bench/figures.py
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup
@@ -312,6 +314,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
+
+# How long sentences are, and how full of numbers: README, docs, help, docstrings. Fails on nothing.
+prose: setup
+	$(BIN)/python bench/prose.py
 
 clean:
 	rm -rf $(VENV) build out *.egg-info liar_ext/*.so
