@@ -58,8 +58,8 @@ What was done to the package to break it, and what came of it. `make reliability
   blocks, by two ranks of torchrun's launcher with a checkpoint, at random times: SIGKILL to one of
   the ranks, and SIGKILL, SIGTERM and SIGINT to the launcher (one that is killed leaves its ranks
   behind). 1, 2 or 3 ranks, as drawn, go on and are stopped again, and in the end 1, 2 or 3 finish.
-  The demands are those of jobs that are stopped, and all ranks must end within 60 seconds; where a
-  rank was killed one line must say so, and never a traceback.
+  The demands are those of jobs that are stopped, but that weights agree within rounding, and all
+  ranks must end within 60 seconds, with one line at most and never a traceback.
 - **faults of disks, files and memory**: a quarter each: a disk of some KiB (mounted in memory;
   where that isn't allowed, a limit of the size of files), with and without a checkpoint, and with
   room again after that; an output or a checkpoint in a folder without write permission; a model, or
