@@ -89,6 +89,8 @@ def join() -> None:
         backend = "cpu:gloo,cuda:nccl"
     with _reached(_how_to_reach()):
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+        store.set(f"liar {rank}", "is there")
+        store.wait([f"liar {each}" for each in range(count)], MEETING)
         given = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}
         dist.init_process_group(backend, **given)
         _group.store = dist.PrefixStore("liar", store)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from threading import Event, Thread
 from time import sleep
 
 import pytest
@@ -16,7 +15,6 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 from liar_ext import InputError, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
-from liar_ext.cli.several import say
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
@@ -485,22 +483,3 @@ def test_an_interrupt_that_comes_out_as_another_error(monkeypatch):
     monkeypatch.setitem(COMMANDS, "info", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         run("info")
-
-
-def test_a_line_is_out_before_another_thread_may_end_the_process(capsys):
-    """As of a rank that says which other one ended, while torchrun's SIGTERM comes."""
-    asked = Event()
-
-    class Told:
-        def tells(self):
-            first = not asked.is_set()
-            asked.set()
-            sleep(0.2 * first)
-            return first
-
-    speaker = Thread(target=say, args=(Told(), "rank 1 ended"))
-    speaker.start()
-    asked.wait()
-    say(Told(), "stopped by SIGTERM")
-    assert capsys.readouterr().err == "liar: error: rank 1 ended\n"
-    speaker.join()

@@ -90,8 +90,8 @@ end bank, weights and plan must have the bytes of an uninterrupted job.
 SIGKILL arrives at a rank. SIGKILL, SIGTERM and SIGINT arrive at the launcher. Then 1, 2 or 3 ranks
 continue, are stopped again, and finish.
 
-The requirements are those above. In addition all ranks must end within 60 seconds. If a rank was
-killed, one line must say so, without a traceback.
+The requirements are those above, but weights must agree within rounding. In addition all ranks must
+end within 60 seconds, with one line at most and never a traceback.
 
 ### Faults of disks, files and memory
 
