@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liar_ext.models.sites import Site
-from liar_ext.reconstruction.result import Solution
+from liar_ext.reconstruction.ridge import Solution
 from liar_ext.rows import SiteRow
 
 
@@ -30,5 +30,5 @@ def report_row(
         path=solution.path,
         seconds=seconds,
         target=target,
-        share=solution.share,
+        share=solution.step_size,
     )

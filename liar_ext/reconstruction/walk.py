@@ -28,12 +28,10 @@ from liar_ext.reconstruction.layer_sums import (
     layer_forward,
     rows_of,
 )
-from liar_ext.reconstruction.result import Solution
-from liar_ext.reconstruction.ridge import drop
-from liar_ext.reconstruction.room import solve_where_it_fits
+from liar_ext.reconstruction.ridge import Solution, form_of_expert
 from liar_ext.reconstruction.rows import report_row
+from liar_ext.reconstruction.solve import solve
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
-from liar_ext.reconstruction.targets import solve_towards
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -218,7 +216,7 @@ class Walk:
         consumers: Mapping[str, Forward],
         owner: int = 0,
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the shortfall.
+        """Return the sums over x̂, and over the residual.
 
         The owner alone has them; other ranks get none.
         """
@@ -237,14 +235,14 @@ class Walk:
         weight = get_consumer_weight(self.model, site)
         bias = get_consumer_bias(self.model, site)
         kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
-        given = weight, bias, sums.moments
-        features = site.features(kept).to(weight.device)
         affine = self.mode != "linear" and (bias is not None or planned)
-        choices = {"mode": "affine" if affine else "linear", "damp": self.damp}
+        mode = "affine" if affine else "linear"
+        if site.expert is not None:
+            mode = form_of_expert(mode, bias is not None, sums.moments)
         self.ranks.work["solved"] += 1
-        if site.expert is not None and (sums.moments.tokens == 0).any():
-            return solve_where_it_fits(drop, *given, features)
-        return solve_where_it_fits(solve_towards, *given, sums.shortfall, features, **choices)
+        features, choices = site.features(kept), {"mode": mode, "damp": self.damp}
+        choices |= {"target": sums.residual, "step": (0.0, 1.0)}
+        return solve(weight, bias, sums.moments, features, **choices)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""
@@ -263,7 +261,7 @@ class Walk:
     ) -> list[Rows]:
         """Return what the consumers of a layer read of a part, and what they fall short by.
 
-        The shortfall is what the dense model has there less what the pruned one has with the dense
+        The residual is what the dense model has there less what the pruned one has with the dense
         weight in this site.
         """
         site, name = layer[0], layer[0].team
@@ -384,7 +382,7 @@ class Walk:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
-        In float32, or float64 as the model is: the difference of two of these is the shortfall.
+        In float32, or float64 as the model is: the difference of two of these is the residual.
         """
         if target == "stream" and site.team in run.sums:
             return _wide(run.sums[site.team]).view_as(hidden)
