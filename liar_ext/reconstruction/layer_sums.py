@@ -23,7 +23,7 @@ from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.taps import is_relative, relative_weights
 from liar_ext.data.batches import Batch
 from liar_ext.models.experts import routed_input
-from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
+from liar_ext.models.sites import Site
 from liar_ext.reconstruction.ridge import Residual
 
 Forward = Callable[..., Tensor]
@@ -132,19 +132,6 @@ class LayerSums:
         moments.count[fold, 1] += (weight.bool() & ~usable).sum()
         moments.update(x, fold, weight * usable)
         self.residual.update(x, r, fold, weight * usable)
-
-
-def error_on(model: nn.Module, site: Site, rows: Rows, new: Forward) -> tuple[float, float]:
-    """Return ``Σ w |W x̂ + b + r − new(x̂)|²`` and ``Σ w |W x̂|²`` of a site."""
-    weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
-    x, r, counts = rows
-    dense = nn.functional.linear(x, weight)
-    left = (dense if bias is None else dense + bias) - new(x)
-    left = left.double() + r
-    usable = counts.bool() & torch.isfinite(left).all(-1)
-    scale = counts[usable].double()[:, None]
-    error = (scale * left[usable].square()).sum()
-    return float(error), float((scale * dense[usable].double().square()).sum())
 
 
 def layer_forward(model: nn.Module, layer: Sequence[Site], new: Mapping[str, Forward]) -> Forward:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.passes import Passes
 from liar_ext.errors import solving
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
 from liar_ext.ranks import Owners
 from liar_ext.reconstruction.ridge import WITH_BIAS, check_settings, form_of_expert
-from liar_ext.reconstruction.rows import report_row
-from liar_ext.reconstruction.solve import solve
+from liar_ext.reconstruction.solve import error_on, report_row, solve
 from liar_ext.rows import SiteRow
 
 
@@ -121,3 +121,28 @@ def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
     }
     planned = {**plan.sites, **planned}
     return replace(plan, sites=planned)
+
+
+def certified_errors(
+    passes: Passes, plan: Plan, weights: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> dict[str, float]:
+    """Return the error of each site's new weights on the dense inputs of fresh text.
+
+    No decision saw that text, so this is an unbiased estimate. Held-out errors are not: λ was
+    chosen by them, and scores and error curves read both folds.
+
+    Parameters
+    ----------
+    passes : Passes
+        Of the dense model over the fresh text.
+    plan : Plan
+        What stays.
+    weights : mapping of str to (Tensor, Tensor or None)
+        New consumer weight and bias by site name.
+    """
+    errors = {}
+    for site in (site for group in passes for site in group):
+        given = (get(passes.model, site) for get in (get_consumer_weight, get_consumer_bias))
+        kept, name = site.features(plan.sites[site.name].kept), site.name
+        errors[name] = error_on(*given, kept, weights[name], passes.bank[name])
+    return errors

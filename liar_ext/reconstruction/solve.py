@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.moments import Moments, symmetric
+from liar_ext.models.sites import Site
 from liar_ext.reconstruction import low_memory
 from liar_ext.reconstruction.low_memory import oom_fallback
 from liar_ext.reconstruction.ridge import Residual, Solution, System
-from liar_ext.rows import BY_BLOCKS, ON_HOST
+from liar_ext.rows import BY_BLOCKS, ON_HOST, SiteRow
 
 
 def solve(
@@ -121,3 +122,64 @@ def solve(
 def _on_host(sums: Moments | Residual) -> Moments | Residual:
     """Return sums with their tensors on the CPU."""
     return type(sums)(*(part.cpu() for part in vars(sums).values()))
+
+
+def error_on(
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    new: tuple[Tensor, Tensor | None],
+    moments: Moments,
+    target: Residual | None = None,
+) -> float:
+    """Return the error of a consumer on sums over any text, such as text that no decision saw.
+
+    ``Σ_t |ΔW x_t + Δb + r_t|² / Σ_t |W x_t|²`` with ``ΔW = W − W' S``, S selecting the features
+    that are kept, and r the residual of the target, if any. NaN if the dense output is zero.
+
+    Parameters
+    ----------
+    weight, bias, kept, moments, target
+        See :func:`solve`.
+    new : (Tensor, Tensor or None)
+        New weight and bias; None if the consumer keeps its bias.
+    """
+    gram, total, tokens = moments.pooled()
+    gram, old = symmetric(gram), weight.detach().to(gram)
+    lost, shift = old.clone(), old.new_zeros(len(old))
+    lost[:, kept.to(lost.device)] -= new[0].to(gram)
+    if new[1] is not None:
+        shift = (0.0 if bias is None else bias.detach().to(gram)) - new[1].to(gram)
+    error = ((lost @ gram) * lost).sum() + 2 * shift @ (lost @ total)
+    error += tokens * shift.square().sum()
+    if target is not None:
+        error += 2 * ((lost.mT * target.cross.sum(0)).sum() + shift @ target.total.sum(0))
+        error += target.energy.sum()
+    return float(error.clamp(min=0) / ((old @ gram) * old).sum())
+
+
+def report_row(
+    site: Site,
+    units: int,
+    dropped_rows: int,
+    solution: Solution,
+    seconds: float,
+    target: str = "dense-input",
+) -> SiteRow:
+    """Return the row of the report on a site that keeps ``units`` units."""
+    return SiteRow(
+        name=site.name,
+        units_before=site.units,
+        units_after=units,
+        params_before=site.params,
+        params_after=units * site.unit_params,
+        damp=solution.damp,
+        error=solution.error,
+        holdout_error=solution.holdout_error,
+        condition=solution.condition,
+        dropped_rows=dropped_rows,
+        path=solution.path,
+        seconds=seconds,
+        target=target,
+        share=solution.step_size,
+    )

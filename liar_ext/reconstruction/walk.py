@@ -24,13 +24,11 @@ from liar_ext.reconstruction.layer_sums import (
     LayerSums,
     Rows,
     counted,
-    error_on,
     layer_forward,
     rows_of,
 )
 from liar_ext.reconstruction.ridge import Solution, form_of_expert
-from liar_ext.reconstruction.rows import report_row
-from liar_ext.reconstruction.solve import solve
+from liar_ext.reconstruction.solve import error_on, report_row, solve
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
 from liar_ext.rows import SiteRow
 
@@ -192,17 +190,16 @@ class Walk:
         """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
         start = time.perf_counter()
         owner, self.solved = self.solved % self.ranks.count, self.solved + 1
-        sums = self._collect(layer, target, consumers, owner)
+        sums = self._collect(self.turns, layer, target, consumers, owner)
         found = [
             (self._solution(site, each), each.moments.dropped_rows, each.rows)
             for site, each in zip(layer if sums else (), sums, strict=True)
         ]
+        del sums
         found = self.ranks.broadcast(found, owner)
-        new = {
-            site.name: self._consumer(site, solution)
-            for site, (solution, *_) in zip(layer, found, strict=True)
-        }
-        certified = self._certified(layer, target, consumers, new)
+        solutions = {site.name: each[0] for site, each in zip(layer, found, strict=True)}
+        certified = self._certified(layer, target, consumers, solutions, owner)
+        new = {site.name: self._consumer(site, solutions[site.name]) for site in layer}
         seconds = (time.perf_counter() - start) / len(layer)
         for site, (solution, dropped, rows) in zip(layer, found, strict=True):
             counts = dropped, rows
@@ -211,20 +208,21 @@ class Walk:
 
     def _collect(
         self,
+        turns: Sequence[Sequence[Part]],
         layer: Sequence[Site],
         target: str,
         consumers: Mapping[str, Forward],
         owner: int = 0,
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the residual.
+        """Return the sums over x̂, and over the residual; those of fresh text in the first fold.
 
         The owner alone has them; other ranks get none.
         """
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         mine = layer if owner == self.ranks.rank else ()
         sums = [LayerSums.zeros(site, device) for site in mine]
-        for turn in self.turns:
-            read = [(part.fold, self._read(layer, target, part, consumers)) for part in turn]
+        for turn in turns:
+            read = [(part.fold or 0, self._read(layer, target, part, consumers)) for part in turn]
             for given in self.ranks.each(read, owner):
                 for fold, found in given:
                     for each, rows in zip(sums, found, strict=True):
@@ -284,22 +282,20 @@ class Walk:
         layer: Sequence[Site],
         target: str,
         consumers: Mapping[str, Forward],
-        new: Mapping[str, Forward],
+        solutions: Mapping[str, Solution],
+        owner: int,
     ) -> dict[str, float | None]:
-        """Return ``Σ |W x̂ + b + r − new(x̂)|² / Σ |W x̂|²`` over fresh text, or None without any."""
-        errors = {site.name: [0.0, 0.0] for site in layer}
-        for turn in self.fresh:
-            own = []
-            for part in turn:
-                found = self._read(layer, target, part, consumers)
-                for site, rows in zip(layer, found, strict=True):
-                    own.append((site.name, error_on(self.model, site, rows, new[site.name])))
-            for name, values in (pair for given in self.ranks.share(own) for pair in given):
-                for place, value in enumerate(values):
-                    errors[name][place] += value
+        """Return the error of each site on fresh text, or None without any."""
         if not self.fresh:
-            return dict.fromkeys(errors)
-        return {name: error / e if e else math.nan for name, (error, e) in errors.items()}
+            return dict.fromkeys(solutions)
+        errors = {}
+        sums = self._collect(self.fresh, layer, target, consumers, owner)
+        for site, each in zip(layer if sums else (), sums, strict=True):
+            given = (get(self.model, site) for get in (get_consumer_weight, get_consumer_bias))
+            solution, kept = solutions[site.name], site.features(self.plan.sites[site.name].kept)
+            new = solution.weight, solution.bias
+            errors[site.name] = error_on(*given, kept, new, each.moments, each.residual)
+        return self.ranks.broadcast(errors, owner)
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""

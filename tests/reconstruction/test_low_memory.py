@@ -130,10 +130,17 @@ def without_room(*_, **__):
     raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
-@pytest.mark.parametrize("reconstruct", ["auto", "affine"])
-def test_a_job_says_that_it_was_solved_so(schedule, reconstruct, monkeypatch):
-    options = {"allocation": "uniform", "schedule": schedule, "reconstruct": reconstruct}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": schedule, "reconstruct": reconstruct}
+        for schedule in ("one-pass", "layerwise")
+        for reconstruct in ("auto", "affine")
+    ]
+    + [{"schedule": "one-pass", "keep_hidden": 0.75}],
+)
+def test_a_job_says_that_it_was_solved_so(options, monkeypatch):
+    options = {"allocation": "uniform", **options}
     expected, model = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
     before = prune(expected, batches(expected), 0.7, **options)
     monkeypatch.setattr(ops, "reconstruct", without_room)
