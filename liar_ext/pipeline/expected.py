@@ -10,10 +10,10 @@ from liar_ext.bars import Stage
 from liar_ext.calibration.passes import group_sites
 from liar_ext.data.batches import FOLDS, Batches, probe_batches, read_batches
 from liar_ext.models.sites import Site
+from liar_ext.pipeline.rescaling import rescale_batches
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.ridge import damp_ladder
-from liar_ext.rescaling import rescale_batches
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
 
