@@ -133,7 +133,7 @@ class About:
 
 
 class System(ridge.System):
-    """The ridge system of one consumer by blocks; its weight may be of any dtype."""
+    """The ridge system of one consumer, by blocks."""
 
     def choose(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
         """Return the λ and the step size of least held-out error."""

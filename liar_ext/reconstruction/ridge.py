@@ -157,7 +157,8 @@ class Solved(NamedTuple):
 class System:
     """The ridge system of one consumer, in memory.
 
-    Parameters are those of :func:`liar_ext.reconstruction.solve.solve`.
+    Parameters are those of :func:`liar_ext.reconstruction.solve.solve`. The weight may be of any
+    dtype, and no float64 copy of it is held.
     """
 
     weight: Tensor

@@ -90,8 +90,8 @@ def solve(
     device, weight, kept = moments.gram.device, weight.detach(), kept.to(moments.gram.device)
 
     def in_memory() -> Solution:
-        here = weight.to(device).double()
-        return System(here, bias, moments, kept, target, mode).solution(step, damp)
+        system = System(weight.to(device), bias, moments, kept, target, mode)
+        return system.solution(step, damp)
 
     def in_file() -> Solution:
         system = low_memory.System(weight, bias, moments, kept, target, mode)
