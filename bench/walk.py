@@ -107,7 +107,7 @@ def timed(model: LlamaForCausalLM, batches: list, keep: float) -> tuple[Counter,
         with mock.patch.object(ops, "gram_update_", clocked("sums", gram)), clock("walk"):
             return whole(*args, **kwargs)
 
-    solve = mock.patch.object(walk, "solve_towards", clocked("solves", walk.solve_towards))
+    solve = mock.patch.object(walk, "solve", clocked("solves", walk.solve))
     with solve, mock.patch.object(job, "reconstruct_layerwise", walked):
         report = prune(model, batches, keep, criterion="wifv", allocation="uniform")
     return spent, report.sites

@@ -168,7 +168,7 @@ def solved(d: int, n: int, h: int, ladder: int, held_out: bool, dense: bool = Fa
 
 
 def ridge(d: int, n: int, h: int, ladder: int) -> Counter:
-    """Count :func:`liar_ext.reconstruction.ridge.solve`: both folds, the whole, and tr(W G Wᵀ)."""
+    """Count :func:`liar_ext.reconstruction.solve.solve`: both folds, the whole, and tr(W G Wᵀ)."""
     total = solved(d, 0, h, 1, False)
     for _ in range(FOLDS):
         total += solved(d, n, h, ladder, True)
@@ -243,7 +243,7 @@ def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
 
 
 def towards(d: int, n: int, h: int, tried: float) -> Counter:
-    """Count :func:`liar_ext.reconstruction.targets.solve_towards`, linear.
+    """Count :func:`liar_ext.reconstruction.solve.solve` towards a target, linear.
 
     For each fold the removed features' share, ``2 (d + 1) p h``, and for each finite λ that is
     tried :meth:`liar_ext.reconstruction.ladder.Fit.parabola`; of λ = ∞ one row. Then the Gram

@@ -7,7 +7,7 @@ from typing import Any
 
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.passes import split
-from liar_ext.reconstruction.settings import DAMP_LADDER
+from liar_ext.reconstruction.ridge import DAMP_LADDER
 from liar_ext.streaming.memory import bytes_of_solve
 
 # Finite λ of the ladder that a walk tries at a site, see `liar_ext.reconstruction.ladder.choose`.

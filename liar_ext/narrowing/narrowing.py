@@ -6,7 +6,7 @@ norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, 
 
     y = W_K x' + W r + b,     r = x − x' on K,  x on P
 
-which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.ridge.solve`
+which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.solve.solve`
 folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping. x' comes
 from the dense stream and the norm of the narrow model, so that what the norm changes is solved for,
 too.
@@ -36,9 +36,8 @@ from liar_ext.models.residual_stream import Hidden, Source, hidden_of, stream_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.reconstruction.result import Solution
-from liar_ext.reconstruction.ridge import solve
-from liar_ext.reconstruction.settings import check_settings, form_at
+from liar_ext.reconstruction.ridge import Solution, check_settings, form_at
+from liar_ext.reconstruction.solve import solve
 from liar_ext.rows import SiteRow
 from liar_ext.surgery.residual_stream import narrow_norm
 from liar_ext.surgery.units import apply_plan

@@ -10,10 +10,10 @@ from liar_ext.bars import Stage
 from liar_ext.calibration.passes import group_sites
 from liar_ext.data.batches import FOLDS, Batches, probe_batches, read_batches
 from liar_ext.models.sites import Site
+from liar_ext.pipeline.rescaling import rescale_batches
 from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.settings import damp_ladder
-from liar_ext.rescaling import rescale_batches
+from liar_ext.reconstruction.ridge import damp_ladder
 from liar_ext.selection.costs import total_cost
 from liar_ext.selection.criteria import get_criterion
 
@@ -127,13 +127,13 @@ def _curve(site: Site) -> float:
 
 
 def _solve(site: Site, recipe: Recipe, ladder: int) -> float:
-    """Count :func:`liar_ext.reconstruction.ridge.solve`: the ladder on both folds, and one λ."""
+    """Count :func:`liar_ext.reconstruction.solve.solve`: the ladder on both folds, and one λ."""
     n, h = recipe.keep * site.d_in, min(site.d_out, (1 - recipe.keep) * site.d_in)
     return DOUBLE * (FOLDS * ladder + 1) * (n**3 / 3 + 3 * n**2 * h)
 
 
 def _towards(site: Site, recipe: Recipe, tokens: int) -> float:
-    """Count a site's sums and :func:`liar_ext.reconstruction.targets.solve_towards` in a walk."""
+    """Count a site's sums and :func:`liar_ext.reconstruction.solve.solve` in a walk."""
     d, h, n = site.d_in, site.d_out, recipe.keep * site.d_in
     solves = FOLDS * min(TRIED, len(damp_ladder(recipe.damp))) + 1
     return tokens * (d**2 + 2 * d * h) + solves * DOUBLE * (n**3 / 3 + 6 * n**2 * h)

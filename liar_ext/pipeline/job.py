@@ -14,7 +14,6 @@ from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, room_for_sums
-from liar_ext.certification import certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.data.batches import Batches, read_batches
@@ -35,7 +34,7 @@ from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import check_walk
-from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.one_pass import certified_errors, with_bias
 from liar_ext.report.report import Report, versions
 from liar_ext.rows import SiteRow, what_to_know
 from liar_ext.saved.progress import Progress

@@ -13,11 +13,11 @@ from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.expected import stages_of
 from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
 from liar_ext.pipeline.resuming import begin, check, decide
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.rescaling import Rescaling, rescale_batches
 from liar_ext.saved.progress import Progress, opened
 
 _DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"

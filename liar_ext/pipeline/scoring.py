@@ -17,7 +17,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.settings import form_at
+from liar_ext.reconstruction.ridge import form_at
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of

@@ -12,7 +12,7 @@ from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, choice
 from liar_ext.reconstruction.layerwise import check_mode
-from liar_ext.reconstruction.settings import MODES
+from liar_ext.reconstruction.ridge import MODES
 from liar_ext.selection.criteria import get_criterion
 
 

@@ -105,7 +105,8 @@ class Recipe(Fields):
         ``auto`` solves by both and keeps what diverges less from the dense model on text that no
         solve and no sensitivity saw; without such text see :meth:`settled`.
     rescale : bool
-        Fit one scale for what each layer gives when all are solved; see :mod:`liar_ext.rescaling`.
+        Fit one scale for each layer's output when all are solved; see
+        :mod:`liar_ext.pipeline.rescaling`.
     eval : str, optional
         Held-out text for perplexity before and after.
     eval_samples : int, optional

@@ -14,8 +14,8 @@ from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
+from liar_ext.reconstruction.ridge import check_settings
 from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
-from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.streams import with_inputs
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.rows import SiteRow
@@ -57,7 +57,7 @@ def reconstruct_layerwise(
     :mod:`liar_ext.reconstruction.layer_sums`.
 
     λ and α are those of least held-out error, see
-    :func:`liar_ext.reconstruction.targets.solve_towards`. Sites that lose nothing stay as they are.
+    :func:`liar_ext.reconstruction.solve.solve`. Sites that lose nothing stay as they are.
     At the first site of the walk the solution is that of one pass.
 
     Parameters

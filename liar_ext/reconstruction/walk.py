@@ -24,16 +24,12 @@ from liar_ext.reconstruction.layer_sums import (
     LayerSums,
     Rows,
     counted,
-    error_on,
     layer_forward,
     rows_of,
 )
-from liar_ext.reconstruction.result import Solution
-from liar_ext.reconstruction.ridge import drop
-from liar_ext.reconstruction.room import solve_where_it_fits
-from liar_ext.reconstruction.rows import report_row
+from liar_ext.reconstruction.ridge import Solution, form_of_expert
+from liar_ext.reconstruction.solve import error_on, report_row, solve
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
-from liar_ext.reconstruction.targets import solve_towards
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -194,12 +190,12 @@ class Walk:
     ) -> Forward:
         """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
         start = time.perf_counter()
-        names, found = (site.name for site in layer), self._collect(layer, target, consumers)
-        sums = dict(zip(names, found, strict=True))
+        found = self._collect(self.text, layer, target, consumers)
+        sums = dict(zip((site.name for site in layer), found, strict=True))
         found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
         solutions = {name: Solution(**fields) for name, fields in found.items()}
+        certified = self._certified(layer, target, consumers, solutions)
         new = {site.name: self._consumer(site, solutions[site.name]) for site in layer}
-        certified = self._certified(layer, target, consumers, new)
         seconds = (time.perf_counter() - start) / len(layer)
         for site in layer:
             counts = sums[site.name].moments.dropped_rows, sums[site.name].rows
@@ -208,18 +204,22 @@ class Walk:
         return layer_forward(self.model, layer, new)
 
     def _collect(
-        self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
+        self,
+        parts: Sequence[Part],
+        layer: Sequence[Site],
+        target: str,
+        consumers: Mapping[str, Forward],
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the shortfall, of all ranks."""
+        """Return the sums over x̂ and the residual, of all ranks; those of fresh text in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
         sums = [LayerSums.zeros(site, device) for site in layer]
-        for part in self.text:
+        for part in parts:
             read = self._read(layer, target, part, consumers)
             for each, rows in zip(sums, read, strict=True):
-                each.add(rows, part.fold)
+                each.add(rows, part.fold or 0)
         counts = gather([each.rows for each in sums])
         for each, rows in zip(sums, zip(*counts, strict=True), strict=True):
-            all_reduce(*vars(each.moments).values(), *vars(each.shortfall).values())
+            all_reduce(*vars(each.moments).values(), *vars(each.residual).values())
             each.rows = sum(rows)
         return sums
 
@@ -228,14 +228,13 @@ class Walk:
         weight = get_consumer_weight(self.model, site)
         bias = get_consumer_bias(self.model, site)
         kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
-        given = weight, bias, sums.moments
-        features = site.features(kept).to(weight.device)
         affine = self.mode != "linear" and (bias is not None or planned)
-        choices = {"mode": "affine" if affine else "linear", "damp": self.damp}
-        if site.expert is not None and (sums.moments.tokens == 0).any():
-            return vars(solve_where_it_fits(drop, *given, features))
-        towards = sums.shortfall, features
-        return vars(solve_where_it_fits(solve_towards, *given, *towards, **choices))
+        mode = "affine" if affine else "linear"
+        if site.expert is not None:
+            mode = form_of_expert(mode, bias is not None, sums.moments)
+        features, choices = site.features(kept), {"mode": mode, "damp": self.damp}
+        choices |= {"target": sums.residual, "step": (0.0, 1.0)}
+        return vars(solve(weight, bias, sums.moments, features, **choices))
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""
@@ -254,7 +253,7 @@ class Walk:
     ) -> list[Rows]:
         """Return what the consumers of a layer read of a part, and what they fall short by.
 
-        The shortfall is what the dense model has there less what the pruned one has with the dense
+        The residual is what the dense model has there less what the pruned one has with the dense
         weight in this site.
         """
         site, name = layer[0], layer[0].team
@@ -277,20 +276,20 @@ class Walk:
         layer: Sequence[Site],
         target: str,
         consumers: Mapping[str, Forward],
-        new: Mapping[str, Forward],
+        solutions: Mapping[str, Solution],
+        owner: int,
     ) -> dict[str, float | None]:
-        """Return ``Σ |W x̂ + b + r − new(x̂)|² / Σ |W x̂|²`` over fresh text, or None without any."""
-        errors = {site.name: [0.0, 0.0] for site in layer}
-        for part in self.fresh:
-            found = self._read(layer, target, part, consumers)
-            for site, rows in zip(layer, found, strict=True):
-                for place, value in enumerate(error_on(self.model, site, rows, new[site.name])):
-                    errors[site.name][place] += value
-        every = gather(errors)
-        errors = {name: [sum(each[name][n] for each in every) for n in (0, 1)] for name in errors}
+        """Return the error of each site on fresh text, or None without any."""
         if not self.certifies:
-            return dict.fromkeys(errors)
-        return {name: error / e if e else math.nan for name, (error, e) in errors.items()}
+            return dict.fromkeys(solutions)
+        errors = {}
+        sums = self._collect(self.fresh, layer, target, consumers)
+        for site, each in zip(layer, sums, strict=True):
+            given = (get(self.model, site) for get in (get_consumer_weight, get_consumer_bias))
+            solution, kept = solutions[site.name], site.features(self.plan.sites[site.name].kept)
+            new = solution.weight, solution.bias
+            errors[site.name] = error_on(*given, kept, new, each.moments, each.residual)
+        return errors
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
@@ -372,7 +371,7 @@ class Walk:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
-        In float32, or float64 as the model is: the difference of two of these is the shortfall.
+        In float32, or float64 as the model is: the difference of two of these is the residual.
         """
         if target == "stream" and site.team in run.sums:
             return _wide(run.sums[site.team]).view_as(hidden)

@@ -14,8 +14,7 @@ from liar_ext.distributed import gather
 from liar_ext.errors import InputError, solving
 from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.reconstruction.ladder import factor_with_damp, slices
-from liar_ext.reconstruction.out_of_core import in_file
-from liar_ext.reconstruction.room import where_it_fits
+from liar_ext.reconstruction.low_memory import in_file, oom_fallback
 
 # The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
@@ -112,7 +111,7 @@ def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple
         curve, instead = _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp)
         return curve.to(weight.device), instead or "on the CPU"
 
-    return where_it_fits(
+    return oom_fallback(
         weight.device, lambda: (both(), ""), lambda: (both(in_file), "in a file"), on_host
     )
 

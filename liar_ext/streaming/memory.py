@@ -12,8 +12,7 @@ from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.ridge import PAIRED_BYTES
-from liar_ext.reconstruction.settings import WITH_BIAS
+from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS
 from liar_ext.streaming.block_store import BlockStore
 
 GIB = 2**30

@@ -22,7 +22,7 @@ from liar_ext import (
 )
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.one_pass import with_bias
-from liar_ext.reconstruction.targets import solve_towards
+from liar_ext.reconstruction.solve import solve
 from liar_ext.reconstruction.walk import Walk
 
 FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
@@ -107,8 +107,8 @@ def test_sums_equal_brute_force(name, target, kind):
     consumers = {}
     if kind == "mlp":
         consumers["1.attn"] = walk._solve([here["attn"]], target, {})
-    (sums,) = walk._collect([site], target, consumers)
-    moments, shortfall = sums.moments, sums.shortfall
+    (sums,) = walk._collect(walk.turns, [site], target, consumers)
+    moments, residual = sums.moments, sums.residual
     context.__exit__(None, None, None)
 
     done = {name for name in walk.weights}
@@ -116,7 +116,7 @@ def test_sums_equal_brute_force(name, target, kind):
     pruned = copy.deepcopy(model)
     apply_plan(pruned, part_plan, walk.weights)
     gram = torch.zeros_like(moments.gram)
-    cross, energy = torch.zeros_like(shortfall.cross), torch.zeros_like(shortfall.energy)
+    cross, energy = torch.zeros_like(residual.cross), torch.zeros_like(residual.energy)
     for part in walk.parts:
         ends = []
         for which in (model, pruned):
@@ -135,16 +135,16 @@ def test_sums_equal_brute_force(name, target, kind):
         cross[part.fold] += x.T @ r
         energy[part.fold] += r.square().sum()
     assert torch.allclose(moments.gram.tril(), gram.tril(), rtol=1e-9, atol=1e-9)
-    assert torch.allclose(shortfall.cross, cross, rtol=1e-9, atol=1e-9)
-    assert torch.allclose(shortfall.energy, energy, rtol=1e-9)
+    assert torch.allclose(residual.cross, cross, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(residual.energy, energy, rtol=1e-9)
     tokens = [p.batch.inputs["attention_mask"].sum() for p in walk.parts]
     assert moments.tokens.sum() == sum(tokens)
     # The rule of choice: on held-out sequences never worse than the own target.
     weight = model.get_submodule(site.consumer).weight
     kept = site.features(plan.sites[site.name].kept)
     own, chosen = (
-        solve_towards(weight, None, moments, shortfall, kept, shares=shares).holdout_error
-        for shares in ((0.0, 0.0), (0.0, 1.0))
+        solve(weight, None, moments, kept, target=residual, step=step).holdout_error
+        for step in ((0.0, 0.0), (0.0, 1.0))
     )
     assert chosen <= own * (1 + 1e-12)
 
@@ -153,7 +153,7 @@ def test_sums_equal_brute_force(name, target, kind):
 @pytest.mark.parametrize("name", NORMED)
 @torch.no_grad()
 def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
-    """The shortfall of the sum is x̂-stream's own part and the consumer's: both must be in it."""
+    """The residual of the sum is x̂-stream's own part and the consumer's: both must be in it."""
     model = tiny(name, dtype=torch.float64)
     data = batches(model)
     plan = plan_for(model, data)
@@ -167,13 +167,13 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     if kind == "mlp":
         consumers["1.attn"] = walk._solve([here["attn"]], "stream", {})
     norm = model.get_submodule(walk.blocks.norms[site.name])
-    shortfall = walk._collect([site], "stream", consumers)[0].shortfall
+    residual = walk._collect(walk.turns, [site], "stream", consumers)[0].residual
     context.__exit__(None, None, None)
 
     done = {name: plan.sites[name] for name in walk.weights}
     pruned = copy.deepcopy(model)
     apply_plan(pruned, replace(plan, sites=done), walk.weights)
-    total, energy = torch.zeros_like(shortfall.total), torch.zeros_like(shortfall.energy)
+    total, energy = torch.zeros_like(residual.total), torch.zeros_like(residual.energy)
     for part in walk.parts:
         sums = []
         for which in (model, pruned):
@@ -189,8 +189,8 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
         total[part.fold] += (weight[:, None] * (sums[0] - sums[1])).sum(0)
         energy[part.fold] += (weight * (sums[0] - sums[1]).square().sum(-1)).sum()
     assert isinstance(norm, torch.nn.LayerNorm) and float(energy.sum()) > 0
-    assert torch.allclose(shortfall.total, total, rtol=1e-9, atol=1e-9)
-    assert torch.allclose(shortfall.energy, energy, rtol=1e-9)
+    assert torch.allclose(residual.total, total, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(residual.energy, energy, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])

@@ -11,7 +11,7 @@ from tiny import batches, tiny, tiny_inputs
 
 from liar_ext import prune, sites
 from liar_ext.data.batches import probe_batches
-from liar_ext.rescaling import (
+from liar_ext.pipeline.rescaling import (
     LADDER,
     NUDGE,
     Expansion,

@@ -1,9 +1,9 @@
-"""What a solve takes by blocks in a file, beside the ordinary one: private memory and CPU time.
+"""What a solve takes in low memory and in memory: private memory and CPU time.
 
 Sums are those of random inputs, each feature correlated with the one before it, and one feature
 in five goes. A thread looks at the private memory of the process every few milliseconds.
 
-    OMP_NUM_THREADS=1 python bench/blocked.py --features 4864 --outputs 896
+    OMP_NUM_THREADS=1 python bench/low_memory.py --features 4864 --outputs 896
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from liar_ext import Moments
-from liar_ext.reconstruction import blocked, ridge, targets
-from liar_ext.reconstruction.targets import Shortfall
+from liar_ext.reconstruction import low_memory, ridge
+from liar_ext.reconstruction.ridge import Residual
 
 TOKENS = 1500  # at a time, four times for each fold
 
@@ -35,17 +35,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     d, h = options.features, options.outputs
-    moments, shortfall = sums(d, h)
+    moments, residual = sums(d, h)
     weight = torch.randn(h, d, generator=torch.Generator().manual_seed(1))
     kept = torch.arange(d)[torch.arange(d) % 5 != 0]
-    one_pass, layerwise = (weight, None, moments, kept), (weight, None, moments, shortfall, kept)
-    for name, solve, given in (
-        ("one pass", ridge.solve, one_pass),
-        ("one pass, by blocks", blocked.solve, one_pass),
-        ("layerwise", targets.solve_towards, layerwise),
-        ("layerwise, by blocks", blocked.solve_towards, layerwise),
+    for name, system, target in (
+        ("one pass", ridge.System, None),
+        ("one pass, low memory", low_memory.System, None),
+        ("layerwise", ridge.System, residual),
+        ("layerwise, low memory", low_memory.System, residual),
     ):
-        memory, seconds, found = measured(lambda s=solve, g=given: s(*g))
+        given = system(weight, None, moments, kept, target)
+        memory, seconds, found = measured(lambda g=given: g.solution((0.0, 1.0)))
         print(
             f"{name}: {memory / 2**20:.0f} MiB, {memory / (8 * d * d):.2f} d², {seconds:.1f} s, "
             f"{found.path}, held-out error {found.holdout_error:.15g}",
@@ -53,17 +53,17 @@ def main() -> None:
         )
 
 
-def sums(d: int, h: int) -> tuple[Moments, Shortfall]:
-    """Return sums over random inputs, and over a target's shortfall."""
+def sums(d: int, h: int) -> tuple[Moments, Residual]:
+    """Return sums over random inputs, and over the residual of a target."""
     generator = torch.Generator().manual_seed(0)
-    moments, shortfall = Moments.zeros(d), Shortfall.zeros(d, h)
+    moments, residual = Moments.zeros(d), Residual.zeros(d, h)
     used = torch.ones(TOKENS, dtype=torch.bool)
     for fold in (0, 0, 0, 0, 1, 1, 1, 1):
         x = torch.randn(TOKENS, d, generator=generator)
         x[:, 1:] += 0.5 * x[:, :-1].clone()
         moments.update(x, fold, used)
-        shortfall.update(x, torch.randn(TOKENS, h, generator=generator), fold, used)
-    return moments, shortfall
+        residual.update(x, torch.randn(TOKENS, h, generator=generator), fold, used)
+    return moments, residual
 
 
 def private_memory() -> int:
