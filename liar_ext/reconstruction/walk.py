@@ -277,7 +277,6 @@ class Walk:
         target: str,
         consumers: Mapping[str, Forward],
         solutions: Mapping[str, Solution],
-        owner: int,
     ) -> dict[str, float | None]:
         """Return the error of each site on fresh text, or None without any."""
         if not self.certifies:

@@ -107,7 +107,7 @@ def test_sums_equal_brute_force(name, target, kind):
     consumers = {}
     if kind == "mlp":
         consumers["1.attn"] = walk._solve([here["attn"]], target, {})
-    (sums,) = walk._collect(walk.turns, [site], target, consumers)
+    (sums,) = walk._collect(walk.text, [site], target, consumers)
     moments, residual = sums.moments, sums.residual
     context.__exit__(None, None, None)
 
@@ -167,7 +167,7 @@ def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     if kind == "mlp":
         consumers["1.attn"] = walk._solve([here["attn"]], "stream", {})
     norm = model.get_submodule(walk.blocks.norms[site.name])
-    residual = walk._collect(walk.turns, [site], "stream", consumers)[0].residual
+    residual = walk._collect(walk.text, [site], "stream", consumers)[0].residual
     context.__exit__(None, None, None)
 
     done = {name: plan.sites[name] for name in walk.weights}
