@@ -14,10 +14,11 @@ from liar_ext.calibration.collect import (
     collect_at,
     owners_of,
 )
-from liar_ext.calibration.memory import available_memory, bytes_of_sums
+from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS, SavedSums
 from liar_ext.data.batches import Batches
+from liar_ext.environment import available_memory
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.ranks import ALONE, Owners, Ranks
 from liar_ext.saved.progress import Progress
@@ -119,12 +120,10 @@ class Passes:
         return SavedSums(self.saved, name, len(self.batches))
 
 
-def room_for_sums(
-    model: nn.Module, memory: int | None = None, most: int = MEMORY, ranks: Ranks = ALONE
-) -> int:
+def room_for_sums(model: nn.Module, memory: int | None = None, ranks: Ranks = ALONE) -> int:
     """Return the bytes that sums may take: ``memory``, if that is given.
 
-    Else ``most``, or half of what is free now on any device in use, the CPU included. Of several
+    Else ``MEMORY``, or half of what is free now on any device in use, the CPU included. Of several
     ranks each may take so many; those of one machine share its memory, and the least counts.
     """
     if memory is not None:
@@ -133,7 +132,7 @@ def room_for_sums(
     free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
     if any(at.type == "cpu" for at in devices):
         free += [count // ranks.here for count in [available_memory()] if count is not None]
-    return min(ranks.share(min([most, *(count // 2 for count in free)])))
+    return min(ranks.share(min([MEMORY, *(count // 2 for count in free)])))
 
 
 def bins_of(ranks: Ranks, saved: Progress | None) -> int:

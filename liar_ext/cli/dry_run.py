@@ -19,7 +19,7 @@ from liar_ext.data.batches import FACTS, probe_batches
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, skeleton, teams_of
-from liar_ext.narrowing.narrowing import MEMORY, count_kept
+from liar_ext.narrowing.narrowing import count_kept
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
@@ -161,7 +161,7 @@ def _passes(groups: Sequence[Sequence[Site]], recipe: Recipe) -> int:
 def _narrow_passes(model: nn.Module, recipe: Recipe) -> int:
     hidden = hidden_of(model)
     count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-    room = room_for_sums(model, recipe.memory, MEMORY)
+    room = room_for_sums(model, recipe.memory)
     sizes = [bytes_of_sums(count + hidden.size)] * len(hidden.sources)
     return 1 + len(split(hidden.sources, sizes, room))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from liar_ext.calibration.memory import PROC, bytes_of_sums
+from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.data.batches import FOLDS, Batch
+from liar_ext.environment import process_memory
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.recipe import Recipe
@@ -93,7 +92,7 @@ def need_of(
     # Attention scores aren't among them: kernels that make none are the default.
     wide = max(widest, hidden) * ACTIVATIONS * tokens * 4
     return Need(
-        outside=resident_bytes(),
+        outside=process_memory(),
         blocks=store.block_bytes * (2 if store.prefetch else 1),
         sums=together,
         work=max(bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - _new(s) for s in at),
@@ -140,16 +139,6 @@ def room_for_states(need: Need, limit: int, reserved: int) -> int:
             "give more, or smaller --batch-size or --seq-len, or --sites attn"
         )
     return left
-
-
-def resident_bytes(proc: Path = PROC) -> int:
-    """Return the memory that this process has now; 0 where nothing says so."""
-    try:
-        text = (proc / "self" / "status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    found = re.search(r"^VmRSS:\s*(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) << 10 if found else 0
 
 
 def _cross(site: Site) -> int:

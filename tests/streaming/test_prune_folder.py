@@ -311,7 +311,7 @@ def test_a_gguf_file_is_refused(tmp_path):
 
 
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "process_memory", lambda: 0)
     store = BlockStore(llama)
     job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
     lines = job.describe(4 * GIB)
