@@ -79,7 +79,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         let_write(given, settled, sketch=True, **shown)
         from liar_ext.cli.dry_run import describe
 
-        lines = describe(given.model, given.calibration, settled)
+        lines = describe(given.model, given.calibration, settled, given.judging)
         seconds = given.facts.get("writing", 0.0)
         if isinstance(given.calibration, TextAndOwn):
             seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
