@@ -36,6 +36,7 @@ DOUBLE = 2  # of an operation in float64
 CURVE = 2  # of those of an error curve, whose products are narrow
 TRIED = 3  # λ that a walk tries at a site before the held-out error rises
 WALKED = 2.6  # runs of all blocks in a walk: dense, attention alone, pruned, and looks at each
+NORM = 2.4  # solves of the readers of a norm, which has new scales as well
 BACKWARD = 3  # a backward pass with its forward, in forward passes
 # Matrices of float64 that a step has at its peak beside the sums of a site, of d × d and of
 # d × d_out: the peaks that `bench/solve_memory.py` measures, rounded up.
@@ -127,7 +128,7 @@ def stages_of(
         passes, most = 1 + len(runs), max(map(len, runs))
         add("narrow", passes * count, passes * forward + sources * tokens * width**2, most * size)
         peaks = most * size + bytes_of_solve(width, hidden.size, ["affine"])
-        add("solve", sources, sources * _ridge(kept, hidden.size, _solves(recipe)), peaks)
+        add("solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peaks)
     if recipe.keep == 1.0 and (job.narrows or recipe.keep_experts != 1.0):
         return stages
     passes = len(groups) if layerwise and not both else 2 * len(groups) - 1
