@@ -27,8 +27,8 @@ from torch import Tensor
 from liar_ext.calibration import kept_text
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.finite import all_finite
-from liar_ext.calibration.memory import available_memory
 from liar_ext.data.batches import FOLDS
+from liar_ext.environment import available_memory
 from liar_ext.errors import InputError, one_line
 from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
 

@@ -13,11 +13,12 @@ from liar_ext.calibration.collect import (
     check_finite_weights,
     collect_at,
 )
-from liar_ext.calibration.memory import available_memory, bytes_of_sums
+from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS, SavedSums
 from liar_ext.data.batches import Batches
 from liar_ext.distributed import gather, local_world_size
+from liar_ext.environment import available_memory
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.saved.progress import Progress
 
@@ -108,10 +109,10 @@ class Passes:
         return SavedSums(self.saved, name, len(self.batches))
 
 
-def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMORY) -> int:
+def room_for_sums(model: nn.Module, memory: int | None = None) -> int:
     """Return the bytes that sums may take: ``memory``, if that is given.
 
-    Else ``most``, or half of what is free now on any device in use, the CPU included. Of several
+    Else ``MEMORY``, or half of what is free now on any device in use, the CPU included. Of several
     ranks each may take so many; those of one machine share its memory, and the least counts.
     """
     if memory is not None:
@@ -120,7 +121,7 @@ def room_for_sums(model: nn.Module, memory: int | None = None, most: int = MEMOR
     free = [torch.cuda.mem_get_info(at)[0] for at in devices if at.type == "cuda"]
     if any(at.type == "cpu" for at in devices):
         free += [count // local_world_size() for count in [available_memory()] if count is not None]
-    return min(gather(min([most, *(count // 2 for count in free)])))
+    return min(gather(min([MEMORY, *(count // 2 for count in free)])))
 
 
 def group_sites(at: Sequence[Site], memory: int) -> list[Sequence[Site]]:

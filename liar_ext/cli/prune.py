@@ -99,7 +99,7 @@ def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:
     from liar_ext.cli.dry_run import describe
 
     let_write(given, recipe, sketch=True, progress=progress)
-    lines = describe(given.model, given.calibration, recipe)
+    lines = describe(given.model, given.calibration, recipe, given.judging)
     seconds = given.facts.get("writing", 0.0)
     if isinstance(given.calibration, TextAndOwn):
         seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)

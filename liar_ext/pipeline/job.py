@@ -25,7 +25,7 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.choosing import hold_out, solve
-from liar_ext.pipeline.expected import before_plan
+from liar_ext.pipeline.estimate import before_plan
 from liar_ext.pipeline.scheduling import NO_GAIN, settled_for, warn_of_what_stays
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import as_run, settings_of

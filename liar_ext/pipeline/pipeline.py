@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from liar_ext.bars import Stage, Timeline
+from liar_ext.bars import Timeline
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
-from liar_ext.pipeline.expected import stages_of
+from liar_ext.pipeline.estimate import Estimate, bars_of, stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
 from liar_ext.pipeline.resuming import begin, check, decide
@@ -147,19 +147,16 @@ def run(
     if job.saved is not None:
         # What is free changes, and other groups of sites would have other sums.
         job.room = begin(job, {"fresh text": certify_on}, room=job.room)["room"]
-    with Timeline("prune", expected(job, evaluate_on)).shown():
+    with Timeline("prune", bars_of(expected(job, evaluate_on))).shown():
         return _steps(job, evaluate_on, certify_on)
 
 
 def expected(
     job: Job, evaluate_on: Sequence[Mapping[str, Tensor]] | None = None
-) -> dict[str, Stage]:
-    """Return the stages of a job that has been checked; none where nobody looks on."""
-    room = job.room  # which ranks find out together, whoever of them shows progress
-    if not job.progress:
-        return {}
-    at, both = job.sites(job.model), job.judged is not None
-    return stages_of(job.model, at, job.batches, job.recipe, room, evaluate_on, both=both)
+) -> dict[str, Estimate]:
+    """Return the stages of a job that has been checked; none if no progress is shown."""
+    _ = job.room  # which ranks find out together, whoever of them shows progress
+    return stages_of(job, evaluate_on) if job.progress else {}
 
 
 def _steps(

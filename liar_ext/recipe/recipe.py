@@ -63,11 +63,10 @@ class Recipe(Fields):
     seed : int
         Of the draw, the folds, and criteria that draw.
     memory : int, optional
-        Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
-        and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
-        device in use, the CPU included, where that is less. What needs more is summed in groups,
-        with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
-        ``layerwise``.
+        Bytes that sums over the calibration text may take at a time: 32 GiB unless given, or half
+        of what is free on a device in use, the CPU included, where that is less. What needs more is
+        summed in groups, with the same result: of G groups of sites in 2 G − 1 passes, G with the
+        schedule ``layerwise``.
     keep, of, tile, uniform_layers
         As for :class:`liar_ext.Budget`.
     latency_phase, latency_batch, latency_prompt, latency_new_tokens

@@ -26,7 +26,16 @@ from liar_ext.distributed import gather, is_first, share
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites
-from liar_ext.pipeline.expected import by_blocks
+from liar_ext.pipeline.estimate import (
+    GIB,
+    bars_of,
+    by_blocks,
+    bytes_by_blocks,
+    bytes_of_states,
+    in_gib,
+    room_for_states,
+    tokens_of,
+)
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import expected
 from liar_ext.pipeline.resuming import begin, decide, note_result
@@ -43,19 +52,12 @@ from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.first_walk import NAME as FIRST
 from liar_ext.streaming.first_walk import FirstWalk
 from liar_ext.streaming.judging import Judged
-from liar_ext.streaming.memory import (
-    GIB,
-    SHARD_PART,
-    Need,
-    need_of,
-    room_for_states,
-    sequence_length,
-)
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
 from liar_ext.streaming.second_walk import SecondWalk
 from liar_ext.streaming.trace import Trace
 
+SHARD_PART = 8  # a shard may take this part of the memory
 DENSE = "judged"  # the streams that the dense model is judged on
 
 
@@ -120,7 +122,7 @@ def prune_folder(
         job.make_room(max_memory)
         job.begin(max_memory)
         stages = by_blocks(expected(job), len(store), job.keep_sums)
-        shown.enter_context(Timeline("prune", stages).shown())
+        shown.enter_context(Timeline("prune", bars_of(stages)).shown())
         passes = job.calibrate(store.model)
         plan = decide(job, passes)
         job.judge(passes)
@@ -158,7 +160,7 @@ class StreamedJob(Job):
     states: HiddenStates = field(default_factory=HiddenStates)
     shard_bytes: int = SHARD_BYTES
     keep_sums: bool | None = None
-    need: Need | None = None
+    need: dict[str, int] = field(default_factory=dict)
     blocks: Blocks | None = None
     evaluate_on: Batches | None = None
     certify_on: Batches | None = None
@@ -228,22 +230,26 @@ class StreamedJob(Job):
 
     def make_room(self, limit: int) -> None:
         """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit."""
-        at = self.sites(self.model)
-        reserved = min(SHARD_BYTES, max(limit // SHARD_PART, self.store.block_bytes))
-        need = need_of(self.store, at, self.batches, self.recipe)
-        if need.total + reserved > limit:
-            self.store.prefetch = False  # slower, but memory for one block less
-            reserved = self.store.block_bytes
-            need = need_of(self.store, at, self.batches, self.recipe)
-        left = room_for_states(need, limit, reserved)
+        at, store = self.sites(self.model), self.store
+        self.shard_bytes = min(SHARD_BYTES, max(limit // SHARD_PART, store.block_bytes))
+        self._count_need(at)
+        if sum(self.need.values()) > limit:
+            store.prefetch = False  # slower, but memory for one block less
+            self.shard_bytes = store.block_bytes
+            self._count_need(at)
+        left = room_for_states(self.need, limit)
         sums = sum(bytes_of_sums(site.d_in) for site in at)
         if self.keep_sums is None:
             fits = self.recipe.schedule == "one-pass" and sums <= left // 2
             self.keep_sums = all(gather(fits))
         self.states.memory = max(0, left - (sums if self.keep_sums else 0))
-        self.shard_bytes = reserved
         self.facts["max_memory"] = limit
-        self.need = need
+
+    def _count_need(self, at: Sequence[Site]) -> None:
+        store = self.store
+        size, given = store.block_bytes * (1 + store.prefetch), (self.batches, self.recipe)
+        self.need = bytes_by_blocks(self.model, at, *given, blocks=size, head=store.head_bytes)
+        self.need["a shard to be written"] = self.shard_bytes
 
     def begin(self, limit: int) -> None:
         """Note in its checkpoint which job this is; sums that were kept there are kept on."""
@@ -323,24 +329,19 @@ class StreamedJob(Job):
         self.batches = list(read_batches(self.batches))
         self.check()
         self.make_room(limit)
-        store, tokens = (
-            self.store,
-            sum(len(batch) * sequence_length(batch) for batch in self.batches),
-        )
-        size = self.model.dtype.itemsize
-        held = tokens * sites(self.model)[0].d_out * size
-        # Layerwise: both streams, the next dense one, two targets in float32, and halfway.
-        streams = 3 + 2 * 4 // size + 1 if self.recipe.schedule == "layerwise" else 1
-        beyond = max(0, held * streams - self.states.memory)
-        again = "" if self.keep_sums or self.recipe.schedule == "layerwise" else ", twice"
+        store, layerwise = self.store, self.recipe.schedule == "layerwise"
+        tokens = sum(map(tokens_of, self.batches))
+        held = bytes_of_states(self.model, sites(self.model), tokens, layerwise=layerwise)
+        beyond, need = max(0, held - self.states.memory), sum(self.need.values())
+        again = "" if self.keep_sums or layerwise else ", twice"
         return [
             f"{type(self.model).__name__}: {count_params(self.model):,} parameters, "
             f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
             f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
             "reading ahead",
-            f"memory: {self.need.total / GIB:.3g} of {limit / GIB:.3g} GiB without hidden states "
-            f"(GiB: {self.need})",
-            f"hidden states: {held * streams / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
+            f"memory: {need / GIB:.3g} of {limit / GIB:.3g} GiB without hidden states "
+            f"(GiB: {in_gib(self.need)})",
+            f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
             f"in {self.states.folder or 'the output folder'}",
             f"weights: read twice and written once; calibration text summed{again}",
         ]

@@ -13,10 +13,10 @@ from tiny import batches, outputs, tiny
 from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
+from liar_ext.pipeline import estimate
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.selection.error_curves import error_curve
-from liar_ext.streaming import memory
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.passes import StreamedPasses
@@ -311,12 +311,12 @@ def test_a_gguf_file_is_refused(tmp_path):
 
 
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
     job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
     lines = job.describe(4 * GIB)
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
-    needed = job.need.total + store.block_bytes
+    needed = sum(job.need.values()) - job.shard_bytes + store.block_bytes
     job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
     assert "without reading ahead" in job.describe(needed - 1)[0]
 

@@ -8,9 +8,9 @@ import pytest
 from tiny import batches, tiny
 
 from liar_ext import Recipe, prune
-from liar_ext.bars import Bar, Stage, Timeline
+from liar_ext.bars import Bar, Timeline
 from liar_ext.pipeline import pipeline
-from liar_ext.pipeline.expected import by_blocks
+from liar_ext.pipeline.estimate import Estimate, by_blocks
 
 SMALL = 16 * 24**2  # bytes: a group of sites for each
 
@@ -63,16 +63,17 @@ def test_a_quiet_job_counts_nothing(timelines):
 
 def test_walks_over_blocks_have_the_work_of_all_stages():
     stages = {
-        "calibrate": Stage(8, 3.0),
-        "curves": Stage(6, 5.0),
-        "sensitivity": Stage(24, 7.0),
-        "reconstruct": Stage(6, 11.0),
+        "calibrate": Estimate(3.0, 40, 8),
+        "curves": Estimate(5.0, 50, 6),
+        "sensitivity": Estimate(7.0, 40, 24),
+        "reconstruct": Estimate(11.0, 60, 6),
     }
-    walk = by_blocks({**stages, "layerwise": Stage(3, 13.0)}, 3, kept=False)
-    assert walk == {"calibrate": Stage(3, 26.0), "layerwise": Stage(3, 13.0)}
+    walk = by_blocks({**stages, "layerwise": Estimate(13.0, 70, 3)}, 3, kept=False)
+    assert walk == {"calibrate": Estimate(26.0, 70, 3), "layerwise": Estimate(13.0, 70, 3)}
     once = by_blocks(stages, 3, kept=True)
-    assert once == {"calibrate": Stage(3, 15.0), "from memory": Stage(3, 11.0)}
-    assert by_blocks(stages, 3, kept=False) == {"calibrate": Stage(6, 3.0 + 15.0 + 11.0)}
+    assert once == {"calibrate": Estimate(15.0, 60, 3), "from memory": Estimate(11.0, 60, 3)}
+    again = by_blocks(stages, 3, kept=False)
+    assert again == {"calibrate": Estimate(3.0 + 15.0 + 11.0, 60, 6)}
     assert by_blocks({}, 3, kept=True) == {}
 
 
