@@ -1,19 +1,38 @@
-"""A file that is there whole or not at all, whenever the process ends."""
+"""Files that are complete or absent whenever the process ends, and sealed files of tensors."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
 
 from liar_ext.errors import InputError, one_line
 
 MOST_OF_NAME = 200  # bytes; a name has at most 255
+SEAL, SEAL_BYTES, CHUNK = "file/digest", 16, 1 << 22
+WORDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @contextmanager
@@ -49,6 +68,82 @@ def whole_file(
 def is_unfinished(name: str) -> bool:
     """Tell whether a name is that of an unfinished file, which a killed writer leaves."""
     return re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", name) is not None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written, with its place in the header.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    dtype, shape
+        As the header has them.
+    parts : callable
+        Returns the tensor in pieces, in their order; called when it is written.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterable[Tensor]]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Entry:
+        """Return the entry of a tensor in memory."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
+    take: Callable[[str, Path], None] | None = None,
+) -> None:
+    """Write tensors as safetensors; one at a time is in memory.
+
+    ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest of all before it.
+    Entries of wider elements must come first, so all are aligned. ``take`` is as for
+    :func:`whole_file`.
+
+    Raises
+    ------
+    OSError
+        If it can't be written.
+    """
+    header: dict[str, Any] = {}
+    seal_entry = Entry(SEAL, torch.uint8, (SEAL_BYTES,), list)
+    at = 0
+    for each in [*entries, seal_entry]:
+        size = each.dtype.itemsize * prod(each.shape)
+        header[each.name] = {
+            "dtype": WORDS[each.dtype],
+            "shape": each.shape,
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    header["__metadata__"] = dict(metadata)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(path, take) as file:
+        seal = blake2b(digest_size=SEAL_BYTES)
+        _write(file, seal, struct.pack("<Q", len(text)))
+        _write(file, seal, text)
+        for each in entries:
+            for part in each.parts():
+                _write(file, seal, part.detach().cpu().contiguous().view(-1).view(torch.uint8))
+        file.write(seal.digest())
+
+
+def is_sealed(path: str | os.PathLike[str]) -> bool:
+    """Tell whether the bytes of a file are those that were written."""
+    seal, left = blake2b(digest_size=SEAL_BYTES), os.stat(path).st_size - SEAL_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            seal.update(chunk)
+            left -= len(chunk)
+        return not left and file.read(SEAL_BYTES + 1) == seal.digest()
 
 
 def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
@@ -114,6 +209,12 @@ def write_whole(path: Path, data: str, operation: str, option: str) -> None:
         raise InputError(
             f"{operation}: can't write {path}: {one_line(error)}; give another name with {option}"
         ) from error
+
+
+def _write(file: BinaryIO, seal: Any, part: bytes | Tensor) -> None:
+    data = memoryview(part.numpy()) if isinstance(part, Tensor) else part
+    seal.update(data)
+    file.write(data)
 
 
 def _for_its_owner(name: str, flags: int) -> int:

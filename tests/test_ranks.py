@@ -20,13 +20,12 @@ from torch import Tensor
 
 import liar_ext
 from liar_ext import InputError
-from liar_ext.calibration.bank_file import read_bank
 from liar_ext.calibration.passes import split
 from liar_ext.calibration.taps import InFlight
+from liar_ext.checkpoint_store import Checkpoint, facts_of
 from liar_ext.cli.main import main
 from liar_ext.cli.several import check_shared
 from liar_ext.ranks import RankLost, Ranks, _is_alive, deal
-from liar_ext.saved.progress import Progress
 
 MEASURED = ("schedules", "divergence_rescaled")
 # Name: family, dtype, batches, fresh ones, choices.
@@ -129,7 +128,7 @@ def test_ranks_give_what_one_gives(count, jobs, alone, tmp_path):
 
 
 def test_a_bank_is_the_same_and_a_checkpoint_serves_any_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))  # saves each round
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))  # saves each round
     model, expected = tiny("qwen3_moe"), tmp_path / "expected"
     liar_ext.calibrate(model, batches()).save(expected)
     checkpoint, path = tmp_path / "c", tmp_path / "bank"
@@ -151,7 +150,7 @@ def test_a_bank_is_the_same_and_a_checkpoint_serves_any_number(tmp_path, monkeyp
 
     codes = forked.run(3, stopped, tmp_path)
     assert codes == [0, -signal.SIGKILL, 0], (tmp_path / "err0").read_text()
-    assert read_bank(checkpoint / "calibration.bank", sums=False).source["progress"] == 3
+    assert facts_of(checkpoint, "calibration")["batches"] == 3
 
     def resumed(rank: int) -> None:
         ranks = Ranks.join()

@@ -30,7 +30,7 @@ from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.memory import available_memory
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError, one_line
-from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
+from liar_ext.whole_file import SEAL, Entry, is_sealed, write_tensors
 
 BANK_VERSION = 2
 PARTS = ("gram", "total", "count")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +20,7 @@ from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank, Moments, check_finite, whole
 from liar_ext.calibration.saved_sums import SavedSums
 from liar_ext.calibration.taps import InFlight, Piece, Tap, adding, is_relative, tap_at
+from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.data.batches import FOLDS, Batch, Batches, count_tokens, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import complete_inputs
@@ -27,7 +28,6 @@ from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.ranks import ALONE, Owners, Ranks, deal
-from liar_ext.saved.progress import Progress, opened
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     keep_text: bool = True,
-    checkpoint: str | os.PathLike[str] | Progress | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     ranks: Ranks = ALONE,
     progress: bool = False,
 ) -> MomentBank:
@@ -65,7 +65,7 @@ def calibrate(
     checkpoint : path, optional
         A folder to save the sums so far in, and to go on from where it has some, of the same
         model and batches: with the same result, bit for bit, as without. It stays when all is
-        done. A :class:`liar_ext.saved.progress.Progress` is one that is open already. Of
+        done. A :class:`liar_ext.checkpoint_store.Checkpoint` is one that is open already. Of
         several ranks the first one alone works in it.
     ranks : Ranks
         Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`; each gives the same
@@ -157,12 +157,9 @@ def collect(
     relative = sorted(tap.name for tap in taps if tap.relative)
     facts |= {"relative": relative} if relative else {}
     widths = {tap.name: tap.d_in for tap in taps}
-    done = 0 if saved is None else saved.restore(widths, bank.moments, facts, owners)
+    done = 0 if saved is None else saved.restore(bank.moments, widths, facts, owners)
     if done and ranks.first:
         tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
-
-    def sums_so_far() -> Mapping[str, Moments]:
-        return whole(bank.moments, widths, owners)
 
     def facts_so_far() -> dict[str, object]:
         return facts | seen.facts(*_added(ranks.share((tokens, current.routed))))
@@ -198,11 +195,11 @@ def collect(
                 ranks.work["sequences"] += len(batch)
                 ranks.work["tokens"] += count_tokens(batch)
             if saved is not None:
-                saved.save(seen.batches, sums_so_far, facts_so_far)
+                saved.save(seen.batches, bank.moments, facts_so_far)
     if saved is not None and seen.batches < done:
         saved.check(seen.batches, seen.digest.hexdigest())
     if saved is not None and seen.batches > done:
-        saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
+        saved.save(seen.batches, bank.moments, facts_so_far, now=True)
     check_sums(bank, len(seen.sequences), current.routed)
     summed = _tokens_of(bank, {*relative, *current.routed})
     bank.source = _agreed(ranks, facts, seen, tokens, current.routed, summed)

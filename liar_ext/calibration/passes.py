@@ -17,10 +17,10 @@ from liar_ext.calibration.collect import (
 from liar_ext.calibration.memory import available_memory, bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS, SavedSums
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.ranks import ALONE, Owners, Ranks
-from liar_ext.saved.progress import Progress
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
 MEMORY = 32 << 30
@@ -43,7 +43,7 @@ class Passes:
         :func:`room_for_sums` says.
     bank : MomentBank, optional
         Moments over these batches that are there already; whatever groups they hold take no pass.
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where the sums of each group are kept; those that are there are not taken again.
     ranks : Ranks
         Processes that share the work; each has the moments of the sites that it owns.
@@ -64,7 +64,7 @@ class Passes:
         memory: int | None = None,
         *,
         bank: MomentBank | None = None,
-        saved: Progress | None = None,
+        saved: Checkpoint | None = None,
         ranks: Ranks = ALONE,
         progress: bool = False,
     ) -> None:
@@ -115,8 +115,11 @@ class Passes:
     def _saved_sums(self, number: int) -> SavedSums | None:
         if self.saved is None:
             return None
-        name = SUMS if len(self.groups) == 1 else f"{SUMS}-{number + 1}"
-        return SavedSums(self.saved, name, len(self.batches))
+        if len(self.groups) == 1:
+            return SavedSums(self.saved, of=len(self.batches))
+        group = number + 1
+        given = f"{SUMS}-{group}", len(self.batches), f" of group {group}"
+        return SavedSums(self.saved, *given)
 
 
 def room_for_sums(
@@ -136,7 +139,7 @@ def room_for_sums(
     return min(ranks.share(min([most, *(count // 2 for count in free)])))
 
 
-def bins_of(ranks: Ranks, saved: Progress | None) -> int:
+def bins_of(ranks: Ranks, saved: Checkpoint | None) -> int:
     """Return by how many ranks a group is divided, whose sums are to fit into each.
 
     With a checkpoint it is one: the first rank gathers the sums there, and any number of ranks is

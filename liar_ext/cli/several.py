@@ -14,9 +14,9 @@ from contextlib import contextmanager, redirect_stderr
 
 import torch
 
+from liar_ext.checkpoint_store import difference
 from liar_ext.errors import InputError, one_line
 from liar_ext.ranks import RankLost, Ranks, launched
-from liar_ext.saved.progress import difference
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
 OWN = ("ranks", "quiet", "out", "bank", "checkpoint")  # options of which each machine has its own

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from liar_ext.calibration.collect import check_bank_is_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.settings import form_at
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
 from liar_ext.selection.error_curves import error_curves, notes_of
-from liar_ext.selection.measured import Measured
+from liar_ext.selection.sensitivity import Measured
 
 
 def find_scores(
@@ -50,7 +50,7 @@ def find_losses(
     at: Sequence[Site],
     scores: dict[str, Tensor],
     *,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     progress: bool = False,
     notes: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar, spare
 from liar_ext.calibration.hooks import replaced, watched
+from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at
@@ -19,13 +21,105 @@ from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
 from liar_ext.selection.divergence import DenseOutputs
-from liar_ext.selection.measured import Measured
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
 POSITIONS = 64
+
+
+class Measured:
+    """Sums of divergences by probe and batch, kept in a checkpoint as they are found.
+
+    Several ranks each measure their own probes. The others post what they found, and the first one
+    writes all of it whenever it has found something itself, so no rank waits.
+
+    Parameters
+    ----------
+    saved : Checkpoint, optional
+        Where they are kept.
+    name : str
+        Distinguishes probes, as sites whose sums don't fit at once come in groups.
+
+    Attributes
+    ----------
+    found : dict of tuple of str to list of float
+        By the names of the sites that a probe prunes, and by batch; NaN where it isn't known.
+    rows : list of float
+        The number of rows compared, by batch.
+    """
+
+    def __init__(self, saved: Checkpoint | None = None, name: str = "") -> None:
+        self.saved, self.key = saved, f"sensitivities-{name}"
+        self.found: dict[tuple[str, ...], list[float]] = {}
+        self.rows: list[float] = []
+        known = None if saved is None else saved.get(self.key)
+        if known is not None:
+            tensors, facts = known
+            with reading(saved.path(self.key)):
+                *columns, self.rows = tensors["values"].T.tolist()
+                self.found = dict(zip(map(tuple, facts["probes"]), columns, strict=True))
+
+    def begin(self, batches: int, probes: Sequence[Sequence[str]]) -> None:
+        """Say what is measured; divergences on other batches are measured again."""
+        if len(self.rows) != batches:
+            self.rows, self.found = [math.nan] * batches, {}
+        for names in probes:
+            self.found.setdefault(tuple(names), [math.nan] * batches)
+        if self.saved is not None and not self.saved.ranks.first:
+            self._post()  # so that the first one knows how many there are
+
+    def has(self, batch: int, names: Sequence[str]) -> bool:
+        """Tell whether a divergence is known."""
+        return not math.isnan(self.found[tuple(names)][batch])
+
+    def has_all(self, batch: int, probes: Sequence[Sequence[str]]) -> bool:
+        """Tell whether all divergences of a batch are known, and its number of rows."""
+        return not math.isnan(self.rows[batch]) and all(self.has(batch, each) for each in probes)
+
+    def put(self, batch: int, names: Sequence[str], value: float) -> None:
+        """Keep a divergence."""
+        self.found[tuple(names)][batch] = value
+        if self.saved is None:
+            return
+        if not self.saved.ranks.first:
+            self._post()
+        elif self._count() == len(self.found) * len(self.rows) or self.saved.due(self.key):
+            self._write()
+
+    def totals(self, probes: Sequence[Sequence[str]]) -> list[float]:
+        """Return the sum over batches by probe, added in their order."""
+        totals = [0.0] * len(probes)
+        for batch in range(len(self.rows)):  # not sum(), which rounds otherwise from Python 3.12 on
+            for index, names in enumerate(probes):
+                totals[index] += self.found[tuple(names)][batch]
+        return totals
+
+    def _count(self) -> int:
+        return sum(not math.isnan(value) for values in self.found.values() for value in values)
+
+    def _post(self) -> None:
+        state: dict[str, Any] = {"rows": self.rows, "found": list(self.found.items())}
+        self.saved.ranks.post(self.key, state)
+
+    def _take(self, theirs: dict[str, Any]) -> None:
+        """Add what another rank has found."""
+        pairs = [(self.rows, theirs["rows"])]
+        for names, values in theirs["found"]:
+            mine = self.found.setdefault(tuple(names), [math.nan] * len(self.rows))
+            pairs.append((mine, values))
+        for mine, values in pairs:
+            mine[:] = [b if math.isnan(a) else a for a, b in zip(mine, values, strict=True)]
+
+    def _write(self) -> None:
+        for theirs in self.saved.ranks.posted(self.key):
+            self._take(theirs)
+        columns = list(self.found.values())
+        of = f"{len(columns) * len(self.rows)} divergences of {len(columns)} sensitivities"
+        facts = {"probes": list(self.found), "said": f"{self._count()} of {of}"}
+        values = torch.tensor([*columns, self.rows], dtype=torch.float64).T
+        self.saved.put(self.key, {"values": values}, facts)
 
 
 def site_divergences(

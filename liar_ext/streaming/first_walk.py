@@ -1,19 +1,18 @@
-"""What the first walk of a streamed job finds, block by block, in its checkpoint."""
+"""The first walk of a streamed job in its checkpoint: what each block has given."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.saved_sums import SUMS, packed, unpacked
+from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held
 from liar_ext.ranks import Owners
 from liar_ext.reconstruction.saved_walk import ALL, SavedStreams
-from liar_ext.saved.progress import Progress
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
-
-NAME, PARTS = "calibration", ("gram", "total", "count")
 
 
 class FirstWalk:
@@ -21,7 +20,7 @@ class FirstWalk:
 
     Parameters
     ----------
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where; nowhere if not given.
     passes : StreamedPasses
         The walk.
@@ -33,13 +32,13 @@ class FirstWalk:
 
     def __init__(
         self,
-        saved: Progress | None,
+        saved: Checkpoint | None,
         passes: StreamedPasses,
         probes: ProbeStreams | None,
         dense: Judged,
     ) -> None:
         self.saved, self.passes, self.probes, self.dense = saved, passes, probes, dense
-        self.kept = SavedStreams(saved, NAME, len(passes.blocks), self._placed)
+        self.kept = SavedStreams(saved, SUMS, len(passes.blocks), self._placed)
 
     def restore(self) -> dict[str, Tensor]:
         """Take all to where the hidden states are that were kept; return the scores up to there.
@@ -50,18 +49,19 @@ class FirstWalk:
         owners = passes.owners
         done = self.kept.restore(passes.blocks, streams, passes.states)
         for index in range(done):
-            known = self.saved.need(f"{NAME}-{index}")
-            for each in known.names():
-                what, _, name = each.partition("/")
-                if what == "score":
-                    scores[name] = known.tensor(each)
-                elif what == "curve" and self.probes is not None:
-                    curve = known.tensor_at(each, owners.rank_of(name))
-                    self.probes.curves |= {} if curve is None else {name: curve}
-            if self.probes is not None:
-                errors = known.facts["errors"].items()
-                self.probes.errors |= {name: e for name, e in errors if owners.mine(name)}
-            passes.source["tokens"] = known.facts["tokens"]
+            stored, facts = self.saved.need(f"{SUMS}-{index}")
+            with reading(stored.path):
+                for each in stored:
+                    what, _, name = each.partition("/")
+                    if what == "score":
+                        scores[name] = stored[each]
+                    elif what == "curve" and self.probes is not None:
+                        curve = stored[each]
+                        self.probes.curves |= {name: curve} if owners.mine(name) else {}
+                if self.probes is not None:
+                    errors = facts["errors"].items()
+                    self.probes.errors |= {name: e for name, e in errors if owners.mine(name)}
+                passes.source["tokens"] = facts["tokens"]
         if passes.keep:
             passes.kept |= kept_sums(self.saved, range(done), owners)
         if self.probes is not None:
@@ -83,12 +83,10 @@ class FirstWalk:
             tensors |= {f"curve/{name}": self.probes.curves[name] for name in mine}
             errors = {name: self.probes.errors[name] for name in mine}
         if passes.keep:
-            for name in mine:
-                sums = passes.bank[name]
-                tensors |= {f"{part}/{name}": getattr(sums, part) for part in PARTS}
+            tensors |= packed({name: passes.bank[name] for name in mine})
         facts = {"tokens": passes.source["tokens"]}
         facts["errors"] = {n: error for share in ranks.share(errors) for n, error in share.items()}
-        self.saved.put_shared(f"{NAME}-{index}", tensors, facts)
+        self.saved.put_shared(f"{SUMS}-{index}", tensors, facts)
         self.kept.keep(index + 1, passes.blocks, self._streams())
 
     def _placed(self, name: str) -> dict[int, int] | None:
@@ -109,14 +107,12 @@ class FirstWalk:
         return streams
 
 
-def kept_sums(saved: Progress | None, blocks: range, owners: Owners) -> dict[str, Moments]:
+def kept_sums(saved: Checkpoint | None, blocks: range, owners: Owners) -> dict[str, Moments]:
     """Return the moments of some blocks, each site's at the rank that owns it."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Moments] = {}
     for index in blocks if saved is not None else ():
-        known = saved.need(f"{NAME}-{index}")
-        for each in known.names():
-            part, _, name = each.partition("/")
-            sums = known.tensor_at(each, owners.rank_of(name)) if part in PARTS else None
-            if sums is not None:
-                found.setdefault(name, {})[part] = sums
-    return {name: Moments(**parts) for name, parts in found.items()}
+        stored, _ = saved.need(f"{SUMS}-{index}")
+        names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
+        with reading(stored.path):
+            found |= unpacked(stored, names, owners)
+    return found

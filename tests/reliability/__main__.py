@@ -38,7 +38,7 @@ What was done to the package to break it, and what came of it. `make reliability
   and every sixth to `liar verify`. Each call must refuse in one line, or do its work, within 60
   seconds (the command, which starts a process for each loader, within 240) and 12 GiB of address
   space, and run none of the code.
-- **files of strangers**: a checkpoint whose `job.json` has nasty values or names a result of the
+- **files of strangers**: a checkpoint whose job has nasty values or names a result of the
   user, with links and pipes among its files; a record of exports that names a pipe; a GGUF file
   with code and an adapter beside it, without one of its weights, or damaged; a result and a
   checkpoint in one place; a standard output that is closed or full; files in the current folder
