@@ -12,11 +12,11 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,22 +24,19 @@ from torch import Tensor
 
 from liar_ext.errors import InputError, one_line
 from liar_ext.ranks import ALONE, Ranks
-from liar_ext.whole_file import SEAL, Entry, is_sealed, is_unfinished, write_tensors
+from liar_ext.whole_file import (
+    SEAL,
+    Held,
+    is_sealed,
+    is_unfinished,
+    tensor_of,
+    write_tensors,
+)
 
 VERSION = 4  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
 OLDER = ("job.json", "calibration.bank", "calibration-1.bank")  # files of version 3
 SHARE = 0.05  # of the time that saving under one key may take
-
-
-class Held(Protocol):
-    """Something that returns a tensor on request, such as hidden states on disk."""
-
-    shape: Sequence[int]
-    dtype: torch.dtype
-
-    def get(self) -> Tensor:
-        """Return it."""
 
 
 class Checkpoint(AbstractContextManager):
@@ -169,13 +166,8 @@ class Checkpoint(AbstractContextManager):
         if not self.ranks.first:
             return
         start = self.clock()
-        entries = [
-            Entry(name, value.dtype, tuple(value.shape), lambda value=value: [_tensor_of(value)])
-            for name, value in (tensors or {}).items()
-        ]
-        entries.sort(key=lambda each: -each.dtype.itemsize)
         try:
-            write_tensors(self.path(key), entries, {"facts": json.dumps(dict(facts or {}))})
+            write_tensors(self.path(key), tensors or {}, {"facts": json.dumps(dict(facts or {}))})
         except OSError as error:
             advice = "free space, and liar resume goes on from what was saved before"
             raise self._refusal(error, advice) from error
@@ -195,7 +187,7 @@ class Checkpoint(AbstractContextManager):
         self.put(key, {name: tensors.get(name, whose[name]) for name in order}, facts)
         for name in order if not self.ranks.first else ():
             if name in tensors:
-                self.ranks.move(_tensor_of(tensors[name]), self.ranks.rank, 0)
+                self.ranks.move(tensor_of(tensors[name]), self.ranks.rank, 0)
 
     def get(self, key: str) -> tuple[Stored, dict[str, Any]] | None:
         """Return tensors and facts of a key, or None if there are none.
@@ -359,10 +351,6 @@ def _opened(path: Path, sealed: bool = True) -> tuple[safe_open, dict[str, Any]]
             raise ValueError("its bytes are not those that were written")
         file = safe_open(os.fspath(path), framework="pt").__enter__()
         return file, dict(json.loads(file.metadata()["facts"]))
-
-
-def _tensor_of(value: Tensor | Held) -> Tensor:
-    return value if isinstance(value, Tensor) else value.get()
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -70,59 +69,40 @@ def is_unfinished(name: str) -> bool:
     return re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", name) is not None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written, with its place in the header.
+class Held(Protocol):
+    """Something that returns a tensor on request, such as hidden states on disk."""
 
-    Parameters
-    ----------
-    name : str
-        Its name.
-    dtype, shape
-        As the header has them.
-    parts : callable
-        Returns the tensor in pieces, in their order; called when it is written.
-    """
-
-    name: str
+    shape: Sequence[int]
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    parts: Callable[[], Iterable[Tensor]]
 
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Entry:
-        """Return the entry of a tensor in memory."""
-        return cls(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
+    def get(self) -> Tensor:
+        """Return it."""
 
 
 def write_tensors(
     path: str | os.PathLike[str],
-    entries: Sequence[Entry],
+    tensors: Mapping[str, Tensor | Held],
     metadata: Mapping[str, str],
     take: Callable[[str, Path], None] | None = None,
 ) -> None:
-    """Write tensors as safetensors; one at a time is in memory.
+    """Write tensors as safetensors, wide elements first; one ``Held`` at a time is in memory.
 
     ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest of all before it.
-    Entries of wider elements must come first, so all are aligned. ``take`` is as for
-    :func:`whole_file`.
+    ``take`` is as for :func:`whole_file`.
 
     Raises
     ------
     OSError
         If it can't be written.
     """
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    kinds = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
     header: dict[str, Any] = {}
-    seal_entry = Entry(SEAL, torch.uint8, (SEAL_BYTES,), list)
     at = 0
-    for each in [*entries, seal_entry]:
-        size = each.dtype.itemsize * prod(each.shape)
-        header[each.name] = {
-            "dtype": WORDS[each.dtype],
-            "shape": each.shape,
-            "data_offsets": [at, at + size],
-        }
-        at += size
+    for name, dtype, shape in [*kinds, (SEAL, torch.uint8, (SEAL_BYTES,))]:
+        end = at + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": WORDS[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
     header["__metadata__"] = dict(metadata)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -130,10 +110,16 @@ def write_tensors(
         seal = blake2b(digest_size=SEAL_BYTES)
         _write(file, seal, struct.pack("<Q", len(text)))
         _write(file, seal, text)
-        for each in entries:
-            for part in each.parts():
-                _write(file, seal, part.detach().cpu().contiguous().view(-1).view(torch.uint8))
+        for name in order:
+            tensor = tensor_of(tensors[name]).detach().cpu().contiguous()
+            _write(file, seal, tensor.view(-1).view(torch.uint8))
+            del tensor  # before the next one is there
         file.write(seal.digest())
+
+
+def tensor_of(value: Tensor | Held) -> Tensor:
+    """Return the tensor that is given, or held."""
+    return value if isinstance(value, Tensor) else value.get()
 
 
 def is_sealed(path: str | os.PathLike[str]) -> bool:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from liar_ext.calibration.bank_file import Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.moments import Moments
 from liar_ext.checkpoint_store import Checkpoint, reading
@@ -20,19 +20,6 @@ from liar_ext.errors import InputError
 from liar_ext.ranks import Owners
 
 SUMS, PARTS = "calibration", ("gram", "total", "count")
-
-
-class Triangles:
-    """The lower triangles of a Gram matrix per fold, packed when they are asked for."""
-
-    def __init__(self, gram: Tensor) -> None:
-        d = gram.shape[-1]
-        self.gram, self.dtype, self.shape = gram, gram.dtype, (FOLDS, d * (d + 1) // 2)
-
-    def get(self) -> Tensor:
-        """Return them, ``(2, d (d + 1) / 2)``."""
-        below = torch.ones(self.gram.shape[1:], dtype=torch.bool).tril_()
-        return torch.stack([fold.detach().cpu()[below] for fold in self.gram])
 
 
 def packed(moments: Mapping[str, Moments]) -> dict[str, Tensor | Triangles]:
@@ -44,8 +31,8 @@ def packed(moments: Mapping[str, Moments]) -> dict[str, Tensor | Triangles]:
     return found
 
 
-def unpacked(tensors: Mapping[str, Tensor], names: Iterable[str], owners: Owners) -> dict:
-    """Return the moments of those sites that this rank owns; every rank must call this."""
+def restored(tensors: Mapping[str, Tensor], names: Iterable[str], owners: Owners) -> dict:
+    """Return packed moments of those sites that this rank owns; every rank must call this."""
     found = {}
     for name in names:
         triangles, total, count = (tensors[f"{part}/{name}"] for part in PARTS)
@@ -53,26 +40,12 @@ def unpacked(tensors: Mapping[str, Tensor], names: Iterable[str], owners: Owners
             d = total.shape[-1]
             if triangles.shape != (FOLDS, d * (d + 1) // 2):
                 raise ValueError(f"gram/{name} must be triangles of {d} features")
-            gram = triangles.new_zeros(FOLDS, d, d)
-            gram[:, torch.ones(d, d, dtype=torch.bool).tril_()] = triangles
-            found[name] = Moments(gram, total, count)
+            found[name] = Moments(unpacked(triangles, d), total, count)
     return found
 
 
 class SavedSums:
-    """The sums of one pass over the calibration text, in a checkpoint.
-
-    Parameters
-    ----------
-    saved : Checkpoint
-        All its ranks must call each method.
-    key : str
-        Of the sums.
-    of : int, optional
-        Number of batches.
-    group : str
-        What a user is told of the group of sites.
-    """
+    """The sums of one pass over ``of`` batches, under a key; all ranks must call each method."""
 
     def __init__(
         self, saved: Checkpoint, key: str = SUMS, of: int | None = None, group: str = ""
@@ -92,21 +65,8 @@ class SavedSums:
     ) -> int:
         """Copy saved sums into ``moments``; return the number of batches that they include.
 
-        Parameters
-        ----------
-        moments : mapping of str to Moments
-            Of the sites that this rank owns.
-        widths : mapping of str to int
-            Features of each site.
-        facts : mapping
-            The model.
-        owners : Owners
-            Who owns which site.
-
-        Raises
-        ------
-        InputError
-            If the sums belong to another model or other sites, or are damaged.
+        ``widths`` are the features of all sites, ``facts`` those of the model. InputError is raised
+        if the sums belong to other sites or another model, or are damaged.
         """
         known, self._widths = self.saved.get(self.key), dict(widths)
         if known is None:
@@ -122,7 +82,7 @@ class SavedSums:
                     "folder, or remove that file"
                 )
             for name, width in widths.items():
-                for its in unpacked(known[0], [name], owners).values():
+                for its in restored(known[0], [name], owners).values():
                     if its.d_in != width:
                         raise ValueError(f"{name} must have {width} features")
                     for part in PARTS:

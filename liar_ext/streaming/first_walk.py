@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
-from liar_ext.calibration.saved_sums import SUMS, packed, unpacked
+from liar_ext.calibration.saved_sums import SUMS, packed, restored
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held
 from liar_ext.ranks import Owners
@@ -114,5 +114,5 @@ def kept_sums(saved: Checkpoint | None, blocks: range, owners: Owners) -> dict[s
         stored, _ = saved.need(f"{SUMS}-{index}")
         names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
         with reading(stored.path):
-            found |= unpacked(stored, names, owners)
+            found |= restored(stored, names, owners)
     return found
