@@ -176,17 +176,20 @@ class Checkpoint(AbstractContextManager):
     def put_shared(
         self, key: str, tensors: Mapping[str, Tensor | Held], facts: Mapping[str, Any]
     ) -> None:
-        """Write tensors of all ranks, sorted by name; the first one receives them one by one."""
+        """Write tensors of all ranks, sorted by name; the first one receives them one by one.
+
+        Of a tensor that several ranks have, that of the first of them is written.
+        """
         own = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
         whose = {
             name: _Elsewhere(self.ranks, rank, *kind)
-            for rank, share in enumerate(self.ranks.share(own))
+            for rank, share in reversed([*enumerate(self.ranks.share(own))])
             for name, kind in share.items()
         }
         order = sorted(whose, key=lambda name: (-whose[name].dtype.itemsize, name))
         self.put(key, {name: tensors.get(name, whose[name]) for name in order}, facts)
         for name in order if not self.ranks.first else ():
-            if name in tensors:
+            if whose[name].rank == self.ranks.rank:
                 self.ranks.move(tensor_of(tensors[name]), self.ranks.rank, 0)
 
     def get(self, key: str) -> tuple[Stored, dict[str, Any]] | None:

@@ -20,7 +20,6 @@ from liar_ext.reconstruction.saved_walk import (
     SavedStreams,
     keep_block,
     kept_block,
-    placed_by_number,
 )
 from liar_ext.reconstruction.settings import check_settings
 from liar_ext.reconstruction.streams import with_inputs
@@ -123,8 +122,8 @@ def reconstruct_layerwise(
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
-        placed = placed_by_number(ranks, walk.parts)
-        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: placed)
+        numbers = [part.number for part in walk.parts]
+        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: numbers)
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
         walk.go_on(streams)

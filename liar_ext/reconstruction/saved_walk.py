@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
@@ -9,13 +10,10 @@ from torch import Tensor
 
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held, HiddenStates
-from liar_ext.ranks import Ranks
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.streams import Part
 from liar_ext.rows import SiteRow
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
-ALL = -1  # the ranks that have the same hidden states
 
 
 class SavedStreams:
@@ -32,9 +30,9 @@ class SavedStreams:
         Name of the walk.
     blocks : int
         Number of its blocks.
-    placed : callable, optional
-        Returns for the name of a stream the rank of each of its hidden states by number, ``ALL``
-        for every rank; None if the first rank has the whole stream.
+    numbers : callable, optional
+        Returns for the name of a stream the numbers of those hidden states that this rank has;
+        None if the first rank has the whole stream.
     """
 
     def __init__(
@@ -42,9 +40,9 @@ class SavedStreams:
         saved: Checkpoint | None,
         walk: str,
         blocks: int,
-        placed: Callable[[str], Mapping[int, int] | None] = lambda name: None,
+        numbers: Callable[[str], Sequence[int] | None] = lambda name: None,
     ) -> None:
-        self.saved, self.walk, self.blocks, self.placed = saved, walk, blocks, placed
+        self.saved, self.walk, self.blocks, self.numbers = saved, walk, blocks, numbers
         self.key = f"{walk}-streams"
 
     def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
@@ -57,19 +55,19 @@ class SavedStreams:
             return 0
         tensors, facts = known
         with reading(self.saved.path(self.key)):
-            done, blocks.beside, saved = (facts[name] for name in ("blocks", "beside", "streams"))
-        for name, numbers in saved.items():
-            placed, at = self.placed(name) or {}, 0
-            for number in numbers:
-                tensor = tensors[f"{name}/{number}"]
-                if placed.get(number, 0) not in (self.saved.ranks.rank, ALL):
-                    continue
+            parts = (name.rpartition("/") for name in tensors)
+            every = sorted((name, int(number)) for name, _, number in parts)
+            done, blocks.beside = facts["blocks"], facts["beside"]
+        taken: Counter[str] = Counter()
+        for name, number in every:
+            tensor, numbers = tensors[f"{name}/{number}"], self.numbers(name)
+            if self.saved.ranks.first if numbers is None else number in numbers:
                 into = streams.setdefault(name, [])
-                if at < len(into):
-                    into[at].set(tensor)
+                if taken[name] < len(into):
+                    into[taken[name]].set(tensor)
                 else:
                     into.append(states.hold(tensor))
-                at += 1
+                taken[name] += 1
         return done
 
     def keep(
@@ -78,28 +76,17 @@ class SavedStreams:
         """Save the hidden states after ``done`` blocks if that is due, or ``now``."""
         if self.saved is None:
             return
-        ranks = self.saved.ranks
-        if not ranks.broadcast(now or self.saved.due(self.key)):
+        if not self.saved.ranks.broadcast(now or self.saved.due(self.key)):
             return
-        each, own = {}, {}
+        mine = {}
         for name, some in streams.items():
-            placed = self.placed(name) or dict.fromkeys(range(len(some)), 0)
-            own[name] = sorted(placed)
-            here = [n for n in own[name] if placed[n] in (ranks.rank, ALL)]
-            if ranks.first or ALL not in placed.values():
-                each |= {f"{name}/{n}": held for n, held in zip(here, some, strict=True)}
-        shares = reversed(ranks.share(own))  # of a stream of its own the first one knows
-        every = {name: numbers for share in shares for name, numbers in share.items()}
-        facts = {"blocks": done, "beside": blocks.beside, "streams": every}
+            numbers = self.numbers(name)
+            numbers = range(len(some)) if numbers is None else numbers
+            mine |= {f"{name}/{n}": held for n, held in zip(numbers, some, strict=True)}
+        facts = {"blocks": done, "beside": blocks.beside}
         if not now:
             facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
-        self.saved.put_shared(self.key, each, facts)
-
-
-def placed_by_number(ranks: Ranks, parts: Sequence[Part]) -> dict[int, int]:
-    """Return which rank has which part of a walk, of which this one has some."""
-    shares = enumerate(ranks.share([part.number for part in parts]))
-    return {number: rank for rank, share in shares for number in share}
+        self.saved.put_shared(self.key, mine, facts)
 
 
 def keep_block(

@@ -9,7 +9,7 @@ from liar_ext.calibration.saved_sums import SUMS, packed, restored
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held
 from liar_ext.ranks import Owners
-from liar_ext.reconstruction.saved_walk import ALL, SavedStreams
+from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
@@ -38,7 +38,7 @@ class FirstWalk:
         dense: Judged,
     ) -> None:
         self.saved, self.passes, self.probes, self.dense = saved, passes, probes, dense
-        self.kept = SavedStreams(saved, SUMS, len(passes.blocks), self._placed)
+        self.kept = SavedStreams(saved, SUMS, len(passes.blocks), self._numbers)
 
     def restore(self) -> dict[str, Tensor]:
         """Take all to where the hidden states are that were kept; return the scores up to there.
@@ -89,15 +89,15 @@ class FirstWalk:
         self.saved.put_shared(f"{SUMS}-{index}", tensors, facts)
         self.kept.keep(index + 1, passes.blocks, self._streams())
 
-    def _placed(self, name: str) -> dict[int, int] | None:
-        """Return which rank has which hidden states of a stream."""
+    def _numbers(self, name: str) -> range | None:
+        """Return which hidden states of a stream this rank has."""
         what, _, site = name.partition(" ")
         if name == "text":
-            return self.passes.placed
+            return self.passes.numbers
         if self.probes is None or what not in ("probe", "probed"):
             return None
-        rank = self.passes.owners.rank_of(site) if what == "probe" else ALL
-        return dict.fromkeys(range(len(self.probes.batches)), rank)
+        mine = what == "probed" or self.passes.owners.mine(site)
+        return range(len(self.probes.batches) if mine else 0)
 
     def _streams(self) -> dict[str, list[Held]]:
         streams = {"text": self.passes.hidden, **self.dense.streams()}

@@ -90,9 +90,9 @@ class StreamedPasses:
         return self._walk(known=False)
 
     @property
-    def placed(self) -> dict[int, int]:
-        """Which rank has which batch."""
-        return {index: index % self.store.ranks.count for index in range(len(self.batches))}
+    def numbers(self) -> range:
+        """Numbers of this rank's batches."""
+        return range(self.store.ranks.rank, len(self.batches), self.store.ranks.count)
 
     def back(self) -> Iterator[list[Site]]:
         """Return the groups once more, from the sums where they were kept."""

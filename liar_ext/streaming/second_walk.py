@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from liar_ext.bars import Bar, spare
@@ -18,7 +18,6 @@ from liar_ext.reconstruction.saved_walk import (
     Weights,
     keep_block,
     kept_block,
-    placed_by_number,
 )
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.rows import SiteRow
@@ -68,8 +67,8 @@ class SecondWalk:
         self.every = sites(job.model, attn_unit=plan.attn_unit)
         self.blocks = Blocks(job.model, self.every) if self.layerwise else passes.blocks
         self.rows: dict[str, SiteRow] = {}
-        self.placed: dict[int, int] = passes.placed  # of the calibration text, by rank
-        self.kept = SavedStreams(job.saved, "pruning", len(job.store), self._placed)
+        self.numbers: Sequence[int] = passes.numbers  # of this rank's calibration text
+        self.kept = SavedStreams(job.saved, "pruning", len(job.store), self._numbers)
 
     def run(self, shards: Shards | None) -> None:
         """Walk over all blocks; of several ranks the first one alone has shards to write."""
@@ -123,7 +122,7 @@ class SecondWalk:
             walk = Walk(job.model, self.blocks, self.plan, *settings, **shared)
             with job.clock("reconstruct"):
                 walk.start(job.batches, job.certify_on or ())
-            self.placed = placed_by_number(job.ranks, walk.parts)
+            self.numbers = [part.number for part in walk.parts]
             done = self._restore(walk.streams())
             yield from self._again(done)
             spare("layerwise", done)
@@ -150,10 +149,9 @@ class SecondWalk:
         """Take all that walks along to where it was kept; return how many blocks that is past."""
         return self.kept.restore(self.blocks, streams | self._along(), self.job.states)
 
-    def _placed(self, name: str) -> dict[int, int] | None:
-        """Return which rank has which hidden states of a stream; the first one what it judges."""
-        along = ("fingerprint", "held out", "fresh")
-        return None if name in along else self.placed
+    def _numbers(self, name: str) -> Sequence[int] | None:
+        """Return which hidden states of a stream this rank has; the first one has all it judges."""
+        return None if name in ("fingerprint", "held out", "fresh") else self.numbers
 
     def _along(self) -> Streams:
         """Return the hidden states that walk along and take no part in a solve."""
