@@ -1,7 +1,7 @@
 """The checkpoint of a job: a folder with tensors and facts by key, one sealed file per key.
 
 A file is safetensors, its metadata has the facts as JSON, and it ends in a digest of its bytes (see
-:func:`liar_ext.whole_file.write_tensors`). Of several ranks the first one reads and writes, and
+:func:`liar_ext.atomic_write.write_tensors`). Of several ranks the first one reads and writes, and
 hands what it reads to the others, so a checkpoint does not depend on the number of ranks.
 """
 
@@ -22,9 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liar_ext.errors import InputError, one_line
-from liar_ext.ranks import ALONE, Ranks
-from liar_ext.whole_file import (
+from liar_ext.atomic_write import (
     SEAL,
     Held,
     is_sealed,
@@ -32,6 +30,8 @@ from liar_ext.whole_file import (
     tensor_of,
     write_tensors,
 )
+from liar_ext.errors import InputError, one_line
+from liar_ext.ranks import ALONE, Ranks
 
 VERSION = 4  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"

@@ -23,13 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from liar_ext.atomic_write import SEAL, Held, is_sealed, write_tensors
 from liar_ext.calibration import kept_text
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.memory import available_memory
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError, one_line
-from liar_ext.whole_file import SEAL, Held, is_sealed, write_tensors
 
 BANK_VERSION = 2
 PARTS = ("gram", "total", "count")
@@ -55,7 +55,7 @@ def write_bank(
 ) -> None:
     """Write a bank; the file is there whole or not at all, and a site at a time is packed.
 
-    ``take`` is as for :func:`liar_ext.whole_file.whole_file`.
+    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`.
 
     Raises
     ------

@@ -35,7 +35,7 @@ WORDS = {
 
 
 @contextmanager
-def whole_file(
+def atomic_write(
     path: str | os.PathLike[str], take: Callable[[str, Path], None] | None = None
 ) -> Iterator[BinaryIO]:
     """Open a file to be written beside ``path``, whose place it takes when the context ends well.
@@ -88,7 +88,7 @@ def write_tensors(
     """Write tensors as safetensors, wide elements first; one ``Held`` at a time is in memory.
 
     ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest of all before it.
-    ``take`` is as for :func:`whole_file`.
+    ``take`` is as for :func:`atomic_write`.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def write_tensors(
     header["__metadata__"] = dict(metadata)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with whole_file(path, take) as file:
+    with atomic_write(path, take) as file:
         seal = blake2b(digest_size=SEAL_BYTES)
         _write(file, seal, struct.pack("<Q", len(text)))
         _write(file, seal, text)
@@ -189,7 +189,7 @@ def write_whole(path: Path, data: str, operation: str, option: str) -> None:
         If it can't be written.
     """
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(data.encode())
     except OSError as error:
         raise InputError(
