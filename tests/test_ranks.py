@@ -23,12 +23,11 @@ from torch import Tensor
 
 import liar_ext
 from liar_ext import InputError, distributed
-from liar_ext.calibration.bank_file import read_bank
 from liar_ext.calibration.taps import InFlight
+from liar_ext.checkpoint_store import Checkpoint, facts_of
 from liar_ext.cli.main import main
 from liar_ext.cli.processes import meet
 from liar_ext.distributed import RankLost
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
 
 MEASURED = ("schedules", "divergence_rescaled")
@@ -173,7 +172,7 @@ def test_the_same_ranks_give_the_same_bits(tmp_path):
 
 
 def test_a_bank_agrees_and_a_checkpoint_serves_any_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))  # saves each round
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))  # saves each round
     model = tiny("qwen3_moe")
     expected = liar_ext.calibrate(model, batches())
     checkpoint, path = tmp_path / "c", tmp_path / "bank"
@@ -194,7 +193,7 @@ def test_a_bank_agrees_and_a_checkpoint_serves_any_number(tmp_path, monkeypatch)
 
     codes = forked.run(3, stopped, tmp_path)
     assert codes == [0, -signal.SIGKILL, 0], (tmp_path / "err0").read_text()
-    assert read_bank(checkpoint / "calibration.bank", sums=False).source["progress"] == 3
+    assert facts_of(checkpoint, "calibration")["batches"] == 3
 
     def resumed(rank: int) -> None:
         distributed.join()

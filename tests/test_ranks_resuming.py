@@ -16,10 +16,10 @@ from tiny import tiny, tiny_inputs
 import liar_ext
 from liar_ext import InputError, MomentBank, distributed
 from liar_ext.calibration.taps import InFlight
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
 from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
 
 STAGES = {
@@ -46,7 +46,7 @@ JOBS = {
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
     """With a clock that stands still it is always time to save."""
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -12,7 +12,6 @@
 ``texts``                 names of the texts that ``source`` of the kept text counts
 ``tokenizer``             a fingerprint of the tokenizer
 ``calibrations``          of each run that was added: how its sequences were drawn
-``progress``              of a checkpoint: over how many batches its sums are
 ``sensitivities``         measured ones, see :mod:`liar_ext.pipeline.sharing`
 ========================  ======================================================================
 """
@@ -215,7 +214,7 @@ def _routed(value: Any) -> bool:
 
 
 CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("sequences", "tokens", "seq_len", "progress"), _count),
+    **dict.fromkeys(("sequences", "tokens", "seq_len"), _count),
     **dict.fromkeys(("model_type", "model", "dtype", "tokenizer"), _string),
     **dict.fromkeys(("data", "texts", "relative"), _names),
     "sites": _sites,

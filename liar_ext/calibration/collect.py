@@ -20,13 +20,13 @@ from liar_ext.calibration.hooks import Ended, watched
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.calibration.saved_sums import SavedSums
 from liar_ext.calibration.taps import InFlight, Tap, adding, is_relative, tap_at
+from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.data.batches import FOLDS, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, sites
-from liar_ext.saved.progress import Progress, opened
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     keep_text: bool = True,
-    checkpoint: str | os.PathLike[str] | Progress | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
@@ -64,7 +64,7 @@ def calibrate(
     checkpoint : path, optional
         A folder to save the sums so far in, and to go on from where it has some, of the same
         model and batches: with the same result, bit for bit, as without. It stays when all is
-        done. A :class:`liar_ext.saved.progress.Progress` is one that is open already. Of
+        done. A :class:`liar_ext.checkpoint_store.Checkpoint` is one that is open already. Of
         several ranks the first one alone works in it.
     progress : bool
         Show a progress bar.
@@ -134,7 +134,7 @@ def collect(
     relative = sorted(tap.name for tap in taps if tap.relative)
     facts |= {"relative": relative} if relative else {}
     widths = {tap.name: tap.d_in for tap in taps}
-    done = 0 if saved is None else saved.restore(widths, bank.moments, facts)
+    done = 0 if saved is None else saved.restore(bank.moments, widths, facts)
     if done and distributed.is_first():
         tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
 

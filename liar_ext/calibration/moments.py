@@ -286,7 +286,7 @@ class MomentBank(Mapping[str, Moments]):
         """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`.
 
         The file is there whole or not at all; one that was there is replaced, unless ``take`` does
-        otherwise, see :func:`liar_ext.whole_file.whole_file`. It holds the calibration text as
+        otherwise, see :func:`liar_ext.atomic_write.atomic_write`. It holds the calibration text as
         token ids, if the bank does: see ``keep_text`` of :func:`liar_ext.calibrate`.
         """
         sums = {name: (part.gram, part.total, part.count) for name, part in self.moments.items()}

@@ -16,11 +16,11 @@ from liar_ext.calibration.collect import (
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import SUMS, SavedSums
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
 from liar_ext.distributed import gather, local_world_size
 from liar_ext.environment import available_memory
 from liar_ext.models.sites import Site, teams_of
-from liar_ext.saved.progress import Progress
 
 # Of the sums of one pass: OPT-1.3B takes 26 GiB, in two folds of float64.
 MEMORY = 32 << 30
@@ -43,7 +43,7 @@ class Passes:
         :func:`room_for_sums` says.
     bank : MomentBank, optional
         Moments over these batches that are there already; whatever groups they hold take no pass.
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where the sums of each group are kept; those that are there are not taken again.
 
     Attributes
@@ -60,7 +60,7 @@ class Passes:
         memory: int | None = None,
         *,
         bank: MomentBank | None = None,
-        saved: Progress | None = None,
+        saved: Checkpoint | None = None,
         progress: bool = False,
     ) -> None:
         check_finite_weights(model)
@@ -105,8 +105,11 @@ class Passes:
     def _saved_sums(self, number: int) -> SavedSums | None:
         if self.saved is None:
             return None
-        name = SUMS if len(self.groups) == 1 else f"{SUMS}-{number + 1}"
-        return SavedSums(self.saved, name, len(self.batches))
+        if len(self.groups) == 1:
+            return SavedSums(self.saved, of=len(self.batches))
+        group = number + 1
+        given = f"{SUMS}-{group}", len(self.batches), f" of group {group}"
+        return SavedSums(self.saved, *given)
 
 
 def room_for_sums(model: nn.Module, memory: int | None = None) -> int:

@@ -33,6 +33,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Load, draw text, run the model over it, write."""
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.memory import bytes_of_sums, check_memory
+    from liar_ext.checkpoint_store import RESULT
     from liar_ext.cli.own_text import let_write
     from liar_ext.cli.prune import load
     from liar_ext.cli.resume import check_apart, checkpoint_of
@@ -71,6 +72,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
         }
         bank.documents = loaded.documents
+        if saved is not None:
+            saved.put(
+                RESULT, facts={name: bank.source[name] for name in ("model", "dtype", "data")}
+            )
         save_bank(bank, options.bank, "calibrate", "--bank", options.overwrite)
     if not options.quiet:
         print(

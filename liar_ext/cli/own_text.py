@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.self_calibration import SELF, write_sequences
+from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.data.batches import read_batches
 from liar_ext.data.sequences import count_beside, of_no_text, seed_of
 from liar_ext.distributed import broadcast, is_first
@@ -18,7 +19,6 @@ from liar_ext.errors import InputError
 from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
-from liar_ext.saved.progress import Kept, Progress
 
 if TYPE_CHECKING:
     from liar_ext.cli.prune import Given
@@ -62,7 +62,7 @@ def writes(recipe: Recipe, model: nn.Module) -> bool:
 def let_write(
     given: Given,
     recipe: Recipe,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     *,
     progress: bool = False,
     sketch: bool = False,
@@ -87,7 +87,7 @@ def let_write(
     def write() -> Batches:
         check_finite_weights(given.model)
         kept = None if saved is None else saved.get(WRITTEN)
-        ids = None if kept is None else _read(kept, recipe.seq_len, given.model)
+        ids = None if kept is None else _read(kept[0], recipe.seq_len, given.model)
         if kept is None and is_first():
             ids = write_sequences(
                 given.model,
@@ -109,9 +109,9 @@ def let_write(
     given.calibration = TextAndOwn(given.calibration, write)
 
 
-def _read(kept: Kept, seq_len: int, model: nn.Module) -> Tensor:
+def _read(kept: Stored, seq_len: int, model: nn.Module) -> Tensor:
     """Return what a checkpoint has of it."""
-    ids = kept.tensor("input_ids") if "input_ids" in kept.names() else torch.empty(0)
+    ids = kept["input_ids"] if "input_ids" in kept else torch.empty(0)
     known = known_tokens(model, model.config)
     if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != seq_len or not len(ids):
         raise InputError(f"checkpoint: {kept.path} holds no text of this job; remove the folder")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 
 import torch
 
+from liar_ext.checkpoint_store import difference
 from liar_ext.distributed import (
     RankLost,
     broadcast,
@@ -20,7 +21,6 @@ from liar_ext.distributed import (
     world_size,
 )
 from liar_ext.errors import InputError
-from liar_ext.saved.progress import difference
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
 OWN = ("quiet", "out", "bank", "checkpoint")  # options of which each machine may have its own

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.self_calibration import SELF
+from liar_ext.checkpoint_store import RESULT, Checkpoint
 from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.own_text import SKETCHED, TextAndOwn, let_write, writes
@@ -25,7 +26,6 @@ from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress
 
 ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
@@ -51,13 +51,13 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
 
     from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
     from liar_ext.cli.resume import check_apart, checkpoint_of
-    from liar_ext.pipeline.resuming import check, note_result
+    from liar_ext.pipeline.pipeline import check_resumable
 
     sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
-        check(recipe)
+        check_resumable(recipe)
     check_apart(options)
     if options.max_memory is not None:
         from liar_ext.cli.by_blocks import run_by_blocks
@@ -87,7 +87,8 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         # Those of saving are added by save_pruned, which writes the report.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        note_result(saved, report.plan)
+        if saved is not None:
+            saved.put(RESULT, facts={"plan": report.plan.to_json()})
         with writing(options.out, options.overwrite, checked=True) as path:
             saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
             fill_folder(given.model, path, report.plan, **saving)
@@ -119,7 +120,7 @@ def prune_given(
     given: Given,
     recipe: Recipe,
     bank: MomentBank | None = None,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     *,
     progress: bool,
 ) -> Report:

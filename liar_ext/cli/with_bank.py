@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from liar_ext.atomic_write import check_place
 from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
 from liar_ext.calibration.moments import MomentBank
@@ -28,7 +29,6 @@ from liar_ext.data.documents import check_apart_from
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES
-from liar_ext.whole_file import check_place
 
 UNCHECKED = (
     "The bank has no digests of its documents: nobody has looked whether the evaluation text "

@@ -16,6 +16,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, room_for_sums
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
@@ -37,7 +38,6 @@ from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.reconstruction.one_pass import certified_errors, with_bias
 from liar_ext.report.report import Report, versions
 from liar_ext.rows import SiteRow, what_to_know
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion
@@ -74,7 +74,7 @@ class Job:
     grid: dict[str, object] = field(default_factory=dict)
     speed: Speed | None = None  # for a budget of latency
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
-    saved: Progress | None = None  # where it keeps what is done
+    saved: Checkpoint | None = None  # where it keeps what is done
     judged: Batches | None = None  # text that decides the schedule, and nothing else
 
     def __post_init__(self) -> None:

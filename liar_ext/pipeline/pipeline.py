@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.bars import Timeline
+from liar_ext.bars import Timeline, spare
+from liar_ext.calibration.fingerprints import digest_of
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.checkpoint_store import Checkpoint, opened, reading
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.pipeline.estimate import Estimate, bars_of, stages_of
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
-from liar_ext.pipeline.resuming import begin, check, decide
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress, opened
 
+PLAN = "plan"  # its key in a checkpoint
 _DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 # What the command does around prune, and what does it in Python.
@@ -51,7 +54,7 @@ def prune(
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
-    checkpoint: str | os.PathLike[str] | Progress | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -142,7 +145,7 @@ def run(
 ) -> Report:
     """Run the steps of a job in their order."""
     if job.saved is not None:
-        check(job.recipe)
+        check_resumable(job.recipe)
     job.check()
     if job.saved is not None:
         # What is free changes, and other groups of sites would have other sums.
@@ -173,6 +176,68 @@ def _steps(
     plan = job.slice(plan, weights)
     _rescale(job, dense_outputs, plan)
     return job.report(plan, dense, job.evaluate(evaluate_on))
+
+
+def check_resumable(recipe: Recipe) -> None:
+    """Raise InputError if a job can't be resumed with the same result."""
+    if recipe.of == "latency":
+        raise InputError(
+            "checkpoint: --of latency decides by seconds, which come out otherwise every time; "
+            "leave it or --checkpoint out"
+        )
+
+
+def begin(job: Job, texts: Mapping[str, Batches | None], **kept: Any) -> dict[str, Any]:
+    """Record the job in its checkpoint, or raise InputError if that is of another one.
+
+    Parameters
+    ----------
+    job : Job
+        With a checkpoint.
+    texts : mapping
+        All text but the calibration text, by name.
+    **kept
+        See :meth:`liar_ext.checkpoint_store.Checkpoint.begin`, which returns the facts.
+    """
+    texts = {"calibration text": job.batches, **texts, "judged text": job.judged}
+    facts = {
+        "weights": job.weights_digest(),
+        "dtype": str(job.model.dtype),
+        **{name: None if text is None else digest_of(text) for name, text in texts.items()},
+        "bank": None if job.bank is None else job.bank.source.get("data"),
+        "settings": job.recipe.to_dict(),
+    }
+    return job.saved.begin(facts, **kept)
+
+
+def decide(job: Job, passes: Any) -> Plan:
+    """Return the plan of a job, from its checkpoint if it is there.
+
+    ``passes`` give the sums, in memory or block by block; None where none are needed.
+    """
+    saved = None if passes is None else job.saved
+    known = None if saved is None else saved.get(PLAN)
+    if known is not None:
+        facts = known[1]
+        with reading(saved.path(PLAN)):
+            plan, passes.summed, job.source = (facts[n] for n in ("plan", "summed", "source"))
+            plan = Plan.from_json(plan)
+            for name in ("facts", "grid", "sensitivities"):
+                setattr(job, name, getattr(job, name) | facts[name])
+        if job.bank is None:
+            passes.bank = MomentBank(source=job.source)
+        for stage, steps in job.before_plan().items():
+            spare(stage, steps)
+        return plan
+    plan = job.allocate(passes, *job.score(passes))
+    if saved is not None:
+        facts = {name: getattr(job, name) for name in ("facts", "grid", "sensitivities")}
+        source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
+        facts |= {"plan": plan.to_json(), "source": source, "summed": passes.summed}
+        saved.put(PLAN, facts=facts | {"said": "the plan"})
+    if job.saved is not None and job.recipe.schedule == "layerwise" and job.judged is None:
+        job.saved.drop(SUMS)  # which a walk alone doesn't need
+    return plan
 
 
 def _outputs(job: Job) -> Rescaling | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.collect import check_bank_is_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
 from liar_ext.distributed import share
 from liar_ext.errors import InputError
@@ -18,11 +19,10 @@ from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.ridge import form_at
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
 from liar_ext.selection.error_curves import error_curves, notes_of
-from liar_ext.selection.measured import Measured
+from liar_ext.selection.sensitivity import Measured
 
 
 def find_scores(
@@ -52,7 +52,7 @@ def find_losses(
     at: Sequence[Site],
     scores: dict[str, Tensor],
     *,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     progress: bool = False,
     notes: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -14,6 +14,7 @@ from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.memory import bytes_of_sums, check_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
@@ -24,7 +25,6 @@ from liar_ext.pipeline.sharing import Known
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.costs import total_cost
 from liar_ext.surgery.units import apply_plan
 
@@ -95,7 +95,7 @@ class Sweep:
         Show progress bars.
     judge_on : sequence of mapping, optional
         As for :func:`liar_ext.prune`.
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where the divergences are kept that sensitivities are made of: for plans by one recipe.
     probe_keep : float, optional
         Fraction of each site that stays while its sensitivity is measured; the budget's by default.
@@ -106,7 +106,7 @@ class Sweep:
     bank: MomentBank | None = None
     progress: bool = False
     judge_on: Sequence[Mapping[str, Tensor]] | None = None
-    saved: Progress | None = None
+    saved: Checkpoint | None = None
     probe_keep: float | None = None
     known: Known = field(init=False)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar, spare
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batch, Batches, read_batch
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
@@ -15,11 +16,10 @@ from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
 from liar_ext.reconstruction.ridge import check_settings
-from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block, named
+from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block
 from liar_ext.reconstruction.streams import with_inputs
 from liar_ext.reconstruction.walk import Walk
 from liar_ext.rows import SiteRow
-from liar_ext.saved.progress import Progress
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def reconstruct_layerwise(
     mode: str = "auto",
     damp: float | str = "auto",
     fresh: Batches = (),
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve the sites of ``plan`` block by block, each on what the pruned blocks before it give.
@@ -126,7 +126,8 @@ def reconstruct_layerwise(
                 continue
             walk.step(index)
             layers = blocks.layers[index].values()
-            here = named(walk.weights, (site.name for layer in layers for site in layer))
+            names = (site.name for layer in layers for site in layer)
+            here = {name: walk.weights[name] for name in names if name in walk.weights}
             keep_block(saved, index, here, walk.rows)
             kept.keep(index + 1, blocks, walk.streams())
     return walk.weights, [walk.rows[name] for name in plan.sites]

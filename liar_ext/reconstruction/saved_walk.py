@@ -1,121 +1,112 @@
-"""A walk over the blocks that goes on where a process that has ended was."""
+"""A walk over the blocks in its checkpoint, from which an interrupted one goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
 
+from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held, HiddenStates
-from liar_ext.distributed import broadcast, gather, is_first
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.rows import SiteRow
-from liar_ext.saved.progress import Progress
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 
 class SavedStreams:
-    """All hidden states that walk along, kept after a block; those before are replaced at once.
+    """All hidden states of a walk after a block, in the place of those after the block before.
 
-    That is done no more often than takes a twentieth of the time; a walk goes on from where they
-    are, and does the blocks after it once more, to the same bits.
+    They are saved as often as a twentieth of the time allows. A walk goes on from there, and does
+    later blocks again, to the same bits.
 
     Parameters
     ----------
-    saved : Progress, optional
-        Where they are kept; nowhere if not given.
-    name : str
-        Of the walk.
+    saved : Checkpoint, optional
+        Nothing is kept without it.
+    walk : str
+        Name of the walk.
     blocks : int
-        How many it has.
+        Number of its blocks.
     numbers : callable, optional
-        Gives for the name of a stream the numbers of the hidden states that this rank has of it;
-        None where the first one has the whole stream.
+        Returns for the name of a stream the numbers of those hidden states that this rank has;
+        None if the first rank has the whole stream.
     """
 
     def __init__(
         self,
-        saved: Progress | None,
-        name: str,
+        saved: Checkpoint | None,
+        walk: str,
         blocks: int,
         numbers: Callable[[str], Sequence[int] | None] = lambda name: None,
     ) -> None:
-        self.saved, self.walk, self.blocks, self.numbers = saved, name, blocks, numbers
-        self.name = f"{name}-streams"
+        self.saved, self.walk, self.blocks, self.numbers = saved, walk, blocks, numbers
+        self.key = f"{walk}-streams"
 
     def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
-        """Put hidden states that are kept into ``streams``; return how many blocks they are past.
+        """Put saved hidden states into ``streams``; return the number of blocks behind them.
 
-        Those that are there by that name are replaced, others are held in ``states``. Each rank
-        gets what it has of them, whoever had it.
+        Those of a known name are replaced, others are held in ``states``. Each rank takes its own.
         """
-        known = None if self.saved is None else self.saved.get(self.name)
+        known = None if self.saved is None else self.saved.get(self.key)
         if known is None:
             return 0
-        blocks.beside = known.facts["beside"]
-        for name, every in known.facts["streams"].items():
-            mine, at = self.numbers(name), 0
-            if mine is not None:
+        tensors, facts = known
+        with reading(self.saved.path(self.key)):
+            parts = (name.rpartition("/") for name in tensors)
+            every = sorted((name, int(number)) for name, _, number in parts)
+            done, blocks.beside = facts["blocks"], facts["beside"]
+        taken: Counter[str] = Counter()
+        for name, number in every:
+            tensor, numbers = tensors[f"{name}/{number}"], self.numbers(name)
+            if numbers is not None:  # of which this rank may have none
                 streams.setdefault(name, [])
-            for number in every:
-                tensor = known.tensor(f"{name}/{number}")
-                if not (is_first() if mine is None else number in mine):
-                    continue
+            if is_first() if numbers is None else number in numbers:
                 into = streams.setdefault(name, [])
-                if at < len(into):
-                    into[at].set(tensor)
+                if taken[name] < len(into):
+                    into[taken[name]].set(tensor)
                 else:
                     into.append(states.hold(tensor))
-                at += 1
-        return known.facts["blocks"]
+                taken[name] += 1
+        return done
 
     def keep(
         self, done: int, blocks: Blocks, streams: Mapping[str, list[Held]], *, now: bool = False
     ) -> None:
-        """Keep the hidden states that are past ``done`` blocks, if it is time to."""
+        """Save the hidden states after ``done`` blocks if that is due, or ``now``."""
         if self.saved is None:
             return
-        if not broadcast(now or self.saved.due(self.name)):
+        if not broadcast(now or self.saved.due(self.key)):
             return
-        own = {name: self.numbers(name) or range(len(some)) for name, some in streams.items()}
-        each = {
-            f"{name}/{number}": held
-            for name, some in streams.items()
-            for number, held in zip(own[name], some, strict=True)
-        }
-        every: dict[str, list[int]] = {}
-        for share in gather({name: list(numbers) for name, numbers in own.items()}):
-            for name, numbers in share.items():
-                every[name] = sorted([*every.get(name, ()), *numbers])
-        facts = {"blocks": done, "beside": blocks.beside, "streams": every}
+        mine = {}
+        for name, some in streams.items():
+            numbers = self.numbers(name)
+            numbers = range(len(some)) if numbers is None else numbers
+            mine |= {f"{name}/{n}": held for n, held in zip(numbers, some, strict=True)}
+        facts = {"blocks": done, "beside": blocks.beside}
         if not now:
             facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
-        self.saved.put_shared(self.name, each, facts)
+        self.saved.put_shared(self.key, mine, facts)
 
 
 def keep_block(
-    saved: Progress | None, index: int, weights: Weights, rows: Mapping[str, SiteRow]
+    saved: Checkpoint | None, index: int, weights: Weights, rows: Mapping[str, SiteRow]
 ) -> None:
-    """Keep the new weights and the rows of a block."""
-    if saved is None:
-        return
-    tensors = {f"{name}.weight": weight for name, (weight, _) in weights.items()}
-    tensors |= {f"{name}.bias": bias for name, (_, bias) in weights.items() if bias is not None}
-    saved.put(f"block-{index}", tensors, {"rows": {n: asdict(rows[n]) for n in weights}})
+    """Save new weights and rows of a block."""
+    if saved is not None:
+        tensors = {f"{name}.weight": weight for name, (weight, _) in weights.items()}
+        tensors |= {f"{name}.bias": bias for name, (_, bias) in weights.items() if bias is not None}
+        saved.put(f"block-{index}", tensors, {"rows": {n: asdict(rows[n]) for n in weights}})
 
 
 def kept_block(
-    saved: Progress, index: int
+    saved: Checkpoint, index: int
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
-    """Return new weights and rows of a block that was kept."""
-    known = saved.need(f"block-{index}")
-    tensors, rows = known.tensors(), known.facts["rows"]
-    weights = {name: (tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in rows}
-    return weights, {name: SiteRow(**row) for name, row in rows.items()}
-
-
-def named(weights: Weights, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Return those of some sites, as far as they are there."""
-    return {name: weights[name] for name in names if name in weights}
+    """Return saved weights and rows of a block."""
+    stored, facts = saved.need(f"block-{index}")
+    with reading(stored.path):
+        tensors, rows = dict(stored), {n: SiteRow(**row) for n, row in facts["rows"].items()}
+        return {n: (tensors[f"{n}.weight"], tensors.get(f"{n}.bias")) for n in rows}, rows

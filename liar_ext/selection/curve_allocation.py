@@ -15,8 +15,7 @@ from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import probe_plan
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
-from liar_ext.selection.measured import Measured
-from liar_ext.selection.sensitivity import site_divergences
+from liar_ext.selection.sensitivity import Measured, site_divergences
 
 
 def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:

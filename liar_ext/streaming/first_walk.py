@@ -1,4 +1,4 @@
-"""What the first walk of a streamed job finds, block by block, in its checkpoint."""
+"""The first walk of a streamed job in its checkpoint: what each block has given."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.saved_sums import SUMS, packed, restored
+from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held
 from liar_ext.reconstruction.saved_walk import SavedStreams
-from liar_ext.saved.progress import Progress
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
-
-NAME, PARTS = "calibration", ("gram", "total", "count")
 
 
 class FirstWalk:
@@ -22,7 +21,7 @@ class FirstWalk:
 
     Parameters
     ----------
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where; nowhere if not given.
     passes : StreamedPasses
         The walk.
@@ -34,29 +33,30 @@ class FirstWalk:
 
     def __init__(
         self,
-        saved: Progress | None,
+        saved: Checkpoint | None,
         passes: StreamedPasses,
         probes: ProbeStreams | None,
         dense: Judged,
     ) -> None:
         self.saved, self.passes, self.probes, self.dense = saved, passes, probes, dense
-        self.kept = SavedStreams(saved, NAME, len(passes.blocks), self._numbers)
+        self.kept = SavedStreams(saved, SUMS, len(passes.blocks), self._numbers)
 
     def restore(self) -> dict[str, Tensor]:
         """Take all to where the hidden states are that were kept; return the scores up to there."""
         passes, scores, streams = self.passes, {}, self._streams()
         done = self.kept.restore(passes.blocks, streams, passes.states)
         for index in range(done):
-            known = self.saved.need(f"{NAME}-{index}")
-            for each in known.names():
-                what, _, name = each.partition("/")
-                if what == "score":
-                    scores[name] = known.tensor(each)
-                elif what == "curve" and self.probes is not None:
-                    self.probes.curves[name] = known.tensor(each)
-            if self.probes is not None:
-                self.probes.errors |= known.facts["errors"]
-            passes.source["tokens"] = known.facts["tokens"]
+            stored, facts = self.saved.need(f"{SUMS}-{index}")
+            with reading(stored.path):
+                for each in stored:
+                    what, _, name = each.partition("/")
+                    if what == "score":
+                        scores[name] = stored[each]
+                    elif what == "curve" and self.probes is not None:
+                        self.probes.curves[name] = stored[each]
+                if self.probes is not None:
+                    self.probes.errors |= facts["errors"]
+                passes.source["tokens"] = facts["tokens"]
         if passes.keep:
             passes.kept |= kept_sums(self.saved, range(done))
         if self.probes is not None:
@@ -77,11 +77,9 @@ class FirstWalk:
             tensors |= {f"curve/{name}": self.probes.curves[name] for name in names}
             errors = {name: self.probes.errors[name] for name in names}
         if passes.keep:
-            for name in names:
-                sums = passes.bank[name]
-                tensors |= {f"{part}/{name}": getattr(sums, part) for part in PARTS}
+            tensors |= packed({name: passes.bank[name] for name in names})
         facts = {"tokens": passes.source["tokens"], "errors": errors}
-        self.saved.put(f"{NAME}-{index}", tensors, facts)
+        self.saved.put(f"{SUMS}-{index}", tensors, facts)
         self.kept.keep(index + 1, passes.blocks, self._streams())
 
     def _numbers(self, name: str) -> Sequence[int] | None:
@@ -99,13 +97,12 @@ class FirstWalk:
         return streams
 
 
-def kept_sums(saved: Progress | None, blocks: range) -> dict[str, Moments]:
+def kept_sums(saved: Checkpoint | None, blocks: range) -> dict[str, Moments]:
     """Return the moments of some blocks."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Moments] = {}
     for index in blocks if saved is not None else ():
-        known = saved.need(f"{NAME}-{index}")
-        for each in known.names():
-            part, _, name = each.partition("/")
-            if part in PARTS:
-                found.setdefault(name, {})[part] = known.tensor(each)
-    return {name: Moments(**parts) for name, parts in found.items()}
+        stored, _ = saved.need(f"{SUMS}-{index}")
+        names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
+        with reading(stored.path):
+            found |= restored(stored, names)
+    return found

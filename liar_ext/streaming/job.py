@@ -16,10 +16,12 @@ from torch import Tensor
 
 from liar_ext.bars import Timeline
 from liar_ext.calibration.memory import bytes_of_sums
+from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.shards import SHARD_BYTES, Shards
+from liar_ext.checkpoint_store import RESULT, Checkpoint
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import HiddenStates
 from liar_ext.distributed import gather, is_first, share
@@ -37,19 +39,16 @@ from liar_ext.pipeline.estimate import (
     tokens_of,
 )
 from liar_ext.pipeline.job import Job
-from liar_ext.pipeline.pipeline import expected
-from liar_ext.pipeline.resuming import begin, decide, note_result
+from liar_ext.pipeline.pipeline import begin, decide, expected
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.criteria import get_criterion, score
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.error_curves import notes_of
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.first_walk import NAME as FIRST
 from liar_ext.streaming.first_walk import FirstWalk
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
@@ -71,7 +70,7 @@ def prune_folder(
     evaluate_on: Batches | None = None,
     certify_on: Batches | None = None,
     overwrite: bool = False,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     annotate: Callable[[Report], None] = lambda report: None,
     progress: bool = False,
 ) -> Report:
@@ -97,7 +96,7 @@ def prune_folder(
         As for :func:`liar_ext.prune`.
     overwrite : bool
         As for :func:`liar_ext.save_pruned`.
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where what is done is kept, and from where the job goes on; see ``checkpoint`` of
         :func:`liar_ext.prune`.
     annotate : callable
@@ -134,7 +133,8 @@ def prune_folder(
             plan = job.write(passes, plan, shards)
             report = job.report(plan, *job.perplexities)
             annotate(report)
-            note_result(saved, plan)
+            if saved is not None:
+                saved.put(RESULT, facts={"plan": plan.to_json()})
             with job.fingerprint.answering(job.blocks):
                 fill_folder(
                     store.model,
@@ -318,7 +318,7 @@ class StreamedJob(Job):
             kept = SavedStreams(self.saved, DENSE, len(passes.blocks))
             kept.restore(passes.blocks, self.dense.streams(), self.states)
         if self.saved is not None and not self.keep_sums:
-            self.saved.drop(FIRST)  # which the plan was made of
+            self.saved.drop(SUMS)  # which the plan was made of
         with self.clock("evaluate"):
             self.perplexities[0] = self.dense.perplexity(passes.blocks)
             self.dense_outputs = self.dense.outputs(passes.blocks)

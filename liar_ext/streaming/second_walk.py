@@ -62,7 +62,7 @@ class SecondWalk:
         self.every = sites(job.model, attn_unit=plan.attn_unit)
         self.blocks = Blocks(job.model, self.every) if self.layerwise else passes.blocks
         self.rows: dict[str, SiteRow] = {}
-        self.numbers: Sequence[int] = passes.numbers  # of what this rank has of the text
+        self.numbers: Sequence[int] = passes.numbers  # of this rank's calibration text
         self.kept = SavedStreams(job.saved, "pruning", len(job.store), self._numbers)
 
     def run(self, shards: Shards | None) -> None:
@@ -142,9 +142,8 @@ class SecondWalk:
         return self.kept.restore(self.blocks, streams | self._along(), self.job.states)
 
     def _numbers(self, name: str) -> Sequence[int] | None:
-        """Return which hidden states of a stream this rank has; the first one judges."""
-        along = ("fingerprint", "held out", "fresh")
-        return None if name in along else self.numbers
+        """Return which hidden states of a stream this rank has; the first one has all it judges."""
+        return None if name in ("fingerprint", "held out", "fresh") else self.numbers
 
     def _along(self) -> Streams:
         """Return the hidden states that walk along and take no part in a solve."""

@@ -15,9 +15,9 @@ from tiny import tiny
 from liar_ext import MomentBank, Recipe, cli
 from liar_ext.calibration import collect
 from liar_ext.checkpoint import loading
+from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import resume
 from liar_ext.cli.with_bank import recipe_of_bank
-from liar_ext.saved.progress import Progress
 
 TEXT = ("--samples", 8, "--seq-len", 32, "--self-text", 0, "--random-tokens", 0)
 
@@ -264,7 +264,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
     banks, llama_folder, texts, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--batch-size", 1)
     start += ("--checkpoint", "c", "--bank", "bank")
     assert run(*start[:-4], "--bank", "whole", "--quiet") == 0
@@ -280,7 +280,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
         patch.setattr(collect.InFlight, "set", stop)
         assert run(*start) == 130
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == [
-        *("calibration.bank", "job.json"),
+        *("calibration.safetensors", "job.safetensors"),
     ]
     assert "of a job with samples 8, got 6" in refused(capsys, *start, "--samples", 6)
     assert "of a job with no_text False, got True" in refused(capsys, *start, "--no-text")
@@ -313,24 +313,34 @@ def test_a_bank_that_was_written_already_ends_its_job(llama_folder, texts, tmp_p
     assert (tmp_path / "bank").stat().st_mtime_ns == before and not checkpoint.exists()
 
 
+OWN = {"bank": "b", "no_text": False, "sensitivities": False}
+
+
 @pytest.mark.parametrize(
     "job",
     [
-        *("", "[]", "{}", "[" * 10000, '{"version": 1}'),
-        '{"version": 2, "command": "merge", "folder": "/", "options": {}}',
-        '{"version": 2, "command": "calibrate", "folder": "/", "options": {"bank": 3}}',
-        '{"version": 2, "command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": '
-        '{"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
-        '{"version": 2, "command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, '
-        '"options": {"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
+        *({}, {"version": 1}),
+        {"command": "merge", "folder": "/", "options": {}},
+        {"command": "calibrate", "folder": "/", "options": {"bank": 3}},
+        {"command": "calibrate", "folder": "/", "options": OWN},
+        {"command": "calibrate", "folder": "/", "recipe": 3, "options": OWN},
+        {"command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": OWN},
+        {"command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, "options": OWN},
     ],
-    ids=range(9),
+    ids=range(8),
 )
 def test_what_is_no_job_is_not_resumed(job, tmp_path, capsys):
-    (tmp_path / "job.json").write_text(job)
+    with Checkpoint(tmp_path) as saved:
+        saved.put("job", facts={"version": VERSION} | job)
     said = refused(capsys, "resume", tmp_path)
     assert "is no job of this version" in said or "can't go to" in said
-    assert "has no job.json" in refused(capsys, "resume", tmp_path / "none")
+    assert "has no job.safetensors" in refused(capsys, "resume", tmp_path / "none")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 10000], ids=range(3))
+def test_a_job_that_is_no_file_of_a_checkpoint_is_not_resumed(content, tmp_path, capsys):
+    (tmp_path / "job.safetensors").write_bytes(content)
+    assert "is no job of this version" in refused(capsys, "resume", tmp_path)
 
 
 def test_a_checkpoint_takes_no_folder_of_others(llama_folder, texts, tmp_path, capsys):

@@ -13,9 +13,9 @@ from torch import nn
 
 from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.pipeline.job import Job
 from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
 
 CURVE = {"keep": 0.6, "tile": 1, "allocation": "curve"}
@@ -32,7 +32,7 @@ JOBS = {
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
     """With a clock that stands still it is always time to save."""
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

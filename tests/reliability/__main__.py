@@ -58,7 +58,7 @@ seconds and 12 GiB of address space. The command may take 240 seconds.
 
 ### Files of strangers
 
-- a checkpoint with nasty values in `job.json`, with a result of the user, with links or pipes;
+- a checkpoint with nasty values in its job, with a result of the user, with links or pipes;
 - a record of exports that names a pipe;
 - a GGUF file with code or an adapter beside it, without one of its weights, or damaged;
 - a result and a checkpoint in one place; a standard output that is closed or full;

@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 
 from liar_ext import cli
-from liar_ext.saved.tensor_file import SEAL
+from liar_ext.atomic_write import SEAL
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.stops import (
     _always_saving,
@@ -77,7 +77,7 @@ def _stops(
     draw = random.Random(f"{seed}/{stage}")
     for number in numbers:
         who, sent = STOPS[number // len(JOBS) % len(STOPS)]
-        begun = (home / "c" / "job.json").exists()
+        begun = (home / "c" / "job.safetensors").exists()
         ranks = draw.choice((1, 2, 3)) if begun else 2
         delay = draw.uniform(0.0, 2.5 * seconds)
         start = time.monotonic()
@@ -99,7 +99,7 @@ def _stops(
 
 def _finished(stage: str, home: Path, paths: dict[str, str], expected: bytes, ranks: int) -> str:
     """Go on to the end by some ranks, 1 without torchrun; return what is wrong then."""
-    again = (home / "c" / "job.json").exists() or not (home / "out").exists()
+    again = (home / "c" / "job.safetensors").exists() or not (home / "out").exists()
     words = _words(stage, home, paths)
     if again and ranks == 1:
         kind, said, _ = in_child(lambda: cli.main(words))

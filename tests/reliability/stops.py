@@ -21,10 +21,9 @@ import forked
 import torch
 
 from liar_ext import cli
-from liar_ext.calibration.bank_file import read_bank
+from liar_ext.atomic_write import is_sealed
 from liar_ext.checkpoint.manifest import strangers
-from liar_ext.saved.progress import Progress
-from liar_ext.saved.tensor_file import is_sealed
+from liar_ext.checkpoint_store import Checkpoint
 from reliability.outcome import LIMIT, Outcome, in_child
 
 TITLE = "jobs that are stopped"
@@ -102,7 +101,7 @@ def _stops(
 
 def _words(stage: str, home: Path, paths: dict[str, str]) -> list[str]:
     """Return the command that starts a job, or goes on with it."""
-    if (home / "c" / "job.json").exists():
+    if (home / "c" / "job.safetensors").exists():
         return ["resume", str(home / "c"), "--quiet"]
     words = STAGES[stage].format(**paths, out=home / "out").split()
     return [*words, "--quiet", *([] if stage == "merge" else ["--checkpoint", str(home / "c")])]
@@ -136,9 +135,7 @@ def _look(home: Path, expected: bytes, same: Callable[[bytes, bytes], bool] = op
     if out.is_dir() and strangers(out):
         return f"the output has {strangers(out)}"
     for path in checkpoint.glob("[!.]*"):
-        if path.suffix == ".bank":
-            read_bank(path)
-        elif path.suffix == ".safetensors" and not is_sealed(path):
+        if not is_sealed(path):
             return f"{path.name} is torn"
     return ""
 
@@ -150,7 +147,7 @@ def _parts(home: Path) -> set[str]:
 
 def _finished(stage: str, home: Path, paths: dict[str, str], expected: bytes) -> str:
     """Go on to the end; return what is wrong then."""
-    again = (home / "c" / "job.json").exists() or not (home / "out").exists()
+    again = (home / "c" / "job.safetensors").exists() or not (home / "out").exists()
     if again:
         kind, said, _ = in_child(lambda: cli.main(_words(stage, home, paths)))
         if (kind, said) != ("value", 0):
@@ -184,4 +181,4 @@ def ended_by(code: int | None) -> str:
 
 def _always_saving() -> None:
     """Save whatever is done, so that stops hit that."""
-    Progress.__init__.__defaults__ = (lambda: 0.0,)
+    Checkpoint.__init__.__defaults__ = (lambda: 0.0,)

@@ -15,11 +15,11 @@ from tiny import batches, tiny
 
 from liar_ext import distributed
 from liar_ext.calibration.taps import InFlight
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import prune_folder
 from liar_ext.streaming.judging import Judged
@@ -58,7 +58,7 @@ def dying_at(kind: type, method: str) -> None:
     setattr(kind, method, dying)
 
 
-def run(dense, out, name: str, saved: Progress | None = None):
+def run(dense, out, name: str, saved: Checkpoint | None = None):
     """Return the report of a job."""
     folder, data = dense
     choices, _ = JOBS[name]
@@ -168,7 +168,7 @@ RELAYS = {
 
 @pytest.mark.parametrize("name", RELAYS)
 def test_any_number_of_ranks_goes_on_by_blocks(name, dense, alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     if JOBS[name][1]:
         monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
@@ -180,7 +180,7 @@ def test_any_number_of_ranks_goes_on_by_blocks(name, dense, alone, tmp_path, mon
             distributed.join()
             if killed and rank == victim:
                 dying_at(*killed)
-            with Progress(tmp_path / "c") as saved:
+            with Checkpoint(tmp_path / "c") as saved:
                 try:
                     report = run(dense, tmp_path / "out", name, saved)
                 except RankLost:

@@ -9,9 +9,9 @@ import torch
 from tiny import batches, tiny
 
 from liar_ext import InputError, load_pruned
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.judging import Judged
@@ -30,7 +30,7 @@ JOBS = {
 
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -50,7 +50,7 @@ def run(folder, data, out, saved=None, **choices):
     texts = {"evaluate_on": data[3:4]} if "llama" in str(folder) else {}
     if recipe.settled().schedule == "layerwise":
         texts["certify_on"] = data[4:]
-    with Progress(saved) if saved else open(os.devnull) as kept:
+    with Checkpoint(saved) if saved else open(os.devnull) as kept:
         return prune_folder(
             BlockStore(folder),
             data[:3],

@@ -1,23 +1,41 @@
-"""A file that is there whole or not at all, whenever the process ends."""
+"""Files that are complete or absent whenever the process ends, and sealed files of tensors."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
 
 from liar_ext.errors import InputError, one_line
 
 MOST_OF_NAME = 200  # bytes; a name has at most 255
+SEAL, SEAL_BYTES, CHUNK = "file/digest", 16, 1 << 22
+WORDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 @contextmanager
-def whole_file(
+def atomic_write(
     path: str | os.PathLike[str], take: Callable[[str, Path], None] | None = None
 ) -> Iterator[BinaryIO]:
     """Open a file to be written beside ``path``, whose place it takes when the context ends well.
@@ -49,6 +67,69 @@ def whole_file(
 def is_unfinished(name: str) -> bool:
     """Tell whether a name is that of an unfinished file, which a killed writer leaves."""
     return re.fullmatch(r"\..+\.[0-9a-f]{16}\.part", name) is not None
+
+
+class Held(Protocol):
+    """Something that returns a tensor on request, such as hidden states on disk."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+    def get(self) -> Tensor:
+        """Return it."""
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor | Held],
+    metadata: Mapping[str, str],
+    take: Callable[[str, Path], None] | None = None,
+) -> None:
+    """Write tensors as safetensors, wide elements first; one ``Held`` at a time is in memory.
+
+    ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest of all before it.
+    ``take`` is as for :func:`atomic_write`.
+
+    Raises
+    ------
+    OSError
+        If it can't be written.
+    """
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    kinds = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
+    header: dict[str, Any] = {}
+    at = 0
+    for name, dtype, shape in [*kinds, (SEAL, torch.uint8, (SEAL_BYTES,))]:
+        end = at + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": WORDS[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    header["__metadata__"] = dict(metadata)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path, take) as file:
+        seal = blake2b(digest_size=SEAL_BYTES)
+        _write(file, seal, struct.pack("<Q", len(text)))
+        _write(file, seal, text)
+        for name in order:
+            tensor = tensor_of(tensors[name]).detach().cpu().contiguous()
+            _write(file, seal, tensor.view(-1).view(torch.uint8))
+            del tensor  # before the next one is there
+        file.write(seal.digest())
+
+
+def tensor_of(value: Tensor | Held) -> Tensor:
+    """Return the tensor that is given, or held."""
+    return value if isinstance(value, Tensor) else value.get()
+
+
+def is_sealed(path: str | os.PathLike[str]) -> bool:
+    """Tell whether the bytes of a file are those that were written."""
+    seal, left = blake2b(digest_size=SEAL_BYTES), os.stat(path).st_size - SEAL_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            seal.update(chunk)
+            left -= len(chunk)
+        return not left and file.read(SEAL_BYTES + 1) == seal.digest()
 
 
 def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
@@ -108,12 +189,18 @@ def write_whole(path: Path, data: str, operation: str, option: str) -> None:
         If it can't be written.
     """
     try:
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(data.encode())
     except OSError as error:
         raise InputError(
             f"{operation}: can't write {path}: {one_line(error)}; give another name with {option}"
         ) from error
+
+
+def _write(file: BinaryIO, seal: Any, part: bytes | Tensor) -> None:
+    data = memoryview(part.numpy()) if isinstance(part, Tensor) else part
+    seal.update(data)
+    file.write(data)
 
 
 def _for_its_owner(name: str, flags: int) -> int:
