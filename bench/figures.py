@@ -1,7 +1,7 @@
 """Draw docs/plots/*.svg, and write the tables of pages, from docs/data: ``make figures``.
 
-A file of docs/data has the command that measured it, columns and rows. A page names a table of it
-by ``<!-- data: NAME 1+2 3 4 -->``, with the columns to show (``+`` joins some) and, after ``|``,
+A file of docs/data has a command, and the columns and rows that it printed. A page names a table by
+``<!-- data: NAME 1+2 3 4 -->``, with the columns to show (``+`` joins some) and, after ``|``,
 ``COLUMN=VALUE`` for the rows. A picture keeps the digest of what it was drawn from.
 """
 
