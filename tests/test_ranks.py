@@ -97,7 +97,10 @@ def test_whole_models_are_measured(alone):
     assert alone["rescaled"]["measured"][1] > 0
 
 
-@pytest.mark.parametrize(("count", "jobs"), [(2, ["default", "one-pass"]), (3, [*JOBS])])
+@pytest.mark.parametrize(
+    ("count", "jobs"),
+    [pytest.param(2, ["default", "one-pass"], marks=pytest.mark.exhaustive), (3, [*JOBS])],
+)
 def test_ranks_give_what_one_gives(count, jobs, alone, tmp_path):
     def job(rank: int) -> None:
         warnings.simplefilter("ignore")
@@ -181,6 +184,7 @@ def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.exhaustive
 def test_the_command_under_torchrun(llama_folder, corpus, tmp_path):
     evaluate = ("--eval", str(corpus[1]), "--eval-samples", "4")
     assert main(command(llama_folder, corpus, tmp_path / "alone", "--quiet", *evaluate)) == 0
@@ -198,6 +202,7 @@ def test_the_command_under_torchrun(llama_folder, corpus, tmp_path):
     assert [each["sequences"] for each in two["settings"]["ranks"]] == [14, 13]  # 7 written
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_under_torchrun(llama_folder, corpus, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(

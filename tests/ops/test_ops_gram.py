@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import pairwise
+from covers import cover
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -63,13 +63,14 @@ def assert_like_torch(x, got, y=None, weight=None):
         assert (value - oracle).abs().max() <= allowed
 
 
-@pairwise(dtype=DTYPES, tokens=TOKENS, d=FEATURES, kind=["none", "bool", "float32", "float64"])
+@cover(2, dtype=DTYPES, tokens=TOKENS, d=FEATURES, kind=["none", "bool", "float32", "float64"])
 def test_gram_matches_the_oracle(dtype, tokens, d, kind):
     x, weight = rows(tokens, d, dtype), weights(tokens, kind)
     assert_like_torch(x, run(ops.gram_update_, x, weight=weight), weight=weight)
 
 
-@pairwise(
+@cover(
+    2,
     dtype=DTYPES,
     shape=[(1, 1), (7, 129), (129, 7), (200, 200)],
     kind=["none", "bool", "float32"],
@@ -80,7 +81,7 @@ def test_cross_gram_matches_the_oracle(dtype, shape, kind):
     assert_like_torch(x, run(ops.gram_update_, x, y, weight), y, weight)
 
 
-@pairwise(dtype=DTYPES, tokens=[9, 130, 700], d=[576, 1537])  # in strips and in blocks
+@cover(2, dtype=DTYPES, tokens=[9, 130, 700], d=[576, 1537])  # in strips and in blocks
 def test_wide_gram_matches_the_oracle(d, tokens, dtype):
     x = rows(tokens, d, dtype)
     assert_like_torch(x, run(ops.gram_update_, x))
@@ -119,7 +120,7 @@ def test_padding_is_not_read(dtype):
     assert got[2].tolist() == [int(weight.sum()), 0]
 
 
-@pairwise(dtype=DTYPES, bad=[torch.nan, torch.inf, -torch.inf], column=[0, 30, 63, 64, 128])
+@cover(2, dtype=DTYPES, bad=[torch.nan, torch.inf, -torch.inf], column=[0, 30, 63, 64, 128])
 def test_rows_that_are_not_finite_are_dropped_and_counted(dtype, bad, column):
     x = rows(300, 129, dtype)
     spoilt = torch.tensor([0, 5, 256, 299])

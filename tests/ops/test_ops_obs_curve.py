@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pairs import pairwise
+from covers import cover
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -97,7 +97,8 @@ def degenerate(kind):
     return weight, x
 
 
-@pairwise(
+@cover(
+    2,
     width=[1, 2],
     damp=[1e-6, 1e-2],
     kind=[

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pairs import pairwise
+from covers import cover
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -63,7 +63,8 @@ def test_errors_equal_brute_force(d, d_out):
             assert abs(value - brute) <= 1e-10 * brute
 
 
-@pairwise(
+@cover(
+    2,
     errors_only=[False, True],
     holdout=[False, True],
     dense_targets=[False, True],
@@ -88,7 +89,7 @@ def test_matches_the_reference(errors_only, holdout, dense_targets, d_out):
         assert a.is_contiguous()
 
 
-@pairwise(errors_only=[False, True], d_out=[1, 25, 130], n=[23, 24, 25, 95, 96, 97, 200])
+@cover(2, errors_only=[False, True], d_out=[1, 25, 130], n=[23, 24, 25, 95, 96, 97, 200])
 def test_matches_the_reference_at_the_edges_of_panels_and_strips(n, d_out, errors_only):
     d = n + 50
     weight, x = problem(2 * d, d, d_out)
@@ -288,7 +289,8 @@ def several_sites(sites, d=40, d_out=6):
 
 
 @pytest.mark.parametrize("run", [ops.reconstruct, reference.reconstruct])
-@pairwise(
+@cover(
+    2,
     errors_only=[False, True],
     holdout=[False, True],
     dense_targets=[False, True],

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import cover
 from tiny import TINY, outputs, tiny, tiny_inputs
 
 from liar_ext import (
@@ -89,9 +90,7 @@ def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name):
         assert torch.equal(part.dense.get(), stream_after(model, 2, part.batch.inputs))
 
 
-@pytest.mark.parametrize("kind", ["attn", "mlp"])
-@pytest.mark.parametrize("target", ["branch", "stream"])
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@cover(2, kind=["attn", "mlp"], target=["branch", "stream"], name=["llama", "gpt_neox"])
 @torch.no_grad()
 def test_sums_equal_brute_force(name, target, kind):
     model = tiny(name, dtype=torch.float64)
@@ -149,8 +148,7 @@ def test_sums_equal_brute_force(name, target, kind):
     assert chosen <= own * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["attn", "mlp"])
-@pytest.mark.parametrize("name", NORMED)
+@cover(1, kind=["attn", "mlp"], name=NORMED)
 @torch.no_grad()
 def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     """The shortfall of the sum is x̂-stream's own part and the consumer's: both must be in it."""
