@@ -1,4 +1,4 @@
-"""A job in one pass against docs/method.md, written down a second time in float64, at every site."""
+"""A job in one pass against docs/method.md, written a second time in float64, at every site."""
 
 from __future__ import annotations
 
