@@ -129,3 +129,22 @@ def watch_sums(monkeypatch):
         return held
 
     return watch
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Give pruned tiny models, each saved once: model, plan and folder. Copy what you change."""
+    from functools import cache
+
+    from folders import make_plan, pruned
+
+    from liar_ext import save_pruned
+
+    @cache
+    def save(name="llama", plan_of=make_plan, **settings):
+        model, plan = pruned(name, plan_of, **settings)
+        folder = tmp_path_factory.mktemp("saved") / "model"
+        save_pruned(model, folder, plan)
+        return model, plan, folder
+
+    return save
