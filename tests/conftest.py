@@ -25,10 +25,11 @@ from liar_ext.calibration.moments import Moments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Files that take a minute or more.
+# Files that take half a minute or more, in `make test` or in `make test-all`.
 LONG = (
-    *("test_simulated_gpu.py", "test_decoder_families.py", "test_ops.py", "test_wheel.py"),
-    *("test_ranks.py", "test_encoder_families.py"),
+    *("test_simulated_gpu.py", "test_wheel.py", "test_pages.py", "test_ops.py", "test_fuzz.py"),
+    *("test_verify.py", "test_ranks.py", "test_decoder_families.py", "test_encoder_families.py"),
+    "test_lm_eval.py",
 )
 
 

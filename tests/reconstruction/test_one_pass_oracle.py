@@ -41,15 +41,16 @@ def fit(weight, bias, x, kept, damp):
     return new, 0 if bias is None else bias + weight @ mean - new @ mean[kept]
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(("name", "damp"), [("llama", "auto"), ("opt", "auto"), ("opt", 0.03)])
 @torch.no_grad()
-def test_a_job_in_one_pass_is_what_the_method_says(name):
+def test_a_job_in_one_pass_is_what_the_method_says(name, damp):
     model = tiny(name, dtype=torch.float64)
     dense, data = copy.deepcopy(model), batches(model)
     assert not all(batch["attention_mask"].all() for batch in data)
-    report = prune(model, data, 0.6, schedule="one-pass", allocation="uniform")
+    report = prune(model, data, 0.6, schedule="one-pass", allocation="uniform", damp=damp)
     rows = {row.name: row for row in report.sites}
     assert any(0 < row.damp < float("inf") for row in report.sites)
+    assert damp == "auto" or {row.damp for row in report.sites} == {damp}
     for site, after in zip(sites(dense), sites(model), strict=True):
         weight, bias = get_consumer_weight(dense, site), get_consumer_bias(dense, site)
         kept, row = site.features(report.plan.sites[site.name].kept), rows[site.name]
