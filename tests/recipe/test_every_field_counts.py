@@ -76,6 +76,7 @@ def command(llama_folder, corpus, tmp_path_factory):
         texts = ["--calibration", str(corpus[0]), "--eval", str(corpus[1])]
         short = ["--samples", "8", "--seq-len", "16", "--eval-samples", "4", "--quiet"]
         quick = ["--schedule", "one-pass", "--allocation", "uniform"]
+        quick += ["--self-text", "0", "--random-tokens", "0"]
         job = ["prune", str(llama_folder), *texts, *short, *quick, "--out", str(out), *more]
         assert cli.main(job) == 0
         report = json.loads((out / "liar/report.json").read_text())
