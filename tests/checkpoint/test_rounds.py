@@ -41,6 +41,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_process_without_liar_ext_loads_and_saves_unequal_layers(tmp_path: Path) -> None:
     """Of every family, with and without new biases: one process, as its imports take seconds."""
     for name, bias in itertools.product(TINY, (False, True)):
