@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test test-all reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling ranks
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling ranks
 
 setup: $(STAMP)
 
@@ -36,6 +36,7 @@ demo: setup $(ASSETS)/.installed
 # number. tests/conftest.py says which files come first. A test that stands still fails, and says where.
 # `test-all` runs the tests that `test` leaves out: full products, wheels, fuzzing.
 WORKERS ?= 2
+.PHONY: test-all
 test test-all: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
 		--timeout 900 -p no:benchmark -m "$(if $(filter test-all,$@),,not )exhaustive"
