@@ -27,17 +27,19 @@ $(ASSETS)/.installed: demo/requirements.txt | $(BIN)/python
 	touch $@
 
 # Threads that spin while they wait take the time of those they wait for, beside another busy process.
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test test-all: export OMP_WAIT_POLICY ?= passive
 
 demo: setup $(ASSETS)/.installed
 	$(BIN)/python demo/jobs.py --out out/demo
 
 # Tests run in WORKERS processes of one thread each, a file at a time; what needs more threads sets their
 # number. tests/conftest.py says which files come first. A test that stands still fails, and says where.
+# `test-all` runs the tests that `test` leaves out: full products, wheels, fuzzing.
 WORKERS ?= 2
-test: setup
+.PHONY: test-all
+test test-all: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		--timeout 900 -p no:benchmark
+		--timeout 900 -p no:benchmark -m "$(if $(filter test-all,$@),,not )exhaustive"
 
 # Hostile folders, kills while a folder is saved, jobs and ranks that are stopped, faults of disks, files and
 # memory, bad command lines, operators: writes docs/reliability.md, in some twenty minutes on one core.

@@ -227,6 +227,7 @@ def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.exhaustive
 def test_the_command_under_torchrun(llama_folder, corpus, tmp_path):
     evaluate = ("--eval", str(corpus[1]), "--eval-samples", "4")
     assert main(command(llama_folder, corpus, tmp_path / "alone", "--quiet", *evaluate)) == 0
@@ -242,6 +243,7 @@ def test_the_command_under_torchrun(llama_folder, corpus, tmp_path):
     assert close(two["evaluation"], alone["evaluation"])
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_dies_under_torchrun(llama_folder, corpus, tmp_path):
     script = tmp_path / "dying.py"
     script.write_text(

@@ -121,6 +121,7 @@ def test_models_that_do_different_things_are_refused():
     check_models({"pruned": tiny("vit")}, Settings(prompt_length=4096))
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
     """Whatever this process held before: its own peak is no start for the other's.
 

@@ -22,7 +22,11 @@ CHOICES = (
     {"reconstruct": "affine", "kinds": ["mlp"]},
 )
 JOBS = [
-    (family, choices)
+    pytest.param(
+        family,
+        choices,
+        marks=pytest.mark.exhaustive if choices and family != "llama" else (),
+    )
     for family in ("llama", "bert", "opt", "gpt2", "vit", "gemma3")
     for choices in CHOICES
     if family in NARROWABLE or "keep_hidden" not in choices

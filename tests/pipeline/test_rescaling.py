@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from covers import cover
 from tiny import batches, tiny, tiny_inputs
 
 from liar_ext import prune, sites
@@ -222,8 +223,7 @@ def test_outputs_that_are_not_finite_scale_nothing(which):
     assert found.facts()["divergence_unscaled"] is None
 
 
-@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bert", "qwen3_moe"])
+@cover(1, schedule=["one-pass", "layerwise"], family=["llama", "gemma3_text", "bert", "qwen3_moe"])
 def test_a_job_reports_what_scales_gave(family, schedule):
     dense = tiny(family)
     plain, scaled = copy.deepcopy(dense), copy.deepcopy(dense)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import cover
 from tiny import TINY, outputs, tiny, tiny_inputs
 
 from liar_ext import (
@@ -89,9 +90,7 @@ def test_the_streams_are_those_of_the_dense_and_the_pruned_model(name):
         assert torch.equal(part.dense.get(), stream_after(model, 2, part.batch.inputs))
 
 
-@pytest.mark.parametrize("kind", ["attn", "mlp"])
-@pytest.mark.parametrize("target", ["branch", "stream"])
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@cover(2, kind=["attn", "mlp"], target=["branch", "stream"], name=["llama", "gpt_neox"])
 @torch.no_grad()
 def test_sums_equal_brute_force(name, target, kind):
     model = tiny(name, dtype=torch.float64)
@@ -149,8 +148,7 @@ def test_sums_equal_brute_force(name, target, kind):
     assert chosen <= own * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["attn", "mlp"])
-@pytest.mark.parametrize("name", NORMED)
+@cover(1, kind=["attn", "mlp"], name=NORMED)
 @torch.no_grad()
 def test_where_a_norm_follows_the_sum_the_target_is_what_it_reads(name, kind):
     """The residual of the sum is x̂-stream's own part and the consumer's: both must be in it."""
@@ -204,19 +202,6 @@ def test_the_first_site_is_the_one_pass_solution(name):
     assert torch.allclose(walked["0.attn"][0], one_pass["0.attn"][0], rtol=1e-4, atol=1e-5)
     assert walked_rows[0].holdout_error == pytest.approx(rows[0].holdout_error, rel=1e-4)
     assert [row.name for row in walked_rows] == list(plan.sites)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_keeping_everything_is_the_identity(name):
-    model = tiny(name)
-    data = batches(model)
-    plan = plan_for(model, data, keep=1.0)
-    before = outputs(model)
-    weights, rows = reconstruct_layerwise(model, data, plan)
-    assert torch.equal(outputs(model), before)
-    apply_plan(model, plan, weights)
-    assert torch.equal(outputs(model), before)
-    assert all(row.error == 0 for row in rows)
 
 
 def test_sites_that_lose_nothing_are_kept():
