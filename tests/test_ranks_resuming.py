@@ -19,13 +19,13 @@ from liar_ext.calibration.taps import InFlight
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
 STAGES = {
     "batch": (InFlight, "set"),
     "divergence": (DenseOutputs, "divergence"),
-    "block": (Walk, "step"),
+    "block": (LayerwiseSolver, "step"),
 }
 # Which ranks do the job, one after the other: their number, where one of them is killed, and which.
 RELAYS = {

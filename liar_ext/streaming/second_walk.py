@@ -14,7 +14,7 @@ from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.one_pass import reconstruct_shared
 from liar_ext.reconstruction.saved_walk import SavedStreams, Weights, keep_block, kept_block
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
 from liar_ext.streaming.first_walk import kept_sums
 from liar_ext.streaming.judging import Judged
@@ -111,7 +111,7 @@ class SecondWalk:
         settings = recipe.reconstruct, recipe.damp
         planned = [site.block for site in self.every if site.name in self.plan.sites]
         with evaluating(job.model), self.blocks.opened():
-            walk = Walk(job.model, self.blocks, self.plan, *settings, job.states)
+            walk = LayerwiseSolver(job.model, self.blocks, self.plan, *settings, job.states)
             with job.clock("reconstruct"):
                 walk.start(job.batches, job.certify_on or ())
             self.numbers = walk.numbers

@@ -16,7 +16,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import own_text, prune, resume
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
 SIZES = ["--samples", 8, "--seq-len", 32, "--batch-size", 1, "--keep", 0.7, "--certify", 4]
@@ -51,7 +51,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
     command += ["--out", "pruned", "--checkpoint", "c"]
     said = []
     for number, stage in enumerate(
-        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (Walk, "step", 3)]
+        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (LayerwiseSolver, "step", 3)]
     ):
         with monkeypatch.context() as patch:
             stop_at(patch, *stage)

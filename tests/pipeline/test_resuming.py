@@ -15,7 +15,7 @@ from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.pipeline.job import Job
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
 CURVE = {"keep": 0.6, "tile": 1, "allocation": "curve"}
@@ -39,7 +39,7 @@ def always_saving(monkeypatch):
 STAGES = {
     "batch": (InFlight, "set"),
     "divergence": (DenseOutputs, "divergence"),
-    "block": (Walk, "step"),
+    "block": (LayerwiseSolver, "step"),
 }
 
 

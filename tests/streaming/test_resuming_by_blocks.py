@@ -11,7 +11,7 @@ from tiny import batches, tiny
 from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.judging import Judged
@@ -92,7 +92,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
     stops = [(StreamedPasses, "_sums", 3), (StreamedJob, "allocate", 1)]
     stops += [(Judged, "outputs", 1), (BlockStore, "tensors", 2)]
-    stops += [(Walk, "step", 2)] if layerwise else []
+    stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
             counting(patch, kind, name, call)
