@@ -18,14 +18,14 @@ from liar_ext import InputError
 from liar_ext.calibration.taps import InFlight
 from liar_ext.cli.main import main
 from liar_ext.ranks import RankLost, Ranks
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
 
 STAGES = {
     "batch": (InFlight, "set"),
     "divergence": (DenseOutputs, "divergence"),
-    "block": (Walk, "step"),
+    "block": (LayerwiseSolver, "step"),
 }
 # Which ranks do the job, one after the other: their number, where one of them is killed, and which.
 RELAYS = {

@@ -212,7 +212,7 @@ def probes(shape: Shape, settings: Settings) -> Iterator[Work]:
 
 
 def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
-    """Count :class:`liar_ext.reconstruction.walk.Walk`, target ``auto``.
+    """Count :class:`liar_ext.reconstruction.walk.LayerwiseSolver`, target ``auto``.
 
     Of a block: the dense stream once; the pruned one to attention's consumer, then whole with the
     new consumer there, then the new consumer of the MLP alone, on what was kept of that run. And

@@ -24,7 +24,7 @@ from liar_ext.reconstruction.saved_walk import (
     placed_by_number,
 )
 from liar_ext.reconstruction.streams import with_inputs
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
 from liar_ext.saved.progress import Progress
 
@@ -120,7 +120,7 @@ def reconstruct_layerwise(
     every = sites(model, attn_unit=plan.attn_unit)
     plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
-        walk = Walk(model, blocks, plan, mode, damp, ranks=ranks)
+        walk = LayerwiseSolver(model, blocks, plan, mode, damp, ranks=ranks)
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
@@ -128,7 +128,7 @@ def reconstruct_layerwise(
         kept = SavedStreams(saved, "layerwise", len(steps), lambda _: placed)
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
-        walk.go_on(streams)
+        walk.resume(streams)
         spare("layerwise", done)
         for index in Bar(steps, desc="layerwise", disable=not progress):
             if index < done:

@@ -35,14 +35,14 @@ from liar_ext.rows import SiteRow
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
 
 
-class Walk:
-    """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block.
+class LayerwiseSolver:
+    """Walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block.
 
     Hidden states are held in ``states``, in memory by default. A step reads the weights of its own
     block only, and of what comes before the first.
 
-    Of several ranks each has the streams of every so manieth batch. What a layer's consumer reads
-    goes to one of them, which adds it in the order of batches, as one rank would, and solves.
+    Rank r of n holds the hidden states of batches r, r + n, r + 2 n, ... The input of a layer's
+    consumer goes to one rank, which adds it in the order of batches, as one rank would, and solves.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class Walk:
         """Return the hidden states that the stack beginning at a block reads."""
         return self.blocks.enter(index, batch.to(self.device).inputs)[0][0]
 
-    def _turn(self, index: int) -> None:
+    def _next_stack(self, index: int) -> None:
         """Leave one stack of blocks for the next, which begins at block ``index``."""
         read = self.blocks.read_later(index - 1)
         for part in self.parts:
@@ -127,7 +127,7 @@ class Walk:
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
         if index > 0 and self.blocks.begins(index):
-            self._turn(index)
+            self._next_stack(index)
         layers = self.blocks.layers[index]
         here = {name: at for name, at in layers.items() if at[0].name in self.plan.sites}
         self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
@@ -154,7 +154,7 @@ class Walk:
                 found[f"{name}{BEHIND}{index}"] = [stream.behind[index] for stream in streams]
         return found
 
-    def go_on(self, streams: Mapping[str, list[Held]]) -> None:
+    def resume(self, streams: Mapping[str, list[Held]]) -> None:
         """Take what lies behind the streams from :meth:`streams` of a walk that was further."""
         for name, held in streams.items():
             which, behind, index = name.partition(BEHIND)

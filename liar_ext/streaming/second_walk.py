@@ -20,7 +20,7 @@ from liar_ext.reconstruction.saved_walk import (
     kept_block,
     placed_by_number,
 )
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
 from liar_ext.streaming.first_walk import kept_sums
 from liar_ext.streaming.judging import Judged
@@ -120,7 +120,7 @@ class SecondWalk:
         planned = [site.block for site in self.every if site.name in self.plan.sites]
         with evaluating(job.model), self.blocks.opened():
             shared = {"states": job.states, "ranks": job.ranks}
-            walk = Walk(job.model, self.blocks, self.plan, *settings, **shared)
+            walk = LayerwiseSolver(job.model, self.blocks, self.plan, *settings, **shared)
             with job.clock("reconstruct"):
                 walk.start(job.batches, job.certify_on or ())
             self.placed = placed_by_number(job.ranks, walk.parts)

@@ -16,7 +16,7 @@ from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.cli import own_text, prune, resume
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.saved.progress import Progress
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -52,7 +52,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
     command += ["--out", "pruned", "--checkpoint", "c"]
     said = []
     for number, stage in enumerate(
-        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (Walk, "step", 3)]
+        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (LayerwiseSolver, "step", 3)]
     ):
         with monkeypatch.context() as patch:
             stop_at(patch, *stage)
@@ -85,7 +85,7 @@ def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys
     assert run(*command, "--out", tmp_path / "whole", "--quiet", "--self-text", 0) == 0
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 3)
+        stop_at(patch, LayerwiseSolver, "step", 3)
         assert run(*command, "--max-memory", "4GiB") == 130
     assert "is of a job with max_memory 4294967296, got None" in refused(capsys, *command)
     assert run("resume", tmp_path / "c") == 0
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
         assert run(*command) == 2
     assert "No space left on device; nothing was left behind" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 1)  # no block is solved again
+        stop_at(patch, LayerwiseSolver, "step", 1)  # no block is solved again
         assert run("resume", tmp_path / "c", "--quiet") == 0
     assert same_folders(tmp_path / "pruned", tmp_path / "whole")
 

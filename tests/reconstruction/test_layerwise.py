@@ -23,7 +23,7 @@ from liar_ext import (
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.reconstruction.solve import solve
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 
 FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
 PLAIN = "llama mistral qwen2 qwen3 smollm3 opt gpt2 gpt_neox vit".split()
@@ -51,7 +51,7 @@ def walk_blocks(model, data, plan, steps, mode="linear", damp="auto"):
     blocks = Blocks(model, sites(model, attn_unit=plan.attn_unit))
     context = blocks.opened()
     context.__enter__()
-    walk = Walk(model, blocks, plan, mode, damp)
+    walk = LayerwiseSolver(model, blocks, plan, mode, damp)
     walk.start(data)
     for index in range(steps):
         walk.step(index)
@@ -283,7 +283,7 @@ def test_the_stream_target_brings_the_stream_nearer(name, monkeypatch):
                 for part in walk.parts
             )
         ]
-        monkeypatch.setattr(Walk, "_target_at", lambda self, site: "branch")
+        monkeypatch.setattr(LayerwiseSolver, "_target_at", lambda self, site: "branch")
     assert distance[0] < distance[1]
 
 

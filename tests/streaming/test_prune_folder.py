@@ -14,7 +14,7 @@ from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.error_curves import error_curve
 from liar_ext.streaming import memory
 from liar_ext.streaming.block_store import BlockStore
@@ -180,7 +180,7 @@ def test_one_block_is_in_memory_at_a_time(llama, prefetch, tmp_path, monkeypatch
 def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monkeypatch):
     """Those of the block before are gone when the next one is summed, or a walk begins."""
     before: list[weakref.ref] = []
-    sums, start = StreamedPasses._sums, Walk.start
+    sums, start = StreamedPasses._sums, LayerwiseSolver.start
 
     def begun(self, *texts):
         assert [each() for each in before] == [None] * len(before)
@@ -196,7 +196,7 @@ def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monk
         before.extend(weakref.ref(weight) for weight, _ in weights.values())
 
     monkeypatch.setattr(StreamedPasses, "_sums", watched)
-    monkeypatch.setattr(Walk, "start", begun)
+    monkeypatch.setattr(LayerwiseSolver, "start", begun)
     monkeypatch.setattr("liar_ext.streaming.second_walk.keep_block", kept)
     monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
     by_blocks(llama, batches(tiny("llama"), 3), tmp_path / "pruned", **JOBS[job])

@@ -17,7 +17,7 @@ from liar_ext.cli.main import main
 from liar_ext.pipeline.several import READ, WORK
 from liar_ext.ranks import RankLost, Ranks
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.saved.progress import Progress
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import prune_folder
@@ -179,7 +179,7 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
     def dying(rank):
         if rank:
-            dying_at(Walk, "step")
+            dying_at(LayerwiseSolver, "step")
         return main(at("dead", "--checkpoint", str(tmp_path / "c")))
 
     assert forked.run(2, dying, tmp_path) == [3, -signal.SIGKILL]
@@ -194,7 +194,7 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
 # Which ranks do a job, one after the other: their number, the call that kills one, and which one.
 RELAYS = {
-    "default": [(2, (StreamedPasses, "_sums"), 0), (3, (Walk, "step"), 2), (2, None, 0)],
+    "default": [(2, (StreamedPasses, "_sums"), 0), (3, (LayerwiseSolver, "step"), 2), (2, None, 0)],
     "one-pass": [(3, (StreamedPasses, "_sums"), 1), (1, (SecondWalk, "_along"), 0), (3, None, 0)],
     "one-pass-tight": [(1, (ProbeStreams, "losses"), 0), (2, (Judged, "advance"), 0), (1, None, 0)],
 }

@@ -10,7 +10,7 @@ from tiny import batches, tiny
 
 from liar_ext import InputError, load_pruned
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.saved.progress import Progress
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
@@ -92,7 +92,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
     stops = [(StreamedPasses, "_sums", 3), (StreamedJob, "allocate", 1)]
     stops += [(Judged, "outputs", 1), (BlockStore, "tensors", 2)]
-    stops += [(Walk, "step", 2)] if layerwise else []
+    stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
             counting(patch, kind, name, call)
@@ -102,7 +102,10 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
         assert ("plan.safetensors" in kept) == (number > 1)
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
     with monkeypatch.context() as patch:
-        sums, steps = counting(patch, StreamedPasses, "_sums"), counting(patch, Walk, "step")
+        sums, steps = (
+            counting(patch, StreamedPasses, "_sums"),
+            counting(patch, LayerwiseSolver, "step"),
+        )
         report = run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
     assert len(sums) == (2 if tight and not layerwise else 0)
     assert len(steps) == (1 if layerwise else 0)
