@@ -84,7 +84,7 @@ def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys
     assert run(*command, "--out", tmp_path / "whole", "--quiet", "--self-text", 0) == 0
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 3)
+        stop_at(patch, LayerwiseSolver, "step", 3)
         assert run(*command, "--max-memory", "4GiB") == 130
     assert "is of a job with max_memory 4294967296, got None" in refused(capsys, *command)
     assert run("resume", tmp_path / "c") == 0
@@ -154,7 +154,7 @@ def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
         assert run(*command) == 2
     assert "No space left on device; nothing was left behind" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 1)  # no block is solved again
+        stop_at(patch, LayerwiseSolver, "step", 1)  # no block is solved again
         assert run("resume", tmp_path / "c", "--quiet") == 0
     assert same_folders(tmp_path / "pruned", tmp_path / "whole")
 

@@ -180,7 +180,7 @@ def test_one_block_is_in_memory_at_a_time(llama, prefetch, tmp_path, monkeypatch
 def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monkeypatch):
     """Those of the block before are gone when the next one is summed, or a walk begins."""
     before: list[weakref.ref] = []
-    sums, start = StreamedPasses._sums, Walk.start
+    sums, start = StreamedPasses._sums, LayerwiseSolver.start
 
     def begun(self, *texts):
         assert [each() for each in before] == [None] * len(before)

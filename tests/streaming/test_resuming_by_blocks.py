@@ -102,7 +102,10 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
         assert ("plan.safetensors" in kept) == (number > 1)
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
     with monkeypatch.context() as patch:
-        sums, steps = counting(patch, StreamedPasses, "_sums"), counting(patch, Walk, "step")
+        sums, steps = (
+            counting(patch, StreamedPasses, "_sums"),
+            counting(patch, LayerwiseSolver, "step"),
+        )
         report = run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
     assert len(sums) == (2 if tight and not layerwise else 0)
     assert len(steps) == (1 if layerwise else 0)
