@@ -75,7 +75,7 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     options += ["--criterion", "obs", "--allocation", "curve"]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     report = json.loads((out / "liar/report.json").read_text())
-    assert report["settings"]["criterion"] == "obs"
+    assert report["recipe"]["criterion"] == "obs"
     assert report["settings"]["predicted_divergence"] > 0
     assert all(site["sensitivity"] > 0 for site in report["sites"])
     assert report["seconds"]["allocate"] > 0
