@@ -108,6 +108,12 @@ def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[
     ]
 
 
+def changes_all(recipe: Recipe) -> list[str]:
+    """Return which choices change the activations of all layers, so that no bank holds them."""
+    chosen = recipe.without("with_bank")
+    return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
+
+
 def check_bank(
     recipe: Recipe,
     known: Known,
@@ -123,12 +129,11 @@ def check_bank(
     InputError
         If the bank doesn't serve the job, or keeps no text where the job runs the model over it.
     """
-    for each in recipe.without("with_bank"):
-        if not each.metadata["in_python"]:
-            raise InputError(
-                f"prune: {recipe.spelled(each)} does not work with a bank, which is of the whole "
-                "model; leave the bank out and give the calibration text"
-            )
+    if whole := changes_all(recipe):
+        raise InputError(
+            f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
+            "bank out and give the calibration text"
+        )
     check_bank_is_of(bank, model, at)
     if batches is not None:
         return batches

@@ -15,7 +15,7 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.option import Option, choice, option_of, read_gibibytes, works
+from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
 from liar_ext.reconstruction.layerwise import check_mode
 from liar_ext.reconstruction.settings import MODES
 from liar_ext.selection.criteria import get_criterion
@@ -51,235 +51,186 @@ def _without_gradients(criterion: str) -> bool:
 
 
 @dataclass(frozen=True)
+@with_options
 class Fields:
     """What :class:`liar_ext.Recipe` holds, checked one by one and then together."""
 
-    model: str | None = choice(
+    model: str | None = _model(
         None,
-        _model(
-            check.text(optional=True),
-            "model folder, hub id, or GGUF file",
-            common=True,
-            option="MODEL",
-            in_python="it is the first argument",
-        ),
+        check.text(optional=True),
+        "model folder, hub id, or GGUF file",
+        common=True,
+        option="MODEL",
+        in_python="it is the first argument",
     )
-    dtype: str = choice("float32", _model(check.one_of(DTYPES), "data type of the weights"))
-    device: str = choice(
-        "cpu",
-        _model(check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all GPUs", common=True),
+    dtype: str = _model("float32", check.one_of(DTYPES), "data type of the weights")
+    device: str = _model(
+        "cpu", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all GPUs", common=True
     )
-    calibration: tuple[str, ...] = choice(
+    calibration: tuple[str, ...] = _text(
         (),
-        _text(
-            check.texts,
-            "text or .jsonl files, folders, names of datasets, or self: text that the model "
-            "generates",
-            common=True,
-            metavar="TEXT",
-        ),
+        check.texts,
+        "text or .jsonl files, folders, names of datasets, or self: text that the model generates",
+        common=True,
+        metavar="TEXT",
     )
-    samples: int = choice(
+    samples: int = _text(
         128,
-        _text(
-            check.whole(2),
-            "number of calibration sequences; encoders read that many times --seq-len tokens",
-        ),
+        check.whole(2),
+        "number of calibration sequences; encoders read that many times --seq-len tokens",
     )
-    self_text: float = choice(
+    self_text: float = _text(
         SELF_TEXT,
-        _text(
-            check.number,
-            "fraction of calibration text that a causal language model generates itself",
-            unsaid=0.0,
-            in_python="liar_ext.calibration.self_calibration.write_sequences lets the model write",
-        ),
+        check.number,
+        "fraction of calibration text that a causal language model generates itself",
+        unsaid=0.0,
+        in_python="liar_ext.calibration.self_calibration.write_sequences lets the model write",
     )
-    random_tokens: float | str = choice(
+    random_tokens: float | str = _text(
         "auto",
-        _text(
-            check.number_or_auto,
-            "fraction of random tokens; auto: 0.25 for language models that generate no text, "
-            "else 0",
-            metavar="F",
-            unsaid=0.0,
-        ),
+        check.number_or_auto,
+        "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
+        metavar="F",
+        unsaid=0.0,
     )
-    seq_len: int = choice(512, _text(check.whole(1), "tokens per sequence"))
-    batch_size: int = choice(
+    seq_len: int = _text(512, check.whole(1), "tokens per sequence")
+    batch_size: int = _text(
         4,
-        _text(
-            check.whole(1),
-            "sequences per forward pass",
-            in_python="calibration_sequences(...).batches(batch_size) makes the batches",
-        ),
+        check.whole(1),
+        "sequences per forward pass",
+        in_python="calibration_sequences(...).batches(batch_size) makes the batches",
     )
-    seed: int = choice(
+    seed: int = _text(
         0,
-        _text(
-            check.whole(0),
-            "random seed for sampling and the train/validation split",
-            affects="scores",
-            in_python="",
-        ),
+        check.whole(0),
+        "random seed for sampling and the train/validation split",
+        affects="scores",
+        in_python="",
     )
-    memory: int | None = choice(
+    memory: int | None = Option(
         None,
-        Option(
-            check.whole(1, optional=True),
-            "memory for activation statistics; less takes more passes (default: 32, or half of "
-            "the free memory)",
-            group="calibration",
-            affects="report",
-            metavar="GIB",
-            read=read_gibibytes,
-            streamed=False,
-        ),
+        check.whole(1, optional=True),
+        "memory for activation statistics; less takes more passes (default: 32, or half of "
+        "the free memory)",
+        group="calibration",
+        affects="report",
+        metavar="GIB",
+        read=read_gibibytes,
+        streamed=False,
     )
-    keep: float = choice(0.8, _budget(check.number, "fraction to keep, in (0, 1]", common=True))
-    of: str = choice(
+    keep: float = _budget(0.8, check.number, "fraction to keep, in (0, 1]", common=True)
+    of: str = _budget(
         "prunable",
-        _budget(
-            check.one_of(BUDGET_UNITS), "unit of --keep", streamed=lambda unit: unit != "latency"
-        ),
+        check.one_of(BUDGET_UNITS),
+        "unit of --keep",
+        streamed=lambda unit: unit != "latency",
     )
-    latency_phase: str = choice(
-        "both",
-        _budget(check.one_of(PHASES), "latency: time the prompt, the generated tokens, or both"),
+    latency_phase: str = _budget(
+        "both", check.one_of(PHASES), "latency: time the prompt, the generated tokens, or both"
     )
-    latency_batch: int = choice(1, _budget(check.whole(1), "latency: sequences at a time"))
-    latency_prompt: int = choice(128, _budget(check.whole(1), "latency: tokens of a prompt"))
-    latency_new_tokens: int = choice(32, _budget(check.whole(1), "latency: generated tokens"))
-    latency_table: str | None = choice(
+    latency_batch: int = _budget(1, check.whole(1), "latency: sequences at a time")
+    latency_prompt: int = _budget(128, check.whole(1), "latency: tokens of a prompt")
+    latency_new_tokens: int = _budget(32, check.whole(1), "latency: generated tokens")
+    latency_table: str | None = _budget(
         None,
-        _budget(
-            check.text(optional=True),
-            "latency: table, folder or report with measured times (default: measure this device)",
-            metavar="FILE",
-        ),
+        check.text(optional=True),
+        "latency: table, folder or report with measured times (default: measure this device)",
+        metavar="FILE",
     )
-    tile: int | str = choice(
+    tile: int | str = _budget(
         "auto",
-        _budget(
-            check.tile,
-            "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
-            metavar="N",
-        ),
+        check.tile,
+        "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
+        metavar="N",
     )
-    uniform_layers: bool = choice(
-        False,
-        _budget(check.flag, "keep the same number of units in all layers, for standard loaders"),
+    uniform_layers: bool = _budget(
+        False, check.flag, "keep the same number of units in all layers, for standard loaders"
     )
-    keep_hidden: float = choice(
+    keep_hidden: float = _whole(
         1.0,
-        _whole(
-            check.number,
-            "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
-        ),
+        check.number,
+        "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
     )
-    keep_experts: float = choice(
-        1.0,
-        _whole(check.number, "fraction of the experts per layer to keep; --keep counts the rest"),
+    keep_experts: float = _whole(
+        1.0, check.number, "fraction of the experts per layer to keep; --keep counts the rest"
     )
-    kinds: tuple[str, ...] = choice(
+    kinds: tuple[str, ...] = _budget(
         KINDS,
-        _budget(
-            check.some_of(KINDS),
-            "layers that may be pruned",
-            option="--sites",
-            metavar="{all,attn,mlp}",
-            read=_sites,
-        ),
+        check.some_of(KINDS),
+        "layers that may be pruned",
+        option="--sites",
+        metavar="{all,attn,mlp}",
+        read=_sites,
     )
-    attn_unit: str = choice(
+    attn_unit: str = _budget(
         "auto",
-        _budget(
-            check.one_of(ATTN_UNITS),
-            "attention unit; auto: KV groups if query heads share keys",
-            in_bank="sensitivities",
-        ),
+        check.one_of(ATTN_UNITS),
+        "attention unit; auto: KV groups if query heads share keys",
+        in_bank="sensitivities",
     )
-    criterion: str = choice(
+    criterion: str = Option(
         "wifv",
-        Option(
-            check.text(),
-            "importance score",
-            group="selection",
-            affects="scores",
-            in_bank="sensitivities",
-            streamed=_without_gradients,
-            from_sums=_without_gradients,
-        ),
+        check.text(),
+        "importance score",
+        group="selection",
+        affects="scores",
+        in_bank="sensitivities",
+        streamed=_without_gradients,
+        from_sums=_without_gradients,
     )
-    allocation: str = choice(
+    allocation: str = Option(
         "curve",
-        Option(
-            check.one_of(ALLOCATIONS),
-            "pruning ratio per layer: equal, by standardised scores, or by measured sensitivity",
-            group="selection",
-            affects="plan",
-            from_sums=lambda name: name != "curve",
-        ),
+        check.one_of(ALLOCATIONS),
+        "pruning ratio per layer: equal, by standardised scores, or by measured sensitivity",
+        group="selection",
+        affects="plan",
+        from_sums=lambda name: name != "curve",
     )
-    reconstruct: str = choice(
+    reconstruct: str = _solve(
         "auto",
-        _solve(
-            check.one_of(MODES),
-            "error compensation in the weights; auto: affine for layers with a bias, else linear",
-            in_bank="sensitivities",
-        ),
+        check.one_of(MODES),
+        "error compensation in the weights; auto: affine for layers with a bias, else linear",
+        in_bank="sensitivities",
     )
-    damp: float | str = choice(
+    damp: float | str = _solve(
         "auto",
-        _solve(
-            check.number_or_auto,
-            "strength of the ridge regularisation; auto: by cross-validation",
-            metavar="LAMBDA",
-        ),
+        check.number_or_auto,
+        "strength of the ridge regularisation; auto: by cross-validation",
+        metavar="LAMBDA",
     )
-    schedule: str = choice(
+    schedule: str = _solve(
         "auto",
-        _solve(
-            check.one_of(SCHEDULES),
-            "solve on activations of the dense or of the pruned model; auto: the better one",
-            from_sums=lambda name: name == "one-pass",
-        ),
+        check.one_of(SCHEDULES),
+        "solve on activations of the dense or of the pruned model; auto: the better one",
+        from_sums=lambda name: name == "one-pass",
     )
-    rescale: bool = choice(
+    rescale: bool = _solve(
         False,
-        _solve(
-            check.flag,
-            "after solving, fit one scale per layer output to the output of the whole model",
-            streamed=False,
-            from_sums=False,
-        ),
+        check.flag,
+        "after solving, fit one scale per layer output to the output of the whole model",
+        streamed=False,
+        from_sums=False,
     )
-    eval: str | None = choice(
+    eval: str | None = _report(
         None,
-        _report(
-            check.text(optional=True),
-            "measure perplexity before and after on this held-out text",
-            common=True,
-            metavar="TEXT",
-            in_python="give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
-        ),
+        check.text(optional=True),
+        "measure perplexity before and after on this held-out text",
+        common=True,
+        metavar="TEXT",
+        in_python="give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
     )
-    eval_samples: int | None = choice(
+    eval_samples: int | None = _report(
         None,
-        _report(
-            check.whole(1, optional=True),
-            "evaluate on N evenly spread windows (default: all)",
-            in_python="liar_ext.data.texts.evaluation_sequences takes it, as samples",
-        ),
+        check.whole(1, optional=True),
+        "evaluate on N evenly spread windows (default: all)",
+        in_python="liar_ext.data.texts.evaluation_sequences takes it, as samples",
     )
-    certify: int = choice(
+    certify: int = _report(
         0,
-        _report(
-            check.whole(0),
-            "report errors on N more sequences, from unused documents; 16 is a good number",
-            with_bank=False,
-            in_python="give certify_on the batches; calibration_sequences(certify=...) draws them",
-        ),
+        check.whole(0),
+        "report errors on N more sequences, from unused documents; 16 is a good number",
+        with_bank=False,
+        in_python="give certify_on the batches; calibration_sequences(certify=...) draws them",
     )
 
     def __post_init__(self) -> None:

@@ -25,10 +25,12 @@ Works = bool | Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Option:
-    """The metadata of a field.
+    """A field of a recipe, and its metadata.
 
     Parameters
     ----------
+    default : object
+        Its default.
     check : Callable
         Takes name and value, and returns the value in its type or raises InputError.
     help : str
@@ -56,6 +58,7 @@ class Option:
         Replacement in Python, if :func:`liar_ext.prune` has no such keyword.
     """
 
+    default: Any
     check: Check
     help: str
     group: str
@@ -72,9 +75,12 @@ class Option:
     in_python: str = ""
 
 
-def choice(default: Any, option: Option) -> Any:
-    """Return a field of the recipe."""
-    return field(default=default, metadata=vars(option))
+def with_options(cls: type) -> type:
+    """Make each option of a class a field, with the option's own fields as metadata."""
+    for name, each in list(vars(cls).items()):
+        if isinstance(each, Option):
+            setattr(cls, name, field(default=each.default, metadata=vars(each)))
+    return cls
 
 
 def option_of(each: Field) -> str:

@@ -36,11 +36,7 @@ class Recipe(Fields):
 
     The command loads the model and draws the text; :func:`liar_ext.prune` is given both, and
     refuses the fields for it as keywords. docs/options.md has the reasons for all defaults.
-
-    Raises
-    ------
-    InputError
-        If a field has a wrong type, is out of range, or does not go with another.
+    A field of a wrong type or value, or that does not go with another, raises InputError.
     """
 
     @classmethod
@@ -176,10 +172,11 @@ class Recipe(Fields):
             raise InputError(f"{error} (in {path})") from None
 
 
-Recipe.__doc__ += "\n    Parameters\n    ----------\n" + "".join(
-    f"    {each.name} : {each.type}, default {each.default!r}\n        {each.metadata['help']}\n"
-    for each in recipe_fields()
-)
+if Recipe.__doc__:  # python -OO drops it
+    Recipe.__doc__ += "\n    Parameters\n    ----------\n" + "".join(
+        f"    {n.name} : {n.type}, default {n.default!r}\n        {n.metadata['help']}\n"
+        for n in recipe_fields()
+    )
 
 
 def _check_names(choices: Mapping[str, Any]) -> None:

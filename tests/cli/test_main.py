@@ -457,7 +457,7 @@ def test_damaged_weights_are_refused(refuse, tokenizer, tmp_path):
 
 def test_options_that_argparse_refuses():
     with pytest.raises(SystemExit) as stop:
-        run("prune", "model", "--keep", "lots")
+        run("prune", "model", "--of", "lots")
     assert stop.value.code == 2
 
 
