@@ -10,15 +10,12 @@ from functools import partial
 from typing import Any
 
 from liar_ext.calibration.self_calibration import SELF_TEXT
-from liar_ext.data.sequences import check_fraction
 from liar_ext.errors import InputError
 from liar_ext.models.sites import ATTN_UNITS, KINDS
 from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
-from liar_ext.reconstruction.layerwise import check_mode
 from liar_ext.reconstruction.settings import MODES
-from liar_ext.selection.criteria import get_criterion
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("auto", "one-pass", "layerwise")
@@ -47,6 +44,8 @@ def _sites(text: str) -> tuple[str, ...] | str:
 
 
 def _without_gradients(criterion: str) -> bool:
+    from liar_ext.selection.criteria import get_criterion
+
     return get_criterion(criterion).needs != "gradient"
 
 
@@ -234,6 +233,11 @@ class Fields:
     )
 
     def __post_init__(self) -> None:
+        # They import torch, which the command needs no sooner than a job.
+        from liar_ext.data.sequences import check_fraction
+        from liar_ext.reconstruction.layerwise import check_mode
+        from liar_ext.selection.criteria import get_criterion
+
         for each in fields(self):
             value = each.metadata["check"](each.name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)

@@ -176,7 +176,7 @@ class StreamedJob(Job):
             refused.append("--certify with --schedule one-pass")
         if refused:
             raise InputError(
-                f"prune: {refused[0]} is for a whole model in memory, and --max-memory says that "
+                f"prune: {refused[0]} needs the whole model in memory, and --max-memory says that "
                 "it isn't; leave one of them out"
             )
         self._check_walk()

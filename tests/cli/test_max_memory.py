@@ -61,7 +61,7 @@ def test_a_dry_run_says_what_it_would_take(command, capsys, tmp_path):
     ("options", "said"),
     [
         (["--max-memory", "1MiB"], "--max-memory must be at least"),
-        (["--max-memory", "4GiB", "--rescale"], "--rescale is for a whole model"),
+        (["--max-memory", "4GiB", "--rescale"], "--rescale needs the whole model"),
         (["--max-memory", "4GiB", "--device", "auto"], "is for one device"),
         (["--max-memory", "4GiB", "--certify", "4", "--schedule", "one-pass"], "--certify with"),
     ],
