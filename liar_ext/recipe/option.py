@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
 from typing import Any
@@ -97,7 +96,6 @@ def works(each: Field, way: str, value: Any) -> bool:
 def read_gibibytes(text: str) -> int | str:
     """Read GiB as bytes."""
     try:
-        value = float(text)
-    except ValueError:
+        return int(float(text) * GIB)
+    except (ValueError, OverflowError):  # no number, or none that is finite
         return text
-    return int(value * GIB) if math.isfinite(value) else text
