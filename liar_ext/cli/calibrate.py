@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 
+from liar_ext.cli.options import recipe_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.recipe import recipe_fields
 
 
 def run(options: argparse.Namespace) -> None:
     """Check what is asked for, and do it."""
-    given = {n.name: getattr(options, n.name) for n in recipe_fields() if hasattr(options, n.name)}
-    recipe = Recipe.build(**given)
+    recipe = recipe_of(options)
     missing = {
         "MODEL": not recipe.model,
         "--calibration TEXT": not recipe.calibration,

@@ -198,7 +198,6 @@ class Job:
                     self.model, self.batches, keep, memory=self.room, **settings
                 )
                 self.source = self.experts.source
-                self.facts["keep_experts"] = keep
                 return self.experts.applied_to_copy(self.model)
         if not self.narrows:
             return self.model

@@ -20,20 +20,13 @@ from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
 
 PLAN = "plan"  # its key in a checkpoint
-_DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
-_LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
-    **dict.fromkeys(("calibration", "samples", "seq_len", "random_tokens"), _DRAW),
-    "batch_size": "calibration_sequences(...).batches(batch_size) makes the batches",
-    "self_text": "liar_ext.calibration.self_calibration.write_sequences lets the model write",
-    **dict.fromkeys(("dtype", "device"), _LOAD),
-    "eval": "give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
-    "eval_samples": "liar_ext.data.texts.evaluation_sequences takes it, as samples",
-    "certify": "give certify_on the batches; calibration_sequences(certify=...) draws them",
+    **{each.name: each.metadata["in_python"] for each in recipe_fields()},
     "judge": "give judge_on the batches; calibration_sequences(judge=...) draws them",
     "preset": "give liar_ext.Recipe.preset(NAME) as the recipe",
 }
@@ -41,8 +34,9 @@ AROUND: dict[str, str] = {
 
 def check_choices(choices: Mapping[str, object]) -> None:
     """Raise InputError for a choice of the command that :func:`prune` itself can't heed."""
-    for name in AROUND.keys() & choices.keys():
-        raise InputError(f"prune: {name} is no keyword of prune in Python: {AROUND[name]}")
+    for name in choices:
+        if AROUND.get(name):
+            raise InputError(f"prune: {name} is no keyword of prune in Python: {AROUND[name]}")
 
 
 def prune(

@@ -19,7 +19,7 @@ from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.ridge import form_at
-from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.criteria import score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
 from liar_ext.selection.error_curves import error_curves, notes_of
 from liar_ext.selection.sensitivity import Measured
@@ -99,18 +99,18 @@ def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Seq
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
     """Return which choices run the model over the calibration text, beside its moments."""
-    curve = recipe.allocation == "curve"
-    if curve:
-        curve = not known.has(SENSITIVITY, key_of_sensitivities(recipe, known, model, at), at)
-    reasons = {
-        f"criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
-        "schedule layerwise": recipe.schedule == "layerwise",
-        "allocation curve": curve,
-        "rescale": recipe.rescale,
-        "keep_hidden": recipe.keep_hidden != 1.0,
-        "keep_experts": recipe.keep_experts != 1.0,
-    }
-    return [name for name, does in reasons.items() if does]
+    measured = known.has(SENSITIVITY, key_of_sensitivities(recipe, known, model, at), at)
+    return [
+        recipe.spelled(each)
+        for each in recipe.without("from_sums")
+        if not (measured and each.name == "allocation")
+    ]
+
+
+def changes_all(recipe: Recipe) -> list[str]:
+    """Return which choices change the activations of all layers, so that no bank holds them."""
+    chosen = recipe.without("with_bank")
+    return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
 
 
 def check_bank(
@@ -128,12 +128,11 @@ def check_bank(
     InputError
         If the bank doesn't serve the job, or keeps no text where the job runs the model over it.
     """
-    for name, what in (("keep_hidden", "hidden size"), ("keep_experts", "set of experts")):
-        if getattr(recipe, name) != 1.0:
-            raise InputError(
-                f"prune: a bank is of the whole {what}, and {name} changes what all layers read; "
-                "leave the bank out and give the calibration text"
-            )
+    if whole := changes_all(recipe):
+        raise InputError(
+            f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
+            "bank out and give the calibration text"
+        )
     check_bank_is_of(bank, model, at)
     if batches is not None:
         return batches
@@ -141,8 +140,7 @@ def check_bank(
     if bank.text is None and needed:
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
-            "none; calibrate with the text kept, or take allocation global or uniform, a "
-            "criterion without gradients, and the schedule one-pass, and leave rescale out"
+            "none; calibrate with the text kept, or use the preset fast"
         )
     rows = model.get_input_embeddings()
     if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):

@@ -21,6 +21,7 @@ from liar_ext.evaluation import perplexity
 from liar_ext.models.sites import sites, skeleton
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import run
+from liar_ext.pipeline.scoring import changes_all
 from liar_ext.pipeline.sharing import Known
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
@@ -169,7 +170,7 @@ class Sweep:
         return pruned, point
 
     def _job(self, model: nn.Module, recipe: Recipe) -> Job:
-        if recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0:  # all moments are others
+        if changes_all(recipe):
             batches = self.bank.text if self.batches is None else self.batches
             if batches is None:
                 raise InputError(

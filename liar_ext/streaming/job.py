@@ -45,7 +45,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.report.report import Report
-from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.criteria import score
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.error_curves import notes_of
 from liar_ext.streaming.block_store import BlockStore
@@ -171,25 +171,13 @@ class StreamedJob(Job):
 
     def check(self) -> None:
         """Raise InputError for what can't work at all, or not with one block at a time."""
-        recipe, one_pass = self.recipe, self.recipe.schedule == "one-pass"
-        refused = {
-            f"--criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
-            "--rescale": recipe.rescale,
-            f"--keep-hidden {recipe.keep_hidden}": self.narrows,
-            f"--keep-experts {recipe.keep_experts}": recipe.keep_experts != 1.0,
-            "--of latency": recipe.of == "latency",
-            "--certify with --schedule one-pass": self.certify_on is not None and one_pass,
-        }
-        for option, given in refused.items():
-            if given:
-                raise InputError(
-                    f"prune: {option} needs the whole model in memory, and --max-memory says that "
-                    "it isn't; leave one of them out"
-                )
-        if recipe.memory is not None:
+        refused = [self.recipe.spelled(each) for each in self.recipe.without("streamed")]
+        if self.certify_on is not None and self.recipe.schedule == "one-pass":
+            refused.append("--certify with --schedule one-pass")
+        if refused:
             raise InputError(
-                "prune: --memory bounds the sums of a model that is in memory, where --max-memory "
-                "bounds all; leave one of them out"
+                f"prune: {refused[0]} needs the whole model in memory, and --max-memory says that "
+                "it isn't; leave one of them out"
             )
         self._check_walk()
         super().check()

@@ -219,8 +219,7 @@ SOURCES = [
     {"sites": {"0.mlp": {}}},
     {"sites": []},
     {"calibrations": [{"texts": []}]},
-    {"calibrations": [DRAWN | {"random_tokens": 1.0}]},
-    {"calibrations": [DRAWN | {"random": 0.5}]},
+    {"calibrations": [DRAWN | {"packed": 1}]},
     {"sensitivities": [{"key": "k", "sites": {"0.mlp": float("nan")}}]},
     {"sensitivities": [{"key": "k", "sites": {"0.mlp": -1.0}}]},
     {"sensitivities": {}},
@@ -259,15 +258,6 @@ def test_text_that_contradicts_itself_is_refused(model, name, value, tmp_path):
     put(path, header, body[:at] + data + body[at + len(data) :])
     with pytest.raises(InputError, match="MomentBank.load: .*damaged"):
         MomentBank.load(path)
-
-
-def test_how_sequences_were_drawn_may_lack_random_tokens(model, tmp_path):
-    """Banks of before don't say: they have none."""
-    for more in ({}, {"random_tokens": 0.25}):
-        bank = calibrate(model, batches())
-        bank.source["calibrations"] = [DRAWN | more]
-        bank.save(tmp_path / "bank")
-        assert MomentBank.load(tmp_path / "bank").source["calibrations"] == [DRAWN | more]
 
 
 def test_a_file_that_memory_cannot_hold_is_not_read(model, tmp_path, monkeypatch):

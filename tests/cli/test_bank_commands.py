@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny
 
-from liar_ext import MomentBank, Recipe, cli
+from liar_ext import InputError, MomentBank, Recipe, cli
 from liar_ext.calibration import collect
 from liar_ext.checkpoint import loading
 from liar_ext.checkpoint_store import VERSION, Checkpoint
@@ -75,6 +75,14 @@ def test_a_bank_of_before_has_no_random_tokens(banks):
     del source["calibrations"][0]["random_tokens"]
     found = recipe_of_bank(Recipe(), source, Namespace(command="prune"))
     assert (found.samples, found.random_tokens) == (8, 0.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("random_tokens", 1.0), ("samples", "8")])
+def test_a_draw_that_no_recipe_has_is_refused(banks, name, value):
+    source = MomentBank.load(banks[0]).source
+    source["calibrations"][0][name] = value
+    with pytest.raises(InputError, match=f"{name} must be"):
+        recipe_of_bank(Recipe(), source, Namespace(command="prune"))
 
 
 def test_prune_by_a_bank_gives_what_prune_gives(banks, llama_folder, corpus, tmp_path, monkeypatch):
@@ -219,9 +227,9 @@ def test_what_contradicts_a_bank_is_refused(
         (("--samples", 4), "--samples is of the calibration, which the bank holds"),
         (("--seq-len", 16), "--seq-len is of the calibration"),
         (("--calibration", texts[0]), "--calibration is of the calibration"),
-        (("--certify", 4), "--certify draws calibration text"),
+        (("--certify", 4), "--certify 4 does not work with a bank"),
         (("--dry-run",), "--dry-run tells what a calibration would take"),
-        (("--keep-hidden", 0.5), "whole hidden size"),
+        (("--keep-hidden", 0.5), "--keep-hidden 0.5 does not work with a bank"),
         (("--dtype", "float64"), "in float32, got float64"),
         (("--eval", texts[0]), "40 of 40 documents are in the calibration text"),
     ):

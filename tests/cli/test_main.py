@@ -73,7 +73,7 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     options += ["--criterion", "obs", "--allocation", "curve"]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     report = json.loads((out / "liar/report.json").read_text())
-    assert report["settings"]["criterion"] == "obs"
+    assert report["recipe"]["criterion"] == "obs"
     assert report["settings"]["predicted_divergence"] > 0
     assert all(site["sensitivity"] > 0 for site in report["sites"])
     assert report["seconds"]["allocate"] > 0
@@ -455,7 +455,7 @@ def test_damaged_weights_are_refused(refuse, tokenizer, tmp_path):
 
 def test_options_that_argparse_refuses():
     with pytest.raises(SystemExit) as stop:
-        run("prune", "model", "--keep", "lots")
+        run("prune", "model", "--of", "lots")
     assert stop.value.code == 2
 
 

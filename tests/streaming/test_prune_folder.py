@@ -223,7 +223,7 @@ def test_weights_are_written_as_they_are_solved(llama, tmp_path, monkeypatch):
         ({"criterion": "taylor"}, "--criterion taylor needs the whole model"),
         ({"keep_hidden": 0.9}, "--keep-hidden 0.9 needs the whole model"),
         ({"of": "latency"}, "--of latency needs the whole model"),
-        ({"memory": 1 << 20}, "--memory bounds the sums of a model that is in memory"),
+        ({"memory": 1 << 20}, "--memory 1048576 needs the whole model"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(choices, said, llama, tmp_path):
