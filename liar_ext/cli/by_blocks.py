@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from liar_ext.calibration.self_calibration import SELF
-from liar_ext.cli.loading import check_tokenizer
-from liar_ext.cli.own_text import writes
-from liar_ext.cli.prune import add_facts, load, say
+from liar_ext.cli.inputs import add_facts, check_tokenizer, load, writes
+from liar_ext.cli.output import say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 
+from liar_ext.calibration.collect import calibrate
+from liar_ext.calibration.memory import bytes_of_sums, check_memory
+from liar_ext.cli.inputs import load
+from liar_ext.cli.own_text import let_write
+from liar_ext.cli.resume import check_apart, checkpoint_of
+from liar_ext.cli.with_bank import calibrations, check_bank_place, save_bank
+from liar_ext.data.texts import tokenizer_fingerprint
 from liar_ext.errors import InputError
+from liar_ext.models.running import predicts_next_token
+from liar_ext.models.sites import sites
+from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.recipe import recipe_fields
 
@@ -30,17 +40,6 @@ def run(options: argparse.Namespace) -> None:
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Load, draw text, run the model over it, write."""
-    from liar_ext.calibration.collect import calibrate
-    from liar_ext.calibration.memory import bytes_of_sums, check_memory
-    from liar_ext.cli.own_text import let_write
-    from liar_ext.cli.prune import load
-    from liar_ext.cli.resume import check_apart, checkpoint_of
-    from liar_ext.cli.with_bank import calibrations, check_bank_place, save_bank
-    from liar_ext.data.texts import tokenizer_fingerprint
-    from liar_ext.models.running import predicts_next_token
-    from liar_ext.models.sites import sites
-    from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
-
     ranks = options.ranks
     check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
     check_apart(options)

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
+from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
+from liar_ext.data import texts
 from liar_ext.errors import InputError
+from liar_ext.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
 from liar_ext.report.report import versions
 from liar_ext.whole_file import begins_with, check_place, write_whole
@@ -41,9 +43,6 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _perplexity(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the perplexity on a text, and the line that says it."""
-    from liar_ext.data import texts
-    from liar_ext.evaluation import perplexity
-
     documents = texts.read_documents(options.text)
     model, tokenizer = _load(options)
     texts.check_seq_len(model, options.seq_len)

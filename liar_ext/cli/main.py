@@ -8,44 +8,37 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from importlib import import_module
 
 from liar_ext.checkpoint.quietening import no_bars
-from liar_ext.cli import (
-    bench,
-    calibrate,
-    compare,
-    evaluate,
-    export,
-    families,
-    info,
-    merge,
-    prune,
-    report,
-    resume,
-    sweep,
-    verify,
-)
 from liar_ext.cli.options import one_line, parse
 from liar_ext.cli.several import PATIENCE, check_shared, join, say, silence_of_others, what_was_lost
 from liar_ext.errors import InputError, is_out_of_memory
 from liar_ext.ranks import RankLost, Ranks
 
-COMMANDS = {
-    "prune": prune.run,
-    "calibrate": calibrate.run,
-    "merge": merge.run,
-    "resume": resume.run,
-    "sweep": sweep.run,
-    "eval": evaluate.run,
-    "verify": verify.run,
-    "bench": bench.run,
-    "report": report.run,
-    "compare": compare.run,
-    "export": export.run,
-    "families": families.run,
-    "info": info.run,
+
+def _run_command(name: str, options: argparse.Namespace) -> int | None:
+    """Import the module of a command, and run it."""
+    return import_module(f"liar_ext.cli.{MODULES.get(name, name)}").run(options)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from liar_ext.cli import calibrate, prune, resume
+
+    resume.run(options, {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe})
+
+
+NAMES = (
+    *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
+    *("export", "families", "info"),
+)
+MODULES = {"eval": "evaluate"}  # others have the name of their command
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    **{name: partial(_run_command, name) for name in NAMES},
+    "resume": _resume,
 }
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from liar_ext.calibration.bank_file import read_bank
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.cli.with_bank import check_bank_place, save_bank
 from liar_ext.errors import InputError
 
 
 def run(options: argparse.Namespace) -> None:
     """Check what the banks say of themselves, add them, write."""
-    from liar_ext.calibration.bank_file import read_bank
-    from liar_ext.calibration.moments import MomentBank
-    from liar_ext.cli.with_bank import check_bank_place, save_bank
-
     if len(options.banks) < 2:
         raise InputError("merge: needs at least two banks to add, got one; name another")
     check_bank_place(options.out, "merge", "--out", options.overwrite)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,8 @@ OWN: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def run(options: argparse.Namespace) -> None:
-    """Read the job, say what there is of it, go on."""
-    from liar_ext.cli import calibrate, prune
-
+def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> None:
+    """Read the job, say what there is of it, go on by what starts its command."""
     ranks = options.ranks
     job = ranks.broadcast(read_job(options.folder) if ranks.first else None)
     folder, command = os.path.abspath(options.folder), job["command"]
@@ -69,8 +67,7 @@ def run(options: argparse.Namespace) -> None:
         return
     own = {"checkpoint": folder, "command": command, "ranks": ranks}
     own |= {"quiet": options.quiet, "overwrite": options.overwrite}
-    start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
-    start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
+    start[command](Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:

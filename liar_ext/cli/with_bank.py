@@ -14,12 +14,12 @@ from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.bank_options import OF_TEXT
-from liar_ext.cli.loading import load_with_tokenizer
-from liar_ext.cli.prune import (
+from liar_ext.cli.inputs import (
     Given,
     check_eval,
     check_unloaded,
     evaluation_batches,
+    load_with_tokenizer,
     warnings_of,
 )
 from liar_ext.cli.several import check_device

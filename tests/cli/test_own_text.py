@@ -13,7 +13,7 @@ from tiny import tiny
 from liar_ext import MomentBank, cli
 from liar_ext.cli import own_text
 from liar_ext.cli.by_blocks import NONE_WRITTEN
-from liar_ext.cli.prune import ONE_KIND
+from liar_ext.cli.inputs import ONE_KIND
 from liar_ext.saved.progress import Progress
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
