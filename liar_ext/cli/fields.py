@@ -11,8 +11,8 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.recipe.checks import check_printable, shown
+from liar_ext.recipe.choices import CRITERIA
 from liar_ext.recipe.recipe import option_of
-from liar_ext.selection.criteria import list_criteria
 
 GIB = 2**30
 
@@ -22,7 +22,7 @@ def add_field(group: argparse._ArgumentGroup, each: Field) -> None:
     facts, default = each.metadata, each.default
     help = facts["help"]
     if each.name == "criterion":
-        help += ": " + ", ".join(known.name for known in list_criteria())
+        help += ": " + ", ".join(CRITERIA)
     settings: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
     if each.name == "model":
         group.add_argument(

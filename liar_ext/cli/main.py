@@ -9,15 +9,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.cli.options import one_line, parse
-from liar_ext.cli.several import PATIENCE, check_shared, join, say, silence_of_others, what_was_lost
 from liar_ext.errors import InputError, is_out_of_memory
-from liar_ext.ranks import RankLost, Ranks
+
+if TYPE_CHECKING:
+    from liar_ext.ranks import Ranks
 
 
 def _run_command(name: str, options: argparse.Namespace) -> int | None:
@@ -53,8 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
             stream.reconfigure(errors="replace")
-    with silence_of_others():
+    with _silence_of_others():
         options = parse(arguments)
+    # What follows imports torch; the version, the help and typos are answered without it.
+    from liar_ext.checkpoint.quietening import no_bars
+    from liar_ext.checkpoint.registration import register
+    from liar_ext.cli.several import join, say
+
+    register()
     ranks = join(options)
     try:
         with no_bars() if getattr(options, "quiet", False) else nullcontext():
@@ -67,8 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+@contextmanager
+def _silence_of_others() -> Iterator[None]:
+    """Let the first rank alone say what all would say alike."""
+    if not _is_other():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+def _is_other() -> bool:
+    """Tell whether torchrun started this process as another rank than the first."""
+    return os.environ.get("RANK", "0") != "0" and "MASTER_ADDR" in os.environ
+
+
 def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
+    from liar_ext.cli.several import check_shared
+
     with _interrupts() as interrupts:
         try:
             check_shared(options, ranks)
@@ -85,6 +109,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
 
 def _answer(error: BaseException, options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
     """Return the exit code of an error, and what to say of it; raise one that is a defect."""
+    from liar_ext.cli.several import PATIENCE, what_was_lost
+    from liar_ext.ranks import RankLost
+
     if isinstance(error, BrokenPipeError):
         return (141, None) if _nobody_reads() else (2, error)
     if isinstance(error, (InputError, OSError)):  # OSError: no permission, disk full, no such file

@@ -9,8 +9,6 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 
 import torch
 
@@ -24,21 +22,6 @@ INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
 PAUSE = 0.2  # seconds between two looks for the process that started this one
 SPEAKING = threading.Lock()
 PATIENCE = 2.0  # seconds; torchrun ends a rank 0.1 to 30 seconds after another has ended
-
-
-def is_other() -> bool:
-    """Tell whether torchrun started this process as another rank than the first."""
-    return os.environ.get("RANK", "0") != "0" and "MASTER_ADDR" in os.environ
-
-
-@contextmanager
-def silence_of_others() -> Iterator[None]:
-    """Let the first rank alone say what all would say alike."""
-    if not is_other():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
 
 
 def join(options: argparse.Namespace) -> Ranks:

@@ -10,6 +10,8 @@ from liar_ext.recipe.checks import Check
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
+CRITERIA = ("fisher", "magnitude", "obs", "random", "snip", "taylor", "wanda", "wifv")  # built in
+SELF_TEXT = 0.25  # of all sequences; docs/quality.md shows its effect
 # The stages that fields belong to, in order: headings of the YAML and groups of the command's help.
 GROUPS = {
     "model": "Model",

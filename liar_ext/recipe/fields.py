@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from liar_ext.calibration.self_calibration import SELF_TEXT
-from liar_ext.data.sequences import check_fraction
 from liar_ext.errors import InputError
-from liar_ext.models.sites import ATTN_UNITS, KINDS
-from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
+from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, PHASES, Budget
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, choice
-from liar_ext.reconstruction.layerwise import check_mode
+from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, SELF_TEXT, choice
 from liar_ext.reconstruction.settings import MODES
-from liar_ext.selection.criteria import get_criterion
 
 
 @dataclass(frozen=True)
@@ -175,6 +170,11 @@ class Fields:
     )
 
     def __post_init__(self) -> None:
+        # They import torch, which the command needs no sooner than a job.
+        from liar_ext.data.sequences import check_fraction
+        from liar_ext.reconstruction.layerwise import check_mode
+        from liar_ext.selection.criteria import get_criterion
+
         for each in fields(self):
             value = each.metadata["check"](each.name, getattr(self, each.name))
             object.__setattr__(self, each.name, value)

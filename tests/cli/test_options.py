@@ -19,8 +19,9 @@ from liar_ext.cli.options import parse, parser, recipe_of
 from liar_ext.data import texts
 from liar_ext.environment import child, is_command
 from liar_ext.errors import InputError
-from liar_ext.recipe.choices import GROUPS
+from liar_ext.recipe.choices import CRITERIA, GROUPS
 from liar_ext.recipe.recipe import option_of
+from liar_ext.selection.criteria import list_criteria
 
 # One text for each field, other than the default, and what the recipe then holds.
 GIVEN = {
@@ -137,15 +138,15 @@ def test_every_subcommand_has_help(capsys):
         ("liar_ext", "active", "'30000000000'"),
     ],
 )
-def test_version_and_a_passive_wait_policy(module, policy, spins):
+def test_a_passive_wait_policy(module, policy, spins):
     """The policy must be there before torch loads OpenMP, which shows it when it is asked to."""
     environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
     environment.pop("OMP_WAIT_POLICY", None)
     if policy:
         environment["OMP_WAIT_POLICY"] = policy
-    command = [sys.executable, "-m", module, "--version"]
+    command = [sys.executable, "-m", module, "info"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and done.stdout.startswith("liar_ext 0.")
+    assert done.returncode == 0 and done.stdout.startswith("liar_ext ")
     shown = [line for line in done.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     assert all(line.endswith(f"= {spins}") for line in shown), shown
     assert shown or sys.platform != "linux"
@@ -295,3 +296,19 @@ def test_other_tiles_are_refused(capsys):
         read("--tile", "x")
     assert stop.value.code == 2
     assert "must be an integer, got 'x'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("--version", 0), ("--help", 0), ("prnue", 2), ("prune m --keeep 0.5", 2)],
+)
+def test_torch_is_imported_for_a_job_alone(line, code):
+    command = [sys.executable, "-X", "importtime", "-m", "liar_ext", *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
+    assert done.returncode == code and "liar_ext.cli.options" in imported
+    assert not {"torch", "transformers", "numpy"} & imported
+
+
+def test_the_help_names_all_criteria():
+    assert CRITERIA == tuple(each.name for each in list_criteria())
