@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
     names = [name for name, lacks in missing.items() if lacks]
     if names:
         raise InputError(
-            f"calibrate: needs {', '.join(names)}; for one liar calibrate MODEL --calibration "
-            "text.txt --bank moments.safetensors, MODEL before --calibration"
+            f"calibrate: liar calibrate needs {', '.join(names)}; for one liar calibrate MODEL "
+            "--calibration text.txt --bank moments.safetensors, MODEL before --calibration"
         )
     run_recipe(recipe, options)
 

@@ -14,7 +14,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from liar_ext.cli.options import one_line, parse
+from liar_ext.cli.messages import error_lines, one_line
+from liar_ext.cli.options import parse
 from liar_ext.errors import InputError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ranks.tells()  # so that the others don't
         raise
     if error is not None:
-        say(ranks, one_line(error))
+        say(ranks, error_lines(error, options))
     return code
 
 

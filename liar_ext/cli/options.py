@@ -19,26 +19,32 @@ from liar_ext.cli.bank_options import (
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_field, at_least, read_name, read_names, read_size
+from liar_ext.cli.messages import error_lines
+from liar_ext.errors import did_you_mean
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.choices import DTYPES, GROUPS, PRESETS
 from liar_ext.recipe.recipe import recipe_fields
 
-MOST_CHARACTERS = 300  # of an error
-
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are two lines: how to call it, and what is wrong."""
+    """A parser whose errors are what is wrong, and what to type."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and one line, and leave with exit code 2."""
-        self.print_usage(sys.stderr)
-        self.exit(2, f"liar: error: {one_line(message)}\n")
+        """Print an error and a hint, and leave with exit code 2."""
+        hint = "" if "; " in message else f"; {self.prog} --help shows what it takes"
+        self.exit(2, error_lines(message + hint) + "\n")
 
-
-def one_line(message: object) -> str:
-    """Return a message as one line, cut where it is far too long."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        if not action.option_strings:
+            hint = did_you_mean(value, action.choices, "liar --help lists them")
+            self.error(f"there is no command {value}; {hint}")
+        names = ", ".join(action.choices)
+        hint = did_you_mean(value, action.choices, f"{self.prog} --help describes them")
+        self.error(
+            f"{'/'.join(action.option_strings)} must be one of {names}, got {value!r}; {hint}"
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.of_command = commands.choices
     _add_prune(commands)
     add_calibrate(commands)
     add_merge(commands)
@@ -74,12 +81,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option stands before it.
     """
     commands = parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        commands.print_help(sys.stderr)
+        commands.error("no command was given; name one of those above")
     options, rest = commands.parse_known_args(arguments)
     lacks = options.command in ("prune", "calibrate", "sweep") and not hasattr(options, "model")
     if lacks and len(rest) == 1 and not rest[0].startswith("-"):
         options.model, rest = rest[0], []
     if rest:
-        commands.error(f"unknown arguments: {' '.join(rest)}")
+        known = commands.of_command[options.command]
+        hint = did_you_mean(rest[0].partition("=")[0], known._option_string_actions)
+        what = "option" if rest[0].startswith("-") else "argument"
+        known.error(f"unknown {what} {rest[0]}" + (f"; {hint}" if hint else ""))
     return options
 
 

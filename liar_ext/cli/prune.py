@@ -123,6 +123,6 @@ def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
         )
     if names:
         raise InputError(
-            f"prune: needs {', '.join(names)}; a first run is liar prune MODEL --calibration "
-            "text.txt --out pruned, MODEL before --calibration"
+            f"prune: liar prune needs {', '.join(names)}; a first run is liar prune MODEL "
+            "--calibration text.txt --out pruned, MODEL before --calibration"
         )

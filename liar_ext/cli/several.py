@@ -12,7 +12,8 @@ import warnings
 
 import torch
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.cli.messages import error_lines
+from liar_ext.errors import InputError
 from liar_ext.ranks import RankLost, Ranks, launched
 from liar_ext.saved.progress import difference
 
@@ -37,15 +38,14 @@ def join(options: argparse.Namespace) -> Ranks:
         options.ranks = Ranks()
         return options.ranks
     met = threading.Event()
-    threading.Thread(target=_watch_parent, args=(options, met, os.getppid()), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(met, os.getppid()), daemon=True).start()
     try:
         ranks = options.ranks = Ranks.join()
     except InputError as error:
-        print(f"liar: error: {options.command}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(error_lines(error), file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except RankLost as error:
-        said = _not_met(options, str(error)) + _how_to_reach()
-        print(said, file=sys.stderr, flush=True)
+        print(_not_met(str(error)), file=sys.stderr, flush=True)
         raise SystemExit(3) from error
     finally:
         met.set()
@@ -59,15 +59,6 @@ def join(options: argparse.Namespace) -> Ranks:
 
         set_verbosity_error()
     return ranks
-
-
-OWN = (
-    "ranks",
-    "quiet",
-    "out",
-    "bank",
-    "checkpoint",
-)  # and places, of which machines have their own
 
 
 def check_shared(options: argparse.Namespace, ranks: Ranks) -> None:
@@ -117,29 +108,27 @@ def what_was_lost(ranks: Ranks, options: argparse.Namespace, reason: str, patien
     if checkpoint:
         again += f"; it goes on from {checkpoint}"
     said = f"{' and '.join(found)} ended before the job was done" if found else reason
-    return f"{options.command}: {said}; no output was written, {again}"
+    return f"{said}; no output was written, {again}"
 
 
-def say(ranks: Ranks, line: str, before: str = "") -> None:
+def say(ranks: Ranks, lines: str, before: str = "") -> None:
     """Print why the job ends, if no rank and no thread of this one has: whole, before any exits."""
     with SPEAKING:
         if ranks.tells():
-            print(f"{before}liar: error: {line}", file=sys.stderr, flush=True)
+            print(f"{before}{lines}", file=sys.stderr, flush=True)
 
 
-def _watch_parent(options: argparse.Namespace, met: threading.Event, parent: int) -> None:
+def _watch_parent(met: threading.Event, parent: int) -> None:
     """End the process when torchrun ends before the ranks have met: they would wait for hours."""
     while not met.wait(PAUSE):
         if os.getppid() != parent:
-            said = _not_met(options, "what started the ranks ended")
-            print(said, file=sys.stderr, flush=True)
+            print(_not_met("what started the ranks ended"), file=sys.stderr, flush=True)
             os._exit(3)
 
 
-def _not_met(options: argparse.Namespace, reason: str) -> str:
-    return (
-        f"liar: error: {options.command}: the ranks haven't met: {reason}; start the same command "
-        "again"
+def _not_met(reason: str) -> str:
+    return error_lines(
+        f"the ranks haven't met: {reason}; start the same command again{_how_to_reach()}"
     )
 
 
@@ -168,5 +157,7 @@ def _watch(ranks: Ranks, options: argparse.Namespace, signals: int) -> None:
     while os.read(signals, 1)[0] != signal.SIGTERM:
         pass
     line = what_was_lost(ranks, options, "the job was stopped by SIGTERM", patience=0.0)
-    say(ranks, line, "" if options.quiet else "\n")  # a bar may be there, and has no end
+    say(
+        ranks, error_lines(line), "" if options.quiet else "\n"
+    )  # a bar may be there, and has no end
     os._exit(128 + signal.SIGTERM)

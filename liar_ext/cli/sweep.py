@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"sweep: --keep must name each fraction once, got {keep}")
     if not recipe.model or not (options.bank or recipe.calibration):
         raise InputError(
-            "sweep: needs MODEL and --bank FILE, which liar calibrate writes, or MODEL and "
-            "--calibration TEXT, MODEL before it"
+            "sweep: liar sweep needs MODEL and --bank FILE, which liar calibrate writes, or MODEL "
+            "and --calibration TEXT, MODEL before it"
         )
     folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
     if len(set(folders.values())) < len(folders):

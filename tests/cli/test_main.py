@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from threading import Event, Thread
 from time import sleep
 
@@ -16,6 +18,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 from liar_ext import InputError, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
+from liar_ext.cli.messages import error_lines
 from liar_ext.cli.several import say
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
@@ -104,7 +107,7 @@ def test_a_device_that_is_not_there_is_refused(device, llama_folder, corpus, tmp
         ("eval", llama_folder, "--text", corpus[1]),
     ):
         assert run(*command, "--device", device) == 2
-        said = capsys.readouterr().err.strip()
+        said = capsys.readouterr().err.replace("\nhint: ", "; ").strip()
         assert f"device must be one that torch can use here, or auto, got '{device}'" in said
         assert "\n" not in said
 
@@ -125,8 +128,8 @@ def test_too_little_memory_says_what_to_do(error, monkeypatch, capsys):
 
     monkeypatch.setitem(COMMANDS, "prune", prune)
     assert run("prune", "model", "--calibration", "text", "--keep", 0.7, "--out", "out") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("liar: error: ") and said.count("\n") == 1
+    said = capsys.readouterr().err.replace("\nhint: ", "; ")
+    assert said.startswith("error: ") and said.count("\n") == 1
     assert "memory" in said and "give smaller --batch-size or --memory" in said
 
 
@@ -146,7 +149,7 @@ def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path,
     (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 8)
     out = tmp_path / "out"
     assert run("prune", tmp_path / "bert", *texts, "--criterion", "snip", "--out", out) == 2
-    assert "got no labels; give a model with a head and batches" in capsys.readouterr().err
+    assert "got no labels\nhint: give a model with a head and batches" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -171,10 +174,10 @@ def test_an_encoder_is_refused_before_it_is_loaded(corpus, tmp_path, capsys, mon
     monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
     text = ("--text", corpus[1])
     assert run("eval", tmp_path / "bert", *text) == 2
-    assert "eval: needs a causal language model, got Bert" in capsys.readouterr().err
+    assert "error: needs a causal language model, got Bert" in capsys.readouterr().err
     text = ("--calibration", corpus[0], "--eval", corpus[1], "--out", tmp_path / "out")
     assert run("prune", tmp_path / "bert", *text) == 2
-    assert "prune: --eval needs a causal language model, got Bert" in capsys.readouterr().err
+    assert "error: --eval needs a causal language model, got Bert" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_told_before_the_model_is_loaded(
@@ -183,16 +186,16 @@ def test_what_is_missing_is_told_before_the_model_is_loaded(
     monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
     command = ("prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out")
     assert run(*command, "--of", "latency", "--latency-table", tmp_path / "no.json") == 2
-    assert f"latency: there is no file {tmp_path / 'no.json'}" in capsys.readouterr().err
+    assert f"there is no file {tmp_path / 'no.json'}" in capsys.readouterr().err
 
 
 def test_a_typo_in_the_name_of_a_folder(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "minilm").mkdir()
-    for name, said in (("minlm", "here; did you mean minilm? "), ("no/where", "here. The hub: ")):
+    for name, said in (("minlm", "did you mean minilm? "), ("no/where", "the hub says: ")):
         assert run("eval", name, "--text", corpus[1]) == 2
-        assert f"there is no folder {name} {said}" in capsys.readouterr().err
+        assert f"error: there is no folder {name} here\nhint: {said}" in capsys.readouterr().err
 
 
 def test_values_that_are_too_large_are_told(llama_folder, corpus, tmp_path, capsys):
@@ -397,12 +400,50 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
     def check(message, *arguments, model=llama_folder, calibration=corpus[0]):
         out = tmp_path / "refused"
         code = run("prune", model, "--calibration", calibration, "--out", out, *arguments)
-        error = capsys.readouterr().err.splitlines()[-1]
+        error = capsys.readouterr().err.replace("\nhint: ", "; ").splitlines()[-1]
         assert code == 2
-        assert error.startswith("liar: error: ") and message in error
+        assert error.startswith("error: ") and message in error
         assert not out.exists() and not list(tmp_path.glob(".*"))
 
     return check
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("prnue", "there is no command prnue\nhint: did you mean prune?"),
+        ("prune m --keeep 1", "unknown option --keeep\nhint: did you mean --keep?"),
+        ("prune m --preset fats", "got 'fats'\nhint: did you mean fast?"),
+        ("export m --to onx", "got 'onx'\nhint: did you mean onnx?"),
+        ("prune m --calibration t --out o --criterion wand", "'wand'\nhint: did you mean wanda?"),
+        ("prune m --calibration t --out o --keep 80", "--keep must be in (0, 1], got 80.0\nhint: "),
+        ("prune m --keep lots", "error: --keep must be a number, got 'lots'\nhint: liar prune"),
+        (
+            "verify pruend",
+            "holds no readable config.json: no such file\nhint: did you mean pruned?",
+        ),
+    ],
+)
+def test_an_error_says_what_is_wrong_and_what_to_type(line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pruned").mkdir()
+    with suppress(SystemExit):
+        run(*line.split())
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
+def test_colours_are_of_a_terminal(no_color, painted, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert ("\033[1;31merror:\033[0m it is" in error_lines("load: it is")) is painted
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert error_lines("load: it is; do this") == "error: it is\nhint: do this"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):
@@ -498,9 +539,9 @@ def test_a_line_is_out_before_another_thread_may_end_the_process(capsys):
             sleep(0.2 * first)
             return first
 
-    speaker = Thread(target=say, args=(Told(), "rank 1 ended"))
+    speaker = Thread(target=say, args=(Told(), "error: rank 1 ended"))
     speaker.start()
     asked.wait()
-    say(Told(), "stopped by SIGTERM")
-    assert capsys.readouterr().err == "liar: error: rank 1 ended\n"
+    say(Told(), "error: stopped by SIGTERM")
+    assert capsys.readouterr().err == "error: rank 1 ended\n"
     speaker.join()

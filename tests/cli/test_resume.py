@@ -29,7 +29,7 @@ def run(*arguments) -> int:
 
 def refused(capsys, *arguments) -> str:
     assert run(*arguments) == 2
-    return capsys.readouterr().err
+    return capsys.readouterr().err.replace("\nhint: ", "; ")
 
 
 @pytest.fixture(autouse=True)

@@ -185,7 +185,7 @@ class _Launched:
     def wrong(self, who: str, sent: signal.Signals, done: bool) -> str:
         """Return what is wrong with what the ranks said; nothing if all is well."""
         said, joined = self.said(), len(list(self.folder.glob("joined[0-9]")))
-        lines = [line for line in said.splitlines() if line.startswith("liar: error:")]
+        lines = [line for line in said.splitlines() if line.startswith("error:")]
         least = who == RANK and self.ranks > 1 and joined == self.ranks and not done
         # Without a launcher, or before they have met, nothing says which of them is to speak.
         alone = (who, sent) == (TORCHRUN, signal.SIGKILL) or joined < self.ranks

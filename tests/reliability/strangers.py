@@ -84,7 +84,7 @@ def _command(*arguments: object) -> tuple[str, str]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = cli.main([str(argument) for argument in arguments])
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("liar: error")]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
     assert len(lines) == (code == 2) and code in (0, 1, 2), (code, said.getvalue())
     return ("done", "other outputs", "refused")[code], said.getvalue()
 

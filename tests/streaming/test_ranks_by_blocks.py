@@ -184,7 +184,7 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
     assert forked.run(2, dying, tmp_path) == [3, -signal.SIGKILL]
     said = (tmp_path / "err0").read_text()
-    assert said.count("liar: error: prune: rank 1 (process ") == 1
+    assert said.count("error: rank 1 (process ") == 1
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"alone", "two", "c"}
     assert main(["resume", str(tmp_path / "c"), "--quiet"]) == 0  # in one process
     for name in ("model.safetensors", "config.json", "liar/plan.json"):

@@ -1,0 +1,87 @@
+"""The lines that a command writes to stderr: ``error:``, ``hint:`` and ``warning:``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from liar_ext.errors import did_you_mean
+from liar_ext.recipe.recipe import option_of, recipe_fields
+
+MOST_CHARACTERS = 300  # of a line
+COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
+OPERATION = re.compile(r"(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
+ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
+PATHS = (  # options that name something to read
+    *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
+    *("folder", "folders", "against"),
+)
+OF_A_RECIPE = ("recipe: ", "Budget: ")
+
+
+def one_line(message: object) -> str:
+    """Return a message as one line, cut where it is far too long."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
+
+
+def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
+    """Return ``error:`` with what is wrong and, where there is one, ``hint:`` with what to type.
+
+    An error of the package reads ``operation: what is wrong; what to do``. Fields of a recipe
+    become options. For a file or folder of the options that isn't there, a near name is shown.
+    """
+    line = " ".join(str(message).split())
+    for begin in OF_A_RECIPE:
+        if line.startswith(begin):
+            name = line.removeprefix(begin).partition(" ")[0]
+            option = {each.name: option_of(each) for each in recipe_fields()}.get(name)
+            line = line.replace(name, option, 1) if option and name != "model" else line
+    line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line, count=1) if OPERATION.match(line) else line)
+    cause, _, hint = line.partition("; ")
+    hints = [near for near in _near_paths(options, cause)] + [hint] * bool(hint)
+    lines = [("error", cause), *([("hint", " ".join(hints))] if hints else [])]
+    return "\n".join(f"{_painted(word)} {one_line(said)}" for word, said in lines)
+
+
+def show_warnings() -> None:
+    """Let the warnings of Python be lines of the command's stderr."""
+    warnings.simplefilter("always", UserWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    said = " ".join(str(message).split())
+    said = OPERATION.sub("", said, count=1) if OPERATION.match(said) else said
+    print(_painted("warning"), said, file=sys.stderr, flush=True)
+
+
+def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]:
+    """Yield a near name for the first path of the options that an error names and that isn't."""
+    words = [word.strip("'\",:") for word in cause.split()]
+
+    def named(text: str) -> bool:
+        return any(word == text or word.endswith(f"/{text}") for word in words)
+
+    for value in (getattr(options, name, None) for name in PATHS):
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and named(text) and not os.path.lexists(text):
+                path = Path(text)
+                beside = os.listdir(path.parent) if path.parent.is_dir() else ()
+                near = did_you_mean(path.name, beside)
+                if near:
+                    yield near.replace("mean ", f"mean {path.parent}/") if "/" in text else near
+                    return
+
+
+def _painted(word: str) -> str:
+    """Return a word with its colon, in colour where stderr is a terminal that has some."""
+    plain = (
+        not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    )
+    return f"{word}:" if plain else f"\033[{COLOURS[word]}m{word}:\033[0m"
