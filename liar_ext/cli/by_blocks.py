@@ -11,7 +11,7 @@ from torch import nn
 
 from liar_ext.calibration.self_calibration import SELF
 from liar_ext.cli.inputs import add_facts, check_tokenizer, load, writes
-from liar_ext.cli.output import say
+from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
@@ -44,7 +44,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 
-    shown = {"ranks": options.ranks, "progress": not options.quiet}
+    shown = {"ranks": options.ranks, "progress": options.progress}
     settled = replace(recipe, self_text=0.0)
     given = load(settled, loader=open_store, **shown)
     (store,) = stores
@@ -55,7 +55,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         job.certify_on = given.certification
         lines = job.describe(options.max_memory)
         if options.ranks.first:
-            print("\n".join(lines))
+            print_estimate(lines, options)
         return
     loaded = time.perf_counter() - start
 
@@ -76,6 +76,6 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             overwrite=options.overwrite,
             saved=saved,
             annotate=annotate,
-            progress=not options.quiet,
+            progress=options.progress,
         )
     say(report, options, start)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.memory import bytes_of_sums, check_memory
 from liar_ext.cli.inputs import load
+from liar_ext.cli.output import print_json, warn
 from liar_ext.cli.own_text import let_write
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.cli.with_bank import calibrations, check_bank_place, save_bank
@@ -27,28 +29,28 @@ def run(options: argparse.Namespace) -> None:
     missing = {
         "MODEL": not recipe.model,
         "--calibration TEXT": not recipe.calibration,
-        "--bank FILE": not options.bank,
+        "--out FILE": not options.bank,
     }
     names = [name for name, lacks in missing.items() if lacks]
     if names:
         raise InputError(
             f"calibrate: liar calibrate needs {', '.join(names)}; for one liar calibrate MODEL "
-            "--calibration text.txt --bank moments.safetensors, MODEL before --calibration"
+            "--calibration text.txt --out moments.safetensors, MODEL before --calibration"
         )
     run_recipe(recipe, options)
 
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Load, draw text, run the model over it, write."""
-    ranks = options.ranks
-    check_bank_place(options.bank, "calibrate", "--bank", options.overwrite)
+    ranks, start = options.ranks, time.perf_counter()
+    check_bank_place(options.bank, "calibrate", "--out", options.overwrite)
     check_apart(options)
-    loaded = load(recipe, ranks=ranks, progress=not options.quiet, digests=True)
+    loaded = load(recipe, ranks=ranks, progress=options.progress, digests=True)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     packed = predicts_next_token(loaded.model)
     with checkpoint_of(recipe, options) as saved:
-        let_write(loaded, recipe, saved, ranks=ranks, progress=not options.quiet)
+        let_write(loaded, recipe, saved, ranks=ranks, progress=options.progress)
         bank = calibrate(
             loaded.model,
             loaded.calibration,
@@ -56,14 +58,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             keep_text=not options.no_text,
             checkpoint=saved,
             ranks=ranks,
-            progress=not options.quiet,
+            progress=options.progress,
         )
         if not ranks.first:
             return
         if saved is not None:
             saved.leave_to_first()
         if options.sensitivities:
-            given = loaded.model, loaded.calibration, bank, not options.quiet
+            given = loaded.model, loaded.calibration, bank, options.progress
             work = Sweep(*given, saved=saved, probe_keep=PROBE_KEEP)
             work.plan(recipe)
             work.known.store_sensitivities(bank)
@@ -73,12 +75,18 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
         }
         bank.documents = loaded.documents
-        save_bank(bank, options.bank, "calibrate", "--bank", options.overwrite)
-    if not options.quiet:
+        save_bank(bank, options.bank, "calibrate", "--out", options.overwrite)
+    megabytes = os.stat(options.bank).st_size / 1e6
+    if options.json:
+        facts = {"out": options.bank, "layers": len(bank), "megabytes": megabytes}
+        facts |= {name: bank.source[name] for name in ("tokens", "sequences")}
+        facts |= {"text": bank.text is not None, "seconds": time.perf_counter() - start}
+        print_json(facts, loaded.warnings)
+    elif not options.quiet:
         print(
             f"{options.bank}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "
-            f"in {bank.source['sequences']} sequences, {os.stat(options.bank).st_size / 1e6:,.1f} "
-            f"MB{', without their text' if bank.text is None else ''}"
+            f"in {bank.source['sequences']} sequences, {megabytes:,.1f} MB"
+            f"{', without their text' if bank.text is None else ''}",
+            flush=True,
         )
-        for warning in loaded.warnings:
-            print(f"Warning: {warning}")
+        warn(loaded.warnings)

@@ -9,5 +9,5 @@ from liar_ext.report.compare import write_comparison
 
 def run(options: argparse.Namespace) -> None:
     """Write the page, and pictures; print where."""
-    for path in write_comparison(options.folders, options.output, options.png):
+    for path in write_comparison(options.folders, options.out, options.png):
         print(f"{path}: written")

@@ -22,14 +22,14 @@ def run(options: argparse.Namespace) -> None:
     """Print the perplexity, or lm-eval's table."""
     _check_together(options)
     check_causal(options.model, "eval:")
-    output = Path(options.output) if options.output else None
+    output = Path(options.out) if options.out else None
     if output is not None:
-        check_place(output, "eval", "--output", begins_with('{\n "model": '))
+        check_place(output, "eval", "--out", begins_with('{\n "model": '))
     result, line = (_tasks if options.tasks else _perplexity)(options)
     print(json.dumps(result) if options.json else line, flush=True)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
-        write_whole(output, facts + "\n", "eval", "--output")
+        write_whole(output, facts + "\n", "eval", "--out")
 
 
 def _check_together(options: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def _perplexity(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     sequences = texts.evaluation_sequences(
         documents, tokenizer, seq_len=options.seq_len, samples=options.samples
     )
-    result = perplexity(model, sequences.batches(options.batch_size), progress=not options.quiet)
+    result = perplexity(model, sequences.batches(options.batch_size), progress=options.progress)
     return result, (
         f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
         f"{result['sequences']} windows of {result['seq_len']}"
@@ -67,7 +67,7 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         limit=options.limit,
         num_fewshot=options.num_fewshot,
         batch_size=options.batch_size,
-        progress=not options.quiet,
+        progress=options.progress,
     )
     return result, result.pop("table").rstrip()
 

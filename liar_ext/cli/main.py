@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from liar_ext.cli.messages import error_lines, one_line
+from liar_ext.cli.messages import error_lines, one_line, shown
 from liar_ext.cli.options import parse
 from liar_ext.errors import InputError, is_out_of_memory
 
@@ -57,15 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     with _silence_of_others():
         options = parse(arguments)
+    wanted = getattr(options, "progress", None)  # None: a command that takes no time
+    options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
+    options.progress = wanted in ("auto", "plain") and not options.quiet
     # What follows imports torch; the version, the help and typos are answered without it.
+    from liar_ext.bars import plain_lines
     from liar_ext.checkpoint.quietening import no_bars
     from liar_ext.checkpoint.registration import register
     from liar_ext.cli.several import join, say
 
     register()
     ranks = join(options)
+    plain = wanted == "plain" or not sys.stderr.isatty()
+    others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
     try:
-        with no_bars() if getattr(options, "quiet", False) else nullcontext():
+        with shown(options.progress, options.quiet), plain_lines(plain), others:
             code, error = _run(options, ranks)
     except BaseException:
         ranks.tells()  # so that the others don't

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from liar_ext.errors import did_you_mean
 from liar_ext.recipe.recipe import option_of, recipe_fields
 
 MOST_CHARACTERS = 300  # of a line
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
-OPERATION = re.compile(r"(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
+OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
 ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
 PATHS = (  # options that name something to read
     *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
@@ -42,23 +45,37 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
             name = line.removeprefix(begin).partition(" ")[0]
             option = {each.name: option_of(each) for each in recipe_fields()}.get(name)
             line = line.replace(name, option, 1) if option and name != "model" else line
-    line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line, count=1) if OPERATION.match(line) else line)
+    line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
     cause, _, hint = line.partition("; ")
     hints = [near for near in _near_paths(options, cause)] + [hint] * bool(hint)
     lines = [("error", cause), *([("hint", " ".join(hints))] if hints else [])]
     return "\n".join(f"{_painted(word)} {one_line(said)}" for word, said in lines)
 
 
-def show_warnings() -> None:
-    """Let the warnings of Python be lines of the command's stderr."""
-    warnings.simplefilter("always", UserWarning)
-    warnings.showwarning = _show_warning
+@contextmanager
+def shown(progress: bool, quiet: bool) -> Iterator[None]:
+    """Let warnings and logged progress be lines of stderr; ``quiet`` lets warnings go."""
+    logger, handler = logging.getLogger("liar_ext"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.setLevel(logging.INFO if progress else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore", UserWarning)
+            other = warnings.showwarning
 
+            def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+                if category is not UserWarning:
+                    return other(message, category, *where)
+                said = OPERATION.sub("", " ".join(str(message).split()), count=1)
+                print(_painted("warning"), said, file=sys.stderr, flush=True)
 
-def _show_warning(message: Warning | str, *_: object) -> None:
-    said = " ".join(str(message).split())
-    said = OPERATION.sub("", said, count=1) if OPERATION.match(said) else said
-    print(_painted("warning"), said, file=sys.stderr, flush=True)
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]:

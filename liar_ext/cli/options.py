@@ -14,6 +14,7 @@ from liar_ext.cli.bank_options import (
     add_checkpoint,
     add_merge,
     add_resume,
+    add_shown,
     add_sweep,
 )
 from liar_ext.cli.export import add_export
@@ -70,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     add_export(commands, read_name, at_least(1))
     add_families(commands, read_name)
-    commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    info.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -128,10 +130,10 @@ def _add_prune(commands) -> None:
     for each in recipe_fields():
         add_field(groups[each.metadata["group"]], each)
     output = parser.add_argument_group("Output")
-    output.add_argument("--out", type=read_name, metavar="DIR", help="folder to write")
+    output.add_argument("--out", "-o", type=read_name, metavar="DIR", help="folder to write")
     add_checkpoint(output, "progress")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+    add_shown(output, "no progress, no summary, no warnings")
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
@@ -189,7 +191,8 @@ def _add_eval(commands) -> None:
     )
     add("--limit", type=at_least(1), metavar="N", help="tasks: use the first N items of each")
     add("--num-fewshot", type=at_least(0), metavar="N", help="tasks: examples in each prompt")
-    add("--output", type=read_name, metavar="FILE", help="also write the result as JSON")
+    add("--out", "-o", type=read_name, metavar="FILE", help="also write the result as JSON")
+    add("--output", dest="out", type=read_name, help=argparse.SUPPRESS)
     add("--samples", type=at_least(1), metavar="N", help="use N evenly spread windows")
     add("--seq-len", type=at_least(2), default=512, metavar="N", help="tokens per window")
     add(
@@ -201,8 +204,7 @@ def _add_eval(commands) -> None:
     )
     add("--dtype", choices=DTYPES, default="float32", help="data type of the weights")
     add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: all GPUs")
-    add("--json", action="store_true", help="print JSON")
-    add("--quiet", action="store_true", help="no progress bars")
+    add_shown(parser, "no progress")
 
 
 def _add_verify(commands) -> None:
@@ -238,8 +240,8 @@ def _add_bench(commands) -> None:
     add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: all GPUs")
     add("--threads", type=at_least(1), metavar="N", help="CPU threads of torch")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
-    add("--json", metavar="FILE", type=read_name, help="file for the numbers, not DIR.bench.json")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--out", "-o", metavar="FILE", type=read_name, help="file for the numbers (DIR.bench.json)")
+    add_shown(parser, "no progress")
 
 
 def _add_report(commands) -> None:
@@ -267,11 +269,12 @@ def _add_compare(commands) -> None:
 def _add_page(parser: argparse.ArgumentParser, where: str, default: str | None) -> None:
     add = parser.add_argument
     add(
+        "--out",
         "-o",
-        "--output",
         metavar="FILE",
         type=read_name,
         default=default,
         help=f"page to write (default: {where})",
     )
+    add("--output", dest="out", default=default, type=read_name, help=argparse.SUPPRESS)
     add("--png", metavar="FOLDER", type=read_name, help="also write the pictures as PNG")

@@ -11,7 +11,7 @@ from liar_ext.cli.by_blocks import run_by_blocks
 from liar_ext.cli.dry_run import describe
 from liar_ext.cli.inputs import SKETCHED, Given, add_facts, load
 from liar_ext.cli.options import recipe_of
-from liar_ext.cli.output import say
+from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.own_text import TextAndOwn, let_write
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.cli.with_bank import load_by_bank
@@ -48,7 +48,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
-        shown = {"ranks": ranks, "progress": not options.quiet}
+        shown = {"ranks": ranks, "progress": options.progress}
         judge = sequences_to_judge(recipe)
         given, settled = load(recipe, sketch=sketch, judge=judge, **shown), recipe
     if sketch:
@@ -60,11 +60,11 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         if seconds:
             lines.append(f"text of its own: about {seconds:.0f} seconds to write")
         if ranks.first:
-            print("\n".join(lines))
+            print_estimate(lines, options)
         return
     loaded = time.perf_counter() - start
     with checkpoint_of(recipe, options) as saved:
-        shown = {"ranks": ranks, "progress": not options.quiet}
+        shown = {"ranks": ranks, "progress": options.progress}
         report = prune_given(given, settled, bank, saved, **shown)
         if not ranks.first:
             return

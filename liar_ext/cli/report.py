@@ -9,5 +9,5 @@ from liar_ext.report.page import write_page
 
 def run(options: argparse.Namespace) -> None:
     """Write the page, and pictures; print where."""
-    for path in write_page(options.folder, options.output, options.png):
+    for path in write_page(options.folder, options.out, options.png):
         print(f"{path}: written")

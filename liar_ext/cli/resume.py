@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> None:
     job = ranks.broadcast(read_job(options.folder) if ranks.first else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     result = job["options"]["bank" if command == "calibrate" else "out"]
-    if not options.quiet:
+    if not (options.quiet or options.json):
         found = "; ".join(what_is_saved(folder)) or "before anything was saved"
         print(
             f"{options.folder}: liar {command}, {result}, stopped with {found}; going on in "
@@ -62,11 +62,13 @@ def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> None:
     if ranks.broadcast(done(folder, result) if ranks.first else None):
         if ranks.first:
             remove(folder)
-        if not options.quiet:
+        if options.json:
+            print(json.dumps({"out": result, "written_before": True}))
+        elif not options.quiet:
             print(f"{result}: was written already")
         return
     own = {"checkpoint": folder, "command": command, "ranks": ranks}
-    own |= {"quiet": options.quiet, "overwrite": options.overwrite}
+    own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
     start[command](Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 
 

@@ -18,7 +18,8 @@ from liar_ext.ranks import RankLost, Ranks, launched
 from liar_ext.saved.progress import difference
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
-OWN = ("ranks", "quiet", "out", "bank", "checkpoint")  # options of which each machine has its own
+# Options of which each machine has its own.
+OWN = ("ranks", "quiet", "json", "progress", "out", "bank", "checkpoint")
 INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
 PAUSE = 0.2  # seconds between two looks for the process that started this one
 SPEAKING = threading.Lock()
@@ -53,7 +54,7 @@ def join(options: argparse.Namespace) -> Ranks:
         return ranks
     threading.Thread(target=_watch, args=(ranks, options, _terminations()), daemon=True).start()
     if not ranks.first:
-        options.quiet = True
+        options.quiet, options.json, options.progress = True, False, False
         warnings.simplefilter("ignore")
         from transformers.utils.logging import set_verbosity_error
 

@@ -15,6 +15,7 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.cli.inputs import add_facts, load
 from liar_ext.cli.options import recipe_of
+from liar_ext.cli.output import warn
 from liar_ext.cli.own_text import let_write
 from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
         check_folder(folder, options.overwrite)
-    progress, bank = not (options.quiet or options.json), None
+    progress, bank = options.progress, None
     if options.bank:
         given, bank, recipe = load_by_bank(options.bank, recipe, options)
     else:
@@ -73,8 +74,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print("\n".join(to_text(table(dense, rows))))
     if not options.quiet:
-        for warning in given.warnings:
-            print(f"Warning: {warning}")
+        warn(given.warnings)
 
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:

@@ -131,8 +131,8 @@ def test_a_sweep_prints_a_table_and_writes_folders(banks, llama_folder, corpus, 
 def test_a_sweep_by_text_needs_no_bank(llama_folder, texts, capsys):
     options = ("--keep", 0.8, "--allocation", "uniform", *TEXT)
     assert run("sweep", llama_folder, "--calibration", texts[0], *options) == 0
-    out = capsys.readouterr().out
-    assert "0.8           –" in out and "Warning: The calibration set is of one kind" in out
+    out = capsys.readouterr()
+    assert "0.8           –" in out.out and "warning: The calibration set is of one kind" in out.err
 
 
 def test_a_bank_without_text_serves_what_needs_none(banks, llama_folder, tmp_path, capsys):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -69,7 +70,9 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     assert set(f"{fields} dropped_rows path seconds".split()) <= set(report["sites"][0])
     assert "perplexity" in done.stdout
     assert "calibrate" not in done.stderr and "\r" not in done.stderr  # no terminal, no progress
-    assert report["loading"] in done.stdout
+    assert f'load                 AutoModelForCausalLM.from_pretrained("{out}"' in done.stdout
+    assert f"next                 liar verify {out}\n" in done.stdout
+    assert "warning: " in done.stderr and "arning" not in done.stdout
 
 
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
@@ -91,8 +94,9 @@ def test_prune_by_gradients_says_how_to_load_the_result(llama_folder, corpus, tm
     options += ["--criterion", "fisher", "--allocation", "global"]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     printed, report = capsys.readouterr().out, (out / "liar/report.md").read_text()
+    assert f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)' in printed
     for told in ("liar_ext.load_pruned(folder)", "trust_remote_code=True", "--uniform-layers"):
-        assert told in printed and told in report
+        assert told in report
     assert json.loads((out / "liar/report.json").read_text())["loading"] in report
     assert run("verify", out) == 0
     name = "transformers.AutoModelForCausalLM.from_pretrained(trust_remote_code=True)"
@@ -213,7 +217,7 @@ def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
     text = ("--calibration", tmp_path / "text.txt", "--samples", 8, "--seq-len", 16)
     own = ("--self-text", 0, "--random-tokens", 0, "--preset", "fast", "--keep", 0.5)
     assert run("prune", llama_folder, *text, *own, "--out", tmp_path / "out") == 0
-    assert "Every error is 0: the activations do not vary" in capsys.readouterr().out
+    assert "warning: Every error is 0: the activations do not vary" in capsys.readouterr().err
 
 
 def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
@@ -225,7 +229,7 @@ def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_
     (tmp_path / "link.json").symlink_to("a.json")
     for name in ("own.json", "link.json", "missing/o.json"):
         assert run("eval", "/nowhere", *command[2:], tmp_path / name) == 2  # nothing was loaded
-        assert "give another name with --output" in capsys.readouterr().err
+        assert "give another name with --out" in capsys.readouterr().err
     assert (tmp_path / "own.json").read_text() == "{}"
 
 
@@ -280,9 +284,8 @@ def test_the_hidden_size_alone_is_an_option(llama_folder, corpus, tmp_path, caps
     options = ["--keep", 1, "--keep-hidden", 0.8, "--samples", 16, "--seq-len", 32]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     printed = capsys.readouterr().out
-    assert (
-        "plain `transformers.AutoModelForCausalLM" in printed and "input_layernorm" not in printed
-    )
+    assert f'AutoModelForCausalLM.from_pretrained("{out}")' in printed
+    assert "input_layernorm" not in printed
     report = json.loads((out / "liar/report.json").read_text())
     assert report["sites"] == [] and {row["units_after"] for row in report["hidden"]} == {32}
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 32
@@ -384,6 +387,43 @@ def test_a_model_without_tokenizer_is_refused(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("prune", tmp_path / "vit", "--calibration", corpus[0], "--out", out) == 2
     assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_json_is_one_object_and_nothing_else(llama_folder, corpus, tmp_path, capsys):
+    text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
+    bank, out = tmp_path / "a.bank", tmp_path / "out"
+    assert run("calibrate", llama_folder, *text[:-2], "-o", bank, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["out"] == str(bank) and facts["sequences"] >= 8 and facts["text"]
+    assert run("prune", llama_folder, *text, "-o", out, "--eval", corpus[1], "--json") == 0
+    said = capsys.readouterr()
+    facts, report = json.loads(said.out), json.loads((out / "liar/report.json").read_text())
+    assert facts["out"] == str(out) and facts["parameters"] == report["params"]
+    assert facts["megabytes"]["after"] == pytest.approx(report["params"]["after"] * 4e-6)
+    assert facts["quality"]["pruned"]["perplexity"] > 1 and facts["worst_layer"]["error"] >= 0
+    assert facts["load"].startswith(f'AutoModelForCausalLM.from_pretrained("{out}"')
+    assert facts["seconds"] > 0
+    assert facts["warnings"] and said.err.count("warning: ") == len(facts["warnings"])
+    assert run("prune", llama_folder, *text, "-o", out, "--overwrite", "--json", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert run("info", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["liar_ext"]
+
+
+@pytest.mark.parametrize(
+    ("more", "lines"),
+    [((), True), (("--progress", "plain"), True), (("--progress", "none"), False)],
+)
+def test_progress_without_a_terminal_is_lines_of_stderr(
+    more, lines, llama_folder, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("liar_ext.bars.EVERY", 0.0)
+    text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
+    assert run("prune", llama_folder, *text, "--out", tmp_path / "out", *more) == 0
+    said = capsys.readouterr()
+    assert ("[1/2] collecting activation statistics" in said.err) is lines
+    assert "[1/2]" not in said.out and "\r" not in said.err
+    assert not logging.getLogger("liar_ext").handlers
 
 
 def test_info(capsys):

@@ -172,7 +172,7 @@ def _one_place(own: Path, room: Path, draw: random.Random):
     """A result and a checkpoint of which one holds the other."""
     out, checkpoint = draw.choice([("x", "x"), ("x", "x/c"), ("c/x", "c"), ("c/../x", "x")])
     (room / "c").mkdir()
-    command, option = draw.choice([("prune", "--out"), ("calibrate", "--bank")])
+    command, option = draw.choice([("prune", "--out"), ("calibrate", "--out")])
     text = ["--calibration", own / "text.txt", *(FAST if command == "prune" else FAST[:4])]
     places = [option, room / out, "--checkpoint", room / checkpoint]
 
