@@ -153,7 +153,7 @@ def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
         patch.setattr(saving, "write_fingerprint", full)
         command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
         assert run(*command) == 2
-    assert "No space left on device; nothing was left behind" in capsys.readouterr().err
+    assert "No space left on device\nhint: nothing was left behind" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         stop_at(patch, Walk, "step", 1)  # no block is solved again
         assert run("resume", tmp_path / "c", "--quiet") == 0
