@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families sweep out-of-memory scaling ranks
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format prose clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families figures sweep out-of-memory scaling ranks
 
 setup: $(STAMP)
 
@@ -27,17 +27,19 @@ $(ASSETS)/.installed: demo/requirements.txt | $(BIN)/python
 	touch $@
 
 # Threads that spin while they wait take the time of those they wait for, beside another busy process.
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test test-all: export OMP_WAIT_POLICY ?= passive
 
 demo: setup $(ASSETS)/.installed
 	$(BIN)/python demo/jobs.py --out out/demo
 
 # Tests run in WORKERS processes of one thread each, a file at a time; what needs more threads sets their
 # number. tests/conftest.py says which files come first. A test that stands still fails, and says where.
+# `test-all` runs the tests that `test` leaves out: full products, wheels, fuzzing.
 WORKERS ?= 2
-test: setup
+.PHONY: test-all
+test test-all: setup
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		--timeout 900 -p no:benchmark
+		--timeout 900 -p no:benchmark -m "$(if $(filter test-all,$@),,not )exhaustive"
 
 # Hostile folders, kills while a folder is saved, jobs and ranks that are stopped, faults of disks, files and
 # memory, bad command lines, operators: writes docs/reliability.md, in some twenty minutes on one core.
@@ -252,11 +254,13 @@ check-readme: setup
 	$(README_VENV)/bin/python -m pip install -q "$$(echo $(README_VENV)/wheel/*.whl)[report]"
 	$(README_VENV)/bin/python -I tests/readme.py $(README_VENV)/run
 
-# docs/families.md: the table of families, from its rows.
+# The tables of families, from their rows: docs/families.md, README.md and docs/index.md.
 families: setup
-	mkdir -p build
-	$(BIN)/python bench/families.py > build/families.md
-	mv build/families.md docs/families.md
+	$(BIN)/python bench/families.py
+
+# Pictures and folded tables of the docs, from docs/data.
+figures: setup
+	$(BIN)/python bench/figures.py
 
 # Every kernel for every architecture: registers, spills, machine code. Needs nvcc.
 cuda-check: setup
@@ -312,6 +316,10 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
+
+# How long sentences are, and how full of numbers: README, docs, help, docstrings. Fails on nothing.
+prose: setup
+	$(BIN)/python bench/prose.py
 
 clean:
 	rm -rf $(VENV) build out *.egg-info liar_ext/*.so

@@ -1,52 +1,122 @@
-"""Print docs/families.md: the table of families, from its rows."""
+"""Write the tables of families from their rows: docs/families.md, README.md and docs/index.md."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
-from liar_ext.models.overview import COLUMNS, NO, Entry, overview
+from liar_ext.models import registry
+from liar_ext.models.overview import COLUMNS, NO, NONE, Entry, overview
 
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
+KINDS = {
+    "language models": "llama gemma fused ungated parallel hybrid opt gpt2 gpt_neox",
+    "mixtures of experts": "moe",
+    "encoders": "bert modernbert nomic_bert deberta albert",
+    "encoder-decoders": "bart t5",
+    "vision, vision and text": "vit clip vision_language",
+}
 LEGEND = {
-    "heads": "attention heads can be removed",
-    "kv_groups": "key/value heads can, with the query heads that share them",
-    "channels": "MLP channels can, in a mixture those of every expert, shared ones included",
-    "experts": "whole experts of a mixture can; a dash stands where there are none",
-    "hidden": "features of the residual stream can, by `--keep-hidden`",
-    "biases": "the config fields by which the stock class gives all these layers a bias; without "
-    "one, a bias that pruning adds to a layer that had none needs the loader in the folder",
-    "stock": "of which units the config of the stock class can say a smaller number, equal in all "
-    "layers, so that a folder needs no loader",
-    "layerwise": "a job may go layer by layer, by `--schedule layerwise`",
+    "can be removed": """
+`KV groups` are key/value heads with the query heads that share them. `experts` are whole experts.
+`hidden size` needs `--keep-hidden`.""",
+    "cannot, and why": """
+Encoders without KV groups have keys and values for every head. `layer by layer` is a schedule.""",
+    "stock config": """
+Units for which the family's own config can say a smaller number, equal in all layers. Such a folder
+needs no loader.""",
+    "bias fields": """
+Config fields that give all these layers a bias. Without one, a new bias needs the loader in the
+folder.""",
 }
 
 
+def summary(table: Mapping[str, Mapping[str, Entry]]) -> str:
+    """Return the families by kind, with what can be removed from how many."""
+    lines = ["| kind | families | can be removed |", "|---|---|---|"]
+    for kind, modules in KINDS.items():
+        names = [row.name for name in modules.split() for row in getattr(registry, name).ROWS]
+        counts = {unit: sum(_applies(table[name][unit]) for name in names) for unit in UNITS}
+        said = [
+            COLUMNS[unit] + ("" if count == len(names) else f" ({count} of {len(names)})")
+            for unit, count in counts.items()
+            if count
+        ]
+        lines.append(f"| {kind} | {', '.join(sorted(names))} | {', '.join(said)} |")
+    return "\n".join(lines)
+
+
+def placed(page: str, table: Mapping[str, Mapping[str, Entry]]) -> str:
+    """Return a page with the families by kind between its marks."""
+    return re.sub(f"{BEGIN}.*?{END}", f"{BEGIN}\n\n{summary(table)}\n\n{END}", page, flags=re.S)
+
+
 def markdown(table: Mapping[str, Mapping[str, Entry]]) -> str:
-    """Return the table as a page of the documentation."""
+    """Return the page of families."""
     lines = [
-        "# Families",
+        "# Families that you can prune",
         "",
-        "What can be removed from a model of each family, and how the result loads. This page is",
-        "written by `make families`; `liar families` prints the same. A row for a family that is",
-        "lacking is proposed by `liar families --suggest MODEL`: see",
-        "[extending](extend.md#a-model-family).",
+        "Find out what can be removed from your model, and whether the result needs a loader. If",
+        "your family is missing, run `liar families --suggest MODEL`: it proposes and checks a row",
+        "for it ([extending](extend.md#a-model-family)). `make families` writes this page.",
         "",
-        "| " + " | ".join(["family", *COLUMNS.values()]) + " |",
-        "|" + "---|" * (len(COLUMNS) + 1),
+        BEGIN,
+        "",
+        summary(table),
+        "",
+        END,
+        "",
+        "## Each family",
+        "",
+        *(f"- **{name}**: {' '.join(text.split())}" for name, text in LEGEND.items()),
+        "",
+        f"| family | {' | '.join(LEGEND)} |",
+        "|" + "---|" * (len(LEGEND) + 1),
         *(
-            "| " + " | ".join([name, *(_cell(key, each) for key, each in row.items())]) + " |"
+            f"| {name} | {' | '.join(_cells(row))} |".replace("  ", " ")
             for name, row in table.items()
         ),
-        "",
-        *(f"- **{COLUMNS[key]}**: {text}." for key, text in LEGEND.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(key: str, each: Entry) -> str:
-    if not each.reason or key == "biases":
-        return each.applies
-    return f"{each.applies}{';' if each.applies != NO else ':'} {each.reason}".replace("|", "\\|")
+def _applies(entry: Entry) -> bool:
+    return entry.applies not in (NO, NONE)
+
+
+def _cells(row: Mapping[str, Entry]) -> list[str]:
+    yes = [COLUMNS[unit] + _reason(row[unit], " (", ")") for unit in UNITS if _applies(row[unit])]
+    no = [
+        name + _reason(row[unit], ": ")
+        for unit, name in {
+            **{unit: COLUMNS[unit] for unit in UNITS},
+            "layerwise": "layer by layer",
+        }.items()
+        if row[unit].applies == NO
+        and row[unit].reason != "every head has keys and values of its own"
+    ]
+    stock = row["stock"].applies + _reason(
+        row["stock"], "; not " if _applies(row["stock"]) else ": "
+    )
+    biases = row["biases"].applies if _applies(row["biases"]) else NONE
+    return [each.replace("|", "\\|") for each in (", ".join(yes), "; ".join(no), stock, biases)]
+
+
+def _reason(entry: Entry, before: str, after: str = "") -> str:
+    return f"{before}{entry.reason}{after}" if entry.reason else ""
+
+
+def main() -> None:
+    """Write the three pages."""
+    table = overview()
+    (ROOT / "docs" / "families.md").write_text(markdown(table), encoding="utf-8")
+    for name in ("README.md", "docs/index.md"):
+        path = ROOT / name
+        path.write_text(placed(path.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(markdown(overview()), end="")
+    main()

@@ -18,9 +18,8 @@ import torch
 from liar_ext import prune
 from liar_ext.checkpoint import load_model
 from liar_ext.data.texts import calibration_sequences, read_documents
-from liar_ext.reconstruction import targets
-from liar_ext.reconstruction.ladder import Choice, choose, held_out_errors
-from liar_ext.reconstruction.result import least_held_out
+from liar_ext.reconstruction import ridge
+from liar_ext.reconstruction.ladder import Choice, choose, held_out_errors, least_held_out
 
 
 def main() -> None:
@@ -46,8 +45,8 @@ def main() -> None:
     ).batches()
     taken, tried, missed = Counter(), Counter(), []
 
-    def beside(parabolas, ladder, low, high) -> Choice:
-        choice = choose(parabolas, ladder, low, high)
+    def beside(parabolas, ladder, low, high, whole) -> Choice:
+        choice = choose(parabolas, ladder, low, high, whole=whole)
         every = torch.stack([parabolas(damp) for damp in ladder], 1)
         errors, _ = held_out_errors(every, low, high)
         best = least_held_out(errors, [*ladder, *ladder])
@@ -57,7 +56,7 @@ def main() -> None:
             missed.append(float(choice.held_out / errors[:, best].sum()) - 1)
         return choice
 
-    with mock.patch.object(targets, "choose", beside):
+    with mock.patch.object(ridge, "choose", beside):
         prune(model, batches, options.keep, criterion="wifv", allocation="uniform")
     sites = sum(tried.values())
     mean = sum(count * times for count, times in tried.items()) / max(1, sites)

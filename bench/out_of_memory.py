@@ -6,11 +6,8 @@ runs as a process that may take no more than a limit: of a memory control group 
 the shards must be smaller than the limit, as mapping one counts. Memory over time is drawn, and
 the same command without `--max-memory` is run under the same limit, to show that it must fail.
 
-What docs/scaling.md shows was run by `make out-of-memory` with these in OOM, the first two before
-the bound of a solve counted d x d_out; the second is refused below 1.34 GiB since then:
+What docs/scaling.md shows was run by `make out-of-memory` with these in OOM:
 
-    --fixed-damp --limit 1.4 --spare 0.1 --runs one-pass
-    --fixed-damp --limit 1.4 --spare 0.1 --runs layerwise
     --hidden 8192 --heads 4 --channels 512 --vocabulary 8000 --samples 2 --seq-len 64 --limit 1.4
         --spare 0.1 --runs default
     --hidden 4096 --channels 11008 --blocks 41 --vocabulary 4000 --samples 2 --limit 7.6 --spare 0

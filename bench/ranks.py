@@ -1,10 +1,10 @@
-"""One job by 1, 2 and 3 ranks: the same plan, the same weights, and what each rank did.
+"""One job by 1, 2 and 3 ranks: the same plan, and weights that agree within rounding.
 
     python bench/ranks.py --out out/ranks
 
 runs `torchrun --nproc-per-node N -m liar_ext prune` on a Llama with random weights, or on another
 model and text, layer by layer and in one pass, in float64 and in float32, and prints a table; and
-once more by blocks, with `--max-memory`, where ranks read the weights from their files together.
+once more by blocks, with `--max-memory`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BYTES = 256  # a token each
-WORK = ("sequences", "tokens", "walked", "probes", "solved")
 WAYS = ("in memory", "by blocks")
 LIMIT = "8GiB"  # of --max-memory; a rank has libraries and one block
 
@@ -43,9 +42,8 @@ def main() -> None:
         text.write_text("\n".join(lines), encoding="utf-8")
     for way in options.ways:
         print(f"\n{way}\n")
-        more = ["read, MB"] if way == "by blocks" else []
-        print(f"| dtype | schedule | ranks | plan | weights | {' | '.join([*WORK, *more])} |")
-        print("|---" * (5 + len(WORK) + len(more)) + "|")
+        print("| dtype | schedule | ranks | plan | weights |")
+        print("|---" * 5 + "|")
         for dtype in options.dtypes:
             for schedule in options.schedules:
                 compare(model, text, dtype, schedule, way, options)
@@ -58,17 +56,12 @@ def compare(
     first = None
     for count in options.ranks:
         out = options.out / f"{way.replace(' ', '-')}-{dtype}-{schedule}-{count}"
-        work = prune(model, text, out, count, dtype, schedule, way, options)
+        prune(model, text, out, count, dtype, schedule, way, options)
         plan, weights = read(out)
         first = first or (plan, weights)
         same = "same" if plan == first[0] else "OTHER"
         far = f"{difference(weights, first[1]):.0e}" if same == "same" else "–"
-        done = [", ".join(str(rank[what]) for rank in work) for what in WORK]
-        if way == "by blocks":
-            done.append(", ".join(f"{rank['read'] / 1e6:.1f}" for rank in work))
-        print(
-            f"| {dtype} | {schedule} | {count} | {same} | {far} | {' | '.join(done)} |", flush=True
-        )
+        print(f"| {dtype} | {schedule} | {count} | {same} | {far} |", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -124,8 +117,8 @@ def prune(
     schedule: str,
     way: str,
     options: argparse.Namespace,
-) -> list[dict[str, int]]:
-    """Prune a model by so many ranks, each with one thread, and return what each has done."""
+) -> None:
+    """Prune a model by so many ranks, each with one thread."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), "-m", "liar_ext", "prune", str(model)]
     command += ["--calibration", str(text), "--dtype", dtype, "--schedule", schedule]
@@ -136,7 +129,6 @@ def prune(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
     )
-    return json.loads((out / "liar/report.json").read_text(encoding="utf-8"))["settings"]["ranks"]
 
 
 def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 For each kind of solve and each shape a fresh process makes sums over random tokens, notes its
 resident memory, solves, and reads how far the peak of its resident memory rose. Printed are the
-bytes, and what :func:`liar_ext.streaming.memory.bytes_of_solve` allows for.
+bytes, and what :func:`liar_ext.pipeline.estimate.bytes_of_solve` allows for.
 
     python bench/solve_memory.py --shapes 2560x1024 1024x4096
 """
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments
-from liar_ext.reconstruction.ridge import solve
-from liar_ext.reconstruction.targets import Shortfall, solve_towards
+from liar_ext.pipeline.estimate import PEAKS, bytes_of_solve
+from liar_ext.reconstruction.ridge import Residual
+from liar_ext.reconstruction.solve import solve
 from liar_ext.selection.error_curves import error_curve
-from liar_ext.streaming.memory import PEAKS, bytes_of_solve
 
 TOKENS, KEEP = 256, 0.8
 MIB = 2**20
@@ -49,21 +49,21 @@ def main() -> None:
 def measure(kind: str, d: int, outputs: int) -> int:
     """Return how many bytes the resident memory rose by at the peak of a solve."""
     generator = torch.Generator().manual_seed(0)
-    moments, short = Moments.zeros(d), Shortfall.zeros(d, outputs)
+    moments, residual = Moments.zeros(d), Residual.zeros(d, outputs)
     weight = torch.randn(outputs, d, generator=generator).bfloat16()
     for fold in range(2):
         x = torch.randn(TOKENS, d, generator=generator)
         r = 0.1 * torch.randn(TOKENS, outputs, generator=generator)
         moments.update(x, fold)
-        short.update(x, r, fold, torch.ones(TOKENS))
+        residual.update(x, r, fold, torch.ones(TOKENS))
     kept = torch.arange(int(KEEP * d))
     bias = torch.zeros(outputs)
     given = weight, bias if "affine" in kind else None, moments
     steps = {
         "linear": lambda: solve(*given, kept),
         "affine": lambda: solve(*given, kept),
-        "towards": lambda: solve_towards(*given, short, kept),
-        "towards, affine": lambda: solve_towards(*given, short, kept, mode="affine"),
+        "towards": lambda: solve(*given, kept, target=residual, step=(0.0, 1.0)),
+        "towards, affine": lambda: solve(*given, kept, target=residual, step=(0.0, 1.0)),
         "curve": lambda: curve(weight, moments),
         "obs": lambda: ops.obs_curve(weight, moments.pooled()[0], 1, 0.01, 0),
     }

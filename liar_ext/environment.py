@@ -1,4 +1,4 @@
-"""What the process of the ``liar`` command needs before torch is imported, and its children.
+"""The process: what the ``liar`` command needs before torch is imported, children, and memory.
 
 OpenMP reads its environment when its library is loaded, and torch loads it. With the active wait
 policy of GNU OpenMP two busy processes starve one another: threads that wait at a barrier spin, and
@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
-from pathlib import PurePath
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from types import TracebackType
 
 MODULES = ("liar_ext", "liar_ext.cli")
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Isolated until the search path is the parent's: no file of the current folder is imported.
 CHILD = """\
 import sys, json, runpy
@@ -50,6 +51,74 @@ def child(script: str | os.PathLike[str], *arguments: object) -> list[str]:
     """
     paths = json.dumps([os.path.abspath(path) for path in sys.path])
     return [sys.executable, "-I", "-c", CHILD, paths, os.fspath(script), *map(str, arguments)]
+
+
+def process_memory(peak: bool = False) -> int:
+    """Return the resident memory of this process in bytes, now or at its peak; 0 if unknown.
+
+    Without ``/proc`` it is always the peak. On Linux ``ru_maxrss`` would begin at that of the
+    parent process.
+    """
+    found = _table(PROC / "self" / "status").get("VmHWM" if peak else "VmRSS")
+    if found is not None:
+        return found << 10
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
+    """Return the bytes that a process may still take, or None where nothing says so.
+
+    The least of what the kernel calls available and of what the control groups of this process,
+    version 2 or 1, have left of their limits; page cache that a group can drop counts as free.
+    """
+    found = [*_machine(proc / "meminfo"), *_groups(proc / "self" / "cgroup", cgroup)]
+    return max(min(found), 0) if found else None
+
+
+def _machine(meminfo: Path) -> Iterator[int]:
+    facts = _table(meminfo)
+    if "MemAvailable" in facts:
+        yield facts["MemAvailable"] << 10
+    elif "MemFree" in facts:  # kernels before 3.14
+        yield (facts["MemFree"] + facts.get("Cached", 0)) << 10
+
+
+def _groups(own: Path, cgroup: Path) -> Iterator[int]:
+    """Yield what each control group on the way to the root has left."""
+    for line in _read(own).splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if not controllers:
+            root, most, used = cgroup, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, most, used = cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = root / path.strip("/")
+        # In a container the path is often that of the host: then only the root is there.
+        for folder in {group, *group.parents, root}:
+            limit, taken = _read(folder / most).strip(), _read(folder / used).strip()
+            if limit.isdigit() and taken.isdigit():
+                stat = _table(folder / "memory.stat")
+                cache = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+                yield int(limit) - int(taken) + cache
+
+
+def _table(path: Path) -> dict[str, int]:
+    """Return the numbers of a file of lines such as ``MemFree: 12 kB``, by name."""
+    rows = (line.replace(":", " ").split() for line in _read(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _quietly_interrupted(

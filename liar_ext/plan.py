@@ -19,6 +19,7 @@ EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of v
 READABLE = (1, 2, 3)  # version 1 has no hidden features
 KINDS = ("attn", "mlp")
 ATTN_UNITS = ("auto", "kv_group", "head")
+MODES = ("auto", "none", "bias", "linear", "affine")  # of reconstruction
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
 PHASES = ("prefill", "decode", "both")
 # The default tile, the smallest group of common weight quantisers. It is halved for a size that

@@ -25,10 +25,11 @@ from liar_ext.calibration.moments import Moments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Files that take a minute or more.
+# Files that take half a minute or more, in `make test` or in `make test-all`.
 LONG = (
-    *("test_simulated_gpu.py", "test_decoder_families.py", "test_ops.py", "test_wheel.py"),
-    *("test_ranks.py", "test_encoder_families.py"),
+    *("test_simulated_gpu.py", "test_wheel.py", "test_pages.py", "test_ops.py", "test_fuzz.py"),
+    *("test_verify.py", "test_ranks.py", "test_decoder_families.py", "test_encoder_families.py"),
+    "test_lm_eval.py",
 )
 
 
@@ -129,3 +130,22 @@ def watch_sums(monkeypatch):
         return held
 
     return watch
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """Give pruned tiny models, each saved once: model, plan and folder. Copy what you change."""
+    from functools import cache
+
+    from folders import make_plan, pruned
+
+    from liar_ext import save_pruned
+
+    @cache
+    def save(name="llama", plan_of=make_plan, **settings):
+        model, plan = pruned(name, plan_of, **settings)
+        folder = tmp_path_factory.mktemp("saved") / "model"
+        save_pruned(model, folder, plan)
+        return model, plan, folder
+
+    return save

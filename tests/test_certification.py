@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from covers import cover
 from tiny import batches, tiny, tiny_inputs
 
 from liar_ext import InputError, kl_divergence, prune, sites
@@ -29,8 +30,7 @@ def consumer_inputs(model, site, data) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("mode", ["none", "bias", "linear", "affine"])
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@cover(1, mode=["none", "bias", "linear", "affine"], family=["llama", "bert", "gpt2"])
 def test_errors_of_sites_are_those_of_a_run(family, mode):
     dense = tiny(family)
     model, data = copy.deepcopy(dense), fresh(dense)

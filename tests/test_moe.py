@@ -100,7 +100,7 @@ def test_experts_and_then_channels_leave(name: str, tmp_path) -> None:
     rows = [row for row in report.sites if row.name.endswith(".experts")]
     assert [(row.units_before, row.units_after) for row in rows] == [(4, 3)] * len(rows)
     assert {len(layer.kept) for layer in report.plan.experts.values()} == {3}
-    assert report.settings["keep_experts"] == 0.75
+    assert report.recipe.keep_experts == 0.75
     layer = model.model.layers[0].mlp.experts
     assert len(layer.down_proj) == 3 == model.config.num_experts
     save_pruned(model, tmp_path / "pruned", report.plan, report=report)

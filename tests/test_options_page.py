@@ -12,7 +12,9 @@ import pytest
 from test_docs import ROOT, subcommands
 
 from liar_ext.export.formats import FORMATS
-from liar_ext.recipe.recipe import Recipe, option_of, recipe_fields
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.fields import recipe_fields
+from liar_ext.recipe.option import option_of
 
 TEXT = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 # Sections of `liar prune` have the names of its stages.
@@ -67,7 +69,7 @@ def of_parser(command: str) -> dict[str, str]:
         field = action.dest in {each.name for each in recipe_fields()}
         elsewhere = command != "prune" and field and action.default == argparse.SUPPRESS
         shown = action.help is not argparse.SUPPRESS
-        if shown and names and names[0] != "--help" and not elsewhere:
+        if shown and names and not names[0].startswith("--help") and not elsewhere:
             found[names[0]] = said(action.default)
     return found
 

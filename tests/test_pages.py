@@ -35,6 +35,7 @@ def here(beginning, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("page", [TUTORIAL, *HOWTO], **by_name)
 def test_the_blocks_of_the_page_run(page, here):
     languages = [block.language for block in pages.blocks(page)]

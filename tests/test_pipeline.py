@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from covers import cover
 from tiny import batches, outputs, tiny, tiny_inputs
 
 from liar_ext import (
@@ -21,10 +22,11 @@ from liar_ext.plan import SitePlan
 from liar_ext.report.report import Report
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "bert", "gpt2", "gpt_neox", "opt", "mpnet", "vit"]
+@cover(
+    1,
+    family=["llama", "qwen2", "bert", "gpt2", "gpt_neox", "opt", "mpnet", "vit"],
+    allocation=["uniform", "global", "curve"],
 )
-@pytest.mark.parametrize("allocation", ["uniform", "global", "curve"])
 def test_the_whole_job(family, allocation):
     model = tiny(family)
     data = batches(model)
@@ -44,8 +46,11 @@ def test_the_whole_job(family, allocation):
             assert row.error == row.holdout_error == 0
 
 
-@pytest.mark.parametrize("mode", ["auto", "none", "bias", "linear", "affine"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "bert", "gpt2"])
+@cover(
+    1,
+    mode=["auto", "none", "bias", "linear", "affine"],
+    family=["llama", "mistral", "bert", "gpt2"],
+)
 def test_every_mode_on_models_with_and_without_biases(family, mode):
     model = tiny(family)
     report = prune(model, batches(model), 0.7, reconstruct=mode)
@@ -77,8 +82,7 @@ def test_reconstruction_is_nearer_to_the_dense_model_than_dropping():
     assert distance["linear"] < distance["none"]
 
 
-@pytest.mark.parametrize("criterion", ["wifv", "obs"])
-@pytest.mark.parametrize("mode", ["none", "linear", "affine"])
+@cover(1, criterion=["wifv", "obs"], mode=["none", "linear", "affine"])
 def test_curve_allocation_with_any_criterion_and_mode(criterion, mode):
     model = tiny("llama")
     report = prune(
@@ -182,8 +186,9 @@ def test_a_failure_leaves_the_model_as_it_was():
     assert torch.equal(outputs(model), before)
 
 
-@pytest.mark.parametrize("choices", [{}, {"uniform_layers": True}, {"keep_hidden": 0.8}])
-@pytest.mark.parametrize("name", ["llama", "bert", "mpnet"])
+@cover(
+    1, choices=[{}, {"uniform_layers": True}, {"keep_hidden": 0.8}], name=["llama", "bert", "mpnet"]
+)
 def test_a_pruned_model_is_pruned_again(name, choices):
     """Sizes, plan and report are those of both jobs; the first one's weights are the second's."""
     if name == "mpnet" and "keep_hidden" in choices:
@@ -244,9 +249,7 @@ def test_same_inputs_same_result():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("tile", ["auto", 1, 16, 128])
-@pytest.mark.parametrize("allocation", ["uniform", "global", "curve"])
-@pytest.mark.parametrize("keep", [0.05, 0.99])
+@cover(2, tile=["auto", 1, 16, 128], allocation=["uniform", "global", "curve"], keep=[0.05, 0.99])
 def test_a_job_at_the_ends_of_the_budget_meets_it_or_says_why_not(keep, allocation, tile):
     """A tile larger than the layer, too: its 24 channels then stay."""
     model = tiny("llama")

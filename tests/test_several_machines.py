@@ -7,11 +7,10 @@ import sys
 from contextlib import ExitStack
 
 import pytest
-from test_ranks import command
+from test_ranks import check_folders, command
 
-from liar_ext.cli import several
+from liar_ext import distributed
 from liar_ext.cli.main import main
-from liar_ext.ranks import RankLost, Ranks
 
 BECOME = 'hostname "$0" && mount -t proc proc /proc && exec "$@"'
 
@@ -56,15 +55,14 @@ def test_two_machines_make_what_one_process_makes(machines, llama_folder, corpus
             launch += ["--nproc-per-node", "1", "--node-rank", str(number)]
             launch += ["--master-addr", "10.9.0.1", "--master-port", "29500", "-m", "liar_ext"]
             launch += command(llama_folder, corpus, tmp_path / f"of {number}")
-            more = {"PYTHONPATH": os.pathsep.join(sys.path), several.INTERFACE: name}
+            more = {"PYTHONPATH": os.pathsep.join(sys.path), distributed.INTERFACE: name}
             out = stack.enter_context(said[number].open("w"))
             given = {"stdout": out, "stderr": out, "env": os.environ | more}
             running.append(subprocess.Popen([*on(name), *launch], **given))
             stack.callback(running[-1].kill)
         codes = [each.wait(300) for each in running]
     assert codes == [0, 0], "\n".join(each.read_text() for each in said)
-    for name in ("model.safetensors", "config.json", "liar/plan.json"):
-        assert (tmp_path / "of 0" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    check_folders(tmp_path / "of 0", tmp_path / "alone")
     assert not (tmp_path / "of 1").exists()
     assert ": saved after" in said[0].read_text() and ": saved after" not in said[1].read_text()
 
@@ -78,16 +76,15 @@ def test_machines_that_cannot_meet_hear_of_the_interface(
     given = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "10.9.0.1", "MASTER_PORT": 29500}
     for name, value in {**given, "LOCAL_WORLD_SIZE": here}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.delenv(several.INTERFACE, raising=False)
+    monkeypatch.delenv(distributed.INTERFACE, raising=False)
     if interface:
-        monkeypatch.setenv(several.INTERFACE, interface)
+        monkeypatch.setenv(distributed.INTERFACE, interface)
 
-    def lost(cls):
-        raise RankLost("rank 0 can't reach another any more: timed out connecting")
+    def lost(*_, **__):
+        raise RuntimeError("timed out connecting")
 
-    monkeypatch.setattr(Ranks, "join", classmethod(lost))
-    with pytest.raises(SystemExit) as ended:
-        main(command(llama_folder, corpus, tmp_path / "out"))
+    monkeypatch.setattr(distributed.dist, "rendezvous", lost)
+    assert main(command(llama_folder, corpus, tmp_path / "out")) == 3
     (line,) = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 3 and "prune: the ranks haven't met: rank 0 can't reach" in line
-    assert (several.INTERFACE in line) == hint
+    assert "prune: another process of the job has ended or can't be reached: timed out" in line
+    assert (distributed.INTERFACE in line) == hint

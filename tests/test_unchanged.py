@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covers import cover
 from tiny import TINY, tiny, tiny_inputs
 
 import liar_ext
@@ -62,8 +63,7 @@ def run(family: str, choices: dict) -> dict[str, object]:
     return {"plan": plan, "figures": figures, "sha256": digest.hexdigest()}
 
 
-@pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("family", TINY)
+@cover(1, job=JOBS, family=TINY)
 def test_a_job_gives_what_it_gave(family, job):
     choices, path = JOBS[job]
     record = json.loads(path.read_text(encoding="utf-8"))

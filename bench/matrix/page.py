@@ -25,11 +25,11 @@ CONSUMERS = (
 
 
 def compact(rows: dict[str, dict[str, Any]]) -> str:
-    """Return a row for each consumer, a column for each family, three marks in a cell."""
+    """Return a row for each consumer, a column for each family."""
     lines = [f"| | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
     for consumer in CONSUMERS:
         cells = [
-            " · ".join(_short(rows.get(key(consumer, family, layers))) for layers in LAYERS)
+            _short([rows.get(key(consumer, family, layers)) for layers in LAYERS])
             for family in FAMILIES
         ]
         lines.append(f"| {consumer} | {' | '.join(cells)} |")
@@ -41,11 +41,15 @@ def key(consumer: str, family: str, layers: str) -> str:
     return f"{consumer} / {family} / {layers}"
 
 
-def _short(row: dict[str, Any] | None) -> str:
-    """Return a tick for what ran and agrees, a dash for what is refused."""
-    if row is None or row["state"] == "not run":
-        return "not run"
-    return {"cannot": "–", "good": "✓"}.get(row["state"], "**fails**")
+def _short(rows: list[dict[str, Any] | None]) -> str:
+    """Return a tick for what ran and agrees, a dash for what is refused, of all kinds of layers."""
+    states = [row["state"] if row else "not run" for row in rows]
+    if "not run" in states or "bad" in states:
+        return "**fails**" if "bad" in states else "not run"
+    good = [layers for layers, state in zip(LAYERS, states, strict=True) if state == "good"]
+    if len(good) in (0, len(states)):
+        return "✓" if good else "–"
+    return f"✓ {', '.join(good)}"
 
 
 def _number(row: dict[str, Any]) -> str:
@@ -81,7 +85,7 @@ def _long(row: dict[str, Any] | None, reasons: list[str]) -> str:
 
 def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Return the versions that were run, with the consumers of each environment."""
-    lines = ["### Versions", ""]
+    lines = ["### Versions", "", "| packages | date | run |", "|---|---|---|"]
     environments: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for consumer in CONSUMERS:
         for name, row in rows.items():
@@ -91,7 +95,8 @@ def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
     for packages, of in environments.items():
         consumers = list(dict.fromkeys(row["consumer"] for row in of))
         dates = sorted({row["date"] for row in of})
-        lines.append(f"- {', '.join(consumers)}: {', '.join(packages)}; {' and '.join(dates)}")
+        cells = [", ".join(packages), ", ".join(dates), ", ".join(consumers)]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext import Recipe
+from liar_ext.atomic_write import atomic_write
 from liar_ext.errors import InputError
 from liar_ext.recipe.recipe import REMOVED
-from liar_ext.whole_file import whole_file
 
 # What makes two rows the same measurement, but for the recipe.
 KEY = ("model", "weights", "method", "ratio", "seed", "calibration_digest", "judged_digest")
@@ -78,7 +78,7 @@ def key_of(row: Mapping[str, Any]) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that there is the old one or the new one, whenever the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -69,31 +69,44 @@ def lines(shares: dict[str, float]) -> Iterator[str]:
     for kind, what in WHAT.items():
         peak, taken = PEAKS[kind] / 1e12, rate(kind, shares) / 1e12
         yield f"| {what} | {shares[kind]:.0%} | {peak:,.0f} TFLOP/s | {taken:,.0f} TFLOP/s |"
+    yield ""
+    yield "| job | how | 1 GPU | 8 GPUs |"
+    yield "|---|---|---|---|"
+    for shape in SHAPES:
+        for name, choices in JOBS.items():
+            yield total(shape, name, choices, shares)
     for shape in SHAPES:
         for name, choices in JOBS.items():
             yield ""
             yield from table(shape, name, choices, shares)
 
 
+def total(shape: Shape, name: str, settings: Settings, shares: dict[str, float]) -> str:
+    """Return the row of a job: how, and its seconds on one device and on several."""
+    jobs = {count: fitted(shape, settings, count) for count in DEVICES}
+    times = [sum(time_of(w, n, shares) for w in phases(shape, job)) for n, job in jobs.items()]
+    how = "`--max-memory`, block by block" if jobs[1].by_blocks else "the whole model on a GPU"
+    return f"| {shape.name}, {name} | {how} | " + " | ".join(f"{t:,.0f} s" for t in times) + " |"
+
+
 def table(shape: Shape, name: str, settings: Settings, shares: dict[str, float]) -> Iterator[str]:
-    """Yield the table of one job, after a line on its memory."""
+    """Yield the folded table of one job, with a line on its memory."""
     jobs = {count: fitted(shape, settings, count) for count in DEVICES}
     works = {count: phases(shape, job) for count, job in jobs.items()}
     held = bytes_at_once(shape, jobs[1])
-    how = "`--max-memory`, block by block" if jobs[1].by_blocks else "the whole model on a GPU"
     parts = " + ".join(f"{size / 1e9:,.1f} {part}" for part, size in held.items())
-    yield f"**{shape.name}, {name}**, {how}. One GPU holds, in GB: {parts}."
+    yield '<details markdown="1">'
+    yield f"<summary>{shape.name}, {name.replace('`', '')}, by phase</summary>"
     yield ""
-    yield (
-        "| phase | 10¹² operations: model | sums | float64 | GB: memory | PCIe | files | "
-        "ranks | s, 1 GPU | s, 8 GPUs |"
-    )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield f"One GPU holds, in GB: {parts}."
+    yield ""
+    yield "| phase | 10¹² operations | GB | s, 1 GPU | s, 8 GPUs |"
+    yield "|---|---|---|---|---|"
     for alone, several in zip(*works.values(), strict=True):
         times = [time_of(alone, 1, shares), time_of(several, DEVICES[-1], shares)]
         yield row(alone, several, times)
-    totals = (sum(time_of(w, n, shares) for w in some) for n, some in works.items())
-    yield "| all | | | | | | | | " + " | ".join(f"**{t:,.0f}**" for t in totals) + " |"
+    yield ""
+    yield "</details>"
 
 
 def fitted(shape: Shape, settings: Settings, devices: int) -> Settings:
@@ -114,8 +127,14 @@ def row(work: Work, several: Work, times: Sequence[float]) -> str:
     counts = [sum(work.operations[kind] for kind in some) / 1e12 for some in kinds]
     sent = several.sent * (DEVICES[-1] - 1) / DEVICES[-1]
     sizes = [size / 1e9 for size in (work.memory, work.link, work.disk, sent)]
-    cells = [shown(value) for value in (*counts, *sizes, *times)]
-    return f"| {work.name} | " + " | ".join(cells) + " |"
+    cells = [
+        ", ".join(f"{shown(value)} {what}" for what, value in named.items() if value)
+        for named in (
+            dict(zip(("model", "sums", "float64"), counts, strict=True)),
+            dict(zip(("memory", "PCIe", "files", "ranks"), sizes, strict=True)),
+        )
+    ]
+    return f"| {work.name} | " + " | ".join([*cells, *map(shown, times)]) + " |"
 
 
 def shown(value: float) -> str:

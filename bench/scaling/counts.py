@@ -38,7 +38,7 @@ class Work:
     memory, link, disk, sent : float
         Bytes that come from the device's memory at least, go between host and device, are read
         from or written to files, and of which N ranks hand (N − 1) / N from one to another, one
-        message after the other.
+        message after the other; an all-reduce counts twice.
     """
 
     name: str
@@ -82,15 +82,14 @@ def calibration(shape: Shape, settings: Settings) -> Iterator[Work]:
 
     Of G groups of sites a pass each, and in one pass G − 1 again on the way back. A pass ends at
     its last site; there is no head. ``gram_update_`` makes one triangle, and reads and writes it
-    in float64 for each batch. Ranks run batches of their own, and hand what a site reads to the
-    rank that owns it, which sums all of it in the order of batches.
+    in float64 for each batch. Ranks run batches of their own, and all-reduce the sums of each pass.
     """
     groups = groups_of(shape, settings)
     passes = groups if settings.layerwise else [*groups, *groups[-2::-1]]
     if settings.by_blocks:
         passes = groups * (1 if settings.layerwise else 2)
     forward = Work("calibration: the blocks", SEQUENCES)
-    sums = Work("calibration: sums", SITES)
+    sums = Work("calibration: sums", SEQUENCES)
     for group in passes:
         last, kind = group[-1]
         whole = last + (kind == "mlp")
@@ -105,7 +104,7 @@ def calibration(shape: Shape, settings: Settings) -> Iterator[Work]:
             d = shape.features[each]
             sums.operations["gram"] += settings.tokens * d * (d + 1)
             sums.memory += settings.batches * 8 * d**2
-            sums.sent += settings.tokens * d * WIDTH
+            sums.sent += 2 * 16 * d**2
     yield from (forward, sums)
 
 
@@ -169,7 +168,7 @@ def solved(d: int, n: int, h: int, ladder: int, held_out: bool, dense: bool = Fa
 
 
 def ridge(d: int, n: int, h: int, ladder: int) -> Counter:
-    """Count :func:`liar_ext.reconstruction.ridge.solve`: both folds, the whole, and tr(W G Wᵀ)."""
+    """Count :func:`liar_ext.reconstruction.solve.solve`: both folds, the whole, and tr(W G Wᵀ)."""
     total = solved(d, 0, h, 1, False)
     for _ in range(FOLDS):
         total += solved(d, n, h, ladder, True)
@@ -212,7 +211,7 @@ def probes(shape: Shape, settings: Settings) -> Iterator[Work]:
 
 
 def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
-    """Count :class:`liar_ext.reconstruction.walk.Walk`, target ``auto``.
+    """Count :class:`liar_ext.reconstruction.walk.LayerwiseSolver`, target ``auto``.
 
     Of a block: the dense stream once; the pruned one to attention's consumer, then whole with the
     new consumer there, then the new consumer of the MLP alone, on what was kept of that run. And
@@ -231,12 +230,12 @@ def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
     forward.operations["forward"] = shape.layers * (runs + look)
     forward.memory = shape.layers * settings.batches * 3 * WIDTH * shape.block
     forward.link = shape.layers * tokens * (6 * h * WIDTH + 6 * h * 4 + 2 * shape.channels * WIDTH)
-    sums = Work("walk: sums", ALONE)
+    sums = Work("walk: sums", SEQUENCES)
     solves = Work("walk: solves", ALONE)
     for kind, d in shape.features.items():
         sums.operations["gram32"] += shape.layers * tokens * (d * (d + 1) + 2 * d * h)
         sums.memory += shape.layers * settings.batches * (8 * d**2 + 16 * d * h)
-        sums.sent += shape.layers * tokens * (d * WIDTH + 4 * h)
+        sums.sent += shape.layers * 2 * (16 * d**2 + 16 * d * h)
         for name, count in towards(d, kept[kind], h, settings.tried.get(kind, TRIED)).items():
             solves.operations[name] += shape.layers * count
         solves.sent += shape.layers * kept[kind] * h * 8
@@ -244,7 +243,7 @@ def walk(shape: Shape, settings: Settings) -> Iterator[Work]:
 
 
 def towards(d: int, n: int, h: int, tried: float) -> Counter:
-    """Count :func:`liar_ext.reconstruction.targets.solve_towards`, linear.
+    """Count :func:`liar_ext.reconstruction.solve.solve` towards a target, linear.
 
     For each fold the removed features' share, ``2 (d + 1) p h``, and for each finite λ that is
     tried :meth:`liar_ext.reconstruction.ladder.Fit.parabola`; of λ = ∞ one row. Then the Gram

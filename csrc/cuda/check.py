@@ -113,14 +113,18 @@ def unmatched(names: set[str]) -> list[str]:
 def table(found: dict[tuple[str, str], tuple[int, int, int]], compiler: str) -> str:
     """Return registers per thread as a Markdown table."""
     archs = sorted({a for _, a in found}, key=lambda a: int(re.sub(r"\D", "", a)))
+    halves = [archs[: len(archs) // 2], archs[len(archs) // 2 :]]
     lines = [
         f"Registers a thread, by {compiler}; no kernel spills or uses local memory.",
         "",
-        "| kernel | " + " | ".join(archs) + " |",
-        "|---|" + "---|" * len(archs),
+        "| kernel | " + " | ".join(", ".join(some) for some in halves) + " |",
+        "|---|---|---|",
     ]
     for kernel in sorted({k for k, _ in found}):
-        cells = [str(found[kernel, a][0]) if (kernel, a) in found else "" for a in archs]
+        cells = [
+            ", ".join(str(found[kernel, a][0]) if (kernel, a) in found else "–" for a in some)
+            for some in halves
+        ]
         lines.append(f"| `{kernel}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

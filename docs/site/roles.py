@@ -34,6 +34,7 @@ class Roles(griffe.Extension):
                 obj.docstring.parser_options = {**obj.docstring.parser_options, **quiet}
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs) -> None:
-        """Take the default out of what tells the command about a field."""
-        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "choice":
+        """Take the default out of an option of a recipe."""
+        own = attr.path.startswith("liar_ext.recipe.fields.Fields.")
+        if own and isinstance(attr.value, griffe.ExprCall):
             attr.value = attr.value.arguments[0]

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from liar_ext.benchmarking.timing import Settings, check_models, run_once, use_threads
 from liar_ext.checkpoint import load_model
-from liar_ext.environment import child
+from liar_ext.environment import child, process_memory
 from liar_ext.errors import InputError, one_line
 
 PATIENCE = 3600  # seconds that one process may take
@@ -75,31 +74,13 @@ def run(name: str, settings: Settings) -> dict[str, int]:
     with use_threads(settings.threads):
         model = load_model(name, settings.dtype, settings.device)[0]
         check_models({"model": model}, settings)
-        peaks["load"] = resident()
+        peaks["load"] = process_memory(peak=True)
         for batch in sorted(settings.batches):
             run_once(model, batch, settings, time.perf_counter)
-            peaks[str(batch)] = resident()
+            peaks[str(batch)] = process_memory(peak=True)
     if settings.device.startswith("cuda"):
         peaks["device"] = torch.cuda.max_memory_allocated(settings.device)
     return {stage: peak for stage, peak in peaks.items() if peak}
-
-
-def resident() -> int:
-    """Return the greatest resident memory of this process so far, in bytes; 0 if unknown.
-
-    On Linux ``ru_maxrss`` begins at what the process that started this one had; VmHWM doesn't.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

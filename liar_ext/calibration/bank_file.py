@@ -14,9 +14,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from liar_ext.atomic_write import SEAL, Held, is_sealed, write_tensors
 from liar_ext.calibration import kept_text
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.finite import all_finite
-from liar_ext.calibration.memory import available_memory
 from liar_ext.data.batches import FOLDS
+from liar_ext.environment import available_memory
 from liar_ext.errors import InputError, one_line
-from liar_ext.saved.tensor_file import SEAL, Entry, is_sealed, write_tensors
 
 BANK_VERSION = 2
 PARTS = ("gram", "total", "count")
@@ -56,7 +55,7 @@ def write_bank(
 ) -> None:
     """Write a bank; the file is there whole or not at all, and a site at a time is packed.
 
-    ``take`` is as for :func:`liar_ext.whole_file.whole_file`.
+    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`.
 
     Raises
     ------
@@ -65,12 +64,14 @@ def write_bank(
     """
     extras = {SEQUENCES: bank.sequences, DOCUMENTS: bank.documents}
     extras |= {} if bank.text is None else kept_text.pack(bank.text)
-    small = [Entry.of(name, value) for name, value in extras.items() if value is not None]
-    small.sort(key=lambda each: -each.dtype.itemsize)  # so that all are aligned
+    tensors: dict[str, Tensor | Held] = {}
+    for name, (gram, total, count) in bank.sums.items():
+        tensors |= {f"{name}.gram": Triangles(gram), f"{name}.total": total, f"{name}.count": count}
+    tensors |= {name: value for name, value in extras.items() if value is not None}
     source = json.dumps(bank.source, allow_nan=False)
     metadata = {"liar_bank": str(BANK_VERSION), "source": source}
     try:
-        write_tensors(path, [*_of_sums(bank.sums), *small], metadata, take)
+        write_tensors(path, tensors, metadata, take)
     except OSError as error:
         raise InputError(
             f"MomentBank.save: can't write {os.fspath(path)!r}: {one_line(error)}; nothing was "
@@ -129,20 +130,27 @@ def refusal(path: str | os.PathLike[str], what: str) -> InputError:
     )
 
 
-def _of_sums(sums: Mapping[str, Sums]) -> Iterator[Entry]:
-    """Yield what is written of the sums, each Gram as its triangle."""
-    for name, (gram, total, count) in sums.items():
-        d = total.shape[-1]
-        shape = FOLDS, d * (d + 1) // 2
-        yield Entry(f"{name}.gram", gram.dtype, shape, partial(_triangles, gram))
-        yield Entry.of(f"{name}.total", total)
-        yield Entry.of(f"{name}.count", count)
+class Triangles:
+    """The lower triangles of a Gram matrix per fold, packed when they are asked for."""
+
+    def __init__(self, gram: Tensor) -> None:
+        d = gram.shape[-1]
+        self.gram, self.dtype, self.shape = gram, gram.dtype, (FOLDS, d * (d + 1) // 2)
+
+    def get(self) -> Tensor:
+        """Return them, ``(2, d (d + 1) / 2)``."""
+        below = torch.ones(self.gram.shape[1:], dtype=torch.bool).tril_()
+        found = torch.empty(self.shape, dtype=self.dtype)
+        for fold, gram in enumerate(self.gram):  # a triangle at a time
+            found[fold] = gram.detach().cpu()[below]
+        return found
 
 
-def _triangles(gram: Tensor) -> Iterator[Tensor]:
-    below = torch.ones(gram.shape[1:], dtype=torch.bool).tril_()
-    for fold in gram:  # a triangle at a time
-        yield fold.detach().cpu()[below]
+def unpacked(triangles: Tensor, d: int) -> Tensor:
+    """Return the Gram matrices ``(2, d, d)`` of packed triangles, with zeros above."""
+    gram = triangles.new_zeros(FOLDS, d, d)
+    gram[:, torch.ones(d, d, dtype=torch.bool).tril_()] = triangles
+    return gram
 
 
 def _source(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -229,9 +237,7 @@ def _read_extras(
 
 def _sums(path: str | os.PathLike[str], file: safe_open, name: str, d: int) -> Sums:
     packed, total, count = (file.get_tensor(f"{name}.{part}") for part in PARTS)
-    triangle = torch.ones(d, d, dtype=torch.bool).tril_()
-    gram = packed.new_zeros(FOLDS, d, d)
-    gram[:, triangle] = packed
+    gram = unpacked(packed, d)
     finite = all(all_finite(part) for part in (packed, total, count))
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
         raise refusal(path, f"sums of {name} must be finite, sums of squares and counts not < 0")

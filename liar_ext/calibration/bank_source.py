@@ -12,7 +12,6 @@
 ``texts``                 names of the texts that ``source`` of the kept text counts
 ``tokenizer``             a fingerprint of the tokenizer
 ``calibrations``          of each run that was added: how its sequences were drawn
-``progress``              of a checkpoint: over how many batches its sums are
 ``sensitivities``         measured ones, see :mod:`liar_ext.pipeline.sharing`
 ========================  ======================================================================
 """
@@ -26,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liar_ext.data.sequences import MOST_BESIDE
 from liar_ext.errors import InputError
 
 Source = dict[str, Any]
@@ -34,8 +32,6 @@ MOST = 2**63
 # Facts that must be the same for sums to add up, with what a person can do where they aren't; what
 # banks of older versions don't say may be anything.
 UNSAID = ("dtype", "tokenizer")
-# What they don't say of how sequences were drawn, and how it was.
-UNSAID_OF_DRAW = {"random_tokens": 0.0, "self_text": 0.0}
 SHARED = {
     "model_type": "calibrate the same weights for both",
     "model": "calibrate the same weights for both",
@@ -156,14 +152,6 @@ def _number(value: Any) -> bool:
     return plain and math.isfinite(value) and value >= 0
 
 
-def _fraction(value: Any) -> bool:
-    return _number(value) and value <= MOST_BESIDE
-
-
-def _fraction_or_auto(value: Any) -> bool:
-    return value == "auto" or _fraction(value)
-
-
 def _names(value: Any) -> bool:
     """Tell whether a value is a list of strings that a terminal shows as they are."""
     return isinstance(value, list) and all(_string(v) and v.isprintable() for v in value)
@@ -181,13 +169,10 @@ def _sites(value: Any) -> bool:
 
 
 def _calibrations(value: Any) -> bool:
+    """Tell how texts were drawn; the fields of a recipe are checked where one is made of them."""
     checks = {"texts": _names, "notes": _names, "bos": _string, "packed": _flag}
-    checks |= dict.fromkeys(("samples", "seq_len", "seed", "batch_size"), _count)
-    checks["self_text"], checks["random_tokens"] = _fraction, _fraction_or_auto
     return isinstance(value, list) and all(
-        isinstance(each, dict)
-        and (drawn := UNSAID_OF_DRAW | each).keys() == checks.keys()
-        and _all(checks, drawn)
+        isinstance(each, dict) and checks.keys() <= each.keys() and _all(checks, each)
         for each in value
     )
 
@@ -215,7 +200,7 @@ def _routed(value: Any) -> bool:
 
 
 CHECKS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("sequences", "tokens", "seq_len", "progress"), _count),
+    **dict.fromkeys(("sequences", "tokens", "seq_len"), _count),
     **dict.fromkeys(("model_type", "model", "dtype", "tokenizer"), _string),
     **dict.fromkeys(("data", "texts", "relative"), _names),
     "sites": _sites,

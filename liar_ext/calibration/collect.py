@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from liar_ext import distributed
 from liar_ext.bars import Bar, spare
 from liar_ext.calibration.fingerprints import Seen, fingerprint_of
 from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.hooks import Ended, watched
-from liar_ext.calibration.memory import bytes_of_sums
-from liar_ext.calibration.moments import MomentBank, Moments, check_finite, whole
+from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.calibration.saved_sums import SavedSums
-from liar_ext.calibration.taps import InFlight, Piece, Tap, adding, is_relative, tap_at
-from liar_ext.data.batches import FOLDS, Batch, Batches, count_tokens, read_batches
+from liar_ext.calibration.taps import InFlight, Tap, adding, is_relative, tap_at
+from liar_ext.checkpoint_store import Checkpoint, opened
+from liar_ext.data.batches import FOLDS, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.reading import body_of
 from liar_ext.models.running import device_of, evaluating
-from liar_ext.models.sites import Site, sites, teams_of
-from liar_ext.ranks import ALONE, Owners, Ranks, deal
-from liar_ext.saved.progress import Progress, opened
+from liar_ext.models.sites import Site, sites
 
 
 @torch.no_grad()
@@ -37,8 +36,7 @@ def calibrate(
     at: Sequence[Site] | None = None,
     *,
     keep_text: bool = True,
-    checkpoint: str | os.PathLike[str] | Progress | None = None,
-    ranks: Ranks = ALONE,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
 ) -> MomentBank:
     """Collect the moments of every site's consumer input in one pass over ``batches``.
@@ -47,7 +45,8 @@ def calibrate(
     where ``w_t`` is 0 for padding and 1 otherwise, or where a norm reads the output what
     :func:`liar_ext.calibration.taps.relative_weights` says. An expert has sums over the tokens that
     the router sends there, with ``w_t`` times the square of the weight that their output gets. A
-    task head on top of the model is not run.
+    task head on top of the model is not run. Ranks that have met (:mod:`liar_ext.distributed`) call
+    this with the same model and batches, and each runs its share of them.
 
     Parameters
     ----------
@@ -65,19 +64,15 @@ def calibrate(
     checkpoint : path, optional
         A folder to save the sums so far in, and to go on from where it has some, of the same
         model and batches: with the same result, bit for bit, as without. It stays when all is
-        done. A :class:`liar_ext.saved.progress.Progress` is one that is open already. Of
+        done. A :class:`liar_ext.checkpoint_store.Checkpoint` is one that is open already. Of
         several ranks the first one alone works in it.
-    ranks : Ranks
-        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`; each gives the same
-        model and batches.
     progress : bool
         Show a progress bar.
 
     Returns
     -------
     MomentBank
-        Float64 sums by site name, ``16 d_in²`` bytes each. A pass ends at the last site. With
-        several ranks the first one has all sites, and the others those that they summed.
+        Float64 sums by site name, ``16 d_in²`` bytes each. A pass ends at the last site.
 
     Raises
     ------
@@ -87,15 +82,10 @@ def calibrate(
     """
     check_finite_weights(model)
     at = at if at is not None else sites(model)
-    owners = owners_of(at, ranks)
-    with opened(checkpoint, ranks) as room:
+    with opened(checkpoint) as room:
         of = len(batches) if isinstance(batches, Sized) else None
         saved = None if room is None else SavedSums(room, of=of)
-        bank = collect_at(
-            model, batches, at, keep_text=keep_text, saved=saved, owners=owners, progress=progress
-        )
-    if ranks.count > 1:
-        bank.moments = whole(bank.moments, [site.name for site in at], owners) or bank.moments
+        bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
     bank.source["sites"] = {
         site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
         for site in at
@@ -109,16 +99,6 @@ def collect_at(model: nn.Module, batches: Batches, at: Sequence[Site], **bar) ->
     return collect(model, body_of(model), batches, taps, **bar)
 
 
-def owners_of(at: Sequence[Site], ranks: Ranks) -> Owners:
-    """Return which rank owns which site, by bytes of sums; the experts of a layer stay together."""
-    if ranks.count == 1:
-        return Owners(ranks)
-    teams = list(teams_of(at).values())
-    dealt = deal([sum(bytes_of_sums(site.d_in) for site in team) for team in teams], ranks.count)
-    pairs = zip(teams, dealt, strict=True)
-    return Owners(ranks, {site.name: rank for team, rank in pairs for site in team})
-
-
 @torch.no_grad()
 def collect(
     model: nn.Module,
@@ -128,7 +108,6 @@ def collect(
     *,
     keep_text: bool = False,
     saved: SavedSums | None = None,
-    owners: Owners = Owners(),  # noqa: B008  (holds nothing that changes)
     progress: bool = False,
     title: str = "calibrate",
 ) -> MomentBank:
@@ -137,15 +116,13 @@ def collect(
     Batches, and what is raised, are as for :func:`calibrate`; ``title`` is of the progress bar. A
     forward pass ends where all taps have got their tensor. Moments go on where ``saved`` has them.
 
-    Of several ranks each runs every so manieth batch. What a tap gets goes to the owner of its
-    site, which adds it in the order of batches: sums are those of one rank, to the last bit.
+    Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
-    device, ranks = device_of(model), owners.ranks
+    device, count = device_of(model), distributed.world_size()
     bank = MomentBank()
     for tap in taps:
-        if owners.mine(tap.name):
-            here = device_of(model.get_submodule(tap.module), device)
-            bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
+        here = device_of(model.get_submodule(tap.module), device)
+        bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
     current, seen, tokens = InFlight(), Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
@@ -157,77 +134,52 @@ def collect(
     relative = sorted(tap.name for tap in taps if tap.relative)
     facts |= {"relative": relative} if relative else {}
     widths = {tap.name: tap.d_in for tap in taps}
-    done = 0 if saved is None else saved.restore(widths, bank.moments, facts, owners)
-    if done and ranks.first:
+    done = 0 if saved is None else saved.restore(bank.moments, widths, facts)
+    if done and distributed.is_first():
         tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
 
     def sums_so_far() -> Mapping[str, Moments]:
-        return whole(bank.moments, widths, owners)
+        return bank.moments if count == 1 else _added(deepcopy(bank.moments))
 
     def facts_so_far() -> dict[str, object]:
-        return facts | seen.facts(*_added(ranks.share((tokens, current.routed))))
+        return facts | seen.facts(*_counted(tokens, current.routed))
 
     spare(title, done)
     bar = Bar(batches, desc=title, disable=not progress)
     with ExitStack() as stack:
         for tap in taps:
-            hand = _handing(tap.name, current, owners)
-            callback = adding(tap, bank.moments.get(tap.name), current, ends, hand)
+            callback = adding(tap, bank.moments[tap.name], current, ends)
             stack.enter_context(watched(model.get_submodule(tap.module), callback))
         stack.enter_context(evaluating(model))
-        for some in _rounds(read_batches(bar), ranks.count, done):
-            for batch in some:
-                if batch.mask is not None and not batch.mask.any():
-                    at = f"batch {seen.batches}"
-                    raise InputError(f"calibrate: {at} holds only padding; leave it out")
-                seen.add(batch)
-            if seen.batches <= done:
+        for index, batch in enumerate(read_batches(bar)):
+            if batch.mask is not None and not batch.mask.any():
+                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+            seen.add(batch)
+            if index < done:
                 if seen.batches == done:
                     saved.check(done, seen.digest.hexdigest())
                 continue
-            # A rank that has no batch left runs the last one again, for nothing.
-            current.spare = ranks.rank >= len(some)
-            batch = some[min(ranks.rank, len(some) - 1)]
-            batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
-            batch = batch.to(device)
-            current.set(batch)
-            with suppress(Ended):
-                body(**batch.inputs)
-            if not current.spare:
+            if index % count == distributed.rank():
+                batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
+                batch = batch.to(device)
+                current.set(batch)
+                with suppress(Ended):
+                    body(**batch.inputs)
                 tokens += current.counted
-                ranks.work["sequences"] += len(batch)
-                ranks.work["tokens"] += count_tokens(batch)
-            if saved is not None:
+            if saved is not None and seen.batches % count == 0:
                 saved.save(seen.batches, sums_so_far, facts_so_far)
     if saved is not None and seen.batches < done:
         saved.check(seen.batches, seen.digest.hexdigest())
     if saved is not None and seen.batches > done:
         saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
-    check_sums(bank, len(seen.sequences), current.routed)
-    summed = _tokens_of(bank, {*relative, *current.routed})
-    bank.source = _agreed(ranks, facts, seen, tokens, current.routed, summed)
+    _check_alike(facts["model"], seen.digest.hexdigest())
+    _added(bank.moments)
+    tokens, routed = _counted(tokens, current.routed)
+    check_sums(bank, len(seen.sequences), routed)
+    summed = _tokens_of(bank, {*relative, *routed})
+    bank.source = facts | seen.facts(tokens if summed is None else summed, routed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
-
-
-def _rounds(batches: Iterator[Batch], count: int, done: int) -> Iterator[list[Batch]]:
-    """Yield the batches that are done one by one, and then as many as there are ranks."""
-    seen = 0
-    while some := list(islice(batches, 1 if seen < done else count)):
-        seen += len(some)
-        yield some
-
-
-def _handing(name: str, current: InFlight, owners: Owners) -> Callable:
-    """Return what gives the owner of a site what all ranks have tapped, in their order."""
-    if owners.ranks.count == 1 or not owners.of:
-        return iter
-
-    def hand(pieces: list[Piece]) -> Iterator[Piece]:
-        given = owners.ranks.each([] if current.spare else pieces, owners.rank_of(name))
-        return (piece for each in given for piece in each)
-
-    return hand
 
 
 def _tokens_of(bank: MomentBank, weighed: Collection[str]) -> int | None:
@@ -236,43 +188,34 @@ def _tokens_of(bank: MomentBank, weighed: Collection[str]) -> int | None:
     return None if plain is None else int(plain.sum())
 
 
-def _added(shares: Sequence[tuple[int, dict[str, list[int]]]]) -> tuple[int, dict[str, list[int]]]:
-    """Return the sum of what ranks have counted: tokens, and tokens by expert and fold."""
-    routed: dict[str, list[int]] = {}
-    for _, each in shares:
-        for name, counts in each.items():
-            before = routed.get(name, [0] * FOLDS)
-            routed[name] = [a + b for a, b in zip(before, counts, strict=True)]
-    return sum(tokens for tokens, _ in shares), routed
+def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares]:
+    """Add the sums of all ranks up, in place."""
+    for sums in moments.values():
+        distributed.all_reduce(*vars(sums).values())
+    return moments
 
 
-def _agreed(
-    ranks: Ranks,
-    facts: dict[str, object],
-    seen: Seen,
-    tokens: int,
-    routed: dict[str, list[int]],
-    summed: int | None,
-) -> dict[str, object]:
-    """Return the facts of a bank, which are the same for all ranks.
+def _counted(tokens: int, routed: dict[str, list[int]]) -> tuple[int, dict[str, list[int]]]:
+    """Return what all ranks have counted: tokens, and tokens by expert and fold."""
+    shares = distributed.gather((tokens, routed))
+    names = {name: None for _, each in shares for name in each}
+    none = [0] * FOLDS
+    return sum(tokens for tokens, _ in shares), {
+        name: [sum(counts) for counts in zip(*(e.get(name, none) for _, e in shares), strict=True)]
+        for name in names
+    }
 
-    ``tokens`` and ``routed`` are what this rank has counted, ``summed`` the tokens of a site that
-    it owns and that sees all of them, if it has one.
-    """
-    shares = ranks.share((facts["model"], seen.digest.hexdigest(), tokens, routed, summed))
-    for rank, (model, text, *_) in enumerate(shares):
-        for what, own, other in (
-            ("model", shares[0][0], model),
-            ("text", shares[0][1], text),
-        ):
+
+def _check_alike(*digests: str) -> None:
+    """Raise InputError unless all ranks have run the same model over the same text."""
+    first, *others = distributed.gather(digests)
+    for rank, each in enumerate(others, 1):
+        for what, own, other in zip(("model", "text"), first, each, strict=True):
             if own != other:
                 raise InputError(
                     f"calibrate: every rank must have the same {what}, and that of rank {rank} is "
                     "other than that of rank 0; give all the same files, and one kind of device"
                 )
-    tokens, routed = _added([(tokens, routed) for *_, tokens, routed, _ in shares])
-    known = [summed for *_, summed in shares if summed is not None]
-    return facts | seen.facts(known[0] if known else tokens, routed)
 
 
 def check_sums(bank: MomentBank, sequences: int, routed: Collection[str] = ()) -> None:

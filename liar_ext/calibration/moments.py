@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from liar_ext.calibration.finite import all_finite
 from liar_ext.calibration.kept_text import Text
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
-from liar_ext.ranks import Owners
 
 ROW_BLOCK = 256  # of a triangle that is mirrored
 
@@ -119,29 +118,6 @@ class Moments:
         """Return the (biased) variance per feature over both folds, ``(d_in,)`` float64."""
         mean = self.total.sum(0).double() / self.tokens.sum()
         return (self.second_moment() - mean.square()).clamp_min(0.0)
-
-
-def whole(moments: Mapping[str, Moments], names: Iterable[str], owners: Owners) -> dict:
-    """Return the moments of all sites at the first rank, on the CPU where others own them.
-
-    Parameters
-    ----------
-    moments : mapping of str to Moments
-        Those that this rank owns.
-    names : iterable of str
-        All sites.
-    owners : Owners
-        Who owns which.
-    """
-    found = {}
-    for name in names:
-        own, owner = moments.get(name), owners.rank_of(name)
-        if own is not None and owner != 0:
-            own = Moments(own.gram.cpu(), own.total.cpu(), own.count.cpu())
-        each = owners.ranks.move(own, owner, 0)
-        if each is not None:
-            found[name] = each
-    return found
 
 
 @dataclass
@@ -310,7 +286,7 @@ class MomentBank(Mapping[str, Moments]):
         """Write the bank as one safetensors file, see :mod:`liar_ext.calibration.bank_file`.
 
         The file is there whole or not at all; one that was there is replaced, unless ``take`` does
-        otherwise, see :func:`liar_ext.whole_file.whole_file`. It holds the calibration text as
+        otherwise, see :func:`liar_ext.atomic_write.atomic_write`. It holds the calibration text as
         token ids, if the bank does: see ``keep_text`` of :func:`liar_ext.calibrate`.
         """
         sums = {name: (part.gram, part.total, part.count) for name, part in self.moments.items()}

@@ -1,108 +1,100 @@
-"""Calibration that goes on where a process that has ended was: its sums so far, as a bank.
+"""Sums of a calibration in its checkpoint, from which an interrupted one goes on.
 
-The bank in a checkpoint has the moments over the first batches, the digest of these, and their
-number. Sums are added batch by batch in float64, so that those that were saved and read back, and
-go on, are the same to the last bit. Of several ranks the first one reads and writes it, with the
-sums of all, so that any number of them can go on.
+Sums are added batch by batch in float64, so those that are read back and continued have the same
+bits as those of a job that nobody stopped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
-from liar_ext.calibration.moments import Moments
-from liar_ext.errors import InputError
-from liar_ext.ranks import Owners
-from liar_ext.saved.progress import Progress
+from torch import Tensor
 
-SUMS, SUFFIX = "calibration", ".bank"
+from liar_ext.calibration.bank_file import Triangles, unpacked
+from liar_ext.calibration.bank_source import check_source
+from liar_ext.calibration.moments import Moments
+from liar_ext.checkpoint_store import Checkpoint, reading
+from liar_ext.data.batches import FOLDS
+from liar_ext.distributed import broadcast, is_first
+from liar_ext.errors import InputError
+
+SUMS, PARTS = "calibration", ("gram", "total", "count")
+
+
+def packed(moments: Mapping[str, Moments]) -> dict[str, Tensor | Triangles]:
+    """Return moments by site name as tensors for a checkpoint."""
+    found: dict[str, Tensor | Triangles] = {}
+    for name, sums in moments.items():
+        found |= {f"gram/{name}": Triangles(sums.gram)}
+        found |= {f"total/{name}": sums.total, f"count/{name}": sums.count}
+    return found
+
+
+def restored(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Moments]:
+    """Return packed moments of some sites; every rank must call this."""
+    found = {}
+    for name in names:
+        triangles, total, count = (tensors[f"{part}/{name}"] for part in PARTS)
+        d = total.shape[-1]
+        if triangles.shape != (FOLDS, d * (d + 1) // 2):
+            raise ValueError(f"gram/{name} must be triangles of {d} features")
+        found[name] = Moments(unpacked(triangles, d), total, count)
+    return found
 
 
 class SavedSums:
-    """The sums of one pass over the calibration text, in a checkpoint.
+    """The sums of one pass over ``of`` batches, under a key; all ranks must call each method."""
 
-    Parameters
-    ----------
-    progress : Progress
-        The checkpoint; its ranks take the sums, and all take part in each method.
-    name : str
-        Of the sums.
-    of : int, optional
-        How many batches there are.
-    """
-
-    def __init__(self, progress: Progress, name: str = SUMS, of: int | None = None) -> None:
-        self.progress, self.name, self.of, self.ranks = progress, name, of, progress.ranks
-        self.done, self.expected = 0, ""  # batches, and their digest
-        self.facts: dict[str, Any] = {}  # of the bank
-        self._at = 0  # over how many batches the sums were
-
-    @property
-    def path(self) -> Path:
-        """The file, which the first rank alone reads and writes."""
-        return self.progress.folder / f"{self.name}{SUFFIX}"
+    def __init__(
+        self, saved: Checkpoint, key: str = SUMS, of: int | None = None, group: str = ""
+    ) -> None:
+        self.saved, self.key, self.of, self.group = saved, key, of, group
+        self.done = 0  # batches
+        self.facts: dict[str, Any] = {}  # of the sums, as a bank has them
+        self._at = 0  # batches in the checkpoint
+        self._widths: dict[str, int] = {}
 
     def restore(
         self,
-        widths: Mapping[str, int],
         moments: Mapping[str, Moments],
+        widths: Mapping[str, int],
         facts: Mapping[str, Any],
-        owners: Owners,
     ) -> int:
-        """Put the sums that were saved into ``moments``; return over how many batches they are.
+        """Copy saved sums into ``moments``; return the number of batches that they include.
 
-        Parameters
-        ----------
-        widths : mapping of str to int
-            Features of each site.
-        moments : mapping of str to Moments
-            Of the sites that this rank owns.
-        facts : mapping
-            What tells the model from another.
-        owners : Owners
-            Who owns which site.
-
-        Raises
-        ------
-        InputError
-            If they are of another model, by its ``facts``, or of other sites, or damaged.
+        The first rank has them, and the others begin with none, as sums of ranks are added up.
+        ``widths`` are the features of all sites, ``facts`` those of the model. InputError is raised
+        if the sums belong to other sites or another model, or are damaged.
         """
-        stored = self._read(widths, facts) if self.ranks.first else None
-        self.done = self.ranks.broadcast(self.done)
-        for name in widths if self.done else ():
-            sums = None if stored is None else stored.sums.pop(name)
-            sums = self.ranks.move(sums, 0, owners.rank_of(name))
-            if owners.mine(name):
-                mine = moments[name]
-                for into, value in zip((mine.gram, mine.total, mine.count), sums, strict=True):
-                    into.copy_(value)
+        known, self._widths = self.saved.get(self.key), dict(widths)
+        if known is None:
+            return 0
+        path = self.saved.path(self.key)
+        with reading(path):
+            source, batches, theirs = (known[1][name] for name in ("source", "batches", "widths"))
+            check_source(source)
+            same = all(source.get(name) == value for name, value in facts.items())
+            if not same or theirs != self._widths:
+                raise InputError(
+                    f"checkpoint: {path} is of another model, or of other sites; name another "
+                    "folder, or remove that file"
+                )
+            for name, width in widths.items():
+                (its,) = restored(known[0], [name]).values()
+                if its.d_in != width:
+                    raise ValueError(f"{name} must have {width} features")
+                for part in PARTS if is_first() else ():
+                    getattr(moments[name], part).copy_(getattr(its, part))
+            self.facts, self.done = source, int(batches)
         return self.done
 
-    def _read(self, widths: Mapping[str, int], facts: Mapping[str, Any]) -> Stored | None:
-        if not self.path.exists():
-            return None
-        stored = read_bank(self.path)
-        theirs = {name: sums[1].shape[-1] for name, sums in stored.sums.items()}
-        same = all(stored.source.get(name) == value for name, value in facts.items())
-        if not same or theirs != dict(widths):
-            raise InputError(
-                f"checkpoint: {self.path} is of another model, or of other sites; name another "
-                "folder, or remove that file"
-            )
-        self.facts = stored.source
-        self.done = stored.source.get("progress", 0)
-        self.expected = (stored.source.get("data") or [""])[-1]
-        return stored
-
     def check(self, batches: int, digest: str) -> None:
-        """Raise InputError, at the first rank, unless the first batches are those of the sums."""
-        if self.ranks.first and (batches != self.done or digest != self.expected):
+        """Raise InputError unless the first batches are those of the sums."""
+        if batches != self.done or digest != (self.facts.get("data") or [""])[-1]:
             raise InputError(
-                f"checkpoint: the sums in {self.path} are over {self.done} batches of other text "
-                "than was given; give the same text, or remove that file"
+                f"checkpoint: the sums in {self.saved.path(self.key)} are over {self.done} batches "
+                "of other text than was given; give the same text, or remove that file"
             )
 
     def save(
@@ -113,17 +105,12 @@ class SavedSums:
         *,
         now: bool = False,
     ) -> None:
-        """Save the sums over so many batches, if it is time to: it takes a twentieth at most.
-
-        ``moments`` gives those of all sites at the first rank, and ``facts`` what is known of them.
-        """
-        due = batches != self._at and (now or self.progress.due(self.name))
-        if not self.ranks.broadcast(due):
+        """Save the sums of all ranks over so many batches if that is due, or ``now``."""
+        due = batches != self._at and (now or self.saved.due(self.key))
+        if not broadcast(due):
             return
-        with self.progress.saving(self.name):
-            whole, source = moments(), facts() | {"progress": batches}
-            if self.ranks.first:
-                source |= {} if self.of is None else {"batches": self.of}
-                sums = {name: (each.gram, each.total, each.count) for name, each in whole.items()}
-                write_bank(self.path, Stored(source, sums))
+        of = "" if self.of is None else f" of {self.of}"
+        said = f"sums over {batches}{of} batches{self.group}"
+        known = {"source": facts(), "batches": batches, "widths": self._widths, "said": said}
+        self.saved.put(self.key, packed(moments()), known)
         self._at = batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -106,7 +106,6 @@ class InFlight:
     whole: int | None = None  # the fold, when all sequences belong to one
     batch: Batch | None = None
     seen: set[str] = field(default_factory=set)  # taps that have got their tensor
-    spare: bool = False  # run for nothing, so that this rank meets the others at every tap
     fold: Tensor | None = None  # (batch,)
     counted: int = 0  # tokens of the batch that aren't padding, where experts were tapped
     routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
@@ -120,18 +119,8 @@ class InFlight:
         self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
 
 
-def adding(
-    tap: Tap,
-    moments: Moments | Squares | None,
-    current: InFlight,
-    ends: float,
-    hand: Callable[[list[Piece]], Iterable[Piece]] = iter,
-) -> Callable:
-    """Return what adds a tapped tensor to its moments, and ends the run after ``ends`` taps.
-
-    ``hand`` gives the pieces to add here for those that were tapped here; ``moments`` is None where
-    it gives none.
-    """
+def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float) -> Callable:
+    """Return what adds a tapped tensor to its moments, and ends the run after ``ends`` taps."""
 
     def add(arguments: tuple[Tensor, ...], output: Tensor) -> None:
         x = tap.take(arguments, output)
@@ -139,7 +128,7 @@ def adding(
             pieces = _routed(tap, x, current)
         else:
             pieces = _pieces(tap, x, current, output if tap.relative else None)
-        for fold, tokens, weight in hand(pieces):
+        for fold, tokens, weight in pieces:
             moments.update(tokens, fold, weight)
         current.seen.add(tap.name)
         if len(current.seen) == ends:
@@ -191,9 +180,8 @@ def _routed(tap: Tap, routed: Routed, current: InFlight) -> list[Piece]:
     for index in range(FOLDS):
         here = used & (fold == index)
         pieces.append((index, routed.x[here], weight[here]))
-    if not current.spare:
-        current.counted = counted
-        found = current.routed.setdefault(tap.name, [0] * FOLDS)
-        for index, x, _ in pieces:
-            found[index] += len(x)
+    current.counted = counted
+    found = current.routed.setdefault(tap.name, [0] * FOLDS)
+    for index, x, _ in pieces:
+        found[index] += len(x)
     return pieces

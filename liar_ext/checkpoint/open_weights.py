@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liar_ext.saved.tensor_file import WORDS
+from liar_ext.atomic_write import WORDS
 
 DTYPES = {word: dtype for dtype, word in WORDS.items()}
 

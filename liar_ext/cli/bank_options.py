@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from liar_ext.cli.fields import add_field, read_name, read_number
-from liar_ext.recipe.choices import GROUPS
-from liar_ext.recipe.recipe import recipe_fields
+from liar_ext.cli.fields import add_field, add_fields, read_name, read_number
+from liar_ext.recipe.fields import recipe_fields
 
 BANK_HELP = "reuse the activation statistics and the text of a file written by liar calibrate"
-# Fields of a recipe that sensitivities depend on, beside the calibration.
-SENSED = ("attn_unit", "criterion", "reconstruct")
-OF_TEXT = ("calibration", "samples", "self_text", "random_tokens", "seq_len", "batch_size", "seed")
 
 
 def add_calibrate(commands: argparse._SubParsersAction) -> None:
@@ -24,19 +20,13 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
         description="Run MODEL once over the calibration text and write the sums that pruning "
         "needs, so that liar prune and liar sweep decide and solve by them in seconds, any number "
         "of times. liar merge adds the banks of several texts or machines.",
+        epilog="Example: liar calibrate gpt2 --calibration text.txt --out gpt2.bank",
     )
-    groups = {
-        name: parser.add_argument_group(title)
-        for name, title in GROUPS.items()
-        if name in ("model", "calibration")
-    }
-    groups["sensitivities"] = parser.add_argument_group("Sensitivities")
-    for each in recipe_fields():
-        if each.name in SENSED:
-            add_field(groups["sensitivities"], each)
-        elif each.metadata["group"] in groups and each.name != "memory":
-            add_field(groups[each.metadata["group"]], each)
-    groups["sensitivities"].add_argument(
+    add_fields(parser, recipe_fields(group="model") + recipe_fields(in_bank="text"), "bank")
+    sensitivities = parser.add_argument_group("Sensitivities")
+    for each in recipe_fields(in_bank="sensitivities"):
+        add_field(sensitivities, each)
+    sensitivities.add_argument(
         "--sensitivities",
         action="store_true",
         help="also measure sensitivities, with 0.8 kept; a sweep then never runs the model",
@@ -105,21 +95,20 @@ def add_sweep(
         "parameters, operations and, with --eval, perplexity. With --out the pruned models are "
         "written, too, a folder for each budget. Scores, error curves and sensitivities are "
         "computed once.",
+        epilog="Example: liar sweep gpt2 --bank gpt2.bank --keep 0.9 0.7 0.5 --out sweep",
     )
-    add_start(parser.add_argument_group("Job"))
-    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    for each in recipe_fields():
-        if each.name == "keep":
-            groups["budget"].add_argument(
-                "--keep",
-                type=read_number,
-                nargs="+",
-                default=[0.9, 0.8, 0.7, 0.6, 0.5],
-                metavar="F",
-                help="fractions to keep (default: 0.9 0.8 0.7 0.6 0.5)",
-            )
-        elif each.name not in ("certify", "keep_hidden", "keep_experts"):
-            add_field(groups[each.metadata["group"]], each)
+    job = parser.add_argument_group("Job")
+    add_start(job)
+    job.add_argument(
+        "--keep",
+        type=read_number,
+        nargs="+",
+        default=[0.9, 0.8, 0.7, 0.6, 0.5],
+        metavar="F",
+        help="fractions to keep (default: 0.9 0.8 0.7 0.6 0.5)",
+    )
+    chosen = [each for each in recipe_fields(with_bank=True) if each.name != "keep"]
+    add_fields(parser, chosen, "bank", "keep", "out", "preset")
     output = parser.add_argument_group("Output")
     output.add_argument(
         "-o",

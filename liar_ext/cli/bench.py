@@ -6,13 +6,13 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from liar_ext.atomic_write import check_place, write_whole
 from liar_ext.benchmarking.job import benchmark
 from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
 from liar_ext.benchmarking.timing import Settings
 from liar_ext.errors import InputError
 from liar_ext.report.reading import report_digest
 from liar_ext.report.tables import speed, to_text
-from liar_ext.whole_file import check_place, write_whole
 
 
 def run(options: argparse.Namespace) -> None:

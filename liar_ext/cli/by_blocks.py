@@ -13,6 +13,7 @@ from liar_ext.calibration.self_calibration import SELF
 from liar_ext.cli.inputs import add_facts, check_tokenizer, load, writes
 from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
+from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
@@ -40,21 +41,20 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
     stores = []
 
     def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-        stores.append(BlockStore(name, dtype, device, ranks=options.ranks))
+        stores.append(BlockStore(name, dtype, device))
         check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 
-    shown = {"ranks": options.ranks, "progress": options.progress}
     settled = replace(recipe, self_text=0.0)
-    given = load(settled, loader=open_store, **shown)
+    given = load(settled, loader=open_store, progress=options.progress)
     (store,) = stores
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
     if getattr(options, "dry_run", False):
-        job = StreamedJob(store.model, given.calibration, settled, store=store, ranks=options.ranks)
+        job = StreamedJob(store.model, given.calibration, settled, store=store)
         job.certify_on = given.certification
         lines = job.describe(options.max_memory)
-        if options.ranks.first:
+        if is_first():
             print_estimate(lines, options)
         return
     loaded = time.perf_counter() - start

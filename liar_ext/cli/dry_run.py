@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.collect import collect_at
-from liar_ext.calibration.memory import bytes_of_sums
-from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import group_sites, room_for_sums, split
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.data.batches import FACTS, probe_batches
+from liar_ext.data.batches import read_batch
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import evaluating
+from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, skeleton, teams_of
-from liar_ext.narrowing.narrowing import MEMORY, count_kept
+from liar_ext.narrowing.narrowing import count_kept
+from liar_ext.pipeline.estimate import GIB, in_gib, stages_of, tokens_of, work_of_token
 from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.one_pass import reconstruct, with_bias
-from liar_ext.report.tables import latency_lines
+from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.report.tables import Table, latency_lines, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
-from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 from liar_ext.surgery.units import apply_plan
 
 Batches = Sequence[Mapping[str, Tensor]]
-# Of a layerwise walk: what prune's documentation says of its runs of the model.
-LAYERWISE_RUNS = 4
-# Of a backward pass with its forward, in forward passes.
-BACKWARD_RUNS = 3
-GIB = 2**30
 PLAIN = "loads with plain"
 
 
-def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
+def describe(
+    model: nn.Module, batches: Batches, recipe: Recipe, judge_on: Batches | None = None
+) -> list[str]:
     """Return lines on what :func:`liar_ext.prune` would do with these, and check that it can.
 
-    Sizes, memory, passes and loading are exact where they don't depend on what will be measured;
-    minutes are extrapolated from one batch of each fold, and one layer of each kind.
+    Sizes, passes and loading are exact where they don't depend on what will be measured. Times are
+    counted operations, at the rate of a forward pass over one batch.
 
     Raises
     ------
@@ -52,40 +44,39 @@ def describe(model: nn.Module, batches: Batches, recipe: Recipe) -> list[str]:
         Whatever the job would raise before it starts.
     """
     job = Job(model, batches, recipe)
+    job.judged = judge_on
     job.check()
-    recipe = job.recipe
-    at = job.sites(model)
+    recipe, at = job.recipe, job.sites(model)
     model_type = model.config.model_type
     equal = even_plan(at, recipe.budget, job.costs(model), model_type=model_type)
     if job.speed is not None:
         job.speed.time(equal)
+    speed = [] if job.speed is None else latency_lines(job.speed.facts())
     return [
         f"{type(model).__name__}: {count_params(model):,} parameters, of which "
         f"{sum(site.params for site in at):,} may be pruned",
-        *_sizes(at, equal, recipe, model),
-        *(
-            []
-            if job.speed is None
-            else (f"latency: {line}" for line in latency_lines(job.speed.facts()))
-        ),
-        *_memory(model, at, recipe),
-        _time(model, batches, at, equal, recipe),
+        *to_text(_sizes(at, equal, recipe, model)),
+        *(f"latency: {line}" for line in speed),
+        *_costs(job, at),
         _loading(model, equal, recipe, at),
     ]
 
 
-def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) -> list[str]:
-    """Return what layers can keep."""
-    lines = [_layers(some, equal, recipe) for some in _alike(at, recipe)]
+def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) -> Table:
+    """Return how many units layers have and can keep."""
+    chosen = "all the same" if recipe.uniform_layers else "each its own"
+    free = f"kept by {recipe.allocation}, {chosen}" if recipe.allocation != "uniform" else ""
+    heads = ("", "layers", "units of a layer", "kept by the same fraction", free)
+    rows = [_layers(some, equal, recipe) for some in _alike(at, recipe)]
     if recipe.keep_experts != 1.0:
         count, layers = count_experts_kept(model, recipe.keep_experts), layers_of(model)
-        lines.append(f"experts: {count} of {layers[0].experts} in each of {len(layers)} layers")
+        rows.append(("experts", str(len(layers)), str(layers[0].experts), str(count), ""))
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
         count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
         step = recipe.budget.step(hidden.size, hidden.multiple_of)
-        lines.append(f"hidden size: {count} of {hidden.size} features, in steps of {step}")
-    return lines
+        rows.append(("hidden size", "", str(hidden.size), f"{count}, in steps of {step}", ""))
+    return Table("Sizes", heads, rows, (0, 2, 4))
 
 
 def _alike(at: Sequence[Site], recipe: Recipe) -> list[list[Site]]:
@@ -106,143 +97,62 @@ def _what(site: Site) -> str:
     return parts[-1].replace("_", " ")
 
 
-def _layers(some: Sequence[Site], equal: Plan, recipe: Recipe) -> str:
-    """Return what the layers can keep whose sites these are, all of one size."""
+def _layers(some: Sequence[Site], equal: Plan, recipe: Recipe) -> tuple[str, ...]:
+    """Return the row of layers of one size."""
     kept = [len(equal.sites[site.name].kept) for site in some]
-    site, counts = some[0], allowed_counts(some[0], recipe.budget)
+    site, counts, layers = some[0], allowed_counts(some[0], recipe.budget), teams_of(some)
     same = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
     step = site_step(site, recipe.budget)
-    steps = f" in steps of {step}" if len(counts) > 1 else ": none can go"
-    free = steps if step > 1 else ""
-    if recipe.allocation != "uniform":
-        whose = "all layers the same number" if recipe.uniform_layers else "each its own number"
-        free = f"; {recipe.allocation} gives {whose}, {counts[0]} to {counts[-1]}{steps}"
-    layers = teams_of(some)
+    steps = f"in steps of {step}" if len(counts) > 1 else "none can go"
+    if recipe.allocation == "uniform":
+        free = steps if step > 1 else ""
+    else:
+        free = f"{counts[0]} to {counts[-1]} {steps}"
     each = "" if site.expert is None else f"{len(layers[site.team])} experts of "
-    return (
-        f"{_what(site)}: {len(layers)} layer{'s' * (len(layers) > 1)} of {each}{site.units} "
-        f"{site.unit.replace('_', ' ')}s; the same fraction everywhere would keep {same}{free}"
-    )
+    units = f"{each}{site.units} {site.unit.replace('_', ' ')}s"
+    return _what(site), str(len(layers)), units, same, free
 
 
-def _memory(model: nn.Module, at: Sequence[Site], recipe: Recipe) -> list[str]:
-    """Return what sums over the text take, and in how many passes."""
-    room = room_for_sums(model, recipe.memory)
-    needed = sum(bytes_of_sums(site.d_in) for site in at)
-    held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in group_sites(at, room))
-    passes = _passes(group_sites(at, room), recipe)
-    lines = []
-    if passes:
-        lines.append(
-            f"memory: {_size(needed)} of activation statistics, at most {_size(held)} of it at a "
-            f"time; the weights take {_size(_weights(model))}"
-        )
-    more = ""
-    if recipe.keep_hidden != 1.0:
-        more = f" and {_narrow_passes(model, recipe)} to narrow the hidden size"
-    return [*lines, f"passes over the calibration text: {passes} to calibrate{more}"]
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"
-
-
-def _weights(model: nn.Module) -> int:
-    return sum(each.numel() * each.element_size() for each in model.parameters())
-
-
-def _passes(groups: Sequence[Sequence[Site]], recipe: Recipe) -> int:
-    """Return the passes that calibration takes."""
-    if recipe.keep == 1.0 and (recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0):
-        return 0
-    return len(groups) if recipe.schedule == "layerwise" else 2 * len(groups) - 1
-
-
-def _narrow_passes(model: nn.Module, recipe: Recipe) -> int:
-    hidden = hidden_of(model)
-    count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-    room = room_for_sums(model, recipe.memory, MEMORY)
-    sizes = [bytes_of_sums(count + hidden.size)] * len(hidden.sources)
-    return 1 + len(split(hidden.sources, sizes, room))
-
-
-def _time(
-    model: nn.Module, batches: Batches, at: Sequence[Site], equal: Plan, recipe: Recipe
-) -> str:
-    """Return an estimate of the minutes that the job takes, saving and evaluation aside."""
-    pair = [batches[0], batches[-1]]  # one of each fold
-    forward = _seconds(lambda: _run(model, pair)) / 2
-    groups = group_sites(at, room_for_sums(model, recipe.memory))
-    banks: list[MomentBank] = []
-    hooked = _seconds(lambda: banks.append(collect_at(model, pair, groups[0]))) / 2
-    runs = float(_passes(groups, recipe)) * hooked
-    if recipe.keep_hidden != 1.0:
-        runs += _narrow_passes(model, recipe) * 2 * hooked
-    runs += forward * LAYERWISE_RUNS * (recipe.schedule == "layerwise")
-    runs += forward * BACKWARD_RUNS * (get_criterion(recipe.criterion).needs == "gradient")
-    solves = _solving(model, banks[0], groups[0], at, equal, recipe) * (_passes(groups, recipe) > 0)
-    probes = 0.0
-    if recipe.allocation == "curve" or recipe.rescale:
-        share = sum(map(_size_of, probe_batches(batches))) / _size_of(batches[0])
-        # Of one site half of the blocks are run again.
-        every = (recipe.allocation == "curve") + recipe.rescale
-        probes = every * len(at) / 2 * share * forward
-    seconds = runs * len(batches) + solves + probes
-    shown = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
-    relative = seconds / max(forward * len(batches), 1e-9)
-    return (
-        f"time: about {shown}, {relative:.1f} times a forward pass over the calibration text "
-        f"({len(batches)} batches), as timed on one batch; loading, --eval and saving come on top"
-    )
-
-
-def _solving(
-    model: nn.Module,
-    bank: MomentBank,
-    group: Sequence[Site],
-    at: Sequence[Site],
-    equal: Plan,
-    recipe: Recipe,
-) -> float:
-    """Return the seconds of all solves and error curves, from one site of each kind and size."""
-    seconds, curve = 0.0, recipe.allocation == "curve"
-    here = {site.name for site in group}
-    for some in _alike(at, recipe):
-        site = next((site for site in some if site.name in here), None)
-        if site is None:
-            continue
-        plan = replace(equal, sites={site.name: equal.sites[site.name]})
-        plan = with_bias(plan, model, recipe.reconstruct)
-        scores = {site.name: torch.arange(site.units, 0, -1.0)}
-        solve = _seconds(lambda plan=plan: reconstruct(model, bank, plan, mode=recipe.reconstruct))
-        each = solve * (1 + curve)
-        if curve:
-            one = [site]
-            each += _seconds(lambda one=one, s=scores: error_curves(model, bank, one, s))
-        seconds += each * len(some)
-    return seconds
+def _costs(job: Job, at: Sequence[Site]) -> list[str]:
+    """Return a table of the stages, and lines on passes, memory and time."""
+    rate = _rate(job, at)
+    forward = sum(work_of_token(job.model, at)) * sum(map(tokens_of, job.batches)) / rate
+    stages, count = stages_of(job, rate=rate), len(job.batches)
+    rows = [
+        (name, _time(each.seconds), f"{each.seconds / forward:.1f}", f"{each.bytes / GIB:.2f}")
+        for name, each in stages.items()
+    ]
+    seconds = sum(each.seconds for each in stages.values())
+    passes = {name: each.steps // count for name, each in stages.items()}
+    more = f" and {passes['narrow']} to narrow the hidden size" if "narrow" in passes else ""
+    weights = sum(each.numel() * each.element_size() for each in job.model.parameters())
+    most = max((each.bytes for each in stages.values()), default=0)
+    return [
+        *to_text(Table("Cost", ("stage", "time", "forward passes", "GiB"), rows)),
+        f"memory (GiB): {in_gib({'for weights': weights, 'beside them at most': most})}",
+        f"passes over the calibration text: {passes.get('calibrate', 0)} to calibrate{more}",
+        f"time: about {_time(seconds)}, {seconds / forward:.1f} times a forward pass over the "
+        f"calibration text ({count} batches), as timed on one batch; loading, --eval and saving "
+        "come on top",
+    ]
 
 
 @torch.no_grad()
-def _run(model: nn.Module, batches: Batches) -> None:
-    with evaluating(model):
-        for batch in batches:
-            device = next(model.parameters()).device
-            model(**{key: value.to(device) for key, value in batch.items() if key not in FACTS})
+def _rate(job: Job, at: Sequence[Site]) -> float:
+    """Return the operations a second of a forward pass over one batch, timed at its second run."""
+    batch = read_batch(job.batches[0]).to(device_of(job.model))
+    with evaluating(job.model):
+        for _ in range(2):
+            start = time.perf_counter()
+            job.model(**batch.inputs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+    work = sum(work_of_token(job.model, at)) * tokens_of(batch)
+    return work / (time.perf_counter() - start)
 
 
-def _size_of(batch: Mapping[str, Tensor]) -> int:
-    """Return the tokens of a batch, or the sequences of one that has none."""
-    ids = batch.get("input_ids")
-    return len(next(iter(batch.values()))) if ids is None else ids.numel()
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
 
 
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:

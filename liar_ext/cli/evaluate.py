@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
 from liar_ext.data import texts
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
 from liar_ext.report.report import versions
-from liar_ext.whole_file import begins_with, check_place, write_whole
 
 
 def run(options: argparse.Namespace) -> None:

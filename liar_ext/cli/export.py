@@ -10,7 +10,7 @@ from dataclasses import asdict
 from liar_ext.cli.bank_options import add_shown
 
 # Options of the command that are no options of a format.
-OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "progress", "json", "ranks")
+OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "progress", "json")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,63 +1,76 @@
-"""Options that are fields of a recipe, and what reads the text of any option."""
+"""Options made from the fields of a recipe, and readers of option values."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Callable
-from dataclasses import MISSING, Field
+from collections.abc import Callable, Iterable
+from dataclasses import Field
+from functools import partial
 from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.recipe.checks import check_printable, shown
-from liar_ext.recipe.choices import CRITERIA
-from liar_ext.recipe.recipe import option_of
+from liar_ext.recipe.fields import CRITERIA
+from liar_ext.recipe.option import GROUPS, option_of
 
-GIB = 2**30
+NUMBERS = {"int": int, "float": float}  # types that fields begin with
 
 
-def add_field(group: argparse._ArgumentGroup, each: Field) -> None:
+class HelpAll(argparse.Action):
+    """``--help-all``: print all options."""
+
+    def __call__(self, parser: Any, *_: object) -> None:
+        """Print, and end the command."""
+        parser.print_all()
+        parser.exit()
+
+
+def add_fields(parser: Any, chosen: Iterable[Field], *more: str) -> None:
+    """Add the options of fields, by stage; ``--help`` shows the common ones, and ``more``."""
+    help_all = {"action": HelpAll, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--help-all", **help_all, help="show all options and exit")
+    chosen = list(chosen)
+    parser.common = (*(each.name for each in chosen if each.metadata["common"]), *more)
+    for group, title in GROUPS.items():
+        own = [each for each in chosen if each.metadata["group"] == group]
+        section = parser.add_argument_group(title) if own else parser
+        for each in own:
+            add_field(section, each)
+
+
+def add_field(group: argparse._ActionsContainer, each: Field) -> None:
     """Add the option of one field of the recipe; what isn't given leaves no trace."""
-    facts, default = each.metadata, each.default
-    help = facts["help"]
+    facts, default, name = each.metadata, each.default, option_of(each)
+    names, help = getattr(facts["check"], "names", None), facts["help"]
     if each.name == "criterion":
         help += ": " + ", ".join(CRITERIA)
-    settings: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS}
-    if each.name == "model":
-        group.add_argument(
-            "model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=help
-        )
-        return
-    names = getattr(facts["check"], "names", None)
-    if isinstance(default, bool):
-        settings["action"] = argparse.BooleanOptionalAction
-    elif each.name == "calibration":
-        settings |= {"nargs": "+", "metavar": facts["metavar"]}
-    elif each.name == "tile":
-        settings |= {"type": _tile, "metavar": "N"}
-    elif each.name == "kinds":
-        settings |= {"type": _sites, "metavar": "{all,attn,mlp}"}
+    if default not in (None, ()) and not isinstance(default, bool):
+        help += f" (default: {'all' if default == names else default})"
+    add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
+    kind = each.type.split(" ")[0]
+    metavar = facts["metavar"] or {"int": "N", "float": "F"}.get(kind, each.name.upper())
+    if not name.startswith("-"):
+        add(each.name, nargs="?", metavar=name)
+    elif isinstance(default, bool):
+        add(name, dest=each.name, action=argparse.BooleanOptionalAction)
+    elif facts["read"]:
+        add(name, dest=each.name, type=facts["read"], metavar=metavar)
     elif names:
-        settings["choices"] = names
+        add(name, dest=each.name, choices=names)
+    elif kind.startswith("tuple"):
+        add(name, dest=each.name, nargs="+", metavar=metavar)
     else:
-        settings |= {"type": _type_of(each), "metavar": _metavar(each)}
-    if default not in (None, (), MISSING) and not isinstance(default, bool):
-        help += f" (default: {'all' if each.name == 'kinds' else default})"
-    group.add_argument(option_of(each), help=help.replace("%", "%%"), **settings)
+        add(name, dest=each.name, type=partial(_read, NUMBERS.get(kind, str)), metavar=metavar)
 
 
-def _metavar(each: Field) -> str:
-    """Return what stands for an option's value in the help."""
-    by_type = {"int": "N", "int | None": "N", "float": "F"}.get(each.type, each.name.upper())
-    return each.metadata.get("metavar", by_type)
-
-
-def _type_of(each: Field) -> Callable[[str], Any]:
-    """Return what reads an option's text."""
-    if each.name == "memory":
-        return _gibibytes
-    return {"int": _whole, "int | None": _whole, "float": read_number}.get(each.type, str)
+def _read(kind: type, text: str) -> Any:
+    """Read a value of a type; what isn't one stays text, which the check of the field refuses."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def read_name(text: str) -> str:
@@ -98,11 +111,6 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
-def _tile(text: str) -> int | str:
-    """Read a tile: a number, or "auto"."""
-    return text if text == "auto" else _whole(text)
-
-
 def read_number(text: str) -> float:
     """Read a finite number."""
     try:
@@ -112,22 +120,6 @@ def read_number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}")
     return value
-
-
-def _gibibytes(text: str) -> int:
-    """Read GiB as bytes."""
-    value = read_number(text)
-    if not 0 < value < 2**33:
-        raise argparse.ArgumentTypeError(f"must be GiB, more than 0 and below 2^33, got {text}")
-    return max(1, int(value * GIB))
-
-
-def _sites(text: str) -> tuple[str, ...]:
-    """Read which sites may be pruned."""
-    known = {"all": ("attn", "mlp"), "attn": ("attn",), "mlp": ("mlp",)}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"must be one of all, attn, mlp, got {shown(text)}")
-    return known[text]
 
 
 def read_size(text: str) -> int:

@@ -17,16 +17,16 @@ from liar_ext.calibration import self_calibration
 from liar_ext.calibration.self_calibration import SELF
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import stock_class
-from liar_ext.cli.several import check_device
+from liar_ext.cli.processes import check_device
 from liar_ext.data import texts
 from liar_ext.data.documents import document_digests
 from liar_ext.data.random_tokens import fraction_of
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.latency_table import LatencyTable
 from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import predicts_next_token
 from liar_ext.pipeline.choosing import LEAST
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 
@@ -105,7 +105,6 @@ def load(
     progress: bool = False,
     digests: bool = False,
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
-    ranks: Ranks = ALONE,
     sketch: bool = False,
     judge: int = 0,
 ) -> Given:
@@ -122,17 +121,17 @@ def load(
     InputError
         If one of them can't be read, or they don't go together.
     """
-    check_device(recipe.device, ranks)
+    check_device(recipe.device)
     check_unloaded(recipe)
-    read, held_out = _documents(recipe) if ranks.first else ({}, None)
+    read, held_out = _documents(recipe) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
     check_eval(recipe, model)
     drawn = None
-    if ranks.first:
+    if is_first():
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
-    return Given(model, tokenizer, *ranks.broadcast(drawn))
+    return Given(model, tokenizer, *broadcast(drawn))
 
 
 def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:

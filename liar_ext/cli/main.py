@@ -9,17 +9,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from liar_ext.cli.messages import error_lines, one_line, shown
+from liar_ext.cli.messages import error_lines, one_line, shown, silence_of_others
 from liar_ext.cli.options import parse
 from liar_ext.errors import InputError, is_out_of_memory
-
-if TYPE_CHECKING:
-    from liar_ext.ranks import Ranks
 
 
 def _run_command(name: str, options: argparse.Namespace) -> int | None:
@@ -55,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
             stream.reconfigure(errors="replace")
-    with _silence_of_others():
+    with silence_of_others():
         options = parse(arguments)
     wanted = getattr(options, "progress", None)  # None: a command that takes no time
     options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
@@ -64,67 +60,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from liar_ext.bars import plain_lines
     from liar_ext.checkpoint.quietening import no_bars
     from liar_ext.checkpoint.registration import register
-    from liar_ext.cli.several import join, say
+    from liar_ext.cli.processes import quieten
+    from liar_ext.distributed import tells
 
     register()
-    ranks = join(options)
+    quieten(options)
     plain = wanted == "plain" or not sys.stderr.isatty()
     others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
     try:
         with shown(options.progress, options.quiet), plain_lines(plain), others:
-            code, error = _run(options, ranks)
+            code, error = _run(options)
     except BaseException:
-        ranks.tells()  # so that the others don't
+        tells()  # so that the others don't
         raise
-    if error is not None:
-        say(ranks, error_lines(error, options))
+    if error is not None and tells():
+        print(error_lines(error, options), file=sys.stderr, flush=True)
     return code
 
 
-@contextmanager
-def _silence_of_others() -> Iterator[None]:
-    """Let the first rank alone say what all would say alike."""
-    if not _is_other():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
-
-
-def _is_other() -> bool:
-    """Tell whether torchrun started this process as another rank than the first."""
-    return os.environ.get("RANK", "0") != "0" and "MASTER_ADDR" in os.environ
-
-
-def _run(options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
+def _run(options: argparse.Namespace) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
-    from liar_ext.cli.several import check_shared
+    from liar_ext.cli.processes import meet
+    from liar_ext.distributed import leave, tells
 
     with _interrupts() as interrupts:
         try:
-            check_shared(options, ranks)
+            meet(options)
             code = COMMANDS[options.command](options) or 0
             _finish_output(options.command)
-            ranks.leave()
+            leave()
             return code, None
         except BaseException as error:
             if interrupts or isinstance(error, KeyboardInterrupt):
-                ranks.tells()
+                tells()
                 return 130, None
-            return _answer(error, options, ranks)
+            return _answer(error, options)
 
 
-def _answer(error: BaseException, options: argparse.Namespace, ranks: Ranks) -> tuple[int, object]:
+def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, object]:
     """Return the exit code of an error, and what to say of it; raise one that is a defect."""
-    from liar_ext.cli.several import PATIENCE, what_was_lost
-    from liar_ext.ranks import RankLost
+    from liar_ext.cli.processes import how_to_go_on
+    from liar_ext.distributed import RankLost
 
     if isinstance(error, BrokenPipeError):
         return (141, None) if _nobody_reads() else (2, error)
     if isinstance(error, (InputError, OSError)):  # OSError: no permission, disk full, no such file
         return 2, error
     if isinstance(error, RankLost):
-        return 3, what_was_lost(ranks, options, str(error), PATIENCE)
+        return 3, how_to_go_on(error, options)
     if is_out_of_memory(error):
         said = str(error) or "out of memory"
         return 2, (

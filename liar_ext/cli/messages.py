@@ -9,12 +9,13 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from liar_ext.errors import did_you_mean
-from liar_ext.recipe.recipe import option_of, recipe_fields
+from liar_ext.recipe.fields import recipe_fields
+from liar_ext.recipe.option import option_of
 
 MOST_CHARACTERS = 300  # of a line
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
@@ -50,6 +51,22 @@ def error_lines(message: object, options: argparse.Namespace | None = None) -> s
     hints = [near for near in _near_paths(options, cause)] + [hint] * bool(hint)
     lines = [("error", cause), *([("hint", " ".join(hints))] if hints else [])]
     return "\n".join(f"{_painted(word)} {one_line(said)}" for word, said in lines)
+
+
+def is_other() -> bool:
+    """Tell whether torchrun started this process as another rank than the first."""
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return launched and os.environ["RANK"] != "0"
+
+
+@contextmanager
+def silence_of_others() -> Iterator[None]:
+    """Let the first rank alone say what all would say alike."""
+    if not is_other():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from liar_ext.cli.bank_options import (
     BANK_HELP,
@@ -19,16 +19,38 @@ from liar_ext.cli.bank_options import (
 )
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
-from liar_ext.cli.fields import add_field, at_least, read_name, read_names, read_size
+from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
 from liar_ext.cli.messages import error_lines
 from liar_ext.errors import did_you_mean
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.choices import DTYPES, GROUPS, PRESETS
-from liar_ext.recipe.recipe import recipe_fields
+from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are what is wrong, and what to type."""
+    """A parser whose errors are what is wrong, and what to type.
+
+    ``--help`` shows the ``common`` options by their destinations, if there are any, or all.
+    """
+
+    common: tuple[str, ...] = ()
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the common options, if the parser knows them, or all."""
+        if not self.common:
+            return self.print_all(file)
+        formatter, shown = self._get_formatter(), (*self.common, "help", "help_all")
+        actions = [each for each in self._actions if each.dest in shown]
+        formatter.add_usage(self.usage, self._actions, ())
+        formatter.add_text(self.description)
+        formatter.start_section("Common options")
+        formatter.add_arguments(sorted(actions, key=lambda each: shown.index(each.dest)))
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        self._print_message(formatter.format_help(), file or sys.stdout)
+
+    def print_all(self, file: Any = None) -> None:
+        """Print all options."""
+        super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """Print an error and a hint, and leave with exit code 2."""
@@ -106,7 +128,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     InputError
         If the recipe can't be.
     """
-    start = Recipe.load(options.recipe) if options.recipe else Recipe.preset(options.preset)
+    path = getattr(options, "recipe", None)
+    start = Recipe.load(path) if path else Recipe.preset(getattr(options, "preset", "balanced"))
     given = {
         each.name: getattr(options, each.name)
         for each in recipe_fields()
@@ -124,11 +147,10 @@ def _add_prune(commands) -> None:
         "calibration text, and write an ordinary model folder with a report. Three arguments are "
         "enough: MODEL, --calibration and --out; every other option has a default that was "
         "measured.",
+        epilog="Example: liar prune gpt2 --calibration text.txt --keep 0.5 --out gpt2-half",
     )
     _add_job(parser.add_argument_group("Job"))
-    groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    for each in recipe_fields():
-        add_field(groups[each.metadata["group"]], each)
+    add_fields(parser, recipe_fields(), "out", "preset", "max_memory")
     output = parser.add_argument_group("Output")
     output.add_argument("--out", "-o", type=read_name, metavar="DIR", help="folder to write")
     add_checkpoint(output, "progress")

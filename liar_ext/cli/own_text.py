@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.self_calibration import write_sequences
+from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.inputs import SKETCHED, Given, writes
 from liar_ext.data.batches import read_batches
 from liar_ext.data.sequences import count_beside, of_no_text, seed_of
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import known_tokens
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
-from liar_ext.saved.progress import Kept, Progress
 
 Batches = Sequence[Mapping[str, Tensor]]
 WRITTEN = "written"  # its name in a checkpoint
@@ -51,9 +51,8 @@ class TextAndOwn(Sequence):
 def let_write(
     given: Given,
     recipe: Recipe,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     *,
-    ranks: Ranks = ALONE,
     progress: bool = False,
     sketch: bool = False,
 ) -> None:
@@ -77,8 +76,8 @@ def let_write(
     def write() -> Batches:
         check_finite_weights(given.model)
         kept = None if saved is None else saved.get(WRITTEN)
-        ids = None if kept is None else _read(kept, recipe.seq_len, given.model)
-        if kept is None and ranks.first:
+        ids = None if kept is None else _read(kept[0], recipe.seq_len, given.model)
+        if kept is None and is_first():
             ids = write_sequences(
                 given.model,
                 given.tokenizer,
@@ -89,7 +88,7 @@ def let_write(
                 progress=progress,
             ).input_ids
         if kept is None:
-            ids = ranks.broadcast(ids)
+            ids = broadcast(ids)
             if saved is not None:
                 saved.put(WRITTEN, {"input_ids": ids})
         own = of_no_text(ids)
@@ -99,9 +98,9 @@ def let_write(
     given.calibration = TextAndOwn(given.calibration, write)
 
 
-def _read(kept: Kept, seq_len: int, model: nn.Module) -> Tensor:
+def _read(kept: Stored, seq_len: int, model: nn.Module) -> Tensor:
     """Return what a checkpoint has of it."""
-    ids = kept.tensor("input_ids") if "input_ids" in kept.names() else torch.empty(0)
+    ids = kept["input_ids"] if "input_ids" in kept else torch.empty(0)
     known = known_tokens(model, model.config)
     if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != seq_len or not len(ids):
         raise InputError(f"checkpoint: {kept.path} holds no text of this job; remove the folder")

@@ -7,6 +7,7 @@ import time
 
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+from liar_ext.checkpoint_store import RESULT, Checkpoint
 from liar_ext.cli.by_blocks import run_by_blocks
 from liar_ext.cli.dry_run import describe
 from liar_ext.cli.inputs import SKETCHED, Given, add_facts, load
@@ -15,14 +16,13 @@ from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.own_text import TextAndOwn, let_write
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.cli.with_bank import load_by_bank
+from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError
 from liar_ext.pipeline import prune
 from liar_ext.pipeline.choosing import sequences_to_judge
-from liar_ext.pipeline.resuming import check, note_result
-from liar_ext.ranks import ALONE, Ranks
+from liar_ext.pipeline.pipeline import check_resumable
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,11 +35,11 @@ def run(options: argparse.Namespace) -> None:
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     """Run the job that a recipe says, and for its output the options."""
     start, bank = time.perf_counter(), None
-    ranks, sketch = options.ranks, getattr(options, "dry_run", False)
+    sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
     if options.checkpoint:
-        check(recipe)
+        check_resumable(recipe)
     check_apart(options)
     if options.max_memory is not None:
         run_by_blocks(recipe, options, start)
@@ -48,48 +48,52 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
-        shown = {"ranks": ranks, "progress": options.progress}
-        judge = sequences_to_judge(recipe)
-        given, settled = load(recipe, sketch=sketch, judge=judge, **shown), recipe
+        asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
+        given, settled = load(recipe, progress=options.progress, **asked), recipe
+    if sketch and is_first():
+        with alone():
+            print_estimate(_sketched(given, settled, options.progress), options)
     if sketch:
-        let_write(given, settled, sketch=True, **shown)
-        lines = describe(given.model, given.calibration, settled)
-        seconds = given.facts.get("writing", 0.0)
-        if isinstance(given.calibration, TextAndOwn):
-            seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
-        if seconds:
-            lines.append(f"text of its own: about {seconds:.0f} seconds to write")
-        if ranks.first:
-            print_estimate(lines, options)
         return
     loaded = time.perf_counter() - start
     with checkpoint_of(recipe, options) as saved:
-        shown = {"ranks": ranks, "progress": options.progress}
-        report = prune_given(given, settled, bank, saved, **shown)
-        if not ranks.first:
+        report = prune_given(given, settled, bank, saved, progress=options.progress)
+        if not is_first():
             return
         # Those of saving are added by save_pruned, which writes the report.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        note_result(saved, report.plan)
+        if saved is not None:
+            saved.put(RESULT, facts={"plan": report.plan.to_json()})
         with writing(options.out, options.overwrite, checked=True) as path:
             saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
             fill_folder(given.model, path, report.plan, **saving)
     say(report, options, start)
 
 
+def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:
+    """Return the lines of a dry run."""
+    let_write(given, recipe, sketch=True, progress=progress)
+    lines = describe(given.model, given.calibration, recipe, given.judging)
+    seconds = given.facts.get("writing", 0.0)
+    if isinstance(given.calibration, TextAndOwn):
+        seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
+    if seconds:
+        lines.append(f"text of its own: about {seconds:.0f} seconds to write")
+    return lines
+
+
 def prune_given(
     given: Given,
     recipe: Recipe,
     bank: MomentBank | None = None,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     *,
-    ranks: Ranks = ALONE,
     progress: bool,
 ) -> Report:
     """Prune what was loaded; the report says what became of the texts, too."""
     if bank is None:
-        let_write(given, recipe, saved, ranks=ranks, progress=progress)
+        let_write(given, recipe, saved, progress=progress)
     report = prune(
         given.model,
         given.calibration,
@@ -99,7 +103,6 @@ def prune_given(
         judge_on=given.judging,
         bank=bank,
         checkpoint=saved,
-        ranks=ranks,
         progress=progress,
     )
     if isinstance(given.calibration, TextAndOwn):

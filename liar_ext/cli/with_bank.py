@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from liar_ext.atomic_write import check_place
 from liar_ext.calibration.bank_file import Stored, read_bank
-from liar_ext.calibration.bank_source import UNSAID_OF_DRAW
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.cli.bank_options import OF_TEXT
 from liar_ext.cli.inputs import (
     Given,
     check_eval,
@@ -22,13 +21,13 @@ from liar_ext.cli.inputs import (
     load_with_tokenizer,
     warnings_of,
 )
-from liar_ext.cli.several import check_device
+from liar_ext.cli.processes import check_device
 from liar_ext.data import texts
 from liar_ext.data.documents import check_apart_from
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.choices import DTYPES
-from liar_ext.whole_file import check_place
+from liar_ext.recipe.fields import DTYPES, recipe_fields
+from liar_ext.recipe.option import option_of
 
 UNCHECKED = (
     "The bank has no digests of its documents: nobody has looked whether the evaluation text "
@@ -103,7 +102,7 @@ def load_by_bank(
             warnings.append(UNCHECKED)
         else:
             check_apart_from(set(header.documents.tolist()), held_out)
-    check_device(recipe.device, options.ranks)
+    check_device(recipe.device)
     check_unloaded(recipe)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     check_eval(recipe, model)
@@ -126,23 +125,21 @@ def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Nam
 
     A bank of one calibration gives a recipe by which that can be run again.
     """
-    given = [name for name in OF_TEXT if hasattr(options, name)]
-    if given:
+    for each in recipe_fields(in_bank="text"):
+        if hasattr(options, each.name):
+            raise InputError(
+                f"{options.command}: {option_of(each)} is of the calibration, which the bank holds "
+                "already; leave it out, or leave --bank out"
+            )
+    for each in recipe.without("with_bank"):
         raise InputError(
-            f"{options.command}: --{given[0].replace('_', '-')} is of the calibration, which the "
-            "bank holds already; leave it out, or leave --bank out"
-        )
-    if recipe.certify:
-        raise InputError(
-            f"{options.command}: --certify draws calibration text, and a bank has none to spare; "
-            "leave it out, or leave --bank out"
+            f"{options.command}: {recipe.spelled(each)} does not work with a bank, which has no "
+            "text or layers beside its own; leave it out, or leave --bank out"
         )
     changes: dict[str, Any] = {"calibration": ()}
-    runs = source.get("calibrations", [])
+    runs = [_drawn(run) for run in source.get("calibrations", [])]
     if len(runs) == 1:
-        drawn = UNSAID_OF_DRAW | runs[0]
-        changes = {name: drawn[name] for name in OF_TEXT if name != "calibration"}
-        changes["calibration"] = tuple(runs[0]["texts"])
+        changes = runs[0]
     elif source.get("seq_len", 0) > 1:
         changes["seq_len"] = source["seq_len"]
     if not hasattr(options, "dtype") and source.get("dtype") in DTYPES:
@@ -155,17 +152,25 @@ def warnings_of_bank(header: Stored) -> list[str]:
     runs = header.source.get("calibrations", [])
     found = [note for run in runs for note in run["notes"]]
     if header.source.get("texts") and runs:
-        most = max((UNSAID_OF_DRAW | run)["self_text"] for run in runs)
+        most = max(_drawn(run)["self_text"] for run in runs)
         found += warnings_of(header.source["texts"], runs[0]["packed"], most)
     return list(dict.fromkeys(found))
 
 
 def calibrations(recipe: Recipe, bos: str, notes: Sequence[str], packed: bool) -> list[dict]:
     """Return how the sequences of a bank were drawn, for its facts."""
-    facts = {name: getattr(recipe, name) for name in OF_TEXT if name != "calibration"}
-    shown = [note for note in notes if note.isprintable()]
-    own = {"texts": list(recipe.calibration), "bos": bos, "notes": shown, "packed": packed}
-    return [{**facts, **own}]
+    facts = {each.name: getattr(recipe, each.name) for each in recipe_fields(in_bank="text")}
+    texts, shown = facts.pop("calibration"), [note for note in notes if note.isprintable()]
+    return [{**facts, "texts": list(texts), "bos": bos, "notes": shown, "packed": packed}]
+
+
+def _drawn(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recipe by which one calibration of a bank was drawn."""
+    said = {**run, "calibration": run["texts"]}
+    return {
+        each.name: each.metadata["check"](each.name, said.get(each.name, each.metadata["unsaid"]))
+        for each in recipe_fields(in_bank="text")
+    }
 
 
 def _last(source: dict[str, Any], name: str, default: Any) -> Any:

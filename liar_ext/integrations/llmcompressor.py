@@ -24,8 +24,9 @@ from liar_ext.errors import InputError
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 from liar_ext.models.sites import Site, sites
 from liar_ext.pipeline import prune
+from liar_ext.plan import Budget
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.recipe import recipe_fields
+from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.text import plain
 from liar_ext.report.report import Report
 
@@ -44,13 +45,11 @@ except ImportError as error:
 
 __all__ = ["LIARGPTQModifier", "LIARPruningModifier"]
 
-# What oneshot is given: the model, its device, and the data, drawn and batched.
-NOT_HERE = {"model", "dtype", "device", "calibration", "samples", "batch_size"}
-NOT_HERE |= {"eval", "eval_samples", "certify"}
-# What comes beside text that liar prune draws.
-BESIDE = {"self_text", "random_tokens"}
+# What prune takes in Python, and all of a budget; oneshot is given the model and the data.
 CHOICES = {
-    each.name: each.default for each in recipe_fields() if each.name not in NOT_HERE | BESIDE
+    each.name: each.default
+    for each in recipe_fields()
+    if not each.metadata["in_python"] or each.name in Budget.__dataclass_fields__
 }
 
 _Choices = create_model(
@@ -100,17 +99,12 @@ class LIARPruningModifier(_Choices):
             return given
         own = {"preset", "report_to", *Modifier.model_fields}
         choices = {name: value for name, value in given.items() if name not in own}
-        elsewhere = sorted(NOT_HERE & choices.keys())
+        known = {each.name for each in recipe_fields()}
+        elsewhere = sorted((known - CHOICES.keys()) & choices.keys())
         if elsewhere:
             raise InputError(
-                f"LIARPruningModifier: {', '.join(elsewhere)} must be given to oneshot itself, as "
-                "its model or dataset arguments; leave it out here"
-            )
-        beside = sorted(BESIDE & choices.keys())
-        if beside:
-            raise InputError(
-                f"LIARPruningModifier: {', '.join(beside)} is of text that liar prune draws, and "
-                "oneshot is given its data; leave it out here"
+                f"LIARPruningModifier: {', '.join(elsewhere)} is of the model or the data, which "
+                "oneshot is given; leave it out here, and use the arguments of oneshot"
             )
         preset = given.get("preset")
         recipe = Recipe.build(**choices) if preset is None else Recipe.preset(preset, **choices)

@@ -6,7 +6,7 @@ norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, 
 
     y = W_K x' + W r + b,     r = x − x' on K,  x on P
 
-which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.ridge.solve`
+which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.solve.solve`
 folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping. x' comes
 from the dense stream and the norm of the narrow model, so that what the norm changes is solved for,
 too.
@@ -36,16 +36,11 @@ from liar_ext.models.residual_stream import Hidden, Source, hidden_of, stream_of
 from liar_ext.models.running import device_of
 from liar_ext.narrowing.norm_fit import fit_norm, lost_moments
 from liar_ext.plan import Budget, Plan, SitePlan
-from liar_ext.reconstruction.result import Solution
-from liar_ext.reconstruction.ridge import solve
-from liar_ext.reconstruction.settings import check_settings, form_at
+from liar_ext.reconstruction.ridge import Solution, check_settings, form_at
+from liar_ext.reconstruction.solve import solve
 from liar_ext.rows import SiteRow
 from liar_ext.surgery.residual_stream import narrow_norm
 from liar_ext.surgery.units import apply_plan
-
-# Of the sums of one pass: a third of the float32 weights of a Llama of hidden size 4096, which then
-# takes ten passes; up to hidden size 1536 in 28 blocks two are enough.
-MEMORY = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,8 @@ def narrow(
         The features that stay are a multiple of this, besides of what the stock class asks for;
         ``"auto"`` as for :class:`liar_ext.Budget`.
     memory : int, optional
-        Bytes that sums may take at a time, but at least those of one norm; by default 8 GiB, or
-        half of what is free on a device in use, the CPU included. The result is the same bit for
+        Bytes that sums may take at a time, but at least those of one norm; by default 32 GiB,
+        or half of what is free on a device in use, the CPU included. The result is the same bit for
         bit, whatever it is.
     progress : bool
         Show progress bars.
@@ -137,7 +132,7 @@ def narrow(
     Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
     which take ``16 (n_kept + hidden)²`` bytes a norm. Where those of all norms are more than
     ``memory``, they are summed and solved in groups, one pass each: of hidden size 4096 with nine
-    tenths kept one norm takes 0.97 GB, and 32 blocks take ten passes in all. Beside that, a solve
+    tenths kept one norm takes 0.97 GB, and 32 blocks take three passes in all. Beside that, a solve
     takes up to nine times the sums of its norm (measured at hidden size 1536), and the new weights
     take what the old ones take.
 
@@ -156,7 +151,7 @@ def narrow(
     hidden = hidden_of(model)
     count = count_kept(hidden, keep, tile)
     each = FOLDS * 8 * (count + hidden.size) ** 2
-    room = room_for_sums(model, memory, MEMORY)
+    room = room_for_sums(model, memory)
     groups = split(hidden.sources, [each] * len(hidden.sources), room)
     titles = [f"narrow, pass {i + 1} of {1 + len(groups)}" for i in range(1 + len(groups))]
     energy = _stream_energy(model, hidden, batches, progress=progress, title=titles[0])

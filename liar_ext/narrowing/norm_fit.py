@@ -12,7 +12,7 @@ from torch import Tensor
 
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.reconstruction.result import Solution, ratio
+from liar_ext.reconstruction.ridge import Solution, ratio
 
 
 def lost_moments(both: Moments, kept: Tensor, slope: Tensor, offset: Tensor) -> Moments:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from liar_ext.bars import Clock
 from liar_ext.calibration.passes import Passes
 from liar_ext.data.batches import FOLDS, Batch, Batches
 from liar_ext.models.sites import Site
-from liar_ext.pipeline.several import Weights, solve_sites
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+from liar_ext.reconstruction.one_pass import reconstruct_shared
 from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 
+Weights = dict[str, tuple[Tensor, Tensor | None]]
 # Of a calibration set with enough sequences every n-th is held out, up to so many.
 HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
 SCHEDULES = ("one-pass", "layerwise")  # the cheaper one first
@@ -100,7 +102,7 @@ def solve(job: Any, passes: Passes, plan: Plan, fresh: Batches | None) -> Chosen
             job.recipe.schedule, _solve(job, job.recipe.schedule, passes, plan, fresh), {}
         )
     with job.clock("judge"):
-        judge = Divergence(job.model, job.judged, job.ranks)
+        judge = Divergence(job.model, job.judged)
     at, found, best = job.sites(passes.model), {}, None
     for schedule in SCHEDULES:
         solved = _solve(job, schedule, passes, plan, fresh)
@@ -117,10 +119,23 @@ def _solve(
     """Return new weights by a schedule, and the rows of the report."""
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
     if schedule == "one-pass":
-        return solve_sites(passes, plan, settings, job.clock)
-    settings |= {"fresh": fresh or (), "saved": job.saved, "ranks": job.ranks}
+        return _solve_sites(passes, plan, settings, job.clock)
+    settings |= {"fresh": fresh or (), "saved": job.saved}
     with job.clock("reconstruct"):
         return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+
+
+def _solve_sites(
+    passes: Passes, plan: Plan, settings: Mapping[str, object], clock: Clock
+) -> tuple[Weights, list[SiteRow]]:
+    """Solve the sites of a plan on the dense model's moments."""
+    found = {}
+    for group in clock.each("calibrate", passes.back()):
+        with clock("reconstruct"):
+            found |= reconstruct_shared(
+                passes.model, passes.bank, plan, group, **settings
+            )  # a name for the bank would keep it while the next group's is summed
+    return {name: found[name][0] for name in found}, [found[name][1] for name in plan.sites]
 
 
 @torch.no_grad()

@@ -14,10 +14,11 @@ from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes, room_for_sums
-from liar_ext.certification import certified_errors
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches, read_batches
+from liar_ext.distributed import broadcast, is_first, world_size
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.latency_table import LatencyTable
@@ -25,21 +26,18 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.narrowing.narrowing import Narrowing, count_kept, narrow
 from liar_ext.pipeline.choosing import hold_out, solve
-from liar_ext.pipeline.expected import before_plan
+from liar_ext.pipeline.estimate import before_plan
 from liar_ext.pipeline.scheduling import NO_GAIN, settled_for, warn_of_what_stays
 from liar_ext.pipeline.scoring import check_bank, find_losses, find_scores, runs_over_text
 from liar_ext.pipeline.settings import as_run, settings_of
-from liar_ext.pipeline.several import check_recipe, work_of
 from liar_ext.pipeline.sharing import Known
 from liar_ext.pipeline.speed import Speed
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import check_walk
-from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.one_pass import certified_errors, with_bias
 from liar_ext.report.report import Report, versions
 from liar_ext.rows import SiteRow, what_to_know
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.allocation import allocate, check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion
@@ -76,8 +74,7 @@ class Job:
     grid: dict[str, object] = field(default_factory=dict)
     speed: Speed | None = None  # for a budget of latency
     notes: list[str] = field(default_factory=list)  # what to know of how the job was done
-    saved: Progress | None = None  # where it keeps what is done
-    ranks: Ranks = ALONE  # who shares the work
+    saved: Checkpoint | None = None  # where it keeps what is done
     judged: Batches | None = None  # text that decides the schedule, and nothing else
 
     def __post_init__(self) -> None:
@@ -93,7 +90,11 @@ class Job:
             self.judged = None
             self._choose_schedule(at)
         recipe = self.recipe
-        check_recipe(recipe, self.ranks)
+        if recipe.of == "latency" and world_size() > 1:
+            raise InputError(
+                "prune: of latency times the model, which all ranks would at once, and "
+                f"{world_size()} ranks share the job; leave it out, or run the job in one process"
+            )
         self.earlier = stock_config.history_of(model.config)
         warn_of_what_stays(model, recipe.prunable_kinds, at)
         if self.bank is not None:
@@ -159,7 +160,7 @@ class Job:
     @cached_property
     def room(self) -> int:
         """Bytes that sums may take at a time; what is free changes while a job runs."""
-        return room_for_sums(self.model, self.recipe.memory, ranks=self.ranks)
+        return room_for_sums(self.model, self.recipe.memory)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites that may be pruned."""
@@ -182,7 +183,7 @@ class Job:
 
     def evaluate(self, batches: Sequence[Mapping[str, Tensor]] | None) -> dict[str, float] | None:
         """Return the perplexity, at the first rank, of the model as it is now, if there is text."""
-        if batches is None or not self.ranks.first:
+        if batches is None or not is_first():
             return None
         with self.clock("evaluate"):
             return perplexity(self.model, batches, progress=self.progress)
@@ -197,7 +198,6 @@ class Job:
                     self.model, self.batches, keep, memory=self.room, **settings
                 )
                 self.source = self.experts.source
-                self.facts["keep_experts"] = keep
                 return self.experts.applied_to_copy(self.model)
         if not self.narrows:
             return self.model
@@ -227,7 +227,7 @@ class Job:
         if (self.narrowing or self.experts) and self.recipe.keep == 1.0:
             return None
         text = () if self.batches is None else self.batches
-        kept = {"bank": self.bank, "saved": self.saved, "ranks": self.ranks}
+        kept = {"bank": self.bank, "saved": self.saved}
         return Passes(model, text, at, self.room, **kept, progress=self.progress)
 
     def before_plan(self) -> dict[str, int | None]:
@@ -274,7 +274,7 @@ class Job:
             model_type = passes.model.config.model_type
             plan = allocate(*asked, model_type=model_type, costs=costs, losses=losses)
             plan = with_bias(plan, passes.model, recipe.reconstruct)
-            plan = self.ranks.broadcast(plan)  # the same everywhere, whatever machines they are
+            plan = broadcast(plan)  # the same everywhere, whatever machines they are
             if recipe.allocation == "curve":
                 self.facts["predicted_divergence"] = predict_divergence(losses, plan)
             self.grid |= rounding(*asked, plan, costs=costs, losses=losses)
@@ -303,7 +303,7 @@ class Job:
             self.notes.append(chosen.said)
         self.source = passes.bank.source
         self.params["prunable_after"] = sum(row.params_after for row in self.rows)
-        self.facts |= {"calibrate_passes": passes.taken, **work_of(self.ranks)}
+        self.facts["calibrate_passes"] = passes.taken
         return weights
 
     def certify(
@@ -313,11 +313,8 @@ class Job:
         plan: Plan,
         weights: Weights,
     ) -> None:
-        """Measure the sites on fresh text, if there is any; the sliced model comes later.
-
-        Of several ranks the first one measures; what a walk measured all have.
-        """
-        if batches is None or not self.ranks.first:
+        """Measure the sites on fresh text, if there is any; the sliced model comes later."""
+        if batches is None:
             return
         with self.clock("certify"):
             self.fresh = Divergence(self.model, batches)

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from liar_ext.bars import Stage, Timeline
+from liar_ext.bars import Timeline, spare
+from liar_ext.calibration.fingerprints import digest_of
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.checkpoint_store import Checkpoint, opened, reading
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
-from liar_ext.pipeline.expected import stages_of
+from liar_ext.pipeline.estimate import Estimate, bars_of, stages_of
 from liar_ext.pipeline.job import Job
-from liar_ext.pipeline.resuming import begin, check, decide
+from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
 from liar_ext.plan import Budget, Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
-from liar_ext.rescaling import Rescaling, rescale_batches
-from liar_ext.saved.progress import Progress, opened
 
-_DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
-_LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
+PLAN = "plan"  # its key in a checkpoint
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
-    **dict.fromkeys(("calibration", "samples", "seq_len", "random_tokens"), _DRAW),
-    "batch_size": "calibration_sequences(...).batches(batch_size) makes the batches",
-    "self_text": "liar_ext.calibration.self_calibration.write_sequences lets the model write",
-    **dict.fromkeys(("dtype", "device"), _LOAD),
-    "eval": "give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
-    "eval_samples": "liar_ext.data.texts.evaluation_sequences takes it, as samples",
-    "certify": "give certify_on the batches; calibration_sequences(certify=...) draws them",
+    **{each.name: each.metadata["in_python"] for each in recipe_fields()},
     "judge": "give judge_on the batches; calibration_sequences(judge=...) draws them",
     "preset": "give liar_ext.Recipe.preset(NAME) as the recipe",
 }
@@ -39,8 +34,9 @@ AROUND: dict[str, str] = {
 
 def check_choices(choices: Mapping[str, object]) -> None:
     """Raise InputError for a choice of the command that :func:`prune` itself can't heed."""
-    for name in AROUND.keys() & choices.keys():
-        raise InputError(f"prune: {name} is no keyword of prune in Python: {AROUND[name]}")
+    for name in choices:
+        if AROUND.get(name):
+            raise InputError(f"prune: {name} is no keyword of prune in Python: {AROUND[name]}")
 
 
 def prune(
@@ -52,8 +48,7 @@ def prune(
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
-    checkpoint: str | os.PathLike[str] | Progress | None = None,
-    ranks: Ranks = ALONE,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
     **choices: object,
 ) -> Report:
@@ -100,10 +95,6 @@ def prune(
         and layerwise the blocks that are done. The result has the same bits. The folder stays
         when all is done. Of several ranks the first one alone works in it, and any number of them
         can go on from it.
-    ranks : Ranks
-        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`: each calls this with
-        the same model, text and choices, and has the same pruned model then. The first one alone
-        evaluates and certifies, and has that in its report.
     progress : bool
         Show progress bars.
     **choices
@@ -124,6 +115,10 @@ def prune(
 
     Notes
     -----
+    Processes that have met by :func:`liar_ext.distributed.join` share the work: each calls this
+    with the same model, text and choices, and has the same pruned model then. The first one alone
+    evaluates, and has that in its report.
+
     FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp's
     score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
     the dense model's activations.
@@ -131,9 +126,9 @@ def prune(
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
     check_choices(choices)
-    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank, ranks=ranks)
+    job = Job(model, batches, Recipe.build(recipe, **choices), progress, bank)
     job.judged = judge_on
-    with opened(checkpoint, ranks) as job.saved:
+    with opened(checkpoint) as job.saved:
         return run(job, evaluate_on, certify_on)
 
 
@@ -143,26 +138,22 @@ def run(
     certify_on: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> Report:
     """Run the steps of a job in their order."""
-    job.ranks.work.clear()
     if job.saved is not None:
-        check(job.recipe)
+        check_resumable(job.recipe)
     job.check()
     if job.saved is not None:
         # What is free changes, and other groups of sites would have other sums.
         job.room = begin(job, {"fresh text": certify_on}, room=job.room)["room"]
-    with Timeline("prune", expected(job, evaluate_on)).shown():
+    with Timeline("prune", bars_of(expected(job, evaluate_on))).shown():
         return _steps(job, evaluate_on, certify_on)
 
 
 def expected(
     job: Job, evaluate_on: Sequence[Mapping[str, Tensor]] | None = None
-) -> dict[str, Stage]:
-    """Return the stages of a job that has been checked; none where nobody looks on."""
-    room = job.room  # which ranks find out together, whoever of them shows progress
-    if not job.progress:
-        return {}
-    at, both = job.sites(job.model), job.judged is not None
-    return stages_of(job.model, at, job.batches, job.recipe, room, evaluate_on, both=both)
+) -> dict[str, Estimate]:
+    """Return the stages of a job that has been checked; none if no progress is shown."""
+    _ = job.room  # which ranks find out together, whoever of them shows progress
+    return stages_of(job, evaluate_on) if job.progress else {}
 
 
 def _steps(
@@ -181,12 +172,74 @@ def _steps(
     return job.report(plan, dense, job.evaluate(evaluate_on))
 
 
+def check_resumable(recipe: Recipe) -> None:
+    """Raise InputError if a job can't be resumed with the same result."""
+    if recipe.of == "latency":
+        raise InputError(
+            "checkpoint: --of latency decides by seconds, which come out otherwise every time; "
+            "leave it or --checkpoint out"
+        )
+
+
+def begin(job: Job, texts: Mapping[str, Batches | None], **kept: Any) -> dict[str, Any]:
+    """Record the job in its checkpoint, or raise InputError if that is of another one.
+
+    Parameters
+    ----------
+    job : Job
+        With a checkpoint.
+    texts : mapping
+        All text but the calibration text, by name.
+    **kept
+        See :meth:`liar_ext.checkpoint_store.Checkpoint.begin`, which returns the facts.
+    """
+    texts = {"calibration text": job.batches, **texts, "judged text": job.judged}
+    facts = {
+        "weights": job.weights_digest(),
+        "dtype": str(job.model.dtype),
+        **{name: None if text is None else digest_of(text) for name, text in texts.items()},
+        "bank": None if job.bank is None else job.bank.source.get("data"),
+        "settings": job.recipe.to_dict(),
+    }
+    return job.saved.begin(facts, **kept)
+
+
+def decide(job: Job, passes: Any) -> Plan:
+    """Return the plan of a job, from its checkpoint if it is there.
+
+    ``passes`` give the sums, in memory or block by block; None where none are needed.
+    """
+    saved = None if passes is None else job.saved
+    known = None if saved is None else saved.get(PLAN)
+    if known is not None:
+        facts = known[1]
+        with reading(saved.path(PLAN)):
+            plan, passes.summed, job.source = (facts[n] for n in ("plan", "summed", "source"))
+            plan = Plan.from_json(plan)
+            for name in ("facts", "grid", "sensitivities"):
+                setattr(job, name, getattr(job, name) | facts[name])
+        if job.bank is None:
+            passes.bank = MomentBank(source=job.source)
+        for stage, steps in job.before_plan().items():
+            spare(stage, steps)
+        return plan
+    plan = job.allocate(passes, *job.score(passes))
+    if saved is not None:
+        facts = {name: getattr(job, name) for name in ("facts", "grid", "sensitivities")}
+        source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
+        facts |= {"plan": plan.to_json(), "source": source, "summed": passes.summed}
+        saved.put(PLAN, facts=facts | {"said": "the plan"})
+    if job.saved is not None and job.recipe.schedule == "layerwise" and job.judged is None:
+        job.saved.drop(SUMS)  # which a walk alone doesn't need
+    return plan
+
+
 def _outputs(job: Job) -> Rescaling | None:
     """Note what the dense model gives, where scales are to bring the pruned one nearer to it."""
     if not job.recipe.rescale:
         return None
     with job.clock("rescale"):
-        return Rescaling(job.model, rescale_batches(job.batches), job.ranks)
+        return Rescaling(job.model, rescale_batches(job.batches))
 
 
 def _rescale(job: Job, dense: Rescaling | None, plan: Plan) -> None:

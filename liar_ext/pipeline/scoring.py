@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_bank_is_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
+from liar_ext.distributed import share
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity_key
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.settings import form_at
-from liar_ext.saved.progress import Progress
-from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.reconstruction.ridge import form_at
+from liar_ext.selection.criteria import score
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
 from liar_ext.selection.error_curves import error_curves, notes_of
-from liar_ext.selection.measured import Measured
+from liar_ext.selection.sensitivity import Measured
 
 
 def find_scores(
@@ -40,7 +42,7 @@ def find_scores(
             progress=progress,
         )
 
-    return known.get("score", score_key(recipe), at, compute, passes.owners)
+    return known.get("score", score_key(recipe), at, partial(share, compute=compute))
 
 
 def find_losses(
@@ -50,7 +52,7 @@ def find_losses(
     at: Sequence[Site],
     scores: dict[str, Tensor],
     *,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     progress: bool = False,
     notes: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -61,18 +63,16 @@ def find_losses(
     """
     given, key = (passes.model, passes.bank), score_key(recipe)
     kept = None if saved is None else Measured(saved, at[0].name)
-    owners, work = passes.owners, passes.owners.ranks.work
     elsewhere: dict[str, str] = {}
 
     def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
         return error_curves(*given, missing, scores, progress=progress, elsewhere=elsewhere)
 
-    curves = known.get("curve", key, at, curves_of, owners)
-    notes += notes_of(elsewhere, at, owners.ranks)
+    curves = known.get("curve", key, at, partial(share, compute=curves_of))
+    notes += notes_of(elsewhere, at)
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together
-        work["probes"] += len(teams)
         return measure_sensitivities(
             *given,
             [site for site in at if site.team in teams],
@@ -86,9 +86,8 @@ def find_losses(
         )
 
     key = key_of_sensitivities(recipe, known, passes.model, at)
-    found = known.get(SENSITIVITY, key, at, measure, owners)
-    losses = owners.together(at, lambda mine: losses_of(*given, mine, curves, found))
-    return losses, found
+    found = known.get(SENSITIVITY, key, at, measure)
+    return losses_of(*given, at, curves, found), found
 
 
 def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:
@@ -100,18 +99,18 @@ def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Seq
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
     """Return which choices run the model over the calibration text, beside its moments."""
-    curve = recipe.allocation == "curve"
-    if curve:
-        curve = not known.has(SENSITIVITY, key_of_sensitivities(recipe, known, model, at), at)
-    reasons = {
-        f"criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
-        "schedule layerwise": recipe.schedule == "layerwise",
-        "allocation curve": curve,
-        "rescale": recipe.rescale,
-        "keep_hidden": recipe.keep_hidden != 1.0,
-        "keep_experts": recipe.keep_experts != 1.0,
-    }
-    return [name for name, does in reasons.items() if does]
+    measured = known.has(SENSITIVITY, key_of_sensitivities(recipe, known, model, at), at)
+    return [
+        recipe.spelled(each)
+        for each in recipe.without("from_sums")
+        if not (measured and each.name == "allocation")
+    ]
+
+
+def changes_all(recipe: Recipe) -> list[str]:
+    """Return which choices change the activations of all layers, so that no bank holds them."""
+    chosen = recipe.without("with_bank")
+    return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
 
 
 def check_bank(
@@ -129,12 +128,11 @@ def check_bank(
     InputError
         If the bank doesn't serve the job, or keeps no text where the job runs the model over it.
     """
-    for name, what in (("keep_hidden", "hidden size"), ("keep_experts", "set of experts")):
-        if getattr(recipe, name) != 1.0:
-            raise InputError(
-                f"prune: a bank is of the whole {what}, and {name} changes what all layers read; "
-                "leave the bank out and give the calibration text"
-            )
+    if whole := changes_all(recipe):
+        raise InputError(
+            f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
+            "bank out and give the calibration text"
+        )
     check_bank_is_of(bank, model, at)
     if batches is not None:
         return batches
@@ -142,8 +140,7 @@ def check_bank(
     if bank.text is None and needed:
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
-            "none; calibrate with the text kept, or take allocation global or uniform, a "
-            "criterion without gradients, and the schedule one-pass, and leave rescale out"
+            "none; calibrate with the text kept, or use the preset fast"
         )
     rows = model.get_input_embeddings()
     if needed and any(int(each["input_ids"].max()) >= rows.num_embeddings for each in bank.text):

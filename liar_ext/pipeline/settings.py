@@ -11,9 +11,7 @@ from torch import nn
 from liar_ext.models.running import device_of
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.choices import DTYPES
-
-ASKED = "criterion allocation reconstruct damp schedule keep_hidden seed"
+from liar_ext.recipe.fields import DTYPES
 
 
 def settings_of(
@@ -23,10 +21,9 @@ def settings_of(
     source: Mapping[str, int],
     facts: Mapping[str, object],
 ) -> dict[str, object]:
-    """Return the choices of a recipe, what they were made on, and other ``facts``."""
+    """Return what the recipe leaves open, what it was made on, and other ``facts``."""
     return {
-        **{name: getattr(recipe, name) for name in ASKED.split()},
-        "kinds": list(recipe.kinds),
+        "schedule": recipe.schedule,
         "attn_unit": plan.attn_unit,
         "calibration_sequences": source["sequences"],
         "calibration_tokens": source["tokens"],

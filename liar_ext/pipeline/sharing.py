@@ -15,19 +15,9 @@ from typing import Any, TypeVar
 
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.models.sites import Site
-from liar_ext.ranks import Owners
 from liar_ext.recipe import Recipe
+from liar_ext.recipe.fields import recipe_fields
 
-# Fields of a recipe that no score depends on. A field that isn't here is taken to change them, so
-# that a new one costs time and never a wrong result.
-LATER = (
-    *("model", "dtype", "device", "calibration", "samples", "seq_len", "batch_size", "memory"),
-    *("self_text", "random_tokens"),
-    *("keep", "of", "latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"),
-    *("latency_table", "tile", "uniform_layers", "kinds", "attn_unit", "allocation"),
-    *("reconstruct", "damp", "schedule", "rescale"),
-    *("eval", "eval_samples", "certify"),
-)
 SENSITIVITY = "sensitivity"
 Value = TypeVar("Value")
 
@@ -65,17 +55,13 @@ class Known:
         key: str,
         at: Sequence[Site],
         compute: Callable[[Sequence[Site]], Mapping[str, Value]],
-        owners: Owners,
     ) -> dict[str, Value]:
-        """Return the values of sites by name; ``compute`` gives those that aren't there.
-
-        Of several ranks each computes those of the sites that it owns.
-        """
+        """Return the values of sites by name; ``compute`` gives those that aren't there."""
         missing = [site for site in at if not self.has(what, key, [site])]
         self.spared += sum(self.found.get((what, key, place(site)), (0, 0.0))[1] for site in at)
         if missing:
             start = time.process_time()
-            values = owners.together(missing, compute)
+            values = compute(missing)
             each = (time.process_time() - start) / len(missing)
             for site in missing:
                 self.found[what, key, place(site)] = values[site.name], each
@@ -104,7 +90,7 @@ def place(site: Site) -> str:
 def score_key(recipe: Recipe) -> str:
     """Return what scores and error curves depend on, beside the site."""
     per = "feature" if recipe.allocation == "global" else "unit"
-    chosen = {name: value for name, value in recipe.to_dict().items() if name not in LATER}
+    chosen = {each.name: getattr(recipe, each.name) for each in recipe_fields(affects="scores")}
     return json.dumps({**chosen, "per": per, "liar_ext": version("liar_ext")}, sort_keys=True)
 
 

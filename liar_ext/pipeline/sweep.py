@@ -14,17 +14,18 @@ from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.memory import bytes_of_sums, check_memory
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.sites import sites, skeleton
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import run
+from liar_ext.pipeline.scoring import changes_all
 from liar_ext.pipeline.sharing import Known
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress
 from liar_ext.selection.costs import total_cost
 from liar_ext.surgery.units import apply_plan
 
@@ -95,7 +96,7 @@ class Sweep:
         Show progress bars.
     judge_on : sequence of mapping, optional
         As for :func:`liar_ext.prune`.
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where the divergences are kept that sensitivities are made of: for plans by one recipe.
     probe_keep : float, optional
         Fraction of each site that stays while its sensitivity is measured; the budget's by default.
@@ -106,7 +107,7 @@ class Sweep:
     bank: MomentBank | None = None
     progress: bool = False
     judge_on: Sequence[Mapping[str, Tensor]] | None = None
-    saved: Progress | None = None
+    saved: Checkpoint | None = None
     probe_keep: float | None = None
     known: Known = field(init=False)
 
@@ -169,7 +170,7 @@ class Sweep:
         return pruned, point
 
     def _job(self, model: nn.Module, recipe: Recipe) -> Job:
-        if recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0:  # all moments are others
+        if changes_all(recipe):
             batches = self.bank.text if self.batches is None else self.batches
             if batches is None:
                 raise InputError(

@@ -108,11 +108,11 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(check(name, each) for each in value)
 
 
-def one_of(names: Sequence[str], *, optional: bool = False) -> Check:
+def one_of(names: Sequence[str]) -> Check:
     """Return the check of one of some names."""
 
-    def check(name: str, value: Any) -> str | None:
-        if (optional and value is None) or (isinstance(value, str) and value in names):
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and value in names:
             return value
         raise InputError(f"recipe: {name} must be one of {', '.join(names)}, got {shown(value)}")
 

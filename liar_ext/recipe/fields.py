@@ -1,172 +1,234 @@
-"""The fields of a recipe: defaults, checks, and what the command's options say of them."""
+"""The fields of a recipe: defaults, checks, and what they mean to the rest of the package.
+
+A new option is one field here, and the code that does it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from functools import partial
+from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, PHASES, Budget
+from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PHASES, Budget
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.choices import ALLOCATIONS, DTYPES, SCHEDULES, SELF_TEXT, choice
-from liar_ext.reconstruction.settings import MODES
+from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+SCHEDULES = ("auto", "one-pass", "layerwise")
+ALLOCATIONS = ("uniform", "global", "curve")
+CRITERIA = ("fisher", "magnitude", "obs", "random", "snip", "taylor", "wanda", "wifv")  # built in
+SELF_TEXT = 0.25  # of all sequences; docs/quality.md shows its effect
+# docs/quality.md measures them: the cheapest job that reconstructs, the default, the best.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"allocation": "uniform", "schedule": "one-pass", "self_text": 0.0},
+    "balanced": {},
+    "best": {"rescale": True},
+}
+_LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
+_DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
+# What fields of a stage have in common.
+_model = partial(Option, group="model", affects="inputs", in_python=_LOAD)
+_text = partial(Option, group="calibration", affects="inputs", in_bank="text", in_python=_DRAW)
+_budget = partial(Option, group="budget", affects="plan")
+_whole = partial(  # leaves a smaller model, which is then pruned
+    Option, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
+)
+_solve = partial(Option, group="reconstruction", affects="weights")
+_report = partial(Option, group="evaluation", affects="report")
+
+
+def _sites(text: str) -> tuple[str, ...] | str:
+    return {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}.get(text, text)
+
+
+def _without_gradients(criterion: str) -> bool:
+    from liar_ext.selection.criteria import get_criterion
+
+    return get_criterion(criterion).needs != "gradient"
 
 
 @dataclass(frozen=True)
+@with_options
 class Fields:
     """What :class:`liar_ext.Recipe` holds, checked one by one and then together."""
 
-    model: str | None = choice(
-        None, "model", check.text(optional=True), "model folder, hub id, or GGUF file"
+    model: str | None = _model(
+        None,
+        check.text(optional=True),
+        "model folder, hub id, or GGUF file",
+        common=True,
+        option="MODEL",
+        in_python="it is the first argument",
     )
-    dtype: str = choice("float32", "model", check.one_of(DTYPES), "data type of the weights")
-    device: str = choice(
-        "cpu", "model", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all GPUs"
+    dtype: str = _model("float32", check.one_of(DTYPES), "data type of the weights")
+    device: str = _model(
+        "cpu", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all GPUs", common=True
     )
-    calibration: tuple[str, ...] = choice(
+    calibration: tuple[str, ...] = _text(
         (),
-        "calibration",
         check.texts,
         "text or .jsonl files, folders, names of datasets, or self: text that the model generates",
+        common=True,
         metavar="TEXT",
     )
-    samples: int = choice(
+    samples: int = _text(
         128,
-        "calibration",
         check.whole(2),
         "number of calibration sequences; encoders read that many times --seq-len tokens",
     )
-    self_text: float = choice(
+    self_text: float = _text(
         SELF_TEXT,
-        "calibration",
         check.number,
         "fraction of calibration text that a causal language model generates itself",
-        metavar="F",
+        unsaid=0.0,
+        in_python="liar_ext.calibration.self_calibration.write_sequences lets the model write",
     )
-    random_tokens: float | str = choice(
+    random_tokens: float | str = _text(
         "auto",
-        "calibration",
         check.number_or_auto,
         "fraction of random tokens; auto: 0.25 for language models that generate no text, else 0",
         metavar="F",
+        unsaid=0.0,
     )
-    seq_len: int = choice(512, "calibration", check.whole(1), "tokens per sequence")
-    batch_size: int = choice(4, "calibration", check.whole(1), "sequences per forward pass")
-    seed: int = choice(
-        0, "calibration", check.whole(0), "random seed for sampling and the train/validation split"
+    seq_len: int = _text(512, check.whole(1), "tokens per sequence")
+    batch_size: int = _text(
+        4,
+        check.whole(1),
+        "sequences per forward pass",
+        in_python="calibration_sequences(...).batches(batch_size) makes the batches",
     )
-    memory: int | None = choice(
+    seed: int = _text(
+        0,
+        check.whole(0),
+        "random seed for sampling and the train/validation split",
+        affects="scores",
+        in_python="",
+    )
+    memory: int | None = Option(
         None,
-        "calibration",
         check.whole(1, optional=True),
-        "memory for activation statistics; less takes more passes (default: 32, or half of the "
-        "free memory)",
+        "memory for activation statistics; less takes more passes (default: 32, or half of "
+        "the free memory)",
+        group="calibration",
+        affects="report",
         metavar="GIB",
+        read=read_gibibytes,
+        streamed=False,
     )
-    keep: float = choice(0.8, "budget", check.number, "fraction to keep, in (0, 1]")
-    of: str = choice("prunable", "budget", check.one_of(BUDGET_UNITS), "unit of --keep")
-    latency_phase: str = choice(
-        "both",
-        "budget",
-        check.one_of(PHASES),
-        "latency: time the prompt, the generated tokens, or both",
+    keep: float = _budget(0.8, check.number, "fraction to keep, in (0, 1]", common=True)
+    of: str = _budget(
+        "prunable",
+        check.one_of(BUDGET_UNITS),
+        "unit of --keep",
+        streamed=lambda unit: unit != "latency",
     )
-    latency_batch: int = choice(1, "budget", check.whole(1), "latency: sequences at a time")
-    latency_prompt: int = choice(128, "budget", check.whole(1), "latency: tokens of a prompt")
-    latency_new_tokens: int = choice(32, "budget", check.whole(1), "latency: generated tokens")
-    latency_table: str | None = choice(
+    latency_phase: str = _budget(
+        "both", check.one_of(PHASES), "latency: time the prompt, the generated tokens, or both"
+    )
+    latency_batch: int = _budget(1, check.whole(1), "latency: sequences at a time")
+    latency_prompt: int = _budget(128, check.whole(1), "latency: tokens of a prompt")
+    latency_new_tokens: int = _budget(32, check.whole(1), "latency: generated tokens")
+    latency_table: str | None = _budget(
         None,
-        "budget",
         check.text(optional=True),
         "latency: table, folder or report with measured times (default: measure this device)",
         metavar="FILE",
     )
-    tile: int | str = choice(
+    tile: int | str = _budget(
         "auto",
-        "budget",
         check.tile,
         "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
+        metavar="N",
     )
-    uniform_layers: bool = choice(
-        False,
-        "budget",
-        check.flag,
-        "keep the same number of units in all layers, for standard loaders",
+    uniform_layers: bool = _budget(
+        False, check.flag, "keep the same number of units in all layers, for standard loaders"
     )
-    keep_hidden: float = choice(
+    keep_hidden: float = _whole(
         1.0,
-        "budget",
         check.number,
         "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
     )
-    keep_experts: float = choice(
-        1.0,
-        "budget",
-        check.number,
-        "fraction of the experts per layer to keep; --keep counts the rest",
+    keep_experts: float = _whole(
+        1.0, check.number, "fraction of the experts per layer to keep; --keep counts the rest"
     )
-    kinds: tuple[str, ...] = choice(
+    kinds: tuple[str, ...] = _budget(
         KINDS,
-        "budget",
         check.some_of(KINDS),
         "layers that may be pruned",
         option="--sites",
+        metavar="{all,attn,mlp}",
+        read=_sites,
     )
-    attn_unit: str = choice(
+    attn_unit: str = _budget(
         "auto",
-        "budget",
         check.one_of(ATTN_UNITS),
         "attention unit; auto: KV groups if query heads share keys",
+        in_bank="sensitivities",
     )
-    criterion: str = choice("wifv", "selection", check.text(), "importance score")
-    allocation: str = choice(
+    criterion: str = Option(
+        "wifv",
+        check.text(),
+        "importance score",
+        group="selection",
+        affects="scores",
+        in_bank="sensitivities",
+        streamed=_without_gradients,
+        from_sums=_without_gradients,
+    )
+    allocation: str = Option(
         "curve",
-        "selection",
         check.one_of(ALLOCATIONS),
         "pruning ratio per layer: equal, by standardised scores, or by measured sensitivity",
+        group="selection",
+        affects="plan",
+        from_sums=lambda name: name != "curve",
     )
-    reconstruct: str = choice(
+    reconstruct: str = _solve(
         "auto",
-        "reconstruction",
         check.one_of(MODES),
         "error compensation in the weights; auto: affine for layers with a bias, else linear",
+        in_bank="sensitivities",
     )
-    damp: float | str = choice(
+    damp: float | str = _solve(
         "auto",
-        "reconstruction",
         check.number_or_auto,
         "strength of the ridge regularisation; auto: by cross-validation",
         metavar="LAMBDA",
     )
-    schedule: str = choice(
+    schedule: str = _solve(
         "auto",
-        "reconstruction",
         check.one_of(SCHEDULES),
         "solve on activations of the dense or of the pruned model; auto: the better one",
+        from_sums=lambda name: name == "one-pass",
     )
-    rescale: bool = choice(
+    rescale: bool = _solve(
         False,
-        "reconstruction",
         check.flag,
         "after solving, fit one scale per layer output to the output of the whole model",
+        streamed=False,
+        from_sums=False,
     )
-    eval: str | None = choice(
+    eval: str | None = _report(
         None,
-        "evaluation",
         check.text(optional=True),
         "measure perplexity before and after on this held-out text",
+        common=True,
         metavar="TEXT",
+        in_python="give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
     )
-    eval_samples: int | None = choice(
+    eval_samples: int | None = _report(
         None,
-        "evaluation",
         check.whole(1, optional=True),
         "evaluate on N evenly spread windows (default: all)",
+        in_python="liar_ext.data.texts.evaluation_sequences takes it, as samples",
     )
-    certify: int = choice(
+    certify: int = _report(
         0,
-        "evaluation",
         check.whole(0),
         "report errors on N more sequences, from unused documents; 16 is a good number",
+        with_bank=False,
+        in_python="give certify_on the batches; calibration_sequences(certify=...) draws them",
     )
 
     def __post_init__(self) -> None:
@@ -226,3 +288,19 @@ class Fields:
     def budget(self) -> Budget:
         """The fields that a budget has."""
         return Budget(**{each.name: getattr(self, each.name) for each in fields(Budget)})
+
+    def without(self, way: str) -> list[Field]:
+        """Return the fields whose values do not work in a way; see :class:`Option`."""
+        return [each for each in recipe_fields() if not works(each, way, getattr(self, each.name))]
+
+    def spelled(self, each: Field) -> str:
+        """Return a field and its value as the command takes them."""
+        value = getattr(self, each.name)
+        return option_of(each) if isinstance(value, bool) else f"{option_of(each)} {value}"
+
+
+def recipe_fields(**facts: Any) -> tuple[Field, ...]:
+    """Return the fields of a recipe, or only those with the given metadata."""
+    return tuple(
+        each for each in fields(Fields) if all(each.metadata[n] == v for n, v in facts.items())
+    )

@@ -6,7 +6,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from liar_ext.errors import InputError
 from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
-from liar_ext.recipe.choices import GROUPS, PRESETS
-from liar_ext.recipe.fields import Fields
+from liar_ext.recipe.fields import PRESETS, Fields, recipe_fields
+from liar_ext.recipe.option import GROUPS
 
 VERSION = 1
 # Fields that recipes had once, with the values that changed nothing.
@@ -34,89 +34,9 @@ REMOVED: dict[str, tuple[Any, ...]] = {
 class Recipe(Fields):
     """Every choice of a job, shared by :func:`liar_ext.prune`, the command, report and folder.
 
-    Each field is an option of ``liar prune``, under its own name but for ``kinds`` (``--sites``).
-    The choices of loading and of drawing text (``model``, ``dtype``, ``device``, ``calibration``,
-    ``samples``, ``self_text``, ``random_tokens``, ``batch_size``, ``eval``, ``eval_samples``,
-    ``certify``) are for the command; :func:`liar_ext.prune` is given the model
-    and the batches.
-
-    Parameters
-    ----------
-    model : str, optional
-        Model folder, hub id, or GGUF file.
-    dtype, device : str
-        Of the weights; where the model goes.
-    calibration : tuple of str
-        Texts of the calibration set; empty where batches are given. ``self`` is text that the
-        model writes, see :func:`liar_ext.calibration.self_calibration.write_documents`.
-    samples, seq_len, batch_size : int
-        Sequences to draw; tokens per sequence, also those that FLOPs are counted at; sequences per
-        forward pass.
-    self_text : float
-        Fraction that the model writes itself, beside the texts, of what these and it are together;
-        see :func:`liar_ext.calibration.self_calibration.write_sequences`. Only causal language
-        models write, and none where ``self`` is one of the texts.
-    random_tokens : float or "auto"
-        Fraction of all sequences that are of random tokens, beside those of text; see
-        :func:`liar_ext.data.random_tokens.random_sequences`. ``"auto"`` is a quarter for a
-        language model that writes nothing, and else none.
-    seed : int
-        Of the draw, the folds, and criteria that draw.
-    memory : int, optional
-        Bytes that sums over the calibration text may take at a time: 32 GiB for those of the sites
-        and 8 GiB for those of :func:`liar_ext.narrow` unless given, or half of what is free on a
-        device in use, the CPU included, where that is less. What needs more is summed in groups,
-        with the same result: of G groups of sites in 2 G − 1 passes, G with the schedule
-        ``layerwise``.
-    keep, of, tile, uniform_layers
-        As for :class:`liar_ext.Budget`.
-    latency_phase, latency_batch, latency_prompt, latency_new_tokens
-        As for :class:`liar_ext.Budget`: what a budget of latency is measured with.
-    latency_table : str, optional
-        A table that :func:`liar_ext.measure_latency` gave, or a folder or report that has one:
-        then seconds come from there, and the plan is what they say. By default they are measured
-        on the model's device in its dtype, and corrected by what whole plans take.
-    keep_hidden : float
-        Fraction of the hidden size that stays, in (0, 1]; see :func:`liar_ext.narrow`. The
-        residual stream is narrowed first, on a copy of the model; ``keep`` counts what is left
-        then. With ``keep=1.0`` the sites stay as they are.
-    keep_experts : float
-        Fraction of the experts of every layer that stays, in (0, 1]; see
-        :func:`liar_ext.selection.whole_experts.choose_experts`. They leave first, on a copy of the
-        model; ``keep`` counts what is left then. With ``keep=1.0`` their channels stay as they are.
-    kinds : tuple of {"attn", "mlp"}
-        Sites that may be pruned.
-    attn_unit : {"auto", "kv_group", "head"}
-        What an attention unit is.
-    criterion : str
-        Importance score; see :func:`liar_ext.score`. ``snip``, ``taylor`` and ``fisher`` hold all
-        batches and run the model backward over them, once.
-    allocation : {"uniform", "global", "curve"}
-        How the pruning ratio is distributed over layers; see :func:`liar_ext.allocate`. ``curve``
-        measures error curves and sensitivities for it: see
-        :func:`liar_ext.selection.curve_allocation.measure_losses`.
-    reconstruct : {"auto", "none", "bias", "linear", "affine"}
-        Error compensation; see :func:`liar_ext.reconstruct`.
-    damp : float or "auto"
-        Ridge regularisation λ, or the choice by cross-validation.
-    schedule : {"auto", "one-pass", "layerwise"}
-        Solve all sites on what the dense model computes, or one after the other on what the pruned
-        model computes up to there. Layerwise holds all batches and runs the model some four times.
-        ``auto`` solves by both and keeps what diverges less from the dense model on text that no
-        solve and no sensitivity saw; without such text see :meth:`settled`.
-    rescale : bool
-        Fit one scale for what each layer gives when all are solved; see :mod:`liar_ext.rescaling`.
-    eval : str, optional
-        Held-out text for perplexity before and after.
-    eval_samples : int, optional
-        Windows of it, evenly spread; all by default.
-    certify : int
-        Sequences to draw of documents that no decision sees, to report the errors on them.
-
-    Raises
-    ------
-    InputError
-        If a field has a wrong type, is out of range, or does not go with another.
+    The command loads the model and draws the text; :func:`liar_ext.prune` is given both, and
+    refuses the fields for it as keywords. docs/options.md has the reasons for all defaults.
+    A field of a wrong type or value, or that does not go with another, raises InputError.
     """
 
     @classmethod
@@ -220,8 +140,8 @@ class Recipe(Fields):
         facts = self.to_dict()
         lines = [text.yaml_lines({"version": facts["version"]})]
         for group, title in GROUPS.items():
-            names = [each.name for each in recipe_fields() if each.metadata["group"] == group]
-            lines += [f"\n# {title}\n", text.yaml_lines({name: facts[name] for name in names})]
+            own = {each.name: facts[each.name] for each in recipe_fields(group=group)}
+            lines += [f"\n# {title}\n", text.yaml_lines(own)]
         return "".join(lines)
 
     @classmethod
@@ -252,14 +172,11 @@ class Recipe(Fields):
             raise InputError(f"{error} (in {path})") from None
 
 
-def recipe_fields() -> tuple[Field, ...]:
-    """Return the fields of a recipe, with their group, help and option as metadata."""
-    return fields(Recipe)
-
-
-def option_of(each: Field) -> str:
-    """Return the option of ``liar prune`` that sets a field."""
-    return each.metadata.get("option", "--" + each.name.replace("_", "-"))
+if Recipe.__doc__:  # python -OO drops it
+    Recipe.__doc__ += "\n    Parameters\n    ----------\n" + "".join(
+        f"    {n.name} : {n.type}, default {n.default!r}\n        {n.metadata['help']}\n"
+        for n in recipe_fields()
+    )
 
 
 def _check_names(choices: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The walk down a ladder of λ: held-out errors of one λ at a time, until they rise."""
+"""Choose λ and the step size: held-out errors down a ladder of λ, by one Cholesky factor each."""
 
 from __future__ import annotations
 
@@ -9,56 +9,80 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from liar_ext.reconstruction.result import least_held_out
-
 ROW_BLOCK = 256
 # From a start and a stop to these rows of a symmetric matrix, up to the column of the stop.
 Rows = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A solve on one fold with any λ, judged on the other fold.
+class Equations:
+    """The normal equations of what the kept features have to restore, y, over some tokens.
 
-    The change of the weights is ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)``, of a share α of the target. A
-    last row, and column, of what judges it stands for a constant feature 1, which carries the
-    change of the bias.
+    Features are centred. A last row, and column, stands for a constant feature 1, which carries
+    the change of the bias.
 
     Parameters
     ----------
-    block : Tensor
-        ``G_KK`` of the fit, ``(n, n)`` float64.
-    right : Tensor
-        ``[R₀, R₁]``, ``(n, 2 d_out)``.
-    offset : Tensor
-        The change of the bias by all of the target, ``(d_out,)``.
-    judge : Tensor
-        ``G_KK`` that judges, ``(n + 1, n + 1)``.
-    wanted : Tensor
-        ``Σ x_K yᵀ`` of what is to be restored where it is judged, ``(n + 1, d_out)``.
+    rows : callable
+        Block rows of ``G_KK``, ``(n + 1, n + 1)``.
+    right : list of (slice, Tensor)
+        For some outputs at a time ``[R₀, R₁]``, ``(n + 1, 2 outputs)``: the cross-sums of x_K with
+        what the removed features gave, and with the residual of the target. Without a target R₀;
+        for judging alone R₀ + R₁.
     energy : Tensor
-        ``Σ |y|²``.
+        ``Σ |y|²`` of all outputs.
     """
 
-    block: Tensor
-    right: Tensor
-    offset: Tensor
-    judge: Tensor
-    wanted: Tensor
+    rows: Rows
+    right: list[tuple[slice, Tensor]]
     energy: Tensor
 
-    def parabola(self, damp: float) -> Tensor:
-        """Return the held-out error ``e₀ + e₁ α + e₂ α²``, ``(3,)``; NaN where it has no solution.
 
-        One Cholesky factor, and :func:`error_of_shares`.
-        """
-        factor = None
-        if len(self.block) and not math.isinf(damp):
-            factor = self.block.clone()
-            if not factor_with_damp(factor, damp):
-                return self.right.new_full((3,), math.nan)
-        change = change_by(factor, self.right, self.offset)
-        return error_of_shares(change, rows_of(self.judge), self.wanted, self.energy)
+@dataclass(frozen=True)
+class Fit:
+    """A solve with any λ, judged on the same or on other tokens.
+
+    The change of the weights is ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)``, for a step α.
+
+    Parameters
+    ----------
+    fitted, judged : Equations
+        About the same mean.
+    offset : Tensor
+        The change of the bias by the whole step, ``(d_out,)``.
+    square : Tensor
+        Room for the factor, ``(n, n)`` float64.
+    """
+
+    fitted: Equations
+    judged: Equations
+    offset: Tensor
+    square: Tensor
+
+    def parabola(self, damp: float) -> Tensor:
+        """Return the error ``e₀ + e₁ α + e₂ α²``, ``(3,)``; NaN if there is no solution."""
+        factor, solved = self.factor(damp)
+        if not solved:
+            return self.square.new_full((3,), math.nan)
+        return sum(error for *_, error in self.changes(factor))
+
+    def factor(self, damp: float) -> tuple[Tensor | None, bool]:
+        """Return the factor, if this λ needs one, and whether there is a solution."""
+        n = len(self.square)
+        if not n or math.isinf(damp):
+            return None, True
+        for rows in slices(n):
+            self.square[rows, : rows.stop] = self.fitted.rows(rows.start, rows.stop)
+        return self.square, factor_with_damp(self.square, damp)
+
+    def changes(self, factor: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield outputs, the change of their weights, and its error as a parabola of α."""
+        for (here, mine), (_, theirs) in zip(self.fitted.right, self.judged.right, strict=True):
+            count = here.stop - here.start
+            first, *rest = theirs.split(count, 1)
+            change = change_by(factor, mine[:-1], self.offset[here][: mine.shape[1] - count])
+            energy = 0.0 if here.start else self.judged.energy
+            yield here, change, error_by_step(change, self.judged.rows, sum(rest, first), energy)
 
 
 def slices(count: int, size: int = ROW_BLOCK) -> Iterator[slice]:
@@ -100,18 +124,18 @@ def change_by(factor: Tensor | None, right: Tensor, offset: Tensor) -> Tensor:
     return change
 
 
-def error_of_shares(change: Tensor, judge: Rows, wanted: Tensor, energy: Tensor) -> Tensor:
+def error_by_step(change: Tensor, judge: Rows, wanted: Tensor, energy: Tensor | float) -> Tensor:
     """Return ``e = Σ |y|² − 2 ⟨Z, Σ x_K yᵀ⟩ + tr(Zᵀ G Z)`` as ``e₀ + e₁ α + e₂ α²``, ``(3,)``.
 
     Parameters
     ----------
     change : Tensor
-        What :func:`change_by` gives: of ``[R₀, R₁]``, or of R₀ alone, of which no share is taken.
+        From :func:`change_by`: of ``[R₀, R₁]``, or of R₀ alone, for which no step is taken.
     judge : callable
         Block rows of ``G``, ``(n + 1, n + 1)``.
     wanted : Tensor
         ``(n + 1, d_out)``.
-    energy : Tensor
+    energy : Tensor or float
         ``Σ |y|²``.
     """
     live, h = len(wanted) - len(change), wanted.shape[1]
@@ -188,25 +212,27 @@ def half_product(square: Rows, right: Tensor, first: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """The λ and the share of least held-out error, that error, and how many λ were tried."""
+    """The λ and the step size of least held-out error, that error, and how many λ were tried."""
 
     damp: float
-    share: float
+    step_size: float
     held_out: Tensor
     tried: int
 
-    def said_of(self, ladder: Sequence[float]) -> str:
-        """Return what the path of a solve says of the walk."""
-        return f", {self.tried} of {len(ladder)} λ" if len(ladder) > 1 else ""
-
 
 def choose(
-    parabolas: Callable[[float], Tensor], ladder: Sequence[float], low: float, high: float
+    parabolas: Callable[[float], Tensor],
+    ladder: Sequence[float],
+    low: float,
+    high: float,
+    *,
+    whole: bool = False,
 ) -> Choice:
-    """Return the λ and the share α in ``[low, high]`` of least held-out error.
+    """Return the λ and the step size α in ``[low, high]`` of least held-out error.
 
     From the top of the ladder down, until the error of both folds at its best α rises. So the
-    choice is that of the whole ladder wherever the error falls and then rises along it.
+    choice is that of the whole ladder if the error falls and then rises along it. For each λ the
+    error is a parabola in α, whose minimum is taken exactly.
 
     Parameters
     ----------
@@ -215,7 +241,9 @@ def choose(
     ladder : sequence of float
         Ascending λ.
     low, high : float
-        Least and greatest share.
+        Least and greatest step size.
+    whole : bool
+        Try every λ.
     """
     found: list[Tensor] = []
     least = math.inf
@@ -223,23 +251,43 @@ def choose(
         found.insert(0, parabolas(damp))
         error, _ = held_out_errors(found[0][:, None], low, high)
         now = float(error.sum(0).nan_to_num(nan=math.inf, posinf=math.inf).min())
-        if now > least:
+        if now > least and not whole:
             break
         least = now
-    errors, share = held_out_errors(torch.stack(found, 1), low, high)
+    errors, step_size = held_out_errors(torch.stack(found, 1), low, high)
     tried = ladder[-len(found) :]
     best = least_held_out(errors, [*tried, *tried])
-    return Choice(tried[best % len(tried)], float(share[best]), errors[:, best].sum(), len(tried))
+    held_out = errors[:, best].sum()
+    return Choice(tried[best % len(tried)], float(step_size[best]), held_out, len(tried))
 
 
 def held_out_errors(parabolas: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Return the held-out errors by fold, ``(2, 2 λ)``, and their shares, ``(2 λ,)``.
+    """Return the held-out errors by fold, ``(2, 2 λ)``, and their step sizes, ``(2 λ,)``.
 
-    ``parabolas`` are by fold and λ, ``(2, λ, 3)``. First come those of the least share, which
-    competes at every λ, whatever the folds say of a greater one; then those of the best.
+    ``parabolas`` are by fold and λ, ``(2, λ, 3)``. First come the errors of the least step, which
+    competes at every λ, whatever the folds say of a greater one; then those of the best step.
     """
     _, slope, curve = parabolas.sum(0).unbind(1)
-    share = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
-    share = torch.cat([torch.full_like(share, low), share])
+    step_size = torch.where(curve > 0, -slope / (2 * curve), low).clamp(low, high)
+    step_size = torch.cat([torch.full_like(step_size, low), step_size])
     constant, slope, curve = parabolas.repeat(1, 2, 1).unbind(2)
-    return constant + share * slope + share.square() * curve, share
+    return constant + step_size * slope + step_size.square() * curve, step_size
+
+
+def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
+    """Return the index of the λ to take.
+
+    The least sum over the folds counts, among those λ that do no worse than plain dropping in
+    either fold: with few tokens a sum may be less by the luck of one.
+
+    Parameters
+    ----------
+    errors : Tensor
+        ``(2, λ)``: held-out error by fold; NaN if nothing could be solved.
+    ladder : sequence of float
+        The λ; plain dropping, infinity, is the last if it is among them.
+    """
+    total = errors.sum(0)
+    if ladder[-1] == math.inf:
+        total = total.masked_fill((errors > errors[:, -1:]).any(0), math.inf)
+    return int(total.nan_to_num(nan=math.inf).argmin())

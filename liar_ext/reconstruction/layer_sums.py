@@ -23,8 +23,8 @@ from liar_ext.calibration.moments import Moments
 from liar_ext.calibration.taps import is_relative, relative_weights
 from liar_ext.data.batches import Batch
 from liar_ext.models.experts import routed_input
-from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
-from liar_ext.reconstruction.targets import Shortfall
+from liar_ext.models.sites import Site
+from liar_ext.reconstruction.ridge import Residual
 
 Forward = Callable[..., Tensor]
 
@@ -36,14 +36,14 @@ class Rows(NamedTuple):
     ----------
     x : Tensor
         x̂, ``(rows, d_in)``.
-    shortfall : Tensor
+    residual : Tensor
         r, ``(rows, d_out)``.
     weight : Tensor
         ``(rows,)``: what each counts, bool or a number.
     """
 
     x: Tensor
-    shortfall: Tensor
+    residual: Tensor
     weight: Tensor
 
 
@@ -51,7 +51,7 @@ def rows_of(
     model: nn.Module,
     layer: Sequence[Site],
     read: Tensor | tuple[Tensor, Tensor, Tensor],
-    shortfall: Tensor,
+    residual: Tensor,
     counts: Callable[[int], Tensor],
 ) -> list[Rows]:
     """Return the rows of each site of a layer.
@@ -65,22 +65,22 @@ def rows_of(
     read : Tensor, or (Tensor, Tensor, Tensor)
         What the consumer reads, or what the module of all experts is called with: tokens, chosen
         experts and their weights.
-    shortfall : Tensor
+    residual : Tensor
         What the layer's output falls short by, a row per token.
     counts : callable
         Gives for a number of tokens which of them are no padding.
     """
     if layer[0].expert is None:
         x = read.flatten(0, -2)
-        return [Rows(x, shortfall, counts(len(x)))]
+        return [Rows(x, residual, counts(len(x)))]
     tokens, _, given = read
     used = counts(len(tokens))
-    shortfall = shortfall / given.sum(-1, keepdim=True).to(shortfall)
+    residual = residual / given.sum(-1, keepdim=True).to(residual)
     found = []
     for site in layer:
         routed = routed_input(model, site, read)
         here = used[routed.token]
-        asked = shortfall[routed.token][here]
+        asked = residual[routed.token][here]
         found.append(Rows(routed.x[here], asked, routed.weight[here].double().square()))
     return found
 
@@ -107,21 +107,21 @@ class LayerSums:
     ----------
     moments : Moments
         Of x̂.
-    shortfall : Shortfall
+    residual : Residual
         Of r.
     rows : int
         How many tokens there were.
     """
 
     moments: Moments
-    shortfall: Shortfall
+    residual: Residual
     rows: int = 0
 
     @classmethod
     def zeros(cls, site: Site, device: torch.device) -> LayerSums:
         """Return the sums over no tokens."""
-        shortfall = Shortfall.zeros(site.d_in, site.d_out, device=device)
-        return cls(Moments.zeros(site.d_in, device=device), shortfall)
+        residual = Residual.zeros(site.d_in, site.d_out, device=device)
+        return cls(Moments.zeros(site.d_in, device=device), residual)
 
     def add(self, rows: Rows, fold: int) -> None:
         """Add tokens to a fold; those with a value that isn't finite are left out and counted."""
@@ -131,20 +131,7 @@ class LayerSums:
         usable = torch.isfinite(x).all(-1) & torch.isfinite(r).all(-1)
         moments.count[fold, 1] += (weight.bool() & ~usable).sum()
         moments.update(x, fold, weight * usable)
-        self.shortfall.update(x, r, fold, weight * usable)
-
-
-def error_on(model: nn.Module, site: Site, rows: Rows, new: Forward) -> tuple[float, float]:
-    """Return ``Σ w |W x̂ + b + r − new(x̂)|²`` and ``Σ w |W x̂|²`` of a site."""
-    weight, bias = get_consumer_weight(model, site), get_consumer_bias(model, site)
-    x, r, counts = rows
-    dense = nn.functional.linear(x, weight)
-    left = (dense if bias is None else dense + bias) - new(x)
-    left = left.double() + r
-    usable = counts.bool() & torch.isfinite(left).all(-1)
-    scale = counts[usable].double()[:, None]
-    error = (scale * left[usable].square()).sum()
-    return float(error), float((scale * dense[usable].double().square()).sum())
+        self.residual.update(x, r, fold, weight * usable)
 
 
 def layer_forward(model: nn.Module, layer: Sequence[Site], new: Mapping[str, Forward]) -> Forward:

@@ -8,25 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.bars import Bar, spare
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batch, Batches, read_batch
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.reconstruction.block_runner import Blocks, is_chain
-from liar_ext.reconstruction.saved_walk import (
-    SavedStreams,
-    keep_block,
-    kept_block,
-    named,
-    placed_by_number,
-)
-from liar_ext.reconstruction.settings import check_settings
+from liar_ext.reconstruction.ridge import check_settings
+from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block
 from liar_ext.reconstruction.streams import with_inputs
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
-from liar_ext.saved.progress import Progress
 
 
 @torch.no_grad()
@@ -38,8 +31,7 @@ def reconstruct_layerwise(
     mode: str = "auto",
     damp: float | str = "auto",
     fresh: Batches = (),
-    saved: Progress | None = None,
-    ranks: Ranks = ALONE,
+    saved: Checkpoint | None = None,
     progress: bool = False,
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve the sites of ``plan`` block by block, each on what the pruned blocks before it give.
@@ -65,7 +57,7 @@ def reconstruct_layerwise(
     :mod:`liar_ext.reconstruction.layer_sums`.
 
     λ and α are those of least held-out error, see
-    :func:`liar_ext.reconstruction.targets.solve_towards`. Sites that lose nothing stay as they are.
+    :func:`liar_ext.reconstruction.solve.solve`. Sites that lose nothing stay as they are.
     At the first site of the walk the solution is that of one pass.
 
     Parameters
@@ -84,9 +76,6 @@ def reconstruct_layerwise(
     fresh : iterable of mapping
         Batches that ``batches`` lacks: no solve reads them, and each row has its error on them, as
         ``certified_error``, relative to their ``Σ |W x̂|²``.
-    ranks : Ranks
-        Processes that share the work, from :meth:`liar_ext.ranks.Ranks.join`: each holds the
-        streams of its own batches, sites are solved in turn, and all get the weights.
     progress : bool
         Show a progress bar.
 
@@ -120,15 +109,14 @@ def reconstruct_layerwise(
     every = sites(model, attn_unit=plan.attn_unit)
     plan.check_sites({site.name for site in every}, "layerwise")
     with evaluating(model), Blocks(model, every).opened() as blocks:
-        walk = Walk(model, blocks, plan, mode, damp, ranks=ranks)
+        walk = LayerwiseSolver(model, blocks, plan, mode, damp)
         walk.start(batches, fresh)
         planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
         steps = range(max(planned, default=-1) + 1)
-        placed = placed_by_number(ranks, walk.parts)
-        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: placed)
+        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: walk.numbers)
         streams = walk.streams()
         done = kept.restore(blocks, streams, walk.states)
-        walk.go_on(streams)
+        walk.resume(streams)
         spare("layerwise", done)
         for index in Bar(steps, desc="layerwise", disable=not progress):
             if index < done:
@@ -138,7 +126,8 @@ def reconstruct_layerwise(
                 continue
             walk.step(index)
             layers = blocks.layers[index].values()
-            here = named(walk.weights, (site.name for layer in layers for site in layer))
+            names = (site.name for layer in layers for site in layer)
+            here = {name: walk.weights[name] for name in names if name in walk.weights}
             keep_block(saved, index, here, walk.rows)
             kept.keep(index + 1, blocks, walk.streams())
     return walk.weights, [walk.rows[name] for name in plan.sites]

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.passes import Passes
+from liar_ext.distributed import share
 from liar_ext.errors import solving
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan
-from liar_ext.ranks import Owners
-from liar_ext.reconstruction.ridge import drop, solve
-from liar_ext.reconstruction.room import solve_where_it_fits
-from liar_ext.reconstruction.rows import report_row
-from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, form_of_expert
+from liar_ext.reconstruction.ridge import WITH_BIAS, check_settings, form_of_expert
+from liar_ext.reconstruction.solve import error_on, report_row, solve
 from liar_ext.rows import SiteRow
 
 
@@ -32,7 +31,7 @@ def reconstruct(
 ) -> tuple[dict[str, tuple[Tensor, Tensor | None]], list[SiteRow]]:
     """Solve every site of ``plan`` and return its new consumer weights and its report row.
 
-    See :func:`liar_ext.reconstruction.ridge.solve` for the mathematics. The model is read, not
+    See :func:`liar_ext.reconstruction.solve.solve` for the mathematics. The model is read, not
     changed; hand the weights to :func:`liar_ext.apply_plan`.
 
     Parameters
@@ -72,15 +71,12 @@ def reconstruct(
     for name, kept in Bar(plan.sites.items(), desc="reconstruct", disable=not progress):
         start = time.perf_counter()
         site = by_name[name]
-        given = get_consumer_weight(model, site), get_consumer_bias(model, site), bank[name]
-        features, expert = site.features(kept.kept), site.expert is not None
-        form = form_of_expert(mode, given[1] is not None) if expert else mode
+        weight, bias, form = get_consumer_weight(model, site), get_consumer_bias(model, site), mode
+        if site.expert is not None:
+            form = form_of_expert(mode, bias is not None, bank[name])
         with solving(name):
-            if expert and (bank[name].tokens == 0).any():
-                solution = solve_where_it_fits(drop, *given, features)
-            else:
-                choices = {"mode": form, "damp": damp}
-                solution = solve_where_it_fits(solve, *given, features, **choices)
+            features = site.features(kept.kept)
+            solution = solve(weight, bias, bank[name], features, mode=form, damp=damp)
         weights[name] = (solution.weight, solution.bias)
         seconds = time.perf_counter() - start
         row = report_row(site, len(kept.kept), bank[name].dropped_rows, solution, seconds)
@@ -93,21 +89,19 @@ def reconstruct_shared(
     bank: Mapping[str, Moments],
     plan: Plan,
     at: Sequence[Site],
-    owners: Owners,
     **settings: object,
 ) -> dict[str, tuple[tuple[Tensor, Tensor | None], SiteRow]]:
-    """Return weights and row by name of some sites of a plan, each solved by its owner.
+    """Return weights and row by name of some sites of a plan, which ranks share.
 
-    ``settings`` are those of :func:`reconstruct`; each rank has the moments of the sites it owns.
+    ``settings`` are those of :func:`reconstruct`.
     """
 
-    def solve(mine: Sequence[Site]) -> dict[str, tuple]:
+    def solve_own(mine: Sequence[Site]) -> dict[str, tuple]:
         here = replace(plan, sites={site.name: plan.sites[site.name] for site in mine})
-        owners.ranks.work["solved"] += len(mine)
         weights, rows = reconstruct(model, bank, here, **settings)
         return {row.name: (weights[row.name], row) for row in rows}
 
-    return owners.together(at, solve)
+    return share(at, solve_own)
 
 
 def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
@@ -125,3 +119,28 @@ def with_bias(plan: Plan, model: nn.Module, mode: str) -> Plan:
     }
     planned = {**plan.sites, **planned}
     return replace(plan, sites=planned)
+
+
+def certified_errors(
+    passes: Passes, plan: Plan, weights: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> dict[str, float]:
+    """Return the error of each site's new weights on the dense inputs of fresh text.
+
+    No decision saw that text, so this is an unbiased estimate. Held-out errors are not: λ was
+    chosen by them, and scores and error curves read both folds.
+
+    Parameters
+    ----------
+    passes : Passes
+        Of the dense model over the fresh text.
+    plan : Plan
+        What stays.
+    weights : mapping of str to (Tensor, Tensor or None)
+        New consumer weight and bias by site name.
+    """
+    errors = {}
+    for site in (site for group in passes for site in group):
+        given = (get(passes.model, site) for get in (get_consumer_weight, get_consumer_bias))
+        kept, name = site.features(plan.sites[site.name].kept), site.name
+        errors[name] = error_on(*given, kept, weights[name], passes.bank[name])
+    return errors

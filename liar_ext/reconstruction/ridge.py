@@ -1,122 +1,356 @@
-"""The ridge problem of one consumer: from sums over tokens to a new weight and its errors."""
+"""The ridge system of one consumer: from sums over tokens to a new weight and its errors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from liar_ext import ops
-from liar_ext.calibration.moments import Moments, centre, check_folds
+from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
-from liar_ext.reconstruction.result import (
-    Solution,
-    check_solved,
+from liar_ext.errors import InputError
+from liar_ext.plan import MODES
+from liar_ext.reconstruction.ladder import (
+    Choice,
+    Equations,
+    Fit,
+    choose,
     least_held_out,
-    path_of,
-    ratio,
+    rows_of,
+    slices,
 )
-from liar_ext.reconstruction.settings import WITH_BIAS, check_settings, damp_ladder, form_at
 
+WITH_BIAS = ("bias", "affine")
+DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1, 1.0, math.inf)
+BOTH = list(range(FOLDS))
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
+NOT_FINITE = -2  # a code of `liar_ext.ops.reconstruct`
 
 
-def solve(
-    weight: Tensor,
-    bias: Tensor | None,
-    moments: Moments,
-    kept: Tensor,
-    *,
-    mode: str = "auto",
-    damp: float | str = "auto",
-) -> Solution:
-    """Reconstruct one consumer ``y = W x + b`` from the features that stay.
+def check_settings(mode: str, damp: float | str) -> None:
+    """Raise InputError unless ``mode`` and ``damp`` are ones that a solve knows."""
+    if mode not in MODES:
+        raise InputError(f"reconstruct: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if damp != "auto" and not (isinstance(damp, float | int) and damp >= 0):
+        raise InputError(f'reconstruct: damp must be "auto" or a number >= 0, got {damp!r}')
 
-    ``linear``: ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with ``Λ = λ · mean(diag G_KK) · I``.
-    ``affine``: the same with the centred Gram ``C``, and ``b' = b + W_P (μ_P − T μ_K)``.
-    ``bias``: the affine form with ``T = 0`` (FLAP). ``none``: plain dropping.
-    λ is the one with the least error on held-out tokens: solved on fold A and judged on fold B, and
-    the other way round, see :func:`liar_ext.reconstruction.result.least_held_out`; the returned
-    weight is solved with it on both folds together.
+
+def form_at(mode: str, has_bias: bool) -> str:
+    """Return the mode of one consumer: ``auto`` is affine if there is a bias to carry it."""
+    if mode == "auto":
+        return "affine" if has_bias else "linear"
+    return mode
+
+
+def form_of_expert(mode: str, has_bias: bool, moments: Moments) -> str:
+    """Return the mode of one expert's consumer, which can't gain a bias.
+
+    Nothing is fitted if no token of one fold reaches it: nothing would tell of a λ.
+    """
+    if (moments.tokens == 0).any():
+        return "none"
+    return mode if has_bias else {"affine": "linear", "bias": "none"}.get(mode, mode)
+
+
+def damp_ladder(damp: float | str) -> list[float]:
+    """Return the λ to choose from."""
+    return list(DAMP_LADDER) if damp == "auto" else [float(damp)]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The new consumer of one site, with its errors.
 
     Parameters
     ----------
     weight : Tensor
-        ``W``, ``(d_out, d_in)``.
+        ``W'``, ``(d_out, n_kept)`` float64.
     bias : Tensor or None
-        ``b``, ``(d_out,)``.
-    moments : Moments
-        Of the consumer's input.
-    kept : Tensor
-        ``(n_kept,)`` int64, ascending: features that stay.
-    mode : {"auto", "none", "bias", "linear", "affine"}
-        Form of the new weight; ``auto`` is ``affine`` where there is a bias, ``linear`` elsewhere.
-    damp : float or "auto"
-        λ, or the choice among ``DAMP_LADDER``.
-
-    Returns
-    -------
-    Solution
-
-    Raises
-    ------
-    InputError
-        If a fold has no tokens, or a given damp leaves ``G_KK + Λ`` singular.
-
-    Notes
-    -----
-    Source: LIAR, arXiv:2407.13331; docs/method.md, section "Reconstruction", and
-    docs/method.md, section "Choice of λ".
+        ``b'``, ``(d_out,)`` float64; None if the consumer keeps its bias.
+    damp : float
+        λ taken; infinity means that plain dropping did best.
+    error : float
+        ``tr(ΔW G ΔWᵀ) / tr(W G Wᵀ)`` over all calibration tokens; with a target the error to it.
+    holdout_error : float
+        The same with the solve on one fold and the error on the other, both ways, added up.
+    condition : float
+        Lower bound on the condition number of ``G_KK + Λ``.
+    path : str
+        What was solved, e.g. ``"linear, cholesky float64"``.
+    step_size : float
+        α, the step taken from the consumer's own target, 0, to the given one, 1.
     """
-    check_settings(mode, damp)
-    mode = form_at(mode, bias is not None)
-    check_folds(moments)
-    device = moments.gram.device
-    wide, kept = weight.detach().to(device, torch.float64), kept.to(device)
-    affine = mode in WITH_BIAS
-    if mode in ("none", "bias") or len(kept) == wide.shape[1]:
-        ladder = [math.inf]
-    else:
-        ladder = damp_ladder(damp)
-    damps = torch.tensor(ladder, dtype=torch.float64, device=device)
 
-    held_out = _cross_validate(wide, moments, kept, damps, affine)
-    best = least_held_out(held_out, ladder)
-    gram, total, tokens = moments.pooled()
-    energy = _energy(wide, gram)
-    mean = total / tokens
-    if affine:
-        gram = centre(gram, total, tokens, mean)
-    new, error, _, info = ops.reconstruct(wide, gram, kept, damps[best : best + 1])
-    check_solved(info[0, 0], held_out[:, best], ladder[best], damp)
-    new_bias = None
-    if affine:
-        start = wide.new_zeros(len(wide)) if bias is None else bias.detach().to(wide)
-        new_bias = start + wide @ mean - new[0] @ mean[kept]
-    return Solution(
-        weight=new[0],
-        bias=new_bias,
-        damp=ladder[best],
-        error=ratio(error[0], energy),
-        holdout_error=ratio(held_out[:, best].sum(), energy),
-        condition=float(info[0, 1]),
-        path=path_of(mode, ladder[best]),
-    )
+    weight: Tensor
+    bias: Tensor | None
+    damp: float
+    error: float
+    holdout_error: float
+    condition: float
+    path: str
+    step_size: float = 0.0
 
 
-def drop(weight: Tensor, _: Tensor | None, moments: Moments, kept: Tensor) -> Solution:
-    """Keep the columns of one consumer as they are: where a fold has no tokens to choose a λ by.
+@dataclass
+class Residual:
+    """Sums over tokens of the residual ``r = y* − (W x̂ + b)`` of a target, in two folds.
 
-    Arguments are those of :func:`solve`. Nothing is fitted, so that the error over all tokens is
-    held out as well; it is 0 where there are none.
+    Parameters
+    ----------
+    cross : Tensor
+        ``Σ_t w_t x̂_t r_tᵀ`` per fold, ``(2, d_in, d_out)`` float64.
+    total : Tensor
+        ``Σ_t w_t r_t`` per fold, ``(2, d_out)`` float64.
+    energy : Tensor
+        ``Σ_t w_t |r_t|²`` per fold, ``(2,)`` float64.
     """
-    gram, _, _ = moments.pooled()
-    wide, kept = weight.detach().to(gram.device, torch.float64), kept.to(gram.device)
-    infinite = gram.new_full((1,), math.inf, dtype=torch.float64)
-    new, error, _, _ = ops.reconstruct(wide, gram, kept, infinite)
-    lost = ratio(error[0], _energy(wide, gram))
-    return Solution(new[0], None, math.inf, lost, lost, 1.0, "drop, a fold has no tokens")
+
+    cross: Tensor
+    total: Tensor
+    energy: Tensor
+
+    @classmethod
+    def zeros(cls, d_in: int, d_out: int, *, device: str | torch.device = "cpu") -> Residual:
+        """Return the sums over no tokens, which are also those of the consumer's own target."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(FOLDS, *shape, dtype=torch.float64, device=device)
+
+        return cls(zeros(d_in, d_out), zeros(d_out), zeros())
+
+    def update(self, x: Tensor, r: Tensor, fold: int, weight: Tensor) -> None:
+        """Add tokens to a fold.
+
+        Parameters
+        ----------
+        x, r : Tensor
+            ``(tokens, d_in)`` and ``(tokens, d_out)``, of one dtype; rows in use must be finite.
+        fold : int
+            Which sums to add to.
+        weight : Tensor
+            ``(tokens,)``: which rows are in use, or what each counts.
+        """
+        unused, count = torch.zeros_like(self.cross[fold, :, 0]), self.energy.new_zeros(2)
+        ops.gram_update_(self.cross[fold], unused, count, x, r, weight)
+        used = weight.bool()
+        wide, scale = r.detach()[used].double(), weight[used].double()[:, None]
+        self.total[fold] += (scale * wide).sum(0)
+        self.energy[fold] += (scale * wide.square()).sum()
+
+
+class Solved(NamedTuple):
+    """A solve on both folds: the weight, its error and ``tr(W G Wᵀ)``, and the operator's info."""
+
+    weight: Tensor
+    error: Tensor
+    energy: Tensor
+    code: Tensor
+    condition: Tensor
+
+
+@dataclass(frozen=True)
+class System:
+    """The ridge system of one consumer, in memory.
+
+    Parameters are those of :func:`liar_ext.reconstruction.solve.solve`. The weight may be of any
+    dtype, and no float64 copy of it is held.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    moments: Moments
+    kept: Tensor
+    target: Residual | None = None
+    mode: str = "auto"
+
+    @property
+    def form(self) -> str:
+        """Form of the new weight."""
+        return form_at(self.mode, self.bias is not None)
+
+    @property
+    def affine(self) -> bool:
+        """Whether the bias takes part."""
+        return self.form in WITH_BIAS
+
+    def solution(
+        self, step: tuple[float, float] = (0.0, 0.0), damp: float | str = "auto"
+    ) -> Solution:
+        """Choose λ and the step size on held-out tokens, and solve with them on all."""
+        check_settings(self.mode, damp)
+        form, unfitted = self.form, self.target is None and len(self.kept) == self.weight.shape[1]
+        starved = form == "none" and bool((self.moments.tokens <= 0).any())
+        if not starved:
+            check_folds(self.moments)
+        if self.target is not None:
+            check_finite(self.target.cross, self.target.total, self.target.energy)
+        ladder = [math.inf] if unfitted or form in ("none", "bias") else damp_ladder(damp)
+        choice = self.choose(ladder, step)
+        solved = self.solve(choice)
+        check_solved(solved.code, choice.held_out, choice.damp, damp)
+        bias, (mean, offset) = None, self.means(BOTH)
+        if self.affine:
+            start = 0.0 if self.bias is None else self.bias.detach().to(mean)
+            bias = start + self._at(mean) - solved.weight @ mean[self.kept]
+            bias = bias + choice.step_size * offset
+        path = "drop, a fold has no tokens" if starved else path_of(form, choice.damp)
+        if self.target is not None and len(ladder) > 1:
+            path += f", {choice.tried} of {len(ladder)} λ"
+        return Solution(
+            weight=solved.weight,
+            bias=bias,
+            damp=choice.damp,
+            error=ratio(solved.error, solved.energy),
+            holdout_error=ratio(choice.held_out, solved.energy),
+            condition=float(solved.condition),
+            path=path,
+            step_size=choice.step_size,
+        )
+
+    def choose(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
+        """Return the λ and the step size of least held-out error."""
+        if self.target is not None:
+            return self.cross_validated(ladder, step)
+        held_out = self._held_out(torch.tensor(ladder, dtype=torch.float64))
+        best = least_held_out(held_out, ladder)
+        return Choice(ladder[best], 0.0, held_out[:, best].sum(), len(ladder))
+
+    def cross_validated(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
+        """Choose by fits on one fold that are judged on the other."""
+        means = [self.means([fold]) for fold in BOTH]
+        # About 0 the equations of a fold serve both to fit and to judge.
+        centres = BOTH if self.affine else [0]
+        equations = {
+            (fold, at): self.equations(fold, means[at][0], self.affine and fold != at)
+            for fold in BOTH
+            for at in centres
+        }
+        square = self.new_square()
+
+        def parabolas(damp: float) -> Tensor:
+            found = []
+            for fold, (_, offset) in enumerate(means):
+                pair = (equations[each, fold * self.affine] for each in (fold, FOLDS - 1 - fold))
+                found.append(Fit(*pair, offset, square).parabola(damp))
+            return torch.stack(found)
+
+        return choose(parabolas, ladder, *step, whole=self.target is None)
+
+    def means(self, folds: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the means of x̂ and r over some folds; the plain form centres about 0."""
+        total = self.moments.total[folds].double().sum(0)
+        missing = total.new_zeros(len(self.weight))
+        if self.target is not None:
+            missing = self.target.total[folds].sum(0)
+        if not self.affine:
+            return torch.zeros_like(total), torch.zeros_like(missing)
+        tokens = self.moments.tokens[folds].sum()
+        return total / tokens, missing / tokens
+
+    def new_square(self) -> Tensor:
+        """Return room for a factor, ``(n, n)``."""
+        n = len(self.kept)
+        return torch.empty(n, n, dtype=torch.float64, device=self.moments.gram.device)
+
+    def equations(self, fold: int, mean: Tensor, judging: bool) -> Equations:
+        """Return what the kept features have to restore over the tokens of a fold.
+
+        If they are for ``judging`` alone, R₀ + R₁ takes the place of both.
+        """
+        wide, kept, n, h = self.weight.double(), self.kept, len(self.kept), len(self.weight)
+        gram, total, tokens = (
+            each[fold] for each in (self.moments.gram, self.moments.total, self.moments.tokens)
+        )
+        gram = symmetric(centre(gram, total, tokens, mean) if mean.any() else gram)
+        missing = self.target.total[fold]
+        edge = total - tokens * mean
+        gone = torch.ones_like(mean, dtype=torch.bool).index_fill_(0, kept, False)
+        block = gram.new_empty(n + 1, n + 1)
+        block[:n, :n] = gram[kept[:, None], kept]
+        block[n, :n] = block[:n, n] = edge[kept]
+        block[n, n] = tokens
+        leaving = wide[:, gone].mT
+        every = gram[:, gone] @ leaving
+        del gram
+
+        def cross(features: Tensor) -> Tensor:
+            found = self.target.cross[fold][features]
+            return found.sub_(torch.outer(mean[features], missing)) if mean.any() else found
+
+        energy = (leaving * (every[gone] + 2 * cross(gone))).sum() + self.target.energy[fold]
+        right = block.new_empty(n + 1, h if judging else 2 * h)
+        right[:n, :h], right[n, :h] = every[kept], edge[gone] @ leaving
+        del every
+        asked = torch.cat([cross(kept), missing[None]])
+        if judging:
+            right += asked
+        else:
+            right[:, h:] = asked
+        return Equations(rows_of(block), [(slice(0, h), right)], energy)
+
+    def solve(self, choice: Choice) -> Solved:
+        """Solve on both folds with the λ and the step size that were chosen."""
+        # In the order that has fewest matrices at a time: each may take a gigabyte.
+        gram, total, tokens = self.moments.pooled()
+        wide, kept, (mean, offset) = self.weight.double(), self.kept, self.means(BOTH)
+        plain = not self.affine and self.target is not None  # whose products give the energy, too
+        energy = None if plain else _energy(wide, gram)
+        if self.affine:
+            gram = centre(gram, total, tokens, mean)
+        damps = gram.new_tensor([choice.damp], dtype=torch.float64)
+        if self.target is None:
+            new, error, _, info = ops.reconstruct(wide, gram, kept, damps)
+            return Solved(new[0], error[0], energy, info[0, 0], info[0, 1])
+        gram, rest = symmetric(gram), 1 - choice.step_size
+        own = gram @ wide.mT
+        energy = (wide.mT * own).sum() if plain else energy
+        # Centred cross-sums of the residual; the error to judge by is that to all of it.
+        asked = self.target.cross.sum(0).sub_(torch.outer(total, offset))
+        beyond = (wide.mT * (own + 2 * asked)).sum()
+        left = tokens * offset.square().sum()  # which the mean holds
+        cross, asked = own.add_(choice.step_size * asked), asked[kept]
+        new, error, _, info = ops.reconstruct(wide, gram, kept, damps, cross=cross)
+        # ⟨W', G W'⟩ is in the error to the step that was taken: the whole one asks for more.
+        error = error[0] - 2 * rest * (new[0] * asked.mT).sum()
+        error = error + beyond + self.target.energy.sum() + (rest**2 - 1) * left
+        return Solved(new[0], error, energy, info[0, 0], info[0, 1])
+
+    def _held_out(self, damps: Tensor) -> Tensor:
+        """Return the held-out error by fold and damp, ``(2, λ)``."""
+        wide, damps = self.weight.double(), damps.to(self.weight.device)
+        pairs = (self._fit_and_judge(fold) for fold in BOTH)
+        # Folds in one call go side by side where that is sooner, but take copies of the sums.
+        groups = zip(pairs) if self.moments.gram.nbytes > PAIRED_BYTES else [tuple(pairs)]
+        held_out = []
+        for group in groups:
+            grams, judged = (
+                each[0][None] if len(each) == 1 else torch.stack(each)
+                for each in zip(*group, strict=True)
+            )
+            rows = wide.expand(len(group), -1, -1), self.kept.expand(len(group), -1)
+            result = ops.reconstruct(
+                rows[0], grams, rows[1], damps, holdout=judged, errors_only=True
+            )
+            held_out.append(result[2])
+        return torch.cat(held_out)
+
+    def _fit_and_judge(self, fold: int) -> tuple[Tensor, Tensor]:
+        """Return the Gram matrix of a fold, and that of the other one to judge the fit by."""
+        pair, moments = (fold, FOLDS - 1 - fold), self.moments
+        if not self.affine:
+            return tuple(moments.gram[each] for each in pair)
+        mean = moments.total[fold] / moments.tokens[fold]
+        sums = ((moments.gram[i], moments.total[i], moments.tokens[i]) for i in pair)
+        return tuple(centre(*each, mean) for each in sums)
+
+    def _at(self, mean: Tensor) -> Tensor:
+        """Return ``W mean``, by blocks: the weight may be of another dtype."""
+        return torch.cat([self.weight[here].double() @ mean for here in slices(len(self.weight))])
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
@@ -126,31 +360,34 @@ def _energy(weight: Tensor, gram: Tensor) -> Tensor:
     return ops.reconstruct(weight, gram, nothing, drop, errors_only=True)[1][0]
 
 
-def _cross_validate(
-    weight: Tensor, moments: Moments, kept: Tensor, damps: Tensor, affine: bool
-) -> Tensor:
-    """Return the held-out error by fold and damp, ``(2, L)``."""
-    pairs = (_fit_and_judge(moments, fold, affine) for fold in range(FOLDS))
-    # Folds in one call go side by side where that is sooner, but take copies of the sums.
-    groups = zip(pairs) if moments.gram.nbytes > PAIRED_BYTES else [tuple(pairs)]
-    held_out = []
-    for group in groups:
-        grams, holdouts = (
-            each[0][None] if len(each) == 1 else torch.stack(each)
-            for each in zip(*group, strict=True)
+def path_of(mode: str, damp: float) -> str:
+    """Return what was solved in a form with the λ that was taken."""
+    if damp < math.inf:
+        return f"{mode}, cholesky float64"
+    return f"{mode}, drop" if mode in ("linear", "affine") else mode
+
+
+def ratio(error: Tensor, energy: Tensor) -> float:
+    """Return ``error / energy``, or 0 if the output of the consumer is zero.
+
+    What isn't finite gives NaN, which the report shows, and never 0.
+    """
+    if not (torch.isfinite(error) and torch.isfinite(energy)):
+        return math.nan
+    return max(0.0, float(error / energy)) if energy > 0 else 0.0
+
+
+def check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | str) -> None:
+    """Raise what the code of :func:`liar_ext.ops.reconstruct` means to who gave ``asked``."""
+    if code == 0 and torch.isfinite(held_out).all():
+        return
+    if code == NOT_FINITE or asked == "auto":
+        raise InputError(
+            "reconstruct: weights must be finite, got a NaN or an infinity in one of them, or "
+            "values so large that no damp gives a finite held-out error, not even plain dropping; "
+            "load the model in a wider dtype, or leave the site out"
         )
-        rows = weight.expand(len(group), -1, -1), kept.expand(len(group), -1)
-        result = ops.reconstruct(rows[0], grams, rows[1], damps, holdout=holdouts, errors_only=True)
-        held_out.append(result[2])
-    return torch.cat(held_out)
-
-
-def _fit_and_judge(moments: Moments, fold: int, affine: bool) -> tuple[Tensor, Tensor]:
-    """Return the Gram matrix of a fold, and that of the other one to judge the fit by."""
-    other = FOLDS - 1 - fold
-    gram, holdout = moments.gram[fold], moments.gram[other]
-    if affine:
-        mean = moments.total[fold] / moments.tokens[fold]
-        gram = centre(gram, moments.total[fold], moments.tokens[fold], mean)
-        holdout = centre(holdout, moments.total[other], moments.tokens[other], mean)
-    return gram, holdout
+    raise InputError(
+        f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
+        'use damp="auto" or a larger damp'
+    )

@@ -13,45 +13,43 @@ from torch import Tensor, nn
 
 from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
-from liar_ext.ranks import ALONE, Ranks
 from liar_ext.reconstruction.block_runner import Blocks, Run
 from liar_ext.reconstruction.layer_sums import (
     Forward,
     LayerSums,
     Rows,
     counted,
-    error_on,
     layer_forward,
     rows_of,
 )
-from liar_ext.reconstruction.result import Solution
-from liar_ext.reconstruction.ridge import drop
-from liar_ext.reconstruction.room import solve_where_it_fits
-from liar_ext.reconstruction.rows import report_row
+from liar_ext.reconstruction.ridge import Solution, form_of_expert
+from liar_ext.reconstruction.solve import error_on, report_row, solve
 from liar_ext.reconstruction.streams import Part, Stream, with_inputs
-from liar_ext.reconstruction.targets import solve_towards
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
 
 
-class Walk:
+class LayerwiseSolver:
     """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block.
 
     Hidden states are held in ``states``, in memory by default. A step reads the weights of its own
     block only, and of what comes before the first.
 
-    Of several ranks each has the streams of every so manieth batch. What a layer's consumer reads
-    goes to one of them, which adds it in the order of batches, as one rank would, and solves.
+    Rank r of n holds the hidden states of batches r, r + n, ... Sums are all-reduced, and the sites
+    of a layer are shared.
 
     Attributes
     ----------
-    turns, fresh : list of list of Part
-        What this rank has of each round of batches, one batch a rank: calibration text, and fresh.
+    text, fresh : list of Part
+        What this rank has of the calibration text, and of fresh text.
+    certifies : bool
+        Whether any rank has fresh text.
     """
 
     def __init__(
@@ -62,15 +60,14 @@ class Walk:
         mode: str,
         damp: float | str,
         states: HiddenStates | None = None,
-        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.blocks, self.plan = model, blocks, plan
         self.mode, self.damp = mode, damp
         self.device = device_of(model)
         self.states = states or HiddenStates()
-        self.ranks, self.solved = ranks, 0
-        self.turns: list[list[Part]] = []
-        self.fresh: list[list[Part]] = []
+        self.text: list[Part] = []
+        self.fresh: list[Part] = []
+        self.certifies = False
         self.targets: dict[str, str] = {}  # by layer of the block in work
         self.ends: set[str] = set()  # layers whose norm gives what their block does
         self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
@@ -82,33 +79,33 @@ class Walk:
         numbers = count()
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
-            if index % self.ranks.count == 0:
-                self.turns.append([])
-            mine = index % self.ranks.count == self.ranks.rank
+            mine = index % world_size() == rank()
             if mine:
-                self.ranks.work["walked"] += len(batch)
                 batch = with_inputs(self.model, batch)
             for fold in range(FOLDS):
                 rows, number = (batch.fold == fold).nonzero().flatten(), next(numbers)
                 if len(rows) and mine:
-                    self.turns[-1].append(self._entered(batch.select(rows), fold, number))
+                    self.text.append(self._entered(batch.select(rows), fold, number))
         if set(folds) != set(range(FOLDS)):
             raise InputError(
                 f"layerwise: each of the {FOLDS} folds needs sequences, got {len(folds)} in folds "
                 f"{sorted(set(folds))}; give at least 2 sequences"
             )
         for index, batch in enumerate(read_batches(fresh)):
-            if index % self.ranks.count == 0:
-                self.fresh.append([])
-            number = next(numbers)
-            if index % self.ranks.count == self.ranks.rank:
+            self.certifies, number = True, next(numbers)
+            if index % world_size() == rank():
                 batch = with_inputs(self.model, batch)
-                self.fresh[-1].append(self._entered(batch, None, number))
+                self.fresh.append(self._entered(batch, None, number))
 
     @property
     def parts(self) -> list[Part]:
         """All that this rank has."""
-        return [part for turn in (*self.turns, *self.fresh) for part in turn]
+        return [*self.text, *self.fresh]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which of all parts these are, whatever ranks there are."""
+        return [part.number for part in self.parts]
 
     def _entered(self, batch: Batch, fold: int | None, number: int) -> Part:
         streams = (Stream(self.states.hold(hidden)) for hidden in 2 * [self._first(0, batch)])
@@ -118,7 +115,7 @@ class Walk:
         """Return the hidden states that the stack beginning at a block reads."""
         return self.blocks.enter(index, batch.to(self.device).inputs)[0][0]
 
-    def _turn(self, index: int) -> None:
+    def _next_stack(self, index: int) -> None:
         """Leave one stack of blocks for the next, which begins at block ``index``."""
         read = self.blocks.read_later(index - 1)
         for part in self.parts:
@@ -131,7 +128,7 @@ class Walk:
     def step(self, index: int) -> None:
         """Solve the sites of block ``index``, and take both streams past it."""
         if index > 0 and self.blocks.begins(index):
-            self._turn(index)
+            self._next_stack(index)
         layers = self.blocks.layers[index]
         here = {name: at for name, at in layers.items() if at[0].name in self.plan.sites}
         self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
@@ -158,7 +155,7 @@ class Walk:
                 found[f"{name}{BEHIND}{index}"] = [stream.behind[index] for stream in streams]
         return found
 
-    def go_on(self, streams: Mapping[str, list[Held]]) -> None:
+    def resume(self, streams: Mapping[str, list[Held]]) -> None:
         """Take what lies behind the streams from :meth:`streams` of a walk that was further."""
         for name, held in streams.items():
             which, behind, index = name.partition(BEHIND)
@@ -193,58 +190,51 @@ class Walk:
     ) -> Forward:
         """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
         start = time.perf_counter()
-        owner, self.solved = self.solved % self.ranks.count, self.solved + 1
-        sums = self._collect(layer, target, consumers, owner)
-        found = [
-            (self._solution(site, each), each.moments.dropped_rows, each.rows)
-            for site, each in zip(layer if sums else (), sums, strict=True)
-        ]
-        found = self.ranks.broadcast(found, owner)
-        new = {
-            site.name: self._consumer(site, solution)
-            for site, (solution, *_) in zip(layer, found, strict=True)
-        }
-        certified = self._certified(layer, target, consumers, new)
+        found = self._collect(self.text, layer, target, consumers)
+        sums = dict(zip((site.name for site in layer), found, strict=True))
+        found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
+        solutions = {name: Solution(**fields) for name, fields in found.items()}
+        certified = self._certified(layer, target, consumers, solutions)
+        new = {site.name: self._consumer(site, solutions[site.name]) for site in layer}
         seconds = (time.perf_counter() - start) / len(layer)
-        for site, (solution, dropped, rows) in zip(layer, found, strict=True):
-            counts = dropped, rows
-            self._store(site, solution, counts, target, seconds, certified[site.name])
+        for site in layer:
+            counts = sums[site.name].moments.dropped_rows, sums[site.name].rows
+            given = solutions[site.name], counts, target, seconds, certified[site.name]
+            self._store(site, *given)
         return layer_forward(self.model, layer, new)
 
     def _collect(
         self,
+        parts: Sequence[Part],
         layer: Sequence[Site],
         target: str,
         consumers: Mapping[str, Forward],
-        owner: int = 0,
     ) -> list[LayerSums]:
-        """Return the sums over x̂, and over the shortfall.
-
-        The owner alone has them; other ranks get none.
-        """
+        """Return the sums over x̂ and the residual, of all ranks; those of fresh text in fold 0."""
         device = self.blocks.device(self.blocks.index_of(layer[0]))
-        mine = layer if owner == self.ranks.rank else ()
-        sums = [LayerSums.zeros(site, device) for site in mine]
-        for turn in self.turns:
-            read = [(part.fold, self._read(layer, target, part, consumers)) for part in turn]
-            for given in self.ranks.each(read, owner):
-                for fold, found in given:
-                    for each, rows in zip(sums, found, strict=True):
-                        each.add(rows, fold)
+        sums = [LayerSums.zeros(site, device) for site in layer]
+        for part in parts:
+            read = self._read(layer, target, part, consumers)
+            for each, rows in zip(sums, read, strict=True):
+                each.add(rows, part.fold or 0)
+        counts = gather([each.rows for each in sums])
+        for each, rows in zip(sums, zip(*counts, strict=True), strict=True):
+            all_reduce(*vars(each.moments).values(), *vars(each.residual).values())
+            each.rows = sum(rows)
         return sums
 
-    def _solution(self, site: Site, sums: LayerSums) -> Solution:
+    def _solution(self, site: Site, sums: LayerSums) -> dict[str, object]:
+        """Return the fields of the solution of a site."""
         weight = get_consumer_weight(self.model, site)
         bias = get_consumer_bias(self.model, site)
         kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
-        given = weight, bias, sums.moments
-        features = site.features(kept).to(weight.device)
         affine = self.mode != "linear" and (bias is not None or planned)
-        choices = {"mode": "affine" if affine else "linear", "damp": self.damp}
-        self.ranks.work["solved"] += 1
-        if site.expert is not None and (sums.moments.tokens == 0).any():
-            return solve_where_it_fits(drop, *given, features)
-        return solve_where_it_fits(solve_towards, *given, sums.shortfall, features, **choices)
+        mode = "affine" if affine else "linear"
+        if site.expert is not None:
+            mode = form_of_expert(mode, bias is not None, sums.moments)
+        features, choices = site.features(kept), {"mode": mode, "damp": self.damp}
+        choices |= {"target": sums.residual, "step": (0.0, 1.0)}
+        return vars(solve(weight, bias, sums.moments, features, **choices))
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""
@@ -263,7 +253,7 @@ class Walk:
     ) -> list[Rows]:
         """Return what the consumers of a layer read of a part, and what they fall short by.
 
-        The shortfall is what the dense model has there less what the pruned one has with the dense
+        The residual is what the dense model has there less what the pruned one has with the dense
         weight in this site.
         """
         site, name = layer[0], layer[0].team
@@ -286,22 +276,19 @@ class Walk:
         layer: Sequence[Site],
         target: str,
         consumers: Mapping[str, Forward],
-        new: Mapping[str, Forward],
+        solutions: Mapping[str, Solution],
     ) -> dict[str, float | None]:
-        """Return ``Σ |W x̂ + b + r − new(x̂)|² / Σ |W x̂|²`` over fresh text, or None without any."""
-        errors = {site.name: [0.0, 0.0] for site in layer}
-        for turn in self.fresh:
-            own = []
-            for part in turn:
-                found = self._read(layer, target, part, consumers)
-                for site, rows in zip(layer, found, strict=True):
-                    own.append((site.name, error_on(self.model, site, rows, new[site.name])))
-            for name, values in (pair for given in self.ranks.share(own) for pair in given):
-                for place, value in enumerate(values):
-                    errors[name][place] += value
-        if not self.fresh:
-            return dict.fromkeys(errors)
-        return {name: error / e if e else math.nan for name, (error, e) in errors.items()}
+        """Return the error of each site on fresh text, or None without any."""
+        if not self.certifies:
+            return dict.fromkeys(solutions)
+        errors = {}
+        sums = self._collect(self.fresh, layer, target, consumers)
+        for site, each in zip(layer, sums, strict=True):
+            given = (get(self.model, site) for get in (get_consumer_weight, get_consumer_bias))
+            solution, kept = solutions[site.name], site.features(self.plan.sites[site.name].kept)
+            new = solution.weight, solution.bias
+            errors[site.name] = error_on(*given, kept, new, each.moments, each.residual)
+        return errors
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
@@ -322,8 +309,7 @@ class Walk:
 
     def _target_at(self, site: Site) -> str:
         """Return the target that the arithmetic of the block allows: "stream", else "branch"."""
-        found = self._sum_at(site) if self.ranks.first else None
-        plain, norm, ends = self.ranks.broadcast(found)
+        plain, norm, ends = broadcast(self._sum_at(site) if is_first() else None)
         if norm is not None:
             self.blocks.norms[site.team] = norm
         if ends:
@@ -343,7 +329,7 @@ class Walk:
 
     def _keep(self, layer: Sequence[Site]) -> None:
         """Note that a layer loses nothing and keeps the weights that it has."""
-        certified = 0.0 if self.fresh else None
+        certified = 0.0 if self.certifies else None
         for site in layer:
             weight = get_consumer_weight(self.model, site).double()
             solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
@@ -384,7 +370,7 @@ class Walk:
         """Return the consumer's output, or the stream after the site, on the CPU.
 
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
-        In float32, or float64 as the model is: the difference of two of these is the shortfall.
+        In float32, or float64 as the model is: the difference of two of these is the residual.
         """
         if target == "stream" and site.team in run.sums:
             return _wide(run.sums[site.team]).view_as(hidden)

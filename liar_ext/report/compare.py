@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.benchmarking.stored import Benchmark, Rate
 from liar_ext.errors import InputError
 from liar_ext.report import page, pictures, tables
@@ -16,7 +17,6 @@ from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table
 from liar_ext.untrusted import text
-from liar_ext.whole_file import begins_with, check_place, write_whole
 
 MOST_RUNS = 50
 MOST_DRIFT = 1.1  # of a dense model's speed between measurements

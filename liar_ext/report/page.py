@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
 from liar_ext.errors import InputError
 from liar_ext.report import pictures, tables
@@ -21,7 +22,6 @@ from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report
 from liar_ext.report.tables import quality
 from liar_ext.untrusted import text
-from liar_ext.whole_file import begins_with, check_place, write_whole
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"

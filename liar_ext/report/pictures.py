@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liar_ext.atomic_write import atomic_write, check_place
 from liar_ext.errors import InputError, one_line
 from liar_ext.rows import SiteRow
-from liar_ext.whole_file import check_place, whole_file
 
 # On white, and what the page's style calls it.
 COLOURS = {
@@ -244,7 +244,7 @@ def write(
         for path in paths:
             check_place(path, operation, "--png", _is_png)
         for path, figure in zip(paths, there.values(), strict=True):
-            with whole_file(path) as file:
+            with atomic_write(path) as file:
                 figure.savefig(file, **plain)
     except OSError as error:
         raise InputError(

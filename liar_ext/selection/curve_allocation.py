@@ -12,11 +12,10 @@ from liar_ext.data.batches import Batches, probe_batches, read_batches
 from liar_ext.models.inputs import complete_inputs
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
-from liar_ext.reconstruction.one_pass import reconstruct, with_bias
+from liar_ext.reconstruction.one_pass import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import probe_plan
 from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
-from liar_ext.selection.measured import Measured
-from liar_ext.selection.sensitivity import site_divergences
+from liar_ext.selection.sensitivity import Measured, site_divergences
 
 
 def predict_divergence(losses: Mapping[str, Tensor], plan: Plan) -> float:
@@ -144,7 +143,9 @@ def probe_sites(
     """Return the probes of some sites; parameters as for :func:`measure_sensitivities`."""
     plan = probe_plan(at, scores, budget, model_type=model.config.model_type)
     plan = with_bias(plan, model, mode)
-    weights, _ = reconstruct(model, bank, plan, mode=mode, damp=CURVE_DAMP, progress=progress)
+    settings = {"mode": mode, "damp": CURVE_DAMP, "progress": progress}
+    solved = reconstruct_shared(model, bank, plan, at, **settings)
+    weights = {name: solved[name][0] for name in solved}
     errors = {}
     for team in teams_of(at).values():
         shares = energy_shares(model, bank, team)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
+from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import DECODER_IDS, DECODER_MASK, complete_inputs
 from liar_ext.models.running import device_of, evaluating, output_of
-from liar_ext.ranks import ALONE, Ranks
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
@@ -137,9 +137,7 @@ class Divergence:
     dense : nn.Module
         The dense model; it is run now.
     batches : iterable of mapping
-        Text. Outputs are compared at positions spread over each sequence.
-    ranks : Ranks
-        Processes that share the batches; each has the outputs for its own.
+        Text, which ranks share. Outputs are compared at positions spread over each sequence.
     positions : int, optional
         How many of a sequence; by default some ``MOST_ROWS`` in all.
 
@@ -159,7 +157,6 @@ class Divergence:
         self,
         dense: nn.Module,
         batches: Batches,
-        ranks: Ranks = ALONE,
         positions: int | None = None,
     ) -> None:
         batches = list(read_batches(batches))
@@ -167,9 +164,9 @@ class Divergence:
         if not sequences:
             raise InputError("certify: needs at least one batch, got none; give more text")
         positions = positions or max(1, MOST_ROWS // sequences)
-        self.ranks, self.outputs = ranks, {}
+        self.outputs = {}
         with evaluating(dense):
-            for index in range(ranks.rank, len(batches), ranks.count):
+            for index in range(rank(), len(batches), world_size()):
                 self.outputs[index] = DenseOutputs(dense, batches[index], positions)
 
     @torch.no_grad()
@@ -180,7 +177,7 @@ class Divergence:
         """
         with evaluating(pruned):
             own = {at: (each.divergence(pruned), len(each)) for at, each in self.outputs.items()}
-        found = {at: each for share in self.ranks.share(own) for at, each in share.items()}
+        found = {at: each for share in gather(own) for at, each in share.items()}
         total = sum(found[at][0] for at in sorted(found))
         rows = sum(found[at][1] for at in found)
         return {"divergence": total / rows, "rows": rows}

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from liar_ext.bars import Bar
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.data.batches import FOLDS
+from liar_ext.distributed import gather
 from liar_ext.errors import InputError, solving
 from liar_ext.models.sites import Site, get_consumer_weight
-from liar_ext.ranks import Ranks
 from liar_ext.reconstruction.ladder import factor_with_damp, slices
-from liar_ext.reconstruction.out_of_core import in_file
-from liar_ext.reconstruction.room import where_it_fits
+from liar_ext.reconstruction.low_memory import in_file, oom_fallback
 
 # The curves hardly depend on λ; 1e-2 is where most held-out choices end with some 50,000 tokens.
 CURVE_DAMP = 1e-2
@@ -82,12 +81,12 @@ def error_curves(
     return curves
 
 
-def notes_of(elsewhere: Mapping[str, str], at: Sequence[Site], ranks: Ranks) -> list[str]:
+def notes_of(elsewhere: Mapping[str, str], at: Sequence[Site]) -> list[str]:
     """Return what a report says of curves that found no memory, at any rank.
 
     ``elsewhere`` is what :func:`error_curves` told of this rank's share of the sites ``at``.
     """
-    told = {name: where for each in ranks.share(elsewhere) for name, where in each.items()}
+    told = {name: where for each in gather(elsewhere) for name, where in each.items()}
     notes = []
     for where in sorted(set(told.values())):
         first, *others = (site.name for site in at if told.get(site.name) == where)
@@ -112,7 +111,7 @@ def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple
         curve, instead = _held_out(weight.cpu(), gram.cpu(), order.cpu(), damp)
         return curve.to(weight.device), instead or "on the CPU"
 
-    return where_it_fits(
+    return oom_fallback(
         weight.device, lambda: (both(), ""), lambda: (both(in_file), "in a file"), on_host
     )
 

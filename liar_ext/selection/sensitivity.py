@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from liar_ext.bars import Bar, spare
 from liar_ext.calibration.hooks import replaced, watched
+from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.batches import Batches, read_batches
+from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at
 from liar_ext.models.registry import family_of
@@ -19,13 +21,95 @@ from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
 from liar_ext.selection.divergence import DenseOutputs
-from liar_ext.selection.measured import Measured
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
 POSITIONS = 64
+
+
+class Measured:
+    """Sums of divergences by probe and batch, kept in a checkpoint as they are found.
+
+    Several ranks each measure their own probes. The first one writes, and learns what others have
+    found by :meth:`gather`.
+
+    Parameters
+    ----------
+    saved : Checkpoint, optional
+        Where they are kept.
+    name : str
+        Distinguishes probes, as sites whose sums don't fit at once come in groups.
+
+    Attributes
+    ----------
+    found : dict of tuple of str to list of float
+        By the names of the sites that a probe prunes, and by batch; NaN where it isn't known.
+    rows : list of float
+        The number of rows compared, by batch.
+    """
+
+    def __init__(self, saved: Checkpoint | None = None, name: str = "") -> None:
+        self.saved, self.key = saved, f"sensitivities-{name}"
+        self.found: dict[tuple[str, ...], list[float]] = {}
+        self.rows: list[float] = []
+        known = None if saved is None else saved.get(self.key)
+        if known is not None:
+            tensors, facts = known
+            with reading(saved.path(self.key)):
+                *columns, self.rows = tensors["values"].T.tolist()
+                self.found = dict(zip(map(tuple, facts["probes"]), columns, strict=True))
+
+    def begin(self, batches: int, probes: Sequence[Sequence[str]]) -> None:
+        """Say what is measured; divergences on other batches are measured again."""
+        if len(self.rows) != batches:
+            self.rows, self.found = [math.nan] * batches, {}
+        for names in probes:
+            self.found.setdefault(tuple(names), [math.nan] * batches)
+
+    def has(self, batch: int, names: Sequence[str]) -> bool:
+        """Tell whether a divergence is known."""
+        return not math.isnan(self.found[tuple(names)][batch])
+
+    def has_all(self, batch: int, probes: Sequence[Sequence[str]]) -> bool:
+        """Tell whether all divergences of a batch are known, and its number of rows."""
+        return not math.isnan(self.rows[batch]) and all(self.has(batch, each) for each in probes)
+
+    def put(self, batch: int, names: Sequence[str], value: float) -> None:
+        """Keep a divergence."""
+        self.found[tuple(names)][batch] = value
+        self._keep()
+
+    def gather(self, batch: int) -> None:
+        """Let all ranks know what each has found on a batch."""
+        for theirs in gather({names: values[batch] for names, values in self.found.items()}):
+            for names, value in theirs.items():
+                if not self.has(batch, names):
+                    self.found[names][batch] = value
+        if world_size() > 1:
+            self._keep()
+
+    def totals(self, probes: Sequence[Sequence[str]]) -> list[float]:
+        """Return the sum over batches by probe, added in their order."""
+        totals = [0.0] * len(probes)
+        for batch in range(len(self.rows)):  # not sum(), which rounds otherwise from Python 3.12 on
+            for index, names in enumerate(probes):
+                totals[index] += self.found[tuple(names)][batch]
+        return totals
+
+    def _count(self) -> int:
+        return sum(not math.isnan(value) for values in self.found.values() for value in values)
+
+    def _keep(self) -> None:
+        whole = self._count() == len(self.found) * len(self.rows)
+        if self.saved is None or not (whole or self.saved.due(self.key)):
+            return
+        columns = list(self.found.values())
+        of = f"{len(columns) * len(self.rows)} divergences of {len(columns)} sensitivities"
+        facts = {"probes": list(self.found), "said": f"{self._count()} of {of}"}
+        values = torch.tensor([*columns, self.rows], dtype=torch.float64).T
+        self.saved.put(self.key, {"values": values}, facts)
 
 
 def site_divergences(
@@ -116,9 +200,9 @@ def divergences(
             with recorded(blocks) as given:
                 dense = DenseOutputs(model, batch, POSITIONS)
             measured.rows[number] = len(dense)
-            for names in probes:
+            for index, names in enumerate(probes):
                 bar.update()
-                if measured.has(number, names):
+                if measured.has(number, names) or index % world_size() != rank():
                     continue
                 first = min((places[name] for name in names), default=len(blocks))
                 with ExitStack() as stack:
@@ -126,6 +210,7 @@ def divergences(
                     for name in names:
                         stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
                     measured.put(number, names, dense.divergence(model, finite_only=True))
+            measured.gather(number)
     return mean_divergences(measured.totals(probes), int(sum(measured.rows)), probes)
 
 

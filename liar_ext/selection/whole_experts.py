@@ -36,8 +36,8 @@ from liar_ext.models.sites import (
     teams_of,
 )
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.reconstruction.result import least_held_out, ratio
-from liar_ext.reconstruction.settings import check_settings, damp_ladder
+from liar_ext.reconstruction.ladder import least_held_out
+from liar_ext.reconstruction.ridge import check_settings, damp_ladder, ratio
 from liar_ext.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
 from liar_ext.surgery.units import apply_plan

@@ -1,13 +1,9 @@
-"""The blocks of a model, read from its files one at a time, and the next one ahead.
-
-Of several ranks each reads some of the tensors of a block, and hands them to the others: so the
-weights are read once, by all together.
-"""
+"""The blocks of a model, read from its files one at a time, and the next one ahead."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,7 +14,6 @@ from liar_ext.calibration.collect import check_finite_tensors
 from liar_ext.calibration.fingerprints import fingerprint_of
 from liar_ext.checkpoint.offloading import load_offloaded
 from liar_ext.errors import InputError, one_line
-from liar_ext.ranks import ALONE, Ranks, deal
 
 
 class BlockStore:
@@ -37,8 +32,6 @@ class BlockStore:
         Where the model computes.
     prefetch : bool
         Read the next block while one is in use, which takes memory for two.
-    ranks : Ranks
-        Processes that share the job; all ask for the same blocks in the same order.
 
     Attributes
     ----------
@@ -55,11 +48,10 @@ class BlockStore:
         device: str = "cpu",
         *,
         prefetch: bool = True,
-        ranks: Ranks = ALONE,
     ) -> None:
         found = load_offloaded(name, dtype, device)
         self.model, self.tokenizer = found.model, found.tokenizer
-        self.device, self.prefetch, self.ranks = torch.device(device), prefetch, ranks
+        self.device, self.prefetch = torch.device(device), prefetch
         self._weights, self._paths, self._head = found.weights, found.blocks, found.head
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
         self._next: tuple[int, Future] | None = None
@@ -87,9 +79,9 @@ class BlockStore:
     def block(self, index: int) -> Iterator[nn.Module]:
         """Have the weights of one block in memory for as long as the context is open."""
         path = self._paths[index]
-        self._bring(index)
+        self._install(self._taken(index))
         if self.prefetch and index + 1 < len(self):
-            self._next = index + 1, self._reader.submit(self._read_share, self._paths[index + 1])
+            self._next = index + 1, self._reader.submit(self._read_below, self._paths[index + 1])
         try:
             yield self.model.get_submodule(path)
         finally:
@@ -97,9 +89,9 @@ class BlockStore:
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """Have the output head in memory for as long as the context is open, at this rank."""
+        """Have the output head in memory for as long as the context is open."""
         for path in self._head:
-            self._install(self._read(self._names(path)))
+            self._install(self._read_below(path))
         try:
             yield
         finally:
@@ -131,40 +123,24 @@ class BlockStore:
         self._reader.shutdown(cancel_futures=True)
         self._weights.close()
 
-    def _bring(self, index: int) -> None:
-        """Install a block, of which each rank hands the others what it has read."""
-        for tensors in self.ranks.share(self._taken(index)):
-            self._install(tensors)
-
     def _taken(self, index: int) -> dict[str, Tensor]:
-        """Return this rank's tensors of a block, which may have been read ahead."""
+        """Return the tensors of a block, which may have been read ahead."""
         ahead, self._next = self._next, None
         if ahead is None:
-            return self._read_share(self._paths[index])
+            return self._read_below(self._paths[index])
         tensors = ahead[1].result()
         if ahead[0] == index:
             return tensors
         del tensors, ahead
-        return self._read_share(self._paths[index])
+        return self._read_below(self._paths[index])
 
-    def _names(self, path: str) -> list[str]:
-        """Return the names of the parameters below a path."""
-        return [f"{path}.{name}" for name, _ in self.model.get_submodule(path).named_parameters()]
-
-    def _read_share(self, path: str) -> dict[str, Tensor]:
-        """Read what this rank reads of the parameters below a path: they are dealt by size."""
-        names = self._names(path)
-        sizes = [self.model.get_parameter(name).numel() for name in names]
-        dealt = zip(names, deal(sizes, self.ranks.count), strict=True)
-        return self._read([name for name, rank in dealt if rank == self.ranks.rank])
-
-    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Read parameters."""
+    def _read_below(self, path: str) -> dict[str, Tensor]:
+        """Read the parameters below a path."""
         tensors = {}
-        for name in names:
+        for leaf, _ in self.model.get_submodule(path).named_parameters():
+            name = f"{path}.{leaf}"
             with _naming(name):
                 tensors[name] = self._weights[name]
-            self.ranks.work["read"] += tensors[name].nbytes
         check_finite_tensors(tensors.items())
         return tensors
 

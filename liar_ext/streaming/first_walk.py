@@ -1,19 +1,19 @@
-"""What the first walk of a streamed job finds, block by block, in its checkpoint."""
+"""The first walk of a streamed job in its checkpoint: what each block has given."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from liar_ext.calibration.moments import Moments
+from liar_ext.calibration.saved_sums import SUMS, packed, restored
+from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.data.hidden_states import Held
-from liar_ext.ranks import Owners
-from liar_ext.reconstruction.saved_walk import ALL, SavedStreams
-from liar_ext.saved.progress import Progress
+from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
-
-NAME, PARTS = "calibration", ("gram", "total", "count")
 
 
 class FirstWalk:
@@ -21,7 +21,7 @@ class FirstWalk:
 
     Parameters
     ----------
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where; nowhere if not given.
     passes : StreamedPasses
         The walk.
@@ -33,37 +33,32 @@ class FirstWalk:
 
     def __init__(
         self,
-        saved: Progress | None,
+        saved: Checkpoint | None,
         passes: StreamedPasses,
         probes: ProbeStreams | None,
         dense: Judged,
     ) -> None:
         self.saved, self.passes, self.probes, self.dense = saved, passes, probes, dense
-        self.kept = SavedStreams(saved, NAME, len(passes.blocks), self._placed)
+        self.kept = SavedStreams(saved, SUMS, len(passes.blocks), self._numbers)
 
     def restore(self) -> dict[str, Tensor]:
-        """Take all to where the hidden states are that were kept; return the scores up to there.
-
-        Each rank gets what it owns, whatever ranks there were.
-        """
+        """Take all to where the hidden states are that were kept; return the scores up to there."""
         passes, scores, streams = self.passes, {}, self._streams()
-        owners = passes.owners
         done = self.kept.restore(passes.blocks, streams, passes.states)
         for index in range(done):
-            known = self.saved.need(f"{NAME}-{index}")
-            for each in known.names():
-                what, _, name = each.partition("/")
-                if what == "score":
-                    scores[name] = known.tensor(each)
-                elif what == "curve" and self.probes is not None:
-                    curve = known.tensor_at(each, owners.rank_of(name))
-                    self.probes.curves |= {} if curve is None else {name: curve}
-            if self.probes is not None:
-                errors = known.facts["errors"].items()
-                self.probes.errors |= {name: e for name, e in errors if owners.mine(name)}
-            passes.source["tokens"] = known.facts["tokens"]
+            stored, facts = self.saved.need(f"{SUMS}-{index}")
+            with reading(stored.path):
+                for each in stored:
+                    what, _, name = each.partition("/")
+                    if what == "score":
+                        scores[name] = stored[each]
+                    elif what == "curve" and self.probes is not None:
+                        self.probes.curves[name] = stored[each]
+                if self.probes is not None:
+                    self.probes.errors |= facts["errors"]
+                passes.source["tokens"] = facts["tokens"]
         if passes.keep:
-            passes.kept |= kept_sums(self.saved, range(done), owners)
+            passes.kept |= kept_sums(self.saved, range(done))
         if self.probes is not None:
             own = {name: held for name, held in streams.items() if name not in self._streams()}
             self.probes.streams |= {name.partition(" ")[2]: held for name, held in own.items()}
@@ -75,31 +70,24 @@ class FirstWalk:
         passes, index = self.passes, self.passes.index
         if self.saved is None:
             return
-        ranks, names = self.saved.ranks, [s.name for s in passes.at if s.block == index]
-        mine = [name for name in names if passes.owners.mine(name)]
-        tensors = {f"score/{name}": scores[name] for name in names if ranks.first}
+        names = [site.name for site in passes.at if site.block == index]
+        tensors = {f"score/{name}": scores[name] for name in names}
         errors = {}
         if self.probes is not None:
-            tensors |= {f"curve/{name}": self.probes.curves[name] for name in mine}
-            errors = {name: self.probes.errors[name] for name in mine}
+            tensors |= {f"curve/{name}": self.probes.curves[name] for name in names}
+            errors = {name: self.probes.errors[name] for name in names}
         if passes.keep:
-            for name in mine:
-                sums = passes.bank[name]
-                tensors |= {f"{part}/{name}": getattr(sums, part) for part in PARTS}
-        facts = {"tokens": passes.source["tokens"]}
-        facts["errors"] = {n: error for share in ranks.share(errors) for n, error in share.items()}
-        self.saved.put_shared(f"{NAME}-{index}", tensors, facts)
+            tensors |= packed({name: passes.bank[name] for name in names})
+        facts = {"tokens": passes.source["tokens"], "errors": errors}
+        self.saved.put(f"{SUMS}-{index}", tensors, facts)
         self.kept.keep(index + 1, passes.blocks, self._streams())
 
-    def _placed(self, name: str) -> dict[int, int] | None:
-        """Return which rank has which hidden states of a stream."""
-        what, _, site = name.partition(" ")
+    def _numbers(self, name: str) -> Sequence[int] | None:
+        """Return which hidden states of a stream this rank has."""
         if name == "text":
-            return self.passes.placed
-        if self.probes is None or what not in ("probe", "probed"):
-            return None
-        rank = self.passes.owners.rank_of(site) if what == "probe" else ALL
-        return dict.fromkeys(range(len(self.probes.batches)), rank)
+            return self.passes.numbers
+        probed = self.probes is not None and name.partition(" ")[0] in ("probe", "probed")
+        return self.probes.numbers if probed else None
 
     def _streams(self) -> dict[str, list[Held]]:
         streams = {"text": self.passes.hidden, **self.dense.streams()}
@@ -109,14 +97,12 @@ class FirstWalk:
         return streams
 
 
-def kept_sums(saved: Progress | None, blocks: range, owners: Owners) -> dict[str, Moments]:
-    """Return the moments of some blocks, each site's at the rank that owns it."""
-    found: dict[str, dict[str, Tensor]] = {}
+def kept_sums(saved: Checkpoint | None, blocks: range) -> dict[str, Moments]:
+    """Return the moments of some blocks."""
+    found: dict[str, Moments] = {}
     for index in blocks if saved is not None else ():
-        known = saved.need(f"{NAME}-{index}")
-        for each in known.names():
-            part, _, name = each.partition("/")
-            sums = known.tensor_at(each, owners.rank_of(name)) if part in PARTS else None
-            if sums is not None:
-                found.setdefault(name, {})[part] = sums
-    return {name: Moments(**parts) for name, parts in found.items()}
+        stored, _ = saved.need(f"{SUMS}-{index}")
+        names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
+        with reading(stored.path):
+            found |= restored(stored, names)
+    return found

@@ -16,46 +16,47 @@ from torch import Tensor
 
 from liar_ext.bars import Timeline
 from liar_ext.calibration.memory import bytes_of_sums
+from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params, fixed_inputs
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.shards import SHARD_BYTES, Shards
+from liar_ext.checkpoint_store import RESULT, Checkpoint
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import HiddenStates
+from liar_ext.distributed import gather, is_first, share
 from liar_ext.errors import InputError
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites
-from liar_ext.pipeline.expected import by_blocks
+from liar_ext.pipeline.estimate import (
+    GIB,
+    bars_of,
+    by_blocks,
+    bytes_by_blocks,
+    bytes_of_states,
+    in_gib,
+    room_for_states,
+    tokens_of,
+)
 from liar_ext.pipeline.job import Job
-from liar_ext.pipeline.pipeline import expected
-from liar_ext.pipeline.resuming import begin, decide, note_result
-from liar_ext.pipeline.several import READ, work_of
+from liar_ext.pipeline.pipeline import begin, decide, expected
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.saved_walk import SavedStreams
 from liar_ext.report.report import Report
-from liar_ext.saved.progress import Progress
-from liar_ext.selection.criteria import get_criterion, score
+from liar_ext.selection.criteria import score
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.error_curves import notes_of
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.first_walk import NAME as FIRST
 from liar_ext.streaming.first_walk import FirstWalk
 from liar_ext.streaming.judging import Judged
-from liar_ext.streaming.memory import (
-    GIB,
-    SHARD_PART,
-    Need,
-    need_of,
-    room_for_states,
-    sequence_length,
-)
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
 from liar_ext.streaming.second_walk import SecondWalk
 from liar_ext.streaming.trace import Trace
 
+SHARD_PART = 8  # a shard may take this part of the memory
 DENSE = "judged"  # the streams that the dense model is judged on
 
 
@@ -69,7 +70,7 @@ def prune_folder(
     evaluate_on: Batches | None = None,
     certify_on: Batches | None = None,
     overwrite: bool = False,
-    saved: Progress | None = None,
+    saved: Checkpoint | None = None,
     annotate: Callable[[Report], None] = lambda report: None,
     progress: bool = False,
 ) -> Report:
@@ -81,8 +82,8 @@ def prune_folder(
     Parameters
     ----------
     store : BlockStore
-        The dense model. Of several ranks each has the model, its batches and a part of the sums,
-        and calls this alike; the first one evaluates, and writes the folder.
+        The dense model. Of several ranks each reads it and calls this alike; the first one
+        evaluates, and writes the folder.
     batches : iterable of mapping
         The calibration set.
     folder : path
@@ -95,7 +96,7 @@ def prune_folder(
         As for :func:`liar_ext.prune`.
     overwrite : bool
         As for :func:`liar_ext.save_pruned`.
-    saved : Progress, optional
+    saved : Checkpoint, optional
         Where what is done is kept, and from where the job goes on; see ``checkpoint`` of
         :func:`liar_ext.prune`.
     annotate : callable
@@ -108,12 +109,10 @@ def prune_folder(
     InputError
         If a choice, the data or the budget can't be used, or the memory isn't enough for a block.
     """
-    ranks = store.ranks
-    if ranks.first:
+    if is_first():
         check_folder(folder, overwrite)
-    ranks.work.clear()
     given = store.model, list(read_batches(batches)), recipe, progress
-    job = StreamedJob(*given, store=store, ranks=ranks)
+    job = StreamedJob(*given, store=store)
     job.evaluate_on, job.certify_on, job.saved = evaluate_on, certify_on, saved
     job.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     shown = ExitStack()
@@ -122,11 +121,11 @@ def prune_folder(
         job.make_room(max_memory)
         job.begin(max_memory)
         stages = by_blocks(expected(job), len(store), job.keep_sums)
-        shown.enter_context(Timeline("prune", stages).shown())
+        shown.enter_context(Timeline("prune", bars_of(stages)).shown())
         passes = job.calibrate(store.model)
         plan = decide(job, passes)
         job.judge(passes)
-        if not ranks.first:
+        if not is_first():
             plan = job.write(passes, plan, None)
             return job.report(plan, None, None)
         with writing(folder, overwrite, checked=True) as path:
@@ -134,7 +133,8 @@ def prune_folder(
             plan = job.write(passes, plan, shards)
             report = job.report(plan, *job.perplexities)
             annotate(report)
-            note_result(saved, plan)
+            if saved is not None:
+                saved.put(RESULT, facts={"plan": plan.to_json()})
             with job.fingerprint.answering(job.blocks):
                 fill_folder(
                     store.model,
@@ -160,7 +160,7 @@ class StreamedJob(Job):
     states: HiddenStates = field(default_factory=HiddenStates)
     shard_bytes: int = SHARD_BYTES
     keep_sums: bool | None = None
-    need: Need | None = None
+    need: dict[str, int] = field(default_factory=dict)
     blocks: Blocks | None = None
     evaluate_on: Batches | None = None
     certify_on: Batches | None = None
@@ -171,25 +171,13 @@ class StreamedJob(Job):
 
     def check(self) -> None:
         """Raise InputError for what can't work at all, or not with one block at a time."""
-        recipe, one_pass = self.recipe, self.recipe.schedule == "one-pass"
-        refused = {
-            f"--criterion {recipe.criterion}": get_criterion(recipe.criterion).needs == "gradient",
-            "--rescale": recipe.rescale,
-            f"--keep-hidden {recipe.keep_hidden}": self.narrows,
-            f"--keep-experts {recipe.keep_experts}": recipe.keep_experts != 1.0,
-            "--of latency": recipe.of == "latency",
-            "--certify with --schedule one-pass": self.certify_on is not None and one_pass,
-        }
-        for option, given in refused.items():
-            if given:
-                raise InputError(
-                    f"prune: {option} needs the whole model in memory, and --max-memory says that "
-                    "it isn't; leave one of them out"
-                )
-        if recipe.memory is not None:
+        refused = [self.recipe.spelled(each) for each in self.recipe.without("streamed")]
+        if self.certify_on is not None and self.recipe.schedule == "one-pass":
+            refused.append("--certify with --schedule one-pass")
+        if refused:
             raise InputError(
-                "prune: --memory bounds the sums of a model that is in memory, where --max-memory "
-                "bounds all; leave one of them out"
+                f"prune: {refused[0]} needs the whole model in memory, and --max-memory says that "
+                "it isn't; leave one of them out"
             )
         self._check_walk()
         super().check()
@@ -230,22 +218,26 @@ class StreamedJob(Job):
 
     def make_room(self, limit: int) -> None:
         """Share ``limit`` bytes out; raise InputError if a block and its sums don't fit."""
-        at = self.sites(self.model)
-        reserved = min(SHARD_BYTES, max(limit // SHARD_PART, self.store.block_bytes))
-        need = need_of(self.store, at, self.batches, self.recipe)
-        if need.total + reserved > limit:
-            self.store.prefetch = False  # slower, but memory for one block less
-            reserved = self.store.block_bytes
-            need = need_of(self.store, at, self.batches, self.recipe)
-        left = room_for_states(need, limit, reserved)
+        at, store = self.sites(self.model), self.store
+        self.shard_bytes = min(SHARD_BYTES, max(limit // SHARD_PART, store.block_bytes))
+        self._count_need(at)
+        if sum(self.need.values()) > limit:
+            store.prefetch = False  # slower, but memory for one block less
+            self.shard_bytes = store.block_bytes
+            self._count_need(at)
+        left = room_for_states(self.need, limit)
         sums = sum(bytes_of_sums(site.d_in) for site in at)
         if self.keep_sums is None:
             fits = self.recipe.schedule == "one-pass" and sums <= left // 2
-            self.keep_sums = all(self.ranks.share(fits))
+            self.keep_sums = all(gather(fits))
         self.states.memory = max(0, left - (sums if self.keep_sums else 0))
-        self.shard_bytes = reserved
         self.facts["max_memory"] = limit
-        self.need = need
+
+    def _count_need(self, at: Sequence[Site]) -> None:
+        store = self.store
+        size, given = store.block_bytes * (1 + store.prefetch), (self.batches, self.recipe)
+        self.need = bytes_by_blocks(self.model, at, *given, blocks=size, head=store.head_bytes)
+        self.need["a shard to be written"] = self.shard_bytes
 
     def begin(self, limit: int) -> None:
         """Note in its checkpoint which job this is; sums that were kept there are kept on."""
@@ -286,7 +278,7 @@ class StreamedJob(Job):
         for group in self.clock.each("calibrate", passes):
             with self.clock("score"):
                 # No name is left that holds the block's sums while the next ones are made.
-                scores |= passes.owners.together(
+                scores |= share(
                     group,
                     partial(score, self.model, passes.bank, criterion=recipe.criterion, **chosen),
                 )
@@ -302,8 +294,8 @@ class StreamedJob(Job):
         if probes is None:
             return scores, {}
         with self.clock("allocate"):
-            found = passes.owners.together(passes.at, lambda _: probes.losses(passes.blocks))
-        self.notes += notes_of(probes.elsewhere, passes.at, passes.owners.ranks)
+            found = probes.losses(passes.blocks)
+        self.notes += notes_of(probes.elsewhere, passes.at)
         self.sensitivities = {name: value for name, (_, value) in found.items()}
         return scores, {name: loss for name, (loss, _) in found.items()}
 
@@ -314,7 +306,7 @@ class StreamedJob(Job):
             kept = SavedStreams(self.saved, DENSE, len(passes.blocks))
             kept.restore(passes.blocks, self.dense.streams(), self.states)
         if self.saved is not None and not self.keep_sums:
-            self.saved.drop(FIRST)  # which the plan was made of
+            self.saved.drop(SUMS)  # which the plan was made of
         with self.clock("evaluate"):
             self.perplexities[0] = self.dense.perplexity(passes.blocks)
             self.dense_outputs = self.dense.outputs(passes.blocks)
@@ -325,24 +317,19 @@ class StreamedJob(Job):
         self.batches = list(read_batches(self.batches))
         self.check()
         self.make_room(limit)
-        store, tokens = (
-            self.store,
-            sum(len(batch) * sequence_length(batch) for batch in self.batches),
-        )
-        size = self.model.dtype.itemsize
-        held = tokens * sites(self.model)[0].d_out * size
-        # Layerwise: both streams, the next dense one, two targets in float32, and halfway.
-        streams = 3 + 2 * 4 // size + 1 if self.recipe.schedule == "layerwise" else 1
-        beyond = max(0, held * streams - self.states.memory)
-        again = "" if self.keep_sums or self.recipe.schedule == "layerwise" else ", twice"
+        store, layerwise = self.store, self.recipe.schedule == "layerwise"
+        tokens = sum(map(tokens_of, self.batches))
+        held = bytes_of_states(self.model, sites(self.model), tokens, layerwise=layerwise)
+        beyond, need = max(0, held - self.states.memory), sum(self.need.values())
+        again = "" if self.keep_sums or layerwise else ", twice"
         return [
             f"{type(self.model).__name__}: {count_params(self.model):,} parameters, "
             f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
             f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
             "reading ahead",
-            f"memory: {self.need.total / GIB:.3g} of {limit / GIB:.3g} GiB without hidden states "
-            f"(GiB: {self.need})",
-            f"hidden states: {held * streams / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
+            f"memory: {need / GIB:.3g} of {limit / GIB:.3g} GiB without hidden states "
+            f"(GiB: {in_gib(self.need)})",
+            f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
             f"in {self.states.folder or 'the output folder'}",
             f"weights: read twice and written once; calibration text summed{again}",
         ]
@@ -351,7 +338,7 @@ class StreamedJob(Job):
     def write(self, passes: StreamedPasses, plan: Plan, shards: Shards | None) -> Plan:
         """Solve, slice and write one block after the other; return the plan of the dense model."""
         whole = stock_config.from_dense(self.model, plan)
-        inputs = [self._fixed_input()] if self.ranks.first else []
+        inputs = [self._fixed_input()] if is_first() else []
         self.fingerprint = Trace(self.store, inputs, self.states)
         pruned = self._judged()
         walk = SecondWalk(self, passes, plan, pruned)
@@ -367,13 +354,12 @@ class StreamedJob(Job):
         if certified is not None:
             self.fresh = SimpleNamespace(of=lambda _: certified)  # which the report asks for
         self._describe()
-        self.facts |= work_of(self.ranks, [READ])
         self.model.liar_plan = whole
         return whole
 
     def _judged(self) -> Judged:
         """Return what is to be measured along a walk: of several ranks the first one does."""
-        texts = (self.evaluate_on, self.certify_on) if self.ranks.first else (None, None)
+        texts = (self.evaluate_on, self.certify_on) if is_first() else (None, None)
         return Judged(self.store, self.states, *texts, progress=self.progress)
 
     def _fixed_input(self) -> dict[str, Tensor]:

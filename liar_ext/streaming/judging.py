@@ -6,6 +6,7 @@ import torch
 
 from liar_ext.data.batches import Batch, Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.distributed import alone
 from liar_ext.evaluation import perplexity
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.selection.divergence import Divergence
@@ -66,14 +67,14 @@ class Judged:
         """Return the dense model's outputs, to compare others with, after the last block."""
         if self._fresh is None:
             return None
-        with self._fresh.answering(blocks):
+        with self._fresh.answering(blocks), alone():
             return Divergence(self.model, [batch.inputs for batch in self._fresh.batches])
 
     def divergence(self, blocks: Blocks, dense: Divergence | None) -> dict[str, float] | None:
         """Return how far the model's outputs are from the dense ones, after the last block."""
         if self._fresh is None or dense is None:
             return None
-        with self._fresh.answering(blocks):
+        with self._fresh.answering(blocks), alone():
             return dense.of(self.model)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
 from liar_ext.bars import Bar, spare
-from liar_ext.calibration.collect import check_sums, owners_of
+from liar_ext.calibration.collect import check_sums
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
-from liar_ext.calibration.taps import InFlight, Piece, adding, is_relative, tap_at
+from liar_ext.calibration.taps import InFlight, adding, is_relative, tap_at
 from liar_ext.data.batches import Batches, count_tokens, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.distributed import all_reduce, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites
@@ -52,10 +52,10 @@ class StreamedPasses:
         The block to begin with next; ``hidden``, or the sums in ``kept``, are those of there on.
     summed : list of int
         Numbers of the walks that ran the text.
+    numbers : range
+        Of the batches that this rank takes past the blocks.
     mine : list of Batch
-        Those that this rank takes past the blocks: every so manieth.
-    owners : Owners
-        Who has the moments of which site.
+        These.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class StreamedPasses:
         self.store, self.model, self.states = store, store.model, states
         self.at, self.keep, self.progress = list(at), keep, progress
         self.batches = list(read_batches(batches))
-        self.mine = self.batches[store.ranks.rank :: store.ranks.count]
-        self.owners = owners_of(self.at, store.ranks)
+        self.numbers = range(rank(), len(self.batches), world_size())
+        self.mine = [self.batches[number] for number in self.numbers]
         self.summed: list[int] = []
         self.source = self._source()
         self.bank = MomentBank({}, self.source)
@@ -88,11 +88,6 @@ class StreamedPasses:
 
     def __iter__(self) -> Iterator[list[Site]]:
         return self._walk(known=False)
-
-    @property
-    def placed(self) -> dict[int, int]:
-        """Which rank has which batch."""
-        return {index: index % self.store.ranks.count for index in range(len(self.batches))}
 
     def back(self) -> Iterator[list[Site]]:
         """Return the groups once more, from the sums where they were kept."""
@@ -119,8 +114,7 @@ class StreamedPasses:
                     self._check_chain(index)
                     self.bank = MomentBank({}, self.source)  # memory of the last one is free now
                     if known:
-                        mine = (site for site in group if self.owners.mine(site.name))
-                        self.bank.moments = {site.name: self.kept.pop(site.name) for site in mine}
+                        self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
                     else:
                         self.bank.moments = self._sums(index, group)
                     if self.keep and not known:
@@ -130,9 +124,7 @@ class StreamedPasses:
 
     def _enter(self) -> list[Held]:
         """Return the hidden states of this rank's batches before the first block."""
-        device, work = self.store.device, self.store.ranks.work
-        work["sequences"] += sum(map(len, self.mine))
-        work["tokens"] += sum(map(count_tokens, self.mine))
+        device = self.store.device
         entered = (self.blocks.enter(0, batch.to(device).inputs)[0][0] for batch in self.mine)
         return [self.states.hold(hidden) for hidden in entered]
 
@@ -153,42 +145,26 @@ class StreamedPasses:
             )
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
-        """Take all sequences past a block, and return the moments of its sites.
-
-        Of several ranks each runs its own. What a site reads goes to its owner, which adds it in
-        the order of batches.
-        """
-        device, ranks, current = self.store.device, self.store.ranks, InFlight()
-        moments = {
-            site.name: Moments.zeros(site.d_in, device=device)
-            for site in group
-            if self.owners.mine(site.name)
-        }
-        read: dict[str, list[Piece]] = {}
+        """Take all sequences past a block, and return the moments of its sites."""
+        device, current = self.store.device, InFlight()
+        moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
         with ExitStack() as stack:
             for site in group:
-                hand = iter if ranks.count == 1 else partial(_note, read, site.name)
-                given = tap_at(self.model, site), moments.get(site.name), current
+                given = tap_at(self.model, site), moments[site.name], current
                 consumer = self.model.get_submodule(site.consumer)
-                stack.enter_context(watched(consumer, adding(*given, math.inf, hand)))
-            for turn in range(-(-len(self.batches) // ranks.count)):
-                if turn < len(self.mine):
-                    batch, held = self.mine[turn].to(device), self.hidden[turn]
-                    current.set(batch)
-                    run = self.blocks.run(index, batch.inputs, held.get().to(device))
-                    held.set(run.output)
-                for site in group if ranks.count > 1 else ():
-                    every = ranks.each(read.pop(site.name, []), self.owners.rank_of(site.name))
-                    for fold, tokens, weight in (piece for pieces in every for piece in pieces):
-                        moments[site.name].update(tokens, fold, weight)
+                stack.enter_context(watched(consumer, adding(*given, math.inf)))
+            for batch, held in zip(self.mine, self.hidden, strict=True):
+                batch = batch.to(device)
+                current.set(batch)
+                held.set(self.blocks.run(index, batch.inputs, held.get().to(device)).output)
+        for sums in moments.values():
+            all_reduce(*vars(sums).values())
         check_sums(MomentBank(moments), self.source["sequences"])
         if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
-            first = moments.get(group[0].name)
-            tokens = None if first is None else int(first.tokens.sum())
+            tokens = int(moments[group[0].name].tokens.sum())
             if is_relative(group[0]):
                 tokens = sum(map(count_tokens, self.batches))
-            tokens = ranks.broadcast(tokens, self.owners.rank_of(group[0].name))
             self.source["tokens"] = self.source["tokens"] or tokens
         return moments
 
@@ -202,9 +178,3 @@ class StreamedPasses:
             "sequences": sum(map(len, self.batches)),
             "tokens": 0,
         }
-
-
-def _note(read: dict[str, list[Piece]], name: str, pieces: list[Piece]) -> tuple[Piece, ...]:
-    """Keep what a site reads until all ranks have run; nothing is added before."""
-    read[name] = pieces
-    return ()

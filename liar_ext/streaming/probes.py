@@ -10,6 +10,7 @@ from torch import Tensor
 
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.distributed import gather, rank, share, world_size
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget
@@ -28,7 +29,7 @@ class ProbeStreams:
 
     A probe begins at the block whose site it prunes, on the dense model's hidden states, and passes
     the later blocks as they are; so the weights are read once for all probes. What a probe has at a
-    time are the hidden states of the few probe sequences.
+    time are the hidden states of the few probe sequences, of which ranks take a batch each in turn.
 
     Parameters
     ----------
@@ -50,7 +51,9 @@ class ProbeStreams:
     ) -> None:
         self.store, self.model, self.states = store, store.model, states
         self.budget, self.mode = budget, mode
-        self.batches = list(read_batches(probes_of(store.model, batches)))
+        every = list(read_batches(probes_of(store.model, batches)))
+        self.numbers = range(rank(), len(every), world_size())
+        self.batches = [every[number] for number in self.numbers]
         self.errors: dict[str, float] = {}  # of each probe
         self.curves: dict[str, Tensor] = {}  # of each site
         self.elsewhere: dict[str, str] = {}  # curves that found no memory
@@ -60,27 +63,22 @@ class ProbeStreams:
     def step(
         self, passes: StreamedPasses, group: Sequence[Site], scores: Mapping[str, Tensor]
     ) -> None:
-        """Take all probes past the block at hand, and begin those of its sites.
-
-        Of several ranks each has those of the sites that it owns.
-        """
+        """Take all probes past the block at hand, and begin those of its sites."""
         blocks, index = passes.blocks, passes.index
         self.dense.begin(blocks)
         for streams in self.streams.values():
             self._advance(blocks, index, streams, streams)
-        mine = [site for site in group if passes.owners.mine(site.name)]
-        if mine:
-            self._begin(passes, mine, scores)
+        if group:
+            self._begin(passes, group, scores)
         self.dense.advance(blocks, index)
 
     def _begin(
         self, passes: StreamedPasses, group: Sequence[Site], scores: Mapping[str, Tensor]
     ) -> None:
         """Begin the probes of sites of the block at hand."""
-        given = self.model, passes.bank, group
-        curves = error_curves(*given, scores, elsewhere=self.elsewhere)
-        here = probe_sites(*given, scores, curves, self.budget, mode=self.mode)
-        self.store.ranks.work["probes"] += len(group)
+        given, told = (self.model, passes.bank), {"elsewhere": self.elsewhere}
+        curves = share(group, lambda mine: error_curves(*given, mine, scores, **told))
+        here = probe_sites(*given, group, scores, curves, self.budget, mode=self.mode)
         for site in group:
             if here.plan.sites[site.name].removed:
                 with pruned_site(self.model, site, here.plan, here.weights[site.name]):
@@ -90,7 +88,7 @@ class ProbeStreams:
         self.curves |= curves
 
     def losses(self, blocks: Blocks) -> dict[str, tuple[Tensor, float]]:
-        """Return loss and sensitivity of each site at this rank, after the last block."""
+        """Return loss and sensitivity of each site, after the last block."""
         total, rows = dict.fromkeys(self.streams, 0.0), 0
         with torch.no_grad(), evaluating(self.model), blocks.opened(), self.store.head():
             for number, batch in enumerate(self.batches):
@@ -101,7 +99,9 @@ class ProbeStreams:
                 for name, streams in self.streams.items():
                     with blocks.answering({last: partial(self._at, streams, number)}):
                         total[name] += dense.divergence(self.model, finite_only=True)
-        values = mean_divergences(list(total.values()), rows, [(name,) for name in total])
+        totals, rows = zip(*gather((list(total.values()), rows)), strict=True)
+        summed = [sum(of_ranks) for of_ranks in zip(*totals, strict=True)]
+        values = mean_divergences(summed, sum(rows), [(name,) for name in total])
         measured = dict(zip(total, values, strict=True))
         found = sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)
         return {name: (found[name] * curve, found[name]) for name, curve in self.curves.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from liar_ext.bars import Bar, spare
@@ -13,14 +13,8 @@ from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.one_pass import reconstruct_shared
-from liar_ext.reconstruction.saved_walk import (
-    SavedStreams,
-    Weights,
-    keep_block,
-    kept_block,
-    placed_by_number,
-)
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.saved_walk import SavedStreams, Weights, keep_block, kept_block
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
 from liar_ext.streaming.first_walk import kept_sums
 from liar_ext.streaming.judging import Judged
@@ -68,8 +62,8 @@ class SecondWalk:
         self.every = sites(job.model, attn_unit=plan.attn_unit)
         self.blocks = Blocks(job.model, self.every) if self.layerwise else passes.blocks
         self.rows: dict[str, SiteRow] = {}
-        self.placed: dict[int, int] = passes.placed  # of the calibration text, by rank
-        self.kept = SavedStreams(job.saved, "pruning", len(job.store), self._placed)
+        self.numbers: Sequence[int] = passes.numbers  # of this rank's calibration text
+        self.kept = SavedStreams(job.saved, "pruning", len(job.store), self._numbers)
 
     def run(self, shards: Shards | None) -> None:
         """Walk over all blocks; of several ranks the first one alone has shards to write."""
@@ -101,12 +95,10 @@ class SecondWalk:
         yield from self._again(passes.first)
         if passes.keep and not passes.kept:  # the plan was known
             blocks = range(passes.first, len(self.blocks))
-            passes.kept = kept_sums(job.saved, blocks, passes.owners)
+            passes.kept = kept_sums(job.saved, blocks)
         for group in job.clock.each("calibrate", passes.back()):
             with job.clock("reconstruct"):
-                found = reconstruct_shared(
-                    job.model, passes.bank, self.plan, group, passes.owners, **settings
-                )
+                found = reconstruct_shared(job.model, passes.bank, self.plan, group, **settings)
                 self.rows |= {name: row for name, (_, row) in found.items()}
             weights = {name: given for name, (given, _) in found.items()}
             yield passes.index, weights, lambda: streams
@@ -119,11 +111,10 @@ class SecondWalk:
         settings = recipe.reconstruct, recipe.damp
         planned = [site.block for site in self.every if site.name in self.plan.sites]
         with evaluating(job.model), self.blocks.opened():
-            shared = {"states": job.states, "ranks": job.ranks}
-            walk = Walk(job.model, self.blocks, self.plan, *settings, **shared)
+            walk = LayerwiseSolver(job.model, self.blocks, self.plan, *settings, job.states)
             with job.clock("reconstruct"):
                 walk.start(job.batches, job.certify_on or ())
-            self.placed = placed_by_number(job.ranks, walk.parts)
+            self.numbers = walk.numbers
             done = self._restore(walk.streams())
             yield from self._again(done)
             spare("layerwise", done)
@@ -150,10 +141,9 @@ class SecondWalk:
         """Take all that walks along to where it was kept; return how many blocks that is past."""
         return self.kept.restore(self.blocks, streams | self._along(), self.job.states)
 
-    def _placed(self, name: str) -> dict[int, int] | None:
-        """Return which rank has which hidden states of a stream; the first one what it judges."""
-        along = ("fingerprint", "held out", "fresh")
-        return None if name in along else self.placed
+    def _numbers(self, name: str) -> Sequence[int] | None:
+        """Return which hidden states of a stream this rank has; the first one has all it judges."""
+        return None if name in ("fingerprint", "held out", "fresh") else self.numbers
 
     def _along(self) -> Streams:
         """Return the hidden states that walk along and take no part in a solve."""

@@ -15,10 +15,11 @@ from tiny import CAUSAL, TINY, tiny
 from liar_ext import InputError
 from liar_ext.benchmarking import job, memory
 from liar_ext.benchmarking.job import benchmark
-from liar_ext.benchmarking.memory import peak_memory, resident
+from liar_ext.benchmarking.memory import peak_memory
 from liar_ext.benchmarking.stored import Quartiles, bench_file, read_bench
 from liar_ext.benchmarking.timing import Settings, check_models, measure, run_once, use_threads
 from liar_ext.cli import main
+from liar_ext.environment import process_memory
 
 SHORT = Settings(rounds=2, prompt_length=6, new_tokens=4, batches=(1, 3))
 
@@ -120,6 +121,7 @@ def test_models_that_do_different_things_are_refused():
     check_models({"pruned": tiny("vit")}, Settings(prompt_length=4096))
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
     """Whatever this process held before: its own peak is no start for the other's.
 
@@ -130,7 +132,7 @@ def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     block = torch.ones(100_000_000)  # 400 MB, and freed
     del block
-    here = resident()
+    here = process_memory(peak=True)
     peaks = peak_memory(str(llama_folder), SHORT)
     assert list(peaks) == ["load", "1", "3"]
     assert 50 << 20 < peaks["load"] <= peaks["1"] <= peaks["3"]

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from tiny import VOCAB, tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
+from liar_ext.atomic_write import atomic_write
 from liar_ext.calibration import bank_file
-from liar_ext.whole_file import whole_file
 
 
 def batches(seed: int = 0, ragged: bool = True) -> list[dict[str, torch.Tensor]]:
@@ -219,8 +219,7 @@ SOURCES = [
     {"sites": {"0.mlp": {}}},
     {"sites": []},
     {"calibrations": [{"texts": []}]},
-    {"calibrations": [DRAWN | {"random_tokens": 1.0}]},
-    {"calibrations": [DRAWN | {"random": 0.5}]},
+    {"calibrations": [DRAWN | {"packed": 1}]},
     {"sensitivities": [{"key": "k", "sites": {"0.mlp": float("nan")}}]},
     {"sensitivities": [{"key": "k", "sites": {"0.mlp": -1.0}}]},
     {"sensitivities": {}},
@@ -261,15 +260,6 @@ def test_text_that_contradicts_itself_is_refused(model, name, value, tmp_path):
         MomentBank.load(path)
 
 
-def test_how_sequences_were_drawn_may_lack_random_tokens(model, tmp_path):
-    """Banks of before don't say: they have none."""
-    for more in ({}, {"random_tokens": 0.25}):
-        bank = calibrate(model, batches())
-        bank.source["calibrations"] = [DRAWN | more]
-        bank.save(tmp_path / "bank")
-        assert MomentBank.load(tmp_path / "bank").source["calibrations"] == [DRAWN | more]
-
-
 def test_a_file_that_memory_cannot_hold_is_not_read(model, tmp_path, monkeypatch):
     path = tmp_path / "bank"
     calibrate(model, batches()).save(path)
@@ -291,13 +281,13 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write(b"new")
         raise KeyboardInterrupt
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
-        with whole_file(path) as other:  # which leaves the first one's file alone
+        with atomic_write(path) as other:  # which leaves the first one's file alone
             other.write(b"newer")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
@@ -312,21 +302,21 @@ def umask() -> int:
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "file"
     code = (
-        "import sys, time; from liar_ext.whole_file import whole_file\n"
-        "with whole_file(sys.argv[1]) as file:\n    file.write(b'half'); file.flush()\n"
+        "import sys, time; from liar_ext.atomic_write import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n    file.write(b'half'); file.flush()\n"
         "    print('written', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "written\n"
-    with whole_file(path) as file:  # while the other one lives
+    with atomic_write(path) as file:  # while the other one lives
         file.write(b"mine")
     assert len(list(tmp_path.iterdir())) == 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     for _ in range(100):  # its lock goes with it
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write(b"again")
         if len(list(tmp_path.iterdir())) == 1:
             break

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from covers import cover
 from tiny import tiny, tiny_inputs
 from torch import Tensor
 from torch.nn import functional
@@ -253,9 +254,12 @@ def test_every_dtype(dtype: torch.dtype):
             assert (one - other).norm() <= tolerance * one.norm()
 
 
-@pytest.mark.parametrize("name", ["snip", "taylor", "fisher"])
-@pytest.mark.parametrize("allocation", ["uniform", "global", "curve"])
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@cover(
+    1,
+    name=["snip", "taylor", "fisher"],
+    allocation=["uniform", "global", "curve"],
+    family=["llama", "bert"],
+)
 def test_the_whole_job(family: str, allocation: str, name: str):
     model = tiny(family)
     batches = [labelled(model, tiny_inputs(model, batch=8, seed=seed)) for seed in range(3)]

@@ -1,12 +1,13 @@
-"""The memory that sums may take is half of what there is, whoever limits it."""
+"""The memory that there is, whoever limits it: sums may take half of it."""
 
 from __future__ import annotations
 
 import pytest
 from tiny import tiny
 
+from liar_ext import environment
 from liar_ext.calibration import passes
-from liar_ext.calibration.memory import available_memory
+from liar_ext.environment import available_memory, process_memory
 
 
 @pytest.fixture
@@ -69,5 +70,17 @@ def test_this_machine_has_some():
 def test_sums_take_half_of_what_is_free(monkeypatch, free, room):
     monkeypatch.setattr(passes, "available_memory", lambda: free)
     model = tiny("llama")
-    assert passes.room_for_sums(model, None, 1000) == room
+    monkeypatch.setattr(passes, "MEMORY", 1000)
+    assert passes.room_for_sums(model) == room
     assert passes.room_for_sums(model, 70) == 70
+
+
+@pytest.mark.parametrize("folder", ["proc", "missing"])
+def test_a_process_knows_its_memory_and_its_peak(folder, machine, tmp_path, monkeypatch):
+    machine({"proc/self/status": "Name: python\nVmHWM:\t 300 kB\nVmRSS:\t 200 kB\n"})
+    monkeypatch.setattr(environment, "PROC", tmp_path / folder)
+    now, peak = process_memory(), process_memory(peak=True)
+    if folder == "proc":
+        assert (now, peak) == (200 << 10, 300 << 10)
+    else:
+        assert 0 < now <= peak

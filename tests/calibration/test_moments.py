@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, Moments, calibrate
+from liar_ext.atomic_write import write_tensors
 from liar_ext.calibration.moments import Squares, centre
-from liar_ext.saved.tensor_file import Entry, write_tensors
 
 
 def filled(tokens: int = 40, d_in: int = 7, seed: int = 0) -> tuple[Moments, list]:
@@ -122,8 +122,7 @@ def tensors(d: int = 3) -> dict[str, torch.Tensor]:
 
 
 def write(path, sums, **metadata) -> None:
-    entries = [Entry.of(name, value) for name, value in sums.items()]
-    write_tensors(path, entries, {"liar_bank": "2", "source": "{}", **metadata})
+    write_tensors(path, sums, {"liar_bank": "2", "source": "{}", **metadata})
 
 
 def test_banks_without_fingerprints_are_read(tmp_path):

@@ -15,9 +15,8 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, MomentBank, calibrate, sites
 from liar_ext.calibration import collect
-from liar_ext.calibration.bank_file import read_bank
-from liar_ext.calibration.saved_sums import SUFFIX, SUMS, SavedSums
-from liar_ext.saved.progress import Progress
+from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.checkpoint_store import Checkpoint, facts_of
 
 SEEDS = 30
 
@@ -43,8 +42,7 @@ def same(a: MomentBank, b: MomentBank) -> bool:
 
 def saved_batches(folder) -> int:
     """Return over how many batches the sums in a checkpoint are; 0 where there are none."""
-    path = folder / f"{SUMS}{SUFFIX}"
-    return read_bank(path, sums=False).source.get("progress", 0) if path.exists() else 0
+    return (facts_of(folder, SUMS) or {"batches": 0})["batches"]
 
 
 def stopping(data: list, after: int):
@@ -58,7 +56,7 @@ def stopping(data: list, after: int):
 )
 def test_what_was_stopped_goes_on(family, after, tmp_path, monkeypatch):
     model = tiny(family)
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))  # saves each batch
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))  # saves each batch
     data = batches()
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, stopping(data, after), checkpoint=tmp_path / "c")
@@ -111,17 +109,42 @@ def test_sums_of_something_else_are_refused(model, tmp_path):
     assert same(calibrate(model, data, checkpoint=folder), calibrate(model, data))
     more = batches(10)  # text that goes on where the other ends
     assert same(calibrate(model, more, checkpoint=folder), calibrate(model, more))
-    torn = (folder / "calibration.bank").read_bytes()[:-7]
-    (folder / "calibration.bank").write_bytes(torn)
+    path = folder / f"{SUMS}.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(InputError, match="damaged"):
+        calibrate(model, data, checkpoint=folder)
+    (folder / "calibration.bank").write_bytes(b"")  # the sums of an older version
+    with pytest.raises(InputError, match="of another version of liar_ext; remove it"):
         calibrate(model, data, checkpoint=folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batches", "many"),
+        ("source", {"tokens": "many"}),
+        ("source", None),
+        ("total/0.attn", torch.zeros(2, 3, dtype=torch.float64)),
+        ("gram/0.attn", torch.zeros(1, dtype=torch.float64)),
+        ("count/0.attn", torch.zeros(2, dtype=torch.float64)),
+    ],
+)
+def test_sums_that_a_stranger_has_written_are_refused(name, value, model, tmp_path):
+    calibrate(model, batches(2), checkpoint=tmp_path)
+    with Checkpoint(tmp_path) as saved:
+        tensors, facts = saved.need(SUMS)
+        known = dict(tensors) | facts | {name: value}
+        tensors = {name: each for name, each in known.items() if isinstance(each, torch.Tensor)}
+        saved.put(SUMS, tensors, {n: each for n, each in known.items() if n not in tensors})
+    with pytest.raises(InputError, match="calibration.safetensors is damaged"):
+        calibrate(model, batches(2), checkpoint=tmp_path)
+
+
 def test_one_process_at_a_time(model, tmp_path):
-    held = Progress(tmp_path / "c")
+    held = Checkpoint(tmp_path / "c")
     with pytest.raises(InputError, match="another process works in"):
         calibrate(model, batches(), checkpoint=tmp_path / "c")
-    held.close()
+    held.__exit__()
     calibrate(model, batches(), checkpoint=tmp_path / "c")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write into"):
@@ -132,17 +155,17 @@ def test_saving_takes_a_twentieth_of_the_time(tmp_path):
     """With a clock by which a save takes 3 seconds and a batch 10."""
     now = [0.0]
 
-    def facts() -> dict:
-        now[0] += 3.0  # what writing takes
-        return {}
+    class Slow:
+        dtype, shape = torch.float64, (1,)
 
-    progress, saved = SavedSums(Progress(tmp_path, lambda: now[0])), []
+        def get(self) -> torch.Tensor:
+            now[0] += 3.0
+            return torch.zeros(1, dtype=torch.float64)
+
+    checkpoint, saved = Checkpoint(tmp_path, lambda: now[0]), []
     for batch in range(1, 41):
         now[0] += 10.0
-        before = now[0]
-        progress.save(batch, dict, facts)
-        saved += [batch] * (now[0] > before)
+        if checkpoint.due("sums"):
+            checkpoint.put("sums", {"sum": Slow()})
+            saved.append(batch)
     assert saved == [1, 7, 13, 19, 25, 31, 37]
-    progress.save(40, dict, facts, now=True)
-    progress.save(40, dict, facts, now=True)  # which are there already
-    assert now[0] == 400.0 + 3.0 * 8

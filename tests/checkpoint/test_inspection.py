@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -30,10 +31,8 @@ def dense(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    return tmp_path / "pruned"
+def folder(saved, tmp_path: Path) -> Path:
+    return shutil.copytree(saved()[2], tmp_path / "pruned")
 
 
 def change(path: Path, **fields) -> None:

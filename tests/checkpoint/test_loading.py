@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from covers import cover
 from folders import equal_plan, make_plan, pruned, read, tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
@@ -27,8 +28,7 @@ EQUAL_ATTENTION = set(GROUPED) | {"vit", "dinov2", "dinov2_swiglu"}
 EQUAL_MLP = set(TINY) - {"dinov2", "dinov2_swiglu"}
 
 
-@pytest.mark.parametrize("kinds", [("attn",), ("mlp",), ("attn", "mlp")])
-@pytest.mark.parametrize("name", TINY)
+@cover(1, kinds=[("attn",), ("mlp",), ("attn", "mlp")], name=TINY)
 def test_equal_layers_load_in_plain_transformers(name: str, kinds, tmp_path: Path) -> None:
     model, plan = pruned(name, equal_plan, kinds=kinds)
     folder = tmp_path / "pruned"
@@ -127,8 +127,7 @@ def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded), outputs(model))
 
 
-@pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
-@pytest.mark.parametrize("name", TINY)
+@cover(1, kinds=[("attn",), ("mlp",)], name=TINY)
 def test_biases_that_the_plan_adds(name: str, kinds, tmp_path: Path) -> None:
     """Equal where the config has a flag for them; in any case they come back."""
     model, plan = pruned(name, equal_plan, kinds=kinds, bias=True)
@@ -212,8 +211,7 @@ def test_a_loaded_model_can_be_saved_again(plan_of, tmp_path: Path) -> None:
     assert read(tmp_path / "one") == read(tmp_path / "two")
 
 
-@pytest.mark.parametrize("plan_of", [equal_plan, make_plan])
-@pytest.mark.parametrize("name", ["llama", "bert", "mpnet", "vit", "gemma3"])
+@cover(1, plan_of=[equal_plan, make_plan], name=["llama", "bert", "mpnet", "vit", "gemma3"])
 def test_verify_proves_and_disproves(name: str, plan_of, tmp_path: Path) -> None:
     model, plan = pruned(name, plan_of)
     folder = tmp_path / "pruned"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from covers import cover
 from folders import change, equal_plan, make_plan, pruned, read
 from tiny import TINY, batches, outputs, tiny, tiny_inputs
 
@@ -40,6 +41,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.exhaustive
 def test_a_process_without_liar_ext_loads_and_saves_unequal_layers(tmp_path: Path) -> None:
     """Of every family, with and without new biases: one process, as its imports take seconds."""
     for name, bias in itertools.product(TINY, (False, True)):
@@ -68,8 +70,11 @@ def saved_by(model, folder: Path):
     return type(model).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("choices", [{}, {"uniform_layers": True}, {"keep_hidden": 0.8}])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "bert", "mpnet", "opt"])
+@cover(
+    1,
+    choices=[{}, {"uniform_layers": True}, {"keep_hidden": 0.8}],
+    name=["llama", "qwen2", "bert", "mpnet", "opt"],
+)
 def test_a_model_in_memory_is_saved_by_transformers(name, choices, tmp_path: Path) -> None:
     if name == "opt" and "keep_hidden" in choices:
         pytest.skip("the hidden size of this family isn't pruned")

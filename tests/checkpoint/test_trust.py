@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,10 @@ def evil(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def save(tmp_path: Path):
+def save(saved, tmp_path: Path):
     def make(plan_of) -> tuple[Path, torch.nn.Module]:
-        model, plan = pruned("llama", plan_of)
-        save_pruned(model, tmp_path / "pruned", plan)
-        return tmp_path / "pruned", model
+        model, _, folder = saved("llama", plan_of)
+        return shutil.copytree(folder, tmp_path / "pruned"), model
 
     return make
 

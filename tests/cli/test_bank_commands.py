@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny
 
-from liar_ext import MomentBank, Recipe, cli
+from liar_ext import InputError, MomentBank, Recipe, cli
 from liar_ext.calibration import collect
 from liar_ext.checkpoint import loading
+from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import resume
 from liar_ext.cli.with_bank import recipe_of_bank
-from liar_ext.saved.progress import Progress
 
 TEXT = ("--samples", 8, "--seq-len", 32, "--self-text", 0, "--random-tokens", 0)
 
@@ -75,6 +75,14 @@ def test_a_bank_of_before_has_no_random_tokens(banks):
     del source["calibrations"][0]["random_tokens"]
     found = recipe_of_bank(Recipe(), source, Namespace(command="prune"))
     assert (found.samples, found.random_tokens) == (8, 0.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("random_tokens", 1.0), ("samples", "8")])
+def test_a_draw_that_no_recipe_has_is_refused(banks, name, value):
+    source = MomentBank.load(banks[0]).source
+    source["calibrations"][0][name] = value
+    with pytest.raises(InputError, match=f"{name} must be"):
+        recipe_of_bank(Recipe(), source, Namespace(command="prune"))
 
 
 def test_prune_by_a_bank_gives_what_prune_gives(banks, llama_folder, corpus, tmp_path, monkeypatch):
@@ -219,9 +227,9 @@ def test_what_contradicts_a_bank_is_refused(
         (("--samples", 4), "--samples is of the calibration, which the bank holds"),
         (("--seq-len", 16), "--seq-len is of the calibration"),
         (("--calibration", texts[0]), "--calibration is of the calibration"),
-        (("--certify", 4), "--certify draws calibration text"),
+        (("--certify", 4), "--certify 4 does not work with a bank"),
         (("--dry-run",), "--dry-run tells what a calibration would take"),
-        (("--keep-hidden", 0.5), "whole hidden size"),
+        (("--keep-hidden", 0.5), "--keep-hidden 0.5 does not work with a bank"),
         (("--dtype", "float64"), "in float32, got float64"),
         (("--eval", texts[0]), "40 of 40 documents are in the calibration text"),
     ):
@@ -264,7 +272,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
     banks, llama_folder, texts, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     start = ("calibrate", llama_folder, "--calibration", texts[0], *TEXT, "--batch-size", 1)
     start += ("--checkpoint", "c", "--bank", "bank")
     assert run(*start[:-4], "--bank", "whole", "--quiet") == 0
@@ -280,7 +288,7 @@ def test_a_calibration_that_was_stopped_is_resumed(
         patch.setattr(collect.InFlight, "set", stop)
         assert run(*start) == 130
     assert sorted(path.name for path in (tmp_path / "c").iterdir() if path.name != ".lock") == [
-        *("calibration.bank", "job.json"),
+        *("calibration.safetensors", "job.safetensors"),
     ]
     assert "of a job with samples 8, got 6" in refused(capsys, *start, "--samples", 6)
     assert "of a job with no_text False, got True" in refused(capsys, *start, "--no-text")
@@ -313,24 +321,34 @@ def test_a_bank_that_was_written_already_ends_its_job(llama_folder, texts, tmp_p
     assert (tmp_path / "bank").stat().st_mtime_ns == before and not checkpoint.exists()
 
 
+OWN = {"bank": "b", "no_text": False, "sensitivities": False}
+
+
 @pytest.mark.parametrize(
     "job",
     [
-        *("", "[]", "{}", "[" * 10000, '{"version": 1}'),
-        '{"version": 2, "command": "merge", "folder": "/", "options": {}}',
-        '{"version": 2, "command": "calibrate", "folder": "/", "options": {"bank": 3}}',
-        '{"version": 2, "command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": '
-        '{"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
-        '{"version": 2, "command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, '
-        '"options": {"bank": "b", "no_text": false, "sensitivities": false, "overwrite": false}}',
+        *({}, {"version": 1}),
+        {"command": "merge", "folder": "/", "options": {}},
+        {"command": "calibrate", "folder": "/", "options": {"bank": 3}},
+        {"command": "calibrate", "folder": "/", "options": OWN},
+        {"command": "calibrate", "folder": "/", "recipe": 3, "options": OWN},
+        {"command": "calibrate", "folder": "/", "recipe": {"x": 1}, "options": OWN},
+        {"command": "calibrate", "folder": "/none", "recipe": {"model": "m"}, "options": OWN},
     ],
-    ids=range(9),
+    ids=range(8),
 )
 def test_what_is_no_job_is_not_resumed(job, tmp_path, capsys):
-    (tmp_path / "job.json").write_text(job)
+    with Checkpoint(tmp_path) as saved:
+        saved.put("job", facts={"version": VERSION} | job)
     said = refused(capsys, "resume", tmp_path)
     assert "is no job of this version" in said or "can't go to" in said
-    assert "has no job.json" in refused(capsys, "resume", tmp_path / "none")
+    assert "has no job.safetensors" in refused(capsys, "resume", tmp_path / "none")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 10000], ids=range(3))
+def test_a_job_that_is_no_file_of_a_checkpoint_is_not_resumed(content, tmp_path, capsys):
+    (tmp_path / "job.safetensors").write_bytes(content)
+    assert "is no job of this version" in refused(capsys, "resume", tmp_path)
 
 
 def test_a_checkpoint_takes_no_folder_of_others(llama_folder, texts, tmp_path, capsys):

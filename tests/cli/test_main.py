@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from threading import Event, Thread
 from time import sleep
 
 import pytest
@@ -20,7 +19,6 @@ from liar_ext import InputError, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
 from liar_ext.cli.messages import error_lines
-from liar_ext.cli.several import say
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
@@ -81,7 +79,7 @@ def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path
     options += ["--criterion", "obs", "--allocation", "curve"]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     report = json.loads((out / "liar/report.json").read_text())
-    assert report["settings"]["criterion"] == "obs"
+    assert report["recipe"]["criterion"] == "obs"
     assert report["settings"]["predicted_divergence"] > 0
     assert all(site["sensitivity"] > 0 for site in report["sites"])
     assert report["seconds"]["allocate"] > 0
@@ -538,7 +536,7 @@ def test_damaged_weights_are_refused(refuse, tokenizer, tmp_path):
 
 def test_options_that_argparse_refuses():
     with pytest.raises(SystemExit) as stop:
-        run("prune", "model", "--keep", "lots")
+        run("prune", "model", "--of", "lots")
     assert stop.value.code == 2
 
 
@@ -566,22 +564,3 @@ def test_an_interrupt_that_comes_out_as_another_error(monkeypatch):
     monkeypatch.setitem(COMMANDS, "info", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         run("info")
-
-
-def test_a_line_is_out_before_another_thread_may_end_the_process(capsys):
-    """As of a rank that says which other one ended, while torchrun's SIGTERM comes."""
-    asked = Event()
-
-    class Told:
-        def tells(self):
-            first = not asked.is_set()
-            asked.set()
-            sleep(0.2 * first)
-            return first
-
-    speaker = Thread(target=say, args=(Told(), "error: rank 1 ended"))
-    speaker.start()
-    asked.wait()
-    say(Told(), "error: stopped by SIGTERM")
-    assert capsys.readouterr().err == "error: rank 1 ended\n"
-    speaker.join()

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from tiny import tiny
 
 from liar_ext import MomentBank, cli
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli import own_text
 from liar_ext.cli.by_blocks import NONE_WRITTEN
 from liar_ext.cli.inputs import ONE_KIND
-from liar_ext.saved.progress import Progress
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
 
@@ -166,7 +166,7 @@ def test_a_dry_run_writes_beginnings_alone(llama_folder, corpus, asked, capsys):
     ],
 )
 def test_a_checkpoint_that_holds_something_else(kept, said, llama_folder, corpus, tmp_path, capsys):
-    with Progress(tmp_path / "kept") as progress:
+    with Checkpoint(tmp_path / "kept") as progress:
         progress.put(own_text.WRITTEN, kept)
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "out"]
     command += ["--checkpoint", tmp_path / "c"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,9 +14,9 @@ from liar_ext import cli, load_pruned
 from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
+from liar_ext.checkpoint_store import VERSION, Checkpoint
 from liar_ext.cli import own_text, prune, resume
-from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
 SIZES = ["--samples", 8, "--seq-len", 32, "--batch-size", 1, "--keep", 0.7, "--certify", 4]
@@ -34,7 +33,7 @@ def refused(capsys, *arguments) -> str:
 
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -52,7 +51,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
     command += ["--out", "pruned", "--checkpoint", "c"]
     said = []
     for number, stage in enumerate(
-        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (Walk, "step", 3)]
+        [(InFlight, "set", 4), (DenseOutputs, "divergence", 9), (LayerwiseSolver, "step", 3)]
     ):
         with monkeypatch.context() as patch:
             stop_at(patch, *stage)
@@ -69,7 +68,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
         assert run(*command, option, value) == 2
         assert f"is of a job with {option[2:]}" in capsys.readouterr().err
     assert run("calibrate", *command[1:10], "--checkpoint", "c", "--bank", "b") == 2
-    assert "is of a job of liar prune, got calibrate" in capsys.readouterr().err
+    assert "is of a job with command prune, got calibrate; liar resume c" in capsys.readouterr().err
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert run("resume", "../c") == 0
@@ -85,7 +84,7 @@ def test_a_job_by_blocks_that_was_stopped(llama_folder, corpus, tmp_path, capsys
     assert run(*command, "--out", tmp_path / "whole", "--quiet", "--self-text", 0) == 0
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c"]
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 3)
+        stop_at(patch, LayerwiseSolver, "step", 3)
         assert run(*command, "--max-memory", "4GiB") == 130
     assert "is of a job with max_memory 4294967296, got None" in refused(capsys, *command)
     assert run("resume", tmp_path / "c") == 0
@@ -130,7 +129,7 @@ def test_a_kill_while_the_checkpoint_is_removed(
         del removed[:]
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", killed)
-            if (tmp_path / "c/job.json").exists():
+            if (tmp_path / "c/job.safetensors").exists():
                 code = run("resume", tmp_path / "c")
             else:
                 shutil.rmtree(tmp_path / "c", ignore_errors=True)
@@ -155,7 +154,7 @@ def test_a_disk_that_fills_while_the_folder_is_saved_costs_no_work(
         assert run(*command) == 2
     assert "No space left on device\nhint: nothing was left behind" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 1)  # no block is solved again
+        stop_at(patch, LayerwiseSolver, "step", 1)  # no block is solved again
         assert run("resume", tmp_path / "c", "--quiet") == 0
     assert same_folders(tmp_path / "pruned", tmp_path / "whole")
 
@@ -177,7 +176,7 @@ def test_a_job_that_is_refused_leaves_no_checkpoint(llama_folder, corpus, tmp_pa
 
 def test_what_a_killed_writer_left_is_no_file_of_others(llama_folder, corpus, tmp_path):
     (tmp_path / "c").mkdir()
-    for name in ("job.json", "block-1.safetensors"):
+    for name in ("job.safetensors", "block-1.safetensors"):
         (tmp_path / "c" / f".{name}.{'0' * 16}.part").write_text("{")
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--preset", "fast"]
     command += ["--out", tmp_path / "pruned", "--checkpoint", tmp_path / "c", "--quiet"]
@@ -197,22 +196,40 @@ def test_what_a_killed_writer_left_is_no_file_of_others(llama_folder, corpus, tm
 )
 def test_a_job_that_cannot_be_is_refused_in_one_line(changes, said, tmp_path, capsys):
     own = {"bank": None, "out": "p", "max_memory": None}
-    job = {"version": 3, "command": "prune", "folder": "/", "recipe": {}, "options": own}
-    (tmp_path / "job.json").write_text(json.dumps(job | changes))
+    job = {"version": VERSION, "command": "prune", "folder": "/", "recipe": {}, "options": own}
+    with Checkpoint(tmp_path) as saved:
+        saved.put("job", facts=job | changes)
     error = refused(capsys, "resume", tmp_path)
     assert said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["job.safetensors", "calibration.bank"])
-def test_a_pipe_in_a_checkpoint_is_not_waited_for(name, llama_folder, corpus, tmp_path, capsys):
-    recipe = {"model": str(llama_folder), "calibration": [str(corpus[0])], "samples": 8}
-    options = {"bank": None, "out": "p", "max_memory": None}
-    job = {"version": 3, "command": "prune", "folder": str(tmp_path), "options": options}
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c/job.json").write_text(json.dumps(job | {"recipe": recipe | {"seq_len": 32}}))
-    os.mkfifo(tmp_path / "c" / name)
-    assert "must be an ordinary file" in refused(capsys, "resume", tmp_path / "c")
+@pytest.mark.parametrize("name", ["job", "written", "calibration"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(
+    name, llama_folder, corpus, tmp_path, capsys, monkeypatch
+):
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "p"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, InFlight, "set", 4)
+        assert run(*command, "--checkpoint", tmp_path / "c") == 130
+    path = tmp_path / "c" / f"{name}.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    said = "is no job of this version" if name == "job" else "must be an ordinary file"
+    assert said in refused(capsys, "resume", tmp_path / "c", "--quiet")
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("name", ["job.json", "calibration.bank"])
+def test_a_checkpoint_of_an_older_version_is_refused(name, llama_folder, corpus, tmp_path, capsys):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / name).write_text("{}")
+    command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "p"]
+    for words in (["resume", folder], [*command, "--checkpoint", folder, "--quiet"]):
+        error = refused(capsys, *words)
+        assert error.count("\n") == 1
+        assert "of another version of liar_ext; remove it and start the job again" in error
+    assert [path.name for path in folder.iterdir()] == [name]
 
 
 def test_the_lock_of_a_checkpoint_follows_no_link(llama_folder, corpus, tmp_path, capsys):

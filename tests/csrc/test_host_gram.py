@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from host_kernels import DTYPES, guarded, kernels, narrow, widen
 
+pytestmark = pytest.mark.exhaustive
+
 SHAPES = [(0, 5), (1, 1), (7, 7), (33, 129), (129, 8), (200, 300), (1, 256), (70, 64)]
 
 

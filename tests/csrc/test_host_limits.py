@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from host_kernels import DTYPES, kernels, narrow
 
+pytestmark = pytest.mark.exhaustive
+
 LIMIT = 2.0**48
 
 

@@ -7,6 +7,8 @@ from host_kernels import LARGE, kernels
 
 from liar_ext.ops import reference
 
+pytestmark = pytest.mark.exhaustive
+
 DAMPS = (0.0, 1e-3, 0.5, np.inf)
 
 

@@ -7,6 +7,8 @@ from host_kernels import LARGE, kernels
 
 from liar_ext.ops import reference
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(autouse=True)
 def unchanged():

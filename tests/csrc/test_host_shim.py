@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from host_kernels import SANITIZED, build_script, kernels
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(autouse=True)
 def unchanged():

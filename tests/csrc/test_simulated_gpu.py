@@ -9,6 +9,11 @@ from textwrap import dedent
 import pytest
 import torch
 
+EXHAUSTIVE = pytest.mark.exhaustive
+A_PART = (
+    *("(gram_on_a_gpu and mask and dtype2)", "(reconstruct and on_a_gpu and 70)", "test_curves"),
+    "(test_a_job_does and (default or layerwise))",
+)
 TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or torch.backends.cuda.is_built(),
@@ -38,11 +43,17 @@ def script(text: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "chosen",
-    [["csrc/test_cuda_build.py", "-k", "on_a_gpu"], ["csrc/test_cuda_jobs.py"]],
-    ids=["operators", "jobs"],
+    [
+        " or ".join(A_PART),
+        pytest.param("on_a_gpu", marks=EXHAUSTIVE),
+        pytest.param("test_cuda_jobs", marks=EXHAUSTIVE),
+    ],
+    ids=["a part", "operators", "jobs"],
 )
 def test_what_is_tested_on_a_gpu(chosen):
-    done = run("-m", "pytest", "-p", "simulated_gpu", "-p", "no:cacheprovider", *chosen)
+    files = ["csrc/test_cuda_build.py", "csrc/test_cuda_jobs.py"]
+    plugins = ["-p", "simulated_gpu", "-p", "no:cacheprovider"]
+    done = run("-m", "pytest", *plugins, *files, "-k", chosen)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout and " skipped" not in done.stdout
 
@@ -80,11 +91,13 @@ def test_launchers_wait_for_no_value():
     assert done.stdout == "0\n1\n", done.stderr
 
 
+@EXHAUSTIVE
 def test_tensors_of_two_devices_are_refused():
     done = script("""ops.gram_update_(*sums(5, "cuda:1"), torch.ones(9, 5, device="cuda:0"))""")
     assert "gram must be on the CUDA device of x; move it with .to(device)" in done.stderr
 
 
+@EXHAUSTIVE
 @pytest.mark.parametrize(
     ("code", "words", "hint"),
     [
@@ -108,11 +121,13 @@ def test_what_cuda_says_is_passed_on_with_what_to_do(code, words, hint):
     assert order == "[0, 1]"
 
 
+@EXHAUSTIVE
 def test_a_host_that_reads_the_memory_of_a_device_ends():
     done = script("""ctypes.string_at(torch.ones(9, device="cuda").data_ptr(), 4)""")
     assert done.returncode == -11
 
 
+@EXHAUSTIVE
 def test_a_kernel_that_writes_past_an_allocation_is_noticed():
     done = script("""
         gram, total, count = sums(5, "cuda")
@@ -124,5 +139,6 @@ def test_a_kernel_that_writes_past_an_allocation_is_noticed():
     assert done.returncode == -6 and "a write past the end of 192 bytes" in done.stderr
 
 
+@EXHAUSTIVE
 def test_fresh_memory_holds_nans():
     assert script("print(torch.empty(2, device='cuda').tolist())").stdout == "[nan, nan]\n"

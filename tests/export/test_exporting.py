@@ -9,9 +9,9 @@ import sys
 import types
 
 import pytest
-from folders import equal_plan, pruned
+from folders import equal_plan
 
-from liar_ext import InputError, cli, save_pruned
+from liar_ext import InputError, cli
 from liar_ext.checkpoint.manifest import strangers
 from liar_ext.checkpoint.names import EXPORTS_FILE
 from liar_ext.export import FORMATS, Exported, export
@@ -19,17 +19,9 @@ from liar_ext.export.formats import Format
 from liar_ext.export.record import read_record
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    model, plan = pruned("llama", equal_plan)
-    folder = tmp_path_factory.mktemp("pruned") / "model"
-    save_pruned(model, folder, plan)
-    return folder
-
-
 @pytest.fixture
-def folder(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "model")
+def folder(saved, tmp_path):
+    return shutil.copytree(saved("llama", equal_plan)[2], tmp_path / "model")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from covers import cover
 from folders import byte_level, equal_plan, make_plan, pruned
 from tiny import outputs, tiny, tiny_inputs
 
@@ -58,8 +59,7 @@ def logits_agree(model, path, tolerance=None):
     assert np.abs(ours - found["logits"]).max() <= tolerance * max(1, np.abs(ours).max())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("layers", ["dense", "equal", "unequal"])
+@cover(1, name=FAMILIES, layers=["dense", "equal", "unequal"])
 def test_llama_cpp_computes_what_the_folder_does(name, layers, tmp_path):
     if layers == "dense":
         model, plan = tiny(name, **MORE.get(name, {})), None
@@ -95,8 +95,7 @@ def test_a_smaller_hidden_size(name, layers, tmp_path):
     logits_agree(model, done.paths[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("plan_of", [equal_plan, make_plan])
+@cover(1, name=["llama", "mistral", "qwen2", "qwen3"], plan_of=[equal_plan, make_plan])
 def test_consumer_biases_are_written_where_the_architecture_has_them(name, plan_of, tmp_path):
     model, plan = pruned(name, plan_of, bias=True)
     assert all(get_consumer_bias(model, site) is not None for site in sites(model))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from folders import change, equal_plan, make_plan, pruned, read
+from folders import change, equal_plan, read
 from safetensors.torch import load_file, save_file
 
-from liar_ext import InputError, cli, save_pruned, verify_pruned
+from liar_ext import InputError, cli, verify_pruned
 from liar_ext.checkpoint.fingerprint import read_fingerprint
 from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.export import export, verify
@@ -18,10 +19,8 @@ from liar_ext.export.verify import table, verify_everywhere
 
 
 @pytest.fixture(scope="module")
-def unequal(tmp_path_factory) -> Path:
-    model, plan = pruned("llama")
-    folder = tmp_path_factory.mktemp("unequal") / "model"
-    save_pruned(model, folder, plan)
+def unequal(saved, tmp_path_factory) -> Path:
+    folder = shutil.copytree(saved()[2], tmp_path_factory.mktemp("unequal") / "model")
     export(folder, "gguf", progress=False)
     export(folder, "uniform", progress=False)
     return folder
@@ -39,10 +38,9 @@ def test_loaders_and_exports_have_a_row_each(unequal: Path, capsys) -> None:
         assert row["tokens_per_second"] > 0 and row["megabytes"] > 0
 
 
-def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, tmp_path: Path) -> None:
-    other, plan = pruned("qwen2", equal_plan)
-    save_pruned(other, tmp_path / "other", plan)
-    done = export(tmp_path / "other", "gguf", progress=False)
+def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, saved, tmp_path: Path) -> None:
+    other = shutil.copytree(saved("qwen2", equal_plan)[2], tmp_path / "other")
+    done = export(other, "gguf", progress=False)
     record = json.loads((unequal / "liar/exports.json").read_text())
     kept = (unequal / "liar/exports.json").read_text()
     record["exports"][0]["path"] = str(done.paths[0])
@@ -62,9 +60,8 @@ def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, tmp_path: Pa
     assert "OTHER OUTPUTS" in lines[2] and "DOESN'T LOAD" in lines[3]
 
 
-def test_an_encoder_and_its_graph(tmp_path: Path) -> None:
-    model, plan = pruned("bert", make_plan)
-    save_pruned(model, tmp_path / "model", plan)
+def test_an_encoder_and_its_graph(saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("bert")[2], tmp_path / "model")
     export(tmp_path / "model", "onnx", progress=False)
     export(tmp_path / "model", "onnx", tmp_path / "small", progress=False, quantize="int8")
     facts = verify_everywhere(tmp_path / "model")
@@ -77,9 +74,8 @@ def test_an_encoder_and_its_graph(tmp_path: Path) -> None:
     assert "loads, quantised" in table(facts["rows"])[-1]
 
 
-def test_other_weights_are_found_by_every_loader(tmp_path: Path) -> None:
-    model, plan = pruned("llama", equal_plan)
-    save_pruned(model, tmp_path / "model", plan)
+def test_other_weights_are_found_by_every_loader(saved, tmp_path: Path) -> None:
+    shutil.copytree(saved("llama", equal_plan)[2], tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"] += 0.5
@@ -89,18 +85,15 @@ def test_other_weights_are_found_by_every_loader(tmp_path: Path) -> None:
     assert all(row.difference > 1e-2 for row in facts["rows"])
 
 
-def test_all_that_towers_read_is_given_to_every_loader(tmp_path: Path) -> None:
-    model, plan = pruned("clip")
-    save_pruned(model, tmp_path / "model", plan)
-    facts, here = verify_everywhere(tmp_path / "model"), verify_pruned(tmp_path / "model")
+def test_all_that_towers_read_is_given_to_every_loader(saved) -> None:
+    facts, here = (check(saved("clip")[2]) for check in (verify_everywhere, verify_pruned))
     assert facts["agrees"] and here["agrees"]
     assert [row.how for row in facts["rows"]] == list(here["loaders"])
 
 
-def test_no_file_of_the_current_folder_is_imported(tmp_path: Path, monkeypatch) -> None:
+def test_no_file_of_the_current_folder_is_imported(saved, tmp_path: Path, monkeypatch) -> None:
     """Nor where an empty entry of PYTHONPATH stands for that folder."""
-    model, plan = pruned("llama", equal_plan)
-    save_pruned(model, tmp_path / "model", plan)
+    shutil.copytree(saved("llama", equal_plan)[2], tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", ":")
     (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n")
@@ -116,9 +109,8 @@ def test_no_file_of_the_current_folder_is_imported(tmp_path: Path, monkeypatch) 
     assert commands and str(tmp_path) not in commands[0]
 
 
-def test_code_of_a_stranger_is_not_run(tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "model", plan)
+def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:
+    shutil.copytree(saved()[2], tmp_path / "model")
     loader = tmp_path / "model" / "liar_loader.py"
     loader.write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\n" + loader.read_text())
     with pytest.raises(InputError, match="isn't the file that save_pruned writes"):

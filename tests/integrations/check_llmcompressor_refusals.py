@@ -29,8 +29,11 @@ def groups_of(size):
         ({"keep": 1.8}, r"keep must be in \(0, 1\]"),
         ({"keep": "half"}, "keep must be a number"),
         ({"criterion": "magic"}, "magic"),
-        ({"samples": 8}, "samples must be given to oneshot"),
-        ({"self_text": 0.5, "random_tokens": 0.0}, "self_text is of text .* leave it out"),
+        ({"samples": 8}, "samples is of the model or the data"),
+        (
+            {"self_text": 0.5, "random_tokens": 0.0},
+            "self_text is of the .* leave it out",
+        ),
         ({"preset": "fastest"}, "preset must be one of"),
         ({"kinds": "mlp"}, "kinds must be some of"),
     ],

@@ -74,6 +74,7 @@ def test_a_local_task_on_a_pruned_folder(pruned, tasks, tokenizer, tmp_path, cap
     assert result["items"] == {"letters": 4} and result["model"] == str(folder)
 
 
+@pytest.mark.exhaustive
 def test_limit_and_json(llama_folder, tasks, capsys):
     arguments = ["eval", str(llama_folder), "--tasks", "letters", "--include-path", str(tasks)]
     assert main([*arguments, "--limit", "2", "--json", "--quiet"]) == 0

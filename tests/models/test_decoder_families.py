@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from covers import cover
 from folders import equal_plan, make_plan, pruned, read
 from journeys import (
     check_hidden,
@@ -33,6 +35,7 @@ from liar_ext.models.sites import (
     why_whole,
 )
 
+slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}
 STREAMS = [name for name, config in CONFIGS.items() if FAMILIES[config.model_type].stream]
 
@@ -103,13 +106,13 @@ def test_a_model_that_sees_is_the_same_on_pictures(kinds: tuple[str, ...]) -> No
         ("falcon_new", {"attn_unit": "head"}),
         ("phi3", {"keep_hidden": 0.7}),
         ("nemotron", {"keep_hidden": 0.7, "schedule": "layerwise"}),
-        ("falcon_mha", {"keep_hidden": 0.7}),
-        ("stablelm", {"keep_hidden": 0.7}),
-        ("cohere2", {"keep_hidden": 0.7}),
+        slow("falcon_mha", {"keep_hidden": 0.7}),
+        slow("stablelm", {"keep_hidden": 0.7}),
+        slow("cohere2", {"keep_hidden": 0.7}),
         ("phi", {"keep_hidden": 0.7, "criterion": "taylor"}),
         ("stablelm", {"keep_hidden": 0.7, "qk_layernorm": True}),
-        ("gemma2", {"keep_hidden": 0.7, "schedule": "layerwise"}),
-        ("olmo2", {"keep_hidden": 0.7}),
+        slow("gemma2", {"keep_hidden": 0.7, "schedule": "layerwise"}),
+        slow("olmo2", {"keep_hidden": 0.7}),
         ("olmo", {"keep_hidden": 0.7, "tie_word_embeddings": True}),
     ],
 )
@@ -195,14 +198,13 @@ def test_scaled_rotary_frequencies_keep_their_number() -> None:
     assert model.config.liar["layers"] == "unequal"
 
 
-@pytest.mark.parametrize("name", one_of_each_kind(DECODERS))
-def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
-    check_job(name, tmp_path, schedule="one-pass")
-    assert read(tmp_path / "one")["liar"]["layers"] == "unequal"
-
-
-@pytest.mark.parametrize("name", one_of_each_kind(DECODERS))
-def test_a_layerwise_job_of_equal_layers(name: str, tmp_path: Path) -> None:
+@cover(1, name=one_of_each_kind(DECODERS), layers=["unequal", "equal"])
+def test_a_job(name: str, layers: str, tmp_path: Path) -> None:
+    """In one pass with layers of unequal sizes, or layerwise with those of equal ones."""
+    if layers == "unequal":
+        check_job(name, tmp_path, schedule="one-pass")
+        assert read(tmp_path / "one")["liar"]["layers"] == "unequal"
+        return
     # Curves, which cost a fifth of a job, are those of the job of unequal layers.
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "layerwise"}
     equal["allocation"] = "uniform"

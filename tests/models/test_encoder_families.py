@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from covers import cover
 from folders import equal_plan, make_plan, read
 from journeys import check_hidden, double_features, one_of_each_kind, says_equal_layers, wanting
 from tiny import batches, outputs, tiny, tiny_inputs
@@ -134,9 +135,10 @@ def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
     assert model.config.liar["history"]
 
 
-@pytest.mark.parametrize("kinds", [("attn",), ("mlp",)])
-@pytest.mark.parametrize(
-    "name", ["nomic_bert", "modernbert", "deberta-v2", "albert", "dinov3_vit", *PARTS]
+@cover(
+    1,
+    kinds=[("attn",), ("mlp",)],
+    name=["nomic_bert", "modernbert", "deberta-v2", "albert", "dinov3_vit", *PARTS],
 )
 def test_a_job_of_equal_layers(name: str, kinds: tuple[str, ...], tmp_path: Path) -> None:
     equal = {"uniform_layers": True, "reconstruct": "linear", "schedule": "one-pass"}

@@ -7,16 +7,28 @@ from dataclasses import replace
 from test_docs import ROOT
 from tiny import TINY, tiny
 
-from bench.families import markdown
+from bench.families import KINDS, markdown, placed, summary
+from liar_ext.models import registry
 from liar_ext.models.overview import COLUMNS, Entry, overview, plain
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import sites
 
+PAGES = ("README.md", "docs/index.md", "docs/families.md")
 
-def test_the_page_is_up_to_date():
-    """`make families` writes it."""
-    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-    assert page == markdown(overview())
+
+def test_the_pages_are_up_to_date():
+    """`make families` writes them, and each has the one table by kind."""
+    table = overview()
+    pages = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
+    assert pages["docs/families.md"] == markdown(table)
+    for name, page in pages.items():
+        assert page == placed(page, table) and summary(table) in page, name
+
+
+def test_every_family_is_of_one_kind():
+    modules = " ".join(KINDS.values()).split()
+    names = [row.name for name in modules for row in getattr(registry, name).ROWS]
+    assert sorted(names) == sorted(FAMILIES)
 
 
 def test_every_family_has_its_row_and_every_no_its_reason():
@@ -56,5 +68,6 @@ def test_reasons_of_a_row_are_told(monkeypatch):
     assert table["odd"]["kv_groups"] == Entry("no", "heads can't")
     assert table["odd"]["stock"] == Entry("no", "a|b")
     line = next(line for line in markdown(table).splitlines() if line.startswith("| odd |"))
-    assert line.count(" | ") == len(COLUMNS) and "no: a norm is over all heads" in line
+    assert line.count(" | ") == 4 and "| channels | heads: a norm is over all heads; " in line
+    assert "a\\|b" in line
     assert "odd, heads: a norm is over all heads" in plain(table)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import cover
 from tiny import GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,8 +70,7 @@ def test_consumer_weight_maps_inputs_to_outputs(name: str) -> None:
         torch.testing.assert_close(seen["y"], expected if bias is None else expected + bias)
 
 
-@pytest.mark.parametrize("attn_unit", ["auto", "head"])
-@pytest.mark.parametrize("name", TINY)
+@cover(1, attn_unit=["auto", "head"], name=TINY)
 def test_costs_are_what_leaves(name: str, attn_unit: str) -> None:
     """Parameters by counting; FLOPs by torch's own counter, attention spelled out."""
     for kind in ("attn", "mlp"):

@@ -52,7 +52,7 @@ def test_the_whole_job(name, settings):
     assert report.params["prunable_after"] < report.params["prunable_before"]
     assert all(row.units_after == hidden for row in report.hidden)
     assert "## Hidden features" in report.to_markdown()
-    assert report.settings["keep_hidden"] == 0.8 and report.settings["calibration_sequences"] == 48
+    assert report.recipe.keep_hidden == 0.8 and report.settings["calibration_sequences"] == 48
     assert report.settings["narrow_passes"] == 2
     assert torch.isfinite(outputs(model)).all()
 

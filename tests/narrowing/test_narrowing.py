@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from covers import cover
 from journeys import double_features, wanting
 from tiny import NARROWABLE, batches, outputs, tiny, tiny_inputs
 from torch import nn
@@ -26,8 +27,7 @@ def narrowed(model, data, keep, **settings):
     return copied, done
 
 
-@pytest.mark.parametrize("mode", ["none", "auto", "linear", "affine"])
-@pytest.mark.parametrize("name", NARROWABLE)
+@cover(1, mode=["none", "auto", "linear", "affine"], name=NARROWABLE)
 def test_keeping_everything_is_the_identity(name, mode):
     model = tiny(name)
     same, done = narrowed(model, batches(model), 1.0, mode=mode)

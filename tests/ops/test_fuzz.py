@@ -42,6 +42,7 @@ class DrawnChoices:
         return self._draw(st.sampled_from(options))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("operator", fuzz.OPERATORS)
 @settings(
     max_examples=150,
@@ -86,6 +87,7 @@ def noticed(operator, of=60):
     return count
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("operator", ["obs_curve", "reconstruct"])
 def test_a_wrong_result_is_noticed(operator, monkeypatch):
     right = getattr(ops, operator)
@@ -93,12 +95,14 @@ def test_a_wrong_result_is_noticed(operator, monkeypatch):
     assert noticed(operator) > 30
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("operator", IN_PLACE)
 def test_a_sum_left_out_is_noticed(operator, monkeypatch):
     monkeypatch.setattr(ops, operator, lambda **a: None)
     assert noticed(operator) > 25
 
 
+@pytest.mark.exhaustive
 def test_the_command_prints_one_line_of_counts(tmp_path):
     command = [sys.executable, str(FUZZ), "--calls", "60", "--seed", "3"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -108,6 +112,7 @@ def test_the_command_prints_one_line_of_counts(tmp_path):
     assert counts["wrong"] == counts["tracebacks"] == counts["crashed"] == 0
 
 
+@pytest.mark.exhaustive
 def test_the_command_counts_a_crash_and_goes_on(tmp_path):
     """A process that dies loses the call that it died in, and no other."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covers import cover
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -62,26 +63,25 @@ def assert_like_torch(x, got, y=None, weight=None):
         assert (value - oracle).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("d", FEATURES)
-@pytest.mark.parametrize("kind", ["none", "bool", "float32", "float64"])
+@cover(2, dtype=DTYPES, tokens=TOKENS, d=FEATURES, kind=["none", "bool", "float32", "float64"])
 def test_gram_matches_the_oracle(dtype, tokens, d, kind):
     x, weight = rows(tokens, d, dtype), weights(tokens, kind)
     assert_like_torch(x, run(ops.gram_update_, x, weight=weight), weight=weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("d", "cols"), [(1, 1), (7, 129), (129, 7), (200, 200)])
-@pytest.mark.parametrize("kind", ["none", "bool", "float32"])
-def test_cross_gram_matches_the_oracle(dtype, d, cols, kind):
+@cover(
+    2,
+    dtype=DTYPES,
+    shape=[(1, 1), (7, 129), (129, 7), (200, 200)],
+    kind=["none", "bool", "float32"],
+)
+def test_cross_gram_matches_the_oracle(dtype, shape, kind):
+    d, cols = shape
     x, y, weight = rows(300, d, dtype), rows(300, cols, dtype, seed=5), weights(300, kind)
     assert_like_torch(x, run(ops.gram_update_, x, y, weight), y, weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [9, 130, 700])  # in strips and in blocks
-@pytest.mark.parametrize("d", [576, 1537])
+@cover(2, dtype=DTYPES, tokens=[9, 130, 700], d=[576, 1537])  # in strips and in blocks
 def test_wide_gram_matches_the_oracle(d, tokens, dtype):
     x = rows(tokens, d, dtype)
     assert_like_torch(x, run(ops.gram_update_, x))
@@ -120,9 +120,7 @@ def test_padding_is_not_read(dtype):
     assert got[2].tolist() == [int(weight.sum()), 0]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("column", [0, 30, 63, 64, 128])
+@cover(2, dtype=DTYPES, bad=[torch.nan, torch.inf, -torch.inf], column=[0, 30, 63, 64, 128])
 def test_rows_that_are_not_finite_are_dropped_and_counted(dtype, bad, column):
     x = rows(300, 129, dtype)
     spoilt = torch.tensor([0, 5, 256, 299])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covers import cover
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -96,11 +97,11 @@ def degenerate(kind):
     return weight, x
 
 
-@pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("damp", [1e-6, 1e-2])
-@pytest.mark.parametrize(
-    "kind",
-    [
+@cover(
+    2,
+    width=[1, 2],
+    damp=[1e-6, 1e-2],
+    kind=[
         "few tokens",
         "one token",
         "duplicates",

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from covers import cover
 
 from liar_ext import ops
 from liar_ext.ops import reference
@@ -62,10 +63,13 @@ def test_errors_equal_brute_force(d, d_out):
             assert abs(value - brute) <= 1e-10 * brute
 
 
-@pytest.mark.parametrize("errors_only", [False, True])
-@pytest.mark.parametrize("holdout", [False, True])
-@pytest.mark.parametrize("dense_targets", [False, True])
-@pytest.mark.parametrize("d_out", [1, 9, 70])
+@cover(
+    2,
+    errors_only=[False, True],
+    holdout=[False, True],
+    dense_targets=[False, True],
+    d_out=[1, 9, 70],
+)
 def test_matches_the_reference(errors_only, holdout, dense_targets, d_out):
     weight, x = problem(200, 40, d_out)
     other = problem(200, 40, d_out, seed=2)[1]
@@ -85,9 +89,7 @@ def test_matches_the_reference(errors_only, holdout, dense_targets, d_out):
         assert a.is_contiguous()
 
 
-@pytest.mark.parametrize("errors_only", [False, True])
-@pytest.mark.parametrize("d_out", [1, 25, 130])
-@pytest.mark.parametrize("n", [23, 24, 25, 95, 96, 97, 200])
+@cover(2, errors_only=[False, True], d_out=[1, 25, 130], n=[23, 24, 25, 95, 96, 97, 200])
 def test_matches_the_reference_at_the_edges_of_panels_and_strips(n, d_out, errors_only):
     d = n + 50
     weight, x = problem(2 * d, d, d_out)
@@ -287,10 +289,13 @@ def several_sites(sites, d=40, d_out=6):
 
 
 @pytest.mark.parametrize("run", [ops.reconstruct, reference.reconstruct])
-@pytest.mark.parametrize("errors_only", [False, True])
-@pytest.mark.parametrize("holdout", [False, True])
-@pytest.mark.parametrize("dense_targets", [False, True])
-@pytest.mark.parametrize("sites", [0, 1, 5])
+@cover(
+    2,
+    errors_only=[False, True],
+    holdout=[False, True],
+    dense_targets=[False, True],
+    sites=[0, 1, 5],
+)
 def test_several_sites_equal_a_call_each(run, errors_only, holdout, dense_targets, sites):
     weight, gram, kept, cross = several_sites(max(sites, 1))
     extra = {}

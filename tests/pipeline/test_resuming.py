@@ -13,9 +13,9 @@ from torch import nn
 
 from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.pipeline.job import Job
-from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
 CURVE = {"keep": 0.6, "tile": 1, "allocation": "curve"}
@@ -32,14 +32,14 @@ JOBS = {
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
     """With a clock that stands still it is always time to save."""
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 STAGES = {
     "batch": (InFlight, "set"),
     "divergence": (DenseOutputs, "divergence"),
-    "block": (Walk, "step"),
+    "block": (LayerwiseSolver, "step"),
 }
 
 
@@ -143,7 +143,7 @@ def test_a_checkpoint_of_another_job_is_refused(changed, message, tmp_path, monk
     model = tiny("llama", seed=changed.get("model", 0), dtype=changed.get("dtype", torch.float32))
     bank = calibrate(model, text) if "bank" in changed else None
     with monkeypatch.context() as patch:
-        stop_at(patch, Walk, "step", 2)
+        stop_at(patch, LayerwiseSolver, "step", 2)
         with pytest.raises(KeyboardInterrupt):
             prune(tiny("llama"), data[:3], checkpoint=tmp_path / "c", certify_on=data[4:], **CURVE)
     with pytest.raises(InputError, match=f"checkpoint: .*({message})"):
@@ -153,7 +153,7 @@ def test_a_checkpoint_of_another_job_is_refused(changed, message, tmp_path, monk
 
 
 def test_a_file_that_is_damaged_is_named(tmp_path, monkeypatch):
-    stop_at(monkeypatch, Walk, "step", 2)
+    stop_at(monkeypatch, LayerwiseSolver, "step", 2)
     with pytest.raises(KeyboardInterrupt):
         run("llama", tmp_path / "c", **CURVE)
     monkeypatch.undo()
@@ -179,18 +179,18 @@ def test_a_walk_of_several_stacks_goes_on_from_every_block(family, tmp_path, mon
     """What the decoder reads of the encoder lies behind the streams, and is kept with them."""
     choices = {"keep": 0.6, "tile": 1, "allocation": "uniform", "schedule": "layerwise"}
     with monkeypatch.context() as patch:
-        calls = stop_at(patch, Walk, "step", -1)
+        calls = stop_at(patch, LayerwiseSolver, "step", -1)
         whole, _ = run(family, **choices)
         blocks = len(calls)
     assert blocks >= 2
     for block in range(1, blocks + 1):
         folder = tmp_path / f"stopped-{block}"
         with monkeypatch.context() as patch:
-            stop_at(patch, Walk, "step", block)
+            stop_at(patch, LayerwiseSolver, "step", block)
             with pytest.raises(KeyboardInterrupt):
                 run(family, folder, **choices)
         with monkeypatch.context() as patch:
-            left = stop_at(patch, Walk, "step", -1)
+            left = stop_at(patch, LayerwiseSolver, "step", -1)
             pruned, _ = run(family, folder, **choices)
         assert len(left) == blocks + 1 - block
         assert same(pruned, whole)

@@ -12,9 +12,9 @@ from liar_ext.calibration import passes
 from liar_ext.pipeline import scoring
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import run
-from liar_ext.pipeline.sharing import LATER, Known
+from liar_ext.pipeline.sharing import Known, score_key
 from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
-from liar_ext.recipe.recipe import recipe_fields
+from liar_ext.recipe.fields import recipe_fields
 from liar_ext.selection import curve_allocation
 
 KEEP = (0.8, 0.6)
@@ -102,11 +102,11 @@ def test_sensitivities_are_measured_once_for_all_budgets(banks, monkeypatch):
     assert calls == [6, 6, 6, 3]
 
 
-def test_a_field_that_is_new_shares_nothing():
-    """Every field is either known to come later, or part of the key."""
-    named = {each.name for each in recipe_fields()}
-    assert set(LATER) <= named
-    assert named - set(LATER) == {"seed", "criterion", "keep_hidden", "keep_experts"}
+def test_scores_are_shared_by_recipes_of_the_same_scores():
+    own = {each.name for each in recipe_fields(affects="scores")}
+    assert own == {"seed", "criterion", "keep_hidden", "keep_experts"}
+    keys = [score_key(recipe) for recipe in (Recipe(), Recipe(seed=1), Recipe(keep=0.5))]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_bank_with_sensitivities_needs_no_forward_pass(banks, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_what_needs_text_says_so_without_it(choices, named):
     model = tiny("llama")
     bank = calibrate(model, batches(model), keep_text=False)
     before = outputs(model)
-    with pytest.raises(InputError, match=f"prune: {named} runs the model .*keeps none; calibrate"):
+    with pytest.raises(InputError, match=f"prune: --{named} runs the model .* keeps none; cal"):
         prune(model, bank=bank, keep=0.6, **choices)
     assert torch.equal(outputs(model), before)
     prune(model, bank=bank, keep=0.6, allocation="uniform", schedule="one-pass")

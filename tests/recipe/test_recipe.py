@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import yaml
@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Recipe, prune
-from liar_ext.recipe.choices import ALLOCATIONS, GROUPS, PRESETS
+from liar_ext.recipe.fields import ALLOCATIONS, PRESETS
+from liar_ext.recipe.option import GROUPS
 from liar_ext.recipe.recipe import REMOVED
 from liar_ext.selection import allocation
 
@@ -99,8 +100,25 @@ def test_yaml_shows_the_stages():
 def test_every_field_has_a_stage_a_check_and_a_help():
     for each in fields(Recipe):
         assert each.metadata["group"] in GROUPS and each.metadata["help"], each.name
+        assert each.metadata["affects"] in ("inputs", "scores", "plan", "weights", "report")
+        assert each.metadata["in_bank"] in ("", "text", "sensitivities")
         assert each.metadata["check"](each.name, each.default) == each.default
         assert each.name in Recipe.__doc__
+
+
+def test_ways_in_which_values_do_not_work():
+    def without(way, recipe):
+        return [recipe.spelled(each) for each in recipe.without(way)]
+
+    assert without("streamed", Recipe()) == without("with_bank", Recipe()) == []
+    assert without("from_sums", Recipe(schedule="layerwise")) == [
+        *("--allocation curve", "--schedule layerwise"),
+    ]
+    whole = Recipe(keep_hidden=0.5, rescale=True, criterion="snip", of="latency", memory=1)
+    assert without("streamed", whole) == [
+        *("--memory 1", "--of latency", "--keep-hidden 0.5", "--criterion snip", "--rescale"),
+    ]
+    assert without("with_bank", replace(whole, certify=2)) == ["--keep-hidden 0.5", "--certify 2"]
 
 
 def test_the_names_of_allocations_are_those_that_there_are():

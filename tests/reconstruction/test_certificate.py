@@ -10,7 +10,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, allocate, calibrate, reconstruct, score, sites
 from liar_ext.models.sites import get_consumer_weight
-from liar_ext.reconstruction.result import least_held_out
+from liar_ext.reconstruction.ladder import least_held_out
 
 
 @pytest.fixture(scope="module")

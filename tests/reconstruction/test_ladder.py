@@ -9,6 +9,7 @@ import torch
 
 from liar_ext.reconstruction.ladder import (
     ROW_BLOCK,
+    Equations,
     Fit,
     choose,
     factor_in_place,
@@ -54,6 +55,16 @@ def test_half_of_a_product_is_enough(n):
     assert torch.allclose(right.T @ half + half.T @ right, whole, rtol=1e-9, atol=1e-9)
 
 
+def fit(block, right, offset, judge, wanted, energy):
+    """Return a fit of a block, judged by another matrix and what is wanted there."""
+    n, h = len(block), len(offset)
+    mine = Equations(
+        rows_of(block), [(slice(0, h), torch.cat([right, wanted.new_zeros(1, 2 * h)]))], energy
+    )
+    theirs = Equations(rows_of(judge), [(slice(0, h), torch.cat([wanted, 0 * wanted], 1))], energy)
+    return Fit(mine, theirs, offset, torch.empty(n, n, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("damp", LADDER)
 @pytest.mark.parametrize("n", [0, 5, ROW_BLOCK + 3])
 def test_a_parabola_is_the_error_of_every_share(damp, n):
@@ -65,7 +76,7 @@ def test_a_parabola_is_the_error_of_every_share(damp, n):
 
     block, right, offset = positive(n), draw(n, 2 * h), draw(h)
     judge, wanted, energy = positive(n + 1, 2), draw(n + 1, h), draw(1)[0]
-    parabola = Fit(block, right, offset, judge, wanted, energy).parabola(damp)
+    parabola = fit(block, right, offset, judge, wanted, energy).parabola(damp)
     for share in (0.0, 0.4, 1.0):
         change = torch.zeros(n + 1, h).double()
         if damp < math.inf and n:
@@ -80,8 +91,8 @@ def test_a_parabola_is_the_error_of_every_share(damp, n):
 
 def test_a_singular_block_has_no_error():
     zero, edge = torch.zeros(3, 3).double(), torch.zeros(4, 4).double()
-    fit = Fit(zero, zero[:, :2], zero[0, :1], edge, edge[:, :1], zero[0, 0])
-    assert fit.parabola(0.0).isnan().all() and not fit.parabola(1.0).isnan().any()
+    singular = fit(zero, zero[:, :2], zero[0, :1], edge, edge[:, :1], zero[0, 0])
+    assert singular.parabola(0.0).isnan().all() and not singular.parabola(1.0).isnan().any()
 
 
 def constants(errors, ladder=LADDER):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from liar_ext import apply_plan, prune, reconstruct_layerwise, sites
 from liar_ext.models.experts import called_at, gated
 from liar_ext.models.sites import get_consumer_weight, teams_of
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 
 
 def eager(name: str) -> nn.Module:
@@ -53,7 +53,7 @@ def test_experts_share_what_their_layer_falls_short_by(name: str, target: str, m
     model, damp = eager(name), 1e-3
     data, plan = padded(model), plan_of_experts(model)
     if target == "branch":
-        monkeypatch.setattr(Walk, "_target_at", lambda self, site: target)
+        monkeypatch.setattr(LayerwiseSolver, "_target_at", lambda self, site: target)
     weights, rows = reconstruct_layerwise(model, data, plan, mode="linear", damp=damp)
     shares = {row.name: row.share for row in rows}
     at = [site for site in sites(model) if site.expert is not None]

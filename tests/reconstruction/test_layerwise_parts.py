@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from liar_ext import InputError, apply_plan, prune, reconstruct_layerwise, sites
 from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 
 # T5 passes a bias of positions on; MBart and Pegasus normalise first, BART after the sum.
 PARTS = ["clip", "bart", "mbart", "t5", "whisper"]
@@ -63,7 +63,7 @@ def test_the_streams_of_every_stack_are_those_of_both_models(name: str) -> None:
     at = sites(model)
     blocks = Blocks(model, at)
     with blocks.opened():
-        walk = Walk(model, blocks, plan, "auto", "auto")
+        walk = LayerwiseSolver(model, blocks, plan, "auto", "auto")
         walk.start(padded(model))
         ends = {}
         for index in range(len(blocks)):
@@ -98,7 +98,7 @@ def test_removing_nothing_changes_nothing(name: str) -> None:
 @torch.no_grad()
 def test_a_site_of_a_decoder_is_the_least_squares_solution(name: str, monkeypatch) -> None:
     """Of what it reads beside the pruned encoder, for what it gives beside the dense one."""
-    monkeypatch.setattr(Walk, "_target_at", lambda self, site: "branch")
+    monkeypatch.setattr(LayerwiseSolver, "_target_at", lambda self, site: "branch")
     model, damp = tiny("bart", dtype=torch.float64), 1e-3
     data, plan = padded(model), make_plan(model)
     weights, rows = reconstruct_layerwise(model, data, plan, mode="linear", damp=damp)

@@ -8,8 +8,8 @@ import torch
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments
 from liar_ext.errors import InputError
-from liar_ext.reconstruction.result import ratio
-from liar_ext.reconstruction.ridge import solve
+from liar_ext.reconstruction.ridge import ratio
+from liar_ext.reconstruction.solve import solve
 
 
 def moments(d=8):

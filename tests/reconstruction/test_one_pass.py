@@ -8,10 +8,8 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, Moments, calibrate, reconstruct, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.reconstruction.result import check_solved, ratio
-from liar_ext.reconstruction.ridge import solve
-from liar_ext.reconstruction.settings import DAMP_LADDER
-from liar_ext.reconstruction.targets import Shortfall, solve_towards
+from liar_ext.reconstruction.ridge import DAMP_LADDER, Residual, check_solved, ratio
+from liar_ext.reconstruction.solve import solve
 
 
 def problem(tokens=400, d_in=24, d_out=9, seed=0, rank=None, offset=0.5):
@@ -194,7 +192,7 @@ def test_sums_that_overflow_are_no_error_of_zero(kept, target):
     kept = torch.tensor(kept)
     with pytest.raises(InputError, match="moments must be finite"):
         if target:
-            solve_towards(weight, None, moments, Shortfall.zeros(5, 3), kept)
+            solve(weight, None, moments, kept, target=Residual.zeros(5, 3))
         else:
             solve(weight, None, moments, kept)
 

@@ -10,6 +10,7 @@ import copy
 
 import pytest
 import torch
+from covers import cover
 from test_layerwise import batches, plan_for
 from tiny import tiny
 
@@ -128,8 +129,7 @@ def walked(model, data, plan):
     return found
 
 
-@pytest.mark.parametrize("outliers", [False, True], ids=["even", "outliers"])
-@pytest.mark.parametrize("name", [*NORMS, *PLAIN])
+@cover(1, outliers=[False, True], name=[*NORMS, *PLAIN])
 @torch.no_grad()
 def test_a_walk_is_what_the_method_says(name, outliers):
     model = tiny(name, dtype=torch.float64)

@@ -16,6 +16,7 @@ from tiny import tiny
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
+from liar_ext.checkpoint_store import VERSION, Checkpoint
 from reliability.command_lines import Line, lines
 
 TITLE = "bad command lines"
@@ -84,7 +85,8 @@ def _make_banks(folder: Path, paths: dict[str, Path]) -> None:
     paths["torn"].write_bytes(paths["bank"].read_bytes()[:-9])
     paths["jobs"] = folder / "jobs"
     paths["jobs"].mkdir()
-    (paths["jobs"] / "job.json").write_text('{"version": 3, "command": "sweep"}')
+    with Checkpoint(paths["jobs"]) as saved:
+        saved.put("job", facts={"version": VERSION, "command": "sweep"})
 
 
 def fill(line: Line, paths: dict[str, str]) -> list[str]:

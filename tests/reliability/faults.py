@@ -118,7 +118,7 @@ def _full_disk(home: Path, paths: dict[str, str], whole: dict, draw: random.Rand
     if verdict == "refused":
         _mount(disk, 64 << 20, again=True) if mounted else _limit_files(*before)
         again = ["resume", str(disk / "c"), "--quiet"]
-        begun = saved and (disk / "c" / "job.json").exists()
+        begun = saved and (disk / "c" / "job.safetensors").exists()
         code, said = _call(again if begun else _words(stage, disk, paths, *more))
         if code or not done() or sorted(path.name for path in disk.iterdir()) != ["out"]:
             return call, "data lost", f"with room: exit code {code}: {said}"

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from liar_ext.checkpoint_store import VERSION, Checkpoint
+from liar_ext.recipe import Recipe
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.tampering import NASTY, cut_file, flip_bytes
 
@@ -93,8 +95,8 @@ def _job(own: Path, folder: Path) -> dict:
     """Return the job of a stranger's checkpoint: its result is a bank of the user."""
     recipe = {"model": str(own / "model"), "calibration": [str(own / "text.txt")]}
     options = {"bank": str(own / "a.bank"), "no_text": False, "sensitivities": False}
-    job = {"version": 3, "command": "calibrate", "folder": str(folder)}
-    return job | {"recipe": recipe | {"samples": 8, "seq_len": 32}, "options": options}
+    job = {"version": VERSION, "command": "calibrate", "folder": str(folder), "options": options}
+    return job | {"recipe": Recipe.build(**recipe, samples=8, seq_len=32).to_dict()}
 
 
 def _checkpoint(own: Path, room: Path, draw: random.Random):
@@ -103,19 +105,23 @@ def _checkpoint(own: Path, room: Path, draw: random.Random):
     shutil.copytree(own / "model", folder)
     job, what = _job(own, room), draw.choice(["as it is", "lock", "pipe", "value"])
     if what == "lock":
-        (folder / ".lock").symlink_to(own / "a.bank")
         job["options"]["bank"] = str(room / "new.bank")
     elif what == "pipe":
-        os.mkfifo(folder / "calibration.bank")
+        os.mkfifo(folder / "calibration.safetensors")
     elif what == "value":
         part = draw.choice([job, job["recipe"], job["options"]])
         part[draw.choice(sorted(part))] = draw.choice(NASTY)
-    (folder / "job.json").write_text(json.dumps(job))
+    with Checkpoint(folder) as saved:
+        saved.put("job", facts=job)
+    if what == "lock":
+        (folder / ".lock").unlink()
+        (folder / ".lock").symlink_to(own / "a.bank")
     kept = _contents(folder)
 
     def call() -> tuple[str, str]:
         answer = _command("resume", folder, "--quiet")
-        lost = [path for path in kept if Path(path).name != "job.json" and not os.path.exists(path)]
+        theirs = [path for path in kept if Path(path).name not in ("job.safetensors", ".lock")]
+        lost = [path for path in theirs if not os.path.exists(path)]
         return ("data lost", str(lost)) if lost else answer
 
     return what, call

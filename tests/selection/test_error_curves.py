@@ -9,11 +9,10 @@ import pytest
 import torch
 from tiny import batches, tiny, tiny_inputs
 
-from liar_ext import InputError, calibrate, ops, prune, score, sites
+from liar_ext import InputError, calibrate, distributed, ops, prune, score, sites
 from liar_ext.data.batches import FOLDS
 from liar_ext.models.sites import get_consumer_weight
-from liar_ext.ranks import Ranks
-from liar_ext.reconstruction.out_of_core import in_file
+from liar_ext.reconstruction.low_memory import in_file
 from liar_ext.selection.allocation import select
 from liar_ext.selection.error_curves import (
     error_curve,
@@ -187,11 +186,11 @@ def test_a_job_of_several_says_so_of_each_rank(tmp_path, monkeypatch):
     model = tiny("llama")
 
     def job(rank: int) -> None:
-        ranks = Ranks.join()
-        report = prune(model, batches(model), 0.7, ranks=ranks)
+        distributed.join()
+        report = prune(model, batches(model), 0.7)
         said = [warning for warning in report.warnings if "An allocation failed" in warning]
         assert rank or (len(said) == 1 and "(0.mlp and 2 more), which were computed" in said[0])
-        ranks.leave()
+        distributed.leave()
 
     assert forked.run(2, job, tmp_path) == [0, 0], (tmp_path / "err0").read_text()
 

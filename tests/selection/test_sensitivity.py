@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import cover
 from tiny import TINY, outputs, tiny, tiny_inputs
 
 from liar_ext import (
@@ -38,8 +39,7 @@ def job(family, mode="linear"):
     return model, data[:2], plan, weights
 
 
-@pytest.mark.parametrize("mode", ["linear", "affine"])
-@pytest.mark.parametrize("family", sorted(TINY))
+@cover(1, mode=["linear", "affine"], family=sorted(TINY))
 def test_equal_to_pruning_each_site_for_real(family, mode):
     if family == "gemma3":
         pytest.skip("the same blocks as gemma3_text")

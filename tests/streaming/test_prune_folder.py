@@ -13,10 +13,10 @@ from tiny import batches, outputs, tiny
 from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
+from liar_ext.pipeline import estimate
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.walk import Walk
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.error_curves import error_curve
-from liar_ext.streaming import memory
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.passes import StreamedPasses
@@ -180,7 +180,7 @@ def test_one_block_is_in_memory_at_a_time(llama, prefetch, tmp_path, monkeypatch
 def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monkeypatch):
     """Those of the block before are gone when the next one is summed, or a walk begins."""
     before: list[weakref.ref] = []
-    sums, start = StreamedPasses._sums, Walk.start
+    sums, start = StreamedPasses._sums, LayerwiseSolver.start
 
     def begun(self, *texts):
         assert [each() for each in before] == [None] * len(before)
@@ -196,7 +196,7 @@ def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monk
         before.extend(weakref.ref(weight) for weight, _ in weights.values())
 
     monkeypatch.setattr(StreamedPasses, "_sums", watched)
-    monkeypatch.setattr(Walk, "start", begun)
+    monkeypatch.setattr(LayerwiseSolver, "start", begun)
     monkeypatch.setattr("liar_ext.streaming.second_walk.keep_block", kept)
     monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
     by_blocks(llama, batches(tiny("llama"), 3), tmp_path / "pruned", **JOBS[job])
@@ -223,7 +223,7 @@ def test_weights_are_written_as_they_are_solved(llama, tmp_path, monkeypatch):
         ({"criterion": "taylor"}, "--criterion taylor needs the whole model"),
         ({"keep_hidden": 0.9}, "--keep-hidden 0.9 needs the whole model"),
         ({"of": "latency"}, "--of latency needs the whole model"),
-        ({"memory": 1 << 20}, "--memory bounds the sums of a model that is in memory"),
+        ({"memory": 1 << 20}, "--memory 1048576 needs the whole model"),
     ],
 )
 def test_what_needs_the_whole_model_is_refused(choices, said, llama, tmp_path):
@@ -311,12 +311,12 @@ def test_a_gguf_file_is_refused(tmp_path):
 
 
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
     job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
     lines = job.describe(4 * GIB)
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
-    needed = job.need.total + store.block_bytes
+    needed = sum(job.need.values()) - job.shard_bytes + store.block_bytes
     job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
     assert "without reading ahead" in job.describe(needed - 1)[0]
 

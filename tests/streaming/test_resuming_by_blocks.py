@@ -9,9 +9,9 @@ import torch
 from tiny import batches, tiny
 
 from liar_ext import InputError, load_pruned
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.walk import Walk
-from liar_ext.saved.progress import Progress
+from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.streaming.block_store import BlockStore
 from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.judging import Judged
@@ -30,7 +30,7 @@ JOBS = {
 
 @pytest.fixture(autouse=True)
 def always_saving(monkeypatch):
-    monkeypatch.setattr(Progress.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -50,7 +50,7 @@ def run(folder, data, out, saved=None, **choices):
     texts = {"evaluate_on": data[3:4]} if "llama" in str(folder) else {}
     if recipe.settled().schedule == "layerwise":
         texts["certify_on"] = data[4:]
-    with Progress(saved) if saved else open(os.devnull) as kept:
+    with Checkpoint(saved) if saved else open(os.devnull) as kept:
         return prune_folder(
             BlockStore(folder),
             data[:3],
@@ -92,7 +92,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
     stops = [(StreamedPasses, "_sums", 3), (StreamedJob, "allocate", 1)]
     stops += [(Judged, "outputs", 1), (BlockStore, "tensors", 2)]
-    stops += [(Walk, "step", 2)] if layerwise else []
+    stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
             counting(patch, kind, name, call)
@@ -102,7 +102,10 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
         assert ("plan.safetensors" in kept) == (number > 1)
         assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
     with monkeypatch.context() as patch:
-        sums, steps = counting(patch, StreamedPasses, "_sums"), counting(patch, Walk, "step")
+        sums, steps = (
+            counting(patch, StreamedPasses, "_sums"),
+            counting(patch, LayerwiseSolver, "step"),
+        )
         report = run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
     assert len(sums) == (2 if tight and not layerwise else 0)
     assert len(steps) == (1 if layerwise else 0)

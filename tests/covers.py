@@ -1,0 +1,44 @@
+"""Combinations of options: a cover of them in `make test`, and the others in `make test-all`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations, product
+
+import pytest
+
+
+def cover(together: int, **options: Iterable) -> pytest.MarkDecorator:
+    """Parametrize by every combination; those outside a cover are exhaustive.
+
+    In the cover any values of ``together`` options occur together: with 2 every pair, with 1 every
+    value. Greedy: the next combination has the most of them that are new, and the rarest values.
+    """
+    values = [list(each) for each in options.values()]
+    every = {
+        choice: set(combinations(enumerate(choice), together))
+        for choice in product(*map(range, map(len, values)))
+    }
+    left, chosen, used = set().union(*every.values()), set(), Counter()
+
+    def worth(choice: tuple[int, ...]) -> tuple[int, int]:
+        return len(every[choice] & left), -sum(used[place] for place in enumerate(choice))
+
+    while left:
+        chosen.add(best := max(every, key=worth))
+        left -= every[best]
+        used.update(enumerate(best))
+    cases = [
+        pytest.param(
+            *(each[i] for each, i in zip(values, choice, strict=True)),
+            marks=() if choice in chosen else pytest.mark.exhaustive,
+        )
+        for choice in every
+    ]
+    return pytest.mark.parametrize(tuple(options), cases, ids=_name)
+
+
+def _name(value: object) -> str:
+    """Return a name that is the same in every process."""
+    return getattr(value, "__name__", str(value))
