@@ -218,7 +218,7 @@ def test_an_output_that_cannot_be_written_is_no_traceback(shell, code, monkeypat
     command = f"{shlex.join([sys.executable, '-c', program])} {shell}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == code and "Traceback" not in done.stderr
-    assert ("info: the job is done, and what it says can't be printed" in done.stderr) == (code > 0)
+    assert ("error: the job is done, and what it says can't be" in done.stderr) == (code > 0)
 
 
 def test_children_are_started_in_one_place_only():
