@@ -17,6 +17,9 @@ from liar_ext.errors import InputError
 PLAN_VERSION = 2
 EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of version 2 would keep
 READABLE = (1, 2, 3)  # version 1 has no hidden features
+KINDS = ("attn", "mlp")
+ATTN_UNITS = ("auto", "kv_group", "head")
+MODES = ("auto", "none", "bias", "linear", "affine")  # of reconstruction
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
 PHASES = ("prefill", "decode", "both")
 # The default tile, the smallest group of common weight quantisers. It is halved for a size that

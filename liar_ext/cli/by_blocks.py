@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from liar_ext.calibration.self_calibration import SELF
-from liar_ext.cli.loading import check_tokenizer
-from liar_ext.cli.own_text import writes
-from liar_ext.cli.prune import add_facts, load, say
+from liar_ext.cli.inputs import add_facts, check_tokenizer, load, writes
+from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
@@ -47,7 +46,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         return stores[0].model, stores[0].tokenizer
 
     settled = replace(recipe, self_text=0.0)
-    given = load(settled, loader=open_store, progress=not options.quiet)
+    given = load(settled, loader=open_store, progress=options.progress)
     (store,) = stores
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
@@ -56,7 +55,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         job.certify_on = given.certification
         lines = job.describe(options.max_memory)
         if is_first():
-            print("\n".join(lines))
+            print_estimate(lines, options)
         return
     loaded = time.perf_counter() - start
 
@@ -77,6 +76,6 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             overwrite=options.overwrite,
             saved=saved,
             annotate=annotate,
-            progress=not options.quiet,
+            progress=options.progress,
         )
     say(report, options, start)

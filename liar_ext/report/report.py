@@ -183,8 +183,13 @@ class Report:
             lines += ["", f"## {table.title}", "", *to_markdown(table)]
         return "\n".join(lines) + "\n"
 
-    def summary(self) -> str:
-        """Return what came out in a few lines of text: sizes, quality, errors, warnings."""
+    def worst_layer(self, error: str = "holdout_error") -> SiteRow | None:
+        """Return the pruned site whose error of that name is the largest, if one has it."""
+        known = [row for row in self.sites if row.is_pruned and getattr(row, error) is not None]
+        return max(known, key=lambda row: getattr(row, error), default=None)
+
+    def lines(self) -> list[str]:
+        """Return what came out in a few lines of text: sizes, quality, errors."""
         lines = [f"Pruned before: {tables.earlier_job(job)}" for job in self.earlier]
         for title, part in tables.SIZES.items():
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
@@ -205,17 +210,18 @@ class Report:
             )
         lines += [f"{'latency':20} {line}" for line in tables.latency_lines(self.latency)]
         lines += [f"{'sizes':20} {line}" for line in tables.grid_lines(self.grid)]
-        cut = [row for row in self.sites if row.is_pruned]
         for name, title, said in (
-            ("holdout_error", "error of a site", ", of its output's energy (cross-validated)"),
-            ("certified_error", "", " (certified)"),
+            ("holdout_error", "worst layer", "relative error on held-out text"),
+            ("certified_error", "", "(certified)"),
         ):
-            known = [row for row in cut if getattr(row, name) is not None]
-            if known:
-                worst = max(known, key=lambda row: getattr(row, name))
-                most = getattr(worst, name)
-                lines.append(f"{title:20} {most:.2%} at most, at {worst.name}{said}")
-        lines += [self.loading] if self.loading else []
+            worst = self.worst_layer(name)
+            if worst is not None:
+                lines.append(f"{title:20} {worst.name}: {getattr(worst, name):.1%} {said}")
+        return lines
+
+    def summary(self) -> str:
+        """Return :meth:`lines`, how to load the model, and warnings, as text."""
+        lines = [*self.lines(), *([self.loading] if self.loading else [])]
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
     def to_card(self, license_name: str | None = None) -> str:

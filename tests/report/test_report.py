@@ -76,7 +76,7 @@ def test_the_summary_is_a_few_plain_lines():
     assert "134,515,008" in lines[0] and "(84.2%)" in lines[0]
     assert "(80.0%)" in lines[1]
     assert "26.97" in lines[2] and "34.74" in lines[2] and "4,088 tokens" in lines[2]
-    assert "2.35% at most, at 3.mlp" in lines[3] and "cross-validated" in lines[3]
+    assert "3.mlp: 2.3% relative error on held-out text" in lines[3]
     assert lines[4:] == ["It loads.", "Warning: Few tokens."]
 
 
@@ -84,7 +84,7 @@ def test_the_summary_names_the_worst_site_that_was_pruned():
     untouched = replace(ROW, name="0.mlp", units_after=1536, holdout_error=0.9)
     worse = replace(ROW, name="7.mlp", holdout_error=0.5, certified_error=0.6)
     said = report(sites=[untouched, ROW, worse]).summary()
-    assert "50.00% at most, at 7.mlp" in said and "60.00% at most, at 7.mlp (certified)" in said
+    assert "7.mlp: 50.0% relative" in said and "7.mlp: 60.0% (certified)" in said
 
 
 def test_a_report_of_nothing_is_short():

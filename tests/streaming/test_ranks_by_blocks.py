@@ -151,7 +151,7 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
     assert forked.run(2, dying, tmp_path) == [3, -signal.SIGKILL]
     said = (tmp_path / "err0").read_text()
-    assert said.count("liar: error: prune: another process of the job has ended") == 1
+    assert said.count("error: another process of the job has ended") == 1
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"alone", "two", "c"}
     assert main(["resume", str(tmp_path / "c"), "--quiet"]) == 0  # in one process
     check_folders(tmp_path / "dead", tmp_path / "alone")
