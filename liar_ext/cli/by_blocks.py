@@ -15,10 +15,10 @@ from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
+from liar_ext.pipeline.folder import describe, prune_folder
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import StreamedJob, prune_folder
 
 NONE_WRITTEN = (
     "The model wrote no calibration text of its own (--self-text), for which all of it must be in "
@@ -51,9 +51,8 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
     if getattr(options, "dry_run", False):
-        job = StreamedJob(store.model, given.calibration, settled, store=store)
-        job.certify_on = given.certification
-        lines = job.describe(options.max_memory)
+        texts = given.calibration, given.certification
+        lines = describe(store, *texts, settled, options.max_memory)
         if is_first():
             print_estimate(lines, options)
         return
