@@ -166,24 +166,24 @@ class Report:
         short = [f"{1 - after / before:.0%} smaller"] if known else []
         warnings = f"{notes} warning{'s' * (notes > 1)}" if notes else "no warnings"
         short += [quality or "quality not measured", warnings]
-        rows = [("removed", self.removed())]
+        rows = [("removed", self._removed())]
         cut = [row for row in self.sites if row.is_pruned and row.holdout_error is not None]
         if cut:
             *_, worst = cut = sorted(cut, key=lambda row: row.holdout_error)
             layer, _, kind = worst.name.partition(".")
             name = f"{NAMES[kind]} of layer {layer}" if kind in NAMES else worst.name
             said = (
-                f"{name} keeps {worst.units_after:,} of {worst.units_before:,} units and has a "
-                f"relative error of {worst.holdout_error:.1%} on held-out text; a median layer has "
-                f"{cut[len(cut) // 2].holdout_error:.1%}"
+                f"{name} keeps {worst.units_after:,} of {worst.units_before:,} units. Its relative "
+                f"error on held-out text is {worst.holdout_error:.1%}; the median layer has "
+                f"{cut[len(cut) // 2].holdout_error:.1%}."
             )
             rows.append(("worst layer", said))
-        todo = ["measure the quality, which errors of layers don't tell"] * (not quality)
+        todo = ["measure the quality: errors of layers don't show it"] * (not quality)
         todo += [f"read the {warnings} below"] * (notes > 0)
         rows.append(("needs attention", "; ".join(todo) or "nothing"))
         return Table("In short", ("", ""), rows, (0, 1), f"{', '.join(short).capitalize()}.")
 
-    def removed(self) -> str:
+    def _removed(self) -> str:
         """Return what was removed, in words."""
         found = []
         for kind, words in REMOVED.items():
@@ -270,13 +270,11 @@ class Report:
             **({"license": license_name} if license_name else {}),
             "tags": ["pruned", "structured-pruning", "liar"],
         }
-        removed = self.removed()
         lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
         lines += [f"# {plain(path.name or self.model)}, pruned", ""]
         lines += [
-            f"{removed[0].upper() + removed[1:]} removed without retraining: the units that stay "
-            "interpolate the removed ones (LIAR, arXiv 2407.13331), and the interpolation is "
-            "folded into the weights.",
+            "Pruned without retraining: the units that stay interpolate the removed ones (LIAR, "
+            "arXiv 2407.13331), and the interpolation is folded into the weights.",
             "",
             f"Importance: `{known.get('criterion')}`. Allocation: `{known.get('allocation')}`. "
             f"Reconstruction: `{known.get('reconstruct')}`, {known.get('schedule')}, from "
