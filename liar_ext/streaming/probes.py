@@ -22,7 +22,7 @@ PROBE = "probe "  # and the name of its site: the name of a stream
 
 
 class ProbeStreams:
-    """What :func:`liar_ext.selection.curve_allocation.measure_losses` measures, block by block.
+    """What :func:`liar_ext.selection.curve_allocation.measure_sensitivities` does, block by block.
 
     A probe begins at the block whose site it prunes, on the dense model's hidden states, and passes
     the later blocks as they are; so the weights are read once for all probes. What a probe has at a
