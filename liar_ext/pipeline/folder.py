@@ -14,13 +14,13 @@ from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.shards import Shards
 from liar_ext.checkpoint_store import RESULT, Checkpoint
 from liar_ext.data.batches import Batches, read_batch, read_batches
-from liar_ext.distributed import is_first
+from liar_ext.distributed import alone, is_first
 from liar_ext.pipeline.analysis import Base, Decision
 from liar_ext.pipeline.choosing import Solved
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.pipeline import run
 from liar_ext.pipeline.settings import describe_sizes
-from liar_ext.pipeline.texts import divergence_of, judged_texts, outputs_of, perplexity_of
+from liar_ext.pipeline.texts import judged_texts, outputs_of, perplexity_of
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import solve_layerwise
@@ -153,7 +153,10 @@ def _write(
     describe_sizes(job)
     job.model.liar_plan = whole
     with job.clock("evaluate"):
-        pruned, certified = perplexity_of(held_out), divergence_of(fresh, outputs)
+        pruned, certified = perplexity_of(held_out), None
+    if outputs is not None:
+        with job.clock("certify"), fresh.answering(), alone():
+            certified = outputs.of(job.model)
     return Solved(
         [rows[name] for name in plan.sites],
         recipe.schedule,

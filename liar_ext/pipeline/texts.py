@@ -38,14 +38,6 @@ def outputs_of(text: StreamedBatches) -> Divergence | None:
         return Divergence(text.walk.model, [batch.inputs for batch in text.batches])
 
 
-def divergence_of(text: StreamedBatches, dense: Divergence | None) -> dict[str, float] | None:
-    """Return how far the model's outputs are from the dense ones for text past its last block."""
-    if dense is None:
-        return None
-    with text.answering(), alone():
-        return dense.of(text.walk.model)
-
-
 def _as_judged(batch: Batch) -> Batch:
     """Return a batch as the model gets it where its perplexity is measured."""
     ids = batch.inputs["input_ids"]
