@@ -169,21 +169,9 @@ def solve_blocks(
 ) -> Iterator[Solved]:
     """Yield the blocks as ``steps`` solves them; those that the checkpoint has are read there.
 
-    Parameters
-    ----------
-    walk : Walk
-        Over the blocks.
-    key : str
-        Of its hidden states in the checkpoint.
-    steps : callable
-        Given how many blocks are done, and the hidden states behind them, yields index, new weights
-        and rows of each of the others.
-    streams : callable
-        Returns the hidden states that ``steps`` needs, by name.
-    numbers : sequence of int
-        Which of all these this rank has.
-    along : sequence of StreamedBatches
-        What passes each block when whoever takes it is done with it.
+    ``steps`` is given how many blocks are done, and the hidden states behind them; ``streams``
+    returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
+    that passes each block when whoever takes it is done with it.
     """
     own = {each.name: each for each in along}
 

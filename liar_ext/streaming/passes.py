@@ -38,18 +38,12 @@ class StreamedPasses:
 
     Parameters
     ----------
-    walk : Walk
-        Over the blocks of the dense model.
-    batches : iterable of mapping
-        The calibration set.
-    at : sequence of Site
-        Sites to collect.
+    walk, batches, at
+        Over the blocks of the dense model, with the calibration set, for these sites.
     keep : bool
         Keep all sums, so that going through the blocks again takes no forward pass.
-    along : sequence of StreamedBatches
+    along, probes
         Other text that passes the blocks in the first walk.
-    probes : ProbeStreams, optional
-        Likewise.
     """
 
     def __init__(
@@ -187,13 +181,7 @@ class StreamedPasses:
         }
 
     def restore(self, found: Mapping[str, dict]) -> None:
-        """Go on with the first walk where it was saved.
-
-        Parameters
-        ----------
-        found : mapping of str to dict
-            What is known by site of the blocks before, see :meth:`finish`; filled.
-        """
+        """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
         saved, streams = self.walk.saved, self._hidden()
         done = self._streams.restore(self.walk.blocks, streams, self.walk.states)
         for index in range(done):
