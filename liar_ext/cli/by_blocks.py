@@ -15,8 +15,11 @@ from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
-from liar_ext.pipeline.folder import describe, prune_folder
+from liar_ext.pipeline.folder import prune_folder
+from liar_ext.pipeline.job import Job, prepare
+from liar_ext.pipeline.streamed import describe
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report
 from liar_ext.streaming.block_store import BlockStore
 
@@ -51,8 +54,9 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
     if getattr(options, "dry_run", False):
-        texts = given.calibration, given.certification
-        lines = describe(store, *texts, settled, options.max_memory)
+        known = {"walk": Walk.of(store), "limit": options.max_memory}
+        known["certify_on"] = given.certification
+        lines = describe(prepare(Job(store.model, given.calibration, settled, **known)))
         if is_first():
             print_estimate(lines, options)
         return

@@ -20,6 +20,7 @@ from liar_ext.pipeline.estimate import before_plan
 from liar_ext.pipeline.job import Job
 from liar_ext.pipeline.scoring import find_curves, find_scores, find_sensitivities
 from liar_ext.pipeline.speed import Speed
+from liar_ext.pipeline.texts import judged_texts
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.selection.allocation import allocate
@@ -28,6 +29,7 @@ from liar_ext.selection.error_curves import notes_of
 from liar_ext.selection.rounding import rounding
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 from liar_ext.streaming.passes import StreamedPasses
+from liar_ext.streaming.probes import ProbeStreams
 
 PLAN = "plan"  # its key in a checkpoint
 
@@ -94,7 +96,7 @@ def narrowed(job: Job) -> Base:
     return Base(copy, job.sites(copy), narrowing)
 
 
-def passes_of(job: Job, base: Base) -> Passes | None:
+def passes_of(job: Job, base: Base) -> Passes | StreamedPasses | None:
     """Return the moments of all sites, in groups that fit; None where only a copy is made.
 
     They are summed where :func:`analyze` and the solves ask for them.
@@ -102,14 +104,20 @@ def passes_of(job: Job, base: Base) -> Passes | None:
     if base.model is not job.model and job.recipe.keep == 1.0:
         return None
     text = () if job.batches is None else job.batches
-    given = base.model, text, base.at, job.room
-    return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
+    if job.walk is None:
+        given = base.model, text, base.at, job.room
+        return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
+    probes = None
+    if job.recipe.allocation == "curve":
+        probes = ProbeStreams(job.walk, text, job.recipe.budget, job.recipe.reconstruct)
+    along = judged_texts(job.walk, job.evaluate_on, job.certify_on)
+    return StreamedPasses(job.walk, text, base.at, job.shares.keep_sums, along, probes)
 
 
 def analyze(job: Job, passes: Passes | StreamedPasses) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
     found, curves, elsewhere = Analysis(), {}, {}
-    recipe, known, progress = job.recipe, job.known, job.progress and job.store is None
+    recipe, known, progress = job.recipe, job.known, job.progress and job.walk is None
     curve, probes = recipe.allocation == "curve", getattr(passes, "probes", None)
     kept = {"score": found.scores, "curve": curves}
     if isinstance(passes, StreamedPasses):
@@ -170,7 +178,8 @@ def decide_anew(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
     if passes is not None:
         return allocated(job, passes.model, analyze(job, passes))
     budget, model_type = job.recipe.budget.to_dict(), job.model.config.model_type
-    return Decision(Plan(model_type, job.recipe.attn_unit, {}, budget))
+    plan = Plan(model_type, job.recipe.attn_unit, {}, budget)
+    return Decision(plan, speed=job.speed)
 
 
 def decide(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
@@ -186,9 +195,9 @@ def decide(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
         if job.bank is None:
             passes.bank = MomentBank(source=source)
         steps = before_plan(job.sites(job.model), job.recipe)
-        if job.store is not None:
+        if job.walk is not None:
             passes.source |= source
-            steps = {"calibrate": len(job.store)}  # of the first walk
+            steps = {"calibrate": len(job.walk.blocks)}  # of the first walk
         for stage, count in steps.items():
             spare(stage, count)
         return decision
@@ -199,7 +208,7 @@ def decide(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
         source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
         facts |= {"plan": decision.plan.to_json(), "source": source, "summed": passes.summed}
         saved.put(PLAN, facts=facts | {"said": "the plan"})
-    if job.store is None:
+    if job.walk is None:
         needed = job.recipe.schedule == "one-pass" or job.judged is not None
     else:
         needed = job.shares.keep_sums

@@ -64,14 +64,18 @@ def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 @dataclass(frozen=True)
 class Solved:
-    """What the solves of a job gave."""
+    """What became of a plan's sites, and in the end of the model."""
 
     rows: Sequence[SiteRow]
     schedule: str
     source: Mapping[str, int]  # of the text that was calibrated on
-    weights: Weights = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)  # until the model is sliced
     facts: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    plan: Plan | None = None  # of the dense model
+    dense: Mapping[str, float] | None = None  # on held-out text
+    pruned: Mapping[str, float] | None = None
+    certified: Mapping[str, float] | None = None  # on fresh text
 
 
 def solve(job: Any, passes: Passes | None, plan: Plan, source: Mapping[str, int]) -> Solved:

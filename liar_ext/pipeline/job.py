@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import nn
 
@@ -29,14 +28,14 @@ from liar_ext.pipeline.scheduling import NO_GAIN, settled_for, warn_of_what_stay
 from liar_ext.pipeline.scoring import check_bank, runs_over_text
 from liar_ext.pipeline.sharing import Known
 from liar_ext.pipeline.speed import Speed
-from liar_ext.pipeline.streamed import Shares, check_blocks
+from liar_ext.pipeline.streamed import Shares, check_blocks, share_out
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import check_walk
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.selection.allocation import check_budget, even_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import get_criterion
 from liar_ext.selection.whole_experts import count_experts_kept
-from liar_ext.streaming.block_store import BlockStore
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Job:
     judged: Batches | None = None  # text that decides the schedule, and nothing else
     evaluate_on: Batches | None = None
     certify_on: Batches | None = None
-    store: BlockStore | None = None  # reads one block at a time; the model is in memory without it
+    walk: Walk | None = None  # with one block at a time; the model is in memory without it
+    limit: int = 0  # bytes that the process may take, with a walk
     clock: Clock = field(default_factory=Clock)
     # Found by prepare().
     asked: Recipe | None = None  # the recipe before it was resolved
@@ -62,7 +62,7 @@ class Job:
     params: Mapping[str, int] = field(default_factory=dict)  # of the dense model
     room: int = 0  # bytes that sums may take at a time
     speed: Speed | None = None  # for a budget of latency
-    shares: Shares | None = None  # of memory, with a store
+    shares: Shares | None = None  # of the limit
 
     @property
     def narrows(self) -> bool:
@@ -107,8 +107,8 @@ def prepare(job: Job) -> Job:
     notes = [*job.notes, *getattr(model, "liar_notes", [])]
     job = replace(job, asked=asked, recipe=asked.settled())
     at = job.sites(model)
-    if job.store is not None:
-        check_blocks(model, job.recipe, len(job.store), certifies=job.certify_on is not None)
+    if job.walk is not None:
+        check_blocks(model, job.recipe, len(job.walk.source), certifies=job.certify_on is not None)
     measures = _measures(job)
     if not measures:
         job = _without_gain(replace(job, judged=None), at, notes)
@@ -134,16 +134,17 @@ def prepare(job: Job) -> Job:
     backward = get_criterion(recipe.criterion).needs == "gradient"
     if backward:
         check_owned(at)
-    if job.saved is not None or job.store or runs_over_text(recipe, job.known, model, at):
+    if job.saved is not None or job.walk or runs_over_text(recipe, job.known, model, at):
         job = replace(job, batches=list(job.batches or ()))  # to be gone through again
-    if recipe.schedule == "layerwise" and job.store is None:
+    if recipe.schedule == "layerwise" and job.walk is None:
         job = _walked(job, notes)
     if measures:
         job = _held_out(job, at, notes)
     if backward and job.batches:
         check_loss(model, job.batches[0])
     room = room_for_sums(model, recipe.memory)
-    return replace(job, notes=notes, params=params, room=room)
+    job = replace(job, notes=notes, params=params, room=room)
+    return job if job.walk is None else replace(job, shares=_shares(job))
 
 
 def _measures(job: Job) -> bool:
@@ -151,7 +152,7 @@ def _measures(job: Job) -> bool:
     auto = job.asked.schedule == "auto" and job.recipe.schedule == "layerwise"
     # Fewer hidden features are no states to compare with the dense model's, and of a model that is
     # written as it is solved there is nothing to compare.
-    possible = auto and not job.narrows and job.store is None
+    possible = auto and not job.narrows and job.walk is None
     return possible and (job.bank is None or job.judged is not None)
 
 
@@ -165,7 +166,7 @@ def _held_out(job: Job, at: Sequence[Site], notes: list[str]) -> Job:
 
 def _without_gain(job: Job, at: Sequence[Site], notes: list[str]) -> Job:
     """Solve in one pass by default where a walk gains nothing."""
-    if job.store is not None and job.certify_on is not None:
+    if job.walk is not None and job.certify_on is not None:
         return job  # in one pass fresh text can't be measured on block by block
     settled = settled_for(job.asked, at)
     if job.recipe.schedule == "layerwise" and settled.schedule == "one-pass":
@@ -191,25 +192,44 @@ def _in_one_pass(job: Job, reason: str, notes: list[str]) -> Job:
     return replace(job, recipe=replace(job.recipe, schedule="one-pass"))
 
 
-def record(job: Job, **kept: Any) -> dict[str, Any]:
-    """Record a prepared job in its checkpoint, or raise InputError if that is of another one.
+def recorded(job: Job) -> Job:
+    """Return a prepared job as its checkpoint has it, where it is recorded.
 
-    ``kept`` are values that stay what they were at first; they are among the facts that are
-    returned, see :meth:`liar_ext.checkpoint_store.Checkpoint.begin`.
+    What depends on the memory that is free stays what it was: other groups of sites would have
+    other sums.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is of another job.
     """
+    if job.saved is None:
+        return job
     texts = {
         "calibration text": job.batches,
         "fresh text": job.certify_on,
         "judged text": job.judged,
     }
-    if job.store is not None:
-        texts["held-out text"] = job.evaluate_on  # whose hidden states are saved
     state = job.model.state_dict().items()
+    if job.walk is None:
+        weights, kept = fingerprint_of(state), {"room": job.room}
+    else:
+        weights, kept = job.walk.source.fingerprint(), {"keep_sums": job.shares.keep_sums}
+        texts["held-out text"] = job.evaluate_on  # whose hidden states are saved
     facts = {
-        "weights": fingerprint_of(state) if job.store is None else job.store.fingerprint(),
+        "weights": weights,
         "dtype": str(job.model.dtype),
         **{name: None if text is None else digest_of(text) for name, text in texts.items()},
         "bank": None if job.bank is None else job.bank.source.get("data"),
         "settings": job.recipe.to_dict(),
     }
-    return job.saved.begin(facts, **kept)
+    known = job.saved.begin(facts, **kept)
+    if job.walk is None:
+        return replace(job, room=known["room"])
+    return replace(job, shares=_shares(job, known["keep_sums"]))
+
+
+def _shares(job: Job, keep_sums: bool | None = None) -> Shares:
+    """Share the limit out; raise InputError if it isn't enough."""
+    given = job.walk.source, job.sites(job.model), list(read_batches(job.batches)), job.recipe
+    return share_out(*given, job.limit, keep_sums)

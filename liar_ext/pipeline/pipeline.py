@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,10 +18,10 @@ from liar_ext.data.batches import Batches
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
-from liar_ext.pipeline.analysis import Base, decide, narrowed, passes_of
+from liar_ext.pipeline.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.pipeline.choosing import Solved, Weights, solve
-from liar_ext.pipeline.estimate import bars_of, stages_of
-from liar_ext.pipeline.job import Job, prepare, record
+from liar_ext.pipeline.estimate import bars_of, by_blocks, stages_of
+from liar_ext.pipeline.job import Job, prepare, recorded
 from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
 from liar_ext.pipeline.settings import describe_sizes, report_of
 from liar_ext.plan import Budget, Plan
@@ -31,6 +32,7 @@ from liar_ext.report.report import Report
 from liar_ext.selection.divergence import Divergence
 from liar_ext.surgery.units import apply_plan
 
+Finish = Callable[[Job, Base, Any, Decision], Solved]
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
     **{each.name: each.metadata["in_python"] for each in recipe_fields()},
@@ -149,30 +151,42 @@ def prune(
         )
 
 
-def run(job: Job) -> Report:
-    """Do a job on a model in memory, which is sliced in place."""
+def run(job: Job, finish: Finish | None = None) -> Report:
+    """Do a job, and return every number that a user needs to trust the result.
+
+    ``finish`` acts by the plan; by default it slices a model that is in memory.
+    """
     if job.saved is not None:
         check_resumable(job.recipe)
-    job = prepare(job)
-    if job.saved is not None:
-        # What is free changes, and other groups of sites would have other sums.
-        job = replace(job, room=record(job, room=job.room)["room"])
+    job = recorded(prepare(job))
     stages = stages_of(job, job.evaluate_on) if job.progress else {}
+    if job.walk is not None:
+        job.walk.states.memory = job.shares.states
+        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
     with Timeline("prune", bars_of(stages)).shown():
-        dense = evaluate(job)
+        dense = evaluate(job) if job.walk is None else None
         base = narrowed(job)
         passes = passes_of(job, base)
         decision = decide(job, passes)
-        solved = solve(job, passes, decision.plan, base.source)
-        fresh, solved = certify(job, passes, decision.plan, solved)
-        scales = _outputs(job)
-        plan = slice_modules(job, base, decision.plan, solved.weights)
-        solved = _rescaled(job, scales, plan, solved)
-        evaluation = {"dense": dense, "pruned": evaluate(job)}
-        if fresh is not None:
-            with job.clock("certify"):
-                evaluation["certified"] = fresh.of(job.model)
-        return report_of(job, base, decision, solved, plan, evaluation)
+        found = (finish or in_place)(job, base, passes, decision)
+        return report_of(job, base, decision, replace(found, dense=found.dense or dense))
+
+
+def in_place(job: Job, base: Base, passes: Passes | None, decision: Decision) -> Solved:
+    """Solve the sites of a plan and slice the model."""
+    plan, outputs = decision.plan, None
+    solved = solve(job, passes, plan, base.source)
+    if job.certify_on is not None:
+        with job.clock("certify"):
+            outputs = Divergence(job.model, job.certify_on)
+            solved = _certified(job, passes, plan, solved)
+    scales = _outputs(job)
+    plan = slice_modules(job, base, plan, solved.weights)
+    solved = replace(_rescaled(job, scales, plan, solved), plan=plan, pruned=evaluate(job))
+    if outputs is None:
+        return solved
+    with job.clock("certify"):
+        return replace(solved, certified=outputs.of(job.model))
 
 
 def check_resumable(recipe: Recipe) -> None:
@@ -192,25 +206,15 @@ def evaluate(job: Job) -> dict[str, float] | None:
         return perplexity(job.model, job.evaluate_on, progress=job.progress)
 
 
-def certify(
-    job: Job, passes: Passes | None, plan: Plan, solved: Solved
-) -> tuple[Divergence | None, Solved]:
-    """Return the dense model's outputs on fresh text, if there is any, and rows with errors on it.
-
-    The sliced model is measured later, and a walk has measured its rows.
-    """
-    if job.certify_on is None:
-        return None, solved
-    with job.clock("certify"):
-        fresh = Divergence(job.model, job.certify_on)
-        if passes is not None and solved.schedule == "one-pass":
-            passes.bank = MomentBank()  # its memory is for the fresh sums
-            given = passes.model, job.certify_on, job.sites(passes.model), job.room
-            given = Passes(*given, progress=job.progress), plan, solved.weights
-            errors = certified_errors(*given)
-            rows = [replace(row, certified_error=errors[row.name]) for row in solved.rows]
-            solved = replace(solved, rows=rows)
-    return fresh, solved
+def _certified(job: Job, passes: Passes | None, plan: Plan, solved: Solved) -> Solved:
+    """Measure sites that were solved in one pass on fresh text; a walk has measured its own."""
+    if passes is None or solved.schedule != "one-pass":
+        return solved
+    passes.bank = MomentBank()  # its memory is for the fresh sums
+    given = passes.model, job.certify_on, job.sites(passes.model), job.room
+    errors = certified_errors(Passes(*given, progress=job.progress), plan, solved.weights)
+    rows = [replace(row, certified_error=errors[row.name]) for row in solved.rows]
+    return replace(solved, rows=rows)
 
 
 def slice_modules(job: Job, base: Base, plan: Plan, weights: Weights) -> Plan:

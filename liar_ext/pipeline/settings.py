@@ -65,19 +65,15 @@ def describe_sizes(job: Job) -> None:
     stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
 
 
-def report_of(
-    job: Job,
-    base: Base,
-    decision: Decision,
-    solved: Solved,
-    plan: Plan,
-    evaluation: Mapping[str, dict[str, float] | None],
-) -> Report:
-    """Return every number that a user needs to trust the result.
-
-    ``plan`` is of the dense model, ``evaluation`` of both on held-out text and on fresh text.
-    """
-    model, recipe, rows, speed = job.model, job.recipe, solved.rows, decision.speed
+def report_of(job: Job, base: Base, decision: Decision, solved: Solved) -> Report:
+    """Return every number that a user needs to trust the result."""
+    model, recipe, plan, rows, speed = (
+        job.model,
+        job.recipe,
+        solved.plan,
+        solved.rows,
+        decision.speed,
+    )
     settled = replace(recipe, schedule=solved.schedule)
     hidden_rows = base.narrowing.rows if base.narrowing else []
     facts, grid = {**decision.facts, **solved.facts}, dict(decision.grid)
@@ -87,7 +83,9 @@ def report_of(
     left = sum(r.params_after for r in rows) if rows else sum(site.params for site in base.at)
     # What was measured is measured again where the recipe is.
     asked = recipe if job.judged is None else replace(recipe, schedule="auto")
-    needed = {"certified"} if None in map(evaluation.get, ("dense", "pruned")) else evaluation
+    evaluation = {"dense": solved.dense, "pruned": solved.pruned}
+    evaluation = {} if None in evaluation.values() else evaluation
+    evaluation |= {} if solved.certified is None else {"certified": solved.certified}
     widest = max(site.d_in for site in base.at)
     known = [*rows, *hidden_rows], recipe.reconstruct, solved.source["tokens"], widest
     said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
@@ -105,7 +103,7 @@ def report_of(
         grid=grid,
         params={**job.params, "prunable_after": left, "after": count_params(model)},
         latency={} if speed is None else speed.facts(),
-        evaluation={name: evaluation[name] for name in needed if evaluation.get(name)},
+        evaluation=evaluation,
         seconds=job.clock.seconds,
         warnings=what_to_know(*known) + said + ([] if speed is None else speed.warnings()),
         loading=stock_config.how_to_load(model, plan),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from liar_ext.calibration.memory import bytes_of_sums
-from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.shards import SHARD_BYTES
 from liar_ext.data.batches import Batch
 from liar_ext.distributed import gather
@@ -29,7 +29,7 @@ from liar_ext.streaming.block_store import BlockStore
 SHARD_PART = 8  # a shard may take this part of the memory
 
 
-def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, certifies: bool) -> None:
+def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bool) -> None:
     """Raise InputError for what can't be done with one of so many blocks at a time.
 
     Whether something comes between the blocks is seen on the way.
@@ -61,7 +61,6 @@ def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, certifies: bool)
 class Shares:
     """What the memory of a job is for, in bytes."""
 
-    limit: int
     need: dict[str, int]  # the peak without hidden states, by its parts
     shard: int  # of what is written at a time
     states: int  # hidden states in memory; what is more lies in a file
@@ -95,23 +94,22 @@ def share_out(
     left, sums = room_for_states(need, limit), sum(bytes_of_sums(site.d_in) for site in at)
     if keep_sums is None:
         keep_sums = all(gather(recipe.schedule == "one-pass" and sums <= left // 2))
-    return Shares(limit, need, shard, max(0, left - (sums if keep_sums else 0)), keep_sums)
+    return Shares(need, shard, max(0, left - (sums if keep_sums else 0)), keep_sums)
 
 
-def lines_of(
-    store: BlockStore, batches: Sequence[Batch], recipe: Recipe, shares: Shares
-) -> list[str]:
-    """Return lines on what a job would take."""
-    layerwise, tokens = recipe.schedule == "layerwise", sum(map(tokens_of, batches))
-    held = bytes_of_states(store.model, sites(store.model), tokens, layerwise=layerwise)
+def describe(job: Any) -> list[str]:
+    """Return lines on what a prepared :class:`~liar_ext.pipeline.job.Job` would take."""
+    store, shares, layerwise = job.walk.source, job.shares, job.recipe.schedule == "layerwise"
+    tokens = sum(map(tokens_of, job.batches))
+    held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
     beyond, need = max(0, held - shares.states), sum(shares.need.values())
     again = "" if shares.keep_sums or layerwise else ", twice"
     return [
-        f"{type(store.model).__name__}: {count_params(store.model):,} parameters, "
+        f"{type(job.model).__name__}: {job.params['before']:,} parameters, "
         f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
         f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
         "reading ahead",
-        f"memory: {need / GIB:.3g} of {shares.limit / GIB:.3g} GiB without hidden states "
+        f"memory: {need / GIB:.3g} of {job.limit / GIB:.3g} GiB without hidden states "
         f"(GiB: {in_gib(shares.need)})",
         f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
         "in the output folder",

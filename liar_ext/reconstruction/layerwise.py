@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,9 @@ from liar_ext.reconstruction.saved_walk import (
 from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk, with_inputs
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
+
+# A block that is solved and still as it was, new weights, and rows of its sites.
+Solved = tuple[int, Weights, dict[str, SiteRow]]
 
 
 @torch.no_grad()
@@ -115,20 +117,10 @@ def reconstruct_layerwise(
     check_walk(model, batches)
     walk = Walk.of(InMemory(model), plan.attn_unit, saved, progress)
     weights, rows = {}, {}
-    for block in solve_layerwise(walk, plan, mode, damp, batches, fresh):
-        weights |= block.weights
-        rows |= block.rows
+    for _, new, solved in solve_layerwise(walk, plan, mode, damp, batches, fresh):
+        weights |= new
+        rows |= solved
     return weights, [rows[name] for name in plan.sites]
-
-
-@dataclass
-class SolvedBlock:
-    """A block that is solved, and still as it was."""
-
-    index: int
-    weights: Weights
-    rows: dict[str, SiteRow]
-    again: bool = False  # it was solved before the job was stopped
 
 
 def solve_layerwise(
@@ -139,7 +131,7 @@ def solve_layerwise(
     batches: Batches,
     fresh: Batches,
     along: Sequence[StreamedBatches] | None = None,
-) -> Iterator[SolvedBlock]:
+) -> Iterator[Solved]:
     """Yield the blocks, each with its weights in memory and solved on those before it.
 
     Without ``along`` the walk ends with the last site of the plan. All else is as for
@@ -151,7 +143,7 @@ def solve_layerwise(
     planned = max((walk.blocks.index_of(s) for s in every if s.name in plan.sites), default=-1)
     count = planned + 1 if along is None else len(walk.blocks)
 
-    def steps(done: int, streams: Streams) -> Iterator[tuple[int, Weights, dict[str, SiteRow]]]:
+    def steps(done: int, streams: Streams) -> Iterator[Solved]:
         solver.resume(streams)
         spare("layerwise", done)
         bar = {"initial": done, "total": count, "disable": not walk.progress}
@@ -170,28 +162,16 @@ def solve_layerwise(
 def solve_blocks(
     walk: Walk,
     key: str,
-    steps: Callable[[int, Streams], Iterator[tuple[int, Weights, dict[str, SiteRow]]]],
+    steps: Callable[[int, Streams], Iterator[Solved]],
     streams: Callable[[], Streams],
     numbers: Sequence[int],
     along: Sequence[StreamedBatches],
-) -> Iterator[SolvedBlock]:
+) -> Iterator[Solved]:
     """Yield the blocks as ``steps`` solves them; those that the checkpoint has are read there.
 
-    Parameters
-    ----------
-    walk : Walk
-        Over the blocks.
-    key : str
-        Of its hidden states in the checkpoint.
-    steps : callable
-        Given how many blocks are done, and the hidden states behind them, yields index, new weights
-        and rows of each of the others.
-    streams : callable
-        Returns the hidden states that ``steps`` needs, by name.
-    numbers : sequence of int
-        Which of all these this rank has.
-    along : sequence of StreamedBatches
-        What passes each block when whoever takes it is done with it.
+    ``steps`` is given how many blocks are done, and the hidden states behind them; ``streams``
+    returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
+    that passes each block when whoever takes it is done with it.
     """
     own = {each.name: each for each in along}
 
@@ -205,10 +185,10 @@ def solve_blocks(
     done = kept.restore(walk.blocks, found, walk.states)
     for index in range(done):
         with walk.source.block(index):
-            yield SolvedBlock(index, *kept_block(walk.saved, index), again=True)
+            yield index, *kept_block(walk.saved, index)
     for index, weights, rows in steps(done, found):
         keep_block(walk.saved, index, weights, rows)
-        yield SolvedBlock(index, weights, rows)
+        yield index, weights, rows
         weights.clear()  # the next block is solved without them
         for each in along:
             each.advance(index)

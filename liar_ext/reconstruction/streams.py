@@ -50,26 +50,12 @@ class InMemory:
 
 @dataclass
 class Walk:
-    """A walk over the blocks of a model, and where things lie on the way.
+    """A walk over the blocks of a model, and where things lie on the way."""
 
-    Parameters
-    ----------
-    source : BlockSource
-        Of the weights.
-    blocks : Blocks
-        Run by this.
-    states : HiddenStates
-        Holds hidden states.
-    saved : Checkpoint, optional
-        Keeps what is done.
-    progress : bool
-        Show progress bars.
-    """
-
-    source: BlockSource
+    source: BlockSource  # of the weights
     blocks: Blocks
     states: HiddenStates = field(default_factory=HiddenStates)
-    saved: Checkpoint | None = None
+    saved: Checkpoint | None = None  # where what is done is kept
     progress: bool = False
 
     @classmethod
@@ -99,18 +85,8 @@ class Walk:
 class StreamedBatches:
     """Batches on their way past the blocks of a model; in the end its head answers for them.
 
-    Parameters
-    ----------
-    name : str
-        Of their hidden states in a checkpoint.
-    walk : Walk
-        Over the blocks.
-    batches : sequence of Batch
-        What this rank has.
-    numbers : sequence of int, optional
-        Which of all batches these are; None where the first rank has all.
-    hidden : list of Held, optional
-        Hidden states, if they have begun.
+    ``name`` is that of their hidden states in a checkpoint. ``numbers`` say which of all batches
+    this rank has; None if the first rank has all. ``hidden`` is given if they have begun.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from liar_ext.distributed import all_reduce, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
-from liar_ext.reconstruction.layerwise import SolvedBlock, solve_blocks
+from liar_ext.reconstruction.layerwise import Solved, solve_blocks
 from liar_ext.reconstruction.one_pass import reconstruct_shared
 from liar_ext.reconstruction.saved_walk import SavedStreams, Streams
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
@@ -38,27 +38,12 @@ class StreamedPasses:
 
     Parameters
     ----------
-    walk : Walk
-        Over the blocks of the dense model.
-    batches : iterable of mapping
-        The calibration set.
-    at : sequence of Site
-        Sites to collect.
+    walk, batches, at
+        Over the blocks of the dense model, with the calibration set, for these sites.
     keep : bool
         Keep all sums, so that going through the blocks again takes no forward pass.
-    along : sequence of StreamedBatches
+    along, probes
         Other text that passes the blocks in the first walk.
-    probes : ProbeStreams, optional
-        Likewise.
-
-    Attributes
-    ----------
-    text : StreamedBatches
-        Batches of this rank, and their hidden states after the block that was given last.
-    first : int
-        The block to begin with next.
-    summed : list of int
-        Numbers of the walks that ran the text.
     """
 
     def __init__(
@@ -75,11 +60,11 @@ class StreamedPasses:
         self.batches = list(read_batches(batches))
         numbers = range(rank(), len(self.batches), world_size())
         self.text = StreamedBatches("text", walk, [self.batches[n] for n in numbers], numbers)
-        self.summed: list[int] = []
+        self.summed: list[int] = []  # numbers of the walks that ran the text
         self.source = self._source()
         self.bank = MomentBank({}, self.source)
         self.index = 0  # of the block that is given
-        self.first = 0
+        self.first = 0  # the block to begin with next
         self.kept: dict[str, Moments] = {}
         self._streams = SavedStreams(walk.saved, SUMS, len(walk.blocks), self._numbers)
 
@@ -122,7 +107,7 @@ class StreamedPasses:
 
     def solve(
         self, plan: Plan, mode: str, damp: float | str, along: Sequence[StreamedBatches]
-    ) -> Iterator[SolvedBlock]:
+    ) -> Iterator[Solved]:
         """Yield the blocks in a second walk, solved on the moments of the dense model.
 
         See :func:`liar_ext.reconstruction.layerwise.solve_blocks`.
@@ -130,7 +115,7 @@ class StreamedPasses:
         if not self.keep:
             self.text.hidden.clear()
 
-        def steps(done: int, _: Streams) -> Iterator[tuple]:
+        def steps(done: int, _: Streams) -> Iterator[Solved]:
             self.first = done
             if self.keep and not self.kept:  # the plan was known
                 self._restore_sums(range(done, len(self.walk.blocks)))
@@ -196,13 +181,7 @@ class StreamedPasses:
         }
 
     def restore(self, found: Mapping[str, dict]) -> None:
-        """Go on with the first walk where it was saved.
-
-        Parameters
-        ----------
-        found : mapping of str to dict
-            What is known by site of the blocks before, see :meth:`finish`; filled.
-        """
+        """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
         saved, streams = self.walk.saved, self._hidden()
         done = self._streams.restore(self.walk.blocks, streams, self.walk.states)
         for index in range(done):

@@ -22,23 +22,15 @@ PROBE = "probe "  # and the name of its site: the name of a stream
 
 
 class ProbeStreams:
-    """What :func:`liar_ext.selection.curve_allocation.measure_losses` measures, block by block.
+    """What :func:`liar_ext.selection.curve_allocation.measure_sensitivities` does, block by block.
 
     A probe begins at the block whose site it prunes, on the dense model's hidden states, and passes
     the later blocks as they are; so the weights are read once for all probes. What a probe has at a
     time are the hidden states of the few probe sequences, of which ranks take a batch each in turn.
 
-    Parameters
-    ----------
-    walk : Walk
-        Over the blocks of the dense model.
-    batches : iterable of mapping
-        The calibration set, of which
-        :func:`liar_ext.selection.curve_allocation.probes_of` takes a few sequences.
-    budget : Budget
-        Which tells how much of a site a probe prunes.
-    mode : str
-        How it is reconstructed then.
+    ``batches`` are the calibration set, of which
+    :func:`liar_ext.selection.curve_allocation.probes_of` takes a few sequences. The budget tells
+    how much of a site a probe prunes, the mode how it is reconstructed then.
     """
 
     def __init__(self, walk: Walk, batches: Batches, budget: Budget, mode: str) -> None:

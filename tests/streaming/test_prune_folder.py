@@ -6,18 +6,20 @@ import json
 import os
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import batches, outputs, tiny
 from torch import nn
 
-from liar_ext import InputError, load_pruned, prune, sites, verify_pruned
-from liar_ext.data.batches import read_batches
+from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.pipeline import estimate
-from liar_ext.pipeline.folder import describe, prune_folder
-from liar_ext.pipeline.streamed import share_out
+from liar_ext.pipeline.folder import prune_folder
+from liar_ext.pipeline.job import Job, prepare
+from liar_ext.pipeline.streamed import describe
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.error_curves import error_curve
 from liar_ext.streaming.block_store import BlockStore
@@ -315,13 +317,12 @@ def test_a_gguf_file_is_refused(tmp_path):
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
-    given = store, batches(store.model, 3), None, Recipe(keep=0.6)
-    lines = describe(*given, 4 * GIB)
+    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk.of(store))
+    prepared = prepare(replace(job, limit=4 * GIB))
+    lines, shares = describe(prepared), prepared.shares
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
-    settled, data = given[3].settled(), [*read_batches(given[1])]
-    found = share_out(store, sites(store.model), data, settled, 4 * GIB)
-    needed = sum(found.need.values()) - found.shard + store.block_bytes
-    assert "without reading ahead" in describe(*given, needed - 1)[0]
+    needed = sum(shares.need.values()) - shares.shard + store.block_bytes
+    assert "without reading ahead" in describe(prepare(replace(job, limit=needed - 1)))[0]
 
 
 def test_curves_that_find_no_memory_are_said_once(llama, tmp_path, monkeypatch):

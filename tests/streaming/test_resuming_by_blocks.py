@@ -10,8 +10,8 @@ from tiny import batches, tiny
 
 from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint_store import Checkpoint
-from liar_ext.pipeline import analysis
-from liar_ext.pipeline.folder import Along, prune_folder
+from liar_ext.pipeline import analysis, folder
+from liar_ext.pipeline.folder import prune_folder
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.streaming.block_store import BlockStore
@@ -91,7 +91,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     layerwise = expected.settings["schedule"] == "layerwise"
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
     stops = [(StreamedPasses, "_sums", 3), (analysis, "allocated", 1)]
-    stops += [(Along, "outputs", 1), (BlockStore, "tensors", 2)]
+    stops += [(folder, "outputs_of", 1), (BlockStore, "tensors", 2)]
     stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:
