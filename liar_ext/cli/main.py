@@ -16,6 +16,7 @@ from liar_ext.cli import (
     bench,
     calibrate,
     compare,
+    doctor,
     evaluate,
     export,
     families,
@@ -46,15 +47,16 @@ COMMANDS = {
     "export": export.run,
     "families": families.run,
     "info": info.run,
+    "doctor": doctor.run,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done; 1: ``verify`` found other outputs; 2: input that cannot be used, or too little memory
-    for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads the output, such
-    as ``head``, has enough of it.
+    0: done; 1: ``verify`` or ``doctor`` found a problem; 2: input that cannot be used, or too
+    little memory for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads
+    the output, such as ``head``, has enough of it.
     """
     _open_streams()
     for stream in (sys.stdout, sys.stderr):

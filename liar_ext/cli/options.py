@@ -16,6 +16,7 @@ from liar_ext.cli.bank_options import (
     add_resume,
     add_sweep,
 )
+from liar_ext.cli.completion import PrintCompletion
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
@@ -72,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="liar prune MODEL --calibration TEXT --out DIR is all that a first run needs.",
     )
     parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh"),
+        action=PrintCompletion,
+        help="print a script that completes liar in a shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_prune(commands)
     add_calibrate(commands)
@@ -86,6 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add_export(commands, read_name, at_least(1))
     add_families(commands, read_name)
     commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    doctor = commands.add_parser("doctor", help="check that this installation works here")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
