@@ -20,6 +20,7 @@ from liar_ext.cli.completion import PrintCompletion
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
+from liar_ext.cli.tracking import TRACKERS, read_tracker
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
@@ -150,6 +151,12 @@ def _add_prune(commands) -> None:
     add_checkpoint(output, "progress")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+    output.add_argument(
+        "--log",
+        type=read_tracker,
+        choices=TRACKERS,
+        help="log recipe, sizes, perplexity and seconds as a run of MLflow or Weights & Biases",
+    )
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:

@@ -19,6 +19,7 @@ from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.own_text import SKETCHED, TextAndOwn, let_write, writes
 from liar_ext.cli.processes import check_device
+from liar_ext.cli.tracking import log
 from liar_ext.data.random_tokens import fraction_of
 from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError
@@ -110,7 +111,9 @@ def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:
 
 
 def say(report: Report, options: argparse.Namespace, start: float) -> None:
-    """Print what came out."""
+    """Print what came out, and log it where that is asked for."""
+    if getattr(options, "log", None):
+        log(report, options.log, options.out)
     if not options.quiet:
         print(report.summary())
         print(f"{options.out}: saved after {time.perf_counter() - start:.0f} s")
