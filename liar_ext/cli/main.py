@@ -31,7 +31,7 @@ def _resume(options: argparse.Namespace) -> None:
 
 NAMES = (
     *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
-    *("export", "families", "info"),
+    *("export", "families", "info", "doctor"),
 )
 MODULES = {"eval": "evaluate"}  # others have the name of their command
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
@@ -43,9 +43,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done; 1: ``verify`` found other outputs; 2: input that cannot be used, or too little memory
-    for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads the output, such
-    as ``head``, has enough of it.
+    0: done; 1: ``verify`` or ``doctor`` found a problem; 2: input that cannot be used, or too
+    little memory for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads
+    the output, such as ``head``, has enough of it.
     """
     _open_streams()
     for stream in (sys.stdout, sys.stderr):

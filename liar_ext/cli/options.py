@@ -17,10 +17,12 @@ from liar_ext.cli.bank_options import (
     add_shown,
     add_sweep,
 )
+from liar_ext.cli.completion import PrintCompletion
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
 from liar_ext.cli.messages import error_lines
+from liar_ext.cli.tracking import TRACKERS, read_tracker
 from liar_ext.errors import did_you_mean
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
@@ -79,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="liar prune MODEL --calibration TEXT --out DIR is all that a first run needs.",
     )
     parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh"),
+        action=PrintCompletion,
+        help="print a script that completes liar in a shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parser.of_command = commands.choices
     _add_prune(commands)
@@ -95,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     add_families(commands, read_name)
     info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
     info.add_argument("--json", action="store_true", help="print JSON")
+    doctor = commands.add_parser("doctor", help="check that this installation works here")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -156,6 +166,12 @@ def _add_prune(commands) -> None:
     add_checkpoint(output, "progress")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     add_shown(output, "no progress, no summary, no warnings")
+    output.add_argument(
+        "--log",
+        type=read_tracker,
+        choices=TRACKERS,
+        help="log recipe, sizes, perplexity and seconds as a run of MLflow or Weights & Biases",
+    )
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:

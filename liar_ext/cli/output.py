@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 
+from liar_ext.cli.tracking import log
 from liar_ext.report.report import Report
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -17,7 +18,9 @@ LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(.*?)\)")
 
 
 def say(report: Report, options: argparse.Namespace, start: float) -> None:
-    """Print what came out, and what to do with it; warn of what a user has to know."""
+    """Print what came out, and what to do with it; log it where that is asked for."""
+    if getattr(options, "log", None):
+        log(report, options.log, options.out)
     seconds, folder = time.perf_counter() - start, options.out
     each = BYTES.get(report.choices.get("dtype"), 4) / 1e6
     megabytes = {name: report.params[name] * each for name in ("before", "after")}
