@@ -92,7 +92,10 @@ def test_the_command_logs(mlflow, llama_folder, corpus, tmp_path):
 
 def test_a_tracker_that_is_missing_is_refused_first(monkeypatch, capsys):
     monkeypatch.setattr(tracking, "find_spec", lambda _: None)
-    for name, said in (("wandb", "pip install wandb"), ("other", "invalid choice: 'other'")):
+    for name, said in (
+        ("wandb", "pip install wandb"),
+        ("other", "--log must be one of mlflow, wandb, got 'other'"),
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(["prune", "m", "--calibration", "t", "--out", "o", "--log", name])
         assert stop.value.code == 2 and said in capsys.readouterr().err
