@@ -12,31 +12,72 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 Step = TypeVar("Step")
+# Called with the stage, steps that are done, steps in all, and seconds left, if they are known.
+OnProgress = Callable[[str, int, int | None, float | None], object]
 _JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
+_TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
 
 
 class Bar(tqdm):
     """A bar of tqdm: silent where there is no terminal, the line of the job where there is one.
 
+    Within :func:`told` it isn't shown: a function is called after each step instead.
     A notebook shows bars of its own. Parameters are those of tqdm; ``desc`` names the stage, and
     what follows a comma in it isn't part of the name.
     """
 
-    def __init__(self, *args: object, disable: bool = False, **settings: object) -> None:
+    def __init__(
+        self, *args: object, disable: bool = False, desc: str = "", **settings: object
+    ) -> None:
         self.job = _JOB.get()
+        self.told = None if disable else _TOLD.get()
         settings.setdefault("leave", self.job is None)
-        super().__init__(*args, disable=True if disable else None, **settings)
+        super().__init__(
+            *args, disable=True if disable or self.told else None, desc=desc, **settings
+        )
+        self.desc = desc
 
     def __str__(self) -> str:
         if self.job is None:
             return super().__str__()
         return self.job.line(self.desc, self.n, self.total)
 
+    def __iter__(self) -> Iterator:
+        """Yield the steps."""
+        if self.told is None:
+            yield from super().__iter__()
+            return
+        try:
+            for step in self.iterable:
+                yield step
+                self.update()
+        finally:
+            self.close()
+
+    def update(self, n: int = 1) -> bool | None:
+        """Note steps that are done."""
+        if self.told is None:
+            return super().update(n)
+        self.n += n
+        left = None if self.job is None else self.job.left(self.desc, self.n)
+        self.told(_name(self.desc), self.n, self.total, left)
+
     def close(self) -> None:
         """Take the line away; the stage has come so far."""
-        if self.job is not None and not self.disable:
+        if self.job is not None and (self.told or not self.disable):
             self.job.advance(self.desc, self.n)
+        self.told = None
         super().close()
+
+
+@contextmanager
+def told(progress: bool | OnProgress) -> Iterator[None]:
+    """Let bars that are made in the context call a function, if it is one."""
+    token = _TOLD.set(progress if callable(progress) else _TOLD.get())
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 def spare(stage: str, steps: int | None = None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 # What torch says where an allocation on the CPU fails, for which it has no exception of its own,
@@ -27,6 +28,12 @@ def one_line(error: BaseException, length: int = 300) -> str:
     """Return what an error says as one line, cut after ``length`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else f"{text[:length]}..."
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a question with the known name nearest to a wrong one, if one is near."""
+    near = difflib.get_close_matches(str(name)[:40], list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

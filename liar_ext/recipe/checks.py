@@ -128,7 +128,7 @@ def some_of(names: Sequence[str]) -> Check:
         known = all(isinstance(each, str) and each in names for each in given)
         if not given or not known or len(set(given)) < len(given):
             raise InputError(
-                f"recipe: {name} must be some of {', '.join(names)}, got {shown(value)}"
+                f"recipe: {name} must be a list of some of {', '.join(names)}, got {shown(value)}"
             )
         return given
 

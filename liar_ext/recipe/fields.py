@@ -39,8 +39,10 @@ _solve = partial(Option, group="reconstruction", affects="weights")
 _report = partial(Option, group="evaluation", affects="report")
 
 
-def _sites(text: str) -> tuple[str, ...] | str:
-    return {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}.get(text, text)
+def read_sites(text: Any) -> Any:
+    """Read which layers may be pruned; what is no name of some is returned."""
+    known = {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}
+    return known.get(text, text) if isinstance(text, str) else text
 
 
 def _without_gradients(criterion: str) -> bool:
@@ -159,7 +161,7 @@ class Fields:
         "layers that may be pruned",
         option="--sites",
         metavar="{all,attn,mlp}",
-        read=_sites,
+        read=read_sites,
     )
     attn_unit: str = _budget(
         "auto",

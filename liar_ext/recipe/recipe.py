@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Mapping
@@ -10,11 +9,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, did_you_mean
 from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
-from liar_ext.recipe.fields import PRESETS, Fields, recipe_fields
+from liar_ext.recipe.fields import PRESETS, Fields, read_sites, recipe_fields
 from liar_ext.recipe.option import GROUPS
 
 VERSION = 1
@@ -49,6 +48,8 @@ class Recipe(Fields):
             A budget, or its fraction, stands for ``keep=start``.
         **choices
             Fields; ``keep`` may be a :class:`liar_ext.Budget`, which sets all of its fields.
+            ``preset`` names the recipe to start from, ``sites`` is ``kinds`` as the command has it:
+            ``"all"``, ``"attn"`` or ``"mlp"``.
 
         Raises
         ------
@@ -65,6 +66,15 @@ class Recipe(Fields):
             if twice:
                 raise InputError(f"recipe: {', '.join(twice)} must be given once, in the Budget")
             choices = {**budget, **choices}
+        if "sites" in choices:
+            if "kinds" in choices:
+                raise InputError("recipe: sites and kinds are the same choice; leave one out")
+            choices["kinds"] = read_sites(choices.pop("sites"))
+        if "preset" in choices:
+            name = check.one_of(tuple(PRESETS))("preset", choices.pop("preset"))
+            if start is not None:
+                raise InputError("recipe: preset and a recipe were given; leave one out")
+            choices = {**PRESETS[name], **choices}
         _check_names(choices)
         return replace(start or cls(), **choices)
 
@@ -83,9 +93,7 @@ class Recipe(Fields):
     @classmethod
     def preset(cls, name: str, **choices: Any) -> Recipe:
         """Return the recipe ``fast``, ``balanced`` (the default one) or ``best``."""
-        if name not in PRESETS:
-            raise InputError(f"recipe: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls.build(**{**PRESETS[name], **choices})
+        return cls.build(preset=name, **choices)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the version and the fields, as JSON has them."""
@@ -189,6 +197,5 @@ def _check_names(choices: Mapping[str, Any]) -> None:
                 "use the version of liar_ext that wrote the recipe"
             )
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:40], known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = did_you_mean(name, known, "docs/options.md has all of them")
             raise InputError(f"recipe: unknown field {check.shown(name)}; {hint}")
