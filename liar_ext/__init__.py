@@ -1,6 +1,7 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import liar_ext.environment  # noqa: F401  (before torch)
@@ -30,8 +31,13 @@ from liar_ext.selection.sensitivity import site_divergences
 from liar_ext.surgery.units import apply_plan
 
 if TYPE_CHECKING:
+    from liar_ext.checkpoint import load_model
+    from liar_ext.cli.compress import compress
+    from liar_ext.data.texts import calibration_sequences, read_documents
     from liar_ext.export.verify import verify_pruned
     from liar_ext.suggest.suggest import suggest_family
+
+__version__: str
 
 register()  # stock loaders build layers of unequal sizes, where liar_ext is imported
 
@@ -45,18 +51,23 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "__version__",
     "allocate",
     "apply_plan",
     "calibrate",
+    "calibration_sequences",
+    "compress",
     "criterion",
     "error_curves",
     "kl_divergence",
+    "load_model",
     "load_pruned",
     "measure_latency",
     "narrow",
     "ops",
     "perplexity",
     "prune",
+    "read_documents",
     "reconstruct",
     "reconstruct_layerwise",
     "register_family",
@@ -70,6 +81,10 @@ __all__ = [
 ]
 
 _LATER = {  # by their modules, which most programs don't use
+    "calibration_sequences": "liar_ext.data.texts",
+    "compress": "liar_ext.cli.compress",
+    "load_model": "liar_ext.checkpoint",
+    "read_documents": "liar_ext.data.texts",
     "suggest_family": "liar_ext.suggest.suggest",
     "verify_pruned": "liar_ext.export.verify",
 }
@@ -77,6 +92,8 @@ _LATER = {  # by their modules, which most programs don't use
 
 def __getattr__(name: str) -> Any:
     """Import one of those when it is first asked for."""
+    if name == "__version__":
+        return version("liar_ext")
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

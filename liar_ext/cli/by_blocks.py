@@ -27,7 +27,7 @@ NONE_WRITTEN = (
 )
 
 
-def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> None:
+def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> Report | None:
     """Run the job that the options and their recipe say, which began at ``start``."""
     if SELF in recipe.calibration:
         raise InputError(
@@ -47,7 +47,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         return stores[0].model, stores[0].tokenizer
 
     settled = replace(recipe, self_text=0.0)
-    given = load(settled, loader=open_store, progress=not options.quiet)
+    given = load(settled, loader=open_store, progress=options.progress)
     (store,) = stores
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
@@ -57,7 +57,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         lines = job.describe(options.max_memory)
         if is_first():
             print("\n".join(lines))
-        return
+        return None
     loaded = time.perf_counter() - start
 
     def annotate(report: Report) -> None:
@@ -77,6 +77,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             overwrite=options.overwrite,
             saved=saved,
             annotate=annotate,
-            progress=not options.quiet,
+            progress=options.progress,
         )
     say(report, options, start)
+    return report

@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with silence_of_others():
         options = parse(arguments)
     quieten(options)
+    options.progress = not getattr(options, "quiet", False)
     try:
         with no_bars() if getattr(options, "quiet", False) else nullcontext():
             code, error = _run(options)

@@ -23,7 +23,8 @@ from liar_ext.distributed import (
 from liar_ext.errors import InputError
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
-OWN = ("quiet", "out", "bank", "checkpoint")  # options of which each machine may have its own
+# Options of which each machine may have its own.
+OWN = ("quiet", "progress", "out", "bank", "checkpoint")
 
 
 def is_other() -> bool:

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     run_recipe(recipe, options)
 
 
-def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Run the job that a recipe says, and for its output the options."""
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
+    """Run the job that a recipe says, and for its output the options; None for a dry run."""
     start, bank = time.perf_counter(), None
 
     from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
@@ -62,8 +62,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     if options.max_memory is not None:
         from liar_ext.cli.by_blocks import run_by_blocks
 
-        run_by_blocks(recipe, options, start)
-        return
+        return run_by_blocks(recipe, options, start)
     if options.bank:
         from liar_ext.cli.with_bank import load_by_bank
 
@@ -73,17 +72,17 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         from liar_ext.pipeline.choosing import sequences_to_judge
 
         asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
-        given, settled = load(recipe, progress=not options.quiet, **asked), recipe
+        given, settled = load(recipe, progress=options.progress, **asked), recipe
     if sketch and is_first():
         with alone():
-            print("\n".join(_sketched(given, settled, not options.quiet)))
+            print("\n".join(_sketched(given, settled, options.progress)))
     if sketch:
-        return
+        return None
     loaded = time.perf_counter() - start
     with checkpoint_of(recipe, options) as saved:
-        report = prune_given(given, settled, bank, saved, progress=not options.quiet)
+        report = prune_given(given, settled, bank, saved, progress=options.progress)
         if not is_first():
-            return
+            return report
         # Those of saving are added by save_pruned, which writes the report.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
@@ -93,6 +92,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
             fill_folder(given.model, path, report.plan, **saving)
     say(report, options, start)
+    return report
 
 
 def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:

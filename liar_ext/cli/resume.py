@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"{result}: was written already")
         return
     own = {"checkpoint": folder, "command": command}
-    own |= {"quiet": options.quiet, "overwrite": options.overwrite}
+    own |= {name: getattr(options, name) for name in ("quiet", "progress", "overwrite")}
     start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
     start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 

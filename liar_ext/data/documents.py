@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +33,7 @@ class Documents(list):
         self.notes = list(notes)
 
 
-def read_documents(source: str | Iterable[Mapping[str, object]]) -> Documents:
+def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object]]) -> Documents:
     """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
 
     A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
@@ -46,6 +47,7 @@ def read_documents(source: str | Iterable[Mapping[str, object]]) -> Documents:
     InputError
         If the source does not exist, is not UTF-8, lacks the field or holds no text.
     """
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(source, str):
         return _with_text(_of_rows(iter(source), "given"), "the dataset given")
     if not source.strip():
