@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -150,6 +150,7 @@ def add_facts(report: Report, given: Given) -> None:
     """Let a report say what became of the texts."""
     report.settings |= given.facts
     report.warnings += given.warnings
+    report.recipe = replace(report.recipe, text_digests=given.text_digests)
 
 
 @dataclass
@@ -166,6 +167,7 @@ class Given:
     warnings: list[str]
     notes: tuple[str, ...] = ()  # of the draw
     documents: Tensor | None = None  # their digests, where they are asked for
+    text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
 
 
 def load(
@@ -211,9 +213,28 @@ def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] 
 
     read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    _digests(recipe, read, held_out)
     if held_out is not None:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
     return read, held_out
+
+
+def _digests(
+    recipe: Recipe, read: Mapping[str, Sequence[str]], held_out: Sequence[str] | None
+) -> dict[str, str]:
+    """Return digests of the texts, by their names; refuse those that a recipe has otherwise."""
+    from liar_ext.data.documents import text_digest
+
+    named = {**read, **({} if held_out is None else {recipe.eval: held_out})}
+    found = {name: text_digest(documents) for name, documents in named.items() if name != SELF}
+    changed = [n for n, digest in recipe.text_digests.items() if found.get(n, digest) != digest]
+    if changed:
+        raise InputError(
+            f"recipe: {', '.join(changed)} changed since the job of this recipe, which can't be "
+            "repeated with it; name the texts with --calibration or --eval to prune by what they "
+            "are now"
+        )
+    return found
 
 
 def _draw(
@@ -272,7 +293,8 @@ def _draw(
         None if some is None else some.batches(recipe.batch_size)
         for some in (calibration.certification, calibration.judging)
     ]
-    return batches, evaluation, *apart, facts, warnings, calibration.notes, known
+    whole = _digests(recipe, read, held_out)
+    return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
 
 
 def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
@@ -335,6 +357,11 @@ def _written(
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
     """Refuse a job that lacks one of the three that have no default."""
+    if getattr(options, "recipe", None) and not recipe.calibration and not options.bank:
+        raise InputError(
+            f"prune: {options.recipe} names no text, as its job ran in Python, or with a bank; "
+            "give --calibration TEXT"
+        )
     missing = {
         "MODEL": not recipe.model,
         "--calibration TEXT": not recipe.calibration and not options.bank,

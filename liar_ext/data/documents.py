@@ -92,6 +92,14 @@ def document_digests(documents: Iterable[str]) -> set[int]:
     return {_digest(text) for text in documents}
 
 
+def text_digest(documents: Iterable[str]) -> str:
+    """Return a digest of all documents of a text, in their order."""
+    digest = blake2b(digest_size=16)
+    for text in documents:
+        digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
     """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
     documents = list(evaluation)

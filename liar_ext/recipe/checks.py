@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from liar_ext.errors import InputError
@@ -106,6 +106,14 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
         raise InputError(f"recipe: {name} must be a list of texts, got {shown(value)}")
     check = text()
     return tuple(check(name, each) for each in value)
+
+
+def digests(name: str, value: Any) -> dict[str, str]:
+    """Check a mapping of names to digests."""
+    if isinstance(value, Mapping):
+        if all(isinstance(each, str) for pair in value.items() for each in pair):
+            return dict(value)
+    raise InputError(f"recipe: {name} must map names of texts to digests, got {shown(value)}")
 
 
 def one_of(names: Sequence[str]) -> Check:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ class Recipe(Fields):
     The command loads the model and draws the text; :func:`liar_ext.prune` is given both, and
     refuses the fields for it as keywords. docs/options.md has the reasons for all defaults.
     A field of a wrong type or value, or that does not go with another, raises InputError.
+    ``text_digests`` are of the texts that a job read, by their names. ``liar prune`` refuses to
+    repeat the job if one has changed; a recipe with other texts has none.
     """
+
+    text_digests: Mapping[str, str] = field(
+        default_factory=dict, compare=False, metadata={"check": check.digests}
+    )
 
     @classmethod
     def build(cls, start: Recipe | Budget | float | None = None, **choices: Any) -> Recipe:
@@ -76,6 +82,8 @@ class Recipe(Fields):
                 raise InputError("recipe: preset and a recipe were given; leave one out")
             choices = {**PRESETS[name], **choices}
         _check_names(choices)
+        if choices.keys() & {"calibration", "eval"}:
+            choices["text_digests"] = {}
         return replace(start or cls(), **choices)
 
     def settled(self) -> Recipe:
@@ -97,9 +105,10 @@ class Recipe(Fields):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the version and the fields, as JSON has them."""
-        return {"version": VERSION} | {
-            each.name: text.plain(getattr(self, each.name)) for each in fields(self)
-        }
+        found = {each.name: text.plain(getattr(self, each.name)) for each in fields(self)}
+        if not found["text_digests"]:
+            del found["text_digests"]
+        return {"version": VERSION, **found}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Recipe:
@@ -131,8 +140,9 @@ class Recipe(Fields):
             said = f"recipe: ignoring {', '.join(unused)}: removed options, at their defaults"
             warnings.warn(said, stacklevel=2)
         facts = {name: value for name, value in facts.items() if name not in unused}
+        digests = facts.pop("text_digests", {})
         _check_names(facts)
-        return cls(**facts)
+        return cls(**facts, text_digests=digests)
 
     def to_json(self) -> str:
         """Return the recipe as strict JSON."""
@@ -150,6 +160,9 @@ class Recipe(Fields):
         for group, title in GROUPS.items():
             own = {each.name: facts[each.name] for each in recipe_fields(group=group)}
             lines += [f"\n# {title}\n", text.yaml_lines(own)]
+        if self.text_digests:
+            own = {"text_digests": facts["text_digests"]}
+            lines += ["\n# Texts as they were read\n", text.yaml_lines(own)]
         return "".join(lines)
 
     @classmethod
@@ -189,7 +202,7 @@ if Recipe.__doc__:  # python -OO drops it
 
 def _check_names(choices: Mapping[str, Any]) -> None:
     """Raise InputError for the first name that is no field."""
-    known = [each.name for each in fields(Recipe)]
+    known = [each.name for each in recipe_fields()]
     for name in choices:
         if name in REMOVED:
             raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from safetensors.torch import load_file
-from tiny import tiny
+from tiny import batches, tiny
 
 import liar_ext
 from liar_ext import InputError, Recipe, cli, compress
@@ -40,6 +40,35 @@ def test_it_repeats_a_recipe_block_by_block(llama_folder, corpus, tmp_path):
     assert report.recipe.samples == 8 and (tmp_path / "out/model.safetensors").exists()
     with pytest.raises(InputError, match="exists"):
         compress(llama_folder, recipe=recipe, out=tmp_path / "out")
+
+
+def test_a_saved_recipe_is_repeated_or_says_which_text_changed(
+    llama_folder, corpus, tmp_path, capsys
+):
+    texts = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for text, source in zip(texts, (corpus[0], corpus[1]), strict=True):
+        text.write_text(source.read_text())
+    compress(llama_folder, text=texts, out=tmp_path / "out", **SHORT)
+    saved = str(tmp_path / "out/liar/recipe.yaml")
+    assert Recipe.load(saved).text_digests.keys() == {str(text) for text in texts}
+    again = ["prune", "--recipe", saved, "--quiet", "--out"]
+    assert cli.main([*again, str(tmp_path / "again")]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(one[name].equal(other[name]) for name in one)
+    texts[1].write_text(texts[1].read_text() + " more")
+    assert cli.main([*again, str(tmp_path / "third")]) == 2
+    said = capsys.readouterr().err
+    assert "two.txt changed since the job of this recipe" in said and "one.txt" not in said
+    given = ["--calibration", *map(str, texts)]
+    assert cli.main([*again, str(tmp_path / "third"), *given]) == 0
+
+
+def test_the_recipe_of_a_job_in_python_says_what_it_lacks(tmp_path, capsys):
+    model = tiny("llama")
+    liar_ext.prune(model, batches(model), keep=0.7, preset="fast").save(tmp_path)
+    saved = str(tmp_path / "liar/recipe.yaml")
+    assert cli.main(["prune", "MODEL", "--recipe", saved, "--out", "out"]) == 2
+    assert "ran in Python" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
