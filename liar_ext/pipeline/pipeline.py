@@ -120,9 +120,9 @@ def prune(
     with the same model, text and choices, and has the same pruned model then. The first one alone
     evaluates, and has that in its report.
 
-    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp's
-    score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
-    the dense model's activations.
+    ``preset="flap"`` is FLAP: ``criterion="wifv", allocation="global", reconstruct="bias",
+    tile=1``; ``preset="wanda-sp"`` is Wanda-sp's score and ratios, ``criterion="wanda",
+    allocation="uniform", reconstruct="none", tile=1``, on the dense model's activations.
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")

@@ -20,11 +20,18 @@ from liar_ext.reconstruction.ridge import MODES
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
-# docs/quality.md measures them: the cheapest job that reconstructs, the default, the best.
+_TEXT_ALONE = {"self_text": 0.0, "random_tokens": 0.0, "tile": 1}
+# docs/quality.md measures them: the cheapest job that reconstructs, the default, the best; then
+# methods of papers, Wanda-sp's on the dense model's activations.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "schedule": "one-pass", "self_text": 0.0},
     "balanced": {},
     "best": {"rescale": True},
+    "flap": {"allocation": "global", "reconstruct": "bias", **_TEXT_ALONE},
+    "wanda-sp": {
+        **{"criterion": "wanda", "allocation": "uniform", "reconstruct": "none"},
+        **_TEXT_ALONE,
+    },
 }
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 _DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"

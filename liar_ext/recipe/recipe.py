@@ -100,7 +100,7 @@ class Recipe(Fields):
 
     @classmethod
     def preset(cls, name: str, **choices: Any) -> Recipe:
-        """Return the recipe ``fast``, ``balanced`` (the default one) or ``best``."""
+        """Return the recipe ``fast``, ``balanced`` (the default one), ``best``, ...: a preset."""
         return cls.build(preset=name, **choices)
 
     def to_dict(self) -> dict[str, Any]:

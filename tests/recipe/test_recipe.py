@@ -268,6 +268,11 @@ def test_presets_are_recipes():
     assert Recipe.preset("balanced") == Recipe()
     assert Recipe.preset("fast").allocation == "uniform"
     assert Recipe.preset("best", keep=0.5) == Recipe(rescale=True, keep=0.5)
+    for name in ("flap", "wanda-sp"):
+        found = Recipe.preset(name)
+        assert found.settled().schedule == "one-pass" and found.tile == 1
+        assert found.self_text == found.random_tokens == 0
+    assert Recipe.preset("flap").criterion == "wifv"
     assert len({Recipe.preset(name) for name in PRESETS}) == len(PRESETS)
     with pytest.raises(InputError, match="preset must be one of fast, balanced, best"):
         Recipe.preset("quick")
