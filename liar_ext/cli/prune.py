@@ -213,28 +213,10 @@ def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] 
 
     read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
-    _digests(recipe, read, held_out)
+    texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
     return read, held_out
-
-
-def _digests(
-    recipe: Recipe, read: Mapping[str, Sequence[str]], held_out: Sequence[str] | None
-) -> dict[str, str]:
-    """Return digests of the texts, by their names; refuse those that a recipe has otherwise."""
-    from liar_ext.data.documents import text_digest
-
-    named = {**read, **({} if held_out is None else {recipe.eval: held_out})}
-    found = {name: text_digest(documents) for name, documents in named.items() if name != SELF}
-    changed = [n for n, digest in recipe.text_digests.items() if found.get(n, digest) != digest]
-    if changed:
-        raise InputError(
-            f"recipe: {', '.join(changed)} changed since the job of this recipe, which can't be "
-            "repeated with it; name the texts with --calibration or --eval to prune by what they "
-            "are now"
-        )
-    return found
 
 
 def _draw(
@@ -293,7 +275,8 @@ def _draw(
         None if some is None else some.batches(recipe.batch_size)
         for some in (calibration.certification, calibration.judging)
     ]
-    whole = _digests(recipe, read, held_out)
+    named = {**read, recipe.eval: held_out}
+    whole = {n: texts.text_digest(each) for n, each in named.items() if each and n != SELF}
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
 
 

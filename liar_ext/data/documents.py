@@ -100,6 +100,17 @@ def text_digest(documents: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def check_unchanged(known: Mapping[str, str], read: Mapping[str, Iterable[str]]) -> None:
+    """Raise InputError if a text that was read hasn't the digest that is known of it."""
+    changed = [name for name in known if name in read and text_digest(read[name]) != known[name]]
+    if changed:
+        raise InputError(
+            f"recipe: {', '.join(changed)} changed since the job of this recipe, which can't be "
+            "repeated with it; name the texts with --calibration or --eval to prune by what they "
+            "are now"
+        )
+
+
 def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
     """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
     documents = list(evaluation)
