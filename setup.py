@@ -96,7 +96,7 @@ setup(
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
                 "-DTORCH_STABLE_ONLY",  # torch's other headers then stop the build
                 f'-DLIAR_COMPILER="{compiler_name()}"',
-                *(["-DLIAR_WITH_CUDA"] if CUDA_HOME else []),
+                *(["-DLIAR_WITH_CUDA", f'-DLIAR_CUDA_ARCHS="{cuda.archs()}"'] if CUDA_HOME else []),
                 *USER_FLAGS,
             ],
             py_limited_api=STABLE_PYTHON,

@@ -81,6 +81,8 @@ def main() -> None:
                 path.write_text(json.dumps(rows, indent=1) + "\n")
                 (options.out / "encoders.md").write_text(markdown(rows))
     print(markdown(rows))
+    if options.docs is not None:
+        write_docs(rows, options.docs)
 
 
 def parse() -> argparse.Namespace:
@@ -101,6 +103,7 @@ def parse() -> argparse.Namespace:
     add("--judge", choices=("test", "dev"), default="test")
     add("--keep-hidden", nargs="+", type=float, default=[], help="fractions of the hidden size")
     add("--out", type=Path, default=Path("out/encoders"))
+    add("--docs", type=Path, metavar="FOLDER", help="write the rows of seed 0 there for the docs")
     options = parser.parse_args()
     if options.stsb is None and options.sst2 is None and options.news is None:
         parser.error("give the folder of a task: --stsb, --news, --sst2, or several")
@@ -242,6 +245,38 @@ def markdown(rows: list[dict]) -> str:
             f"| {dense:.4f} | {' | '.join(shown)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+SHOWN = {
+    "auto": "`auto`, the default",
+    "one-pass": "one pass",
+    "layerwise": "layer by layer",
+    "layerwise, random tokens": "with random tokens",
+}
+
+
+def write_docs(rows: list[dict], folder: Path) -> None:
+    """Write the tables of docs/quality.md: models that were calibrated on STS-B, seed 0."""
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        if (row["judge"], row["calibration"], row["seed"]) == ("test", "STS-B", 0):
+            at = row["task"].partition(",")[0], row["encoder"], str(row["asked"])
+            cells.setdefault(at, {})[row["method"]] = row
+    quality, cost = [], []
+    for at, found in sorted(
+        cells.items(), key=lambda cell: (cell[0][0] != "STS-B", cell[0][1], -float(cell[0][2]))
+    ):
+        dense = f"{next(iter(found.values()))['dense']:.4f}"
+        kept = [f"{found[each]['retained']:.1%}" if each in found else "" for each in SHOWN]
+        quality.append([*at, dense, *(each.replace("%", " %") for each in kept)])
+        if at[0] == "STS-B" and {"auto", "one-pass"} <= found.keys():
+            one, auto = found["one-pass"]["seconds"], found["auto"]["seconds"]
+            both = " / ".join(f"{value:.4f}" for value in found["auto"]["schedules"].values())
+            cost.append([*at[1:], f"{one:.0f}", f"{auto:.0f}", f"{auto / one:.2f}", both])
+    for name, table in (("encoders", quality), ("encoder_cost", cost)):
+        path = folder / f"{name}.json"
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps(facts | {"rows": table}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _shown(row: dict) -> str:

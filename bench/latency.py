@@ -30,7 +30,8 @@ from liar_ext.models.sites import Site
 from liar_ext.pipeline.speed import Speed
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import measure_losses, predict_divergence
+from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, predict_divergence
+from liar_ext.selection.error_curves import error_curves
 
 ROUNDS = 15
 
@@ -97,14 +98,10 @@ class Job:
         self.at: list[Site] = sites(model)
         self.bank: MomentBank = calibrate(model, batches, self.at)
         self.scores = score(model, self.bank, self.at, "wifv")
-        self.losses, _ = measure_losses(
-            model,
-            self.bank,
-            self.at,
-            self.scores,
-            Budget(1 / options.speedup),
-            probe_batches(batches),
-        )
+        given = model, self.bank, self.at
+        curves, budget = error_curves(*given, self.scores), Budget(1 / options.speedup)
+        measured = self.scores, curves, budget, probe_batches(batches)
+        self.losses = losses_of(*given, curves, measure_sensitivities(*given, *measured))
         self.dense = {name: perplexity(model, some)["perplexity"] for name, some in texts.items()}
 
     def measure(self, phase: str) -> list[dict[str, object]]:

@@ -26,7 +26,8 @@ std::string build_info() {
     return packed == 0 ? "none"
                        : std::to_string(packed / 1000) + "." + std::to_string(packed % 1000 / 10);
   };
-  text += "cuda=compiled\ncuda_runtime=" + cuda_version(cuda::runtime_version()) + "\n";
+  text += "cuda=compiled\ncuda_archs=" LIAR_CUDA_ARCHS "\n";
+  text += "cuda_runtime=" + cuda_version(cuda::runtime_version()) + "\n";
   text += "cuda_driver=" + cuda_version(cuda::driver_version()) + "\n";
   text += "cuda_devices=" + std::to_string(cuda::device_count()) + "\n";
 #else

@@ -1,45 +1,42 @@
 """Compress transformers without retraining: structured pruning with closed-form reconstruction."""
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import liar_ext.environment  # noqa: F401  (before torch)
-from liar_ext import ops
-from liar_ext.benchmarking.latency import measure_latency
-from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.moments import MomentBank, Moments
-from liar_ext.checkpoint import load_pruned
-from liar_ext.checkpoint.registration import register
-from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.errors import InputError
-from liar_ext.evaluation import kl_divergence, perplexity
-from liar_ext.latency_table import LatencyTable
-from liar_ext.models.sites import register_family, sites
-from liar_ext.narrowing.narrowing import narrow
-from liar_ext.pipeline import prune, sweep
-from liar_ext.plan import Budget, Plan
-from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.reconstruction.one_pass import reconstruct
-from liar_ext.report.report import Report
-from liar_ext.selection.allocation import allocate
-from liar_ext.selection.costs import Costs
-from liar_ext.selection.criteria import criterion, score
-from liar_ext.selection.error_curves import error_curves
-from liar_ext.selection.sensitivity import site_divergences
-from liar_ext.surgery.units import apply_plan
 
 if TYPE_CHECKING:
-    from liar_ext.checkpoint import load_model
+    from liar_ext import ops
+    from liar_ext.benchmarking.latency import measure_latency
+    from liar_ext.calibration.collect import calibrate
+    from liar_ext.calibration.moments import MomentBank, Moments
+    from liar_ext.checkpoint import load_model, load_pruned
+    from liar_ext.checkpoint.saving import save_pruned
     from liar_ext.cli.compress import compress
     from liar_ext.data.texts import calibration_sequences, read_documents
+    from liar_ext.errors import InputError
+    from liar_ext.evaluation import kl_divergence, perplexity
     from liar_ext.export.verify import verify_pruned
+    from liar_ext.latency_table import LatencyTable
+    from liar_ext.models.sites import register_family, sites
+    from liar_ext.narrowing.narrowing import narrow
+    from liar_ext.pipeline import prune, sweep
+    from liar_ext.plan import Budget, Plan
+    from liar_ext.recipe import Recipe
+    from liar_ext.reconstruction.layerwise import reconstruct_layerwise
+    from liar_ext.reconstruction.one_pass import reconstruct
+    from liar_ext.report.report import Report
+    from liar_ext.selection.allocation import allocate
+    from liar_ext.selection.costs import Costs
+    from liar_ext.selection.criteria import criterion, score
+    from liar_ext.selection.error_curves import error_curves
+    from liar_ext.selection.sensitivity import site_divergences
     from liar_ext.suggest.suggest import suggest_family
+    from liar_ext.surgery.units import apply_plan
 
 __version__: str
-
-register()  # stock loaders build layers of unequal sizes, where liar_ext is imported
 
 __all__ = [
     "Budget",
@@ -80,20 +77,60 @@ __all__ = [
     "verify_pruned",
 ]
 
-_LATER = {  # by their modules, which most programs don't use
-    "calibration_sequences": "liar_ext.data.texts",
-    "compress": "liar_ext.cli.compress",
-    "load_model": "liar_ext.checkpoint",
-    "read_documents": "liar_ext.data.texts",
-    "suggest_family": "liar_ext.suggest.suggest",
-    "verify_pruned": "liar_ext.export.verify",
+_MODULES = {  # of the public names, imported when one is first asked for
+    "Budget": "plan",
+    "Costs": "selection.costs",
+    "InputError": "errors",
+    "LatencyTable": "latency_table",
+    "MomentBank": "calibration.moments",
+    "Moments": "calibration.moments",
+    "Plan": "plan",
+    "Recipe": "recipe",
+    "Report": "report.report",
+    "allocate": "selection.allocation",
+    "apply_plan": "surgery.units",
+    "calibrate": "calibration.collect",
+    "calibration_sequences": "data.texts",
+    "compress": "cli.compress",
+    "criterion": "selection.criteria",
+    "error_curves": "selection.error_curves",
+    "kl_divergence": "evaluation",
+    "load_model": "checkpoint",
+    "load_pruned": "checkpoint",
+    "measure_latency": "benchmarking.latency",
+    "narrow": "narrowing.narrowing",
+    "perplexity": "evaluation",
+    "prune": "pipeline",
+    "read_documents": "data.texts",
+    "reconstruct": "reconstruction.one_pass",
+    "reconstruct_layerwise": "reconstruction.layerwise",
+    "register_family": "models.sites",
+    "save_pruned": "checkpoint.saving",
+    "score": "selection.criteria",
+    "site_divergences": "selection.sensitivity",
+    "sites": "models.sites",
+    "suggest_family": "suggest.suggest",
+    "sweep": "pipeline",
+    "verify_pruned": "export.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import one of those when it is first asked for."""
+    """Import a public name."""
     if name == "__version__":
         return version("liar_ext")
-    if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+    if name == "ops":
+        return import_module("liar_ext.ops")
+    if name in _MODULES:
+        return getattr(import_module(f"liar_ext.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not liar_ext.environment.is_command(sys.argv, sys.orig_argv):  # which answers without torch
+    from liar_ext.checkpoint.registration import register
+
+    register()  # stock loaders build layers of unequal sizes, where liar_ext is imported

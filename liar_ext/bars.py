@@ -1,7 +1,9 @@
-"""Progress on a terminal: a bar for each stage, or one line for a whole job with the time left."""
+"""Progress: a bar for each stage, or one line for a whole job with the time left; or log lines."""
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,27 +16,44 @@ from tqdm.auto import tqdm
 Step = TypeVar("Step")
 # Called with the stage, steps that are done, steps in all, and seconds left, if they are known.
 OnProgress = Callable[[str, int, int | None, float | None], object]
+EVERY = 30.0  # seconds between two lines of the log
+TITLES = {  # of stages, for people
+    "calibrate": "collecting activation statistics",
+    "curves": "computing error curves",
+    "evaluate": "evaluating",
+    "experts": "ranking experts",
+    "gradients": "computing gradients",
+    "latency": "measuring latency",
+    "layerwise": "solving layer by layer",
+    "reconstruct": "solving layers",
+    "rescale": "fitting scales",
+    "sensitivity": "measuring sensitivity",
+    "write": "generating text",
+}
+_PLAIN: ContextVar[bool] = ContextVar("liar_ext_plain", default=False)
 _JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
 _TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
 
 
 class Bar(tqdm):
-    """A bar of tqdm: silent where there is no terminal, the line of the job where there is one.
+    """A bar of tqdm on a terminal, there the line of the job; elsewhere a line of the log.
 
-    Within :func:`told` it isn't shown: a function is called after each step instead.
-    A notebook shows bars of its own. Parameters are those of tqdm; ``desc`` names the stage, and
-    what follows a comma in it isn't part of the name.
+    Within :func:`told` a function is called after each step instead.
+    The log gets one line every :data:`EVERY` seconds, at level INFO. A notebook shows bars of its
+    own. Parameters are those of tqdm; ``desc`` names the stage, and what follows a comma in it
+    isn't part of the name.
     """
 
     def __init__(
         self, *args: object, disable: bool = False, desc: str = "", **settings: object
     ) -> None:
         self.job = _JOB.get()
+        file = settings.get("file") or sys.stderr
         self.told = None if disable else _TOLD.get()
+        self.logs = not disable and bool(self.told or _PLAIN.get() or not file.isatty())
+        self.logged = time.monotonic()
         settings.setdefault("leave", self.job is None)
-        super().__init__(
-            *args, disable=True if disable or self.told else None, desc=desc, **settings
-        )
+        super().__init__(*args, disable=disable or self.logs, desc=desc, **settings)
         self.desc = desc
 
     def __str__(self) -> str:
@@ -44,7 +63,7 @@ class Bar(tqdm):
 
     def __iter__(self) -> Iterator:
         """Yield the steps."""
-        if self.told is None:
+        if not self.logs:
             yield from super().__iter__()
             return
         try:
@@ -55,18 +74,25 @@ class Bar(tqdm):
             self.close()
 
     def update(self, n: int = 1) -> bool | None:
-        """Note steps that are done."""
-        if self.told is None:
+        """Note steps that are done; log them if it is time."""
+        if not self.logs:
             return super().update(n)
-        self.n += n
-        left = None if self.job is None else self.job.left(self.desc, self.n)
-        self.told(_name(self.desc), self.n, self.total, left)
+        self.n, now, last = self.n + n, time.monotonic(), self.job or self
+        if self.told is not None:
+            left = None if self.job is None else self.job.left(self.desc, self.n)
+            self.told(_name(self.desc), self.n, self.total, left)
+            return
+        if now - last.logged >= EVERY:
+            last.logged = now
+            of = "" if self.total is None else f"/{self.total}"
+            line = f"{_title(self.desc)} {self.n}{of}" if self.job is None else str(self)
+            logging.getLogger("liar_ext").info(line)
 
     def close(self) -> None:
         """Take the line away; the stage has come so far."""
-        if self.job is not None and (self.told or not self.disable):
+        if self.job is not None and (self.logs or not self.disable):
             self.job.advance(self.desc, self.n)
-        self.told = None
+        self.logs = False
         super().close()
 
 
@@ -78,6 +104,16 @@ def told(progress: bool | OnProgress) -> Iterator[None]:
         yield
     finally:
         _TOLD.reset(token)
+
+
+@contextmanager
+def plain_lines(plain: bool) -> Iterator[None]:
+    """Let bars be lines of the log, also on a terminal, if ``plain``."""
+    token = _PLAIN.set(plain)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
 
 
 def spare(stage: str, steps: int | None = None) -> None:
@@ -132,7 +168,8 @@ class Timeline:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.title, self.stages, self.clock = title, dict(stages), clock
-        self.start = clock()
+        self.start, self.logged = clock(), time.monotonic()
+        self.begun: list[str] = []
 
     @contextmanager
     def shown(self) -> Iterator[Timeline]:
@@ -171,11 +208,19 @@ class Timeline:
         return (self.clock() - self.start) * (work - done) / done if done else None
 
     def line(self, stage: str, steps: int, total: int | None) -> str:
-        """Return what is shown: ``prune: sensitivity 37/60 · 4:10 gone, about 3:30 left``."""
+        """Return ``[3/5] measuring sensitivity 37/60 · 4:10 elapsed, about 3:30 remaining``.
+
+        Stages count in the order in which they begin.
+        """
+        name, number = _name(stage), self.title
+        if name in self.stages:
+            self.begun += [name] * (name not in self.begun)
+            number = f"[{len(self.begun)}/{len(self.stages)}]"
         of = "" if total is None else f"/{total}"
-        said = f"{self.title}: {stage} {steps}{of} · {_shown(self.clock() - self.start)} gone"
+        elapsed = _shown(self.clock() - self.start)
+        said = f"{number} {_title(stage)} {steps}{of} · {elapsed} elapsed"
         left = self.left(stage, steps)
-        return said if left is None else f"{said}, about {_shown(left)} left"
+        return said if left is None else f"{said}, about {_shown(left)} remaining"
 
 
 class Clock:
@@ -207,6 +252,12 @@ class Clock:
 
 def _name(stage: str) -> str:
     return stage.partition(",")[0]
+
+
+def _title(stage: str) -> str:
+    """Return a stage in words, with what follows its name."""
+    name = _name(stage)
+    return TITLES.get(name, name) + stage.removeprefix(name)
 
 
 def _shown(seconds: float) -> str:

@@ -17,6 +17,9 @@ from liar_ext.errors import InputError
 PLAN_VERSION = 2
 EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of version 2 would keep
 READABLE = (1, 2, 3)  # version 1 has no hidden features
+KINDS = ("attn", "mlp")
+ATTN_UNITS = ("auto", "kv_group", "head")
+MODES = ("auto", "none", "bias", "linear", "affine")  # of reconstruction
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")
 PHASES = ("prefill", "decode", "both")
 # The default tile, the smallest group of common weight quantisers. It is halved for a size that
@@ -284,7 +287,7 @@ class Plan:
 def kind_of(site: str) -> str:
     """Return the kind of a site by its name: ``attn`` of ``decoder.3.cross_attn``, for one."""
     words = [word for word in site.split(".") if not word.isdigit()]
-    return words[-1].removeprefix("cross_").removeprefix("shared_")
+    return (words or [""])[-1].removeprefix("cross_").removeprefix("shared_")
 
 
 def _renumbered(

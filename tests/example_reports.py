@@ -42,7 +42,7 @@ def ordinary(layers: int = 30, keep: float = 0.8, **changes: Any) -> dict[str, A
     fields = {
         "model": "an/ordinary-135M",
         "budget": {"keep": keep, "of": "prunable"},
-        "settings": {"calibration_tokens": 16384, "eval": "held_out.jsonl", "keep": keep},
+        "settings": {"calibration_tokens": 16384, "eval": "held_out.jsonl", "dtype": "float32"},
         "versions": {"torch": "2.13.0", "liar_ext": "0.1.0"},
         "sites": sites,
         "hidden": [],

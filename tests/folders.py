@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from tiny import tiny
+from tiny import outputs, tiny
 from torch import nn
 
-from liar_ext.models.sites import Site, get_consumer_bias, sites
+from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.surgery.units import apply_plan
 
@@ -78,6 +79,31 @@ def pruned(name: str, plan_of=make_plan, dtype=torch.float32, **settings):
 
 def read(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())
+
+
+@torch.no_grad()
+def zero_removed(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of the model whose consumers don't read the removed units."""
+    model = copy.deepcopy(model)
+    for site in sites(model, attn_unit=plan.attn_unit):
+        if site.name in plan.sites:
+            removed = site.features(plan.sites[site.name].removed)
+            get_consumer_weight(model, site)[:, removed] = 0
+    return model
+
+
+def check_sliced(model: nn.Module, plan: Plan, **tolerance: float) -> nn.Module:
+    """Slicing equals zeroing, and takes the parameters that it should; return the sliced copy."""
+    zeroed, sliced = zero_removed(model, plan), copy.deepcopy(model)
+    planned = [s for s in sites(model, attn_unit=plan.attn_unit) if s.name in plan.sites]
+    apply_plan(sliced, plan)
+    expected = outputs(zeroed)
+    torch.testing.assert_close(outputs(sliced), expected, **tolerance)
+    removed = sum(len(plan.sites[site.name].removed) * site.unit_params for site in planned)
+    counts = [sum(p.numel() for p in each.parameters()) for each in (model, sliced)]
+    assert counts[0] - counts[1] == removed
+    assert (removed != 0) != torch.equal(expected, outputs(model)), plan.sites.keys()
+    return sliced
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

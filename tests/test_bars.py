@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 
 import forked
 import pytest
 from tqdm import auto, tqdm
 
-from liar_ext.bars import Bar, Stage, Timeline, spare
+from liar_ext.bars import Bar, Stage, Timeline, plain_lines, spare
 
 
 class Terminal(io.StringIO):
@@ -28,15 +29,21 @@ def test_a_line_says_what_is_done_and_what_is_left(clock):
     """Half of the work is done after 250 seconds, so that as many are left."""
     stages = {"calibrate": Stage(10, 30.0), "sensitivity": Stage(60, 40.0)}
     job = Timeline("prune", stages, lambda: clock[0])
-    assert job.line("calibrate", 0, 10) == "prune: calibrate 0/10 · 0:00 gone"
+    assert job.line("calibrate", 0, 10) == (
+        "[1/2] collecting activation statistics 0/10 · 0:00 elapsed"
+    )
     job.advance("calibrate, pass 1", 10)
     clock[0] += 250
-    said = "prune: sensitivity 30/60 · 4:10 gone, about 1:47 left"  # 250 s · 20 / 50 = 100 s
-    assert job.left("sensitivity", 30) == pytest.approx(100.0)
-    assert job.line("sensitivity", 30, 60) == said.replace("1:47", "1:40")
+    said = "[2/2] measuring sensitivity 30/60 · 4:10 elapsed, about 1:40 remaining"
+    assert job.left("sensitivity", 30) == pytest.approx(100.0)  # 250 s · 20 / 50
+    assert job.line("sensitivity", 30, 60) == said
     clock[0] += 3600
-    assert job.line("sensitivity", 60, 60).endswith("1:04:10 gone, about 0:00 left")
-    assert job.line("write", 3, None) == "prune: write 3 · 1:04:10 gone, about 1:25:33 left"
+    assert job.line("sensitivity", 60, 60).endswith("1:04:10 elapsed, about 0:00 remaining")
+    said = "prune generating text 3 · 1:04:10 elapsed, about 1:25:33 remaining"
+    assert job.line("write", 3, None) == said
+    assert job.line("calibrate, pass 2", 3, 10).startswith(
+        "[2/2] collecting activation statistics, pass 2 3/10"  # stages that have begun
+    )
 
 
 def test_what_was_done_before_a_stop_takes_no_time(clock):
@@ -67,8 +74,8 @@ def test_a_job_has_one_line_on_a_terminal_that_is_gone_at_the_end():
             assert job.left("probes", 2) is not None
     assert [stage.done for stage in job.stages.values()] == [4, 2]
     written = out.getvalue()
-    assert "prune: curves 4/4 · 0:00 gone, about 0:00 left" in written
-    assert "prune: probes 2/4" in written and "\n" not in written
+    assert "[1/2] computing error curves 4/4 · 0:00 elapsed, about 0:00 remaining" in written
+    assert "[2/2] probes 2/4" in written and "\n" not in written
     assert not written.rpartition("\r")[0].rpartition("\r")[2].strip()  # wiped out
 
 
@@ -84,7 +91,32 @@ def test_where_there_is_no_terminal_nothing_is_written():
     with job.shown():
         assert list(Bar(range(4), desc="curves", file=out)) == [0, 1, 2, 3]
         assert list(Bar(range(4), desc="curves", file=Terminal(), disable=True)) == [0, 1, 2, 3]
-    assert out.getvalue() == "" and job.stages["curves"].done == 0
+    assert out.getvalue() == "" and job.stages["curves"].done == 4
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_without_a_terminal_the_log_has_a_line_every_30_seconds(plain, clock, caplog):
+    """Also on a terminal, if it is asked for."""
+    caplog.set_level(logging.INFO, "liar_ext")
+    out = Terminal() if plain else io.StringIO()
+    job = Timeline("prune", {"curves": Stage(4, 1.0), "probes": Stage(4, 3.0)}, lambda: clock[0])
+    with job.shown(), plain_lines(plain):
+        for _ in Bar(range(4), desc="curves", file=out):
+            clock[0] += 10
+        with Bar(total=4, desc="probes", file=out) as bar:
+            for _ in range(4):
+                clock[0] += 8
+                bar.update()
+    with plain_lines(plain):
+        for _ in Bar(range(4), desc="evaluate", file=out):
+            clock[0] += 20
+    assert caplog.messages == [
+        "[1/2] computing error curves 3/4 · 0:30 elapsed, about 2:10 remaining",
+        "[2/2] probes 3/4 · 1:04 elapsed, about 0:14 remaining",
+        "evaluating 2/4",
+        "evaluating 4/4",
+    ]
+    assert out.getvalue() == ""
 
 
 def test_a_fork_of_the_tests_shares_no_lock_of_bars():

@@ -96,6 +96,22 @@ def test_imports_go_down_only():
     assert violations(PACKAGE, table()) == []
 
 
+def test_commands_import_one_another_in_no_circle():
+    """Imports inside functions count; `main` starts all others, and none of them imports it."""
+    folder = {path.stem: path for path in (PACKAGE / "cli").glob("*.py")}
+    below = {}
+    for name in folder.keys() - NO_LAYER:
+        nodes = ast.walk(ast.parse(folder[name].read_text(encoding="utf-8")))
+        found = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        parts = [(node.module or "").removeprefix("liar_ext.cli").strip(".") for node in found]
+        own = [node for node in found if (node.module or "").startswith("liar_ext.cli")]
+        below[name] = {part for part in parts if part in folder}
+        below[name] |= {each.name for node in own for each in node.names if each.name in folder}
+    while free := [name for name, needs in below.items() if not needs & below.keys()]:
+        below = {name: needs for name, needs in below.items() if name not in free}
+    assert below == {}
+
+
 def test_the_table_names_what_there_is():
     there = {home(path, PACKAGE) for path in modules(PACKAGE)} | {"_C"}
     assert set(table()) == there - NO_LAYER

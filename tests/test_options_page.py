@@ -68,7 +68,8 @@ def of_parser(command: str) -> dict[str, str]:
         names = [name for name in action.option_strings if name.startswith("--")]
         field = action.dest in {each.name for each in recipe_fields()}
         elsewhere = command != "prune" and field and action.default == argparse.SUPPRESS
-        if names and not names[0].startswith("--help") and not elsewhere:
+        shown = action.help is not argparse.SUPPRESS
+        if shown and names and not names[0].startswith("--help") and not elsewhere:
             found[names[0]] = said(action.default)
     return found
 

@@ -39,7 +39,8 @@ def here(beginning, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [TUTORIAL, *HOWTO], **by_name)
 def test_the_blocks_of_the_page_run(page, here):
     languages = [block.language for block in pages.blocks(page)]
-    assert set(languages) <= {"python", "console", "py"}, "a block that nothing runs"
+    read = {"yaml", "bash"}  # by test_project_files.py
+    assert set(languages) <= {"python", "console", "py", *read}, "a block that nothing runs"
     assert "py" not in languages or page.stem in ELSEWHERE
     pages.run(page)
     assert page.stem in ELSEWHERE or len(languages) >= 3

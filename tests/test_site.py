@@ -95,18 +95,44 @@ def test_lists_are_lists_in_both_readers():
 def test_the_extra_of_the_site_has_what_it_is_configured_with():
     written = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     wanted = re.search(r"^docs = \[(.*)\]$", written, re.MULTILINE)[1]
-    assert "mkdocs-material" in wanted and "mkdocstrings[python]" in wanted
+    for name in ("mkdocs-material", "mkdocstrings[python]", "ruff"):  # ruff breaks signatures
+        assert name in wanted
     assert settings()["theme"]["name"] == "material"
+
+
+def imported(name: str):
+    spec = importlib.util.spec_from_file_location(name, DOCS / "site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_search_needs_no_server_and_no_network():
+    """The offline plugin takes a script from elsewhere unless it finds one of this name."""
+    found = settings()
+    assert "offline" in found["plugins"] and found["use_directory_urls"] is False
+    (script,) = found["extra"]["polyfills"]
+    assert "iframe-worker" in script and (DOCS / script).is_file()
+
+
+def test_cells_of_prose_name_their_columns():
+    head = "<table>\n<thead><tr><th>a</th><th>b <code>&lt;</code></th><th>c</th></tr></thead>"
+    row = '<tr><td>1</td><td style="x">2</td><td>{}</td></tr>'
+    table = head + 2 * row.format("word " * 20) + "</table>"
+    found = imported("tables").on_page_content(f"<p>x</p>{table}", page=None)
+    assert found.count("<table data-prose>") == 1 and found.count('data-head="c"') == 2
+    assert '<td data-head="b &lt;" style="x">2</td>' in found
+    short = head + row.format("3") + "</table>"
+    assert imported("tables").on_page_content(short) == short
 
 
 def test_docstrings_are_rewritten_for_the_site(monkeypatch):
     # The site's environment has griffe, that of the tests has not.
     stub = SimpleNamespace(Extension=object, Object=object, Attribute=object)
     monkeypatch.setitem(sys.modules, "griffe", stub)
-    spec = importlib.util.spec_from_file_location("roles", DOCS / "site" / "roles.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text = module.as_markdown("See :func:`~liar_ext.prune`, :class:`Plan`::\n\n    x = 1\n\na::b")
+    text = imported("roles").as_markdown(
+        "See :func:`~liar_ext.prune`, :class:`Plan`::\n\n    x = 1\n\na::b"
+    )
     assert text == (
         'See <autoref identifier="liar_ext.prune" optional><code>prune</code></autoref>, '
         '<autoref identifier="Plan" optional><code>Plan</code></autoref>:\n\n    x = 1\n\na::b'

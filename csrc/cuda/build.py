@@ -7,6 +7,7 @@ Environment: ``LIAR_CUDA`` is ``auto`` (compile them where a toolkit is found), 
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +57,15 @@ def wanted() -> Path | None:
     return home
 
 
-def code_flags(archs: str | None = None) -> list[str]:
-    """Return nvcc's -gencode flags for a list such as ``8.0;9.0+PTX``."""
+def archs() -> str:
+    """Return the compute capabilities to compile for, such as ``8.0+PTX, 9.0``."""
+    return ", ".join(re.split("[; ]+", (os.environ.get("LIAR_CUDA_ARCHS") or ARCHS).strip("; ")))
+
+
+def code_flags() -> list[str]:
+    """Return nvcc's -gencode flags for them."""
     flags = []
-    for entry in (archs or os.environ.get("LIAR_CUDA_ARCHS") or ARCHS).replace(" ", ";").split(";"):
-        if not entry:
-            continue
+    for entry in archs().split(", "):
         number = entry.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):

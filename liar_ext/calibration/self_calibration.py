@@ -15,7 +15,6 @@ from liar_ext.models.inputs import known_tokens
 from liar_ext.models.running import device_of, predicts_next_token
 
 SELF = "self"  # the source that stands for it
-SELF_TEXT = 0.25  # of all sequences; what it buys stands in docs/quality.md
 # Documents are written side by side, as many as have their keys and values in this much memory.
 CACHE_BYTES, MOST_ROWS = 2 << 30, 64
 # Windows of a fixed length lose the last tokens of a text: one document in so many is to spare.

@@ -6,7 +6,6 @@ claim is looked over first: :mod:`liar_ext.checkpoint.inspection`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -206,16 +205,12 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
 
 @contextmanager
 def _no_folder(path: Path) -> Iterator[None]:
-    """Let an error of the hub say that there is no folder of this name, and which one is near."""
+    """Let an error of the hub say that there is no folder of this name."""
     try:
         yield
     except InputError as error:
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        names = [each.name for each in beside if each.is_dir()]
-        near = difflib.get_close_matches(path.name, names, 1)
-        hint = f"; did you mean {path.with_name(near[0])}?" if near else "."
         raise InputError(
-            f"load_model: there is no folder {path} here{hint} The hub: {one_line(error, 160)}"
+            f"load_model: there is no folder {path} here; the hub says: {one_line(error, 160)}"
         ) from error
 
 

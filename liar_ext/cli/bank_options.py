@@ -16,11 +16,11 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="sum the activation statistics of a model into a file, a moment bank",
-        usage="liar calibrate MODEL --calibration TEXT [TEXT ...] --bank FILE [options]",
+        usage="liar calibrate MODEL --calibration TEXT [TEXT ...] --out FILE [options]",
         description="Run MODEL once over the calibration text and write the sums that pruning "
         "needs, so that liar prune and liar sweep decide and solve by them in seconds, any number "
         "of times. liar merge adds the banks of several texts or machines.",
-        epilog="Example: liar calibrate gpt2 --calibration text.txt --bank gpt2.bank",
+        epilog="Example: liar calibrate gpt2 --calibration text.txt --out gpt2.bank",
     )
     add_fields(parser, recipe_fields(group="model") + recipe_fields(in_bank="text"), "bank")
     sensitivities = parser.add_argument_group("Sensitivities")
@@ -33,7 +33,9 @@ def add_calibrate(commands: argparse._SubParsersAction) -> None:
     )
     output = parser.add_argument_group("Output")
     add_checkpoint(output, "statistics and divergences")
-    output.add_argument("--bank", type=read_name, metavar="FILE", help="file to write")
+    add = output.add_argument
+    add("--out", "-o", dest="bank", type=read_name, metavar="FILE", help="file to write")
+    add("--bank", type=read_name, help=argparse.SUPPRESS)
     output.add_argument(
         "--no-text",
         action="store_true",
@@ -77,7 +79,8 @@ def add_merge(commands: argparse._SubParsersAction) -> None:
     add = parser.add_argument
     add("banks", metavar="BANK", type=read_name, nargs="+", help="file written by liar calibrate")
     add("-o", "--out", metavar="FILE", type=read_name, required=True, help="bank to write")
-    _add_writing(parser, "FILE, if it is a bank")
+    add("--overwrite", action="store_true", help="replace FILE, if it is a bank")
+    add("--quiet", action="store_true", help="no summary")
 
 
 def add_sweep(
@@ -114,7 +117,6 @@ def add_sweep(
         metavar="DIR",
         help="also write pruned models: DIR/keep-0.9 and so on",
     )
-    output.add_argument("--json", action="store_true", help="print JSON")
     _add_writing(output, "folders of pruned models in DIR")
 
 
@@ -136,11 +138,22 @@ def add_compare_methods(commands: argparse._SubParsersAction) -> None:
     add("--seeds", type=at_least(0), nargs="+", default=seeds, metavar="N", help="random seeds")
     chosen = [each for each in recipe_fields() if each.name not in ("seed", "certify")]
     add_fields(parser, chosen, "methods", "seeds")
-    output = parser.add_argument_group("Output").add_argument
-    output("--json", action="store_true", help="print JSON")
-    output("--quiet", action="store_true", help="no progress bars")
+    add_shown(parser.add_argument_group("Output"), "no progress")
 
 
 def _add_writing(group: argparse._ActionsContainer, what: str) -> None:
     group.add_argument("--overwrite", action="store_true", help=f"replace {what}")
-    group.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+    add_shown(group, "no progress, no summary, no warnings")
+
+
+def add_shown(group: argparse._ActionsContainer, quiet: str) -> None:
+    """Add what a command shows; ``quiet`` is the help of ``--quiet``."""
+    add = group.add_argument
+    add(
+        "--progress",
+        choices=("auto", "plain", "none"),
+        default="auto",
+        help="auto: a bar in a terminal, else a line every 30 s; plain: lines also in a terminal",
+    )
+    add("--quiet", action="store_true", help=quiet)
+    add("--json", action="store_true", help="print one JSON object and nothing else")

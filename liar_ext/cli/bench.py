@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from liar_ext.atomic_write import check_place, write_whole
+from liar_ext.benchmarking.job import benchmark
 from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
+from liar_ext.benchmarking.timing import Settings
 from liar_ext.errors import InputError
 from liar_ext.report.reading import report_digest
 from liar_ext.report.tables import speed, to_text
@@ -15,12 +17,9 @@ from liar_ext.report.tables import speed, to_text
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print a table, and store the numbers."""
-    from liar_ext.benchmarking.job import benchmark
-    from liar_ext.benchmarking.timing import Settings
-
-    target = place(options.folder, options.json)
+    target = place(options.folder, options.out)
     if target is not None:
-        check_place(target, "bench", "--json", _is_benchmark)
+        check_place(target, "bench", "--out", _is_benchmark)
     settings = Settings(
         rounds=options.rounds,
         prompt_length=options.prompt_length,
@@ -35,13 +34,14 @@ def run(options: argparse.Namespace) -> None:
         options.against,
         settings,
         memory=options.memory,
-        progress=not options.quiet,
+        progress=options.progress,
     )
-    print("\n".join(lines(found)))
+    print(found.to_json() if options.json else "\n".join(lines(found)))
     if target is not None:
         found = replace(found, report_digest=report_digest(options.folder))
-        write_whole(target, found.to_json(), "bench", "--json")
-        print(f"{target}: written")
+        write_whole(target, found.to_json(), "bench", "--out")
+        if not options.json:
+            print(f"{target}: written")
 
 
 def place(folder: str, given: str | None) -> Path | None:

@@ -10,16 +10,18 @@ from typing import Any
 from torch import nn
 
 from liar_ext.calibration.self_calibration import SELF
-from liar_ext.cli.loading import check_tokenizer
-from liar_ext.cli.own_text import writes
-from liar_ext.cli.prune import add_facts, load, say
+from liar_ext.cli.inputs import add_facts, check_tokenizer, load, writes
+from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
+from liar_ext.pipeline.folder import prune_folder
+from liar_ext.pipeline.job import Job, prepare
+from liar_ext.pipeline.streamed import describe
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import StreamedJob, prune_folder
 
 NONE_WRITTEN = (
     "The model wrote no calibration text of its own (--self-text), for which all of it must be in "
@@ -52,11 +54,11 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
     if getattr(options, "dry_run", False):
-        job = StreamedJob(store.model, given.calibration, settled, store=store)
-        job.certify_on = given.certification
-        lines = job.describe(options.max_memory)
+        known = {"walk": Walk.of(store), "limit": options.max_memory}
+        known["certify_on"] = given.certification
+        lines = describe(prepare(Job(store.model, given.calibration, settled, **known)))
         if is_first():
-            print("\n".join(lines))
+            print_estimate(lines, options)
         return None
     loaded = time.perf_counter() - start
 

@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.cli.loading import load_with_tokenizer
+from liar_ext.cli.inputs import load, load_with_tokenizer
 from liar_ext.cli.own_text import let_write
-from liar_ext.cli.prune import load
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.pipeline.choosing import sequences_to_judge
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         for seed in options.seeds
         for method in options.methods
     }
-    dense, rows = compare(recipes, progress=not (options.quiet or options.json))
+    dense, rows = compare(recipes, progress=options.progress)
     if options.json:
         print(json.dumps({"dense": dense, "runs": rows}, indent=1))
         return

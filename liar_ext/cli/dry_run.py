@@ -17,7 +17,7 @@ from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, skeleton, teams_of
 from liar_ext.narrowing.narrowing import count_kept
 from liar_ext.pipeline.estimate import GIB, in_gib, stages_of, tokens_of, work_of_token
-from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.job import Job, prepare
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.one_pass import with_bias
@@ -43,9 +43,7 @@ def describe(
     InputError
         Whatever the job would raise before it starts.
     """
-    job = Job(model, batches, recipe)
-    job.judged = judge_on
-    job.check()
+    job = prepare(Job(model, batches, recipe, judged=judge_on))
     recipe, at = job.recipe, job.sites(model)
     model_type = model.config.model_type
     equal = even_plan(at, recipe.budget, job.costs(model), model_type=model_type)

@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
+from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
+from liar_ext.data import texts
 from liar_ext.errors import InputError
+from liar_ext.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
 from liar_ext.report.report import versions
 
@@ -20,14 +22,14 @@ def run(options: argparse.Namespace) -> None:
     """Print the perplexity, or lm-eval's table."""
     _check_together(options)
     check_causal(options.model, "eval:")
-    output = Path(options.output) if options.output else None
+    output = Path(options.out) if options.out else None
     if output is not None:
-        check_place(output, "eval", "--output", begins_with('{\n "model": '))
+        check_place(output, "eval", "--out", begins_with('{\n "model": '))
     result, line = (_tasks if options.tasks else _perplexity)(options)
     print(json.dumps(result) if options.json else line, flush=True)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
-        write_whole(output, facts + "\n", "eval", "--output")
+        write_whole(output, facts + "\n", "eval", "--out")
 
 
 def _check_together(options: argparse.Namespace) -> None:
@@ -41,16 +43,13 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _perplexity(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the perplexity on a text, and the line that says it."""
-    from liar_ext.data import texts
-    from liar_ext.evaluation import perplexity
-
     documents = texts.read_documents(options.text)
     model, tokenizer = _load(options)
     texts.check_seq_len(model, options.seq_len)
     sequences = texts.evaluation_sequences(
         documents, tokenizer, seq_len=options.seq_len, samples=options.samples
     )
-    result = perplexity(model, sequences.batches(options.batch_size), progress=not options.quiet)
+    result = perplexity(model, sequences.batches(options.batch_size), progress=options.progress)
     return result, (
         f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
         f"{result['sequences']} windows of {result['seq_len']}"
@@ -68,7 +67,7 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         limit=options.limit,
         num_fewshot=options.num_fewshot,
         batch_size=options.batch_size,
-        progress=not options.quiet,
+        progress=options.progress,
     )
     return result, result.pop("table").rstrip()
 

@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 
+from liar_ext.cli.bank_options import add_shown
+
 # Options of the command that are no options of a format.
-OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "json")
+OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "progress", "json")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -16,13 +18,12 @@ def run(options: argparse.Namespace) -> None:
     from liar_ext.export import export
 
     own = {name: value for name, value in vars(options).items() if name not in OWN}
-    progress = not (options.quiet or options.json)
     done = export(
         options.folder,
         options.to,
         options.out,
         overwrite=options.overwrite,
-        progress=progress,
+        progress=options.progress,
         **own,
     )
     if options.json:
@@ -76,5 +77,4 @@ def add_export(
         help="uniform: round the padded MLP size up to a multiple of N",
         **suppress,
     )
-    add("--quiet", action="store_true", help="no progress bars, no notes")
-    add("--json", action="store_true", help="print JSON")
+    add_shown(parser, "no progress, no notes")

@@ -7,8 +7,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from liar_ext.models.overview import overview, plain
-
 
 def add_families(commands: Any, name: Callable[[str], str]) -> None:
     """Add the subcommand to those of the parser."""
@@ -34,6 +32,8 @@ def run(options: argparse.Namespace) -> None:
     if options.suggest:
         print(_suggestion(options.suggest, options.json))
         return
+    from liar_ext.models.overview import overview, plain
+
     table = overview()
     if options.json:
         facts = {n: {key: each._asdict() for key, each in row.items()} for n, row in table.items()}

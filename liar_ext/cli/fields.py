@@ -12,8 +12,8 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.recipe.checks import check_printable, shown
+from liar_ext.recipe.fields import CRITERIA
 from liar_ext.recipe.option import GROUPS, option_of
-from liar_ext.selection.criteria import list_criteria
 
 NUMBERS = {"int": int, "float": float}  # types that fields begin with
 
@@ -44,8 +44,8 @@ def add_field(group: argparse._ActionsContainer, each: Field) -> None:
     """Add the option of one field of the recipe; what isn't given leaves no trace."""
     facts, default, name = each.metadata, each.default, option_of(each)
     names, help = getattr(facts["check"], "names", None), facts["help"]
-    if each.name == "criterion":  # there may be more than when the package is imported
-        help += ": " + ", ".join(known.name for known in list_criteria())
+    if each.name == "criterion":
+        help += ": " + ", ".join(CRITERIA)
     if default not in (None, ()) and not isinstance(default, bool):
         help += f" (default: {'all' if default == names else default})"
     add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))

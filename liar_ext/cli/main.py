@@ -8,55 +8,45 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from importlib import import_module
 
-from liar_ext.checkpoint.quietening import no_bars
-from liar_ext.cli import (
-    bench,
-    calibrate,
-    compare,
-    compare_methods,
-    evaluate,
-    export,
-    families,
-    info,
-    merge,
-    prune,
-    report,
-    resume,
-    sweep,
-    verify,
-)
-from liar_ext.cli.options import one_line, parse
-from liar_ext.cli.processes import how_to_go_on, meet, quieten, silence_of_others
-from liar_ext.distributed import RankLost, leave, tells
+from liar_ext.cli.messages import error_lines, one_line, shown, silence_of_others
+from liar_ext.cli.options import parse
 from liar_ext.errors import InputError, is_out_of_memory
 
-COMMANDS = {
-    "prune": prune.run,
-    "calibrate": calibrate.run,
-    "merge": merge.run,
-    "resume": resume.run,
-    "sweep": sweep.run,
-    "eval": evaluate.run,
-    "verify": verify.run,
-    "bench": bench.run,
-    "report": report.run,
-    "compare": compare.run,
-    "compare-methods": compare_methods.run,
-    "export": export.run,
-    "families": families.run,
-    "info": info.run,
+
+def _run_command(name: str, options: argparse.Namespace) -> int | None:
+    """Import the module of a command, and run it."""
+    return import_module(f"liar_ext.cli.{MODULES.get(name, name)}").run(options)
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from liar_ext.cli import calibrate, prune, resume
+
+    resume.run(options, {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe})
+
+
+NAMES = (
+    *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
+    *("compare-methods", "export", "families", "info", "doctor"),
+)
+# Others have the name of their command.
+MODULES = {"eval": "evaluate", "compare-methods": "compare_methods"}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    **{name: partial(_run_command, name) for name in NAMES},
+    "resume": _resume,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code.
 
-    0: done; 1: ``verify`` found other outputs; 2: input that cannot be used, or too little memory
-    for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads the output, such
-    as ``head``, has enough of it.
+    0: done; 1: ``verify`` or ``doctor`` found a problem; 2: input that cannot be used, or too
+    little memory for it; 3: another rank of torchrun ended; 130: interrupted; 141: whoever reads
+    the output, such as ``head``, has enough of it.
     """
     _open_streams()
     for stream in (sys.stdout, sys.stderr):
@@ -64,21 +54,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     with silence_of_others():
         options = parse(arguments)
+    wanted = getattr(options, "progress", None)  # None: a command that takes no time
+    options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
+    options.progress = wanted in ("auto", "plain") and not options.quiet
+    # What follows imports torch; the version, the help and typos are answered without it.
+    from liar_ext.bars import plain_lines
+    from liar_ext.checkpoint.quietening import no_bars
+    from liar_ext.checkpoint.registration import register
+    from liar_ext.cli.processes import quieten
+    from liar_ext.distributed import tells
+
+    register()
     quieten(options)
-    options.progress = not getattr(options, "quiet", False)
+    plain = wanted == "plain" or not sys.stderr.isatty()
+    others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
     try:
-        with no_bars() if getattr(options, "quiet", False) else nullcontext():
+        with shown(options.progress, options.quiet), plain_lines(plain), others:
             code, error = _run(options)
     except BaseException:
         tells()  # so that the others don't
         raise
     if error is not None and tells():
-        print(f"liar: error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(error_lines(error, options), file=sys.stderr, flush=True)
     return code
 
 
 def _run(options: argparse.Namespace) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
+    from liar_ext.cli.processes import meet
+    from liar_ext.distributed import leave, tells
+
     with _interrupts() as interrupts:
         try:
             meet(options)
@@ -95,6 +100,9 @@ def _run(options: argparse.Namespace) -> tuple[int, object]:
 
 def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, object]:
     """Return the exit code of an error, and what to say of it; raise one that is a defect."""
+    from liar_ext.cli.processes import how_to_go_on
+    from liar_ext.distributed import RankLost
+
     if isinstance(error, BrokenPipeError):
         return (141, None) if _nobody_reads() else (2, error)
     if isinstance(error, (InputError, OSError)):  # OSError: no permission, disk full, no such file

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from liar_ext.calibration.bank_file import read_bank
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.cli.output import warn
+from liar_ext.cli.with_bank import check_bank_place, save_bank
 from liar_ext.errors import InputError
 
 
 def run(options: argparse.Namespace) -> None:
     """Check what the banks say of themselves, add them, write."""
-    from liar_ext.calibration.bank_file import read_bank
-    from liar_ext.calibration.moments import MomentBank
-    from liar_ext.cli.with_bank import check_bank_place, save_bank
-
     if len(options.banks) < 2:
         raise InputError("merge: needs at least two banks to add, got one; name another")
     check_bank_place(options.out, "merge", "--out", options.overwrite)
@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> None:
         )
         bare = [path for path in order if headers[path].text is None]
         if bare:
-            print(f"The text is left out, since {', '.join(bare)} has none.")
+            warn([f"The text is left out, since {', '.join(bare)} has none."])
         if any(header.source.get("sensitivities") for header in headers.values()):
-            print("Sensitivities are left out: they were measured by the sums of one bank alone.")
+            warn(["Sensitivities are left out: they were measured by the sums of one bank alone."])
 
 
 class _naming:

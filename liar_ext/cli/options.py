@@ -15,19 +15,22 @@ from liar_ext.cli.bank_options import (
     add_compare_methods,
     add_merge,
     add_resume,
+    add_shown,
     add_sweep,
 )
+from liar_ext.cli.completion import PrintCompletion
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
+from liar_ext.cli.messages import error_lines
+from liar_ext.cli.tracking import TRACKERS, read_tracker
+from liar_ext.errors import did_you_mean
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
-MOST_CHARACTERS = 300  # of an error
-
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are two lines: how to call it, and what is wrong.
+    """A parser whose errors are what is wrong, and what to type.
 
     ``--help`` shows the ``common`` options by their destinations, if there are any, or all.
     """
@@ -53,15 +56,21 @@ class Parser(argparse.ArgumentParser):
         super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and one line, and leave with exit code 2."""
-        self.print_usage(sys.stderr)
-        self.exit(2, f"liar: error: {one_line(message)}\n")
+        """Print an error and a hint, and leave with exit code 2."""
+        hint = "" if "; " in message else f"; {self.prog} --help shows what it takes"
+        self.exit(2, error_lines(message + hint) + "\n")
 
-
-def one_line(message: object) -> str:
-    """Return a message as one line, cut where it is far too long."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        if not action.option_strings:
+            hint = did_you_mean(value, action.choices, "liar --help lists them")
+            self.error(f"there is no command {value}; {hint}")
+        names = ", ".join(action.choices)
+        hint = did_you_mean(value, action.choices, f"{self.prog} --help describes them")
+        self.error(
+            f"{'/'.join(action.option_strings)} must be one of {names}, got {value!r}; {hint}"
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +82,14 @@ def parser() -> argparse.ArgumentParser:
         epilog="liar prune MODEL --calibration TEXT --out DIR is all that a first run needs.",
     )
     parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh"),
+        action=PrintCompletion,
+        help="print a script that completes liar in a shell",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.of_command = commands.choices
     _add_prune(commands)
     add_calibrate(commands)
     add_merge(commands)
@@ -87,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
     add_compare_methods(commands)
     add_export(commands, read_name, at_least(1))
     add_families(commands, read_name)
-    commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    doctor = commands.add_parser("doctor", help="check that this installation works here")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -98,13 +117,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option stands before it.
     """
     commands = parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        commands.print_help(sys.stderr)
+        commands.error("no command was given; name one of those above")
     options, rest = commands.parse_known_args(arguments)
     takes = ("prune", "calibrate", "sweep", "compare-methods")
     lacks = options.command in takes and not hasattr(options, "model")
     if lacks and len(rest) == 1 and not rest[0].startswith("-"):
         options.model, rest = rest[0], []
     if rest:
-        commands.error(f"unknown arguments: {' '.join(rest)}")
+        known = commands.of_command[options.command]
+        hint = did_you_mean(rest[0].partition("=")[0], known._option_string_actions)
+        what = "option" if rest[0].startswith("-") else "argument"
+        known.error(f"unknown {what} {rest[0]}" + (f"; {hint}" if hint else ""))
     return options
 
 
@@ -140,10 +165,16 @@ def _add_prune(commands) -> None:
     _add_job(parser.add_argument_group("Job"))
     add_fields(parser, recipe_fields(), "out", "preset", "max_memory")
     output = parser.add_argument_group("Output")
-    output.add_argument("--out", type=read_name, metavar="DIR", help="folder to write")
+    output.add_argument("--out", "-o", type=read_name, metavar="DIR", help="folder to write")
     add_checkpoint(output, "progress")
     output.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    output.add_argument("--quiet", action="store_true", help="no progress bars, no summary")
+    add_shown(output, "no progress, no summary, no warnings")
+    output.add_argument(
+        "--log",
+        type=read_tracker,
+        choices=TRACKERS,
+        help="log recipe, sizes, perplexity and seconds as a run of MLflow or Weights & Biases",
+    )
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
@@ -201,7 +232,8 @@ def _add_eval(commands) -> None:
     )
     add("--limit", type=at_least(1), metavar="N", help="tasks: use the first N items of each")
     add("--num-fewshot", type=at_least(0), metavar="N", help="tasks: examples in each prompt")
-    add("--output", type=read_name, metavar="FILE", help="also write the result as JSON")
+    add("--out", "-o", type=read_name, metavar="FILE", help="also write the result as JSON")
+    add("--output", dest="out", type=read_name, help=argparse.SUPPRESS)
     add("--samples", type=at_least(1), metavar="N", help="use N evenly spread windows")
     add("--seq-len", type=at_least(2), default=512, metavar="N", help="tokens per window")
     add(
@@ -213,8 +245,7 @@ def _add_eval(commands) -> None:
     )
     add("--dtype", choices=DTYPES, default="float32", help="data type of the weights")
     add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: all GPUs")
-    add("--json", action="store_true", help="print JSON")
-    add("--quiet", action="store_true", help="no progress bars")
+    add_shown(parser, "no progress")
 
 
 def _add_verify(commands) -> None:
@@ -250,8 +281,8 @@ def _add_bench(commands) -> None:
     add("--device", default="cpu", type=read_name, help="cpu, cuda, cuda:1, ...; auto: all GPUs")
     add("--threads", type=at_least(1), metavar="N", help="CPU threads of torch")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory")
-    add("--json", metavar="FILE", type=read_name, help="file for the numbers, not DIR.bench.json")
-    add("--quiet", action="store_true", help="no progress bars")
+    add("--out", "-o", metavar="FILE", type=read_name, help="file for the numbers (DIR.bench.json)")
+    add_shown(parser, "no progress")
 
 
 def _add_report(commands) -> None:
@@ -279,11 +310,12 @@ def _add_compare(commands) -> None:
 def _add_page(parser: argparse.ArgumentParser, where: str, default: str | None) -> None:
     add = parser.add_argument
     add(
+        "--out",
         "-o",
-        "--output",
         metavar="FILE",
         type=read_name,
         default=default,
         help=f"page to write (default: {where})",
     )
+    add("--output", dest="out", default=default, type=read_name, help=argparse.SUPPRESS)
     add("--png", metavar="FOLDER", type=read_name, help="also write the pictures as PNG")

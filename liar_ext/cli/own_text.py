@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.self_calibration import SELF, write_sequences
+from liar_ext.calibration.self_calibration import write_sequences
 from liar_ext.checkpoint_store import Checkpoint, Stored
+from liar_ext.cli.inputs import SKETCHED, Given, writes
 from liar_ext.data.batches import read_batches
 from liar_ext.data.sequences import count_beside, of_no_text, seed_of
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import known_tokens
-from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
-
-if TYPE_CHECKING:
-    from liar_ext.cli.prune import Given
 
 Batches = Sequence[Mapping[str, Tensor]]
 WRITTEN = "written"  # its name in a checkpoint
-SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 
 
 class TextAndOwn(Sequence):
@@ -51,12 +46,6 @@ class TextAndOwn(Sequence):
             self._all = [*self._text, *self._write()]
             self.seconds = time.perf_counter() - start
         return self._all
-
-
-def writes(recipe: Recipe, model: nn.Module) -> bool:
-    """Tell whether a model writes text beside that which a recipe names."""
-    named = SELF in recipe.calibration
-    return recipe.self_text > 0 and not named and predicts_next_token(model)
 
 
 def let_write(

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 
 import torch
 
 from liar_ext.checkpoint_store import difference
+from liar_ext.cli.messages import is_other
 from liar_ext.distributed import (
     RankLost,
     broadcast,
     join,
-    launched,
     local_world_size,
     rank,
     world_size,
@@ -24,28 +21,13 @@ from liar_ext.errors import InputError
 
 SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can share
 # Options of which each machine may have its own.
-OWN = ("quiet", "progress", "out", "bank", "checkpoint")
-
-
-def is_other() -> bool:
-    """Tell whether torchrun started this process as another rank than the first."""
-    return launched() and os.environ["RANK"] != "0"
-
-
-@contextmanager
-def silence_of_others() -> Iterator[None]:
-    """Let the first rank alone say what all would say alike."""
-    if not is_other():
-        yield
-        return
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield
+OWN = ("quiet", "json", "progress", "out", "bank", "checkpoint")
 
 
 def quieten(options: argparse.Namespace) -> None:
     """Let the other ranks than the first show nothing."""
     if is_other():
-        options.quiet = True
+        options.quiet, options.json, options.progress = True, False, False
         warnings.simplefilter("ignore")
         from transformers.utils.logging import set_verbosity_error
 
@@ -92,6 +74,6 @@ def how_to_go_on(error: RankLost, options: argparse.Namespace) -> str:
     """Return the line that says that another rank is lost, and how to go on."""
     checkpoint = getattr(options, "checkpoint", None) or getattr(options, "folder", None)
     return (
-        f"{options.command}: {error}; no output was written, start the same command again, with "
+        f"{error}; no output was written, start the same command again, with "
         f"any number of ranks{f'; it goes on from {checkpoint}' if checkpoint else ''}"
     )

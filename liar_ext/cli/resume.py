@@ -7,8 +7,9 @@ started, to which file names are relative. It can't allow overwriting: that is a
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,12 @@ OWN: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-def run(options: argparse.Namespace) -> None:
-    """Read the job, print its progress, continue."""
-    from liar_ext.cli import calibrate, prune
-
+def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> None:
+    """Read the job, print its progress, continue by what starts its command."""
     job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     result = job["options"]["bank" if command == "calibrate" else "out"]
-    if not options.quiet:
+    if not (options.quiet or options.json):
         found = "; ".join(what_is_saved(folder)) or "before anything was saved"
         print(
             f"{options.folder}: liar {command}, {result}, stopped with {found}; going on in "
@@ -68,13 +67,14 @@ def run(options: argparse.Namespace) -> None:
     if broadcast(is_done(folder, result) if is_first() else None):
         if is_first():
             remove(folder)
-        if not options.quiet:
+        if options.json:
+            print(json.dumps({"out": result, "written_before": True}))
+        elif not options.quiet:
             print(f"{result}: was written already")
         return
     own = {"checkpoint": folder, "command": command}
-    own |= {name: getattr(options, name) for name in ("quiet", "progress", "overwrite")}
-    start = {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe}[command]
-    start(Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
+    own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
+    start[command](Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
 
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:

@@ -7,17 +7,21 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+from liar_ext.cli.inputs import add_facts, load
 from liar_ext.cli.options import recipe_of
+from liar_ext.cli.output import warn
+from liar_ext.cli.own_text import let_write
+from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
+from liar_ext.pipeline.sweep import Point, sweep
 from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, figure, to_text
-
-if TYPE_CHECKING:
-    from liar_ext.pipeline.sweep import Point
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,21 +33,15 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"sweep: --keep must name each fraction once, got {keep}")
     if not recipe.model or not (options.bank or recipe.calibration):
         raise InputError(
-            "sweep: needs MODEL and --bank FILE, which liar calibrate writes, or MODEL and "
-            "--calibration TEXT, MODEL before it"
+            "sweep: liar sweep needs MODEL and --bank FILE, which liar calibrate writes, or MODEL "
+            "and --calibration TEXT, MODEL before it"
         )
-    from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-    from liar_ext.cli.own_text import let_write
-    from liar_ext.cli.prune import add_facts, load
-    from liar_ext.cli.with_bank import load_by_bank
-    from liar_ext.pipeline.sweep import sweep
-
     folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
     if len(set(folders.values())) < len(folders):
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
         check_folder(folder, options.overwrite)
-    progress, bank = not (options.quiet or options.json), None
+    progress, bank = options.progress, None
     if options.bank:
         given, bank, recipe = load_by_bank(options.bank, recipe, options)
     else:
@@ -76,8 +74,7 @@ def run(options: argparse.Namespace) -> None:
         return
     print("\n".join(to_text(table(dense, rows))))
     if not options.quiet:
-        for warning in given.warnings:
-            print(f"Warning: {warning}")
+        warn(given.warnings)
 
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
@@ -101,8 +98,6 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
 
 def _dense(model: nn.Module, points: Sequence[Point]) -> dict[str, Any]:
     """Return the row of the dense model."""
-    from liar_ext.checkpoint.fingerprint import count_params
-
     report = points[0].report
     found = {} if report is None else report.evaluation.get("dense", {})
     perplexity = found.get("perplexity")

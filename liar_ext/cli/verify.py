@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from liar_ext.cli.inputs import load_with_tokenizer
+from liar_ext.data.texts import evaluation_sequences, read_documents
 from liar_ext.errors import InputError
+from liar_ext.export.verify import table, verify_everywhere
+from liar_ext.models.running import predicts_next_token
 
 SEQ_LEN, SAMPLES = 256, 16
 
 
 def run(options: argparse.Namespace) -> int:
     """Reload, compare, print; return 1 if outputs differ."""
-    from liar_ext.export.verify import table, verify_everywhere
-
     ids = _ids(options.folder, options.text) if options.text else None
     facts = verify_everywhere(options.folder, options.device, ids)
     if options.json:
@@ -30,10 +32,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _ids(folder: str, text: str) -> Any:
     """Return token ids of a text, as many sequences as a check in every runtime bears."""
-    from liar_ext.cli.loading import load_with_tokenizer
-    from liar_ext.data.texts import evaluation_sequences, read_documents
-    from liar_ext.models.running import predicts_next_token
-
     documents = read_documents(text)
     model, tokenizer = load_with_tokenizer(folder, "float32", "cpu")
     if not predicts_next_token(model):

@@ -13,15 +13,15 @@ from uuid import uuid4
 from liar_ext.atomic_write import check_place
 from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.cli.loading import load_with_tokenizer
-from liar_ext.cli.processes import check_device
-from liar_ext.cli.prune import (
+from liar_ext.cli.inputs import (
     Given,
     check_eval,
     check_unloaded,
     evaluation_batches,
+    load_with_tokenizer,
     warnings_of,
 )
+from liar_ext.cli.processes import check_device
 from liar_ext.data import texts
 from liar_ext.data.documents import check_apart_from
 from liar_ext.errors import InputError, one_line

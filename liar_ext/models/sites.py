@@ -32,6 +32,7 @@ from liar_ext.models.family import Experts, Family, HeadInput, Part, Stack, Wiri
 from liar_ext.models.reading import Block, block_config, get_path, parts_of
 from liar_ext.models.registry import family_of, register_family
 from liar_ext.models.stacking import kv_heads_of, row_units
+from liar_ext.plan import ATTN_UNITS, KINDS
 
 __all__ = [
     "Experts",
@@ -53,8 +54,6 @@ __all__ = [
     "teams_of",
 ]
 
-KINDS = ("attn", "mlp")
-ATTN_UNITS = ("auto", "kv_group", "head")
 CROSS, SHARED = "cross_attn", "shared_mlp"
 _KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp"}  # by what a row calls it
 

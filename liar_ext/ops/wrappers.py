@@ -219,8 +219,9 @@ def build_info() -> dict[str, str]:
         ``compiler``, ``torch_target`` (oldest torch that the binary runs with), ``torch_built``,
         ``cpu_kernel`` (instruction set in use; the environment variable ``LIAR_CPU_KERNEL`` forces
         one of ``cpu_kernels``), ``cuda`` (whether CUDA kernels were compiled in) and, if they were,
-        ``cuda_runtime`` (CUDA's version that they want), ``cuda_driver`` (the newest that the
-        driver knows, or none) and ``cuda_devices`` (how many it offers).
+        ``cuda_archs`` (compute capabilities that they were compiled for), ``cuda_runtime`` (CUDA's
+        version that they want), ``cuda_driver`` (the newest that the driver knows, or none) and
+        ``cuda_devices`` (how many it offers).
     """
     lines = torch.ops.liar_ext.build_info().splitlines()
     return dict(line.split("=", 1) for line in lines)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Clock
 from liar_ext.calibration.passes import Passes
-from liar_ext.data.batches import FOLDS, Batch, Batches
+from liar_ext.data.batches import FOLDS, Batch
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
@@ -64,74 +63,63 @@ def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The schedule that was kept.
+class Solved:
+    """What became of a plan's sites, and in the end of the model."""
 
-    Parameters
-    ----------
-    schedule : str
-        Its name.
-    solved : tuple
-        New weights by site, and rows of the report.
-    divergences : dict of str to float
-        Of the whole model by each schedule, on held-out text.
-    """
-
+    rows: Sequence[SiteRow]
     schedule: str
-    solved: tuple[Weights, list[SiteRow]]
-    divergences: dict[str, float]
-
-    @property
-    def said(self) -> str:
-        """The line of the report."""
-        values = " and ".join(f"{each:.3g} {HOW[name]}" for name, each in self.divergences.items())
-        return (
-            f"Layers were solved {HOW[self.schedule]}: on held-out text the whole pruned model "
-            f"diverges from the dense one by {values}."
-        )
+    source: Mapping[str, int]  # of the text that was calibrated on
+    weights: Weights = field(default_factory=dict)  # until the model is sliced
+    facts: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    plan: Plan | None = None  # of the dense model
+    dense: Mapping[str, float] | None = None  # on held-out text
+    pruned: Mapping[str, float] | None = None
+    certified: Mapping[str, float] | None = None  # on fresh text
 
 
-def solve(job: Any, passes: Passes, plan: Plan, fresh: Batches | None) -> Chosen:
+def solve(job: Any, passes: Passes | None, plan: Plan, source: Mapping[str, int]) -> Solved:
     """Solve the sites of a :class:`~liar_ext.pipeline.job.Job`, by its schedule or the better one.
 
     Where text is held out for it, both are measured; of equal ones the cheaper is kept. A walk
-    measures its errors on ``fresh`` text on its way.
+    measures its errors on fresh text on its way. Without ``passes`` there is nothing to solve;
+    ``source`` is then of the text that was calibrated on.
     """
+    schedule = job.recipe.schedule
+    if passes is None:
+        return Solved([], schedule, source)
     if job.judged is None:
-        return Chosen(
-            job.recipe.schedule, _solve(job, job.recipe.schedule, passes, plan, fresh), {}
-        )
+        weights, rows = _solve(job, schedule, passes, plan)
+        facts = {"calibrate_passes": passes.taken}
+        return Solved(rows, schedule, passes.bank.source, weights, facts)
     with job.clock("judge"):
         judge = Divergence(job.model, job.judged)
-    at, found, best = job.sites(passes.model), {}, None
-    for schedule in SCHEDULES:
-        solved = _solve(job, schedule, passes, plan, fresh)
+    at, found, best = job.sites(passes.model), {}, ()
+    for each in SCHEDULES:
+        solved = _solve(job, each, passes, plan)
         with job.clock("judge"):
-            found[schedule] = divergence_of(judge, passes.model, at, plan, solved[0])
-        if best is None or found[schedule] < found[best[0]]:
-            best = schedule, solved
-    return Chosen(*best, found)
+            found[each] = divergence_of(judge, passes.model, at, plan, solved[0])
+        if not best or found[each] < found[schedule]:
+            schedule, best = each, solved
+    values = " and ".join(f"{value:.3g} {HOW[name]}" for name, value in found.items())
+    said = (
+        f"Layers were solved {HOW[schedule]}: on held-out text the whole pruned model diverges "
+        f"from the dense one by {values}."
+    )
+    facts = {"calibrate_passes": passes.taken, "schedules": found}
+    return Solved(best[1], schedule, passes.bank.source, best[0], facts, [said])
 
 
-def _solve(
-    job: Any, schedule: str, passes: Passes, plan: Plan, fresh: Batches | None
-) -> tuple[Weights, list[SiteRow]]:
+def _solve(job: Any, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
     """Return new weights by a schedule, and the rows of the report."""
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
-    if schedule == "one-pass":
-        return _solve_sites(passes, plan, settings, job.clock)
-    settings |= {"fresh": fresh or (), "saved": job.saved}
-    with job.clock("reconstruct"):
-        return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
-
-
-def _solve_sites(
-    passes: Passes, plan: Plan, settings: Mapping[str, object], clock: Clock
-) -> tuple[Weights, list[SiteRow]]:
-    """Solve the sites of a plan on the dense model's moments."""
+    if schedule == "layerwise":
+        settings |= {"fresh": job.certify_on or (), "saved": job.saved}
+        with job.clock("reconstruct"):
+            return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
     found = {}
-    for group in clock.each("calibrate", passes.back()):
-        with clock("reconstruct"):
+    for group in job.clock.each("calibrate", passes.back()):
+        with job.clock("reconstruct"):
             found |= reconstruct_shared(
                 passes.model, passes.bank, plan, group, **settings
             )  # a name for the bank would keep it while the next group's is summed

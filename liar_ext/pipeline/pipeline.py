@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from liar_ext.bars import OnProgress, Timeline, spare, told
-from liar_ext.calibration.fingerprints import digest_of
+from liar_ext.bars import OnProgress, Timeline, told
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.saved_sums import SUMS
-from liar_ext.checkpoint_store import Checkpoint, opened, reading
+from liar_ext.calibration.passes import Passes
+from liar_ext.checkpoint import stock_config
+from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.data.batches import Batches
+from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
-from liar_ext.pipeline.estimate import Estimate, bars_of, stages_of
-from liar_ext.pipeline.job import Job
+from liar_ext.evaluation import perplexity
+from liar_ext.pipeline.analysis import Base, Decision, decide, narrowed, passes_of
+from liar_ext.pipeline.choosing import Solved, Weights, solve
+from liar_ext.pipeline.estimate import bars_of, by_blocks, stages_of
+from liar_ext.pipeline.job import Job, prepare, recorded
 from liar_ext.pipeline.rescaling import Rescaling, rescale_batches
+from liar_ext.pipeline.settings import describe_sizes, report_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.keywords import PruneOptions, check_keywords
+from liar_ext.reconstruction.one_pass import certified_errors
 from liar_ext.report.report import Report
+from liar_ext.selection.divergence import Divergence
+from liar_ext.surgery.units import apply_plan
 
-PLAN = "plan"  # its key in a checkpoint
+Finish = Callable[[Job, Base, Any, Decision], Solved]
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
     **{each.name: each.metadata["in_python"] for each in recipe_fields()},
@@ -128,50 +137,58 @@ def prune(
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
     own = "evaluate_on", "certify_on", "judge_on", "bank", "checkpoint", "progress"
     check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
-    job = Job(model, batches, Recipe.build(recipe, **choices), bool(progress), bank)
-    job.judged = judge_on
-    with told(progress), opened(checkpoint) as job.saved:
-        return run(job, evaluate_on, certify_on)
+    with told(progress), opened(checkpoint) as saved:
+        return run(
+            Job(
+                model,
+                batches,
+                Recipe.build(recipe, **choices),
+                bool(progress),
+                bank,
+                saved=saved,
+                judged=judge_on,
+                evaluate_on=evaluate_on,
+                certify_on=certify_on,
+            )
+        )
 
 
-def run(
-    job: Job,
-    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
-    certify_on: Sequence[Mapping[str, Tensor]] | None = None,
-) -> Report:
-    """Run the steps of a job in their order."""
+def run(job: Job, finish: Finish | None = None) -> Report:
+    """Do a job, and return every number that a user needs to trust the result.
+
+    ``finish`` acts by the plan; by default it slices a model that is in memory.
+    """
     if job.saved is not None:
         check_resumable(job.recipe)
-    job.check()
-    if job.saved is not None:
-        # What is free changes, and other groups of sites would have other sums.
-        job.room = begin(job, {"fresh text": certify_on}, room=job.room)["room"]
-    with Timeline("prune", bars_of(expected(job, evaluate_on))).shown():
-        return _steps(job, evaluate_on, certify_on)
+    job = recorded(prepare(job))
+    stages = stages_of(job, job.evaluate_on) if job.progress else {}
+    if job.walk is not None:
+        job.walk.states.memory = job.shares.states
+        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
+    with Timeline("prune", bars_of(stages)).shown():
+        dense = evaluate(job) if job.walk is None else None
+        base = narrowed(job)
+        passes = passes_of(job, base)
+        decision = decide(job, passes)
+        found = (finish or in_place)(job, base, passes, decision)
+        return report_of(job, base, decision, replace(found, dense=found.dense or dense))
 
 
-def expected(
-    job: Job, evaluate_on: Sequence[Mapping[str, Tensor]] | None = None
-) -> dict[str, Estimate]:
-    """Return the stages of a job that has been checked; none if no progress is shown."""
-    _ = job.room  # which ranks find out together, whoever of them shows progress
-    return stages_of(job, evaluate_on) if job.progress else {}
-
-
-def _steps(
-    job: Job,
-    evaluate_on: Sequence[Mapping[str, Tensor]] | None,
-    certify_on: Sequence[Mapping[str, Tensor]] | None,
-) -> Report:
-    dense = job.evaluate(evaluate_on)
-    passes = job.calibrate(job.narrow())
-    plan = decide(job, passes)
-    weights = job.reconstruct(passes, plan, certify_on)
-    job.certify(certify_on, passes, plan, weights)
-    dense_outputs = _outputs(job)
-    plan = job.slice(plan, weights)
-    _rescale(job, dense_outputs, plan)
-    return job.report(plan, dense, job.evaluate(evaluate_on))
+def in_place(job: Job, base: Base, passes: Passes | None, decision: Decision) -> Solved:
+    """Solve the sites of a plan and slice the model."""
+    plan, outputs = decision.plan, None
+    solved = solve(job, passes, plan, base.source)
+    if job.certify_on is not None:
+        with job.clock("certify"):
+            outputs = Divergence(job.model, job.certify_on)
+            solved = _certified(job, passes, plan, solved)
+    scales = _outputs(job)
+    plan = slice_modules(job, base, plan, solved.weights)
+    solved = replace(_rescaled(job, scales, plan, solved), plan=plan, pruned=evaluate(job))
+    if outputs is None:
+        return solved
+    with job.clock("certify"):
+        return replace(solved, certified=outputs.of(job.model))
 
 
 def check_resumable(recipe: Recipe) -> None:
@@ -183,57 +200,38 @@ def check_resumable(recipe: Recipe) -> None:
         )
 
 
-def begin(job: Job, texts: Mapping[str, Batches | None], **kept: Any) -> dict[str, Any]:
-    """Record the job in its checkpoint, or raise InputError if that is of another one.
-
-    Parameters
-    ----------
-    job : Job
-        With a checkpoint.
-    texts : mapping
-        All text but the calibration text, by name.
-    **kept
-        See :meth:`liar_ext.checkpoint_store.Checkpoint.begin`, which returns the facts.
-    """
-    texts = {"calibration text": job.batches, **texts, "judged text": job.judged}
-    facts = {
-        "weights": job.weights_digest(),
-        "dtype": str(job.model.dtype),
-        **{name: None if text is None else digest_of(text) for name, text in texts.items()},
-        "bank": None if job.bank is None else job.bank.source.get("data"),
-        "settings": job.recipe.to_dict(),
-    }
-    return job.saved.begin(facts, **kept)
+def evaluate(job: Job) -> dict[str, float] | None:
+    """Return the perplexity, at the first rank, of the model as it is now, if there is text."""
+    if job.evaluate_on is None or not is_first():
+        return None
+    with job.clock("evaluate"):
+        return perplexity(job.model, job.evaluate_on, progress=job.progress)
 
 
-def decide(job: Job, passes: Any) -> Plan:
-    """Return the plan of a job, from its checkpoint if it is there.
+def _certified(job: Job, passes: Passes | None, plan: Plan, solved: Solved) -> Solved:
+    """Measure sites that were solved in one pass on fresh text; a walk has measured its own."""
+    if passes is None or solved.schedule != "one-pass":
+        return solved
+    passes.bank = MomentBank()  # its memory is for the fresh sums
+    given = passes.model, job.certify_on, job.sites(passes.model), job.room
+    errors = certified_errors(Passes(*given, progress=job.progress), plan, solved.weights)
+    rows = [replace(row, certified_error=errors[row.name]) for row in solved.rows]
+    return replace(solved, rows=rows)
 
-    ``passes`` give the sums, in memory or block by block; None where none are needed.
-    """
-    saved = None if passes is None else job.saved
-    known = None if saved is None else saved.get(PLAN)
-    if known is not None:
-        facts = known[1]
-        with reading(saved.path(PLAN)):
-            plan, passes.summed, job.source = (facts[n] for n in ("plan", "summed", "source"))
-            plan = Plan.from_json(plan)
-            for name in ("facts", "grid", "sensitivities"):
-                setattr(job, name, getattr(job, name) | facts[name])
-        if job.bank is None:
-            passes.bank = MomentBank(source=job.source)
-        for stage, steps in job.before_plan().items():
-            spare(stage, steps)
-        return plan
-    plan = job.allocate(passes, *job.score(passes))
-    if saved is not None:
-        facts = {name: getattr(job, name) for name in ("facts", "grid", "sensitivities")}
-        source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
-        facts |= {"plan": plan.to_json(), "source": source, "summed": passes.summed}
-        saved.put(PLAN, facts=facts | {"said": "the plan"})
-    if job.saved is not None and job.recipe.schedule == "layerwise" and job.judged is None:
-        job.saved.drop(SUMS)  # which a walk alone doesn't need
-    return plan
+
+def slice_modules(job: Job, base: Base, plan: Plan, weights: Weights) -> Plan:
+    """Slice the model; return the plan, with all that goes."""
+    plan = base.in_full(plan)
+    if base.narrowing is not None:
+        weights = {**base.narrowing.weights, **weights}
+    if base.experts is not None:
+        weights = {**base.experts.scales, **weights}
+    whole = stock_config.from_dense(job.model, plan)
+    with job.clock("surgery"):
+        apply_plan(job.model, plan, weights)
+        describe_sizes(job)
+    job.model.liar_plan = whole
+    return whole
 
 
 def _outputs(job: Job) -> Rescaling | None:
@@ -244,12 +242,12 @@ def _outputs(job: Job) -> Rescaling | None:
         return Rescaling(job.model, rescale_batches(job.batches))
 
 
-def _rescale(job: Job, dense: Rescaling | None, plan: Plan) -> None:
-    """Scale what the layers of the sliced model give, where that brings it nearer."""
+def _rescaled(job: Job, dense: Rescaling | None, plan: Plan, solved: Solved) -> Solved:
+    """Scale what the layers of the sliced model give, where that brings it nearer; say so."""
     if dense is None:
-        return
+        return solved
     with job.clock("rescale"):
         found = dense.fit(job.model, plan.attn_unit, progress=job.progress)
-    job.facts |= found.facts()
-    if not found.scales:
-        job.notes.append("Nothing was rescaled: no scales bring held-out outputs nearer.")
+    none = ["Nothing was rescaled: no scales bring held-out outputs nearer."]
+    notes = [*solved.notes, *([] if found.scales else none)]
+    return replace(solved, facts={**solved.facts, **found.facts()}, notes=notes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,15 +21,18 @@ from liar_ext.pipeline.sharing import SENSITIVITY, Known, score_key, sensitivity
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.ridge import form_at
 from liar_ext.selection.criteria import score
-from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probes_of
-from liar_ext.selection.error_curves import error_curves, notes_of
+from liar_ext.selection.curve_allocation import measure_sensitivities, probes_of
+from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import Measured
 
 
 def find_scores(
-    recipe: Recipe, known: Known, passes: Passes, at: Sequence[Site], *, progress: bool = False
+    recipe: Recipe, known: Known, passes: Any, at: Sequence[Site], *, progress: bool = False
 ) -> dict[str, Tensor]:
-    """Return the scores of sites; what is known is not computed again."""
+    """Return the scores of sites, by :class:`Passes` or those of one block at a time.
+
+    What is known is not computed again.
+    """
 
     def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
         return score(
@@ -45,36 +49,47 @@ def find_scores(
     return known.get("score", score_key(recipe), at, partial(share, compute=compute))
 
 
-def find_losses(
+def find_curves(
+    recipe: Recipe,
+    known: Known,
+    passes: Any,
+    at: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    elsewhere: dict[str, str],
+    *,
+    progress: bool = False,
+) -> dict[str, Tensor]:
+    """Return the error curves of sites; what is known is not computed again.
+
+    ``elsewhere`` is told of those that found no memory.
+    """
+
+    def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
+        given = passes.model, passes.bank, missing, scores
+        return error_curves(*given, progress=progress, elsewhere=elsewhere)
+
+    return known.get("curve", score_key(recipe), at, partial(share, compute=compute))
+
+
+def find_sensitivities(
     recipe: Recipe,
     known: Known,
     passes: Passes,
     at: Sequence[Site],
-    scores: dict[str, Tensor],
+    scores: Mapping[str, Tensor],
+    curves: Mapping[str, Tensor],
     *,
     saved: Checkpoint | None = None,
     progress: bool = False,
-    notes: list[str],
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the losses of sites and their sensitivities; what is known is not measured again.
-
-    See :func:`liar_ext.selection.curve_allocation.measure_losses`; ``notes`` are given what a
-    report should say of the error curves.
-    """
-    given, key = (passes.model, passes.bank), score_key(recipe)
+) -> dict[str, float]:
+    """Return the sensitivities of sites; what is known is not measured again."""
     kept = None if saved is None else Measured(saved, at[0].name)
-    elsewhere: dict[str, str] = {}
-
-    def curves_of(missing: Sequence[Site]) -> dict[str, Tensor]:
-        return error_curves(*given, missing, scores, progress=progress, elsewhere=elsewhere)
-
-    curves = known.get("curve", key, at, partial(share, compute=curves_of))
-    notes += notes_of(elsewhere, at)
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together
         return measure_sensitivities(
-            *given,
+            passes.model,
+            passes.bank,
             [site for site in at if site.team in teams],
             scores,
             curves,
@@ -86,8 +101,7 @@ def find_losses(
         )
 
     key = key_of_sensitivities(recipe, known, passes.model, at)
-    found = known.get(SENSITIVITY, key, at, measure)
-    return losses_of(*given, at, curves, found), found
+    return known.get(SENSITIVITY, key, at, measure)
 
 
 def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:

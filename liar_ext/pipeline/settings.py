@@ -8,10 +8,17 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from liar_ext.checkpoint import stock_config
+from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.models.running import device_of
+from liar_ext.pipeline.analysis import Base, Decision
+from liar_ext.pipeline.choosing import Solved
+from liar_ext.pipeline.job import Job
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES
+from liar_ext.report.report import Report, versions
+from liar_ext.rows import what_to_know
 
 
 def settings_of(
@@ -50,3 +57,54 @@ def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recip
         if recipe.of not in ("flops", "latency"):  # whose budgets are of another length
             changes["seq_len"] = max(source["tokens"] // count, 1)
     return replace(recipe, **changes)
+
+
+def describe_sizes(job: Job) -> None:
+    """Let the config of a sliced model say its new sizes, and where they come from."""
+    done = {"params": [job.params["before"], count_params(job.model)]}
+    stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
+
+
+def report_of(job: Job, base: Base, decision: Decision, solved: Solved) -> Report:
+    """Return every number that a user needs to trust the result."""
+    model, recipe, plan, rows, speed = (
+        job.model,
+        job.recipe,
+        solved.plan,
+        solved.rows,
+        decision.speed,
+    )
+    settled = replace(recipe, schedule=solved.schedule)
+    hidden_rows = base.narrowing.rows if base.narrowing else []
+    facts, grid = {**decision.facts, **solved.facts}, dict(decision.grid)
+    if base.narrowing is not None:
+        facts["narrow_passes"] = base.source["passes"]
+        grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
+    left = sum(r.params_after for r in rows) if rows else sum(site.params for site in base.at)
+    # What was measured is measured again where the recipe is.
+    asked = recipe if job.judged is None else replace(recipe, schedule="auto")
+    evaluation = {"dense": solved.dense, "pruned": solved.pruned}
+    evaluation = {} if None in evaluation.values() else evaluation
+    evaluation |= {} if solved.certified is None else {"certified": solved.certified}
+    widest = max(site.d_in for site in base.at)
+    known = [*rows, *hidden_rows], recipe.reconstruct, solved.source["tokens"], widest
+    said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
+    return Report(
+        model=recipe.model or model.config.name_or_path or type(model).__name__,
+        plan=plan,
+        recipe=as_run(asked, model, solved.source),
+        budget=recipe.budget.to_dict(),
+        earlier=list(job.earlier),
+        settings=settings_of(settled, model, plan, solved.source, facts),
+        versions=versions(),
+        sites=(base.experts.rows if base.experts else [])
+        + [replace(row, sensitivity=decision.sensitivities.get(row.name)) for row in rows],
+        hidden=hidden_rows,
+        grid=grid,
+        params={**job.params, "prunable_after": left, "after": count_params(model)},
+        latency={} if speed is None else speed.facts(),
+        evaluation=evaluation,
+        seconds=job.clock.seconds,
+        warnings=what_to_know(*known) + said + ([] if speed is None else speed.warnings()),
+        loading=stock_config.how_to_load(model, plan),
+    )

@@ -19,7 +19,8 @@ from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError
 from liar_ext.evaluation import perplexity
 from liar_ext.models.sites import sites, skeleton
-from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.analysis import decide_anew, narrowed, passes_of
+from liar_ext.pipeline.job import Job, prepare
 from liar_ext.pipeline.pipeline import run
 from liar_ext.pipeline.scoring import changes_all
 from liar_ext.pipeline.sharing import Known
@@ -126,25 +127,21 @@ class Sweep:
         for recipe in recipes:
             if recipe.of == "latency" and recipe.latency_table is None:
                 continue
-            job = self._job(self.model, recipe)
-            job.check()
+            prepare(self._job(self.model, recipe))
 
     def plan(self, recipe: Recipe) -> Point:
         """Return what a recipe decides; nothing is solved."""
         start = time.perf_counter()
-        job = self._job(self.model, _decided(recipe))
-        job.check()
-        passes = job.calibrate(job.narrow())
-        plan = job.allocate(passes, *job.score(passes))
-        if job.narrowing is not None:
-            plan = replace(plan, hidden=job.narrowing.kept)
-        if job.experts is not None:
-            plan = replace(plan, experts=job.experts.plans)
+        job = prepare(self._job(self.model, _decided(recipe)))
+        base = narrowed(job)
+        passes = passes_of(job, base)
+        decision = decide_anew(job, passes)
+        plan = base.in_full(decision.plan)
         params, flops = sizes(self.model, plan, recipe)
         return Point(
             recipe,
             plan,
-            job.facts.get("predicted_divergence"),
+            decision.facts.get("predicted_divergence"),
             params,
             flops,
             time.perf_counter() - start,
@@ -154,9 +151,7 @@ class Sweep:
         """Return a pruned copy of the model, and what it is."""
         start = time.perf_counter()
         pruned = copy.deepcopy(self.model)
-        job = self._job(pruned, recipe)
-        job.judged = self.judge_on
-        report = run(job)
+        report = run(replace(self._job(pruned, recipe), judged=self.judge_on))
         costs = [operations(each, recipe) for each in (pruned, self.model)]
         point = Point(
             report.recipe,

@@ -9,17 +9,16 @@ from dataclasses import Field, dataclass, fields
 from functools import partial
 from typing import Any
 
-from liar_ext.calibration.self_calibration import SELF_TEXT
 from liar_ext.errors import InputError
-from liar_ext.models.sites import ATTN_UNITS, KINDS
-from liar_ext.plan import BUDGET_UNITS, PHASES, Budget
+from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
-from liar_ext.reconstruction.ridge import MODES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
+CRITERIA = ("fisher", "magnitude", "obs", "random", "snip", "taylor", "wanda", "wifv")  # built in
+SELF_TEXT = 0.25  # of all sequences; docs/quality.md shows its effect
 _TEXT_ALONE = {"self_text": 0.0, "random_tokens": 0.0, "tile": 1}
 # docs/quality.md measures them: the cheapest job that reconstructs, the default, the best; then
 # methods of papers, Wanda-sp's on the dense model's activations.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,21 @@ from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
-from liar_ext.reconstruction.block_runner import Blocks, is_chain
+from liar_ext.reconstruction.block_runner import is_chain
 from liar_ext.reconstruction.ridge import check_settings
-from liar_ext.reconstruction.saved_walk import SavedStreams, keep_block, kept_block
-from liar_ext.reconstruction.streams import with_inputs
+from liar_ext.reconstruction.saved_walk import (
+    SavedStreams,
+    Streams,
+    Weights,
+    keep_block,
+    kept_block,
+)
+from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk, with_inputs
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
+
+# A block that is solved and still as it was, new weights, and rows of its sites.
+Solved = tuple[int, Weights, dict[str, SiteRow]]
 
 
 @torch.no_grad()
@@ -106,31 +115,84 @@ def reconstruct_layerwise(
     check_settings(mode, damp)
     batches = list(batches)
     check_walk(model, batches)
-    every = sites(model, attn_unit=plan.attn_unit)
+    walk = Walk.of(InMemory(model), plan.attn_unit, saved, progress)
+    weights, rows = {}, {}
+    for _, new, solved in solve_layerwise(walk, plan, mode, damp, batches, fresh):
+        weights |= new
+        rows |= solved
+    return weights, [rows[name] for name in plan.sites]
+
+
+def solve_layerwise(
+    walk: Walk,
+    plan: Plan,
+    mode: str,
+    damp: float | str,
+    batches: Batches,
+    fresh: Batches,
+    along: Sequence[StreamedBatches] | None = None,
+) -> Iterator[Solved]:
+    """Yield the blocks, each with its weights in memory and solved on those before it.
+
+    Without ``along`` the walk ends with the last site of the plan. All else is as for
+    :func:`reconstruct_layerwise` and :func:`solve_blocks`.
+    """
+    every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
     plan.check_sites({site.name for site in every}, "layerwise")
-    with evaluating(model), Blocks(model, every).opened() as blocks:
-        walk = LayerwiseSolver(model, blocks, plan, mode, damp)
-        walk.start(batches, fresh)
-        planned = [blocks.index_of(site) for site in every if site.name in plan.sites]
-        steps = range(max(planned, default=-1) + 1)
-        kept = SavedStreams(saved, "layerwise", len(steps), lambda _: walk.numbers)
-        streams = walk.streams()
-        done = kept.restore(blocks, streams, walk.states)
-        walk.resume(streams)
+    solver = LayerwiseSolver(walk.model, walk.blocks, plan, mode, damp, walk.states)
+    planned = max((walk.blocks.index_of(s) for s in every if s.name in plan.sites), default=-1)
+    count = planned + 1 if along is None else len(walk.blocks)
+
+    def steps(done: int, streams: Streams) -> Iterator[Solved]:
+        solver.resume(streams)
         spare("layerwise", done)
-        for index in Bar(steps, desc="layerwise", disable=not progress):
-            if index < done:
-                weights, rows = kept_block(saved, index)
-                walk.weights |= weights
-                walk.rows |= rows
-                continue
-            walk.step(index)
-            layers = blocks.layers[index].values()
-            names = (site.name for layer in layers for site in layer)
-            here = {name: walk.weights[name] for name in names if name in walk.weights}
-            keep_block(saved, index, here, walk.rows)
-            kept.keep(index + 1, blocks, walk.streams())
-    return walk.weights, [walk.rows[name] for name in plan.sites]
+        bar = {"initial": done, "total": count, "disable": not walk.progress}
+        for index in Bar(range(done, count), desc="layerwise", **bar):
+            with walk.source.block(index):
+                if index <= planned:
+                    solver.step(index)
+                yield index, *solver.take()
+
+    with walk.begun():
+        solver.start(batches, fresh)
+        key = "layerwise" if along is None else "pruning"
+        yield from solve_blocks(walk, key, steps, solver.streams, solver.numbers, along or ())
+
+
+def solve_blocks(
+    walk: Walk,
+    key: str,
+    steps: Callable[[int, Streams], Iterator[Solved]],
+    streams: Callable[[], Streams],
+    numbers: Sequence[int],
+    along: Sequence[StreamedBatches],
+) -> Iterator[Solved]:
+    """Yield the blocks as ``steps`` solves them; those that the checkpoint has are read there.
+
+    ``steps`` is given how many blocks are done, and the hidden states behind them; ``streams``
+    returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
+    that passes each block when whoever takes it is done with it.
+    """
+    own = {each.name: each for each in along}
+
+    def numbers_of(name: str) -> Sequence[int] | None:
+        return own[name].numbers if name in own else numbers
+
+    def together() -> Streams:
+        return streams() | {name: each.hidden for name, each in own.items()}
+
+    kept, found = SavedStreams(walk.saved, key, len(walk.blocks), numbers_of), together()
+    done = kept.restore(walk.blocks, found, walk.states)
+    for index in range(done):
+        with walk.source.block(index):
+            yield index, *kept_block(walk.saved, index)
+    for index, weights, rows in steps(done, found):
+        keep_block(walk.saved, index, weights, rows)
+        yield index, weights, rows
+        weights.clear()  # the next block is solved without them
+        for each in along:
+            each.advance(index)
+        kept.keep(index + 1, walk.blocks, together())
 
 
 def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor | Batch]) -> None:

@@ -14,6 +14,7 @@ from liar_ext import ops
 from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
 from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
+from liar_ext.plan import MODES
 from liar_ext.reconstruction.ladder import (
     Choice,
     Equations,
@@ -24,7 +25,6 @@ from liar_ext.reconstruction.ladder import (
     slices,
 )
 
-MODES = ("auto", "none", "bias", "linear", "affine")
 WITH_BIAS = ("bias", "affine")
 DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1, 1.0, math.inf)
 BOTH = list(range(FOLDS))

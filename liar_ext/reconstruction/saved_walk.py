@@ -14,7 +14,8 @@ from liar_ext.distributed import broadcast, is_first
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.rows import SiteRow
 
-Weights = Mapping[str, tuple[Tensor, Tensor | None]]
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+Streams = dict[str, list[Held]]
 
 
 class SavedStreams:
@@ -46,7 +47,7 @@ class SavedStreams:
         self.saved, self.walk, self.blocks, self.numbers = saved, walk, blocks, numbers
         self.key = f"{walk}-streams"
 
-    def restore(self, blocks: Blocks, streams: dict[str, list[Held]], states: HiddenStates) -> int:
+    def restore(self, blocks: Blocks, streams: Streams, states: HiddenStates) -> int:
         """Put saved hidden states into ``streams``; return the number of blocks behind them.
 
         Those of a known name are replaced, others are held in ``states``. Each rank takes its own.
@@ -102,9 +103,7 @@ def keep_block(
         saved.put(f"block-{index}", tensors, {"rows": {n: asdict(rows[n]) for n in weights}})
 
 
-def kept_block(
-    saved: Checkpoint, index: int
-) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
+def kept_block(saved: Checkpoint, index: int) -> tuple[Weights, dict[str, SiteRow]]:
     """Return saved weights and rows of a block."""
     stored, facts = saved.need(f"block-{index}")
     with reading(stored.path):

@@ -2,15 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batch
-from liar_ext.data.hidden_states import Held
+from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.models.inputs import complete_inputs
+from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.sites import sites
+from liar_ext.reconstruction.block_runner import Blocks
+
+
+class BlockSource(Protocol):
+    """A model, and what has the weights of a part of it in memory while a context is open."""
+
+    model: nn.Module
+    device: torch.device
+
+    def block(self, index: int) -> AbstractContextManager:
+        """Have one block in memory."""
+
+    def head(self) -> AbstractContextManager:
+        """Have the output head in memory."""
+
+
+class InMemory:
+    """The source of the blocks of a model that is in memory."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.device = model, device_of(model)
+
+    def block(self, index: int) -> AbstractContextManager:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+    def head(self) -> AbstractContextManager:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+
+@dataclass
+class Walk:
+    """A walk over the blocks of a model, and where things lie on the way."""
+
+    source: BlockSource  # of the weights
+    blocks: Blocks
+    states: HiddenStates = field(default_factory=HiddenStates)
+    saved: Checkpoint | None = None  # where what is done is kept
+    progress: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        source: BlockSource,
+        attn_unit: str = "auto",
+        saved: Checkpoint | None = None,
+        progress: bool = False,
+    ) -> Walk:
+        """Return a walk over the blocks of all sites of a model."""
+        blocks = Blocks(source.model, sites(source.model, attn_unit=attn_unit))
+        return cls(source, blocks, saved=saved, progress=progress)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.source.model
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Have the model in evaluation mode, and its blocks run one by one."""
+        with torch.no_grad(), evaluating(self.model), self.blocks.opened():
+            yield
+
+
+class StreamedBatches:
+    """Batches on their way past the blocks of a model; in the end its head answers for them.
+
+    ``name`` is that of their hidden states in a checkpoint. ``numbers`` say which of all batches
+    this rank has; None if the first rank has all. ``hidden`` is given if they have begun.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        walk: Walk,
+        batches: Sequence[Batch],
+        numbers: Sequence[int] | None = None,
+        hidden: list[Held] | None = None,
+    ) -> None:
+        self.name, self.walk, self.batches, self.numbers = name, walk, list(batches), numbers
+        self.hidden: list[Held] = [] if hidden is None else hidden
+
+    def begin(self) -> None:
+        """Take all batches to the first block, unless they have begun."""
+        if not self.hidden:
+            blocks = self.walk.blocks
+            entered = (blocks.enter(0, self._moved(batch).inputs)[0][0] for batch in self.batches)
+            self.hidden += [self.walk.states.hold(hidden) for hidden in entered]
+
+    def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
+        """Take all batches past a block, which is in memory; tell ``note`` of each before."""
+        self.begin()
+        for batch, held in zip(self.batches, self.hidden, strict=True):
+            batch = self._moved(batch)
+            note(batch)
+            held.set(self._past(index, batch, held.get()))
+
+    def branch(self, name: str, index: int) -> StreamedBatches:
+        """Return the same batches past a block as it is now; these stay before it."""
+        self.begin()
+        after = [
+            self.walk.states.hold(self._past(index, self._moved(batch), held.get()))
+            for batch, held in zip(self.batches, self.hidden, strict=True)
+        ]
+        return StreamedBatches(name, self.walk, self.batches, self.numbers, after)
+
+    def at(self, number: int) -> Tensor:
+        """Return the hidden states of a batch where the model computes."""
+        return self.hidden[number].get().to(self.walk.source.device)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Let the model's forward answer for the batches, one call for each, in their order."""
+        numbers, last = iter(range(len(self.batches))), len(self.walk.blocks) - 1
+        with self.walk.begun(), self.walk.source.head():
+            with self.walk.blocks.answering({last: lambda: self.at(next(numbers))}):
+                yield
+
+    def _moved(self, batch: Batch) -> Batch:
+        return batch.to(self.walk.source.device)
+
+    def _past(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.walk.source.device)
+        return self.walk.blocks.run(index, batch.inputs, hidden).output
 
 
 @dataclass

@@ -145,6 +145,12 @@ class LayerwiseSolver:
         for part, dense in zip(self.parts, after, strict=True):
             part.dense.now = dense
 
+    def take(self) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
+        """Hand over the weights and rows of the block that was solved last."""
+        found = self.weights, self.rows
+        self.weights, self.rows = {}, {}
+        return found
+
     def streams(self) -> dict[str, list[Held]]:
         """Return the hidden states of both streams, by part."""
         found = {}

@@ -195,16 +195,16 @@ def render(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[
                 "Perplexity against parameters",
                 svgs.get("perplexity"),
                 "Lower is better. Filled: pruned, with its number in the table; hollow: dense.",
-                "Run liar prune with --eval TEXT.",
+                missing="Run liar prune with --eval TEXT.",
             ),
             page.picture(
                 "Speed against parameters",
                 svgs.get("speed"),
                 f"Median {speed}; higher is better. Hollow: the dense model, in the same rounds.",
-                "Run liar bench DIR --against MODEL.",
+                missing="Run liar bench DIR --against MODEL.",
             ),
         ],
-        sections=[(Table("Runs", heads, [_row(run, what) for run in runs], (1, 5)), "")],
+        sections=[Table("Runs", heads, [_row(run, what) for run in runs], (1, 5))],
         end="In brackets: pruned / dense.",
     )
 
@@ -218,7 +218,7 @@ def _row(run: Run, what: What) -> list[str]:
     return [
         str(run.number),
         run.name,
-        "–" if after is None else page.magnitude(after) + share,
+        "–" if after is None else tables.magnitude(after) + share,
         tables.quality(pruned) + change,
         tables.rate(rate.pruned.median) + gain if rate else "–",
         run.report.model or "–",

@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
+from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError
 from liar_ext.report import pictures, tables
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report
-from liar_ext.report.tables import quality
+from liar_ext.report.tables import magnitude, quality
 from liar_ext.untrusted import text
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
 MOST_ROWS = 512  # of a table
-MEASURE_SPEED = "liar bench DIR --against MODEL measures it."
-MEASURE_PERPLEXITY = "Perplexity: liar prune --eval TEXT measures it, for causal language models."
-SAID = ("criterion", "allocation", "schedule")  # choices that are named at the top
+LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(, trust_remote_code=True)?\)")
 
 
 def page_file(folder: str | os.PathLike[str]) -> Path:
@@ -68,7 +69,6 @@ def write_page(
     report, name = Report.load(folder), name_of(folder)
     bench, notes = stored_bench(folder)
     model = report.model or "an unnamed model"
-    is_judged = {"dense", "pruned"} <= report.evaluation.keys()
     with pictures.drawing("report") as figures:
         drawn = {
             "units": pictures.kept(report.sites, figures),
@@ -79,19 +79,39 @@ def write_page(
             "report",
             f"{name}: pruned from {model}",
             name,
-            f"Pruned from {model}{_choices(report)}.",
+            intro=f"Pruned from {model}.",
+            verdict=report.verdict(),
+            commands=commands(folder, report, bench is not None),
             warnings=[*notes, *report.warnings],
             tiles=_tiles(report, bench),
             pictures=_pictures(report, pictures.as_svg(drawn)),
-            sections=[
-                (report.sizes(), "" if is_judged else MEASURE_PERPLEXITY),
-                (tables.speed(bench), "" if bench else MEASURE_SPEED),
-            ],
+            sections=[report.sizes(), tables.speed(bench)],
             loading=report.loading,
             folded=report.tables(),
+            numbers=quote(os.path.relpath(Path(folder, REPORT_JSON), target.parent).encode()),
         )
         write_whole(target, written, "report", "-o")
         return [target, *pictures.write(png, drawn, "report")]
+
+
+def commands(
+    folder: str | os.PathLike[str], report: Report, is_timed: bool
+) -> list[tuple[str, str]]:
+    """Return what to do next with a saved folder: in words, and a line to type."""
+    place = text(os.fspath(folder))
+    found, shell = LOADER.search(report.loading), shlex.quote(place)
+    load = f"liar_ext.load_pruned({place!r})"
+    if found:
+        load = f"transformers.{found[1]}.from_pretrained({place!r}{found[2] or ''})"
+    check = "Check that it reloads with the same outputs", f"liar verify {shell}"
+    if "CausalLM" in load and not report.evaluation:
+        check = "Measure its perplexity on your text", f"liar eval {shell} --text held_out.jsonl"
+    dense = shlex.quote(report.model or "MODEL")
+    last = "Time it against the dense model", f"liar bench {shell} --against {dense}"
+    if is_timed:
+        form = "gguf" if "CausalLM" in load else "onnx"
+        last = "Export it to another format", f"liar export {shell} --to {form}"
+    return [("Load it in Python", load), check, last]
 
 
 def stored_bench(folder: str | os.PathLike[str]) -> tuple[Benchmark | None, list[str]]:
@@ -114,15 +134,22 @@ def stored_bench(folder: str | os.PathLike[str]) -> tuple[Benchmark | None, list
     return bench, []
 
 
-def document(command: str, title: str, heading: str, intro: str = "", **parts: Any) -> str:
+def document(command: str, title: str, heading: str, **parts: Any) -> str:
     """Return a page as HTML, of parts that ``page.html`` names."""
-    known = {"tiles": (), "loading": "", "folded": (), "end": "", "most_rows": MOST_ROWS}
-    return _template().render(
-        command=command, title=title, heading=heading, intro=intro, **{**known, **parts}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
+    environment.filters["code"] = lambda value: Markup(
+        re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(value)))
+    )
+    said = {"command": command, "title": title, "heading": heading, "most_rows": MOST_ROWS}
+    return environment.get_template("page.html").render(**said, **parts)
 
 
-def picture(title: str, svg: str | None, caption: str, missing: str) -> dict[str, Any]:
+def picture(title: str, svg: str | None, caption: str, missing: str = "") -> dict[str, Any]:
     """Return a picture with its title and caption, or what is missing for it."""
     label = escape(f"{title}. {caption}")
     svg = svg and Markup(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
@@ -134,53 +161,20 @@ def change(before: float, after: float) -> str:
     return f"×\u00a0{after / before:.3f}" if before else ""
 
 
-def magnitude(value: float) -> str:
-    """Return a count in millions or billions, as models are named by."""
-    for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:.4g}\u00a0{word}"
-    return f"{value:,}"
-
-
-def _template() -> Any:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["code"] = lambda value: Markup(
-        re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(value)))
-    )
-    return environment.get_template("page.html")
-
-
-def _choices(report: Report) -> str:
-    """Return the choices that matter most, as the end of a sentence."""
-    known = {**report.budget, **report.settings, **report.choices}
-    said = []
-    if "keep" in known:
-        said.append(f"{text(known['keep'])} of {text(known.get('of', 'its parameters'))} kept")
-    said += [f"{word} {text(known[word])}" for word in SAID if word in known]
-    return f" ({', '.join(said)})" if said else ""
-
-
 def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str, float | None]]:
     """Return numbers to be seen first: title, value, what stands under it, and the part kept."""
     tiles, found = [], report.evaluation
-    nothing = "–", "not measured", None
-    for title, part in tables.SIZES.items():
-        before, after = (report.params.get(f"{part}{when}") for when in ("before", "after"))
-        known = before and after is not None
-        under = known and f"{magnitude(before)} → {magnitude(after)}"
-        tile = (f"{after / before:.1%}", under, min(after / before, 1)) if known else nothing
-        tiles.append((title, *tile))
+    before, after = (report.params.get(when) for when in ("before", "after"))
+    if before and after is not None:
+        under = f"{magnitude(before)} → {magnitude(after)}"
+        tiles.append(("parameters", f"{after / before:.1%}", under, min(after / before, 1)))
+        if report.dtype in tables.BYTES:
+            whole, left = (tables.megabytes(count, report.dtype) for count in (before, after))
+            tiles.append(("weights", left, f"{whole} before, {report.dtype}", None))
     if "dense" in found and "pruned" in found:
         dense, pruned = (found[name]["perplexity"] for name in ("dense", "pruned"))
         under = f"{quality(dense)} → {quality(pruned)}"
         tiles.append(("perplexity", change(dense, pruned), under, None))
-    elif "certified" not in found:
-        tiles.append(("perplexity", *nothing))
     if "certified" in found:
         outputs = tables.figure(found["certified"].get("rows"), ",")
         under = f"from the dense model, certified, {outputs} outputs"
@@ -198,28 +192,15 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
 def _pictures(report: Report, svgs: dict[str, str | None]) -> list[dict[str, Any]]:
     is_certified = any(site.certified_error is not None for site in report.sites)
     more = "; certified: on text that no decision has seen." if is_certified else "."
-    return [
-        picture(
-            "Units kept per layer",
-            svgs["units"],
-            "Heads, or groups of heads that share keys, and MLP channels: of each layer what was "
-            "there and what stays.",
-            "The report names no site with its units.",
-        ),
-        picture(
-            "Error per layer",
-            svgs["errors"],
-            "Of a pruned layer's output, relative to its energy before. Held out: solved on one "
-            f"half of the calibration documents, measured on the other{more}",
-            "No site of the report was pruned and has an error.",
-        ),
-        picture(
-            "Time spent",
-            svgs["seconds"],
-            "Seconds by stage of the job.",
-            "The report has no seconds.",
-        ),
-    ]
+    said = {
+        "units": "Units kept per layer|Units removed and kept: heads, or groups that share "
+        "keys, and MLP channels.",
+        "errors": "Error per layer|Of a pruned layer's output, relative to its energy before. Held "
+        f"out: solved on one half of the calibration documents, measured on the other{more}",
+        "seconds": "Time spent|Seconds by stage of the job.",
+    }
+    there = {name: each.split("|") for name, each in said.items() if svgs[name]}
+    return [picture(title, svgs[name], caption) for name, (title, caption) in there.items()]
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from liar_ext.atomic_write import atomic_write, check_place
@@ -66,6 +68,7 @@ ERRORS = {  # by field: label, colour, marker
 }
 POINT_COLOURS, POINT_MARKERS = ("blue", "orange", "green", "ink"), "osD^v"
 HOVER = "hover "  # begins the id of what says its value to a pointer
+NEXT = "\x1f"  # between the values of points of one line
 
 
 @contextmanager
@@ -129,7 +132,10 @@ def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
             if points:
                 size = 3.5 if len(points) <= MOST_MARKERS else 1.5
                 style = {"marker": marker, "markersize": size, "linewidth": 1}
-                panel.plot(*zip(*points, strict=True), color=COLOURS[colour], label=label, **style)
+                style |= {"color": COLOURS[colour], "label": label}
+                (line,) = panel.plot(*zip(*points, strict=True), **style)
+                values = [f"{x:g}: {y:.3%} {label}" for x, y in points if not math.isnan(y)]
+                _say(NEXT.join(values), line)
         panel.set_yscale("log")
         panel.set_ylim(*_decades(panel.get_ylim()))
         panel.set_title(KINDS[kind], loc="left")
@@ -142,8 +148,8 @@ def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
 
 def time_spent(seconds: Mapping[str, float], figures: Any) -> Any | None:
     """Draw the seconds of each stage but ``total``; None without any."""
-    known = [(name, spent) for name, spent in seconds.items() if spent > 0 and name != "total"]
-    stages = sorted(known, key=lambda item: -item[1])
+    known = (item for item in seconds.items() if item[1] > 0 and item[0] != "total")
+    stages = sorted(known, key=itemgetter(1), reverse=True)
     if not stages:
         return None
     if len(stages) > MOST_STAGES:
@@ -269,11 +275,19 @@ def _svg(figure: Any, name: str) -> str:
     picture = output.getvalue()
     picture = picture[picture.index("<svg") :]
     picture = re.sub(r"<(metadata|style)\b.*?</\1>", "", picture, flags=re.DOTALL)
-    for size in ("width", "height"):
-        picture = re.sub(rf'(<svg\b[^>]*?) {size}="[^"]*"', r"\1", picture, count=1)
-    picture = re.sub(f'<g id="{HOVER}([^"]*)">', r"<g><title>\1</title>", picture)
+    picture = re.sub(r' (?:width|height)="[\d.]+pt"', "", picture, count=2)
+    groups = rf'<g id="{HOVER}([^"]*)">(.*?)(?=<g id="|$)'
+    picture = re.sub(groups, _told, picture, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', picture))
     return re.sub(r"<[^!>][^>]*>", lambda tag: _restyled(tag[0], used), picture)
+
+
+def _told(group: re.Match) -> str:
+    """Return a group of an SVG with its value as a title, or each mark with one of several."""
+    said = [f"<title>{value}</title>" for value in group[1].split(NEXT)]
+    if len(said) == 1:
+        return f"<g>{said[0]}{group[2]}"
+    return "<g>" + re.sub(r"(<use\b[^>]*)/>", lambda use: f"{use[1]}>{said.pop(0)}</use>", group[2])
 
 
 def _restyled(tag: str, used: set[str]) -> str:
@@ -285,8 +299,8 @@ def _restyled(tag: str, used: set[str]) -> str:
     said = style[1]
     for name, colour in COLOURS.items():
         said = said.replace(colour, f"var(--{name})")
-    said = re.sub(r"font-family:[^;]*;?|(font: [\d.]+px)[^;]*", r"\1", said)
-    said = re.sub(r"font: ([\d.]+px)", r"font-size: \1", said)
+    said = re.sub("font-family:[^;]*;?", "", said)
+    said = re.sub(r"font: ([\d.]+px)[^;]*", r"font-size: \1", said)
     return tag.replace(style[0], f'style="{said}"')
 
 
@@ -318,9 +332,7 @@ def _by_kind(
         found = SITE_NAME.fullmatch(site.name)
         group = groups.setdefault(found[3] if found and found[3] in KINDS else "other", [])
         group.append((int(found[2]) if found and found[1] is None else len(group), site))
-    return {
-        kind: sorted(groups[kind], key=lambda each: each[0]) for kind in KINDS if kind in groups
-    }
+    return {kind: sorted(groups[kind], key=itemgetter(0)) for kind in KINDS if kind in groups}
 
 
 def _panels(figures: Any, number: int, height: float) -> tuple[Any, Sequence[Any]]:
@@ -340,10 +352,8 @@ def _bars(places: Sequence[tuple[int, SiteRow]]) -> tuple[list[tuple[float, floa
         bins.setdefault((place - first) // wide, []).append(site)
     bars = []
     for key, some in bins.items():
-        sums = (
-            sum(getattr(site, f"units_{when}") for site in some) for when in ("before", "after")
-        )
-        bars.append((first + wide * (key + 0.5) - 0.5, *(each / len(some) for each in sums)))
+        counts = zip(*((site.units_before, site.units_after) for site in some), strict=True)
+        bars.append((first + wide * (key + 0.5) - 0.5, *map(fmean, counts)))
     return bars, 0.8 * wide
 
 
@@ -360,15 +370,13 @@ def _broken(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
 def _finish(figure: Any, axes: Sequence[Any], sites: Sequence[SiteRow]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    named = dict(
-        (label, handle)
-        for panel in axes
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    )
-    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
+    named: dict[str, Any] = {}
     for panel in axes:
+        handles, labels = panel.get_legend_handles_labels()
+        named |= zip(labels, handles, strict=True)
         panel.grid(axis="y", linewidth=0.6)
         panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
     found = (SITE_NAME.fullmatch(site.name) for site in sites)
     axes[-1].set_xlabel("layer" if any(each and each[1] is None for each in found) else "site")
 

@@ -20,7 +20,6 @@ from liar_ext.recipe import Recipe
 from liar_ext.rows import SiteRow
 from liar_ext.untrusted import count, listing, mapping, named, number, read_object, record, text
 
-REPORT_NAMES = (REPORT_JSON, "liar_report.json")  # the second: of version 0.1.0
 MOST_LINES = 200  # of warnings, notes, and jobs
 
 

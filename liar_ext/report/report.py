@@ -28,6 +28,7 @@ from liar_ext.untrusted import count, listing, named, read_object, text
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
 REMOVED = {"attn": "attention heads", "mlp": "MLP channels"}
+NAMES = {"attn": "attention", "mlp": "MLP"}
 
 
 @dataclass(repr=False)
@@ -190,7 +191,48 @@ class Report:
 
     def sizes(self) -> Table:
         """Return what the model was and is."""
-        return tables.sizes(self.params, self.evaluation, self.latency)
+        return tables.sizes(self.params, self.evaluation, self.latency, self.dtype)
+
+    @property
+    def dtype(self) -> str:
+        """The data type of the weights; empty if it isn't known."""
+        return text(self.settings.get("dtype") or self.choices.get("dtype"))
+
+    def verdict(self) -> Table:
+        """Return in words what was removed, what that cost, and what needs attention."""
+        quality, notes = tables.cost(self.evaluation), len(self.warnings)
+        before, after = self.params.get("before"), self.params.get("after")
+        known = before and after is not None
+        short = [f"{1 - after / before:.0%} smaller"] if known else []
+        warnings = f"{notes} warning{'s' * (notes > 1)}" if notes else "no warnings"
+        short += [quality or "quality not measured", warnings]
+        rows = [("removed", self._removed())]
+        cut = [row for row in self.sites if row.is_pruned and row.holdout_error is not None]
+        if cut:
+            *_, worst = cut = sorted(cut, key=lambda row: row.holdout_error)
+            layer, _, kind = worst.name.partition(".")
+            name = f"{NAMES[kind]} of layer {layer}" if kind in NAMES else worst.name
+            said = (
+                f"{name} keeps {worst.units_after:,} of {worst.units_before:,} units. Its relative "
+                f"error on held-out text is {worst.holdout_error:.1%}; the median layer has "
+                f"{cut[len(cut) // 2].holdout_error:.1%}."
+            )
+            rows.append(("worst layer", said))
+        todo = ["measure the quality: errors of layers don't show it"] * (not quality)
+        todo += [f"read the {warnings} below"] * (notes > 0)
+        rows.append(("needs attention", "; ".join(todo) or "nothing"))
+        return Table("In short", ("", ""), rows, (0, 1), f"{', '.join(short).capitalize()}.")
+
+    def _removed(self) -> str:
+        """Return what was removed, in words."""
+        found = []
+        for kind, words in REMOVED.items():
+            rows = [row for row in self.sites if kind_of(row.name) == kind]
+            lost = sum(row.units_before - row.units_after for row in rows if row.is_pruned)
+            if lost:
+                share = lost / sum(row.units_before or 0 for row in rows)
+                found.append(f"{share:.0%} of the {words}")
+        return " and ".join(found + ["hidden features"] * bool(self.hidden)) or "nothing"
 
     def tables(self) -> list[Table]:
         """Return all other tables, in the order of a page."""
@@ -216,15 +258,21 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as Markdown for a person."""
-        lines = [f"# Pruning report: {in_markdown(self.model)}", "", *to_markdown(self.sizes())]
+        lines = [f"# Pruning report: {in_markdown(self.model)}", "", *to_markdown(self.verdict())]
+        lines += ["", *to_markdown(self.sizes())]
         lines += ["", in_markdown(self.loading)] if self.loading else []
         lines += self._warnings("Warnings")
         for table in self.tables():
             lines += ["", f"## {table.title}", "", *to_markdown(table)]
         return "\n".join(lines) + "\n"
 
-    def summary(self) -> str:
-        """Return what came out in a few lines of text: sizes, quality, errors, warnings."""
+    def worst_layer(self, error: str = "holdout_error") -> SiteRow | None:
+        """Return the pruned site whose error of that name is the largest, if one has it."""
+        known = [row for row in self.sites if row.is_pruned and getattr(row, error) is not None]
+        return max(known, key=lambda row: getattr(row, error), default=None)
+
+    def lines(self) -> list[str]:
+        """Return what came out in a few lines of text: sizes, quality, errors."""
         lines = [f"Pruned before: {tables.earlier_job(job)}" for job in self.earlier]
         for title, part in tables.SIZES.items():
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
@@ -245,17 +293,18 @@ class Report:
             )
         lines += [f"{'latency':20} {line}" for line in tables.latency_lines(self.latency)]
         lines += [f"{'sizes':20} {line}" for line in tables.grid_lines(self.grid)]
-        cut = [row for row in self.sites if row.is_pruned]
         for name, title, said in (
-            ("holdout_error", "error of a site", ", of its output's energy (cross-validated)"),
-            ("certified_error", "", " (certified)"),
+            ("holdout_error", "worst layer", "relative error on held-out text"),
+            ("certified_error", "", "(certified)"),
         ):
-            known = [row for row in cut if getattr(row, name) is not None]
-            if known:
-                worst = max(known, key=lambda row: getattr(row, name))
-                most = getattr(worst, name)
-                lines.append(f"{title:20} {most:.2%} at most, at {worst.name}{said}")
-        lines += [self.loading] if self.loading else []
+            worst = self.worst_layer(name)
+            if worst is not None:
+                lines.append(f"{title:20} {worst.name}: {getattr(worst, name):.1%} {said}")
+        return lines
+
+    def summary(self) -> str:
+        """Return :meth:`lines`, how to load the model, and warnings, as text."""
+        lines = [*self.lines(), *([self.loading] if self.loading else [])]
         return "\n".join([*lines, *(f"Warning: {warning}" for warning in self.warnings)])
 
     def to_card(self, license_name: str | None = None) -> str:
@@ -267,20 +316,17 @@ class Report:
             **({"license": license_name} if license_name else {}),
             "tags": ["pruned", "structured-pruning", "liar"],
         }
-        kinds = {kind_of(row.name) for row in self.sites if row.is_pruned}
-        removed = [words for kind, words in REMOVED.items() if kind in kinds]
-        removed = " and ".join(removed + ["hidden features"] * bool(self.hidden)) or "nothing"
         lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
         lines += [f"# {plain(path.name or self.model)}, pruned", ""]
         lines += [
-            f"{removed[0].upper() + removed[1:]} removed without retraining: the units that stay "
-            "interpolate the removed ones (LIAR, arXiv 2407.13331), and the interpolation is "
-            "folded into the weights.",
+            "Pruned without retraining: the units that stay interpolate the removed ones (LIAR, "
+            "arXiv 2407.13331), and the interpolation is folded into the weights.",
             "",
             f"Importance: `{known.get('criterion')}`. Allocation: `{known.get('allocation')}`. "
             f"Reconstruction: `{known.get('reconstruct')}`, {known.get('schedule')}, from "
             f"{count(known.get('calibration_tokens')) or 0:,} calibration tokens.",
-            *("", *to_markdown(self.sizes()), "", "## How to load", ""),
+            *("", *to_markdown(self.verdict()), "", *to_markdown(self.sizes())),
+            *("", "## How to load", ""),
             in_markdown(self.loading) or "With `liar_ext.load_pruned(folder)`.",
             "",
             "`liar verify FOLDER` reloads it and compares its outputs with the saved ones.",

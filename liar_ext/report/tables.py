@@ -20,6 +20,7 @@ from liar_ext.untrusted import text
 
 MIB = 2**20
 SIZES = {"parameters": "", "prunable parameters": "prunable_"}  # title, and what keys begin with
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 RATIO = ("", "dense", "pruned", "pruned / dense")
 ERRORS = (
     "Errors are relative to the energy of the dense output. Held out: solved on one half of the "
@@ -121,6 +122,29 @@ def pair(before: int | None, after: int | None) -> str:
     return counts[0] if before == after else " → ".join(counts)
 
 
+def magnitude(value: float) -> str:
+    """Return a count in millions or billions, as models are named by."""
+    for unit, word in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:.4g}\u00a0{word}"
+    return f"{value:,}"
+
+
+def megabytes(params: float, dtype: str) -> str:
+    """Return how large so many weights are, in units of 10⁶ bytes."""
+    return f"{params * BYTES[dtype] / 1e6:,.1f}\u00a0MB"
+
+
+def cost(evaluation: Mapping) -> str:
+    """Return what pruning cost in quality, in a few words; "" if it was not measured."""
+    if {"dense", "pruned"} <= evaluation.keys():
+        before, after = (evaluation[name]["perplexity"] for name in ("dense", "pruned"))
+        change = after / before - 1
+        return f"perplexity {abs(change):,.0%} {'lower' if change < 0 else 'higher'}"
+    certified = evaluation.get("certified")
+    return f"divergence {figure(certified['divergence'])}" if certified else ""
+
+
 def measured_on(found: Mapping[str, float]) -> str:
     """Return what a perplexity was measured on."""
     if "tokens" not in found or "seq_len" not in found:
@@ -128,13 +152,16 @@ def measured_on(found: Mapping[str, float]) -> str:
     return f"{found['tokens']:,} tokens in windows of {found['seq_len']}"
 
 
-def sizes(params: Mapping, evaluation: Mapping, latency: Mapping) -> Table:
+def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "") -> Table:
     """Return what the model was and is: parameters, time, perplexity, divergence."""
     rows = []
     for title, part in SIZES.items():
         before, after = params.get(f"{part}before"), params.get(f"{part}after")
         if before and after is not None:
             rows.append((title, f"{before:,}", f"{after:,}", ratio(before, after)))
+            if dtype in BYTES and not part:
+                weights = (megabytes(count, dtype) for count in (before, after))
+                rows.append((f"weights, {dtype}", *weights, ratio(before, after)))
     if latency and latency["measured"]:
         title = f"time of {latency['table']['phase']}, as measured before saving"
         rows.append((title, "", "", f"{latency['measured']['median']:.3f}"))

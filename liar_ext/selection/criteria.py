@@ -13,7 +13,7 @@ from liar_ext import ops
 from liar_ext.calibration.gradients import SiteGradients, collect_gradients
 from liar_ext.calibration.moments import Moments
 from liar_ext.data.batches import Batches
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, did_you_mean
 from liar_ext.models.sites import Site, get_consumer_weight
 
 # The choice of units hardly depends on λ: from 1e-4 to 1e-2 the held-out errors agree to a percent.
@@ -108,9 +108,8 @@ def get_criterion(name: str) -> Criterion:
         If there is none of that name; the message lists those there are.
     """
     if name not in _CRITERIA:
-        raise InputError(
-            f"score: unknown criterion {name!r}; known: {', '.join(sorted(_CRITERIA))}"
-        )
+        hint = did_you_mean(name, _CRITERIA, f"known: {', '.join(sorted(_CRITERIA))}")
+        raise InputError(f"score: unknown criterion {name!r}; {hint}")
     return _CRITERIA[name]
 
 

@@ -14,7 +14,7 @@ from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.reconstruction.one_pass import reconstruct_shared, with_bias
 from liar_ext.selection.allocation import probe_plan
-from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares, error_curves
+from liar_ext.selection.error_curves import CURVE_DAMP, energy_shares
 from liar_ext.selection.sensitivity import Measured, site_divergences
 
 
@@ -32,52 +32,6 @@ def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     return probe_batches(whole)
 
 
-def measure_losses(
-    model: nn.Module,
-    bank: MomentBank,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    budget: Budget,
-    batches: Batches,
-    *,
-    mode: str = "auto",
-    progress: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Predict what the model's output loses for every number of units gone from every site.
-
-    ``L_s(k) = a_s · E_s(k)``: the site's held-out error curve times its sensitivity
-    ``a_s = KL(dense ‖ only s pruned) / E_s``, measured with about the budget's fraction of the
-    site gone. The losses of a plan add up to its predicted divergence.
-
-    The experts of a layer are pruned together for the measurement: ``E`` is then that of the layer,
-    the sum over experts of ``E_e`` times what e has of the energy of their outputs, so that
-    ``L_e(k) = a · share_e · E_e(k)``.
-
-    Parameters
-    ----------
-    model, bank, at, scores, budget
-        As for :func:`liar_ext.allocate`; the model stays as it is.
-    batches : sequence
-        A few sequences to measure the divergence on, from :func:`probes_of`.
-    mode : str
-        How a site is reconstructed when it is pruned for the measurement.
-    progress : bool
-        Show progress bars.
-
-    Returns
-    -------
-    losses : dict of str to Tensor
-        ``(units + 1,)`` float64 by site name, in nats per token.
-    sensitivities : dict of str to float
-        ``a_s`` by site name.
-    """
-    curves = error_curves(model, bank, at, scores, progress=progress)
-    sensitivities = measure_sensitivities(
-        model, bank, at, scores, curves, budget, batches, mode=mode, progress=progress
-    )
-    return losses_of(model, bank, at, curves, sensitivities), sensitivities
-
-
 def measure_sensitivities(
     model: nn.Module,
     bank: MomentBank,
@@ -91,11 +45,13 @@ def measure_sensitivities(
     saved: Measured | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name.
+    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name, in nats per token.
 
-    ``curves`` come from :func:`error_curves`, all else is as for :func:`measure_losses`. Each site
-    is measured alone, experts with all of their layer, so that the value doesn't depend on which
-    others ``at`` has. ``saved`` is as for :func:`site_divergences`.
+    It is measured with about the budget's fraction of the site gone. Each site is measured alone,
+    experts with all of their layer, so that the value doesn't depend on which others ``at`` has.
+    ``curves`` come from :func:`error_curves`, ``batches`` from :func:`probes_of`; ``mode`` is how a
+    site is reconstructed for it. All else is as for :func:`liar_ext.allocate`,
+    :func:`liar_ext.reconstruct` and :func:`site_divergences`; the model stays as it is.
     """
     probes = probe_sites(model, bank, at, scores, curves, budget, mode=mode, progress=progress)
     given = model, batches, probes.plan, probes.weights
@@ -164,7 +120,12 @@ def losses_of(
     curves: Mapping[str, Tensor],
     sensitivities: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """Return ``L_s(k) = a_s · share_s · E_s(k)`` by site name; the share is 1 but for experts."""
+    """Return ``L_s(k) = a_s · share_s · E_s(k)`` for every number k of units gone, by site name.
+
+    That is the site's held-out error curve times its sensitivity. The losses of a plan add up to
+    its predicted divergence. The experts of a layer are measured together, and share by energy; of
+    any other site the share is 1.
+    """
     losses = {}
     for team in teams_of(at).values():
         for site, share in zip(team, energy_shares(model, bank, team), strict=True):

@@ -168,21 +168,10 @@ def divergences(
 ) -> list[float]:
     """Return the divergence from the dense model for each set of sites pruned together.
 
-    Nothing is sliced. The blocks before the first site of a probe are not run again, and outputs
-    are compared at ``POSITIONS`` tokens of a sequence.
-
-    Parameters
-    ----------
-    model, batches, plan, weights, saved, progress
-        As for :func:`site_divergences`.
-    probes : sequence of sequences of str
-        Names of the sites that are pruned, by probe.
-
-    Returns
-    -------
-    list of float
-        Mean ``KL(dense ‖ pruned)`` per token in nats, by probe; see
-        :class:`liar_ext.selection.divergence.DenseOutputs`.
+    ``probes`` are the names of these sites, all else is as for :func:`site_divergences`. Nothing is
+    sliced. The blocks before the first site of a probe are not run again, and outputs are compared
+    at ``POSITIONS`` tokens of a sequence: a value is the mean ``KL(dense ‖ pruned)`` per token in
+    nats, see :class:`liar_ext.selection.divergence.DenseOutputs`.
     """
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
+from torch import Tensor
 
 from liar_ext.bars import Bar, spare
 from liar_ext.calibration.collect import check_sums
 from liar_ext.calibration.hooks import watched
 from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.saved_sums import SUMS, packed, restored
 from liar_ext.calibration.taps import InFlight, adding, is_relative, tap_at
+from liar_ext.checkpoint_store import reading
 from liar_ext.data.batches import Batches, count_tokens, read_batches
-from liar_ext.data.hidden_states import Held, HiddenStates
 from liar_ext.distributed import all_reduce, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.models.running import evaluating
-from liar_ext.models.sites import Site, sites
-from liar_ext.reconstruction.block_runner import Blocks
-from liar_ext.streaming.block_store import BlockStore
+from liar_ext.models.sites import Site
+from liar_ext.plan import Plan
+from liar_ext.reconstruction.layerwise import Solved, solve_blocks
+from liar_ext.reconstruction.one_pass import reconstruct_shared
+from liar_ext.reconstruction.saved_walk import SavedStreams, Streams
+from liar_ext.reconstruction.streams import StreamedBatches, Walk
+from liar_ext.streaming.probes import ProbeStreams
+
+ALONG = "judged"  # the key of text that has passed the dense model
 
 
 class StreamedPasses:
@@ -31,55 +38,35 @@ class StreamedPasses:
 
     Parameters
     ----------
-    store : BlockStore
-        The dense model.
-    batches : iterable of mapping
-        The calibration set.
-    at : sequence of Site
-        Sites to collect.
-    states : HiddenStates
-        Where hidden states are held.
+    walk, batches, at
+        Over the blocks of the dense model, with the calibration set, for these sites.
     keep : bool
         Keep all sums, so that going through the blocks again takes no forward pass.
-    progress : bool
-        Show a progress bar.
-
-    Attributes
-    ----------
-    hidden : list of Held
-        By batch of this rank, the hidden states after the block that was given last.
-    first : int
-        The block to begin with next; ``hidden``, or the sums in ``kept``, are those of there on.
-    summed : list of int
-        Numbers of the walks that ran the text.
-    numbers : range
-        Of the batches that this rank takes past the blocks.
-    mine : list of Batch
-        These.
+    along, probes
+        Other text that passes the blocks in the first walk.
     """
 
     def __init__(
         self,
-        store: BlockStore,
+        walk: Walk,
         batches: Batches,
         at: Sequence[Site],
-        states: HiddenStates,
-        *,
         keep: bool = False,
-        progress: bool = False,
+        along: Sequence[StreamedBatches] = (),
+        probes: ProbeStreams | None = None,
     ) -> None:
-        self.store, self.model, self.states = store, store.model, states
-        self.at, self.keep, self.progress = list(at), keep, progress
+        self.walk, self.model, self.at, self.keep = walk, walk.model, list(at), keep
+        self.along, self.probes = along, probes
         self.batches = list(read_batches(batches))
-        self.numbers = range(rank(), len(self.batches), world_size())
-        self.mine = [self.batches[number] for number in self.numbers]
-        self.summed: list[int] = []
+        numbers = range(rank(), len(self.batches), world_size())
+        self.text = StreamedBatches("text", walk, [self.batches[n] for n in numbers], numbers)
+        self.summed: list[int] = []  # numbers of the walks that ran the text
         self.source = self._source()
         self.bank = MomentBank({}, self.source)
-        self.blocks = Blocks(self.model, sites(self.model))
         self.index = 0  # of the block that is given
-        self.first, self.hidden = 0, []
+        self.first = 0  # the block to begin with next
         self.kept: dict[str, Moments] = {}
+        self._streams = SavedStreams(walk.saved, SUMS, len(walk.blocks), self._numbers)
 
     @property
     def taken(self) -> int:
@@ -87,46 +74,63 @@ class StreamedPasses:
         return len(self.summed)
 
     def __iter__(self) -> Iterator[list[Site]]:
-        return self._walk(known=False)
+        return self._groups(known=False)
 
     def back(self) -> Iterator[list[Site]]:
         """Return the groups once more, from the sums where they were kept."""
-        return self._walk(known=self.keep)
+        return self._groups(known=self.keep)
 
-    def _walk(self, known: bool) -> Iterator[list[Site]]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(evaluating(self.model))
-            stack.enter_context(self.blocks.opened())
-            first, self.first = self.first, 0
+    def _groups(self, known: bool) -> Iterator[list[Site]]:
+        blocks, first, self.first = self.walk.blocks, self.first, 0
+        with self.walk.begun():
             if known or not first:
-                self.hidden[:] = [] if known else self._enter()
+                self.text.hidden.clear()
             if not known:
                 self.summed.append(len(self.summed) + 1)
             title = "from memory" if known else f"calibrate, walk {self.taken}"
             spare(title, first)
-            steps, every = range(first, len(self.blocks)), len(self.blocks)
-            bar = {"initial": first, "total": every, "disable": not self.progress}
-            for index in Bar(steps, desc=title, **bar):
+            bar = {"initial": first, "total": len(blocks), "disable": not self.walk.progress}
+            for index in Bar(range(first, len(blocks)), desc=title, **bar):
                 self.index = index
                 group = [site for site in self.at if site.block == index]
-                with self.store.block(index):
-                    self._check_chain(index)
+                with self.walk.source.block(index):
                     self.bank = MomentBank({}, self.source)  # memory of the last one is free now
                     if known:
                         self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
                     else:
+                        self._check_chain(index)
                         self.bank.moments = self._sums(index, group)
                     if self.keep and not known:
                         self.kept |= self.bank.moments
                     yield group
             self.bank = MomentBank({}, self.source)  # what comes after needs the memory
 
-    def _enter(self) -> list[Held]:
-        """Return the hidden states of this rank's batches before the first block."""
-        device = self.store.device
-        entered = (self.blocks.enter(0, batch.to(device).inputs)[0][0] for batch in self.mine)
-        return [self.states.hold(hidden) for hidden in entered]
+    def solve(
+        self, plan: Plan, mode: str, damp: float | str, along: Sequence[StreamedBatches]
+    ) -> Iterator[Solved]:
+        """Yield the blocks in a second walk, solved on the moments of the dense model.
+
+        See :func:`liar_ext.reconstruction.layerwise.solve_blocks`.
+        """
+        if not self.keep:
+            self.text.hidden.clear()
+
+        def steps(done: int, _: Streams) -> Iterator[Solved]:
+            self.first = done
+            if self.keep and not self.kept:  # the plan was known
+                self._restore_sums(range(done, len(self.walk.blocks)))
+            for group in self.back():
+                settings = {"mode": mode, "damp": damp}
+                found = reconstruct_shared(self.model, self.bank, plan, group, **settings)
+                rows = {name: row for name, (_, row) in found.items()}
+                weights = {name: given for name, (given, _) in found.items()}
+                found.clear()
+                yield self.index, weights, rows
+
+        def streams() -> Streams:
+            return {} if self.keep else {"text": self.text.hidden}
+
+        yield from solve_blocks(self.walk, "pruning", steps, streams, self.text.numbers, along)
 
     def _check_chain(self, index: int) -> None:
         """Raise InputError if anything is done to the stream between two blocks.
@@ -134,10 +138,10 @@ class StreamedPasses:
         With all blocks before it passing on what they are given, a block is given what the first
         one is, unless something comes between.
         """
-        if index == 0 or not self.hidden:
+        if index == 0 or not self.text.hidden:
             return
-        one = self.batches[0].select([0]).to(self.store.device).inputs
-        first, here = (self.blocks.enter(at, one)[0][0] for at in (0, index))
+        one = self.batches[0].select([0]).to(self.walk.source.device).inputs
+        first, here = (self.walk.blocks.enter(at, one)[0][0] for at in (0, index))
         if not torch.equal(first, here):
             raise InputError(
                 f"prune: --max-memory is for blocks that read what the one before wrote, and "
@@ -146,17 +150,14 @@ class StreamedPasses:
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         """Take all sequences past a block, and return the moments of its sites."""
-        device, current = self.store.device, InFlight()
+        device, current = self.walk.source.device, InFlight()
         moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
         with ExitStack() as stack:
             for site in group:
                 given = tap_at(self.model, site), moments[site.name], current
                 consumer = self.model.get_submodule(site.consumer)
                 stack.enter_context(watched(consumer, adding(*given, math.inf)))
-            for batch, held in zip(self.mine, self.hidden, strict=True):
-                batch = batch.to(device)
-                current.set(batch)
-                held.set(self.blocks.run(index, batch.inputs, held.get().to(device)).output)
+            self.text.advance(index, current.set)
         for sums in moments.values():
             all_reduce(*vars(sums).values())
         check_sums(MomentBank(moments), self.source["sequences"])
@@ -178,3 +179,69 @@ class StreamedPasses:
             "sequences": sum(map(len, self.batches)),
             "tokens": 0,
         }
+
+    def restore(self, found: Mapping[str, dict]) -> None:
+        """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
+        saved, streams = self.walk.saved, self._hidden()
+        done = self._streams.restore(self.walk.blocks, streams, self.walk.states)
+        for index in range(done):
+            stored, facts = saved.need(f"{SUMS}-{index}")
+            with reading(stored.path):
+                for what, values in found.items():
+                    values |= facts.get(what, {})
+                    names = [name for name in stored if name.startswith(f"{what}/")]
+                    values |= {name.removeprefix(f"{what}/"): stored[name] for name in names}
+                self.source["tokens"] = facts["tokens"]
+        if self.keep:
+            self._restore_sums(range(done))
+        if self.probes is not None:
+            self.probes.restore(streams)
+        self.first = done
+
+    def finish(self, found: Mapping[str, dict]) -> None:
+        """Take all other text past the block at hand in the first walk, and save what is known.
+
+        ``found`` has tensors or numbers, by what they are and site.
+        """
+        for each in self.along:
+            each.advance(self.index)
+        saved, names = self.walk.saved, [site.name for site in self.at if site.block == self.index]
+        if saved is None:
+            return
+        tensors, facts = {}, {"tokens": self.source["tokens"]}
+        for what, values in found.items():
+            here = {name: values[name] for name in names if name in values}
+            if all(isinstance(value, Tensor) for value in here.values()):
+                tensors |= {f"{what}/{name}": value for name, value in here.items()}
+            else:
+                facts[what] = here
+        if self.keep:
+            tensors |= packed({name: self.bank[name] for name in names})
+        done, blocks = self.index + 1, self.walk.blocks
+        saved.put(f"{SUMS}-{self.index}", tensors, facts)
+        self._streams.keep(done, blocks, self._hidden())
+        if done == len(blocks):
+            kept = SavedStreams(saved, ALONG, done)
+            kept.keep(done, blocks, {each.name: each.hidden for each in self.along}, now=True)
+
+    def restore_along(self) -> None:
+        """Take the other text to where :meth:`finish` left it behind the last block."""
+        streams = {each.name: each.hidden for each in self.along}
+        kept = SavedStreams(self.walk.saved, ALONG, len(self.walk.blocks))
+        kept.restore(self.walk.blocks, streams, self.walk.states)
+
+    def _restore_sums(self, blocks: range) -> None:
+        for index in blocks if self.walk.saved is not None else ():
+            stored, _ = self.walk.saved.need(f"{SUMS}-{index}")
+            names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
+            with reading(stored.path):
+                self.kept |= restored(stored, names)
+
+    def _hidden(self) -> Streams:
+        probes = [] if self.probes is None else self.probes.every()
+        return {each.name: each.hidden for each in (self.text, *self.along, *probes)}
+
+    def _numbers(self, name: str) -> Sequence[int] | None:
+        """Return which hidden states of a stream this rank has."""
+        own = {each.name: each.numbers for each in (self.text, *self.along)}
+        return own[name] if name in own or self.probes is None else self.probes.dense.numbers

@@ -193,7 +193,7 @@ def test_the_command_prints_a_table_and_stores_it(folder, llama_folder, no_proce
 
 def test_numbers_go_where_they_are_wanted(folder, llama_folder, tmp_path, capsys):
     target = tmp_path / "x.json"
-    words = ["bench", str(folder), "--against", str(llama_folder), "--json", str(target)]
+    words = ["bench", str(folder), "--against", str(llama_folder), "--out", str(target)]
     words += ["--no-memory", "--quiet", *options()]
     for _ in range(2):  # the second time over its own
         assert main(words) == 0
@@ -208,12 +208,12 @@ def test_what_can_not_be_measured_is_refused(folder, no_processes, capsys, monke
     monkeypatch.setattr(job, "measure", None)
     words = ["bench", str(folder), "--against", str(folder)]
     for more, said in (
-        (["--json", str(folder / "no" / "x.json")], "there is no folder"),
+        (["--out", str(folder / "no" / "x.json")], "there is no folder"),
         (["--batch", "0"], "at least 1"),
         (["--rounds", "0"], "at least 1"),
         (["--prompt-length", "4096"], "positions"),
         (["--device", "cuda:9"], "device must be one"),
-        (["--dtype", "int3"], "invalid choice"),
+        (["--dtype", "int3"], "--dtype must be one of"),
     ):
         try:
             assert main([*words, *more]) == 2

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import cover
 from tiny import batches, tiny
 
 from liar_ext import InputError, calibrate, prune, sites
@@ -28,17 +29,16 @@ def assert_same(ours, theirs) -> None:
         assert replace(mine, seconds=0.0) == replace(other, seconds=0.0)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+@cover(
+    1,
+    settings=[
         {},
         {"schedule": "one-pass"},
         {"allocation": "global", "reconstruct": "affine", "schedule": "one-pass"},
         {"criterion": "taylor", "allocation": "uniform"},
     ],
-    ids=["default", "one-pass", "global", "taylor"],
+    name=["llama", "gpt2", "opt"],
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_the_result_is_the_same_bit_for_bit(name, settings):
     model = tiny(name)
     data = batches(model)

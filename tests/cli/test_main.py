@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from time import sleep
 
 import pytest
@@ -15,6 +18,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 from liar_ext import InputError, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.main import COMMANDS
+from liar_ext.cli.messages import error_lines
 
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
@@ -64,7 +68,9 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     assert set(f"{fields} dropped_rows path seconds".split()) <= set(report["sites"][0])
     assert "perplexity" in done.stdout
     assert "calibrate" not in done.stderr and "\r" not in done.stderr  # no terminal, no progress
-    assert report["loading"] in done.stdout
+    assert f'load                 AutoModelForCausalLM.from_pretrained("{out}"' in done.stdout
+    assert f"next                 liar verify {out}\n" in done.stdout
+    assert "warning: " in done.stderr and "arning" not in done.stdout
 
 
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
@@ -86,8 +92,9 @@ def test_prune_by_gradients_says_how_to_load_the_result(llama_folder, corpus, tm
     options += ["--criterion", "fisher", "--allocation", "global"]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     printed, report = capsys.readouterr().out, (out / "liar/report.md").read_text()
+    assert f'AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)' in printed
     for told in ("liar_ext.load_pruned(folder)", "trust_remote_code=True", "--uniform-layers"):
-        assert told in printed and told in report
+        assert told in report
     assert json.loads((out / "liar/report.json").read_text())["loading"] in report
     assert run("verify", out) == 0
     name = "transformers.AutoModelForCausalLM.from_pretrained(trust_remote_code=True)"
@@ -102,7 +109,7 @@ def test_a_device_that_is_not_there_is_refused(device, llama_folder, corpus, tmp
         ("eval", llama_folder, "--text", corpus[1]),
     ):
         assert run(*command, "--device", device) == 2
-        said = capsys.readouterr().err.strip()
+        said = capsys.readouterr().err.replace("\nhint: ", "; ").strip()
         assert f"device must be one that torch can use here, or auto, got '{device}'" in said
         assert "\n" not in said
 
@@ -123,8 +130,8 @@ def test_too_little_memory_says_what_to_do(error, monkeypatch, capsys):
 
     monkeypatch.setitem(COMMANDS, "prune", prune)
     assert run("prune", "model", "--calibration", "text", "--keep", 0.7, "--out", "out") == 2
-    said = capsys.readouterr().err
-    assert said.startswith("liar: error: ") and said.count("\n") == 1
+    said = capsys.readouterr().err.replace("\nhint: ", "; ")
+    assert said.startswith("error: ") and said.count("\n") == 1
     assert "memory" in said and "give smaller --batch-size or --memory" in said
 
 
@@ -144,7 +151,7 @@ def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path,
     (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n' * 8)
     out = tmp_path / "out"
     assert run("prune", tmp_path / "bert", *texts, "--criterion", "snip", "--out", out) == 2
-    assert "got no labels; give a model with a head and batches" in capsys.readouterr().err
+    assert "got no labels\nhint: give a model with a head and batches" in capsys.readouterr().err
     assert not out.exists()
 
 
@@ -169,10 +176,10 @@ def test_an_encoder_is_refused_before_it_is_loaded(corpus, tmp_path, capsys, mon
     monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
     text = ("--text", corpus[1])
     assert run("eval", tmp_path / "bert", *text) == 2
-    assert "eval: needs a causal language model, got Bert" in capsys.readouterr().err
+    assert "error: needs a causal language model, got Bert" in capsys.readouterr().err
     text = ("--calibration", corpus[0], "--eval", corpus[1], "--out", tmp_path / "out")
     assert run("prune", tmp_path / "bert", *text) == 2
-    assert "prune: --eval needs a causal language model, got Bert" in capsys.readouterr().err
+    assert "error: --eval needs a causal language model, got Bert" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_told_before_the_model_is_loaded(
@@ -181,16 +188,16 @@ def test_what_is_missing_is_told_before_the_model_is_loaded(
     monkeypatch.setattr("liar_ext.checkpoint.load_model", lambda *_: pytest.fail("loaded"))
     command = ("prune", llama_folder, "--calibration", corpus[0], "--out", tmp_path / "out")
     assert run(*command, "--of", "latency", "--latency-table", tmp_path / "no.json") == 2
-    assert f"latency: there is no file {tmp_path / 'no.json'}" in capsys.readouterr().err
+    assert f"there is no file {tmp_path / 'no.json'}" in capsys.readouterr().err
 
 
 def test_a_typo_in_the_name_of_a_folder(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "minilm").mkdir()
-    for name, said in (("minlm", "here; did you mean minilm? "), ("no/where", "here. The hub: ")):
+    for name, said in (("minlm", "did you mean minilm? "), ("no/where", "the hub says: ")):
         assert run("eval", name, "--text", corpus[1]) == 2
-        assert f"there is no folder {name} {said}" in capsys.readouterr().err
+        assert f"error: there is no folder {name} here\nhint: {said}" in capsys.readouterr().err
 
 
 def test_values_that_are_too_large_are_told(llama_folder, corpus, tmp_path, capsys):
@@ -208,7 +215,7 @@ def test_text_that_does_not_vary_is_warned_of(llama_folder, tmp_path, capsys):
     text = ("--calibration", tmp_path / "text.txt", "--samples", 8, "--seq-len", 16)
     own = ("--self-text", 0, "--random-tokens", 0, "--preset", "fast", "--keep", 0.5)
     assert run("prune", llama_folder, *text, *own, "--out", tmp_path / "out") == 0
-    assert "Every error is 0: the activations do not vary" in capsys.readouterr().out
+    assert "warning: Every error is 0: the activations do not vary" in capsys.readouterr().err
 
 
 def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_path, capsys):
@@ -220,7 +227,7 @@ def test_the_file_of_an_evaluation_is_looked_at_first(llama_folder, corpus, tmp_
     (tmp_path / "link.json").symlink_to("a.json")
     for name in ("own.json", "link.json", "missing/o.json"):
         assert run("eval", "/nowhere", *command[2:], tmp_path / name) == 2  # nothing was loaded
-        assert "give another name with --output" in capsys.readouterr().err
+        assert "give another name with --out" in capsys.readouterr().err
     assert (tmp_path / "own.json").read_text() == "{}"
 
 
@@ -275,9 +282,8 @@ def test_the_hidden_size_alone_is_an_option(llama_folder, corpus, tmp_path, caps
     options = ["--keep", 1, "--keep-hidden", 0.8, "--samples", 16, "--seq-len", 32]
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out, *options) == 0
     printed = capsys.readouterr().out
-    assert (
-        "plain `transformers.AutoModelForCausalLM" in printed and "input_layernorm" not in printed
-    )
+    assert f'AutoModelForCausalLM.from_pretrained("{out}")' in printed
+    assert "input_layernorm" not in printed
     report = json.loads((out / "liar/report.json").read_text())
     assert report["sites"] == [] and {row["units_after"] for row in report["hidden"]} == {32}
     assert json.loads((out / "config.json").read_text())["hidden_size"] == 32
@@ -381,6 +387,43 @@ def test_a_model_without_tokenizer_is_refused(corpus, tmp_path, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
 
 
+def test_json_is_one_object_and_nothing_else(llama_folder, corpus, tmp_path, capsys):
+    text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
+    bank, out = tmp_path / "a.bank", tmp_path / "out"
+    assert run("calibrate", llama_folder, *text[:-2], "-o", bank, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["out"] == str(bank) and facts["sequences"] >= 8 and facts["text"]
+    assert run("prune", llama_folder, *text, "-o", out, "--eval", corpus[1], "--json") == 0
+    said = capsys.readouterr()
+    facts, report = json.loads(said.out), json.loads((out / "liar/report.json").read_text())
+    assert facts["out"] == str(out) and facts["parameters"] == report["params"]
+    assert facts["megabytes"]["after"] == pytest.approx(report["params"]["after"] * 4e-6)
+    assert facts["quality"]["pruned"]["perplexity"] > 1 and facts["worst_layer"]["error"] >= 0
+    assert facts["load"].startswith(f'AutoModelForCausalLM.from_pretrained("{out}"')
+    assert facts["seconds"] > 0
+    assert facts["warnings"] and said.err.count("warning: ") == len(facts["warnings"])
+    assert run("prune", llama_folder, *text, "-o", out, "--overwrite", "--json", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert run("info", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["liar_ext"]
+
+
+@pytest.mark.parametrize(
+    ("more", "lines"),
+    [((), True), (("--progress", "plain"), True), (("--progress", "none"), False)],
+)
+def test_progress_without_a_terminal_is_lines_of_stderr(
+    more, lines, llama_folder, corpus, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("liar_ext.bars.EVERY", 0.0)
+    text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
+    assert run("prune", llama_folder, *text, "--out", tmp_path / "out", *more) == 0
+    said = capsys.readouterr()
+    assert ("[1/2] collecting activation statistics" in said.err) is lines
+    assert "[1/2]" not in said.out and "\r" not in said.err
+    assert not logging.getLogger("liar_ext").handlers
+
+
 def test_info(capsys):
     assert run("info") == 0
     printed = capsys.readouterr().out
@@ -395,12 +438,50 @@ def refuse(llama_folder, corpus, tmp_path, capsys):
     def check(message, *arguments, model=llama_folder, calibration=corpus[0]):
         out = tmp_path / "refused"
         code = run("prune", model, "--calibration", calibration, "--out", out, *arguments)
-        error = capsys.readouterr().err.splitlines()[-1]
+        error = capsys.readouterr().err.replace("\nhint: ", "; ").splitlines()[-1]
         assert code == 2
-        assert error.startswith("liar: error: ") and message in error
+        assert error.startswith("error: ") and message in error
         assert not out.exists() and not list(tmp_path.glob(".*"))
 
     return check
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("prnue", "there is no command prnue\nhint: did you mean prune?"),
+        ("prune m --keeep 1", "unknown option --keeep\nhint: did you mean --keep?"),
+        ("prune m --preset fats", "got 'fats'\nhint: did you mean fast?"),
+        ("export m --to onx", "got 'onx'\nhint: did you mean onnx?"),
+        ("prune m --calibration t --out o --criterion wand", "'wand'\nhint: did you mean wanda?"),
+        ("prune m --calibration t --out o --keep 80", "--keep must be in (0, 1], got 80.0\nhint: "),
+        ("prune m --keep lots", "error: --keep must be a number, got 'lots'"),
+        (
+            "verify pruend",
+            "holds no readable config.json: no such file\nhint: did you mean pruned?",
+        ),
+    ],
+)
+def test_an_error_says_what_is_wrong_and_what_to_type(line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pruned").mkdir()
+    with suppress(SystemExit):
+        run(*line.split())
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("no_color", "painted"), [("", True), ("1", False)])
+def test_colours_are_of_a_terminal(no_color, painted, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert ("\033[1;31merror:\033[0m it is" in error_lines("load: it is")) is painted
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert error_lines("load: it is; do this") == "error: it is\nhint: do this"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(refuse, tmp_path, corpus):

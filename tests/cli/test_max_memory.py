@@ -28,7 +28,8 @@ def test_the_folder_is_that_of_the_job_in_memory(command, tmp_path, capsys):
     assert run(*command, "--out", tmp_path / "whole", "--quiet") == 0
     assert run(*command, "--out", tmp_path / "blocks", "--max-memory", "4GiB") == 0
     shown = capsys.readouterr()
-    assert f"{tmp_path / 'blocks'}: saved after" in shown.out and shown.err == ""
+    assert f"{tmp_path / 'blocks'}: saved after" in shown.out
+    assert all(line.startswith("warning: ") for line in shown.err.splitlines())
     assert "offloaded" not in shown.err
     ours, theirs = (load_pruned(tmp_path / name).state_dict() for name in ("blocks", "whole"))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

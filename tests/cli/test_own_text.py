@@ -14,7 +14,7 @@ from liar_ext import MomentBank, cli
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli import own_text
 from liar_ext.cli.by_blocks import NONE_WRITTEN
-from liar_ext.cli.prune import ONE_KIND
+from liar_ext.cli.inputs import ONE_KIND
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
 
@@ -79,9 +79,9 @@ def test_a_set_of_one_kind_is_told_of_where_nothing_is_written(
 ):
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES]
     assert run(*command, "--out", tmp_path / "with") == 0
-    assert ONE_KIND not in capsys.readouterr().out
+    assert ONE_KIND not in capsys.readouterr().err
     assert run(*command, "--out", tmp_path / "without", "--self-text", 0) == 0
-    assert ONE_KIND in capsys.readouterr().out
+    assert ONE_KIND in capsys.readouterr().err
 
 
 def test_random_tokens_come_beside_it_if_they_are_asked_for(llama_folder, corpus, tmp_path):
@@ -111,10 +111,10 @@ def test_a_model_that_is_read_by_blocks_writes_nothing_and_says_so(
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--max-memory", "4GiB"]
     assert run(*command, "--out", tmp_path / "pruned") == 0
     assert not asked
-    assert NONE_WRITTEN in capsys.readouterr().out
+    assert NONE_WRITTEN in capsys.readouterr().err
     assert "self_text: 0.0" in (tmp_path / "pruned/liar/recipe.yaml").read_text()
     assert run(*command, "--out", tmp_path / "asked", "--self-text", 0) == 0
-    assert NONE_WRITTEN not in capsys.readouterr().out
+    assert NONE_WRITTEN not in capsys.readouterr().err
 
 
 def test_a_job_that_is_refused_wrote_nothing(llama_folder, corpus, tmp_path, asked, capsys):

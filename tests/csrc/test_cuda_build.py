@@ -33,6 +33,7 @@ def test_versions_of_cuda_are_told():
     assert re.fullmatch(r"\d+\.\d+", info["cuda_runtime"])
     assert re.fullmatch(r"\d+\.\d+|none", info["cuda_driver"])
     assert info["cuda_driver"] != "none" or not torch.cuda.is_available()
+    assert re.fullmatch(r"(\d+\.\d+a?(\+PTX)?(, )?)+", info["cuda_archs"])
 
 
 @needs_kernels

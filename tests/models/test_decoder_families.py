@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from covers import cover
-from folders import equal_plan, make_plan, pruned, read
+from folders import equal_plan, make_plan, pruned, read, zero_removed
 from journeys import (
     check_hidden,
     check_job,
@@ -30,7 +30,6 @@ from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import (
     family_of,
     get_consumer_bias,
-    get_consumer_weight,
     sites,
     why_whole,
 )
@@ -86,10 +85,8 @@ def test_a_model_that_sees_is_the_same_on_pictures(kinds: tuple[str, ...]) -> No
     model = tiny("llava", dtype=torch.float64, image_token_index=60)
     picture = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     inputs = {"input_ids": torch.tensor([[5, 60, 60, 60, 60, 7, 9]]), "pixel_values": picture}
-    plan, zeroed = make_plan(model, kinds), copy.deepcopy(model)
-    for site in sites(zeroed, kinds):
-        gone = site.features(plan.sites[site.name].removed)
-        get_consumer_weight(zeroed, site)[:, gone] = 0
+    plan = make_plan(model, kinds)
+    zeroed = zero_removed(model, plan)
     dense = outputs(model, inputs)
     apply_plan(model, plan)
     expected = outputs(zeroed, inputs)

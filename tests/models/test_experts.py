@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from folders import check_sliced
 from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import nn
 
@@ -124,34 +125,20 @@ def plan_of(model: nn.Module, kept: int, seed: int = 0) -> Plan:
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("name", NAMES)
 def test_sliced_equals_zeroed(name: str, implementation: str) -> None:
-    dense, pruned = tiny(name), tiny(name)
-    for model in (dense, pruned):
-        model.set_experts_implementation(implementation)
-    plan = plan_of(dense, 8)
-    with torch.no_grad():
-        for site in sites(dense):
-            removed = site.features(plan.sites[site.name].removed)
-            get_consumer_weight(dense, site)[:, removed] = 0.0
-    before = sum(parameter.numel() for parameter in pruned.parameters())
-    gone = sum(len(plan.sites[s.name].removed) * s.unit_params for s in sites(pruned))
-    apply_plan(pruned, plan)
-    torch.testing.assert_close(outputs(pruned), outputs(dense), rtol=1e-4, atol=1e-5)
-    assert before - sum(parameter.numel() for parameter in pruned.parameters()) == gone
+    model = tiny(name)
+    model.set_experts_implementation(implementation)
+    pruned = check_sliced(model, plan_of(model, 8), rtol=1e-4, atol=1e-5)
     assert {site.units for site in sites(pruned, ("mlp",))} == {8}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_query_heads_leave_with_all_that_is_theirs(name: str) -> None:
-    dense, pruned = tiny(name), tiny(name)
-    planned = {}
-    for site in sites(dense, ("attn",), "head"):
-        kept = tuple(range(0, site.units, 2))
-        planned[site.name] = SitePlan(site.units, kept)
-        with torch.no_grad():
-            removed = site.features(planned[site.name].removed)
-            get_consumer_weight(dense, site)[:, removed] = 0.0
-    apply_plan(pruned, Plan(name, "head", planned))
-    torch.testing.assert_close(outputs(pruned), outputs(dense), rtol=1e-4, atol=1e-5)
+    model = tiny(name)
+    planned = {
+        site.name: SitePlan(site.units, tuple(range(0, site.units, 2)))
+        for site in sites(model, ("attn",), "head")
+    }
+    check_sliced(model, Plan(name, "head", planned), rtol=1e-4, atol=1e-5)
 
 
 def test_writing_to_an_expert_s_layer_writes_to_the_model() -> None:

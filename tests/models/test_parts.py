@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import make_plan, pruned
+from folders import make_plan, pruned, zero_removed
 from safetensors.torch import load_file, save_file
 from tiny import batches, outputs, tiny, tiny_inputs
 from tiny_encoders import SEQ2SEQ
@@ -37,7 +37,7 @@ from liar_ext.checkpoint import load_model
 from liar_ext.export import uniform
 from liar_ext.integrations.linear_grams import calibrate_linears
 from liar_ext.models.inputs import complete_inputs
-from liar_ext.models.sites import get_consumer_weight, sites
+from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise
 from liar_ext.report.page import write_page
@@ -240,10 +240,8 @@ def test_equal_layers_by_zeros(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_a_decoder_generates_with_its_cache_and_without(name: str) -> None:
     model = tiny(name)
-    plan, zeroed = make_plan(model), copy.deepcopy(model)
-    for site in sites(zeroed):
-        removed = site.features(plan.sites[site.name].removed)
-        get_consumer_weight(zeroed, site)[:, removed] = 0
+    plan = make_plan(model)
+    zeroed = zero_removed(model, plan)
     apply_plan(model, plan)
     inputs = {k: v for k, v in tiny_inputs(model).items() if "decoder" not in k}
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}

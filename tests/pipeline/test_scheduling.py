@@ -9,8 +9,8 @@ from liar_ext import Recipe, calibrate, prune
 from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.cli.dry_run import describe
 from liar_ext.models.sites import sites
+from liar_ext.pipeline.folder import prune_folder
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import prune_folder
 
 READ_BY_A_NORM = ["gemma2", "gemma3_text", "olmo2", "exaone4", "glm4"]
 JOB = {"keep": 0.6, "tile": 1, "allocation": "uniform"}

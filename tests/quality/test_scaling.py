@@ -18,7 +18,9 @@ from bench.scaling.rates import SHARES
 from bench.scaling.shapes import SHAPES, Settings, Shape
 from liar_ext import Recipe, ops
 from liar_ext.data.batches import FOLDS
-from liar_ext.pipeline.job import Job
+from liar_ext.pipeline.analysis import analyze, narrowed, passes_of
+from liar_ext.pipeline.choosing import solve
+from liar_ext.pipeline.job import Job, prepare
 from liar_ext.selection.allocation import allocate
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -111,15 +113,14 @@ def run(model, recipe, monkeypatch):
         by_step.append(calls.counted - before)
         return found
 
-    job = Job(model, batches, recipe)
-    step(job.check)
-    passes = job.calibrate(job.narrow())
-    given = step(job.score, passes)
+    job = step(prepare, Job(model, batches, recipe))
+    passes = passes_of(job, narrowed(job))
+    found = step(analyze, job, passes)
     # Layers that all lose half: by curves all attention might stay, and be solved for nothing.
     at, budget = job.sites(model), job.recipe.budget
-    plan = allocate(at, given[0], budget, "uniform", model_type="llama")
-    step(job.reconstruct, passes, plan)
-    return plan, seen, by_step, calls.calls, job.rows
+    plan = allocate(at, found.scores, budget, "uniform", model_type="llama")
+    outcome = step(solve, job, passes, plan, {})
+    return plan, seen, by_step, calls.calls, outcome.rows
 
 
 def features(plan, shape):

@@ -105,9 +105,9 @@ OTHERS: list[Line] = [
         for text in ("", "{absent}.txt", "{latin}", "{empty}", "{short}", "{no_field}", "a\0b")
     ),
     *(
-        ("calibrate", "{model}", *SMALL, "--bank", "{new}", option, value)
+        ("calibrate", "{model}", *SMALL, "--out", "{new}", option, value)
         for option, values in {
-            "--bank": ["", " ", "{text}", "{texts}", "{absent}/bank", "{model}", "a\0b", "\udcff"],
+            "--out": ["", " ", "{text}", "{texts}", "{absent}/bank", "{model}", "a\0b", "\udcff"],
             "--checkpoint": ["", " ", "{text}", "{texts}", "{text}/below", "{model}", "a\0b"],
             "--calibration": ["", "{absent}.txt", "{empty}", "{short}", "{binary}"],
             "--samples": ["0", "x", "", "1"],
@@ -119,10 +119,10 @@ OTHERS: list[Line] = [
     ("calibrate",),
     ("calibrate", "{model}"),
     ("calibrate", "{model}", *SMALL),
-    ("calibrate", "--bank", "{new}", *SMALL),
-    ("calibrate", "{model}", *SMALL, "--bank", "{new}", "--keep", "0.7"),
-    ("calibrate", "{model}", *SMALL, "--bank", "{new}", "--memory", "1"),
-    *(("calibrate", m, *SMALL, "--bank", "{new}") for m in MODELS),
+    ("calibrate", "--out", "{new}", *SMALL),
+    ("calibrate", "{model}", *SMALL, "--out", "{new}", "--keep", "0.7"),
+    ("calibrate", "{model}", *SMALL, "--out", "{new}", "--memory", "1"),
+    *(("calibrate", m, *SMALL, "--out", "{new}") for m in MODELS),
     ("merge",),
     ("merge", "{bank}"),
     ("merge", "{bank}", "-o", "{new}"),
@@ -224,7 +224,7 @@ OTHERS: list[Line] = [
             "--threads": ["0", "x"],
             "--dtype": ["int8"],
             "--device": ["gpu", "cuda:99", ""],
-            "--json": ["", "{text}", "{texts}", "{absent}/x.json", "a\0b"],
+            "--out": ["", "{text}", "{texts}", "{absent}/x.json", "a\0b"],
         }.items()
         for value in values
     ),

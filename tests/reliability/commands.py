@@ -126,10 +126,11 @@ def attempt(arguments: list[str], work: Path) -> tuple[str, str]:
     finally:
         hook.remove()
     said = err.getvalue().strip().splitlines()
-    errors = [line for line in said if line.startswith("liar: error: ")]
+    said = [line for line in said if not line.startswith("hint: ")]
+    errors = [line for line in said if line.startswith("error: ")]
     if snapshot(work) != before:
         return "left behind", err.getvalue()
-    if code != 2 or len(errors) != 1 or not said[-1].startswith("liar: error: "):
+    if code != 2 or len(errors) != 1 or not said[-1].startswith("error: "):
         return "traceback", f"exit code {code}, said: {err.getvalue()}{out.getvalue()}"
     return ("refused" if len(said[-1]) <= 400 else "traceback"), said[-1]
 

@@ -89,7 +89,7 @@ def _call(words: list[str]) -> tuple[int, str]:
 
 def _judge(code: int, said: str, done: Callable[[], bool], left: list[str]) -> tuple[str, str]:
     """Return the verdict on a call: done as it must be, or refused in one line."""
-    errors = [line for line in said.splitlines() if line.startswith("liar: error: ")]
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
     if code == 0:
         return ("done", "") if done() else ("wrong answer", "not the result without the fault")
     if code != 2 or len(errors) != 1:

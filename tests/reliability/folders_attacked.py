@@ -68,7 +68,7 @@ def _verify(folder: Path) -> bool:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = cli.main(["verify", str(folder)])
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("liar: error")]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
     if code == 2:
         assert len(lines) == 1, said.getvalue()
         raise InputError(lines[0])

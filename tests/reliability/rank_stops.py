@@ -210,7 +210,7 @@ class _Launched:
     def wrong(self, who: str, sent: signal.Signals) -> str:
         """Return what is wrong with what the ranks said; nothing if all is well."""
         said, joined = self.said(), len(list(self.folder.glob("joined[0-9]")))
-        lines = [line for line in said.splitlines() if line.startswith("liar: error:")]
+        lines = [line for line in said.splitlines() if line.startswith("error:")]
         # Without a launcher, or before they have met, nothing says which of them is to speak.
         alone = (who, sent) == (TORCHRUN, signal.SIGKILL) or joined < self.ranks
         if "Traceback" in said or len(lines) > (self.ranks if alone else 1):

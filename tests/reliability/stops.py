@@ -34,7 +34,7 @@ CURVE = f"--keep 0.6 --tile 1 --damp 0.01 {SIZES}"
 # Each stage: the command; {model}, {text} and the banks {one}, {two} are inputs, {out} the output.
 STAGES = {
     "calibrate": f"calibrate {{model}} --calibration {{text}} {SIZES} --sensitivities "
-    "--bank {out}",
+    "--out {out}",
     "prune": f"prune {{model}} --calibration {{text}} --schedule one-pass {CURVE} --out {{out}}",
     "walk": f"prune {{model}} --calibration {{text}} --allocation uniform {CURVE} --out {{out}}",
     "by blocks": f"prune {{model}} --calibration {{text}} --max-memory 4GiB {CURVE} --out {{out}}",
@@ -56,7 +56,7 @@ def make_inputs(work: Path) -> dict[str, str]:
     Path(paths["text.txt"]).write_text(" ".join(words))
     Path(work, "more.txt").write_text(" ".join(words[::-1] + ["a"] * 40))
     for bank, text in (("one", "text.txt"), ("two", "more.txt")):
-        command = f"calibrate {paths['model']} --calibration {work / text} {SIZES} --bank"
+        command = f"calibrate {paths['model']} --calibration {work / text} {SIZES} --out"
         assert cli.main([*command.split(), paths[bank], "--quiet"]) == 0
     return {**paths, "text": paths["text.txt"]}
 

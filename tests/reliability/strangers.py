@@ -86,7 +86,7 @@ def _command(*arguments: object) -> tuple[str, str]:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = cli.main([str(argument) for argument in arguments])
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("liar: error")]
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("error: ")]
     assert len(lines) == (code == 2) and code in (0, 1, 2), (code, said.getvalue())
     return ("done", "other outputs", "refused")[code], said.getvalue()
 
@@ -178,7 +178,7 @@ def _one_place(own: Path, room: Path, draw: random.Random):
     """A result and a checkpoint of which one holds the other."""
     out, checkpoint = draw.choice([("x", "x"), ("x", "x/c"), ("c/x", "c"), ("c/../x", "x")])
     (room / "c").mkdir()
-    command, option = draw.choice([("prune", "--out"), ("calibrate", "--bank")])
+    command, option = draw.choice([("prune", "--out"), ("calibrate", "--out")])
     text = ["--calibration", own / "text.txt", *(FAST if command == "prune" else FAST[:4])]
     places = [option, room / out, "--checkpoint", room / checkpoint]
 

@@ -133,7 +133,7 @@ def test_the_command_writes_page_and_pictures(runs, tmp_path, capsys, monkeypatc
     assert "compare.html: written" in capsys.readouterr().out
     assert main(["compare", str(runs[0]), "no"]) == 2
     assert capsys.readouterr().err == (
-        "liar: error: compare: no is no folder; give one that liar prune wrote\n"
+        "error: no is no folder\nhint: give one that liar prune wrote\n"
     )
 
 

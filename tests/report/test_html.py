@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 import re
+import shlex
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,13 +31,14 @@ from liar_ext import InputError, untrusted
 from liar_ext.checkpoint.manifest import strangers, write_manifest
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.cli import main
+from liar_ext.cli.options import parser
 from liar_ext.report import pictures
-from liar_ext.report.page import MARK, page_file, write_page
+from liar_ext.report.page import MARK, commands, page_file, write_page
 from liar_ext.report.report import MOST_SITES, Report
 
 TAGS = set("html head meta title style body main h1 h2 p b div span i section figure".split())
 TAGS |= set("figcaption table thead tbody tr th td details summary footer code".split())
-TAGS |= set("svg g path defs use text clippath rect title".split())
+TAGS |= set("ol li pre a svg g path defs use text clippath rect title".split())
 
 
 class Reader(HTMLParser):
@@ -82,7 +85,8 @@ def written(tmp_path: Path, fields, name: str = "run", **settings) -> Reader:
     for tag, name, value in found.attributes:
         assert not name.startswith("on"), (tag, name)
         if name in ("src", "href", "xlink:href", "action"):
-            assert value.startswith("#"), value
+            assert value.startswith("#") or (tag, name) == ("a", "href"), value
+            assert tag != "a" or value.endswith("liar/report.json") and ":" not in value, value
     assert not re.search(r"@import|url\((?!#)", text)
     return found
 
@@ -90,14 +94,42 @@ def written(tmp_path: Path, fields, name: str = "run", **settings) -> Reader:
 def test_the_page_says_what_the_report_does(tmp_path):
     page = written(tmp_path, ordinary())
     said = page.text
-    for told in ("134.5\u00a0M → 113.3\u00a0M", "84.2%", "80.0%", "27.53", "37.91", "×\u00a01.377"):
+    for told in (
+        "134.5\u00a0M → 113.3\u00a0M",
+        "84.2%",
+        "27.53",
+        "37.91",
+        "×\u00a01.377",
+        "538.1\u00a0MB",
+    ):
         assert told.replace("\u00a0", " ") in said.replace("\u00a0", " ")
     assert "an/ordinary-135M" in said and "4,088 tokens in windows of 512" in said
     assert "Few tokens." in said and "3.7 min" in said and "0.31" in said
     assert "15.mlp" in said and "Sites (60)" in said
     assert "calibration" in said and "held out" in said and "allocate" in said
     assert "liar_ext.load_pruned(folder)" in page.code and page.text.count("`") == 0
-    assert said.count("Not measured") == 1 and "liar bench DIR --against MODEL" in said
+    assert "16% smaller, perplexity 38% higher, 1 warning." in said
+    assert "24% of the attention heads and 23% of the MLP channels" in said
+    assert "MLP of layer 15 keeps 1,044 of 1,536 units" in said and "read the 1 warning" in said
+    assert ("a", "href", "run/liar/report.json") in page.attributes
+
+
+def test_the_page_says_what_to_type_next(tmp_path):
+    """What a stranger's report names is quoted, for a shell and for Python."""
+    folder, model = tmp_path / "it's $(ls)", "m; `ls`"
+    load = "It loads with `transformers.AutoModelForCausalLM.from_pretrained(folder{})`."
+    report = Report(model, loading=load.format(", trust_remote_code=True"))
+    (_, loads), (_, judges), (_, times) = commands(folder, report, False)
+    call = ast.parse(loads, mode="eval").body
+    assert ast.unparse(call.func) == "transformers.AutoModelForCausalLM.from_pretrained"
+    assert call.args[0].value == str(folder) and call.keywords[0].arg == "trust_remote_code"
+    assert shlex.split(judges) == ["liar", "eval", str(folder), "--text", "held_out.jsonl"]
+    assert shlex.split(times) == ["liar", "bench", str(folder), "--against", model]
+    report = Report(model, loading=load.format(", x=y"), evaluation={"certified": {}})
+    (_, loads), (_, checks), (_, exports) = commands("p", report, True)
+    assert (loads, checks) == ("liar_ext.load_pruned('p')", "liar verify p")
+    for line in (judges, checks, times, exports):
+        parser().parse_args(shlex.split(line)[1:])
 
 
 def test_earlier_jobs_are_told_of(tmp_path):
@@ -117,6 +149,8 @@ def test_pictures_are_text_and_follow_light_and_dark(tmp_path):
     assert not re.findall(r"(?:fill|stroke): #(?!fff)[0-9a-f]{6}", "".join(pictures_of))
     assert "<title>0: 8 of 9 units stay</title>" in text  # to a pointer
     assert "<title>allocate: 176 s</title>" in text
+    assert text.count(" calibration</title></use>") == text.count(" held out</title></use>") == 60
+    assert "<title>15: 24.000% held out</title>" in text
     assert "var(--blue)" in text and "prefers-color-scheme: dark" in text
     identifiers = re.findall(r' id="([^"]*)"', text)
     assert len(set(identifiers)) == len(identifiers)
@@ -161,7 +195,7 @@ def test_markup_in_a_folders_name_is_text(tmp_path):
 @pytest.mark.parametrize("fields", [{}, wrong_kinds()], ids=["nothing", "wrong kinds"])
 def test_what_is_missing_or_wrong_is_not_measured(fields, tmp_path):
     said = written(tmp_path, fields, png=tmp_path / "png").text
-    assert said.count("Not measured") == 5 and said.count("not measured") == 3
+    assert "uality not measured" in said and "measure the quality" in said
     assert not list((tmp_path / "png").iterdir())
 
 
@@ -247,8 +281,8 @@ def test_a_torn_report_is_one_line(content, said, tmp_path, capsys):
     folder = save(tmp_path / "run", {})
     (folder / REPORT_JSON).write_bytes(content)
     assert main(["report", str(folder)]) == 2
-    line = capsys.readouterr().err
-    assert said in line and line.count("\n") == 1 and line.startswith("liar: error: report: ")
+    line = capsys.readouterr().err.replace("\nhint: ", "; ")
+    assert said in line and line.count("\n") == 1 and line.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -302,7 +336,7 @@ def test_a_place_that_may_not_be_written_is_one_line(tmp_path, monkeypatch, caps
     folder = save(tmp_path / "run", ordinary(2))
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert main(["report", str(folder)]) == 2
-    assert "may not be written to; give another name with -o" in capsys.readouterr().err
+    assert "may not be written to\nhint: give another name with -o" in capsys.readouterr().err
     monkeypatch.undo()
 
     def full(*_):
@@ -358,7 +392,7 @@ def test_a_stored_benchmark_is_shown(tmp_path):
     store_bench(folder, speed=1.25)
     said = Reader(write_page(folder)[0].read_text()).text
     assert "batch 32: decode, tokens/s" in said and "1.250 (1.188–1.312)" in said
-    assert "× 1.25" in said and "Not measured" not in said
+    assert "× 1.25" in said and "liar export" in said and "liar bench" not in said
 
 
 def test_a_benchmark_of_another_state_is_left_out_and_told_of(tmp_path):
@@ -366,7 +400,7 @@ def test_a_benchmark_of_another_state_is_left_out_and_told_of(tmp_path):
     path = store_bench(folder)
     save(folder, ordinary(2, keep=0.5))
     said = Reader(write_page(folder)[0].read_text()).text
-    assert "is of another state of this folder" in said and "Not measured" in said
+    assert "is of another state of this folder" in said and "batch 32" not in said
     path.write_text("{")
     assert "left out: report: " in Reader(write_page(folder)[0].read_text()).text
     path.write_text(json.dumps({"version": 1, "rates": [None, {"batch": 1, "pruned": NASTY}]}))

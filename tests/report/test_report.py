@@ -77,7 +77,7 @@ def test_the_summary_is_a_few_plain_lines():
     assert "134,515,008" in lines[0] and "(84.2%)" in lines[0]
     assert "(80.0%)" in lines[1]
     assert "26.97" in lines[2] and "34.74" in lines[2] and "4,088 tokens" in lines[2]
-    assert "2.35% at most, at 3.mlp" in lines[3] and "cross-validated" in lines[3]
+    assert "3.mlp: 2.3% relative error on held-out text" in lines[3]
     assert lines[4:] == ["It loads.", "Warning: Few tokens."]
 
 
@@ -85,7 +85,23 @@ def test_the_summary_names_the_worst_site_that_was_pruned():
     untouched = replace(ROW, name="0.mlp", units_after=1536, holdout_error=0.9)
     worse = replace(ROW, name="7.mlp", holdout_error=0.5, certified_error=0.6)
     said = report(sites=[untouched, ROW, worse]).summary()
-    assert "50.00% at most, at 7.mlp" in said and "60.00% at most, at 7.mlp (certified)" in said
+    assert "7.mlp: 50.0% relative" in said and "7.mlp: 60.0% (certified)" in said
+
+
+def test_the_verdict_says_what_needs_attention():
+    worse = replace(ROW, name="7.attn", units_before=3, units_after=1, holdout_error=0.5)
+    certified = {"certified": {"divergence": 0.31}}
+    fine = report(sites=[ROW, worse], warnings=[], evaluation=certified).verdict()
+    assert fine.note == "16% smaller, divergence 0.31, no warnings."
+    assert [row[0] for row in fine.rows] == ["removed", "worst layer", "needs attention"]
+    assert fine.rows[0][1] == "67% of the attention heads and 20% of the MLP channels"
+    assert fine.rows[1][1].startswith("attention of layer 7 keeps 1 of 3 units.")
+    assert fine.rows[2][1] == "nothing"
+    unknown = report(evaluation={}, warnings=["a", "b"])
+    for form in (unknown.to_markdown(), unknown.to_card()):
+        assert "16% smaller, quality not measured, 2 warnings." in form
+        assert "measure the quality" in form and "read the 2 warnings below" in form
+        assert "| weights, float32 | 538.1 MB | 453.1 MB | 0.842 |" in form
 
 
 def test_a_report_of_nothing_is_short():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import measure_losses
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, calibrate, reconstruct, score, site_divergences, sites
 from liar_ext.data.batches import probe_batches
 from liar_ext.selection.allocation import probe_plan
-from liar_ext.selection.curve_allocation import measure_losses, predict_divergence
+from liar_ext.selection.curve_allocation import predict_divergence
 from liar_ext.selection.error_curves import CURVE_DAMP
 
 BUDGET = Budget(0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from losses import measure_losses
 from tiny import batches, tiny
 
 from liar_ext.calibration.collect import calibrate
@@ -16,7 +17,6 @@ from liar_ext.reconstruction.one_pass import reconstruct
 from liar_ext.selection.allocation import allocate, allowed_counts, probe_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import score
-from liar_ext.selection.curve_allocation import measure_losses
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import divergences
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.pipeline import estimate
+from liar_ext.pipeline.folder import prune_folder
+from liar_ext.pipeline.job import Job, prepare
+from liar_ext.pipeline.streamed import describe
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.error_curves import error_curve
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import StreamedJob, prune_folder
 from liar_ext.streaming.passes import StreamedPasses
 
 GIB = 2**30
@@ -107,7 +111,7 @@ def test_hidden_states_and_sums_that_do_not_fit_change_nothing(
     data = batches(tiny("llama"), 3)
     choices = {"schedule": schedule}
     roomy = by_blocks(llama, data, tmp_path / "roomy", **choices)
-    monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+    monkeypatch.setattr("liar_ext.pipeline.streamed.room_for_states", lambda *_: 0)
     tight = by_blocks(llama, data, tmp_path / "tight", **choices)
     assert same(load_pruned(tmp_path / "tight"), load_pruned(tmp_path / "roomy"))
     assert roomy.settings["hidden_states_on_disk"] == 0
@@ -156,17 +160,17 @@ def test_held_out_text_is_judged_on_the_way(llama, tmp_path):
 def test_one_block_is_in_memory_at_a_time(llama, prefetch, tmp_path, monkeypatch):
     """And with reading ahead two; neither the dense model nor the pruned one is ever whole."""
     alive, most = weakref.WeakSet(), 0
-    read = BlockStore._read
+    read = BlockStore._read_below
 
-    def counted(self, names):
+    def counted(self, path):
         nonlocal most
-        tensors = read(self, names)
-        if "layers" in names[0]:
+        tensors = read(self, path)
+        if "layers" in path:
             alive.add(next(iter(tensors.values())).untyped_storage())
             most = max(most, len(alive))
         return tensors
 
-    monkeypatch.setattr(BlockStore, "_read", counted)
+    monkeypatch.setattr(BlockStore, "_read_below", counted)
     store = BlockStore(llama, prefetch=prefetch)
     assert all(p.is_meta for n, p in store.model.named_parameters() if "layers" in n)
     assert store.model.lm_head.weight.is_meta
@@ -197,14 +201,14 @@ def test_one_block_has_sums_and_new_weights_at_a_time(llama, job, tmp_path, monk
 
     monkeypatch.setattr(StreamedPasses, "_sums", watched)
     monkeypatch.setattr(LayerwiseSolver, "start", begun)
-    monkeypatch.setattr("liar_ext.streaming.second_walk.keep_block", kept)
-    monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+    monkeypatch.setattr("liar_ext.reconstruction.layerwise.keep_block", kept)
+    monkeypatch.setattr("liar_ext.pipeline.streamed.room_for_states", lambda *_: 0)
     by_blocks(llama, batches(tiny("llama"), 3), tmp_path / "pruned", **JOBS[job])
     assert before
 
 
 def test_weights_are_written_as_they_are_solved(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("liar_ext.streaming.job.SHARD_BYTES", 1)
+    monkeypatch.setattr("liar_ext.pipeline.streamed.SHARD_BYTES", 1)
     by_blocks(llama, batches(tiny("llama"), 3), tmp_path / "pruned")
     names = sorted(path.name for path in (tmp_path / "pruned").glob("*.safetensors"))
     assert names == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
@@ -313,12 +317,12 @@ def test_a_gguf_file_is_refused(tmp_path):
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
-    job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
-    lines = job.describe(4 * GIB)
+    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk.of(store))
+    prepared = prepare(replace(job, limit=4 * GIB))
+    lines, shares = describe(prepared), prepared.shares
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
-    needed = sum(job.need.values()) - job.shard_bytes + store.block_bytes
-    job = StreamedJob(store.model, batches(store.model, 3), Recipe(keep=0.6), store=store)
-    assert "without reading ahead" in job.describe(needed - 1)[0]
+    needed = sum(shares.need.values()) - shares.shard + store.block_bytes
+    assert "without reading ahead" in describe(prepare(replace(job, limit=needed - 1)))[0]
 
 
 def test_curves_that_find_no_memory_are_said_once(llama, tmp_path, monkeypatch):

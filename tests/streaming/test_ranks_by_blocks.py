@@ -18,14 +18,12 @@ from liar_ext.calibration.taps import InFlight
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
+from liar_ext.pipeline.folder import prune_folder
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import prune_folder
-from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 from liar_ext.streaming.probes import ProbeStreams
-from liar_ext.streaming.second_walk import SecondWalk
 
 ONE_PASS = {"schedule": "one-pass"}
 # Choices, and whether hidden states are on disk and the sums of one block there at a time.
@@ -51,7 +49,7 @@ def dying_at(kind: type, method: str) -> None:
 
     def dying(*arguments, **named):
         calls.append(None)
-        if len(calls) == (1 if method == "losses" else 2):
+        if len(calls) == (1 if method == "sensitivities" else 2):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **named)
 
@@ -91,7 +89,7 @@ def alone(dense, tmp_path_factory):
             out = tmp_path_factory.mktemp("alone") / name
             with pytest.MonkeyPatch.context() as patch:
                 if tight:
-                    patch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+                    patch.setattr("liar_ext.pipeline.streamed.room_for_states", lambda *_: 0)
                 found[name] = out, in_json(numbers(run(dense, out, name)))
     return found
 
@@ -105,7 +103,7 @@ def test_ranks_write_what_one_writes(count, dense, alone, tmp_path, monkeypatch)
         for name, (_, tight) in JOBS.items():
             with monkeypatch.context() as patch:
                 if tight:
-                    patch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+                    patch.setattr("liar_ext.pipeline.streamed.room_for_states", lambda *_: 0)
                 found[name] = numbers(run(dense, tmp_path / name, name))
         found["runs"] = distributed.gather(len(runs))
         if distributed.is_first():
@@ -151,7 +149,7 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 
     assert forked.run(2, dying, tmp_path) == [3, -signal.SIGKILL]
     said = (tmp_path / "err0").read_text()
-    assert said.count("liar: error: prune: another process of the job has ended") == 1
+    assert said.count("error: another process of the job has ended") == 1
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"alone", "two", "c"}
     assert main(["resume", str(tmp_path / "c"), "--quiet"]) == 0  # in one process
     check_folders(tmp_path / "dead", tmp_path / "alone")
@@ -161,8 +159,12 @@ def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
 # Which ranks do a job, one after the other: their number, the call that kills one, and which one.
 RELAYS = {
     "default": [(2, (StreamedPasses, "_sums"), 0), (3, (LayerwiseSolver, "step"), 2), (2, None, 0)],
-    "one-pass": [(3, (StreamedPasses, "_sums"), 1), (1, (SecondWalk, "_along"), 0), (3, None, 0)],
-    "one-pass-tight": [(1, (ProbeStreams, "losses"), 0), (2, (Judged, "advance"), 0), (1, None, 0)],
+    "one-pass": [(3, (StreamedPasses, "_sums"), 1), (1, (BlockStore, "tensors"), 0), (3, None, 0)],
+    "one-pass-tight": [
+        (1, (ProbeStreams, "sensitivities"), 0),
+        (2, (BlockStore, "tensors"), 0),
+        (1, None, 0),
+    ],
 }
 
 
@@ -171,7 +173,7 @@ def test_any_number_of_ranks_goes_on_by_blocks(name, dense, alone, tmp_path, mon
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     if JOBS[name][1]:
-        monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+        monkeypatch.setattr("liar_ext.pipeline.streamed.room_for_states", lambda *_: 0)
     before, expected = alone[name]
     for count, killed, victim in RELAYS[name]:
 

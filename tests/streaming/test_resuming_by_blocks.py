@@ -10,11 +10,11 @@ from tiny import batches, tiny
 
 from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.pipeline import analysis, folder
+from liar_ext.pipeline.folder import prune_folder
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.streaming.block_store import BlockStore
-from liar_ext.streaming.job import StreamedJob, prune_folder
-from liar_ext.streaming.judging import Judged
 from liar_ext.streaming.passes import StreamedPasses
 
 ONE_PASS = {"schedule": "one-pass"}
@@ -86,12 +86,12 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
     family, choices, tight = JOBS[job]
     dense = dense[family]
     if tight:
-        monkeypatch.setattr("liar_ext.streaming.job.room_for_states", lambda *_: 0)
+        monkeypatch.setattr("liar_ext.pipeline.streamed.room_for_states", lambda *_: 0)
     expected = run(*dense, tmp_path / "whole", **choices)
     layerwise = expected.settings["schedule"] == "layerwise"
     # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
-    stops = [(StreamedPasses, "_sums", 3), (StreamedJob, "allocate", 1)]
-    stops += [(Judged, "outputs", 1), (BlockStore, "tensors", 2)]
+    stops = [(StreamedPasses, "_sums", 3), (analysis, "allocated", 1)]
+    stops += [(folder, "outputs_of", 1), (BlockStore, "tensors", 2)]
     stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
     for number, (kind, name, call) in enumerate(stops):
         with monkeypatch.context() as patch:

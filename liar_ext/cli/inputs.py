@@ -1,0 +1,267 @@
+"""What several commands need: a model, its tokenizer, and the texts that a recipe names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext import checkpoint
+from liar_ext.calibration import self_calibration
+from liar_ext.calibration.self_calibration import SELF
+from liar_ext.checkpoint.inspection import read_config
+from liar_ext.checkpoint.reading import stock_class
+from liar_ext.cli.processes import check_device
+from liar_ext.data import texts
+from liar_ext.data.documents import document_digests
+from liar_ext.data.random_tokens import fraction_of
+from liar_ext.distributed import broadcast, is_first
+from liar_ext.errors import InputError
+from liar_ext.latency_table import LatencyTable
+from liar_ext.models.inputs import known_tokens
+from liar_ext.models.running import predicts_next_token
+from liar_ext.pipeline.choosing import LEAST
+from liar_ext.recipe import Recipe
+from liar_ext.report.report import Report
+
+SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
+
+ONE_KIND = (
+    "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
+    "another kind as well, or let the model write a share of its own with --self-text 0.25."
+)
+
+UNMEASURED = (
+    "The text is too short to measure --schedule auto on: layers are solved layer by layer, or in "
+    "one pass if a norm reads the output of each layer."
+)
+
+
+@dataclass
+class Given:
+    """What a recipe names, loaded."""
+
+    model: nn.Module
+    tokenizer: Any
+    calibration: Sequence[Mapping[str, Tensor]] | None  # None: that of the bank
+    evaluation: Sequence[Mapping[str, Tensor]] | None
+    certification: Sequence[Mapping[str, Tensor]] | None
+    judging: Sequence[Mapping[str, Tensor]] | None
+    facts: dict[str, object]
+    warnings: list[str]
+    notes: tuple[str, ...] = ()  # of the draw
+    documents: Tensor | None = None  # their digests, where they are asked for
+    text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
+
+
+def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+    """Return a model and its tokenizer.
+
+    Raises
+    ------
+    InputError
+        If it can't be loaded, or has no tokenizer.
+    """
+    model, tokenizer = checkpoint.load_model(name, dtype, device)
+    check_tokenizer(name, tokenizer)
+    return model, tokenizer
+
+
+def check_causal(name: str, command: str) -> None:
+    """Raise InputError if a folder's config tells that its model predicts no next token."""
+    path = Path(name)
+    if not path.is_dir():
+        return
+    fields = read_config(path, "load_model")
+    stock = stock_class(fields, "load_model")
+    if not stock.can_generate() or fields.get("is_encoder_decoder"):
+        raise not_causal(stock.__name__, command)
+
+
+def not_causal(kind: str, command: str) -> InputError:
+    """Return the error for a model that has no perplexity."""
+    return InputError(
+        f"{command} needs a causal language model, got {kind}; judge the model by its own task"
+    )
+
+
+def check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Raise InputError if a model that is given text has no tokenizer."""
+    if tokenizer is None:
+        raise InputError(
+            f"load_model: {name} has no tokenizer to read text with; put one into the folder, or "
+            "call liar_ext.prune with batches of your own"
+        )
+
+
+def load(
+    recipe: Recipe,
+    *,
+    progress: bool = False,
+    digests: bool = False,
+    loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
+    sketch: bool = False,
+    judge: int = 0,
+) -> Given:
+    """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
+
+    With ``digests`` also those of its documents. Of several ranks each loads the model; the first
+    one reads, writes and draws text, and hands the others the sequences. A ``sketch`` has as many
+    sequences, but of what the model writes itself only beginnings, again and again, and what all of
+    it would take, in seconds, as ``facts["writing"]``. With ``judge`` so many sequences more are
+    drawn to judge whole models by, if the text has them.
+
+    Raises
+    ------
+    InputError
+        If one of them can't be read, or they don't go together.
+    """
+    check_device(recipe.device)
+    check_unloaded(recipe)
+    read, held_out = _documents(recipe) if is_first() else ({}, None)
+    model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
+    texts.check_seq_len(model, recipe.seq_len)
+    check_eval(recipe, model)
+    drawn = None
+    if is_first():
+        settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
+        drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
+    return Given(model, tokenizer, *broadcast(drawn))
+
+
+def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
+    """Return the documents of a recipe by source, and those to evaluate on."""
+    read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
+    held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
+    if held_out is not None:
+        texts.check_apart([text for documents in read.values() for text in documents], held_out)
+    return read, held_out
+
+
+def _draw(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    read: dict[str, Sequence[str]],
+    held_out: Sequence[str] | None,
+    *,
+    digests: bool,
+    progress: bool,
+    sketch: bool,
+    judge: int,
+) -> tuple:
+    """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
+    facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
+    if SELF in recipe.calibration:
+        asked = {"judge": judge, "progress": progress, "sketch": sketch}
+        read[SELF], seconds = _written(model, tokenizer, recipe, **asked)
+        facts |= {"writing": seconds} if sketch else {}
+    written = SELF in recipe.calibration or writes(recipe, model)
+    draw = partial(
+        texts.calibration_sequences,
+        [read[source] for source in recipe.calibration],
+        tokenizer,
+        samples=recipe.samples,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        random_tokens=fraction_of(recipe.random_tokens, predicts_next_token(model), written),
+        vocab_size=known_tokens(model, model.config),
+        packed=predicts_next_token(model),
+        certify=recipe.certify,
+    )
+    short = []
+    try:
+        calibration = draw(judge=judge)
+    except InputError:  # the text may be too short for one part more
+        calibration = draw()
+        short = [UNMEASURED] if judge and len(calibration) < LEAST else []
+    evaluation = evaluation_batches(recipe, held_out, tokenizer)
+    facts["bos"] = calibration.bos
+    if recipe.eval:
+        facts["eval"] = recipe.eval
+    kinds = warnings_of(recipe.calibration, predicts_next_token(model), recipe.self_text)
+    warnings = [*calibration.notes, *short, *kinds]
+    known = None
+    if digests:
+        every = (text for documents in read.values() for text in documents)
+        known = torch.tensor(sorted(document_digests(every)))
+    batches = calibration.batches(recipe.batch_size)
+    apart = [
+        None if some is None else some.batches(recipe.batch_size)
+        for some in (calibration.certification, calibration.judging)
+    ]
+    named = {**read, recipe.eval: held_out}
+    whole = {n: texts.text_digest(each) for n, each in named.items() if each and n != SELF}
+    return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
+
+
+def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
+    """Return what a user has to know of the kinds of calibration text."""
+    alone = len(set(names)) == 1 and SELF not in names and self_text == 0
+    return [ONE_KIND] if alone and causal else []
+
+
+def check_eval(recipe: Recipe, model: nn.Module) -> None:
+    """Refuse an evaluation of a model that has no perplexity."""
+    if recipe.eval and not predicts_next_token(model):
+        raise not_causal(type(model).__name__, "prune: --eval")
+
+
+def check_unloaded(recipe: Recipe) -> None:
+    """Refuse what can be told before the model is loaded, which may take minutes."""
+    if recipe.eval:
+        check_causal(recipe.model, "prune: --eval")
+    if recipe.latency_table is not None:
+        LatencyTable.load(recipe.latency_table)
+
+
+def evaluation_batches(
+    recipe: Recipe, held_out: Sequence[str] | None, tokenizer: Any
+) -> list[dict[str, Tensor]] | None:
+    """Return the batches of the held-out text, if there is one."""
+    if held_out is None:
+        return None
+    return texts.evaluation_sequences(
+        held_out, tokenizer, seq_len=recipe.seq_len, samples=recipe.eval_samples
+    ).batches(recipe.batch_size)
+
+
+def _written(
+    model: nn.Module, tokenizer: Any, recipe: Recipe, *, judge: int, progress: bool, sketch: bool
+) -> tuple[Sequence[str], float]:
+    """Return the model's own share of the calibration text, and the seconds to write it."""
+    start = time.perf_counter()
+    share = -(-(recipe.samples + recipe.certify + judge) // len(recipe.calibration))
+    tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
+    written = self_calibration.write_documents(
+        model,
+        tokenizer,
+        documents=self_calibration.enough_documents(share),
+        tokens=tokens,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    times = -(-recipe.seq_len // tokens)
+    if sketch:  # once more, as what is read again may be fewer tokens
+        written = [(times + 1) * text for text in written]
+    return written, times * (time.perf_counter() - start)
+
+
+def writes(recipe: Recipe, model: nn.Module) -> bool:
+    """Tell whether a model writes text beside that which a recipe names."""
+    named = SELF in recipe.calibration
+    return recipe.self_text > 0 and not named and predicts_next_token(model)
+
+
+def add_facts(report: Report, given: Given) -> None:
+    """Let a report say what became of the texts."""
+    report.settings |= given.facts
+    report.warnings += given.warnings
+    report.recipe = replace(report.recipe, text_digests=given.text_digests)

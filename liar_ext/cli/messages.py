@@ -1,0 +1,121 @@
+"""The lines that a command writes to stderr: ``error:``, ``hint:`` and ``warning:``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from liar_ext.errors import did_you_mean
+from liar_ext.recipe.fields import recipe_fields
+from liar_ext.recipe.option import option_of
+
+MOST_CHARACTERS = 300  # of a line
+COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
+OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
+ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
+PATHS = (  # options that name something to read
+    *("model", "calibration", "eval", "text", "recipe", "bank", "banks", "latency_table"),
+    *("folder", "folders", "against"),
+)
+OF_A_RECIPE = ("recipe: ", "Budget: ")
+
+
+def one_line(message: object) -> str:
+    """Return a message as one line, cut where it is far too long."""
+    line = " ".join(str(message).split())
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
+
+
+def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
+    """Return ``error:`` with what is wrong and, where there is one, ``hint:`` with what to type.
+
+    An error of the package reads ``operation: what is wrong; what to do``. Fields of a recipe
+    become options. For a file or folder of the options that isn't there, a near name is shown.
+    """
+    line = " ".join(str(message).split())
+    for begin in OF_A_RECIPE:
+        if line.startswith(begin):
+            name = line.removeprefix(begin).partition(" ")[0]
+            option = {each.name: option_of(each) for each in recipe_fields()}.get(name)
+            line = line.replace(name, option, 1) if option and name != "model" else line
+    line = ARGUMENT.sub(r"\1 ", OPERATION.sub("", line))
+    cause, _, hint = line.partition("; ")
+    hints = [near for near in _near_paths(options, cause)] + [hint] * bool(hint)
+    lines = [("error", cause), *([("hint", " ".join(hints))] if hints else [])]
+    return "\n".join(f"{_painted(word)} {one_line(said)}" for word, said in lines)
+
+
+def is_other() -> bool:
+    """Tell whether torchrun started this process as another rank than the first."""
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return launched and os.environ["RANK"] != "0"
+
+
+@contextmanager
+def silence_of_others() -> Iterator[None]:
+    """Let the first rank alone say what all would say alike."""
+    if not is_other():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+@contextmanager
+def shown(progress: bool, quiet: bool) -> Iterator[None]:
+    """Let warnings and logged progress be lines of stderr; ``quiet`` lets warnings go."""
+    logger, handler = logging.getLogger("liar_ext"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.setLevel(logging.INFO if progress else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            if quiet:
+                warnings.simplefilter("ignore", UserWarning)
+            other = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+                if category is not UserWarning:
+                    return other(message, category, *where)
+                said = OPERATION.sub("", " ".join(str(message).split()), count=1)
+                print(_painted("warning"), said, file=sys.stderr, flush=True)
+
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _near_paths(options: argparse.Namespace | None, cause: str) -> Iterator[str]:
+    """Yield a near name for the first path of the options that an error names and that isn't."""
+    words = [word.strip("'\",:") for word in cause.split()]
+
+    def named(text: str) -> bool:
+        return any(word == text or word.endswith(f"/{text}") for word in words)
+
+    for value in (getattr(options, name, None) for name in PATHS):
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and named(text) and not os.path.lexists(text):
+                path = Path(text)
+                beside = os.listdir(path.parent) if path.parent.is_dir() else ()
+                near = did_you_mean(path.name, beside)
+                if near:
+                    yield near.replace("mean ", f"mean {path.parent}/") if "/" in text else near
+                    return
+
+
+def _painted(word: str) -> str:
+    """Return a word with its colon, in colour where stderr is a terminal that has some."""
+    plain = (
+        not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    )
+    return f"{word}:" if plain else f"\033[{COLOURS[word]}m{word}:\033[0m"

@@ -1,0 +1,13 @@
+"""Losses of sites, as a job finds them."""
+
+from __future__ import annotations
+
+from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities
+from liar_ext.selection.error_curves import error_curves
+
+
+def measure_losses(model, bank, at, scores, budget, batches):
+    """Return losses and sensitivities by site."""
+    curves = error_curves(model, bank, at, scores)
+    found = measure_sensitivities(model, bank, at, scores, curves, budget, batches)
+    return losses_of(model, bank, at, curves, found), found
