@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import liar_ext.environment  # noqa: F401  (before torch)
@@ -11,8 +12,10 @@ if TYPE_CHECKING:
     from liar_ext.benchmarking.latency import measure_latency
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.moments import MomentBank, Moments
-    from liar_ext.checkpoint import load_pruned
+    from liar_ext.checkpoint import load_model, load_pruned
     from liar_ext.checkpoint.saving import save_pruned
+    from liar_ext.cli.compress import compress
+    from liar_ext.data.texts import calibration_sequences, read_documents
     from liar_ext.errors import InputError
     from liar_ext.evaluation import kl_divergence, perplexity
     from liar_ext.export.verify import verify_pruned
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from liar_ext.suggest.suggest import suggest_family
     from liar_ext.surgery.units import apply_plan
 
+__version__: str
+
 __all__ = [
     "Budget",
     "Costs",
@@ -43,18 +48,23 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "__version__",
     "allocate",
     "apply_plan",
     "calibrate",
+    "calibration_sequences",
+    "compress",
     "criterion",
     "error_curves",
     "kl_divergence",
+    "load_model",
     "load_pruned",
     "measure_latency",
     "narrow",
     "ops",
     "perplexity",
     "prune",
+    "read_documents",
     "reconstruct",
     "reconstruct_layerwise",
     "register_family",
@@ -80,14 +90,18 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "allocate": "selection.allocation",
     "apply_plan": "surgery.units",
     "calibrate": "calibration.collect",
+    "calibration_sequences": "data.texts",
+    "compress": "cli.compress",
     "criterion": "selection.criteria",
     "error_curves": "selection.error_curves",
     "kl_divergence": "evaluation",
+    "load_model": "checkpoint",
     "load_pruned": "checkpoint",
     "measure_latency": "benchmarking.latency",
     "narrow": "narrowing.narrowing",
     "perplexity": "evaluation",
     "prune": "pipeline",
+    "read_documents": "data.texts",
     "reconstruct": "reconstruction.one_pass",
     "reconstruct_layerwise": "reconstruction.layerwise",
     "register_family": "models.sites",
@@ -103,6 +117,8 @@ _MODULES = {  # of the public names, imported when one is first asked for
 
 def __getattr__(name: str) -> Any:
     """Import a public name."""
+    if name == "__version__":
+        return version("liar_ext")
     if name == "ops":
         return import_module("liar_ext.ops")
     if name in _MODULES:

@@ -14,6 +14,8 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 Step = TypeVar("Step")
+# Called with the stage, steps that are done, steps in all, and seconds left, if they are known.
+OnProgress = Callable[[str, int, int | None, float | None], object]
 EVERY = 30.0  # seconds between two lines of the log
 TITLES = {  # of stages, for people
     "calibrate": "collecting activation statistics",
@@ -30,11 +32,13 @@ TITLES = {  # of stages, for people
 }
 _PLAIN: ContextVar[bool] = ContextVar("liar_ext_plain", default=False)
 _JOB: ContextVar[Timeline | None] = ContextVar("liar_ext_job", default=None)
+_TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
 
 
 class Bar(tqdm):
     """A bar of tqdm on a terminal, there the line of the job; elsewhere a line of the log.
 
+    Within :func:`told` a function is called after each step instead.
     The log gets one line every :data:`EVERY` seconds, at level INFO. A notebook shows bars of its
     own. Parameters are those of tqdm; ``desc`` names the stage, and what follows a comma in it
     isn't part of the name.
@@ -45,7 +49,8 @@ class Bar(tqdm):
     ) -> None:
         self.job = _JOB.get()
         file = settings.get("file") or sys.stderr
-        self.logs = not disable and (_PLAIN.get() or not file.isatty())
+        self.told = None if disable else _TOLD.get()
+        self.logs = not disable and bool(self.told or _PLAIN.get() or not file.isatty())
         self.logged = time.monotonic()
         settings.setdefault("leave", self.job is None)
         super().__init__(*args, disable=disable or self.logs, desc=desc, **settings)
@@ -73,6 +78,10 @@ class Bar(tqdm):
         if not self.logs:
             return super().update(n)
         self.n, now, last = self.n + n, time.monotonic(), self.job or self
+        if self.told is not None:
+            left = None if self.job is None else self.job.left(self.desc, self.n)
+            self.told(_name(self.desc), self.n, self.total, left)
+            return
         if now - last.logged >= EVERY:
             last.logged = now
             of = "" if self.total is None else f"/{self.total}"
@@ -85,6 +94,16 @@ class Bar(tqdm):
             self.job.advance(self.desc, self.n)
         self.logs = False
         super().close()
+
+
+@contextmanager
+def told(progress: bool | OnProgress) -> Iterator[None]:
+    """Let bars that are made in the context call a function, if it is one."""
+    token = _TOLD.set(progress if callable(progress) else _TOLD.get())
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 @contextmanager

@@ -159,10 +159,10 @@ def test_perplexity_is_reported_before_and_after():
         ({"reconstruct": "ridge"}, "reconstruct must be one of"),
         ({"damp": "lots"}, "damp must be"),
         ({"allocation": "fair"}, "allocation must be one of"),
-        ({"kinds": ("ffn",)}, "kinds must be some of"),
+        ({"kinds": ("ffn",)}, "kinds must be a list of some of"),
         ({"memory": 0}, "memory must be an integer of at least 1, got 0"),
         ({"seed": 2**70}, "seed must be .* below 2.63, got an integer of 71 bits"),
-        ({"criterium": "wifv"}, "unknown field 'criterium'; did you mean criterion"),
+        ({"criterium": "wifv"}, "no keyword criterium; did you mean criterion"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_first_batch(arguments, message):
@@ -315,13 +315,48 @@ def test_a_model_that_was_sliced_by_hand_since_is_pruned():
         ({"samples": 3}, "calibration_sequences"),
         ({"seq_len": 8}, "calibration_sequences"),
         ({"dtype": "bfloat16"}, "load_model"),
-        ({"preset": "fast"}, "Recipe.preset"),
+        ({"out": "folder"}, "save_pruned"),
+        ({"max_memory": "12GiB"}, "compress"),
     ],
 )
 def test_a_choice_that_the_command_alone_heeds_is_refused(choice, instead):
     model = tiny("llama")
     with pytest.raises(InputError, match=f"prune: {next(iter(choice))} is no .*{instead}"):
         prune(model, batches(model), **choice)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("keeep", "keep"), ("evaluate", "evaluate_on"), ("zzz", "docs/options.md")]
+)
+def test_an_unknown_keyword_is_refused_with_a_near_one(name, near):
+    model = tiny("llama")
+    with pytest.raises(InputError, match=f"prune: there is no keyword {name}; .*{near}"):
+        prune(model, batches(model), **{name: 1})
+
+
+def test_a_preset_and_sites_are_keywords():
+    model = tiny("llama")
+    report = prune(model, batches(model), 0.7, preset="fast", sites="mlp")
+    assert report.recipe.allocation == "uniform" and report.recipe.kinds == ("mlp",)
+    assert all(row.name.endswith("mlp") for row in report.sites if row.is_pruned)
+
+
+def test_a_function_is_told_of_every_step_and_may_end_the_job():
+    model, seen = tiny("llama"), []
+    prune(model, batches(model), keep=0.7, progress=lambda *step: seen.append(step))
+    by_stage = {stage: [each[1:] for each in seen if each[0] == stage] for stage, *_ in seen}
+    assert {"calibrate", "curves", "sensitivity", "layerwise"} <= by_stage.keys()
+    for steps in by_stage.values():
+        assert steps[-1][0] == steps[-1][1]  # all of them are done
+    assert seen[0][3] > 0 and seen[-1][3] < seen[0][3] + 60
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = outputs(fresh := tiny("llama"))
+    with pytest.raises(KeyboardInterrupt):
+        prune(fresh, batches(fresh), keep=0.7, progress=stop)
+    assert outputs(fresh).equal(before)
 
 
 def test_the_recipe_of_a_job_in_python_says_what_was_run(tmp_path):

@@ -54,7 +54,7 @@ __all__ = ["PLAN_FILE", "check_folder", "save_pruned"]
 def save_pruned(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    plan: Plan,
+    plan: Plan | None = None,
     *,
     report: Any = None,
     tokenizer: Any = None,
@@ -73,8 +73,8 @@ def save_pruned(
         The model after :func:`liar_ext.apply_plan`.
     folder : path
         Where to write; its parents are made.
-    plan : Plan
-        The plan that was applied.
+    plan : Plan, optional
+        The plan that was applied; by default that of the report.
     report : Report or mapping, optional
         Anything with ``save(folder)``, or a mapping that is written as ``liar/report.json``. It is
         written last. If it has ``seconds``, a dict, those of saving are put there first as
@@ -94,6 +94,9 @@ def save_pruned(
         the model's outputs aren't finite, or writing fails (a full disk, for one).
     """
     start = time.perf_counter()
+    plan = getattr(report, "plan", None) if plan is None else plan
+    if plan is None:
+        raise InputError("save_pruned: needs the plan that was applied; give it, or a report of it")
     with writing(folder, overwrite) as path:
         fill_folder(
             model, path, plan, report=report, tokenizer=tokenizer, source=source, start=start

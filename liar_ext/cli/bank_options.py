@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from liar_ext.cli.fields import add_field, add_fields, read_name, read_number
-from liar_ext.recipe.fields import recipe_fields
+from liar_ext.cli.fields import add_field, add_fields, at_least, read_name, read_number
+from liar_ext.recipe.fields import PRESETS, recipe_fields
 
 BANK_HELP = "reuse the activation statistics and the text of a file written by liar calibrate"
 
@@ -118,6 +118,27 @@ def add_sweep(
         help="also write pruned models: DIR/keep-0.9 and so on",
     )
     _add_writing(output, "folders of pruned models in DIR")
+
+
+def add_compare_methods(commands: argparse._SubParsersAction) -> None:
+    """Add ``liar compare-methods``."""
+    parser = commands.add_parser(
+        "compare-methods",
+        help="perplexity of several pruning methods on one model, over several seeds",
+        usage="liar compare-methods MODEL --calibration TEXT --eval TEXT [options]",
+        description="Prune a copy of MODEL by each method and seed, and print a table of "
+        "perplexity: the mean over seeds, the lowest and the highest. Methods on the same "
+        "calibration text share its statistics. Nothing is saved.",
+        epilog="Example: liar compare-methods gpt2 --calibration text.txt --eval held_out.txt",
+    )
+    methods, seeds = ["flap", "wanda-sp", "liar"], [0, 1]
+    add = parser.add_argument_group("Methods").add_argument
+    help = f"presets, and liar for balanced (default: {' '.join(methods)})"
+    add("--methods", nargs="+", choices=("liar", *PRESETS), default=methods, help=help)
+    add("--seeds", type=at_least(0), nargs="+", default=seeds, metavar="N", help="random seeds")
+    chosen = [each for each in recipe_fields() if each.name not in ("seed", "certify")]
+    add_fields(parser, chosen, "methods", "seeds")
+    add_shown(parser.add_argument_group("Output"), "no progress")
 
 
 def _add_writing(group: argparse._ActionsContainer, what: str) -> None:

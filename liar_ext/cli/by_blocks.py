@@ -29,7 +29,7 @@ NONE_WRITTEN = (
 )
 
 
-def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> None:
+def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> Report | None:
     """Run the job that the options and their recipe say, which began at ``start``."""
     if SELF in recipe.calibration:
         raise InputError(
@@ -59,7 +59,7 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         lines = describe(prepare(Job(store.model, given.calibration, settled, **known)))
         if is_first():
             print_estimate(lines, options)
-        return
+        return None
     loaded = time.perf_counter() - start
 
     def annotate(report: Report) -> None:
@@ -82,3 +82,4 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             progress=options.progress,
         )
     say(report, options, start)
+    return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Given:
     warnings: list[str]
     notes: tuple[str, ...] = ()  # of the draw
     documents: Tensor | None = None  # their digests, where they are asked for
+    text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -138,6 +139,7 @@ def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] 
     """Return the documents of a recipe by source, and those to evaluate on."""
     read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
     return read, held_out
@@ -195,7 +197,9 @@ def _draw(
         None if some is None else some.batches(recipe.batch_size)
         for some in (calibration.certification, calibration.judging)
     ]
-    return batches, evaluation, *apart, facts, warnings, calibration.notes, known
+    named = {**read, recipe.eval: held_out}
+    whole = {n: texts.text_digest(each) for n, each in named.items() if each and n != SELF}
+    return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
 
 
 def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
@@ -260,3 +264,4 @@ def add_facts(report: Report, given: Given) -> None:
     """Let a report say what became of the texts."""
     report.settings |= given.facts
     report.warnings += given.warnings
+    report.recipe = replace(report.recipe, text_digests=given.text_digests)

@@ -31,9 +31,10 @@ def _resume(options: argparse.Namespace) -> None:
 
 NAMES = (
     *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
-    *("export", "families", "info", "doctor"),
+    *("compare-methods", "export", "families", "info", "doctor"),
 )
-MODULES = {"eval": "evaluate"}  # others have the name of their command
+# Others have the name of their command.
+MODULES = {"eval": "evaluate", "compare-methods": "compare_methods"}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     **{name: partial(_run_command, name) for name in NAMES},
     "resume": _resume,

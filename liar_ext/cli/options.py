@@ -12,6 +12,7 @@ from liar_ext.cli.bank_options import (
     BANK_HELP,
     add_calibrate,
     add_checkpoint,
+    add_compare_methods,
     add_merge,
     add_resume,
     add_shown,
@@ -99,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_report(commands)
     _add_compare(commands)
+    add_compare_methods(commands)
     add_export(commands, read_name, at_least(1))
     add_families(commands, read_name)
     info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
@@ -119,7 +121,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         commands.print_help(sys.stderr)
         commands.error("no command was given; name one of those above")
     options, rest = commands.parse_known_args(arguments)
-    lacks = options.command in ("prune", "calibrate", "sweep") and not hasattr(options, "model")
+    takes = ("prune", "calibrate", "sweep", "compare-methods")
+    lacks = options.command in takes and not hasattr(options, "model")
     if lacks and len(rest) == 1 and not rest[0].startswith("-"):
         options.model, rest = rest[0], []
     if rest:

@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
     run_recipe(recipe, options)
 
 
-def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
-    """Run the job that a recipe says, and for its output the options."""
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
+    """Run the job that a recipe says, and for its output the options; None for a dry run."""
     start, bank = time.perf_counter(), None
     sketch = getattr(options, "dry_run", False)
     if options.out:
@@ -42,8 +42,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         check_resumable(recipe)
     check_apart(options)
     if options.max_memory is not None:
-        run_by_blocks(recipe, options, start)
-        return
+        return run_by_blocks(recipe, options, start)
     if options.bank:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
@@ -54,12 +53,12 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
         with alone():
             print_estimate(_sketched(given, settled, options.progress), options)
     if sketch:
-        return
+        return None
     loaded = time.perf_counter() - start
     with checkpoint_of(recipe, options) as saved:
         report = prune_given(given, settled, bank, saved, progress=options.progress)
         if not is_first():
-            return
+            return report
         # Those of saving are added by save_pruned, which writes the report.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
@@ -69,6 +68,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
             fill_folder(given.model, path, report.plan, **saving)
     say(report, options, start)
+    return report
 
 
 def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:
@@ -113,6 +113,11 @@ def prune_given(
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
     """Refuse a job that lacks one of the three that have no default."""
+    if getattr(options, "recipe", None) and not recipe.calibration and not options.bank:
+        raise InputError(
+            f"prune: {options.recipe} names no text, as its job ran in Python, or with a bank; "
+            "give --calibration TEXT"
+        )
     missing = {
         "MODEL": not recipe.model,
         "--calibration TEXT": not recipe.calibration and not options.bank,

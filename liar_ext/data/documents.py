@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -32,7 +33,7 @@ class Documents(list):
         self.notes = list(notes)
 
 
-def read_documents(source: str | Iterable[Mapping[str, object]]) -> Documents:
+def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object]]) -> Documents:
     """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
 
     A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
@@ -46,6 +47,7 @@ def read_documents(source: str | Iterable[Mapping[str, object]]) -> Documents:
     InputError
         If the source does not exist, is not UTF-8, lacks the field or holds no text.
     """
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(source, str):
         return _with_text(_of_rows(iter(source), "given"), "the dataset given")
     if not source.strip():
@@ -88,6 +90,25 @@ def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
 def document_digests(documents: Iterable[str]) -> set[int]:
     """Return a digest of 8 bytes of each document, as :func:`check_apart` compares them."""
     return {_digest(text) for text in documents}
+
+
+def text_digest(documents: Iterable[str]) -> str:
+    """Return a digest of all documents of a text, in their order."""
+    digest = blake2b(digest_size=16)
+    for text in documents:
+        digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def check_unchanged(known: Mapping[str, str], read: Mapping[str, Iterable[str]]) -> None:
+    """Raise InputError if a text that was read hasn't the digest that is known of it."""
+    changed = [name for name in known if name in read and text_digest(read[name]) != known[name]]
+    if changed:
+        raise InputError(
+            f"recipe: {', '.join(changed)} changed since the job of this recipe, which can't be "
+            "repeated with it; name the texts with --calibration or --eval to prune by what they "
+            "are now"
+        )
 
 
 def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:

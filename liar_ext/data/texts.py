@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from liar_ext.data.batches import FOLDS
-from liar_ext.data.documents import Documents, check_apart, read_documents
+from liar_ext.data.documents import (
+    Documents,
+    check_apart,
+    check_unchanged,
+    read_documents,
+    text_digest,
+)
 from liar_ext.data.folds import CHARACTERS, cut_pieces, halve, split_documents
 from liar_ext.data.random_tokens import random_sequences
 from liar_ext.data.sequences import NO_TEXT, Sequences, check_fraction
@@ -23,9 +29,11 @@ __all__ = [
     "calibration_sequences",
     "check_apart",
     "check_seq_len",
+    "check_unchanged",
     "document_prefix",
     "evaluation_sequences",
     "read_documents",
+    "text_digest",
     "tokenizer_fingerprint",
 ]
 

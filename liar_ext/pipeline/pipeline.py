@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from liar_ext.bars import Timeline
+from liar_ext.bars import OnProgress, Timeline, told
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
 from liar_ext.checkpoint import stock_config
@@ -27,6 +28,7 @@ from liar_ext.pipeline.settings import describe_sizes, report_of
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
+from liar_ext.recipe.keywords import PruneOptions, check_keywords
 from liar_ext.reconstruction.one_pass import certified_errors
 from liar_ext.report.report import Report
 from liar_ext.selection.divergence import Divergence
@@ -37,15 +39,11 @@ Finish = Callable[[Job, Base, Any, Decision], Solved]
 AROUND: dict[str, str] = {
     **{each.name: each.metadata["in_python"] for each in recipe_fields()},
     "judge": "give judge_on the batches; calibration_sequences(judge=...) draws them",
-    "preset": "give liar_ext.Recipe.preset(NAME) as the recipe",
+    "max_memory": "liar_ext.compress takes it, and a folder as the model",
+    "out": "liar_ext.save_pruned writes the folder",
+    "overwrite": "liar_ext.save_pruned takes it",
+    "text": "calibration_sequences([read_documents(text)], tokenizer).batches() makes the batches",
 }
-
-
-def check_choices(choices: Mapping[str, object]) -> None:
-    """Raise InputError for a choice of the command that :func:`prune` itself can't heed."""
-    for name in choices:
-        if AROUND.get(name):
-            raise InputError(f"prune: {name} is no keyword of prune in Python: {AROUND[name]}")
 
 
 def prune(
@@ -58,8 +56,8 @@ def prune(
     judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
-    progress: bool = False,
-    **choices: object,
+    progress: bool | OnProgress = False,
+    **choices: Unpack[PruneOptions],
 ) -> Report:
     """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
 
@@ -104,12 +102,15 @@ def prune(
         and layerwise the blocks that are done. The result has the same bits. The folder stays
         when all is done. Of several ranks the first one alone works in it, and any number of them
         can go on from it.
-    progress : bool
-        Show progress bars.
+    progress : bool or callable
+        Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
+        instead. ``total`` and ``seconds_left`` are None if they are unknown. An exception of the
+        callable ends the job.
     **choices
         Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
-        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ... Those by which the command
-        loads the model and draws the text are refused.
+        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...; ``preset``, such as
+        ``"fast"``; ``sites``, such as ``"mlp"``. Fields by which the command loads the model and
+        draws the text are refused: :func:`liar_ext.compress` takes them.
 
     Returns
     -------
@@ -128,20 +129,21 @@ def prune(
     with the same model, text and choices, and has the same pruned model then. The first one alone
     evaluates, and has that in its report.
 
-    FLAP is ``criterion="wifv", allocation="global", reconstruct="bias", tile=1``; Wanda-sp's
-    score and ratios are ``criterion="wanda", allocation="uniform", reconstruct="none", tile=1``, on
-    the dense model's activations.
+    ``preset="flap"`` is FLAP: ``criterion="wifv", allocation="global", reconstruct="bias",
+    tile=1``; ``preset="wanda-sp"`` is Wanda-sp's score and ratios, ``criterion="wanda",
+    allocation="uniform", reconstruct="none", tile=1``, on the dense model's activations.
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
-    check_choices(choices)
-    with opened(checkpoint) as saved:
+    own = "evaluate_on", "certify_on", "judge_on", "bank", "checkpoint", "progress"
+    check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
+    with told(progress), opened(checkpoint) as saved:
         return run(
             Job(
                 model,
                 batches,
                 Recipe.build(recipe, **choices),
-                progress,
+                bool(progress),
                 bank,
                 saved=saved,
                 judged=judge_on,

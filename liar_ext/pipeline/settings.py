@@ -45,7 +45,7 @@ def settings_of(
 
 def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recipe:
     """Return a recipe with what model and text were, where it doesn't say which they are."""
-    changes: dict[str, object] = {}
+    changes: dict[str, object] = {"text_digests": {}}  # of batches there are no names
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype in DTYPES:
         changes["dtype"] = dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from liar_ext.errors import InputError
@@ -108,6 +108,14 @@ def texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(check(name, each) for each in value)
 
 
+def digests(name: str, value: Any) -> dict[str, str]:
+    """Check a mapping of names to digests."""
+    if isinstance(value, Mapping):
+        if all(isinstance(each, str) for pair in value.items() for each in pair):
+            return dict(value)
+    raise InputError(f"recipe: {name} must map names of texts to digests, got {shown(value)}")
+
+
 def one_of(names: Sequence[str]) -> Check:
     """Return the check of one of some names."""
 
@@ -128,7 +136,7 @@ def some_of(names: Sequence[str]) -> Check:
         known = all(isinstance(each, str) and each in names for each in given)
         if not given or not known or len(set(given)) < len(given):
             raise InputError(
-                f"recipe: {name} must be some of {', '.join(names)}, got {shown(value)}"
+                f"recipe: {name} must be a list of some of {', '.join(names)}, got {shown(value)}"
             )
         return given
 

@@ -19,11 +19,18 @@ SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
 CRITERIA = ("fisher", "magnitude", "obs", "random", "snip", "taylor", "wanda", "wifv")  # built in
 SELF_TEXT = 0.25  # of all sequences; docs/quality.md shows its effect
-# docs/quality.md measures them: the cheapest job that reconstructs, the default, the best.
+_TEXT_ALONE = {"self_text": 0.0, "random_tokens": 0.0, "tile": 1}
+# docs/quality.md measures them: the cheapest job that reconstructs, the default, the best; then
+# methods of papers, Wanda-sp's on the dense model's activations.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"allocation": "uniform", "schedule": "one-pass", "self_text": 0.0},
     "balanced": {},
     "best": {"rescale": True},
+    "flap": {"allocation": "global", "reconstruct": "bias", **_TEXT_ALONE},
+    "wanda-sp": {
+        **{"criterion": "wanda", "allocation": "uniform", "reconstruct": "none"},
+        **_TEXT_ALONE,
+    },
 }
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 _DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
@@ -38,8 +45,10 @@ _solve = partial(Option, group="reconstruction", affects="weights")
 _report = partial(Option, group="evaluation", affects="report")
 
 
-def _sites(text: str) -> tuple[str, ...] | str:
-    return {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}.get(text, text)
+def read_sites(text: Any) -> Any:
+    """Read which layers may be pruned; what is no name of some is returned."""
+    known = {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}
+    return known.get(text, text) if isinstance(text, str) else text
 
 
 def _without_gradients(criterion: str) -> bool:
@@ -158,7 +167,7 @@ class Fields:
         "layers that may be pruned",
         option="--sites",
         metavar="{all,attn,mlp}",
-        read=_sites,
+        read=read_sites,
     )
     attn_unit: str = _budget(
         "auto",

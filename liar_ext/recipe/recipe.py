@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, did_you_mean
 from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe import text
-from liar_ext.recipe.fields import PRESETS, Fields, recipe_fields
+from liar_ext.recipe.fields import PRESETS, Fields, read_sites, recipe_fields
 from liar_ext.recipe.option import GROUPS
 
 VERSION = 1
@@ -37,7 +36,13 @@ class Recipe(Fields):
     The command loads the model and draws the text; :func:`liar_ext.prune` is given both, and
     refuses the fields for it as keywords. docs/options.md has the reasons for all defaults.
     A field of a wrong type or value, or that does not go with another, raises InputError.
+    ``text_digests`` are of the texts that a job read, by their names. ``liar prune`` refuses to
+    repeat the job if one has changed; a recipe with other texts has none.
     """
+
+    text_digests: Mapping[str, str] = field(
+        default_factory=dict, compare=False, metadata={"check": check.digests}
+    )
 
     @classmethod
     def build(cls, start: Recipe | Budget | float | None = None, **choices: Any) -> Recipe:
@@ -49,6 +54,8 @@ class Recipe(Fields):
             A budget, or its fraction, stands for ``keep=start``.
         **choices
             Fields; ``keep`` may be a :class:`liar_ext.Budget`, which sets all of its fields.
+            ``preset`` names the recipe to start from, ``sites`` is ``kinds`` as the command has it:
+            ``"all"``, ``"attn"`` or ``"mlp"``.
 
         Raises
         ------
@@ -65,7 +72,18 @@ class Recipe(Fields):
             if twice:
                 raise InputError(f"recipe: {', '.join(twice)} must be given once, in the Budget")
             choices = {**budget, **choices}
+        if "sites" in choices:
+            if "kinds" in choices:
+                raise InputError("recipe: sites and kinds are the same choice; leave one out")
+            choices["kinds"] = read_sites(choices.pop("sites"))
+        if "preset" in choices:
+            name = check.one_of(tuple(PRESETS))("preset", choices.pop("preset"))
+            if start is not None:
+                raise InputError("recipe: preset and a recipe were given; leave one out")
+            choices = {**PRESETS[name], **choices}
         _check_names(choices)
+        if choices.keys() & {"calibration", "eval"}:
+            choices["text_digests"] = {}
         return replace(start or cls(), **choices)
 
     def settled(self) -> Recipe:
@@ -82,16 +100,15 @@ class Recipe(Fields):
 
     @classmethod
     def preset(cls, name: str, **choices: Any) -> Recipe:
-        """Return the recipe ``fast``, ``balanced`` (the default one) or ``best``."""
-        if name not in PRESETS:
-            raise InputError(f"recipe: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls.build(**{**PRESETS[name], **choices})
+        """Return the recipe ``fast``, ``balanced`` (the default one), ``best``, ...: a preset."""
+        return cls.build(preset=name, **choices)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the version and the fields, as JSON has them."""
-        return {"version": VERSION} | {
-            each.name: text.plain(getattr(self, each.name)) for each in fields(self)
-        }
+        found = {each.name: text.plain(getattr(self, each.name)) for each in fields(self)}
+        if not found["text_digests"]:
+            del found["text_digests"]
+        return {"version": VERSION, **found}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Recipe:
@@ -123,8 +140,9 @@ class Recipe(Fields):
             said = f"recipe: ignoring {', '.join(unused)}: removed options, at their defaults"
             warnings.warn(said, stacklevel=2)
         facts = {name: value for name, value in facts.items() if name not in unused}
+        digests = facts.pop("text_digests", {})
         _check_names(facts)
-        return cls(**facts)
+        return cls(**facts, text_digests=digests)
 
     def to_json(self) -> str:
         """Return the recipe as strict JSON."""
@@ -142,6 +160,9 @@ class Recipe(Fields):
         for group, title in GROUPS.items():
             own = {each.name: facts[each.name] for each in recipe_fields(group=group)}
             lines += [f"\n# {title}\n", text.yaml_lines(own)]
+        if self.text_digests:
+            own = {"text_digests": facts["text_digests"]}
+            lines += ["\n# Texts as they were read\n", text.yaml_lines(own)]
         return "".join(lines)
 
     @classmethod
@@ -181,7 +202,7 @@ if Recipe.__doc__:  # python -OO drops it
 
 def _check_names(choices: Mapping[str, Any]) -> None:
     """Raise InputError for the first name that is no field."""
-    known = [each.name for each in fields(Recipe)]
+    known = [each.name for each in recipe_fields()]
     for name in choices:
         if name in REMOVED:
             raise InputError(
@@ -189,6 +210,5 @@ def _check_names(choices: Mapping[str, Any]) -> None:
                 "use the version of liar_ext that wrote the recipe"
             )
         if name not in known:
-            near = difflib.get_close_matches(str(name)[:40], known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = did_you_mean(name, known, "docs/options.md has all of them")
             raise InputError(f"recipe: unknown field {check.shown(name)}; {hint}")

@@ -7,7 +7,8 @@ import math
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,21 @@ import yaml
 
 from liar_ext import ops
 from liar_ext.checkpoint.names import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
+from liar_ext.errors import InputError
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
-from liar_ext.report.tables import Table, figure, in_markdown, plain, to_markdown
+from liar_ext.report.tables import Table, figure, in_markdown, plain, to_html, to_markdown
 from liar_ext.rows import SiteRow
 from liar_ext.untrusted import count, listing, named, read_object, text
 
 MOST_SITES = 4096
+MOST_SHOWN = 512  # of them in a notebook
 REMOVED = {"attn": "attention heads", "mlp": "MLP channels"}
 NAMES = {"attn": "attention", "mlp": "MLP"}
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What was asked, what came out, what it cost.
 
@@ -84,6 +87,43 @@ class Report:
     loading: str = ""
     plan: Plan | None = None
     recipe: Recipe | Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        known = [plain(self.model)]
+        before, after = self.params.get("before"), self.params.get("after")
+        if before and after is not None:
+            known.append(f"{before:,} → {after:,} parameters")
+        dense, pruned = self.evaluation.get("dense"), self.evaluation.get("pruned")
+        if dense and pruned and "perplexity" in dense:
+            change = tables.quality(dense["perplexity"]), tables.quality(pruned["perplexity"])
+            known.append(f"perplexity {' → '.join(change)}")
+        return f"Report({', '.join([*known, f'{len(self.warnings)} warnings'])})"
+
+    def _repr_html_(self) -> str:
+        """Return sizes, warnings and, folded, the sites, which a notebook shows."""
+        notes = "".join(f"<p>Warning: {escape(each)}</p>" for each in self.warnings)
+        rows = tables.sites("Sites", self.sites[:MOST_SHOWN])
+        folded = f"<details><summary>{len(self.sites):,} sites</summary>{to_html(rows)}</details>"
+        title = f"<p><b>{escape(self.model)}, pruned</b></p>"
+        return title + to_html(self.sizes()) + notes + (folded if self.sites else "")
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame with a row for each site, and the fields of its row.
+
+        Raises
+        ------
+        InputError
+            If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise InputError(
+                "report: to_frame needs pandas; pip install pandas, or read report.sites"
+            ) from None
+        names = [each.name for each in fields(SiteRow)]
+        rows = [asdict(row) for row in self.sites]
+        return pandas.DataFrame(rows, columns=names).set_index("name")
 
     @property
     def choices(self) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """The tables of a report: one model of a table, its forms, and a function for each table.
 
-:func:`to_text` and :func:`to_markdown` are two of the forms; the third is a macro of ``page.html``.
+:func:`to_text`, :func:`to_markdown` and :func:`to_html` are forms; ``page.html`` has a macro.
 The facts that tables are made of may have been read from a file: a number that is missing is shown
 as "–".
 """
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 from liar_ext.benchmarking.stored import Benchmark, ModelFacts
@@ -67,6 +68,21 @@ def to_markdown(table: Table) -> list[str]:
     rows = [table.columns, rule, *table.rows]
     lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in rows]
     return [in_markdown(table.note), "", *lines] if table.note else lines
+
+
+def to_html(table: Table) -> str:
+    """Return a table as HTML without title and notes; every cell is escaped."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        sides = ["left" if at in table.text_columns else "right" for at in range(len(cells))]
+        made = (
+            f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
+            for side, cell in zip(sides, cells, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    body = "".join(row(cells, "td") for cells in table.rows)
+    return f"<table><thead>{row(table.columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def in_markdown(value: str) -> str:

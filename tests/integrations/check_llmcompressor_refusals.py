@@ -35,7 +35,7 @@ def groups_of(size):
             "self_text is of the .* leave it out",
         ),
         ({"preset": "fastest"}, "preset must be one of"),
-        ({"kinds": "mlp"}, "kinds must be some of"),
+        ({"kinds": "mlp"}, "kinds must be a list of some of"),
     ],
 )
 def test_a_wrong_field_is_named(fields, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Recipe, prune
-from liar_ext.recipe.fields import ALLOCATIONS, PRESETS
+from liar_ext.recipe.fields import ALLOCATIONS, PRESETS, recipe_fields
 from liar_ext.recipe.option import GROUPS
 from liar_ext.recipe.recipe import REMOVED
 from liar_ext.selection import allocation
@@ -32,6 +32,7 @@ def recipes(draw) -> Recipe:
     positive = st.integers(1, BIG)
     fraction = st.floats(0, 1, exclude_min=True)
     return Recipe(
+        text_digests=draw(st.dictionaries(TEXT, NAMES, max_size=2)),
         model=draw(st.none() | NAMES),
         dtype=draw(st.sampled_from(["float32", "bfloat16", "float16", "float64"])),
         device=draw(NAMES),
@@ -71,6 +72,9 @@ def recipes(draw) -> Recipe:
 @example(Recipe(model="0\x85", device="a\u2028b", calibration=("a\r\n", "é\x85", "null", "1e3")))
 @settings(max_examples=200, deadline=None)
 def test_a_recipe_is_the_same_after_yaml_and_json(recipe):
+    digests = recipe.text_digests  # which make no recipe another one
+    assert Recipe.from_yaml(recipe.to_yaml()).text_digests == digests
+    assert Recipe.from_json(recipe.to_json()).text_digests == digests
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert Recipe.from_json(recipe.to_json()) == recipe
     assert Recipe.from_dict(recipe.to_dict()) == recipe
@@ -98,7 +102,7 @@ def test_yaml_shows_the_stages():
 
 
 def test_every_field_has_a_stage_a_check_and_a_help():
-    for each in fields(Recipe):
+    for each in recipe_fields():
         assert each.metadata["group"] in GROUPS and each.metadata["help"], each.name
         assert each.metadata["affects"] in ("inputs", "scores", "plan", "weights", "report")
         assert each.metadata["in_bank"] in ("", "text", "sensitivities")
@@ -163,7 +167,7 @@ WRONG = {
 
 
 def test_every_field_is_tried():
-    assert WRONG.keys() == {each.name for each in fields(Recipe)}
+    assert WRONG.keys() == {each.name for each in recipe_fields()}
 
 
 @pytest.mark.parametrize(
@@ -219,6 +223,8 @@ HOSTILE = {
     "another version": "version: 2",
     "true as version": "version: true",
     "nested": "keep: {a: {b: [[[0]]]}}",
+    "digests of another type": "text_digests: {a.txt: 1}",
+    "no digests": "text_digests: a.txt",
 }
 
 
@@ -262,6 +268,11 @@ def test_presets_are_recipes():
     assert Recipe.preset("balanced") == Recipe()
     assert Recipe.preset("fast").allocation == "uniform"
     assert Recipe.preset("best", keep=0.5) == Recipe(rescale=True, keep=0.5)
+    for name in ("flap", "wanda-sp"):
+        found = Recipe.preset(name)
+        assert found.settled().schedule == "one-pass" and found.tile == 1
+        assert found.self_text == found.random_tokens == 0
+    assert Recipe.preset("flap").criterion == "wifv"
     assert len({Recipe.preset(name) for name in PRESETS}) == len(PRESETS)
     with pytest.raises(InputError, match="preset must be one of fast, balanced, best"):
         Recipe.preset("quick")

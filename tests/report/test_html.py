@@ -207,7 +207,7 @@ def text_of_page(tmp_path, fields) -> str:
 
     A page is made of what was read, and many a wrong value is read as nothing.
     """
-    read = repr(Report.load(save(tmp_path / "run", fields)))
+    read = repr(vars(Report.load(save(tmp_path / "run", fields))))
     if read not in PAGES:
         PAGES[read] = written(tmp_path, fields).text
     return PAGES[read]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 from test_latency_table import table
 
-from liar_ext import Recipe, Report
+from liar_ext import InputError, Recipe, Report
 from liar_ext.bars import Clock
 from liar_ext.report.tables import Table, figure, sites, to_markdown, to_text
 from liar_ext.rows import SiteRow, what_to_know
@@ -237,3 +238,31 @@ def test_the_clock_adds_stages_of_one_name():
             pass
     assert list(clock.each("b", [1, 2])) == [1, 2]
     assert clock.seconds.keys() == {"a", "b"} and all(s >= 0 for s in clock.seconds.values())
+
+
+def test_a_notebook_shows_sizes_warnings_and_sites_as_text():
+    nasty = "<script>alert(1)</script>"
+    shown = report(model=nasty, warnings=[nasty], sites=[replace(ROW, name=nasty)])._repr_html_()
+    assert "134,515,008" in shown and shown.count("&lt;script&gt;") == 3
+    assert "<script" not in shown and shown.count("<table>") == shown.count("</table>") == 2
+    assert "<details>" not in Report("a/model")._repr_html_()
+
+
+def test_a_report_is_shown_in_one_line():
+    found = report(evaluation={"dense": PERPLEXITY, "pruned": PERPLEXITY}, warnings=["a", "b"])
+    sizes = "134,515,008 → 113,281,344 parameters, perplexity 26.97 → 26.97"
+    assert repr(found) == f"Report(a/model, {sizes}, 2 warnings)"
+    assert repr(Report("a/model")) == "Report(a/model, 0 warnings)"
+
+
+def test_sites_are_a_frame_of_pandas(monkeypatch):
+    pytest.importorskip("pandas")
+    frame = report(sites=[ROW, replace(ROW, name="4.mlp", error=0.5)]).to_frame()
+    assert frame.loc["4.mlp", "error"] == 0.5 and frame["units_after"].tolist() == [1229, 1229]
+    assert "error" in report(sites=[]).to_frame().columns
+
+
+def test_without_pandas_a_frame_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="pip install pandas, or read report.sites"):
+        report().to_frame()

@@ -1,0 +1,60 @@
+"""``liar compare-methods``: the numbers of each method, as prune has them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from liar_ext import cli, compress
+from liar_ext.pipeline.sweep import Sweep
+
+SHORT = {"keep": 0.5, "samples": 8, "seq_len": 16, "eval_samples": 4}
+
+
+def words(llama_folder, corpus, *more: str) -> list[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
+    texts = ["--calibration", str(corpus[0]), "--eval", str(corpus[1])]
+    return ["compare-methods", str(llama_folder), *texts, *options, *more]
+
+
+def test_each_method_has_the_numbers_of_prune(llama_folder, corpus, tmp_path, capsys, monkeypatch):
+    made, begin = [], Sweep.__post_init__
+    monkeypatch.setattr(Sweep, "__post_init__", lambda self: (made.append(1), begin(self)))
+    methods = ["--methods", "flap", "wanda-sp", "--seeds", "3", "4", "--json"]
+    assert cli.main(words(llama_folder, corpus, *methods)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["method"], row["seed"]) for row in found["runs"]] == [
+        *(("flap", 3), ("wanda-sp", 3), ("flap", 4), ("wanda-sp", 4)),
+    ]
+    assert len(made) == 2  # sums for each seed, which both methods share
+    texts = {"text": corpus[0], "eval": str(corpus[1])}
+    report = compress(
+        llama_folder, out=tmp_path / "out", preset="wanda-sp", seed=4, **texts, **SHORT
+    )
+    judged = report.evaluation
+    assert found["runs"][3]["perplexity"] == pytest.approx(judged["pruned"]["perplexity"])
+    assert found["dense"]["perplexity"] == pytest.approx(judged["dense"]["perplexity"])
+
+
+def test_the_table_has_mean_and_spread(llama_folder, corpus, capsys):
+    methods = ["--methods", "flap", "liar"]
+    assert cli.main(words(llama_folder, corpus, *methods, "--seeds", "0", "1", "--quiet")) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["method", "dense", "flap", "liar"]
+    middle, low, high = map(float, lines[2][2:5])
+    assert low <= middle <= high and lines[1][3:] == ["–", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--seeds", "1", "1"], "--seeds must name each once"), (["--keep", "0"], "keep must be in")],
+)
+def test_what_cannot_be_compared_is_refused(more, message, llama_folder, corpus, capsys):
+    assert cli.main(words(llama_folder, corpus, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(llama_folder, capsys):
+    assert cli.main(["compare-methods", str(llama_folder)]) == 2
+    assert "needs MODEL, --calibration TEXT and --eval TEXT" in capsys.readouterr().err
