@@ -11,6 +11,7 @@ from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.checkpoint import load_pruned
 from liar_ext.checkpoint.registration import register
 from liar_ext.checkpoint.saving import save_pruned
+from liar_ext.embeddings import encoder_similarity
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
 from liar_ext.latency_table import LatencyTable
@@ -49,6 +50,7 @@ __all__ = [
     "apply_plan",
     "calibrate",
     "criterion",
+    "encoder_similarity",
     "error_curves",
     "kl_divergence",
     "load_pruned",

@@ -19,8 +19,8 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.distributed import broadcast, is_first, world_size
+from liar_ext.embeddings import Evaluator
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
 from liar_ext.latency_table import LatencyTable
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites
@@ -61,6 +61,7 @@ class Job:
     bank: MomentBank | None = None
     known: Known | None = None  # what other jobs have found, of the same model, bank and text
     clock: Clock = field(default_factory=Clock)
+    evaluator: Evaluator = field(default_factory=Evaluator)
     narrowing: Narrowing | None = None
     experts: KeptExperts | None = None
     rows: list[SiteRow] = field(default_factory=list)
@@ -182,11 +183,11 @@ class Job:
         return self.speed.costs
 
     def evaluate(self, batches: Sequence[Mapping[str, Tensor]] | None) -> dict[str, float] | None:
-        """Return the perplexity, at the first rank, of the model as it is now, if there is text."""
+        """Measure, at the first rank, the model as it is now, if there is text."""
         if batches is None or not is_first():
             return None
         with self.clock("evaluate"):
-            return perplexity(self.model, batches, progress=self.progress)
+            return self.evaluator(self.model, batches, progress=self.progress)
 
     def narrow(self) -> nn.Module:
         """Return the model to prune: itself, or a copy with fewer hidden features or experts."""

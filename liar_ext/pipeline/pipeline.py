@@ -74,7 +74,8 @@ def prune(
         Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
         parameters that may stay, or a :class:`liar_ext.Budget`.
     evaluate_on : sequence of mapping, optional
-        Batches of held-out text; the report then has dense and pruned perplexity.
+        Batches of held-out text, or of other inputs of an encoder. The report then has dense and
+        pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
     certify_on : sequence of mapping, optional
         Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
         decision sees them; the report then has errors on them: of each site's new weights, on the

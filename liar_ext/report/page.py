@@ -27,7 +27,7 @@ from liar_ext.untrusted import text
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
 MOST_ROWS = 512  # of a table
 MEASURE_SPEED = "liar bench DIR --against MODEL measures it."
-MEASURE_PERPLEXITY = "Perplexity: liar prune --eval TEXT measures it, for causal language models."
+MEASURE_QUALITY = "Quality: liar prune --eval TEXT measures it."
 SAID = ("criterion", "allocation", "schedule")  # choices that are named at the top
 
 
@@ -68,7 +68,7 @@ def write_page(
     report, name = Report.load(folder), name_of(folder)
     bench, notes = stored_bench(folder)
     model = report.model or "an unnamed model"
-    is_judged = {"dense", "pruned"} <= report.evaluation.keys()
+    is_judged = bool(tables.measures(report.evaluation))
     with pictures.drawing("report") as figures:
         drawn = {
             "units": pictures.kept(report.sites, figures),
@@ -84,7 +84,7 @@ def write_page(
             tiles=_tiles(report, bench),
             pictures=_pictures(report, pictures.as_svg(drawn)),
             sections=[
-                (report.sizes(), "" if is_judged else MEASURE_PERPLEXITY),
+                (report.sizes(), "" if is_judged else MEASURE_QUALITY),
                 (tables.speed(bench), "" if bench else MEASURE_SPEED),
             ],
             loading=report.loading,
@@ -175,12 +175,12 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
         under = known and f"{magnitude(before)} → {magnitude(after)}"
         tile = (f"{after / before:.1%}", under, min(after / before, 1)) if known else nothing
         tiles.append((title, *tile))
-    if "dense" in found and "pruned" in found:
-        dense, pruned = (found[name]["perplexity"] for name in ("dense", "pruned"))
-        under = f"{quality(dense)} → {quality(pruned)}"
-        tiles.append(("perplexity", change(dense, pruned), under, None))
-    elif "certified" not in found:
-        tiles.append(("perplexity", *nothing))
+    measured = tables.measures(found)
+    for name, dense, pruned in measured:
+        value = change(dense, pruned) if name == "perplexity" else quality(pruned)
+        tiles.append((name, value, f"{quality(dense)} → {quality(pruned)}", None))
+    if not measured and "certified" not in found:
+        tiles.append(("quality", *nothing))
     if "certified" in found:
         outputs = tables.figure(found["certified"].get("rows"), ",")
         under = f"from the dense model, certified, {outputs} outputs"
