@@ -40,9 +40,9 @@ def check_causal(name: str, command: str) -> None:
 
 
 def not_causal(kind: str, command: str) -> InputError:
-    """Return the error for a model that has no perplexity."""
+    """Return the error for a model that tasks of lm-eval can't be run on."""
     return InputError(
-        f"{command} needs a causal language model, got {kind}; judge the model by its own task"
+        f"{command} --tasks needs a causal language model, got {kind}; judge an encoder by --text"
     )
 
 

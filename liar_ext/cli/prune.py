@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.self_calibration import SELF
 from liar_ext.checkpoint_store import RESULT, Checkpoint
-from liar_ext.cli.loading import check_causal, load_with_tokenizer, not_causal
+from liar_ext.cli.loading import load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.own_text import SKETCHED, TextAndOwn, let_write, writes
 from liar_ext.cli.processes import check_device
@@ -197,7 +197,6 @@ def load(
     read, held_out = _documents(recipe) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
-    check_eval(recipe, model)
     drawn = None
     if is_first():
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
@@ -257,7 +256,7 @@ def _draw(
     except InputError:  # the text may be too short for one part more
         calibration = draw()
         short = [UNMEASURED] if judge and len(calibration) < LEAST else []
-    evaluation = evaluation_batches(recipe, held_out, tokenizer)
+    evaluation = evaluation_batches(recipe, held_out, model, tokenizer)
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
@@ -281,24 +280,16 @@ def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[st
     return [ONE_KIND] if alone and causal else []
 
 
-def check_eval(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse an evaluation of a model that has no perplexity."""
-    if recipe.eval and not predicts_next_token(model):
-        raise not_causal(type(model).__name__, "prune: --eval")
-
-
 def check_unloaded(recipe: Recipe) -> None:
     """Refuse what can be told before the model is loaded, which may take minutes."""
     from liar_ext.latency_table import LatencyTable
 
-    if recipe.eval:
-        check_causal(recipe.model, "prune: --eval")
     if recipe.latency_table is not None:
         LatencyTable.load(recipe.latency_table)
 
 
 def evaluation_batches(
-    recipe: Recipe, held_out: Sequence[str] | None, tokenizer: Any
+    recipe: Recipe, held_out: Sequence[str] | None, model: nn.Module, tokenizer: Any
 ) -> list[dict[str, Tensor]] | None:
     """Return the batches of the held-out text, if there is one."""
     from liar_ext.data import texts
@@ -306,7 +297,11 @@ def evaluation_batches(
     if held_out is None:
         return None
     return texts.evaluation_sequences(
-        held_out, tokenizer, seq_len=recipe.seq_len, samples=recipe.eval_samples
+        held_out,
+        tokenizer,
+        seq_len=recipe.seq_len,
+        samples=recipe.eval_samples,
+        packed=predicts_next_token(model),
     ).batches(recipe.batch_size)
 
 
