@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from liar_ext.checkpoint.saving import save_pruned
     from liar_ext.cli.compress import compress
     from liar_ext.data.texts import calibration_sequences, read_documents
+    from liar_ext.embeddings import encoder_similarity
     from liar_ext.errors import InputError
     from liar_ext.evaluation import kl_divergence, perplexity
     from liar_ext.export.verify import verify_pruned
@@ -55,6 +56,7 @@ __all__ = [
     "calibration_sequences",
     "compress",
     "criterion",
+    "encoder_similarity",
     "error_curves",
     "kl_divergence",
     "load_model",
@@ -93,6 +95,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "calibration_sequences": "data.texts",
     "compress": "cli.compress",
     "criterion": "selection.criteria",
+    "encoder_similarity": "embeddings",
     "error_curves": "selection.error_curves",
     "kl_divergence": "evaluation",
     "load_model": "checkpoint",

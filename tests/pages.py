@@ -156,7 +156,7 @@ def prepare(folder: Path) -> None:
     """Write what pages begin with: ``model`` and ``encoder``, tiny and random, and texts."""
     from tiny import tiny
 
-    texts = {"calibration.jsonl": documents(60, 1), "held_out.jsonl": documents(10, 2)}
+    texts = {"calibration.jsonl": documents(60, 1), "held_out.jsonl": documents(14, 2)}
     for name, each in texts.items():
         lines = [json.dumps({"text": text}) + "\n" for text in each]
         (folder / name).write_text("".join(lines), encoding="utf-8")

@@ -150,7 +150,7 @@ def test_a_wrong_command_line_would_be_seen():
         "liar prune M --out x",
         "liar eval",
     ]
-    for line in ("liar prune M --kep 0.8", "liar shrink M", "liar verify --jsn", "liar eval M"):
+    for line in ("liar prune M --kep 0.8", "liar shrink M", "liar verify --jsn", "liar bench M"):
         with pytest.raises(AssertionError):
             parses(line)
     parses("liar COMMAND --help")

@@ -15,9 +15,8 @@ from liar_ext.cli.output import print_estimate, say
 from liar_ext.cli.resume import checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
-from liar_ext.pipeline.folder import prune_folder
-from liar_ext.pipeline.job import Job, prepare
-from liar_ext.pipeline.streamed import describe
+from liar_ext.models.running import predicts_next_token
+from liar_ext.pipeline.folder import describe, prune_folder
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report
@@ -51,6 +50,12 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
     settled = replace(recipe, self_text=0.0)
     given = load(settled, loader=open_store, progress=options.progress)
     (store,) = stores
+    if given.evaluation is not None and not predicts_next_token(store.model):
+        raise InputError(
+            "prune: --max-memory with --eval needs a causal language model, got "
+            f"{type(store.model).__name__}; leave --eval out, and judge the result by liar eval "
+            "DIR --text TEXT"
+        )
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
     if getattr(options, "dry_run", False):

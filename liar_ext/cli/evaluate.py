@@ -1,4 +1,4 @@
-"""``liar eval``: perplexity of a model on a text, or tasks of lm-eval."""
+"""``liar eval``: perplexity of a model on a text, what an encoder keeps, or tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from liar_ext.atomic_write import begins_with, check_place, write_whole
+from liar_ext.cli.encoders import judge, read_texts
 from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
 from liar_ext.data import texts
 from liar_ext.errors import InputError
@@ -19,13 +18,14 @@ from liar_ext.report.report import versions
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the perplexity, or lm-eval's table."""
+    """Print the perplexity, what an encoder keeps, or lm-eval's table."""
     _check_together(options)
-    check_causal(options.model, "eval:")
+    if options.tasks:
+        check_causal(options.model, "eval:")
     output = Path(options.out) if options.out else None
     if output is not None:
         check_place(output, "eval", "--out", begins_with('{\n "model": '))
-    result, line = (_tasks if options.tasks else _perplexity)(options)
+    result, line = (_tasks if options.tasks else _on_text)(options)
     print(json.dumps(result) if options.json else line, flush=True)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
@@ -34,18 +34,29 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_together(options: argparse.Namespace) -> None:
     """Refuse options of the other kind, which would change nothing."""
-    names = ("samples",) if options.tasks else ("include_path", "limit", "num_fewshot")
+    of_text = ("samples", "against", "pairs")
+    names = of_text if options.tasks else ("include_path", "limit", "num_fewshot")
     for name in names:
         if getattr(options, name) is not None:
             option, kind = "--" + name.replace("_", "-"), "--text" if options.tasks else "--tasks"
             raise InputError(f"eval: {option} goes with {kind}; leave one of them out")
+    if not (options.text or options.tasks or options.pairs):
+        raise InputError("eval: needs --text TEXT, --tasks TASK, or of an encoder --pairs FILE")
 
 
-def _perplexity(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return the perplexity on a text, and the line that says it."""
-    documents = texts.read_documents(options.text)
-    model, tokenizer = _load(options)
+def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the perplexity on a text or what an encoder keeps, and the line that says it."""
+    documents, pairs = read_texts(options)
+    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
     texts.check_seq_len(model, options.seq_len)
+    if not predicts_next_token(model):
+        return judge(options, model, tokenizer, documents, pairs)
+    if options.against or options.pairs:
+        option = "--against" if options.against else "--pairs"
+        raise InputError(
+            f"eval: {option} is for encoders, got {type(model).__name__}, which has a perplexity; "
+            "leave it out"
+        )
     sequences = texts.evaluation_sequences(
         documents, tokenizer, seq_len=options.seq_len, samples=options.samples
     )
@@ -61,8 +72,12 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from liar_ext.integrations.lm_eval import evaluate_tasks, load_tasks
 
     tasks = load_tasks(options.tasks, options.include_path)
+    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
+    if not predicts_next_token(model):
+        raise not_causal(type(model).__name__, "eval:")
     result = evaluate_tasks(
-        *_load(options),
+        model,
+        tokenizer,
         tasks,
         limit=options.limit,
         num_fewshot=options.num_fewshot,
@@ -70,17 +85,3 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         progress=options.progress,
     )
     return result, result.pop("table").rstrip()
-
-
-def _load(options: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """Return model and tokenizer.
-
-    Raises
-    ------
-    InputError
-        If they can't be loaded, or the model predicts no next token.
-    """
-    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
-    if not predicts_next_token(model):
-        raise not_causal(type(model).__name__, "eval:")
-    return model, tokenizer

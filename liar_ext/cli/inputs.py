@@ -85,9 +85,9 @@ def check_causal(name: str, command: str) -> None:
 
 
 def not_causal(kind: str, command: str) -> InputError:
-    """Return the error for a model that has no perplexity."""
+    """Return the error for a model that tasks of lm-eval can't be run on."""
     return InputError(
-        f"{command} needs a causal language model, got {kind}; judge the model by its own task"
+        f"{command} --tasks needs a causal language model, got {kind}; judge an encoder by --text"
     )
 
 
@@ -127,7 +127,6 @@ def load(
     read, held_out = _documents(recipe) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
-    check_eval(recipe, model)
     drawn = None
     if is_first():
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
@@ -182,7 +181,7 @@ def _draw(
     except InputError:  # the text may be too short for one part more
         calibration = draw()
         short = [UNMEASURED] if judge and len(calibration) < LEAST else []
-    evaluation = evaluation_batches(recipe, held_out, tokenizer)
+    evaluation = evaluation_batches(recipe, held_out, model, tokenizer)
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
@@ -208,28 +207,24 @@ def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[st
     return [ONE_KIND] if alone and causal else []
 
 
-def check_eval(recipe: Recipe, model: nn.Module) -> None:
-    """Refuse an evaluation of a model that has no perplexity."""
-    if recipe.eval and not predicts_next_token(model):
-        raise not_causal(type(model).__name__, "prune: --eval")
-
-
 def check_unloaded(recipe: Recipe) -> None:
     """Refuse what can be told before the model is loaded, which may take minutes."""
-    if recipe.eval:
-        check_causal(recipe.model, "prune: --eval")
     if recipe.latency_table is not None:
         LatencyTable.load(recipe.latency_table)
 
 
 def evaluation_batches(
-    recipe: Recipe, held_out: Sequence[str] | None, tokenizer: Any
+    recipe: Recipe, held_out: Sequence[str] | None, model: nn.Module, tokenizer: Any
 ) -> list[dict[str, Tensor]] | None:
     """Return the batches of the held-out text, if there is one."""
     if held_out is None:
         return None
     return texts.evaluation_sequences(
-        held_out, tokenizer, seq_len=recipe.seq_len, samples=recipe.eval_samples
+        held_out,
+        tokenizer,
+        seq_len=recipe.seq_len,
+        samples=recipe.eval_samples,
+        packed=predicts_next_token(model),
     ).batches(recipe.batch_size)
 
 

@@ -212,17 +212,30 @@ def _add_start(group: argparse._ArgumentGroup) -> None:
 def _add_eval(commands) -> None:
     parser = commands.add_parser(
         "eval",
-        help="perplexity of a model on a text, or tasks of lm-eval",
+        help="quality of a model on a text, or tasks of lm-eval",
         description="Cut TEXT into windows of --seq-len tokens and print the model's perplexity; "
+        "of an encoder, print how much it keeps of the dense model's embeddings or predictions; "
         "or run tasks of lm-eval, and print its table.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", type=read_name, help="model folder, hub id, or GGUF file")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--text", type=read_name, help="as for prune --calibration")
     what.add_argument(
         "--tasks", type=read_names, metavar="TASK[,...]", help="tasks, groups or tags of lm-eval"
+    )
+    add(
+        "--against",
+        type=read_name,
+        metavar="DENSE",
+        help="encoders: the dense model (default: the one that the report names)",
+    )
+    add(
+        "--pairs",
+        type=read_name,
+        metavar="FILE",
+        help="encoders: lines of two texts and a score, or two texts that belong together",
     )
     add(
         "--include-path",

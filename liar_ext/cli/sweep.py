@@ -21,7 +21,7 @@ from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
 from liar_ext.pipeline.sweep import Point, sweep
 from liar_ext.report.report import Report
-from liar_ext.report.tables import Table, figure, to_text
+from liar_ext.report.tables import MEASURES, Table, figure, quality, to_text
 
 
 def run(options: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of the dense model and each budget."""
-    judged = ("perplexity",) if dense["perplexity"] is not None else ()
+    judged = [name for name in MEASURES if name in dense]
     heads = ("keep", "divergence", "parameters", "of dense", "operations", *judged, "seconds")
     cells = [
         (
@@ -88,7 +88,7 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['params']:,}",
             f"{row['params'] / dense['params']:.1%}",
             f"{row['flops']:.1%}",
-            *(f"{row[name]:.2f}" for name in judged),
+            *(quality(row.get(name)) for name in judged),
             figure(row.get("seconds"), ".1f"),
         )
         for row in [{"keep": "dense", **dense}, *rows]
@@ -98,7 +98,4 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
 
 def _dense(model: nn.Module, points: Sequence[Point]) -> dict[str, Any]:
     """Return the row of the dense model."""
-    report = points[0].report
-    found = {} if report is None else report.evaluation.get("dense", {})
-    perplexity = found.get("perplexity")
-    return {"params": count_params(model), "flops": 1.0, "perplexity": perplexity}
+    return {"params": count_params(model), "flops": 1.0, **points[0].quality("dense")}

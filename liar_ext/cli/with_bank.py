@@ -15,7 +15,6 @@ from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.inputs import (
     Given,
-    check_eval,
     check_unloaded,
     evaluation_batches,
     load_with_tokenizer,
@@ -105,14 +104,13 @@ def load_by_bank(
     check_device(recipe.device)
     check_unloaded(recipe)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
-    check_eval(recipe, model)
     known = header.source.get("tokenizer")
     if known is not None and known != texts.tokenizer_fingerprint(tokenizer):
         raise InputError(
             f"{options.command}: the text of {path} was read by another tokenizer than that of "
             f"{recipe.model}; give the model that was calibrated, or calibrate this one"
         )
-    evaluation = evaluation_batches(recipe, held_out, tokenizer)
+    evaluation = evaluation_batches(recipe, held_out, model, tokenizer)
     bank = MomentBank.load(path)
     facts: dict[str, object] = {"calibration": bank.source.get("texts", []), "bank": path}
     facts |= {"seq_len": recipe.seq_len, "bos": _last(bank.source, "bos", "")}

@@ -130,14 +130,19 @@ def _digest(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _read_file(path: Path) -> list[str]:
+def read_text(path: Path) -> str:
+    """Return the text of a file; raise InputError if it is not UTF-8."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"text: {path} must be UTF-8, got byte {error.object[error.start]:#04x} at position "
             f"{error.start}; convert it first, e.g. iconv -f latin1 -t utf-8"
         ) from None
+
+
+def _read_file(path: Path) -> list[str]:
+    text = read_text(path)
     if path.suffix not in JSON_LINES:
         return [text]
     # str.splitlines breaks at U+2028 and U+0085, too, which a JSON string may hold.
@@ -152,10 +157,10 @@ def _read_line(line: str, place: str) -> str:
         text = None
     if not isinstance(text, str):
         raise InputError(f'text: {place} must be a JSON object with a field "text", a string')
-    return _checked(text, place)
+    return checked(text, place)
 
 
-def _checked(text: str, place: str) -> str:
+def checked(text: str, place: str) -> str:
     """Return a text; raise InputError if it holds half a character, which no tokenizer reads."""
     try:
         text.encode("utf-8")
@@ -189,7 +194,7 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
                 f"{characters:,} characters."
             )
             break
-        documents.append(_checked(text, f"dataset {source} row {number}"))
+        documents.append(checked(text, f"dataset {source} row {number}"))
         characters += len(text)
     if missing:
         documents.notes.append(f"{missing:,} rows of the dataset {source} have no text.")

@@ -152,12 +152,18 @@ def calibration_sequences(
 
 
 def evaluation_sequences(
-    documents: Sequence[str], tokenizer, *, seq_len: int = 512, samples: int | None = None
+    documents: Sequence[str],
+    tokenizer,
+    *,
+    seq_len: int = 512,
+    samples: int | None = None,
+    packed: bool = True,
 ) -> Sequences:
     """Cut text into consecutive windows of ``seq_len`` tokens; ``samples`` takes every n-th.
 
     Windows begin as those of :func:`calibration_sequences` do. If a few windows are asked for of
-    very much text, every n-th document is read.
+    very much text, every n-th document is read. Not ``packed``, for encoders, each document is a
+    sequence, cut after ``seq_len`` tokens, or each piece of such a length of a lone document.
 
     Raises
     ------
@@ -170,6 +176,13 @@ def evaluation_sequences(
             f"{seq_len} and {samples}"
         )
     notes = tuple(getattr(documents, "notes", ()))
+    if not packed:
+        if len(documents) == 1:
+            documents = cut_pieces(documents[0], seq_len * CHARACTERS)
+        if samples is not None:
+            documents = documents[:: len(documents) // samples or 1][:samples]
+        rows = _single_sequences(iter(documents), tokenizer, seq_len, len(documents) * seq_len)
+        return _pad(rows, [0] * len(rows), tokenizer, "", notes=notes)
     if samples is not None:
         most = max(4 * ENOUGH, TIMES * samples * seq_len * CHARACTERS)
         documents = documents[:: -(-sum(map(len, documents)) // most) or 1]

@@ -46,7 +46,7 @@ ACTIVATIONS = {
     "Sigmoid": nn.Sigmoid,
     "SiLU": nn.SiLU,
 }
-OTHERWISE = "export a folder without modules.json for the token embeddings alone"
+OTHERWISE = "copy the folder without modules.json, for its token embeddings alone"
 
 
 class Pooling(nn.Module):
@@ -170,7 +170,7 @@ def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"export: {folder} holds no readable {MODULES_FILE}: {type(error).__name__}: "
+            f"sentence encoder: {folder} holds no readable {MODULES_FILE}: {type(error).__name__}: "
             f"{one_line(error)}; copy the folder again"
         ) from error
     return chain
@@ -203,10 +203,10 @@ def _inside(folder: Path, name: PurePosixPath) -> Path:
     real = path.resolve()
     if not any(home in real.parents for home in homes):
         raise InputError(
-            f"export: {path} leads to {real}, outside of the folder; put the file itself there"
+            f"{path} leads to {real}, outside of the folder; put the file itself there"
         )
     if not real.is_file():
-        raise InputError(f"export: {path} is missing, or no file; copy the folder again")
+        raise InputError(f"{path} is missing, or no file; copy the folder again")
     return path
 
 
@@ -252,8 +252,8 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if shapes != {"linear.weight": (d_out, d_in)} | ({"linear.bias": (d_out,)} if bias else {}):
         raise InputError(
-            f"export: {folder / path} has weights {shapes}, its config.json says {d_in} to {d_out} "
-            f"features, {'with' if bias else 'without'} bias; copy the folder again"
+            f"sentence encoder: {folder / path} has weights {shapes}, its config.json says {d_in} "
+            f"to {d_out} features, {'with' if bias else 'without'} bias; copy the folder again"
         )
     linear = nn.Linear(d_in, d_out, bias=bool(bias), device="meta")
     linear.load_state_dict(
@@ -271,7 +271,8 @@ def _read_dense_weights(folder: Path, path: PurePosixPath) -> Mapping[str, Tenso
         return load_file(_inside(folder, path / WEIGHTS))
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(
-            f"export: {folder / path / WEIGHTS} is damaged: {one_line(error)}; copy it again"
+            f"sentence encoder: {folder / path / WEIGHTS} is damaged: {one_line(error)}; copy it "
+            "again"
         ) from error
 
 
@@ -294,4 +295,4 @@ def _text(fields: Any) -> str:
 
 
 def _cannot(why: str) -> InputError:
-    return InputError(f"export: --to onnx can't express this sentence encoder: {why}; {OTHERWISE}")
+    return InputError(f"sentence encoder: {why}; {OTHERWISE}")

@@ -18,6 +18,7 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches, read_batches
 from liar_ext.distributed import world_size
+from liar_ext.embeddings import Evaluator
 from liar_ext.errors import InputError
 from liar_ext.latency_table import LatencyTable
 from liar_ext.models.residual_stream import hidden_of
@@ -55,6 +56,7 @@ class Job:
     walk: Walk | None = None  # with one block at a time; the model is in memory without it
     limit: int = 0  # bytes that the process may take, with a walk
     clock: Clock = field(default_factory=Clock)
+    evaluator: Evaluator = field(default_factory=Evaluator)
     # Found by prepare().
     asked: Recipe | None = None  # the recipe before it was resolved
     notes: Sequence[str] = ()  # what to know of how the job is done

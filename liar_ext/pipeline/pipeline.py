@@ -18,7 +18,6 @@ from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.data.batches import Batches
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
 from liar_ext.pipeline.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.pipeline.choosing import Solved, Weights, solve
 from liar_ext.pipeline.estimate import bars_of, by_blocks, stages_of
@@ -81,7 +80,8 @@ def prune(
         Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
         parameters that may stay, or a :class:`liar_ext.Budget`.
     evaluate_on : sequence of mapping, optional
-        Batches of held-out text; the report then has dense and pruned perplexity.
+        Batches of held-out text, or of other inputs of an encoder. The report then has dense and
+        pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
     certify_on : sequence of mapping, optional
         Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
         decision sees them; the report then has errors on them: of each site's new weights, on the
@@ -201,11 +201,11 @@ def check_resumable(recipe: Recipe) -> None:
 
 
 def evaluate(job: Job) -> dict[str, float] | None:
-    """Return the perplexity, at the first rank, of the model as it is now, if there is text."""
+    """Measure, at the first rank, the model as it is now, if there is text."""
     if job.evaluate_on is None or not is_first():
         return None
     with job.clock("evaluate"):
-        return perplexity(job.model, job.evaluate_on, progress=job.progress)
+        return job.evaluator(job.model, job.evaluate_on, progress=job.progress)
 
 
 def _certified(job: Job, passes: Passes | None, plan: Plan, solved: Solved) -> Solved:

@@ -16,8 +16,8 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.data.batches import Batches
+from liar_ext.embeddings import Evaluator
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
 from liar_ext.models.sites import sites, skeleton
 from liar_ext.pipeline.analysis import decide_anew, narrowed, passes_of
 from liar_ext.pipeline.job import Job, prepare
@@ -27,6 +27,7 @@ from liar_ext.pipeline.sharing import Known
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.report.tables import MEASURES
 from liar_ext.selection.costs import total_cost
 from liar_ext.surgery.units import apply_plan
 
@@ -66,16 +67,16 @@ class Point:
     seconds: float
     report: Report | None = None
 
-    @property
-    def perplexity(self) -> float | None:
-        """On the text that was evaluated on, if there was any."""
+    def quality(self, of: str = "pruned") -> dict[str, float]:
+        """Return what was measured of the model, ``pruned`` or ``dense``; empty without text."""
         found = {} if self.report is None else self.report.evaluation
-        return found.get("pruned", {}).get("perplexity")
+        return {name: value for name, value in found.get(of, {}).items() if name in MEASURES}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, as JSON has them."""
-        names = ("predicted_divergence", "params", "flops", "perplexity", "seconds")
-        return {"keep": self.recipe.keep, **{name: getattr(self, name) for name in names}}
+        names = ("predicted_divergence", "params", "flops", "seconds")
+        numbers = {name: getattr(self, name) for name in names}
+        return {"keep": self.recipe.keep, **numbers, **self.quality()}
 
 
 @dataclass
@@ -216,7 +217,7 @@ def sweep(
     keep : sequence of float or Budget
         The budgets.
     evaluate_on : sequence of mapping, optional
-        Batches of held-out text: each budget's model is made, and its perplexity measured.
+        As for :func:`liar_ext.prune`: each budget's model is made, and measured.
     on_result : callable, optional
         Called with each pruned copy and its report, to save it for one; it may keep the copy.
         Without this and ``evaluate_on`` nothing is solved, which takes much longer than to decide.
@@ -237,17 +238,17 @@ def sweep(
     work = Sweep(model, batches, bank, progress, probe_keep=PROBE_KEEP)
     solves = on_result is not None or evaluate_on is not None
     work.check(recipes if solves else map(_decided, recipes))
-    points, dense = [], None
+    points, dense, evaluator = [], None, Evaluator()
     for each in recipes:
         if not solves:
             points.append(work.plan(each))
             continue
         pruned, point = work.prune(each)
         if evaluate_on is not None:
-            dense = perplexity(model, evaluate_on, progress=progress) if dense is None else dense
+            dense = dense or evaluator(model, evaluate_on, progress=progress)
             point.report.evaluation |= {
                 "dense": dense,
-                "pruned": perplexity(pruned, evaluate_on, progress=progress),
+                "pruned": evaluator(pruned, evaluate_on, progress=progress),
             }
         if on_result is not None:
             on_result(pruned, point.report)

@@ -221,7 +221,7 @@ class Fields:
     eval: str | None = _report(
         None,
         check.text(optional=True),
-        "measure perplexity before and after on this held-out text",
+        "measure quality before and after on this held-out text",
         common=True,
         metavar="TEXT",
         in_python="give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
@@ -229,7 +229,7 @@ class Fields:
     eval_samples: int | None = _report(
         None,
         check.whole(1, optional=True),
-        "evaluate on N evenly spread windows (default: all)",
+        "evaluate on N evenly spread windows, or texts of an encoder (default: all)",
         in_python="liar_ext.data.texts.evaluation_sequences takes it, as samples",
     )
     certify: int = _report(

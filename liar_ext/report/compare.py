@@ -1,4 +1,4 @@
-"""The page of several jobs: perplexity and speed against parameters."""
+"""The page of several jobs: quality and speed against parameters."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Run:
         """Return the rate of one kind and batch size."""
         return None if self.bench is None else self.bench.rate(*what)
 
-    def quality(self, of: str) -> float | None:
-        """Return the perplexity of the model, ``dense`` or ``pruned``."""
-        return self.report.evaluation.get(of, {}).get("perplexity")
+    def quality(self, of: str, measure: str) -> float | None:
+        """Return a measure of the model, ``dense`` or ``pruned``."""
+        return self.report.evaluation.get(of, {}).get(measure)
 
 
 def write_comparison(
@@ -69,9 +69,13 @@ def write_comparison(
     runs, notes = read_runs(folders)
     what = speed_of(runs)
     with pictures.drawing("compare") as figures:
-        perplexities = perplexity_points(runs)
         drawn = {
-            "perplexity": scatter(figures, perplexities, "perplexity", lower_is_better=True),
+            **{
+                name: scatter(
+                    figures, quality_points(runs, name), name, lower_is_better=is_low(name)
+                )
+                for name in measures_of(runs)
+            },
             "speed": scatter(figures, speed_points(runs, what), SPEEDS[what[0]]),
         }
         written = render(runs, pictures.as_svg(drawn), notes)
@@ -117,16 +121,17 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             text({**run.report.settings, **run.report.choices}.get("eval")),
         )
         for run in runs
-        if run.quality("pruned")
+        if tables.measures(run.report.evaluation)
     }
     if len(on) > 1:
         said.append(
-            "Perplexities were measured on different text or windows of different length, and "
-            "don't compare."
+            "Quality was measured on different text or windows of different length, and the "
+            "numbers don't compare."
         )
-    without = [run.name for run in runs if not run.quality("pruned")]
-    if without:
-        said.append(f"No perplexity was measured for {_some(without)}.")
+    for measure in measures_of(runs):
+        without = [run.name for run in runs if run.quality("pruned", measure) is None]
+        if without:
+            said.append(f"No {measure} was measured for {_some(without)}.")
     benches = [run.bench for run in runs if run.bench is not None]
     for name in CONDITIONS:
         values = sorted({text((b.settings | b.machine).get(name, "?")) for b in benches})
@@ -156,13 +161,25 @@ def speed_of(runs: Sequence[Run]) -> What:
     return max(found, key=lambda what: (found[what], -what[1]), default=("decode", None))
 
 
-def perplexity_points(runs: Sequence[Run]) -> list[Point]:
-    """Return the perplexities, those of the dense models once each."""
+def measures_of(runs: Sequence[Run]) -> list[str]:
+    """Return what was measured of the models; the perplexity if nothing was."""
+    found = {name for run in runs for name, *_ in tables.measures(run.report.evaluation)}
+    return [name for name in tables.MEASURES if name in found] or ["perplexity"]
+
+
+def is_low(measure: str) -> bool:
+    """Tell whether a lower number is better."""
+    return measure in ("perplexity", "divergence")
+
+
+def quality_points(runs: Sequence[Run], measure: str) -> list[Point]:
+    """Return the numbers of a measure, those of the dense models once each."""
     points = []
     for run in runs:
         for of, when, number in (("pruned", "after", run.number), ("dense", "before", None)):
-            params, value = run.report.params.get(when), run.quality(of)
-            points += [Point(params, value, run.report.model, number)] if params and value else []
+            params, value = run.report.params.get(when), run.quality(of, measure)
+            known = params and value is not None
+            points += [Point(params, value, run.report.model, number)] if known else []
     return list(dict.fromkeys(points))
 
 
@@ -180,10 +197,11 @@ def speed_points(runs: Sequence[Run], what: What) -> list[Point]:
 
 
 def render(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[str]) -> str:
-    """Return the page as HTML; ``svgs`` has ``perplexity`` and ``speed``, or None for either."""
-    what = speed_of(runs)
+    """Return the page as HTML; ``svgs`` has each measure and ``speed``, or None."""
+    what, measures = speed_of(runs), measures_of(runs)
     speed = SPEEDS[what[0]] + ("" if what[1] is None else f", batch {what[1]}")
-    heads = ("", "run", "parameters", "perplexity", speed, "model")
+    heads = ("", "run", "parameters", *measures, speed, "model")
+    rows = [_row(run, what, measures) for run in runs]
     title = f"Comparison of {len(runs)} pruned model{'s' if len(runs) != 1 else ''}"
     return page.document(
         "compare",
@@ -191,11 +209,15 @@ def render(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[
         title,
         warnings=notes,
         pictures=[
-            page.picture(
-                "Perplexity against parameters",
-                svgs.get("perplexity"),
-                "Lower is better. Filled: pruned, with its number in the table; hollow: dense.",
-                missing="Run liar prune with --eval TEXT.",
+            *(
+                page.picture(
+                    f"{measure.capitalize()} against parameters",
+                    svgs.get(measure),
+                    f"{'Lower' if is_low(measure) else 'Higher'} is better. Filled: pruned, with "
+                    "its number in the table; hollow: dense.",
+                    missing="Run liar prune with --eval TEXT.",
+                )
+                for measure in measures
             ),
             page.picture(
                 "Speed against parameters",
@@ -204,25 +226,30 @@ def render(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[
                 missing="Run liar bench DIR --against MODEL.",
             ),
         ],
-        sections=[Table("Runs", heads, [_row(run, what) for run in runs], (1, 5))],
+        sections=[Table("Runs", heads, rows, (1, len(heads) - 1))],
         end="In brackets: pruned / dense.",
     )
 
 
-def _row(run: Run, what: What) -> list[str]:
-    rate, dense, pruned = run.rate(what), run.quality("dense"), run.quality("pruned")
+def _row(run: Run, what: What, measures: Sequence[str]) -> list[str]:
+    rate = run.rate(what)
     before, after = (run.report.params.get(when) for when in ("before", "after"))
     share = f" ({after / before:.1%})" if before and after is not None else ""
-    change = f" ({page.change(dense, pruned)})" if dense and pruned else ""
     gain = f" (×\u00a0{rate.ratio.median:.3f})" if rate and rate.ratio else ""
     return [
         str(run.number),
         run.name,
         "–" if after is None else tables.magnitude(after) + share,
-        tables.quality(pruned) + change,
+        *(_measure(run, each) for each in measures),
         tables.rate(rate.pruned.median) + gain if rate else "–",
         run.report.model or "–",
     ]
+
+
+def _measure(run: Run, measure: str) -> str:
+    dense, pruned = (run.quality(of, measure) for of in ("dense", "pruned"))
+    change = f" ({page.change(dense, pruned)})" if pruned and dense not in (None, 1) else ""
+    return tables.quality(pruned) + change
 
 
 def _some(names: Sequence[str]) -> str:

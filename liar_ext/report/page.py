@@ -171,10 +171,9 @@ def _tiles(report: Report, bench: Benchmark | None) -> list[tuple[str, str, str,
         if report.dtype in tables.BYTES:
             whole, left = (tables.megabytes(count, report.dtype) for count in (before, after))
             tiles.append(("weights", left, f"{whole} before, {report.dtype}", None))
-    if "dense" in found and "pruned" in found:
-        dense, pruned = (found[name]["perplexity"] for name in ("dense", "pruned"))
-        under = f"{quality(dense)} → {quality(pruned)}"
-        tiles.append(("perplexity", change(dense, pruned), under, None))
+    for name, dense, pruned in tables.measures(found):
+        value = change(dense, pruned) if name == "perplexity" else quality(pruned)
+        tiles.append((name, value, f"{quality(dense)} → {quality(pruned)}", None))
     if "certified" in found:
         outputs = tables.figure(found["certified"].get("rows"), ",")
         under = f"from the dense model, certified, {outputs} outputs"

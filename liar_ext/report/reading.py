@@ -17,6 +17,7 @@ from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError, one_line
 from liar_ext.latency_table import LatencyTable
 from liar_ext.recipe import Recipe
+from liar_ext.report.tables import MEASURES
 from liar_ext.rows import SiteRow
 from liar_ext.untrusted import count, listing, mapping, named, number, read_object, record, text
 
@@ -116,9 +117,12 @@ def latency(value: Any) -> dict[str, Any]:
 
 def evaluation(value: Any) -> dict[str, dict[str, float]]:
     """Read what was measured of the whole model."""
-    needed = {"dense": "perplexity", "pruned": "perplexity", "certified": "divergence"}
-    found = {name: numbers(mapping(value).get(name)) for name in needed}
-    found = {name: each for name, each in found.items() if needed[name] in each}
+    known = {"dense": MEASURES, "pruned": MEASURES, "certified": {"divergence"}}
+    found = {}
+    for name in known:
+        facts = mapping(value).get(name)
+        found[name] = numbers(facts) | (record(facts, cosine=number) or {})  # which may be negative
+    found = {name: each for name, each in found.items() if each.keys() & known[name]}
     return {name: each for name, each in found.items() if each.get("perplexity") != 0}
 
 

@@ -278,12 +278,10 @@ class Report:
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
             if before and after is not None:
                 lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
-        dense, pruned = self.evaluation.get("dense"), self.evaluation.get("pruned")
-        if dense and pruned:
-            lines.append(
-                f"{'perplexity':20} {dense['perplexity']:>15.2f} → {pruned['perplexity']:>15.2f}  "
-                f"({tables.measured_on(dense)})"
-            )
+        for name, *numbers in tables.measures(self.evaluation):
+            before, after = map(tables.quality, numbers)
+            on = tables.measured_on(self.evaluation["dense"])
+            lines.append(f"{name:20} {before:>15} → {after:>15}  ({on})")
         certified = self.evaluation.get("certified")
         if certified:
             lines.append(

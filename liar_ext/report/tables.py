@@ -22,6 +22,13 @@ MIB = 2**20
 SIZES = {"parameters": "", "prunable parameters": "prunable_"}  # title, and what keys begin with
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 RATIO = ("", "dense", "pruned", "pruned / dense")
+MEASURES = {  # of the whole model on held-out inputs, and what they are
+    "perplexity": "perplexity",
+    "cosine": "cosine with the dense embeddings",
+    "neighbours": "shared part of the ten nearest neighbours",
+    "agreement": "agreement with the dense predictions",
+    "divergence": "divergence from the dense predictions",
+}
 ERRORS = (
     "Errors are relative to the energy of the dense output. Held out: solved on one half of the "
     "calibration documents and measured on the other; the regularisation is chosen by it, and "
@@ -102,8 +109,8 @@ def figure(value: float | None, form: str = ".3g") -> str:
 
 
 def quality(value: float | None) -> str:
-    """Return a perplexity as text."""
-    return figure(value, ".2f" if value is not None and value < 1e4 else ".3g")
+    """Return a perplexity, or another of the measures, as text."""
+    return figure(value, ".2f" if value is not None and 1 < value < 1e4 else ".4g")
 
 
 def rate(value: float | None) -> str:
@@ -137,23 +144,34 @@ def megabytes(params: float, dtype: str) -> str:
 
 def cost(evaluation: Mapping) -> str:
     """Return what pruning cost in quality, in a few words; "" if it was not measured."""
-    if {"dense", "pruned"} <= evaluation.keys():
-        before, after = (evaluation[name]["perplexity"] for name in ("dense", "pruned"))
-        change = after / before - 1
-        return f"perplexity {abs(change):,.0%} {'lower' if change < 0 else 'higher'}"
+    for name, before, after in measures(evaluation):
+        if name == "perplexity":
+            change = after / before - 1
+            return f"perplexity {abs(change):,.0%} {'lower' if change < 0 else 'higher'}"
+        return f"{name} {figure(after)}"
     certified = evaluation.get("certified")
     return f"divergence {figure(certified['divergence'])}" if certified else ""
 
 
 def measured_on(found: Mapping[str, float]) -> str:
-    """Return what a perplexity was measured on."""
+    """Return what a measure was measured on."""
+    if "perplexity" not in found and "sequences" in found:
+        longest = f" of at most {found['seq_len']} tokens" if "seq_len" in found else ""
+        return f"{found['sequences']:,} inputs{longest}"
     if "tokens" not in found or "seq_len" not in found:
         return "text of unknown length"
     return f"{found['tokens']:,} tokens in windows of {found['seq_len']}"
 
 
+def measures(evaluation: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, float]]:
+    """Return the names of what was measured of both models, with the dense and pruned numbers."""
+    dense, pruned = (evaluation.get(of, {}) for of in ("dense", "pruned"))
+    both = [name for name in MEASURES if name in dense and name in pruned]
+    return [(name, dense[name], pruned[name]) for name in both]
+
+
 def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "") -> Table:
-    """Return what the model was and is: parameters, time, perplexity, divergence."""
+    """Return what the model was and is: parameters, time, measures, divergence."""
     rows = []
     for title, part in SIZES.items():
         before, after = params.get(f"{part}before"), params.get(f"{part}after")
@@ -165,10 +183,8 @@ def sizes(params: Mapping, evaluation: Mapping, latency: Mapping, dtype: str = "
     if latency and latency["measured"]:
         title = f"time of {latency['table']['phase']}, as measured before saving"
         rows.append((title, "", "", f"{latency['measured']['median']:.3f}"))
-    dense, pruned = evaluation.get("dense"), evaluation.get("pruned")
-    if dense and pruned:
-        before, after = dense["perplexity"], pruned["perplexity"]
-        title = f"perplexity, {measured_on(dense)}"
+    for name, before, after in measures(evaluation):
+        title = f"{MEASURES[name]}, {measured_on(evaluation['dense'])}"
         rows.append((title, quality(before), quality(after), ratio(before, after)))
     certified = evaluation.get("certified")
     if certified:

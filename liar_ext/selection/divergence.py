@@ -42,6 +42,13 @@ class DenseOutputs:
     positions : int, optional
         Compare at this many positions of the sequences, evenly spread, instead of at all of them.
         A language model's head is then run there only; every other layer sees all tokens.
+
+    Attributes
+    ----------
+    has_logits : bool
+        Whether the outputs are logits.
+    features : int
+        Their classes, or hidden features.
     """
 
     def __init__(
@@ -58,11 +65,12 @@ class DenseOutputs:
         self._mask = DECODER_MASK if DECODER_IDS in inputs else "attention_mask"
         self._positions = _spread(ids, self._batch.mask_of(self._mask), positions)
         self._usable: Tensor | None = None
-        self._has_logits, rows = self._run(dense)
+        self.has_logits, rows = self._run(dense)
+        self.features = rows.shape[-1]
         usable = torch.isfinite(rows).all(-1)
         if not usable.all():
             self._usable, rows = usable, rows[usable]
-        self._rows = rows.float().log_softmax(-1) if self._has_logits else rows.float()
+        self._rows = rows.float().log_softmax(-1) if self.has_logits else rows.float()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -89,12 +97,16 @@ class DenseOutputs:
                 scale = len(self) / len(rows) if len(rows) else math.nan
         for p, q in zip(dense.split(ROW_CHUNK), rows.split(ROW_CHUNK), strict=True):
             q = q.to(p)
-            if self._has_logits:
+            if self.has_logits:
                 q = q.log_softmax(-1)
                 total += float(functional.kl_div(q, p, reduction="sum", log_target=True))
             else:
                 total += float(0.5 * ((p - q).square().sum(-1) / p.square().sum(-1)).sum())
         return total * scale
+
+    def same(self, rows: Tensor) -> int:
+        """Count the rows whose most likely class is that of the dense model."""
+        return int((rows.argmax(-1) == self._rows.argmax(-1)).sum())
 
     def metric(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what a small change of a model's outputs does to the divergence.
@@ -103,7 +115,7 @@ class DenseOutputs:
         the divergence changes by ``Σ slope · J + ½ Σ (root · J)²``: ``q − p``, ``√q`` and q of
         logits, ``(h' − h) / |h|²`` and ``1 / |h|`` of hidden states.
         """
-        if self._has_logits:
+        if self.has_logits:
             q = rows.softmax(-1)
             return q - self._rows.exp(), q.sqrt(), q
         size = self._rows.norm(dim=-1, keepdim=True)

@@ -335,3 +335,14 @@ def test_a_fraction_of_random_tokens_that_cannot_be(tokenizer, fraction):
 def test_a_vocabulary_without_plain_tokens(tokenizer):
     with pytest.raises(InputError, match="random_tokens=0"):
         draw([["ab" * 300] * 9], tokenizer, samples=4, seq_len=8, random_tokens=0.5, vocab_size=0)
+
+
+def test_encoders_are_evaluated_on_documents(tokenizer):
+    documents = [character * 4 for character in "abcdefgh"] + ["i" * 40]
+    found = texts.evaluation_sequences(documents, tokenizer, seq_len=10, packed=False)
+    assert found.attention_mask.sum(1).tolist() == [4] * 8 + [10]
+    some = texts.evaluation_sequences(documents, tokenizer, seq_len=10, samples=4, packed=False)
+    assert [tokenizer.decode(row[:1]) for row in some.input_ids] == ["a", "c", "e", "g"]
+    # Of a lone document an encoder would read the beginning alone.
+    lone = texts.evaluation_sequences(["ab " * 40], tokenizer, seq_len=10, packed=False)
+    assert lone.input_ids.shape == (4, 10)  # pieces of 40 characters at most

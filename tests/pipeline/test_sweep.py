@@ -188,8 +188,8 @@ def test_perplexities_and_budgets_of_other_units(banks):
         evaluate_on=text,
     )
     assert [point.recipe.of for point in points] == ["flops", "params"]
-    assert points[0].flops <= 0.9 and points[0].perplexity > 1
+    assert points[0].flops <= 0.9 and points[0].quality()["perplexity"] > 1
     assert points[0].report.evaluation["dense"] == liar_ext.perplexity(model, text)
     facts = points[1].to_dict()
     assert facts["keep"] == 0.8 and facts["predicted_divergence"] is None
-    assert facts["perplexity"] == points[1].perplexity
+    assert facts["perplexity"] == points[1].quality()["perplexity"]

@@ -18,7 +18,7 @@ from liar_ext.report import tables
 from liar_ext.report.compare import (
     MOST_RUNS,
     cautions,
-    perplexity_points,
+    quality_points,
     read_runs,
     speed_of,
     speed_points,
@@ -52,7 +52,7 @@ def test_runs_stand_side_by_side(runs, tmp_path):
 def test_numbers_are_drawn_against_parameters(runs):
     found, notes = read_runs(runs)
     assert notes == [] and [run.number for run in found] == [1, 2, 3]
-    points = perplexity_points(found)
+    points = quality_points(found, "perplexity")
     pruned = [(each.params, each.number) for each in points if each.number]
     assert pruned == [(81430848, 1), (102664512, 2), (123898176, 3)]
     assert [each.value for each in points if each.number is None] == [27.53]  # dense, once

@@ -1,0 +1,149 @@
+"""Encoders are judged by commands: against the dense model, and by pairs of texts."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from tiny import tiny
+from transformers import BertModel
+
+from liar_ext import cli, encoder_similarity
+from liar_ext.checkpoint import load_model
+from liar_ext.data.texts import evaluation_sequences, read_documents
+
+
+def run(*arguments) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def sentence(generator: random.Random) -> str:
+    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(9)]
+    return " ".join(words)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tokenizer):
+    """An encoder pruned by the command with its report, its dense model, and texts."""
+    at = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    BertModel(tiny("bert").config).save_pretrained(at / "dense")
+    tokenizer.save_pretrained(at / "dense")
+    generator = random.Random(0)
+    for name, count in (("text", 40), ("held_out", 20)):
+        lines = [json.dumps({"text": sentence(generator)}) for _ in range(count)]
+        (at / f"{name}.jsonl").write_text("\n".join(lines))
+    options = ("--samples", 16, "--seq-len", 32, "--keep", 0.5)
+    text = ("--calibration", at / "text.jsonl", "--eval", at / "held_out.jsonl")
+    assert run("prune", at / "dense", *text, *options, "--out", at / "small") == 0
+    return at
+
+
+def evaluated(capsys, *arguments) -> dict:
+    assert run("eval", *arguments, "--seq-len", 32, "--json", "--quiet") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_job_says_what_an_encoder_keeps(files, capsys):
+    found = json.loads((files / "small/liar/report.json").read_text())["evaluation"]
+    (dense, tokenizer), (pruned, _) = (load_model(files / name) for name in ("dense", "small"))
+    documents = read_documents(str(files / "held_out.jsonl"))
+    sequences = evaluation_sequences(documents, tokenizer, seq_len=32, packed=False)
+    assert sequences.input_ids.shape == (20, 32)
+    expected = encoder_similarity(pruned, dense, sequences.batches())
+    assert found["pruned"] == pytest.approx(expected, rel=1e-5)
+    assert (found["dense"]["cosine"], found["dense"]["neighbours"]) == (1.0, 1.0)
+    # The dense model is the one that the report names.
+    text = ("--text", files / "held_out.jsonl")
+    again = evaluated(capsys, files / "small", *text)
+    assert again.pop("against") == str(files / "dense")
+    assert again == pytest.approx(expected, rel=1e-5)
+    assert evaluated(capsys, files / "small", *text, "--samples", 5)["sequences"] == 5
+    assert run("eval", files / "small", *text, "--seq-len", 32) == 0
+    said = capsys.readouterr().out
+    assert f"neighbours {found['pruned']['neighbours']:.4g} over 20 inputs of at most 32" in said
+
+
+def test_pages_show_what_an_encoder_keeps(files, tmp_path):
+    assert run("report", files / "small", "-o", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    found = json.loads((files / "small/liar/report.json").read_text())["evaluation"]["pruned"]
+    both = ("-o", tmp_path / "both.html", "--png", tmp_path / "png")
+    assert run("compare", files / "small", files / "small", *both) == 0
+    compared = (tmp_path / "both.html").read_text()
+    for name in ("cosine", "neighbours"):
+        assert f"{found[name]:.4g}" in page and f"{found[name]:.4g}" in compared
+        assert f"{name.capitalize()} against parameters" in compared
+        assert (tmp_path / f"png/{name}.png").is_file()
+    assert "erplexity" not in page + compared
+
+
+def test_without_its_dense_model_an_encoder_asks_for_it(files, tmp_path, capsys):
+    shutil.copytree(files / "small", tmp_path / "small")
+    report = tmp_path / "small/liar/report.json"
+    report.write_text(report.read_text().replace(str(files / "dense"), "gone"))
+    text = ("--text", files / "held_out.jsonl", "--seq-len", 32)
+    assert run("eval", tmp_path / "small", *text) == 2
+    assert "of its report, gone, is not there; give it by --against" in capsys.readouterr().err
+    assert run("eval", files / "dense", *text) == 2
+    assert "it has no report; give it by --against DENSE" in capsys.readouterr().err
+    against = ("--against", files / "dense")
+    assert evaluated(capsys, files / "dense", *text[:2], *against)["neighbours"] == 1.0
+
+
+def test_pairs_need_no_dense_model(files, tmp_path, capsys):
+    lines = [f"{'a' * n} b{n % 3}\t{'b' * (12 - n)} a{n % 4}\t{n}" for n in range(1, 9)]
+    (tmp_path / "scored.tsv").write_text("\n".join(lines))
+    (tmp_path / "same.tsv").write_text(
+        "\n".join(f"{'a' * n}b\t{'a' * n}b" for n in range(9, 1, -1))
+    )
+    pairs = ("--pairs", tmp_path / "scored.tsv")
+    dense = evaluated(capsys, files / "dense", *pairs)
+    assert dense.keys() == {"spearman", "pairs"} and dense["pairs"] == 8
+    small = evaluated(capsys, files / "small", *pairs)
+    assert small["dense_spearman"] == dense["spearman"]
+    # Texts of different lengths: each pair is still one of equal texts.
+    assert evaluated(capsys, files / "dense", "--pairs", tmp_path / "same.tsv")["recall_at_1"] == 1
+    assert run("eval", files / "small", *pairs, "--seq-len", 32) == 0
+    assert f"(dense {dense['spearman']:.4f}) over 8 pairs" in capsys.readouterr().out
+
+
+def test_what_an_evaluation_of_encoders_lacks_is_told(files, llama_folder, tmp_path, capsys):
+    text = files / "held_out.jsonl"
+    (tmp_path / "pairs.tsv").write_text("a\tb\nc\td")
+    pairs = ("--pairs", tmp_path / "pairs.tsv", "--seq-len", 32)
+    against = ("--against", files / "dense", "--seq-len", 32)
+    for arguments, said in (
+        ((files / "small",), "eval: needs --text TEXT, --tasks TASK, or of an encoder --pairs"),
+        ((files / "small", "--tasks", "a"), "eval: --tasks needs a causal language model, got Be"),
+        ((files / "small", "--tasks", "a", *against[:2]), "eval: --against goes with --text"),
+        ((llama_folder, "--text", text, *against), "eval: --against is for encoders, got Llama"),
+        ((llama_folder, *pairs), "eval: --pairs is for encoders, got"),
+    ):
+        assert run("eval", *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_texts_that_judge_are_apart(files, tmp_path, capsys):
+    text = ("--calibration", files / "text.jsonl", "--eval", files / "text.jsonl")
+    assert run("prune", files / "dense", *text, "--out", tmp_path / "out") == 2
+    assert "40 of 40 documents are in the calibration text" in capsys.readouterr().err
+
+
+def test_blocks_of_an_encoder_are_not_judged_in_a_job(files, tmp_path, capsys):
+    text = ("--calibration", files / "text.jsonl", "--eval", files / "held_out.jsonl")
+    options = ("--seq-len", 32, "--max-memory", "1GiB", "--out", tmp_path / "out")
+    assert run("prune", files / "dense", *text, *options) == 2
+    assert "--max-memory with --eval needs a causal language model" in capsys.readouterr().err
+
+
+def test_a_sweep_has_a_column_for_each_measure(files, capsys):
+    text = ("--calibration", files / "text.jsonl", "--eval", files / "held_out.jsonl")
+    options = ("--samples", 16, "--seq-len", 32, "--keep", 0.7, "--quiet", "--json")
+    assert run("sweep", files / "dense", *text, *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dense"]["cosine"] == found["dense"]["neighbours"] == 1.0
+    assert 0 < found["budgets"][0]["cosine"] < 1
