@@ -16,7 +16,9 @@ from liar_ext.cli.resume import checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
 from liar_ext.models.running import predicts_next_token
-from liar_ext.pipeline.folder import describe, prune_folder
+from liar_ext.pipeline.folder import prune_folder
+from liar_ext.pipeline.job import Job, prepare
+from liar_ext.pipeline.streamed import describe
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report

@@ -104,8 +104,8 @@ def commands(
     if found:
         load = f"transformers.{found[1]}.from_pretrained({place!r}{found[2] or ''})"
     check = "Check that it reloads with the same outputs", f"liar verify {shell}"
-    if "CausalLM" in load and not report.evaluation:
-        check = "Measure its perplexity on your text", f"liar eval {shell} --text held_out.jsonl"
+    if not report.evaluation:
+        check = "Measure its quality on your text", f"liar eval {shell} --text held_out.jsonl"
     dense = shlex.quote(report.model or "MODEL")
     last = "Time it against the dense model", f"liar bench {shell} --against {dense}"
     if is_timed:
