@@ -13,6 +13,7 @@ from liar_ext.checkpoint.registration import register
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.errors import InputError
 from liar_ext.evaluation import kl_divergence, perplexity
+from liar_ext.healing.heal import heal
 from liar_ext.latency_table import LatencyTable
 from liar_ext.models.sites import register_family, sites
 from liar_ext.narrowing.narrowing import narrow
@@ -50,6 +51,7 @@ __all__ = [
     "calibrate",
     "criterion",
     "error_curves",
+    "heal",
     "kl_divergence",
     "load_pruned",
     "measure_latency",

@@ -1,0 +1,1 @@
+"""Healing: short training of a pruned model towards the outputs of its dense one."""
