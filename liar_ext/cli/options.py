@@ -19,6 +19,7 @@ from liar_ext.cli.bank_options import (
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
+from liar_ext.cli.heal import add_heal
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add_merge(commands)
     add_resume(commands)
     add_sweep(commands, _add_start)
+    add_heal(commands)
     _add_eval(commands)
     _add_verify(commands)
     _add_bench(commands)

@@ -145,6 +145,7 @@ def heal(
         "held_out_sequences": sum(map(len, held_out)),
         "trained_params": sum(each.numel() for each in run.trained.values()),
         **settings,
+        "budget": f"{amount:,} {unit}",
         "gradient_checkpointing": recompute,
     }
 

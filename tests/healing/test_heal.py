@@ -138,7 +138,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("train", ["no-embeddings", "lora"])
 @pytest.mark.parametrize("after", [1, 5, 11])
-def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(after, train, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_bits_of_a_whole_one(after, train, tmp_path, monkeypatch):
     student, dense = pair()
     whole, settings = copy.deepcopy(student), {**STEPS, "train": train, "accumulate": 2}
     texts = {"held_out": text(2, seed=9)}
