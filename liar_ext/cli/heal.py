@@ -13,11 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint_store import JOB, SUFFIX, names_in, remove
 from liar_ext.cli.fields import add_field, at_least, read_name, read_number
 from liar_ext.errors import InputError
 from liar_ext.healing.weights import TRAIN
+from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import shown
 from liar_ext.recipe.fields import recipe_fields
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     )
     options.out = options.folder if in_place else options.out
     report = Report.load(options.folder, "heal")
+    plan = Plan.load(Path(options.folder, PLAN_FILE))
     overwrite = in_place or options.overwrite
     check_folder(options.out, overwrite)
     check_apart(options)
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
     with writing(options.out, overwrite, checked=True) as path:
         facts = {"report": written, "source": options.folder, "start": time.perf_counter()}
-        fill_folder(model, path, model.liar_plan, **facts)
+        fill_folder(model, path, plan, **facts)
     if options.checkpoint:
         remove(options.checkpoint)
     if not options.quiet:

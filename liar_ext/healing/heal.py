@@ -100,6 +100,11 @@ def heal(
     """
     batches, held_out = list(read_batches(batches)), list(read_batches(held_out))
     unit, amount = _check(batches, held_out, budget, lr, train, accumulate)
+    if any(each.is_meta for one in (model, teacher) for each in one.parameters()):
+        raise InputError(
+            "heal: all weights must be in memory, and some are offloaded; use a larger device, or "
+            "the CPU"
+        )
     device = device_of(model)
     bfloat16 = computes_bfloat16(device) if bfloat16 is None else bfloat16
     settings = {"budget": {unit: amount}, "lr": lr, "train": train, "batches_per_step": accumulate}

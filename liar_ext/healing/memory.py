@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -57,11 +57,14 @@ def block_paths(model: nn.Module) -> list[str]:
 @contextmanager
 def checkpointed(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     """Let blocks compute their activations a second time in the backward pass."""
-    blocks = [model.get_submodule(path) for path in paths]
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    try:
+    with ExitStack() as stack:
+        for block in map(model.get_submodule, paths):
+            own = vars(block).get("forward")  # accelerate puts one there
+            undo = (
+                partial(setattr, block, "forward", own)
+                if own
+                else partial(delattr, block, "forward")
+            )
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.callback(undo)
         yield
-    finally:
-        for block in blocks:
-            del block.forward

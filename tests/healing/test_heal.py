@@ -213,9 +213,11 @@ def test_checkpointed_activations_change_no_result():
     for recompute in (False, True):
         student, dense = pair()
         settings = {**STEPS, "gradient_checkpointing": recompute}
+        hooked = student.model.layers[1].forward = student.model.layers[1].forward
         found = heal(student, dense, text(), held_out=text(2, seed=9), **settings)
         assert found["gradient_checkpointing"] is recompute
         assert "forward" not in vars(student.model.layers[0])
+        assert vars(student.model.layers[1])["forward"] is hooked
         results.append(found["after"])
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
@@ -287,6 +289,12 @@ def test_models_that_do_not_compare_are_refused():
         dense.model.norm.weight.fill_(torch.nan)
     with pytest.raises(InputError, match="not finite"):
         heal(student, dense, text(), held_out=text(1), **STEPS)
+
+
+def test_offloaded_weights_are_refused():
+    student, dense = pair()
+    with pytest.raises(InputError, match="some are offloaded"):
+        heal(student, dense.to("meta"), text(), held_out=text(1), **STEPS)
 
 
 def test_lora_without_peft_says_how_to_get_it(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from tiny import tiny
 
 from liar_ext import Report, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint.manifest import strangers
@@ -121,6 +122,18 @@ def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch):
         assert heal(*command, "--out", out, "--overwrite") == 130
     assert section(out)["interrupted"] and section(out)["steps"] == 5
     assert section(out)["improved"] and verify_pruned(out)
+
+
+def test_an_encoder_is_healed(tokenizer, corpus, tmp_path):
+    tiny("distilbert").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "pruned"
+    command = ["prune", tmp_path / "model", "--calibration", corpus[0], "--out", out]
+    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    assert cli.main([*map(str, command), "--quiet"]) == 0
+    assert heal(out, "--steps", "8", "--quiet") == 0
+    assert section(out)["improved"] and section(out)["perplexity"] == []
+    assert verify_pruned(out)
 
 
 def test_the_dense_model_writes_text_if_asked(pruned, tmp_path):
