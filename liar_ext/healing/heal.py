@@ -114,13 +114,6 @@ def heal(
     wanted = {name: each.requires_grad for name, each in model.named_parameters()}
     interrupted = False
     with opened(checkpoint) as saved, evaluating(model), evaluating(teacher):
-        if saved is not None:
-            facts = settings | {
-                "model": fingerprint_of(original.items()),
-                "teacher": fingerprint_of(teacher.named_parameters()),
-                "text": [digest_of(batches), digest_of(held_out)],
-            }
-            saved.begin({"heal": facts})
         try:
             set_dtypes(model)
             run = Healing(model, teacher, batches, held_out, settings, saved)
@@ -128,6 +121,13 @@ def heal(
                 recompute = gradient_checkpointing
                 if recompute is None:
                     recompute = needs_checkpointing(run.student, batches, run.trained.values())
+                if saved is not None:
+                    facts = settings | {
+                        "model": fingerprint_of(original.items()),
+                        "teacher": fingerprint_of(teacher.named_parameters()),
+                        "text": [digest_of(batches), digest_of(held_out)],
+                    }
+                    recompute = saved.begin({"heal": facts}, recompute=recompute)["recompute"]
                 with checkpointed(model, paths if recompute else ()):
                     run.train(progress)
             except KeyboardInterrupt:

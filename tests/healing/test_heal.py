@@ -162,6 +162,16 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(after, train, tmp_path, monke
     assert {**found, "seconds": 0} == {**expected, "seconds": 0}
 
 
+def test_a_resumed_run_stores_activations_as_it_began(tmp_path, monkeypatch):
+    student, dense = pair()
+    settings = {"held_out": text(1), "checkpoint": tmp_path / "c", **STEPS}
+    before = bits(student)
+    for free in (1, 1 << 40):
+        student.load_state_dict(before)
+        monkeypatch.setattr("liar_ext.healing.memory.available_memory", lambda free=free: free)
+        assert heal(student, dense, text(), **settings)["gradient_checkpointing"]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     student, dense = pair()
     settings = {"held_out": text(2, seed=9), "checkpoint": tmp_path / "c", **STEPS}
