@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from liar_ext.errors import InputError
     from liar_ext.evaluation import kl_divergence, perplexity
     from liar_ext.export.verify import verify_pruned
+    from liar_ext.healing.heal import heal
     from liar_ext.latency_table import LatencyTable
     from liar_ext.models.sites import register_family, sites
     from liar_ext.narrowing.narrowing import narrow
@@ -58,6 +59,7 @@ __all__ = [
     "criterion",
     "encoder_similarity",
     "error_curves",
+    "heal",
     "kl_divergence",
     "load_model",
     "load_pruned",
@@ -97,6 +99,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "criterion": "selection.criteria",
     "encoder_similarity": "embeddings",
     "error_curves": "selection.error_curves",
+    "heal": "healing.heal",
     "kl_divergence": "evaluation",
     "load_model": "checkpoint",
     "load_pruned": "checkpoint",

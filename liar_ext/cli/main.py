@@ -31,7 +31,7 @@ def _resume(options: argparse.Namespace) -> None:
 
 NAMES = (
     *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
-    *("compare-methods", "export", "families", "info", "doctor"),
+    *("compare-methods", "export", "families", "info", "doctor", "heal"),
 )
 # Others have the name of their command.
 MODULES = {"eval": "evaluate", "compare-methods": "compare_methods"}

@@ -22,6 +22,7 @@ from liar_ext.cli.completion import PrintCompletion
 from liar_ext.cli.export import add_export
 from liar_ext.cli.families import add_families
 from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
+from liar_ext.cli.heal_options import add_heal
 from liar_ext.cli.messages import error_lines
 from liar_ext.cli.tracking import TRACKERS, read_tracker
 from liar_ext.errors import did_you_mean
@@ -95,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add_merge(commands)
     add_resume(commands)
     add_sweep(commands, _add_start)
+    add_heal(commands)
     _add_eval(commands)
     _add_verify(commands)
     _add_bench(commands)

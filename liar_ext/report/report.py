@@ -21,6 +21,7 @@ from liar_ext.errors import InputError
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
+from liar_ext.report.healing import APART, healing, read_healing, sentences
 from liar_ext.report.tables import Table, figure, in_markdown, plain, to_html, to_markdown
 from liar_ext.rows import SiteRow
 from liar_ext.untrusted import count, listing, named, read_object, text
@@ -58,6 +59,9 @@ class Report:
         saving; ``table``, which :class:`liar_ext.latency_table.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
+    heal : dict
+        What :func:`liar_ext.heal` returned, if the model was trained after pruning. All other
+        results are those before that.
     seconds : dict
         By stage.
     warnings : list of str
@@ -82,6 +86,7 @@ class Report:
     params: dict = field(default_factory=dict)
     latency: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
+    heal: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     loading: str = ""
@@ -163,6 +168,7 @@ class Report:
             params=reading.numbers(facts.get("params")),
             latency=reading.latency(facts.get("latency")),
             evaluation=reading.evaluation(facts.get("evaluation")),
+            heal=read_healing(facts.get("heal")),
             seconds=reading.numbers(facts.get("seconds")),
             warnings=cut + reading.lines(facts.get("warnings")),
             loading=text(facts.get("loading"), 1000),
@@ -236,7 +242,8 @@ class Report:
 
     def tables(self) -> list[Table]:
         """Return all other tables, in the order of a page."""
-        found = [tables.latency(self.latency)] if self.latency else []
+        found = [healing(self.heal)] if self.heal else []
+        found += [tables.latency(self.latency)] if self.latency else []
         found += [tables.grid(self.grid)] if self.grid else []
         found += [tables.sites("Sites", self.sites)] if self.sites else []
         found += [tables.sites("Hidden features", self.hidden)] if self.hidden else []
@@ -291,6 +298,7 @@ class Report:
             )
         lines += [f"{'latency':20} {line}" for line in tables.latency_lines(self.latency)]
         lines += [f"{'sizes':20} {line}" for line in tables.grid_lines(self.grid)]
+        lines += [f"{'healing':20} {line}" for line in sentences(self.heal)]
         for name, title, said in (
             ("holdout_error", "worst layer", "relative error on held-out text"),
             ("certified_error", "", "(certified)"),
@@ -307,7 +315,7 @@ class Report:
 
     def to_card(self, license_name: str | None = None) -> str:
         """Return a model card, README.md of a folder, with the metadata that model hubs read."""
-        path, known = Path(self.model), self.settings
+        path, known = Path(self.model), {**self.choices, **self.settings}
         front = {
             "library_name": "transformers",
             **({} if path.is_absolute() or path.exists() else {"base_model": self.model}),
@@ -316,13 +324,19 @@ class Report:
         }
         lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
         lines += [f"# {plain(path.name or self.model)}, pruned", ""]
+        again = "" if self.heal.get("improved") else " without retraining"
         lines += [
-            "Pruned without retraining: the units that stay interpolate the removed ones (LIAR, "
-            "arXiv 2407.13331), and the interpolation is folded into the weights.",
+            f"Pruned{again}: the units that stay interpolate the removed ones (LIAR, arXiv "
+            "2407.13331), and the interpolation is folded into the weights.",
             "",
             f"Importance: `{known.get('criterion')}`. Allocation: `{known.get('allocation')}`. "
             f"Reconstruction: `{known.get('reconstruct')}`, {known.get('schedule')}, from "
             f"{count(known.get('calibration_tokens')) or 0:,} calibration tokens.",
+            *(
+                ("", "Healed after that. " + plain(" ".join([*sentences(self.heal), APART])))
+                if self.heal
+                else ()
+            ),
             *("", *to_markdown(self.verdict()), "", *to_markdown(self.sizes())),
             *("", "## How to load", ""),
             in_markdown(self.loading) or "With `liar_ext.load_pruned(folder)`.",

@@ -183,11 +183,13 @@ def test_a_recipe_of_another_version_is_shown_as_it_is(facts):
     assert table.title == "Recipe" and [name for name, _ in table.rows] == list(facts)
 
 
-@pytest.mark.parametrize("name", ["grid", "latency"])
+@pytest.mark.parametrize("name", ["grid", "latency", "heal"])
 @pytest.mark.parametrize("value", [None, -1, "x", [1], {}, 10**400, math.nan])
-def test_any_part_of_grid_and_latency_may_be_anything(name, value):
+def test_any_part_of_a_section_may_be_anything(name, value):
     """What has a wrong part is shown without it, or not at all."""
-    whole = {"grid": GRID, "latency": LATENCY}[name]
+    healed = {"before": 1.0, "after": 0.9, "improved": True, "tokens": 9, "seconds": 1.5}
+    healed |= {"curve": [[0, 1.0], [9, 0.9]], "perplexity": [9.0, 8.0], "notes": ["x"], "lr": 1e-4}
+    whole = {"grid": GRID, "latency": LATENCY, "heal": healed}[name]
 
     def wrong(part):
         for key, inner in part.items():
@@ -199,7 +201,7 @@ def test_any_part_of_grid_and_latency_may_be_anything(name, value):
 
     for facts in wrong(whole):
         read = Report.from_dict({name: facts})
-        read.to_markdown(), read.summary()
+        read.to_markdown(), read.summary(), read.to_card()
 
 
 def test_json_is_strict():

@@ -1,0 +1,163 @@
+"""``liar heal``: train a pruned folder for a short while towards its dense model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from liar_ext.checkpoint.loading import load_pruned, placement
+from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
+from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
+from liar_ext.checkpoint_store import JOB, SUFFIX, names_in, remove
+from liar_ext.cli.heal_options import FIELDS
+from liar_ext.cli.inputs import load
+from liar_ext.cli.output import print_json
+from liar_ext.cli.own_text import let_write
+from liar_ext.cli.resume import check_apart
+from liar_ext.errors import InputError
+from liar_ext.evaluation import perplexity
+from liar_ext.healing.heal import heal
+from liar_ext.models.running import predicts_next_token
+from liar_ext.plan import Plan
+from liar_ext.recipe import Recipe
+from liar_ext.report.healing import sentences
+from liar_ext.report.report import Report
+from liar_ext.untrusted import read_object
+
+LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12
+TRAINED = 7  # sequences for each that is held out: an eighth of the documents is held out
+MEASURED = 16  # held-out sequences, at most
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load both models and the text, train, save; return 130 if training was interrupted."""
+    in_place = options.out is None or os.path.realpath(options.out) == os.path.realpath(
+        options.folder
+    )
+    options.out = options.folder if in_place else options.out
+    report = Report.load(options.folder, "heal")
+    plan = Plan.load(Path(options.folder, PLAN_FILE))
+    overwrite = in_place or options.overwrite
+    check_folder(options.out, overwrite)
+    check_apart(options)
+    _check_checkpoint(options.checkpoint)
+    recipe, budget = _recipe(report.recipe, options), _budget(options)
+    judge = max(recipe.samples // TRAINED, 2)
+    given = load(recipe, progress=options.progress, judge=judge)
+    if given.evaluation is not None and not predicts_next_token(given.model):
+        raise InputError(
+            f"heal: --eval needs a causal language model, got {type(given.model).__name__}; leave "
+            "it out, and judge the result by liar eval OUT --text TEXT"
+        )
+    if given.judging is None:
+        raise InputError(
+            "heal: the text is too short to hold out an eighth of its documents; give more text, "
+            "or a smaller --seq-len"
+        )
+    spread = placement(recipe.device)
+    model = load_pruned(options.folder, dtype="auto", **spread)
+    model = model if spread else model.to(recipe.device)
+    before = _perplexity(model, given, options)
+    found = heal(
+        model,
+        given.model,
+        _with_own(given, recipe, options),
+        held_out=given.judging[:: -(-len(given.judging) * recipe.batch_size // MEASURED)],
+        budget=budget,
+        lr=options.lr,
+        train=options.train,
+        accumulate=options.grad_accumulation,
+        seed=recipe.seed,
+        checkpoint=options.checkpoint,
+        progress=options.progress,
+    )
+    after = _perplexity(model, given, options) if found["improved"] else before
+    found |= {"perplexity": [*before, *after], "teacher": recipe.model}
+    found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
+    found["notes"] = [*given.notes, *_earlier(report.heal)]
+    report.heal = found
+    save = partial(_save, report, options.folder)
+    # Without seconds: those of the report stay those of pruning.
+    written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
+    with writing(options.out, overwrite, checked=True) as path:
+        facts = {"report": written, "source": options.folder, "start": time.perf_counter()}
+        fill_folder(model, path, plan, **facts)
+    if options.checkpoint:
+        remove(options.checkpoint)
+    if options.json:
+        print_json({"out": options.out, **found}, found["notes"])
+    elif not options.quiet:
+        print("\n".join([*sentences(found), f"{options.out}: saved"]))
+    return 130 if found["interrupted"] else 0
+
+
+def _save(report: Any, pruned: str, folder: Path) -> None:
+    """Write a report; its JSON stays as it is in the pruned folder, but for the healing."""
+    facts, _ = read_object(Path(pruned, REPORT_JSON), "heal")
+    report.save(folder)
+    text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
+    (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+
+
+def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
+    """Return the recipe by which teacher and text are loaded: the folder's, with the options."""
+    start = start if isinstance(start, Recipe) else Recipe()
+    start = replace(start, random_tokens=0.0, self_text=0.0, certify=0, latency_table=None)
+    given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
+    recipe = Recipe.build(start, dtype="float32", **given)
+    recipe = replace(recipe, model=options.teacher or recipe.model)
+    missing = {
+        "the dense model (--teacher MODEL)": recipe.model,
+        "text to train on (--calibration TEXT)": recipe.calibration,
+    }
+    names = [name for name, value in missing.items() if not value]
+    if names:
+        raise InputError(
+            f"heal: the report of {options.folder} does not name {' and '.join(names)}; add the "
+            "option"
+        )
+    (unit, amount), *_ = _budget(options).items()
+    each = recipe.batch_size * options.grad_accumulation
+    wanted = {"tokens": amount / recipe.seq_len, "steps": amount * each, "minutes": IN_MINUTES}
+    samples = min(max(int(wanted[unit]) + 1, LEAST_SAMPLES), MOST_SAMPLES)
+    return replace(recipe, samples=samples)
+
+
+def _budget(options: argparse.Namespace) -> dict[str, float]:
+    found = {name: getattr(options, name) for name in ("tokens", "minutes", "steps")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _with_own(given: Any, recipe: Recipe, options: argparse.Namespace) -> list:
+    """Return the batches to train on, with those that the dense model writes."""
+    let_write(given, recipe, progress=options.progress)
+    return list(given.calibration)
+
+
+def _perplexity(model: Any, given: Any, options: argparse.Namespace) -> list[float]:
+    """Return the perplexity on the evaluation text, if there is one."""
+    if given.evaluation is None:
+        return []
+    return [perplexity(model, given.evaluation, progress=options.progress)["perplexity"]]
+
+
+def _earlier(found: Any) -> list[str]:
+    """Return what an earlier healing of the folder did."""
+    return [f"Healed before: {line}" for line in sentences(found)[:1]]
+
+
+def _check_checkpoint(folder: str | None) -> None:
+    """Refuse a folder that holds something else."""
+    others = names_in(folder) if folder else set()
+    if others and f"{JOB}{SUFFIX}" not in others:
+        raise InputError(
+            f"checkpoint: {folder} must be a new or empty folder, or a checkpoint, and holds "
+            f"{', '.join(sorted(others)[:3])}; name another folder"
+        )

@@ -1,0 +1,199 @@
+"""A run of healing: the weights that it trains, their best state, and how far it is."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.bars import Bar
+from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.data.batches import Batch, count_tokens
+from liar_ext.errors import InputError
+from liar_ext.healing.losses import losses, mean_loss
+from liar_ext.healing.weights import State, choose, put
+from liar_ext.models.running import device_of
+
+WARM_UP = 0.05  # of the budget
+MEASURES = 4  # of the held-out loss, besides that before training
+CLIP = 1.0
+STATE = "state"  # its key in a checkpoint
+
+
+@dataclass
+class SoFar:
+    """How far a run is.
+
+    Parameters
+    ----------
+    steps, tokens : int
+        Trained.
+    seconds : float
+        Spent, held-out measurements included.
+    curve : list of [int, float]
+        Tokens and held-out loss at each measurement.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    curve: list[list[float]] = field(default_factory=list)
+
+
+class Healing:
+    """A run of :func:`heal`: the weights that it trains, their best state, and how far it is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        batches: Sequence[Batch],
+        held_out: Sequence[Batch],
+        settings: Mapping[str, Any],
+        saved: Checkpoint | None,
+    ) -> None:
+        self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
+        self.settings, self.saved, self.device = settings, saved, device_of(model)
+        (self.unit, self.amount), *_ = settings["budget"].items()
+        self.cast = partial(
+            torch.autocast,
+            self.device.type,
+            torch.bfloat16,
+            enabled=settings["precision"] == "bfloat16",
+        )
+        self.so_far, self.best, self.after = SoFar(), None, math.inf
+        self.student, self.trained = choose(model, settings["train"], settings["seed"])
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=settings["lr"], weight_decay=0.0
+        )
+
+    def train(self, progress: bool) -> None:
+        """Train until the budget is spent or the weights are no longer finite."""
+        known = None if self.saved is None else self.saved.get(STATE)
+        start = time.monotonic()
+        if known is None:
+            self.measure()
+        else:
+            self.load(*known)
+            start -= self.so_far.seconds
+        if not math.isfinite(self.so_far.curve[0][1]):
+            raise InputError(
+                "heal: the outputs of the pruned or the dense model are not finite on the held-out "
+                "text; look for damaged weights, or load both in float32"
+            )
+        with Bar(total=100, desc="heal", disable=not progress) as bar:
+            while self.done() < 1 and self.step():
+                self.so_far.seconds = time.monotonic() - start
+                if self.done() * MEASURES >= len(self.so_far.curve):
+                    self.measure()
+                    self.so_far.seconds = time.monotonic() - start
+                if self.saved is not None and self.saved.due(STATE):
+                    self.save()
+                bar.update(int(100 * min(self.done(), 1)) - bar.n)
+
+    def done(self, ahead: float = 0.0) -> float:
+        """Return the fraction of the budget that is spent, and ``ahead`` of its unit more."""
+        so_far = self.so_far
+        spent = {"tokens": so_far.tokens, "steps": so_far.steps, "minutes": so_far.seconds / 60}
+        return (spent[self.unit] + ahead) / self.amount
+
+    def step(self) -> bool:
+        """Do one step; return False, and leave the weights, if gradients are not finite."""
+        so_far, each = self.so_far, self.settings["batches_per_step"]
+        self.optimizer.zero_grad()
+        rows = tokens = 0
+        for index in range(so_far.steps * each, (so_far.steps + 1) * each):
+            batch = self.batches[self.place(index)].to(self.device)
+            with self.cast():
+                found = losses(self.student, self.teacher, batch)
+            found.sum().backward()
+            rows, tokens = rows + len(found), tokens + count_tokens(batch)
+        gradients = [each.grad for each in self.trained.values() if each.grad is not None]
+        torch._foreach_div_(gradients, rows)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
+        if not torch.isfinite(norm):
+            return False
+        minutes = so_far.seconds / 60 / max(so_far.steps, 1)
+        middle = self.done({"tokens": tokens, "steps": 1, "minutes": minutes}[self.unit] / 2)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings["lr"] * schedule(middle)
+        self.optimizer.step()
+        so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
+        return True
+
+    def place(self, index: int) -> int:
+        """Return the batch to train on: each round has an order of its own."""
+        turn, at = divmod(index, len(self.batches))
+        generator = torch.Generator().manual_seed(self.settings["seed"] + turn)
+        return int(torch.randperm(len(self.batches), generator=generator)[at])
+
+    def measure(self) -> None:
+        """Measure the held-out loss, and keep the weights if none were better."""
+        loss, best = self.loss(self.student), min((y for _, y in self.so_far.curve), default=None)
+        if best is not None and loss < best:
+            self.best = {name: value.detach().cpu().clone() for name, value in self.trained.items()}
+        self.so_far.curve.append([self.so_far.tokens, loss])
+
+    def loss(self, student: nn.Module) -> float:
+        """Return the held-out loss of a model."""
+        with self.cast():
+            return mean_loss(student, self.teacher, self.held_out)
+
+    def save(self) -> None:
+        """Save everything that the next step depends on."""
+        tensors = {f"weight/{name}": value for name, value in self.trained.items()}
+        tensors |= {f"best/{name}": value for name, value in (self.best or {}).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
+        said = f"healing after {self.so_far.tokens:,} tokens"
+        self.saved.put(STATE, tensors, {**asdict(self.so_far), "said": said})
+
+    def load(self, stored: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`save` has written."""
+        self.so_far = SoFar(**{name: facts[name] for name in asdict(self.so_far)})
+        groups: dict[str, dict] = {"weight": {}, "best": {}, "optimizer": {}}
+        for name in stored:
+            group, _, rest = name.partition("/")
+            groups[group][rest] = stored[name]
+        put(self.trained, groups["weight"])
+        self.best = groups["best"] or None
+        state: dict[int, State] = {}
+        for name, value in groups["optimizer"].items():
+            index, _, rest = name.partition("/")
+            state.setdefault(int(index), {})[rest] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def finish(self, original: State) -> bool:
+        """Give the model the best state, as it will be saved; tell whether it is better.
+
+        Merged adapters and weights in half precision are measured again, as they are rounded.
+        """
+        curve = [loss for _, loss in self.so_far.curve]
+        if self.best is not None:
+            put(self.trained, self.best)
+        if self.settings["train"] == "lora":
+            self.student.merge_and_unload() if self.best else self.student.unload()
+        self.after = min(curve, default=math.inf)
+        named = dict(self.model.named_parameters())
+        half = any(value.dtype != named[name].dtype for name, value in original.items())
+        if self.best is not None and (half or self.settings["train"] == "lora"):
+            put(named, {name: named[name].to(value.dtype) for name, value in original.items()})
+            self.after = self.loss(self.model)
+        improved = self.best is not None and self.after < curve[0]
+        if not improved:
+            put(named, original)
+            self.after = curve[0] if curve else math.inf
+        return improved
+
+
+def schedule(done: float) -> float:
+    """Return the factor of the learning rate when a fraction of the budget is spent."""
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min((done - WARM_UP) / (1 - WARM_UP), 1)))

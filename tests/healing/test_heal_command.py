@@ -1,0 +1,177 @@
+"""``liar heal`` from a pruned folder to a healed one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import tiny
+
+from liar_ext import Report, cli, load_pruned, verify_pruned
+from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.quietening import no_bars
+from liar_ext.healing import run as runs
+
+NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """Compute in float32 whatever the hardware has, without the bars of loading."""
+    monkeypatch.setattr("liar_ext.healing.heal.computes_bfloat16", lambda _: False)
+    with no_bars():
+        yield
+
+
+@pytest.fixture(scope="module")
+def saved(llama_folder, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "pruned"
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--out", out, "--keep", "0.5"]
+    command += ["--samples", "16", "--seq-len", "32", "--eval", corpus[1], "--preset", "fast"]
+    assert cli.main([*map(str, command), "--quiet"]) == 0
+    return out
+
+
+@pytest.fixture
+def pruned(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "pruned")
+    return tmp_path / "pruned"
+
+
+def heal(*arguments):
+    return cli.main(["heal", *map(str, (*arguments, *NUMBERS))])
+
+
+def section(folder):
+    return json.loads((folder / "liar/report.json").read_text())["heal"]
+
+
+def weights(folder):
+    return load_pruned(folder).state_dict()
+
+
+def same(folder, other):
+    one, two = weights(folder), weights(other)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_folder_is_replaced_by_a_healed_one(pruned, saved, llama_folder, capsys):
+    before = json.loads((saved / "liar/report.json").read_text())
+    assert heal(pruned, "--tokens", "4k", "--overwrite") == 0
+    printed = capsys.readouterr().out
+    found = section(pruned)
+    assert found["improved"] and found["after"] < found["before"]
+    assert 4000 <= found["tokens"] < 4128 and found["budget"] == "4,000 tokens"
+    assert found["teacher"] == str(llama_folder) and found["train"] == "all"
+    assert found["curve"][0] == [0, found["before"]] and len(found["curve"]) == 5
+    assert not same(pruned, saved) and not strangers(pruned)
+    assert verify_pruned(pruned)
+    # What pruning alone reached stays as it was; what healing did stands apart.
+    after = json.loads((pruned / "liar/report.json").read_text())
+    assert before.pop("heal") == {} and after.pop("heal") == found
+    assert after == before
+    assert found["perplexity"][0] == pytest.approx(before["evaluation"]["pruned"]["perplexity"])
+    said = f"held-out loss {found['before']:.4g} → {found['after']:.4g}"
+    report, card = Report.load(pruned), (pruned / "README.md").read_text()
+    assert said in printed and said in report.summary() and said in card
+    assert "## Healing" in report.to_markdown() and "before healing" in card
+    assert "without retraining" not in card
+    assert "without retraining" in (saved / "README.md").read_text()
+    assert (pruned / "liar/recipe.yaml").read_text() == (saved / "liar/recipe.yaml").read_text()
+    # Once more, with what was done before in the notes.
+    assert heal(pruned, "--steps", "1", "--quiet") == 0
+    assert any("Healed before" in line for line in section(pruned)["notes"])
+
+
+def test_a_run_without_gain_leaves_the_weights_and_says_so(pruned, tmp_path, capsys):
+    out = tmp_path / "healed"
+    assert heal(pruned, "--steps", "3", "--lr", "50", "--out", out, *NUMBERS[:2]) == 0
+    # The last --lr counts: it is that of NUMBERS.
+    assert section(out)["improved"]
+    other = tmp_path / "worse"
+    command = ["heal", pruned, "--steps", "3", "--lr", "50", "--out", other]
+    assert cli.main([*map(str, command)]) == 0
+    assert not section(other)["improved"] and same(other, pruned)
+    assert "without gain" in capsys.readouterr().out
+    assert "without gain" in (other / "README.md").read_text()
+    assert verify_pruned(other)
+
+
+def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch):
+    whole, out, place = tmp_path / "whole", tmp_path / "out", tmp_path / "checkpoint"
+    command = (pruned, "--steps", "8", "--grad-accumulation", "2", "--quiet")
+    assert heal(*command, "--out", whole) == 0
+    step = runs.Healing.step
+    monkeypatch.setattr(runs.Checkpoint, "due", lambda *_: True)
+
+    def interrupted(self):
+        if self.so_far.steps == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Healing, "step", interrupted)
+        assert heal(*command, "--out", out, "--checkpoint", place) == 130
+    assert place.exists() and not out.exists()
+    assert heal(*command, "--out", out, "--checkpoint", place) == 0
+    assert same(out, whole) and not place.exists()
+    with monkeypatch.context() as patch:  # without a checkpoint the best state is saved
+        patch.setattr(runs.Healing, "step", interrupted)
+        assert heal(*command, "--out", out, "--overwrite") == 130
+    assert section(out)["interrupted"] and section(out)["steps"] == 5
+    assert section(out)["improved"] and verify_pruned(out)
+
+
+def test_an_encoder_is_healed(tokenizer, corpus, tmp_path):
+    tiny("distilbert").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "pruned"
+    command = ["prune", tmp_path / "model", "--calibration", corpus[0], "--out", out]
+    command += ["--keep", "0.5", "--samples", "16", "--seq-len", "32", "--preset", "fast"]
+    assert cli.main([*map(str, command), "--quiet"]) == 0
+    assert heal(out, "--steps", "8", "--quiet") == 0
+    assert section(out)["improved"] and section(out)["perplexity"] == []
+    assert verify_pruned(out)
+
+
+def test_the_dense_model_writes_text_if_asked(pruned, tmp_path):
+    out = tmp_path / "healed"
+    assert heal(pruned, "--steps", "2", "--self-text", "0.5", "--out", out, "--quiet") == 0
+    assert section(out)["self_text"] == 0.5
+
+
+def test_what_cant_be_is_refused(pruned, corpus, llama_folder, tmp_path, capsys):
+    def refused(*arguments, said):
+        before = section(pruned)
+        assert heal(*arguments) == 2
+        assert said in capsys.readouterr().err
+        assert section(pruned) == before and not strangers(pruned)
+
+    one = ("--steps", "1", "--quiet")
+    refused(pruned, *one, "--calibration", corpus[1], said="documents are in the calibration text")
+    refused(llama_folder, *one, said="no liar/report.json")
+    refused(pruned, *one, "--out", llama_folder, said="exists")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused(pruned, *one, "--checkpoint", tmp_path / "other", said="new or empty folder")
+    refused(pruned, *one, "--checkpoint", pruned / "inside", said="must not lie")
+    text = tmp_path / "short.txt"
+    text.write_text("abc def " * 20)
+    refused(pruned, *one, "--calibration", text, said="too short to hold out an eighth")
+    report = json.loads((pruned / "liar/report.json").read_text())
+    report["recipe"] |= {"model": None, "calibration": []}
+    (pruned / "liar/report.json").write_text(json.dumps(report))
+    assert heal(pruned, *one, "--out", tmp_path / "new") == 2
+    assert "does not name the dense model (--teacher MODEL) and text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "--tokens 0", "--tokens 5G", "--tokens 1k --steps 3", "--minutes -1", "--steps 1 --lr 0"],
+)
+def test_wrong_numbers_are_usage_errors(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.main(["heal", "folder", *words.split()])
+    assert error.value.code == 2 and "liar: error:" in capsys.readouterr().err
