@@ -30,7 +30,7 @@ def _load() -> ctypes.CDLL:
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.UntypedStorage.clone = _clone
-    importlib.import_module("liar_ext")
+    importlib.import_module("liar_ext.ops")  # registers the operators of the package first
     return ctypes.CDLL(launchers)
 
 
