@@ -309,7 +309,7 @@ def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_
             (command(llama_folder, corpus, out, "--device", "auto"), "--device auto spreads"),
             (command(llama_folder, corpus, out, "--device", "cuda"), "need a GPU each"),
             (command(llama_folder, [short], out), "the text is too short"),
-            (["info"], "info: runs in one process"),
+            (["info"], "runs in one process"),
             (["prune", "--keep", "2"], "keep must be"),
         )
         arguments, reason = lines[int((tmp_path / "case").read_text())]

@@ -85,6 +85,6 @@ def test_machines_that_cannot_meet_hear_of_the_interface(
 
     monkeypatch.setattr(distributed.dist, "rendezvous", lost)
     assert main(command(llama_folder, corpus, tmp_path / "out")) == 3
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "prune: another process of the job has ended or can't be reached: timed out" in line
-    assert (distributed.INTERFACE in line) == hint
+    error = capsys.readouterr().err
+    assert "error: another process of the job has ended or can't be reached: timed out" in error
+    assert (distributed.INTERFACE in error) == hint

@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         "--print-completion",
         choices=("bash", "zsh"),
         action=PrintCompletion,
+        default=argparse.SUPPRESS,
         help="print a script that completes liar in a shell",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -35,7 +35,7 @@ def test_a_bank_stays_as_it_was():
     [
         ({"seed": 5}, {}, "of other weights"),
         ({"intermediate_size": 30}, {}, "0.mlp is missing or of another size"),
-        ({}, {"keep_hidden": 0.5}, "keep_hidden"),
+        ({}, {"keep_hidden": 0.5}, "keep-hidden"),
     ],
 )
 def test_moments_of_another_model_are_refused(other, settings, message):

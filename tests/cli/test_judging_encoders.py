@@ -89,7 +89,7 @@ def test_without_its_dense_model_an_encoder_asks_for_it(files, tmp_path, capsys)
     assert run("eval", tmp_path / "small", *text) == 2
     assert "of its report, gone, is not there" in capsys.readouterr().err
     assert run("eval", files / "dense", *text) == 2
-    assert "it has no report; give it by --against DENSE" in capsys.readouterr().err
+    assert "and it has no report\nhint: give it by --against DENSE" in capsys.readouterr().err
     against = ("--against", files / "dense")
     assert evaluated(capsys, files / "dense", *text[:2], *against)["neighbours"] == 1.0
 
@@ -117,14 +117,14 @@ def test_what_an_evaluation_of_encoders_lacks_is_told(files, llama_folder, tmp_p
     pairs = ("--pairs", tmp_path / "pairs.tsv", "--seq-len", 32)
     against = ("--against", files / "dense", "--seq-len", 32)
     for arguments, said in (
-        ((files / "small",), "eval: needs --text TEXT, --tasks TASK, or of an encoder --pairs"),
-        ((files / "small", "--tasks", "a"), "eval: --tasks needs a causal language model, got Be"),
-        ((files / "small", "--tasks", "a", *against[:2]), "eval: --against goes with --text"),
-        ((llama_folder, "--text", text, *against), "eval: --against is for encoders, got Llama"),
-        ((llama_folder, *pairs), "eval: --pairs is for encoders, got"),
+        ((files / "small",), "needs --text TEXT, --tasks TASK, or of an encoder --pairs"),
+        ((files / "small", "--tasks", "a"), "--tasks needs a causal language model, got Be"),
+        ((files / "small", "--tasks", "a", *against[:2]), "--against goes with --text"),
+        ((llama_folder, "--text", text, *against), "--against is for encoders, got Llama"),
+        ((llama_folder, *pairs), "--pairs is for encoders, got"),
     ):
         assert run("eval", *arguments) == 2
-        assert said in capsys.readouterr().err
+        assert f"error: {said}" in capsys.readouterr().err
 
 
 def test_texts_that_judge_are_apart(files, tmp_path, capsys):

@@ -174,4 +174,4 @@ def test_what_cant_be_is_refused(pruned, corpus, llama_folder, tmp_path, capsys)
 def test_wrong_numbers_are_usage_errors(words, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(["heal", "folder", *words.split()])
-    assert error.value.code == 2 and "liar: error:" in capsys.readouterr().err
+    assert error.value.code == 2 and "error: " in capsys.readouterr().err

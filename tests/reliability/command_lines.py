@@ -78,8 +78,6 @@ OTHERS: list[Line] = [
     ("prune", "{model}", "--calibration", "{text}", "--out", "{nothing}", "--keep", "0.7"),
     ("prune", "{model}", "--calibration", "{text}", "--out", "{texts}", "--overwrite"),
     ("prune", "{model}", "--calibration", "{text}", "--dry-run", "--keep", "0"),
-    ("prune", "{bert}", "--calibration", "{text}", "--out", "{new}", "--eval", "{held_out}")
-    + ("--seq-len", "8"),
     ("prune", "{model}", "--calibration", "{text}", "--dry-run", "--keep", "0.001"),
     ("info", "extra"),
     ("info", "--bogus"),

@@ -31,6 +31,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from liar_ext import cli
 from liar_ext.atomic_write import SEAL
+from liar_ext.cli import processes
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.stops import (
     _always_saving,
@@ -227,14 +228,13 @@ def _rank(words: list[str], folder: Path) -> None:
     forked.print_to(folder / f"said{rank}", folder / f"said{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _always_saving()
-    command = sys.modules["liar_ext.cli.main"]
-    meet = command.meet
+    meet = processes.meet
 
     def met(options: argparse.Namespace) -> None:
         meet(options)
         (folder / f"joined{rank}").touch()
 
-    command.meet = met
+    processes.meet = met  # which the command imports when it starts
     path = folder / f"process{rank}"
     path.with_suffix(".new").write_text(str(os.getpid()))
     path.with_suffix(".new").rename(path)
