@@ -40,8 +40,7 @@ def sentences(block: str) -> list[str]:
 
 def helps() -> Iterator[str]:
     """Yield the texts of the command's help."""
-    commands = next(a for a in parser()._actions if hasattr(a, "choices") and a.choices)
-    for command in commands.choices.values():
+    for command in parser().of_command.values():
         yield from (text for text in (command.description, command.epilog) if text)
         yield from (action.help for action in command._actions if action.help)
 
