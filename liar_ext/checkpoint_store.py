@@ -295,6 +295,27 @@ def names_in(folder: str | os.PathLike[str]) -> set[str]:
     return set()
 
 
+def is_new(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder has no job yet.
+
+    Raises
+    ------
+    InputError
+        If it holds something else than a checkpoint of this version.
+    """
+    others = names_in(folder)
+    if f"{JOB}{SUFFIX}" in others:
+        return False
+    if others - set(OLDER):
+        raise InputError(
+            f"checkpoint: {folder} must be a new or empty folder, or a checkpoint, and holds "
+            f"{', '.join(sorted(others)[:3])}; name another folder"
+        )
+    if others:
+        raise of_other_version(folder)
+    return True
+
+
 def remove(folder: str | os.PathLike[str]) -> None:
     """Remove the files of a checkpoint, and its folder if it is empty then.
 

@@ -30,10 +30,10 @@ def one_line(error: BaseException, length: int = 300) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """Return a question with the known name nearest to a wrong one, if one is near."""
-    near = difflib.get_close_matches(str(name)[:40], list(known), 1)
-    return f"did you mean {near[0]}?" if near else otherwise
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1) -> str:
+    """Return a question with the known names nearest to a wrong one, if some are near."""
+    near = difflib.get_close_matches(str(name)[:40], list(known), count)
+    return f"did you mean {', '.join(near)}?" if near else otherwise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from liar_ext.cli.inputs import load_with_tokenizer
 from liar_ext.data import texts
 from liar_ext.data.pairs import Pairs, read_pairs
+from liar_ext.embeddings import embed, encoder_similarity, pair_quality
 from liar_ext.errors import InputError
 from liar_ext.models.inputs import inputs_read
 from liar_ext.report.report import Report
@@ -50,8 +51,6 @@ def judge(
     result: dict[str, Any] = {"against": against} if against else {}
     lines = []
     if documents is not None:
-        from liar_ext.embeddings import encoder_similarity
-
         sequences = texts.evaluation_sequences(
             documents,
             tokenizer,
@@ -60,7 +59,7 @@ def judge(
             packed=False,
         )
         batches = sequences.batches(options.batch_size)
-        found = encoder_similarity(model, dense, batches, progress=not options.quiet)
+        found = encoder_similarity(model, dense, batches, progress=options.progress)
         result |= found
         lines += [
             f"{MEASURES[name]} {quality(found[name])} over {measured_on(found)}"
@@ -107,13 +106,12 @@ def _of_pairs(
     model: nn.Module, tokenizer: Any, pairs: Pairs, options: argparse.Namespace
 ) -> dict[str, float]:
     """Return what :func:`liar_ext.embeddings.pair_quality` finds of a model."""
-    from liar_ext.embeddings import embed, pair_quality
 
     def embeddings(of: Sequence[str]) -> Tensor:
         settings = {"seq_len": options.seq_len, "packed": False}
         sequences = texts.evaluation_sequences(of, tokenizer, **settings)
         order = sequences.attention_mask.sum(1).argsort(stable=True)  # as batches are made
-        found = embed(model, sequences.batches(options.batch_size), progress=not options.quiet)
+        found = embed(model, sequences.batches(options.batch_size), progress=options.progress)
         return found[order.argsort()]
 
     return pair_quality(

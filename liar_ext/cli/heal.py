@@ -15,7 +15,7 @@ from typing import Any
 from liar_ext.checkpoint.loading import load_pruned, placement
 from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint_store import JOB, SUFFIX, names_in, remove
+from liar_ext.checkpoint_store import is_new, remove
 from liar_ext.cli.heal_options import FIELDS
 from liar_ext.cli.inputs import load
 from liar_ext.cli.output import print_json
@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> int:
     overwrite = in_place or options.overwrite
     check_folder(options.out, overwrite)
     check_apart(options)
-    _check_checkpoint(options.checkpoint)
+    if options.checkpoint:
+        is_new(options.checkpoint)  # refused before anything is loaded
     recipe, budget = _recipe(report.recipe, options), _budget(options)
     judge = max(recipe.samples // TRAINED, 2)
     given = load(recipe, progress=options.progress, judge=judge)
@@ -151,13 +152,3 @@ def _perplexity(model: Any, given: Any, options: argparse.Namespace) -> list[flo
 def _earlier(found: Any) -> list[str]:
     """Return what an earlier healing of the folder did."""
     return [f"Healed before: {line}" for line in sentences(found)[:1]]
-
-
-def _check_checkpoint(folder: str | None) -> None:
-    """Refuse a folder that holds something else."""
-    others = names_in(folder) if folder else set()
-    if others and f"{JOB}{SUFFIX}" not in others:
-        raise InputError(
-            f"checkpoint: {folder} must be a new or empty folder, or a checkpoint, and holds "
-            f"{', '.join(sorted(others)[:3])}; name another folder"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import time
 import warnings
@@ -12,9 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from liar_ext.cli.tracking import log
 from liar_ext.report.report import Report
-
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(.*?)\)")
+from liar_ext.report.tables import BYTES
 
 
 def say(report: Report, options: argparse.Namespace, start: float) -> None:
@@ -22,10 +19,10 @@ def say(report: Report, options: argparse.Namespace, start: float) -> None:
     if getattr(options, "log", None):
         log(report, options.log, options.out)
     seconds, folder = time.perf_counter() - start, options.out
-    each = BYTES.get(report.choices.get("dtype"), 4) / 1e6
+    each = BYTES.get(report.dtype, 4) / 1e6
     megabytes = {name: report.params[name] * each for name in ("before", "after")}
-    found = LOADER.search(report.loading)
-    load = f'{found[1]}.from_pretrained("{folder}"{found[2]})' if found else report.loading
+    found = report.loader
+    load = f'{found[0]}.from_pretrained("{folder}"{found[1]})' if found else report.loading
     if options.json:
         worst = report.worst_layer()
         facts = {

@@ -25,6 +25,7 @@ from liar_ext.checkpoint_store import (
     VERSION,
     Checkpoint,
     facts_of,
+    is_new,
     keys_in,
     names_in,
     of_other_version,
@@ -133,13 +134,7 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Check
     if not folder:
         yield None
         return
-    others = names_in(folder) if first else set()
-    new = first and JOB_FILE not in others
-    if new and others - set(OLDER):
-        raise InputError(
-            f"checkpoint: {folder} must be a new or empty folder, or a checkpoint, and holds "
-            f"{', '.join(sorted(others)[:3])}; name another folder"
-        )
+    new = first and is_new(folder)
     with Checkpoint(folder) as saved:
         try:
             own = {name: getattr(options, name) for name in OWN[options.command]}

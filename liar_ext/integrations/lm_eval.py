@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, did_you_mean, one_line
 from liar_ext.models.running import evaluating
 
 
@@ -42,8 +41,7 @@ def load_tasks(names: Sequence[str], include_path: str | None = None) -> list[An
         if not unknown:
             break
     else:
-        near = difflib.get_close_matches(unknown[0], manager.all_tasks, 3)
-        hint = f"did you mean {', '.join(near)}?" if near else "lm-eval ls tasks lists them"
+        hint = did_you_mean(unknown[0], manager.all_tasks, "lm-eval ls tasks lists them", 3)
         raise InputError(f"eval: lm-eval knows no task {unknown[0]!r}; {hint}")
     try:
         loaded = manager.load(list(names))

@@ -29,7 +29,6 @@ from liar_ext.untrusted import text
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
 MOST_ROWS = 512  # of a table
-LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(, trust_remote_code=True)?\)")
 
 
 def page_file(folder: str | os.PathLike[str]) -> Path:
@@ -99,10 +98,10 @@ def commands(
 ) -> list[tuple[str, str]]:
     """Return what to do next with a saved folder: in words, and a line to type."""
     place = text(os.fspath(folder))
-    found, shell = LOADER.search(report.loading), shlex.quote(place)
+    found, shell = report.loader, shlex.quote(place)
     load = f"liar_ext.load_pruned({place!r})"
     if found:
-        load = f"transformers.{found[1]}.from_pretrained({place!r}{found[2] or ''})"
+        load = f"transformers.{found[0]}.from_pretrained({place!r}{found[1]})"
     check = "Check that it reloads with the same outputs", f"liar verify {shell}"
     if not report.evaluation:
         check = "Measure its quality on your text", f"liar eval {shell} --text held_out.jsonl"

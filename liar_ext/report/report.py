@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
@@ -30,6 +31,7 @@ MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
 REMOVED = {"attn": "attention heads", "mlp": "MLP channels"}
 NAMES = {"attn": "attention", "mlp": "MLP"}
+LOADER = re.compile(r"transformers\.(\w+)\.from_pretrained\(folder(, trust_remote_code=True)?\)")
 
 
 @dataclass(repr=False)
@@ -198,6 +200,12 @@ class Report:
     def sizes(self) -> Table:
         """Return what the model was and is."""
         return tables.sizes(self.params, self.evaluation, self.latency, self.dtype)
+
+    @property
+    def loader(self) -> tuple[str, str] | None:
+        """The class of transformers that loads the folder, and what follows the folder's name."""
+        found = LOADER.search(self.loading)
+        return found and (found[1], found[2] or "")
 
     @property
     def dtype(self) -> str:

@@ -13,6 +13,7 @@ from transformers import BertModel
 
 from liar_ext import cli, encoder_similarity
 from liar_ext.checkpoint import load_model
+from liar_ext.cli import encoders
 from liar_ext.data.texts import evaluation_sequences, read_documents
 
 
@@ -109,6 +110,21 @@ def test_pairs_need_no_dense_model(files, tmp_path, capsys):
     assert evaluated(capsys, files / "dense", "--pairs", tmp_path / "same.tsv")["recall_at_1"] == 1
     assert run("eval", files / "small", *pairs, "--seq-len", 32) == 0
     assert f"(dense {dense['spearman']:.4f}) over 8 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wanted", ["plain", "none"])
+def test_progress_is_shown_as_asked(files, monkeypatch, wanted):
+    shown = []
+
+    def measured(*_, progress):
+        shown.append(progress)
+        return {"cosine": 1.0, "sequences": 1}
+
+    monkeypatch.setattr(encoders, "encoder_similarity", measured)
+    text = ("--text", files / "held_out.jsonl", "--seq-len", 32)
+    against = ("--against", files / "dense")
+    assert run("eval", files / "small", *text, *against, "--progress", wanted) == 0
+    assert shown == [wanted == "plain"]
 
 
 def test_what_an_evaluation_of_encoders_lacks_is_told(files, llama_folder, tmp_path, capsys):
