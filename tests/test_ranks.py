@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny, tiny_inputs
 from torch import Tensor
+from transformers.utils.logging import get_verbosity
 
 import liar_ext
 from liar_ext import InputError, distributed
@@ -343,7 +344,9 @@ def test_an_environment_that_torchrun_would_not_set_is_refused(name, value, monk
     of_torchrun |= {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     for each, given in {**of_torchrun, name: value}.items():
         monkeypatch.setenv(each, given)
+    before = get_verbosity(), list(warnings.filters)
     assert main(["info"]) == 2
+    assert (get_verbosity(), list(warnings.filters)) == before  # as another rank it says less
     said = capsys.readouterr().err.replace("\nhint: ", "; ")
     assert len(said.splitlines()) == 1
     assert said.startswith("error: the environment must be as torchrun sets it, ")

@@ -61,16 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from liar_ext.bars import plain_lines
     from liar_ext.checkpoint.quietening import no_bars
     from liar_ext.checkpoint.registration import register
-    from liar_ext.cli.processes import quieten
+    from liar_ext.cli.processes import quietened
     from liar_ext.distributed import tells
 
     register()
-    quieten(options)
     plain = wanted == "plain" or not sys.stderr.isatty()
-    others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
     try:
-        with shown(options.progress, options.quiet), plain_lines(plain), others:
-            code, error = _run(options)
+        with quietened(options):
+            others = no_bars() if wanted and (plain or not options.progress) else nullcontext()
+            with shown(options.progress, options.quiet), plain_lines(plain), others:
+                code, error = _run(options)
     except BaseException:
         tells()  # so that the others don't
         raise

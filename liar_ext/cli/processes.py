@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,14 +26,23 @@ SHARED = ("prune", "calibrate", "resume")  # commands that several ranks can sha
 OWN = ("quiet", "json", "progress", "out", "bank", "checkpoint")
 
 
-def quieten(options: argparse.Namespace) -> None:
+@contextmanager
+def quietened(options: argparse.Namespace) -> Iterator[None]:
     """Let the other ranks than the first show nothing."""
-    if is_other():
-        options.quiet, options.json, options.progress = True, False, False
-        warnings.simplefilter("ignore")
-        from transformers.utils.logging import set_verbosity_error
+    if not is_other():
+        yield
+        return
+    from transformers.utils import logging
 
-        set_verbosity_error()
+    options.quiet, options.json, options.progress = True, False, False
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def meet(options: argparse.Namespace) -> None:
