@@ -45,11 +45,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 @contextmanager
 def solving(site: str, operation: str = "reconstruct", work: str = "solve") -> Iterator[None]:
     """Let an allocation that fails in the solve of a site, or other work, say which one it was."""
+    with naming_memory(f"{operation}: out of memory in the {work} of {site}"):
+        yield
+
+
+@contextmanager
+def naming_memory(what: str) -> Iterator[None]:
+    """Let an allocation that fails say what it was for, unless its error says so already."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or ": out of memory" in str(error):
             raise
         # torch says first which check failed, and last which process holds what.
         said = ". ".join(one_line(error).split("err == 0. ")[-1].split(". ")[:2])
-        raise MemoryError(f"{operation}: out of memory in the {work} of {site}: {said}") from error
+        raise MemoryError(f"{what}: {said}") from error

@@ -366,3 +366,16 @@ def test_the_recipe_of_a_job_in_python_says_what_was_run(tmp_path):
     assert (found.samples, found.seq_len, found.self_text, found.random_tokens) == (48, 16, 0, 0)
     save_pruned(model, tmp_path / "out", report.plan, report=report)
     assert "repeats it" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_memory_that_ends_anywhere_is_named_and_leaves_the_model(monkeypatch) -> None:
+    model = tiny("llama")
+    before = copy.deepcopy(model.state_dict())
+
+    def ends(*given):
+        raise MemoryError
+
+    monkeypatch.setattr("liar_ext.pipeline.pipeline.decide", ends)
+    with pytest.raises(MemoryError, match=r"^prune: out of memory: MemoryError$"):
+        prune(model, [tiny_inputs(model)], keep=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

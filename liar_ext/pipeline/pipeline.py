@@ -17,7 +17,7 @@ from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.data.batches import Batches
 from liar_ext.distributed import is_first
-from liar_ext.errors import InputError
+from liar_ext.errors import InputError, naming_memory
 from liar_ext.pipeline.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.pipeline.choosing import Solved, Weights, solve
 from liar_ext.pipeline.estimate import bars_of, by_blocks, stages_of
@@ -137,7 +137,7 @@ def prune(
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
     own = "evaluate_on", "certify_on", "judge_on", "bank", "checkpoint", "progress"
     check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
-    with told(progress), opened(checkpoint) as saved:
+    with naming_memory("prune: out of memory"), told(progress), opened(checkpoint) as saved:
         return run(
             Job(
                 model,

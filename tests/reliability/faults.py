@@ -198,7 +198,7 @@ def _little_memory(home: Path, paths: dict[str, str], whole: dict, draw: random.
         return call, ("done" if same else "wrong answer"), "" if same else "other weights"
     if not _as_one(model, dense, 0.0):
         return call, "data lost", "the model isn't as it was"
-    named = re.search(r"out of memory in the (solve|error curve) of 0\.", said) is not None
+    named = re.match(r"\w+: out of memory( in the (solve|error curve) of 0\.|:)", said) is not None
     return call, ("refused" if named else "traceback"), said
 
 
