@@ -32,6 +32,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+# Any of these describes the processor of a model that reads pictures or recordings.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Of version 0.1.0, whose folders are loaded.
 OLD_MARK_VERSION = 1
