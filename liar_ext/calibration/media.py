@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,7 @@ def _item(path: Path) -> Item:
 
 def _of_dataset(source: str, kind: str) -> tuple[list[Item], list[str]]:
     column, items, notes = COLUMNS[kind], [], []
-    for number, row in enumerate(rows_of_dataset(source, partial(_undecoded, column=column))):
+    for number, row in enumerate(rows_of_dataset(source, _undecoded)):
         place = f"dataset {source} row {number}"
         file = row.get(column)
         if column not in row or not isinstance(file, Mapping | None):
@@ -143,14 +142,14 @@ def _of_dataset(source: str, kind: str) -> tuple[list[Item], list[str]]:
     return items, notes
 
 
-def _undecoded(rows: Any, column: str) -> Any:
+def _undecoded(rows: Any) -> Any:
     """Return a dataset that gives bytes: decoding is done here, alike for files and rows."""
     from datasets import Audio, Image
 
-    if column not in (rows.column_names or [column]):
-        return rows
-    feature = (Audio if column == COLUMNS[AUDIO] else Image)(decode=False)
-    return rows.cast_column(column, feature)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, Audio | Image):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
 
 
 def _digest(item: Item) -> str:

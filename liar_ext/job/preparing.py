@@ -28,6 +28,7 @@ from liar_ext.measure.embeddings import Evaluator
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites, why_whole
+from liar_ext.plan import KINDS
 from liar_ext.progress import Clock
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
@@ -60,7 +61,7 @@ def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
 
 def warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
     """Say which kinds of sites are asked for and can't lose a unit."""
-    for kind in kinds:
+    for kind in (each for each in kinds if each in KINDS):
         some, reason = [site for site in at if site.kind == kind], why_whole(model, kind)
         if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
             reason = "all its query heads share one key and value; give attn_unit='head'"

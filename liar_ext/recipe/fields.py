@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PHASES, Budget
+from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PARTS, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
 
@@ -48,6 +48,7 @@ _report = partial(Option, group="evaluation", affects="report")
 def read_sites(text: Any) -> Any:
     """Read which layers may be pruned; what is no name of some is returned."""
     known = {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}
+    known |= {part: (*KINDS, part) for part in PARTS}
     return known.get(text, text) if isinstance(text, str) else text
 
 
@@ -163,10 +164,10 @@ class Fields:
     )
     kinds: tuple[str, ...] = _budget(
         KINDS,
-        check.some_of(KINDS),
-        "layers that may be pruned",
+        check.some_of((*KINDS, *PARTS)),
+        "layers that may be pruned; encoder, decoder: those of one part of a model that has both",
         option="--sites",
-        metavar="{all,attn,mlp}",
+        metavar="{all,attn,mlp,encoder,decoder}",
         read=read_sites,
     )
     attn_unit: str = _budget(
@@ -291,7 +292,9 @@ class Fields:
     @property
     def prunable_kinds(self) -> tuple[str, ...]:
         """Those of ``kinds`` that the budget counts: MLPs cache nothing, and stay whole."""
-        return ("attn",) if self.of == "kv_cache" else self.kinds
+        if self.of != "kv_cache":
+            return self.kinds
+        return tuple(each for each in self.kinds if each != "mlp")
 
     @property
     def budget(self) -> Budget:
