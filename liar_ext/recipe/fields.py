@@ -78,14 +78,16 @@ class Fields:
     calibration: tuple[str, ...] = _text(
         (),
         check.texts,
-        "text or .jsonl files, folders, names of datasets, or self: text that the model generates",
+        "text or .jsonl files, folders, names of datasets, or self: text that the model generates; "
+        "recordings or pictures, if the model reads them",
         common=True,
         metavar="TEXT",
     )
     samples: int = _text(
         128,
         check.whole(2),
-        "number of calibration sequences; encoders read that many times --seq-len tokens",
+        "number of calibration sequences, or of recordings or pictures; encoders read that many "
+        "times --seq-len tokens",
     )
     self_text: float = _text(
         SELF_TEXT,

@@ -1,4 +1,4 @@
-"""Recordings and pictures: files, folders and datasets, and what a model's processor makes of them."""
+"""Recordings and pictures: files, folders and datasets, and inputs by a processor."""
 
 from __future__ import annotations
 

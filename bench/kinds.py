@@ -1,0 +1,209 @@
+"""Models of speech and of images before and after pruning, by one table: `make kinds`.
+
+Takes what `bench/kinds_models.py` and `bench/kinds_data.py` make of packages. A model is pruned by
+`liar prune` on a folder of files, and judged on others:
+
+    speech   word error rate on ten utterances of people, and on synthetic speech of another program
+             than the calibration set's; seconds for a minute of audio
+    images   CIFAR-10 by nearest neighbours and by a linear probe; cosine with the dense model's
+             embeddings; images per second
+
+Both models are timed in turns. Rows lie in `kinds.json` of the output folder, and a second run
+makes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from kinds_data import cifar, news, people, speak
+from kinds_models import dinov2, whisper
+
+from liar_ext import cli
+from liar_ext.calibration.media import AUDIO, IMAGES, read_files
+from liar_ext.calibration.media_batches import evaluation_inputs
+from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.processors import load_reader
+from liar_ext.measure.word_errors import word_errors
+from liar_ext.models.running import output_of
+
+COLUMNS = "kind,model,kept,measure,dense,pruned,speed,minutes".split(",")
+SPEECH = {"encoder 50 %": (0.5, "encoder"), "both 80 %": (0.8, "all")}
+VISION = {"80 %": 0.8, "65 %": 0.65, "50 %": 0.5}
+SPOKEN, JUDGED = 96, 24  # sentences to calibrate on, and to judge on
+PICTURES = {"calibration": 128, "held_out": 64, "train": 600, "test": 600}
+NEIGHBOURS, ROUNDS = 20, 3
+MOST_TOKENS = 64  # of an utterance: a model that repeats itself would go on to 448
+
+
+def main() -> None:
+    """Run what is missing, and print a table."""
+    options = parse()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kinds.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    jobs: dict[str, Callable] = {"speech": speech, "images": images}
+    for kind in options.kinds:
+        for found in jobs[kind](options, {(row[0], row[2]) for row in rows}):
+            rows += found
+            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+            print(table(found), flush=True)
+    print(table(rows))
+    if options.docs is not None:
+        facts = json.loads(options.docs.read_text())
+        text = json.dumps(facts | {"columns": COLUMNS, "rows": rows}, indent=1, ensure_ascii=False)
+        options.docs.write_text(text + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--people", type=Path, required=True, help="the unpacked package pocketsphinx-testdata")
+    add("--cifar", type=Path, required=True, help="bigbench-1.0.0.tar.gz")
+    add("--kinds", nargs="+", choices=("speech", "images"), default=["speech", "images"])
+    add("--out", type=Path, default=Path("out/kinds"))
+    add("--docs", type=Path, help="file of docs/data to write the rows to")
+    return parser.parse_args()
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows as a table of Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def pruned(model: Path, data: Path, out: Path, *options: object) -> tuple[Path, str]:
+    """Return the folder that `liar prune` writes, and the minutes that it took."""
+    start = time.perf_counter()
+    job = ["prune", model, "--calibration", data, "--out", out, "--overwrite", "--quiet", *options]
+    if cli.main([str(each) for each in job]):
+        raise SystemExit(f"liar {' '.join(map(str, job))} failed")
+    return out, f"{(time.perf_counter() - start) / 60:.1f}"
+
+
+def speech(options: argparse.Namespace, done: set):
+    """Yield the rows of Whisper tiny.en."""
+    out, sentences = options.out, news()
+    data = speak(out / "spoken", sentences[:SPOKEN], judging=False)
+    judging = {
+        "people": people(out / "people", options.people),
+        "synthetic": speak(out / "judged", sentences[SPOKEN : SPOKEN + JUDGED], judging=True),
+    }
+    folder = whisper()
+    dense, _ = load_model(folder)
+    dense.generation_config.max_length = MOST_TOKENS
+    reader = load_reader(AUDIO, str(folder), dense)
+    for kept, (keep, sites) in SPEECH.items():
+        if ("speech", kept) in done:
+            continue
+        small, minutes = pruned(
+            folder, data, out / f"whisper-{keep}", "--keep", keep, "--sites", sites
+        )
+        model, _ = load_model(small)
+        model.generation_config.max_length = MOST_TOKENS
+        rows = []
+        for name, each in judging.items():
+            items = read_files(each, AUDIO).items
+            turns = [[word_errors(m, reader, items) for m in (dense, model)] for _ in range(2)]
+            before, after = turns[0]
+            ratio = median(a["seconds_per_minute"] / b["seconds_per_minute"] for a, b in turns)
+            rates = [f"{each['word_error_rate']:.1%}".replace("%", " %") for each in turns[0]]
+            measure = f"word error rate, {name}, {before['words']} words"
+            speed = f"{ratio:.2f} × ({min(b['seconds_per_minute'] for _, b in turns):.1f} s/min)"
+            rows.append(["speech", "Whisper tiny.en", kept, measure, *rates, speed, minutes])
+        yield rows
+
+
+def images(options: argparse.Namespace, done: set):
+    """Yield the rows of DINOv2-small."""
+    data = options.out / "cifar"
+    labels = cifar(data, options.cifar, PICTURES)
+    folder = dinov2()
+    dense, _ = load_model(folder)
+    reader = load_reader(IMAGES, str(folder), dense)
+    inputs = {
+        name: evaluation_inputs(read_files(data / name, IMAGES), reader).batches(25)
+        for name in ("held_out", "train", "test")
+    }
+    before = None
+    for kept, keep in VISION.items():
+        if ("images", kept) in done:
+            continue
+        small, minutes = pruned(
+            *(folder, data / "calibration", out := options.out / f"dinov2-{keep}"),
+            *("--keep", keep, "--eval", data / "held_out"),
+        )
+        model, _ = load_model(small)
+        before = before or classified(dense, inputs, labels)
+        after = classified(model, inputs, labels)
+        report = json.loads((out / "liar/report.json").read_text())["evaluation"]["pruned"]
+        after["cosine"], before["cosine"] = report["cosine"], 1.0
+        speed = f"{ratio(dense, model, inputs['held_out']):.2f} ×"
+        yield [
+            ["images", "DINOv2-small", kept, name, *shown(name, before, after), speed, minutes]
+            for name in before
+        ]
+
+
+def shown(name: str, before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """Return the numbers of both models."""
+    form = "{:.3f}" if name == "cosine" else "{:.1%}"
+    return [form.format(each[name]).replace("%", " %") for each in (before, after)]
+
+
+@torch.no_grad()
+def classified(model, inputs: dict, labels: dict[str, list[int]]) -> dict[str, float]:
+    """Return accuracies on pictures of the test set, by embeddings of the training pictures."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    found = {}
+    for name in ("train", "test"):
+        rows = [
+            output_of(model, model(pixel_values=batch["pixel_values"]))[1][:, 0]
+            for batch in inputs[name]
+        ]
+        found[name] = torch.nn.functional.normalize(torch.cat(rows)).numpy()
+    # A lone set takes turns in its folds, by which batches are ordered.
+    order = {
+        name: [*range(0, len(labels[name]), 2), *range(1, len(labels[name]), 2)] for name in found
+    }
+    classes = {name: [labels[name][at] for at in order[name]] for name in found}
+    ways = {
+        f"{NEIGHBOURS} nearest neighbours": KNeighborsClassifier(NEIGHBOURS, weights="distance"),
+        "linear probe": LogisticRegression(C=100, max_iter=2000),
+    }
+    scores = {
+        name: way.fit(found["train"], classes["train"]).score(found["test"], classes["test"])
+        for name, way in ways.items()
+    }
+    return {f"CIFAR-10, {name}": each for name, each in scores.items()}
+
+
+@torch.no_grad()
+def ratio(dense, model, batches: list) -> float:
+    """Return how many times as fast a model is, both timed in turns."""
+    taken = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for each in (dense, model):
+            start = time.perf_counter()
+            for batch in batches:
+                each(pixel_values=batch["pixel_values"])
+            seconds.append(time.perf_counter() - start)
+        taken.append(seconds[0] / seconds[1])
+    return median(taken)
+
+
+if __name__ == "__main__":
+    main()
