@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,6 +78,30 @@ class Reader:
             text = item.text if len(samples) <= most else ""
             for at in range(0, len(samples), most):
                 yield samples[at : at + most], text
+
+    def joined(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Return recordings put together as long as the model hears them; pictures as they are.
+
+        Short ones would be silence for the most part, which a model that pads them reads, too.
+        """
+        most = getattr(self.processor, "n_samples", None)
+        if self.kind == IMAGES or most is None:
+            return list(clips)
+        windows: list[list[Clip]] = []
+        room = 0
+        for clip in clips:
+            if len(clip[0]) > room:
+                windows.append([])
+                room = most
+            windows[-1].append(clip)
+            room -= len(clip[0])
+        return [
+            (
+                np.concatenate([samples for samples, _ in some]),
+                " ".join(text for _, text in some) if all(text for _, text in some) else "",
+            )
+            for some in windows
+        ]
 
     def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Return the inputs of the model's forward pass."""
@@ -176,6 +201,8 @@ def calibration_inputs(
 ) -> Inputs:
     """Draw files of several sources, in two folds; each source contributes evenly.
 
+    Recordings of one fold and source are put together, see :meth:`Reader.joined`.
+
     Parameters
     ----------
     sources : sequence of Files
@@ -220,12 +247,15 @@ def calibration_inputs(
     return _read(reader, parts[:FOLDS], *apart, tuple(notes))
 
 
-def _read(reader: Reader, parts: Sequence[Sequence[tuple[Item, int]]], *more: Any) -> Inputs:
+def _read(
+    reader: Reader, parts: Sequence[Sequence[tuple[Item, int]]], *more: Any, join: bool = True
+) -> Inputs:
     """Return the inputs of parts: each a fold, or of a lone one in turns."""
     clips, folds, sources = [], [], []
     for fold, part in enumerate(parts):
-        for item, source in part:
-            found = list(reader.clips([item]))
+        for source in dict.fromkeys(source for _, source in part):
+            found = list(reader.clips([item for item, of in part if of == source]))
+            found = reader.joined(found) if join else found
             clips += found
             folds += [fold] * len(found)
             sources += [source] * len(found)
@@ -236,7 +266,7 @@ def _read(reader: Reader, parts: Sequence[Sequence[tuple[Item, int]]], *more: An
 def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Inputs:
     """Return the inputs of files to judge on: of all, or of ``samples`` evenly spread ones."""
     part = [(item, 0) for item in spread(files.items, samples)]
-    return _read(reader, [part], None, None, tuple(files.notes))
+    return _read(reader, [part], None, None, tuple(files.notes), join=False)
 
 
 def spread(items: Sequence[Item], samples: int | None) -> list[Item]:

@@ -188,6 +188,25 @@ def _decoder(found):
     )
 
 
+def test_short_recordings_are_put_together_to_calibrate_on(tmp_path, tokenizer):
+    write_recordings(tmp_path / "a", 6, said="abc", seconds=0.4)
+    write_recordings(tmp_path / "b", 2, seed=1, seconds=0.4)
+    reader = Reader(AUDIO, tiny("whisper"), extractor(), tokenizer)
+    reader.write_down = lambda features: len(features) * ["de"]
+    given = [read_files(tmp_path / name, AUDIO) for name in "ab"]
+    samples = {bytes(decode_audio(item, RATE)): item.text for f in given for item in f.items}
+    clips = reader.joined(
+        [(np.frombuffer(each, np.float32), said) for each, said in samples.items()]
+    )
+    # Two of 0.4 seconds fit into one second; nobody knows all that is said in the last.
+    assert [len(each) for each, _ in clips] == 4 * [int(0.8 * RATE)]
+    assert [said for _, said in clips] == ["abc 0 abc 1", "abc 2 abc 3", "abc 4 abc 5", ""]
+    drawn = calibration_inputs(given, reader, samples=8)
+    # Four files of one source and two of the other, half of them in each fold.
+    assert drawn.source.tolist() == [0, 1, 0, 1] and drawn.fold.tolist() == [0, 0, 1, 1]
+    assert len(evaluation_inputs(given[0], reader)) == 6
+
+
 def test_a_reader_refuses_what_files_do_not_hold(tokenizer):
     with pytest.raises(InputError, match="CLIPModel reads input_ids beside images"):
         images(tiny("clip"))
