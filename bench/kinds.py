@@ -4,11 +4,11 @@ Takes what `bench/kinds_models.py` and `bench/kinds_data.py` make of packages. A
 `liar prune` on a folder of files, and judged on others:
 
     speech   word error rate on ten utterances of people, and on synthetic speech of another program
-             than the calibration set's; seconds for a minute of audio
+             than the calibration set's; seconds for a minute of audio, both models in turns
     images   CIFAR-10 by nearest neighbours and by a linear probe; cosine with the dense model's
              embeddings; images per second
 
-Both models are timed in turns. Rows lie in `kinds.json` of the output folder, and a second run
+Rows lie in `kinds.json` of the output folder, and a second run
 makes what is missing.
 """
 
@@ -36,7 +36,7 @@ from liar_ext.models.running import output_of
 COLUMNS = "kind,model,kept,measure,dense,pruned,speed,minutes".split(",")
 SPEECH = {"encoder 50 %": (0.5, "encoder"), "both 80 %": (0.8, "all")}
 VISION = {"80 %": 0.8, "65 %": 0.65, "50 %": 0.5}
-SPOKEN, JUDGED = 96, 24  # sentences to calibrate on, and to judge on
+SPOKEN, JUDGED = 64, 12  # sentences to calibrate on, and to judge on
 PICTURES = {"calibration": 128, "held_out": 64, "train": 600, "test": 600}
 NEIGHBOURS, ROUNDS = 20, 3
 MOST_TOKENS = 64  # of an utterance: a model that repeats itself would go on to 448
@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     add("--people", type=Path, required=True, help="the unpacked package pocketsphinx-testdata")
     add("--cifar", type=Path, required=True, help="bigbench-1.0.0.tar.gz")
     add("--kinds", nargs="+", choices=("speech", "images"), default=["speech", "images"])
+    add("--prune", nargs="*", default=[], metavar="OPTION", help="of liar prune, without dashes")
     add("--out", type=Path, default=Path("out/kinds"))
     add("--docs", type=Path, help="file of docs/data to write the rows to")
     return parser.parse_args()
@@ -91,6 +92,11 @@ def pruned(model: Path, data: Path, out: Path, *options: object) -> tuple[Path, 
     return out, f"{(time.perf_counter() - start) / 60:.1f}"
 
 
+def options_of(options: argparse.Namespace) -> list[str]:
+    """Return the options of every `liar prune`, given as NAME=VALUE."""
+    return [f"--{each}" for each in options.prune]
+
+
 def speech(options: argparse.Namespace, done: set):
     """Yield the rows of Whisper tiny.en."""
     out, sentences = options.out, news()
@@ -107,21 +113,58 @@ def speech(options: argparse.Namespace, done: set):
         if ("speech", kept) in done:
             continue
         small, minutes = pruned(
-            folder, data, out / f"whisper-{keep}", "--keep", keep, "--sites", sites
+            *(folder, data, out / f"whisper-{keep}", "--keep", keep, "--sites", sites),
+            *options_of(options),
         )
         model, _ = load_model(small)
         model.generation_config.max_length = MOST_TOKENS
         rows = []
         for name, each in judging.items():
             items = read_files(each, AUDIO).items
-            turns = [[word_errors(m, reader, items) for m in (dense, model)] for _ in range(2)]
-            before, after = turns[0]
-            ratio = median(a["seconds_per_minute"] / b["seconds_per_minute"] for a, b in turns)
-            rates = [f"{each['word_error_rate']:.1%}".replace("%", " %") for each in turns[0]]
-            measure = f"word error rate, {name}, {before['words']} words"
-            speed = f"{ratio:.2f} × ({min(b['seconds_per_minute'] for _, b in turns):.1f} s/min)"
+            found = [word_errors(each, reader, items) for each in (dense, model)]
+            rates = [f"{each['word_error_rate']:.1%}".replace("%", " %") for each in found]
+            before, after = (each["seconds_per_minute"] for each in found)
+            measure = f"word error rate, {name}, {found[0]['words']} words"
+            speed = f"{before / after:.2f} ×, {before:.1f} and {after:.1f} s/min"
             rows.append(["speech", "Whisper tiny.en", kept, measure, *rates, speed, minutes])
-        yield rows
+        before, after = encoders_in_onnxruntime(dense, model)
+        measure = "encoder in ONNX Runtime, CPU seconds for 30 seconds"
+        cells = (f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f} ×", minutes)
+        yield [*rows, ["speech", "Whisper tiny.en", kept, measure, *cells]]
+
+
+class Encoder(torch.nn.Module):
+    """The encoder of a model, with one output."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.encoder = model.get_encoder()
+
+    def forward(self, input_features):
+        return self.encoder(input_features).last_hidden_state
+
+
+@torch.no_grad()
+def encoders_in_onnxruntime(*models) -> list[float]:
+    """Return the CPU seconds that each encoder takes for one window, timed in turns."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    sessions, taken = [], [[] for _ in models]
+    for each in map(Encoder, models):
+        graph = torch.onnx.export(each.eval(), (features,), input_names=["features"], dynamo=True)
+        made = graph.model_proto.SerializeToString()
+        sessions.append(onnxruntime.InferenceSession(made, options))
+        found = sessions[-1].run(None, {"features": features.numpy()})[0]
+        torch.testing.assert_close(torch.tensor(found), each(features), rtol=1e-3, atol=1e-3)
+    for _ in range(ROUNDS):
+        for session, seconds in zip(sessions, taken, strict=True):
+            start = time.process_time()
+            session.run(None, {"features": features.numpy()})
+            seconds.append(time.process_time() - start)
+    return [median(each) for each in taken]
 
 
 def images(options: argparse.Namespace, done: set):
@@ -141,7 +184,7 @@ def images(options: argparse.Namespace, done: set):
             continue
         small, minutes = pruned(
             *(folder, data / "calibration", out := options.out / f"dinov2-{keep}"),
-            *("--keep", keep, "--eval", data / "held_out"),
+            *("--keep", keep, "--eval", data / "held_out", *options_of(options)),
         )
         model, _ = load_model(small)
         before = before or classified(dense, inputs, labels)

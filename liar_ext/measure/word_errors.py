@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from liar_ext.calibration.media import Item
 from liar_ext.calibration.media_batches import WRITTEN, Clip, Reader
 from liar_ext.errors import InputError
-from liar_ext.models.running import evaluating
 from liar_ext.progress import Bar
 
 
-@torch.no_grad()
 def word_errors(
     model: nn.Module,
     reader: Reader,
@@ -32,7 +29,7 @@ def word_errors(
     Parameters
     ----------
     model : nn.Module
-        Writes by greedy decoding, as its generation config says.
+        In evaluation mode; it writes as its generation config says, greedily by default.
     reader : Reader
         Makes its inputs; see :func:`liar_ext.checkpoint.processors.load_reader`.
     items : sequence of Item
@@ -73,13 +70,12 @@ def word_errors(
     heard = ["" for _ in items]
     start = time.perf_counter()
     writer = reader.of(model)
-    with evaluating(model):
-        for at in Bar(range(0, len(clips), batch_size), desc="evaluate", disable=not progress):
-            numbers, some = zip(*clips[at : at + batch_size], strict=True)
-            features = writer.features([samples for samples, _ in some])
-            said = writer.write_down(next(iter(features.values())))
-            for number, text in zip(numbers, said, strict=True):
-                heard[number] += f" {text}"
+    for at in Bar(range(0, len(clips), batch_size), desc="evaluate", disable=not progress):
+        numbers, some = zip(*clips[at : at + batch_size], strict=True)
+        features = writer.features([samples for samples, _ in some])
+        said = writer.write_down(next(iter(features.values())))
+        for number, text in zip(numbers, said, strict=True):
+            heard[number] += f" {text}"
     seconds = time.perf_counter() - start
     alike = _alike(model)
     said = [alike(item.text) for item in items]
