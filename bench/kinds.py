@@ -34,7 +34,11 @@ from liar_ext.measure.word_errors import word_errors
 from liar_ext.models.running import output_of
 
 COLUMNS = "kind,model,kept,measure,dense,pruned,speed,minutes".split(",")
-SPEECH = {"encoder 50 %": (0.5, "encoder"), "both 80 %": (0.8, "all")}
+SPEECH = {  # the fraction to keep, and of which layers
+    "encoder 80 %": (0.8, "encoder"),
+    "encoder 50 %": (0.5, "encoder"),
+    "both 80 %": (0.8, "all"),
+}
 VISION = {"80 %": 0.8, "65 %": 0.65, "50 %": 0.5}
 SPOKEN, JUDGED = 64, 12  # sentences to calibrate on, and to judge on
 PICTURES = {"calibration": 128, "held_out": 64, "train": 600, "test": 600}
@@ -113,7 +117,7 @@ def speech(options: argparse.Namespace, done: set):
         if ("speech", kept) in done:
             continue
         small, minutes = pruned(
-            *(folder, data, out / f"whisper-{keep}", "--keep", keep, "--sites", sites),
+            *(folder, data, out / f"whisper-{sites}-{keep}", "--keep", keep, "--sites", sites),
             *options_of(options),
         )
         model, _ = load_model(small)
@@ -141,6 +145,7 @@ class Encoder(torch.nn.Module):
         self.encoder = model.get_encoder()
 
     def forward(self, input_features):
+        """Return its hidden states."""
         return self.encoder(input_features).last_hidden_state
 
 
