@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_docs import ROOT
 from tiny import tiny
 
 
