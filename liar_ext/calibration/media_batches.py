@@ -135,7 +135,14 @@ class Reader:
     @torch.no_grad()
     def write_down(self, features: Tensor) -> list[str]:
         """Return what the model hears, as text."""
-        found = self.model.generate(features.to(device_of(self.model)))
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of its own arguments
+        try:
+            found = self.model.generate(features.to(device_of(self.model)))
+        finally:
+            logging.set_verbosity(before)
         return self.tokenizer.batch_decode(found, skip_special_tokens=True)
 
     def _decoder_inputs(self, said: Sequence[str]) -> dict[str, Tensor]:
