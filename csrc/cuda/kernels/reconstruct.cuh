@@ -87,7 +87,7 @@ struct SumShared {
 };
 
 // P is what a binary search doesn't find in K. One block an item.
-static __global__ void index_kernel(const IndexParams q) {
+static __global__ void __launch_bounds__(1024) index_kernel(const IndexParams q) {
   auto& shared = shared_memory<SumShared>();
   const Reconstruct& r = q.r;
   const std::int64_t* kept = r.kept + blockIdx.x * r.n;
@@ -186,16 +186,16 @@ struct DotParams {
   double* out;
 };
 
-// out = Σ a∘b, one block an item: n_P × d_out elements, once per fold.
+// Partial sums of Σ a∘b over n_P × d_out elements of each item; finish_kernel adds them up.
 static __global__ void dot_kernel(const DotParams q) {
   auto& shared = shared_memory<SumShared>();
-  const std::int64_t at = blockIdx.x * q.rows * q.stride;
+  const std::int64_t at = blockIdx.y * q.rows * q.stride;
   double sum = 0;
-  for (std::int64_t i = threadIdx.x / kWarp; i < q.rows; i += blockDim.x / kWarp)
-    for (std::int64_t j = threadIdx.x % kWarp; j < q.columns; j += kWarp)
+  for (std::int64_t i = blockIdx.x; i < q.rows; i += gridDim.x)
+    for (std::int64_t j = threadIdx.x; j < q.columns; j += blockDim.x)
       sum += q.a[at + i * q.stride + j] * q.b[at + i * q.stride + j];
   sum = block_sum(sum, shared.scratch);
-  if (threadIdx.x == 0) q.out[blockIdx.x] = sum;
+  if (threadIdx.x == 0) q.out[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
 static __global__ void start_kernel(const GroupParams q) {
@@ -249,7 +249,10 @@ static __global__ void finish_kernel(const GroupParams q) {
   const double* constant = q.s.folds[q.fold].constant;
   double part = 0;
   for (int k = threadIdx.x; k < q.s.parts; k += blockDim.x) part += partial[k];
-  const double error = block_sum(part, shared.scratch) + (constant ? constant[item] : 0);
+  if (constant)
+    for (unsigned k = threadIdx.x; k < kFormBlocks; k += blockDim.x)
+      part += constant[item * kFormBlocks + k];
+  const double error = block_sum(part, shared.scratch);
   const bool spoilt = code == 0 && !is_finite(error);
   if (spoilt) code = kNotFinite;
   if (threadIdx.x == 0) {

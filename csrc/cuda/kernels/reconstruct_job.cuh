@@ -58,7 +58,7 @@ inline ReconstructSpace lay_out(const Reconstruct& r, Group group, Workspace& wo
     if (!fold.gram.data) continue;
     fold.square = workspace.take<double>(items * r.n * s.square_stride);
     fold.linear = workspace.take<double>(items * r.n * s.linear_stride);
-    fold.constant = r.cross.data ? nullptr : workspace.take<double>(items);
+    fold.constant = r.cross.data ? nullptr : workspace.take<double>(items * kFormBlocks);
   }
   s.rhs = r.cross.data ? workspace.take<double>(items * r.n * s.linear_stride) : s.folds[0].linear;
   const int batches = static_cast<int>(systems);
@@ -123,7 +123,8 @@ class Gatherer {
       gather(fold.gram, removed(), removed(), s_.removed_square, even(p));
       product(s_.mixed, s_.square_stride, r_.n, s_.removed_weight, p, fold.linear, 1, false);
       product(s_.removed_square, even(p), p, s_.removed_weight, p, s_.removed_product, 1, false);
-      launch(dot_kernel, {static_cast<unsigned>(items_), 1, 1}, 1024, sizeof(SumShared), stream_,
+      launch(dot_kernel, {kFormBlocks, static_cast<unsigned>(items_), 1}, kFormThreads,
+             sizeof(SumShared), stream_,
              DotParams{s_.removed_weight, s_.removed_product, p, r_.d_out, s_.linear_stride,
                        fold.constant});
     }
