@@ -13,9 +13,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 
-from liar_ext.cli.messages import error_lines, one_line, shown, silence_of_others
+from liar_ext.cli.messages import error_lines, shown, silence_of_others
 from liar_ext.cli.options import parse
-from liar_ext.errors import InputError, is_out_of_memory
+from liar_ext.errors import InputError, is_out_of_memory, one_line
 
 
 def _run_command(name: str, options: argparse.Namespace) -> int | None:

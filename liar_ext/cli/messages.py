@@ -13,11 +13,10 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from liar_ext.errors import did_you_mean
+from liar_ext.errors import did_you_mean, one_line
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.option import option_of
 
-MOST_CHARACTERS = 300  # of a line
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
 OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
 ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
@@ -26,12 +25,6 @@ PATHS = (  # options that name something to read
     *("folder", "folders", "against"),
 )
 OF_A_RECIPE = ("recipe: ", "Budget: ")
-
-
-def one_line(message: object) -> str:
-    """Return a message as one line, cut where it is far too long."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
 
 
 def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
