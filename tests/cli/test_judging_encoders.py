@@ -12,9 +12,9 @@ from tiny import tiny
 from transformers import BertModel
 
 from liar_ext import cli, encoder_similarity
+from liar_ext.calibration.texts import evaluation_sequences, read_documents
 from liar_ext.checkpoint import load_model
-from liar_ext.cli import encoders
-from liar_ext.data.texts import evaluation_sequences, read_documents
+from liar_ext.cli import evaluate
 
 
 def run(*arguments) -> int:
@@ -120,7 +120,7 @@ def test_progress_is_shown_as_asked(files, monkeypatch, wanted):
         shown.append(progress)
         return {"cosine": 1.0, "sequences": 1}
 
-    monkeypatch.setattr(encoders, "encoder_similarity", measured)
+    monkeypatch.setattr(evaluate, "encoder_similarity", measured)
     text = ("--text", files / "held_out.jsonl", "--seq-len", 32)
     against = ("--against", files / "dense")
     assert run("eval", files / "small", *text, *against, "--progress", wanted) == 0
@@ -136,8 +136,8 @@ def test_what_an_evaluation_of_encoders_lacks_is_told(files, llama_folder, tmp_p
         ((files / "small",), "needs --text TEXT, --tasks TASK, or of an encoder --pairs"),
         ((files / "small", "--tasks", "a"), "--tasks needs a causal language model, got Be"),
         ((files / "small", "--tasks", "a", *against[:2]), "--against goes with --text"),
-        ((llama_folder, "--text", text, *against), "--against is for encoders, got Llama"),
-        ((llama_folder, *pairs), "--pairs is for encoders, got"),
+        ((llama_folder, "--text", text, *against), "--against is for evaluate, got Llama"),
+        ((llama_folder, *pairs), "--pairs is for evaluate, got"),
     ):
         assert run("eval", *arguments) == 2
         assert f"error: {said}" in capsys.readouterr().err
