@@ -145,6 +145,11 @@ def runs_kernels(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def serves(device: torch.device) -> bool:
+    """Tell whether the CUDA kernels of the extension run on a device."""
+    return has_kernels("CUDA") and runs_kernels(device)
+
+
 def has_kernels(device: str) -> bool:
     """Tell whether the extension that is loaded has kernels for a dispatch key, as ``CUDA``."""
     return device in KERNELS

@@ -7,6 +7,7 @@ device that has no kernels they do the work: see :mod:`liar_ext.ops.dispatch`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -126,9 +127,10 @@ def reconstruct(
     The errors are computed the long way, as ``tr(ΔW G ΔWᵀ)`` over all features.
     """
     if weight.dim() == 3:
-        return _each_site(weight, gram, kept, damps, holdout, cross, holdout_cross, errors_only)
-    weight, gram = weight.double(), _symmetric(gram)
-    holdout = None if holdout is None else _symmetric(holdout)
+        optional = holdout, cross, holdout_cross
+        return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
+    weight, gram = weight.double(), symmetric(gram)
+    holdout = None if holdout is None else symmetric(holdout)
     cross = None if cross is None else cross.double()
     holdout_cross = None if holdout_cross is None else holdout_cross.double()
     d_out, d = weight.shape
@@ -172,7 +174,7 @@ def obs_curve(
 
     Keeps the re-solved weights and ``(G_KK + Λ)⁻¹`` themselves, and downdates both unit by unit.
     """
-    weight, gram = weight.double(), _symmetric(gram)
+    weight, gram = weight.double(), symmetric(gram)
     d = len(gram)
     units, removed = d // width, d // width - at_least
     diagonal = gram.diagonal()
@@ -216,8 +218,13 @@ def obs_curve(
     )
 
 
-def _each_site(
-    weight: Tensor, gram: Tensor, kept: Tensor, damps: Tensor, *others: Tensor | bool | None
+def each_site(
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damps: Tensor,
+    *others: Tensor | bool | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reconstruct site by site, and stack what comes of it."""
     *optional, errors_only = others
@@ -229,7 +236,7 @@ def _each_site(
     )
     for site in range(len(weight)):
         own = (None if tensor is None else tensor[site] for tensor in optional)
-        one = reconstruct(weight[site], gram[site], kept[site], damps, *own, errors_only)
+        one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
         for stacked, value in zip(results, one, strict=True):
             stacked[site] = value
     return results
@@ -262,7 +269,7 @@ def _unless_spoilt(
     return new, error, held_out, torch.stack([code, cond])
 
 
-def _symmetric(gram: Tensor) -> Tensor:
+def symmetric(gram: Tensor) -> Tensor:
     """Return the full float64 matrix of which only the lower triangle is given."""
     return gram.tril().double() + gram.tril(-1).double().mT
 

@@ -199,7 +199,7 @@ def test_sums_of_many_tokens_are_hardly_too_small():
 def test_fewer_tokens_than_features_leave_the_least_eigenvalue_near_zero():
     """A diagonal that is too small, by more than the rest, is not definite at λ = 1e-6.
 
-    Here the least eigenvalue is -2.7e-7 of the mean diagonal, and -4.3e-7 with all 1024 tokens in one
+    Here the least eigenvalue is -2.7e-7 of the mean diagonal, and -4.3e-7 with 1024 tokens in one
     accumulator.
     """
     x = random(np.random.default_rng(8), 1024, 1088, "bf16")
