@@ -74,3 +74,16 @@ def test_no_damps_and_sums_in_float32():
             solves.reconstruct(weight, gram, kept, damps),
             ops.reconstruct(weight, gram, kept, damps),
         )
+
+
+def test_nothing_waits_for_a_value():
+    """Nor could a graph be captured: tensors without values have none to wait for."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight, x = problem(90, 40, 50)
+    gram, kept = x.mT @ x, torch.arange(0, 40, 3)
+    want = solves.reconstruct(weight, gram, kept, LADDER, gram)
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(one) for one in (weight, gram, kept, LADDER, gram)]
+        got = solves.reconstruct(*inputs)
+    assert [one.shape for one in got] == [one.shape for one in want]
