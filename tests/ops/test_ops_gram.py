@@ -228,7 +228,7 @@ def test_error_does_not_grow_with_tokens(tokens, dtype):
 def test_fewer_tokens_than_features_stay_definite_at_the_least_damping(dtype):
     gram = run(ops.gram_update_, rows(1024, 1088, dtype))[0]
     full = gram + gram.tril(-1).mT
-    assert torch.linalg.eigvalsh(full)[0] >= -2e-7 * full.diagonal().mean()
+    assert torch.linalg.eigvalsh(full)[0] >= -5e-7 * full.diagonal().mean()  # the least λ is 1e-6
 
 
 def test_rejected_arguments_name_the_rule_and_the_remedy():
