@@ -171,3 +171,25 @@ def test_the_kernels_pass_the_check_and_are_named(tmp_path):
     assert said[9] == "True [40.0, 0.0]"
     assert said[10].startswith("cuda:0 float32 float64 64 × 32: ") and "csrc " in said[10]
     assert any(line.startswith("Gram backend ") for line in said)
+
+
+def test_a_card_older_than_the_kernels_is_served_by_torch(tmp_path):
+    said = script(
+        """
+        torch.cuda.get_device_capability = lambda device=None: (7, 5)
+        print(*gram_choice.existing(torch.device("cuda", 0)))
+        x = torch.randn(40, 12)
+        sums = [torch.zeros(s, dtype=torch.float64, device="cuda") for s in ([12, 12], 12, 2)]
+        ops.gram_update_(*sums, x.cuda())
+        gram, kept = x.double().mT @ x.double(), torch.arange(0, 12, 2)
+        damps = torch.tensor([0.1], dtype=torch.float64)
+        solve, curve = (x[:5], gram, kept, damps), (x[:5], gram, 1, 0.1, 0)
+        for op, given in ((ops.reconstruct, solve), (ops.obs_curve, curve)):
+            there = [one.cuda() if isinstance(one, torch.Tensor) else one for one in given]
+            for mine, theirs in zip(op(*there), op(*given), strict=True):
+                torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-8, atol=1e-8)
+        print(bool((sums[0].cpu() - gram.tril()).abs().max() < 1e-4))
+        """,
+        tmp_path,
+    )
+    assert said == ["torch", "True"]
