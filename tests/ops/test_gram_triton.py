@@ -64,7 +64,7 @@ def test_sums_in_float32_and_no_tokens():
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 17])
+@pytest.mark.parametrize("rows", [1, 7, 9])
 def test_every_tile_of_a_triangle_comes_once(rows):
     """What each program adds is one: a tile that comes twice would be two."""
     d = rows * 128 - 5
