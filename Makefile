@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format prose clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families figures sweep out-of-memory scaling ranks
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu cross triton screenshots lint format prose clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families figures sweep out-of-memory scaling ranks
 
 setup: $(STAMP)
 
@@ -284,6 +284,23 @@ cuda-check: setup
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python csrc/cuda/check.py --write
 
+# csrc compiled for aarch64 Linux, macOS and Windows by zig's clang; nothing is linked or run.
+cross: setup
+	$(BIN)/pip install -q 'ziglang>=0.14'
+	$(BIN)/python csrc/testing/cross.py
+
+# The Triton kernel of Gram updates: in Triton's interpreter against float64, and compiled for four
+# architectures, with the instructions that must be in it. Triton is 300 MB, and no part of `setup`.
+TRITON := build/triton
+triton: setup $(TRITON)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -m "not exhaustive" tests/ops/test_gram_triton.py
+	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	TRITON_CACHE_DIR=$(TRITON)/cache PYTHONPATH=$(TRITON) $(BIN)/python csrc/testing/triton_code.py
+
+$(TRITON)/.installed: | $(VENV)/.torch
+	$(BIN)/pip install -q --no-deps --target $(TRITON) 'triton>=3.4'
+	touch $@
+
 # What only a GPU can say: needs one, nvcc, compute-sanitizer and a CUDA build of torch.
 SANITIZER := compute-sanitizer --error-exitcode 1
 gpu: export LIAR_REQUIRE_CUDA = 1
@@ -293,7 +310,7 @@ gpu: setup
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
 	$(SANITIZER) --tool initcheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
 	mkdir -p out
-	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json
+	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json --write docs/cuda.md
 
 # Pages of `liar report` and `liar compare` in Chromium, as on a phone and on a desktop, in light and
 # dark; fails where one is too wide, too small to read or asks for another file. Without a Chromium
