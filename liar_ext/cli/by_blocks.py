@@ -37,6 +37,11 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             "prune: --calibration self has the model write text, for which it must be in memory; "
             "leave it or --max-memory out"
         )
+    if recipe.keep_vocab != 1.0:
+        raise InputError(
+            "prune: --keep-vocab cuts the embeddings of the whole model in memory; leave it or "
+            "--max-memory out"
+        )
     if options.bank:
         raise InputError(
             "prune: --bank holds the sums of all layers, for which there must be memory; leave it "

@@ -156,7 +156,7 @@ def _time(seconds: float) -> str:
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:
     """Return which loaders will take the result: by a plan of the kind that will come out."""
     plan = equal
-    if recipe.keep == 1.0 and (recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0):
+    if recipe.keep == 1.0 and {recipe.keep_hidden, recipe.keep_experts, recipe.keep_vocab} != {1.0}:
         plan = replace(plan, sites={})
     elif recipe.allocation != "uniform" and not recipe.uniform_layers:
         plan = _uneven(equal, at, recipe)

@@ -18,6 +18,7 @@ from liar_ext.calibration.self_calibration import SELF
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import stock_class
 from liar_ext.cli.processes import check_device
+from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.data import texts
 from liar_ext.data.documents import document_digests
 from liar_ext.data.random_tokens import fraction_of
@@ -58,6 +59,7 @@ class Given:
     notes: tuple[str, ...] = ()  # of the draw
     documents: Tensor | None = None  # their digests, where they are asked for
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
+    vocabulary: SmallerVocabulary | None = None  # what became of the tokens
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -127,16 +129,19 @@ def load(
     read, held_out = _documents(recipe) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     texts.check_seq_len(model, recipe.seq_len)
+    vocabulary = SmallerVocabulary(recipe, model, tokenizer, read, held_out)
+    tokenizer = vocabulary.tokenizer
     drawn = None
     if is_first():
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
-    return Given(model, tokenizer, *broadcast(drawn))
+    return Given(model, tokenizer, *broadcast(drawn), vocabulary=vocabulary)
 
 
 def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
     """Return the documents of a recipe by source, and those to evaluate on."""
-    read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
+    sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
+    read = {source: texts.read_documents(source) for source in sources if source != SELF}
     held_out = texts.read_documents(recipe.eval) if recipe.eval else None
     texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
@@ -260,3 +265,5 @@ def add_facts(report: Report, given: Given) -> None:
     report.settings |= given.facts
     report.warnings += given.warnings
     report.recipe = replace(report.recipe, text_digests=given.text_digests)
+    if given.vocabulary is not None:
+        given.vocabulary.add_to(report)

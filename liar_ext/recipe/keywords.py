@@ -54,6 +54,8 @@ class CompressOptions(PruneOptions, total=False):
     eval: str | None
     eval_samples: int | None
     certify: int
+    keep_vocab: float | str
+    vocab_text: tuple[str, ...]
 
 
 def check_keywords(
