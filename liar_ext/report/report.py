@@ -22,11 +22,12 @@ from liar_ext.errors import InputError
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
+from liar_ext.report.card import method
 from liar_ext.report.healing import APART, healing, read_healing, sentences
 from liar_ext.report.tables import Table, figure, in_markdown, plain, to_html, to_markdown
 from liar_ext.report.vocabulary import read_vocabulary, vocabulary, vocabulary_lines
 from liar_ext.rows import SiteRow
-from liar_ext.untrusted import count, listing, named, read_object, text
+from liar_ext.untrusted import listing, named, read_object, text
 
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
@@ -346,7 +347,7 @@ class Report:
         lines += [f"# {plain(path.name or self.model)}, pruned", ""]
         again = "" if self.heal.get("improved") else " without retraining"
         lines += [
-            *self._method(again),
+            *method(self, again),
             *(
                 ("", "Healed after that. " + plain(" ".join([*sentences(self.heal), APART])))
                 if self.heal
@@ -365,22 +366,6 @@ class Report:
             else "`liar/recipe.yaml`, but for the calibration text, which was given in Python.",
         ]
         return "\n".join(lines) + "\n"
-
-    def _method(self, again: str) -> list[str]:
-        """Return what a model card says of how units and tokens were removed."""
-        known, lines = {**self.choices, **self.settings}, []
-        if self.sites or self.hidden or not self.vocabulary:
-            lines = [
-                f"Pruned{again}: the units that stay interpolate the removed ones (LIAR, arXiv "
-                "2407.13331), and the interpolation is folded into the weights.",
-                "",
-                f"Importance: `{known.get('criterion')}`. Allocation: `{known.get('allocation')}`. "
-                f"Reconstruction: `{known.get('reconstruct')}`, {known.get('schedule')}, from "
-                f"{count(known.get('calibration_tokens')) or 0:,} calibration tokens.",
-            ]
-        if self.vocabulary:
-            lines += [""] * bool(lines) + [plain(" ".join(vocabulary_lines(self.vocabulary)))]
-        return lines
 
     def _warnings(self, title: str) -> list[str]:
         lines = [f"- {plain(warning)}" for warning in self.warnings]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,11 +36,10 @@ def token_parameters(model: nn.Module) -> dict[str, int]:
     """
     config = dense_config(model.config)
     more = dense_config(model.config)
-    parts = [part for part in config_parts(more) if _tokens(part) is not None]
-    if len({_tokens(part) for part in parts}) != 1:
+    known = _tokens(config)
+    if known is None:
         raise _refused(model, "counts its tokens in no single vocab_size")
-    for part in parts:
-        part.vocab_size += MORE
+    _set_tokens(more, known, known + MORE)
     try:
         ours, theirs = (_shapes(skeleton(stock_of(model), each)) for each in (config, more))
     except Exception as error:  # a class may refuse any config in its own way
@@ -79,11 +79,10 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     InputError
         If the model's tokens can't be sliced; it is then as it was.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows, named = _rows(model), token_parameters(model)
     if max(order) >= rows:
         raise _refused(model, f"has embeddings for {rows:,} tokens, its tokenizer has more")
     new = {old: at for at, old in enumerate(order)}
-    named = token_parameters(model)
     _check_positions(model, named, new)
     missing = sorted(needed_tokens(model) - new.keys())
     if missing:
@@ -101,14 +100,12 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
         _renumber_module(module, rows, len(order), new)
     for config in _configs(model):
         _renumber(config, new)
-    for part in config_parts(model.config):
-        if _tokens(part) is not None:
-            part.vocab_size = len(order)
+    _set_tokens(model.config, _tokens(model.config), len(order))
 
 
 def needed_tokens(model: nn.Module) -> set[int]:
     """Return the tokens that configs of a model name, but for those they only ban."""
-    rows, found = model.get_input_embeddings().weight.shape[0], set()
+    rows, found = _rows(model), set()
 
     def note(at: int) -> int:
         found.add(at)
@@ -128,15 +125,30 @@ def _check_embeddings(model: nn.Module, found: Mapping[str, int]) -> None:
     if lacking:
         raise _refused(model, f"lacks {lacking[0]} of its stock class")
     known = {id(have[name]) for name in found}
-    head = model.get_output_embeddings()
-    for layer in (model.get_input_embeddings(), head):
-        if layer is not None and id(layer.weight) not in known:
-            raise _refused(
-                model, f"has a {type(layer).__name__} of tokens that vocab_size does not count"
-            )
+    for layer in _ends(model):
+        if id(layer.weight) not in known:
+            kind = type(layer).__name__
+            raise _refused(model, f"has a {kind} of tokens that vocab_size does not count")
     sizes = {have[name].shape[dim] for name, dim in found.items()}
     if len(sizes) != 1:
         raise _refused(model, f"has rows for {sorted(sizes)} tokens")
+
+
+def _ends(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the embedding of tokens and the head, where a model has one of each."""
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # of two towers
+            layer = get()
+            if layer is not None:
+                yield layer
+
+
+def _rows(model: nn.Module) -> int:
+    """Return the tokens that a model has rows for."""
+    first = next(_ends(model), None)
+    if first is not None and isinstance(getattr(first, "weight", None), nn.Parameter):
+        return first.weight.shape[0]
+    return _tokens(model.config) or 0
 
 
 def _check_positions(model: nn.Module, named: Mapping[str, int], new: Mapping[int, int]) -> None:
@@ -232,8 +244,20 @@ def _mapped(
     return value
 
 
-def _tokens(part: Any) -> int | None:
-    return getattr(part, "vocab_size", None)
+def _tokens(config: Any) -> int | None:
+    """Return how many tokens a config counts; None if it has no one text part, or no tokens."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # several text parts
+        return None
+
+
+def _set_tokens(config: Any, old: int | None, new: int) -> None:
+    """Change each field of a config that counts the tokens: some models count them twice."""
+    for part in config_parts(config):
+        for name, value in list(vars(part).items()):
+            if "vocab_size" in name and value == old:
+                setattr(part, name, new)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
