@@ -3,8 +3,8 @@
     python -m bench.vocabulary --news FOLDER --stsb FOLDER --texts FOLDER [--models NAME ...]
 
 Encoders are judged by recall@1 (BBC title to body) and Spearman correlation on STS-B; language
-models by bits per byte, because tokens differ. Rows go to docs/data/vocabulary.json, one after the
-other; a row that is there is not measured again.
+models by bits per byte, because tokens differ. Rows are kept in out/vocabulary, and one that is
+there is not measured again; docs/data/vocabulary.json has the table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from liar_ext.data.texts import document_prefix, read_documents
 from liar_ext.vocabulary.choosing import plain
 from liar_ext.vocabulary.keep import tokens_per_byte
 
-OUT = Path(__file__).parents[1] / "docs" / "data" / "vocabulary.json"
+ROOT = Path(__file__).parents[1]
+KEPT, TABLE = ROOT / "out" / "vocabulary" / "rows.json", ROOT / "docs" / "data" / "vocabulary.json"
+COLUMNS = ("model", "vocabulary", "chosen by", "parameters", "quality", "tokens per byte")
 CHARACTERS = 1200  # of each document that a language model is judged by
 DOCUMENTS = 16
 HALF = {"keep": 0.5, "samples": 128, "seq_len": 256}
@@ -48,15 +50,46 @@ DECODER_SIZES = {"SmolLM2-135M": (1.0, 32768, 24576, 16384), "Gemma-3-270m": (1.
 def main() -> None:
     """Measure what is missing."""
     options = parse()
-    rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else []
+    rows = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         measure = encoder if name == "MiniLM-L6" else decoder
-        for row in measure(name, options, rows):
+        for row in measure(name, options, list(rows)):
             rows.append(row)
-            OUT.write_text(
-                json.dumps({"command": "make vocabulary", "rows": rows}, indent=1) + "\n"
-            )
+            KEPT.write_text(json.dumps(rows, indent=1) + "\n")
+            write(rows)
             print(json.dumps(row), flush=True)
+
+
+def write(rows: Sequence[dict[str, Any]]) -> None:
+    """Write the table: quality also as a fraction of the whole model's, or as a change of it."""
+    whole = {row["model"]: row for row in rows if row["keep"] == 1.0 and not row["half"]}
+    rows = [row for row in rows if row["model"] in whole]
+    rows.sort(key=lambda row: (row["half"], -row["params"]))
+    cells = []
+    for row in sorted(rows, key=lambda row: list(whole).index(row["model"])):
+        dense = whole[row["model"]]
+        quality = [
+            compared(name, value, dense["quality"][name]) for name, value in row["quality"].items()
+        ]
+        rates = [f"{kind} {rate:.3f}" for kind, rate in row["tokens_per_byte"].items()]
+        vocabulary = f"{row['tokens']:,}"
+        chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
+        size = f"{row['params'] / 1e6:.1f} M" + ", half of heads and channels" * row["half"]
+        cells.append([row["model"], vocabulary, chosen, size, "; ".join(quality), "; ".join(rates)])
+    note = (
+        "BBC news: articles that chose no token, title to body. Bits per byte: 16 documents of "
+        "1,200 characters each. Half: 128 × 256 tokens of news and STS-B training sentences, seed 0"
+    )
+    facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
+    TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")
+
+
+def compared(name: str, value: float, whole: float) -> str:
+    """Return a number with what it is of the whole model's: a fraction, or a change of bits."""
+    if name.endswith("per byte"):
+        return f"{name} {value:.3f} ({100 * (value / whole - 1):+.1f} %)"
+    return f"{name} {value:.3f} ({100 * value / whole:.1f} %)"
 
 
 def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str, Any]]:

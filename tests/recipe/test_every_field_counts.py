@@ -41,7 +41,8 @@ OF_COMMAND = {
     "certify": 4,
     "eval_samples": 2,
 }
-# Vocabularies, where a job runs, what it may take, and what it reads; of="latency" has tests of its own.
+# Where a job runs, what it may take, and what it reads; vocabularies and of="latency" have tests of
+# their own.
 ELSEWHERE = {
     "keep_vocab",
     "vocab_text",
