@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from liar_ext import perplexity, prune
-from liar_ext.checkpoint import load_model
-from liar_ext.data.texts import (
+from liar_ext.calibration.texts import (
     calibration_sequences,
     check_apart,
     evaluation_sequences,
     read_documents,
 )
+from liar_ext.checkpoint import load_model
 from liar_ext.recipe import SCHEDULES
 
 THIRD_FOLD = "third fold"

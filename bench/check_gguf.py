@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from liar_ext.calibration import texts
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import main as liar
-from liar_ext.data import texts
 from liar_ext.export import export
 from liar_ext.export.llama_cpp import run_file, tokenize
 

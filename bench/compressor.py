@@ -24,9 +24,9 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
-from liar_ext.evaluation import perplexity
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences, read_documents
 from liar_ext.integrations.llmcompressor import LIARGPTQModifier, LIARPruningModifier
+from liar_ext.measure.evaluation import perplexity
 
 ROWS = {
     "dense": (False, None),

@@ -34,11 +34,11 @@ from encoder_models import folders, is_cls
 from encoder_tasks import News, Sentiment, Similarity, fine_tuned, news_apart, read_sts
 
 from liar_ext import Plan, Recipe, apply_plan, narrow
+from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.data.texts import calibration_sequences
-from liar_ext.pipeline.choosing import JUDGED
-from liar_ext.pipeline.sweep import Sweep
+from liar_ext.job.choosing import JUDGED
+from liar_ext.job.sweeping import Sweep
 
 # Those of no or partial reconstruction are uniform, with single channels, as others' methods are.
 PLAIN = {"criterion": "wifv", "allocation": "uniform", "schedule": "one-pass", "tile": 1}

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from check_gguf import likelihoods
 
+from liar_ext.calibration import texts
 from liar_ext.checkpoint import load_model
-from liar_ext.data import texts
 from liar_ext.export import export
 from liar_ext.export.llama_cpp import run_file
 

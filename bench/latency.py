@@ -20,14 +20,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from liar_ext import Budget, Plan, allocate, apply_plan, calibrate, perplexity, score, sites
-from liar_ext.benchmarking.latency import ratios
+from liar_ext.calibration.batches import probe_batches
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences, read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.data.batches import probe_batches
-from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
+from liar_ext.job.speed import Speed
+from liar_ext.measure.latency import ratios
 from liar_ext.models.sites import Site
-from liar_ext.pipeline.speed import Speed
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.costs import Costs
 from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, predict_divergence

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from liar_ext import Recipe, perplexity, prune
+from liar_ext.calibration.batches import FACTS
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences, read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.dry_run import describe
-from liar_ext.data.batches import FACTS
-from liar_ext.data.texts import calibration_sequences, evaluation_sequences, read_documents
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 For each kind of solve and each shape a fresh process makes sums over random tokens, notes its
 resident memory, solves, and reads how far the peak of its resident memory rose. Printed are the
-bytes, and what :func:`liar_ext.pipeline.estimate.bytes_of_solve` allows for.
+bytes, and what :func:`liar_ext.job.estimate.bytes_of_solve` allows for.
 
     python bench/solve_memory.py --shapes 2560x1024 1024x4096
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.moments import Moments
-from liar_ext.pipeline.estimate import PEAKS, bytes_of_solve
+from liar_ext.job.estimate import PEAKS, bytes_of_solve
 from liar_ext.reconstruction.ridge import Residual
 from liar_ext.reconstruction.solve import solve
 from liar_ext.selection.error_curves import error_curve

@@ -1,6 +1,6 @@
 """CPU seconds of each stage of a job in forward passes, beside those of the estimate.
 
-`liar_ext/pipeline/estimate.py` has its factors from here.
+`liar_ext/job/estimate.py` has its factors from here.
 
 OMP_NUM_THREADS=1 python bench/stages.py MODEL --calibration TEXT --layers 8 --samples 32
 """
@@ -19,14 +19,14 @@ import torch
 from torch import nn
 
 from liar_ext import Recipe, prune
-from liar_ext.bars import Bar, Timeline
+from liar_ext.calibration.batches import FACTS
+from liar_ext.calibration.texts import calibration_sequences, read_documents
 from liar_ext.checkpoint import load_model
-from liar_ext.data.batches import FACTS
-from liar_ext.data.texts import calibration_sequences, read_documents
+from liar_ext.job import pruning
+from liar_ext.job.estimate import RATE
 from liar_ext.models.sites import sites
-from liar_ext.pipeline import pipeline
-from liar_ext.pipeline.estimate import RATE
 from liar_ext.plan import Budget
+from liar_ext.progress import Bar, Timeline
 from liar_ext.selection.costs import total_cost
 
 JOBS = {
@@ -88,7 +88,7 @@ def measure(model, batches, recipe: Recipe) -> tuple[Counter, dict[str, float]]:
         mock.patch.object(Bar, "__init__", start),
         mock.patch.object(Bar, "close", end),
         mock.patch.object(Bar, "__hash__", object.__hash__),
-        mock.patch.object(pipeline, "Timeline", shown),
+        mock.patch.object(pruning, "Timeline", shown),
     ):
         prune(model, batches, recipe, progress=True)
     return spent, {name: RATE * each.work for name, each in lines[0].stages.items()}

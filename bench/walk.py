@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from liar_ext import ops, prune
-from liar_ext.pipeline import choosing
+from liar_ext.job import choosing
 from liar_ext.reconstruction import walk
 
 LENGTH, WHOLE = 512, 128

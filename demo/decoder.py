@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from liar_ext import perplexity
-from liar_ext.data.texts import evaluation_sequences
+from liar_ext.calibration.texts import evaluation_sequences
 
 WINDOWS, WINDOW = 6, 512
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 48, 40

@@ -24,8 +24,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from liar_ext import cli, load_pruned
+from liar_ext.calibration.texts import read_documents
 from liar_ext.checkpoint import load_model
-from liar_ext.data.texts import read_documents
 
 # What is done, and about how many seconds each takes on two cores.
 STAGES = {

@@ -9,24 +9,24 @@ import liar_ext.environment  # noqa: F401  (before torch)
 
 if TYPE_CHECKING:
     from liar_ext import ops
-    from liar_ext.benchmarking.latency import measure_latency
     from liar_ext.calibration.collect import calibrate
     from liar_ext.calibration.moments import MomentBank, Moments
+    from liar_ext.calibration.texts import calibration_sequences, read_documents
     from liar_ext.checkpoint import load_model, load_pruned
     from liar_ext.checkpoint.saving import save_pruned
-    from liar_ext.cli.compress import compress
-    from liar_ext.data.texts import calibration_sequences, read_documents
-    from liar_ext.embeddings import encoder_similarity
+    from liar_ext.cli.prune import compress
     from liar_ext.errors import InputError
-    from liar_ext.evaluation import kl_divergence, perplexity
     from liar_ext.export.verify import verify_pruned
     from liar_ext.healing.heal import heal
-    from liar_ext.latency_table import LatencyTable
+    from liar_ext.job import prune, sweep
+    from liar_ext.measure.embeddings import encoder_similarity
+    from liar_ext.measure.evaluation import kl_divergence, perplexity
+    from liar_ext.measure.latency import measure_latency
     from liar_ext.models.sites import register_family, sites
-    from liar_ext.narrowing.narrowing import narrow
-    from liar_ext.pipeline import prune, sweep
+    from liar_ext.models.slicing import apply_plan
     from liar_ext.plan import Budget, Plan
     from liar_ext.recipe import Recipe
+    from liar_ext.reconstruction.hidden_size import narrow
     from liar_ext.reconstruction.layerwise import reconstruct_layerwise
     from liar_ext.reconstruction.one_pass import reconstruct
     from liar_ext.report.report import Report
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from liar_ext.selection.costs import Costs
     from liar_ext.selection.criteria import criterion, score
     from liar_ext.selection.error_curves import error_curves
+    from liar_ext.selection.latency_table import LatencyTable
     from liar_ext.selection.sensitivity import site_divergences
     from liar_ext.suggest.suggest import suggest_family
-    from liar_ext.surgery.units import apply_plan
     from liar_ext.vocabulary.keep import choose_tokens, keep_tokens
 
 __version__: str
@@ -88,31 +88,31 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "Budget": "plan",
     "Costs": "selection.costs",
     "InputError": "errors",
-    "LatencyTable": "latency_table",
+    "LatencyTable": "selection.latency_table",
     "MomentBank": "calibration.moments",
     "Moments": "calibration.moments",
     "Plan": "plan",
     "Recipe": "recipe",
     "Report": "report.report",
     "allocate": "selection.allocation",
-    "apply_plan": "surgery.units",
+    "apply_plan": "models.slicing",
     "calibrate": "calibration.collect",
-    "calibration_sequences": "data.texts",
+    "calibration_sequences": "calibration.texts",
     "choose_tokens": "vocabulary.keep",
-    "compress": "cli.compress",
+    "compress": "cli.prune",
     "criterion": "selection.criteria",
-    "encoder_similarity": "embeddings",
+    "encoder_similarity": "measure.embeddings",
     "error_curves": "selection.error_curves",
     "heal": "healing.heal",
     "keep_tokens": "vocabulary.keep",
-    "kl_divergence": "evaluation",
+    "kl_divergence": "measure.evaluation",
     "load_model": "checkpoint",
     "load_pruned": "checkpoint",
-    "measure_latency": "benchmarking.latency",
-    "narrow": "narrowing.narrowing",
-    "perplexity": "evaluation",
-    "prune": "pipeline",
-    "read_documents": "data.texts",
+    "measure_latency": "measure.latency",
+    "narrow": "reconstruction.hidden_size",
+    "perplexity": "measure.evaluation",
+    "prune": "job",
+    "read_documents": "calibration.texts",
     "reconstruct": "reconstruction.one_pass",
     "reconstruct_layerwise": "reconstruction.layerwise",
     "register_family": "models.sites",
@@ -121,7 +121,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "site_divergences": "selection.sensitivity",
     "sites": "models.sites",
     "suggest_family": "suggest.suggest",
-    "sweep": "pipeline",
+    "sweep": "job",
     "verify_pruned": "export.verify",
 }
 

@@ -22,14 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liar_ext.atomic_write import (
-    SEAL,
-    Held,
-    is_sealed,
-    is_unfinished,
-    tensor_of,
-    write_tensors,
-)
+from liar_ext.atomic_write import SEAL, Held, is_sealed, is_unfinished, tensor_of, write_tensors
 from liar_ext.distributed import broadcast, gather, is_first, rank
 from liar_ext.errors import InputError, one_line
 

@@ -24,10 +24,10 @@ class InputError(ValueError):
     """
 
 
-def one_line(error: BaseException, length: int = 300) -> str:
-    """Return what an error says as one line, cut after ``length`` characters."""
+def one_line(error: object, length: int = 300) -> str:
+    """Return what an error or a message says as one line, cut to ``length`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else f"{text[:length]}..."
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", count: int = 1) -> str:

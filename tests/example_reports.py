@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from liar_ext.benchmarking.stored import Benchmark, ModelFacts, Quartiles, Rate, bench_file
 from liar_ext.checkpoint.names import REPORT_JSON
+from liar_ext.measure.timing import Benchmark, ModelFacts, Quartiles, Rate, bench_file
 from liar_ext.report.compare import write_comparison
 from liar_ext.report.page import write_page
 

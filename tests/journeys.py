@@ -20,8 +20,8 @@ from liar_ext.models.family import Stack
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of, weight_of
 from liar_ext.models.sites import sites, why_whole
-from liar_ext.narrowing import narrowing
-from liar_ext.surgery.units import apply_plan
+from liar_ext.models.slicing import apply_plan
+from liar_ext.reconstruction import hidden_size
 
 KINDS = ("attn", "mlp")
 
@@ -96,7 +96,7 @@ def wanting(monkeypatch, kept: Sequence[int]) -> None:
         size = next(iter(bank.values())).d_in
         return torch.isin(torch.arange(size), torch.tensor(kept)).double()
 
-    monkeypatch.setattr(narrowing, "score_hidden", scores)
+    monkeypatch.setattr(hidden_size, "score_hidden", scores)
 
 
 def double_features(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import forked
 import pytest
 from tqdm import auto, tqdm
 
-from liar_ext.bars import Bar, Stage, Timeline, plain_lines, spare
+from liar_ext.progress import Bar, Stage, Timeline, plain_lines, spare
 
 
 class Terminal(io.StringIO):
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """A clock that stands still until it is moved."""
     now = [100.0]
-    monkeypatch.setattr("liar_ext.bars.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("liar_ext.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -13,7 +13,13 @@ from torch.nn import functional
 
 import liar_ext
 from liar_ext import InputError, encoder_similarity
-from liar_ext.embeddings import NEIGHBOURS, Evaluator, embed, pair_quality, shared_neighbours
+from liar_ext.measure.embeddings import (
+    NEIGHBOURS,
+    Evaluator,
+    embed,
+    pair_quality,
+    shared_neighbours,
+)
 from liar_ext.report.tables import MEASURES
 
 

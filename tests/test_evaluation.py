@@ -10,7 +10,7 @@ from tiny import CAUSAL, TINY, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import InputError, kl_divergence
-from liar_ext.evaluation import perplexity
+from liar_ext.measure.evaluation import perplexity
 
 
 def by_hand(model, ids, real) -> tuple[float, int]:

@@ -8,16 +8,7 @@ import torch
 from covers import cover
 from tiny import batches, outputs, tiny, tiny_inputs
 
-from liar_ext import (
-    Budget,
-    InputError,
-    Plan,
-    apply_plan,
-    kl_divergence,
-    prune,
-    save_pruned,
-    sites,
-)
+from liar_ext import Budget, InputError, Plan, apply_plan, kl_divergence, prune, save_pruned, sites
 from liar_ext.plan import SitePlan
 from liar_ext.report.report import Report
 
@@ -375,7 +366,7 @@ def test_memory_that_ends_anywhere_is_named_and_leaves_the_model(monkeypatch) ->
     def ends(*given):
         raise MemoryError
 
-    monkeypatch.setattr("liar_ext.pipeline.pipeline.decide", ends)
+    monkeypatch.setattr("liar_ext.job.pruning.decide", ends)
     with pytest.raises(MemoryError, match=r"^prune: out of memory: MemoryError$"):
         prune(model, [tiny_inputs(model)], keep=0.5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

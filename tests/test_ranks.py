@@ -27,7 +27,7 @@ from liar_ext import InputError, distributed
 from liar_ext.calibration.taps import InFlight
 from liar_ext.checkpoint_store import Checkpoint, facts_of
 from liar_ext.cli.main import main
-from liar_ext.cli.processes import meet
+from liar_ext.cli.output import meet
 from liar_ext.distributed import RankLost
 from liar_ext.selection.divergence import DenseOutputs
 

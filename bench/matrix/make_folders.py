@@ -77,7 +77,7 @@ def write_tokens(dense: Path, held_out: Path, out: Path) -> None:
     """Write token ids of held-out text, shape (windows, tokens)."""
     from transformers import AutoTokenizer
 
-    from liar_ext.data.texts import evaluation_sequences, read_documents
+    from liar_ext.calibration.texts import evaluation_sequences, read_documents
 
     drawn = evaluation_sequences(
         read_documents(str(held_out)),

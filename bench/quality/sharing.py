@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from liar_ext import Recipe
-from liar_ext.pipeline.sweep import Sweep
+from liar_ext.job.sweeping import Sweep
 from liar_ext.report.report import Report
 
 

@@ -14,16 +14,10 @@ from torch import Tensor, nn
 
 from bench.quality.windows import HeldOut
 from demo import assets
-from liar_ext.calibration.self_calibration import (
-    SELF,
-    enough_documents,
-    write_documents,
-    write_sequences,
-)
-from liar_ext.data.documents import Documents
-from liar_ext.data.random_tokens import fraction_of
-from liar_ext.data.sequences import Sequences, count_beside, seed_of
-from liar_ext.data.texts import (
+from liar_ext.calibration.documents import Documents
+from liar_ext.calibration.folds import Sequences, count_beside, fraction_of, seed_of
+from liar_ext.calibration.generated import SELF, enough_documents, write_documents, write_sequences
+from liar_ext.calibration.texts import (
     calibration_sequences,
     check_apart,
     document_prefix,
@@ -69,7 +63,7 @@ def choose_texts(
         Where :func:`write_texts` wrote.
     calibration : sequence of str
         Names of :data:`CALIBRATION_KINDS`, ``self``, or sources of
-        :func:`liar_ext.data.read_documents`.
+        :func:`liar_ext.calibration.read_documents`.
     judged : sequence of str
         ``NAME=SOURCE`` each; by default the four kinds.
     wikitext : Path, optional

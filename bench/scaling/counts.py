@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.scaling.shapes import TRIED, WIDTH, Settings, Shape, groups_of
-from liar_ext.data.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_TOKENS
+from liar_ext.calibration.batches import FOLDS, PROBE_LENGTH, PROBE_ROWS, PROBE_TOKENS
 from liar_ext.reconstruction.ladder import ROW_BLOCK
 from liar_ext.selection.error_curves import PANEL
 from liar_ext.selection.sensitivity import POSITIONS

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from liar_ext.calibration.memory import bytes_of_sums
 from liar_ext.calibration.passes import split
-from liar_ext.pipeline.estimate import bytes_of_solve
+from liar_ext.calibration.saved_sums import bytes_of_sums
+from liar_ext.job.estimate import bytes_of_solve
 from liar_ext.reconstruction.ridge import DAMP_LADDER
 
 # Finite λ of the ladder that a walk tries at a site, see `liar_ext.reconstruction.ladder.choose`.
@@ -123,7 +123,7 @@ def groups_of(shape: Shape, settings: Settings) -> list[list[tuple[int, str]]]:
 def bytes_at_once(shape: Shape, settings: Settings) -> dict[str, int]:
     """Return what a job holds on a device, activations aside, by what takes it.
 
-    Counts :func:`liar_ext.pipeline.estimate.bytes_by_blocks`, whose factors were measured, and
+    Counts :func:`liar_ext.job.estimate.bytes_by_blocks`, whose factors were measured, and
     :class:`liar_ext.calibration.passes.Passes` where the model is whole.
     """
     widest = max(shape.features.values())

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import distributed
-from liar_ext.bars import Bar, spare
-from liar_ext.calibration.fingerprints import Seen, fingerprint_of
-from liar_ext.calibration.finite import all_finite
-from liar_ext.calibration.hooks import Ended, watched
+from liar_ext.calibration.bank_file import all_finite
+from liar_ext.calibration.batches import FOLDS, Batches, read_batches
+from liar_ext.calibration.kept_text import Seen, fingerprint_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.calibration.saved_sums import SavedSums
-from liar_ext.calibration.taps import InFlight, Tap, adding, is_relative, tap_at
+from liar_ext.calibration.taps import Ended, InFlight, Tap, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import Checkpoint, opened
-from liar_ext.data.batches import FOLDS, Batches, read_batches
 from liar_ext.errors import InputError
-from liar_ext.models.inputs import complete_inputs
-from liar_ext.models.reading import body_of
-from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.running import body_of, complete_inputs, device_of, evaluating
 from liar_ext.models.sites import Site, sites
+from liar_ext.progress import Bar, spare
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.hooks import Ended, watched
-from liar_ext.data.batches import FOLDS, Batch
+from liar_ext.calibration.batches import FOLDS, Batch
+from liar_ext.calibration.taps import Ended, watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at, choice_of, gated, reroute, router_of
 from liar_ext.models.running import device_of, evaluating

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liar_ext.bars import Bar
-from liar_ext.calibration.hooks import watched
-from liar_ext.data.batches import LABELS, Batch, Batches, read_batch, read_batches
+from liar_ext.calibration.batches import LABELS, Batch, Batches, read_batch, read_batches
+from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
-from liar_ext.models.inputs import complete_inputs
-from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.running import complete_inputs, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
+from liar_ext.progress import Bar
 
 IGNORED = -100  # the label that transformers leaves out of every loss
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
-from liar_ext.calibration.bank_file import Stored, read_bank, write_bank
+from liar_ext.calibration.bank_file import Stored, all_finite, read_bank, write_bank
 from liar_ext.calibration.bank_source import combine, renumbered
-from liar_ext.calibration.finite import all_finite
+from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.kept_text import Text
-from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 
 ROW_BLOCK = 256  # of a triangle that is mirrored

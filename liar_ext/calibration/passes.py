@@ -8,16 +8,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from liar_ext.calibration.collect import (
-    check_bank_is_of,
-    check_finite_weights,
-    collect_at,
-)
-from liar_ext.calibration.memory import bytes_of_sums
+from liar_ext.calibration.batches import Batches
+from liar_ext.calibration.collect import check_bank_is_of, check_finite_weights, collect_at
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.saved_sums import SUMS, SavedSums
+from liar_ext.calibration.saved_sums import SUMS, SavedSums, bytes_of_sums
 from liar_ext.checkpoint_store import Checkpoint
-from liar_ext.data.batches import Batches
 from liar_ext.distributed import gather, local_world_size
 from liar_ext.environment import available_memory
 from liar_ext.models.sites import Site, teams_of

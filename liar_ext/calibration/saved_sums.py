@@ -1,8 +1,4 @@
-"""Sums of a calibration in its checkpoint, from which an interrupted one goes on.
-
-Sums are added batch by batch in float64, so those that are read back and continued have the same
-bits as those of a job that nobody stopped.
-"""
+"""What sums take, in memory, and how a checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -13,11 +9,28 @@ from torch import Tensor
 
 from liar_ext.calibration.bank_file import Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
+from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
 from liar_ext.checkpoint_store import Checkpoint, reading
-from liar_ext.data.batches import FOLDS
 from liar_ext.distributed import broadcast, is_first
+from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
+
+
+def bytes_of_sums(features: int) -> int:
+    """Return the bytes of the sums at one site: ``d²`` of float64 for each fold."""
+    return FOLDS * 8 * features**2
+
+
+def check_memory(operation: str, needed: int) -> None:
+    """Raise InputError if sums of so many bytes can't be held at once on the CPU."""
+    free = available_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"{operation}: the sums of all sites take {needed / 2**30:.3g} GiB at once, and "
+            f"{free / 2**30:.3g} are free; free some, or let liar prune --memory sum them in groups"
+        )
+
 
 SUMS, PARTS = "calibration", ("gram", "total", "count")
 

@@ -36,7 +36,7 @@ from liar_ext.checkpoint.reading import (
 )
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.inputs import inputs_read, known_tokens
+from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
 
 # Arguments that would have transformers run code of the folder, or read other files of it.

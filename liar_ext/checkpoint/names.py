@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liar_ext.surgery import liar_loader
+from liar_ext.models import liar_loader
 
 # Below a folder of its own: what globs *.safetensors at a folder's top takes all of it for weights,
 # and what copies a model elsewhere leaves it behind.

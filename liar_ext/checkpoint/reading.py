@@ -18,10 +18,10 @@ from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.stock_config import describe, skeleton
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.reading import config_parts
+from liar_ext.models.liar_loader import resize
+from liar_ext.models.running import config_parts
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
-from liar_ext.surgery.liar_loader import resize
-from liar_ext.surgery.units import apply_plan
 
 
 def read_marked_config(folder: Path) -> dict[str, Any]:

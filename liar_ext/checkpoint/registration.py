@@ -18,7 +18,7 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from typing import Any
 
-from liar_ext.surgery.liar_loader import resize
+from liar_ext.models.liar_loader import resize
 
 MODULE = "transformers.modeling_utils"
 

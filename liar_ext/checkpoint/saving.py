@@ -27,10 +27,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from liar_ext.checkpoint.carrying import carry, license_of, source_folder
-from liar_ext.checkpoint.completing import complete_config
-from liar_ext.checkpoint.fingerprint import write_fingerprint
-from liar_ext.checkpoint.manifest import write_manifest
+from liar_ext.checkpoint.carrying import carry, complete_config, license_of, source_folder
+from liar_ext.checkpoint.fingerprint import write_fingerprint, write_manifest
 from liar_ext.checkpoint.names import (
     CARD_FILE,
     MARKER_FILE,
@@ -41,9 +39,9 @@ from liar_ext.checkpoint.names import (
 )
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.quietening import no_bars, quiet
-from liar_ext.checkpoint.shards import Shards
 from liar_ext.checkpoint.stock_config import described, wear
 from liar_ext.checkpoint.vocabulary import leave_larger, write_vocabulary
+from liar_ext.checkpoint.weights import Shards
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites

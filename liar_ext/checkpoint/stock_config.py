@@ -3,7 +3,7 @@
 If the stock class of transformers can build the layers, stock fields say it all. Else the fields
 stay those of the dense model, but for what every layer shares; ``per_layer_config`` has the sizes
 of layers in the spelling of transformers, and ``liar`` every size by which the modules differ from
-those that the stock class builds: :mod:`liar_ext.surgery.liar_loader` reads it.
+those that the stock class builds: :mod:`liar_ext.models.liar_loader` reads it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import InputError
-from liar_ext.models.reading import config_parts
+from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.residual_stream import stream_of
+from liar_ext.models.running import config_parts
 from liar_ext.models.sites import (
     Part,
     Site,
@@ -31,7 +32,6 @@ from liar_ext.models.sites import (
     why_whole,
 )
 from liar_ext.plan import Plan
-from liar_ext.surgery.liar_loader import config_numbers, pruned_class, selection_of
 
 LAYER_FIELDS = ("per_layer_config", "allow_global_per_layer_attribute_access")
 
@@ -104,7 +104,7 @@ def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any
     Raises
     ------
     InputError
-        If not even :mod:`liar_ext.surgery.liar_loader` builds this model from it.
+        If not even :mod:`liar_ext.models.liar_loader` builds this model from it.
     """
     history = list(history_of(model.config)) + ([dict(pruning)] if pruning else [])
     config = dense_config(model.config)

@@ -10,12 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liar_ext.checkpoint.names import (
-    LOADER_CODE,
-    LOADER_FILE,
-    LOADER_MODULE,
-    OLD_MARK_VERSION,
-)
+from liar_ext.checkpoint.names import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
 from liar_ext.errors import InputError
 
 

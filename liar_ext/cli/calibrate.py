@@ -1,4 +1,4 @@
-"""``liar calibrate``: the activation statistics of a model as a file."""
+"""``liar calibrate`` and ``liar merge``: banks of activation statistics."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import argparse
 import os
 import time
 
+from liar_ext.calibration.bank_file import read_bank
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.memory import bytes_of_sums, check_memory
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
+from liar_ext.calibration.texts import tokenizer_fingerprint
 from liar_ext.checkpoint_store import RESULT
-from liar_ext.cli.inputs import load
+from liar_ext.cli.inputs import let_write, load
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.output import print_json, warn
-from liar_ext.cli.own_text import let_write
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.cli.with_bank import calibrations, check_bank_place, save_bank
-from liar_ext.data.texts import tokenizer_fingerprint
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError
+from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import sites
-from liar_ext.pipeline.sweep import PROBE_KEEP, Sweep
 from liar_ext.recipe import Recipe
 
 
@@ -92,3 +93,53 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             flush=True,
         )
         warn(loaded.warnings)
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    """Check what the banks say of themselves, add them, write."""
+    if len(options.banks) < 2:
+        raise InputError("merge: needs at least two banks to add, got one; name another")
+    check_bank_place(options.out, "merge", "--out", options.overwrite)
+    headers = {path: read_bank(path, sums=False) for path in options.banks}
+    if len(headers) < len(options.banks):
+        raise InputError("merge: one bank is named twice, which would count its text twice")
+    # One order, whatever that of the arguments is: so the sum is the same to the last bit.
+    order = sorted(headers, key=lambda path: (headers[path].source.get("data", []), path))
+    checked = MomentBank(source=headers[order[0]].source)
+    checked.sequences = headers[order[0]].sequences
+    for path in order[1:]:
+        header = headers[path]
+        with _naming(path, order[: order.index(path)]):
+            checked.merge(MomentBank(source=header.source, sequences=header.sequences))
+    total = MomentBank.load(order[0])
+    for path in order[1:]:
+        with _naming(path, order[: order.index(path)]):
+            total.merge(MomentBank.load(path))
+    save_bank(total, options.out, "merge", "--out", options.overwrite)
+    if not options.quiet:
+        print(
+            f"{options.out}: moments of {len(total)} sites over {total.source['tokens']:,} tokens "
+            f"in {total.source['sequences']} sequences of {len(order)} banks"
+        )
+        bare = [path for path in order if headers[path].text is None]
+        if bare:
+            warn([f"The text is left out, since {', '.join(bare)} has none."])
+        if any(header.source.get("sensitivities") for header in headers.values()):
+            warn(["Sensitivities are left out: they were measured by the sums of one bank alone."])
+
+
+class _naming:
+    """Let an error of adding a bank say which one it is."""
+
+    def __init__(self, path: str, done: list[str]) -> None:
+        self.path, self.done = path, done
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, InputError) and str(error).startswith("MomentBank.merge: "):
+            why = str(error).removeprefix("MomentBank.merge: ")
+            raise InputError(
+                f"merge: {self.path} can't be added to {', '.join(self.done)}: {why}"
+            ) from None

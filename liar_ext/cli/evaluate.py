@@ -1,20 +1,31 @@
-"""``liar eval``: perplexity of a model on a text, what an encoder keeps, or tasks of lm-eval."""
+"""``liar eval``, ``bench`` and ``verify``: a model's quality, its speed, and its proof."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor, nn
+
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.cli.encoders import judge, read_texts
+from liar_ext.calibration import texts
+from liar_ext.calibration.texts import evaluation_sequences, read_documents
 from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
-from liar_ext.data import texts
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
-from liar_ext.models.running import predicts_next_token
-from liar_ext.report.report import versions
+from liar_ext.export.verify import table, verify_everywhere
+from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
+from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.speed import benchmark
+from liar_ext.measure.timing import Benchmark, Settings, bench_file, read_bench
+from liar_ext.models.running import inputs_read, predicts_next_token
+from liar_ext.report.reading import report_digest
+from liar_ext.report.report import Report, versions
+from liar_ext.report.tables import MEASURES, measured_on, quality, speed, to_text
 
 
 def run(options: argparse.Namespace) -> None:
@@ -69,7 +80,7 @@ def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return what lm-eval measures, and its table."""
-    from liar_ext.integrations.lm_eval import evaluate_tasks, load_tasks
+    from liar_ext.measure.evaluation import evaluate_tasks, load_tasks
 
     tasks = load_tasks(options.tasks, options.include_path)
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
@@ -85,3 +96,187 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         progress=options.progress,
     )
     return result, result.pop("table").rstrip()
+
+
+PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
+
+
+def read_texts(options: argparse.Namespace) -> tuple[Sequence[str] | None, Pairs | None]:
+    """Return what the options name, before a model is loaded."""
+    documents = texts.read_documents(options.text) if options.text else None
+    return documents, read_pairs(options.pairs) if options.pairs else None
+
+
+def judge(
+    options: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[str] | None,
+    pairs: Pairs | None,
+) -> tuple[dict[str, Any], str]:
+    """Return what was measured of an encoder, and the lines that say it.
+
+    Raises
+    ------
+    InputError
+        If the dense model is not known, or nothing can be measured.
+    """
+    if "input_ids" not in inputs_read(model):
+        raise InputError(
+            f"eval: {type(model).__name__} reads {' and '.join(inputs_read(model))}, and no text; "
+            "call liar_ext.encoder_similarity with batches of your own"
+        )
+    against = options.against or _known(options.model, needed=documents is not None)
+    dense = load_with_tokenizer(against, options.dtype, options.device)[0] if against else None
+    result: dict[str, Any] = {"against": against} if against else {}
+    lines = []
+    if documents is not None:
+        sequences = texts.evaluation_sequences(
+            documents,
+            tokenizer,
+            seq_len=options.seq_len,
+            samples=options.samples,
+            packed=False,
+        )
+        batches = sequences.batches(options.batch_size)
+        found = encoder_similarity(model, dense, batches, progress=options.progress)
+        result |= found
+        lines += [
+            f"{MEASURES[name]} {quality(found[name])} over {measured_on(found)}"
+            for name in MEASURES
+            if name in found
+        ]
+    if pairs is not None:
+        result |= _of_pairs(model, tokenizer, pairs, options)
+        own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
+        for name in PAIR_MEASURES.keys() & own.keys():
+            result[f"dense_{name}"] = own[name]
+        for name in PAIR_MEASURES.keys() & result.keys():
+            beside = f" (dense {own[name]:.4f})" if own else ""
+            said = f"{PAIR_MEASURES[name]} {result[name]:.4f}{beside}"
+            lines.append(f"{said} over {result['pairs']:,} pairs")
+    return result, "\n".join(lines)
+
+
+def _known(folder: str, *, needed: bool) -> str | None:
+    """Return the dense model that a folder was pruned from, if it is still there.
+
+    Raises
+    ------
+    InputError
+        If it is needed, and not known or gone.
+    """
+    try:
+        report = Report.load(folder)
+        name = str(report.choices.get("model") or report.model)
+    except InputError:
+        name = ""
+    if name and Path(name).is_dir():
+        return name
+    if needed:
+        gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
+        raise InputError(
+            f"eval: {folder} is an encoder, which is compared with the dense model, and {gone}; "
+            "give it by --against DENSE"
+        )
+    return None
+
+
+def _of_pairs(
+    model: nn.Module, tokenizer: Any, pairs: Pairs, options: argparse.Namespace
+) -> dict[str, float]:
+    """Return what :func:`liar_ext.measure.embeddings.pair_quality` finds of a model."""
+
+    def embeddings(of: Sequence[str]) -> Tensor:
+        settings = {"seq_len": options.seq_len, "packed": False}
+        sequences = texts.evaluation_sequences(of, tokenizer, **settings)
+        order = sequences.attention_mask.sum(1).argsort(stable=True)  # as batches are made
+        found = embed(model, sequences.batches(options.batch_size), progress=options.progress)
+        return found[order.argsort()]
+
+    return pair_quality(
+        embeddings(pairs.first), embeddings(pairs.second), pairs.second, pairs.scores
+    )
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Measure, print a table, and store the numbers."""
+    target = place(options.folder, options.out)
+    if target is not None:
+        check_place(target, "bench", "--out", _is_benchmark)
+    settings = Settings(
+        rounds=options.rounds,
+        prompt_length=options.prompt_length,
+        new_tokens=options.new_tokens,
+        batches=tuple(dict.fromkeys(options.batch)),
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
+    )
+    found = benchmark(
+        options.folder,
+        options.against,
+        settings,
+        memory=options.memory,
+        progress=options.progress,
+    )
+    print(found.to_json() if options.json else "\n".join(lines(found)))
+    if target is not None:
+        found = replace(found, report_digest=report_digest(options.folder))
+        write_whole(target, found.to_json(), "bench", "--out")
+        if not options.json:
+            print(f"{target}: written")
+
+
+def place(folder: str, given: str | None) -> Path | None:
+    """Return where the numbers go: as told, or beside a folder, or nowhere for a hub id."""
+    if given is not None:
+        return Path(given)
+    return bench_file(folder) if Path(folder).is_dir() else None
+
+
+def lines(bench: Benchmark) -> list[str]:
+    """Return a benchmark as a table of plain text."""
+    table = speed(bench)
+    return [*to_text(table), table.note]
+
+
+def _is_benchmark(path: Path) -> bool:
+    try:
+        read_bench(path, "bench")
+    except InputError:
+        return False
+    return True
+
+
+SEQ_LEN, SAMPLES = 256, 16
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Reload, compare, print; return 1 if outputs differ."""
+    ids = _ids(options.folder, options.text) if options.text else None
+    facts = verify_everywhere(options.folder, options.device, ids)
+    if options.json:
+        print(json.dumps({**facts, "rows": [asdict(row) for row in facts["rows"]]}, indent=1))
+    else:
+        print(f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}")
+        print("\n".join(table(facts["rows"])))
+        if "tokenizer_agrees" in facts:
+            verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
+            print(f"tokenizer: {verdict} for the stored texts")
+    return 0 if facts["agrees"] else 1
+
+
+def _ids(folder: str, text: str) -> Any:
+    """Return token ids of a text, as many sequences as a check in every runtime bears."""
+    documents = read_documents(text)
+    model, tokenizer = load_with_tokenizer(folder, "float32", "cpu")
+    if not predicts_next_token(model):
+        raise InputError(
+            f"verify: --text is for causal language models, got {type(model).__name__}"
+        )
+    most = getattr(model.config, "max_position_embeddings", SEQ_LEN)
+    sequences = evaluation_sequences(
+        documents, tokenizer, seq_len=min(SEQ_LEN, most), samples=SAMPLES
+    )
+    return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])

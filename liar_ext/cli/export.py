@@ -1,4 +1,4 @@
-"""``liar export``: write a folder in the format of another runtime."""
+"""``liar export``, ``report``, ``compare`` and ``families``, which prune nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
-from liar_ext.cli.bank_options import add_shown
+from liar_ext.cli.job_options import add_shown
 
 # Options of the command that are no options of a format.
 OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "progress", "json")
@@ -78,3 +79,79 @@ def add_export(
         **suppress,
     )
     add_shown(parser, "no progress, no notes")
+
+
+def add_families(commands: Any, name: Callable[[str], str]) -> None:
+    """Add the subcommand to those of the parser."""
+    parser = commands.add_parser(
+        "families",
+        help="which model families are known, and a row for one that isn't",
+        description="Print what can be removed from the models of each family, and why something "
+        "can't; or look for the row of a family that is lacking, prove it on tiny random models, "
+        "and print it as Python code.",
+    )
+    add = parser.add_argument
+    add(
+        "--suggest",
+        type=name,
+        metavar="MODEL",
+        help="propose a family definition for a model folder or hub id; only its config is read",
+    )
+    add("--json", action="store_true", help="print JSON")
+
+
+def run_families(options: argparse.Namespace) -> None:
+    """Print the table, or a proposed row."""
+    if options.suggest:
+        print(_suggestion(options.suggest, options.json))
+        return
+    from liar_ext.models.overview import overview, plain
+
+    table = overview()
+    if options.json:
+        facts = {n: {key: each._asdict() for key, each in row.items()} for n, row in table.items()}
+        print(json.dumps(facts, indent=1))
+    else:
+        print("\n".join(plain(table)))
+
+
+def _suggestion(model: str, as_json: bool) -> str:
+    """Return a row as Python code, with what is known of it in comments; or all as JSON."""
+    from liar_ext.suggest.suggest import suggest_for
+
+    found = suggest_for(model)
+    if as_json:
+        fields = {
+            "family": found.family.name,
+            "known": found.known,
+            "code": found.code,
+            "proved": found.proved,
+            "missing": dict(found.family.without),
+            "notes": found.notes,
+        }
+        return json.dumps(fields, indent=1)
+    if found.known:
+        said = [f"{found.family.name} is in the table of families; nothing was tried"]
+    else:
+        said = [f"{found.family.name}: proposed, and proved on tiny random models"]
+    said += [f"proved: {each}" for each in found.proved]
+    said += [f"lacking: {name}: {why}" for name, why in found.family.without.items()]
+    said += [f"note: {each}" for each in found.notes]
+    comments = [f"# {' '.join(line.split())}" for line in said]
+    return "\n".join([*comments, found.code.rstrip()])
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write the page, and pictures; print where."""
+    from liar_ext.report.page import write_page
+
+    for path in write_page(options.folder, options.out, options.png):
+        print(f"{path}: written")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Write the page, and pictures; print where."""
+    from liar_ext.report.compare import write_comparison
+
+    for path in write_comparison(options.folders, options.out, options.png):
+        print(f"{path}: written")

@@ -16,18 +16,17 @@ from liar_ext.checkpoint.loading import load_pruned, placement
 from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import is_new, remove
-from liar_ext.cli.heal_options import FIELDS
-from liar_ext.cli.inputs import load
+from liar_ext.cli.inputs import let_write, load
+from liar_ext.cli.job_options import FIELDS
 from liar_ext.cli.output import print_json
-from liar_ext.cli.own_text import let_write
 from liar_ext.cli.resume import check_apart
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
 from liar_ext.healing.heal import heal
+from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
-from liar_ext.report.healing import sentences
+from liar_ext.report.reading import sentences
 from liar_ext.report.report import Report
 from liar_ext.untrusted import read_object
 

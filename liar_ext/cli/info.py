@@ -1,13 +1,21 @@
-"""``liar info``: what this installation has."""
+"""``liar info`` and ``liar doctor``: what is installed, and whether it works."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from liar_ext import ops
+from liar_ext.environment import available_memory
+from liar_ext.errors import one_line
 from liar_ext.models.registry import FAMILIES
 from liar_ext.report.report import versions
 from liar_ext.selection.criteria import list_criteria
@@ -35,3 +43,135 @@ def run(options: argparse.Namespace) -> None:
         print(f"{what:32} {state}")
     print(f"{'families':32} {', '.join(FAMILIES)}")
     print(f"{'extension':32} {Path(ops.__file__).parents[1]}")
+
+
+# Optional packages, and the extra of a checkout that installs each.
+PACKAGES = {
+    "gguf": "gguf",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "vllm": "vllm",
+    "llmcompressor": "llmcompressor",
+    "lm-eval": "eval",
+    "datasets": "eval",
+    "accelerate": "large",
+    "matplotlib": "report",
+    "shtab": "completion",
+    "sentence-transformers": None,  # no extra has it alone
+}
+LEAST = 1 << 30  # bytes of memory and of disk below which hardly any job ends
+MOST_ERROR = 1e-5  # of the Gram operator, whose products are summed in float32
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Print the facts, and last ``ok`` or what to do; return 1 if something is to be done."""
+    found = facts()
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    return 1 if found["problems"] else 0
+
+
+def facts() -> dict:
+    """Return what there is, the result of the self-check, and the problems with their remedies."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {
+        "versions": versions(),
+        "folder": str(Path(ops.__file__).parents[1]),
+        "devices": {each: _name(each) for each in devices},
+        "threads": {"used": torch.get_num_threads(), "cores": cores},
+        "memory_free": available_memory(),
+        "disk_free": {
+            each: shutil.disk_usage(each).free for each in (os.getcwd(), tempfile.gettempdir())
+        },
+        "packages": {name: _version(name) for name in PACKAGES},
+        "self_check": {each: self_check(each) for each in devices},
+    }
+    return {**found, "problems": problems(found)}
+
+
+def self_check(device: str) -> float | str:
+    """Return the relative error of a small Gram matrix against float64, or why there is none."""
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    exact = (x.double().T @ x.double()).tril()
+    gram, total, count = (torch.zeros(size, dtype=torch.float64) for size in ((64, 64), 64, 2))
+    try:
+        gram, total, count, x = (each.to(device) for each in (gram, total, count, x))
+        ops.gram_update_(gram, total, count, x)
+        return float((gram.cpu().tril() - exact).abs().max() / exact.abs().max())
+    except RuntimeError as error:  # of the driver, or no kernel for this device
+        return one_line(error)
+
+
+def problems(found: dict) -> list[str]:
+    """Return what keeps jobs from running here, each with what to do."""
+    said = []
+    for device, error in found["self_check"].items():
+        if isinstance(error, str) or not error <= MOST_ERROR:
+            wrong = error if isinstance(error, str) else f"its error is {error:.2g}"
+            cpu = device == "cpu"
+            todo = "set LIAR_CPU_KERNEL=portable" if cpu else "use --device cpu, see docs/cuda.md"
+            said.append(
+                f"the Gram operator fails on {device}: {wrong}; compile again in the checkout "
+                f"(pip install --no-build-isolation --force-reinstall --no-deps .), or {todo}"
+            )
+    if found["memory_free"] is not None and found["memory_free"] < LEAST:
+        said.append(f"only {_size(found['memory_free'])} of memory are free; end other programs")
+    said += [
+        f"only {_size(free)} of disk are free in {folder}; delete files there"
+        for folder, free in found["disk_free"].items()
+        if free < LEAST
+    ]
+    return said
+
+
+def lines(found: dict) -> list[str]:
+    """Return the screen."""
+    known = found["versions"]
+    build = {key.removeprefix("liar_ext."): value for key, value in known.items()}
+    cuda = build["cuda"]
+    if cuda == "compiled":
+        cuda = f"kernels for {build.get('cuda_archs', 'unknown architectures')}; "
+        cuda += f"CUDA {build['cuda_runtime']}, driver {build['cuda_driver']}"
+    checked = [
+        f"{device}: {error if isinstance(error, str) else f'error {error:.1e} against float64'}"
+        for device, error in found["self_check"].items()
+    ]
+    memory = found["memory_free"]
+    rows = {
+        "liar_ext": f"{known['liar_ext']} in {found['folder']}",
+        **{name: known[name] for name in ("python", "torch", "transformers")},
+        "extension": f"loaded, uses {build['cpu_kernel']} of {build['cpu_kernels']}",
+        "CUDA": cuda,
+        "devices": ", ".join(
+            f"{device} ({name})" if name else device for device, name in found["devices"].items()
+        ),
+        "threads": "{used}, on {cores} cores".format(**found["threads"]),
+        "free memory": "unknown" if memory is None else _size(memory),
+        "free disk": ", ".join(
+            f"{_size(free)} in {folder}" for folder, free in found["disk_free"].items()
+        ),
+        "self-check": "; ".join(checked),
+        **{name: each or _install(name) for name, each in found["packages"].items()},
+    }
+    said = [f"{name:22} {value}" for name, value in rows.items()]
+    return said + (found["problems"] or ["ok"])
+
+
+def _install(name: str) -> str:
+    extra = PACKAGES[name]
+    return f"missing: pip install '.[{extra}]'" if extra else f"missing: pip install {name}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device != "cpu" else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):.1f} GiB"

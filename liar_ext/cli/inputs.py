@@ -1,4 +1,4 @@
-"""What several commands need: a model, its tokenizer, and the texts that a recipe names."""
+"""What a command reads: a model, a tokenizer, and the text, also that the model writes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import checkpoint
-from liar_ext.calibration import self_calibration
-from liar_ext.calibration.self_calibration import SELF
+from liar_ext.calibration import generated, texts
+from liar_ext.calibration.batches import read_batches
+from liar_ext.calibration.collect import check_finite_weights
+from liar_ext.calibration.documents import document_digests
+from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
+from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.reading import stock_class
-from liar_ext.cli.processes import check_device
+from liar_ext.checkpoint_store import Checkpoint, Stored
+from liar_ext.cli.output import check_device
 from liar_ext.cli.vocabulary import SmallerVocabulary
-from liar_ext.data import texts
-from liar_ext.data.documents import document_digests
-from liar_ext.data.random_tokens import fraction_of
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.latency_table import LatencyTable
-from liar_ext.models.inputs import known_tokens
-from liar_ext.models.running import predicts_next_token
-from liar_ext.pipeline.choosing import LEAST
+from liar_ext.job.choosing import LEAST
+from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
+from liar_ext.selection.latency_table import LatencyTable
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 
@@ -240,10 +241,10 @@ def _written(
     start = time.perf_counter()
     share = -(-(recipe.samples + recipe.certify + judge) // len(recipe.calibration))
     tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
-    written = self_calibration.write_documents(
+    written = generated.write_documents(
         model,
         tokenizer,
-        documents=self_calibration.enough_documents(share),
+        documents=generated.enough_documents(share),
         tokens=tokens,
         seed=recipe.seed,
         progress=progress,
@@ -267,3 +268,93 @@ def add_facts(report: Report, given: Given) -> None:
     report.recipe = replace(report.recipe, text_digests=given.text_digests)
     if given.vocabulary is not None:
         given.vocabulary.add_to(report)
+
+
+Batches = Sequence[Mapping[str, Tensor]]
+WRITTEN = "written"  # its name in a checkpoint
+
+
+class TextAndOwn(Sequence):
+    """Batches of text, then those that are written when the first of all is asked for.
+
+    What a job refuses it refuses before that, and so in no time. ``seconds`` are what it took.
+    """
+
+    def __init__(self, text: Batches, write: Callable[[], Batches]) -> None:
+        self._text, self._write = text, write
+        self._all: list[Mapping[str, Tensor]] = []
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __getitem__(self, index):
+        return self._batches()[index]
+
+    def _batches(self) -> list[Mapping[str, Tensor]]:
+        if not self._all:
+            start = time.perf_counter()
+            self._all = [*self._text, *self._write()]
+            self.seconds = time.perf_counter() - start
+        return self._all
+
+
+def let_write(
+    given: Given,
+    recipe: Recipe,
+    saved: Checkpoint | None = None,
+    *,
+    progress: bool = False,
+    sketch: bool = False,
+) -> None:
+    """Give what was loaded the sequences that its model writes, if any, once it is gone through.
+
+    The first rank writes, or takes what a checkpoint has, and hands it to the others. A ``sketch``
+    has beginnings, again and again.
+    """
+    if not writes(recipe, given.model):
+        return
+    rows = [
+        row
+        for batch in read_batches(given.calibration)
+        for row in batch.inputs["input_ids"][batch.source >= 0]
+    ]
+    count = count_beside(len(rows), recipe.self_text)
+    if count == 0:
+        return
+    length = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
+
+    def write() -> Batches:
+        check_finite_weights(given.model)
+        kept = None if saved is None else saved.get(WRITTEN)
+        ids = None if kept is None else _read(kept[0], recipe.seq_len, given.model)
+        if kept is None and is_first():
+            ids = write_sequences(
+                given.model,
+                given.tokenizer,
+                count=count,
+                seq_len=recipe.seq_len,
+                seed=seed_of(rows, recipe.seed),
+                written=length,
+                progress=progress,
+            ).input_ids
+        if kept is None:
+            ids = broadcast(ids)
+            if saved is not None:
+                saved.put(WRITTEN, {"input_ids": ids})
+        own = of_no_text(ids)
+        given.facts["written_sequences"] = len(own)
+        return own.batches(recipe.batch_size)
+
+    given.calibration = TextAndOwn(given.calibration, write)
+
+
+def _read(kept: Stored, seq_len: int, model: nn.Module) -> Tensor:
+    """Return what a checkpoint has of it."""
+    ids = kept["input_ids"] if "input_ids" in kept else torch.empty(0)
+    known = known_tokens(model, model.config)
+    if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != seq_len or not len(ids):
+        raise InputError(f"checkpoint: {kept.path} holds no text of this job; remove the folder")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise InputError(f"checkpoint: {kept.path} has tokens beyond {known}; remove the folder")
+    return ids

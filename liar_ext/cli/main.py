@@ -13,14 +13,15 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 
-from liar_ext.cli.messages import error_lines, one_line, shown, silence_of_others
+from liar_ext.cli.messages import error_lines, shown, silence_of_others
 from liar_ext.cli.options import parse
-from liar_ext.errors import InputError, is_out_of_memory
+from liar_ext.errors import InputError, is_out_of_memory, one_line
 
 
 def _run_command(name: str, options: argparse.Namespace) -> int | None:
     """Import the module of a command, and run it."""
-    return import_module(f"liar_ext.cli.{MODULES.get(name, name)}").run(options)
+    module, _, function = PLACES.get(name, f"{name}:run").partition(":")
+    return getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -33,8 +34,17 @@ NAMES = (
     *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
     *("compare-methods", "export", "families", "info", "doctor", "heal"),
 )
-# Others have the name of their command.
-MODULES = {"eval": "evaluate", "compare-methods": "compare_methods"}
+PLACES = {  # module and function; others are `run` of the module of their name
+    "bench": "evaluate:run_bench",
+    "compare": "export:run_compare",
+    "compare-methods": "sweep:run_compare_methods",
+    "doctor": "info:run_doctor",
+    "eval": "evaluate:run",
+    "families": "export:run_families",
+    "merge": "calibrate:run_merge",
+    "report": "export:run_report",
+    "verify": "evaluate:run_verify",
+}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     **{name: partial(_run_command, name) for name in NAMES},
     "resume": _resume,
@@ -58,11 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
     options.progress = wanted in ("auto", "plain") and not options.quiet
     # What follows imports torch; the version, the help and typos are answered without it.
-    from liar_ext.bars import plain_lines
     from liar_ext.checkpoint.quietening import no_bars
     from liar_ext.checkpoint.registration import register
-    from liar_ext.cli.processes import quietened
+    from liar_ext.cli.output import quietened
     from liar_ext.distributed import tells
+    from liar_ext.progress import plain_lines
 
     register()
     plain = wanted == "plain" or not sys.stderr.isatty()
@@ -81,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> tuple[int, object]:
     """Run the command; return its exit code, and what to say of it."""
-    from liar_ext.cli.processes import meet
+    from liar_ext.cli.output import meet
     from liar_ext.distributed import leave, tells
 
     with _interrupts() as interrupts:
@@ -100,7 +110,7 @@ def _run(options: argparse.Namespace) -> tuple[int, object]:
 
 def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, object]:
     """Return the exit code of an error, and what to say of it; raise one that is a defect."""
-    from liar_ext.cli.processes import how_to_go_on
+    from liar_ext.cli.output import how_to_go_on
     from liar_ext.distributed import RankLost
 
     if isinstance(error, BrokenPipeError):

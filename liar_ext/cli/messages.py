@@ -1,4 +1,4 @@
-"""The lines that a command writes to stderr: ``error:``, ``hint:`` and ``warning:``."""
+"""What the commands say: errors with their hints, and what trackers of experiments get."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from liar_ext.errors import did_you_mean
+from liar_ext.errors import did_you_mean, one_line
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.recipe.option import option_of
 
-MOST_CHARACTERS = 300  # of a line
+if TYPE_CHECKING:
+    from liar_ext.report.report import Report
+
+
 COLOURS = {"error": "1;31", "warning": "1;33", "hint": "1;36"}
 OPERATION = re.compile(r"^(?:[A-Za-z]\w*\.?)+: ")  # the function that raised, or the command
 ARGUMENT = re.compile(r"argument ([^\s:]+): ")  # as argparse begins
@@ -26,12 +31,6 @@ PATHS = (  # options that name something to read
     *("folder", "folders", "against"),
 )
 OF_A_RECIPE = ("recipe: ", "Budget: ")
-
-
-def one_line(message: object) -> str:
-    """Return a message as one line, cut where it is far too long."""
-    line = " ".join(str(message).split())
-    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 3] + "..."
 
 
 def error_lines(message: object, options: argparse.Namespace | None = None) -> str:
@@ -119,3 +118,38 @@ def _painted(word: str) -> str:
         not sys.stderr.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     )
     return f"{word}:" if plain else f"\033[{COLOURS[word]}m{word}:\033[0m"
+
+
+TRACKERS = ("mlflow", "wandb")
+
+
+def read_tracker(name: str) -> str:
+    """Read the name of a tracker; one that isn't installed is refused before the job begins."""
+    if name in TRACKERS and find_spec(name) is None:
+        raise argparse.ArgumentTypeError(f"{name} is not installed; run pip install {name}")
+    return name
+
+
+def log(report: Report, tracker: str, run: str) -> None:
+    """Log the recipe and the numbers of a report as one run; a failure is a warning."""
+    numbers = {part: getattr(report, part) for part in ("params", "evaluation", "seconds")}
+    metrics = dict(_flat(numbers))
+    try:
+        library = import_module(tracker)
+        if tracker == "wandb":
+            with library.init(project="liar_ext", name=run, config=dict(report.choices)) as made:
+                made.log(metrics)
+        else:
+            with library.start_run(run_name=run):
+                library.log_params(dict(report.choices))
+                library.log_metrics(metrics)
+    except Exception as error:  # the model is saved, and a server may be away
+        warnings.warn(f"--log {tracker}: nothing was logged: {one_line(error)}", stacklevel=2)
+
+
+def _flat(facts: Mapping[str, object], above: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        elif isinstance(value, int | float):
+            yield f"{above}{name}", float(value)

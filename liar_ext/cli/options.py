@@ -8,23 +8,27 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from liar_ext.cli.bank_options import (
+from liar_ext.cli.export import add_export, add_families
+from liar_ext.cli.fields import (
+    PrintCompletion,
+    add_fields,
+    at_least,
+    read_name,
+    read_names,
+    read_size,
+)
+from liar_ext.cli.job_options import (
     BANK_HELP,
     add_calibrate,
     add_checkpoint,
     add_compare_methods,
+    add_heal,
     add_merge,
     add_resume,
     add_shown,
     add_sweep,
 )
-from liar_ext.cli.completion import PrintCompletion
-from liar_ext.cli.export import add_export
-from liar_ext.cli.families import add_families
-from liar_ext.cli.fields import add_fields, at_least, read_name, read_names, read_size
-from liar_ext.cli.heal_options import add_heal
-from liar_ext.cli.messages import error_lines
-from liar_ext.cli.tracking import TRACKERS, read_tracker
+from liar_ext.cli.messages import TRACKERS, error_lines, read_tracker
 from liar_ext.errors import did_you_mean
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields

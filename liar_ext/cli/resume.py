@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.calibration.bank_file import read_bank
-from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.names import PLAN_FILE
 from liar_ext.checkpoint_store import (
     JOB,
@@ -31,7 +31,7 @@ from liar_ext.checkpoint_store import (
     of_other_version,
     remove,
 )
-from liar_ext.cli.own_text import WRITTEN
+from liar_ext.cli.inputs import WRITTEN
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError, one_line
 from liar_ext.plan import Plan

@@ -1,25 +1,29 @@
-"""``liar sweep``: several budgets from one calibration."""
+"""``liar sweep`` and ``liar compare-methods``: several pruned models from one calibration."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from torch import nn
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.cli.inputs import add_facts, load
+from liar_ext.cli.inputs import add_facts, let_write, load, load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.output import warn
-from liar_ext.cli.own_text import let_write
 from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
-from liar_ext.pipeline.sweep import Point, sweep
+from liar_ext.job.choosing import sequences_to_judge
+from liar_ext.job.sweeping import Point, Sweep, sweep
+from liar_ext.measure.evaluation import perplexity
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
 from liar_ext.report.tables import MEASURES, Table, figure, quality, to_text
 
@@ -99,3 +103,86 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
 def _dense(model: nn.Module, points: Sequence[Point]) -> dict[str, Any]:
     """Return the row of the dense model."""
     return {"params": count_params(model), "flops": 1.0, **points[0].quality("dense")}
+
+
+METHODS = {"liar": "balanced"}  # presets that have another name here
+Row = dict[str, Any]
+
+
+def run_compare_methods(options: argparse.Namespace) -> None:
+    """Prune a copy of the model by each method with each seed, print the table_of_methods."""
+    names = [each.name for each in recipe_fields() if hasattr(options, each.name)]
+    given = {name: getattr(options, name) for name in names}
+    if not {"model", "calibration", "eval"} <= given.keys():
+        raise InputError(
+            "compare-methods: needs MODEL, --calibration TEXT and --eval TEXT, MODEL before them"
+        )
+    for name in ("methods", "seeds"):
+        if len(set(getattr(options, name))) < len(getattr(options, name)):
+            raise InputError(f"compare-methods: --{name} must name each once")
+    recipes = {
+        (method, seed): Recipe.build(preset=METHODS.get(method, method), **{**given, "seed": seed})
+        for seed in options.seeds
+        for method in options.methods
+    }
+    dense, rows = compare(recipes, progress=options.progress)
+    if options.json:
+        print(json.dumps({"dense": dense, "runs": rows}, indent=1))
+        return
+    print("\n".join(to_text(table_of_methods(dense, rows))))
+
+
+def compare(
+    recipes: Mapping[tuple[str, int], Recipe], progress: bool = False
+) -> tuple[Row, list[Row]]:
+    """Return the numbers of the dense model, and of each recipe, by method and seed.
+
+    Recipes on the same text share its statistics.
+    """
+    groups: dict[tuple, list[tuple[str, int]]] = {}
+    for key, recipe in recipes.items():
+        inputs = (getattr(recipe, each.name) for each in recipe_fields(affects="inputs"))
+        groups.setdefault((recipe.seed, *inputs), []).append(key)
+    dense, rows, loaded = None, [], {}
+
+    def loader(*where: str) -> tuple[nn.Module, Any]:
+        if where not in loaded:
+            loaded[where] = load_with_tokenizer(*where)
+        return loaded[where]
+
+    for keys in groups.values():
+        first = recipes[keys[0]]
+        judge = max(sequences_to_judge(recipes[key]) for key in keys)
+        texts = load(first, loader=loader, judge=judge, progress=progress)
+        let_write(texts, first, progress=progress)
+        if dense is None:
+            dense = _numbers(texts.model, texts.evaluation, progress)
+        work = Sweep(texts.model, texts.calibration, progress=progress, judge_on=texts.judging)
+        for method, seed in keys:
+            pruned, point = work.prune(recipes[method, seed])
+            found = _numbers(pruned, texts.evaluation, progress)
+            rows.append({"method": method, "seed": seed, **found, "seconds": point.seconds})
+    return dense, rows
+
+
+def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
+    """Return a row for the dense model, and one for each method over its seeds."""
+    by_method = {"dense": [dense]}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    cells = []
+    for method, runs in by_method.items():
+        found = [row["perplexity"] for row in runs]
+        spread = (min(found), max(found)) if len(found) > 1 else (None, None)
+        spent = mean(row["seconds"] for row in runs) if "seconds" in runs[0] else None
+        numbers = [figure(each, ".2f") for each in (mean(found), *spread)]
+        params = mean(row["params"] for row in runs)
+        cells.append((method, f"{params:,.0f}", *numbers, figure(spent, ".1f")))
+    heads = ("method", "parameters", "perplexity", "lowest seed", "highest seed", "seconds")
+    return Table("", heads, cells)
+
+
+def _numbers(model: nn.Module, batches: Any, progress: bool) -> Row:
+    """Return parameters and perplexity of a model."""
+    found = perplexity(model, batches, progress=progress)["perplexity"]
+    return {"params": count_params(model), "perplexity": found}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.calibration.self_calibration import SELF
-from liar_ext.data.texts import evaluation_sequences
+from liar_ext.calibration.generated import SELF
+from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.distributed import broadcast, is_first
-from liar_ext.embeddings import DenseEncoder
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
+from liar_ext.measure.embeddings import DenseEncoder
+from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report

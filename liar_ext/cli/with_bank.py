@@ -11,7 +11,9 @@ from typing import Any
 from uuid import uuid4
 
 from liar_ext.atomic_write import check_place
+from liar_ext.calibration import texts
 from liar_ext.calibration.bank_file import Stored, read_bank
+from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.cli.inputs import (
     Given,
@@ -20,9 +22,7 @@ from liar_ext.cli.inputs import (
     load_with_tokenizer,
     warnings_of,
 )
-from liar_ext.cli.processes import check_device
-from liar_ext.data import texts
-from liar_ext.data.documents import check_apart_from
+from liar_ext.cli.output import check_device
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, recipe_fields

@@ -15,8 +15,7 @@ from torch import nn
 
 from liar_ext.checkpoint.stock_config import auto_classes
 from liar_ext.errors import InputError
-from liar_ext.models.reading import block_config
-from liar_ext.models.running import predicts_next_token
+from liar_ext.models.running import block_config, predicts_next_token
 from liar_ext.models.sites import family_of, sites
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})

@@ -32,8 +32,7 @@ from liar_ext.export.onnx_graph import (
     write_graph,
 )
 from liar_ext.export.sentence import Sentence, read_inside, read_sentence
-from liar_ext.models.inputs import inputs_read
-from liar_ext.models.running import predicts_next_token
+from liar_ext.models.running import inputs_read, predicts_next_token
 
 FILE = Path("onnx", "model.onnx")
 PREPROCESSOR = "preprocessor_config.json"

@@ -31,12 +31,11 @@ from liar_ext.checkpoint.stock_config import equal_config, how_to_load
 from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported, is_unequal
 from liar_ext.models.experts import refuse_experts
-from liar_ext.models.inputs import draw_inputs
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import output_of
+from liar_ext.models.running import draw_inputs, output_of
 from liar_ext.models.sites import Site, sites, skeleton
+from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.plan import Plan, SitePlan, kind_of
-from liar_ext.surgery.units import apply_plan, unit_rows
 
 # What a config says of unequal layers, and of what was saved.
 MARKS = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "liar")

@@ -33,7 +33,7 @@ from liar_ext.checkpoint.vocabulary import compare_tokenization
 from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
 from liar_ext.export import verify_worker
-from liar_ext.export.record import read_record
+from liar_ext.export.exporting import read_record
 from liar_ext.export.verify_worker import TOKENS, median_seconds
 
 WORKER = Path(verify_worker.__file__)

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.calibration.fingerprints import digest_of, fingerprint_of
+from liar_ext.calibration.batches import Batch, Batches, read_batches
+from liar_ext.calibration.kept_text import digest_of, fingerprint_of
 from liar_ext.checkpoint_store import Checkpoint, opened
-from liar_ext.data.batches import Batch, Batches, read_batches
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
 from liar_ext.healing import TRAIN
-from liar_ext.healing.memory import block_paths, checkpointed, needs_checkpointing
 from liar_ext.healing.run import Healing
-from liar_ext.healing.weights import set_dtypes
+from liar_ext.healing.weights import block_paths, checkpointed, needs_checkpointing, set_dtypes
 from liar_ext.models.running import device_of, evaluating
 
 BUDGETS = ("tokens", "minutes", "steps")
@@ -43,7 +42,7 @@ def heal(
 ) -> dict[str, Any]:
     """Train a pruned model in place towards the outputs of the dense model.
 
-    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.losses.losses`.
+    The loss compares outputs and uses no labels, see :func:`liar_ext.healing.run.losses`.
     AdamW without weight decay; the learning rate rises over the first twentieth of the budget and
     then falls to 0 as a cosine; gradients are clipped to norm 1; dropout is off. The held-out loss
     is measured before training and four times during it. The model gets the best state that was
@@ -56,7 +55,7 @@ def heal(
     teacher : nn.Module
         The dense model.
     batches : iterable of mapping or Tensor
-        Text to train on, see :func:`liar_ext.data.batches.read_batches`. It is repeated, in
+        Text to train on, see :func:`liar_ext.calibration.batches.read_batches`. It is repeated, in
         another order, until the budget is spent.
     held_out : iterable of mapping or Tensor
         Text that is never trained on.

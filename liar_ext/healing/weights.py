@@ -1,13 +1,20 @@
-"""The weights that healing trains."""
+"""Which weights are trained, and what memory that takes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from liar_ext.calibration.batches import Batch, count_tokens
+from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
+from liar_ext.models.running import complete_inputs, device_of
+from liar_ext.models.sites import sites
 
 LORA_RANK = 16
 
@@ -71,3 +78,57 @@ def set_dtypes(model: nn.Module, like: State | None = None) -> None:
     """Give parameters float32, or the dtypes of others; buffers keep theirs."""
     for name, each in model.named_parameters():
         each.data = each.data.to(torch.float32 if like is None else like[name].dtype)
+
+
+OF_TRAINED = 12  # bytes: gradient and two moments in float32
+OF_FREE = 0.8  # of the free memory may be used
+
+
+def needs_checkpointing(
+    model: nn.Module, batches: Sequence[Batch], trained: Iterable[Tensor]
+) -> bool:
+    """Tell whether the activations of the largest batch would not fit the free memory."""
+    device = device_of(model)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if free is None:
+        return False
+    largest = max(batches, key=count_tokens)
+    stored = len(largest) * activation_bytes(model, largest.select([0]).to(device))
+    return stored + OF_TRAINED * sum(each.numel() for each in trained) > OF_FREE * free
+
+
+def activation_bytes(model: nn.Module, batch: Batch) -> int:
+    """Return the bytes that a forward pass stores for the backward pass, without weights."""
+    weights = {each.untyped_storage().data_ptr() for each in model.parameters()}
+    held: dict[int, Tensor] = {}  # the tensors, too, so that no address is used twice
+
+    def hold(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        output = model(**complete_inputs(model, batch.inputs, batch.labels))
+    del output
+    stored = (each.untyped_storage() for at, each in held.items() if at not in weights)
+    return sum(each.nbytes() for each in stored)
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the blocks of a model."""
+    return list(dict.fromkeys(site.path for site in sites(model)))
+
+
+@contextmanager
+def checkpointed(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Let blocks compute their activations a second time in the backward pass."""
+    with ExitStack() as stack:
+        for block in map(model.get_submodule, paths):
+            own = vars(block).get("forward")  # accelerate puts one there
+            undo = (
+                partial(setattr, block, "forward", own)
+                if own
+                else partial(delattr, block, "forward")
+            )
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            stack.callback(undo)
+        yield

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.family import Experts, Wiring
-from liar_ext.models.reading import get_path
+from liar_ext.models.running import get_path
 
 if TYPE_CHECKING:
     from liar_ext.models.sites import Site

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from liar_ext.errors import InputError
 from liar_ext.models.experts import active_fraction, count_experts, experts_in, layer_at, teams_of
 from liar_ext.models.family import Experts, Family, HeadInput, Part, Stack, Wiring
-from liar_ext.models.reading import Block, block_config, get_path, parts_of
-from liar_ext.models.registry import family_of, register_family
-from liar_ext.models.stacking import kv_heads_of, row_units
+from liar_ext.models.registry import family_of, kv_heads_of, register_family, row_units
+from liar_ext.models.running import Block, block_config, get_path, parts_of
 from liar_ext.plan import ATTN_UNITS, KINDS
 
 __all__ = [

@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
-_DRAW = "liar_ext.data.texts.calibration_sequences makes the batches, and takes it"
+_DRAW = "liar_ext.calibration.texts.calibration_sequences makes the batches, and takes it"
 # What fields of a stage have in common.
 _model = partial(Option, group="model", affects="inputs", in_python=_LOAD)
 _text = partial(Option, group="calibration", affects="inputs", in_bank="text", in_python=_DRAW)
@@ -92,7 +92,7 @@ class Fields:
         check.number,
         "fraction of calibration text that a causal language model generates itself",
         unsaid=0.0,
-        in_python="liar_ext.calibration.self_calibration.write_sequences lets the model write",
+        in_python="liar_ext.calibration.generated.write_sequences lets the model write",
     )
     random_tokens: float | str = _text(
         "auto",
@@ -240,13 +240,13 @@ class Fields:
         "measure quality before and after on this held-out text",
         common=True,
         metavar="TEXT",
-        in_python="give evaluate_on the batches of liar_ext.data.texts.evaluation_sequences",
+        in_python="give evaluate_on the batches of liar_ext.calibration.texts.evaluation_sequences",
     )
     eval_samples: int | None = _report(
         None,
         check.whole(1, optional=True),
         "evaluate on N evenly spread windows, or texts of an encoder (default: all)",
-        in_python="liar_ext.data.texts.evaluation_sequences takes it, as samples",
+        in_python="liar_ext.calibration.texts.evaluation_sequences takes it, as samples",
     )
     certify: int = _report(
         0,
@@ -258,7 +258,7 @@ class Fields:
 
     def __post_init__(self) -> None:
         # They import torch, which the command needs no sooner than a job.
-        from liar_ext.data.sequences import check_fraction
+        from liar_ext.calibration.folds import check_fraction
         from liar_ext.reconstruction.layerwise import check_mode
         from liar_ext.selection.criteria import get_criterion
 

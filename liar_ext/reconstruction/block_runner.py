@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.hooks import Ended, replaced, watched
+from liar_ext.calibration.taps import Ended, replaced, watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at
 from liar_ext.models.family import HeadInput
-from liar_ext.models.reading import body_of
-from liar_ext.models.running import device_of
+from liar_ext.models.running import body_of, device_of
 from liar_ext.models.sites import Site, teams_of
 
 Forward = Callable[..., Tensor]

@@ -7,23 +7,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Bar, spare
+from liar_ext.calibration.batches import Batch, Batches, read_batch
 from liar_ext.checkpoint_store import Checkpoint
-from liar_ext.data.batches import Batch, Batches, read_batch
 from liar_ext.errors import InputError
 from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import family_of, sites
 from liar_ext.plan import Plan
+from liar_ext.progress import Bar, spare
 from liar_ext.reconstruction.block_runner import is_chain
 from liar_ext.reconstruction.ridge import check_settings
-from liar_ext.reconstruction.saved_walk import (
+from liar_ext.reconstruction.streams import (
+    InMemory,
     SavedStreams,
+    StreamedBatches,
     Streams,
+    Walk,
     Weights,
     keep_block,
     kept_block,
+    with_inputs,
 )
-from liar_ext.reconstruction.streams import InMemory, StreamedBatches, Walk, with_inputs
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.rows import SiteRow
 
@@ -63,7 +66,7 @@ def reconstruct_layerwise(
     what the encoder gave, and in the pruned stream what the pruned encoder did. Of a mixture of
     experts each expert is solved on the tokens that the pruned stream's router sends to it; what
     the layer falls short of its target by is asked of all of them alike, see
-    :mod:`liar_ext.reconstruction.layer_sums`.
+    :mod:`liar_ext.reconstruction.one_pass`.
 
     λ and α are those of least held-out error, see
     :func:`liar_ext.reconstruction.solve.solve`. Sites that lose nothing stay as they are.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from liar_ext import ops
+from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
-from liar_ext.data.batches import FOLDS
 from liar_ext.errors import InputError
 from liar_ext.plan import MODES
 from liar_ext.reconstruction.ladder import (

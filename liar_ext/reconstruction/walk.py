@@ -11,15 +11,15 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from liar_ext.data.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.data.hidden_states import Held, HiddenStates
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
+from liar_ext.calibration.hidden_states import Held, HiddenStates
 from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, Run
-from liar_ext.reconstruction.layer_sums import (
+from liar_ext.reconstruction.one_pass import (
     Forward,
     LayerSums,
     Rows,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.benchmarking.stored import Benchmark, Rate
 from liar_ext.errors import InputError
+from liar_ext.measure.timing import Benchmark, Rate
 from liar_ext.report import page, pictures, tables
 from liar_ext.report.page import name_of, stored_bench
 from liar_ext.report.pictures import Point, scatter

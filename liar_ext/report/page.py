@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.benchmarking.stored import Benchmark, bench_file, read_bench
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError
+from liar_ext.measure.timing import Benchmark, bench_file, read_bench
 from liar_ext.report import pictures, tables
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report

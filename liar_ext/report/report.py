@@ -23,7 +23,7 @@ from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
 from liar_ext.report.card import method
-from liar_ext.report.healing import APART, healing, read_healing, sentences
+from liar_ext.report.reading import APART, healing, read_healing, sentences
 from liar_ext.report.tables import Table, figure, in_markdown, plain, to_html, to_markdown
 from liar_ext.report.vocabulary import read_vocabulary, vocabulary, vocabulary_lines
 from liar_ext.rows import SiteRow
@@ -54,13 +54,13 @@ class Report:
         Of each job that had pruned the model before: ``budget``, and ``params`` before and after.
     grid : dict
         The steps that sizes are counted in, and what that costs against single units; see
-        :func:`liar_ext.selection.rounding.rounding`.
+        :func:`liar_ext.selection.curve_allocation.rounding`.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
     latency : dict
         For a budget of latency: ``dense_seconds``; the fraction of them that the plan takes,
         ``predicted`` and ``measured``, the latter with quartiles, before reconstruction and
-        saving; ``table``, which :class:`liar_ext.latency_table.LatencyTable` loads.
+        saving; ``table``, which :class:`liar_ext.selection.latency_table.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     heal : dict

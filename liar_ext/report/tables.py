@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from liar_ext.benchmarking.stored import Benchmark, ModelFacts
+from liar_ext.measure.timing import Benchmark, ModelFacts
 from liar_ext.rows import SiteRow
 from liar_ext.untrusted import text
 

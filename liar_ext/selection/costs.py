@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from liar_ext.errors import InputError
-from liar_ext.latency_table import LatencyTable
 from liar_ext.models.residual_stream import is_transposed
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import Budget, Plan
+from liar_ext.selection.latency_table import LatencyTable
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext import ops
+from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.gradients import SiteGradients, collect_gradients
 from liar_ext.calibration.moments import Moments
-from liar_ext.data.batches import Batches
 from liar_ext.errors import InputError, did_you_mean
 from liar_ext.models.sites import Site, get_consumer_weight
 

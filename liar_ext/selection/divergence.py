@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liar_ext.data.batches import Batch, Batches, read_batch, read_batches
+from liar_ext.calibration.batches import Batch, Batches, read_batch, read_batches
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.models.inputs import DECODER_IDS, DECODER_MASK, complete_inputs
-from liar_ext.models.running import device_of, evaluating, output_of
+from liar_ext.models.running import (
+    DECODER_IDS,
+    DECODER_MASK,
+    complete_inputs,
+    device_of,
+    evaluating,
+    output_of,
+)
 
 # Rows of logits that are compared at once: 32 × 50,000 float32 logits stay in a core's caches.
 ROW_CHUNK = 32
@@ -37,8 +43,8 @@ class DenseOutputs:
     dense : nn.Module
         The dense model, in evaluation mode; it is run now.
     batch : mapping of str to Tensor
-        See :func:`liar_ext.data.batches.read_batches`. Padding does not count, and labels are not
-        handed on: no loss is asked for.
+        See :func:`liar_ext.calibration.batches.read_batches`. Padding does not count, and
+        labels are not handed on: no loss is asked for.
     positions : int, optional
         Compare at this many positions of the sequences, evenly spread, instead of at all of them.
         A language model's head is then run there only; every other layer sees all tokens.

@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Bar, spare
-from liar_ext.calibration.hooks import replaced, watched
+from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.taps import replaced, watched
 from liar_ext.checkpoint_store import Checkpoint, reading
-from liar_ext.data.batches import Batches, read_batches
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.experts import layer_at
@@ -20,6 +19,7 @@ from liar_ext.models.registry import family_of
 from liar_ext.models.running import evaluating
 from liar_ext.models.sites import Site, sites, teams_of
 from liar_ext.plan import Plan
+from liar_ext.progress import Bar, spare
 from liar_ext.selection.divergence import DenseOutputs
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]

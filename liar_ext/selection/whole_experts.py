@@ -23,24 +23,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liar_ext.bars import Bar
+from liar_ext.calibration.batches import FOLDS, Batches, read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.expert_tokens import LayerTokens, collect_tokens, count_tokens
 from liar_ext.calibration.passes import room_for_sums, split
-from liar_ext.data.batches import FOLDS, Batches, read_batches
 from liar_ext.errors import InputError
 from liar_ext.models.experts import router_of
-from liar_ext.models.sites import (
-    Site,
-    sites,
-    teams_of,
-)
+from liar_ext.models.sites import Site, sites, teams_of
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
+from liar_ext.progress import Bar
 from liar_ext.reconstruction.ladder import least_held_out
 from liar_ext.reconstruction.ridge import check_settings, damp_ladder, ratio
 from liar_ext.rows import SiteRow
 from liar_ext.selection.error_curves import CURVE_DAMP
-from liar_ext.surgery.units import apply_plan
 
 # Tokens, evenly spread over the text, that experts are judged by: of each there are experts²
 # products, 512 MiB in a layer of 128 experts.

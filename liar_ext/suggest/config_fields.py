@@ -12,12 +12,12 @@ from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, equal_config
 from liar_ext.models.family import Family, Part
-from liar_ext.models.reading import block_config, blocks_of
+from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import sites
+from liar_ext.models.slicing import apply_plan
 from liar_ext.suggest.instance import Instance, build
+from liar_ext.suggest.numbers import registered
 from liar_ext.suggest.proof import equal_plan, tells_sizes, wirings_of
-from liar_ext.suggest.row import registered
-from liar_ext.surgery.units import apply_plan
 
 # Fields that may hold None where the class derives the size from others.
 DERIVED = {

@@ -10,14 +10,13 @@ from typing import Any
 from torch import nn
 
 from liar_ext.models.family import Family
-from liar_ext.models.reading import blocks_of
-from liar_ext.suggest.between import input_by_head
+from liar_ext.models.running import blocks_of
 from liar_ext.suggest.config_fields import with_bias_flags, with_config
 from liar_ext.suggest.instance import Instance, Refused, Tried
 from liar_ext.suggest.numbers import KINDS, Meanings, with_head_dim, with_numbers, with_per_head
 from liar_ext.suggest.proof import prove
 from liar_ext.suggest.trace import Blocks, Trace
-from liar_ext.suggest.wiring import Found
+from liar_ext.suggest.wiring import Found, input_by_head
 
 MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
 

@@ -14,8 +14,7 @@ from torch.nn.modules import module as registration
 
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import one_line
-from liar_ext.models.reading import config_parts
-from liar_ext.models.running import evaluating
+from liar_ext.models.running import config_parts, evaluating
 from liar_ext.suggest.small_config import TOKEN, candidates, seconds, tall
 
 MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build

@@ -19,10 +19,10 @@ from liar_ext.checkpoint.stock_config import in_transformers
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family, Wiring
 from liar_ext.models.sites import get_consumer_weight, sites
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.instance import Instance, Refused, make_plain, outputs
-from liar_ext.suggest.row import registered
-from liar_ext.surgery.units import apply_plan
+from liar_ext.suggest.numbers import registered
 
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype
 NOTICED = 1e-4  # by which zeroing must change the outputs, so that the comparison can fail

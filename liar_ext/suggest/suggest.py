@@ -15,12 +15,12 @@ from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.checkpoint.reading import reading
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import WITHOUT, Family
-from liar_ext.models.reading import base_path
 from liar_ext.models.registry import FAMILIES
+from liar_ext.models.running import base_path
 from liar_ext.suggest.describe import describe
 from liar_ext.suggest.instance import Refused, prepare
+from liar_ext.suggest.numbers import code
 from liar_ext.suggest.proof import prove_folders
-from liar_ext.suggest.row import code
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
 from liar_ext.suggest.trace import Trace, find_stacks
 from liar_ext.suggest.two_stacks import propose_two_stacks

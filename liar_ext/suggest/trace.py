@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.hooks import Ended
-from liar_ext.models.reading import base_path
+from liar_ext.calibration.taps import Ended
+from liar_ext.models.running import base_path
 from liar_ext.suggest.instance import Instance, Refused, outputs
 
 MOST_ROWS = 4000  # of all layers that a consumer reads: a second of small blocks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.stock_config import dense_config, stock_of
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.reading import config_parts
+from liar_ext.models.running import config_parts
 from liar_ext.models.sites import skeleton
 
 MORE = 64  # tokens of the second model

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from liar_ext.calibration.finite import all_finite
+from liar_ext.calibration.bank_file import all_finite
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

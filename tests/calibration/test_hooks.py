@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from liar_ext.calibration.hooks import Ended, replaced, watched
+from liar_ext.calibration.taps import Ended, replaced, watched
 
 
 def test_a_watched_module_gives_what_it_gave():

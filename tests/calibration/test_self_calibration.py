@@ -8,9 +8,9 @@ import torch
 from tiny import tiny
 
 from liar_ext import InputError, cli
-from liar_ext.calibration import self_calibration
-from liar_ext.calibration.self_calibration import write_documents, write_sequences
-from liar_ext.data.texts import calibration_sequences, document_prefix
+from liar_ext.calibration import generated
+from liar_ext.calibration.generated import write_documents, write_sequences
+from liar_ext.calibration.texts import calibration_sequences, document_prefix
 
 
 def written(tokenizer, **how):
@@ -29,7 +29,7 @@ def test_the_seed_decides_and_the_callers_draws_go_on(tokenizer):
 def test_tokens_follow_the_models_own_distribution(tokenizer, monkeypatch):
     model = tiny("llama").train()
     model.generation_config.update(temperature=0.01, top_k=1, do_sample=False)
-    monkeypatch.setattr(self_calibration, "MOST_ROWS", 4000)
+    monkeypatch.setattr(generated, "MOST_ROWS", 4000)
     texts = write_documents(model, tokenizer, documents=4000, tokens=1)
     assert model.training and model.generation_config.temperature == 0.01
     model.eval()
@@ -63,9 +63,9 @@ def test_nothing_else_that_the_model_says_of_generation_holds(said, tokenizer):
 
 
 def test_documents_are_written_in_rounds_that_fit_in_memory(tokenizer, monkeypatch):
-    monkeypatch.setattr(self_calibration, "MOST_ROWS", 2)
+    monkeypatch.setattr(generated, "MOST_ROWS", 2)
     assert len(written(tokenizer, documents=5)) == 5
-    monkeypatch.setattr(self_calibration, "CACHE_BYTES", 1)
+    monkeypatch.setattr(generated, "CACHE_BYTES", 1)
     assert len(written(tokenizer)) == 3
 
 

@@ -121,7 +121,7 @@ import {first}
 import liar_ext, transformers
 model = transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / "pruned")!r})
 assert model.model.layers[0].mlp.down_proj.in_features == 12, model
-assert type(model).__module__ == "liar_ext.surgery.liar_loader"
+assert type(model).__module__ == "liar_ext.models.liar_loader"
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

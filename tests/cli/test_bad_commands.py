@@ -8,10 +8,10 @@ import pytest
 from reliability import commands
 
 from liar_ext import InputError
-from liar_ext.checkpoint.offloading import load_offloaded
+from liar_ext.checkpoint.block_source import load_offloaded
 from liar_ext.cli.main import COMMANDS
 from liar_ext.export import export
-from liar_ext.integrations.lm_eval import load_tasks
+from liar_ext.measure.evaluation import load_tasks
 from liar_ext.report.pictures import drawing
 
 

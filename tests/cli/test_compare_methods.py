@@ -7,7 +7,7 @@ import json
 import pytest
 
 from liar_ext import cli, compress
-from liar_ext.pipeline.sweep import Sweep
+from liar_ext.job.sweeping import Sweep
 
 SHORT = {"keep": 0.5, "samples": 8, "seq_len": 16, "eval_samples": 4}
 

@@ -5,7 +5,7 @@ import torch
 from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
-from liar_ext.calibration import passes, self_calibration
+from liar_ext.calibration import generated, passes
 from liar_ext.cli.dry_run import describe
 
 
@@ -80,13 +80,13 @@ def test_a_dry_run_needs_no_folder_and_writes_none(llama_folder, corpus, tmp_pat
 def test_a_dry_run_writes_beginnings_of_its_own_text_alone(
     llama_folder, corpus, capsys, monkeypatch
 ):
-    asked, write = [], self_calibration.write_documents
+    asked, write = [], generated.write_documents
 
     def noted(*given, documents, tokens, **more):
         asked.append((documents, tokens))
         return write(*given, documents=documents, tokens=tokens, **more)
 
-    monkeypatch.setattr(self_calibration, "write_documents", noted)
+    monkeypatch.setattr(generated, "write_documents", noted)
     job = ["prune", str(llama_folder), "--calibration", str(corpus[0]), "self", "--dry-run"]
     assert cli.main([*job, "--samples", "8", "--seq-len", "64", "--batch-size", "4"]) == 0
     said = capsys.readouterr().out

@@ -12,9 +12,9 @@ from tiny import tiny
 from transformers import BertModel
 
 from liar_ext import cli, encoder_similarity
+from liar_ext.calibration.texts import evaluation_sequences, read_documents
 from liar_ext.checkpoint import load_model
-from liar_ext.cli import encoders
-from liar_ext.data.texts import evaluation_sequences, read_documents
+from liar_ext.cli import evaluate
 
 
 def run(*arguments) -> int:
@@ -120,7 +120,7 @@ def test_progress_is_shown_as_asked(files, monkeypatch, wanted):
         shown.append(progress)
         return {"cosine": 1.0, "sequences": 1}
 
-    monkeypatch.setattr(encoders, "encoder_similarity", measured)
+    monkeypatch.setattr(evaluate, "encoder_similarity", measured)
     text = ("--text", files / "held_out.jsonl", "--seq-len", 32)
     against = ("--against", files / "dense")
     assert run("eval", files / "small", *text, *against, "--progress", wanted) == 0

@@ -411,7 +411,7 @@ def test_json_is_one_object_and_nothing_else(llama_folder, corpus, tmp_path, cap
 def test_progress_without_a_terminal_is_lines_of_stderr(
     more, lines, llama_folder, corpus, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("liar_ext.bars.EVERY", 0.0)
+    monkeypatch.setattr("liar_ext.progress.EVERY", 0.0)
     text = ("--calibration", corpus[0], "--samples", 8, "--seq-len", 16, "--preset", "fast")
     assert run("prune", llama_folder, *text, "--out", tmp_path / "out", *more) == 0
     said = capsys.readouterr()

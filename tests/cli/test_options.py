@@ -15,8 +15,8 @@ import pytest
 
 import liar_ext
 from liar_ext import Recipe, cli
+from liar_ext.calibration import texts
 from liar_ext.cli.options import parse, parser, recipe_of
-from liar_ext.data import texts
 from liar_ext.environment import child, is_command
 from liar_ext.errors import InputError
 from liar_ext.recipe.fields import CRITERIA, recipe_fields

@@ -12,8 +12,8 @@ from tiny import tiny
 
 from liar_ext import MomentBank, cli
 from liar_ext.checkpoint_store import Checkpoint
-from liar_ext.cli import own_text
-from liar_ext.cli.by_blocks import NONE_WRITTEN
+from liar_ext.cli import inputs
+from liar_ext.cli.dry_run import NONE_WRITTEN
 from liar_ext.cli.inputs import ONE_KIND
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
@@ -34,13 +34,13 @@ def weights_of(folder) -> dict:
 @pytest.fixture
 def asked(monkeypatch):
     """What models are asked to write."""
-    found, write = [], own_text.write_sequences
+    found, write = [], inputs.write_sequences
 
     def noted(*given, **how):
         found.append(how)
         return write(*given, **how)
 
-    monkeypatch.setattr(own_text, "write_sequences", noted)
+    monkeypatch.setattr(inputs, "write_sequences", noted)
     return found
 
 
@@ -149,7 +149,7 @@ def test_a_dry_run_writes_beginnings_alone(llama_folder, corpus, asked, capsys):
     command = ["prune", llama_folder, "--calibration", corpus[0], "--dry-run", "--samples", 8]
     assert run(*command, "--seq-len", 64) == 0
     (how,) = asked
-    assert how["written"] == own_text.SKETCHED < how["seq_len"] == 64
+    assert how["written"] == inputs.SKETCHED < how["seq_len"] == 64
     said = capsys.readouterr().out
     assert "text of its own: about" in said
     assert "(4 batches)" in said  # of 8 sequences of text, 3 written
@@ -167,7 +167,7 @@ def test_a_dry_run_writes_beginnings_alone(llama_folder, corpus, asked, capsys):
 )
 def test_a_checkpoint_that_holds_something_else(kept, said, llama_folder, corpus, tmp_path, capsys):
     with Checkpoint(tmp_path / "kept") as progress:
-        progress.put(own_text.WRITTEN, kept)
+        progress.put(inputs.WRITTEN, kept)
     command = ["prune", llama_folder, "--calibration", corpus[0], *SIZES, "--out", tmp_path / "out"]
     command += ["--checkpoint", tmp_path / "c"]
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_holds_something_else(kept, said, llama_folder, corpus
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own_text, "write_sequences", stop)
+        patch.setattr(inputs, "write_sequences", stop)
         assert run(*command) == 130
     shutil.copy(tmp_path / "kept/written.safetensors", tmp_path / "c")
     assert run(*command) == 2

@@ -15,7 +15,7 @@ from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
-from liar_ext.cli import own_text, prune, resume
+from liar_ext.cli import inputs, prune, resume
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -56,7 +56,7 @@ def test_a_job_that_was_stopped_three_times(llama_folder, corpus, tmp_path, caps
         with monkeypatch.context() as patch:
             stop_at(patch, *stage)
             if number:  # what the model wrote is in the checkpoint
-                patch.setattr(own_text, "write_sequences", lambda **_: pytest.fail("written"))
+                patch.setattr(inputs, "write_sequences", lambda **_: pytest.fail("written"))
             assert run(*(command if number == 0 else ["resume", "c"])) == 130
         assert not (tmp_path / "pruned").exists()
         said.append("; ".join(resume.what_is_saved("c")))

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from liar_ext import Report, cli
-from liar_ext.cli import tracking
+from liar_ext.cli import messages
 
 REPORT = Report(
     "a model",
@@ -58,7 +58,7 @@ def mlflow(tracker):
 
 
 def test_mlflow_gets_recipe_and_numbers(mlflow):
-    tracking.log(REPORT, "mlflow", "out")
+    messages.log(REPORT, "mlflow", "out")
     assert mlflow == {"run": "out", "params": {"keep": 0.5}, "metrics": METRICS}
 
 
@@ -71,14 +71,14 @@ def test_wandb_gets_recipe_and_numbers(tracker):
         yield SimpleNamespace(log=logged.append)
 
     tracker("wandb", init=init)
-    tracking.log(REPORT, "wandb", "out")
+    messages.log(REPORT, "wandb", "out")
     assert logged == [{"project": "liar_ext", "name": "out", "config": {"keep": 0.5}}, METRICS]
 
 
 def test_a_tracker_that_fails_is_a_warning(tracker):
     tracker("mlflow")
     with pytest.warns(UserWarning, match="--log mlflow: nothing was logged: module 'mlflow' has"):
-        tracking.log(REPORT, "mlflow", "out")
+        messages.log(REPORT, "mlflow", "out")
 
 
 def test_the_command_logs(mlflow, llama_folder, corpus, tmp_path):
@@ -91,7 +91,7 @@ def test_the_command_logs(mlflow, llama_folder, corpus, tmp_path):
 
 
 def test_a_tracker_that_is_missing_is_refused_first(monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    monkeypatch.setattr(messages, "find_spec", lambda _: None)
     for name, said in (
         ("wandb", "pip install wandb"),
         ("other", "--log must be one of mlflow, wandb, got 'other'"),

@@ -21,8 +21,8 @@ from liar_ext.export import export as export_checked
 from liar_ext.export.gguf import interleave
 from liar_ext.export.llama_cpp import run_file
 from liar_ext.models.sites import get_consumer_bias, sites
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery.units import apply_plan
 
 export = partial(export_checked, check=False)  # which these tests do themselves
 FAMILIES = "llama mistral qwen2 qwen3 smollm3 gemma3_text gpt2 gpt_neox".split()

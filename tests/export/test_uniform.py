@@ -11,12 +11,12 @@ from folders import equal_plan, make_plan, pruned
 from tiny import TINY, outputs, tiny
 
 from liar_ext import InputError, cli, save_pruned, verify_pruned
-from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.names import PLAN_FILE
 from liar_ext.export import export
 from liar_ext.models.sites import get_consumer_bias, sites
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.surgery.units import apply_plan
 
 
 def exported(model, plan, tmp_path, **options):

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny
 
 from liar_ext import Report, cli, load_pruned, verify_pruned
-from liar_ext.checkpoint.manifest import strangers
+from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.healing import run as runs
 

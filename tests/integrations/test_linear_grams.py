@@ -10,7 +10,7 @@ import torch
 from tiny import batches, tiny
 
 from liar_ext import InputError, prune, sites
-from liar_ext.calibration.hooks import watched
+from liar_ext.calibration.taps import watched
 from liar_ext.integrations.linear_grams import calibrate_linears, linear_grams
 
 

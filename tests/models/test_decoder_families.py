@@ -27,12 +27,7 @@ from liar_ext import InputError, apply_plan, prune, save_pruned
 from liar_ext.checkpoint.stock_config import describe, how_to_load
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.sites import (
-    family_of,
-    get_consumer_bias,
-    sites,
-    why_whole,
-)
+from liar_ext.models.sites import family_of, get_consumer_bias, sites, why_whole
 
 slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 CONFIGS = {name: getattr(transformers, each) for name, (_, each, _) in DECODERS.items()}

@@ -20,8 +20,8 @@ from liar_ext import InputError, Plan, apply_plan, load_pruned, prune, save_prun
 from liar_ext.checkpoint.stock_config import auto_classes, describe
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import family_of, sites
-from liar_ext.narrowing.narrowing import narrow
 from liar_ext.plan import SitePlan
+from liar_ext.reconstruction.hidden_size import narrow
 
 PARTS = ("clip", "bart", "t5", "whisper")
 

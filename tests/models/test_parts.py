@@ -30,13 +30,13 @@ from liar_ext import (
     site_divergences,
     verify_pruned,
 )
-from liar_ext.benchmarking.latency import measure_latency
-from liar_ext.benchmarking.timing import Settings, run_once
 from liar_ext.calibration.gradients import collect_gradients
 from liar_ext.checkpoint import load_model
 from liar_ext.export import uniform
 from liar_ext.integrations.linear_grams import calibrate_linears
-from liar_ext.models.inputs import complete_inputs
+from liar_ext.measure.latency import measure_latency
+from liar_ext.measure.timing import Settings, run_once
+from liar_ext.models.running import complete_inputs
 from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan
 from liar_ext.reconstruction.layerwise import reconstruct_layerwise

@@ -20,9 +20,9 @@ from liar_ext.models.sites import (
     register_family,
     sites,
 )
+from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.suggest import suggest_family
-from liar_ext.surgery.units import apply_plan
 
 
 def drop_one(model: nn.Module, name: str, attn_unit: str = "auto") -> None:

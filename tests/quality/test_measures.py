@@ -17,7 +17,7 @@ from bench.quality.choices import Question, Questions, read_questions, tokens_of
 from bench.quality.continuation import Continuations, greedy, settled
 from bench.quality.windows import HeldOut, head_of
 from liar_ext.errors import InputError
-from liar_ext.evaluation import perplexity
+from liar_ext.measure.evaluation import perplexity
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

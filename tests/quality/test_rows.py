@@ -17,8 +17,8 @@ from bench.quality.report import markdown
 from bench.quality.sharing import Case
 from liar_ext import Recipe, prune, sites
 from liar_ext.errors import InputError
-from liar_ext.pipeline import scoring
-from liar_ext.pipeline.scheduling import settled_for
+from liar_ext.job import scoring
+from liar_ext.job.preparing import settled_for
 
 
 def test_names_of_methods():

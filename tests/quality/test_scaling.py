@@ -17,10 +17,10 @@ from bench.scaling import counts
 from bench.scaling.rates import SHARES
 from bench.scaling.shapes import SHAPES, Settings, Shape
 from liar_ext import Recipe, ops
-from liar_ext.data.batches import FOLDS
-from liar_ext.pipeline.analysis import analyze, narrowed, passes_of
-from liar_ext.pipeline.choosing import solve
-from liar_ext.pipeline.job import Job, prepare
+from liar_ext.calibration.batches import FOLDS
+from liar_ext.job.analysis import analyze, narrowed, passes_of
+from liar_ext.job.choosing import solve
+from liar_ext.job.preparing import Job, prepare
 from liar_ext.selection.allocation import allocate
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"

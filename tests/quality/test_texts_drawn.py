@@ -7,8 +7,8 @@ import torch
 from tiny import tiny
 
 from bench.quality.texts import Texts
-from liar_ext.calibration.self_calibration import SELF
-from liar_ext.data.documents import Documents
+from liar_ext.calibration.documents import Documents
+from liar_ext.calibration.generated import SELF
 
 DRAWN = {"samples": 8, "seq_len": 12, "seed": 0, "lone": "halves", "random_tokens": "auto"}
 

@@ -8,8 +8,8 @@ from typing import get_type_hints
 import pytest
 
 from liar_ext import Budget, InputError, Recipe
+from liar_ext.recipe.checks import CompressOptions, PruneOptions
 from liar_ext.recipe.fields import recipe_fields
-from liar_ext.recipe.keywords import CompressOptions, PruneOptions
 
 WIDER = {"keep": float | Budget, "kinds": Sequence[str]}  # than the type of the field
 BESIDE = {"preset": str, "sites": str | Sequence[str]}

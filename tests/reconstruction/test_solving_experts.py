@@ -8,7 +8,7 @@ from tiny import MOE, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext.calibration.collect import calibrate
-from liar_ext.calibration.hooks import watched
+from liar_ext.calibration.taps import watched
 from liar_ext.models.experts import routed_input
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan

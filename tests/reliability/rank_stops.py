@@ -31,7 +31,7 @@ from torch.distributed.run import config_from_args, parse_args
 
 from liar_ext import cli
 from liar_ext.atomic_write import SEAL
-from liar_ext.cli import processes
+from liar_ext.cli import output
 from reliability.outcome import LIMIT, Outcome, in_child
 from reliability.stops import (
     _always_saving,
@@ -149,7 +149,7 @@ class _Launched:
     words : list of str
         The command.
     folder : Path
-        What they say, and their processes, go there.
+        What they say, and their output, go there.
     """
 
     def __init__(self, ranks: int, words: list[str], folder: Path) -> None:
@@ -228,13 +228,13 @@ def _rank(words: list[str], folder: Path) -> None:
     forked.print_to(folder / f"said{rank}", folder / f"said{rank}")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _always_saving()
-    meet = processes.meet
+    meet = output.meet
 
     def met(options: argparse.Namespace) -> None:
         meet(options)
         (folder / f"joined{rank}").touch()
 
-    processes.meet = met  # which the command imports when it starts
+    output.meet = met  # which the command imports when it starts
     path = folder / f"process{rank}"
     path.with_suffix(".new").write_text(str(os.getpid()))
     path.with_suffix(".new").rename(path)

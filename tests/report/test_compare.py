@@ -12,8 +12,8 @@ from example_reports import NASTY, SCRIPT, bench_of, ordinary, save, store_bench
 from test_html import Reader
 
 from liar_ext import InputError
-from liar_ext.benchmarking.stored import Benchmark, ModelFacts, Quartiles, Rate, read_bench
 from liar_ext.cli import main
+from liar_ext.measure.timing import Benchmark, ModelFacts, Quartiles, Rate, read_bench
 from liar_ext.report import tables
 from liar_ext.report.compare import (
     MOST_RUNS,

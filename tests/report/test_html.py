@@ -28,7 +28,7 @@ from example_reports import wrong as wrong_kinds
 from test_report import GRID, LATENCY
 
 from liar_ext import InputError, untrusted
-from liar_ext.checkpoint.manifest import strangers, write_manifest
+from liar_ext.checkpoint.fingerprint import strangers, write_manifest
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.cli import main
 from liar_ext.cli.options import parser

@@ -11,7 +11,7 @@ import pytest
 from test_latency_table import table
 
 from liar_ext import InputError, Recipe, Report
-from liar_ext.bars import Clock
+from liar_ext.progress import Clock
 from liar_ext.report.tables import Table, figure, sites, to_markdown, to_text
 from liar_ext.rows import SiteRow, what_to_know
 

@@ -8,7 +8,7 @@ from losses import measure_losses
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Budget, calibrate, reconstruct, score, site_divergences, sites
-from liar_ext.data.batches import probe_batches
+from liar_ext.calibration.batches import probe_batches
 from liar_ext.selection.allocation import probe_plan
 from liar_ext.selection.curve_allocation import predict_divergence
 from liar_ext.selection.error_curves import CURVE_DAMP

@@ -10,7 +10,7 @@ import torch
 from tiny import batches, tiny, tiny_inputs
 
 from liar_ext import InputError, calibrate, distributed, ops, prune, score, sites
-from liar_ext.data.batches import FOLDS
+from liar_ext.calibration.batches import FOLDS
 from liar_ext.models.sites import get_consumer_weight
 from liar_ext.reconstruction.low_memory import in_file
 from liar_ext.selection.allocation import select

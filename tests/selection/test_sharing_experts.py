@@ -110,7 +110,7 @@ def test_flops_count_the_experts_that_a_token_is_sent_to() -> None:
 
 
 def test_what_is_not_measured_of_experts_is_refused() -> None:
-    from liar_ext.benchmarking.latency import measure_latency
+    from liar_ext.measure.latency import measure_latency
 
     model = tiny("mixtral")
     with pytest.raises(InputError, match="latency.*0.mlp.0, an expert.*flops"):

@@ -14,15 +14,9 @@ from tiny import tiny
 
 from liar_ext import Budget, InputError, allocate, sites
 from liar_ext.plan import AUTO_TILE, LEAST_STEPS
-from liar_ext.selection.allocation import (
-    allowed_counts,
-    check_budget,
-    probe_plan,
-    site_step,
-)
+from liar_ext.selection.allocation import allowed_counts, check_budget, probe_plan, site_step
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import predict_divergence
-from liar_ext.selection.rounding import rounding
+from liar_ext.selection.curve_allocation import predict_divergence, rounding
 
 ATTN, MLP = sites(tiny("llama"))[:2]
 METHODS = ("uniform", "global", "curve")

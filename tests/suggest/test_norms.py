@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from liar_ext.suggest.between import norm_after
 from liar_ext.suggest.trace import Call, Trace
+from liar_ext.suggest.wiring import norm_after
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""BERT and its kin: separate q, k and v, norms after the sums."""
+"""Encoders: BERT, ALBERT and DeBERTa."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ _BERT = Family(
 )
 
 # The rows of the table.
-ROWS = (
+BERT_ROWS = (
     _BERT,
     replace(_BERT, name="roberta"),
     replace(_BERT, name="xlm-roberta"),
@@ -181,3 +181,107 @@ ROWS = (
         stream=DISTILBERT,
     ),
 )
+
+
+# What a block reads is now what is put into it, then what a block before it or itself put out; what
+# reads its last run alone is asked itself, too.
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
+_SHARED_STREAM = Stream(
+    start=(
+        Step("write", ("encoder.embedding_hidden_mapping_in",)),
+        Step("aside", tuple(f"embeddings.{name}" for name in _TABLES)),
+    ),
+    block=(
+        Step("take", ("attention.query", "attention.key", "attention.value")),
+        Step("write", ("attention.dense",)),
+        Step("norm", ("attention.LayerNorm",)),
+        Step("read", ("ffn",)),
+        Step("write", ("ffn_output",)),
+        Step("norm", ("full_layer_layer_norm",)),
+    ),
+    ends=(
+        (
+            Step("take", ("pooler",)),
+            Step("write", ("pooler",)),
+            Step("take", ("classifier", "sop_classifier.classifier")),
+        ),
+        (
+            Step("take", ("predictions.dense",)),
+            Step("aside", ("predictions.LayerNorm", "predictions.decoder")),
+        ),
+        (Step("take", ("classifier", "qa_outputs")),),
+    ),
+    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
+    multiple_of="head_dim",
+)
+
+# The rows of the table.
+ALBERT_ROWS = (
+    # What a block has is sliced once for all of its runs; its sums are those of all of them.
+    Family(
+        name="albert",
+        blocks="encoder.albert_layer_groups.*.albert_layers",
+        attn=Wiring(
+            producers=("attention.query",),
+            key_value=("attention.key", "attention.value"),
+            consumer="attention.dense",
+            head_dim="attention.attention_head_size",
+            numbers={
+                "attention.num_attention_heads": "heads",
+                "attention.all_head_size": "features",
+            },
+        ),
+        mlp=Wiring(
+            producers=("ffn",), consumer="ffn_output", config={"intermediate_size": "features"}
+        ),
+        stream=_SHARED_STREAM,
+        repeats=True,
+        without={
+            "stock": "heads: its config derives the size of a head from the hidden size",
+            "layerwise": "a block runs several times, and each run reads what the last one wrote; "
+            "one pass sums all of its runs",
+        },
+    ),
+)
+
+
+def _attention(*positions: str) -> Wiring:
+    """Return the wiring of attention with some projections of relative positions."""
+    layers = ("query_proj", *positions)
+    return Wiring(
+        producers=tuple(f"attention.self.{layer}" for layer in layers),
+        key_value=("attention.self.key_proj", "attention.self.value_proj"),
+        consumer="attention.output.dense",
+        head_dim="attention.self.attention_head_size",
+        numbers={
+            "attention.self.num_attention_heads": "heads",
+            "attention.self.all_head_size": "features",
+        },
+    )
+
+
+# The rows of the table.
+DEBERTA_ROWS = (
+    Family(
+        name="deberta-v2",
+        blocks="encoder.layer",
+        # With share_att_key the layers of query and key read the positions, too.
+        attn=(
+            _attention("pos_key_proj", "pos_query_proj"),
+            _attention("pos_key_proj"),
+            _attention("pos_query_proj"),
+            _attention(),
+        ),
+        mlp=Wiring(
+            producers=("intermediate.dense",),
+            consumer="output.dense",
+            config={"intermediate_size": "features"},
+        ),
+        without={
+            "hidden": "its query and key layers also read embeddings of relative positions",
+            "stock": "heads: its config derives the size of a head from the hidden size",
+        },
+    ),
+)
+
+ROWS = (*BERT_ROWS, *ALBERT_ROWS, *DEBERTA_ROWS)

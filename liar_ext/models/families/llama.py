@@ -1,10 +1,10 @@
-"""Llama and its kin: RMSNorm before each branch, grouped-query attention, gated MLP."""
+"""Decoders of Llama's wiring, Gemma's norms, and MLPs without a gate."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.reasons import JOINT
+from liar_ext.models.families.reasons import BORROWED, JOINT, PICTURES
 from liar_ext.models.family import Family, Step, Stream, Wiring
 
 LLAMA = Stream(
@@ -76,7 +76,7 @@ _COUNTS = {
 }
 
 # The rows of the table.
-ROWS = (
+LLAMA_ROWS = (
     ROW,
     replace(ROW, name="smollm3"),
     replace(ROW, name="qwen3", mlp=MLP),
@@ -123,3 +123,139 @@ ROWS = (
         for name in ("olmo2", "olmo3")
     ),
 )
+
+
+# Its norms scale by their weights and one.
+_SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
+_BEFORE = Step("norm", ("pre_feedforward_layernorm",))
+_READ, _WRITTEN = LLAMA.block[4:6]
+_BOTH = replace(
+    _SCALED,
+    block=(
+        *LLAMA.block[:3],
+        Step("branch_norm", ("post_attention_layernorm",)),
+        *(_BEFORE, _READ, _WRITTEN),
+        Step("branch_norm", ("post_feedforward_layernorm",)),
+    ),
+)
+_GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
+_GEMMA3 = replace(
+    _GEMMA,
+    name="gemma3_text",
+    attn=replace(ROW.attn, output_norm=ATTN_AFTER.output_norm),
+    mlp=MLP_AFTER,
+    stream=_BOTH,
+)
+
+# Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
+_GEMMA4 = replace(
+    _GEMMA,
+    name="gemma4_text",
+    attn=None,
+    mlp=replace(MLP_AFTER, config=None),
+    stream=None,
+    lends=True,
+    without={
+        **{"attn": BORROWED, "kv_group": BORROWED, "layerwise": BORROWED},
+        "hidden": "every block reads embeddings of its own beside the stream",
+        "stock": "channels: its config has sizes of single layers of its own",
+    },
+)
+
+# The rows of the table.
+GEMMA_ROWS = (
+    _GEMMA4,
+    replace(_GEMMA4, name="gemma4", blocks="language_model.layers", config="text_config"),
+    _GEMMA,
+    replace(_GEMMA3, name="gemma2"),
+    replace(
+        _GEMMA,
+        name="vaultgemma",
+        stream=replace(_SCALED, block=(*LLAMA.block[:3], _BEFORE, _READ, _WRITTEN)),
+    ),
+    _GEMMA3,
+    replace(
+        _GEMMA3,
+        name="gemma3",
+        blocks="language_model.layers",
+        config="text_config",
+        stream=None,
+        without={"hidden": PICTURES},
+    ),
+)
+
+
+_UP = replace(MLP, producers=("mlp.up_proj",), bias_flag="mlp_bias")
+
+
+def _block(before: str, between: str, up: str, down: str) -> tuple[Step, ...]:
+    """Return the steps of a block with these norms and these layers of its MLP."""
+    return (
+        Step("norm", (before,)),
+        *LLAMA.block[1:3],
+        Step("norm", (between,)),
+        Step("read", (up,)),
+        Step("write", (down,)),
+    )
+
+
+_PLAIN = _block("input_layernorm", "post_attention_layernorm", "mlp.up_proj", "mlp.down_proj")
+_STREAM = replace(LLAMA, block=_PLAIN)
+
+# The rows of the table.
+UNGATED_ROWS = (
+    replace(ROW, name="arcee", mlp=_UP, stream=_STREAM),
+    replace(ROW, name="jais2", mlp=_UP, stream=_STREAM),
+    # Squared ReLU; its LayerNorm scales by its weight and one.
+    replace(
+        ROW,
+        name="nemotron",
+        attn=replace(
+            ROW.attn,
+            numbers={
+                **ATTN.numbers,
+                "self_attn.num_heads": "heads",
+                "self_attn.num_key_value_heads": "kv_heads",
+            },
+        ),
+        mlp=_UP,
+        stream=replace(_STREAM, norm_offset=1.0),
+    ),
+    replace(
+        ROW,
+        name="apertus",
+        mlp=replace(_UP, numbers={}, bias_flag=None),
+        stream=replace(
+            LLAMA,
+            block=_block(
+                "attention_layernorm", "feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"
+            ),
+        ),
+    ),
+    Family(
+        name="nanochat",
+        blocks="layers",
+        attn=ROW.attn,
+        mlp=Wiring(
+            producers=("mlp.fc1",), consumer="mlp.fc2", config={"intermediate_size": "features"}
+        ),
+        without={"hidden": "its stream begins as what a norm without weights puts out"},
+    ),
+    replace(
+        ROW,
+        name="starcoder2",
+        attn=replace(ATTN, bias_flag="use_bias"),
+        mlp=Wiring(
+            producers=("mlp.c_fc",),
+            consumer="mlp.c_proj",
+            config={"intermediate_size": "features"},
+            bias_flag="use_bias",
+        ),
+        stream=replace(
+            LLAMA,
+            block=_block("input_layernorm", "post_attention_layernorm", "mlp.c_fc", "mlp.c_proj"),
+        ),
+    ),
+)
+
+ROWS = (*LLAMA_ROWS, *GEMMA_ROWS, *UNGATED_ROWS)

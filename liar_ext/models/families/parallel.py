@@ -1,11 +1,11 @@
-"""Decoders whose attention and MLP read one stream side by side, or may: Cohere, Phi, Falcon."""
+"""Decoders with attention and MLP side by side, and with other mixers than attention."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from liar_ext.models.families.llama import ATTN, LLAMA, MLP, ROW
-from liar_ext.models.families.reasons import HEADS_OF_HIDDEN
+from liar_ext.models.families.reasons import HEADS_OF_HIDDEN, PICTURES
 from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
 
 _TIED = {
@@ -63,7 +63,7 @@ _FALCON = Stream(
 )
 
 # The rows of the table.
-ROWS = (
+PARALLEL_ROWS = (
     _COHERE,
     replace(
         _COHERE,
@@ -135,3 +135,54 @@ ROWS = (
         without={"stock": HEADS_OF_HIDDEN},
     ),
 )
+
+
+# A head of q_proj is its query and the gate of its output, one after the other.
+_QWEN = replace(
+    ROW,
+    name="qwen3_5_text",
+    attn=replace(ROW.attn, optional=True),
+    mlp=MLP,
+    stream=replace(
+        LLAMA,
+        block=(
+            LLAMA.block[0],
+            Step(
+                "read_if",
+                (
+                    *LLAMA.block[1].layers,
+                    *(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
+                ),
+            ),
+            Step("write_if", ("self_attn.o_proj", "linear_attn.out_proj")),
+            *LLAMA.block[3:],
+        ),
+        norm_offset=1.0,
+    ),
+)
+
+# The rows of the table.
+HYBRID_ROWS = (
+    _QWEN,
+    replace(
+        _QWEN,
+        name="qwen3_5",
+        blocks="language_model.layers",
+        config="text_config",
+        stream=None,
+        without={"hidden": PICTURES},
+    ),
+    Family(
+        name="lfm2",
+        blocks="layers",
+        attn=replace(ATTN, consumer="self_attn.out_proj", optional=True),
+        # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
+        mlp=Wiring(producers=("feed_forward.w1", "feed_forward.w3"), consumer="feed_forward.w2"),
+        without={
+            "hidden": "its convolutions are as wide as the hidden size",
+            "stock": "channels: its config rounds their number",
+        },
+    ),
+)
+
+ROWS = (*PARALLEL_ROWS, *HYBRID_ROWS)

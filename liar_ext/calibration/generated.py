@@ -1,0 +1,224 @@
+"""Text that a language model writes itself, to calibrate it on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.documents import Documents
+from liar_ext.calibration.folds import Sequences, of_no_text
+from liar_ext.calibration.texts import document_prefix
+from liar_ext.errors import InputError
+from liar_ext.models.running import device_of, known_tokens, predicts_next_token
+from liar_ext.progress import Bar
+
+SELF = "self"  # the source that stands for it
+# Documents are written side by side, as many as have their keys and values in this much memory.
+CACHE_BYTES, MOST_ROWS = 2 << 30, 64
+# Windows of a fixed length lose the last tokens of a text: one document in so many is to spare.
+SPARE = 8
+# What separates documents where the tokenizer begins none with a token of its own.
+SEPARATOR = "<|endoftext|>"
+# What fields of a configuration begin with that name the token of such an input.
+OTHER_INPUTS = ("image", "video", "vision", "audio", "boi", "eoi", "boa", "eoa")
+
+
+def write_documents(
+    model: nn.Module,
+    tokenizer,
+    *,
+    documents: int,
+    tokens: int,
+    seed: int = 0,
+    progress: bool = False,
+) -> Documents:
+    """Let a model write documents: each token is drawn from the model's own distribution.
+
+    ``x_t ~ p(· | x_0 … x_{t−1})`` at temperature 1, nothing cut off, from the token that begins a
+    document on. What comes out has the kinds of text that the model was trained on, about as often,
+    and needs no data.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model of transformers; it is as it was afterwards.
+    tokenizer
+        Its tokenizer.
+    documents : int
+        How many to write.
+    tokens : int
+        Tokens of each.
+    seed : int
+        Of the draw. The same seed, machine and number of threads give the same text.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Documents
+
+    Raises
+    ------
+    InputError
+        If the model does not predict the next token, or its outputs are not finite.
+
+    Notes
+    -----
+    Source: Williams, Chrysostomou and Aletras, "Self-calibration for Language Model Quantization
+    and Pruning", NAACL 2025, arXiv:2410.17170.
+    """
+    ids = _write(model, tokenizer, documents, tokens, seed, progress)
+    return Documents(tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def write_sequences(
+    model: nn.Module,
+    tokenizer,
+    *,
+    count: int,
+    seq_len: int,
+    seed: int = 0,
+    written: int | None = None,
+    progress: bool = False,
+) -> Sequences:
+    """Let a model write sequences, as :func:`write_documents` does, and leave them tokens.
+
+    They begin as windows of text do, and take turns in going to the two folds::
+
+        text = calibration_sequences([read_documents("text.txt")], tokenizer, samples=64)
+        both = text.beside(write_sequences(model, tokenizer, count=21, seq_len=512))
+
+    Parameters
+    ----------
+    model, tokenizer, seed, progress
+        As for :func:`write_documents`.
+    count : int
+        How many, one at least for each fold.
+    seq_len : int
+        Tokens of each, those that a document begins with included.
+    written : int, optional
+        Write that many tokens of each alone, again and again: for an estimate.
+
+    Returns
+    -------
+    Sequences
+
+    Raises
+    ------
+    InputError
+        As for :func:`write_documents`.
+    """
+    count = max(count, FOLDS)
+    prefix = torch.tensor(document_prefix(tokenizer), dtype=torch.long).expand(count, -1)
+    tokens = seq_len - prefix.shape[1]
+    ids = _write(model, tokenizer, count, min(written or tokens, tokens), seed, progress).cpu()
+    ids = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    return of_no_text(torch.cat([prefix, ids], 1))
+
+
+def enough_documents(sequences: int) -> int:
+    """Return how many documents of a sequence's length fill that many sequences."""
+    return sequences + max(sequences // SPARE, 4)
+
+
+@torch.no_grad()
+def _write(
+    model: nn.Module, tokenizer, count: int, tokens: int, seed: int, progress: bool
+) -> Tensor:
+    """Return ``(count, tokens)`` tokens that a model writes, each row from the beginning on."""
+    if not predicts_next_token(model):
+        raise InputError(
+            f'text: the source "{SELF}" lets the model write its calibration text, which '
+            f"{type(model).__name__} can't; give a text file, a folder or a dataset"
+        )
+    device = device_of(model)
+    start = torch.tensor(_beginning(model, tokenizer), device=device)
+    rows = min(MOST_ROWS, max(1, int(CACHE_BYTES // _cache_bytes(model, tokens))), count)
+    written: list[Tensor] = []
+    training = model.training
+    cuda = [device] if device.type == "cuda" else []
+    bar = Bar(total=count, desc="write", disable=not progress)
+    with torch.random.fork_rng(devices=cuda), bar:
+        torch.manual_seed(seed)
+        model.eval()
+        try:
+            for some in start.expand(count, -1).split(rows):
+                written.append(_draw(model, some, tokens))
+                bar.update(len(some))
+        finally:
+            model.train(training)
+    return torch.cat(written)
+
+
+def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
+    """Return ``tokens`` tokens after each row of ``start``."""
+    from transformers import GenerationConfig
+
+    # In the place of the model's own: what a configuration that is passed leaves open, such as
+    # penalties and ends, is taken from there. Without an end of text a model goes on with the next
+    # document, as in training.
+    own, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+            use_cache=True,
+            suppress_tokens=_of_other_inputs(model) or None,
+        ),
+    )
+    try:
+        ids = model.generate(start, attention_mask=torch.ones_like(start))
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise InputError(
+            f"text: {type(model).__name__} gave probabilities that are not finite while it wrote "
+            "its calibration text; load it in a wider dtype, or calibrate on given text alone, "
+            "self_text=0"
+        ) from None
+    finally:
+        model.generation_config = own
+    return ids[:, start.shape[1] :]
+
+
+def _beginning(model: nn.Module, tokenizer) -> list[int]:
+    """Return the tokens that a document begins with: the tokenizer's, or what separates two."""
+    prefix = document_prefix(tokenizer)
+    if prefix:
+        return prefix
+    vocabulary = tokenizer.get_vocab()
+    config = model.config.get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    choices = [
+        vocabulary.get(SEPARATOR),
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        config.bos_token_id,
+        *ends,
+    ]
+    known = range(known_tokens(model, model.config))
+    return [next((token for token in choices if token in known), 0)]
+
+
+def _of_other_inputs(model: nn.Module) -> list[int]:
+    """Return the tokens that stand for what isn't text, such as an image, and can't be alone."""
+    facts = model.config.to_dict().items()
+    return sorted(
+        value
+        for name, value in facts
+        if name.startswith(OTHER_INPUTS)
+        and name.endswith(("token_id", "token_index"))
+        and isinstance(value, int)
+    )
+
+
+def _cache_bytes(model: nn.Module, tokens: int) -> float:
+    """Return the bytes of one document's keys and values, at most."""
+    config = model.config.get_text_config()
+    width = next(model.parameters()).element_size()
+    return max(2 * config.num_hidden_layers * config.hidden_size * tokens * width, 1)

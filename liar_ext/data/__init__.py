@@ -1,1 +1,0 @@
-"""Texts and batches: from documents to what a model takes."""

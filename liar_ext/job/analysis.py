@@ -1,0 +1,216 @@
+"""The first half of a job: sums, scores, error curves and sensitivities, and the plan from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.passes import Passes
+from liar_ext.calibration.saved_sums import SUMS
+from liar_ext.checkpoint_store import reading
+from liar_ext.distributed import broadcast
+from liar_ext.job.estimate import before_plan
+from liar_ext.job.preparing import Job, judged_texts
+from liar_ext.job.scoring import find_curves, find_scores, find_sensitivities
+from liar_ext.job.speed import Speed
+from liar_ext.job.streamed_passes import ProbeStreams, StreamedPasses
+from liar_ext.models.sites import Site
+from liar_ext.plan import Plan
+from liar_ext.progress import spare
+from liar_ext.reconstruction.hidden_size import Narrowing, narrow
+from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.selection.allocation import allocate
+from liar_ext.selection.curve_allocation import losses_of, predict_divergence, rounding
+from liar_ext.selection.error_curves import notes_of
+from liar_ext.selection.whole_experts import KeptExperts, choose_experts
+
+PLAN = "plan"  # its key in a checkpoint
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model whose sites are pruned: that of the job, or a copy that lacks something already."""
+
+    model: nn.Module
+    at: Sequence[Site]  # what may be pruned
+    narrowing: Narrowing | None = None  # hidden features that the copy lacks
+    experts: KeptExperts | None = None  # experts that it lacks
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """What it was decided on."""
+        none = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
+        return getattr(self.narrowing or self.experts, "source", none)
+
+    def in_full(self, plan: Plan) -> Plan:
+        """Return a plan of its sites with what the copy lacks."""
+        if self.narrowing is not None:
+            plan = replace(plan, hidden=self.narrowing.kept)
+        return plan if self.experts is None else replace(plan, experts=self.experts.plans)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What :func:`analyze` finds, by site."""
+
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor] = field(default_factory=dict)  # for allocation curve
+    sensitivities: dict[str, float] = field(default_factory=dict)  # likewise
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of a model's sites, and what the report says of how it was come by."""
+
+    plan: Plan
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, Any] = field(default_factory=dict)
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    speed: Speed | None = None  # for a budget of latency
+
+
+def narrowed(job: Job) -> Base:
+    """Return the model to prune: the job's, or a copy with fewer hidden features or experts."""
+    recipe, model = job.recipe, job.model
+    settings = {"damp": recipe.damp, "mode": recipe.reconstruct, "progress": job.progress}
+    if recipe.keep_experts != 1.0:
+        with job.clock("experts"):
+            given = model, job.batches, recipe.keep_experts
+            experts = choose_experts(*given, memory=job.room, **settings)
+            copy = experts.applied_to_copy(model)
+        return Base(copy, job.sites(copy), experts=experts)
+    if not job.narrows:
+        return Base(model, job.sites(model))
+    with job.clock("narrow"):
+        settings |= {"tile": recipe.tile, "memory": recipe.memory}
+        narrowing = narrow(model, job.batches, recipe.keep_hidden, **settings)
+        copy = narrowing.applied_to_copy(model)
+    return Base(copy, job.sites(copy), narrowing)
+
+
+def passes_of(job: Job, base: Base) -> Passes | StreamedPasses | None:
+    """Return the moments of all sites, in groups that fit; None where only a copy is made.
+
+    They are summed where :func:`analyze` and the solves ask for them.
+    """
+    whole = base.model is job.model and job.recipe.keep_vocab == 1.0
+    if not whole and job.recipe.keep == 1.0:
+        return None
+    text = () if job.batches is None else job.batches
+    if job.walk is None:
+        given = base.model, text, base.at, job.room
+        return Passes(*given, bank=job.bank, saved=job.saved, progress=job.progress)
+    probes = None
+    if job.recipe.allocation == "curve":
+        probes = ProbeStreams(job.walk, text, job.recipe.budget, job.recipe.reconstruct)
+    along = judged_texts(job.walk, job.evaluate_on, job.certify_on)
+    return StreamedPasses(job.walk, text, base.at, job.shares.keep_sums, along, probes)
+
+
+def analyze(job: Job, passes: Passes | StreamedPasses) -> Analysis:
+    """Return scores, and for allocation ``curve`` losses, group by group of sites."""
+    found, curves, elsewhere = Analysis(), {}, {}
+    recipe, known, progress = job.recipe, job.known, job.progress and job.walk is None
+    curve, probes = recipe.allocation == "curve", getattr(passes, "probes", None)
+    kept = {"score": found.scores, "curve": curves}
+    if isinstance(passes, StreamedPasses):
+        kept |= {} if probes is None else {"errors": probes.errors}
+        passes.restore(kept)
+    given = recipe, known, passes
+    for group in job.clock.each("calibrate", passes):
+        # No name for the bank: its memory is for the next group.
+        with job.clock("score"):
+            found.scores.update(find_scores(*given, group, progress=progress))
+        with job.clock("allocate"):
+            if curve:
+                some = group, found.scores
+                curves |= find_curves(*given, *some, elsewhere, progress=progress)
+            if probes is not None:
+                probes.step(passes.index, passes.bank, *some, curves)
+            elif curve:
+                shown = {"saved": job.saved, "progress": progress}
+                sensitivities = find_sensitivities(*given, *some, curves, **shown)
+                losses = losses_of(passes.model, passes.bank, group, curves, sensitivities)
+                found.losses.update(losses)
+                found.sensitivities.update(sensitivities)
+        if isinstance(passes, StreamedPasses):
+            passes.finish(kept)
+    if probes is not None:
+        with job.clock("allocate"):
+            found.sensitivities.update(probes.sensitivities())
+        found.losses.update({name: found.sensitivities[name] * curves[name] for name in curves})
+    found.notes.extend(notes_of(elsewhere, job.sites(passes.model)))
+    return found
+
+
+def allocated(job: Job, model: nn.Module, analysis: Analysis) -> Decision:
+    """Return the plan that meets the budget."""
+    recipe, budget, speed, losses = job.recipe, job.recipe.budget, job.timed(model), analysis.losses
+    at = job.sites(model)
+    asked = at, analysis.scores, budget, recipe.allocation
+    costs = job.costs(model) if speed is None else speed.costs
+    if speed is not None:
+        with job.clock("time"):
+            costs = speed.settle(lambda costs: allocate(*asked, costs=costs, losses=losses))
+    with job.clock("allocate"):
+        plan = allocate(*asked, model_type=model.config.model_type, costs=costs, losses=losses)
+        plan = with_bias(plan, model, recipe.reconstruct)
+        plan = broadcast(plan)  # the same everywhere, whatever machines they are
+        facts = {}
+        if recipe.allocation == "curve":
+            facts["predicted_divergence"] = predict_divergence(losses, plan)
+        grid = rounding(*asked, plan, costs=costs, losses=losses)
+    if speed is not None:
+        with job.clock("time"):
+            speed.time(plan)
+    return Decision(plan, facts, grid, analysis.sensitivities, analysis.notes, speed)
+
+
+def decide_anew(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
+    """Return the plan of a job, of no site where only hidden features or experts go."""
+    if passes is not None:
+        return allocated(job, passes.model, analyze(job, passes))
+    budget, model_type = job.recipe.budget.to_dict(), job.model.config.model_type
+    plan = Plan(model_type, job.recipe.attn_unit, {}, budget)
+    return Decision(plan, speed=job.speed)
+
+
+def decide(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
+    """Return the same, from the job's checkpoint if it is there."""
+    saved = None if passes is None else job.saved
+    known = None if saved is None else saved.get(PLAN)
+    if known is not None:
+        facts = known[1]
+        with reading(saved.path(PLAN)):
+            plan, source, passes.summed = (facts[n] for n in ("plan", "source", "summed"))
+            found = {name: facts[name] for name in ("facts", "grid", "sensitivities", "notes")}
+            decision = Decision(Plan.from_json(plan), **found)
+        if job.bank is None:
+            passes.bank = MomentBank(source=source)
+        steps = before_plan(job.sites(job.model), job.recipe)
+        if job.walk is not None:
+            passes.source |= source
+            steps = {"calibrate": len(job.walk.blocks)}  # of the first walk
+        for stage, count in steps.items():
+            spare(stage, count)
+        return decision
+    decision = decide_anew(job, passes)
+    if saved is not None:
+        names = ("facts", "grid", "sensitivities", "notes")
+        facts = {name: getattr(decision, name) for name in names}
+        source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
+        facts |= {"plan": decision.plan.to_json(), "source": source, "summed": passes.summed}
+        saved.put(PLAN, facts=facts | {"said": "the plan"})
+    if job.walk is None:
+        needed = job.recipe.schedule == "one-pass" or job.judged is not None
+    else:
+        needed = job.shares.keep_sums
+    if saved is not None and not needed:
+        saved.drop(SUMS)  # which a walk alone doesn't need
+    return decision

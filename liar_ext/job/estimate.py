@@ -1,0 +1,332 @@
+"""The cost of each stage of a job in seconds and bytes, counted before it starts.
+
+The progress line, ``--dry-run`` and the refusals for memory read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS, Batch, probe_batches, read_batches
+from liar_ext.calibration.passes import group_sites, split
+from liar_ext.calibration.saved_sums import bytes_of_sums
+from liar_ext.environment import process_memory
+from liar_ext.errors import InputError
+from liar_ext.job.rescaling import rescale_batches
+from liar_ext.models.residual_stream import hidden_of
+from liar_ext.models.sites import Site, get_consumer_bias
+from liar_ext.plan import Budget
+from liar_ext.progress import Stage
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.hidden_size import count_kept
+from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
+from liar_ext.selection.costs import total_cost
+from liar_ext.selection.criteria import get_criterion
+
+GIB = 2**30
+# Work is in operations of a product in float32, such as a forward pass is made of. The factors are
+# those that `bench/stages.py` measures on SmolLM2-135M with one thread. On MiniLM only one pass was
+# compared. It supports CURVE, and its solves took 1.3 times the count.
+RATE = 1e11  # a second, unless measured: shares of the whole don't depend on it
+DOUBLE = 2  # of an operation in float64
+CURVE = 2  # of those of an error curve, whose products are narrow
+TRIED = 3  # λ that a walk tries at a site before the held-out error rises
+WALKED = 2.6  # runs of all blocks in a walk: dense, attention alone, pruned, and looks at each
+NORM = 2.4  # solves of the readers of a norm, which has new scales as well
+BACKWARD = 3  # a backward pass with its forward, in forward passes
+# Matrices of float64 that a step has at its peak beside the sums of a site, of d × d and of
+# d × d_out: the peaks that `bench/solve_memory.py` measures, rounded up.
+PEAKS = {
+    "linear": (3.25, 2.5),
+    "affine": (6.25, 2.0),
+    "towards": (3.5, 9.0),
+    "towards, affine": (5.5, 10.0),
+    "curve": (2.75, 2.25),
+    "obs": (4.0, 1.0),
+}
+WORKSPACE = 32 << 20  # what BLAS and the operators have besides
+ACTIVATIONS = 6  # tensors of a block's widest layers that a forward pass of one batch has at a time
+PATCHES = 1024  # of an image
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a stage.
+
+    Parameters
+    ----------
+    seconds : float
+        Of all its steps.
+    bytes : int
+        Memory at its peak, beside the model: statistics, hidden states, and a solve.
+    steps : int
+        Of its progress bar.
+    """
+
+    seconds: float
+    bytes: int
+    steps: int
+
+
+def stages_of(
+    job: Any,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    rate: float = RATE,
+) -> dict[str, Estimate]:
+    """Return the stages of a :class:`~liar_ext.job.preparing.Job` in order, by names of their bars.
+
+    Empty if the batches can't be counted before they are run. Sites keep the budget's fraction.
+
+    Parameters
+    ----------
+    job : Job
+        Checked.
+    evaluate_on : sequence of mapping, optional
+        Held-out text.
+    rate : float
+        Operations in float32 a second.
+    """
+    recipe, model, at = job.recipe, job.model, job.sites(job.model)
+    if not isinstance(job.batches, Sequence) or not job.batches or not at:
+        return {}
+    batches = list(read_batches(job.batches))
+    tokens, count = sum(map(tokens_of, batches)), len(batches)
+    body, head = work_of_token(model, at)
+    forward, groups = body * tokens, group_sites(at, job.room)
+    layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
+    both = job.judged is not None
+    one_pass = both or not layerwise
+    affine = recipe.reconstruct in WITH_BIAS or _has_biases(model, at)
+    held = max(sum(bytes_of_sums(site.d_in) for site in group) for group in groups)
+    stages: dict[str, Estimate] = {}
+
+    def add(name: str, steps: int, work: float, size: int = 0) -> None:
+        if steps:
+            stages[name] = Estimate(work / rate, size, steps)
+
+    def peak(*steps: str) -> int:
+        return held + max(bytes_of_solve(site.d_in, site.d_out, steps) for site in at)
+
+    def probed(probes: Sequence[Mapping[str, Tensor]]) -> float:
+        """Count a dense run, and for each site one of its block, those after it, and the head."""
+        share = (1 + 1 / len({site.path for site in at})) / 2
+        return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))
+
+    if evaluate_on:
+        work = 2 * sum(map(tokens_of, evaluate_on)) * (body + head)
+        add("evaluate", 2 * len(evaluate_on), work)
+    if job.narrows:
+        hidden = hidden_of(model)
+        kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
+        width, sources = kept + hidden.size, len(hidden.sources)
+        size = bytes_of_sums(width)
+        runs = split(hidden.sources, [size] * sources, job.room)
+        passes, most = 1 + len(runs), max(map(len, runs))
+        add("narrow", passes * count, passes * forward + sources * tokens * width**2, most * size)
+        peaks = most * size + bytes_of_solve(width, hidden.size, ["affine"])
+        add("solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peaks)
+    smaller = job.narrows or recipe.keep_experts != 1.0 or recipe.keep_vocab != 1.0
+    if recipe.keep == 1.0 and smaller:
+        return stages
+    passes = len(groups) if layerwise and not both else 2 * len(groups) - 1
+    sums = sum(tokens * site.active * site.d_in**2 for site in at)
+    add("calibrate", passes * count, passes * (forward + sums / len(groups)), held)
+    if get_criterion(recipe.criterion).needs == "gradient":
+        work = len(groups) * BACKWARD * (forward + head * tokens)
+        add("gradients", len(groups) * count, work, held)
+    solves = curve * sum(_solve(site, recipe, FOLDS + 1) for site in at)
+    if curve:
+        add("curves", len(at), sum(map(_curve, at)), peak("curve"))
+        probes = probe_batches(batches)
+        add("sensitivity", len(probes) * len(at), probed(probes), held)
+    if one_pass:
+        solves += sum(_solve(site, recipe, _solves(recipe)) for site in at)
+    steps = (curve + one_pass) * len(at)
+    add("reconstruct", steps, solves, peak("affine" if affine else "linear"))
+    if layerwise:
+        work = WALKED * forward + sum(_towards(site, recipe, tokens) for site in at)
+        size = bytes_of_states(model, at, tokens, layerwise=True)
+        size += peak("towards, affine" if affine else "towards")
+        add("layerwise", len({site.path for site in at}), work, size)
+    if recipe.rescale:
+        probes = rescale_batches(batches)
+        add("rescale", len(probes), probed(probes))
+    return stages
+
+
+def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
+    """Return the steps, by stage, that come before the plan; None for all of a stage."""
+    probed = len(at) if recipe.allocation == "curve" else 0
+    stages = dict.fromkeys(("calibrate", "gradients", "curves", "sensitivity"))
+    return {**stages, "reconstruct": probed}
+
+
+def by_blocks(stages: Mapping[str, Estimate], blocks: int, kept: bool) -> dict[str, Estimate]:
+    """Return the stages of a job that reads one block at a time: its two walks over the blocks.
+
+    The first walk does all that needs the statistics of a block. A job in one pass solves on the
+    second walk, from statistics that were ``kept`` or are collected again.
+    """
+    if not stages:
+        return {}
+    seconds = {name: each.seconds for name, each in stages.items()}
+    size, solves = max(each.bytes for each in stages.values()), seconds.get("reconstruct", 0.0)
+    first = sum(seconds.get(name, 0.0) for name in ("calibrate", "curves", "sensitivity"))
+    if "layerwise" in seconds:
+        walks = {"calibrate": first + solves, "layerwise": seconds["layerwise"]}
+    elif kept:
+        walks = {"calibrate": first, "from memory": solves}
+    else:
+        return {"calibrate": Estimate(first + seconds["calibrate"] + solves, size, 2 * blocks)}
+    return {name: Estimate(each, size, blocks) for name, each in walks.items()}
+
+
+def bars_of(stages: Mapping[str, Estimate]) -> dict[str, Stage]:
+    """Return the stages as the progress line takes them."""
+    return {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
+
+
+def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:
+    """Return the operations of a forward pass for one token: of the body, and of the head."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    work = 0 if head is None else 2 * head.numel()
+    return total_cost(model, at, Budget(1.0, "flops", seq_len=1)) - work, work
+
+
+def tokens_of(inputs: Batch | Mapping[str, Tensor]) -> int:
+    """Return the tokens of a batch, padding included; for images what most models make of them."""
+    given = inputs.inputs if isinstance(inputs, Batch) else inputs
+    ids = given.get("input_ids")
+    return len(next(iter(given.values()))) * PATCHES if ids is None else ids.numel()
+
+
+def bytes_of_states(model: nn.Module, at: Sequence[Site], tokens: int, *, layerwise: bool) -> int:
+    """Return the bytes of the hidden states that a walk over the blocks holds.
+
+    Layerwise: both streams, the next dense one, one between attention and MLP, and two targets in
+    float32.
+    """
+    size = model.dtype.itemsize
+    return tokens * at[0].d_out * (4 * size + 2 * 4 if layerwise else size)
+
+
+def bytes_by_blocks(
+    model: nn.Module,
+    at: Sequence[Site],
+    batches: Sequence[Batch],
+    recipe: Recipe,
+    *,
+    blocks: int,
+    head: int,
+) -> dict[str, int]:
+    """Return the peak of a job with one block in memory and hidden states on disk, by its parts.
+
+    Parameters
+    ----------
+    blocks : int
+        Bytes of the block in use, and of the one that is read ahead.
+    head : int
+        Bytes of the output head.
+    """
+    layerwise = recipe.schedule == "layerwise"
+    steps = steps_of(recipe, _has_biases(model, at))
+    sums: dict[int, int] = {}
+    solved: dict[int, int] = {}  # new weights, in float64 until the block is sliced
+    for site in at:
+        sums[site.block] = sums.get(site.block, 0) + bytes_of_sums(site.d_in)
+        solved[site.block] = solved.get(site.block, 0) + 8 * site.d_in * site.d_out
+    cross = (bytes_of_sums(s.d_in) + FOLDS * 8 * s.d_in * s.d_out for s in at if layerwise)
+    widest = max(max(site.d_in, site.d_out) for site in at)
+    tokens = max(map(tokens_of, batches), default=0)
+    return {
+        "outside of the blocks": process_memory(),
+        "blocks": blocks,
+        "sums of a block": max(*sums.values(), *cross, 0),
+        "their solve": max(
+            bytes_of_solve(s.d_in, s.d_out, steps) + solved[s.block] - 8 * s.d_in * s.d_out
+            for s in at
+        ),
+        # Without attention scores: the default kernels make none.
+        "a batch": max(widest * ACTIVATIONS * tokens * 4, head),
+    }
+
+
+def in_gib(parts: Mapping[str, int]) -> str:
+    """Return sizes as text."""
+    return ", ".join(f"{size / GIB:.3g} {name}" for name, size in parts.items())
+
+
+def steps_of(recipe: Recipe, biases: bool) -> list[str]:
+    """Return the steps of ``PEAKS`` that a job takes, for consumers with biases or without."""
+    affine = recipe.reconstruct in WITH_BIAS or biases
+    curve, steps = recipe.allocation == "curve", []
+    if recipe.schedule == "layerwise":
+        steps.append("towards, affine" if affine else "towards")
+    if recipe.schedule != "layerwise" or curve:  # whose probes are solved in one pass
+        steps.append("affine" if affine else "linear")
+    steps += ["curve"] if curve else []
+    return steps + (["obs"] if recipe.criterion == "obs" else [])
+
+
+def bytes_of_solve(d_in: int, d_out: int, steps: Sequence[str]) -> int:
+    """Return the bytes of the largest of some steps at its peak, beside a site's sums."""
+    sums = bytes_of_sums(d_in)
+    copies = 2 * sums if sums <= PAIRED_BYTES else 0  # one pass: folds side by side take copies
+    sizes = (
+        8 * d_in * (squares * d_in + wide * d_out) + copies * (step in ("linear", "affine"))
+        for step, (squares, wide) in ((step, PEAKS[step]) for step in steps)
+    )
+    return WORKSPACE + int(max(sizes))
+
+
+def room_for_states(need: Mapping[str, int], limit: int) -> int:
+    """Return the bytes of hidden states that fit beside what a job needs.
+
+    Raises
+    ------
+    InputError
+        If the job doesn't fit without them.
+    """
+    left = limit - sum(need.values())
+    if left < 0:
+        raise InputError(
+            f"prune: --max-memory must be at least {sum(need.values()) / GIB:.3g}GiB here, "
+            f"got {limit / GIB:.3g}GiB (GiB: {in_gib(need)}); "
+            "give more, or smaller --batch-size or --seq-len, or --sites attn"
+        )
+    return left
+
+
+def _has_biases(model: nn.Module, at: Sequence[Site]) -> bool:
+    return any(get_consumer_bias(model, site) is not None for site in at)
+
+
+def _curve(site: Site) -> float:
+    """Count :func:`liar_ext.selection.error_curves.error_curve` on both folds."""
+    d, h = site.d_in, site.d_out
+    return CURVE * FOLDS * DOUBLE * (2 * d**3 + 3 * h * d**2)
+
+
+def _solves(recipe: Recipe) -> int:
+    """Count the λ of a solve: the ladder on both folds, and the one that is chosen."""
+    return FOLDS * len(damp_ladder(recipe.damp)) + 1
+
+
+def _ridge(n: float, h: float, solves: int) -> float:
+    return DOUBLE * solves * (n**3 / 3 + 3 * n**2 * h)
+
+
+def _solve(site: Site, recipe: Recipe, solves: int) -> float:
+    """Count :func:`liar_ext.reconstruction.solve.solve` for so many λ."""
+    return _ridge(recipe.keep * site.d_in, min(site.d_out, (1 - recipe.keep) * site.d_in), solves)
+
+
+def _towards(site: Site, recipe: Recipe, tokens: int) -> float:
+    """Count a site's sums and :func:`liar_ext.reconstruction.solve.solve` in a walk."""
+    d, h = site.d_in, site.d_out
+    solves = FOLDS * min(TRIED, len(damp_ladder(recipe.damp))) + 1
+    return tokens * (d**2 + 2 * d * h) + _ridge(recipe.keep * d, 3 * h, solves)

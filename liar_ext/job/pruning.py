@@ -1,0 +1,347 @@
+"""The whole job, in the order of its steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from liar_ext.calibration.batches import Batches
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.passes import Passes
+from liar_ext.checkpoint import stock_config
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint_store import Checkpoint, opened
+from liar_ext.distributed import is_first
+from liar_ext.errors import InputError, naming_memory
+from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
+from liar_ext.job.choosing import Solved, Weights, solve
+from liar_ext.job.estimate import bars_of, by_blocks, stages_of
+from liar_ext.job.preparing import Job, prepare, recorded
+from liar_ext.job.rescaling import Rescaling, rescale_batches
+from liar_ext.models.running import device_of
+from liar_ext.models.slicing import apply_plan
+from liar_ext.plan import Budget, Plan
+from liar_ext.progress import OnProgress, Timeline, told
+from liar_ext.recipe import Recipe
+from liar_ext.recipe.checks import PruneOptions, check_keywords
+from liar_ext.recipe.fields import DTYPES, recipe_fields
+from liar_ext.reconstruction.one_pass import certified_errors
+from liar_ext.report.report import Report, versions
+from liar_ext.rows import what_to_know
+from liar_ext.selection.divergence import Divergence
+
+Finish = Callable[[Job, Base, Any, Decision], Solved]
+# What the command does around prune, and what does it in Python.
+AROUND: dict[str, str] = {
+    **{each.name: each.metadata["in_python"] for each in recipe_fields()},
+    "judge": "give judge_on the batches; calibration_sequences(judge=...) draws them",
+    "max_memory": "liar_ext.compress takes it, and a folder as the model",
+    "out": "liar_ext.save_pruned writes the folder",
+    "overwrite": "liar_ext.save_pruned takes it",
+    "text": "calibration_sequences([read_documents(text)], tokenizer).batches() makes the batches",
+}
+
+
+def prune(
+    model: nn.Module,
+    batches: Batches | None = None,
+    recipe: Recipe | Budget | float | None = None,
+    *,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    certify_on: Sequence[Mapping[str, Tensor]] | None = None,
+    judge_on: Sequence[Mapping[str, Tensor]] | None = None,
+    bank: MomentBank | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    progress: bool | OnProgress = False,
+    **choices: Unpack[PruneOptions],
+) -> Report:
+    """Prune ``model`` in place to a budget and reconstruct what was removed, without retraining.
+
+    Calibrate (one pass of the dense model over ``batches``), score every unit, allocate the budget,
+    solve every consumer ``W' = W_K + W_P G_PK (G_KK + Λ)⁻¹`` with λ chosen by cross-validation,
+    then slice the modules::
+
+        prune(model, batches, keep=0.8)
+        prune(model, batches, keep=0.5, schedule="layerwise", uniform_layers=True)
+        prune(model, batches, Recipe.load("pruned/liar/recipe.yaml"))
+        prune(model, bank=MomentBank.load("moments.safetensors"), keep=0.8)
+
+    Parameters
+    ----------
+    model : nn.Module
+        A transformers model of a known family, dense or pruned before; it is changed only in the
+        last step. Its config then says the new sizes, so that ``model.save_pretrained`` works.
+    batches : iterable of mapping, optional
+        The calibration set; see :func:`liar_ext.calibrate`. The text of ``bank`` if not given.
+    recipe : Recipe, Budget or float, optional
+        Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
+        parameters that may stay, or a :class:`liar_ext.Budget`.
+    evaluate_on : sequence of mapping, optional
+        Batches of held-out text, or of other inputs of an encoder. The report then has dense and
+        pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
+    certify_on : sequence of mapping, optional
+        Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
+        decision sees them; the report then has errors on them: of each site's new weights, on the
+        input and for the target that they were solved for, and the divergence of the whole model.
+    judge_on : sequence of mapping, optional
+        Batches of the calibration set's kind, that ``batches`` lacks. They decide
+        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the whole model
+        is kept that diverges less from the dense one on them. By default every eighth sequence of
+        ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
+        ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
+    bank : MomentBank, optional
+        The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
+        not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
+        where the bank has the sensitivities that the recipe asks for, those aren't measured.
+    checkpoint : path, optional
+        A folder to keep what is done in, and to go on from where it has something of this very
+        job: sums over the first batches, divergences that sensitivities are made of, the plan,
+        and layerwise the blocks that are done. The result has the same bits. The folder stays
+        when all is done. Of several ranks the first one alone works in it, and any number of them
+        can go on from it.
+    progress : bool or callable
+        Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
+        instead. ``total`` and ``seconds_left`` are None if they are unknown. An exception of the
+        callable ends the job.
+    **choices
+        Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
+        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...; ``preset``, such as
+        ``"fast"``; ``sites``, such as ``"mlp"``. Fields by which the command loads the model and
+        draws the text are refused: :func:`liar_ext.compress` takes them.
+
+    Returns
+    -------
+    Report
+        With the recipe as ``report.recipe`` and the plan as ``report.plan``: of the dense model,
+        also where the model was pruned before, if that is known (``report.earlier`` tells of it).
+
+    Raises
+    ------
+    InputError
+        If a choice, the model, the data or the budget cannot be used; the model is then as it was.
+
+    Notes
+    -----
+    Processes that have met by :func:`liar_ext.distributed.join` share the work: each calls this
+    with the same model, text and choices, and has the same pruned model then. The first one alone
+    evaluates, and has that in its report.
+
+    ``preset="flap"`` is FLAP: ``criterion="wifv", allocation="global", reconstruct="bias",
+    tile=1``; ``preset="wanda-sp"`` is Wanda-sp's score and ratios, ``criterion="wanda",
+    allocation="uniform", reconstruct="none", tile=1``, on the dense model's activations.
+    """
+    if batches is None and bank is None:
+        raise InputError("prune: needs batches or a bank, got neither; give one of them")
+    own = "evaluate_on", "certify_on", "judge_on", "bank", "checkpoint", "progress"
+    check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
+    with naming_memory("prune: out of memory"), told(progress), opened(checkpoint) as saved:
+        return run(
+            Job(
+                model,
+                batches,
+                Recipe.build(recipe, **choices),
+                bool(progress),
+                bank,
+                saved=saved,
+                judged=judge_on,
+                evaluate_on=evaluate_on,
+                certify_on=certify_on,
+            )
+        )
+
+
+def run(job: Job, finish: Finish | None = None) -> Report:
+    """Do a job, and return every number that a user needs to trust the result.
+
+    ``finish`` acts by the plan; by default it slices a model that is in memory.
+    """
+    if job.saved is not None:
+        check_resumable(job.recipe)
+    job = recorded(prepare(job))
+    stages = stages_of(job, job.evaluate_on) if job.progress else {}
+    if job.walk is not None:
+        job.walk.states.memory = job.shares.states
+        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
+    with Timeline("prune", bars_of(stages)).shown():
+        dense = evaluate(job) if job.walk is None else None
+        base = narrowed(job)
+        passes = passes_of(job, base)
+        decision = decide(job, passes)
+        found = (finish or in_place)(job, base, passes, decision)
+        return report_of(job, base, decision, replace(found, dense=found.dense or dense))
+
+
+def in_place(job: Job, base: Base, passes: Passes | None, decision: Decision) -> Solved:
+    """Solve the sites of a plan and slice the model."""
+    plan, outputs = decision.plan, None
+    solved = solve(job, passes, plan, base.source)
+    if job.certify_on is not None:
+        with job.clock("certify"):
+            outputs = Divergence(job.model, job.certify_on)
+            solved = _certified(job, passes, plan, solved)
+    scales = _outputs(job)
+    plan = slice_modules(job, base, plan, solved.weights)
+    solved = replace(_rescaled(job, scales, plan, solved), plan=plan, pruned=evaluate(job))
+    if outputs is None:
+        return solved
+    with job.clock("certify"):
+        return replace(solved, certified=outputs.of(job.model))
+
+
+def check_resumable(recipe: Recipe) -> None:
+    """Raise InputError if a job can't be resumed with the same result."""
+    if recipe.of == "latency":
+        raise InputError(
+            "checkpoint: --of latency decides by seconds, which come out otherwise every time; "
+            "leave it or --checkpoint out"
+        )
+
+
+def evaluate(job: Job) -> dict[str, float] | None:
+    """Measure, at the first rank, the model as it is now, if there is text."""
+    if job.evaluate_on is None or not is_first():
+        return None
+    with job.clock("evaluate"):
+        return job.evaluator(job.model, job.evaluate_on, progress=job.progress)
+
+
+def _certified(job: Job, passes: Passes | None, plan: Plan, solved: Solved) -> Solved:
+    """Measure sites that were solved in one pass on fresh text; a walk has measured its own."""
+    if passes is None or solved.schedule != "one-pass":
+        return solved
+    passes.bank = MomentBank()  # its memory is for the fresh sums
+    given = passes.model, job.certify_on, job.sites(passes.model), job.room
+    errors = certified_errors(Passes(*given, progress=job.progress), plan, solved.weights)
+    rows = [replace(row, certified_error=errors[row.name]) for row in solved.rows]
+    return replace(solved, rows=rows)
+
+
+def slice_modules(job: Job, base: Base, plan: Plan, weights: Weights) -> Plan:
+    """Slice the model; return the plan, with all that goes."""
+    plan = base.in_full(plan)
+    if base.narrowing is not None:
+        weights = {**base.narrowing.weights, **weights}
+    if base.experts is not None:
+        weights = {**base.experts.scales, **weights}
+    whole = stock_config.from_dense(job.model, plan)
+    with job.clock("surgery"):
+        apply_plan(job.model, plan, weights)
+        describe_sizes(job)
+    job.model.liar_plan = whole
+    return whole
+
+
+def _outputs(job: Job) -> Rescaling | None:
+    """Note what the dense model gives, where scales are to bring the pruned one nearer to it."""
+    if not job.recipe.rescale:
+        return None
+    with job.clock("rescale"):
+        return Rescaling(job.model, rescale_batches(job.batches))
+
+
+def _rescaled(job: Job, dense: Rescaling | None, plan: Plan, solved: Solved) -> Solved:
+    """Scale what the layers of the sliced model give, where that brings it nearer; say so."""
+    if dense is None:
+        return solved
+    with job.clock("rescale"):
+        found = dense.fit(job.model, plan.attn_unit, progress=job.progress)
+    none = ["Nothing was rescaled: no scales bring held-out outputs nearer."]
+    notes = [*solved.notes, *([] if found.scales else none)]
+    return replace(solved, facts={**solved.facts, **found.facts()}, notes=notes)
+
+
+def settings_of(
+    recipe: Recipe,
+    model: nn.Module,
+    plan: Plan,
+    source: Mapping[str, int],
+    facts: Mapping[str, object],
+) -> dict[str, object]:
+    """Return what the recipe leaves open, what it was made on, and other ``facts``."""
+    return {
+        "schedule": recipe.schedule,
+        "attn_unit": plan.attn_unit,
+        "calibration_sequences": source["sequences"],
+        "calibration_tokens": source["tokens"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(
+            sorted({str(each.device) for each in model.parameters() if not each.is_meta})
+        ),
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
+
+
+def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recipe:
+    """Return a recipe with what model and text were, where it doesn't say which they are."""
+    changes: dict[str, object] = {"text_digests": {}}  # of batches there are no names
+    dtype = str(model.dtype).removeprefix("torch.")
+    if dtype in DTYPES:
+        changes["dtype"] = dtype
+    if recipe.device != "auto":
+        changes["device"] = str(device_of(model))
+    if not recipe.calibration:  # the batches were drawn elsewhere
+        count = max(source["sequences"], 2)
+        changes |= {"samples": count, "self_text": 0.0, "random_tokens": 0.0}
+        if recipe.of not in ("flops", "latency"):  # whose budgets are of another length
+            changes["seq_len"] = max(source["tokens"] // count, 1)
+    return replace(recipe, **changes)
+
+
+def describe_sizes(job: Job) -> None:
+    """Let the config of a sliced model say its new sizes, and where they come from."""
+    done = {"params": [job.params["before"], count_params(job.model)]}
+    stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
+
+
+def report_of(job: Job, base: Base, decision: Decision, solved: Solved) -> Report:
+    """Return every number that a user needs to trust the result."""
+    model, recipe, plan, rows, speed = (
+        job.model,
+        job.recipe,
+        solved.plan,
+        solved.rows,
+        decision.speed,
+    )
+    settled = replace(recipe, schedule=solved.schedule)
+    hidden_rows = base.narrowing.rows if base.narrowing else []
+    facts, grid = {**decision.facts, **solved.facts}, dict(decision.grid)
+    if base.narrowing is not None:
+        facts["narrow_passes"] = base.source["passes"]
+        grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
+    left = sum(r.params_after for r in rows) if rows else sum(site.params for site in base.at)
+    # What was measured is measured again where the recipe is.
+    asked = recipe if job.judged is None else replace(recipe, schedule="auto")
+    evaluation = {"dense": solved.dense, "pruned": solved.pruned}
+    evaluation = {} if None in evaluation.values() else evaluation
+    evaluation |= {} if solved.certified is None else {"certified": solved.certified}
+    widest = max(site.d_in for site in base.at)
+    known = [*rows, *hidden_rows], recipe.reconstruct, solved.source["tokens"], widest
+    said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
+    return Report(
+        model=recipe.model or model.config.name_or_path or type(model).__name__,
+        plan=plan,
+        recipe=as_run(asked, model, solved.source),
+        budget=recipe.budget.to_dict(),
+        earlier=list(job.earlier),
+        settings=settings_of(settled, model, plan, solved.source, facts),
+        versions=versions(),
+        sites=(base.experts.rows if base.experts else [])
+        + [replace(row, sensitivity=decision.sensitivities.get(row.name)) for row in rows],
+        hidden=hidden_rows,
+        grid=grid,
+        params={**job.params, "prunable_after": left, "after": count_params(model)},
+        latency={} if speed is None else speed.facts(),
+        evaluation=evaluation,
+        seconds=job.clock.seconds,
+        warnings=(what_to_know(*known) if any(known[0]) else [])
+        + said
+        + ([] if speed is None else speed.warnings()),
+        loading=stock_config.how_to_load(model, plan),
+    )

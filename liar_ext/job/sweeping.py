@@ -1,0 +1,284 @@
+"""Several budgets at once: what they have in common is computed once."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import Batches
+from liar_ext.calibration.collect import calibrate
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.errors import InputError
+from liar_ext.job.analysis import decide_anew, narrowed, passes_of
+from liar_ext.job.preparing import Job, prepare
+from liar_ext.job.pruning import run
+from liar_ext.job.scoring import Known, changes_all
+from liar_ext.measure.embeddings import Evaluator
+from liar_ext.models.sites import sites, skeleton
+from liar_ext.models.slicing import apply_plan
+from liar_ext.plan import Budget, Plan
+from liar_ext.recipe import Recipe
+from liar_ext.report.report import Report
+from liar_ext.report.tables import MEASURES
+from liar_ext.selection.costs import total_cost
+
+# At this fraction of each site sensitivities are measured for all budgets of a sweep: that of the
+# default budget, which doesn't depend on what other budgets are asked for.
+PROBE_KEEP = 0.8
+KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+@dataclass
+class Point:
+    """What one budget of a sweep gives.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Every choice, to be repeated by :func:`liar_ext.prune`.
+    plan : Plan
+        What stays.
+    predicted_divergence : float or None
+        From the dense model, nats per token, for allocation ``curve``.
+    params : int
+        Parameters of the pruned model.
+    flops : float
+        Fraction of the dense model's operations over ``recipe.seq_len`` tokens.
+    seconds : float
+        That it took beyond what other budgets share.
+    report : Report or None
+        Of the pruned model, where there is one.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    predicted_divergence: float | None
+    params: int
+    flops: float
+    seconds: float
+    report: Report | None = None
+
+    def quality(self, of: str = "pruned") -> dict[str, float]:
+        """Return what was measured of the model, ``pruned`` or ``dense``; empty without text."""
+        found = {} if self.report is None else self.report.evaluation
+        return {name: value for name, value in found.get(of, {}).items() if name in MEASURES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers, as JSON has them."""
+        names = ("predicted_divergence", "params", "flops", "seconds")
+        numbers = {name: getattr(self, name) for name in names}
+        return {"keep": self.recipe.keep, **numbers, **self.quality()}
+
+
+@dataclass
+class Sweep:
+    """Prunes copies of one model by several recipes, which share what they have in common.
+
+    Moments are taken from a bank, or summed once; scores, error curves and sensitivities are
+    computed once for all recipes that would compute the same.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it stays as it is.
+    batches : sequence of mapping, optional
+        The calibration set; the text of the bank if not given.
+    bank : MomentBank, optional
+        The model's moments over it.
+    progress : bool
+        Show progress bars.
+    judge_on : sequence of mapping, optional
+        As for :func:`liar_ext.prune`.
+    saved : Checkpoint, optional
+        Where the divergences are kept that sensitivities are made of: for plans by one recipe.
+    probe_keep : float, optional
+        Fraction of each site that stays while its sensitivity is measured; the budget's by default.
+    """
+
+    model: nn.Module
+    batches: Batches | None = None
+    bank: MomentBank | None = None
+    progress: bool = False
+    judge_on: Sequence[Mapping[str, Tensor]] | None = None
+    saved: Checkpoint | None = None
+    probe_keep: float | None = None
+    known: Known = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.batches is not None:
+            self.batches = list(self.batches)
+        if self.bank is None:
+            if self.batches is None:
+                raise InputError("sweep: needs batches or a bank, got neither; give one of them")
+            check_memory("sweep", sum(bytes_of_sums(site.d_in) for site in sites(self.model)))
+            self.bank = calibrate(self.model, self.batches, progress=self.progress)
+        self.known = Known.of_bank(self.bank, self.probe_keep)
+
+    def check(self, recipes: Iterable[Recipe]) -> None:
+        """Raise InputError for whatever can't work, before anything long, such as timing."""
+        for recipe in recipes:
+            if recipe.of == "latency" and recipe.latency_table is None:
+                continue
+            prepare(self._job(self.model, recipe))
+
+    def plan(self, recipe: Recipe) -> Point:
+        """Return what a recipe decides; nothing is solved."""
+        start = time.perf_counter()
+        job = prepare(self._job(self.model, _decided(recipe)))
+        base = narrowed(job)
+        passes = passes_of(job, base)
+        decision = decide_anew(job, passes)
+        plan = base.in_full(decision.plan)
+        params, flops = sizes(self.model, plan, recipe)
+        return Point(
+            recipe,
+            plan,
+            decision.facts.get("predicted_divergence"),
+            params,
+            flops,
+            time.perf_counter() - start,
+        )
+
+    def prune(self, recipe: Recipe) -> tuple[nn.Module, Point]:
+        """Return a pruned copy of the model, and what it is."""
+        start = time.perf_counter()
+        pruned = copy.deepcopy(self.model)
+        report = run(replace(self._job(pruned, recipe), judged=self.judge_on))
+        costs = [operations(each, recipe) for each in (pruned, self.model)]
+        point = Point(
+            report.recipe,
+            report.plan,
+            report.settings.get("predicted_divergence"),
+            count_params(pruned),
+            costs[0] / costs[1],
+            time.perf_counter() - start,
+            report,
+        )
+        return pruned, point
+
+    def _job(self, model: nn.Module, recipe: Recipe) -> Job:
+        if changes_all(recipe):
+            batches = self.bank.text if self.batches is None else self.batches
+            if batches is None:
+                raise InputError(
+                    "sweep: keep_hidden and keep_experts take moments of their own over the "
+                    "calibration text, and the bank keeps none; calibrate with the text kept, or "
+                    "leave them out"
+                )
+            known = Known(probe_keep=self.probe_keep)
+            return Job(model, batches, recipe, self.progress, known=known)
+        given = model, self.batches, recipe, self.progress, self.bank, self.known
+        return Job(*given, saved=self.saved)
+
+
+def sweep(
+    model: nn.Module,
+    batches: Batches | None = None,
+    recipe: Recipe | None = None,
+    *,
+    keep: Sequence[float | Budget] = KEEP,
+    bank: MomentBank | None = None,
+    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
+    on_result: Callable[[nn.Module, Report], None] | None = None,
+    progress: bool = False,
+    **choices: object,
+) -> list[Point]:
+    """Decide what several budgets keep, from one calibration, and prune a copy for each if asked.
+
+    Moments, scores and error curves are computed once, and so are sensitivities: with 0.8 of each
+    site left, for all budgets. With a bank there is no pass over the calibration text; with one
+    that has the sensitivities, no forward pass at all::
+
+        bank = MomentBank.load("moments.safetensors")
+        for point in sweep(model, bank=bank, keep=(0.9, 0.8, 0.7)):
+            print(point.recipe.keep, point.predicted_divergence, point.params)
+
+    Of ``keep=0.8``, and where ``allocation`` is not ``curve``, each result is what
+    :func:`liar_ext.prune` gives by ``point.recipe``, weights and all. For other budgets ``prune``
+    measures sensitivities at the budget's own fraction, and its plan may be slightly different.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it stays as it is.
+    batches, bank, progress
+        As for :func:`liar_ext.prune`; one of the first two is needed.
+    recipe : Recipe, optional
+        Every other choice.
+    keep : sequence of float or Budget
+        The budgets.
+    evaluate_on : sequence of mapping, optional
+        As for :func:`liar_ext.prune`: each budget's model is made, and measured.
+    on_result : callable, optional
+        Called with each pruned copy and its report, to save it for one; it may keep the copy.
+        Without this and ``evaluate_on`` nothing is solved, which takes much longer than to decide.
+    **choices
+        Fields of the recipe that are other than in ``recipe``, or than by default.
+
+    Returns
+    -------
+    list of Point
+        In the order of ``keep``.
+
+    Raises
+    ------
+    InputError
+        If a choice, the model, the data or a budget cannot be used, before the first is decided.
+    """
+    recipes = recipes_of(Recipe.build(recipe, **choices), keep)
+    work = Sweep(model, batches, bank, progress, probe_keep=PROBE_KEEP)
+    solves = on_result is not None or evaluate_on is not None
+    work.check(recipes if solves else map(_decided, recipes))
+    points, dense, evaluator = [], None, Evaluator()
+    for each in recipes:
+        if not solves:
+            points.append(work.plan(each))
+            continue
+        pruned, point = work.prune(each)
+        if evaluate_on is not None:
+            dense = dense or evaluator(model, evaluate_on, progress=progress)
+            point.report.evaluation |= {
+                "dense": dense,
+                "pruned": evaluator(pruned, evaluate_on, progress=progress),
+            }
+        if on_result is not None:
+            on_result(pruned, point.report)
+        points.append(point)
+        del pruned
+    return points
+
+
+def _decided(recipe: Recipe) -> Recipe:
+    """Return a recipe that decides the same and solves nothing that runs the model."""
+    return replace(recipe, schedule="one-pass")
+
+
+def recipes_of(recipe: Recipe, keep: Sequence[float | Budget]) -> list[Recipe]:
+    """Return the recipe of each budget."""
+    if not keep:
+        raise InputError("sweep: needs at least one budget, got none; give keep=[0.9, 0.8], say")
+    found = []
+    for each in keep:
+        budget = asdict(each) if isinstance(each, Budget) else {"keep": each}
+        found.append(replace(recipe, **budget))
+    return found
+
+
+def operations(model: nn.Module, recipe: Recipe) -> float:
+    """Return the floating-point operations of a forward pass over the recipe's tokens."""
+    return total_cost(model, sites(model), Budget(1.0, "flops", seq_len=recipe.seq_len))
+
+
+def sizes(model: nn.Module, plan: Plan, recipe: Recipe) -> tuple[int, float]:
+    """Return the parameters, and the fraction of operations, that a plan of sites leaves."""
+    pruned = skeleton(type(model), model.config)
+    apply_plan(pruned, plan)
+    return count_params(pruned), operations(pruned, recipe) / operations(model, recipe)

@@ -1,0 +1,382 @@
+"""Evaluation of encoders without labels: how much of the dense model's outputs pruned ones keep."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
+from liar_ext.calibration.documents import JSON_LINES, checked, read_text
+from liar_ext.checkpoint.carrying import source_folder
+from liar_ext.errors import InputError
+from liar_ext.export.sentence import Pooling, Sentence, read_sentence
+from liar_ext.measure.evaluation import perplexity
+from liar_ext.models.running import (
+    complete_inputs,
+    device_of,
+    evaluating,
+    output_of,
+    predicts_next_token,
+)
+from liar_ext.progress import Bar
+from liar_ext.selection.divergence import MOST_ROWS, DenseOutputs
+
+NEIGHBOURS = 10
+ROWS = 256  # texts whose cosines with all others are held at once
+
+
+class Evaluator:
+    """Measures a dense model first, then models pruned from it, on the same held-out batches.
+
+    A causal language model has its :func:`liar_ext.perplexity`; any other is compared with the
+    dense one, as :class:`DenseEncoder` says.
+    """
+
+    def __init__(self) -> None:
+        self._dense: DenseEncoder | None = None
+
+    def __call__(
+        self, model: nn.Module, batches: Batches, *, progress: bool = False
+    ) -> dict[str, float]:
+        """Return the numbers of a model by their names; the first one is the dense model."""
+        if predicts_next_token(model):
+            return perplexity(model, batches, progress=progress)
+        if self._dense is not None:
+            return self._dense.compare(model, batches, progress=progress)
+        self._dense = DenseEncoder(model, batches, progress=progress)
+        return self._dense.own
+
+
+class DenseEncoder:
+    """What a dense encoder gives for held-out inputs, to tell how much of it pruned ones keep.
+
+    With x the dense model's embeddings of n inputs, and y the pruned one's:
+
+    - ``cosine``: ``(1/n) Σ xᵢ·yᵢ / |xᵢ||yᵢ|``, left out if they have not equally many features
+    - ``neighbours``: ``(1/n) Σ |N(xᵢ) ∩ N(yᵢ)| / 10``, N the ten other inputs with the greatest
+      cosine; left out if there are fewer than twelve inputs
+
+    Of a model with logits:
+
+    - ``divergence``: ``(1/N) Σ KL(p ‖ q)`` in nats
+    - ``agreement``: fraction of outputs where both models find the same class most likely
+
+    Parameters
+    ----------
+    dense : nn.Module
+        The dense model; it is run now.
+    batches : iterable of mapping
+        Inputs of the model, of any kind.
+    progress : bool
+        Show a progress bar.
+
+    Attributes
+    ----------
+    own : dict
+        What the dense model itself has: 1 for all but the divergence, which is 0; ``sequences``,
+        and of text ``tokens`` and ``seq_len``, the longest.
+
+    Raises
+    ------
+    InputError
+        If there is no batch, or the outputs can't be compared.
+    """
+
+    @torch.no_grad()
+    def __init__(self, dense: nn.Module, batches: Batches, *, progress: bool = False) -> None:
+        batches = list(read_batches(batches))
+        facts = self._facts = _facts(batches)
+        with evaluating(dense):
+            positions = max(1, MOST_ROWS // facts["sequences"])
+            first = DenseOutputs(dense, batches[0], positions)
+            self._outputs: list[DenseOutputs] = []
+            if not first.has_logits:
+                self._embeddings = embed(dense, batches, progress=progress)
+                names = ("cosine", "neighbours") if self._has_neighbours else ("cosine",)
+                self.own = {**dict.fromkeys(names, 1.0), **facts}
+                return
+            if first.features < 2:
+                raise InputError(
+                    f"evaluation: {type(dense).__name__} gives one number for each input, which "
+                    "has no class to compare; judge it by its own task"
+                )
+            for at, batch in enumerate(Bar(batches, desc="evaluate", disable=not progress)):
+                self._outputs.append(DenseOutputs(dense, batch, positions) if at else first)
+        self.own = {"divergence": 0.0, "agreement": 1.0, **facts}
+
+    @torch.no_grad()
+    def compare(
+        self, pruned: nn.Module, batches: Batches, *, progress: bool = False
+    ) -> dict[str, float]:
+        """Return the numbers of a pruned model, which is run on the same batches.
+
+        Raises
+        ------
+        InputError
+            If no number can be measured.
+        """
+        if self._outputs:
+            return {**self._predictions(pruned, progress), **self._facts}
+        found, dense = embed(pruned, batches, progress=progress), self._embeddings
+        numbers = {}
+        if found.shape == dense.shape:
+            numbers["cosine"] = float(nn.functional.cosine_similarity(found, dense).mean())
+        if self._has_neighbours:
+            numbers["neighbours"] = shared_neighbours(dense, found)
+        if not numbers:
+            raise InputError(
+                f"evaluation: embeddings of {found.shape[1]} features have no cosine with those "
+                f"of {dense.shape[1]}, and neighbours take {NEIGHBOURS + 2} inputs, got "
+                f"{len(dense)}; give more text"
+            )
+        return {**numbers, **self._facts}
+
+    @property
+    def _has_neighbours(self) -> bool:
+        return len(self._embeddings) > NEIGHBOURS + 1
+
+    def _predictions(self, pruned: nn.Module, progress: bool) -> dict[str, float]:
+        divergence, same, count = 0.0, 0, 0
+        with evaluating(pruned):
+            for dense in Bar(self._outputs, desc="evaluate", disable=not progress):
+                rows = dense.outputs(pruned)
+                divergence, same = divergence + dense.divergence_of(rows), same + dense.same(rows)
+                count += len(dense)
+        return {"divergence": max(divergence / count, 0.0), "agreement": same / count}
+
+
+def encoder_similarity(
+    model: nn.Module, dense: nn.Module, batches: Batches, *, progress: bool = False
+) -> dict[str, float]:
+    """Return how much of a dense encoder's outputs a pruned one keeps, on held-out inputs.
+
+    That is ``cosine`` and ``neighbours`` of their embeddings, or ``divergence`` and ``agreement``
+    of their predictions; see :class:`liar_ext.measure.embeddings.DenseEncoder`.
+
+    Parameters
+    ----------
+    model, dense : nn.Module
+        Models with the same outputs.
+    batches : iterable of mapping
+        Inputs of the models that neither was calibrated on.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    InputError
+        If there is no batch, or the outputs can't be compared.
+    """
+    batches = list(batches)
+    return DenseEncoder(dense, batches, progress=progress).compare(
+        model, batches, progress=progress
+    )
+
+
+@torch.no_grad()
+def embed(model: nn.Module, batches: Batches, *, progress: bool = False) -> Tensor:
+    """Return one embedding for each input, ``(sequences, features)`` float32 on the CPU.
+
+    They are pooled as the folder of the model says, for sentence-transformers, or else the mean
+    over all tokens that are not padding. Those of an encoder with a decoder are the encoder's.
+
+    Raises
+    ------
+    InputError
+        If there is no batch, or the pooling of the folder is none that is known.
+    """
+    folder = source_folder(getattr(model.config, "name_or_path", ""))
+    chain = read_sentence(folder) if folder is not None else None
+    chain = chain or Sentence(Pooling(("mean",)), nn.Sequential())
+    rows = []
+    with evaluating(model):
+        for batch in read_batches(Bar(batches, desc="evaluate", disable=not progress)):
+            batch = batch.to(device_of(model))
+            outputs = model(**complete_inputs(model, batch.inputs, batch.labels))
+            rows.append(_pooled(model, outputs, batch, chain).float().cpu())
+    if not rows:
+        raise InputError("evaluation: needs at least one batch, got none; give more text")
+    return torch.cat(rows)
+
+
+def shared_neighbours(x: Tensor, y: Tensor, count: int = NEIGHBOURS) -> float:
+    """Return ``(1/n) Σ |N(xᵢ) ∩ N(yᵢ)| / count``, N the other rows with the greatest cosine.
+
+    ``x`` and ``y`` are ``(n, features)``, of as many features as each has, and n is above count.
+    """
+    x, y = (nn.functional.normalize(each.double(), dim=1) for each in (x, y))
+    shared = 0
+    for rows in torch.arange(len(x)).split(ROWS):
+        near, other = (_nearest(each, rows, count) for each in (x, y))
+        shared += int((near[:, :, None] == other[:, None, :]).sum())
+    return shared / (len(x) * count)
+
+
+def _nearest(unit: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the rows nearest to some, themselves excluded, ``(rows, count)``."""
+    cosines = unit[rows] @ unit.T
+    cosines[torch.arange(len(rows)), rows] = -torch.inf
+    return cosines.topk(count).indices
+
+
+def pair_quality(
+    first: Tensor, second: Tensor, texts: Sequence[str], scores: Sequence[float] | None
+) -> dict[str, float]:
+    """Return how well the cosine of two texts says what is known of them.
+
+    Parameters
+    ----------
+    first, second : Tensor
+        ``(pairs, features)``: embeddings of the first and of the second texts.
+    texts : sequence of str
+        The second texts; of two that are the same either is right.
+    scores : sequence of float, optional
+        How alike the texts of each pair are.
+
+    Returns
+    -------
+    dict
+        ``spearman``, the rank correlation of cosine and score; without scores ``recall_at_1``, the
+        fraction of first texts to which of all second texts their own is the nearest; ``pairs``.
+    """
+    first, second = (nn.functional.normalize(each.double(), dim=1) for each in (first, second))
+    if scores is not None:
+        ranks = _ranks((first * second).sum(1)), _ranks(torch.tensor(scores, dtype=torch.double))
+        found = {"spearman": float(torch.corrcoef(torch.stack(ranks))[0, 1])}
+    else:
+        nearest = [
+            int(at) for rows in first.split(ROWS) for at in (rows @ second.T).argmax(1).tolist()
+        ]
+        right = sum(texts[at] == own for at, own in zip(nearest, texts, strict=True))
+        found = {"recall_at_1": right / len(texts)}
+    return {**found, "pairs": len(texts)}
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Return the rank of each value; equal ones share the mean of theirs."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place]
+
+
+def _pooled(
+    model: nn.Module, outputs: Mapping[str, Tensor], batch: Batch, chain: Sentence
+) -> Tensor:
+    """Return the embeddings of a batch, ``(sequences, features)``."""
+    name, states = "", outputs.get("encoder_last_hidden_state")
+    if states is None:
+        name, states = output_of(model, outputs)
+    if name == "logits":
+        raise InputError(
+            f"evaluation: {type(model).__name__} gives predictions and no embeddings; give its "
+            "base model"
+        )
+    if states.dim() != 3:  # embeddings already, or a map of features: (sequences, features, ...)
+        return states.flatten(2).mean(2) if states.dim() > 3 else states
+    mask = batch.mask
+    if mask is not None and mask.shape != states.shape[:2]:  # of samples, where states are frames
+        of_frames = getattr(model, "_get_feature_vector_attention_mask", None)
+        mask = of_frames and of_frames(states.shape[1], mask.long())
+    if mask is None:
+        mask = torch.ones(states.shape[:2])
+    vectors = chain.pooling(states.float(), mask.to(states.device))
+    reads = [each.in_features for each in chain.rest if isinstance(each, nn.Linear)]
+    fits = reads[:1] in ([], [vectors.shape[1]])  # not where the hidden size was pruned
+    return chain.rest.to(states.device)(vectors) if fits else vectors
+
+
+def _facts(batches: Sequence[Batch]) -> dict[str, int]:
+    """Return how many inputs there are, and of text the tokens and the longest."""
+    sequences = sum(map(len, batches))
+    if not sequences:
+        raise InputError("evaluation: needs at least one batch, got none; give more text")
+    if any("input_ids" not in batch.inputs for batch in batches):
+        return {"sequences": sequences}
+    longest = max(batch.inputs["input_ids"].shape[1] for batch in batches)
+    tokens = sum(map(count_tokens, batches))
+    return {"sequences": sequences, "tokens": tokens, "seq_len": longest}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Texts that belong together, by their places.
+
+    Parameters
+    ----------
+    first, second : list of str
+        The texts.
+    scores : list of float or None
+        How alike those of each pair are, where the file says so.
+    """
+
+    first: list[str]
+    second: list[str]
+    scores: list[float] | None
+
+
+def read_pairs(path: str) -> Pairs:
+    """Return the pairs of a file: a line for each, of two texts and, in all or none, a score.
+
+    In a ``.jsonl`` file a line is an array of these, or an object whose values are these, by any
+    names. In any other they are separated by tabs.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, a line is anything else, or there is nothing to compare.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise InputError(f"pairs: {path} is no file; give one with two texts in each line")
+    read = _of_json if place.suffix in JSON_LINES else _of_columns
+    lines = enumerate(read_text(place).split("\n"), start=1)
+    rows = [read(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    if len({len(row) for row in rows}) > 1:
+        raise InputError(f"pairs: {path} has lines with a score and without; give all one, or none")
+    if len(rows) < 2:
+        raise InputError(f"pairs: {path} must have at least two pairs, got {len(rows)}")
+    first, second, *scores = map(list, zip(*rows, strict=True))
+    if scores and len(set(scores[0])) < 2:
+        raise InputError(f"pairs: all scores of {path} are {scores[0][0]}; give different ones")
+    if not scores and len(set(second)) < 2:
+        raise InputError(f"pairs: all second texts of {path} are the same; give different ones")
+    return Pairs(first, second, scores[0] if scores else None)
+
+
+def _of_columns(line: str, place: str) -> tuple:
+    first, *rest = line.rstrip("\r").split("\t")
+    try:
+        return _row([first, *rest[:1], *map(float, rest[1:])], place)
+    except ValueError:
+        raise _wrong(place) from None
+
+
+def _of_json(line: str, place: str) -> tuple:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _wrong(place) from None
+    value = list(value.values()) if isinstance(value, dict) else value
+    return _row(value if isinstance(value, list) else [], place)
+
+
+def _row(values: list[Any], place: str) -> tuple:
+    """Return two texts, and the score if there is one."""
+    texts = [each for each in values if isinstance(each, str) and each.strip()]
+    scores = [each for each in values if type(each) in (int, float) and math.isfinite(each)]
+    if len(texts) != 2 or len(scores) > 1 or len(texts) + len(scores) < len(values):
+        raise _wrong(place)
+    return (*(checked(text, place) for text in texts), *map(float, scores))
+
+
+def _wrong(place: str) -> InputError:
+    return InputError(
+        f"pairs: {place} must have two texts, and a number if they have a score: separated by "
+        'tabs, or in a .jsonl file as ["text", "text", 0.5]'
+    )

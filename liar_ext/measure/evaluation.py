@@ -1,0 +1,259 @@
+"""The quality of language models: perplexity, divergence, and tasks of lm-eval."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.errors import InputError, did_you_mean, one_line
+from liar_ext.models.running import device_of, evaluating, predicts_next_token
+from liar_ext.progress import Bar
+from liar_ext.selection.divergence import DenseOutputs
+
+MOST_EXPONENT = 709  # of exp in float64
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Batches, *, progress: bool = False) -> dict[str, float]:
+    """Return the perplexity ``exp(−(1/N) Σ log p(token | tokens before it in its window))``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model.
+    batches : iterable of mapping or Tensor
+        ``input_ids`` and ``attention_mask``, ``(batch, seq_len)`` each; without a mask every token
+        counts. Padding is neither predicted nor predicted from.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    dict
+        ``perplexity``; ``tokens`` predicted (the first of each window is not); ``sequences``;
+        ``seq_len``. Perplexities at different ``seq_len`` do not compare.
+
+    Raises
+    ------
+    InputError
+        If the model doesn't predict each token from those before it, gives no token logits, or
+        there is nothing to predict.
+    """
+    if not predicts_next_token(model):
+        raise InputError(
+            "perplexity: needs a causal language model, got "
+            f"{type(model).__name__}, which sees the tokens that it is to predict, or predicts none"
+        )
+    device = device_of(model)
+    loss, tokens, sequences, seq_len = 0.0, 0, 0, 0
+    with evaluating(model):
+        for batch in read_batches(Bar(batches, desc="evaluate", disable=not progress)):
+            batch = batch.to(device)
+            ids = batch.inputs["input_ids"]
+            mask = torch.ones_like(ids, dtype=torch.bool) if batch.mask is None else batch.mask
+            output = model(input_ids=ids, attention_mask=mask.to(ids.dtype), use_cache=False)
+            if getattr(output, "logits", None) is None or output.logits.shape[:2] != ids.shape:
+                raise InputError("perplexity: needs a causal language model with token logits")
+            for logits, target, real in zip(output.logits, ids, mask, strict=True):
+                chosen = real[:-1] & real[1:]
+                loss += float(
+                    nn.functional.cross_entropy(
+                        logits[:-1][chosen].float(), target[1:][chosen], reduction="sum"
+                    )
+                )
+                tokens += int(chosen.sum())
+            sequences += len(ids)
+            seq_len = max(seq_len, ids.shape[1])
+    if not tokens:
+        raise InputError("perplexity: no token to predict; give more text")
+    mean = loss / tokens
+    return {
+        "perplexity": math.inf if mean > MOST_EXPONENT else math.exp(mean),
+        "tokens": tokens,
+        "sequences": sequences,
+        "seq_len": seq_len,
+    }
+
+
+@torch.no_grad()
+def kl_divergence(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Batches,
+    *,
+    progress: bool = False,
+) -> float:
+    """Return ``(1/N) Σ KL(p ‖ q)`` in nats: p the dense model's predictions, q those of ``model``.
+
+    It says how much of the dense model's behaviour is lost, whatever the text, where perplexity
+    says how well a text is predicted. Models without logits are compared by their last hidden
+    state; see :class:`liar_ext.selection.divergence.DenseOutputs`.
+
+    Parameters
+    ----------
+    model, dense : nn.Module
+        Models with the same outputs.
+    batches : iterable of mapping
+        Inputs of the models, such as ``input_ids`` and ``attention_mask``.
+    progress : bool
+        Show a progress bar.
+
+    Raises
+    ------
+    InputError
+        If there is no batch.
+    """
+    total, rows = 0.0, 0
+    with evaluating(model), evaluating(dense):
+        for batch in read_batches(Bar(batches, desc="divergence", disable=not progress)):
+            compared = DenseOutputs(dense, batch)
+            total, rows = total + compared.divergence(model), rows + len(compared)
+    if not rows:
+        raise InputError("kl_divergence: needs at least one batch, got none; give more text")
+    return total / rows
+
+
+def load_tasks(names: Sequence[str], include_path: str | None = None) -> list[Any]:
+    """Return tasks of lm-eval by name, with their data.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Tasks, groups or tags.
+    include_path : str, optional
+        Folder of task files (YAML) of one's own, which come before lm-eval's. Where it has all of
+        ``names``, lm-eval's aren't looked through.
+
+    Raises
+    ------
+    InputError
+        If lm-eval isn't installed, there is no such task, or its data can't be read.
+    """
+    lm_eval = _import()
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InputError(f"eval: --include-path must be a folder of task files, got {include_path}")
+    for defaults in (False, True) if include_path else (True,):
+        manager = lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=defaults)
+        unknown = [name for name in names if name not in manager.all_tasks]
+        if not unknown:
+            break
+    else:
+        hint = did_you_mean(unknown[0], manager.all_tasks, "lm-eval ls tasks lists them", 3)
+        raise InputError(f"eval: lm-eval knows no task {unknown[0]!r}; {hint}")
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # of datasets, YAML and a task's own code: whatever a file holds
+        raise InputError(
+            f"eval: a task can't be loaded: {type(error).__name__}: {one_line(error, 160)}; its "
+            "data must be at hand, in the cache of datasets or in files that the task names"
+        ) from error
+    return [*loaded["groups"].values(), *loaded["tasks"].values()]
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Return what lm-eval measures on tasks.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A causal language model, where it is.
+    tokenizer
+        Its tokenizer.
+    tasks : sequence
+        From :func:`load_tasks`.
+    limit : int, optional
+        Items per task; all by default.
+    num_fewshot : int, optional
+        Examples in each prompt; what the task says by default.
+    batch_size : int
+        Requests per forward pass.
+    progress : bool
+        Show lm-eval's progress bars and messages.
+
+    Returns
+    -------
+    dict
+        ``tasks``: metrics and standard errors by task; ``items``: how many of each were run;
+        ``table``: all of it as lm-eval prints it; ``lm_eval``: its version.
+    """
+    lm_eval = _import()
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import make_table
+
+    with evaluating(model), _talking(lm_eval.evaluator, progress):
+        results = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+        )
+    table = make_table(results)
+    if results.get("groups"):
+        table = f"{table}\n{make_table(results, 'groups')}"
+    measured = {name: _numbers(metrics) for name, metrics in results["results"].items()}
+    items = {name: count["effective"] for name, count in results["n-samples"].items()}
+    return {"tasks": measured, "items": items, "table": table, "lm_eval": version("lm_eval")}
+
+
+def _import() -> Any:
+    try:
+        import lm_eval
+        import lm_eval.evaluator
+        import lm_eval.tasks
+    except Exception as error:  # a broken package raises anything
+        raise InputError(
+            f"eval: tasks need lm-eval ({one_line(error, 160)}); pip install '.[eval]'"
+        ) from error
+    return lm_eval
+
+
+# What lm-eval asks of git, pip and the hardware, for a record that nobody reads here.
+ASKS = ("get_git_commit_hash", "add_env_info")
+
+
+@contextmanager
+def _talking(evaluator: Any, progress: bool) -> Iterator[None]:
+    """Show lm-eval's progress bars and messages, or none, and let it ask for nothing else."""
+    logger = logging.getLogger("lm_eval")
+    level, asks = logger.level, {name: getattr(evaluator, name, None) for name in ASKS}
+    bars = nullcontext() if progress else redirect_stderr(io.StringIO())
+    for name in ASKS:
+        setattr(evaluator, name, lambda *_: None)
+    if not progress:
+        logger.setLevel(logging.ERROR)
+    try:
+        with bars:
+            yield
+    finally:
+        logger.setLevel(level)
+        for name, ask in asks.items():
+            setattr(evaluator, name, ask)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics without lm-eval's notes, and its ``,none`` for no filter."""
+    return {
+        name.removesuffix(",none"): value
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and name not in ("sample_len", "sample_count")
+    }

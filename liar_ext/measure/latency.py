@@ -1,0 +1,340 @@
+"""Measure the seconds of every site by its units, in the model that they are sites of.
+
+A module that is timed alone, again and again, finds its weights in the cache. So whole models run,
+whose blocks have different sizes: one round of a mixed model, every site at another size::
+
+    round 0    block 0: 32    block 1: 544    block 2: 1056    block 3: 1536    block 4: 32 ...
+    round 1    block 0: 544   block 1: 1056   block 2: 1536    block 3: 32      block 4: 544 ...
+
+The clock is read where the first producer of a site starts and where its consumer ends. Sites of
+one shape share their samples; the dense model runs between the rounds. What a run takes besides
+its sites is the fixed part.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from random import Random
+from statistics import median
+
+import torch
+from torch import nn
+
+from liar_ext.calibration.texts import check_seq_len
+from liar_ext.errors import InputError
+from liar_ext.measure import timing
+from liar_ext.measure.speed import machine
+from liar_ext.measure.timing import Clock, Quartiles, Settings
+from liar_ext.models.experts import refuse_experts
+from liar_ext.models.running import device_of, evaluating, inputs_read, predicts_next_token
+from liar_ext.models.sites import Site, sites
+from liar_ext.models.slicing import apply_plan
+from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.progress import Bar
+from liar_ext.selection.allocation import allowed_counts
+from liar_ext.selection.latency_table import LatencyTable, SizeRow
+
+SIZES = 7  # of one shape, at most: seconds lie between on a line
+SAMPLES = 24  # of each size of a shape: as many runs as give these
+MOST_RUNS = 5  # of a mixed model, prompts or new tokens, after one that is not timed
+RUNS_COMPARED = 2  # the same, where whole models are compared
+COMPARED = 5  # rounds in which a whole plan is timed beside the dense model
+SEED = 0
+
+
+def measure_latency(
+    model: nn.Module,
+    budget: Budget,
+    at: Sequence[Site] | None = None,
+    *,
+    clock: Clock | None = None,
+    progress: bool = False,
+) -> LatencyTable:
+    """Measure what the model and each of its sites take, by the units that they keep.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model; it is as it was afterwards. Slices of its weights are held beside it for a
+        while.
+    budget : Budget
+        What is timed (``latency_phase``, ``latency_batch``, ``latency_prompt``,
+        ``latency_new_tokens``), and which sizes there are (``tile``).
+    at : sequence of Site, optional
+        The sites; all by default.
+    clock : callable, optional
+        What time it is, in seconds; :func:`clock_of` the model by default. On a GPU, sites are
+        timed by its own events.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    LatencyTable
+
+    Raises
+    ------
+    InputError
+        If the model has no such phase, or not so many positions, or lies on several devices.
+    """
+    at = sites(model) if at is None else list(at)
+    refuse_experts(at, "latency: seconds by size are measured of", 'use of="flops"')
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise InputError(
+            f"latency: the model must lie on one device, got {', '.join(sorted(devices))}; load it "
+            "on one, or take a table that was measured so"
+        )
+    phases, clock = _phases(model, budget), clock or clock_of(model)
+    shapes: dict[tuple, list[Site]] = {}
+    for site in at:
+        shapes.setdefault(site.shape, []).append(site)
+    sizes = {shape: _spread_out(allowed_counts(some[0], budget)) for shape, some in shapes.items()}
+    samples = {phase: _Samples() for phase in phases}
+    draw, rounds = Random(SEED), max(map(len, sizes.values()))
+    fewest = min(len(some) * rounds // len(sizes[shape]) for shape, some in shapes.items())
+    runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
+    places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
+    bar = Bar(range(rounds), desc="latency", disable=not progress)
+    with evaluating(model):
+        for turn in bar:
+            counts = {}
+            for shape, some in shapes.items():
+                for place, site in zip(places[shape], some, strict=True):
+                    counts[site.name] = sizes[shape][(place + turn) % len(sizes[shape])]
+            mixed = sliced(model, plan_of(model, at, counts))
+            order = ((model, {s.name: s.units for s in at}), (mixed, counts))
+            for each, kept in order if turn % 2 else order[::-1]:
+                for phase in phases:
+                    for whole, of_site in _runs(each, at, budget, phase, clock, runs):
+                        samples[phase].add(whole, of_site, kept, dense=each is model)
+    parts = [(_times(phase, budget), samples[phase]) for phase in phases]
+    rows = []
+    for shape, some in shapes.items():
+        taken = [[(w, s.of(some, count)) for w, s in parts] for count in sizes[shape]]
+        medians = [sum(w * median(values) for w, values in each) for each in taken]
+        spread = [sum(w * _half_spread(values) for w, values in each) for each in taken]
+        rising = rising_means(medians)
+        row = (len(some), tuple(sizes[shape]), tuple(rising), tuple(spread))
+        rows.append(SizeRow(*shape, *row))
+    return LatencyTable(
+        phase=budget.latency_phase,
+        batch=budget.latency_batch,
+        prompt=budget.latency_prompt,
+        new_tokens=budget.latency_new_tokens,
+        fixed=max(0.0, sum(w * median(s.rest) for w, s in parts)),
+        spread=sum(w * _half_spread(s.dense) for w, s in parts),
+        rows=tuple(rows),
+        where=where(model),
+    )
+
+
+def ratios(
+    models: Mapping[str, nn.Module],
+    budget: Budget,
+    *,
+    rounds: int = COMPARED,
+    clock: Clock | None = None,
+) -> dict[str, Quartiles]:
+    """Return the seconds of models by those of ``dense``, in turns, by quartiles of the rounds."""
+    phases, clock = _phases(models["dense"], budget), clock or clock_of(models["dense"])
+    found: dict[str, list[float]] = {role: [] for role in models if role != "dense"}
+    for turn in range(rounds):
+        spent = {}
+        for role in list(models) if turn % 2 else list(models)[::-1]:
+            with evaluating(models[role]):
+                spent[role] = 0.0
+                for phase in phases:
+                    runs = _runs(models[role], (), budget, phase, clock, RUNS_COMPARED)
+                    spent[role] += _times(phase, budget) * median(whole for whole, _ in runs)
+        for role, values in found.items():
+            values.append(spent[role] / spent["dense"])
+    return {role: Quartiles.of(values) for role, values in found.items()}
+
+
+def clock_of(model: nn.Module) -> Clock:
+    """Return the clock that fits a model: CPU time where one thread does all of the work.
+
+    Other programs then take nothing from a measurement but cache and memory bandwidth. With several
+    threads, or on a GPU, it is wall time.
+    """
+    alone = device_of(model).type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
+def sliced(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of a model, sliced by a plan, that shares all weights which stay whole."""
+    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
+    made = copy.deepcopy(model, shared)
+    apply_plan(made, plan)
+    return made
+
+
+def plan_of(model: nn.Module, at: Sequence[Site], counts: Mapping[str, int]) -> Plan:
+    """Return a plan of some counts, for its sizes alone: the first units of every group stay."""
+    plans = {}
+    for site in at:
+        run, each = site.units // site.groups, counts[site.name] // site.groups
+        kept = tuple(group * run + unit for group in range(site.groups) for unit in range(each))
+        plans[site.name] = SitePlan(site.units, kept)
+    unit = next((site.unit for site in at if site.kind == "attn"), "kv_group")
+    return Plan(model.config.model_type, unit, plans)
+
+
+def where(model: nn.Module) -> dict[str, object]:
+    """Return what a measurement depends on beside its settings."""
+    device = str(device_of(model))
+    facts = {"device": device, "dtype": str(model.dtype).removeprefix("torch.")}
+    facts["clock"] = clock_of(model).__name__
+    return {**facts, "threads": torch.get_num_threads(), **machine(device)}
+
+
+def rising_means(values: Sequence[float]) -> list[float]:
+    """Return the nearest values that never fall, by least squares: those that do are pooled."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (high, some), (low, more) = pools[-2:]
+            pools[-2:] = [((high * some + low * more) / (some + more), some + more)]
+    return [mean for mean, count in pools for _ in range(count)]
+
+
+@dataclass
+class _Samples:
+    """Seconds of one phase: of sites by shape and count, of whole runs, and of the rest of them."""
+
+    sites: dict[tuple, list[float]] = field(default_factory=dict)
+    dense: list[float] = field(default_factory=list)
+    rest: list[float] = field(default_factory=list)
+
+    def add(
+        self, whole: float, of_site: Mapping[str, float], kept: Mapping[str, int], *, dense: bool
+    ) -> None:
+        for name, seconds in of_site.items():
+            self.sites.setdefault((name, kept[name]), []).append(seconds)
+        self.rest.append(whole - sum(of_site.values()))
+        if dense:
+            self.dense.append(whole)
+
+    def of(self, some: Sequence[Site], count: int) -> list[float]:
+        # A part of the model that these inputs don't reach costs nothing.
+        return [v for site in some for v in self.sites.get((site.name, count), ())] or [0.0]
+
+
+def _spread_out(counts: Sequence[int]) -> list[int]:
+    """Return some of the counts, evenly, with both ends."""
+    if len(counts) <= SIZES:
+        return list(counts)
+    last = len(counts) - 1
+    return [counts[round(i * last / (SIZES - 1))] for i in range(SIZES)]
+
+
+def _half_spread(values: Sequence[float]) -> float:
+    found = Quartiles.of(values)
+    return (found.high - found.low) / 2
+
+
+def _phases(model: nn.Module, budget: Budget) -> list[str]:
+    """Return the phases that count; one forward pass is the only one of many models."""
+    phase = budget.latency_phase
+    if not predicts_next_token(model):
+        if phase == "decode":
+            raise InputError(
+                f"latency: decode needs a model that generates, got {type(model).__name__}; use "
+                "latency_phase='prefill'"
+            )
+        if any(name.endswith("_ids") for name in inputs_read(model)):
+            check_seq_len(model, budget.latency_prompt)
+        return ["prefill"]
+    decoded = 0 if phase == "prefill" else max(budget.latency_new_tokens, MOST_RUNS + 1)
+    check_seq_len(model, budget.latency_prompt + decoded)
+    return ["prefill", "decode"] if phase == "both" else [phase]
+
+
+def _times(phase: str, budget: Budget) -> int:
+    """Return how often a request runs what a phase times: its prompt once, a step per token."""
+    return budget.latency_new_tokens if phase == "decode" else 1
+
+
+@torch.no_grad()
+def _runs(
+    model: nn.Module, at: Sequence[Site], budget: Budget, phase: str, clock: Clock, count: int
+) -> Iterator[tuple[float, dict[str, float]]]:
+    """Yield the seconds of some runs, and of the sites in each, after one that is not counted."""
+    settings = Settings(prompt_length=budget.latency_prompt)
+    inputs = timing.inputs_of(model, budget.latency_batch, settings)
+    generates = predicts_next_token(model)
+    if phase == "decode":
+        # In the middle of the new tokens.
+        context = budget.latency_prompt + max(0, (budget.latency_new_tokens - MOST_RUNS - 1) // 2)
+        settings = Settings(prompt_length=context)
+        inputs = timing.inputs_of(model, budget.latency_batch, settings)
+    step = timing.step_of(model) if generates else None
+    state = (inputs.get("input_ids"), None)
+    if phase == "decode":
+        state = step(*state)
+    for run in range(1 + count):
+        with _stopwatch(model, at, clock) as read:
+            start = timing.now(model, clock)
+            if phase == "decode":
+                state = step(*state)
+            elif generates:
+                step(*state)
+            else:
+                model(**inputs)
+            whole = timing.now(model, clock) - start
+        if run:
+            yield whole, read()
+
+
+@contextmanager
+def _stopwatch(
+    model: nn.Module, at: Sequence[Site], clock: Clock
+) -> Iterator[Callable[[], dict[str, float]]]:
+    """Time the sites while the context is open; then ask for their seconds."""
+    device, starts, ends, handles = device_of(model), {}, {}, []
+    mark, between = _marks(device, model, clock)
+
+    def start(name: str) -> Callable:
+        def hook(*_: object) -> None:
+            if name not in starts:
+                starts[name] = mark()
+
+        return hook
+
+    def end(name: str) -> Callable:
+        def hook(*_: object) -> None:
+            ends[name] = mark()
+
+        return hook
+
+    for site in at:
+        for path in site.producers:
+            handles.append(model.get_submodule(path).register_forward_pre_hook(start(site.name)))
+        handles.append(model.get_submodule(site.consumer).register_forward_hook(end(site.name)))
+    try:
+        yield lambda: {name: between(starts[name], ends[name]) for name in ends if name in starts}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _marks(device: torch.device, model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
+    """Return how to mark a moment of the device, and the seconds between two."""
+    if device.type == "cuda":
+
+        def mark() -> torch.cuda.Event:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        return mark, lambda first, last: first.elapsed_time(last) / 1000
+    if device.type == "cpu":
+        return clock, lambda first, last: last - first
+    return lambda: timing.now(model, clock), lambda first, last: last - first

@@ -1,0 +1,370 @@
+"""Apply a plan to a model: slice its modules in place.
+
+Nothing is masked and no number is computed. Of a site that keeps the units K::
+
+    producers   W ← W[rows of K, :]   b ← b[rows of K]
+    consumer    W ← W[:, columns of K], or the reconstructed weight that is given
+
+The experts of a layer are sliced together, each to channels of its own. The head counts that
+``forward`` reads follow; the size of a head stays. Hidden features go first:
+:func:`liar_ext.models.residual_stream.slice_hidden`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.errors import InputError
+from liar_ext.models.expert_slicing import check_kept_experts, keep_experts, slice_channels
+from liar_ext.models.experts import layer_at
+from liar_ext.models.liar_loader import select_heads, set_config_number
+from liar_ext.models.residual_stream import hidden_of, select, slice_hidden, weight_of
+from liar_ext.models.sites import Site, get_consumer_bias, get_path, sites, teams_of
+from liar_ext.plan import Plan, SitePlan
+
+Weights = Mapping[str, tuple[Tensor, Tensor | None]]
+
+
+@torch.no_grad()
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    weights: Weights | None = None,
+    *,
+    blocks: Collection[int] | None = None,
+) -> None:
+    """Remove from a model what the plan doesn't keep, in place.
+
+    Everything is checked before anything changes, so that an error leaves the model as it was.
+    New parameters keep dtype, device and ``requires_grad``; the model's config isn't touched, and
+    says the dense sizes. So save the model with :func:`liar_ext.save_pruned`, which writes the new
+    ones: a folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
+    every loader. :func:`liar_ext.prune` describes its model, which ``save_pretrained`` then saves.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model that the plan was made for.
+    plan : Plan
+        Kept units per site; a site that it doesn't name keeps everything.
+    weights : mapping of str to (Tensor, Tensor or None), optional
+        New consumer weight, shape (d_out, n_kept · width), and bias, shape (d_out,), by site
+        name. A site without an entry keeps the columns of its units, which is plain dropping.
+        Of a layer that loses experts, by its name, what the outputs of those that stay are
+        multiplied by, ``(kept,)``. With hidden features, d_out is the number of them that stay, and
+        the new weights of norms and readers come by path, from
+        :func:`liar_ext.reconstruction.hidden_size.narrow`.
+    blocks : collection of int, optional
+        Slice these blocks alone, and leave the others for a later call with the same plan.
+
+    Raises
+    ------
+    InputError
+        If the plan is for another model type, names a site that the model lacks, counts other
+        units than the model has (a model that is pruned already, for one), keeps unequally many
+        query heads per KV group, or channels per expert of a layer, or a weight has another shape.
+
+    Notes
+    -----
+    Where a plan gives a bias to a consumer of a family that has a config flag for it, every linear
+    layer that the flag governs gains one, zero except for the consumers': then the stock class
+    builds the same layers.
+    """
+    found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    weights, flags = weights or {}, _bias_flags(found, plan)
+    if blocks is not None:
+        found, plan = _of_blocks(found, plan, blocks)
+    layers = _hidden_layers(model, plan, weights)
+    scales = {name: weights[name][0] for name in weights if name in plan.experts}
+    weights = {name: weights[name] for name in weights if name not in scales}
+    _check(model, found, plan, {name: weights[name] for name in weights if name not in layers})
+    for name, site_plan in plan.experts.items():
+        check_kept_experts(model, found.get(f"{name}.0"), name, site_plan, scales.get(name))
+    if plan.hidden is not None:
+        slice_hidden(model, plan.hidden.kept, layers)
+        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    for name, site_plan in plan.experts.items():
+        kept = torch.tensor(site_plan.kept, device="cpu")
+        keep_experts(model, found[f"{name}.0"], kept, scales.get(name))
+    if plan.experts:
+        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    _grow_biases(model, found, plan, flags)
+    for team in teams_of([site for site in found.values() if site.expert is not None]).values():
+        _slice_experts(model, team, plan)
+    for name, site_plan in plan.sites.items():
+        if found[name].expert is None:
+            _slice_site(model, found[name], site_plan)
+        if name in weights:
+            _set_consumer(model, found[name], *weights[name])
+    for site in sites(model, attn_unit=plan.attn_unit):
+        if site.name in found:
+            _patch_numbers(model, site)
+
+
+def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tensor:
+    """Return the rows of one of a site's producers that stay with the units ``kept``.
+
+    Parameters
+    ----------
+    site : Site
+        The site before it is sliced.
+    producer : str
+        Path of the layer.
+    kept : sequence of int
+        Units.
+    rows : int
+        Rows of the producer.
+
+    Returns
+    -------
+    Tensor
+        Ascending indices, int64, on the CPU: rows of these units, and rows that no unit owns.
+    """
+    units = site.row_units(producer, rows)
+    return torch.isin(units, torch.tensor([-1, *kept], device="cpu")).nonzero().flatten()
+
+
+def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
+    """Refuse a plan or weights that don't fit the model."""
+    model_type = model.config.model_type
+    if plan.model_type != model_type:
+        raise InputError(
+            f"apply_plan: the plan is for {plan.model_type!r}, the model is {model_type!r}; "
+            "make a plan from this model"
+        )
+    unknown = [name for name in plan.sites if name not in found]
+    if unknown:
+        raise InputError(
+            f"apply_plan: the model has no site {', '.join(unknown[:4])} (the plan has "
+            f"{len(plan.sites)} sites, the model {len(found)}, up to {list(found)[-1]}); "
+            "make a plan from this model"
+        )
+    for name, site_plan in plan.sites.items():
+        _check_site(found[name], site_plan)
+    _check_experts(model, found, plan)
+    for name, (weight, bias) in weights.items():
+        if name not in plan.sites:
+            raise InputError(f"apply_plan: a weight came for {name}, which the plan doesn't name")
+        _check_weight(model, found[name], plan, weight, bias)
+
+
+def _hidden_layers(model: nn.Module, plan: Plan, weights: Weights) -> Weights:
+    """Return the weights of norms and readers among ``weights``; refuse what doesn't fit."""
+    if plan.hidden is None:
+        return {}
+    hidden, count = hidden_of(model), len(plan.hidden.kept)
+    if plan.hidden.units != hidden.size:
+        raise InputError(
+            f"apply_plan: the model has {hidden.size} hidden features, the plan counts "
+            f"{plan.hidden.units}; is the model pruned already? Apply the plan to the dense model"
+        )
+    layers = {name: weights[name] for name in hidden.solved if name in weights}
+    for name, (weight, _) in layers.items():
+        shape = (*weight_of(model.get_submodule(name)).shape[:-1], count)
+        if tuple(weight.shape) != shape:
+            raise InputError(
+                f"apply_plan: the weight of {name} must have shape {shape}, got "
+                f"{tuple(weight.shape)}"
+            )
+    return layers
+
+
+def _check_site(site: Site, site_plan: SitePlan) -> None:
+    """Refuse the plan of a site that counts other units, or empties KV groups unequally."""
+    if site_plan.units != site.units:
+        raise InputError(
+            f"apply_plan: {site.name} has {site.units} units ({site.unit}), the plan counts "
+            f"{site_plan.units}; is the model pruned already? Apply the plan to the dense model"
+        )
+    per_group = Counter(unit * site.groups // site.units for unit in site_plan.kept)
+    if len(per_group) != site.groups or len(set(per_group.values())) != 1:
+        kept = [per_group[group] for group in range(site.groups)]
+        raise InputError(
+            f"apply_plan: {site.name} must keep equally many heads in each of its {site.groups} "
+            f"KV groups, got {kept}; or prune whole groups with attn_unit='kv_group'"
+        )
+
+
+def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> None:
+    """Refuse unequally many channels of the experts of a layer, and biases that they lack."""
+    for team, every in teams_of(list(found.values())).items():
+        some = every[: len(plan.experts[team].kept)] if team in plan.experts else every
+        planned = [plan.sites.get(site.name) for site in some]
+        kept = {
+            site.units if planned_site is None else len(planned_site.kept)
+            for site, planned_site in zip(some, planned, strict=True)
+        }
+        if len(kept) > 1:
+            raise InputError(
+                f"apply_plan: {team} must keep equally many channels of each of its {len(some)} "
+                f"experts, got {', '.join(map(str, sorted(kept)))}; name all of them in the plan"
+            )
+        if any(site.name in plan.sites for site in every[len(some) :]):
+            raise InputError(
+                f"apply_plan: {team} keeps {len(some)} experts, and the plan names channels of "
+                "more; number experts as they are once the others are gone"
+            )
+    for name, site_plan in plan.sites.items():
+        site = found[name]
+        if site.expert is not None and site_plan.bias and get_consumer_bias(model, site) is None:
+            raise InputError(
+                f"apply_plan: {name} has no bias and its module has no place for one; set "
+                "bias=False in the plan of the site"
+            )
+
+
+def _check_weight(
+    model: nn.Module, site: Site, plan: Plan, weight: Tensor, bias: Tensor | None
+) -> None:
+    """Refuse a consumer weight or bias of another shape, or a bias with no place."""
+    d_out = site.d_out if plan.hidden is None else len(plan.hidden.kept)
+    site_plan = plan.sites[site.name]
+    shape = (d_out, len(site_plan.kept) * site.width)
+    if tuple(weight.shape) != shape:
+        raise InputError(
+            f"apply_plan: the weight of {site.name} must have shape {shape}, got "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is None:
+        return
+    if tuple(bias.shape) != (d_out,):
+        raise InputError(
+            f"apply_plan: the bias of {site.name} must have shape ({d_out},), got "
+            f"{tuple(bias.shape)}"
+        )
+    if not site_plan.bias and get_consumer_bias(model, site) is None:
+        raise InputError(
+            f"apply_plan: a bias came for {site.name}, whose consumer has none; set bias=True in "
+            "the plan of the site"
+        )
+
+
+def _of_blocks(
+    found: Mapping[str, Site], plan: Plan, blocks: Collection[int]
+) -> tuple[dict[str, Site], Plan]:
+    """Return the sites of some blocks, and what the plan says of them."""
+    here = {name: site for name, site in found.items() if site.block in blocks}
+    # A site that the model lacks stays, to be refused by name.
+    planned = {n: p for n, p in plan.sites.items() if n in here or n not in found}
+    return here, replace(plan, sites=planned)
+
+
+def _bias_flags(found: Mapping[str, Site], plan: Plan) -> set[str]:
+    """Return the config flags of the biases that a plan adds, which hold for all blocks."""
+    gaining = (found[name] for name, at in plan.sites.items() if at.bias and name in found)
+    return {site.wiring.bias_flag for site in gaining} - {None}
+
+
+def _grow_biases(
+    model: nn.Module, found: Mapping[str, Site], plan: Plan, flags: Collection[str]
+) -> None:
+    """Give zero biases to the consumers that the plan says, and to what shares their flag."""
+    gaining = {name for name, site_plan in plan.sites.items() if site_plan.bias}
+    for name, site in found.items():
+        if site.wiring.bias_flag in flags:
+            for layer in site.wiring.layers:
+                _add_bias(model.get_submodule(f"{site.path}.{layer}"), site)
+        elif name in gaining:
+            _add_bias(model.get_submodule(site.consumer), site)
+
+
+def _add_bias(layer: nn.Module, site: Site) -> None:
+    """Give a linear layer a zero bias if it has none."""
+    if layer.bias is None:
+        weight = layer.weight
+        zeros = weight.new_zeros(weight.shape[1 if site.wiring.transposed else 0])
+        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+
+
+def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
+    """Slice producers and consumer of one site."""
+    if len(site_plan.kept) == site.units:
+        return
+    output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
+    for path in site.producers:
+        layer = model.get_submodule(path)
+        rows = unit_rows(site, path, site_plan.kept, layer.weight.shape[output])
+        layer.weight = select(layer.weight, output, rows)
+        if layer.bias is not None:
+            layer.bias = select(layer.bias, 0, rows)
+        _fit_layer(layer, site)
+    consumer = model.get_submodule(site.consumer)
+    consumer.weight = select(consumer.weight, input_, site.features(site_plan.kept))
+    _fit_layer(consumer, site)
+    for path in site.wiring.per_head:
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(f"{site.path}.{owner}")
+        heads = site.features(site_plan.kept)[:: site.head_dim] // site.head_dim
+        setattr(module, name, select(getattr(module, name), 0, heads))
+    if site.wiring.head_input is not None:
+        _select_head_input(model, site, site_plan.kept)
+
+
+def _slice_experts(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
+    """Slice the experts of a layer, each to the units that the plan keeps of it."""
+    first = team[0]
+    kept = [plan.sites[site.name].kept for site in team if site.name in plan.sites]
+    if not kept or len(kept[0]) == first.units:
+        return
+    (path,), wiring = first.producers, first.wiring
+    (module, _, producer), consumer = path.rpartition("."), first.consumer.rpartition(".")[2]
+    size = get_path(model, path).shape[2 if wiring.transposed else 1]
+    rows = [unit_rows(site, path, units, size) for site, units in zip(team, kept, strict=True)]
+    columns = [site.features(units) for site, units in zip(team, kept, strict=True)]
+    slice_channels(
+        model.get_submodule(module),
+        producer,
+        consumer,
+        torch.stack(rows),
+        torch.stack(columns),
+        wiring.transposed,
+    )
+
+
+def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a reconstructed weight, and bias if there is one, into a sliced consumer."""
+    consumer = layer_at(model, site.consumer, site.expert)
+    consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
+    if bias is not None:
+        consumer.bias.copy_(bias)
+
+
+def _fit_layer(layer: nn.Module, site: Site) -> None:
+    """Make the sizes that a linear layer keeps those of its weight."""
+    if site.wiring.transposed:
+        layer.nx, layer.nf = layer.weight.shape
+    else:
+        layer.out_features, layer.in_features = layer.weight.shape
+
+
+def _patch_numbers(model: nn.Module, site: Site) -> None:
+    """Write the sizes of a sliced site into the integers that the block's modules keep."""
+    block = model.get_submodule(site.path)
+    for path, size in site.wiring.numbers.items():
+        owner, _, attribute = path.rpartition(".")
+        if owner.endswith(".config"):
+            module = block.get_submodule(owner.removesuffix(".config"))
+            if getattr(module.config, attribute) != site.sizes[size]:
+                set_config_number(module, attribute, site.sizes[size])
+        else:
+            setattr(block.get_submodule(owner), attribute, site.sizes[size])
+
+
+def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
+    """Let an attention module take the slices of its heads from an input made for all heads."""
+    head_input = site.wiring.head_input
+    heads = site.features(kept)[:: site.head_dim] // site.head_dim
+    module = model.get_submodule(f"{site.path}.{head_input.module}")
+    select_heads(
+        module,
+        None if head_input.own else heads.tolist(),
+        head_input.position,
+        head_input.keyword,
+        head_input.output,
+        head_input.table,
+    )

@@ -1,1 +1,0 @@
-"""Narrowing: a smaller hidden size, with every reader of the residual stream solved for it."""

@@ -1,0 +1,347 @@
+"""Narrow the residual stream: choose the hidden features that stay, and solve every reader.
+
+The stream h is written by embeddings and by the last layer of every branch, and read through
+norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, and will read
+``x' = norm_K(h_K)``, whose statistic is that of K alone. With r what x' does not give of x::
+
+    y = W_K x' + W r + b,     r = x − x' on K,  x on P
+
+which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.solve.solve`
+folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping. x' comes
+from the dense stream and the norm of the narrow model, so that what the norm changes is solved for,
+too.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS, Batches
+from liar_ext.calibration.collect import check_finite_weights, collect
+from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds
+from liar_ext.calibration.passes import room_for_sums, split
+from liar_ext.calibration.taps import Tap
+from liar_ext.errors import InputError
+from liar_ext.models.registry import family_of
+from liar_ext.models.residual_stream import (
+    Hidden,
+    Source,
+    hidden_of,
+    narrow_norm,
+    stream_of,
+    weight_of,
+)
+from liar_ext.models.running import body_of, device_of
+from liar_ext.models.slicing import apply_plan
+from liar_ext.plan import Budget, Plan, SitePlan
+from liar_ext.progress import Bar
+from liar_ext.reconstruction.norm_fit import fit_norm, lost_moments
+from liar_ext.reconstruction.ridge import Solution, check_settings, form_at
+from liar_ext.reconstruction.solve import solve
+from liar_ext.rows import SiteRow
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What :func:`narrow` decided and solved.
+
+    Parameters
+    ----------
+    kept : SitePlan
+        The hidden features that stay.
+    weights : dict of str to (Tensor, Tensor or None)
+        New weight and bias of readers and norms, by path, in the dtype of their layers.
+    rows : list of SiteRow
+        One per norm, or other place where features are read.
+    source : dict
+        Facts on the calibration: model type, sequences, tokens, passes.
+    grid : dict
+        ``units``, the step that their number is counted in (``step``), how many stay (``kept``),
+        and how many would with a tile of 1 (``kept_at_tile_1``).
+    """
+
+    kept: SitePlan
+    weights: dict[str, tuple[Tensor, Tensor | None]]
+    rows: list[SiteRow]
+    source: dict[str, object]
+    grid: dict[str, int] = field(default_factory=dict)
+
+    def applied_to_copy(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the dense model with the stream narrowed and nothing else pruned."""
+        narrowed = copy.deepcopy(model)
+        plan = Plan(model.config.model_type, "auto", {}, hidden=self.kept)
+        apply_plan(narrowed, plan, self.weights)
+        return narrowed
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module,
+    batches: Batches,
+    keep: float,
+    *,
+    mode: str = "auto",
+    damp: float | str = "auto",
+    tile: int | str = "auto",
+    memory: int | None = None,
+    progress: bool = False,
+) -> Narrowing:
+    """Choose the hidden features that stay and solve all their readers; the model isn't changed.
+
+    The features of most energy stay, see :func:`score_hidden`. Every norm gets new scales, and
+    offsets where it has a bias, by least squares. Then its readers are solved for their dense
+    outputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model, of a family with a stream in the table.
+    batches : iterable of mapping
+        See :func:`liar_ext.calibrate`.
+    keep : float
+        Fraction of the hidden features that may stay, in (0, 1].
+    mode : {"auto", "none", "bias", "linear", "affine"}
+        Form of the new weights. Readers without a bias gain none: there ``affine`` is
+        ``linear`` and ``bias`` is ``none``. With ``none`` the norms keep their scales, too.
+    damp : float or "auto"
+        λ, or the choice by held-out error, per norm.
+    tile : int or "auto"
+        The features that stay are a multiple of this, besides of what the stock class asks for;
+        ``"auto"`` as for :class:`liar_ext.Budget`.
+    memory : int, optional
+        Bytes that sums may take at a time, but at least those of one norm; by default 32 GiB,
+        or half of what is free on a device in use, the CPU included. The result is the same bit for
+        bit, whatever it is.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    Narrowing
+        For ``Plan(..., hidden=kept)`` and :func:`liar_ext.apply_plan`.
+
+    Raises
+    ------
+    InputError
+        If the family has no stream, or a fold has no tokens.
+
+    Notes
+    -----
+    Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
+    which take ``16 (n_kept + hidden)²`` bytes a norm. Where those of all norms are more than
+    ``memory``, they are summed and solved in groups, one pass each: of hidden size 4096 with nine
+    tenths kept one norm takes 0.97 GB, and 32 blocks take three passes in all. Beside that, a solve
+    takes up to nine times the sums of its norm (measured at hidden size 1536), and the new weights
+    take what the old ones take.
+
+    Held-out errors are solved on one fold and judged on the other; which features stay and the
+    scales of the norms, some thousand numbers in all, are decided on both.
+
+    A head that is tied to the embedding is only sliced, as the two could not be one matrix
+    otherwise: it has the scales of its norm and no solve. In a post-norm model what a norm puts out
+    is also what the block adds to, and its scales are all that can be done about that.
+
+    Source: docs/method.md, section "Hidden size".
+    """
+    check_settings(mode, damp)
+    batches = list(batches)
+    check_finite_weights(model)
+    hidden = hidden_of(model)
+    count = count_kept(hidden, keep, tile)
+    each = FOLDS * 8 * (count + hidden.size) ** 2
+    room = room_for_sums(model, memory)
+    groups = split(hidden.sources, [each] * len(hidden.sources), room)
+    titles = [f"narrow, pass {i + 1} of {1 + len(groups)}" for i in range(1 + len(groups))]
+    energy = _stream_energy(model, hidden, batches, progress=progress, title=titles[0])
+    kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values
+    solver, rows = _Solver(model, kept, mode, damp), []
+    for group, title in zip(groups, titles[1:], strict=True):
+        bank = _narrow_moments(model, hidden, group, kept, batches, progress=progress, title=title)
+        for source in Bar(group, desc="solve", disable=not progress):
+            # Released at once: the next group is summed in the memory of this one.
+            rows.append(solver.solve(source, bank.moments.pop(source.name)))
+    kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))
+    return Narrowing(
+        kept_plan,
+        solver.weights,
+        rows,
+        energy.source | {"passes": len(titles)},
+        {
+            "units": hidden.size,
+            "step": Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of),
+            "kept": count,
+            "kept_at_tile_1": count_kept(hidden, keep, 1),
+        },
+    )
+
+
+def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
+    """Return how many features stay: at most the fraction ``keep``, on the grid of the tile.
+
+    Raises
+    ------
+    InputError
+        If ``keep`` is out of range, or no count is small enough.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise InputError(f"hidden: keep_hidden must be in (0, 1], got {keep}; 0.9 keeps 90 %")
+    step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
+    count = hidden.size if keep == 1.0 else math.floor(keep * hidden.size / step + 1e-9) * step
+    if not count:
+        raise InputError(
+            f"hidden: {keep:.4g} of {hidden.size} features is less than {step}, of which the "
+            f"hidden size must be a multiple (tile={tile}); raise keep_hidden or lower tile"
+        )
+    return count
+
+
+def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
+    """Score the hidden features by their share of the stream's energy.
+
+    ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over the norms, with h what a norm gets: a feature that
+    holds much of it dominates the statistic of every norm, which no reader can compensate.
+
+    Parameters
+    ----------
+    bank : mapping of str to Squares
+        Of h, by norm.
+
+    Returns
+    -------
+    Tensor
+        ``(hidden,)`` float64 on the CPU, higher = keep.
+    """
+    energy = torch.stack([squares.second_moment().cpu() for squares in bank.values()])
+    whole = energy.sum(1, keepdim=True)
+    return (energy / torch.where(whole > 0, whole, 1.0)).mean(0)
+
+
+def _stream_energy(model: nn.Module, hidden: Hidden, batches: Batches, **bar) -> MomentBank:
+    """Return the sums of squares of the stream before every norm."""
+    again = family_of(model).repeats
+    taps = [
+        Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares, repeats=again)
+        for norm in hidden.norms
+    ]
+    return collect(model, _body(model, taps), batches, taps, **bar)
+
+
+def _narrow_moments(
+    model: nn.Module,
+    hidden: Hidden,
+    sources: Sequence[Source],
+    kept: Tensor,
+    batches: Batches,
+    **bar,
+) -> MomentBank:
+    """Return the moments of ``[norm_K(h_K); norm(h)]`` of some sources."""
+
+    def take(source: Source):
+        module = model.get_submodule(source.module)
+        here = kept.to(device_of(module))
+        if not source.norm:
+            return lambda args, _: torch.cat([args[0][..., here], args[0]], dim=-1)
+        norm = copy.deepcopy(module)
+        narrow_norm(norm, here)
+        return lambda args, output: torch.cat([norm(args[0][..., here]), output], dim=-1)
+
+    size, again = len(kept) + hidden.size, family_of(model).repeats
+    taps = [
+        Tap(source.name, source.module, size, take(source), source.first, repeats=again)
+        for source in sources
+    ]
+    return collect(model, _body(model, taps), batches, taps, **bar)
+
+
+def _body(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
+    """Return the base model, or the whole one where a tap is in its head."""
+    base = body_of(model)
+    inside = set(base.modules())
+    return base if all(model.get_submodule(tap.module) in inside for tap in taps) else model
+
+
+class _Solver:
+    """Solves the sources of one model one after the other, in the order of computation."""
+
+    def __init__(self, model: nn.Module, kept: Tensor, mode: str, damp: float | str) -> None:
+        self.model, self.kept, self.mode, self.damp = model, kept, mode, damp
+        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.scales: dict[str, tuple[Tensor, Tensor]] = {}  # of the norms
+
+    def solve(self, source: Source, both: Moments) -> SiteRow:
+        """Solve a norm and its readers, from the moments of ``[v; x]``."""
+        start = time.perf_counter()
+        check_folds(both)
+        kept = self.kept.to(both.gram.device)
+        n, hidden = len(kept), both.d_in - len(kept)
+        one = both.gram.new_ones(n)
+        solution = Solution(one, None, math.inf, 0.0, 0.0, 1.0, "sliced")
+        layers = [self.model.get_submodule(path) for path in source.readers]
+        if source.norm and not source.first:
+            norm = self.model.get_submodule(source.module)
+            weighted = getattr(norm, "weight", None) is not None
+            layers += [norm] if weighted else []
+            if weighted and self.mode != "none":
+                solution = self._fit_norm(source.module, norm, both, kept)
+        if source.readers:
+            scales = self.scales.get(source.module, (one, torch.zeros_like(one)))
+            solution = self._solve_readers(source, lost_moments(both, kept, *scales), kept)
+        per_feature = sum(layer.weight.numel() for layer in layers) // hidden
+        return SiteRow(
+            name=source.name,
+            units_before=hidden,
+            units_after=n,
+            params_before=per_feature * hidden,
+            params_after=per_feature * n,
+            damp=solution.damp,
+            error=solution.error,
+            holdout_error=solution.holdout_error,
+            condition=solution.condition,
+            dropped_rows=both.dropped_rows,
+            path=solution.path,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _fit_norm(self, path: str, norm: nn.Module, both: Moments, kept: Tensor) -> Solution:
+        bias = getattr(norm, "bias", None)
+        slope, offset, solution = fit_norm(both, kept, bias is not None)
+        self.scales[path] = slope, offset
+        added = stream_of(self.model).norm_offset
+        weight = slope * (norm.weight[kept].double() + added) - added
+        new_bias = None if bias is None else slope * bias[kept].double() + offset
+        self._set(path, weight, new_bias)
+        return solution
+
+    def _solve_readers(self, source: Source, moments: Moments, kept: Tensor) -> Solution:
+        readers = [self.model.get_submodule(path) for path in source.readers]
+        sizes = [len(weight_of(reader)) for reader in readers]
+        wide = torch.cat([weight_of(reader) for reader in readers]).to(moments.gram)
+        with_bias = all(reader.bias is not None for reader in readers)
+        bias = torch.cat([reader.bias for reader in readers]) if with_bias else None
+        mode = form_at(self.mode, with_bias)
+        if not with_bias:
+            mode = {"affine": "linear", "bias": "none"}.get(mode, mode)
+        solution = solve(
+            torch.cat([wide[:, kept], wide], dim=1),
+            bias,
+            moments,
+            torch.arange(len(kept)),
+            mode=mode,
+            damp=self.damp,
+        )
+        biases = [None] * len(sizes) if solution.bias is None else solution.bias.split(sizes)
+        weights = solution.weight.split(sizes)
+        for path, weight, part in zip(source.readers, weights, biases, strict=True):
+            self._set(path, weight, part)
+        return solution
+
+    def _set(self, path: str, weight: Tensor, bias: Tensor | None) -> None:
+        dtype = self.model.get_submodule(path).weight.dtype  # float64 would take twice as much
+        self.weights[path] = weight.to(dtype), None if bias is None else bias.to(dtype)

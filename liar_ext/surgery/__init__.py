@@ -1,1 +1,0 @@
-"""Surgery: slice the modules of a model by a plan; nothing is computed here."""

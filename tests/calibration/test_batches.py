@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny, tiny_inputs
+
+from liar_ext import Budget, InputError, calibrate, reconstruct_layerwise, score, sites
+from liar_ext.calibration.batches import Batch, probe_batches, read_batch, read_batches
+from liar_ext.selection.allocation import allocate
+
+
+def test_every_form_of_a_batch_is_read_alike():
+    ids = torch.arange(12).view(3, 4)
+    labels = {"labels": ids, "start_positions": ids[:, 0], "end_positions": ids[:, 1]}
+    mask = torch.ones_like(ids)
+    bare, plain, whole = read_batches(
+        [ids, {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids, **labels}]
+    )
+    for batch in (bare, plain, whole):
+        assert batch.mask is None and len(batch) == 3
+        assert set(batch.inputs) <= {"input_ids", "attention_mask"}
+        assert batch.counting(12, ids.device).all()
+    assert whole.labels.keys() == labels.keys() and not bare.labels and not plain.labels
+    assert [batch.fold.tolist() for batch in (bare, plain, whole)] == [[0, 1, 0], [1, 0, 1]] + [
+        [0, 1, 0]
+    ]
+    assert next(read_batches([bare])) is bare
+
+
+def test_folds_and_padding_are_those_of_the_batch():
+    ids = torch.arange(12).view(3, 4)
+    mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
+    fold = torch.tensor([1, 1, 0], dtype=torch.int32)
+    (batch,) = read_batches([{"input_ids": ids, "attention_mask": mask, "fold": fold}])
+    assert batch.fold.tolist() == [1, 1, 0] and batch.fold.dtype == torch.long
+    assert torch.equal(batch.mask, mask.bool())
+    some = batch.select([2, 0])
+    assert torch.equal(some.inputs["input_ids"], ids[[2, 0]]) and some.fold.tolist() == [0, 1]
+    assert some.counting(8, ids.device).tolist() == [True] * 4 + [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": [[1, 2]]}, "got input_ids of type list"),
+        ([1, 2], "got input_ids of type list"),
+        ({"fold": torch.zeros(2)}, "holds no input of the model"),
+        ({"input_ids": torch.ones(2, 3), "fold": torch.tensor([0, 2])}, r"fold must be 0 or 1"),
+        ({"input_ids": torch.ones(2, 3), "fold": torch.tensor([0])}, r"each of 2 .* got \[0\]"),
+        ({"input_ids": torch.ones(2, 3), "fold": torch.tensor([0.5, 1])}, "fold must be 0 or 1"),
+    ],
+)
+def test_anything_else_is_no_batch(batch, message):
+    with pytest.raises(InputError, match=message):
+        list(read_batches([batch]))
+
+
+def test_sequences_of_another_fold_are_not_dropped_in_silence():
+    model = tiny("llama")
+    batch = tiny_inputs(model, batch=6)
+    bank = calibrate(model, [batch])
+    plan = allocate(sites(model), score(model, bank, sites(model), "wifv"), Budget(0.7), "uniform")
+    with pytest.raises(InputError, match="fold must be 0 or 1"):
+        reconstruct_layerwise(model, [{**batch, "fold": torch.tensor([0, 1, 2, 0, 1, 1])}], plan)
+
+
+def test_labels_do_not_reach_the_model_body():
+    model = tiny("bert")
+    batch = tiny_inputs(model, batch=4)
+    labelled = calibrate(model, [{**batch, "labels": torch.arange(4)}])
+    for name, moments in calibrate(model, [batch]).items():
+        assert torch.equal(labelled[name].gram, moments.gram)
+
+
+def test_probes_hold_inputs_alone():
+    ids = torch.arange(3000).view(10, 300)
+    probes = probe_batches([{"input_ids": ids, "labels": ids, "fold": torch.arange(10) % 2}])
+    assert [set(probe) for probe in probes] == [{"input_ids"}]
+    assert isinstance(next(read_batches(probes)), Batch)
+
+
+def test_every_source_is_probed():
+    ids = torch.arange(64 * 8).view(64, 8)
+    batches = [
+        {"input_ids": ids[at : at + 4], "source": torch.tensor([0, 1, 0, 1])}
+        for at in range(0, 64, 4)
+    ]
+    rows = torch.cat([probe["input_ids"] for probe in probe_batches(batches)])[:, 0] // 8
+    assert sorted((rows % 2).tolist()) == [0] * (len(rows) // 2) + [1] * (len(rows) // 2)
+    alone = torch.cat([p["input_ids"] for p in probe_batches([{"input_ids": ids}])])
+    assert len(alone) == len(rows)
+
+
+def test_a_source_is_a_whole_number_for_each_sequence():
+    with pytest.raises(InputError, match="source must be a whole number for each of 2"):
+        read_batch({"input_ids": torch.ones(2, 3), "source": torch.tensor([0.5, 1])})

@@ -1,0 +1,131 @@
+"""A job by blocks that is stopped at any block goes on, and writes the same folder."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tiny import batches, tiny
+
+from liar_ext import InputError, load_pruned
+from liar_ext.checkpoint.block_source import BlockStore
+from liar_ext.checkpoint_store import Checkpoint
+from liar_ext.job import analysis, folder
+from liar_ext.job.folder import prune_folder
+from liar_ext.job.streamed_passes import StreamedPasses
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.walk import LayerwiseSolver
+
+ONE_PASS = {"schedule": "one-pass"}
+# Family, choices, and whether hidden states are on disk and the sums of one block there at a time.
+JOBS = {
+    "default": ("llama", {}, True),
+    "tuples": ("gpt_neox", {}, False),
+    "one-pass": ("llama", ONE_PASS, False),
+    "one-pass-tight": ("llama", ONE_PASS, True),
+    "uniform": ("llama", {**ONE_PASS, "allocation": "uniform"}, True),
+}
+
+
+@pytest.fixture(autouse=True)
+def always_saving(monkeypatch):
+    monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Folders of models, each with text, by family."""
+    found = {}
+    for family in ("llama", "gpt_neox"):
+        model, folder = tiny(family), tmp_path_factory.mktemp("dense") / family
+        model.save_pretrained(folder)
+        found[family] = folder, batches(model, 5)
+    return found
+
+
+def run(folder, data, out, saved=None, **choices):
+    recipe = Recipe(keep=0.6, tile=1, **choices)
+    texts = {"evaluate_on": data[3:4]} if "llama" in str(folder) else {}
+    if recipe.settled().schedule == "layerwise":
+        texts["certify_on"] = data[4:]
+    with Checkpoint(saved) if saved else open(os.devnull) as kept:
+        return prune_folder(
+            BlockStore(folder),
+            data[:3],
+            out,
+            recipe,
+            max_memory=4 << 30,
+            saved=kept if saved else None,
+            **texts,
+        )
+
+
+def same(a, b) -> bool:
+    ours, theirs = (load_pruned(folder).state_dict() for folder in (a, b))
+    equal = (torch.equal(value, theirs[name]) for name, value in ours.items())
+    return ours.keys() == theirs.keys() and all(equal)
+
+
+def counting(patch, kind, name, stop=0) -> list:
+    original, calls = getattr(kind, name), []
+
+    def counted(*arguments):
+        calls.append(None)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    patch.setattr(kind, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_path, monkeypatch):
+    family, choices, tight = JOBS[job]
+    dense = dense[family]
+    if tight:
+        monkeypatch.setattr("liar_ext.job.streamed.room_for_states", lambda *_: 0)
+    expected = run(*dense, tmp_path / "whole", **choices)
+    layerwise = expected.settings["schedule"] == "layerwise"
+    # The sums of block 2; after walk 1, with its blocks kept and with the plan; in walk 2.
+    stops = [(StreamedPasses, "_sums", 3), (analysis, "allocated", 1)]
+    stops += [(folder, "outputs_of", 1), (BlockStore, "tensors", 2)]
+    stops += [(LayerwiseSolver, "step", 2)] if layerwise else []
+    for number, (kind, name, call) in enumerate(stops):
+        with monkeypatch.context() as patch:
+            counting(patch, kind, name, call)
+            with pytest.raises(KeyboardInterrupt):
+                run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
+        kept = {path.name for path in (tmp_path / "c").iterdir()}
+        assert ("plan.safetensors" in kept) == (number > 1)
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
+    with monkeypatch.context() as patch:
+        sums, steps = (
+            counting(patch, StreamedPasses, "_sums"),
+            counting(patch, LayerwiseSolver, "step"),
+        )
+        report = run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
+    assert len(sums) == (2 if tight and not layerwise else 0)
+    assert len(steps) == (1 if layerwise else 0)
+    assert same(tmp_path / "pruned", tmp_path / "whole")
+    assert report.plan == expected.plan and report.evaluation == expected.evaluation
+    ours, theirs = ({**each.settings} for each in (report, expected))
+    if tight:
+        assert ours.pop("hidden_states_on_disk") > 0 and theirs.pop("hidden_states_on_disk") > 0
+    assert ours == theirs
+    for a, b in zip(report.sites, expected.sites, strict=True):
+        assert (a.damp, a.error, a.path, a.sensitivity) == (b.damp, b.error, b.path, b.sensitivity)
+        assert a.certified_error == b.certified_error
+
+
+def test_other_weights_are_refused(dense, tmp_path, monkeypatch):
+    folder, data = dense["llama"]
+    with monkeypatch.context() as patch:
+        counting(patch, StreamedPasses, "_sums", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, data, tmp_path / "pruned", tmp_path / "c")
+    tiny(folder.name, seed=3).save_pretrained(tmp_path / folder.name)
+    with pytest.raises(InputError, match="checkpoint: .*is of a job with weights "):
+        run(tmp_path / folder.name, data, tmp_path / "pruned", tmp_path / "c")
