@@ -77,10 +77,12 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
         size = f"{row['params'] / 1e6:.1f} M" + ", half of heads and channels" * row["half"]
         cells.append([row["model"], vocabulary, chosen, size, "; ".join(quality), "; ".join(rates)])
-    note = (
-        "BBC news: articles that chose no token, title to body. Bits per byte: 16 documents of "
-        "1,200 characters each. Half: 128 × 256 tokens of news and STS-B training sentences, seed 0"
-    )
+    notes = ["BBC news: articles that chose no token, title to body"]
+    if any("bits" in row[4] for row in cells):
+        notes.append(f"bits per byte: {DOCUMENTS} documents of {CHARACTERS:,} characters each")
+    if any(row["half"] for row in rows):
+        notes.append("half: {samples} × {seq_len} tokens of both texts, seed 0".format(**HALF))
+    note = "; ".join(notes)
     facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
     TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")
 
