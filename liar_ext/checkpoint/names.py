@@ -14,6 +14,7 @@ FINGERPRINT_FILE = f"{OWN_FOLDER}/fingerprint.safetensors"
 MANIFEST_FILE = f"{OWN_FOLDER}/manifest.json"
 REPORT_JSON = f"{OWN_FOLDER}/report.json"
 REPORT_MARKDOWN = f"{OWN_FOLDER}/report.md"
+VOCABULARY_FILE = f"{OWN_FOLDER}/vocabulary.json"
 RECIPE_YAML = f"{OWN_FOLDER}/recipe.yaml"
 CARD_FILE = "README.md"
 # What was exported from the folder, and where it lies.

@@ -315,6 +315,9 @@ def run_verify(options: argparse.Namespace) -> int:
     else:
         print(f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}")
         print("\n".join(table(facts["rows"])))
+        if "tokenizer_agrees" in facts:
+            verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
+            print(f"tokenizer: {verdict} for the stored texts")
     return 0 if facts["agrees"] else 1
 
 

@@ -26,6 +26,7 @@ from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint.reading import stock_class
 from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.output import check_device
+from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.choosing import LEAST
@@ -62,6 +63,7 @@ class Given:
     notes: tuple[str, ...] = ()  # of the draw
     documents: Tensor | None = None  # their digests, where they are asked for
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
+    vocabulary: SmallerVocabulary | None = None  # what became of the tokens
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -133,12 +135,14 @@ def load(
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     if kind is None:
         texts.check_seq_len(model, recipe.seq_len)
+    vocabulary = SmallerVocabulary(recipe, model, tokenizer, read, held_out)
+    tokenizer = vocabulary.tokenizer
     drawn = None
     if is_first():
         reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, reads, read, held_out, **settings)
-    return Given(model, tokenizer, *broadcast(drawn))
+    return Given(model, tokenizer, *broadcast(drawn), vocabulary=vocabulary)
 
 
 def read_source(source: str, kind: str | None) -> texts.Documents:
@@ -156,7 +160,13 @@ def _documents(
             f"prune: {recipe.model} reads {kind}, which no model writes (--calibration self) and "
             "random tokens (--random-tokens) are not; leave them out"
         )
-    read = {source: read_source(source, kind) for source in recipe.calibration if source != SELF}
+    if kind is not None and recipe.keep_vocab != 1.0:
+        raise InputError(
+            f"prune: {recipe.model} reads {kind}, by which no tokens are counted; leave out "
+            "--keep-vocab"
+        )
+    sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
+    read = {source: read_source(source, kind) for source in sources if source != SELF}
     held_out = read_source(recipe.eval, kind) if recipe.eval else None
     texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
@@ -293,6 +303,8 @@ def add_facts(report: Report, given: Given) -> None:
     report.settings |= given.facts
     report.warnings += given.warnings
     report.recipe = replace(report.recipe, text_digests=given.text_digests)
+    if given.vocabulary is not None:
+        given.vocabulary.add_to(report)
 
 
 Batches = Sequence[Mapping[str, Tensor]]

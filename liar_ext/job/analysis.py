@@ -43,7 +43,8 @@ class Base:
     @property
     def source(self) -> Mapping[str, Any]:
         """What it was decided on."""
-        return getattr(self.narrowing or self.experts, "source", {})
+        none = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
+        return getattr(self.narrowing or self.experts, "source", none)
 
     def in_full(self, plan: Plan) -> Plan:
         """Return a plan of its sites with what the copy lacks."""
@@ -98,7 +99,8 @@ def passes_of(job: Job, base: Base) -> Passes | StreamedPasses | None:
 
     They are summed where :func:`analyze` and the solves ask for them.
     """
-    if base.model is not job.model and job.recipe.keep == 1.0:
+    whole = base.model is job.model and job.recipe.keep_vocab == 1.0
+    if not whole and job.recipe.keep == 1.0:
         return None
     text = () if job.batches is None else job.batches
     if job.walk is None:

@@ -192,9 +192,15 @@ def prepare(job: Job) -> Job:
         job = replace(job, batches=check_bank(*given))
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
-    params = {"before": count_params(model), "prunable_before": sum(s.params for s in at)}
+    gone = getattr(model, "liar_vocabulary", {}).get("params_gone", 0)
+    params = {"before": count_params(model) + gone, "prunable_before": sum(s.params for s in at)}
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)
+    if recipe.keep_vocab != 1.0 and not hasattr(model, "liar_vocabulary"):
+        raise InputError(
+            "prune: keep_vocab is for text that is drawn afterwards; call liar_ext.keep_tokens and "
+            "draw the batches with its tokenizer, or let liar_ext.compress do it all"
+        )
     if job.narrows:
         count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
     backward = get_criterion(recipe.criterion).needs == "gradient"

@@ -41,6 +41,7 @@ _budget = partial(Option, group="budget", affects="plan")
 _whole = partial(  # leaves a smaller model, which is then pruned
     Option, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
 )
+_words = partial(Option, group="budget", affects="inputs", with_bank=False, streamed=False)
 _solve = partial(Option, group="reconstruction", affects="weights")
 _report = partial(Option, group="evaluation", affects="report")
 
@@ -164,6 +165,21 @@ class Fields:
     keep_experts: float = _whole(
         1.0, check.number, "fraction of the experts per layer to keep; --keep counts the rest"
     )
+    keep_vocab: float | str = _words(
+        1.0,
+        check.vocabulary,
+        "fraction of the tokens to keep, or their number, such as 32k; --keep counts the rest",
+        metavar="F",
+        read=check.read_tokens,
+        in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
+    )
+    vocab_text: tuple[str, ...] = _words(
+        (),
+        check.texts,
+        "text that decides which tokens stay (default: the calibration text)",
+        metavar="TEXT",
+        in_python="liar_ext.choose_tokens takes the text",
+    )
     kinds: tuple[str, ...] = _budget(
         KINDS,
         check.some_of((*KINDS, *PARTS)),
@@ -263,6 +279,10 @@ class Fields:
         if not 0.0 < self.keep_experts <= 1.0:
             raise InputError(
                 f"recipe: keep_experts must be in (0, 1], got {self.keep_experts}; 0.75 keeps 75 %"
+            )
+        if self.vocab_text and self.keep_vocab == 1.0:
+            raise InputError(
+                "recipe: vocab_text decides which tokens go, and keep_vocab keeps all; give both"
             )
         if self.of == "kv_cache" and "attn" not in self.kinds:
             raise InputError(
