@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.calibration.saved_sums import SUMS, packed, restored
 from liar_ext.calibration.taps import InFlight, adding, is_relative, tap_at, watched
 from liar_ext.checkpoint_store import reading
-from liar_ext.distributed import all_reduce, gather, rank, world_size
+from liar_ext.distributed import all_reduce, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
@@ -25,8 +24,7 @@ from liar_ext.reconstruction.layerwise import Solved, solve_blocks
 from liar_ext.reconstruction.one_pass import reconstruct_shared
 from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
-from liar_ext.selection.divergence import DenseOutputs
-from liar_ext.selection.sensitivity import POSITIONS, mean_divergences, pruned_site
+from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 
 ALONG = "judged"  # the key of text that has passed the dense model
 
@@ -306,18 +304,9 @@ class ProbeStreams:
 
     def sensitivities(self) -> dict[str, float]:
         """Return the sensitivity of each site, after the last block."""
-        model, blocks, last = self.walk.model, self.walk.blocks, len(self.walk.blocks) - 1
-        total, rows = dict.fromkeys(self.streams, 0.0), 0
+        own = dict(zip(self.dense.numbers, self.dense.batches, strict=True))
+        probes = {name: stream.answering_for for name, stream in self.streams.items()}
         with self.walk.begun(), self.walk.source.head():
-            for number, batch in enumerate(self.dense.batches):
-                with blocks.answering({last: partial(self.dense.at, number)}):
-                    dense = DenseOutputs(model, batch, POSITIONS)
-                rows += len(dense)
-                for name, stream in self.streams.items():
-                    with blocks.answering({last: partial(stream.at, number)}):
-                        total[name] += dense.divergence(model, finite_only=True)
-        totals, rows = zip(*gather((list(total.values()), rows)), strict=True)
-        summed = [sum(of_ranks) for of_ranks in zip(*totals, strict=True)]
-        values = mean_divergences(summed, sum(rows), [(name,) for name in total])
-        measured = dict(zip(total, values, strict=True))
+            values = mean_divergences(self.walk.model, own, self.dense.answering_for, probes)
+        measured = dict(zip(probes, values, strict=True))
         return sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)

@@ -126,9 +126,14 @@ class StreamedBatches:
         ]
         return StreamedBatches(name, self.walk, self.batches, self.numbers, after)
 
-    def at(self, number: int) -> Tensor:
+    def at(self, place: int) -> Tensor:
         """Return the hidden states of a batch where the model computes."""
-        return self.hidden[number].get().to(self.walk.source.device)
+        return self.hidden[place].get().to(self.walk.source.device)
+
+    def answering_for(self, number: int) -> AbstractContextManager:
+        """Let the model's forward go on from a batch behind the last block, in a walk."""
+        last, place = len(self.walk.blocks) - 1, self.numbers.index(number)
+        return self.walk.blocks.answering({last: partial(self.at, place)})
 
     @contextmanager
     def answering(self) -> Iterator[None]:
