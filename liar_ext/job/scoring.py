@@ -30,7 +30,7 @@ from liar_ext.selection.sensitivity import Measured
 
 
 def find_scores(
-    recipe: Recipe, known: Known, passes: Any, at: Sequence[Site], *, progress: bool = False
+    recipe: Recipe, known: Known, passes: Passes, at: Sequence[Site], *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Return the scores of sites, by :class:`Passes` or those of one block at a time.
 
@@ -55,7 +55,7 @@ def find_scores(
 def find_curves(
     recipe: Recipe,
     known: Known,
-    passes: Any,
+    passes: Passes,
     at: Sequence[Site],
     scores: Mapping[str, Tensor],
     elsewhere: dict[str, str],

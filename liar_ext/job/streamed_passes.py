@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from liar_ext.calibration.batches import Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_sums
+from liar_ext.calibration.collect import check_sums, summing
 from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS, packed, restored
-from liar_ext.calibration.taps import InFlight, adding, is_relative, tap_at, watched
+from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint_store import reading
-from liar_ext.distributed import all_reduce, rank, world_size
+from liar_ext.distributed import rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
@@ -29,7 +28,7 @@ from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 ALONG = "judged"  # the key of text that has passed the dense model
 
 
-class StreamedPasses:
+class StreamedPasses(Passes):
     """The moments of all sites, block by block: what :class:`Passes` is for a model in memory.
 
     Iterating gives the sites of one block after the other, with the weights of that block in memory
@@ -66,11 +65,6 @@ class StreamedPasses:
         self.first = 0  # the block to begin with next
         self.kept: dict[str, Moments] = {}
         self._streams = SavedStreams(walk.saved, SUMS, len(walk.blocks), self._numbers)
-
-    @property
-    def taken(self) -> int:
-        """How many walks ran the text."""
-        return len(self.summed)
 
     def __iter__(self) -> Iterator[list[Site]]:
         return self._groups(known=False)
@@ -149,16 +143,11 @@ class StreamedPasses:
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         """Take all sequences past a block, and return the moments of its sites."""
-        device, current = self.walk.source.device, InFlight()
-        moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
-        with ExitStack() as stack:
-            for site in group:
-                given = tap_at(self.model, site), moments[site.name], current
-                consumer = self.model.get_submodule(site.consumer)
-                stack.enter_context(watched(consumer, adding(*given, math.inf)))
+        with summing(self.model, [tap_at(self.model, site) for site in group]) as (
+            moments,
+            current,
+        ):
             self.text.advance(index, current.set)
-        for sums in moments.values():
-            all_reduce(*vars(sums).values())
         check_sums(MomentBank(moments), self.source["sequences"])
         if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
