@@ -64,7 +64,8 @@ class StreamedPasses(Passes):
         self.index = 0  # of the block that is given
         self.first = 0  # the block to begin with next
         self.kept: dict[str, Moments] = {}
-        self._streams = SavedStreams(walk.saved, SUMS, len(walk.blocks), self._numbers)
+        self._streams = SavedStreams(walk, SUMS, self._numbers)
+        self._passed = SavedStreams(walk, ALONG)
 
     def __iter__(self) -> Iterator[list[Site]]:
         return self._groups(known=False)
@@ -171,7 +172,7 @@ class StreamedPasses(Passes):
     def restore(self, found: Mapping[str, dict]) -> None:
         """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
         saved, streams = self.walk.saved, self._hidden()
-        done = self._streams.restore(self.walk.blocks, streams, self.walk.states)
+        done = self._streams.restore(streams)
         for index in range(done):
             stored, facts = saved.need(f"{SUMS}-{index}")
             with reading(stored.path):
@@ -205,18 +206,15 @@ class StreamedPasses(Passes):
                 facts[what] = here
         if self.keep:
             tensors |= packed({name: self.bank[name] for name in names})
-        done, blocks = self.index + 1, self.walk.blocks
+        done = self.index + 1
         saved.put(f"{SUMS}-{self.index}", tensors, facts)
-        self._streams.keep(done, blocks, self._hidden())
-        if done == len(blocks):
-            kept = SavedStreams(saved, ALONG, done)
-            kept.keep(done, blocks, {each.name: each.hidden for each in self.along}, now=True)
+        self._streams.keep(done, self._hidden())
+        if done == len(self.walk.blocks):
+            self._passed.keep(done, {each.name: each.hidden for each in self.along}, now=True)
 
     def restore_along(self) -> None:
         """Take the other text to where :meth:`finish` left it behind the last block."""
-        streams = {each.name: each.hidden for each in self.along}
-        kept = SavedStreams(self.walk.saved, ALONG, len(self.walk.blocks))
-        kept.restore(self.walk.blocks, streams, self.walk.states)
+        self._passed.restore({each.name: each.hidden for each in self.along})
 
     def _restore_sums(self, blocks: range) -> None:
         for index in blocks if self.walk.saved is not None else ():
