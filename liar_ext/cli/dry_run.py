@@ -283,18 +283,17 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         add_facts(report, given)
 
     with checkpoint_of(recipe, options) as saved:
-        report = prune_folder(
-            store,
+        job = Job(
+            store.model,
             given.calibration,
-            options.out,
             settled,
-            max_memory=options.max_memory,
+            options.progress,
+            saved=saved,
             evaluate_on=given.evaluation,
             certify_on=given.certification,
-            overwrite=options.overwrite,
-            saved=saved,
-            annotate=annotate,
-            progress=options.progress,
+            limit=options.max_memory,
         )
+        out = {"overwrite": options.overwrite, "annotate": annotate}
+        report = prune_folder(store, job, options.out, **out)
     say(report, options, start)
     return report
