@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 Step = TypeVar("Step")
 # Called with the stage, steps that are done, steps in all, and seconds left, if they are known.
 OnProgress = Callable[[str, int, int | None, float | None], object]
-EVERY = 30.0  # seconds between two lines of the log
+EVERY, SHORTEST = 30.0, 0.1  # seconds between two lines of the log, and between looks at them
 TITLES = {  # of stages, for people
     "calibrate": "collecting activation statistics",
     "curves": "computing error curves",
@@ -54,7 +56,10 @@ class Bar(tqdm):
         self.logged = time.monotonic()
         settings.setdefault("leave", self.job is None)
         super().__init__(*args, disable=disable or self.logs, desc=desc, **settings)
-        self.desc = desc
+        self.desc, self._ended = desc, threading.Event()
+        if self.logs and self.told is None:  # a step may take longer than two lines are apart
+            ticking = weakref.ref(self), self._ended
+            threading.Thread(target=_tick, args=ticking, daemon=True).start()
 
     def __str__(self) -> str:
         if self.job is None:
@@ -77,23 +82,38 @@ class Bar(tqdm):
         """Note steps that are done; log them if it is time."""
         if not self.logs:
             return super().update(n)
-        self.n, now, last = self.n + n, time.monotonic(), self.job or self
+        self.n += n
         if self.told is not None:
             left = None if self.job is None else self.job.left(self.desc, self.n)
             self.told(_name(self.desc), self.n, self.total, left)
             return
+        self.log()
+
+    def log(self) -> float:
+        """Write a line into the log if it is time; return the seconds until it is."""
+        now, last = time.monotonic(), self.job or self
         if now - last.logged >= EVERY:
             last.logged = now
             of = "" if self.total is None else f"/{self.total}"
             line = f"{_title(self.desc)} {self.n}{of}" if self.job is None else str(self)
             logging.getLogger("liar_ext").info(line)
+        return EVERY - (now - last.logged)
 
     def close(self) -> None:
         """Take the line away; the stage has come so far."""
         if self.job is not None and (self.logs or not self.disable):
             self.job.advance(self.desc, self.n)
         self.logs = False
+        self._ended.set()
         super().close()
+
+
+def _tick(bar: weakref.ref[Bar], ended: threading.Event) -> None:
+    """Let a bar log in time until it has ended or is gone."""
+    left = EVERY
+    while not ended.wait(max(left, SHORTEST)) and (open_bar := bar()) is not None:
+        left = open_bar.log()
+        del open_bar
 
 
 @contextmanager

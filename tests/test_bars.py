@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
+import time
 
 import forked
 import pytest
@@ -125,3 +127,16 @@ def test_a_fork_of_the_tests_shares_no_lock_of_bars():
         before = bar.get_lock()
     for kind in (Bar, tqdm, auto.tqdm):
         assert forked.end(forked.fork(lambda kind=kind: int(kind.get_lock() is before))) == 0
+
+
+def test_a_step_that_takes_long_has_its_lines_too(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "liar_ext")
+    monkeypatch.setattr("liar_ext.progress.EVERY", 0.2)
+    before = threading.active_count()
+    with Bar(total=4, desc="curves", file=io.StringIO()) as bar:
+        bar.update()
+        time.sleep(1.0)  # one step
+        assert caplog.messages.count("computing error curves 1/4") >= 2
+    said = len(caplog.messages)
+    time.sleep(0.5)
+    assert len(caplog.messages) == said and threading.active_count() == before

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 
-from liar_ext.calibration.bank_file import read_bank
+from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
 from liar_ext.calibration.texts import tokenizer_fingerprint
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.cli.inputs import let_write, load
-from liar_ext.cli.options import recipe_of
-from liar_ext.cli.output import print_json, warn
+from liar_ext.cli.options import check_complete, recipe_of
+from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.cli.with_bank import calibrations, check_bank_place, save_bank
 from liar_ext.distributed import is_first
@@ -28,17 +29,9 @@ from liar_ext.recipe import Recipe
 def run(options: argparse.Namespace) -> None:
     """Check what is asked for, and do it."""
     recipe = recipe_of(options)
-    missing = {
-        "MODEL": not recipe.model,
-        "--calibration TEXT": not recipe.calibration,
-        "--out FILE": not options.bank,
-    }
-    names = [name for name, lacks in missing.items() if lacks]
-    if names:
-        raise InputError(
-            f"calibrate: liar calibrate needs {', '.join(names)}; for one liar calibrate MODEL "
-            "--calibration text.txt --out moments.safetensors, MODEL before --calibration"
-        )
+    given = {"MODEL": recipe.model, "--calibration TEXT": recipe.calibration}
+    example = "for one liar calibrate MODEL --calibration text.txt --out moments.safetensors"
+    check_complete("calibrate", {**given, "--out FILE": options.bank}, example)
     run_recipe(recipe, options)
 
 
@@ -47,20 +40,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     start = time.perf_counter()
     check_bank_place(options.bank, "calibrate", "--out", options.overwrite)
     check_apart(options)
-    loaded = load(recipe, progress=options.progress, digests=True)
+    loaded = load(recipe, progress=options.progress)
     at = sites(loaded.model, attn_unit=recipe.attn_unit)
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     packed = predicts_next_token(loaded.model)
     with checkpoint_of(recipe, options) as saved:
         let_write(loaded, recipe, saved, progress=options.progress)
-        bank = calibrate(
-            loaded.model,
-            loaded.calibration,
-            at,
-            keep_text=not options.no_text,
-            checkpoint=saved,
-            progress=options.progress,
-        )
+        how = {"keep_text": not options.no_text, "checkpoint": saved}
+        bank = calibrate(loaded.model, loaded.calibration, at, **how, progress=options.progress)
         if options.sensitivities:
             given = loaded.model, loaded.calibration, bank, options.progress
             work = Sweep(*given, saved=saved, probe_keep=PROBE_KEEP)
@@ -81,19 +68,19 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             )
         save_bank(bank, options.bank, "calibrate", "--out", options.overwrite)
     megabytes = os.stat(options.bank).st_size / 1e6
-    if options.json:
-        facts = {"out": options.bank, "layers": len(bank), "megabytes": megabytes}
-        facts |= {name: bank.source[name] for name in ("tokens", "sequences")}
-        facts |= {"text": bank.text is not None, "seconds": time.perf_counter() - start}
-        print_json(facts, loaded.warnings)
-    elif not options.quiet:
-        print(
-            f"{options.bank}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "
-            f"in {bank.source['sequences']} sequences, {megabytes:,.1f} MB"
-            f"{', without their text' if bank.text is None else ''}",
-            flush=True,
-        )
-        warn(loaded.warnings)
+    facts = {"out": options.bank, "layers": len(bank), "megabytes": megabytes}
+    facts |= {name: bank.source[name] for name in ("tokens", "sequences")}
+    facts |= {"text": bank.text is not None, "seconds": time.perf_counter() - start}
+    bare = ", without their text" if bank.text is None else ""
+    lines = [] if options.quiet else [f"{_summary(options.bank, bank)}, {megabytes:,.1f} MB{bare}"]
+    show(options, facts, lines, loaded.warnings)
+
+
+def _summary(path: str, bank: MomentBank) -> str:
+    return (
+        f"{path}: moments of {len(bank)} sites over {bank.source['tokens']:,} tokens "
+        f"in {bank.source['sequences']} sequences"
+    )
 
 
 def run_merge(options: argparse.Namespace) -> None:
@@ -106,41 +93,35 @@ def run_merge(options: argparse.Namespace) -> None:
         raise InputError("merge: one bank is named twice, which would count its text twice")
     # One order, whatever that of the arguments is: so the sum is the same to the last bit.
     order = sorted(headers, key=lambda path: (headers[path].source.get("data", []), path))
-    checked = MomentBank(source=headers[order[0]].source)
-    checked.sequences = headers[order[0]].sequences
-    for path in order[1:]:
-        header = headers[path]
-        with _naming(path, order[: order.index(path)]):
-            checked.merge(MomentBank(source=header.source, sequences=header.sequences))
-    total = MomentBank.load(order[0])
-    for path in order[1:]:
-        with _naming(path, order[: order.index(path)]):
-            total.merge(MomentBank.load(path))
+    _added(order, lambda path: _without_sums(headers[path]))  # refuses before sums are read
+    total = _added(order, MomentBank.load)
     save_bank(total, options.out, "merge", "--out", options.overwrite)
+    notes = []
+    bare = [path for path in order if headers[path].text is None]
+    if bare:
+        notes.append(f"The text is left out, since {', '.join(bare)} has none.")
+    if any(header.source.get("sensitivities") for header in headers.values()):
+        one = "they were measured by the sums of one bank alone."
+        notes.append(f"Sensitivities are left out: {one}")
     if not options.quiet:
-        print(
-            f"{options.out}: moments of {len(total)} sites over {total.source['tokens']:,} tokens "
-            f"in {total.source['sequences']} sequences of {len(order)} banks"
-        )
-        bare = [path for path in order if headers[path].text is None]
-        if bare:
-            warn([f"The text is left out, since {', '.join(bare)} has none."])
-        if any(header.source.get("sensitivities") for header in headers.values()):
-            warn(["Sensitivities are left out: they were measured by the sums of one bank alone."])
+        show(options, {}, [f"{_summary(options.out, total)} of {len(order)} banks"], notes)
 
 
-class _naming:
-    """Let an error of adding a bank say which one it is."""
+def _without_sums(stored: Stored) -> MomentBank:
+    return MomentBank(source=stored.source, sequences=stored.sequences)
 
-    def __init__(self, path: str, done: list[str]) -> None:
-        self.path, self.done = path, done
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, InputError) and str(error).startswith("MomentBank.merge: "):
-            why = str(error).removeprefix("MomentBank.merge: ")
-            raise InputError(
-                f"merge: {self.path} can't be added to {', '.join(self.done)}: {why}"
-            ) from None
+def _added(paths: list[str], load: Callable[[str], MomentBank]) -> MomentBank:
+    """Return the sum of banks; an error says which one can't be added."""
+    total = load(paths[0])
+    for at, path in enumerate(paths[1:], 1):
+        try:
+            total.merge(load(path))
+        except InputError as error:
+            said = str(error)
+            if not said.startswith("MomentBank.merge: "):
+                raise
+            why = said.removeprefix("MomentBank.merge: ")
+            done = ", ".join(paths[:at])
+            raise InputError(f"merge: {path} can't be added to {done}: {why}") from None
+    return total

@@ -1,40 +1,27 @@
-"""Two ways to prune that don't hold the model: told beforehand, and block by block."""
+"""``liar prune --dry-run``: what a job would do, and what it would take."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batch
-from liar_ext.calibration.generated import SELF
-from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.cli.inputs import add_facts, check_tokenizer, load, writes
-from liar_ext.cli.output import print_estimate, say
-from liar_ext.cli.resume import checkpoint_of
-from liar_ext.distributed import is_first
-from liar_ext.errors import InputError
 from liar_ext.job.estimate import GIB, in_gib, stages_of, tokens_of, work_of_token
-from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
-from liar_ext.job.streamed import describe_streamed
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import device_of, evaluating, predicts_next_token
+from liar_ext.models.running import device_of, evaluating
 from liar_ext.models.sites import Site, skeleton, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.one_pass import with_bias
-from liar_ext.reconstruction.streams import Walk
-from liar_ext.report.report import Report
 from liar_ext.report.tables import Table, latency_lines, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
@@ -50,11 +37,6 @@ def describe(
 
     Sizes, passes and loading are exact where they don't depend on what will be measured. Times are
     counted operations, at the rate of a forward pass over one batch.
-
-    Raises
-    ------
-    InputError
-        Whatever the job would raise before it starts.
     """
     job = prepare(Job(model, batches, recipe, judged=judge_on))
     recipe, at = job.recipe, job.sites(model)
@@ -74,7 +56,6 @@ def describe(
 
 
 def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) -> Table:
-    """Return how many units layers have and can keep."""
     chosen = "all the same" if recipe.uniform_layers else "each its own"
     free = f"kept by {recipe.allocation}, {chosen}" if recipe.allocation != "uniform" else ""
     heads = ("", "layers", "units of a layer", "kept by the same fraction", free)
@@ -109,7 +90,6 @@ def _what(site: Site) -> str:
 
 
 def _layers(some: Sequence[Site], equal: Plan, recipe: Recipe) -> tuple[str, ...]:
-    """Return the row of layers of one size."""
     kept = [len(equal.sites[site.name].kept) for site in some]
     site, counts, layers = some[0], allowed_counts(some[0], recipe.budget), teams_of(some)
     same = str(min(kept)) if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
@@ -125,7 +105,6 @@ def _layers(some: Sequence[Site], equal: Plan, recipe: Recipe) -> tuple[str, ...
 
 
 def _costs(job: Job, at: Sequence[Site]) -> list[str]:
-    """Return a table of the stages, and lines on passes, memory and time."""
     rate = _rate(job, at)
     forward = sum(work_of_token(job.model, at)) * sum(map(tokens_of, job.batches)) / rate
     stages, count = stages_of(job, rate=rate), len(job.batches)
@@ -193,14 +172,12 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
 
 
 def _how(model: nn.Module, plan: Plan) -> str:
-    """Return which loaders take the model after a plan."""
     pruned = skeleton(type(model), model.config)
     apply_plan(pruned, plan)
     return how_to_load(pruned, plan)
 
 
 def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
-    """Return the plan with the first experts of each layer alone."""
     count = count_experts_kept(model, recipe.keep_experts)
     experts = {site.team: SitePlan(site.experts, tuple(range(count))) for site in layers_of(model)}
     gone = {
@@ -222,78 +199,5 @@ def _uneven(plan: Plan, at: Sequence[Site], recipe: Recipe) -> Plan:
 
 
 def _first(site: Site, count: int) -> tuple[int, ...]:
-    """Return the first units of every group of a site."""
     run, each = site.units // site.groups, count // site.groups
     return tuple(group * run + unit for group in range(site.groups) for unit in range(each))
-
-
-NONE_WRITTEN = (
-    "The model wrote no calibration text of its own (--self-text), for which all of it must be in "
-    "memory: text unlike that of the calibration set loses more."
-)
-
-
-def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> Report | None:
-    """Run the job that the options and their recipe say, which began at ``start``."""
-    if SELF in recipe.calibration:
-        raise InputError(
-            "prune: --calibration self has the model write text, for which it must be in memory; "
-            "leave it or --max-memory out"
-        )
-    if recipe.keep_vocab != 1.0:
-        raise InputError(
-            "prune: --keep-vocab cuts the embeddings of the whole model in memory; leave it or "
-            "--max-memory out"
-        )
-    if options.bank:
-        raise InputError(
-            "prune: --bank holds the sums of all layers, for which there must be memory; leave it "
-            "or --max-memory out"
-        )
-    stores = []
-
-    def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-        stores.append(BlockStore(name, dtype, device))
-        check_tokenizer(name, stores[0].tokenizer)
-        return stores[0].model, stores[0].tokenizer
-
-    settled = replace(recipe, self_text=0.0)
-    given = load(settled, loader=open_store, progress=options.progress)
-    (store,) = stores
-    if given.evaluation is not None and not predicts_next_token(store.model):
-        raise InputError(
-            "prune: --max-memory with --eval needs a causal language model, got "
-            f"{type(store.model).__name__}; leave --eval out, and judge the result by liar eval "
-            "DIR --text TEXT"
-        )
-    if writes(recipe, store.model):
-        given.warnings.append(NONE_WRITTEN)
-    if getattr(options, "dry_run", False):
-        known = {"walk": Walk.of(store), "limit": options.max_memory}
-        known["certify_on"] = given.certification
-        lines = describe_streamed(prepare(Job(store.model, given.calibration, settled, **known)))
-        if is_first():
-            print_estimate(lines, options)
-        return None
-    loaded = time.perf_counter() - start
-
-    def annotate(report: Report) -> None:
-        report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
-        report.seconds["total"] = time.perf_counter() - start
-        add_facts(report, given)
-
-    with checkpoint_of(recipe, options) as saved:
-        job = Job(
-            store.model,
-            given.calibration,
-            settled,
-            options.progress,
-            saved=saved,
-            evaluate_on=given.evaluation,
-            certify_on=given.certification,
-            limit=options.max_memory,
-        )
-        out = {"overwrite": options.overwrite, "annotate": annotate}
-        report = prune_folder(store, job, options.out, **out)
-    say(report, options, start)
-    return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,40 @@ import numpy as np
 from torch import Tensor, nn
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.calibration import texts
 from liar_ext.calibration.media import read_files
 from liar_ext.calibration.media_batches import evaluation_inputs, spread
-from liar_ext.calibration.texts import evaluation_sequences, read_documents
+from liar_ext.calibration.texts import check_seq_len, evaluation_sequences, read_documents
+from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.processors import kind_of, load_reader
-from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
+from liar_ext.checkpoint.reading import stock_class
+from liar_ext.cli.inputs import load_with_tokenizer
+from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
-from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity
 from liar_ext.measure.speed import benchmark
-from liar_ext.measure.timing import Benchmark, Settings, bench_file, read_bench
+from liar_ext.measure.timing import Settings, bench_file, read_bench
 from liar_ext.measure.word_errors import word_errors
 from liar_ext.models.running import inputs_read, predicts_next_token
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report, versions
 from liar_ext.report.tables import MEASURES, measured_on, quality, speed, to_text
 
+PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
+SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads
+
 
 def run(options: argparse.Namespace) -> None:
     """Print the perplexity, what an encoder keeps, or lm-eval's table."""
     _check_together(options)
     if options.tasks:
-        check_causal(options.model, "eval:")
+        _check_causal(options.model)
     output = Path(options.out) if options.out else None
     if output is not None:
         check_place(output, "eval", "--out", begins_with('{\n "model": '))
-    result, line = (_tasks if options.tasks else _on_text)(options)
-    print(json.dumps(result) if options.json else line, flush=True)
+    result, lines = (_tasks if options.tasks else _on_text)(options)
+    show(options, result, lines)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
         write_whole(output, facts + "\n", "eval", "--out")
@@ -59,33 +64,32 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("eval: needs --text TEXT, --tasks TASK, or of an encoder --pairs FILE")
 
 
-def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return the perplexity on a text or what an encoder keeps, and the line that says it."""
+def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """Return the perplexity on a text or what an encoder keeps, and the lines that say it."""
     kind = kind_of(options.model)
     if kind is not None:
-        return judge_files(options, kind)
-    documents, pairs = read_texts(options)
+        return _judge_files(options, kind)
+    documents = read_documents(options.text) if options.text else None
+    pairs = read_pairs(options.pairs) if options.pairs else None
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
-    texts.check_seq_len(model, options.seq_len)
+    check_seq_len(model, options.seq_len)
     if not predicts_next_token(model):
-        return judge(options, model, tokenizer, documents, pairs)
+        return _judge(options, model, tokenizer, documents, pairs)
     if options.against or options.pairs:
         option = "--against" if options.against else "--pairs"
         raise InputError(
             f"eval: {option} is for encoders, got {type(model).__name__}, which has a perplexity; "
             "leave it out"
         )
-    sequences = texts.evaluation_sequences(
-        documents, tokenizer, seq_len=options.seq_len, samples=options.samples
-    )
-    result = perplexity(model, sequences.batches(options.batch_size), progress=options.progress)
-    return result, (
+    batches = _batches(documents, tokenizer, options, samples=options.samples)
+    result = perplexity(model, batches, progress=options.progress)
+    return result, [
         f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
         f"{result['sequences']} windows of {result['seq_len']}"
-    )
+    ]
 
 
-def judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any], str]:
+def _judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any], list[str]]:
     """Return what was measured of a model on recordings or pictures, and the lines that say it.
 
     Raises
@@ -100,7 +104,7 @@ def judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any],
     model = load_with_tokenizer(options.model, options.dtype, options.device)[0]
     reader = load_reader(kind, options.model, model)
     spoken = reader.writes and all(item.text for item in items)
-    against = options.against or _known(options.model, needed=not spoken)
+    against = options.against or _dense_of(options.model, needed=not spoken)
     dense = load_with_tokenizer(against, options.dtype, options.device)[0] if against else None
     result: dict[str, Any] = {"against": against} if against else {}
     lines = []
@@ -124,7 +128,7 @@ def judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any],
         found = encoder_similarity(model, dense, batches, progress=options.progress)
         result |= found
         lines += _similar(found)
-    return result, "\n".join(lines)
+    return result, lines
 
 
 def _similar(found: dict[str, float]) -> list[str]:
@@ -136,89 +140,78 @@ def _similar(found: dict[str, float]) -> list[str]:
     ]
 
 
-def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return what lm-eval measures, and its table."""
-    from liar_ext.measure.evaluation import evaluate_tasks, load_tasks
-
+def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     tasks = load_tasks(options.tasks, options.include_path)
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
     if not predicts_next_token(model):
-        raise not_causal(type(model).__name__, "eval:")
-    result = evaluate_tasks(
-        model,
-        tokenizer,
-        tasks,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-        progress=options.progress,
+        raise _not_causal(type(model).__name__)
+    names = ("limit", "num_fewshot", "batch_size", "progress")
+    settings = {name: getattr(options, name) for name in names}
+    result = evaluate_tasks(model, tokenizer, tasks, **settings)
+    return result, [result.pop("table").rstrip()]
+
+
+def _check_causal(name: str) -> None:
+    """Raise InputError if a folder's config tells that its model predicts no next token."""
+    path = Path(name)
+    if not path.is_dir():
+        return
+    fields = read_config(path, "load_model")
+    stock = stock_class(fields, "load_model")
+    if not stock.can_generate() or fields.get("is_encoder_decoder"):
+        raise _not_causal(stock.__name__)
+
+
+def _not_causal(kind: str) -> InputError:
+    return InputError(
+        f"eval: --tasks needs a causal language model, got {kind}; judge an encoder by --text"
     )
-    return result, result.pop("table").rstrip()
 
 
-PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
+def _batches(
+    documents: Sequence[str], tokenizer: Any, options: argparse.Namespace, **how: Any
+) -> list[dict[str, Tensor]]:
+    sequences = evaluation_sequences(documents, tokenizer, seq_len=options.seq_len, **how)
+    return sequences.batches(options.batch_size)
 
 
-def read_texts(options: argparse.Namespace) -> tuple[Sequence[str] | None, Pairs | None]:
-    """Return what the options name, before a model is loaded."""
-    documents = texts.read_documents(options.text) if options.text else None
-    return documents, read_pairs(options.pairs) if options.pairs else None
-
-
-def judge(
+def _judge(
     options: argparse.Namespace,
     model: nn.Module,
     tokenizer: Any,
     documents: Sequence[str] | None,
     pairs: Pairs | None,
-) -> tuple[dict[str, Any], str]:
-    """Return what was measured of an encoder, and the lines that say it.
-
-    Raises
-    ------
-    InputError
-        If the dense model is not known, or nothing can be measured.
-    """
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what was measured of an encoder, and the lines that say it."""
     if "input_ids" not in inputs_read(model):
         raise InputError(
             f"eval: {type(model).__name__} reads {' and '.join(inputs_read(model))}, and no text; "
             "call liar_ext.encoder_similarity with batches of your own"
         )
-    against = options.against or _known(options.model, needed=documents is not None)
+    against = options.against or _dense_of(options.model, needed=documents is not None)
     dense = load_with_tokenizer(against, options.dtype, options.device)[0] if against else None
     result: dict[str, Any] = {"against": against} if against else {}
     lines = []
     if documents is not None:
-        sequences = texts.evaluation_sequences(
-            documents,
-            tokenizer,
-            seq_len=options.seq_len,
-            samples=options.samples,
-            packed=False,
-        )
-        batches = sequences.batches(options.batch_size)
+        batches = _batches(documents, tokenizer, options, samples=options.samples, packed=False)
         found = encoder_similarity(model, dense, batches, progress=options.progress)
         result |= found
         lines += _similar(found)
     if pairs is not None:
         result |= _of_pairs(model, tokenizer, pairs, options)
         own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
-        for name in PAIR_MEASURES.keys() & own.keys():
-            result[f"dense_{name}"] = own[name]
         for name in PAIR_MEASURES.keys() & result.keys():
+            result |= {f"dense_{name}": own[name]} if own else {}
             beside = f" (dense {own[name]:.4f})" if own else ""
             said = f"{PAIR_MEASURES[name]} {result[name]:.4f}{beside}"
             lines.append(f"{said} over {result['pairs']:,} pairs")
-    return result, "\n".join(lines)
+    return result, lines
 
 
-def _known(folder: str, *, needed: bool) -> str | None:
+def _dense_of(folder: str, *, needed: bool) -> str | None:
     """Return the dense model that a folder was pruned from, if it is still there.
 
-    Raises
-    ------
-    InputError
-        If it is needed, and not known or gone.
+    Raise InputError if it is needed, and not known or gone.
     """
     try:
         report = Report.load(folder)
@@ -238,61 +231,38 @@ def _known(folder: str, *, needed: bool) -> str | None:
 
 def _of_pairs(
     model: nn.Module, tokenizer: Any, pairs: Pairs, options: argparse.Namespace
-) -> dict[str, float]:
-    """Return what :func:`liar_ext.measure.embeddings.pair_quality` finds of a model."""
-
+) -> Mapping[str, float]:
     def embeddings(of: Sequence[str]) -> Tensor:
-        settings = {"seq_len": options.seq_len, "packed": False}
-        sequences = texts.evaluation_sequences(of, tokenizer, **settings)
+        sequences = evaluation_sequences(of, tokenizer, seq_len=options.seq_len, packed=False)
         order = sequences.attention_mask.sum(1).argsort(stable=True)  # as batches are made
         found = embed(model, sequences.batches(options.batch_size), progress=options.progress)
         return found[order.argsort()]
 
-    return pair_quality(
-        embeddings(pairs.first), embeddings(pairs.second), pairs.second, pairs.scores
-    )
+    first, second = map(embeddings, (pairs.first, pairs.second))
+    return pair_quality(first, second, pairs.second, pairs.scores)
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """Measure, print a table, and store the numbers."""
-    target = place(options.folder, options.out)
+    """Measure, print a table, and store the numbers: as told, or beside a folder."""
+    target = Path(options.out) if options.out is not None else None
+    if target is None and Path(options.folder).is_dir():  # and not a hub id
+        target = bench_file(options.folder)
     if target is not None:
         check_place(target, "bench", "--out", _is_benchmark)
+    names = ("rounds", "prompt_length", "new_tokens", "dtype", "device", "threads")
     settings = Settings(
-        rounds=options.rounds,
-        prompt_length=options.prompt_length,
-        new_tokens=options.new_tokens,
+        **{name: getattr(options, name) for name in names},
         batches=tuple(dict.fromkeys(options.batch)),
-        dtype=options.dtype,
-        device=options.device,
-        threads=options.threads,
     )
-    found = benchmark(
-        options.folder,
-        options.against,
-        settings,
-        memory=options.memory,
-        progress=options.progress,
-    )
-    print(found.to_json() if options.json else "\n".join(lines(found)))
+    shown = {"memory": options.memory, "progress": options.progress}
+    found = benchmark(options.folder, options.against, settings, **shown)
+    timed = speed(found)
+    print(found.to_json() if options.json else "\n".join([*to_text(timed), timed.note]))
     if target is not None:
         found = replace(found, report_digest=report_digest(options.folder))
         write_whole(target, found.to_json(), "bench", "--out")
         if not options.json:
             print(f"{target}: written")
-
-
-def place(folder: str, given: str | None) -> Path | None:
-    """Return where the numbers go: as told, or beside a folder, or nowhere for a hub id."""
-    if given is not None:
-        return Path(given)
-    return bench_file(folder) if Path(folder).is_dir() else None
-
-
-def lines(bench: Benchmark) -> list[str]:
-    """Return a benchmark as a table of plain text."""
-    table = speed(bench)
-    return [*to_text(table), table.note]
 
 
 def _is_benchmark(path: Path) -> bool:
@@ -303,21 +273,16 @@ def _is_benchmark(path: Path) -> bool:
     return True
 
 
-SEQ_LEN, SAMPLES = 256, 16
-
-
 def run_verify(options: argparse.Namespace) -> int:
     """Reload, compare, print; return 1 if outputs differ."""
     ids = _ids(options.folder, options.text) if options.text else None
     facts = verify_everywhere(options.folder, options.device, ids)
-    if options.json:
-        print(json.dumps({**facts, "rows": [asdict(row) for row in facts["rows"]]}, indent=1))
-    else:
-        print(f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}")
-        print("\n".join(table(facts["rows"])))
-        if "tokenizer_agrees" in facts:
-            verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
-            print(f"tokenizer: {verdict} for the stored texts")
+    lines = [f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}"]
+    lines += table(facts["rows"])
+    if "tokenizer_agrees" in facts:
+        verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
+        lines.append(f"tokenizer: {verdict} for the stored texts")
+    show(options, {**facts, "rows": [asdict(row) for row in facts["rows"]]}, lines)
     return 0 if facts["agrees"] else 1
 
 
@@ -330,7 +295,6 @@ def _ids(folder: str, text: str) -> Any:
             f"verify: --text is for causal language models, got {type(model).__name__}"
         )
     most = getattr(model.config, "max_position_embeddings", SEQ_LEN)
-    sequences = evaluation_sequences(
-        documents, tokenizer, seq_len=min(SEQ_LEN, most), samples=SAMPLES
-    )
+    length = min(SEQ_LEN, most)
+    sequences = evaluation_sequences(documents, tokenizer, seq_len=length, samples=SAMPLES)
     return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])

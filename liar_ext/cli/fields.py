@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import Field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from liar_ext.recipe.checks import check_printable, shown
 from liar_ext.recipe.fields import CRITERIA
 from liar_ext.recipe.option import GROUPS, option_of
 
+Add = Callable[..., None]
 NUMBERS = {"int": int, "float": float}  # types that fields begin with
 
 
@@ -73,10 +74,14 @@ def _read(kind: type, text: str) -> Any:
         return text
 
 
+def _wrong(must: str, value: object) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"must {must}, got {shown(value)}")
+
+
 def read_name(text: str) -> str:
     """Read a name or path."""
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+        raise _wrong("not be empty", text)
     try:
         check_printable("name", text)
     except InputError as error:
@@ -89,23 +94,15 @@ def read_names(text: str) -> list[str]:
     return [read_name(name).strip() for name in text.split(",")]
 
 
-def _whole(text: str) -> int:
-    """Read an integer."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be an integer, got {shown(text)}") from None
-
-
 def at_least(least: int) -> Callable[[str], int]:
     """Return what reads an integer of at least ``least``."""
 
     def read(text: str) -> int:
-        value = _whole(text)
+        value = _read(int, text)
+        if isinstance(value, str):
+            raise _wrong("be an integer", text)
         if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer of at least {least}, got {shown(value)}"
-            )
+            raise _wrong(f"be an integer of at least {least}", value)
         return value
 
     return read
@@ -113,48 +110,55 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def read_number(text: str) -> float:
     """Read a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a number, got {shown(text)}")
+    value = _read(float, text)
+    if isinstance(value, str) or not math.isfinite(value):
+        raise _wrong("be a number", text)
     return value
+
+
+def above_zero(text: str) -> float:
+    """Read a number above 0."""
+    value = read_number(text)
+    if value <= 0:
+        raise _wrong("be above 0", text)
+    return value
+
+
+def read_count(text: str) -> int:
+    """Read a count such as 20000, 100k or 2M."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text.strip())
+    value = float(found[1]) * {"": 1, "k": 1000, "M": 1_000_000}[found[2]] if found else 0
+    if not 1 <= value < 2**53:
+        raise _wrong("be a number of at least 1, such as 20000, 100k or 2M", text)
+    return int(value)
 
 
 def read_size(text: str) -> int:
     """Read a size with its unit as bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]) > 0:
-        raise argparse.ArgumentTypeError(
-            f"must be a number and a unit, such as 12GiB or 500MB, got {shown(text)}"
-        )
+        raise _wrong("be a number and a unit, such as 12GiB or 500MB", text)
     power = 1 + "KMGT".index(found[2].upper())
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
-PATHS = ("MODEL", "TEXT", "FILE", "DIR", "FOLDER")  # how the help names values that are paths
+def path(metavar: str) -> dict[str, Any]:
+    """Return what argparse has to know of a name or path."""
+    return {"type": read_name, "metavar": metavar}
 
 
-class PrintCompletion(argparse.Action):
-    """Print the script and leave."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Print the script for the shell ``values``."""
-        try:
-            import shtab
-        except ImportError:
-            parser.error("--print-completion needs shtab; run pip install '.[completion]'")
-        for action in _actions(parser):
-            if action.metavar in PATHS:
-                action.complete = shtab.FILE
-        print(shtab.complete(parser, values))
-        parser.exit()
+# What argparse has to know of other kinds of options.
+NAME: dict[str, Any] = {"type": read_name}
+FILE, DIR = path("FILE"), path("DIR")
+COUNT: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
+FLAG: dict[str, Any] = {"action": "store_true"}
+YES_OR_NO: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    for action in parser._actions:
-        yield action
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _actions(command)
+def adder(group: argparse._ActionsContainer) -> Add:
+    """Return what adds an option to a group, given by its names, its kind and its help."""
+
+    def add(names: str, kind: dict[str, Any], help: str | None = None) -> None:
+        group.add_argument(*names.split(), **kind, help=help)
+
+    return add

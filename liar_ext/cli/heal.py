@@ -15,11 +15,11 @@ from typing import Any
 from liar_ext.checkpoint.loading import load_pruned, placement
 from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint_store import is_new, remove
+from liar_ext.checkpoint_store import RESULT
+from liar_ext.cli.commands import HEAL_FIELDS
 from liar_ext.cli.inputs import let_write, load
-from liar_ext.cli.job_options import FIELDS
-from liar_ext.cli.output import print_json
-from liar_ext.cli.resume import check_apart
+from liar_ext.cli.output import show
+from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.errors import InputError
 from liar_ext.healing.heal import heal
 from liar_ext.measure.evaluation import perplexity
@@ -36,21 +36,19 @@ MEASURED = 16  # held-out sequences, at most
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the job that the options and the report of the folder say."""
+    options.out = options.out or options.folder
+    return run_recipe(_recipe(Report.load(options.folder, "heal").recipe, options), options)
+
+
+def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     """Load both models and the text, train, save; return 130 if training was interrupted."""
-    in_place = options.out is None or os.path.realpath(options.out) == os.path.realpath(
-        options.folder
-    )
-    options.out = options.folder if in_place else options.out
-    report = Report.load(options.folder, "heal")
-    plan = Plan.load(Path(options.folder, PLAN_FILE))
+    report, plan = Report.load(options.folder, "heal"), Plan.load(Path(options.folder, PLAN_FILE))
+    in_place = os.path.realpath(options.out) == os.path.realpath(options.folder)
     overwrite = in_place or options.overwrite
     check_folder(options.out, overwrite)
     check_apart(options)
-    if options.checkpoint:
-        is_new(options.checkpoint)  # refused before anything is loaded
-    recipe, budget = _recipe(report.recipe, options), _budget(options)
-    judge = max(recipe.samples // TRAINED, 2)
-    given = load(recipe, progress=options.progress, judge=judge)
+    given = load(recipe, progress=options.progress, judge=max(recipe.samples // TRAINED, 2))
     if given.evaluation is not None and not predicts_next_token(given.model):
         raise InputError(
             f"heal: --eval needs a causal language model, got {type(given.model).__name__}; leave "
@@ -65,36 +63,37 @@ def run(options: argparse.Namespace) -> int:
     model = load_pruned(options.folder, dtype="auto", **spread)
     model = model if spread else model.to(recipe.device)
     before = _perplexity(model, given, options)
-    found = heal(
-        model,
-        given.model,
-        _with_own(given, recipe, options),
-        held_out=given.judging[:: -(-len(given.judging) * recipe.batch_size // MEASURED)],
-        budget=budget,
-        lr=options.lr,
-        train=options.train,
-        accumulate=options.grad_accumulation,
-        seed=recipe.seed,
-        checkpoint=options.checkpoint,
-        progress=options.progress,
-    )
-    after = _perplexity(model, given, options) if found["improved"] else before
-    found |= {"perplexity": [*before, *after], "teacher": recipe.model}
-    found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
-    found["notes"] = [*given.notes, *_earlier(report.heal)]
-    report.heal = found
-    save = partial(_save, report, options.folder)
-    # Without seconds: those of the report stay those of pruning.
-    written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
-    with writing(options.out, overwrite, checked=True) as path:
-        facts = {"report": written, "source": options.folder, "start": time.perf_counter()}
-        fill_folder(model, path, plan, **facts)
-    if options.checkpoint:
-        remove(options.checkpoint)
-    if options.json:
-        print_json({"out": options.out, **found}, found["notes"])
-    elif not options.quiet:
-        print("\n".join([*sentences(found), f"{options.out}: saved"]))
+    with checkpoint_of(recipe, options) as saved:
+        let_write(given, recipe, saved, progress=options.progress)
+        found = heal(
+            model,
+            given.model,
+            list(given.calibration),
+            held_out=given.judging[:: -(-len(given.judging) * recipe.batch_size // MEASURED)],
+            budget=_budget(options),
+            lr=options.lr,
+            train=options.train,
+            accumulate=options.grad_accumulation,
+            seed=recipe.seed,
+            checkpoint=saved,
+            progress=options.progress,
+        )
+        after = _perplexity(model, given, options) if found["improved"] else before
+        found |= {"perplexity": [*before, *after], "teacher": recipe.model}
+        found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
+        earlier = [f"Healed before: {line}" for line in sentences(report.heal)[:1]]
+        found["notes"] = [*given.notes, *earlier]
+        report.heal = found
+        save = partial(_save, report, options.folder)
+        # Without seconds: those of the report stay those of pruning.
+        written = SimpleNamespace(save=save, to_card=report.to_card, warnings=report.warnings)
+        if saved is not None:
+            saved.put(RESULT, facts={"plan": plan.to_json()})
+        with writing(options.out, overwrite, checked=True) as path:
+            facts = {"report": written, "source": options.folder, "start": time.perf_counter()}
+            fill_folder(model, path, plan, **facts)
+    lines = [] if options.quiet else [*sentences(found), f"{options.out}: saved"]
+    show(options, {"out": options.out, **found}, lines, found["notes"] if options.json else None)
     return 130 if found["interrupted"] else 0
 
 
@@ -110,7 +109,7 @@ def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
     """Return the recipe by which teacher and text are loaded: the folder's, with the options."""
     start = start if isinstance(start, Recipe) else Recipe()
     start = replace(start, random_tokens=0.0, self_text=0.0, certify=0, latency_table=None)
-    given = {name: getattr(options, name) for name in FIELDS if hasattr(options, name)}
+    given = {name: getattr(options, name) for name in HEAL_FIELDS if hasattr(options, name)}
     recipe = Recipe.build(start, dtype="float32", **given)
     recipe = replace(recipe, model=options.teacher or recipe.model)
     missing = {
@@ -135,19 +134,7 @@ def _budget(options: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _with_own(given: Any, recipe: Recipe, options: argparse.Namespace) -> list:
-    """Return the batches to train on, with those that the dense model writes."""
-    let_write(given, recipe, progress=options.progress)
-    return list(given.calibration)
-
-
 def _perplexity(model: Any, given: Any, options: argparse.Namespace) -> list[float]:
-    """Return the perplexity on the evaluation text, if there is one."""
     if given.evaluation is None:
         return []
     return [perplexity(model, given.evaluation, progress=options.progress)["perplexity"]]
-
-
-def _earlier(found: Any) -> list[str]:
-    """Return what an earlier healing of the folder did."""
-    return [f"Healed before: {line}" for line in sentences(found)[:1]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -14,35 +13,32 @@ from pathlib import Path
 import torch
 
 from liar_ext import ops
+from liar_ext.cli.output import show
 from liar_ext.environment import available_memory
 from liar_ext.errors import one_line
 from liar_ext.models.registry import FAMILIES
 from liar_ext.report.report import versions
 from liar_ext.selection.criteria import list_criteria
 
+OPTIONAL = {
+    "gguf": "GGUF files",
+    "llama_cpp_py_sync": "GGUF files quantised",
+    "datasets": "datasets by name",
+    "accelerate": "device_map",
+}
+
 
 def run(options: argparse.Namespace) -> None:
     """Print versions, kernels in use, criteria, families and optional packages."""
-    criteria = [known.name for known in list_criteria()]
-    optional = {
-        "gguf": "GGUF files",
-        "llama_cpp_py_sync": "GGUF files quantised",
-        "datasets": "datasets by name",
-        "accelerate": "device_map",
-    }
-    if options.json:
-        facts = {"versions": versions(), "criteria": criteria, "families": list(FAMILIES)}
-        facts |= {"optional": {package: find_spec(package) is not None for package in optional}}
-        print(json.dumps({**facts, "extension": str(Path(ops.__file__).parents[1])}, indent=1))
-        return
-    for key, value in versions().items():
-        print(f"{key:32} {value}")
-    print(f"{'criteria':32} {', '.join(criteria)}")
-    for package, what in optional.items():
-        state = "available" if find_spec(package) else f"pip install {package}"
-        print(f"{what:32} {state}")
-    print(f"{'families':32} {', '.join(FAMILIES)}")
-    print(f"{'extension':32} {Path(ops.__file__).parents[1]}")
+    criteria, place = [known.name for known in list_criteria()], str(Path(ops.__file__).parents[1])
+    there = {package: find_spec(package) is not None for package in OPTIONAL}
+    facts = {"versions": versions(), "criteria": criteria, "families": list(FAMILIES)}
+    facts |= {"optional": there, "extension": place}
+    rows = {**facts["versions"], "criteria": ", ".join(criteria)}
+    for package, what in OPTIONAL.items():
+        rows[what] = "available" if there[package] else f"pip install {package}"
+    rows |= {"families": ", ".join(FAMILIES), "extension": place}
+    show(options, facts, [f"{key:32} {value}" for key, value in rows.items()])
 
 
 # Optional packages, and the extra of a checkout that installs each.
@@ -66,7 +62,7 @@ MOST_ERROR = 1e-5  # of the Gram operator, whose products are summed in float32
 def run_doctor(options: argparse.Namespace) -> int:
     """Print the facts, and last ``ok`` or what to do; return 1 if something is to be done."""
     found = facts()
-    print(json.dumps(found, indent=1) if options.json else "\n".join(lines(found)))
+    show(options, found, lines(found))
     return 1 if found["problems"] else 0
 
 
@@ -78,7 +74,9 @@ def facts() -> dict:
     found = {
         "versions": versions(),
         "folder": str(Path(ops.__file__).parents[1]),
-        "devices": {each: _name(each) for each in devices},
+        "devices": {
+            each: "" if each == "cpu" else torch.cuda.get_device_name(each) for each in devices
+        },
         "threads": {"used": torch.get_num_threads(), "cores": cores},
         "memory_free": available_memory(),
         "disk_free": {
@@ -170,10 +168,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device != "cpu" else ""
 
 
 def _size(count: int) -> str:

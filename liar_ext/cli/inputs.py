@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, se
 from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.calibration.media import read_files
 from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
-from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.processors import kind_of, load_reader
-from liar_ext.checkpoint.reading import stock_class
 from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.output import check_device
 from liar_ext.cli.vocabulary import SmallerVocabulary
@@ -61,40 +58,16 @@ class Given:
     facts: dict[str, object]
     warnings: list[str]
     notes: tuple[str, ...] = ()  # of the draw
-    documents: Tensor | None = None  # their digests, where they are asked for
+    documents: Tensor | None = None  # their digests
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
     vocabulary: SmallerVocabulary | None = None  # what became of the tokens
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-    """Return a model and its tokenizer; None of one that reads recordings or pictures.
-
-    Raises
-    ------
-    InputError
-        If it can't be loaded, or has no tokenizer.
-    """
+    """Return a model and its tokenizer; None of one that reads recordings or pictures."""
     model, tokenizer = checkpoint.load_model(name, dtype, device)
     check_tokenizer(name, tokenizer)
     return model, tokenizer
-
-
-def check_causal(name: str, command: str) -> None:
-    """Raise InputError if a folder's config tells that its model predicts no next token."""
-    path = Path(name)
-    if not path.is_dir():
-        return
-    fields = read_config(path, "load_model")
-    stock = stock_class(fields, "load_model")
-    if not stock.can_generate() or fields.get("is_encoder_decoder"):
-        raise not_causal(stock.__name__, command)
-
-
-def not_causal(kind: str, command: str) -> InputError:
-    """Return the error for a model that tasks of lm-eval can't be run on."""
-    return InputError(
-        f"{command} --tasks needs a causal language model, got {kind}; judge an encoder by --text"
-    )
 
 
 def check_tokenizer(name: str, tokenizer: Any) -> None:
@@ -110,25 +83,18 @@ def load(
     recipe: Recipe,
     *,
     progress: bool = False,
-    digests: bool = False,
     loader: Callable[[str, str, str], tuple[nn.Module, Any]] = load_with_tokenizer,
     sketch: bool = False,
     judge: int = 0,
 ) -> Given:
     """Return the model, by a loader of it and its tokenizer, and the batches of a recipe.
 
-    With ``digests`` also those of its documents. Of several ranks each loads the model; the first
-    one reads, writes and draws text, and hands the others the sequences. A ``sketch`` has as many
-    sequences, but of what the model writes itself only beginnings, again and again, and what all of
-    it would take, in seconds, as ``facts["writing"]``. With ``judge`` so many sequences more are
-    drawn to judge whole models by, if the text has them.
-
-    Raises
-    ------
-    InputError
-        If one of them can't be read, or they don't go together.
+    Of several ranks each loads the model; the first one reads, writes and draws text, and hands the
+    others the sequences. A ``sketch`` has as many sequences, but of what the model writes itself
+    only beginnings, again and again, and what all of it would take, in seconds, as
+    ``facts["writing"]``. With ``judge`` so many sequences more are drawn to judge whole models by,
+    if the text has them.
     """
-    check_device(recipe.device)
     check_unloaded(recipe)
     kind = kind_of(recipe.model)
     read, held_out = _documents(recipe, kind) if is_first() else ({}, None)
@@ -140,8 +106,8 @@ def load(
     drawn = None
     if is_first():
         reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
-        settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
-        drawn = _draw(recipe, model, reads, read, held_out, **settings)
+        asked = {"progress": progress, "sketch": sketch, "judge": judge}
+        drawn = _draw(recipe, model, reads, read, held_out, **asked)
     return Given(model, tokenizer, *broadcast(drawn), vocabulary=vocabulary)
 
 
@@ -181,7 +147,6 @@ def _draw(
     read: dict[str, Sequence[str]],
     held_out: Sequence[str] | None,
     *,
-    digests: bool,
     progress: bool,
     sketch: bool,
     judge: int,
@@ -203,20 +168,15 @@ def _draw(
         calibration = draw()
         short = [UNMEASURED] if judge and len(calibration) < LEAST else []
     evaluation = evaluation_batches(recipe, held_out, model, reads)
-    facts["bos"] = calibration.bos
-    if recipe.eval:
-        facts["eval"] = recipe.eval
+    facts |= {"bos": calibration.bos, **({"eval": recipe.eval} if recipe.eval else {})}
     kinds = warnings_of(recipe.calibration, predicts_next_token(model), recipe.self_text)
     warnings = [*calibration.notes, *short, *kinds]
-    known = None
-    if digests:
-        every = (text for documents in read.values() for text in documents)
-        known = torch.tensor(sorted(document_digests(every)))
-    batches = calibration.batches(recipe.batch_size)
-    apart = [
+    every = (text for documents in read.values() for text in documents)
+    known = torch.tensor(sorted(document_digests(every)))
+    batches, *apart = (
         None if some is None else some.batches(recipe.batch_size)
-        for some in (calibration.certification, calibration.judging)
-    ]
+        for some in (calibration, calibration.certification, calibration.judging)
+    )
     named = {**read, recipe.eval: held_out}
     whole = {n: texts.text_digest(each) for n, each in named.items() if each and n != SELF}
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
@@ -250,6 +210,7 @@ def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[st
 
 def check_unloaded(recipe: Recipe) -> None:
     """Refuse what can be told before the model is loaded, which may take minutes."""
+    check_device(recipe.device)
     if recipe.latency_table is not None:
         LatencyTable.load(recipe.latency_table)
 
@@ -262,13 +223,9 @@ def evaluation_batches(
         return None
     if isinstance(reads, Reader):
         return evaluation_inputs(held_out, reads, recipe.eval_samples).batches(recipe.batch_size)
-    return texts.evaluation_sequences(
-        held_out,
-        reads,
-        seq_len=recipe.seq_len,
-        samples=recipe.eval_samples,
-        packed=predicts_next_token(model),
-    ).batches(recipe.batch_size)
+    how = {"samples": recipe.eval_samples, "packed": predicts_next_token(model)}
+    sequences = texts.evaluation_sequences(held_out, reads, seq_len=recipe.seq_len, **how)
+    return sequences.batches(recipe.batch_size)
 
 
 def _written(
@@ -278,14 +235,9 @@ def _written(
     start = time.perf_counter()
     share = -(-(recipe.samples + recipe.certify + judge) // len(recipe.calibration))
     tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
-    written = generated.write_documents(
-        model,
-        tokenizer,
-        documents=generated.enough_documents(share),
-        tokens=tokens,
-        seed=recipe.seed,
-        progress=progress,
-    )
+    size = {"documents": generated.enough_documents(share), "tokens": tokens}
+    how = {"seed": recipe.seed, "progress": progress}
+    written = generated.write_documents(model, tokenizer, **size, **how)
     times = -(-recipe.seq_len // tokens)
     if sketch:  # once more, as what is read again may be fewer tokens
         written = [(times + 1) * text for text in written]
@@ -317,23 +269,23 @@ class TextAndOwn(Sequence):
     What a job refuses it refuses before that, and so in no time. ``seconds`` are what it took.
     """
 
+    seconds = 0.0
+
     def __init__(self, text: Batches, write: Callable[[], Batches]) -> None:
         self._text, self._write = text, write
-        self._all: list[Mapping[str, Tensor]] = []
-        self.seconds = 0.0
+
+    @cached_property
+    def _all(self) -> list[Mapping[str, Tensor]]:
+        start = time.perf_counter()
+        found = [*self._text, *self._write()]
+        self.seconds = time.perf_counter() - start
+        return found
 
     def __len__(self) -> int:
-        return len(self._batches())
+        return len(self._all)
 
     def __getitem__(self, index):
-        return self._batches()[index]
-
-    def _batches(self) -> list[Mapping[str, Tensor]]:
-        if not self._all:
-            start = time.perf_counter()
-            self._all = [*self._text, *self._write()]
-            self.seconds = time.perf_counter() - start
-        return self._all
+        return self._all[index]
 
 
 def let_write(
@@ -359,23 +311,19 @@ def let_write(
     count = count_beside(len(rows), recipe.self_text)
     if count == 0:
         return
-    length = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
+    size = {"count": count, "seq_len": recipe.seq_len}
+    size["written"] = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
+    seed = seed_of(rows, recipe.seed)
 
     def write() -> Batches:
         check_finite_weights(given.model)
         kept = None if saved is None else saved.get(WRITTEN)
-        ids = None if kept is None else _read(kept[0], recipe.seq_len, given.model)
-        if kept is None and is_first():
-            ids = write_sequences(
-                given.model,
-                given.tokenizer,
-                count=count,
-                seq_len=recipe.seq_len,
-                seed=seed_of(rows, recipe.seed),
-                written=length,
-                progress=progress,
-            ).input_ids
-        if kept is None:
+        if kept is not None:
+            ids = _read(kept[0], recipe.seq_len, given.model)
+        else:
+            ids, how = None, {"seed": seed, "progress": progress}
+            if is_first():
+                ids = write_sequences(given.model, given.tokenizer, **size, **how).input_ids
             ids = broadcast(ids)
             if saved is not None:
                 saved.put(WRITTEN, {"input_ids": ids})

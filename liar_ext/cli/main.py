@@ -19,15 +19,16 @@ from liar_ext.errors import InputError, is_out_of_memory, one_line
 
 
 def _run_command(name: str, options: argparse.Namespace) -> int | None:
-    """Import the module of a command, and run it."""
     module, _, function = PLACES.get(name, f"{name}:run").partition(":")
     return getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
 
 
-def _resume(options: argparse.Namespace) -> None:
-    from liar_ext.cli import calibrate, prune, resume
+def _resume(options: argparse.Namespace) -> int | None:
+    from liar_ext.cli import calibrate, heal, prune, resume
 
-    resume.run(options, {"calibrate": calibrate.run_recipe, "prune": prune.run_recipe})
+    jobs = {"calibrate": calibrate, "heal": heal, "prune": prune}
+    code = resume.run(options, {name: job.run_recipe for name, job in jobs.items()})
+    return code if isinstance(code, int) else 0
 
 
 NAMES = (

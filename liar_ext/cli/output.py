@@ -40,10 +40,9 @@ def say(report: Report, options: argparse.Namespace, start: float) -> None:
             "load": load,
             "seconds": seconds,
         }
-        print_json(facts, report.warnings)
-        return
+        return show(options, facts, (), report.warnings)
     if options.quiet:
-        return
+        return None
     place, dense = shlex.quote(folder), shlex.quote(report.model)
     following = [
         f"liar verify {place}",
@@ -55,24 +54,23 @@ def say(report: Report, options: argparse.Namespace, start: float) -> None:
     lines.append(f"{'weights':20} {before:>15} → {after:>15}")
     lines += [f"{'load':20} {load}"]
     lines += [f"{'next' * (not at):20} {command}" for at, command in enumerate(following)]
-    print("\n".join([*lines, f"{folder}: saved after {seconds:.0f} s"]), flush=True)
-    warn(report.warnings)
+    lines.append(f"{folder}: saved after {seconds:.0f} s")
+    return show(options, {}, lines, report.warnings)
 
 
-def print_json(facts: Mapping[str, object], notes: Sequence[str]) -> None:
-    """Print facts as one JSON object with the warnings, which go to stderr as well."""
-    print(json.dumps({**facts, "warnings": list(notes)}, indent=1, default=str), flush=True)
-    warn(notes)
-
-
-def print_estimate(lines: Sequence[str], options: argparse.Namespace) -> None:
-    """Print the lines of a dry run."""
-    print(json.dumps({"dry_run": lines}, indent=1) if options.json else "\n".join(lines))
-
-
-def warn(notes: Sequence[str]) -> None:
-    """Warn of what a user has to know."""
-    for note in notes:
+def show(
+    options: argparse.Namespace,
+    facts: Mapping[str, object],
+    lines: Sequence[str],
+    notes: Sequence[str] | None = None,
+) -> None:
+    """Print facts with ``--json``, or lines; warn of ``notes``, which the JSON has as well."""
+    if options.json:
+        more = {} if notes is None else {"warnings": list(notes)}
+        lines = [json.dumps({**facts, **more}, indent=1, default=str)]
+    if lines:
+        print("\n".join(lines), flush=True)
+    for note in notes or ():
         warnings.warn(note, stacklevel=2)
 
 
@@ -103,13 +101,7 @@ def quietened(options: argparse.Namespace) -> Iterator[None]:
 def meet(options: argparse.Namespace) -> None:
     """Meet the other ranks; raise InputError if a command can't be shared, or options differ."""
     join()
-    if world_size() == 1:
-        return
-    if options.command not in SHARED:
-        raise InputError(
-            f"{options.command}: runs in one process, and torchrun started {world_size()}; only "
-            f"liar {', '.join(SHARED)} can be shared"
-        )
+    check_shared(options.command)
     own = {name: each for name, each in vars(options).items() if name not in OWN}
     first = broadcast(own)
     if first != own:
@@ -117,6 +109,15 @@ def meet(options: argparse.Namespace) -> None:
         raise InputError(
             f"{options.command}: every rank must have the same options, and rank 0 has "
             f"{difference(name, first.get(name), own.get(name))} at rank {rank()}"
+        )
+
+
+def check_shared(command: str) -> None:
+    """Raise InputError if several ranks were started for a command that runs in one process."""
+    if world_size() > 1 and command not in SHARED:
+        raise InputError(
+            f"{command}: runs in one process, and torchrun started {world_size()}; only "
+            f"liar {', '.join(SHARED)} can be shared"
         )
 
 

@@ -5,31 +5,57 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
+from torch import nn
 from typing_extensions import Unpack
 
+from liar_ext.calibration.generated import SELF
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT, Checkpoint
-from liar_ext.cli.dry_run import describe, run_by_blocks
+from liar_ext.cli.dry_run import describe
 from liar_ext.cli.fields import read_size
-from liar_ext.cli.inputs import SKETCHED, Given, TextAndOwn, add_facts, let_write, load
-from liar_ext.cli.options import recipe_of
-from liar_ext.cli.output import print_estimate, say
+from liar_ext.cli.inputs import (
+    SKETCHED,
+    Given,
+    TextAndOwn,
+    add_facts,
+    check_tokenizer,
+    let_write,
+    load,
+    writes,
+)
+from liar_ext.cli.options import check_complete, recipe_of
+from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.distributed import alone, is_first
-from liar_ext.errors import InputError
-from liar_ext.job import prune
+from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.choosing import sequences_to_judge
+from liar_ext.job.folder import prune_folder
+from liar_ext.job.preparing import Job, prepare
 from liar_ext.job.pruning import check_resumable
+from liar_ext.job.pruning import run as run_job
+from liar_ext.job.streamed import describe_streamed
+from liar_ext.models.running import predicts_next_token
 from liar_ext.progress import OnProgress, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report
+
+CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"
+NONE_WRITTEN = (
+    "The model wrote no calibration text of its own (--self-text), for which all of it must be in "
+    "memory: text unlike that of the calibration set loses more."
+)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -41,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     """Run the job that a recipe says, and for its output the options; None for a dry run."""
-    start, bank = time.perf_counter(), None
+    start, settled, bank, store = time.perf_counter(), recipe, None, None
     sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
@@ -49,45 +75,96 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         check_resumable(recipe)
     check_apart(options)
     if options.max_memory is not None:
-        return run_by_blocks(recipe, options, start)
-    if options.bank:
+        given, store, settled = load_blocks(recipe, options)
+    elif options.bank:
         # As it was asked for; the bank says more.
         given, bank, settled = load_by_bank(options.bank, recipe, options)
     else:
         asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
-        given, settled = load(recipe, progress=options.progress, **asked), recipe
-    if sketch and is_first():
-        with alone():
-            print_estimate(_sketched(given, settled, options.progress), options)
+        given = load(recipe, progress=options.progress, **asked)
     if sketch:
+        lines = _sketched(given, settled, store, options)
+        if is_first():
+            show(options, {"dry_run": lines}, lines)
         return None
     loaded = time.perf_counter() - start
-    with checkpoint_of(recipe, options) as saved:
-        report = prune_given(given, settled, bank, saved, progress=options.progress)
-        if not is_first():
-            return report
-        # Those of saving are added by save_pruned, which writes the report.
+
+    def annotate(report: Report) -> None:
+        # Those of saving are added where the report is written.
         report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        if saved is not None:
-            saved.put(RESULT, facts={"plan": report.plan.to_json()})
-        with writing(options.out, options.overwrite, checked=True) as path:
-            saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
-            fill_folder(given.model, path, report.plan, **saving)
-    say(report, options, start)
+        add_facts(report, given)
+
+    with checkpoint_of(recipe, options) as saved:
+        if store is not None:
+            known = {"evaluate_on": given.evaluation, "certify_on": given.certification}
+            known |= {"saved": saved, "limit": options.max_memory}
+            job = Job(store.model, given.calibration, settled, options.progress, **known)
+            out = {"overwrite": options.overwrite, "annotate": annotate}
+            report = prune_folder(store, job, options.out, **out)
+        else:
+            report = prune_given(given, settled, bank, saved, progress=options.progress)
+            if not is_first():
+                return report
+            annotate(report)
+            if saved is not None:
+                saved.put(RESULT, facts={"plan": report.plan.to_json()})
+            with writing(options.out, options.overwrite, checked=True) as path:
+                how = {"report": report, "tokenizer": given.tokenizer}
+                fill_folder(given.model, path, report.plan, **how, start=time.perf_counter())
+    if is_first():
+        say(report, options, start)
     return report
 
 
-def _sketched(given: Given, recipe: Recipe, progress: bool) -> list[str]:
-    """Return the lines of a dry run."""
-    let_write(given, recipe, sketch=True, progress=progress)
-    lines = describe(given.model, given.calibration, recipe, given.judging)
+def _sketched(
+    given: Given, recipe: Recipe, store: BlockStore | None, options: argparse.Namespace
+) -> list[str]:
+    if store is not None:
+        known = {"walk": Walk.of(store), "limit": options.max_memory}
+        known["certify_on"] = given.certification
+        return describe_streamed(prepare(Job(store.model, given.calibration, recipe, **known)))
+    if not is_first():
+        return []
+    with alone():
+        let_write(given, recipe, sketch=True, progress=options.progress)
+        lines = describe(given.model, given.calibration, recipe, given.judging)
     seconds = given.facts.get("writing", 0.0)
     if isinstance(given.calibration, TextAndOwn):
         seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
     if seconds:
         lines.append(f"text of its own: about {seconds:.0f} seconds to write")
     return lines
+
+
+def load_blocks(recipe: Recipe, options: argparse.Namespace) -> tuple[Given, BlockStore, Recipe]:
+    """Return what a recipe names, with a model that stays in its files, and how it is pruned."""
+    for used, why in (
+        (SELF in recipe.calibration, CALIBRATION_SELF),
+        (recipe.keep_vocab != 1.0, "--keep-vocab cuts the embeddings of the whole model in memory"),
+        (options.bank, "--bank holds the sums of all layers, for which there must be memory"),
+    ):
+        if used:
+            raise InputError(f"prune: {why}; leave it or --max-memory out")
+    stores = []
+
+    def open_store(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
+        stores.append(BlockStore(name, dtype, device))
+        check_tokenizer(name, stores[0].tokenizer)
+        return stores[0].model, stores[0].tokenizer
+
+    settled = replace(recipe, self_text=0.0)
+    given = load(settled, loader=open_store, progress=options.progress)
+    (store,) = stores
+    if given.evaluation is not None and not predicts_next_token(store.model):
+        raise InputError(
+            "prune: --max-memory with --eval needs a causal language model, got "
+            f"{type(store.model).__name__}; leave --eval out, and judge the result by liar eval "
+            "DIR --text TEXT"
+        )
+    if writes(recipe, store.model):
+        given.warnings.append(NONE_WRITTEN)
+    return given, store, settled
 
 
 def prune_given(
@@ -98,23 +175,16 @@ def prune_given(
     *,
     progress: bool,
 ) -> Report:
-    """Prune what was loaded; the report says what became of the texts, too."""
+    """Prune what was loaded."""
     if bank is None:
         let_write(given, recipe, saved, progress=progress)
-    report = prune(
-        given.model,
-        given.calibration,
-        recipe,
-        evaluate_on=given.evaluation,
-        certify_on=given.certification,
-        judge_on=given.judging,
-        bank=bank,
-        checkpoint=saved,
-        progress=progress,
-    )
+    texts = {"judged": given.judging, "evaluate_on": given.evaluation}
+    texts["certify_on"] = given.certification
+    job = Job(given.model, given.calibration, recipe, progress, bank, saved=saved, **texts)
+    with naming_memory("prune: out of memory"):
+        report = run_job(job)
     if isinstance(given.calibration, TextAndOwn):
         report.seconds = {"write": given.calibration.seconds, **report.seconds}
-    add_facts(report, given)
     return report
 
 
@@ -125,22 +195,15 @@ def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
             f"prune: {options.recipe} names no text, as its job ran in Python, or with a bank; "
             "give --calibration TEXT"
         )
-    missing = {
-        "MODEL": not recipe.model,
-        "--calibration TEXT": not recipe.calibration and not options.bank,
-        "--out DIR": not options.out and not options.dry_run,
-    }
-    names = [name for name, lacks in missing.items() if lacks]
     if options.bank and options.dry_run:
         raise InputError(
             "prune: --dry-run tells what a calibration would take, which --bank spares; leave one "
             "out, or let liar sweep show what budgets give"
         )
-    if names:
-        raise InputError(
-            f"prune: liar prune needs {', '.join(names)}; a first run is liar prune MODEL "
-            "--calibration text.txt --out pruned, MODEL before --calibration"
-        )
+    given = {"MODEL": recipe.model, "--calibration TEXT": recipe.calibration or options.bank}
+    given["--out DIR"] = options.out or options.dry_run
+    example = "a first run is liar prune MODEL --calibration text.txt --out pruned"
+    check_complete("prune", given, example)
 
 
 Path = str | os.PathLike[str]
@@ -221,12 +284,11 @@ def compress(
     built = Recipe.build(start, **given)
     if not built.calibration and bank is None:
         raise InputError('compress: needs text or a bank; a first call has text="text.jsonl"')
+    places = {"out": out, "bank": bank, "checkpoint": checkpoint}
     command = argparse.Namespace(
         **{name: getattr(built, name) for name in given if hasattr(built, name)},
+        **{name: each if each is None else os.fspath(each) for name, each in places.items()},
         command="prune",
-        out=os.fspath(out),
-        bank=None if bank is None else os.fspath(bank),
-        checkpoint=None if checkpoint is None else os.fspath(checkpoint),
         max_memory=_bytes(max_memory),
         overwrite=overwrite,
         progress=bool(progress),
@@ -234,11 +296,13 @@ def compress(
         json=False,
     )
     with told(progress), nullcontext() if progress is True else no_bars():
-        return run_recipe(built, command)
+        report = run_recipe(built, command)
+    for note in report.warnings if is_first() else ():
+        warnings.warn(note, stacklevel=2)
+    return report
 
 
 def _bytes(size: int | str | None) -> int | None:
-    """Return a size in bytes."""
     try:
         return read_size(size) if isinstance(size, str) else size
     except argparse.ArgumentTypeError as error:

@@ -7,7 +7,6 @@ started, to which file names are relative. It can't allow overwriting: that is a
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from liar_ext.checkpoint_store import (
     remove,
 )
 from liar_ext.cli.inputs import WRITTEN
+from liar_ext.cli.output import check_shared, show
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError, one_line
 from liar_ext.plan import Plan
@@ -40,17 +40,24 @@ from liar_ext.recipe.checks import check_printable
 
 JOB_FILE = f"{JOB}{SUFFIX}"
 NOTHING_DONE = {JOB_FILE, f"{WRITTEN}{SUFFIX}"}  # files that are there before any step
+TEXT, NONE = (str,), type(None)
 # Options of the commands that are no fields of a recipe, and their types.
 OWN: dict[str, dict[str, tuple[type, ...]]] = {
-    "calibrate": {"bank": (str,), "no_text": (bool,), "sensitivities": (bool,)},
-    "prune": {"bank": (str, type(None)), "out": (str,), "max_memory": (int, type(None))},
+    "calibrate": {"bank": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
+    "prune": {"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE)},
+    "heal": {
+        **{"folder": TEXT, "out": TEXT, "train": TEXT, "lr": (float,)},
+        **dict.fromkeys(("tokens", "minutes", "steps"), (int, float, NONE)),
+        "grad_accumulation": (int,),
+    },
 }
 
 
-def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> None:
+def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> int | None:
     """Read the job, print its progress, continue by what starts its command."""
     job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
+    check_shared(command)
     result = job["options"]["bank" if command == "calibrate" else "out"]
     if not (options.quiet or options.json):
         found = "; ".join(what_is_saved(folder)) or "before anything was saved"
@@ -68,14 +75,11 @@ def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> None:
     if broadcast(is_done(folder, result) if is_first() else None):
         if is_first():
             remove(folder)
-        if options.json:
-            print(json.dumps({"out": result, "written_before": True}))
-        elif not options.quiet:
-            print(f"{result}: was written already")
-        return
-    own = {"checkpoint": folder, "command": command}
+        lines = [] if options.quiet else [f"{result}: was written already"]
+        return show(options, {"out": result, "written_before": True}, lines)
+    own = {"checkpoint": folder, "command": command, **job["options"]}
     own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
-    start[command](Recipe.from_dict(job["recipe"]), argparse.Namespace(**job["options"], **own))
+    return start[command](Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
 
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:
@@ -101,26 +105,20 @@ def is_done(folder: str, result: str) -> bool:
 
 
 def check_apart(options: argparse.Namespace) -> None:
-    """Refuse a checkpoint inside a result, or a file of the job inside a checkpoint.
-
-    Raises
-    ------
-    InputError
-        If so.
-    """
+    """Refuse a checkpoint inside a result, or a file of the job inside a checkpoint."""
     if not options.checkpoint:
         return
     folder = os.path.realpath(options.checkpoint)
     for name in ("out", "bank"):
         path = getattr(options, name, None)
-        if path and os.path.commonpath([folder, os.path.realpath(path)]) in (
-            folder,
-            os.path.realpath(path),
-        ):
+        both = [folder, os.path.realpath(path)] if path else []
+        if path and os.path.commonpath(both) in both:
             raise InputError(
                 f"checkpoint: --checkpoint {options.checkpoint} and --{name} {path} must not lie "
                 "one in the other, as the checkpoint is removed in the end; name another folder"
             )
+    if is_first():
+        is_new(folder)  # refused before anything is loaded
 
 
 @contextmanager
@@ -150,13 +148,7 @@ def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Check
 
 
 def read_job(folder: str) -> dict[str, Any]:
-    """Return the job of a checkpoint.
-
-    Raises
-    ------
-    InputError
-        If there is none, or it is no job of this version.
-    """
+    """Return the job of a checkpoint; raise InputError if it has none of this version."""
     path = Path(folder, JOB_FILE)
     try:
         if any(Path(folder, name).exists() for name in OLDER):
@@ -186,7 +178,7 @@ def _check(job: Any) -> None:
         raise ValueError(f"version must be {VERSION}")
     own, known = job.get("options"), OWN.get(str(job.get("command")))
     if known is None or not isinstance(job.get("folder"), str):
-        raise ValueError(f"command must be {' or '.join(OWN)}, folder a name")
+        raise ValueError(f"command must be one of {', '.join(OWN)}, folder a name")
     if not isinstance(own, Mapping) or own.keys() != known.keys():
         raise ValueError(f"options must be {', '.join(known)}")
     for name, kinds in known.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,11 +16,11 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.cli.inputs import add_facts, let_write, load, load_with_tokenizer
 from liar_ext.cli.options import recipe_of
-from liar_ext.cli.output import warn
+from liar_ext.cli.output import show
 from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
 from liar_ext.job.choosing import sequences_to_judge
-from liar_ext.job.sweeping import Point, Sweep, sweep
+from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
@@ -58,27 +58,15 @@ def run(options: argparse.Namespace) -> None:
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)
 
-    points = sweep(
-        given.model,
-        given.calibration,
-        recipe,
-        keep=keep,
-        bank=bank,
-        evaluate_on=given.evaluation,
-        on_result=save if folders else None,
-        progress=progress,
-    )
-    dense = _dense(given.model, points)
+    texts = {"bank": bank, "evaluate_on": given.evaluation}
+    shown = {"on_result": save if folders else None, "progress": progress}
+    points = sweep(given.model, given.calibration, recipe, keep=keep, **texts, **shown)
+    dense = {"params": count_params(given.model), "flops": 1.0, **points[0].quality("dense")}
     rows = [point.to_dict() for point in points]
-    for row in rows:
-        if folders:
-            row["folder"] = str(folders[row["keep"]])
-    if options.json:
-        print(json.dumps({"dense": dense, "budgets": rows}, indent=1))
-        return
-    print("\n".join(to_text(table(dense, rows))))
-    if not options.quiet:
-        warn(given.warnings)
+    for row in rows if folders else ():
+        row["folder"] = str(folders[row["keep"]])
+    facts = {"dense": dense, "budgets": rows}
+    show(options, facts, to_text(table(dense, rows)), None if options.json else given.warnings)
 
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
@@ -98,11 +86,6 @@ def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
         for row in [{"keep": "dense", **dense}, *rows]
     ]
     return Table("", heads, cells, ())
-
-
-def _dense(model: nn.Module, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the row of the dense model."""
-    return {"params": count_params(model), "flops": 1.0, **points[0].quality("dense")}
 
 
 METHODS = {"liar": "balanced"}  # presets that have another name here
@@ -126,10 +109,7 @@ def run_compare_methods(options: argparse.Namespace) -> None:
         for method in options.methods
     }
     dense, rows = compare(recipes, progress=options.progress)
-    if options.json:
-        print(json.dumps({"dense": dense, "runs": rows}, indent=1))
-        return
-    print("\n".join(to_text(table_of_methods(dense, rows))))
+    show(options, {"dense": dense, "runs": rows}, to_text(table_of_methods(dense, rows)))
 
 
 def compare(
@@ -143,13 +123,7 @@ def compare(
     for key, recipe in recipes.items():
         inputs = (getattr(recipe, each.name) for each in recipe_fields(affects="inputs"))
         groups.setdefault((recipe.seed, *inputs), []).append(key)
-    dense, rows, loaded = None, [], {}
-
-    def loader(*where: str) -> tuple[nn.Module, Any]:
-        if where not in loaded:
-            loaded[where] = load_with_tokenizer(*where)
-        return loaded[where]
-
+    dense, rows, loader = None, [], cache(load_with_tokenizer)
     for keys in groups.values():
         first = recipes[keys[0]]
         judge = max(sequences_to_judge(recipes[key]) for key in keys)
@@ -183,6 +157,5 @@ def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
 
 
 def _numbers(model: nn.Module, batches: Any, progress: bool) -> Row:
-    """Return parameters and perplexity of a model."""
     found = perplexity(model, batches, progress=progress)["perplexity"]
     return {"params": count_params(model), "perplexity": found}

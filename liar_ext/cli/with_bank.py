@@ -16,15 +16,8 @@ from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.processors import kind_of, load_reader
-from liar_ext.cli.inputs import (
-    Given,
-    check_unloaded,
-    evaluation_batches,
-    load_with_tokenizer,
-    read_source,
-    warnings_of,
-)
-from liar_ext.cli.output import check_device
+from liar_ext.cli import inputs
+from liar_ext.cli.inputs import Given
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import DTYPES, recipe_fields
@@ -58,12 +51,9 @@ def check_bank_place(path: str, command: str, option: str, overwrite: bool) -> N
 
 
 def save_bank(bank: MomentBank, path: str, command: str, option: str, overwrite: bool) -> None:
-    """Write a bank where :func:`check_bank_place` was content, if it still is.
+    """Write a bank where :func:`check_bank_place` was content.
 
-    Raises
-    ------
-    InputError
-        If something came there meanwhile: the bank has another name then, which the error says.
+    If something came there meanwhile, the bank has another name, which an InputError says.
     """
 
     def take(made: str, place: Path) -> None:
@@ -87,26 +77,19 @@ def save_bank(bank: MomentBank, path: str, command: str, option: str, overwrite:
 def load_by_bank(
     path: str, recipe: Recipe, options: argparse.Namespace
 ) -> tuple[Given, MomentBank, Recipe]:
-    """Return what a recipe names, the bank, and the recipe with what the bank says.
-
-    Raises
-    ------
-    InputError
-        If options contradict the bank, or one of model, bank and text can't be used.
-    """
+    """Return what a recipe names, the bank, and the recipe with what the bank says."""
     header = read_bank(path, sums=False)
     recipe = recipe_of_bank(recipe, header.source, options)
     kind = kind_of(recipe.model)
-    held_out = read_source(recipe.eval, kind) if recipe.eval else None
+    held_out = inputs.read_source(recipe.eval, kind) if recipe.eval else None
     warnings = warnings_of_bank(header)
     if held_out is not None:
         if header.documents is None:
             warnings.append(UNCHECKED)
         else:
             check_apart_from(set(header.documents.tolist()), held_out)
-    check_device(recipe.device)
-    check_unloaded(recipe)
-    model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
+    inputs.check_unloaded(recipe)
+    model, tokenizer = inputs.load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     known = header.source.get("tokenizer")
     own = None if tokenizer is None else texts.tokenizer_fingerprint(tokenizer)
     if known is not None and known != own:
@@ -115,10 +98,11 @@ def load_by_bank(
             f"{recipe.model}; give the model that was calibrated, or calibrate this one"
         )
     reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
-    evaluation = evaluation_batches(recipe, held_out, model, reads)
+    evaluation = inputs.evaluation_batches(recipe, held_out, model, reads)
     bank = MomentBank.load(path)
     facts: dict[str, object] = {"calibration": bank.source.get("texts", []), "bank": path}
-    facts |= {"seq_len": recipe.seq_len, "bos": _last(bank.source, "bos", "")}
+    (*_, last) = bank.source.get("calibrations") or [{"bos": ""}]
+    facts |= {"seq_len": recipe.seq_len, "bos": last["bos"]}
     facts |= {"eval": recipe.eval} if recipe.eval else {}
     return Given(model, tokenizer, None, evaluation, None, None, facts, warnings), bank, recipe
 
@@ -128,17 +112,13 @@ def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Nam
 
     A bank of one calibration gives a recipe by which that can be run again.
     """
-    for each in recipe_fields(in_bank="text"):
-        if hasattr(options, each.name):
-            raise InputError(
-                f"{options.command}: {option_of(each)} is of the calibration, which the bank holds "
-                "already; leave it out, or leave --bank out"
-            )
-    for each in recipe.without("with_bank"):
-        raise InputError(
-            f"{options.command}: {recipe.spelled(each)} does not work with a bank, which has no "
-            "text or layers beside its own; leave it out, or leave --bank out"
-        )
+    held = "is of the calibration, which the bank holds already"
+    bare = "does not work with a bank, which has no text or layers beside its own"
+    own = [each for each in recipe_fields(in_bank="text") if hasattr(options, each.name)]
+    refused = [f"{option_of(each)} {held}" for each in own]
+    refused += [f"{recipe.spelled(each)} {bare}" for each in recipe.without("with_bank")]
+    if refused:
+        raise InputError(f"{options.command}: {refused[0]}; leave it out, or leave --bank out")
     changes: dict[str, Any] = {"calibration": ()}
     runs = [_drawn(run) for run in source.get("calibrations", [])]
     if len(runs) == 1:
@@ -156,7 +136,7 @@ def warnings_of_bank(header: Stored) -> list[str]:
     found = [note for run in runs for note in run["notes"]]
     if header.source.get("texts") and runs:
         most = max(_drawn(run)["self_text"] for run in runs)
-        found += warnings_of(header.source["texts"], runs[0]["packed"], most)
+        found += inputs.warnings_of(header.source["texts"], runs[0]["packed"], most)
     return list(dict.fromkeys(found))
 
 
@@ -174,8 +154,3 @@ def _drawn(run: dict[str, Any]) -> dict[str, Any]:
         each.name: each.metadata["check"](each.name, said.get(each.name, each.metadata["unsaid"]))
         for each in recipe_fields(in_bank="text")
     }
-
-
-def _last(source: dict[str, Any], name: str, default: Any) -> Any:
-    runs = source.get("calibrations", [])
-    return runs[-1][name] if runs else default

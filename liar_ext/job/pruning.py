@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -126,6 +127,11 @@ def prune(
     InputError
         If a choice, the model, the data or the budget cannot be used; the model is then as it was.
 
+    Warns
+    -----
+    UserWarning
+        For each of ``report.warnings``.
+
     Notes
     -----
     Processes that have met by :func:`liar_ext.distributed.join` share the work: each calls this
@@ -141,7 +147,7 @@ def prune(
     own = "evaluate_on", "certify_on", "judge_on", "bank", "checkpoint", "progress"
     check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
     with naming_memory("prune: out of memory"), told(progress), opened(checkpoint) as saved:
-        return run(
+        report = run(
             Job(
                 model,
                 batches,
@@ -154,6 +160,9 @@ def prune(
                 certify_on=certify_on,
             )
         )
+    for note in report.warnings if is_first() else ():
+        warnings.warn(note, stacklevel=2)
+    return report
 
 
 def run(job: Job, finish: Finish | None = None) -> Report:

@@ -12,7 +12,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from liar_ext.errors import InputError, did_you_mean
-from liar_ext.plan import Budget, check_tile
+from liar_ext.plan import Budget
 
 # What a check is: name and value in, the value in its own type out, or InputError.
 Check = Callable[[str, Any], Any]
@@ -20,26 +20,27 @@ THOUSAND = 1024  # 32k is 32,768 tokens, as vocabularies are counted
 MOST = 2**63 - 1  # what torch's generators, sizes and JSON readers take
 
 
-def whole(least: int, *, optional: bool = False) -> Check:
+def wrong(name: str, must: str, value: Any) -> InputError:
+    """Return the error for a field that must be something else."""
+    return InputError(f"recipe: {name} must {must}, got {shown(value)}")
+
+
+def optional(check: Check) -> Check:
+    """Return a check that takes None as well."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def whole(least: int) -> Check:
     """Return the check of an integer of at least ``least``."""
 
-    def check(name: str, value: Any) -> int | None:
-        if optional and value is None:
-            return None
-        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-            if least <= value <= MOST:
-                return int(value)
-        raise InputError(
-            f"recipe: {name} must be an integer of at least {least}"
-            f"{'' if value_fits(value) else ' and below 2^63'}, got {shown(value)}"
-        )
+    def check(name: str, value: Any) -> int:
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if is_whole and least <= value <= MOST:
+            return int(value)
+        beyond = " and below 2^63" if isinstance(value, numbers.Integral) and value > MOST else ""
+        raise wrong(name, f"be an integer of at least {least}{beyond}", value)
 
     return check
-
-
-def value_fits(value: Any) -> bool:
-    """Tell whether a value is no integer beyond 63 bits."""
-    return not isinstance(value, numbers.Integral) or value <= MOST
 
 
 def number(name: str, value: Any) -> float:
@@ -50,7 +51,19 @@ def number(name: str, value: Any) -> float:
                 return float(value)
         except OverflowError:  # an integer beyond the largest float
             pass
-    raise InputError(f"recipe: {name} must be a number, got {shown(value)}")
+    raise wrong(name, "be a number", value)
+
+
+def share(example: str) -> Check:
+    """Return the check of a number in (0, 1], with an example for the error."""
+
+    def check(name: str, value: Any) -> float:
+        found = number(name, value)
+        if not 0.0 < found <= 1.0:
+            raise InputError(f"recipe: {name} must be in (0, 1], got {found}; {example}")
+        return found
+
+    return check
 
 
 def number_or_auto(name: str, value: Any) -> float | str:
@@ -63,7 +76,7 @@ def number_or_auto(name: str, value: Any) -> float | str:
                 return float(value)
     except (ValueError, OverflowError):
         pass
-    raise InputError(f'recipe: {name} must be a number of at least 0 or "auto", got {shown(value)}')
+    raise wrong(name, 'be a number of at least 0 or "auto"', value)
 
 
 def vocabulary(name: str, value: Any) -> float | int:
@@ -74,10 +87,7 @@ def vocabulary(name: str, value: Any) -> float | int:
             return float(found)
         if isinstance(found, numbers.Integral) and found <= MOST and found > 1:
             return int(found)
-    raise InputError(
-        f"recipe: {name} must be a fraction in (0, 1], or a number of tokens such as 32k, got "
-        f"{shown(value)}"
-    )
+    raise wrong(name, "be a fraction in (0, 1], or a number of tokens such as 32k", value)
 
 
 def read_tokens(text: str) -> float | int | str:
@@ -92,32 +102,21 @@ def read_tokens(text: str) -> float | int | str:
     return text
 
 
-def tile(name: str, value: Any) -> int | str:
-    """Check a tile: an integer of at least 1, or "auto"."""
-    return check_tile("recipe", value)
-
-
 def flag(name: str, value: Any) -> bool:
     """Check true or false."""
     if isinstance(value, bool):
         return value
-    raise InputError(f"recipe: {name} must be true or false, got {shown(value)}")
+    raise wrong(name, "be true or false", value)
 
 
-def text(*, optional: bool = False) -> Check:
-    """Return the check of a name or path."""
-
-    def check(name: str, value: Any) -> str | None:
-        if optional and value is None:
-            return None
-        if not isinstance(value, str):
-            raise InputError(f"recipe: {name} must be text, got {shown(value)}")
-        if not value.strip():
-            raise InputError(f"recipe: {name} must not be empty, got {value!r}")
-        check_printable(f"recipe: {name}", value)
-        return value
-
-    return check
+def text(name: str, value: Any) -> str:
+    """Check a name or path."""
+    if not isinstance(value, str):
+        raise wrong(name, "be text", value)
+    if not value.strip():
+        raise InputError(f"recipe: {name} must not be empty, got {value!r}")
+    check_printable(f"recipe: {name}", value)
+    return value
 
 
 def check_printable(what: str, value: str) -> None:
@@ -133,9 +132,8 @@ def check_printable(what: str, value: str) -> None:
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """Check a list of names or paths."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise InputError(f"recipe: {name} must be a list of texts, got {shown(value)}")
-    check = text()
-    return tuple(check(name, each) for each in value)
+        raise wrong(name, "be a list of texts", value)
+    return tuple(text(name, each) for each in value)
 
 
 def digests(name: str, value: Any) -> dict[str, str]:
@@ -143,7 +141,7 @@ def digests(name: str, value: Any) -> dict[str, str]:
     if isinstance(value, Mapping):
         if all(isinstance(each, str) for pair in value.items() for each in pair):
             return dict(value)
-    raise InputError(f"recipe: {name} must map names of texts to digests, got {shown(value)}")
+    raise wrong(name, "map names of texts to digests", value)
 
 
 def one_of(names: Sequence[str]) -> Check:
@@ -152,7 +150,7 @@ def one_of(names: Sequence[str]) -> Check:
     def check(name: str, value: Any) -> str:
         if isinstance(value, str) and value in names:
             return value
-        raise InputError(f"recipe: {name} must be one of {', '.join(names)}, got {shown(value)}")
+        raise wrong(name, f"be one of {', '.join(names)}", value)
 
     check.names = tuple(names)
     return check
@@ -164,11 +162,9 @@ def some_of(names: Sequence[str]) -> Check:
     def check(name: str, value: Any) -> tuple[str, ...]:
         given = () if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
         known = all(isinstance(each, str) and each in names for each in given)
-        if not given or not known or len(set(given)) < len(given):
-            raise InputError(
-                f"recipe: {name} must be a list of some of {', '.join(names)}, got {shown(value)}"
-            )
-        return given
+        if given and known and len(set(given)) == len(given):
+            return given
+        raise wrong(name, f"be a list of some of {', '.join(names)}", value)
 
     check.names = tuple(names)
     return check
@@ -179,21 +175,15 @@ def shown(value: Any) -> str:
     if isinstance(value, numbers.Integral) and abs(value) > MOST:
         return f"an integer of {int(value).bit_length()} bits"
     if not isinstance(value, str | numbers.Number | None):
-        return (
-            f"{type(value).__name__} {reprlib.repr(value)[:80]}"
-            if _small(value)
-            else (f"a {type(value).__name__}")
-        )
+        kind = type(value).__name__
+        return f"{kind} {reprlib.repr(value)[:80]}" if _small(value) else f"a {kind}"
     return repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
 
 
 def _small(value: Any) -> bool:
     """Tell whether a list holds a few plain things, so that showing it is safe and short."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) <= 8
-        and all(isinstance(each, str | float | bool) for each in value)
-    )
+    plain = isinstance(value, list | tuple) and len(value) <= 8
+    return plain and all(isinstance(each, str | float | bool) for each in value)
 
 
 class PruneOptions(TypedDict, total=False):

@@ -10,7 +10,16 @@ from functools import partial
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PARTS, PHASES, Budget
+from liar_ext.plan import (
+    ATTN_UNITS,
+    BUDGET_UNITS,
+    KINDS,
+    MODES,
+    PARTS,
+    PHASES,
+    Budget,
+    check_tile,
+)
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
 
@@ -66,7 +75,7 @@ class Fields:
 
     model: str | None = _model(
         None,
-        check.text(optional=True),
+        check.optional(check.text),
         "model folder, hub id, or GGUF file",
         common=True,
         option="MODEL",
@@ -74,7 +83,7 @@ class Fields:
     )
     dtype: str = _model("float32", check.one_of(DTYPES), "data type of the weights")
     device: str = _model(
-        "cpu", check.text(), "cpu, cuda, cuda:1, ...; auto: spread over all GPUs", common=True
+        "cpu", check.text, "cpu, cuda, cuda:1, ...; auto: spread over all GPUs", common=True
     )
     calibration: tuple[str, ...] = _text(
         (),
@@ -120,7 +129,7 @@ class Fields:
     )
     memory: int | None = Option(
         None,
-        check.whole(1, optional=True),
+        check.optional(check.whole(1)),
         "memory for activation statistics; less takes more passes (default: 32, or half of "
         "the free memory)",
         group="calibration",
@@ -144,13 +153,13 @@ class Fields:
     latency_new_tokens: int = _budget(32, check.whole(1), "latency: generated tokens")
     latency_table: str | None = _budget(
         None,
-        check.text(optional=True),
+        check.optional(check.text),
         "latency: table, folder or report with measured times (default: measure this device)",
         metavar="FILE",
     )
     tile: int | str = _budget(
         "auto",
-        check.tile,
+        lambda _, value: check_tile("recipe", value),
         "keep a multiple of N MLP channels per layer; auto: 32, less for narrow layers",
         metavar="N",
     )
@@ -159,11 +168,13 @@ class Fields:
     )
     keep_hidden: float = _whole(
         1.0,
-        check.number,
+        check.share("0.9 keeps 90 %"),
         "fraction of the hidden size to keep; --keep counts the remaining heads and channels",
     )
     keep_experts: float = _whole(
-        1.0, check.number, "fraction of the experts per layer to keep; --keep counts the rest"
+        1.0,
+        check.share("0.75 keeps 75 %"),
+        "fraction of the experts per layer to keep; --keep counts the rest",
     )
     keep_vocab: float | str = _words(
         1.0,
@@ -196,7 +207,7 @@ class Fields:
     )
     criterion: str = Option(
         "wifv",
-        check.text(),
+        check.text,
         "importance score",
         group="selection",
         affects="scores",
@@ -239,7 +250,7 @@ class Fields:
     )
     eval: str | None = _report(
         None,
-        check.text(optional=True),
+        check.optional(check.text),
         "measure quality before and after on this held-out text",
         common=True,
         metavar="TEXT",
@@ -247,7 +258,7 @@ class Fields:
     )
     eval_samples: int | None = _report(
         None,
-        check.whole(1, optional=True),
+        check.optional(check.whole(1)),
         "evaluate on N evenly spread windows, or texts of an encoder (default: all)",
         in_python="liar_ext.calibration.texts.evaluation_sequences takes it, as samples",
     )
@@ -272,14 +283,6 @@ class Fields:
         for name in ("self_text", "random_tokens"):
             if getattr(self, name) != "auto":
                 check_fraction("recipe", name, getattr(self, name))
-        if not 0.0 < self.keep_hidden <= 1.0:
-            raise InputError(
-                f"recipe: keep_hidden must be in (0, 1], got {self.keep_hidden}; 0.9 keeps 90 %"
-            )
-        if not 0.0 < self.keep_experts <= 1.0:
-            raise InputError(
-                f"recipe: keep_experts must be in (0, 1], got {self.keep_experts}; 0.75 keeps 75 %"
-            )
         if self.vocab_text and self.keep_vocab == 1.0:
             raise InputError(
                 "recipe: vocab_text decides which tokens go, and keep_vocab keeps all; give both"

@@ -24,54 +24,27 @@ Works = bool | Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a recipe, and its metadata.
-
-    Parameters
-    ----------
-    default : object
-        Its default.
-    check : Callable
-        Takes name and value, and returns the value in its type or raises InputError.
-    help : str
-        Help of the command's option.
-    group : str
-        Stage, one of ``GROUPS``.
-    affects : {"inputs", "scores", "plan", "weights", "report"}
-        First result that depends on the field. Jobs on the same inputs share their scores, unless
-        a field of "scores" differs.
-    common : bool
-        Whether ``--help`` shows the option; ``--help-all`` shows all.
-    option, metavar : str
-        Name on the command line, and placeholder of its value, if not those of name and type.
-    read : Callable, optional
-        Reads the text of the option, if the type is not enough. Text that it can't read is
-        returned, and refused by the check.
-    in_bank : {"", "text", "sensitivities"}
-        Part of a bank of statistics that depends on the field. A bank says the fields of its text.
-    unsaid : object
-        Value in banks that are older than the field.
-    with_bank, streamed, from_sums : bool or Callable
-        Whether a job works with a bank; block by block (``--max-memory``); from the statistics
-        alone, without running the model over the text again.
-    in_python : str
-        Replacement in Python, if :func:`liar_ext.prune` has no such keyword.
-    """
+    """A field of a recipe, and its metadata."""
 
     default: Any
-    check: Check
-    help: str
-    group: str
+    check: Check  # takes name and value; returns the value in its type, or raises InputError
+    help: str  # of the command's option
+    group: str  # stage, one of GROUPS
+    # First result that depends on it: inputs, scores, plan, weights or report. Jobs on the same
+    # inputs share their scores, unless a field of "scores" differs.
     affects: str
-    common: bool = False
-    option: str = ""
-    metavar: str = ""
+    common: bool = False  # whether --help shows the option; --help-all shows all
+    option: str = ""  # name on the command line, if not that of the field
+    metavar: str = ""  # placeholder of its value, if not that of its type
+    # Reads the text of the option, if the type is not enough; what it can't read is returned, and
+    # refused by the check.
     read: Callable[[str], Any] | None = None
-    in_bank: str = ""
-    unsaid: Any = None
-    with_bank: Works = True
-    streamed: Works = True
-    from_sums: Works = True
-    in_python: str = ""
+    in_bank: str = ""  # part of a bank that depends on it: text, which a bank says, sensitivities
+    unsaid: Any = None  # value in banks that are older than the field
+    with_bank: Works = True  # whether a job works with a bank
+    streamed: Works = True  # block by block (--max-memory)
+    from_sums: Works = True  # from the statistics alone, without running the model over the text
+    in_python: str = ""  # replacement in Python, if liar_ext.prune has no such keyword
 
 
 def with_options(cls: type) -> type:

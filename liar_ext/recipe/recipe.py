@@ -118,18 +118,12 @@ class Recipe(Fields):
     def from_dict(cls, facts: Mapping[str, Any]) -> Recipe:
         """Return the recipe of some fields; what is missing is as by default.
 
-        Fields of older versions are dropped, with a warning, if they had their default.
-
-        Raises
-        ------
-        InputError
-            If a key is unknown, the version is another one, or the recipe can't be.
+        Fields of older versions are dropped, with a warning, if they had their default. An unknown
+        field or version raises InputError.
         """
         if not isinstance(facts, Mapping):
-            raise InputError(
-                f"recipe: must be a mapping of fields, got {check.shown(facts)}; a line is "
-                "keep: 0.8, for one"
-            )
+            said = f"recipe: must be a mapping of fields, got {check.shown(facts)}"
+            raise InputError(f"{said}; a line is keep: 0.8, for one")
         facts = dict(facts)
         if "multiple_of" in facts and "tile" not in facts:  # its name in version 0.1.0
             facts["tile"] = facts.pop("multiple_of")
@@ -150,7 +144,7 @@ class Recipe(Fields):
 
     def to_json(self) -> str:
         """Return the recipe as strict JSON."""
-        return to_json(self.to_dict())
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, written: str) -> Recipe:
@@ -181,18 +175,10 @@ class Recipe(Fields):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Recipe:
-        """Read a recipe that :meth:`save` wrote, or a hand did.
-
-        Raises
-        ------
-        InputError
-            If the file can't be read, or holds no recipe.
-        """
-        written = read(path)
+        """Read a recipe that :meth:`save` wrote, or a person did; InputError if it is none."""
+        written, is_json = read(path), Path(path).suffix == ".json"
         try:
-            return (
-                cls.from_json(written) if Path(path).suffix == ".json" else cls.from_yaml(written)
-            )
+            return cls.from_json(written) if is_json else cls.from_yaml(written)
         except InputError as error:
             raise InputError(f"{error} (in {path})") from None
 
@@ -252,25 +238,17 @@ for _each in (_Loader, _Dumper):
 
 
 def read(path: str | os.PathLike[str]) -> str:
-    """Return the text of a recipe's file.
-
-    Raises
-    ------
-    InputError
-        If it can't be read, is not UTF-8, or is far too long.
-    """
+    """Return the text of a recipe's file; raise InputError for one that can't be a recipe."""
     try:
         with Path(path).open("rb") as file:
             written = file.read(MOST_BYTES + 1)
-        if len(written) > MOST_BYTES:
-            raise InputError(f"recipe: {path} must be at most {MOST_BYTES} bytes; is it a recipe?")
-        return written.decode("utf-8-sig")
+        if len(written) <= MOST_BYTES:
+            return written.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"recipe: can't read {path}: {error.strerror}") from error
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"recipe: {path!r} must be a UTF-8 file of YAML or JSON") from error
+    raise InputError(f"recipe: {path} must be at most {MOST_BYTES} bytes; is it a recipe?")
 
 
 def from_yaml(written: str) -> Any:
@@ -282,8 +260,8 @@ def from_yaml(written: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise InputError(f"recipe: not YAML{at}: {' '.join(problem.split())[:120]}") from error
+        problem = " ".join((getattr(error, "problem", None) or str(error)).split())
+        raise InputError(f"recipe: not YAML{at}: {problem[:120]}") from error
     except RecursionError as error:
         raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
     except (ValueError, OverflowError, AttributeError, KeyError, TypeError) as error:
@@ -291,17 +269,17 @@ def from_yaml(written: str) -> Any:
         raise InputError(f"recipe: not YAML: {str(error)[:120]}") from error
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise InputError("recipe: JSON must name each field once")
+    return made
+
+
 def from_json(written: str) -> Any:
     """Return what JSON text says; InputError if it is none, or names a field twice."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            raise InputError("recipe: JSON must name each field once")
-        return made
-
     try:
-        return json.loads(written, object_pairs_hook=once)
+        return json.loads(written, object_pairs_hook=_once)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -313,11 +291,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return "inf" if isinstance(value, float) and math.isinf(value) else value
-
-
-def to_json(facts: Mapping[str, Any]) -> str:
-    """Return strict JSON."""
-    return json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False)
 
 
 def yaml_lines(facts: Mapping[str, Any]) -> str:

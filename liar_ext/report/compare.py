@@ -12,6 +12,7 @@ from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.errors import InputError
 from liar_ext.measure.timing import Benchmark, Rate
 from liar_ext.report import page, pictures, tables
+from liar_ext.report.html import render
 from liar_ext.report.page import name_of, stored_bench
 from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.report import Report
@@ -49,47 +50,23 @@ def write_comparison(
     file: str | os.PathLike[str],
     png: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
-    """Write one page of several saved folders, and its pictures as PNG; return the files.
-
-    Parameters
-    ----------
-    folders : sequence of path
-        What :func:`liar_ext.save_pruned` wrote, with reports.
-    file : path
-        Where the page goes.
-    png : path, optional
-        A folder for the pictures.
-
-    Raises
-    ------
-    InputError
-        If there are too many, one has no report, or nothing can be written.
-    """
-    check(folders, file)
-    runs, notes = read_runs(folders)
-    what = speed_of(runs)
-    with pictures.drawing("compare") as figures:
-        drawn = {
-            **{
-                name: scatter(
-                    figures, quality_points(runs, name), name, lower_is_better=is_low(name)
-                )
-                for name in measures_of(runs)
-            },
-            "speed": scatter(figures, speed_points(runs, what), SPEEDS[what[0]]),
-        }
-        written = render(runs, pictures.as_svg(drawn), notes)
-        write_whole(Path(file), written, "compare", "-o")
-        return [Path(file), *pictures.write(png, drawn, "compare")]
-
-
-def check(folders: Sequence[str | os.PathLike[str]], file: str | os.PathLike[str]) -> None:
-    """Raise InputError if there are too many folders, or the page can't be written."""
+    """Write one page of several saved folders, and its pictures as PNG; return the files."""
     if len(folders) > MOST_RUNS:
         raise InputError(
             f"compare: takes at most {MOST_RUNS} folders, got {len(folders)}; compare fewer"
         )
     check_place(Path(file), "compare", "-o", begins_with(page.MARK))
+    runs, notes = read_runs(folders)
+    what = speed_of(runs)
+    with pictures.drawing("compare") as figures:
+        drawn = {
+            name: scatter(figures, quality_points(runs, name), name, lower_is_better=is_low(name))
+            for name in measures_of(runs)
+        }
+        drawn["speed"] = scatter(figures, speed_points(runs, what), SPEEDS[what[0]])
+        written = document(runs, pictures.as_svg(drawn), notes)
+        write_whole(Path(file), written, "compare", "-o")
+        return [Path(file), *pictures.write(png, drawn, "compare")]
 
 
 def read_runs(folders: Sequence[str | os.PathLike[str]]) -> tuple[list[Run], list[str]]:
@@ -196,36 +173,29 @@ def speed_points(runs: Sequence[Run], what: What) -> list[Point]:
     return points
 
 
-def render(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[str]) -> str:
+def document(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequence[str]) -> str:
     """Return the page as HTML; ``svgs`` has each measure and ``speed``, or None."""
     what, measures = speed_of(runs), measures_of(runs)
     speed = SPEEDS[what[0]] + ("" if what[1] is None else f", batch {what[1]}")
     heads = ("", "run", "parameters", *measures, speed, "model")
     rows = [_row(run, what, measures) for run in runs]
     title = f"Comparison of {len(runs)} pruned model{'s' if len(runs) != 1 else ''}"
-    return page.document(
-        "compare",
-        title,
-        title,
+    shown = []
+    for name in measures:
+        better = "Lower" if is_low(name) else "Higher"
+        said = f"{better} is better. Filled: pruned, with its number in the table; hollow: dense."
+        heading, missing = f"{name.capitalize()} against parameters", "liar prune with --eval TEXT"
+        shown.append(page.picture(heading, svgs.get(name), said, f"Run {missing}."))
+    said = f"Median {speed}; higher is better. Hollow: the dense model, in the same rounds."
+    missing = "Run liar bench DIR --against MODEL."
+    shown.append(page.picture("Speed against parameters", svgs.get("speed"), said, missing))
+    return render(
+        "page",
+        command="compare",
+        title=title,
+        heading=title,
         warnings=notes,
-        pictures=[
-            *(
-                page.picture(
-                    f"{measure.capitalize()} against parameters",
-                    svgs.get(measure),
-                    f"{'Lower' if is_low(measure) else 'Higher'} is better. Filled: pruned, with "
-                    "its number in the table; hollow: dense.",
-                    missing="Run liar prune with --eval TEXT.",
-                )
-                for measure in measures
-            ),
-            page.picture(
-                "Speed against parameters",
-                svgs.get("speed"),
-                f"Median {speed}; higher is better. Hollow: the dense model, in the same rounds.",
-                missing="Run liar bench DIR --against MODEL.",
-            ),
-        ],
+        pictures=shown,
         sections=[Table("Runs", heads, rows, (1, len(heads) - 1))],
         end="In brackets: pruned / dense.",
     )

@@ -7,13 +7,11 @@ but pictures, which are SVG of our own.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
@@ -21,6 +19,7 @@ from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError
 from liar_ext.measure.timing import Benchmark, bench_file, read_bench
 from liar_ext.report import pictures, tables
+from liar_ext.report.html import render
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report
 from liar_ext.report.tables import magnitude, quality
@@ -28,7 +27,6 @@ from liar_ext.untrusted import text
 
 # The first line of every page, by which it may be overwritten.
 MARK = "<!DOCTYPE html><!-- liar report -->\n"
-MOST_ROWS = 512  # of a table
 
 
 def page_file(folder: str | os.PathLike[str]) -> Path:
@@ -47,21 +45,9 @@ def write_page(
     file: str | os.PathLike[str] | None = None,
     png: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
-    """Write the page of a saved folder, and its pictures as PNG; return the files.
+    """Write the page of a saved folder, and its pictures as PNG into ``png``; return the files.
 
-    Parameters
-    ----------
-    folder : path
-        What :func:`liar_ext.save_pruned` wrote, with a report.
-    file : path, optional
-        Where the page goes; ``DIR.html`` beside the folder by default.
-    png : path, optional
-        A folder for the pictures.
-
-    Raises
-    ------
-    InputError
-        If there is no report that can be read, matplotlib is missing, or nothing can be written.
+    The page goes to ``DIR.html`` beside the folder by default.
     """
     target = page_file(folder) if file is None else Path(file)
     check_place(target, "report", "-o", begins_with(MARK))
@@ -74,10 +60,11 @@ def write_page(
             "errors": pictures.errors(report.sites, figures),
             "seconds": pictures.time_spent(report.seconds, figures),
         }
-        written = document(
-            "report",
-            f"{name}: pruned from {model}",
-            name,
+        written = render(
+            "page",
+            command="report",
+            title=f"{name}: pruned from {model}",
+            heading=name,
             intro=f"Pruned from {model}.",
             verdict=report.verdict(),
             commands=commands(folder, report, bench is not None),
@@ -131,21 +118,6 @@ def stored_bench(folder: str | os.PathLike[str]) -> tuple[Benchmark | None, list
             "run liar bench again."
         ]
     return bench, []
-
-
-def document(command: str, title: str, heading: str, **parts: Any) -> str:
-    """Return a page as HTML, of parts that ``page.html`` names."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.filters["code"] = lambda value: Markup(
-        re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(value)))
-    )
-    said = {"command": command, "title": title, "heading": heading, "most_rows": MOST_ROWS}
-    return environment.get_template("page.html").render(**said, **parts)
 
 
 def picture(title: str, svg: str | None, caption: str, missing: str = "") -> dict[str, Any]:

@@ -73,13 +73,7 @@ NEXT = "\x1f"  # between the values of points of one line
 
 @contextmanager
 def drawing(operation: str) -> Iterator[Any]:
-    """Give the class of figures, with the settings of this module, and leave none behind.
-
-    Raises
-    ------
-    InputError
-        If matplotlib isn't there.
-    """
+    """Give the class of figures, with the settings of this module, and leave none behind."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -101,8 +95,8 @@ def kept(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     groups = _by_kind(sites, lambda site: None not in (site.units_before, site.units_after))
     if not groups:
         return None
-    figure, axes = _panels(figures, len(groups), 1.7)
-    for panel, (kind, places) in zip(axes, groups.items(), strict=True):
+    figure, panels = _panels(figures, groups, 1.7)
+    for panel, kind, places in panels:
         bars, wide = _bars(places)
         at, before, after = zip(*bars, strict=True)
         removed = panel.bar(at, before, wide, color=COLOURS["pale"], label="removed")
@@ -113,7 +107,7 @@ def kept(sites: Sequence[SiteRow], figures: Any) -> Any | None:
         panel.set_title(f"{KINDS[kind]}: {share:.0%} of the units stay", loc="left")
         panel.set_ylabel("units")
         panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _finish(figure, axes, sites)
+    _finish(figure, sites)
     return figure
 
 
@@ -124,8 +118,8 @@ def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
     )
     if not groups:
         return None
-    figure, axes = _panels(figures, len(groups), 1.9)
-    for panel, (kind, places) in zip(axes, groups.items(), strict=True):
+    figure, panels = _panels(figures, groups, 1.9)
+    for panel, kind, places in panels:
         for name, (label, colour, marker) in ERRORS.items():
             known = [(x, getattr(site, name)) for x, site in places]
             points = _broken([(x, y) for x, y in known if y is not None])
@@ -142,7 +136,7 @@ def errors(sites: Sequence[SiteRow], figures: Any) -> Any | None:
         panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         panel.yaxis.set_minor_formatter("")
         panel.set_ylabel("error")
-    _finish(figure, axes, sites)
+    _finish(figure, sites)
     return figure
 
 
@@ -233,13 +227,7 @@ def as_svg(drawn: Mapping[str, Any | None]) -> dict[str, str | None]:
 def write(
     folder: str | os.PathLike[str] | None, drawn: Mapping[str, Any | None], operation: str
 ) -> list[Path]:
-    """Write figures as PNG files, on white, into a folder, which is made; return the files.
-
-    Raises
-    ------
-    InputError
-        If they can't be written, or a file there is not one of these.
-    """
+    """Write figures as PNG files, on white, into a folder, which is made; return the files."""
     if folder is None:
         return []
     there = {name: figure for name, figure in drawn.items() if figure is not None}
@@ -260,7 +248,6 @@ def write(
 
 
 def _is_png(path: Path) -> bool:
-    """Tell whether a file is a picture that :func:`write` wrote."""
     with path.open("rb") as file:
         return b"Software\0liar_ext" in file.read(1000)
 
@@ -335,9 +322,12 @@ def _by_kind(
     return {kind: sorted(groups[kind], key=itemgetter(0)) for kind in KINDS if kind in groups}
 
 
-def _panels(figures: Any, number: int, height: float) -> tuple[Any, Sequence[Any]]:
-    figure = figures(figsize=(WIDTH, 0.6 + height * number), layout="constrained")
-    return figure, figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0]
+def _panels(figures: Any, groups: Mapping[str, Any], height: float) -> tuple[Any, list]:
+    """Return a figure, and for each group its panel, its kind and what it holds."""
+    size = WIDTH, 0.6 + height * len(groups)
+    figure = figures(figsize=size, layout="constrained")
+    panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+    return figure, [(panel, *item) for panel, item in zip(panels, groups.items(), strict=True)]
 
 
 def _bars(places: Sequence[tuple[int, SiteRow]]) -> tuple[list[tuple[float, float, float]], float]:
@@ -367,18 +357,20 @@ def _broken(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     return found
 
 
-def _finish(figure: Any, axes: Sequence[Any], sites: Sequence[SiteRow]) -> None:
+def _finish(figure: Any, sites: Sequence[SiteRow]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     named: dict[str, Any] = {}
-    for panel in axes:
+    for panel in figure.axes:
         handles, labels = panel.get_legend_handles_labels()
         named |= zip(labels, handles, strict=True)
         panel.grid(axis="y", linewidth=0.6)
         panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=3)
     found = (SITE_NAME.fullmatch(site.name) for site in sites)
-    axes[-1].set_xlabel("layer" if any(each and each[1] is None for each in found) else "site")
+    figure.axes[-1].set_xlabel(
+        "layer" if any(each and each[1] is None for each in found) else "site"
+    )
 
 
 def _numbers(panel: Any, points: Sequence[Point]) -> list[tuple[tuple[float, float], str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
 from liar_ext.report.tables import MEASURES, Table, figure
+from liar_ext.report.vocabulary import read_vocabulary
 from liar_ext.rows import SiteRow
 from liar_ext.selection.latency_table import LatencyTable
 from liar_ext.untrusted import count, listing, mapping, named, number, read_object, record, text
@@ -25,13 +26,7 @@ MOST_LINES = 200  # of warnings, notes, and jobs
 
 
 def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
-    """Return the path of a folder's report.
-
-    Raises
-    ------
-    InputError
-        If there is no such folder, or no report in it.
-    """
+    """Return the path of a folder's report; raise InputError if it has none."""
     path = Path(folder)
     try:
         is_folder = path.is_dir()
@@ -202,3 +197,20 @@ def healing(found: Mapping[str, Any]) -> Table:
     apart = ("before", "after", "improved", "interrupted", "curve", "perplexity", "notes")
     rows += [(key.replace("_", " "), text(each)) for key, each in found.items() if key not in apart]
     return Table("Healing", ("", ""), rows, (0, 1), " ".join([*sentences(found), APART]))
+
+
+PARTS: dict[str, Callable[[Any], Any]] = {  # of a report, but for its sites
+    "model": lambda value: text(value, 200),
+    **dict.fromkeys(("budget", "settings", "versions"), named),
+    "earlier": lambda value: [job(each) for each in listing(value)],
+    "grid": grid,
+    "params": numbers,
+    "latency": latency,
+    "evaluation": evaluation,
+    "heal": read_healing,
+    "vocabulary": read_vocabulary,
+    "seconds": numbers,
+    "warnings": lines,
+    "loading": lambda value: text(value, 1000),
+    "recipe": lambda value: recipe(value) or None,
+}

@@ -9,7 +9,6 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
 from liar_ext.report.card import method
-from liar_ext.report.reading import APART, healing, read_healing, sentences
-from liar_ext.report.tables import Table, figure, in_markdown, plain, to_html, to_markdown
-from liar_ext.report.vocabulary import read_vocabulary, vocabulary, vocabulary_lines
+from liar_ext.report.html import render
+from liar_ext.report.reading import APART, healing, sentences
+from liar_ext.report.tables import Table, figure, in_markdown, plain, to_markdown
+from liar_ext.report.vocabulary import vocabulary, vocabulary_lines
 from liar_ext.rows import SiteRow
-from liar_ext.untrusted import listing, named, read_object, text
+from liar_ext.untrusted import listing, read_object, text
 
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
@@ -113,11 +113,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         """Return sizes, warnings and, folded, the sites, which a notebook shows."""
-        notes = "".join(f"<p>Warning: {escape(each)}</p>" for each in self.warnings)
+        parts = {"model": self.model, "warnings": self.warnings, "sizes": self.sizes()}
         rows = tables.sites("Sites", self.sites[:MOST_SHOWN])
-        folded = f"<details><summary>{len(self.sites):,} sites</summary>{to_html(rows)}</details>"
-        title = f"<p><b>{escape(self.model)}, pruned</b></p>"
-        return title + to_html(self.sizes()) + notes + (folded if self.sites else "")
+        return render("notebook", **parts, sites=rows, count=f"{len(self.sites):,}")
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame with a row for each site, and the fields of its row.
@@ -166,22 +164,9 @@ class Report:
             rows[name] = [reading.row(each) for each in found[:MOST_SITES]]
             if len(found) > MOST_SITES:
                 cut.append(f"Of {len(found):,} {what} the first {MOST_SITES:,} are shown.")
-        return cls(
-            model=text(facts.get("model"), 200),
-            **{name: named(facts.get(name)) for name in ("budget", "settings", "versions")},
-            **rows,
-            earlier=[reading.job(each) for each in listing(facts.get("earlier"))],
-            grid=reading.grid(facts.get("grid")),
-            params=reading.numbers(facts.get("params")),
-            latency=reading.latency(facts.get("latency")),
-            evaluation=reading.evaluation(facts.get("evaluation")),
-            heal=read_healing(facts.get("heal")),
-            vocabulary=read_vocabulary(facts.get("vocabulary")),
-            seconds=reading.numbers(facts.get("seconds")),
-            warnings=cut + reading.lines(facts.get("warnings")),
-            loading=text(facts.get("loading"), 1000),
-            recipe=reading.recipe(facts.get("recipe")) or None,
-        )
+        read = {name: reader(facts.get(name)) for name, reader in reading.PARTS.items()}
+        read["warnings"] = cut + read["warnings"]
+        return cls(**read, **rows)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], operation: str = "report") -> Report:
@@ -244,7 +229,6 @@ class Report:
         return Table("In short", ("", ""), rows, (0, 1), f"{', '.join(short).capitalize()}.")
 
     def _removed(self) -> str:
-        """Return what was removed, in words."""
         found = []
         for kind, words in REMOVED.items():
             rows = [row for row in self.sites if kind_of(row.name) == kind]

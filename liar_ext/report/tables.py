@@ -1,6 +1,6 @@
 """The tables of a report: one model of a table, its forms, and a function for each table.
 
-:func:`to_text`, :func:`to_markdown` and :func:`to_html` are forms; ``page.html`` has a macro.
+:func:`to_text` and :func:`to_markdown` are forms, ``table.html`` is the one for HTML.
 The facts that tables are made of may have been read from a file: a number that is missing is shown
 as "–".
 """
@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from liar_ext.measure.timing import Benchmark, ModelFacts
@@ -38,27 +37,13 @@ ERRORS = (
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose cells are text already.
-
-    Parameters
-    ----------
-    title : str
-        Its heading.
-    columns : sequence of str
-        Heads; all empty for a table of names and values.
-    rows : sequence of sequence of str
-        Cells, as many in each row as there are columns.
-    text_columns : sequence of int
-        Columns that are aligned left; the others hold numbers.
-    note : str
-        Sentences that stand before it.
-    """
+    """A table whose cells are text already."""
 
     title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    text_columns: Sequence[int] = (0,)
-    note: str = ""
+    columns: Sequence[str]  # heads; all empty for a table of names and values
+    rows: Sequence[Sequence[str]]  # cells, as many in each row as there are columns
+    text_columns: Sequence[int] = (0,)  # aligned left; the others hold numbers
+    note: str = ""  # sentences that stand before it
 
 
 def to_text(table: Table) -> list[str]:
@@ -75,21 +60,6 @@ def to_markdown(table: Table) -> list[str]:
     rows = [table.columns, rule, *table.rows]
     lines = [f"| {' | '.join(map(in_markdown, row))} |" for row in rows]
     return [in_markdown(table.note), "", *lines] if table.note else lines
-
-
-def to_html(table: Table) -> str:
-    """Return a table as HTML without title and notes; every cell is escaped."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        sides = ["left" if at in table.text_columns else "right" for at in range(len(cells))]
-        made = (
-            f'<{tag} style="text-align: {side}">{escape(cell)}</{tag}>'
-            for side, cell in zip(sides, cells, strict=True)
-        )
-        return f"<tr>{''.join(made)}</tr>"
-
-    body = "".join(row(cells, "td") for cells in table.rows)
-    return f"<table><thead>{row(table.columns, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def in_markdown(value: str) -> str:

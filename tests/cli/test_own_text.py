@@ -13,8 +13,8 @@ from tiny import tiny
 from liar_ext import MomentBank, cli
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli import inputs
-from liar_ext.cli.dry_run import NONE_WRITTEN
 from liar_ext.cli.inputs import ONE_KIND
+from liar_ext.cli.prune import NONE_WRITTEN
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
 

@@ -12,6 +12,7 @@ from tiny import tiny
 from liar_ext import Report, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.quietening import no_bars
+from liar_ext.cli import inputs
 from liar_ext.healing import run as runs
 
 NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
@@ -122,6 +123,33 @@ def test_an_interrupted_command_goes_on(pruned, tmp_path, monkeypatch):
         assert heal(*command, "--out", out, "--overwrite") == 130
     assert section(out)["interrupted"] and section(out)["steps"] == 5
     assert section(out)["improved"] and verify_pruned(out)
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_resume_goes_on_with_it(is_in_place, pruned, tmp_path, monkeypatch, capsys):
+    shutil.copytree(pruned, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    more = ("--steps", "8", "--self-text", "0.25", "--quiet")
+    assert heal("other", *more, "--out", "whole") == 0
+    step, place = runs.Healing.step, ("--checkpoint", "checkpoint")
+    monkeypatch.setattr(runs.Checkpoint, "due", lambda *_: True)
+
+    def interrupted(self):
+        if self.so_far.steps == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    out = () if is_in_place else ("--out", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Healing, "step", interrupted)
+        assert heal("pruned", *more, *out, *place) == 130
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(inputs, "write_sequences", lambda *_, **__: pytest.fail("written"))
+    assert cli.main(["resume", "../checkpoint"]) == 0
+    assert "../checkpoint: liar heal, " in capsys.readouterr().out
+    result = tmp_path / ("pruned" if is_in_place else "out")
+    assert same(result, tmp_path / "whole") and not (tmp_path / "checkpoint").exists()
 
 
 def test_an_encoder_is_healed(tokenizer, corpus, tmp_path):
