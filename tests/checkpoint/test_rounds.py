@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_workers
 import pytest
 import torch
 import transformers
@@ -55,9 +56,7 @@ def test_a_process_without_liar_ext_loads_and_saves_unequal_layers(tmp_path: Pat
         )
         inputs = tiny_inputs(model)
         torch.save((dict(inputs), outputs(model, inputs), auto), folder / "expected.pt")
-    result = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path)], capture_output=True, text=True
-    )
+    result = fresh_workers.run_script(ELSEWHERE, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for folder in tmp_path.iterdir():
         again = load_pruned(folder / "and again")
@@ -123,7 +122,10 @@ model = transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / "pruned")!
 assert model.model.layers[0].mlp.down_proj.in_features == 12, model
 assert type(model).__module__ == "liar_ext.models.liar_loader"
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if first == "liar_ext":
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    else:
+        result = fresh_workers.run_script(script)
     assert result.returncode == 0, result.stderr[-2000:]
 
 

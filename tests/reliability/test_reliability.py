@@ -14,7 +14,17 @@ from reliability.outcome import Outcome, in_child
 SEED = 7
 
 
-@pytest.mark.parametrize("check", load_checks(), ids=lambda check: check.TITLE)
+# Those that start processes, or try whole folders, take many seconds.
+LONG = ("tampered folders", "files of strangers", "ranks that are stopped")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, marks=pytest.mark.exhaustive if check.TITLE in LONG else (), id=check.TITLE)
+        for check in load_checks()
+    ],
+)
 def test_a_few_attacks(check) -> None:
     row = attack(check, check.SHORT, SEED)
     assert row["cases"] == check.SHORT and row["bad"] == []
@@ -48,6 +58,7 @@ def test_what_is_bad_is_counted(verdict: str) -> None:
     assert row["verdicts"] == {verdict: 1} and len(row["bad"]) == 1
 
 
+@pytest.mark.exhaustive
 def test_code_of_a_folder_would_be_seen(monkeypatch) -> None:
     """With the check of the folder's code removed, the attack on it shows."""
     from liar_ext.export import verify
