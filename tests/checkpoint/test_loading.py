@@ -68,7 +68,7 @@ def test_a_loaded_model_generates_by_its_settings(tmp_path: Path) -> None:
 
 
 def check_trusted(name: str, model: torch.nn.Module, folder: Path) -> None:
-    """Check the classes, outputs and words of transformers' loaders, which run the folder's code."""
+    """Check what transformers' loaders give, which run the code of the folder."""
     named = read(folder)["auto_map"]
     own = {auto for auto, loader in named.items() if loader.endswith(f".{type(model).__name__}")}
     heads = {"AutoModel", "AutoModelForTokenClassification", "AutoModelForSequenceClassification"}

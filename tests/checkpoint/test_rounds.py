@@ -11,7 +11,7 @@ import fresh_workers
 import pytest
 import torch
 import transformers
-from covers import cover
+from covers import cover, some
 from folders import change, equal_plan, make_plan, pruned, read
 from tiny import TINY, batches, outputs, tiny, tiny_inputs
 
@@ -111,7 +111,7 @@ def test_no_code_is_trusted_where_liar_ext_is_imported(tmp_path: Path) -> None:
     assert type(type(dense).from_pretrained(tmp_path / "dense")) is type(dense)
 
 
-@pytest.mark.parametrize("first", ["liar_ext", "transformers.modeling_utils"])
+@some("first", ["liar_ext", "transformers.modeling_utils"], "transformers.modeling_utils")
 def test_it_does_not_matter_what_is_imported_first(first, tmp_path: Path) -> None:
     model, plan = pruned("llama")
     save_pruned(model, tmp_path / "pruned", plan)

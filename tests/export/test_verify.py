@@ -18,7 +18,6 @@ from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.export import export, onnx, verify
 from liar_ext.export.verify import table, verify_everywhere
 
-
 pytestmark = pytest.mark.usefixtures("quick_workers")
 
 

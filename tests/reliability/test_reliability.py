@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from covers import some
 
 from reliability.__main__ import RECORD, TABLE, attack, load_checks, to_markdown
 from reliability.outcome import Outcome, in_child
@@ -18,14 +19,12 @@ SEED = 7
 LONG = ("tampered folders", "files of strangers", "ranks that are stopped")
 
 
-@pytest.mark.parametrize(
-    "check",
-    [
-        pytest.param(check, marks=pytest.mark.exhaustive if check.TITLE in LONG else (), id=check.TITLE)
-        for check in load_checks()
-    ],
-)
-def test_a_few_attacks(check) -> None:
+CHECKS = {check.TITLE: check for check in load_checks()}
+
+
+@some("title", CHECKS, *(title for title in CHECKS if title not in LONG))
+def test_a_few_attacks(title: str) -> None:
+    check = CHECKS[title]
     row = attack(check, check.SHORT, SEED)
     assert row["cases"] == check.SHORT and row["bad"] == []
 
