@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
-    "language models": "llama gemma fused ungated parallel hybrid opt gpt2 gpt_neox",
+    "language models": "llama gpt parallel",
     "mixtures of experts": "moe",
-    "encoders": "bert modernbert nomic_bert deberta albert",
-    "encoder-decoders": "bart t5",
-    "vision, vision and text": "vit clip vision_language",
+    "encoders": "bert modernbert",
+    "encoder-decoders": "t5",
+    "vision, vision and text": "vit",
 }
 LEGEND = {
     "can be removed": """

@@ -122,7 +122,7 @@ def read_bench(path: Path, operation: str = "report") -> Benchmark:
         raise InputError(
             f"{operation}: {path} is no benchmark of version {VERSION}; write it by liar bench"
         )
-    rates = [_rate(mapping(row)) for row in listing(fields["rates"])[:MOST_ROWS]]
+    rates = [_stored_rate(mapping(row)) for row in listing(fields["rates"])[:MOST_ROWS]]
     return Benchmark(
         pruned=_model(fields.get("pruned")),
         dense=_model(fields["dense"]) if mapping(fields.get("dense")) else None,
@@ -133,7 +133,7 @@ def read_bench(path: Path, operation: str = "report") -> Benchmark:
     )
 
 
-def _rate(row: Any) -> Rate | None:
+def _stored_rate(row: Any) -> Rate | None:
     batch, pruned = count(row.get("batch")), _quartiles(row.get("pruned"))
     if batch is None or pruned is None:
         return None
