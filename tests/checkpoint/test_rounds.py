@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,31 +201,33 @@ def test_scaled_rotations_are_written_in_the_older_spelling_too(tmp_path: Path) 
         ({"modules": {}, "head_inputs": {"layers.0": [0, "x", [10**30]]}}, "head_inputs"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(said, why, tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    mark = read(tmp_path / "pruned")["liar"]
-    change(tmp_path / "pruned" / "config.json", liar={**mark, **said})
+def test_sizes_that_no_model_has_are_refused(said, why, changed) -> None:
+    folder = changed()
+    change(folder / "config.json", liar={**read(folder)["liar"], **said})
     with pytest.raises(InputError, match=why):
-        load_pruned(tmp_path / "pruned")
+        load_pruned(folder)
 
 
-def saved_and_changed(folder: Path, **said: object) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, folder, plan)
-    change(folder / "config.json", **said)
+@pytest.fixture
+def changed(saved, tmp_path: Path):
+    """Give a function that returns a folder with other fields in its config."""
+
+    def copy(**said: object) -> Path:
+        folder = shutil.copytree(saved()[2], tmp_path / "pruned")
+        change(folder / "config.json", **said)
+        return folder
+
+    return copy
 
 
 @pytest.mark.parametrize("head_dim", [2, 8, 16, 10**6])
-def test_a_head_size_that_the_layers_deny_is_refused(head_dim, tmp_path: Path) -> None:
+def test_a_head_size_that_the_layers_deny_is_refused(head_dim, changed) -> None:
     """Shapes alone would fit, and the model would compute something else."""
-    saved_and_changed(tmp_path / "pruned", head_dim=head_dim)
     with pytest.raises(InputError, match="load_pruned: "):
-        load_pruned(tmp_path / "pruned")
+        load_pruned(changed(head_dim=head_dim))
 
 
 @pytest.mark.parametrize("names", [{"a": 1}, [], "LlamaForCausalLM", None, [7]])
-def test_a_class_that_is_none_is_refused(names, tmp_path: Path) -> None:
-    saved_and_changed(tmp_path / "pruned", architectures=names)
+def test_a_class_that_is_none_is_refused(names, changed) -> None:
     with pytest.raises(InputError, match="has no model class"):
-        verify_pruned(tmp_path / "pruned")
+        verify_pruned(changed(architectures=names))
