@@ -1,4 +1,4 @@
-"""Every claim of a folder is tried in a process of its own; one test starts a real one."""
+"""Every claim of a folder is tried in a process of its own; two tests start real ones."""
 
 from __future__ import annotations
 
@@ -124,6 +124,7 @@ def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:
 
 def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) -> None:
     """Each row is of a process of its own; the last says what it would by itself."""
+    monkeypatch.setattr(verify, "subprocess", subprocess)
     answers = verify._answers
 
     def spoilt(jobs):
@@ -139,5 +140,4 @@ def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) 
     assert "NoSuchModel" in rows[0].error and "/nowhere" in rows[1].error
     assert rows[2].agrees and not rows[2].error
     monkeypatch.setattr(verify, "WORKER", Path("/nowhere.py"))
-    monkeypatch.setattr(verify, "subprocess", subprocess)
     assert "nowhere.py" in answers([job] * 2)[1]["error"]
