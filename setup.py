@@ -3,6 +3,9 @@
 One library serves every Python from 3.10 and every torch from TORCH_TARGET on, so nothing here
 depends on either; only a free-threaded Python, which has no stable ABI, needs a library of its own.
 CXX, CPPFLAGS, CFLAGS, CXXFLAGS and LDFLAGS are obeyed. Metadata is in pyproject.toml.
+
+LIAR_EXTENSION is ``auto`` (where it can't be compiled the package is installed without, and torch
+does its work), ``require`` (that is an error) or ``off`` (a wheel for every platform).
 """
 
 import importlib.util
@@ -10,11 +13,12 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10
@@ -34,25 +38,38 @@ KERNEL_FLAGS = {
 }
 
 
-class Build(BuildExtension):
-    """BuildExtension that gives the kernels of each instruction set their own flags."""
+MODE = os.environ.get("LIAR_EXTENSION", "auto").lower()
+if MODE not in ("auto", "require", "off"):
+    raise SystemExit(f"LIAR_EXTENSION must be auto, require or off, got {MODE!r}")
 
-    def build_extension(self, ext):
-        """Compile the kernel units first, then link them into the extension."""
-        machine = platform.machine().lower()
-        for name, flags in KERNEL_FLAGS.items():
-            if machine not in ("x86_64", "amd64"):
-                continue
-            source = ROOT / "csrc" / "cpu" / name
-            target = Path(self.build_temp).resolve() / f"{name}.o"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            command = [*COMPILER, *COMMON, *flags, *USER_FLAGS]
-            self.spawn([*command, "-c", str(source), "-o", str(target)])
-            ext.extra_objects.append(str(target))
-        if CUDA_HOME:
-            ext.extra_objects += [str(path) for path in cuda.compile_kernels(CUDA_HOME)]
-            ext.extra_link_args += cuda.link_flags(CUDA_HOME)
-        super().build_extension(ext)
+
+def missing():
+    """Return what the extension can't be compiled for want of, or nothing."""
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"torch cannot be imported ({error})"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <string>\nint liar(std::string text) { return text.size(); }\n")
+        shared = ["-dynamiclib"] if sys.platform == "darwin" else ["-shared"]
+        command = [*COMPILER, "-std=c++17", "-fPIC", *shared, str(source), "-o", f"{source}.so"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            return f"there is no C++ compiler: {error}; install one, or name it by CXX"
+        return done.returncode and f"{shlex.join(COMPILER)} fails: {done.stderr.strip()[-300:]}"
+
+
+def without(why):
+    """Go on without the extension, where that is allowed."""
+    if MODE == "require":
+        raise SystemExit(f"LIAR_EXTENSION=require: {why}")
+    print(
+        f"liar_ext: installing without the compiled extension; torch will do its work, slower. "
+        f"{why}",
+        file=sys.stderr,
+    )
 
 
 def compiler_name():
@@ -77,31 +94,67 @@ COMMON = [
 ]
 FOLDERS = ["csrc", "csrc/cpu", "csrc/launchers/cpu"]
 
-# Its own file, because the check of the compiled kernels uses it too.
-spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
-cuda = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cuda)
-CUDA_HOME = cuda.wanted()
-if CUDA_HOME:
-    FOLDERS.append("csrc/launchers/cuda")
-sources = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.cpp"))]
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "liar_ext._C",
-            [str(p.relative_to(ROOT)) for p in sources if p.name not in KERNEL_FLAGS],
-            extra_compile_args=[
-                *COMMON,
-                f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
-                "-DTORCH_STABLE_ONLY",  # torch's other headers then stop the build
-                f'-DLIAR_COMPILER="{compiler_name()}"',
-                *(["-DLIAR_WITH_CUDA", f'-DLIAR_CUDA_ARCHS="{cuda.archs()}"'] if CUDA_HOME else []),
-                *USER_FLAGS,
-            ],
-            py_limited_api=STABLE_PYTHON,
-        )
-    ],
-    cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_PYTHON else {},
-)
+def extension():
+    """Return setup's arguments for the extension and the CUDA kernels."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    # Its own file, because the check of the compiled kernels uses it too.
+    spec = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
+    cuda = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cuda)
+    home = cuda.wanted()
+
+    class Build(BuildExtension):
+        """BuildExtension that gives the kernels of each instruction set their own flags."""
+
+        def run(self):
+            """Build, or go on without."""
+            try:
+                super().run()
+            except Exception as error:
+                without(f"the build fails: {error}")
+
+        def build_extension(self, ext):
+            """Compile the kernel units first, then link them into the extension."""
+            machine = platform.machine().lower()
+            for name, flags in KERNEL_FLAGS.items():
+                if machine not in ("x86_64", "amd64"):
+                    continue
+                source = ROOT / "csrc" / "cpu" / name
+                target = Path(self.build_temp).resolve() / f"{name}.o"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                command = [*COMPILER, *COMMON, *flags, *USER_FLAGS]
+                self.spawn([*command, "-c", str(source), "-o", str(target)])
+                ext.extra_objects.append(str(target))
+            if home:
+                ext.extra_objects += [str(path) for path in cuda.compile_kernels(home)]
+                ext.extra_link_args += cuda.link_flags(home)
+            super().build_extension(ext)
+
+    folders = [*FOLDERS, *(["csrc/launchers/cuda"] if home else [])]
+    sources = [path for folder in folders for path in sorted((ROOT / folder).glob("*.cpp"))]
+    module = CppExtension(
+        "liar_ext._C",
+        [str(p.relative_to(ROOT)) for p in sources if p.name not in KERNEL_FLAGS],
+        extra_compile_args=[
+            *COMMON,
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            "-DTORCH_STABLE_ONLY",  # torch's other headers then stop the build
+            f'-DLIAR_COMPILER="{compiler_name()}"',
+            *(["-DLIAR_WITH_CUDA", f'-DLIAR_CUDA_ARCHS="{cuda.archs(home)}"'] if home else []),
+            *USER_FLAGS,
+        ],
+        py_limited_api=STABLE_PYTHON,
+    )
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_PYTHON else {},
+    }
+
+
+lacks = "" if MODE == "off" else missing()
+if lacks:
+    without(lacks)
+setup(**({} if lacks or MODE == "off" else extension()))

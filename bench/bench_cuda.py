@@ -1,22 +1,28 @@
-"""CUDA kernels beside cuBLAS, torch.linalg and the peers' way, on real shapes: needs a GPU.
+"""The operators on CUDA beside cuBLAS, torch.linalg and the peers' way: needs a GPU.
 
-`python bench/bench_cuda.py [--tokens 262144] [--only gram] [--json FILE]`. Every number is the
-median of CUDA event timings with a cold L2; the ceilings of the machine are measured first, in the
-same run. A way that this torch or this memory does not allow is reported as such.
+`python bench/bench_cuda.py [--tokens 262144] [--only gram] [--json FILE] [--write docs/cuda.md]`.
+Every number is the median of CUDA event timings, with a cold L2 and with a warm one; the ceilings
+of the machine are measured first, in the same run. Ways of one job do equal work: float64 sums in
+every Gram matrix, errors in every solve. Each job ends in a verdict, ours beside the best other
+way. A way that this torch or this memory does not allow is reported as such.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 
 import torch
 
 from liar_ext import ops
-from liar_ext.ops import reference
+from liar_ext.ops import gram_choice, reference
 
 SHAPES = {
+    "Llama-3.2-1B o_proj": 2048,
+    "Llama-3.2-3B o_proj": 3072,
     "Llama-2-7B o_proj, Llama-3-8B o_proj": 4096,
+    "Qwen3-14B o_proj": 5120,
     "Llama-2-7B down_proj": 11008,
     "Llama-3-8B down_proj": 14336,
 }
@@ -26,9 +32,9 @@ EVICTED = 512 << 20  # bytes written before each run, more than any L2
 F64 = {"device": "cuda", "dtype": torch.float64}
 
 
-def median_ms(job, repeats=7):
-    """Time `job` with everything evicted from L2 before each run."""
-    flush = torch.empty(EVICTED, dtype=torch.uint8, device="cuda")
+def median_ms(job, repeats=7, cold=True):
+    """Time `job`, with everything evicted from L2 before each run if ``cold``."""
+    flush = torch.empty(EVICTED if cold else 0, dtype=torch.uint8, device="cuda")
     job()
     times = []
     for _ in range(repeats):
@@ -56,25 +62,31 @@ def ceilings():
 
 
 def gram_rows(name, d, tokens, peak):
-    """Time one call of CHUNK tokens for each way, and scale to `tokens`."""
+    """Time one call of CHUNK tokens for each way, and scale to `tokens`.
+
+    Every way adds to float64 sums of a triangle or more, as jobs keep them.
+    """
     x = torch.randn(CHUNK, d, device="cuda").to(torch.bfloat16)
-    gram = torch.zeros(d, d, device="cuda")
-    total, count = torch.zeros(d, device="cuda"), torch.zeros(2, device="cuda", dtype=torch.float64)
+    gram, total = torch.zeros(d, d, **F64), torch.zeros(d, **F64)
+    count = torch.zeros(2, **F64)
     mask = torch.rand(CHUNK, device="cuda") > 0.1
     wide = x.float()
+
+    def half():
+        gram.add_(torch.mm(x.mT, x, out_dtype=torch.float32))
 
     def peers():
         y = x.float()
         gram.add_(y.mT @ y)
 
     ways = {
-        "ours bf16": lambda: ops.gram_update_(gram, total, count, x),
-        "ours bf16, 10 % padding": lambda: ops.gram_update_(gram, total, count, x, None, mask),
-        "ours f32": lambda: ops.gram_update_(gram, total, count, wide),
-        "torch.mm bf16 to f32 (no sum)": lambda: torch.mm(x.mT, x, out_dtype=torch.float32),
-        "torch.addmm bf16 into f32": lambda: torch.addmm(gram, x.mT, x, out_dtype=torch.float32),
-        "torch.mm bf16 to bf16 (no sum)": lambda: torch.mm(x.mT, x),
-        "addmm_ f32": lambda: gram.addmm_(wide.mT, wide),
+        f"ours, {backend} bf16": lambda update=update: update(gram, total, count, x)
+        for backend, update in gram_choice.existing(x.device).items()
+    }
+    ways |= {
+        "chosen, 10 % padding": lambda: ops.gram_update_(gram, total, count, x, None, mask),
+        "chosen, f32": lambda: ops.gram_update_(gram, total, count, wide),
+        "torch.mm bf16 to f32, add": half,
         "peers: float(), mm, add": peers,
     }
     needed = CHUNK * d * (d + 1)
@@ -99,7 +111,21 @@ def measured(job, way, call, numbers=lambda ms: {}, repeats=7):
         return {"job": job, "way": way, "not run": str(error).splitlines()[0]}
     finally:
         torch.cuda.empty_cache()
-    return {"job": job, "way": way, "ms": ms, **numbers(ms)}
+    warm = median_ms(call, repeats, cold=False)
+    return {"job": job, "way": way, "ms": ms, "warm ms": warm, **numbers(ms)}
+
+
+def verdict(rows):
+    """Return one line on a job: ours beside the fastest other way that did the same work."""
+    timed = [row for row in rows if "ms" in row and not row.get("other work")]
+    ours = [row for row in timed if row["way"].startswith("ours")]
+    others = [row for row in timed if not row["way"].startswith(("ours", "chosen"))]
+    if not ours or not others:
+        return f"{rows[0]['job']}: no verdict, a side is missing"
+    best, other = (min(some, key=lambda row: row["ms"]) for some in (ours, others))
+    ratio = other["ms"] / best["ms"]
+    word = "faster" if ratio > 1.05 else "slower" if ratio < 0.95 else "level"
+    return f"{best['job']}: {best['way']} is {word}, {ratio:.2f}x of {other['way']}"
 
 
 def gram_of(d, *batch):
@@ -121,19 +147,25 @@ def reconstruct_rows(d, peak):
         return lambda: ops.reconstruct(weight, gram, kept, damps, holdout, errors_only=errors_only)
 
     def linalg():
-        rhs = gram[kept][:, ~stays] @ weight[:, ~stays].mT
+        """Solve, and the error of the layer: what `ours, one damp` does without cleverness."""
+        removed = weight[:, ~stays]
+        rhs = gram[kept][:, ~stays] @ removed.mT
         block = gram[kept][:, kept]
-        block.diagonal().add_(block.diagonal().mean())
-        torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(block).L)
+        shifted = block + block.diagonal().mean() * torch.eye(n, **F64)
+        x = torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(shifted).L)
+        error = (removed @ gram[~stays][:, ~stays] * removed).sum()
+        return weight[:, kept] + x.mT, error - 2 * (x * rhs).sum() + (x * (block @ x)).sum()
 
-    solve = n**3 / 3 + 2 * n**2 * D_OUT + 2 * n * (d - n) * D_OUT
+    fewest = min(D_OUT, d - n)
+    solve = n**3 / 3 + 2 * n**2 * fewest + 4 * n * (d - n) * D_OUT
+    full = n**3 / 3 + 4 * n**2 * D_OUT + 2 * n * (d - n) * D_OUT
     ways = {
-        "ours, one damp": (ours(1, None), solve + 2 * n**2 * D_OUT),
+        "ours, one damp": (ours(1, None), solve),
         "ours, eight damps, held-out errors alone": (ours(8, gram, True), 0),
-        "torch.linalg: gather, cholesky_ex, cholesky_solve": (linalg, solve),
+        "torch.linalg, with the error": (linalg, full),
     }
     for way, (job, flops) in ways.items():
-        yield measured(
+        row = measured(
             f"reconstruct, d = {d}, d_out = {D_OUT}, n = {n}",
             way,
             job,
@@ -143,6 +175,7 @@ def reconstruct_rows(d, peak):
             },
             repeats=3,
         )
+        yield row | ({} if flops else {"other work": True})
 
 
 def small_rows(count, d, d_out, n):
@@ -159,7 +192,8 @@ def small_rows(count, d, d_out, n):
 
     def linalg():
         for _ in damps:
-            torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(block).L)
+            x = torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(block).L)
+            (x * (block @ x - 2 * rhs)).sum((1, 2))  # the errors
 
     ways = {
         "ours, one call": lambda: ops.reconstruct(weight, gram, kept, damps),
@@ -179,7 +213,8 @@ def curve_rows(d, width, steps):
     ways = {f"ours, {removed} units": units - removed, **whole}
     for way, at_least in ways.items():
         call = lambda at_least=at_least: ops.obs_curve(weight, gram, width, 1e-2, at_least)  # noqa: E731
-        yield measured(f"obs_curve, d = {d}, width = {width}", way, call, repeats=3)
+        row = measured(f"obs_curve, d = {d}, width = {width}", way, call, repeats=3)
+        yield row | ({} if at_least == units - removed else {"other work": True})
     yield measured(
         f"obs_curve, d = {d}, width = {width}",
         f"plain torch, {removed} units",
@@ -203,29 +238,50 @@ def jobs(found, tokens):
         yield "curve", curve_rows(d, width, 64)
 
 
+BEGIN, END = "<!-- table: make gpu -->", "<!-- end of the table of make gpu -->"
+
+
+def table(card, verdicts):
+    """Return the verdicts as Markdown."""
+    lines = [f"Measured on {card} by `make gpu`.", "", "| job | verdict |", "|---|---|"]
+    return "\n".join(lines + [f"| {one.replace(': ', ' | ', 1)} |" for one in verdicts])
+
+
 def main():
-    """Run everything and print one line a measurement."""
+    """Run everything, print one line a measurement and one verdict a job."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=128 * 2048)
     parser.add_argument("--only", choices=["gram", "reconstruct", "small", "curve"])
     parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--write", help="put the verdicts into this page, between its marks")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or ops.build_info()["cuda"] != "compiled":
-        sys.exit("bench_cuda: needs a GPU, a CUDA build of torch and liar_ext with LIAR_CUDA=1")
+    if not torch.cuda.is_available():
+        sys.exit("bench_cuda: needs a GPU and a CUDA build of torch")
     card = torch.cuda.get_device_name()
     found = ceilings()
-    rows = []
+    rows, verdicts = [], []
     print(card, {k: round(v, 2) for k, v in found.items()})
     for group, results in jobs(found, arguments.tokens):
         if arguments.only not in (None, group):
             continue
+        own = []
         for row in results:
-            rows.append(row)
+            own.append(row)
             numbers = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
             print(f"{row['job']:52} {row['way']:50} {row.get('not run') or numbers}", flush=True)
+        rows += own
+        verdicts.append(verdict(own))
+        print(verdicts[-1], flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"card": card, "ceilings": found, "rows": rows}, file, indent=1)
+            results = {"card": card, "ceilings": found, "rows": rows, "verdicts": verdicts}
+            json.dump({**results, "build": ops.build_info()}, file, indent=1)
+    if arguments.write:
+        page = Path(arguments.write)
+        before, rest = page.read_text("utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        new = f"{before}{BEGIN}\n\n{table(card, verdicts)}\n\n{END}{after}"
+        page.write_text(new, "utf-8")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,12 @@ from liar_ext.measure.latency import ratios
 from liar_ext.models.sites import Site
 from liar_ext.reconstruction.one_pass import reconstruct, with_bias
 from liar_ext.selection.costs import Costs
-from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, predict_divergence
+from liar_ext.selection.curve_allocation import (
+    losses_of,
+    measure_sensitivities,
+    predict_divergence,
+    probe_sites,
+)
 from liar_ext.selection.error_curves import error_curves
 
 ROUNDS = 15
@@ -100,8 +105,9 @@ class Job:
         self.scores = score(model, self.bank, self.at, "wifv")
         given = model, self.bank, self.at
         curves, budget = error_curves(*given, self.scores), Budget(1 / options.speedup)
-        measured = self.scores, curves, budget, probe_batches(batches)
-        self.losses = losses_of(*given, curves, measure_sensitivities(*given, *measured))
+        probes = probe_sites(*given, self.scores, curves, budget)
+        measured = measure_sensitivities(model, probes, probe_batches(batches))
+        self.losses = losses_of(*given, curves, measured)
         self.dense = {name: perplexity(model, some)["perplexity"] for name, some in texts.items()}
 
     def measure(self, phase: str) -> list[dict[str, object]]:

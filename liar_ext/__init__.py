@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from liar_ext.selection.latency_table import LatencyTable
     from liar_ext.selection.sensitivity import site_divergences
     from liar_ext.suggest.suggest import suggest_family
+    from liar_ext.vocabulary.keep import choose_tokens, keep_tokens
 
 __version__: str
 
@@ -55,11 +56,13 @@ __all__ = [
     "apply_plan",
     "calibrate",
     "calibration_sequences",
+    "choose_tokens",
     "compress",
     "criterion",
     "encoder_similarity",
     "error_curves",
     "heal",
+    "keep_tokens",
     "kl_divergence",
     "load_model",
     "load_pruned",
@@ -95,11 +98,13 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "apply_plan": "models.slicing",
     "calibrate": "calibration.collect",
     "calibration_sequences": "calibration.texts",
+    "choose_tokens": "vocabulary.keep",
     "compress": "cli.prune",
     "criterion": "selection.criteria",
     "encoder_similarity": "measure.embeddings",
     "error_curves": "selection.error_curves",
     "heal": "healing.heal",
+    "keep_tokens": "vocabulary.keep",
     "kl_divergence": "measure.evaluation",
     "load_model": "checkpoint",
     "load_pruned": "checkpoint",

@@ -26,7 +26,7 @@ from liar_ext.atomic_write import SEAL, Held, is_sealed, is_unfinished, tensor_o
 from liar_ext.distributed import broadcast, gather, is_first, rank
 from liar_ext.errors import InputError, one_line
 
-VERSION = 5  # of the keys and their facts
+VERSION = 6  # of the keys and their facts
 LOCK_FILE, SUFFIX, JOB, RESULT = ".lock", ".safetensors", "job", "result"
 OLDER = ("job.json", "calibration.bank", "calibration-1.bank")  # files of version 3
 SHARE = 0.05  # of the time that saving under one key may take

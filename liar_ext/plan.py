@@ -18,6 +18,7 @@ PLAN_VERSION = 2
 EXPERTS_VERSION = 3  # of a plan that removes whole experts, which a reader of version 2 would keep
 READABLE = (1, 2, 3)  # version 1 has no hidden features
 KINDS = ("attn", "mlp")
+PARTS = ("encoder", "decoder")  # of a model that has both
 ATTN_UNITS = ("auto", "kv_group", "head")
 MODES = ("auto", "none", "bias", "linear", "affine")  # of reconstruction
 BUDGET_UNITS = ("prunable", "params", "flops", "kv_cache", "latency")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities
+from liar_ext.selection.curve_allocation import losses_of, measure_sensitivities, probe_sites
 from liar_ext.selection.error_curves import error_curves
 
 
 def measure_losses(model, bank, at, scores, budget, batches):
     """Return losses and sensitivities by site."""
     curves = error_curves(model, bank, at, scores)
-    found = measure_sensitivities(model, bank, at, scores, curves, budget, batches)
+    probes = probe_sites(model, bank, at, scores, curves, budget)
+    found = measure_sensitivities(model, probes, batches)
     return losses_of(model, bank, at, curves, found), found

@@ -187,6 +187,38 @@ def prepare(folder: Path) -> None:
     (folder / "encoder" / "1_Pooling").mkdir()
     pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
     (folder / "encoder" / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    with contextlib.suppress(ImportError):
+        prepare_files(folder, tokenizer)
+
+
+def prepare_files(folder: Path, tokenizer: Any) -> None:
+    """Write what pages on speech and vision begin with; its packages aren't everywhere."""
+    import numpy as np
+    import soundfile
+    from PIL import Image
+    from tiny import tiny
+    from transformers import ViTImageProcessorPil, WhisperFeatureExtractor
+
+    whisper = tiny("whisper", vocab_size=len(tokenizer))
+    whisper.generation_config.max_length = 8
+    whisper.save_pretrained(folder / "whisper")
+    tokenizer.save_pretrained(folder / "whisper")
+    features = {"feature_size": 8, "hop_length": 1333, "chunk_length": 1}
+    WhisperFeatureExtractor(**features).save_pretrained(folder / "whisper")
+    tiny("dinov2").save_pretrained(folder / "dinov2")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder / "dinov2")
+    draw = np.random.default_rng(0)
+    for name, count in (("recordings", 8), ("held_out_recordings", 3)):
+        (folder / name).mkdir()
+        for number in range(count):
+            wave = folder / name / f"{number}.wav"
+            soundfile.write(wave, draw.uniform(-0.1, 0.1, 8000), 16_000)
+            wave.with_suffix(".txt").write_text("what is said here\n")
+    for name, count in (("pictures", 20), ("held_out_pictures", 14)):
+        (folder / name).mkdir()
+        for number in range(count):
+            pixels = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
 
 
 def main(page: str) -> None:

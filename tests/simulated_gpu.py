@@ -6,6 +6,7 @@ liar_ext, and the launchers with the kernels that the host shim runs.
 
 import ctypes
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -30,8 +31,16 @@ def _load() -> ctypes.CDLL:
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.UntypedStorage.clone = _clone
-    importlib.import_module("liar_ext.ops")  # registers the operators of the package first
-    return ctypes.CDLL(launchers)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.get_device_name = lambda device=None: "a simulated GPU"
+    torch.cuda.is_current_stream_capturing = lambda: False
+    # Its clock would choose torch, which runs on the host, and no test would see a kernel.
+    os.environ.setdefault("LIAR_GRAM", "csrc")
+    # Registers the operators of the package first.
+    dispatch = importlib.import_module("liar_ext.ops.dispatch")
+    loaded = ctypes.CDLL(launchers)
+    dispatch.KERNELS.add("CUDA")
+    return loaded
 
 
 class _Event:

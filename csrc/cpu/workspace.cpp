@@ -25,10 +25,22 @@ struct NoMemory : std::bad_alloc {
   }
 };
 
+void release(void* data) {
+#ifdef _WIN32
+  _aligned_free(data);
+#else
+  std::free(data);
+#endif
+}
+
 Block allocate(int64_t bytes) {
   const int64_t unit = bytes >= 2 * kHugePage ? kHugePage : kLine;
   const int64_t rounded = (bytes + unit - 1) / unit * unit;
+#ifdef _WIN32
+  void* data = _aligned_malloc(static_cast<size_t>(rounded), static_cast<size_t>(unit));
+#else
   void* data = std::aligned_alloc(static_cast<size_t>(unit), static_cast<size_t>(rounded));
+#endif
   if (data == nullptr) throw NoMemory();
 #ifdef __linux__
   if (unit == kHugePage) madvise(data, static_cast<size_t>(rounded), MADV_HUGEPAGE);
@@ -66,7 +78,7 @@ class Shelf {
         std::swap(*least, block);
       }
     }
-    std::free(block.data);
+    release(block.data);
   }
 
   /// Gives the largest blocks back to the system until `most` bytes are left.
@@ -78,7 +90,7 @@ class Shelf {
         if (block.bytes > largest->bytes) largest = &block;
       }
       bytes_ -= largest->bytes;
-      std::free(std::exchange(*largest, Block{}).data);
+      release(std::exchange(*largest, Block{}).data);
     }
   }
 

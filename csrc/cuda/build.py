@@ -15,8 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # No kernel needs more than 8.0 offers, so its PTX runs on every later device that isn't listed, at
-# the price of a compilation when first loaded.
-ARCHS = "8.0+PTX;8.6;8.9;9.0a;10.0a;12.0a"
+# the price of a compilation when first loaded. Code for 10.0 runs on 10.3 and that for 12.0 on
+# 12.1, as no `a` ties it to one chip.
+ARCHS = "8.0+PTX;8.6;8.9;9.0;10.0;12.0"
 FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-v"]
 
 
@@ -57,16 +58,34 @@ def wanted() -> Path | None:
     return home
 
 
-def archs() -> str:
-    """Return the compute capabilities to compile for, such as ``8.0+PTX, 9.0``."""
-    return ", ".join(re.split("[; ]+", (os.environ.get("LIAR_CUDA_ARCHS") or ARCHS).strip("; ")))
+def known(home: Path) -> set[str]:
+    """Return the architectures that a toolkit compiles for, as ``compute_80``."""
+    command = [home / "bin" / "nvcc", "--list-gpu-arch"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return set(re.findall(r"compute_\d+", done.stdout))
 
 
-def code_flags() -> list[str]:
+def archs(home: Path) -> str:
+    """Return the compute capabilities to compile for, such as ``8.0+PTX, 9.0``.
+
+    Those of LIAR_CUDA_ARCHS as they are; of the usual ones those that the toolkit knows.
+    """
+    asked = os.environ.get("LIAR_CUDA_ARCHS")
+    if asked:
+        return ", ".join(re.split("[; ]+", asked.strip("; ")))
+    has = known(home)
+    return ", ".join(e for e in ARCHS.split(";") if not has or f"compute_{_number(e)}" in has)
+
+
+def _number(entry: str) -> str:
+    return entry.removesuffix("+PTX").replace(".", "")
+
+
+def code_flags(home: Path) -> list[str]:
     """Return nvcc's -gencode flags for them."""
     flags = []
-    for entry in archs().split(", "):
-        number = entry.removesuffix("+PTX").replace(".", "")
+    for entry in archs(home).split(", "):
+        number = _number(entry)
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
@@ -75,7 +94,7 @@ def code_flags() -> list[str]:
 
 def nvcc(home: Path, source: Path, target: Path) -> None:
     """Compile one file; what ptxas says of its kernels goes into a file beside the object."""
-    command = [home / "bin" / "nvcc", *FLAGS, *code_flags(), "-c", source, "-o", target]
+    command = [home / "bin" / "nvcc", *FLAGS, *code_flags(home), "-c", source, "-o", target]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"nvcc failed on {source.name}:\n{result.stderr}")
@@ -92,7 +111,7 @@ def compile_kernels(home: Path, output: Path = HERE.parents[1] / "build" / "cuda
 
     Each toolkit and list of architectures has a folder of its own under ``output``.
     """
-    made_by = " ".join([str(home.resolve()), *FLAGS, *code_flags()])
+    made_by = " ".join([str(home.resolve()), *FLAGS, *code_flags(home)])
     output /= hashlib.sha256(made_by.encode()).hexdigest()[:12]
     output.mkdir(parents=True, exist_ok=True)
     headers = [*HERE.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("kernels/*.cuh")]

@@ -1,10 +1,10 @@
 """Check the compiled kernels without a GPU: `python csrc/cuda/check.py [--write]`.
 
 Compiles every kernel for every architecture, or takes what setup.py has compiled. Fails on a spill,
-on local memory, on shared memory that no launch knows of, and on a kernel whose machine code lacks
-its tensor-core instruction or its 16-byte copies. `--write` puts the table of registers into
-docs/cuda.md; without it, a table that differs is a failure too. The table is that of the compiler
-it names, so another one only has its rules checked.
+on local memory, on shared memory that no launch knows of, on a kernel whose machine code lacks its
+tensor-core instruction or its 16-byte copies, and on a product that adds to its sums one by one.
+`--write` puts the table of registers into docs/cuda.md; without it, a table that differs is a
+failure too. The table is that of the compiler it names, so another one only has its rules checked.
 """
 
 import argparse
@@ -38,6 +38,10 @@ MUST = {
     "small_kernel": ["DFMA"],
 }
 LOCAL = re.compile(r"\b(LDL|STL)\b")
+# Old values that a product's epilogue must ask for before it needs the first. A compiler moves no
+# load over a store that may alias, and a warp with one load on its way waits for memory each time.
+IN_FLIGHT = 8
+LOAD = re.compile(r"\bLDG\.E(?:\.64)? (R\d+),")
 
 
 def plain(symbols: list[str]) -> list[str]:
@@ -88,6 +92,20 @@ def machine_code(home: Path, target: Path) -> dict[tuple[str, str], str]:
     return {k: "\n".join(v) for k, v in code.items()}
 
 
+def loads_in_flight(code: str) -> int:
+    """Return the most loads of sums that are issued before one of their values is read."""
+    waiting: set[str] = set()
+    most = 0
+    for line in code.splitlines():
+        instruction = line.split("*/", 1)[-1].split(";")[0]
+        if match := LOAD.search(instruction):
+            waiting.add(match[1])
+            most = max(most, len(waiting))
+        elif waiting & set(re.findall(r"\bR\d+\b", instruction)):
+            waiting.clear()
+    return most
+
+
 def faults(name: str, arch: str, numbers: tuple[int, int, int], code: str) -> list[str]:
     """Return what is wrong with one kernel on one architecture."""
     wrong = []
@@ -102,6 +120,8 @@ def faults(name: str, arch: str, numbers: tuple[int, int, int], code: str) -> li
     for part, needed in MUST.items():
         if name.startswith(part):
             wrong += [f"no {n.strip()}" for n in needed if n not in code]
+    if name.startswith("product_kernel") and (most := loads_in_flight(code)) < IN_FLIGHT:
+        wrong.append(f"{most} loads in flight in its epilogue, fewer than {IN_FLIGHT}")
     return [f"{name} on {arch}: {w}" for w in wrong]
 
 

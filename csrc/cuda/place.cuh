@@ -14,8 +14,8 @@ inline void require(const char* op, cudaError_t error) {
   std::string text = std::string(op) + ": CUDA says \"" + cudaGetErrorString(error) + "\"";
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
     text +=
-        "; this build holds no kernels for this GPU or driver: rebuild with LIAR_CUDA_ARCHS set "
-        "to its compute capability, or update the driver";
+        "; this build holds no kernels for this GPU or driver: of compute capability 8.0 and more, "
+        "rebuild with LIAR_CUDA_ARCHS set to it or update the driver; else set LIAR_REFERENCE=1";
   if (error == cudaErrorInsufficientDriver)
     text += "; `liar info` has both versions: update the driver, or rebuild with its CUDA toolkit";
   throw std::runtime_error(text);

@@ -16,7 +16,7 @@ using Maybe = std::optional<Doubles>;
 py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
                           const py::array_t<std::int64_t>& kept, const Doubles& damps,
                           const Maybe& holdout, const Maybe& cross, const Maybe& holdout_cross,
-                          bool errors_only, int processors, int small, std::int64_t group_bytes) {
+                          bool errors_only, int processors, std::int64_t group_bytes) {
   Reconstruct r;
   const bool batched = weight.ndim() == 3;
   r.batches = batched ? weight.shape(0) : 1;
@@ -31,7 +31,6 @@ py::tuple run_reconstruct(const Doubles& weight, const Doubles& gram,
   if (holdout_cross) r.holdout_cross = matrix(*holdout_cross);
   r.kept = kept.data();
   r.damps = damps.data();
-  r.small = small;
   r.group_bytes = group_bytes;
   using Shape = std::vector<py::ssize_t>;
   const auto array = [&](Shape shape) {
@@ -53,8 +52,7 @@ void bind_reconstruct(py::module_& m) {
   m.def("reconstruct", &run_reconstruct, py::arg("weight"), py::arg("gram"), py::arg("kept"),
         py::arg("damps"), py::arg("holdout") = py::none(), py::arg("cross") = py::none(),
         py::arg("holdout_cross") = py::none(), py::arg("errors_only") = false,
-        py::arg("processors") = 2, py::arg("small") = kSmall,
-        py::arg("group_bytes") = Reconstruct().group_bytes);
+        py::arg("processors") = 2, py::arg("group_bytes") = Reconstruct().group_bytes);
 }
 
 }  // namespace liar::testing

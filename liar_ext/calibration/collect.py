@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
 
@@ -115,12 +115,7 @@ def collect(
 
     Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
-    device, count = device_of(model), distributed.world_size()
-    bank = MomentBank()
-    for tap in taps:
-        here = device_of(model.get_submodule(tap.module), device)
-        bank.moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
-    current, seen, tokens = InFlight(), Seen(keep_text), 0
+    count, seen, tokens = distributed.world_size(), Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
     facts = {
@@ -130,24 +125,19 @@ def collect(
     }
     relative = sorted(tap.name for tap in taps if tap.relative)
     facts |= {"relative": relative} if relative else {}
-    widths = {tap.name: tap.d_in for tap in taps}
-    done = 0 if saved is None else saved.restore(bank.moments, widths, facts)
-    if done and distributed.is_first():
-        tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
 
     def sums_so_far() -> Mapping[str, Moments]:
-        return bank.moments if count == 1 else _added(deepcopy(bank.moments))
+        return moments if count == 1 else _added(deepcopy(moments))
 
     def facts_so_far() -> dict[str, object]:
         return facts | seen.facts(*_counted(tokens, current.routed))
 
-    spare(title, done)
-    bar = Bar(batches, desc=title, disable=not progress)
-    with ExitStack() as stack:
-        for tap in taps:
-            callback = adding(tap, bank.moments[tap.name], current, ends)
-            stack.enter_context(watched(model.get_submodule(tap.module), callback))
-        stack.enter_context(evaluating(model))
+    with evaluating(model), summing(model, taps, ends) as (moments, current):
+        done = 0 if saved is None else saved.restore(moments, facts)
+        if done and distributed.is_first():
+            tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
+        spare(title, done)
+        bar = Bar(batches, desc=title, disable=not progress)
         for index, batch in enumerate(read_batches(bar)):
             if batch.mask is not None and not batch.mask.any():
                 raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
@@ -158,25 +148,45 @@ def collect(
                 continue
             if index % count == distributed.rank():
                 batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
-                batch = batch.to(device)
+                batch = batch.to(device_of(model))
                 current.set(batch)
                 with suppress(Ended):
                     body(**batch.inputs)
                 tokens += current.counted
             if saved is not None and seen.batches % count == 0:
                 saved.save(seen.batches, sums_so_far, facts_so_far)
-    if saved is not None and seen.batches < done:
-        saved.check(seen.batches, seen.digest.hexdigest())
-    if saved is not None and seen.batches > done:
-        saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
-    _check_alike(facts["model"], seen.digest.hexdigest())
-    _added(bank.moments)
+        if saved is not None and seen.batches < done:
+            saved.check(seen.batches, seen.digest.hexdigest())
+        if saved is not None and seen.batches > done:
+            saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
+        _check_alike(facts["model"], seen.digest.hexdigest())
+    bank = MomentBank(moments)
     tokens, routed = _counted(tokens, current.routed)
     check_sums(bank, len(seen.sequences), routed)
     summed = _tokens_of(bank, {*relative, *routed})
     bank.source = facts | seen.facts(tokens if summed is None else summed, routed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
+
+
+@contextmanager
+def summing(
+    model: nn.Module, taps: Sequence[Tap], ends: float = math.inf
+) -> Iterator[tuple[dict[str, Moments | Squares], InFlight]]:
+    """Give the sums of taps, to which every run of the model adds, and the batch that is run.
+
+    In the end they are those of all ranks. ``ends`` is how many taps end a run.
+    """
+    moments, current = {}, InFlight()
+    with ExitStack() as stack:
+        for tap in taps:
+            module = model.get_submodule(tap.module)
+            here = device_of(module, device_of(model))
+            moments[tap.name] = tap.sums.zeros(tap.d_in, device=here)
+            add = adding(tap, moments[tap.name], current, ends)
+            stack.enter_context(watched(module, add))
+        yield moments, current
+    _added(moments)
 
 
 def _tokens_of(bank: MomentBank, weighed: Collection[str]) -> int | None:

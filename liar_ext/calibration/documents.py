@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from liar_ext.errors import InputError
 
@@ -61,7 +62,7 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
     elif path.is_absolute() or source.startswith(".") or path.suffix in (".txt", *JSON_LINES):
         raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
     else:
-        documents = _of_rows(_rows(source), source)
+        documents = _of_rows(rows_of_dataset(source), source)
     return _with_text(documents, source)
 
 
@@ -201,8 +202,16 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
     return documents
 
 
-def _rows(source: str) -> Iterator[dict]:
-    """Return the rows of a dataset: streamed, or from the cache where there is no network."""
+def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: rows) -> Iterator:
+    """Return the rows of a dataset: streamed, or from the cache where there is no network.
+
+    Parameters
+    ----------
+    source : str
+        ``NAME[:CONFIG[:SPLIT]]``.
+    prepared : callable
+        Takes the dataset and returns one; by default the same.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
@@ -215,6 +224,7 @@ def _rows(source: str) -> Iterator[dict]:
     for streaming in (True, False):
         try:
             rows = load_dataset(name, config or None, split=split or "train", streaming=streaming)
+            rows = prepared(rows)
             first = next(iter(rows), None)  # a stream asks for nothing before that
         except Exception as error:  # the library raises a dozen kinds for a name it cannot serve
             failure = error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -67,6 +67,14 @@ class Passes:
         self.batches = batches if once else list(batches)
         self.bank = MomentBank({}) if bank is None else bank
         self.saved, self.summed = saved, []
+
+    probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
+
+    def restore(self, found: Mapping[str, dict]) -> None:
+        """Go on where a checkpoint ends; here each group does, and ``found`` isn't kept."""
+
+    def finish(self, found: Mapping[str, dict]) -> None:
+        """Save what is known of a group beside its sums: nothing here."""
 
     @property
     def taken(self) -> int:

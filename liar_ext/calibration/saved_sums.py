@@ -68,19 +68,15 @@ class SavedSums:
         self._at = 0  # batches in the checkpoint
         self._widths: dict[str, int] = {}
 
-    def restore(
-        self,
-        moments: Mapping[str, Moments],
-        widths: Mapping[str, int],
-        facts: Mapping[str, Any],
-    ) -> int:
+    def restore(self, moments: Mapping[str, Moments], facts: Mapping[str, Any]) -> int:
         """Copy saved sums into ``moments``; return the number of batches that they include.
 
         The first rank has them, and the others begin with none, as sums of ranks are added up.
-        ``widths`` are the features of all sites, ``facts`` those of the model. InputError is raised
-        if the sums belong to other sites or another model, or are damaged.
+        ``facts`` are those of the model. InputError is raised if the sums belong to other sites or
+        another model, or are damaged.
         """
-        known, self._widths = self.saved.get(self.key), dict(widths)
+        known = self.saved.get(self.key)
+        self._widths = widths = {name: sums.d_in for name, sums in moments.items()}
         if known is None:
             return 0
         path = self.saved.path(self.key)

@@ -14,6 +14,7 @@ FINGERPRINT_FILE = f"{OWN_FOLDER}/fingerprint.safetensors"
 MANIFEST_FILE = f"{OWN_FOLDER}/manifest.json"
 REPORT_JSON = f"{OWN_FOLDER}/report.json"
 REPORT_MARKDOWN = f"{OWN_FOLDER}/report.md"
+VOCABULARY_FILE = f"{OWN_FOLDER}/vocabulary.json"
 RECIPE_YAML = f"{OWN_FOLDER}/recipe.yaml"
 CARD_FILE = "README.md"
 # What was exported from the folder, and where it lies.
@@ -32,6 +33,8 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+# Any of these describes the processor of a model that reads pictures or recordings.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Of version 0.1.0, whose folders are loaded.
 OLD_MARK_VERSION = 1

@@ -40,6 +40,7 @@ from liar_ext.checkpoint.names import (
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.quietening import no_bars, quiet
 from liar_ext.checkpoint.stock_config import described, wear
+from liar_ext.checkpoint.vocabulary import leave_larger, write_vocabulary
 from liar_ext.checkpoint.weights import Shards
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of
@@ -153,6 +154,7 @@ def fill_folder(
     complete_config(path)
     _save_tokenizer(tokenizer, path)
     (path / OWN_FOLDER).mkdir()
+    write_vocabulary(model, tokenizer, path)
     plan.save(path / PLAN_FILE)
     _take_along(model, source, path, report, tokenizer is not None)
     write_fingerprint(model, path)
@@ -222,6 +224,7 @@ def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokeni
     found, said = source_folder(name), []
     if found is not None:
         said = carry(found, folder, sites(model)[0].d_out, tokenizer=tokenizer)
+        said += leave_larger(model, found, folder)
     elif name and not os.path.isdir(name):
         said = [f"What else {name} holds could not be read, and stays behind."]
     if isinstance(getattr(report, "warnings", None), list):

@@ -70,9 +70,10 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
             return
         bank.source |= {
             "texts": list(recipe.calibration),
-            "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
             "calibrations": calibrations(recipe, loaded.facts["bos"], loaded.notes, packed),
         }
+        if loaded.tokenizer is not None:
+            bank.source["tokenizer"] = tokenizer_fingerprint(loaded.tokenizer)
         bank.documents = loaded.documents
         if saved is not None:
             saved.put(

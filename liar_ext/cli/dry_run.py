@@ -169,7 +169,7 @@ def _time(seconds: float) -> str:
 def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) -> str:
     """Return which loaders will take the result: by a plan of the kind that will come out."""
     plan = equal
-    if recipe.keep == 1.0 and (recipe.keep_hidden != 1.0 or recipe.keep_experts != 1.0):
+    if recipe.keep == 1.0 and {recipe.keep_hidden, recipe.keep_experts, recipe.keep_vocab} != {1.0}:
         plan = replace(plan, sites={})
     elif recipe.allocation != "uniform" and not recipe.uniform_layers:
         plan = _uneven(equal, at, recipe)
@@ -240,6 +240,11 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
             "prune: --calibration self has the model write text, for which it must be in memory; "
             "leave it or --max-memory out"
         )
+    if recipe.keep_vocab != 1.0:
+        raise InputError(
+            "prune: --keep-vocab cuts the embeddings of the whole model in memory; leave it or "
+            "--max-memory out"
+        )
     if options.bank:
         raise InputError(
             "prune: --bank holds the sums of all layers, for which there must be memory; leave it "
@@ -278,18 +283,17 @@ def run_by_blocks(recipe: Recipe, options: argparse.Namespace, start: float) -> 
         add_facts(report, given)
 
     with checkpoint_of(recipe, options) as saved:
-        report = prune_folder(
-            store,
+        job = Job(
+            store.model,
             given.calibration,
-            options.out,
             settled,
-            max_memory=options.max_memory,
+            options.progress,
+            saved=saved,
             evaluate_on=given.evaluation,
             certify_on=given.certification,
-            overwrite=options.overwrite,
-            saved=saved,
-            annotate=annotate,
-            progress=options.progress,
+            limit=options.max_memory,
         )
+        out = {"overwrite": options.overwrite, "annotate": annotate}
+        report = prune_folder(store, job, options.out, **out)
     say(report, options, start)
     return report

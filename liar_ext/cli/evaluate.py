@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.calibration import texts
+from liar_ext.calibration.media import read_files
+from liar_ext.calibration.media_batches import evaluation_inputs, spread
 from liar_ext.calibration.texts import evaluation_sequences, read_documents
+from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.cli.inputs import check_causal, load_with_tokenizer, not_causal
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
@@ -22,6 +25,7 @@ from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_q
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.measure.speed import benchmark
 from liar_ext.measure.timing import Benchmark, Settings, bench_file, read_bench
+from liar_ext.measure.word_errors import word_errors
 from liar_ext.models.running import inputs_read, predicts_next_token
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report, versions
@@ -57,6 +61,9 @@ def _check_together(options: argparse.Namespace) -> None:
 
 def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the perplexity on a text or what an encoder keeps, and the line that says it."""
+    kind = kind_of(options.model)
+    if kind is not None:
+        return judge_files(options, kind)
     documents, pairs = read_texts(options)
     model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
     texts.check_seq_len(model, options.seq_len)
@@ -76,6 +83,57 @@ def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
         f"{result['sequences']} windows of {result['seq_len']}"
     )
+
+
+def judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any], str]:
+    """Return what was measured of a model on recordings or pictures, and the lines that say it.
+
+    Raises
+    ------
+    InputError
+        If nothing can be measured.
+    """
+    if options.pairs:
+        raise InputError(f"eval: --pairs is for text, and the model reads {kind}; give --text DIR")
+    files = read_files(options.text, kind)
+    items = spread(files.items, options.samples)
+    model = load_with_tokenizer(options.model, options.dtype, options.device)[0]
+    reader = load_reader(kind, options.model, model)
+    spoken = reader.writes and all(item.text for item in items)
+    against = options.against or _known(options.model, needed=not spoken)
+    dense = load_with_tokenizer(against, options.dtype, options.device)[0] if against else None
+    result: dict[str, Any] = {"against": against} if against else {}
+    lines = []
+    if spoken:
+        settings = {"batch_size": options.batch_size, "progress": options.progress}
+        found = word_errors(model, reader, items, **settings)
+        result |= found
+        beside, slower = "", ""
+        if dense is not None:
+            own = word_errors(dense, reader, items, **settings)
+            result |= {f"dense_{n}": own[n] for n in ("word_error_rate", "seconds_per_minute")}
+            beside = f" (dense {own['word_error_rate']:.2%})"
+            slower = f" (dense {own['seconds_per_minute']:.2f})"
+        lines += [
+            f"word error rate {found['word_error_rate']:.2%}{beside} over {found['words']:,} words "
+            f"in {found['recordings']:,} recordings",
+            f"seconds for a minute of audio: {found['seconds_per_minute']:.2f}{slower}",
+        ]
+    if dense is not None:
+        batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
+        found = encoder_similarity(model, dense, batches, progress=options.progress)
+        result |= found
+        lines += _similar(found)
+    return result, "\n".join(lines)
+
+
+def _similar(found: dict[str, float]) -> list[str]:
+    """Return the lines that say what a model keeps of the dense one's outputs."""
+    return [
+        f"{MEASURES[name]} {quality(found[name])} over {measured_on(found)}"
+        for name in MEASURES
+        if name in found
+    ]
 
 
 def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -141,11 +199,7 @@ def judge(
         batches = sequences.batches(options.batch_size)
         found = encoder_similarity(model, dense, batches, progress=options.progress)
         result |= found
-        lines += [
-            f"{MEASURES[name]} {quality(found[name])} over {measured_on(found)}"
-            for name in MEASURES
-            if name in found
-        ]
+        lines += _similar(found)
     if pairs is not None:
         result |= _of_pairs(model, tokenizer, pairs, options)
         own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
@@ -261,6 +315,9 @@ def run_verify(options: argparse.Namespace) -> int:
     else:
         print(f"{facts['params']:,} parameters, {facts['layers']} layers, {facts['dtype']}")
         print("\n".join(table(facts["rows"])))
+        if "tokenizer_agrees" in facts:
+            verdict = "same tokens" if facts["tokenizer_agrees"] else "OTHER TOKENS"
+            print(f"tokenizer: {verdict} for the stored texts")
     return 0 if facts["agrees"] else 1
 
 

@@ -73,6 +73,7 @@ def run_doctor(options: argparse.Namespace) -> int:
 def facts() -> dict:
     """Return what there is, the result of the self-check, and the problems with their remedies."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    checked = {each: self_check(each) for each in devices}  # first: it chooses backends
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {
         "versions": versions(),
@@ -84,7 +85,7 @@ def facts() -> dict:
             each: shutil.disk_usage(each).free for each in (os.getcwd(), tempfile.gettempdir())
         },
         "packages": {name: _version(name) for name in PACKAGES},
-        "self_check": {each: self_check(each) for each in devices},
+        "self_check": checked,
     }
     return {**found, "problems": problems(found)}
 
@@ -140,8 +141,10 @@ def lines(found: dict) -> list[str]:
     rows = {
         "liar_ext": f"{known['liar_ext']} in {found['folder']}",
         **{name: known[name] for name in ("python", "torch", "transformers")},
-        "extension": f"loaded, uses {build['cpu_kernel']} of {build['cpu_kernels']}",
+        "extension": build.get("extension")
+        or f"loaded, uses {build['cpu_kernel']} of {build['cpu_kernels']}",
         "CUDA": cuda,
+        **({"Gram backend": build["gram"]} if "gram" in build else {}),
         "devices": ", ".join(
             f"{device} ({name})" if name else device for device, name in found["devices"].items()
         ),

@@ -1,4 +1,4 @@
-"""What a command reads: a model, a tokenizer, and the text, also that the model writes."""
+"""What a command reads: a model, a tokenizer, and text, recordings or pictures."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.documents import document_digests
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
+from liar_ext.calibration.media import read_files
+from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
 from liar_ext.checkpoint.inspection import read_config
+from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint.reading import stock_class
 from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.output import check_device
+from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.choosing import LEAST
@@ -59,10 +63,11 @@ class Given:
     notes: tuple[str, ...] = ()  # of the draw
     documents: Tensor | None = None  # their digests, where they are asked for
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
+    vocabulary: SmallerVocabulary | None = None  # what became of the tokens
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
-    """Return a model and its tokenizer.
+    """Return a model and its tokenizer; None of one that reads recordings or pictures.
 
     Raises
     ------
@@ -94,7 +99,7 @@ def not_causal(kind: str, command: str) -> InputError:
 
 def check_tokenizer(name: str, tokenizer: Any) -> None:
     """Raise InputError if a model that is given text has no tokenizer."""
-    if tokenizer is None:
+    if tokenizer is None and kind_of(name) is None:
         raise InputError(
             f"load_model: {name} has no tokenizer to read text with; put one into the folder, or "
             "call liar_ext.prune with batches of your own"
@@ -125,20 +130,44 @@ def load(
     """
     check_device(recipe.device)
     check_unloaded(recipe)
-    read, held_out = _documents(recipe) if is_first() else ({}, None)
+    kind = kind_of(recipe.model)
+    read, held_out = _documents(recipe, kind) if is_first() else ({}, None)
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
-    texts.check_seq_len(model, recipe.seq_len)
+    if kind is None:
+        texts.check_seq_len(model, recipe.seq_len)
+    vocabulary = SmallerVocabulary(recipe, model, tokenizer, read, held_out)
+    tokenizer = vocabulary.tokenizer
     drawn = None
     if is_first():
+        reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
         settings = {"digests": digests, "progress": progress, "sketch": sketch, "judge": judge}
-        drawn = _draw(recipe, model, tokenizer, read, held_out, **settings)
-    return Given(model, tokenizer, *broadcast(drawn))
+        drawn = _draw(recipe, model, reads, read, held_out, **settings)
+    return Given(model, tokenizer, *broadcast(drawn), vocabulary=vocabulary)
 
 
-def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
+def read_source(source: str, kind: str | None) -> texts.Documents:
+    """Return the documents, recordings or pictures of a source, as the model reads them."""
+    return texts.read_documents(source) if kind is None else read_files(source, kind)
+
+
+def _documents(
+    recipe: Recipe, kind: str | None
+) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
     """Return the documents of a recipe by source, and those to evaluate on."""
-    read = {source: texts.read_documents(source) for source in recipe.calibration if source != SELF}
-    held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    written = SELF in recipe.calibration or recipe.random_tokens not in ("auto", 0)
+    if kind is not None and written:
+        raise InputError(
+            f"prune: {recipe.model} reads {kind}, which no model writes (--calibration self) and "
+            "random tokens (--random-tokens) are not; leave them out"
+        )
+    if kind is not None and recipe.keep_vocab != 1.0:
+        raise InputError(
+            f"prune: {recipe.model} reads {kind}, by which no tokens are counted; leave out "
+            "--keep-vocab"
+        )
+    sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
+    read = {source: read_source(source, kind) for source in sources if source != SELF}
+    held_out = read_source(recipe.eval, kind) if recipe.eval else None
     texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
         texts.check_apart([text for documents in read.values() for text in documents], held_out)
@@ -148,7 +177,7 @@ def _documents(recipe: Recipe) -> tuple[dict[str, Sequence[str]], Sequence[str] 
 def _draw(
     recipe: Recipe,
     model: nn.Module,
-    tokenizer: Any,
+    reads: Any,
     read: dict[str, Sequence[str]],
     held_out: Sequence[str] | None,
     *,
@@ -157,32 +186,23 @@ def _draw(
     sketch: bool,
     judge: int,
 ) -> tuple:
-    """Return what :class:`Given` has beside the model and its tokenizer, in its order."""
+    """Return what :class:`Given` has beside the model and its tokenizer, in its order.
+
+    A tokenizer or a :class:`Reader` reads.
+    """
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
     if SELF in recipe.calibration:
         asked = {"judge": judge, "progress": progress, "sketch": sketch}
-        read[SELF], seconds = _written(model, tokenizer, recipe, **asked)
+        read[SELF], seconds = _written(model, reads, recipe, **asked)
         facts |= {"writing": seconds} if sketch else {}
-    written = SELF in recipe.calibration or writes(recipe, model)
-    draw = partial(
-        texts.calibration_sequences,
-        [read[source] for source in recipe.calibration],
-        tokenizer,
-        samples=recipe.samples,
-        seq_len=recipe.seq_len,
-        seed=recipe.seed,
-        random_tokens=fraction_of(recipe.random_tokens, predicts_next_token(model), written),
-        vocab_size=known_tokens(model, model.config),
-        packed=predicts_next_token(model),
-        certify=recipe.certify,
-    )
+    draw = _drawing(recipe, model, reads, [read[source] for source in recipe.calibration])
     short = []
     try:
         calibration = draw(judge=judge)
     except InputError:  # the text may be too short for one part more
         calibration = draw()
         short = [UNMEASURED] if judge and len(calibration) < LEAST else []
-    evaluation = evaluation_batches(recipe, held_out, model, tokenizer)
+    evaluation = evaluation_batches(recipe, held_out, model, reads)
     facts["bos"] = calibration.bos
     if recipe.eval:
         facts["eval"] = recipe.eval
@@ -202,6 +222,26 @@ def _draw(
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
 
 
+def _drawing(
+    recipe: Recipe, model: nn.Module, reads: Any, sources: Sequence[Sequence[str]]
+) -> Callable[..., Any]:
+    """Return the function that draws the calibration set from its sources."""
+    asked = {"samples": recipe.samples, "seed": recipe.seed, "certify": recipe.certify}
+    if isinstance(reads, Reader):
+        return partial(calibration_inputs, sources, reads, **asked)
+    written = SELF in recipe.calibration or writes(recipe, model)
+    return partial(
+        texts.calibration_sequences,
+        sources,
+        reads,
+        **asked,
+        seq_len=recipe.seq_len,
+        random_tokens=fraction_of(recipe.random_tokens, predicts_next_token(model), written),
+        vocab_size=known_tokens(model, model.config),
+        packed=predicts_next_token(model),
+    )
+
+
 def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
     """Return what a user has to know of the kinds of calibration text."""
     alone = len(set(names)) == 1 and SELF not in names and self_text == 0
@@ -215,14 +255,16 @@ def check_unloaded(recipe: Recipe) -> None:
 
 
 def evaluation_batches(
-    recipe: Recipe, held_out: Sequence[str] | None, model: nn.Module, tokenizer: Any
+    recipe: Recipe, held_out: Sequence[str] | None, model: nn.Module, reads: Any
 ) -> list[dict[str, Tensor]] | None:
-    """Return the batches of the held-out text, if there is one."""
+    """Return the batches of the held-out text or files, if there are some."""
     if held_out is None:
         return None
+    if isinstance(reads, Reader):
+        return evaluation_inputs(held_out, reads, recipe.eval_samples).batches(recipe.batch_size)
     return texts.evaluation_sequences(
         held_out,
-        tokenizer,
+        reads,
         seq_len=recipe.seq_len,
         samples=recipe.eval_samples,
         packed=predicts_next_token(model),
@@ -261,6 +303,8 @@ def add_facts(report: Report, given: Given) -> None:
     report.settings |= given.facts
     report.warnings += given.warnings
     report.recipe = replace(report.recipe, text_digests=given.text_digests)
+    if given.vocabulary is not None:
+        given.vocabulary.add_to(report)
 
 
 Batches = Sequence[Mapping[str, Tensor]]

@@ -228,7 +228,11 @@ def _add_eval(commands) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", type=read_name, help="model folder, hub id, or GGUF file")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--text", type=read_name, help="as for prune --calibration")
+    what.add_argument(
+        "--text",
+        type=read_name,
+        help="as for prune --calibration; transcripts beside recordings give the word error rate",
+    )
     what.add_argument(
         "--tasks", type=read_names, metavar="TASK[,...]", help="tasks, groups or tags of lm-eval"
     )

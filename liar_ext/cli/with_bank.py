@@ -15,11 +15,13 @@ from liar_ext.calibration import texts
 from liar_ext.calibration.bank_file import Stored, read_bank
 from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.moments import MomentBank
+from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.cli.inputs import (
     Given,
     check_unloaded,
     evaluation_batches,
     load_with_tokenizer,
+    read_source,
     warnings_of,
 )
 from liar_ext.cli.output import check_device
@@ -94,7 +96,8 @@ def load_by_bank(
     """
     header = read_bank(path, sums=False)
     recipe = recipe_of_bank(recipe, header.source, options)
-    held_out = texts.read_documents(recipe.eval) if recipe.eval else None
+    kind = kind_of(recipe.model)
+    held_out = read_source(recipe.eval, kind) if recipe.eval else None
     warnings = warnings_of_bank(header)
     if held_out is not None:
         if header.documents is None:
@@ -105,12 +108,14 @@ def load_by_bank(
     check_unloaded(recipe)
     model, tokenizer = load_with_tokenizer(recipe.model, recipe.dtype, recipe.device)
     known = header.source.get("tokenizer")
-    if known is not None and known != texts.tokenizer_fingerprint(tokenizer):
+    own = None if tokenizer is None else texts.tokenizer_fingerprint(tokenizer)
+    if known is not None and known != own:
         raise InputError(
             f"{options.command}: the text of {path} was read by another tokenizer than that of "
             f"{recipe.model}; give the model that was calibrated, or calibrate this one"
         )
-    evaluation = evaluation_batches(recipe, held_out, model, tokenizer)
+    reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
+    evaluation = evaluation_batches(recipe, held_out, model, reads)
     bank = MomentBank.load(path)
     facts: dict[str, object] = {"calibration": bank.source.get("texts", []), "bank": path}
     facts |= {"seq_len": recipe.seq_len, "bos": _last(bank.source, "bos", "")}

@@ -29,6 +29,7 @@ from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
 from liar_ext.checkpoint.trust import check_code
+from liar_ext.checkpoint.vocabulary import compare_tokenization
 from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
 from liar_ext.export import verify_worker
@@ -127,7 +128,9 @@ def verify_everywhere(
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
         rows = _loaded(jobs, fingerprint, weights)
     rows += _exports(folder, fingerprint, ids)
-    return facts | {"rows": rows, "agrees": all(row.agrees for row in rows)}
+    reads = compare_tokenization(folder)
+    facts |= {} if reads is None else {"tokenizer_agrees": reads}
+    return facts | {"rows": rows, "agrees": all(row.agrees for row in rows) and reads is not False}
 
 
 def _claims(

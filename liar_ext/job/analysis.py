@@ -43,7 +43,8 @@ class Base:
     @property
     def source(self) -> Mapping[str, Any]:
         """What it was decided on."""
-        return getattr(self.narrowing or self.experts, "source", {})
+        none = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
+        return getattr(self.narrowing or self.experts, "source", none)
 
     def in_full(self, plan: Plan) -> Plan:
         """Return a plan of its sites with what the copy lacks."""
@@ -93,12 +94,13 @@ def narrowed(job: Job) -> Base:
     return Base(copy, job.sites(copy), narrowing)
 
 
-def passes_of(job: Job, base: Base) -> Passes | StreamedPasses | None:
+def passes_of(job: Job, base: Base) -> Passes | None:
     """Return the moments of all sites, in groups that fit; None where only a copy is made.
 
     They are summed where :func:`analyze` and the solves ask for them.
     """
-    if base.model is not job.model and job.recipe.keep == 1.0:
+    whole = base.model is job.model and job.recipe.keep_vocab == 1.0
+    if not whole and job.recipe.keep == 1.0:
         return None
     text = () if job.batches is None else job.batches
     if job.walk is None:
@@ -111,15 +113,14 @@ def passes_of(job: Job, base: Base) -> Passes | StreamedPasses | None:
     return StreamedPasses(job.walk, text, base.at, job.shares.keep_sums, along, probes)
 
 
-def analyze(job: Job, passes: Passes | StreamedPasses) -> Analysis:
+def analyze(job: Job, passes: Passes) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
     found, curves, elsewhere = Analysis(), {}, {}
     recipe, known, progress = job.recipe, job.known, job.progress and job.walk is None
-    curve, probes = recipe.allocation == "curve", getattr(passes, "probes", None)
+    curve, probes = recipe.allocation == "curve", passes.probes
     kept = {"score": found.scores, "curve": curves}
-    if isinstance(passes, StreamedPasses):
-        kept |= {} if probes is None else {"errors": probes.errors}
-        passes.restore(kept)
+    kept |= {} if probes is None else {"errors": probes.errors}
+    passes.restore(kept)
     given = recipe, known, passes
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
@@ -137,8 +138,7 @@ def analyze(job: Job, passes: Passes | StreamedPasses) -> Analysis:
                 losses = losses_of(passes.model, passes.bank, group, curves, sensitivities)
                 found.losses.update(losses)
                 found.sensitivities.update(sensitivities)
-        if isinstance(passes, StreamedPasses):
-            passes.finish(kept)
+        passes.finish(kept)
     if probes is not None:
         with job.clock("allocate"):
             found.sensitivities.update(probes.sensitivities())
@@ -170,7 +170,7 @@ def allocated(job: Job, model: nn.Module, analysis: Analysis) -> Decision:
     return Decision(plan, facts, grid, analysis.sensitivities, analysis.notes, speed)
 
 
-def decide_anew(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
+def decide_anew(job: Job, passes: Passes | None) -> Decision:
     """Return the plan of a job, of no site where only hidden features or experts go."""
     if passes is not None:
         return allocated(job, passes.model, analyze(job, passes))
@@ -179,7 +179,7 @@ def decide_anew(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
     return Decision(plan, speed=job.speed)
 
 
-def decide(job: Job, passes: Passes | StreamedPasses | None) -> Decision:
+def decide(job: Job, passes: Passes | None) -> Decision:
     """Return the same, from the job's checkpoint if it is there."""
     saved = None if passes is None else job.saved
     known = None if saved is None else saved.get(PLAN)

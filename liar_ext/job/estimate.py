@@ -129,7 +129,8 @@ def stages_of(
         add("narrow", passes * count, passes * forward + sources * tokens * width**2, most * size)
         peaks = most * size + bytes_of_solve(width, hidden.size, ["affine"])
         add("solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peaks)
-    if recipe.keep == 1.0 and (job.narrows or recipe.keep_experts != 1.0):
+    smaller = job.narrows or recipe.keep_experts != 1.0 or recipe.keep_vocab != 1.0
+    if recipe.keep == 1.0 and smaller:
         return stages
     passes = len(groups) if layerwise and not both else 2 * len(groups) - 1
     sums = sum(tokens * site.active * site.d_in**2 for site in at)

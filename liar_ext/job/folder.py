@@ -6,15 +6,16 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from liar_ext.calibration.batches import Batches, read_batch, read_batches
+from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import fixed_inputs
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint.weights import Shards
-from liar_ext.checkpoint_store import RESULT, Checkpoint
+from liar_ext.checkpoint_store import RESULT
 from liar_ext.distributed import alone, is_first
 from liar_ext.job.analysis import Base, Decision
 from liar_ext.job.choosing import Solved
@@ -23,7 +24,6 @@ from liar_ext.job.pruning import describe_sizes, run
 from liar_ext.job.streamed_passes import StreamedPasses
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
-from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.layerwise import solve_layerwise
 from liar_ext.reconstruction.streams import StreamedBatches, Walk
 from liar_ext.report.report import Report
@@ -31,17 +31,11 @@ from liar_ext.report.report import Report
 
 def prune_folder(
     store: BlockStore,
-    batches: Batches,
+    job: Job,
     folder: str | os.PathLike[str],
-    recipe: Recipe,
     *,
-    max_memory: int,
-    evaluate_on: Batches | None = None,
-    certify_on: Batches | None = None,
     overwrite: bool = False,
-    saved: Checkpoint | None = None,
     annotate: Callable[[Report], None] = lambda report: None,
-    progress: bool = False,
 ) -> Report:
     """Prune a model that is read block by block, and write it to a folder as it is solved.
 
@@ -54,14 +48,11 @@ def prune_folder(
     ----------
     store : BlockStore
         The dense model.
+    job : Job
+        Of its model, within ``limit`` bytes for each process. Some choices can't be made here, see
+        :func:`liar_ext.job.streamed.check_blocks`.
     folder : path
         Where the pruned model goes; hidden states that don't fit into memory lie beside it.
-    recipe : Recipe
-        Every choice; some can't be made here, see :func:`liar_ext.job.streamed.check_blocks`.
-    max_memory : int
-        Bytes that the process may take, each of several.
-    saved : Checkpoint, optional
-        Like ``checkpoint`` of :func:`liar_ext.prune`, which has all else.
     annotate : callable
         Adds what else is known to the report before it is written.
 
@@ -72,7 +63,7 @@ def prune_folder(
     """
     if is_first():
         check_folder(folder, overwrite)
-    walk = Walk.of(store, recipe.attn_unit, saved, progress)
+    walk = Walk.of(store, job.recipe.attn_unit, job.saved, job.progress)
     walk.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     with ExitStack() as stack:
         stack.callback(store.close)
@@ -85,25 +76,13 @@ def prune_folder(
                 out[:] = path, Shards(store.model, path, job.shares.shard)
             return _write(job, passes, decision.plan, fixed, *out[1:])
 
-        report = run(
-            Job(
-                store.model,
-                list(read_batches(batches)),
-                recipe,
-                progress,
-                saved=saved,
-                evaluate_on=evaluate_on,
-                certify_on=certify_on,
-                walk=walk,
-                limit=max_memory,
-            ),
-            finish,
-        )
+        batches = list(read_batches(job.batches))
+        report = run(replace(job, batches=batches, walk=walk), finish)
         if not out:
             return report
         annotate(report)
-        if saved is not None:
-            saved.put(RESULT, facts={"plan": report.plan.to_json()})
+        if job.saved is not None:
+            job.saved.put(RESULT, facts={"plan": report.plan.to_json()})
         with fixed.answering():
             fill_folder(
                 store.model,

@@ -28,6 +28,7 @@ from liar_ext.measure.embeddings import Evaluator
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites, why_whole
+from liar_ext.plan import KINDS
 from liar_ext.progress import Clock
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
@@ -60,7 +61,7 @@ def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
 
 def warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
     """Say which kinds of sites are asked for and can't lose a unit."""
-    for kind in kinds:
+    for kind in (each for each in kinds if each in KINDS):
         some, reason = [site for site in at if site.kind == kind], why_whole(model, kind)
         if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
             reason = "all its query heads share one key and value; give attn_unit='head'"
@@ -191,9 +192,15 @@ def prepare(job: Job) -> Job:
         job = replace(job, batches=check_bank(*given))
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
-    params = {"before": count_params(model), "prunable_before": sum(s.params for s in at)}
+    gone = getattr(model, "liar_vocabulary", {}).get("params_gone", 0)
+    params = {"before": count_params(model) + gone, "prunable_before": sum(s.params for s in at)}
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)
+    if recipe.keep_vocab != 1.0 and not hasattr(model, "liar_vocabulary"):
+        raise InputError(
+            "prune: keep_vocab is for text that is drawn afterwards; call liar_ext.keep_tokens and "
+            "draw the batches with its tokenizer, or let liar_ext.compress do it all"
+        )
     if job.narrows:
         count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
     backward = get_criterion(recipe.criterion).needs == "gradient"

@@ -340,6 +340,8 @@ def report_of(job: Job, base: Base, decision: Decision, solved: Solved) -> Repor
         latency={} if speed is None else speed.facts(),
         evaluation=evaluation,
         seconds=job.clock.seconds,
-        warnings=what_to_know(*known) + said + ([] if speed is None else speed.warnings()),
+        warnings=(what_to_know(*known) if any(known[0]) else [])
+        + said
+        + ([] if speed is None else speed.warnings()),
         loading=stock_config.how_to_load(model, plan),
     )

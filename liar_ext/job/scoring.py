@@ -24,13 +24,13 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.reconstruction.ridge import form_at
 from liar_ext.selection.criteria import score
-from liar_ext.selection.curve_allocation import measure_sensitivities, probes_of
+from liar_ext.selection.curve_allocation import measure_sensitivities, probe_sites, probes_of
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import Measured
 
 
 def find_scores(
-    recipe: Recipe, known: Known, passes: Any, at: Sequence[Site], *, progress: bool = False
+    recipe: Recipe, known: Known, passes: Passes, at: Sequence[Site], *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Return the scores of sites, by :class:`Passes` or those of one block at a time.
 
@@ -55,7 +55,7 @@ def find_scores(
 def find_curves(
     recipe: Recipe,
     known: Known,
-    passes: Any,
+    passes: Passes,
     at: Sequence[Site],
     scores: Mapping[str, Tensor],
     elsewhere: dict[str, str],
@@ -90,18 +90,18 @@ def find_sensitivities(
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together
-        return measure_sensitivities(
+        probes = probe_sites(
             passes.model,
             passes.bank,
             [site for site in at if site.team in teams],
             scores,
             curves,
             replace(recipe.budget, keep=known.probe_keep or recipe.keep),
-            probes_of(passes.model, passes.batches),
             mode=recipe.reconstruct,
-            saved=kept,
             progress=progress,
         )
+        text = probes_of(passes.model, passes.batches)
+        return measure_sensitivities(passes.model, probes, text, saved=kept, progress=progress)
 
     key = key_of_sensitivities(recipe, known, passes.model, at)
     return known.get(SENSITIVITY, key, at, measure)

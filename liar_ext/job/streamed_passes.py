@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from liar_ext.calibration.batches import Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_sums
+from liar_ext.calibration.collect import check_sums, summing
 from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS, packed, restored
-from liar_ext.calibration.taps import InFlight, adding, is_relative, tap_at, watched
+from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint_store import reading
-from liar_ext.distributed import all_reduce, gather, rank, world_size
+from liar_ext.distributed import rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
@@ -25,13 +23,12 @@ from liar_ext.reconstruction.layerwise import Solved, solve_blocks
 from liar_ext.reconstruction.one_pass import reconstruct_shared
 from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
 from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
-from liar_ext.selection.divergence import DenseOutputs
-from liar_ext.selection.sensitivity import POSITIONS, mean_divergences, pruned_site
+from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 
 ALONG = "judged"  # the key of text that has passed the dense model
 
 
-class StreamedPasses:
+class StreamedPasses(Passes):
     """The moments of all sites, block by block: what :class:`Passes` is for a model in memory.
 
     Iterating gives the sites of one block after the other, with the weights of that block in memory
@@ -67,12 +64,8 @@ class StreamedPasses:
         self.index = 0  # of the block that is given
         self.first = 0  # the block to begin with next
         self.kept: dict[str, Moments] = {}
-        self._streams = SavedStreams(walk.saved, SUMS, len(walk.blocks), self._numbers)
-
-    @property
-    def taken(self) -> int:
-        """How many walks ran the text."""
-        return len(self.summed)
+        self._streams = SavedStreams(walk, SUMS, self._numbers)
+        self._passed = SavedStreams(walk, ALONG)
 
     def __iter__(self) -> Iterator[list[Site]]:
         return self._groups(known=False)
@@ -151,16 +144,11 @@ class StreamedPasses:
 
     def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
         """Take all sequences past a block, and return the moments of its sites."""
-        device, current = self.walk.source.device, InFlight()
-        moments = {site.name: Moments.zeros(site.d_in, device=device) for site in group}
-        with ExitStack() as stack:
-            for site in group:
-                given = tap_at(self.model, site), moments[site.name], current
-                consumer = self.model.get_submodule(site.consumer)
-                stack.enter_context(watched(consumer, adding(*given, math.inf)))
+        with summing(self.model, [tap_at(self.model, site) for site in group]) as (
+            moments,
+            current,
+        ):
             self.text.advance(index, current.set)
-        for sums in moments.values():
-            all_reduce(*vars(sums).values())
         check_sums(MomentBank(moments), self.source["sequences"])
         if group:
             # All sites see all tokens, but for rows that are not finite: those of the first count.
@@ -184,7 +172,7 @@ class StreamedPasses:
     def restore(self, found: Mapping[str, dict]) -> None:
         """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
         saved, streams = self.walk.saved, self._hidden()
-        done = self._streams.restore(self.walk.blocks, streams, self.walk.states)
+        done = self._streams.restore(streams)
         for index in range(done):
             stored, facts = saved.need(f"{SUMS}-{index}")
             with reading(stored.path):
@@ -218,18 +206,15 @@ class StreamedPasses:
                 facts[what] = here
         if self.keep:
             tensors |= packed({name: self.bank[name] for name in names})
-        done, blocks = self.index + 1, self.walk.blocks
+        done = self.index + 1
         saved.put(f"{SUMS}-{self.index}", tensors, facts)
-        self._streams.keep(done, blocks, self._hidden())
-        if done == len(blocks):
-            kept = SavedStreams(saved, ALONG, done)
-            kept.keep(done, blocks, {each.name: each.hidden for each in self.along}, now=True)
+        self._streams.keep(done, self._hidden())
+        if done == len(self.walk.blocks):
+            self._passed.keep(done, {each.name: each.hidden for each in self.along}, now=True)
 
     def restore_along(self) -> None:
         """Take the other text to where :meth:`finish` left it behind the last block."""
-        streams = {each.name: each.hidden for each in self.along}
-        kept = SavedStreams(self.walk.saved, ALONG, len(self.walk.blocks))
-        kept.restore(self.walk.blocks, streams, self.walk.states)
+        self._passed.restore({each.name: each.hidden for each in self.along})
 
     def _restore_sums(self, blocks: range) -> None:
         for index in blocks if self.walk.saved is not None else ():
@@ -306,18 +291,9 @@ class ProbeStreams:
 
     def sensitivities(self) -> dict[str, float]:
         """Return the sensitivity of each site, after the last block."""
-        model, blocks, last = self.walk.model, self.walk.blocks, len(self.walk.blocks) - 1
-        total, rows = dict.fromkeys(self.streams, 0.0), 0
+        own = dict(zip(self.dense.numbers, self.dense.batches, strict=True))
+        probes = {name: stream.answering_for for name, stream in self.streams.items()}
         with self.walk.begun(), self.walk.source.head():
-            for number, batch in enumerate(self.dense.batches):
-                with blocks.answering({last: partial(self.dense.at, number)}):
-                    dense = DenseOutputs(model, batch, POSITIONS)
-                rows += len(dense)
-                for name, stream in self.streams.items():
-                    with blocks.answering({last: partial(stream.at, number)}):
-                        total[name] += dense.divergence(model, finite_only=True)
-        totals, rows = zip(*gather((list(total.values()), rows)), strict=True)
-        summed = [sum(of_ranks) for of_ranks in zip(*totals, strict=True)]
-        values = mean_divergences(summed, sum(rows), [(name,) for name in total])
-        measured = dict(zip(total, values, strict=True))
+            values = mean_divergences(self.walk.model, own, self.dense.answering_for, probes)
+        measured = dict(zip(probes, values, strict=True))
         return sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)

@@ -31,7 +31,7 @@ from liar_ext.models.experts import active_fraction, count_experts, experts_in, 
 from liar_ext.models.family import Experts, Family, HeadInput, Part, Stack, Wiring
 from liar_ext.models.registry import family_of, kv_heads_of, register_family, row_units
 from liar_ext.models.running import Block, block_config, get_path, parts_of
-from liar_ext.plan import ATTN_UNITS, KINDS
+from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
 
 __all__ = [
     "Experts",
@@ -210,8 +210,8 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
     ----------
     model : transformers.PreTrainedModel
         A base model or a task model; its layers may be unequal.
-    kinds : sequence of {"attn", "mlp"}
-        Which sites to list.
+    kinds : sequence of {"attn", "mlp", "encoder", "decoder"}
+        Which sites to list; with a part of the model those of this part alone.
     attn_unit : {"auto", "kv_group", "head"}
         Unit of attention; "auto" takes KV groups where query heads share key/value heads.
 
@@ -221,8 +221,11 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
         If the architecture isn't known, a kind or unit isn't one or isn't prunable there, or a
         layer isn't an ordinary linear layer with floating-point weights.
     """
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise InputError(f"sites: kinds must be some of {', '.join(KINDS)}, got {list(kinds)}")
+    only, given = set(kinds) & set(PARTS), kinds
+    kinds = [kind for kind in given if kind in KINDS]
+    if not kinds or len(only) + len(kinds) < len(given):
+        known = ", ".join((*KINDS, *PARTS))
+        raise InputError(f"sites: kinds must be some of {known}, got {list(given)}")
     if attn_unit not in ATTN_UNITS:
         raise InputError(
             f"sites: attn_unit must be one of {', '.join(ATTN_UNITS)}, got {attn_unit!r}"
@@ -232,7 +235,11 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
     # A decoder alone has the layers that read an encoder, too, and never runs them.
     whole = len(parts) == len(family.all_parts)
     found, described = [], False
+    if only and not only & {part.name for part, _ in parts}:
+        raise InputError(f"sites: {family.name!r} has no part {min(only)}; leave --sites out")
     for part, blocks in parts:
+        if only and part.name not in only:
+            continue
         rows = {
             label: _rows(part, label, model.config)
             for label, kind in _KIND.items()

@@ -1,24 +1,50 @@
-"""What the operators do where they have no kernel: shapes alone, a refusal, or plain torch.
+"""What the operators do where they have no kernel: shapes alone, or plain torch.
 
-Importing this module loads the extension, which registers the operators and their kernels.
+Importing this module loads the extension, which registers the operators and their kernels. Where it
+cannot be loaded, or ``LIAR_REFERENCE=1`` is in the environment, the operators are registered here.
+A device without kernels is served by :mod:`liar_ext.ops.reference`, after one warning.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import warnings
 
 import torch
 
-from liar_ext.errors import InputError
-from liar_ext.ops import reference
+from liar_ext.errors import one_line
+from liar_ext.ops import checks, reference
 
-try:
-    from liar_ext import _C  # noqa: F401  importing it registers the operators
-except ImportError as error:
-    raise ImportError(
-        f"liar_ext: the compiled extension liar_ext._C cannot be imported ({error}); build it with "
-        "`pip install --no-build-isolation -e .` in the source tree, with torch >= 2.10 installed"
-    ) from error
+SCHEMAS = (
+    "gram_update_(Tensor(a!) gram, Tensor(b!) total, Tensor(c!) count, Tensor x, "
+    "Tensor? y=None, Tensor? weight=None) -> ()",
+    "reconstruct(Tensor weight, Tensor gram, Tensor kept, Tensor damps, Tensor? holdout=None, "
+    "Tensor? cross=None, Tensor? holdout_cross=None, bool errors_only=False) -> "
+    "(Tensor weight, Tensor error, Tensor holdout_error, Tensor info)",
+    "obs_curve(Tensor weight, Tensor gram, int width, float damp, int at_least, int groups=1) -> "
+    "(Tensor order, Tensor error, Tensor info)",
+)
+
+
+def _load() -> str:
+    """Load the extension; return why there is none, or nothing."""
+    if os.environ.get("LIAR_REFERENCE") == "1":
+        return "LIAR_REFERENCE=1 asks for plain torch"
+    try:
+        from liar_ext import _C  # noqa: F401  importing it registers the operators
+    except ImportError as error:
+        absent = importlib.util.find_spec("liar_ext._C") is None
+        return "it was not compiled when this was installed" if absent else one_line(error)
+    return ""
+
+
+MISSING = _load()
+_library = torch.library.Library("liar_ext", "DEF" if MISSING else "IMPL")
+if MISSING:
+    for _schema in SCHEMAS:
+        _library.define(_schema)
 
 OPERATORS = ("gram_update_", "obs_curve", "reconstruct")
 
@@ -77,26 +103,64 @@ def _(weight, gram, width, damp, at_least, groups=1):
     )
 
 
-def _refuse(op, device: str):
-    """Return what ``op`` does on a device without kernels: raise, or plain torch where asked."""
-    device = "ROCm" if device == "CUDA" and torch.version.hip else device
-    build = ""
-    if device == "CUDA":
-        build = "build with `LIAR_CUDA=1 pip install --no-build-isolation -e .` where nvcc is, "
+@functools.cache
+def _warn(device: str) -> None:
+    """Say once that plain torch does the work on a device, and what to do."""
+    if MISSING:
+        why = f"the compiled extension is not in use ({MISSING})"
+        todo = "run `pip install --no-build-isolation .` in the checkout, with a C++ compiler"
+    else:
+        why = f"the extension has no kernels for {device}"
+        todo = "build with LIAR_CUDA=1 where nvcc is" if device == "CUDA" else "use --device cpu"
+    warnings.warn(
+        f"liar_ext: {why}; plain torch does its work, slower. To change that, {todo}. "
+        "See docs/install.md",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
-    def refuse_or_refer(*arguments):
-        if os.environ.get("LIAR_REFERENCE") == "1":
+
+def by_reference(name: str, device: str):
+    """Return what an operator does on a device without kernels: checks, then plain torch."""
+    op = getattr(reference, name)
+
+    def refer(*arguments):
+        _warn(device)
+        if name == "gram_update_":
+            checks.check_gram_update(*arguments)
+        elif name == "obs_curve":
+            checks.check_obs_curve(*arguments)
+        else:
+            checks.check_reconstruct(*arguments[:7])
+            checks.check_values(*arguments[0:1], *arguments[2:4])
+        with torch.no_grad():
             return op(*arguments)
-        raise InputError(
-            f"{op.__name__}: tensors must be on a device that this build has kernels for, got "
-            f"{device}; {build}move them to the CPU, or set LIAR_REFERENCE=1 for plain torch, slow"
-        )
 
-    return refuse_or_refer
+    return refer
 
 
-_without_kernels = torch.library.Library("liar_ext", "IMPL")
-for _name in OPERATORS:
-    for _device in ("CUDA", "XPU", "MPS"):
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{_name}", _device):
-            _without_kernels.impl(_name, _refuse(getattr(reference, _name), _device), _device)
+@functools.cache
+def runs_kernels(device: torch.device) -> bool:
+    """Tell whether a CUDA device can run kernels of Ampere and later: cp.async, bfloat16 mma."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def serves(device: torch.device) -> bool:
+    """Tell whether the CUDA kernels of the extension run on a device."""
+    return has_kernels("CUDA") and runs_kernels(device)
+
+
+def has_kernels(device: str) -> bool:
+    """Tell whether the extension that is loaded has kernels for a dispatch key, as ``CUDA``."""
+    return device in KERNELS
+
+
+KERNELS = {
+    device
+    for device in ("CPU", "CUDA")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("liar_ext::gram_update_", device)
+}
+for _device in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1"):
+    if _device not in KERNELS:
+        for _name in OPERATORS:
+            _library.impl(_name, by_reference(_name, _device), _device)

@@ -1,15 +1,21 @@
 """The operators of :mod:`liar_ext.ops` in plain torch: what the compiled kernels must agree with.
 
-Same signatures, same results, no compiled code. In float64 they are the oracle of the tests; on a
-device that the extension has no kernels for they do the work if ``LIAR_REFERENCE=1`` asks for it.
+Same signatures, same results, no compiled code. In float64 they are the oracle of the tests. On a
+device that has no kernels they do the work: see :mod:`liar_ext.ops.dispatch`.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 256
+# Products are summed in float32 over CHUNK tokens, in the accumulators of the hardware, and over
+# FLUSH tokens by additions that round to nearest; from there on in the dtype of the sums.
+CHUNK_TOKENS, FLUSH_TOKENS = 512, 2048
+PANEL = 1024  # columns of a triangle that are computed at once; what they waste is above a diagonal
 LARGEST, LARGEST_FLOAT64 = 2.0**48, 2.0**500  # see `gram_update_` in liar_ext.ops
 NOT_FINITE = -2.0  # a code of `reconstruct`
 
@@ -24,28 +30,86 @@ def gram_update_(
 ) -> None:
     """Add ``xᵀ diag(w) (y or x)``, ``xᵀ w`` and ``[Σ w, rows dropped]`` to the sums.
 
-    Products are in float32 (float64 for float64 rows) within ``CHUNK_TOKENS`` tokens; chunks are
-    added up in the dtype of ``gram``. See :func:`liar_ext.ops.gram_update_`.
+    Products are in float32 (float64 for float64 rows), for which half-precision rows are widened
+    unless the device multiplies them into float32. See :func:`liar_ext.ops.gram_update_`.
     """
+    use, weights = rows_in_use(gram, count, x, y, weight)
+    weighted = weight is not None and weight.dtype != torch.bool
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    narrow = not weighted and multiplies_into_float32(x.device.type, x.dtype)
+    operand = x.dtype if narrow else compute
+    for start in range(0, len(x), FLUSH_TOKENS):
+        part = slice(start, start + FLUSH_TOKENS)
+        left = torch.where(use[part, None], x[part], 0).to(operand)
+        right = left if y is None else torch.where(use[part, None], y[part], 0).to(operand)
+        if weighted:
+            left = left * weights[part, None].to(operand)
+        _add_product(gram, left, right, y is None)
+        total += left.sum(0, dtype=torch.float64).to(total.dtype)
+
+
+def rows_in_use(
+    gram: Tensor, count: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return which rows count and their float64 weights, and add to ``count``."""
     weight = x.new_ones(len(x), dtype=torch.float64) if weight is None else weight.double()
     wanted = weight != 0
     largest = LARGEST_FLOAT64 if x.dtype == gram.dtype == torch.float64 else LARGEST
-    within = (x.abs() <= largest / weight.clamp(min=1)[:, None]).all(-1)
+    within = _largest(x) <= largest / weight.clamp(min=1)
     within &= (weight >= 0) & (weight <= largest)
     if y is not None:
-        within &= (y.abs() <= largest).all(-1)
+        within &= _largest(y) <= largest
     use = wanted & within
     weight = torch.where(use, weight, 0.0)
     count += torch.stack([weight.sum(), (wanted & ~within).sum()])
-    for start in range(0, len(x), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        left = torch.where(use[part, None], x[part], 0).to(compute)
-        right = left if y is None else torch.where(use[part, None], y[part], 0).to(compute)
-        scaled = left * weight[part, None].to(compute)
-        product = (scaled.mT @ right).to(gram.dtype)
-        gram += product.tril() if y is None else product
-        total += scaled.sum(0, dtype=torch.float64).to(total.dtype)
+    return use, weight
+
+
+@functools.cache
+def multiplies_into_float32(device: str, dtype: torch.dtype) -> bool:
+    """Tell whether torch multiplies half-precision rows of a device into float32 sums."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        one = torch.ones(16, 16, dtype=dtype, device=device)
+        wide = torch.zeros(16, 16, device=device)
+        found = torch.addmm(wide, one.mT, one, out_dtype=torch.float32)
+        return found.dtype == torch.float32 and bool((found == 16).all())
+    except (RuntimeError, TypeError):  # of a device, or of a torch, that cannot
+        return False
+
+
+def _add_product(gram: Tensor, left: Tensor, right: Tensor, triangle: bool) -> None:
+    """Add ``leftᵀ right`` by column panels, of a triangle from the diagonal down."""
+    columns = right.shape[1]
+    for start in range(0, columns, PANEL):
+        end = min(start + PANEL, columns)
+        top = start if triangle else 0
+        product = _product(left[:, top:], right[:, start:end])
+        if not triangle:
+            gram[:, start:end] += product
+            continue
+        gram[start:end, start:end] += product[: end - start].tril()
+        gram[end:, start:end] += product[end - start :]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``aᵀ b``, rounded to float32 every CHUNK_TOKENS unless the rows are float64."""
+    if a.dtype == torch.float64:
+        return a.mT @ b
+    product = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32)
+    for left, right in zip(a.split(CHUNK_TOKENS), b.split(CHUNK_TOKENS), strict=True):
+        if a.dtype == torch.float32:
+            product.addmm_(left.mT, right)
+        else:
+            product = torch.addmm(product, left.mT, right, out_dtype=torch.float32)
+    return product
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Return the largest size in each row, NaN if one is in it."""
+    wide = torch.float64
+    return x.abs().amax(-1).to(wide) if x.shape[1] else x.new_zeros(len(x), dtype=wide)
 
 
 def reconstruct(
@@ -63,9 +127,10 @@ def reconstruct(
     The errors are computed the long way, as ``tr(ΔW G ΔWᵀ)`` over all features.
     """
     if weight.dim() == 3:
-        return _each_site(weight, gram, kept, damps, holdout, cross, holdout_cross, errors_only)
-    weight, gram = weight.double(), _symmetric(gram)
-    holdout = None if holdout is None else _symmetric(holdout)
+        optional = holdout, cross, holdout_cross
+        return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
+    weight, gram = weight.double(), symmetric(gram)
+    holdout = None if holdout is None else symmetric(holdout)
     cross = None if cross is None else cross.double()
     holdout_cross = None if holdout_cross is None else holdout_cross.double()
     d_out, d = weight.shape
@@ -109,7 +174,7 @@ def obs_curve(
 
     Keeps the re-solved weights and ``(G_KK + Λ)⁻¹`` themselves, and downdates both unit by unit.
     """
-    weight, gram = weight.double(), _symmetric(gram)
+    weight, gram = weight.double(), symmetric(gram)
     d = len(gram)
     units, removed = d // width, d // width - at_least
     diagonal = gram.diagonal()
@@ -153,8 +218,13 @@ def obs_curve(
     )
 
 
-def _each_site(
-    weight: Tensor, gram: Tensor, kept: Tensor, damps: Tensor, *others: Tensor | bool | None
+def each_site(
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damps: Tensor,
+    *others: Tensor | bool | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reconstruct site by site, and stack what comes of it."""
     *optional, errors_only = others
@@ -166,7 +236,7 @@ def _each_site(
     )
     for site in range(len(weight)):
         own = (None if tensor is None else tensor[site] for tensor in optional)
-        one = reconstruct(weight[site], gram[site], kept[site], damps, *own, errors_only)
+        one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
         for stacked, value in zip(results, one, strict=True):
             stacked[site] = value
     return results
@@ -199,7 +269,7 @@ def _unless_spoilt(
     return new, error, held_out, torch.stack([code, cond])
 
 
-def _symmetric(gram: Tensor) -> Tensor:
+def symmetric(gram: Tensor) -> Tensor:
     """Return the full float64 matrix of which only the lower triangle is given."""
     return gram.tril().double() + gram.tril(-1).double().mT
 

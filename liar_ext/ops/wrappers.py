@@ -1,9 +1,8 @@
-"""The operators in C++, seen from Python.
+"""The operators, seen from Python.
 
 Importing this module registers them as ``torch.ops.liar_ext.*``, with fake kernels so that
-``torch.compile`` and meta tensors work. On a device that the extension has no kernels for (see
-``build_info()["cuda"]``) they raise and say what to do; with ``LIAR_REFERENCE=1`` in the
-environment they run :mod:`liar_ext.ops.reference` there, the same in plain torch, slower. See
+``torch.compile`` and meta tensors work. Without a compiled extension, and on a device that it has
+no kernels for, :mod:`liar_ext.ops.reference` does the work in plain torch, slower; see
 :mod:`liar_ext.ops.dispatch`.
 """
 
@@ -12,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext.ops import dispatch  # noqa: F401  importing it registers the operators
+from liar_ext.ops import checks, dispatch, gram_choice, reference, solves
+
+SMALL = 128  # kept features up to which a CUDA block solves a system; cuSOLVER solves larger ones
 
 __all__ = [
     "build_info",
@@ -73,7 +74,10 @@ def gram_update_(
     Source: the Gram matrix of LIAR (arXiv 2407.13331, section III), as sums instead of means, so
     that folds, shards and resumed runs add up.
     """
-    torch.ops.liar_ext.gram_update_(gram, total, count, x, y, weight)
+    if x.is_cuda and not torch.compiler.is_compiling():
+        gram_choice.gram_update_(gram, total, count, x, y, weight)
+    else:
+        torch.ops.liar_ext.gram_update_(gram, total, count, x, y, weight)
 
 
 def reconstruct(
@@ -146,9 +150,12 @@ def reconstruct(
     -----
     Source: LIAR (arXiv 2407.13331), eq. for the transfer matrix, in the damped-transfer form.
     """
-    return torch.ops.liar_ext.reconstruct(
-        weight, gram, kept, damps, holdout, cross, holdout_cross, errors_only
-    )
+    tensors = weight, gram, kept, damps, holdout, cross, holdout_cross
+    if weight.is_cuda and (kept.shape[-1] > SMALL or not dispatch.serves(weight.device)):
+        checks.check_reconstruct(*tensors)
+        with torch.no_grad():
+            return solves.reconstruct(*tensors, errors_only)
+    return torch.ops.liar_ext.reconstruct(*tensors, errors_only)
 
 
 def obs_curve(
@@ -207,6 +214,10 @@ def obs_curve(
     Source: Optimal Brain Surgeon (Hassibi and Stork 1993) for whole units, as in SlimGPT
     (arXiv 2412.18110), with every downdate exact and none of the choices made in blocks.
     """
+    if weight.is_cuda and not dispatch.serves(weight.device):
+        checks.check_obs_curve(weight, gram, width, damp, at_least, groups)
+        with torch.no_grad():
+            return reference.obs_curve(weight, gram, width, damp, at_least, groups)
     return torch.ops.liar_ext.obs_curve(weight, gram, width, damp, at_least, groups)
 
 
@@ -221,7 +232,21 @@ def build_info() -> dict[str, str]:
         one of ``cpu_kernels``), ``cuda`` (whether CUDA kernels were compiled in) and, if they were,
         ``cuda_archs`` (compute capabilities that they were compiled for), ``cuda_runtime`` (CUDA's
         version that they want), ``cuda_driver`` (the newest that the driver knows, or none) and
-        ``cuda_devices`` (how many it offers).
+        ``cuda_devices`` (how many it offers). Without an extension ``extension`` says why, and
+        torch is the kernel. After updates on a GPU ``gram`` names the backends that were chosen,
+        see :mod:`liar_ext.ops.gram_choice`.
     """
+    chosen = "; ".join(gram_choice.chooser.lines())
+    gram = {"gram": chosen} if chosen else {}
+    if dispatch.MISSING:
+        return gram | {
+            "extension": f"not in use: {dispatch.MISSING}",
+            "compiler": "none",
+            "torch_target": torch.__version__,
+            "torch_built": "none",
+            "cpu_kernel": "torch",
+            "cpu_kernels": "torch",
+            "cuda": "not compiled",
+        }
     lines = torch.ops.liar_ext.build_info().splitlines()
-    return dict(line.split("=", 1) for line in lines)
+    return gram | dict(line.split("=", 1) for line in lines)

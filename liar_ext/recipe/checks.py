@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from liar_ext.plan import Budget, check_tile
 
 # What a check is: name and value in, the value in its own type out, or InputError.
 Check = Callable[[str, Any], Any]
+THOUSAND = 1024  # 32k is 32,768 tokens, as vocabularies are counted
 MOST = 2**63 - 1  # what torch's generators, sizes and JSON readers take
 
 
@@ -62,6 +64,32 @@ def number_or_auto(name: str, value: Any) -> float | str:
     except (ValueError, OverflowError):
         pass
     raise InputError(f'recipe: {name} must be a number of at least 0 or "auto", got {shown(value)}')
+
+
+def vocabulary(name: str, value: Any) -> float | int:
+    """Check a fraction in (0, 1], or a number of tokens; text may hold it, as 32k."""
+    found = read_tokens(value) if isinstance(value, str) else value
+    if isinstance(found, numbers.Real) and not isinstance(found, bool):
+        if 0 < found <= 1:
+            return float(found)
+        if isinstance(found, numbers.Integral) and found <= MOST and found > 1:
+            return int(found)
+    raise InputError(
+        f"recipe: {name} must be a fraction in (0, 1], or a number of tokens such as 32k, got "
+        f"{shown(value)}"
+    )
+
+
+def read_tokens(text: str) -> float | int | str:
+    """Read a fraction, a number of tokens, or thousands of them; other text is returned."""
+    if found := re.fullmatch(r"(\d{1,9})\s*[kK]", text.strip()):
+        return int(found[1]) * THOUSAND
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def tile(name: str, value: Any) -> int | str:
@@ -212,6 +240,8 @@ class CompressOptions(PruneOptions, total=False):
     eval: str | None
     eval_samples: int | None
     certify: int
+    keep_vocab: float | str
+    vocab_text: tuple[str, ...]
 
 
 def check_keywords(

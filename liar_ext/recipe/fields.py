@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PHASES, Budget
+from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PARTS, PHASES, Budget
 from liar_ext.recipe import checks as check
 from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
 
@@ -41,6 +41,7 @@ _budget = partial(Option, group="budget", affects="plan")
 _whole = partial(  # leaves a smaller model, which is then pruned
     Option, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
 )
+_words = partial(Option, group="budget", affects="inputs", with_bank=False, streamed=False)
 _solve = partial(Option, group="reconstruction", affects="weights")
 _report = partial(Option, group="evaluation", affects="report")
 
@@ -48,6 +49,7 @@ _report = partial(Option, group="evaluation", affects="report")
 def read_sites(text: Any) -> Any:
     """Read which layers may be pruned; what is no name of some is returned."""
     known = {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}
+    known |= {part: (*KINDS, part) for part in PARTS}
     return known.get(text, text) if isinstance(text, str) else text
 
 
@@ -77,14 +79,16 @@ class Fields:
     calibration: tuple[str, ...] = _text(
         (),
         check.texts,
-        "text or .jsonl files, folders, names of datasets, or self: text that the model generates",
+        "text or .jsonl files, folders, names of datasets, or self: text that the model generates; "
+        "recordings or pictures, if the model reads them",
         common=True,
         metavar="TEXT",
     )
     samples: int = _text(
         128,
         check.whole(2),
-        "number of calibration sequences; encoders read that many times --seq-len tokens",
+        "number of calibration sequences, or of recordings or pictures; encoders read that many "
+        "times --seq-len tokens",
     )
     self_text: float = _text(
         SELF_TEXT,
@@ -161,12 +165,27 @@ class Fields:
     keep_experts: float = _whole(
         1.0, check.number, "fraction of the experts per layer to keep; --keep counts the rest"
     )
+    keep_vocab: float | str = _words(
+        1.0,
+        check.vocabulary,
+        "fraction of the tokens to keep, or their number, such as 32k; --keep counts the rest",
+        metavar="F",
+        read=check.read_tokens,
+        in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
+    )
+    vocab_text: tuple[str, ...] = _words(
+        (),
+        check.texts,
+        "text that decides which tokens stay (default: the calibration text)",
+        metavar="TEXT",
+        in_python="liar_ext.choose_tokens takes the text",
+    )
     kinds: tuple[str, ...] = _budget(
         KINDS,
-        check.some_of(KINDS),
-        "layers that may be pruned",
+        check.some_of((*KINDS, *PARTS)),
+        "layers that may be pruned; encoder, decoder: those of one part of a model that has both",
         option="--sites",
-        metavar="{all,attn,mlp}",
+        metavar="{all,attn,mlp,encoder,decoder}",
         read=read_sites,
     )
     attn_unit: str = _budget(
@@ -261,6 +280,10 @@ class Fields:
             raise InputError(
                 f"recipe: keep_experts must be in (0, 1], got {self.keep_experts}; 0.75 keeps 75 %"
             )
+        if self.vocab_text and self.keep_vocab == 1.0:
+            raise InputError(
+                "recipe: vocab_text decides which tokens go, and keep_vocab keeps all; give both"
+            )
         if self.of == "kv_cache" and "attn" not in self.kinds:
             raise InputError(
                 "recipe: a budget of kv_cache is spent on attention, got kinds="
@@ -291,7 +314,9 @@ class Fields:
     @property
     def prunable_kinds(self) -> tuple[str, ...]:
         """Those of ``kinds`` that the budget counts: MLPs cache nothing, and stay whole."""
-        return ("attn",) if self.of == "kv_cache" else self.kinds
+        if self.of != "kv_cache":
+            return self.kinds
+        return tuple(each for each in self.kinds if each != "mlp")
 
     @property
     def budget(self) -> Budget:

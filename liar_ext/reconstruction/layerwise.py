@@ -184,8 +184,8 @@ def solve_blocks(
     def together() -> Streams:
         return streams() | {name: each.hidden for name, each in own.items()}
 
-    kept, found = SavedStreams(walk.saved, key, len(walk.blocks), numbers_of), together()
-    done = kept.restore(walk.blocks, found, walk.states)
+    kept, found = SavedStreams(walk, key, numbers_of), together()
+    done = kept.restore(found)
     for index in range(done):
         with walk.source.block(index):
             yield index, *kept_block(walk.saved, index)
@@ -195,7 +195,7 @@ def solve_blocks(
         weights.clear()  # the next block is solved without them
         for each in along:
             each.advance(index)
-        kept.keep(index + 1, walk.blocks, together())
+        kept.keep(index + 1, together())
 
 
 def check_walk(model: nn.Module, batches: Sequence[Mapping[str, Tensor] | Tensor | Batch]) -> None:

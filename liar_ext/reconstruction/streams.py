@@ -126,9 +126,14 @@ class StreamedBatches:
         ]
         return StreamedBatches(name, self.walk, self.batches, self.numbers, after)
 
-    def at(self, number: int) -> Tensor:
+    def at(self, place: int) -> Tensor:
         """Return the hidden states of a batch where the model computes."""
-        return self.hidden[number].get().to(self.walk.source.device)
+        return self.hidden[place].get().to(self.walk.source.device)
+
+    def answering_for(self, number: int) -> AbstractContextManager:
+        """Let the model's forward go on from a batch behind the last block, in a walk."""
+        last, place = len(self.walk.blocks) - 1, self.numbers.index(number)
+        return self.walk.blocks.answering({last: partial(self.at, place)})
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -222,12 +227,10 @@ class SavedStreams:
 
     Parameters
     ----------
-    saved : Checkpoint, optional
-        Nothing is kept without it.
-    walk : str
-        Name of the walk.
-    blocks : int
-        Number of its blocks.
+    walk : Walk
+        Nothing is kept if it has no checkpoint.
+    name : str
+        What is done on it.
     numbers : callable, optional
         Returns for the name of a stream the numbers of those hidden states that this rank has;
         None if the first rank has the whole stream.
@@ -235,18 +238,17 @@ class SavedStreams:
 
     def __init__(
         self,
-        saved: Checkpoint | None,
-        walk: str,
-        blocks: int,
+        walk: Walk,
+        name: str,
         numbers: Callable[[str], Sequence[int] | None] = lambda name: None,
     ) -> None:
-        self.saved, self.walk, self.blocks, self.numbers = saved, walk, blocks, numbers
-        self.key = f"{walk}-streams"
+        self.saved, self.walk, self.name, self.numbers = walk.saved, walk, name, numbers
+        self.key = f"{name}-streams"
 
-    def restore(self, blocks: Blocks, streams: Streams, states: HiddenStates) -> int:
+    def restore(self, streams: Streams) -> int:
         """Put saved hidden states into ``streams``; return the number of blocks behind them.
 
-        Those of a known name are replaced, others are held in ``states``. Each rank takes its own.
+        Those of a known name are replaced, others are new. Each rank takes its own.
         """
         known = None if self.saved is None else self.saved.get(self.key)
         if known is None:
@@ -255,7 +257,7 @@ class SavedStreams:
         with reading(self.saved.path(self.key)):
             parts = (name.rpartition("/") for name in tensors)
             every = sorted((name, int(number)) for name, _, number in parts)
-            done, blocks.beside = facts["blocks"], facts["beside"]
+            done, self.walk.blocks.beside = facts["blocks"], facts["beside"]
         taken: Counter[str] = Counter()
         for name, number in every:
             tensor, numbers = tensors[f"{name}/{number}"], self.numbers(name)
@@ -266,13 +268,11 @@ class SavedStreams:
                 if taken[name] < len(into):
                     into[taken[name]].set(tensor)
                 else:
-                    into.append(states.hold(tensor))
+                    into.append(self.walk.states.hold(tensor))
                 taken[name] += 1
         return done
 
-    def keep(
-        self, done: int, blocks: Blocks, streams: Mapping[str, list[Held]], *, now: bool = False
-    ) -> None:
+    def keep(self, done: int, streams: Streams, *, now: bool = False) -> None:
         """Save the hidden states after ``done`` blocks if that is due, or ``now``."""
         if self.saved is None:
             return
@@ -283,9 +283,10 @@ class SavedStreams:
             numbers = self.numbers(name)
             numbers = range(len(some)) if numbers is None else numbers
             mine |= {f"{name}/{n}": held for n, held in zip(numbers, some, strict=True)}
+        blocks = self.walk.blocks
         facts = {"blocks": done, "beside": blocks.beside}
         if not now:
-            facts["said"] = f"{self.walk}: {done} of {self.blocks} blocks"
+            facts["said"] = f"{self.name}: {done} of {len(blocks)} blocks"
         self.saved.put_shared(self.key, mine, facts)
 
 

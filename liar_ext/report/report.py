@@ -22,10 +22,12 @@ from liar_ext.errors import InputError
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
 from liar_ext.report import reading, tables
+from liar_ext.report.card import method
 from liar_ext.report.reading import APART, healing, read_healing, sentences
 from liar_ext.report.tables import Table, figure, in_markdown, plain, to_html, to_markdown
+from liar_ext.report.vocabulary import read_vocabulary, vocabulary, vocabulary_lines
 from liar_ext.rows import SiteRow
-from liar_ext.untrusted import count, listing, named, read_object, text
+from liar_ext.untrusted import listing, named, read_object, text
 
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
@@ -64,6 +66,8 @@ class Report:
     heal : dict
         What :func:`liar_ext.heal` returned, if the model was trained after pruning. All other
         results are those before that.
+    vocabulary : dict
+        If tokens were removed: how many stay, which text decided, what that changed.
     seconds : dict
         By stage.
     warnings : list of str
@@ -89,6 +93,7 @@ class Report:
     latency: dict = field(default_factory=dict)
     evaluation: dict = field(default_factory=dict)
     heal: dict = field(default_factory=dict)
+    vocabulary: dict = field(default_factory=dict)
     seconds: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     loading: str = ""
@@ -171,6 +176,7 @@ class Report:
             latency=reading.latency(facts.get("latency")),
             evaluation=reading.evaluation(facts.get("evaluation")),
             heal=read_healing(facts.get("heal")),
+            vocabulary=read_vocabulary(facts.get("vocabulary")),
             seconds=reading.numbers(facts.get("seconds")),
             warnings=cut + reading.lines(facts.get("warnings")),
             loading=text(facts.get("loading"), 1000),
@@ -246,11 +252,17 @@ class Report:
             if lost:
                 share = lost / sum(row.units_before or 0 for row in rows)
                 found.append(f"{share:.0%} of the {words}")
-        return " and ".join(found + ["hidden features"] * bool(self.hidden)) or "nothing"
+        found += ["hidden features"] * bool(self.hidden)
+        if self.vocabulary:
+            found.append(
+                f"{1 - self.vocabulary['after'] / self.vocabulary['before']:.0%} of the tokens"
+            )
+        return " and ".join(found) or "nothing"
 
     def tables(self) -> list[Table]:
         """Return all other tables, in the order of a page."""
         found = [healing(self.heal)] if self.heal else []
+        found += [vocabulary(self.vocabulary)] if self.vocabulary else []
         found += [tables.latency(self.latency)] if self.latency else []
         found += [tables.grid(self.grid)] if self.grid else []
         found += [tables.sites("Sites", self.sites)] if self.sites else []
@@ -306,6 +318,7 @@ class Report:
             )
         lines += [f"{'latency':20} {line}" for line in tables.latency_lines(self.latency)]
         lines += [f"{'sizes':20} {line}" for line in tables.grid_lines(self.grid)]
+        lines += [f"{'vocabulary':20} {line}" for line in vocabulary_lines(self.vocabulary)]
         lines += [f"{'healing':20} {line}" for line in sentences(self.heal)]
         for name, title, said in (
             ("holdout_error", "worst layer", "relative error on held-out text"),
@@ -323,7 +336,7 @@ class Report:
 
     def to_card(self, license_name: str | None = None) -> str:
         """Return a model card, README.md of a folder, with the metadata that model hubs read."""
-        path, known = Path(self.model), {**self.choices, **self.settings}
+        path = Path(self.model)
         front = {
             "library_name": "transformers",
             **({} if path.is_absolute() or path.exists() else {"base_model": self.model}),
@@ -334,12 +347,7 @@ class Report:
         lines += [f"# {plain(path.name or self.model)}, pruned", ""]
         again = "" if self.heal.get("improved") else " without retraining"
         lines += [
-            f"Pruned{again}: the units that stay interpolate the removed ones (LIAR, arXiv "
-            "2407.13331), and the interpolation is folded into the weights.",
-            "",
-            f"Importance: `{known.get('criterion')}`. Allocation: `{known.get('allocation')}`. "
-            f"Reconstruction: `{known.get('reconstruct')}`, {known.get('schedule')}, from "
-            f"{count(known.get('calibration_tokens')) or 0:,} calibration tokens.",
+            *method(self, again),
             *(
                 ("", "Healed after that. " + plain(" ".join([*sentences(self.heal), APART])))
                 if self.heal

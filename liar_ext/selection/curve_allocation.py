@@ -33,40 +33,6 @@ def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
     return probe_batches(whole)
 
 
-def measure_sensitivities(
-    model: nn.Module,
-    bank: MomentBank,
-    at: Sequence[Site],
-    scores: Mapping[str, Tensor],
-    curves: Mapping[str, Tensor],
-    budget: Budget,
-    batches: Batches,
-    *,
-    mode: str = "auto",
-    saved: Measured | None = None,
-    progress: bool = False,
-) -> dict[str, float]:
-    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name, in nats per token.
-
-    It is measured with about the budget's fraction of the site gone. Each site is measured alone,
-    experts with all of their layer, so that the value doesn't depend on which others ``at`` has.
-    ``curves`` come from :func:`error_curves`, ``batches`` from :func:`probes_of`; ``mode`` is how a
-    site is reconstructed for it. All else is as for :func:`liar_ext.allocate`,
-    :func:`liar_ext.reconstruct` and :func:`site_divergences`; the model stays as it is.
-    """
-    probes = probe_sites(model, bank, at, scores, curves, budget, mode=mode, progress=progress)
-    given = model, batches, probes.plan, probes.weights
-    measured = site_divergences(*given, saved=saved, progress=progress)
-    return sensitivities_of(probes.errors, measured)
-
-
-def sensitivities_of(
-    errors: Mapping[str, float], measured: Mapping[str, float]
-) -> dict[str, float]:
-    """Return the divergence of each site's probe by its error."""
-    return {name: measured[name] / error if error > 0 else 0.0 for name, error in errors.items()}
-
-
 @dataclass
 class Probes:
     """What some sites lose, each alone, for its sensitivity to be measured.
@@ -97,7 +63,11 @@ def probe_sites(
     mode: str = "auto",
     progress: bool = False,
 ) -> Probes:
-    """Return the probes of some sites; parameters as for :func:`measure_sensitivities`."""
+    """Return the probes of some sites, with about the budget's fraction of each gone.
+
+    ``curves`` come from :func:`error_curves`; ``mode`` is how a site is reconstructed for it. All
+    else is as for :func:`liar_ext.allocate` and :func:`liar_ext.reconstruct`.
+    """
     plan = probe_plan(at, scores, budget, model_type=model.config.model_type)
     plan = with_bias(plan, model, mode)
     settings = {"mode": mode, "damp": CURVE_DAMP, "progress": progress}
@@ -112,6 +82,31 @@ def probe_sites(
         )
         errors |= {site.name: error for site in team}
     return Probes(plan, weights, errors)
+
+
+def measure_sensitivities(
+    model: nn.Module,
+    probes: Probes,
+    batches: Batches,
+    *,
+    saved: Measured | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Return ``a_s = KL(dense ‖ only s pruned) / E_s`` by site name, in nats per token.
+
+    Each site is measured alone, experts with all of their layer, so that the value doesn't depend
+    on which others there are. ``batches`` come from :func:`probes_of`; all else is as for
+    :func:`site_divergences`. The model stays as it is.
+    """
+    given = model, batches, probes.plan, probes.weights
+    return sensitivities_of(probes.errors, site_divergences(*given, saved=saved, progress=progress))
+
+
+def sensitivities_of(
+    errors: Mapping[str, float], measured: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the divergence of each site's probe by its error."""
+    return {name: measured[name] / error if error > 0 else 0.0 for name, error in errors.items()}
 
 
 def losses_of(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batches, read_batches
+from liar_ext.calibration.batches import Batch, Batches, read_batches
 from liar_ext.calibration.taps import replaced, watched
 from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.distributed import gather, rank, world_size
@@ -29,87 +30,110 @@ Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 POSITIONS = 64
 
 
+ROWS = "rows compared"  # beside the divergences of a batch, by probe
+# What makes the model that of a probe, for a batch by its number, while a context is open.
+Having = Callable[[int], AbstractContextManager]
+
+
 class Measured:
-    """Sums of divergences by probe and batch, kept in a checkpoint as they are found.
+    """Sums of divergences by batch and probe, kept in a checkpoint as they are found.
 
-    Several ranks each measure their own probes. The first one writes, and learns what others have
-    found by :meth:`gather`.
-
-    Parameters
-    ----------
-    saved : Checkpoint, optional
-        Where they are kept.
-    name : str
-        Distinguishes probes, as sites whose sums don't fit at once come in groups.
-
-    Attributes
-    ----------
-    found : dict of tuple of str to list of float
-        By the names of the sites that a probe prunes, and by batch; NaN where it isn't known.
-    rows : list of float
-        The number of rows compared, by batch.
+    Of several ranks the first one writes what it has found itself. ``name`` distinguishes the
+    probes of sites whose sums don't fit at once.
     """
 
     def __init__(self, saved: Checkpoint | None = None, name: str = "") -> None:
         self.saved, self.key = saved, f"sensitivities-{name}"
-        self.found: dict[tuple[str, ...], list[float]] = {}
-        self.rows: list[float] = []
+        self.found: dict[int, dict[str, float]] = {}
         known = None if saved is None else saved.get(self.key)
         if known is not None:
-            tensors, facts = known
             with reading(saved.path(self.key)):
-                *columns, self.rows = tensors["values"].T.tolist()
-                self.found = dict(zip(map(tuple, facts["probes"]), columns, strict=True))
+                found = known[1]["found"].items()
+                self.found = {int(batch): dict(values) for batch, values in found}
 
-    def begin(self, batches: int, probes: Sequence[Sequence[str]]) -> None:
-        """Say what is measured; divergences on other batches are measured again."""
-        if len(self.rows) != batches:
-            self.rows, self.found = [math.nan] * batches, {}
-        for names in probes:
-            self.found.setdefault(tuple(names), [math.nan] * batches)
+    def has(self, batch: int, *names: str) -> bool:
+        """Tell whether all these divergences of a batch are known."""
+        return self.found.get(batch, {}).keys() >= {*names}
 
-    def has(self, batch: int, names: Sequence[str]) -> bool:
-        """Tell whether a divergence is known."""
-        return not math.isnan(self.found[tuple(names)][batch])
+    def put(self, batch: int, name: str, value: float, of: int) -> None:
+        """Keep a divergence, one of so many."""
+        self.found.setdefault(batch, {})[name] = value
+        done = sum(len(values) - (ROWS in values) for values in self.found.values())
+        if self.saved is not None and (done == of or self.saved.due(self.key)):
+            said = f"{done} of {of} divergences"
+            self.saved.put(self.key, facts={"found": self.found, "said": said})
 
-    def has_all(self, batch: int, probes: Sequence[Sequence[str]]) -> bool:
-        """Tell whether all divergences of a batch are known, and its number of rows."""
-        return not math.isnan(self.rows[batch]) and all(self.has(batch, each) for each in probes)
+    def means(self, names: Sequence[str]) -> list[float]:
+        """Return the mean over the rows of all ranks by probe; refuse what isn't finite."""
+        every: dict[int, dict[str, float]] = {}
+        for found in gather(self.found):
+            for batch, values in found.items():
+                every.setdefault(batch, {}).update(values)
+        totals = dict.fromkeys((ROWS, *names), 0.0)
+        for batch in sorted(every):  # not sum(), which rounds otherwise from Python 3.12 on
+            for name in totals:
+                totals[name] += every[batch][name]
+        if not totals[ROWS]:
+            raise InputError(
+                "sensitivity: needs at least one batch to run, and outputs of the dense model that "
+                "are finite, got none; give text, or load the model in a wider dtype"
+            )
+        for name in names:
+            if not math.isfinite(totals[name]):
+                raise InputError(
+                    f"sensitivity: outputs must be finite, got a divergence of {totals[name]} with "
+                    f"{name} pruned; load the model in a wider dtype"
+                )
+        return [totals[name] / int(totals[ROWS]) for name in names]
 
-    def put(self, batch: int, names: Sequence[str], value: float) -> None:
-        """Keep a divergence."""
-        self.found[tuple(names)][batch] = value
-        self._keep()
 
-    def gather(self, batch: int) -> None:
-        """Let all ranks know what each has found on a batch."""
-        for theirs in gather({names: values[batch] for names, values in self.found.items()}):
-            for names, value in theirs.items():
-                if not self.has(batch, names):
-                    self.found[names][batch] = value
-        if world_size() > 1:
-            self._keep()
+@torch.no_grad()
+def mean_divergences(
+    model: nn.Module,
+    batches: Mapping[int, Batch],
+    dense: Having,
+    probes: Mapping[str, Having],
+    *,
+    saved: Measured | None = None,
+    every: Sequence[str] | None = None,
+    progress: bool = False,
+) -> list[float]:
+    """Return the mean ``KL(dense ‖ pruned)`` per token of each probe, in nats.
 
-    def totals(self, probes: Sequence[Sequence[str]]) -> list[float]:
-        """Return the sum over batches by probe, added in their order."""
-        totals = [0.0] * len(probes)
-        for batch in range(len(self.rows)):  # not sum(), which rounds otherwise from Python 3.12 on
-            for index, names in enumerate(probes):
-                totals[index] += self.found[tuple(names)][batch]
-        return totals
+    Outputs are compared at ``POSITIONS`` tokens of a sequence, see
+    :class:`liar_ext.selection.divergence.DenseOutputs`. Ranks share batches or probes, or both.
 
-    def _count(self) -> int:
-        return sum(not math.isnan(value) for values in self.found.values() for value in values)
-
-    def _keep(self) -> None:
-        whole = self._count() == len(self.found) * len(self.rows)
-        if self.saved is None or not (whole or self.saved.due(self.key)):
-            return
-        columns = list(self.found.values())
-        of = f"{len(columns) * len(self.rows)} divergences of {len(columns)} sensitivities"
-        facts = {"probes": list(self.found), "said": f"{self._count()} of {of}"}
-        values = torch.tensor([*columns, self.rows], dtype=torch.float64).T
-        self.saved.put(self.key, {"values": values}, facts)
+    Parameters
+    ----------
+    model : nn.Module
+        What runs.
+    batches : mapping of int to Batch
+        Those of this rank, by their numbers.
+    dense, probes
+        What makes the model the dense one, and that of each probe of this rank by name.
+    saved : Measured, optional
+        What is known already.
+    every : sequence of str, optional
+        The names of the probes of all ranks, if this one has not all of them.
+    """
+    every, measured = list(probes) if every is None else every, saved or Measured()
+    spare("sensitivity", sum(measured.has(number, name) for number in batches for name in probes))
+    of = len(batches) * len(probes)
+    with Bar(total=of, desc="sensitivity", disable=not progress) as bar:
+        for number, batch in batches.items():
+            if measured.has(number, ROWS, *probes):
+                bar.update(len(probes))
+                continue
+            with dense(number):
+                outputs = DenseOutputs(model, batch, POSITIONS)
+            measured.found.setdefault(number, {})[ROWS] = len(outputs)
+            for name, pruned in probes.items():
+                bar.update()
+                if not measured.has(number, name):
+                    with pruned(number):
+                        value = outputs.divergence(model, finite_only=True)
+                    measured.put(number, name, value, of)
+    return measured.means(every)
 
 
 def site_divergences(
@@ -155,7 +179,6 @@ def site_divergences(
     return found
 
 
-@torch.no_grad()
 def divergences(
     model: nn.Module,
     batches: Batches,
@@ -169,56 +192,35 @@ def divergences(
     """Return the divergence from the dense model for each set of sites pruned together.
 
     ``probes`` are the names of these sites, all else is as for :func:`site_divergences`. Nothing is
-    sliced. The blocks before the first site of a probe are not run again, and outputs are compared
-    at ``POSITIONS`` tokens of a sequence: a value is the mean ``KL(dense ‖ pruned)`` per token in
-    nats, see :class:`liar_ext.selection.divergence.DenseOutputs`.
+    sliced, and the blocks before the first site of a probe are not run again.
     """
     every = sites(model, attn_unit=plan.attn_unit)
     found = {site.name: site for site in every}
     blocks, places = blocks_before(model, every)
-    batches = list(read_batches(batches))
-    measured = Measured() if saved is None else saved
-    measured.begin(len(batches), probes)
-    spare("sensitivity", sum(measured.has(n, each) for n in range(len(batches)) for each in probes))
-    bar = Bar(total=len(batches) * len(probes), desc="sensitivity", disable=not progress)
-    with evaluating(model), bar:
-        for number, batch in enumerate(batches):
-            if measured.has_all(number, probes):
-                bar.update(len(probes))
-                continue
-            with recorded(blocks) as given:
-                dense = DenseOutputs(model, batch, POSITIONS)
-            measured.rows[number] = len(dense)
-            for index, names in enumerate(probes):
-                bar.update()
-                if measured.has(number, names) or index % world_size() != rank():
-                    continue
-                first = min((places[name] for name in names), default=len(blocks))
-                with ExitStack() as stack:
-                    stack.enter_context(replayed(blocks[:first], given))
-                    for name in names:
-                        stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
-                    measured.put(number, names, dense.divergence(model, finite_only=True))
-            measured.gather(number)
-    return mean_divergences(measured.totals(probes), int(sum(measured.rows)), probes)
+    given: list = []
 
+    @contextmanager
+    def dense(_: int) -> Iterator[None]:
+        given.clear()
+        with recorded(blocks) as outputs:
+            yield
+        given.extend(outputs)
 
-def mean_divergences(
-    total: Sequence[float], rows: int, probes: Sequence[Sequence[str]]
-) -> list[float]:
-    """Return the mean over rows of sums of divergences by probe; refuse what isn't finite."""
-    if not rows:
-        raise InputError(
-            "sensitivity: needs at least one batch to run, and outputs of the dense model that are "
-            "finite, got none; give text, or load the model in a wider dtype"
-        )
-    for names, value in zip(probes, total, strict=True):
-        if not math.isfinite(value):
-            raise InputError(
-                f"sensitivity: outputs must be finite, got a divergence of {value} with "
-                f"{', '.join(names)} pruned; load the model in a wider dtype"
-            )
-    return [value / rows for value in total]
+    @contextmanager
+    def pruned(names: Sequence[str], _: int) -> Iterator[None]:
+        first = min((places[name] for name in names), default=len(blocks))
+        with ExitStack() as stack:
+            stack.enter_context(replayed(blocks[:first], given))
+            for name in names:
+                stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
+            yield
+
+    having = {", ".join(names): partial(pruned, names) for names in probes}
+    mine = dict(list(having.items())[rank() :: world_size()])
+    numbered = dict(enumerate(read_batches(batches)))
+    settings = {"saved": saved, "every": list(having), "progress": progress}
+    with evaluating(model):
+        return mean_divergences(model, numbered, dense, mine, **settings)
 
 
 def blocks_before(

@@ -1,6 +1,8 @@
 """The build: one binary for every Python and torch, and kernels that run without torch."""
 
 import ctypes
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -86,10 +88,40 @@ def test_wide_vectors_stay_in_their_own_units():
             assert re.match(r"(kernels|simd)_avx", path.name), path
 
 
-def test_a_missing_extension_says_what_to_run():
-    code = "import sys; sys.modules['liar_ext._C'] = None; import liar_ext.ops"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+@pytest.mark.parametrize(
+    ("mode", "compiler", "code", "words"),
+    [
+        ("auto", "/nowhere/c++", 0, "installing without the compiled extension; torch will do"),
+        ("require", "/nowhere/c++", 1, "LIAR_EXTENSION=require: there is no C++ compiler"),
+        ("require", "false", 1, "LIAR_EXTENSION=require: false fails"),
+        ("off", "/nowhere/c++", 0, ""),
+        ("yes", "c++", 1, "LIAR_EXTENSION must be auto, require or off, got 'yes'"),
+    ],
+)
+def test_a_machine_without_a_compiler(mode, compiler, code, words, tmp_path):
+    """What setup.py builds there is for every platform."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"LIAR_EXTENSION": mode, "CXX": compiler},
+        capture_output=True,
+        text=True,
     )
-    assert result.returncode == 1
-    assert "pip install --no-build-isolation -e ." in result.stderr
+    assert done.returncode == code and words in done.stderr, done.stderr
+    if code == 0:
+        assert (tmp_path / "lib" / "liar_ext" / "ops" / "reference.py").exists()
+        assert not list(tmp_path.rglob("_C*"))
+
+
+def test_architectures_are_those_that_the_toolkit_knows(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("cuda_build", CSRC / "cuda" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    monkeypatch.delenv("LIAR_CUDA_ARCHS", raising=False)
+    monkeypatch.setattr(build, "known", lambda home: {"compute_80", "compute_86", "compute_90"})
+    assert build.archs(tmp_path) == "8.0+PTX, 8.6, 9.0"
+    assert "-gencode=arch=compute_80,code=compute_80" in build.code_flags(tmp_path)
+    assert not re.search(r"\da\b", build.ARCHS)  # code for one chip alone
+    monkeypatch.setenv("LIAR_CUDA_ARCHS", "9.0a")
+    assert build.archs(tmp_path) == "9.0a"

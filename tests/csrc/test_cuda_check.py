@@ -18,7 +18,18 @@ ptxas info    : Compiling entry function '{name}' for 'sm_80'
     {stack} bytes stack frame, {stores} bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers{shared}, 400 bytes cmem[0]
 """
-GOOD = "DMMA.884 R0, R4, R6, R0 ;\nLDGSTS.E.BYPASS.128 [R0], [R2.64] ;"
+LOADS = [f"/*{k:04x}*/ @!P0 LDG.E.64 R{2 * k + 20}, [R2.64] ;" for k in range(8)]
+GOOD = "\n".join(
+    [
+        "/*0000*/ DMMA.884 R0, R4, R6, R0 ;\n/*0010*/ LDGSTS.E.BYPASS.128 [R0], [R2.64] ;",
+        *LOADS,
+        *(f"/*0000*/ DADD R8, R{2 * k + 20}, R6 ;" for k in range(8)),
+    ]
+)
+# As a compiler writes it that may not move a load over the store before.
+SERIAL = GOOD.splitlines()[:2] + [
+    f"{load}\n/*0000*/ DADD R8, R{2 * k + 20}, R6 ;" for k, load in enumerate(LOADS)
+]
 NAME = "product_kernel<MmaF64<false> >"
 
 
@@ -43,6 +54,7 @@ def test_a_sound_kernel_passes():
         ({"code": GOOD.replace(".128", ".64")}, "no LDGSTS.E.BYPASS.128"),
         ({"code": GOOD, "name": "product_kernel<MmaHalf<f16> >"}, "no HMMA.16816.F32"),
         ({"code": ""}, "no machine code"),
+        ({"code": "\n".join(SERIAL)}, "1 loads in flight in its epilogue, fewer than 8"),
     ],
 )
 def test_each_regression_is_a_fault(change, message):

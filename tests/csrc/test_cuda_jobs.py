@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -225,16 +226,38 @@ def bench(monkeypatch):
 
 def test_the_calls_of_the_bench(bench):
     """Time on a GPU is dear: what the bench will call there has run."""
-    rows = [
-        *bench.gram_rows("tiny", 24, 80, 1.0),
-        *bench.reconstruct_rows(20, 1.0),
-        *bench.small_rows(2, 16, 8, 8),
-        *bench.curve_rows(16, 1, 4),
-        *bench.curve_rows(16, 4, 2),
+    jobs = [
+        list(rows)
+        for rows in (
+            bench.gram_rows("tiny", 24, 80, 1.0),
+            bench.reconstruct_rows(20, 1.0),
+            bench.small_rows(2, 16, 8, 8),
+            bench.curve_rows(16, 1, 4),
+            bench.curve_rows(16, 4, 2),
+        )
     ]
+    rows = sum(jobs, [])
     refused = {row["way"] for row in rows if "not run" in row}
-    assert refused <= {"torch.mm bf16 to f32 (no sum)", "torch.addmm bf16 into f32"}
-    assert sum("ours" in row["way"] for row in rows) == 11
+    assert refused <= {"torch.mm bf16 to f32, add", "ours, triton bf16"}
+    assert sum(row["way"].startswith("ours") and "ms" in row for row in rows) >= 10
+    said = [bench.verdict(job) for job in jobs]
+    assert all(re.search(r"is (faster|slower|level), [\d.]+x of \w", one) for one in said), said
+
+
+def test_a_verdict_compares_equal_work(bench):
+    def row(way, ms, **more):
+        return {"job": "gram", "way": way, "ms": ms, **more}
+
+    rows = [
+        row("ours, a", 4.0),
+        row("ours, b", 2.0),
+        row("ours, whole", 0.1, **{"other work": True}),
+    ]
+    others = [row("chosen, f32", 0.5), row("mm", 3.0), row("peers", 9.0)]
+    assert bench.verdict(rows + others) == "gram: ours, b is faster, 1.50x of mm"
+    assert bench.verdict([row("ours", 3.0), row("mm", 3.1)]) == "gram: ours is level, 1.03x of mm"
+    missing = {"job": "gram", "way": "mm", "not run": "out of memory"}
+    assert "no verdict" in bench.verdict([row("ours", 3.0), missing])
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "auto"])

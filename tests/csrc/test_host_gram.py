@@ -185,3 +185,24 @@ def test_wrong_fragment_is_seen(dtype):
     right = run(x, dtype)[0]
     kernels().configure(swapped_fragments=True)
     assert not np.array_equal(run(x, dtype)[0], right)
+
+
+def test_sums_of_many_tokens_are_hardly_too_small():
+    """Tensor cores truncate: 2048 tokens in one accumulator lose four times what 512 do."""
+    x = random(np.random.default_rng(8), 2048, 32, "bf16")
+    gram, _, _ = run(x, "bf16", processors=1)
+    exact = np.square(widen(x)).sum(0)
+    lost = ((np.diag(gram) - exact) / exact).mean()
+    assert -1e-6 < lost < -1e-7
+
+
+def test_fewer_tokens_than_features_leave_the_least_eigenvalue_near_zero():
+    """A diagonal that is too small, by more than the rest, is not definite at λ = 1e-6.
+
+    Here the least eigenvalue is -2.7e-7 of the mean diagonal, and -4.3e-7 with 1024 tokens in one
+    accumulator.
+    """
+    x = random(np.random.default_rng(8), 1024, 1088, "bf16")
+    gram, _, _ = run(x, "bf16", processors=1)
+    full = np.tril(gram) + np.tril(gram, -1).T
+    assert np.linalg.eigvalsh(full)[0] >= -3.4e-7 * np.trace(full) / len(full)

@@ -91,7 +91,7 @@ def problem(targets, rng):
     return arguments
 
 
-def solve(arguments, kept, small):
+def solve(arguments, kept):
     return kernels().reconstruct(
         arguments["weight"],
         arguments["gram"],
@@ -100,14 +100,12 @@ def solve(arguments, kept, small):
         arguments["holdout"],
         arguments.get("cross"),
         arguments.get("holdout_cross"),
-        small=small,
     )
 
 
-@pytest.mark.parametrize("small", [0, 128])  # the blocked solver, and one block a system
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("targets", [False, True])
-def test_no_argument_may_hold_a_nan(targets, bad, small):
+def test_no_argument_may_hold_a_nan(targets, bad):
     arguments = problem(targets, np.random.default_rng(0))
     kept = np.arange(0, D, 2)
     for name in arguments:
@@ -115,31 +113,29 @@ def test_no_argument_may_hold_a_nan(targets, bad, small):
         for place in ((rows - 1, cols - 1), (rows - 1, 0), (rows // 2, 1)):
             spoilt = {**arguments, name: arguments[name].copy()}
             spoilt[name][0][place] = bad
-            weight, error, held_out, info = solve(spoilt, kept, small)
+            weight, error, held_out, info = solve(spoilt, kept)
             assert np.isnan(weight).all() and np.isnan(error).all() and np.isnan(held_out).all()
             assert (info[..., 0] == -2).all() and np.isnan(info[..., 1]).all()
 
 
-@pytest.mark.parametrize("small", [0, 128])
 @pytest.mark.parametrize("fold", ["gram", "holdout"])
-def test_an_error_beyond_float64_is_no_error(fold, small):
+def test_an_error_beyond_float64_is_no_error(fold):
     arguments = problem(False, np.random.default_rng(1))
     arguments["weight"] = arguments["weight"] * 1e100
     arguments[fold] = arguments[fold] * 1e150
-    _, error, held_out, info = solve(arguments, np.arange(0, D, 2), small)
+    _, error, held_out, info = solve(arguments, np.arange(0, D, 2))
     assert np.isnan(error).all() and np.isnan(held_out).all()
     assert (info[..., 0] == -2).all() and np.isnan(info[..., 1]).all()
 
 
-@pytest.mark.parametrize("small", [0, 128])
-def test_the_upper_triangle_is_not_read_and_one_bad_item_spoils_no_other(small):
+def test_the_upper_triangle_is_not_read_and_one_bad_item_spoils_no_other():
     one = problem(False, np.random.default_rng(2))
     arguments = {name: np.concatenate([a, a, a]) for name, a in one.items()}
     kept = np.arange(0, D, 2)
-    want = solve(arguments, kept, small)
+    want = solve(arguments, kept)
     arguments["gram"][:, np.triu(np.ones((D, D), bool), 1)] = np.nan
     arguments["gram"][1, 9, 3] = np.nan
-    got = solve(arguments, kept, small)
+    got = solve(arguments, kept)
     for mine, clean in zip(got, want, strict=True):
         assert np.array_equal(mine[[0, 2]], clean[[0, 2]])
     assert np.isnan(got[1][1]).all() and (got[3][1, :, 0] == -2).all()

@@ -61,7 +61,8 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 def by_blocks(folder, data, out, limit=4 * GIB, **choices):
     recipe = Recipe(**{"keep": 0.6, "tile": 1, **choices})
-    return prune_folder(BlockStore(folder), data, out, recipe, max_memory=limit)
+    store = BlockStore(folder)
+    return prune_folder(store, Job(store.model, data, recipe, limit=limit), out)
 
 
 def same(ours: nn.Module, theirs: nn.Module) -> bool:
@@ -145,14 +146,9 @@ def test_held_out_text_is_judged_on_the_way(llama, tmp_path):
     data = batches(tiny("llama"), 4)
     whole = tiny("llama", tie_word_embeddings=False)
     expected = prune(whole, data[:3], keep=0.6, tile=1, evaluate_on=data[3:])
-    report = prune_folder(
-        BlockStore(llama),
-        data[:3],
-        tmp_path / "pruned",
-        Recipe(keep=0.6, tile=1),
-        max_memory=4 * GIB,
-        evaluate_on=data[3:],
-    )
+    store, recipe = BlockStore(llama), Recipe(keep=0.6, tile=1)
+    job = Job(store.model, data[:3], recipe, evaluate_on=data[3:], limit=4 * GIB)
+    report = prune_folder(store, job, tmp_path / "pruned")
     assert report.evaluation == expected.evaluation
 
 
@@ -175,7 +171,7 @@ def test_one_block_is_in_memory_at_a_time(llama, prefetch, tmp_path, monkeypatch
     assert all(p.is_meta for n, p in store.model.named_parameters() if "layers" in n)
     assert store.model.lm_head.weight.is_meta
     data, recipe = batches(store.model, 3), Recipe(keep=0.6, tile=1, schedule="layerwise")
-    prune_folder(store, data, tmp_path / "pruned", recipe, max_memory=4 * GIB)
+    prune_folder(store, Job(store.model, data, recipe, limit=4 * GIB), tmp_path / "pruned")
     assert 1 <= most <= 2 + prefetch  # the one before is dropped while the next comes in
     assert all(p.is_meta for n, p in store.model.named_parameters() if "layers" in n)
 
@@ -256,7 +252,7 @@ def test_what_comes_between_two_blocks_is_seen(llama, tmp_path):
     store.model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
     with pytest.raises(InputError, match="changes it before block 1; leave it out"):
         data, recipe = batches(store.model, 3), Recipe(keep=0.6)
-        prune_folder(store, data, tmp_path / "pruned", recipe, max_memory=4 * GIB)
+        prune_folder(store, Job(store.model, data, recipe, limit=4 * GIB), tmp_path / "pruned")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,7 +272,7 @@ def test_a_file_that_changes_on_the_way_ends_the_job_with_nothing_left(change, l
         os.truncate(model / "model.safetensors", 5000)
     with pytest.raises(InputError, match="can't read model.layers.0.* was changed after it was"):
         data, recipe = batches(store.model, 3), Recipe(keep=0.6)
-        prune_folder(store, data, tmp_path / "pruned", recipe, max_memory=4 * GIB)
+        prune_folder(store, Job(store.model, data, recipe, limit=4 * GIB), tmp_path / "pruned")
     assert list(tmp_path.iterdir()) == [model]
 
 

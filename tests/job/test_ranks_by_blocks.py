@@ -21,6 +21,7 @@ from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
 from liar_ext.job.folder import prune_folder
+from liar_ext.job.preparing import Job
 from liar_ext.job.streamed_passes import ProbeStreams, StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
@@ -64,8 +65,8 @@ def run(dense, out, name: str, saved: Checkpoint | None = None):
     if not choices:
         texts["certify_on"] = data[6:]
     recipe = Recipe(keep=0.6, tile=1, **choices)
-    given = {"max_memory": 8 << 30, "saved": saved, **texts}
-    return prune_folder(BlockStore(folder, "float64"), data[:5], out, recipe, **given)
+    store, given = BlockStore(folder, "float64"), {"limit": 8 << 30, "saved": saved, **texts}
+    return prune_folder(store, Job(store.model, data[:5], recipe, **given), out)
 
 
 def numbers(report) -> list:

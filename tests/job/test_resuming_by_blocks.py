@@ -14,6 +14,7 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.job import analysis, folder
 from liar_ext.job.folder import prune_folder
+from liar_ext.job.preparing import Job
 from liar_ext.job.streamed_passes import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
@@ -52,15 +53,9 @@ def run(folder, data, out, saved=None, **choices):
     if recipe.settled().schedule == "layerwise":
         texts["certify_on"] = data[4:]
     with Checkpoint(saved) if saved else open(os.devnull) as kept:
-        return prune_folder(
-            BlockStore(folder),
-            data[:3],
-            out,
-            recipe,
-            max_memory=4 << 30,
-            saved=kept if saved else None,
-            **texts,
-        )
+        store = BlockStore(folder)
+        given = {"limit": 4 << 30, "saved": kept if saved else None, **texts}
+        return prune_folder(store, Job(store.model, data[:3], recipe, **given), out)
 
 
 def same(a, b) -> bool:

@@ -10,6 +10,7 @@ from liar_ext.calibration.saved_sums import bytes_of_sums
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.cli.dry_run import describe
 from liar_ext.job.folder import prune_folder
+from liar_ext.job.preparing import Job
 from liar_ext.models.sites import sites
 
 READ_BY_A_NORM = ["gemma2", "gemma3_text", "olmo2", "exaone4", "glm4"]
@@ -62,13 +63,8 @@ def test_block_by_block_too_but_for_fresh_text(certified, tmp_path):
     model = tiny("gemma3_text")
     model.save_pretrained(tmp_path / "dense")
     data = batches(model, 4)
-    report = prune_folder(
-        BlockStore(tmp_path / "dense"),
-        data[:2],
-        tmp_path / "pruned",
-        Recipe(**JOB),
-        max_memory=2**32,
-        certify_on=data[2:] if certified else None,
-    )
+    store, fresh = BlockStore(tmp_path / "dense"), data[2:] if certified else None
+    job = Job(store.model, data[:2], Recipe(**JOB), certify_on=fresh, limit=2**32)
+    report = prune_folder(store, job, tmp_path / "pruned")
     assert report.settings["schedule"] == ("layerwise" if certified else "one-pass")
     assert bool(said(report)) != certified

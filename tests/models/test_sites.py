@@ -187,6 +187,20 @@ def test_bad_settings(settings: dict) -> None:
         sites(tiny("llama"), **settings)
 
 
+def test_one_part_of_a_model() -> None:
+    model = tiny("whisper")
+    everything = [site.name for site in sites(model)]
+    for part in ("encoder", "decoder"):
+        expected = [name for name in everything if name.startswith(f"{part}.")]
+        assert [site.name for site in sites(model, ("attn", "mlp", part))] == expected
+    found = [site.name for site in sites(model, ("mlp", "encoder"))]
+    assert found == [f"encoder.{index}.mlp" for index in range(2)]
+    with pytest.raises(InputError, match="'bert' has no part decoder"):
+        sites(tiny("bert"), ("attn", "mlp", "decoder"))
+    with pytest.raises(InputError, match="must be some of attn, mlp, encoder, decoder"):
+        sites(model, ("encoder",))
+
+
 def test_quantised_weights_are_refused() -> None:
     model = tiny("llama")
     layer = model.model.layers[0].mlp.down_proj

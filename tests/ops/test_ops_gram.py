@@ -5,7 +5,9 @@ import torch
 from covers import cover
 
 from liar_ext import ops
-from liar_ext.ops import reference
+from liar_ext.ops import dispatch, reference
+
+needs_extension = pytest.mark.skipif(bool(dispatch.MISSING), reason="what torch does not promise")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOKENS = [0, 1, 7, 129, 600]
@@ -191,6 +193,7 @@ def test_float32_sums(dtype):
         assert (a.double() - b).abs().max() <= 3e-6 * b.abs().max()
 
 
+@needs_extension
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bit_identical_whatever_the_threads(dtype):
     x, weight = rows(3000, 200, dtype), weights(3000, "float32")
@@ -219,6 +222,13 @@ def test_error_does_not_grow_with_tokens(tokens, dtype):
     error = (run(ops.gram_update_, x)[0] - exact).abs().max()
     assert error <= 2 * torch_error + torch.finfo(torch.float32).eps * exact.max()
     assert error <= 2e-6 * exact.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fewer_tokens_than_features_stay_definite_at_the_least_damping(dtype):
+    gram = run(ops.gram_update_, rows(1024, 1088, dtype))[0]
+    full = gram + gram.tril(-1).mT
+    assert torch.linalg.eigvalsh(full)[0] >= -5e-7 * full.diagonal().mean()  # the least λ is 1e-6
 
 
 def test_rejected_arguments_name_the_rule_and_the_remedy():

@@ -41,8 +41,18 @@ OF_COMMAND = {
     "certify": 4,
     "eval_samples": 2,
 }
-# Where a job runs, what it may take, and what it reads; of="latency" has tests of its own.
-ELSEWHERE = {"model", "device", "calibration", "eval", "batch_size", "memory"}
+# Where a job runs, what it may take, and what it reads; vocabularies and of="latency" have tests of
+# their own.
+ELSEWHERE = {
+    "keep_vocab",
+    "vocab_text",
+    "model",
+    "device",
+    "calibration",
+    "eval",
+    "batch_size",
+    "memory",
+}
 LATENCY = {"latency_phase", "latency_batch", "latency_prompt", "latency_new_tokens"}
 
 

@@ -113,7 +113,7 @@ __global__ void scan_rows_kernel(const RowListParams<T> p) {
   }
 }
 
-constexpr int kCompactThreads = 1024, kCompactRows = 8;  // 8192 rows a turn
+constexpr int kCompactThreads = 512, kCompactRows = 8;  // 4096 rows a turn
 
 struct CompactShared {
   std::int64_t warp_rows[kCompactThreads / kWarp];
@@ -122,7 +122,7 @@ struct CompactShared {
 
 // One block lists the rows in order: a prefix sum over threads that hold eight rows each.
 template <class T>
-__global__ void compact_kernel(const RowListParams<T> p) {
+__global__ void __launch_bounds__(kCompactThreads) compact_kernel(const RowListParams<T> p) {
   auto& shared = shared_memory<CompactShared>();
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   std::int64_t base = 0;

@@ -24,6 +24,7 @@ struct MmaHalf {
   using Element = T;
   using Scalar = float;
   static constexpr bool kWeighted = false;
+  static constexpr int kMostTokens = 512;
   // Four warps of 64×64: eight ldmatrix feed 32 mma, and two blocks share a multiprocessor at 255
   // registers. Eight warps of 64×32 need as many loads for half the products, and spill at 128.
   static constexpr int kTile = 128, kDepth = 32, kStages = 4, kPad = 8;
@@ -82,6 +83,7 @@ struct MmaTf32 {
   using Element = T;
   using Scalar = float;
   static constexpr bool kWeighted = true;
+  static constexpr int kMostTokens = 2048;
   static constexpr int kTile = 128, kDepth = 16, kStages = 3, kPad = 8;
   static constexpr int kWarpRows = 2, kWarpColumns = 4, kThreads = 256, kBlocks = 1;
   static constexpr int kStride = kTile + kPad;
@@ -134,6 +136,7 @@ struct MmaF64 {
   using Element = double;
   using Scalar = double;
   static constexpr bool kWeighted = kWeights;
+  static constexpr int kMostTokens = INT32_MAX;
   static constexpr int kTile = 64, kDepth = 16, kStages = 3, kPad = 4;
   static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = 128, kBlocks = 2;
   static constexpr int kStride = kTile + kPad;

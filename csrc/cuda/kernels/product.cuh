@@ -11,6 +11,8 @@
 // refilled.
 #pragma once
 
+#include <type_traits>
+
 #include "loader.cuh"
 
 namespace liar::cuda {
@@ -38,9 +40,11 @@ template <class Mma>
 __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
     product_kernel(const ProductParams<typename Mma::Element> p) {
   using Scalar = typename Mma::Scalar;
-  // f32 sums stay short: 2048 tokens, then on into the output, so that the error of a long
-  // calibration doesn't grow with it. 64 stages: the epilogue's 2 × 64 KB are 6 % of their loads.
-  constexpr int kFlushSteps = sizeof(Scalar) == 4 ? 2048 / Mma::kDepth : INT32_MAX;
+  // f32 sums stay short, then go on into the output, so that the error of a long calibration
+  // doesn't grow with it. Tensor cores truncate when they accumulate, which makes the diagonal of a
+  // Gram matrix too small, and less of them: at most 512 tokens of it. Sums that are rounded run to
+  // 2048. The epilogue's 2 × 128 KB of f64 sums are as much as 512 tokens of 16 bits are.
+  constexpr int kFlushSteps = Mma::kMostTokens / Mma::kDepth;
 
   auto& shared = shared_memory<ProductShared<Mma>>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -83,10 +87,41 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
       const double alpha = split_rows ? 1 : p.alpha;
       void* out = split_rows ? p.partial + item * Mma::kTile * Mma::kTile
                              : at(p.out, f64, batch * p.out_batch + row * stride + column);
-      for_each_value<Mma>(c, row0, column0, lane, [&](int r, int s, Scalar value) {
-        if (r < row_end && s < column_end && !(lower && s > r) && !(upper && s < r))
-          store(out, f64, r * stride + s, alpha * value, add);
-      });
+      // Inside, all old values of a row are on their way before the first is needed. On an edge or
+      // on the diagonal each is asked for by itself.
+      const bool inside = row_end == Mma::kTile && column_end == Mma::kTile && !lower && !upper;
+      const auto write_inside = [&](auto* base) {
+        using Out = std::remove_pointer_t<decltype(base)>;
+        constexpr int kHalves = sizeof(c[0][0]) / sizeof(Scalar) / 2;
+        auto* line = base + (row0 + lane / 4) * stride + column0 + 2 * (lane % 4);
+#pragma unroll
+        for (int m = 0; m < Mma::kM; ++m)
+#pragma unroll
+          for (int h = 0; h < kHalves; ++h) {
+            Out was[Mma::kN][2] = {};
+            if (add) {
+#pragma unroll
+              for (int n = 0; n < Mma::kN; ++n)
+                was[n][0] = line[8 * n], was[n][1] = line[8 * n + 1];
+            }
+#pragma unroll
+            for (int n = 0; n < Mma::kN; ++n)
+#pragma unroll
+              for (int e = 0; e < 2; ++e)
+                line[8 * n + e] =
+                    static_cast<Out>(was[n][e] + alpha * static_cast<double>(c[m][n][2 * h + e]));
+            line += 8 * stride;
+          }
+      };
+      if (inside && f64)
+        write_inside(static_cast<double*>(out));
+      else if (inside)
+        write_inside(static_cast<float*>(out));
+      else
+        for_each_value<Mma>(c, row0, column0, lane, [&](int r, int s, Scalar value) {
+          if (r < row_end && s < column_end && !(lower && s > r) && !(upper && s < r))
+            store(out, f64, r * stride + s, alpha * value, add);
+        });
       const std::int64_t mine = row + threadIdx.x;
       if (sums_here && threadIdx.x < Mma::kTile && mine < p.a.columns) {
         if (split_rows)

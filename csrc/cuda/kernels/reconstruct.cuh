@@ -5,7 +5,8 @@
 //   for each group of systems:  [G_KK + Λ | R] ──solve──▶ X ──▶ errors, W'
 //
 // A system is one λ of one item of the batch; a group is as many as the workspace holds, and goes
-// through each launch together. Up to kSmall rows a block does a whole system: see small.cuh.
+// through each launch together. A block solves a system of up to kSmall rows: see small.cuh. Larger
+// ones are for cuSOLVER and cuBLAS, which liar_ext/ops/solves.py calls.
 //
 // Features run along rows everywhere (X is n × d_out), because products are AᵀB. Both errors are a
 // quadratic form of X, ⟨X, H X − 2 L⟩ + c:  plain  X = Dᵀ,  L = H_KP W_Pᵀ, c = tr(W_P H_PP W_Pᵀ);
@@ -36,8 +37,7 @@ struct Reconstruct {
   double* error = nullptr;             // batches × ladder
   double* holdout_error = nullptr;     // batches × ladder, or none
   double* info = nullptr;              // batches × ladder × [code, condition]
-  // What tests take less of: most rows of the one-block kernel, and bytes of a group's workspace.
-  int small = kSmall;
+  // Bytes of a group's workspace, of which tests take less.
   std::int64_t group_bytes = std::int64_t(2) << 30;
 };
 
@@ -45,6 +45,13 @@ struct Reconstruct {
 struct Fold {
   Matrix gram, cross;
   double *square, *linear, *constant;
+};
+
+// (G_KK + Λ) X = R for each system, and what comes of its factor.
+struct Systems {
+  std::int64_t n, m;  // rows, right-hand sides
+  int batches;
+  double *diagonal, *code;  // batches × n; batches: 0, or the order of a minor, see LAPACK's info
 };
 
 // The workspace; of each item, or of each system where it says so.
@@ -56,8 +63,7 @@ struct ReconstructSpace {
   double *mixed, *removed_square, *removed_product;
   double* rhs;  // n × d_out
   Fold folds[2];
-  System system;
-  double* product;  // systems × n × d_out
+  Systems system;
   int parts;        // of the error's sum
   double* partial;  // folds × systems × parts
 
@@ -87,7 +93,7 @@ struct SumShared {
 };
 
 // P is what a binary search doesn't find in K. One block an item.
-static __global__ void index_kernel(const IndexParams q) {
+static __global__ void __launch_bounds__(1024) index_kernel(const IndexParams q) {
   auto& shared = shared_memory<SumShared>();
   const Reconstruct& r = q.r;
   const std::int64_t* kept = r.kept + blockIdx.x * r.n;
@@ -186,61 +192,23 @@ struct DotParams {
   double* out;
 };
 
-// out = Σ a∘b, one block an item: n_P × d_out elements, once per fold.
+// Partial sums of Σ a∘b over n_P × d_out elements of each item; finish_kernel adds them up.
 static __global__ void dot_kernel(const DotParams q) {
   auto& shared = shared_memory<SumShared>();
-  const std::int64_t at = blockIdx.x * q.rows * q.stride;
+  const std::int64_t at = blockIdx.y * q.rows * q.stride;
   double sum = 0;
-  for (std::int64_t i = threadIdx.x / kWarp; i < q.rows; i += blockDim.x / kWarp)
-    for (std::int64_t j = threadIdx.x % kWarp; j < q.columns; j += kWarp)
+  for (std::int64_t i = blockIdx.x; i < q.rows; i += gridDim.x)
+    for (std::int64_t j = threadIdx.x; j < q.columns; j += blockDim.x)
       sum += q.a[at + i * q.stride + j] * q.b[at + i * q.stride + j];
   sum = block_sum(sum, shared.scratch);
-  if (threadIdx.x == 0) q.out[blockIdx.x] = sum;
-}
-
-static __global__ void start_kernel(const GroupParams q) {
-  const System& t = q.s.system;
-  const std::int64_t system = blockIdx.y, item = system / q.ladder;
-  const double shift = q.r.damps[system % q.ladder] * q.s.mean[2 * item];
-  const bool drop = shift - shift != 0;  // infinite
-  const double* square = q.s.folds[0].square + item * q.s.square_batch();
-  const double* linear = q.s.rhs + item * q.s.linear_batch();
-  if (blockIdx.x == 0 && threadIdx.x == 0) t.code[system] = 0;
-  for (std::int64_t i = blockIdx.x; i < t.n; i += gridDim.x) {
-    double* row = t.data + system * t.batch() + i * t.stride;
-    for (std::int64_t j = threadIdx.x; j < t.stride; j += blockDim.x) {
-      double value = 0;
-      if (j < t.n)
-        value = drop ? double(i == j) : square[i * q.s.square_stride + j] + (i == j ? shift : 0);
-      else if (j >= t.right && j < t.right + t.m && !drop)
-        value = linear[i * q.s.linear_stride + j - t.right];
-      row[j] = value;
-    }
-  }
-}
-
-// Partial sums of ⟨X, H X − 2 L⟩, with H X in `product`.
-static __global__ void form_kernel(const GroupParams q) {
-  auto& shared = shared_memory<SumShared>();
-  const System& t = q.s.system;
-  const std::int64_t system = blockIdx.y, item = system / q.ladder;
-  double sum = 0;
-  for (std::int64_t i = blockIdx.x; i < t.n; i += gridDim.x) {
-    const double* x = t.data + system * t.batch() + i * t.stride + t.right;
-    const double* product = q.s.product + (system * t.n + i) * q.s.linear_stride;
-    const double* linear = q.s.folds[q.fold].linear + (item * t.n + i) * q.s.linear_stride;
-    for (std::int64_t j = threadIdx.x; j < t.m; j += blockDim.x)
-      sum += x[j] * (product[j] - 2 * linear[j]);
-  }
-  sum = block_sum(sum, shared.scratch);
-  if (threadIdx.x == 0) q.s.partial[(q.fold * t.batches + system) * q.s.parts + blockIdx.x] = sum;
+  if (threadIdx.x == 0) q.out[blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
 // One block per system: the sum of the partial sums, the code, and the condition of the factor. The
 // held-out fold comes second, and what it finds wrong is wrong for both.
 static __global__ void finish_kernel(const GroupParams q) {
   auto& shared = shared_memory<SumShared>();
-  const System& t = q.s.system;
+  const Systems& t = q.s.system;
   const std::int64_t system = blockIdx.x, item = system / q.ladder;
   const double nothing = NAN;
   const double wrong = q.s.mean[2 * item + 1];
@@ -249,7 +217,10 @@ static __global__ void finish_kernel(const GroupParams q) {
   const double* constant = q.s.folds[q.fold].constant;
   double part = 0;
   for (int k = threadIdx.x; k < q.s.parts; k += blockDim.x) part += partial[k];
-  const double error = block_sum(part, shared.scratch) + (constant ? constant[item] : 0);
+  if (constant)
+    for (unsigned k = threadIdx.x; k < kFormBlocks; k += blockDim.x)
+      part += constant[item * kFormBlocks + k];
+  const double error = block_sum(part, shared.scratch);
   const bool spoilt = code == 0 && !is_finite(error);
   if (spoilt) code = kNotFinite;
   if (threadIdx.x == 0) {
@@ -274,40 +245,6 @@ static __global__ void finish_kernel(const GroupParams q) {
   if (threadIdx.x == 0) {
     q.r.info[2 * system] = code;
     q.r.info[2 * system + 1] = code == 0 ? high / low * (high / low) : nothing;
-  }
-}
-
-// X += W_Kᵀ in place: with dense targets the errors are those of W' itself.
-static __global__ void add_weight_kernel(const GroupParams q) {
-  const System& t = q.s.system;
-  const std::int64_t system = blockIdx.y, item = system / q.ladder;
-  for (std::int64_t i = blockIdx.x; i < t.n; i += gridDim.x)
-    for (std::int64_t j = threadIdx.x; j < t.m; j += blockDim.x)
-      t.data[system * t.batch() + i * t.stride + t.right + j] +=
-          q.s.kept_weight[(item * t.n + i) * q.s.linear_stride + j];
-}
-
-// W' = W_K + Xᵀ, or Xᵀ where that is in it already; in 32×32 tiles, because W' runs along n and X
-// along d_out.
-static __global__ void output_kernel(const GroupParams q) {
-  auto& shared = shared_memory<TransposeShared>();
-  const System& t = q.s.system;
-  const std::int64_t system = blockIdx.y, item = system / q.ladder, tiles = divide_up(t.m, 32);
-  const std::int64_t i0 = blockIdx.x / tiles * 32, j0 = blockIdx.x % tiles * 32;
-  const bool good = t.code[system] == 0 && q.s.mean[2 * item + 1] == 0;
-  const bool add = !q.r.cross.data;
-  const int x = threadIdx.x % 32, y = threadIdx.x / 32;
-  for (int r = y; r < 32; r += 8) {
-    const std::int64_t i = i0 + r, j = j0 + x;
-    if (i >= t.n || j >= t.m) continue;
-    const double w = q.s.kept_weight[(item * t.n + i) * q.s.linear_stride + j];
-    const double value = t.data[system * t.batch() + i * t.stride + t.right + j];
-    shared.tile[r][x] = good ? value + (add ? w : 0) : NAN;
-  }
-  __syncthreads();
-  for (int r = y; r < 32; r += 8) {
-    const std::int64_t i = i0 + x, j = j0 + r;
-    if (i < t.n && j < t.m) q.r.weight_out[(system * t.m + j) * t.n + i] = shared.tile[x][r];
   }
 }
 

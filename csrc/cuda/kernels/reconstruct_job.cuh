@@ -14,12 +14,10 @@ struct Group {
   int ladder = 1;
 };
 
-inline bool is_small(const Reconstruct& r) { return r.n <= r.small; }
-
 inline Group group_of(const Reconstruct& r) {
   constexpr std::int64_t kMost = 32768;  // systems: a grid has room for twice as many
   const std::int64_t p = r.d - r.n, folds = r.holdout.data ? 2 : 1;
-  const std::int64_t system = is_small(r) ? r.n + 1 : (r.n + 1) * (r.n + 2 * r.d_out + 2 * kPanel);
+  const std::int64_t system = r.n + 1;
   const std::int64_t gathered = (r.n + 1) * (folds * (r.n + r.d_out) + 2 * r.d_out);
   const std::int64_t removed = r.cross.data ? 0 : p * (r.n + p + 2 * r.d_out);
   const auto fit = [&](std::int64_t doubles, std::int64_t most) {
@@ -58,22 +56,13 @@ inline ReconstructSpace lay_out(const Reconstruct& r, Group group, Workspace& wo
     if (!fold.gram.data) continue;
     fold.square = workspace.take<double>(items * r.n * s.square_stride);
     fold.linear = workspace.take<double>(items * r.n * s.linear_stride);
-    fold.constant = r.cross.data ? nullptr : workspace.take<double>(items);
+    fold.constant = r.cross.data ? nullptr : workspace.take<double>(items * kFormBlocks);
   }
   s.rhs = r.cross.data ? workspace.take<double>(items * r.n * s.linear_stride) : s.folds[0].linear;
   const int batches = static_cast<int>(systems);
-  if (is_small(r)) {
-    s.system.n = r.n;
-    s.system.m = r.d_out;
-    s.system.batches = batches;
-    s.system.diagonal = workspace.take<double>(systems * r.n);
-    s.system.code = workspace.take<double>(systems);
-    s.parts = static_cast<int>(larger<std::int64_t>(1, divide_up(r.d_out, kSlice)));
-  } else {
-    s.system = System::lay_out(r.n, r.d_out, batches, workspace);
-    s.product = workspace.take<double>(systems * r.n * s.linear_stride);
-    s.parts = kFormBlocks;
-  }
+  s.system = {r.n, r.d_out, batches, workspace.take<double>(systems * r.n),
+              workspace.take<double>(systems)};
+  s.parts = static_cast<int>(larger<std::int64_t>(1, divide_up(r.d_out, kSlice)));
   s.partial = workspace.take<double>(2 * systems * s.parts);
   return s;
 }
@@ -123,7 +112,8 @@ class Gatherer {
       gather(fold.gram, removed(), removed(), s_.removed_square, even(p));
       product(s_.mixed, s_.square_stride, r_.n, s_.removed_weight, p, fold.linear, 1, false);
       product(s_.removed_square, even(p), p, s_.removed_weight, p, s_.removed_product, 1, false);
-      launch(dot_kernel, {static_cast<unsigned>(items_), 1, 1}, 1024, sizeof(SumShared), stream_,
+      launch(dot_kernel, {kFormBlocks, static_cast<unsigned>(items_), 1}, kFormThreads,
+             sizeof(SumShared), stream_,
              DotParams{s_.removed_weight, s_.removed_product, p, r_.d_out, s_.linear_stride,
                        fold.constant});
     }
@@ -180,27 +170,6 @@ class Gatherer {
   Stream& stream_;
 };
 
-// The systems of more rows, by the blocked solver.
-inline void solve_large_systems(GroupParams q, Stream& stream) {
-  const System& t = q.s.system;
-  const auto batches = static_cast<unsigned>(t.batches);
-  launch(start_kernel, {blocks_for(t.n), batches, 1}, 256, 0, stream, q);
-  solve(t, stream);
-  if (q.r.cross.data) launch(add_weight_kernel, {blocks_for(t.n), batches, 1}, 256, 0, stream, q);
-  if (q.r.weight_out) {
-    const auto tiles = static_cast<unsigned>(divide_up(t.n, 32) * divide_up(t.m, 32));
-    launch(output_kernel, {tiles, batches, 1}, 256, sizeof(TransposeShared), stream, q);
-  }
-  for (q.fold = 0; q.fold < 2; ++q.fold) {
-    const Fold& fold = q.s.folds[q.fold];
-    if (!fold.gram.data) continue;
-    multiply({fold.square, q.s.square_stride, t.n, q.s.square_batch(), q.ladder},
-             {t.data + t.right, t.stride, t.m, t.batch()}, t.n, q.s.product, q.s.linear_stride,
-             q.s.linear_batch(), t.batches, 1, false, stream);
-    launch(form_kernel, {kFormBlocks, batches, 1}, kFormThreads, sizeof(SumShared), stream, q);
-  }
-}
-
 // The problem that starts at one item of the batch and one λ.
 inline Reconstruct from(Reconstruct r, std::int64_t item, std::int64_t damp) {
   for (Matrix* m : {&r.weight, &r.gram, &r.holdout, &r.cross, &r.holdout_cross})
@@ -234,10 +203,7 @@ inline std::int64_t reconstruct(const Reconstruct& r, void* memory, Stream& stre
       q.r = from(r, item, l);
       q.ladder = smaller(group.ladder, r.ladder - l);
       q.s.system.batches = static_cast<int>(items) * q.ladder;
-      if (is_small(r))
-        solve_small_systems(q, stream);
-      else
-        solve_large_systems(q, stream);
+      solve_small_systems(q, stream);
       for (q.fold = 0; q.fold < (r.holdout.data ? 2 : 1); ++q.fold)
         launch(finish_kernel, {static_cast<unsigned>(q.s.system.batches), 1, 1}, kFormThreads,
                sizeof(SumShared), stream, q);

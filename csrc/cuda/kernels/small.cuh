@@ -147,7 +147,7 @@ LIAR_DEVICE double form_small(const double* square, std::int64_t square_stride,
 // Block (slice, system).
 static __global__ void __launch_bounds__(kSmallThreads, 2) small_kernel(const GroupParams q) {
   auto& shared = shared_memory<SmallShared>();
-  const System& t = q.s.system;
+  const Systems& t = q.s.system;
   const std::int64_t slice = blockIdx.x, system = blockIdx.y, item = system / q.ladder;
   const int n = static_cast<int>(t.n), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const double shift = q.r.damps[system % q.ladder] * q.s.mean[2 * item];

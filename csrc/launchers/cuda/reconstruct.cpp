@@ -41,6 +41,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reconstruct_cuda(
   check_device(kOp, "cross", cross, weight, "weight");
   check_device(kOp, "holdout_cross", holdout_cross, weight, "weight");
   const Current current(kOp, weight);
+  constexpr int64_t kSmall = 128;
+  check(sizes.n <= kSmall, kOp, "the kernel keeps at most ", kSmall, " features, got ", sizes.n,
+        "; call liar_ext.ops.reconstruct, which solves larger systems by torch.linalg");
   check(sizes.n <= sizes.d, kOp, "kept must hold at most ", sizes.d, " features, got ", sizes.n);
 
   const auto empty = [&](std::vector<int64_t> shape) {

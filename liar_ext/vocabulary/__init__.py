@@ -1,0 +1,1 @@
+"""A smaller vocabulary: which tokens stay, the tokenizer without the others, and the model."""

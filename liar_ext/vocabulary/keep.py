@@ -1,0 +1,189 @@
+"""Keep a part of the vocabulary: choose tokens, edit the tokenizer, slice the model, check."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.errors import InputError
+from liar_ext.vocabulary.choosing import choose, counts_of, encode, plain, size_of
+from liar_ext.vocabulary.pieces import Pieces, is_byte_level, read_pieces
+from liar_ext.vocabulary.slicing import needed_tokens, slice_tokens, token_parameters
+from liar_ext.vocabulary.tokenizer_json import edited, order_of
+
+# Read by old and new tokenizers, and stored to be read again: words, code, scripts, white space.
+SAMPLES = (
+    "The weather was fine, so 12 of them walked 3.5 km to the sea.",
+    "def double(x):\n    return 2 * x  # twice",
+    "Ein schöner Tag, n'est-ce pas? Доброе утро. 你好，世界。",
+    "  two  spaces\tand a tab\n\nE=mc² ≈ 9·10¹⁶ J/kg 🙂",
+)
+LINES = 20_000  # that are read by both tokenizers, to prove that they agree
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens that stay, by new id; and what is known of the text that chose them."""
+
+    order: list[int]
+    facts: dict[str, Any]
+
+
+def choose_tokens(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], keep: float | int
+) -> Choice | None:
+    """Choose the tokens of a smaller vocabulary by their counts in some texts.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The model; it stays as it is.
+    tokenizer : transformers tokenizer or processor
+        Its tokenizer; it stays as it is.
+    texts : sequence of str
+        Text of the kind that the model will read.
+    keep : float or int
+        A fraction of the tokens, at most 1, or their number. It is rounded to a multiple of 64.
+
+    Returns
+    -------
+    Choice or None
+        None if all tokens stay.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer or the model can't be cut, or too few tokens would stay.
+    """
+    spec = spec_of(tokenizer)
+    pieces = read_pieces(spec)
+    names = pieces.names
+    size = size_of(keep, len(names))
+    token_parameters(model)
+    if size >= len(names):
+        return None
+    known = needed_tokens(model)
+    lost = sorted(known - names.keys())
+    if lost:
+        raise InputError(
+            f"vocabulary: the config names token {lost[0]}, which the tokenizer lacks; correct "
+            "the config, or leave --keep-vocab out"
+        )
+    old = plain(json.dumps(spec))
+    counts = counts_of(old, texts, max(names) + 1)
+    order = order_of(pieces, choose(pieces, counts, size, known))
+    new = plain(json.dumps(edited(spec, pieces, order)))
+    kept = counts[order].sum() / max(counts.sum(), 1)
+    facts = {
+        "before": len(names),
+        "after": len(order),
+        "kind": kind_of(pieces, spec),
+        "kept_of_text": float(kept),
+        "alike_lines": check_alike(old, new, order, texts, pieces),
+        "tokens_per_byte": [int(counts.sum()) / size_in_bytes(texts), tokens_per_byte(new, texts)],
+    }
+    return Choice(order, facts)
+
+
+def keep_tokens(model: nn.Module, tokenizer: Any, order: Sequence[int]) -> Any:
+    """Slice a model in place to the tokens of a choice, and return the tokenizer that has them.
+
+    Raises
+    ------
+    InputError
+        If the model or the tokenizer can't be cut.
+    """
+    spec = spec_of(tokenizer)
+    pieces = read_pieces(spec)
+    new = json.dumps(edited(spec, pieces, list(order)))
+    before = count_params(model)
+    slice_tokens(model, order)
+    gone = before - count_params(model)
+    smaller = copy.deepcopy(tokenizer)
+    inner = getattr(smaller, "tokenizer", smaller)
+    inner._tokenizer = Tokenizer.from_str(new)
+    if smaller is not inner:  # a processor, which keeps tokens of images
+        moved = {old: at for at, old in enumerate(order)}
+        for name, value in list(vars(smaller).items()):
+            if name.endswith("_token_id") and type(value) is int:
+                setattr(smaller, name, moved.get(value, value))
+    for name in ("_vocab", "_merges"):  # copies from which some classes were built
+        vars(inner).pop(name, None)
+    checks = [{"text": text, "ids": inner.encode(text)} for text in SAMPLES]
+    facts = {"version": 1, "params_gone": gone, "kept": list(order), "checks": checks}
+    model.liar_vocabulary = facts
+    return smaller
+
+
+def spec_of(tokenizer: Any) -> dict[str, Any]:
+    """Return what ``tokenizer.json`` holds.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer is not one of the tokenizers library.
+    """
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(inner, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise InputError(
+            f"vocabulary: {type(inner).__name__} has no tokenizer.json; convert it to a fast "
+            "tokenizer, or leave --keep-vocab out"
+        )
+    return json.loads(backend.to_str())
+
+
+def kind_of(pieces: Pieces, spec: dict[str, Any]) -> str:
+    """Return the kind of a tokenizer in words."""
+    if pieces.kind == "BPE" and is_byte_level(spec):
+        return "byte-level BPE"
+    return pieces.kind + (" with byte fallback" if pieces.falls_back else "")
+
+
+def check_alike(
+    old: Tokenizer, new: Tokenizer, order: Sequence[int], texts: Sequence[str], pieces: Pieces
+) -> int:
+    """Prove on lines of text that the smaller tokenizer is exact; return the number of lines.
+
+    Of all lines whose old tokens stay the new ids must be the old ones, renumbered. Lines with
+    unknown words count for no WordPiece tokenizer, which may read more of them than before.
+
+    Raises
+    ------
+    InputError
+        If one line differs: then the tokenizer follows other rules than its JSON says.
+    """
+    moved = {at: each for each, at in enumerate(order)}
+    if pieces.kind == "WordPiece":
+        moved.pop(pieces.unknown, None)
+    lines = [line for text in texts for line in text.splitlines() if line.strip()][:LINES]
+    known = [
+        (line, [moved[at] for at in ids])
+        for line, ids in zip(lines, encode(old, lines), strict=True)
+        if all(at in moved for at in ids)
+    ]
+    found = encode(new, [line for line, _ in known])
+    for (line, expected), ids in zip(known, found, strict=True):
+        if ids != expected:
+            raise InputError(
+                f"vocabulary: the smaller tokenizer reads {line[:60]!r} otherwise than before, "
+                "so its rules are not those of its JSON; leave --keep-vocab out"
+            )
+    return len(known)
+
+
+def tokens_per_byte(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """Return how many tokens a byte of text takes."""
+    return sum(len(ids) for ids in encode(tokenizer, texts)) / size_in_bytes(texts)
+
+
+def size_in_bytes(texts: Sequence[str]) -> int:
+    """Return the bytes of some texts in UTF-8, at least one."""
+    return max(sum(len(text.encode(errors="replace")) for text in texts), 1)

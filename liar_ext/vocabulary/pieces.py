@@ -1,0 +1,242 @@
+"""The tokens of a tokenizer, read from its JSON, and which tokens need which others.
+
+A kept token needs the tokens that are made on the way to it. For byte-pair encoding that is its
+*derivation*: every symbol that appears when the merges run on the token's own text. docs/method.md
+proves that text whose old tokens all stay is then tokenized exactly as before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from liar_ext.errors import InputError
+
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # as byte fallback spells them
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+# Bytes that text is made of. Real tokenizers lack control characters, and leads of empty planes.
+NEEDED = (9, 10, *range(32, 127), *range(128, 192), *range(194, 241))
+KINDS = ("BPE", "WordPiece", "Unigram")
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The tokens of a tokenizer.
+
+    Parameters
+    ----------
+    kind : str
+        "BPE", "WordPiece" or "Unigram".
+    ids : dict of str to int
+        Tokens of the model itself.
+    added : dict of str to int
+        Special and added tokens, in or beside the model.
+    falls_back : bool
+        Whether unknown characters become bytes.
+    always : frozenset of int
+        Tokens that every smaller vocabulary keeps.
+    ranks : dict
+        Merges of BPE by their pair, lower ones first.
+    suffix : str
+        What ends a word in tokens of BPE.
+    unknown : int, optional
+        The token of unknown characters.
+    """
+
+    kind: str
+    ids: dict[str, int]
+    added: dict[str, int]
+    falls_back: bool
+    always: frozenset[int]
+    ranks: dict[tuple[str, str], int] = field(default_factory=dict)
+    suffix: str = ""
+    unknown: int | None = None
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Every token by its id, in order of the ids."""
+        both = {**self.ids, **self.added}
+        return {at: name for name, at in sorted(both.items(), key=lambda pair: pair[1])}
+
+    def needs(self, name: str) -> set[int]:
+        """Return the ids that have to stay if this token does, its own among them."""
+        found = {self.ids[name]} if name in self.ids else {self.added[name]}
+        if self.kind != "BPE" or name not in self.ids or name in self.added:
+            return found
+        for symbols in self._beginnings(name):
+            made = set(symbols)
+            while (at := self._first_merge(symbols)) is not None:
+                symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+                made.add(symbols[at])
+            if symbols == [name]:
+                found |= {self.ids[each] for each in made}
+        return found
+
+    def _beginnings(self, name: str) -> Iterator[list[str]]:
+        """Yield the symbols that a token may begin as: its characters, or those of a word's end."""
+        ends = [name[: -len(self.suffix)]] if self.suffix and name.endswith(self.suffix) else []
+        ways = [list(name), *([*end[:-1], end[-1] + self.suffix] for end in ends if end)]
+        yield from (way for way in ways if all(each in self.ids for each in way))
+
+    def _first_merge(self, symbols: list[str]) -> int | None:
+        """Return where the merge of the lowest rank applies first."""
+        known = [
+            (self.ranks[pair], at)
+            for at, pair in enumerate(zip(symbols, symbols[1:], strict=False))
+            if pair in self.ranks
+        ]
+        return min(known)[1] if known else None
+
+    def singles(self) -> set[int]:
+        """Return the ids of single characters, which keep all text readable without bytes."""
+        prefix, tail = "##" if self.kind == "WordPiece" else "", self.suffix
+        return {
+            at
+            for name, at in self.ids.items()
+            if len(name) == 1
+            or (prefix and len(name.removeprefix(prefix)) == 1)
+            or (tail and len(name.removesuffix(tail)) == 1)
+        }
+
+
+def read_pieces(spec: Mapping[str, Any]) -> Pieces:
+    """Return the tokens of a tokenizer.
+
+    Parameters
+    ----------
+    spec : mapping
+        What ``tokenizer.json`` holds.
+
+    Raises
+    ------
+    InputError
+        If it is of another kind, or contradicts itself.
+    """
+    model = spec["model"]
+    kind = model.get("type")
+    if kind not in KINDS:
+        raise _refused(f"must be one of {', '.join(KINDS)}, got {str(kind)[:40]}")
+    if model.get("dropout"):
+        raise _refused(f"draws merges at random (dropout {model['dropout']}); set it to null")
+    ids, added = _ids(model), _added(spec)
+    _check_ids(ids, added)
+    falls_back = bool(model.get("byte_fallback"))
+    ranks, suffix, always = {}, "", set(added.values())
+    if kind == "BPE":
+        if model.get("continuing_subword_prefix"):
+            raise _refused("marks tokens inside of words by a prefix, which BPE here must not")
+        ranks, suffix = _merges(model, ids), model.get("end_of_word_suffix") or ""
+        always |= _bytes_of(spec, ids)
+    if kind == "WordPiece" and model.get("continuing_subword_prefix") != "##":
+        raise _refused("must mark tokens inside of words by ##")
+    if kind == "Unigram":
+        always |= {_least(model["vocab"])}  # the score of unknown characters depends on it
+    if falls_back:
+        _check_there(BYTES, ids)
+        always |= {ids[each] for each in BYTES}
+        if not set(BYTES).isdisjoint(part for pair in ranks for part in pair):
+            raise _refused("merges bytes that unknown characters become")
+    name, unknown = _unknown(model), None
+    if name is not None:
+        _check_there([name], {**ids, **added})
+        unknown = {**ids, **added}[name]
+        always |= {unknown}
+    pieces = Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown)
+    return pieces if falls_back else replace(pieces, always=pieces.always | pieces.singles())
+
+
+def _ids(model: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens of a model with their ids."""
+    if model["type"] != "Unigram":
+        return dict(model["vocab"])
+    names = [name for name, _ in model["vocab"]]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise _refused(f"has the token {twice[0]!r:.40} twice")
+    if not all(math.isfinite(score) for _, score in model["vocab"]):
+        raise _refused("has a score that is not finite")
+    return {name: at for at, name in enumerate(names)}
+
+
+def _added(spec: Mapping[str, Any]) -> dict[str, int]:
+    return {each["content"]: each["id"] for each in spec.get("added_tokens") or []}
+
+
+def _check_ids(ids: Mapping[str, int], added: Mapping[str, int]) -> None:
+    """Raise InputError unless each token has an id of its own."""
+    if not ids:
+        raise _refused("has no tokens")
+    if "" in ids:
+        raise _refused("has an empty token")
+    for name, at in added.items():
+        if ids.get(name, at) != at:
+            raise _refused(f"gives the added token {name!r:.40} two ids, {ids[name]} and {at}")
+    both = Counter({**ids, **added}.values())
+    twice = [at for at, count in both.items() if count > 1]
+    if twice:
+        raise _refused(f"has two tokens of id {twice[0]}")
+
+
+def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> dict[tuple[str, str], int]:
+    """Return the rank of each pair; of a pair that is there twice the last one counts."""
+    ranks = {}
+    for rank, merge in enumerate(model["merges"]):
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        if len(pair) != 2 or not all(pair):
+            raise _refused(f"has a merge that joins no two tokens: {merge!r:.60}")
+        _check_there([*pair, "".join(pair)], ids)
+        ranks[pair] = rank
+    return ranks
+
+
+def _bytes_of(spec: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:
+    """Return the ids of all bytes, where text is read as bytes."""
+    if not is_byte_level(spec):
+        return set()
+    alphabet = byte_alphabet()
+    _check_there([alphabet[byte] for byte in NEEDED], ids)
+    return {ids[each] for each in alphabet if each in ids}
+
+
+def is_byte_level(spec: Mapping[str, Any]) -> bool:
+    """Tell whether a tokenizer reads text as bytes."""
+    found = spec.get("pre_tokenizer") or {}
+    steps = found.get("pretokenizers", [found])
+    return any(step.get("type") == "ByteLevel" for step in steps)
+
+
+def byte_alphabet() -> list[str]:
+    """Return the character that stands for each byte in byte-level tokenizers."""
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in PRINTED else chr(next(others)) for byte in range(256)]
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    """Return the token of unknown characters, if there is one."""
+    if model["type"] != "Unigram":
+        return model.get("unk_token")
+    at = model.get("unk_id")
+    if at is not None and not 0 <= at < len(model["vocab"]):
+        raise _refused(f"has {len(model['vocab'])} tokens, and {at} for unknown characters")
+    return None if at is None else model["vocab"][at][0]
+
+
+def _least(vocab: list[Any]) -> int:
+    """Return the id of the lowest score."""
+    return min(range(len(vocab)), key=lambda at: vocab[at][1])
+
+
+def _check_there(names: Iterable[str], ids: Mapping[str, int]) -> None:
+    missing = [name for name in names if name not in ids]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise _refused(f"lacks the token {missing[0]!r:.40}{more}, which it needs")
+
+
+def _refused(what: str) -> InputError:
+    return InputError(
+        f"vocabulary: the tokenizer {what}; leave --keep-vocab out, or take another tokenizer"
+    )

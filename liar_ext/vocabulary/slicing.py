@@ -1,0 +1,271 @@
+"""Slice the rows of a model that belong to tokens, and renumber the tokens that its config names.
+
+Which parameters have a dimension of tokens is found, not listed: the stock class is built twice
+without memory, the second time for more tokens, and whatever grew belongs to tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.checkpoint.stock_config import dense_config, stock_of
+from liar_ext.errors import InputError, one_line
+from liar_ext.models.running import config_parts
+from liar_ext.models.sites import skeleton
+
+MORE = 64  # tokens of the second model
+TOKEN = re.compile(r"(^|_)token_(ids?|index)$")
+# Lists that forbid tokens: those that are gone need no ban.
+BANS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+LISTS = (*BANS, "forced_decoder_ids", "force_words_ids", "lang_to_id", "task_to_id")
+
+
+def token_parameters(model: nn.Module) -> dict[str, int]:
+    """Return the parameters and buffers with rows of tokens, and the dimension of the rows.
+
+    Raises
+    ------
+    InputError
+        If the model has none that the config counts, or its embedding is none of them.
+    """
+    config = dense_config(model.config)
+    more = dense_config(model.config)
+    known = _tokens(config)
+    if known is None:
+        raise _refused(model, "counts its tokens in no single vocab_size")
+    _set_tokens(more, known, known + MORE)
+    try:
+        ours, theirs = (_shapes(skeleton(stock_of(model), each)) for each in (config, more))
+    except Exception as error:  # a class may refuse any config in its own way
+        raise _refused(
+            model, f"cannot be built for more tokens ({one_line(error, 120)})"
+        ) from error
+    found = {}
+    for name, shape in ours.items():
+        other = theirs.get(name, ())
+        grown = [
+            at for at, sizes in enumerate(zip(shape, other, strict=False)) if len(set(sizes)) > 1
+        ]
+        if len(shape) != len(other) or len(grown) > 1:
+            raise _refused(model, f"has {name}, whose tokens are no rows")
+        if grown:
+            found[name] = grown[0]
+    _check_embeddings(model, found)
+    return found
+
+
+def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
+    """Keep the tokens of ``order``, in that order, in place.
+
+    Embeddings, heads, biases and buffers are sliced, tied ones stay tied. The ids in the config and
+    the generation config are renumbered, and bans of tokens that are gone are dropped. Tokens,
+    types and positions of a sequence are not touched.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model whose tokens are rows of its embedding.
+    order : sequence of int
+        Old ids by new id.
+
+    Raises
+    ------
+    InputError
+        If the model's tokens can't be sliced; it is then as it was.
+    """
+    rows, named = _rows(model), token_parameters(model)
+    if max(order) >= rows:
+        raise _refused(model, f"has embeddings for {rows:,} tokens, its tokenizer has more")
+    new = {old: at for at, old in enumerate(order)}
+    _check_positions(model, named, new)
+    missing = sorted(needed_tokens(model) - new.keys())
+    if missing:
+        raise _refused(model, f"names token {missing[0]} in its config, which would go")
+    index, taken = torch.tensor(order), {}
+    for name, dim in named.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        if id(old) not in taken:
+            taken[id(old)] = old, _selected(old, dim, index)
+        setattr(module, leaf, taken[id(old)][1])
+        _count_rows(module, len(order), new)
+    for module in model.modules():
+        _renumber_module(module, rows, len(order), new)
+    for config in _configs(model):
+        _renumber(config, new)
+    _set_tokens(model.config, _tokens(model.config), len(order))
+
+
+def needed_tokens(model: nn.Module) -> set[int]:
+    """Return the tokens that configs of a model name, but for those they only ban."""
+    rows, found = _rows(model), set()
+
+    def note(at: int) -> int:
+        found.add(at)
+        return at
+
+    for config in _configs(model):
+        for name, value in _named(config):
+            if name not in BANS:
+                _mapped(value, note, rows, pairs=name == "forced_decoder_ids")
+    return found
+
+
+def _check_embeddings(model: nn.Module, found: Mapping[str, int]) -> None:
+    """Raise InputError unless embedding and head are among what grew, with equal rows."""
+    have = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    lacking = sorted(found.keys() - have.keys())
+    if lacking:
+        raise _refused(model, f"lacks {lacking[0]} of its stock class")
+    known = {id(have[name]) for name in found}
+    for layer in _ends(model):
+        if id(layer.weight) not in known:
+            kind = type(layer).__name__
+            raise _refused(model, f"has a {kind} of tokens that vocab_size does not count")
+    sizes = {have[name].shape[dim] for name, dim in found.items()}
+    if len(sizes) != 1:
+        raise _refused(model, f"has rows for {sorted(sizes)} tokens")
+
+
+def _ends(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the embedding of tokens and the head, where a model has one of each."""
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # of two towers
+            layer = get()
+            if layer is not None:
+                yield layer
+
+
+def _rows(model: nn.Module) -> int:
+    """Return the tokens that a model has rows for."""
+    first = next(_ends(model), None)
+    if first is not None and isinstance(getattr(first, "weight", None), nn.Parameter):
+        return first.weight.shape[0]
+    return _tokens(model.config) or 0
+
+
+def _check_positions(model: nn.Module, named: Mapping[str, int], new: Mapping[int, int]) -> None:
+    """Refuse another number for padding where positions are counted from it, as RoBERTa does."""
+    tables = {model.get_submodule(name.rpartition(".")[0]) for name in named}
+    for module in model.modules():
+        at = getattr(module, "padding_idx", None) if isinstance(module, nn.Embedding) else None
+        if at is not None and module not in tables and new.get(at, at) != at:
+            raise _refused(model, f"counts positions from its padding token {at}, whose id changes")
+
+
+def _selected(old: Tensor, dim: int, index: Tensor) -> Tensor:
+    values = old.detach().index_select(dim, index.to(old.device))
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(values, requires_grad=old.requires_grad)
+    return values
+
+
+def _count_rows(module: nn.Module, tokens: int, new: Mapping[int, int]) -> None:
+    """Let an embedding or a head say how many tokens it has."""
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings = tokens
+    elif isinstance(module, nn.Linear):
+        module.out_features = tokens
+
+
+def _renumber_module(module: nn.Module, rows: int, tokens: int, new: Mapping[int, int]) -> None:
+    """Renumber what modules keep of the config."""
+    for name, value in list(vars(module).items()):
+        if type(value) is not int:
+            continue
+        if name == "vocab_size" and value == rows:
+            setattr(module, name, tokens)
+        elif name == "padding_idx" or TOKEN.search(name):
+            setattr(module, name, new.get(value, value))
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Return the configs that name tokens."""
+    generation = getattr(model, "generation_config", None)
+    return [*config_parts(model.config), *([generation] if generation is not None else [])]
+
+
+def _named(config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a config that name tokens."""
+    for name, value in list(vars(config).items()):
+        if value is not None and not name.startswith("_") and (TOKEN.search(name) or name in LISTS):
+            yield name, value
+    if getattr(config, "sequence_bias", None):
+        raise InputError(
+            "vocabulary: generation_config.json has sequence_bias, whose tokens can't be "
+            "renumbered; remove it first"
+        )
+
+
+def _renumber(config: Any, new: Mapping[int, int]) -> None:
+    for name, value in _named(config):
+        if name in BANS:
+            value = _without(value, new)
+        setattr(
+            config,
+            name,
+            _mapped(value, lambda at: new.get(at, at), pairs=name == "forced_decoder_ids"),
+        )
+
+
+def _without(bans: Sequence[Any], new: Mapping[int, int]) -> list[Any] | None:
+    """Return the bans of tokens that are still there."""
+    found = [
+        ban
+        for ban in bans
+        if all(at in new for at in (ban if isinstance(ban, list | tuple) else [ban]))
+    ]
+    return found or None
+
+
+def _mapped(
+    value: Any, change: Callable[[int], int], rows: int | None = None, *, pairs: bool = False
+) -> Any:
+    """Return a token, a list of tokens, or a mapping to tokens with each token changed.
+
+    With ``rows``, only tokens below it; of ``pairs`` the first number is a position.
+    """
+    if pairs and isinstance(value, list | tuple):
+        return [[at, _mapped(token, change, rows)] for at, token in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(each, change, rows) for each in value)
+    if isinstance(value, dict):
+        return {name: _mapped(each, change, rows) for name, each in value.items()}
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and value >= 0 and (rows is None or value < rows):
+        return change(value)
+    return value
+
+
+def _tokens(config: Any) -> int | None:
+    """Return how many tokens a config counts; None if it has no one text part, or no tokens."""
+    try:
+        return getattr(config.get_text_config(), "vocab_size", None)
+    except ValueError:  # several text parts
+        return None
+
+
+def _set_tokens(config: Any, old: int | None, new: int) -> None:
+    """Change each field of a config that counts the tokens: some models count them twice."""
+    for part in config_parts(config):
+        for name, value in list(vars(part).items()):
+            if "vocab_size" in name and value == old:
+                setattr(part, name, new)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    both = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {name: tuple(value.shape) for name, value in both}
+
+
+def _refused(model: nn.Module, what: str) -> InputError:
+    return InputError(
+        f"vocabulary: {type(model).__name__} {what}; leave --keep-vocab out for this model"
+    )

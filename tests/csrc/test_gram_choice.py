@@ -1,0 +1,195 @@
+"""Which backend a Gram update takes on a GPU, on the simulated one, with planted faults."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or torch.backends.cuda.is_built(),
+    reason="the simulation wants a build of torch for the CPU, on Linux",
+)
+START = """
+import simulated_gpu
+import os, time, warnings
+from pathlib import Path
+import torch
+from liar_ext import ops
+from liar_ext.ops import gram_choice, reference
+from liar_ext.ops.gram_choice import Chooser, Kind
+
+del os.environ["LIAR_GRAM"]
+right = reference.gram_update_
+calls = []
+
+def wrong(gram, *rest):
+    right(gram, *rest)
+    if gram.shape[0] > 100:
+        gram[100, 37] *= 1.0001
+
+def slow(*arguments):
+    calls.append("slow")
+    time.sleep(0.05)
+    right(*arguments)
+
+def raises(*arguments):
+    raise RuntimeError("no kernel image")
+
+def drops_nothing(gram, total, count, x, y=None, weight=None):
+    right(gram, total, count, x.nan_to_num(), y, weight)
+
+def full(gram, total, count, x, y=None, weight=None):
+    right(gram, total, count, x, y, weight)
+    gram += gram.tril(-1).mT
+
+def kind(dtype=torch.bfloat16, **more):
+    return Kind(torch.device("cuda", 0), dtype, torch.float64, False, False, 64, 32)
+
+def choose(**backends):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        chooser = Chooser(lambda device: backends)
+        try:
+            print(chooser.choose(kind()), *(str(one.message)[:210] for one in said), sep=" | ")
+        except RuntimeError as error:
+            print(f"{type(error).__name__}: {error}")
+    return chooser
+"""
+
+
+def script(text: str, home: Path, **environment: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", START + dedent(text)],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "XDG_CACHE_HOME": str(home)}
+        | environment,
+        cwd=TESTS,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+def test_planted_faults(tmp_path):
+    said = script(
+        """
+        choose(a=wrong, b=right)
+        choose(a=raises, b=right)
+        choose(a=drops_nothing, b=right)
+        choose(a=full, b=right)
+        choose(a=slow, b=right)
+        choose(a=wrong, b=raises)
+        """,
+        tmp_path,
+    )
+    report = "Please report this with the output of `liar doctor"
+    assert said[0].startswith("b | liar_ext: the a backend of gram_update_ is left out on cuda:0")
+    assert "gram[100, 37] is" in said[0] and "is right" in said[0]
+    assert said[1].startswith("b | ") and "it raises RuntimeError: no kernel image" in said[1]
+    assert said[2].startswith("b | ") and " is right" in said[2]
+    assert said[3].startswith("b | ") and "gram[0, 1] is" in said[3]
+    assert all(report in line or "report" in line for line in said[:4])
+    assert said[4] == "b"
+    assert said[5] == "RuntimeError: gram_update_: no backend is right on cuda:0; use --device cpu"
+
+
+def test_a_measurement_is_kept_and_a_spoilt_file_is_measured_again(tmp_path):
+    said = script(
+        """
+        first = choose(a=slow, b=right)
+        path = gram_choice.cache_file()
+        print(len(calls), *first.lines())
+        calls.clear()
+        choose(a=slow, b=right)
+        print(len(calls))  # the check alone
+        for text in ("{", "[]", '{"x": 3}', path.read_text().replace("0.0", "-0.0")):
+            path.write_text(text)
+            calls.clear()
+            choose(a=slow, b=right)
+            print(len(calls))
+        choose(a=right)  # one needs no clock
+        """,
+        tmp_path,
+    )
+    assert said[0] == said[2] == said[-1].replace("a", "b") == "b"
+    assert said[1].startswith("5 cuda:0 bfloat16 float64 64 × 32: b (a 5")
+    assert said[3] == "1" and said[5:12:2] == ["5"] * 4
+    kept = json.loads((tmp_path / "liar_ext" / "gram.json").read_text())
+    ((key, times),) = kept.items()
+    assert key.startswith("a simulated GPU, torch ") and set(times) == {"a", "b"}
+
+
+def test_a_backend_is_forced_by_name(tmp_path):
+    said = script(
+        """
+        choose(a=slow, b=right, torch=wrong)
+        os.environ["LIAR_GRAM"] = "a"
+        try:
+            Chooser(lambda device: {"torch": right}).choose(kind())
+        except ops.gram_choice.InputError as error:
+            print(error)
+        """,
+        tmp_path,
+        LIAR_GRAM="torch",
+    )
+    # The environment is cleared when the script starts, after the simulation has set it.
+    assert said[0].startswith("b | ")
+    assert said[1].startswith("LIAR_GRAM=a: must be one of torch on cuda:0; unset it")
+
+
+def test_the_kernels_pass_the_check_and_are_named(tmp_path):
+    said = script(
+        """
+        device = torch.device("cuda", 0)
+        found = gram_choice.existing(device)
+        print(*found)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            for weighted, cross in ((False, False), (True, True)):
+                asked = Kind(device, dtype, torch.float64, weighted, cross)
+                faults = (gram_choice.fault(found[name], asked) for name in ("csrc", "torch"))
+                print(*(each or "right" for each in faults))
+        x = torch.randn(40, 12, device="cuda")
+        sums = [torch.zeros(s, dtype=torch.float64, device="cuda") for s in ([12, 12], 12, 2)]
+        ops.gram_update_(*sums, x)
+        exact = (x.double().mT @ x.double()).tril()
+        print(bool((sums[0] - exact).abs().max() < 1e-5), sums[2].tolist())
+        print(ops.build_info()["gram"])
+        from liar_ext.cli import doctor
+        print(*doctor.lines(doctor.facts()), sep="\\n")
+        """,
+        tmp_path,
+    )
+    assert said[0].split()[0] == "csrc" and said[0].split()[-1] == "torch"
+    assert said[1:9] == ["right right"] * 8
+    assert said[9] == "True [40.0, 0.0]"
+    assert said[10].startswith("cuda:0 float32 float64 64 × 32: ") and "csrc " in said[10]
+    assert any(line.startswith("Gram backend ") for line in said)
+
+
+def test_a_card_older_than_the_kernels_is_served_by_torch(tmp_path):
+    said = script(
+        """
+        torch.cuda.get_device_capability = lambda device=None: (7, 5)
+        print(*gram_choice.existing(torch.device("cuda", 0)))
+        x = torch.randn(40, 12)
+        sums = [torch.zeros(s, dtype=torch.float64, device="cuda") for s in ([12, 12], 12, 2)]
+        ops.gram_update_(*sums, x.cuda())
+        gram, kept = x.double().mT @ x.double(), torch.arange(0, 12, 2)
+        damps = torch.tensor([0.1], dtype=torch.float64)
+        solve, curve = (x[:5], gram, kept, damps), (x[:5], gram, 1, 0.1, 0)
+        for op, given in ((ops.reconstruct, solve), (ops.obs_curve, curve)):
+            there = [one.cuda() if isinstance(one, torch.Tensor) else one for one in given]
+            for mine, theirs in zip(op(*there), op(*given), strict=True):
+                torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-8, atol=1e-8)
+        print(bool((sums[0].cpu() - gram.tril()).abs().max() < 1e-4))
+        """,
+        tmp_path,
+    )
+    assert said == ["torch", "True"]

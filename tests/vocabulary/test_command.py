@@ -1,0 +1,198 @@
+"""``liar prune --keep-vocab``: a folder that any loader takes, with its own tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from tiny import batches, tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from liar_ext import (
+    InputError,
+    Recipe,
+    Report,
+    choose_tokens,
+    cli,
+    compress,
+    keep_tokens,
+    load_model,
+    prune,
+    save_pruned,
+)
+from liar_ext.checkpoint.vocabulary import compare_tokenization
+from liar_ext.export.verify import verify_everywhere
+
+TOKENS, KEPT = 512, 384
+SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]
+QUICK = ["--schedule", "one-pass", "--allocation", "uniform"]
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, tmp_path_factory):
+    """A tiny Llama with a trained byte-level tokenizer, and files of a slow one beside it."""
+    path = tmp_path_factory.mktemp("models") / "llama"
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENS,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train([str(each) for each in corpus], trainer)
+    assert backend.get_vocab_size() == TOKENS
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(path)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    tiny("llama", vocab_size=TOKENS, **ids).save_pretrained(path)
+    (path / "tokenizer.model").write_bytes(b"all tokens of the dense model")
+    (path / "merges.txt").write_text("a b\n")
+    return path
+
+
+def run(folder, corpus, out, *more: str) -> int:
+    texts = ["--calibration", str(corpus[0])]
+    return cli.main(["prune", str(folder), *texts, *SHORT, "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def alone(folder, corpus, tmp_path_factory):
+    """The folder with a smaller vocabulary, and nothing else removed."""
+    out = tmp_path_factory.mktemp("out") / "alone"
+    assert run(folder, corpus, out, "--keep-vocab", str(KEPT), "--keep", "1") == 0
+    return out
+
+
+def test_plain_transformers_loads_it(alone, folder, corpus):
+    model = transformers.AutoModelForCausalLM.from_pretrained(alone)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(alone)
+    assert model.config.vocab_size == len(tokenizer) == KEPT
+    assert model.lm_head.weight.shape[0] == KEPT
+    # All that stays of the dense model computes the same.
+    dense = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    old = transformers.AutoTokenizer.from_pretrained(folder)
+    kept = json.loads((alone / "liar/vocabulary.json").read_text())["kept"]
+    ids = tokenizer.encode(corpus[0].read_text()[:90])
+    expected = dense(torch.tensor([[kept[at] for at in ids]])).logits[..., kept]
+    torch.testing.assert_close(model(torch.tensor([ids])).logits, expected)
+    for text in corpus[0].read_text().split()[:40]:
+        before, after = old.encode(text), tokenizer.encode(text)
+        assert tokenizer.decode(after) == text
+        if set(before) <= set(kept):
+            assert [kept[at] for at in after] == before
+    assert tokenizer.eos_token_id == model.config.eos_token_id == 1
+
+
+def test_the_folder_says_what_was_done(alone):
+    assert not {"tokenizer.model", "merges.txt", "vocab.json"} & {p.name for p in alone.iterdir()}
+    report = Report.load(alone)
+    assert (report.vocabulary["before"], report.vocabulary["after"]) == (TOKENS, KEPT)
+    assert report.vocabulary["kind"] == "byte-level BPE"
+    assert report.params["before"] - report.params["after"] == 40 * (TOKENS - KEPT)
+    assert any("tokenizer.model" in each and "stay behind" in each for each in report.warnings)
+    for page in ("README.md", "liar/report.md"):
+        assert "384 of 512 tokens stay (byte-level BPE)" in (alone / page).read_text()
+    assert "25% of the tokens" in (alone / "liar/report.md").read_text()
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_verify_compares_tokenization(alone, tmp_path):
+    assert verify_everywhere(alone)["tokenizer_agrees"] is True
+    other = shutil.copytree(alone, tmp_path / "other")
+    facts = json.loads((other / "tokenizer.json").read_text())
+    facts["model"]["merges"] = facts["model"]["merges"][:5]
+    (other / "tokenizer.json").write_text(json.dumps(facts))
+    found = verify_everywhere(other)
+    assert found["tokenizer_agrees"] is False and not found["agrees"]
+    assert all(row.agrees for row in found["rows"])  # the weights are right
+    (other / "liar/vocabulary.json").write_text('{"checks": [{}]}')
+    with pytest.raises(InputError, match="damaged"):
+        compare_tokenization(other)
+
+
+def test_it_goes_with_heads_and_channels(folder, corpus, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("the quick brown fox jumps over the lazy dog\n")
+    report = compress(
+        folder,
+        corpus[0],
+        out=tmp_path / "out",
+        keep_vocab=0.75,
+        vocab_text=(str(corpus[0]), str(other)),
+        keep=0.6,
+        samples=8,
+        seq_len=16,
+        self_text=0.0,
+        eval=str(corpus[1]),
+        eval_samples=4,
+    )
+    again = Report.load(tmp_path / "out")
+    assert again.vocabulary == json.loads(json.dumps(again.vocabulary))
+    held_out = again.vocabulary["held_out"]
+    before, after = held_out["bits_per_byte"]
+    assert before > 0 and after > 0
+    assert held_out["pruned"]["bits_per_byte"][1] != pytest.approx(after)
+    assert again.vocabulary["text"] == [str(corpus[0]), str(other)]
+    assert report.recipe.keep_vocab == 0.75
+    assert report.recipe.text_digests.keys() == {*map(str, corpus), str(other)}
+    assert compare_tokenization(tmp_path / "out")
+
+
+def test_the_same_job_again_and_a_smaller_one_after_it(alone, corpus, tmp_path):
+    recipe = ["--recipe", str(alone / "liar/recipe.yaml"), "--quiet", "--out", str(tmp_path / "b")]
+    assert cli.main(["prune", *recipe]) == 0
+    for name in ("model.safetensors", "tokenizer.json", "liar/vocabulary.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (alone / name).read_bytes()
+    more = "--keep-vocab", "320", "--keep", "0.7", *QUICK
+    assert run(alone, corpus, tmp_path / "c", *more) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "c", trust_remote_code=True
+    )
+    assert model.config.vocab_size == 320 and compare_tokenization(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--keep-vocab", "128"], "at least 259 of 512 tokens must stay"),
+        (["--keep-vocab", "many"], "must be a fraction in"),
+        (["--keep-vocab", "0.75", "--max-memory", "1GiB"], "--max-memory"),
+        (["--vocab-text", "a.txt"], "--vocab-text decides which tokens go"),
+        (["--keep-vocab", "0.75", "--vocab-text", "self"], "name a text with --vocab-text"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(folder, corpus, tmp_path, capsys, more, message):
+    assert run(folder, corpus, tmp_path / "out", *more) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+def test_in_python_text_is_drawn_afterwards(folder, corpus, tmp_path):
+    model, tokenizer = load_model(folder)
+    with pytest.raises(InputError, match="keep_vocab is no keyword in Python"):
+        prune(model, batches(model), keep_vocab=0.5)
+    with pytest.raises(InputError, match="draw the batches with its tokenizer"):
+        prune(model, batches(model), Recipe(keep_vocab=0.5))
+    assert choose_tokens(model, tokenizer, ["text"], 1.0) is None
+    chosen = choose_tokens(model, tokenizer, [corpus[0].read_text()], KEPT)
+    smaller = keep_tokens(model, tokenizer, chosen.order)
+    assert len(tokenizer) == TOKENS and len(smaller) == KEPT
+    report = prune(model, batches(model), keep=0.8, schedule="one-pass", allocation="uniform")
+    for wrong in (None, tokenizer):
+        with pytest.raises(InputError, match="the tokenizer is not the one without them"):
+            save_pruned(model, tmp_path / "out", report=report, tokenizer=wrong)
+    save_pruned(model, tmp_path / "out", report=report, tokenizer=smaller)
+    assert compare_tokenization(tmp_path / "out")
+
+
+def test_a_slow_tokenizer_is_refused():
+    class Slow:
+        """No tokenizer of the library."""
+
+    with pytest.raises(InputError, match=r"Slow has no tokenizer\.json"):
+        choose_tokens(tiny("llama"), Slow(), ["text"], 0.5)
