@@ -39,6 +39,15 @@ def cover(together: int, **options: Iterable) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(tuple(options), cases, ids=_name)
 
 
+def some(name: str, values: Iterable, *quick: object) -> pytest.MarkDecorator:
+    """Parametrize by every value; those that aren't ``quick`` are exhaustive."""
+    values = list(values)
+    assert all(each in values for each in quick), quick
+    exhaustive = pytest.mark.exhaustive
+    cases = [pytest.param(each, marks=() if each in quick else exhaustive) for each in values]
+    return pytest.mark.parametrize(name, cases, ids=_name)
+
+
 def _name(value: object) -> str:
     """Return a name that is the same in every process."""
     return getattr(value, "__name__", str(value))

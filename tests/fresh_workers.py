@@ -1,8 +1,9 @@
-"""Workers of ``verify``, forked from one process that has imported torch and transformers.
+"""Processes without liar_ext, forked from one that has imported torch and transformers.
 
 Each answers as a fresh process does, without the seconds that imports take: what it is forked from
 has no liar_ext, and does nothing else. As a script this file is that process: a line of JSON names
-the files and the environment of a worker, and its exit code is the answer.
+the files, the environment and the script of a fork, and its exit code is the answer. Without a
+script the fork is a worker of ``verify``.
 """
 
 from __future__ import annotations
@@ -43,22 +44,40 @@ def _parent() -> subprocess.Popen:
 def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess:
     """Do what ``subprocess.run`` does with the worker."""
     assert command[0] == sys.executable and command[-1] == str(WORKER)
+    return _run(command, settings["env"], given=settings["input"])
+
+
+def run_script(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Do what ``python -c`` does where torch and transformers are imported first."""
+    return _run(["-c", *map(str, arguments)], dict(os.environ), code)
+
+
+def _run(
+    command: list[str], env: dict[str, str], code: str = "", given: str = ""
+) -> subprocess.CompletedProcess:
     with tempfile.TemporaryDirectory() as folder:
         files = [str(Path(folder, name)) for name in STREAMS]
-        Path(files[0]).write_text(settings["input"])
-        job = {"files": files, "env": settings["env"]}
+        Path(files[0]).write_text(given)
+        job = {"files": files, "env": env, "code": code, "argv": command, "cwd": os.getcwd()}
         parent = _parent()
         print(json.dumps(job), file=parent.stdin, flush=True)
-        code = int(parent.stdout.readline())
+        ended = int(parent.stdout.readline())
         said = (Path(file).read_text(errors="replace") for file in files[1:])
-        return subprocess.CompletedProcess(command, code, *said)
+        return subprocess.CompletedProcess(command, ended, *said)
 
 
-def _answer(work: Callable[[], None], files: list[str], env: dict[str, str]) -> None:
-    """Be a worker, and end: one that stands still, too, which says where."""
+def _answer(
+    work: Callable[[], None],
+    files: list[str],
+    env: dict[str, str],
+    code: str,
+    argv: list[str],
+    cwd: str,
+) -> None:
+    """Be a worker, or a script, and end: one that stands still, too, which says where."""
     faulthandler.register(signal.SIGALRM, file=2, chain=True)
     signal.alarm(STILL)
-    code = 1
+    ended = 1
     try:
         for stream, (name, file) in enumerate(zip(STREAMS, files, strict=True)):
             opened = open(file, "w" if stream else "r")  # noqa: SIM115
@@ -66,14 +85,19 @@ def _answer(work: Callable[[], None], files: list[str], env: dict[str, str]) -> 
             setattr(sys, name, opened)
         os.environ.clear()
         os.environ.update(env)
-        work()
-        code = 0
+        os.chdir(cwd)
+        if code:
+            sys.argv = argv
+            exec(code, {"__name__": "__main__"})
+        else:
+            work()
+        ended = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(ended)
 
 
 def serve() -> None:

@@ -10,6 +10,7 @@ import warnings
 import forked
 import pytest
 import torch
+from covers import some
 from test_ranks import check_folders, close, command
 from tiny import tiny, tiny_inputs
 
@@ -83,7 +84,7 @@ def counted(monkeypatch, stage: str, killed: bool) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("name", JOBS)
+@some("name", JOBS, "default")
 def test_any_number_of_ranks_goes_on_after_a_kill(name, tmp_path, monkeypatch):
     expected, checkpoint, said = run(name), tmp_path / "c", []
     relay = RELAYS[JOBS[name][3]]

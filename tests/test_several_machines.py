@@ -45,6 +45,7 @@ def machines():
         yield names
 
 
+@pytest.mark.exhaustive
 def test_two_machines_make_what_one_process_makes(machines, llama_folder, corpus, tmp_path):
     said = [tmp_path / f"said {number}" for number in range(2)]
     assert main(command(llama_folder, corpus, tmp_path / "alone", "--quiet")) == 0

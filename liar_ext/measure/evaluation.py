@@ -206,6 +206,8 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
+            # It looks for nothing; the default reads all of lm-eval's task files.
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
         )
     table = make_table(results)
     if results.get("groups"):

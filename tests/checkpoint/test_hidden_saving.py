@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_workers
 import pytest
 import torch
 from folders import equal_plan, read
@@ -97,11 +96,7 @@ def plainly(tmp_path_factory):
         inputs = tiny_inputs(model)
         probe = (dict(inputs), outputs(model, inputs), loader, hidden)
         torch.save(probe, home / name / "probe.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, *(home / name for name in PLAINLY)],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh_workers.run_script(PLAIN, *(home / name for name in PLAINLY))
     assert done.returncode == 0, done.stderr
     wrong = dict(f"{line} ".split(" ", 1) for line in done.stdout.splitlines())
     return home, said, wrong

@@ -7,12 +7,10 @@ written there, and every process that reads it is offline.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh_workers
 import huggingface_hub
 import pytest
 import torch
@@ -34,6 +32,7 @@ else:
     import liar_ext
 import torch, transformers
 code = {"trust_remote_code": True} if sys.argv[1] == "without" else {}
+hub = {"cache_dir": Path(sys.argv[2], "hub")}
 for path in sorted(Path(sys.argv[2]).glob("*.pt")):
     inputs, expected, auto = torch.load(path, weights_only=False)
     loader, name = getattr(transformers, auto), f"me/{path.stem}"
@@ -43,8 +42,8 @@ for path in sorted(Path(sys.argv[2]).glob("*.pt")):
             assert torch.equal(model.eval()(**inputs).logits, expected), path
         return model
 
-    model = check(loader.from_pretrained(name, **code))
-    words = transformers.AutoTokenizer.from_pretrained(name)
+    model = check(loader.from_pretrained(name, **code, **hub))
+    words = transformers.AutoTokenizer.from_pretrained(name, **hub)
     assert words("a b").input_ids == [2, 3]
     folder = Path(sys.argv[2], sys.argv[1], path.stem)
     model.save_pretrained(folder)
@@ -120,14 +119,10 @@ def test_the_loader_goes_along_where_it_is_needed(hub) -> None:
 
 
 @pytest.mark.parametrize("way", ["without", "with"])
-def test_what_was_sent_loads_again(way, hub, tmp_path: Path) -> None:
+def test_what_was_sent_loads_again(way, hub) -> None:
     """In a process that has the hub's cache, no network, and liar_ext or not."""
     home = hub.cache.parent
-    settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, way, str(home)],
-        capture_output=True, text=True, env=os.environ | settings,
-    )  # fmt: skip
+    done = fresh_workers.run_script(ELSEWHERE, way, home)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(done.stdout.split()) == 8
     for folder in (home / way).iterdir():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_workers
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -43,10 +43,9 @@ def test_equal_layers_load_in_plain_transformers(name: str, kinds, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_unequal_layers_load_with_load_pruned(name: str, tmp_path: Path) -> None:
-    model, plan = pruned(name)
-    folder = tmp_path / "pruned"
-    save_pruned(model, folder, plan)
+def test_unequal_layers_load_by_every_loader(name: str, saved) -> None:
+    """With `load_pruned`, and where the code of the folder is trusted."""
+    model, plan, folder = saved(name, bias=True)
     assert read(folder)["liar"].keys() >= {"version", "layers", "modules"}
     loaded = load_pruned(folder)
     assert isinstance(loaded, type(model)) and not loaded.training
@@ -54,11 +53,11 @@ def test_unequal_layers_load_with_load_pruned(name: str, tmp_path: Path) -> None
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert Plan.load(folder / "liar/plan.json") == plan
     assert torch.equal(outputs(pickle.loads(pickle.dumps(loaded))), outputs(model))
+    check_trusted(name, model, folder)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_a_loaded_model_generates(name: str, tmp_path: Path) -> None:
-    model, plan = pruned(name, bias=True)
+def test_a_loaded_model_generates_by_its_settings(tmp_path: Path) -> None:
+    model, plan = pruned("llama", bias=True)
     model.generation_config.repetition_penalty = 1.25
     save_pruned(model, tmp_path / "pruned", plan)
     loaded = load_pruned(tmp_path / "pruned")
@@ -68,11 +67,8 @@ def test_a_loaded_model_generates(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_unequal_layers_load_where_the_code_of_the_folder_is_trusted(name: str, tmp_path: Path):
-    model, plan = pruned(name, bias=True)
-    folder = tmp_path / "pruned"
-    save_pruned(model, folder, plan)
+def check_trusted(name: str, model: torch.nn.Module, folder: Path) -> None:
+    """Check what transformers' loaders give, which run the code of the folder."""
     named = read(folder)["auto_map"]
     own = {auto for auto, loader in named.items() if loader.endswith(f".{type(model).__name__}")}
     heads = {"AutoModel", "AutoModelForTokenClassification", "AutoModelForSequenceClassification"}
@@ -111,8 +107,9 @@ def test_options_of_a_trusted_load_are_heard(tmp_path: Path) -> None:
     assert loaded.config.use_cache is False
 
 
-def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path) -> None:
+def test_a_repository_of_the_hub_loads_the_same_way(tmp_path: Path, monkeypatch) -> None:
     """Here from the cache of the hub's client, laid out as a download leaves it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model, plan = pruned("llama")
     repository = tmp_path / "hub" / "models--someone--pruned"
     save_pruned(model, repository / "snapshots" / ("0" * 40), plan)
@@ -142,7 +139,7 @@ def test_biases_that_the_plan_adds(name: str, kinds, tmp_path: Path) -> None:
     assert torch.equal(outputs(load_pruned(folder)), outputs(model))
 
 
-def test_a_process_without_liar_ext_loads_equal_layers(tmp_path: Path) -> None:
+def test_a_process_without_liar_ext_loads_equal_layers(tmp_path: Path, monkeypatch) -> None:
     model, plan = pruned("llama", equal_plan, bias=True)
     save_pruned(model, tmp_path / "pruned", plan)
     inputs = tiny_inputs(model)
@@ -156,9 +153,8 @@ with torch.no_grad():
     assert torch.equal(model(**inputs).logits, expected)
 assert not any(name.startswith("liar_ext") for name in sys.modules)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
-    )
+    monkeypatch.chdir(tmp_path)
+    result = fresh_workers.run_script(script)
     assert result.returncode == 0, result.stderr
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,8 @@ from liar_ext.errors import InputError
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    return tmp_path / "pruned"
+def folder(saved, tmp_path: Path) -> Path:
+    return shutil.copytree(saved()[2], tmp_path / "pruned")
 
 
 def save_other(folder: Path, **settings) -> torch.nn.Module:

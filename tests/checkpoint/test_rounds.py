@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import fresh_workers
 import pytest
 import torch
 import transformers
-from covers import cover
+from covers import cover, some
 from folders import change, equal_plan, make_plan, pruned, read
 from tiny import TINY, batches, outputs, tiny, tiny_inputs
 
@@ -55,9 +57,7 @@ def test_a_process_without_liar_ext_loads_and_saves_unequal_layers(tmp_path: Pat
         )
         inputs = tiny_inputs(model)
         torch.save((dict(inputs), outputs(model, inputs), auto), folder / "expected.pt")
-    result = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(tmp_path)], capture_output=True, text=True
-    )
+    result = fresh_workers.run_script(ELSEWHERE, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for folder in tmp_path.iterdir():
         again = load_pruned(folder / "and again")
@@ -112,7 +112,7 @@ def test_no_code_is_trusted_where_liar_ext_is_imported(tmp_path: Path) -> None:
     assert type(type(dense).from_pretrained(tmp_path / "dense")) is type(dense)
 
 
-@pytest.mark.parametrize("first", ["liar_ext", "transformers.modeling_utils"])
+@some("first", ["liar_ext", "transformers.modeling_utils"], "transformers.modeling_utils")
 def test_it_does_not_matter_what_is_imported_first(first, tmp_path: Path) -> None:
     model, plan = pruned("llama")
     save_pruned(model, tmp_path / "pruned", plan)
@@ -123,7 +123,10 @@ model = transformers.LlamaForCausalLM.from_pretrained({str(tmp_path / "pruned")!
 assert model.model.layers[0].mlp.down_proj.in_features == 12, model
 assert type(model).__module__ == "liar_ext.models.liar_loader"
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if first == "liar_ext":
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    else:
+        result = fresh_workers.run_script(script)
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -198,31 +201,33 @@ def test_scaled_rotations_are_written_in_the_older_spelling_too(tmp_path: Path) 
         ({"modules": {}, "head_inputs": {"layers.0": [0, "x", [10**30]]}}, "head_inputs"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(said, why, tmp_path: Path) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, tmp_path / "pruned", plan)
-    mark = read(tmp_path / "pruned")["liar"]
-    change(tmp_path / "pruned" / "config.json", liar={**mark, **said})
+def test_sizes_that_no_model_has_are_refused(said, why, changed) -> None:
+    folder = changed()
+    change(folder / "config.json", liar={**read(folder)["liar"], **said})
     with pytest.raises(InputError, match=why):
-        load_pruned(tmp_path / "pruned")
+        load_pruned(folder)
 
 
-def saved_and_changed(folder: Path, **said: object) -> None:
-    model, plan = pruned("llama")
-    save_pruned(model, folder, plan)
-    change(folder / "config.json", **said)
+@pytest.fixture
+def changed(saved, tmp_path: Path):
+    """Give a function that returns a folder with other fields in its config."""
+
+    def copy(**said: object) -> Path:
+        folder = shutil.copytree(saved()[2], tmp_path / "pruned")
+        change(folder / "config.json", **said)
+        return folder
+
+    return copy
 
 
 @pytest.mark.parametrize("head_dim", [2, 8, 16, 10**6])
-def test_a_head_size_that_the_layers_deny_is_refused(head_dim, tmp_path: Path) -> None:
+def test_a_head_size_that_the_layers_deny_is_refused(head_dim, changed) -> None:
     """Shapes alone would fit, and the model would compute something else."""
-    saved_and_changed(tmp_path / "pruned", head_dim=head_dim)
     with pytest.raises(InputError, match="load_pruned: "):
-        load_pruned(tmp_path / "pruned")
+        load_pruned(changed(head_dim=head_dim))
 
 
 @pytest.mark.parametrize("names", [{"a": 1}, [], "LlamaForCausalLM", None, [7]])
-def test_a_class_that_is_none_is_refused(names, tmp_path: Path) -> None:
-    saved_and_changed(tmp_path / "pruned", architectures=names)
+def test_a_class_that_is_none_is_refused(names, changed) -> None:
     with pytest.raises(InputError, match="has no model class"):
-        verify_pruned(tmp_path / "pruned")
+        verify_pruned(changed(architectures=names))

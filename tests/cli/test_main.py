@@ -5,11 +5,11 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from time import sleep
 
+import huggingface_hub
 import pytest
 import torch
 from tiny import outputs, tiny
@@ -17,6 +17,7 @@ from transformers.utils.logging import enable_progress_bar, is_progress_bar_enab
 
 from liar_ext import InputError, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
+from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.cli.main import COMMANDS
 from liar_ext.cli.messages import error_lines
 
@@ -25,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("quick_workers")
 
 @pytest.fixture(scope="module")
 def pruned(llama_folder, corpus, tmp_path_factory):
-    """The output of the command itself, in a process of its own."""
+    """The folder that a command writes, and what it prints and warns of."""
     out = tmp_path_factory.mktemp("out") / "pruned"
-    command = [sys.executable, "-m", "liar_ext.cli", "prune", str(llama_folder)]
-    command += ["--calibration", str(corpus[0]), "--eval", str(corpus[1]), "--out", str(out)]
-    command += ["--keep", "0.7", "--samples", "16", "--seq-len", "32"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    command = ["prune", llama_folder, "--calibration", corpus[0], "--eval", corpus[1]]
+    printed, warned = io.StringIO(), io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(warned), no_bars():
+        command += ["--out", out, "--keep", 0.7, "--samples", 16, "--seq-len", 32]
+        assert run(*command) == 0, warned.getvalue()
+    return out, printed.getvalue(), warned.getvalue()
 
 
 def run(*arguments) -> int:
@@ -50,7 +51,7 @@ def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):
 
 
 def test_prune_writes_an_ordinary_model_with_a_report(pruned):
-    out, done = pruned
+    out, printed, warned = pruned
     report = json.loads((out / "liar/report.json").read_text())
     assert {path.name for path in out.iterdir()} >= {
         *("config.json", "model.safetensors", "tokenizer.json", "README.md", "liar"),
@@ -66,11 +67,11 @@ def test_prune_writes_an_ordinary_model_with_a_report(pruned):
     assert report["params"]["prunable_after"] <= 0.7 * report["params"]["prunable_before"]
     fields = "name units_before units_after params_before params_after damp error holdout_error"
     assert set(f"{fields} dropped_rows path seconds".split()) <= set(report["sites"][0])
-    assert "perplexity" in done.stdout
-    assert "calibrate" not in done.stderr and "\r" not in done.stderr  # no terminal, no progress
-    assert f'load                 AutoModelForCausalLM.from_pretrained("{out}"' in done.stdout
-    assert f"next                 liar verify {out}\n" in done.stdout
-    assert "warning: " in done.stderr and "arning" not in done.stdout
+    assert "perplexity" in printed
+    assert "calibrate" not in warned and "\r" not in warned  # no terminal, no progress
+    assert f'load                 AutoModelForCausalLM.from_pretrained("{out}"' in printed
+    assert f"next                 liar verify {out}\n" in printed
+    assert "warning: " in warned and "arning" not in printed
 
 
 def test_prune_by_curves_reports_what_it_measured(llama_folder, corpus, tmp_path):
@@ -156,7 +157,7 @@ def test_gradients_of_an_encoder_without_labels_are_refused(tokenizer, tmp_path,
 
 
 def test_verify_and_eval_the_result(pruned, corpus, capsys):
-    out, _ = pruned
+    out = pruned[0]
     assert run("verify", out, "--text", corpus[1]) == 0
     said = capsys.readouterr().out
     assert "same outputs" in said and "perplexity" in said and "tokens/s" in said
@@ -189,7 +190,7 @@ def test_what_is_missing_is_told_before_the_model_is_loaded(
 
 def test_a_typo_in_the_name_of_a_folder(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "minilm").mkdir()
     for name, said in (("minlm", "did you mean minilm? "), ("no/where", "the hub says: ")):
         assert run("eval", name, "--text", corpus[1]) == 2
@@ -515,7 +516,7 @@ def test_a_pruned_folder_is_pruned_again(pruned, corpus, tmp_path, capsys):
 
 
 def test_an_existing_folder_is_refused_and_kept(pruned, llama_folder, corpus, capsys):
-    out, _ = pruned
+    out = pruned[0]
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert run("prune", llama_folder, "--calibration", corpus[0], "--out", out) == 2
     assert "exists" in capsys.readouterr().err

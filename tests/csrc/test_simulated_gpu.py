@@ -9,16 +9,14 @@ from textwrap import dedent
 import pytest
 import torch
 
-EXHAUSTIVE = pytest.mark.exhaustive
-A_PART = (
-    *("(gram_on_a_gpu and mask and dtype2)", "(reconstruct and on_a_gpu and 70)", "test_curves"),
-    "(test_a_job_does and (default or layerwise))",
-)
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or torch.backends.cuda.is_built(),
-    reason="the simulation wants a build of torch for the CPU, on Linux",
-)
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.skipif(
+        sys.platform != "linux" or torch.backends.cuda.is_built(),
+        reason="the simulation wants a build of torch for the CPU, on Linux",
+    ),
+]
 START = """
 from simulated_gpu import launchers
 import ctypes, torch
@@ -41,15 +39,7 @@ def script(text: str) -> subprocess.CompletedProcess:
     return run("-c", START + dedent(text))
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        " or ".join(A_PART),
-        pytest.param("on_a_gpu", marks=EXHAUSTIVE),
-        pytest.param("test_cuda_jobs", marks=EXHAUSTIVE),
-    ],
-    ids=["a part", "operators", "jobs"],
-)
+@pytest.mark.parametrize("chosen", ["on_a_gpu", "test_cuda_jobs"], ids=["operators", "jobs"])
 def test_what_is_tested_on_a_gpu(chosen):
     files = ["csrc/test_cuda_build.py", "csrc/test_cuda_jobs.py"]
     plugins = ["-p", "simulated_gpu", "-p", "no:cacheprovider"]
@@ -91,13 +81,11 @@ def test_launchers_wait_for_no_value():
     assert done.stdout == "0\n1\n", done.stderr
 
 
-@EXHAUSTIVE
 def test_tensors_of_two_devices_are_refused():
     done = script("""ops.gram_update_(*sums(5, "cuda:1"), torch.ones(9, 5, device="cuda:0"))""")
     assert "gram must be on the CUDA device of x; move it with .to(device)" in done.stderr
 
 
-@EXHAUSTIVE
 @pytest.mark.parametrize(
     ("code", "words", "hint"),
     [
@@ -121,13 +109,11 @@ def test_what_cuda_says_is_passed_on_with_what_to_do(code, words, hint):
     assert order == "[0, 1]"
 
 
-@EXHAUSTIVE
 def test_a_host_that_reads_the_memory_of_a_device_ends():
     done = script("""ctypes.string_at(torch.ones(9, device="cuda").data_ptr(), 4)""")
     assert done.returncode == -11
 
 
-@EXHAUSTIVE
 def test_a_kernel_that_writes_past_an_allocation_is_noticed():
     done = script("""
         gram, total, count = sums(5, "cuda")
@@ -139,6 +125,5 @@ def test_a_kernel_that_writes_past_an_allocation_is_noticed():
     assert done.returncode == -6 and "a write past the end of 192 bytes" in done.stderr
 
 
-@EXHAUSTIVE
 def test_fresh_memory_holds_nans():
     assert script("print(torch.empty(2, device='cuda').tolist())").stdout == "[nan, nan]\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from liar_ext.export import export, onnx_graph
 from liar_ext.export import onnx as exporter
 from liar_ext.export.sentence import read_sentence
 
+slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 SHAPES = ((1, 1), (1, 2), (2, 1), (1, 40), (7, 13))
 POOLING = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
 
@@ -79,8 +81,8 @@ def add_modules(folder, *modules: tuple[str, str], **settings: dict) -> None:
     ("name", "plan_of", "outputs"),
     [
         ("bert", make_plan, ["logits"]),
-        ("roberta", equal_plan, ["logits"]),
-        ("distilbert", make_plan, ["last_hidden_state"]),
+        slow("roberta", equal_plan, ["logits"]),
+        slow("distilbert", make_plan, ["last_hidden_state"]),
         ("mpnet", make_plan, ["last_hidden_state"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every claim of a folder is tried in a process of its own."""
+"""Every claim of a folder is tried in a process of its own; two tests start real ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from folders import change, equal_plan, read
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from liar_ext import InputError, cli, verify_pruned
 from liar_ext.checkpoint.fingerprint import read_fingerprint
 from liar_ext.checkpoint.names import FINGERPRINT_FILE
-from liar_ext.export import export, verify
+from liar_ext.export import export, onnx, verify
 from liar_ext.export.verify import table, verify_everywhere
+
+pytestmark = pytest.mark.usefixtures("quick_workers")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,10 @@ def test_a_changed_export_and_a_missing_one_are_told(unequal: Path, saved, tmp_p
     assert "OTHER OUTPUTS" in lines[2] and "DOESN'T LOAD" in lines[3]
 
 
-def test_an_encoder_and_its_graph(saved, tmp_path: Path) -> None:
+def test_an_encoder_and_its_graph(saved, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(saved("bert")[2], tmp_path / "model")
-    export(tmp_path / "model", "onnx", progress=False)
+    (graph,) = export(tmp_path / "model", "onnx", progress=False).paths
+    monkeypatch.setattr(onnx, "write_graph", lambda _, to: shutil.copy(graph / onnx.FILE, to))
     export(tmp_path / "model", "onnx", tmp_path / "small", progress=False, quantize="int8")
     facts = verify_everywhere(tmp_path / "model")
     exact, quantised = facts["rows"][-2:]
@@ -103,7 +107,7 @@ def test_no_file_of_the_current_folder_is_imported(saved, tmp_path: Path, monkey
         commands.append(command)
         return run(command, **settings)
 
-    monkeypatch.setattr(verify.subprocess, "run", noted)
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=noted))
     assert verify_everywhere("model")["agrees"]
     assert not (tmp_path / "PWNED").exists()
     assert commands and str(tmp_path) not in commands[0]
@@ -120,6 +124,7 @@ def test_code_of_a_stranger_is_not_run(saved, tmp_path: Path) -> None:
 
 def test_a_loader_that_fails_takes_no_other_with_it(unequal: Path, monkeypatch) -> None:
     """Each row is of a process of its own; the last says what it would by itself."""
+    monkeypatch.setattr(verify, "subprocess", subprocess)
     answers = verify._answers
 
     def spoilt(jobs):

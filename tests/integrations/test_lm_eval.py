@@ -7,12 +7,13 @@ import math
 import re
 import sys
 
+import folders
 import pytest
 import torch
 from choice_tasks import write_choices
-from tiny import batches, tiny
+from tiny import tiny
 
-from liar_ext import prune, save_pruned
+from liar_ext import save_pruned
 from liar_ext.cli.main import main
 
 ITEMS = [
@@ -36,12 +37,10 @@ def tasks(tmp_path):
     return folder
 
 
-@pytest.fixture(params=["equal", "unequal"])
-def pruned(request, tmp_path, tokenizer):
-    model = tiny("llama")
-    uniform = request.param == "equal"
-    report = prune(model, batches(model), keep=0.7, uniform_layers=uniform)
-    save_pruned(model, tmp_path / "pruned", report.plan, report=report, tokenizer=tokenizer)
+@pytest.fixture
+def pruned(tmp_path, tokenizer):
+    model, plan = folders.pruned("llama")
+    save_pruned(model, tmp_path / "pruned", plan, tokenizer=tokenizer)
     return model, tmp_path / "pruned"
 
 
@@ -82,7 +81,10 @@ def test_limit_and_json(llama_folder, tasks, capsys):
     assert json.loads(capsys.readouterr().out)["items"] == {"letters": 2}
 
 
-def test_bad_tasks_are_one_line(llama_folder, tasks, tmp_path, capsys):
+def test_bad_tasks_are_one_line(llama_folder, tasks, tmp_path, capsys, monkeypatch):
+    few = tmp_path / "few"  # in place of lm-eval's thousands
+    write_choices(few, "letter", ITEMS)
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(few / "manager.py"))
     broken = tmp_path / "broken"
     write_choices(broken, "letters", [])
     (broken / "letters.jsonl").unlink()

@@ -39,6 +39,7 @@ def measured():
     return dict(zip(PEAKS, rows, strict=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", PEAKS)
 def test_a_solve_takes_what_it_is_allowed_and_not_much_less(kind, measured):
     for rose, shape in zip(measured[kind], SHAPES, strict=True):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from covers import some
 from tiny import tiny, tiny_inputs
 
 from liar_ext import Recipe, prune
@@ -25,7 +26,7 @@ def same_weights(one, other) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "mpnet", "gemma3_text"])
+@some("name", ["llama", "bert", "mpnet", "gemma3_text"], "llama", "bert")
 def test_auto_keeps_the_schedule_that_diverges_less(name):
     model = tiny(name)
     data, judge = batches(model, 2), batches(model, 2, first=50)

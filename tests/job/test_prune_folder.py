@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import cover
 from tiny import batches, outputs, tiny
 from torch import nn
 
@@ -36,14 +37,12 @@ JOBS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def dense(request, tmp_path_factory):
-    """A model, the folder with its weights in several files, and its calibration set."""
-    model = tiny(request.param)
-    folder = tmp_path_factory.mktemp("dense") / request.param
+def dense(family, folder):
+    """Return a model and its calibration set, and save its weights in several files."""
+    model = tiny(family)
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    return model, folder, batches(model, 3)
+    return model, batches(model, 3)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +72,10 @@ def same(ours: nn.Module, theirs: nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_plan_weights_and_report_are_those_of_the_job_in_memory(dense, job, tmp_path):
-    model, folder, data = dense
+@cover(1, family=FAMILIES, job=JOBS)
+def test_plan_weights_and_report_are_those_of_the_job_in_memory(family, job, tmp_path):
+    folder = tmp_path / "dense"
+    model, data = dense(family, folder)
     whole = copy_of(model)
     expected = prune(whole, data, keep=0.6, tile=1, **JOBS[job])
     report = by_blocks(folder, data, tmp_path / "pruned", **JOBS[job])

@@ -10,6 +10,7 @@ import warnings
 import forked
 import pytest
 import torch
+from covers import some
 from test_ranks import check_folders, close, command, counting
 from tiny import batches, tiny
 
@@ -94,7 +95,7 @@ def alone(dense, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@some("count", [2, 3], 2)
 def test_ranks_write_what_one_writes(count, dense, alone, tmp_path, monkeypatch):
     def job(rank):
         warnings.simplefilter("ignore")
@@ -121,6 +122,7 @@ def test_ranks_write_what_one_writes(count, dense, alone, tmp_path, monkeypatch)
     assert max(found["runs"]) * 5 == sum(found["runs"]) * -(-5 // count)
 
 
+@pytest.mark.exhaustive
 def test_the_command_by_blocks(llama_folder, corpus, tmp_path):
     sizes = ["--max-memory", "8GiB", "--eval", str(corpus[1]), "--eval-samples", "4"]
 
@@ -168,7 +170,7 @@ RELAYS = {
 }
 
 
-@pytest.mark.parametrize("name", RELAYS)
+@some("name", RELAYS, next(iter(RELAYS)))
 def test_any_number_of_ranks_goes_on_by_blocks(name, dense, alone, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint.__init__, "__defaults__", (lambda: 0.0,))
     monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from covers import some
 from tiny import batches, tiny
 
 from liar_ext import InputError, load_pruned
@@ -76,7 +77,7 @@ def counting(patch, kind, name, stop=0) -> list:
     return calls
 
 
-@pytest.mark.parametrize("job", JOBS)
+@some("job", JOBS, "default", "one-pass-tight")
 def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_path, monkeypatch):
     family, choices, tight = JOBS[job]
     dense = dense[family]

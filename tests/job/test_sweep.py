@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import batches, outputs, tiny
@@ -18,17 +20,23 @@ from liar_ext.recipe.fields import recipe_fields
 from liar_ext.selection import curve_allocation
 
 KEEP = (0.8, 0.6)
+slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 CHOICES = [
-    ("llama", {}),
     ("llama", {"allocation": "global", "tile": 1}),
     ("llama", {"allocation": "uniform", "criterion": "obs", "reconstruct": "affine"}),
     ("llama", {"criterion": "taylor", "attn_unit": "head"}),
-    ("llama", {"schedule": "one-pass", "of": "params"}),
-    ("qwen3_moe", {}),
     ("llama", {"criterion": "random", "seed": 3, "kinds": ("mlp",)}),
-    ("bert", {"reconstruct": "none"}),
     ("bert", {}),
-    ("llama", {"keep_hidden": 0.5, "allocation": "uniform"}),
+    *(
+        slow(*each)
+        for each in (
+            ("llama", {}),
+            ("llama", {"schedule": "one-pass", "of": "params"}),
+            ("qwen3_moe", {}),
+            ("bert", {"reconstruct": "none"}),
+            ("llama", {"keep_hidden": 0.5, "allocation": "uniform"}),
+        )
+    ),
 ]
 
 

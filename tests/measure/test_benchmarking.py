@@ -145,11 +145,11 @@ def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
     assert list(peaks) == ["load", "1", "3"]
     assert 50 << 20 < peaks["load"] <= peaks["1"] <= peaks["3"]
     assert peaks["3"] < here
-
-
-def test_what_the_other_process_refuses_is_refused(llama_folder, monkeypatch):
     with pytest.raises(InputError, match="positions"):
         peak_memory(str(llama_folder), Settings(prompt_length=1000))
+
+
+def test_what_the_other_process_refuses_is_refused(monkeypatch):
     ending = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr(memory, "child", lambda _: ending)
     with pytest.raises(InputError, match="it was killed, for lack of memory"):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from covers import some
 from tiny import CAUSAL, batches, outputs, tiny
 
 from liar_ext import (
@@ -211,7 +212,7 @@ def write_table(model, tmp_path, budget, **more):
     return path
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "global", "curve"])
+@some("allocation", ["uniform", "global", "curve"], "curve")
 def test_a_job_by_a_table_of_elsewhere(allocation, tmp_path, quick):
     model = tiny("llama")
     budget = Budget(0.7, "latency", tile=4, **SHORT)

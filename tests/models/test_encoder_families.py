@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from covers import cover
+from covers import cover, some
 from folders import check_sliced, equal_plan, make_plan, read
 from journeys import check_hidden, double_features, one_of_each_kind, says_equal_layers, wanting
 from tiny import batches, outputs, tiny, tiny_inputs
@@ -27,13 +27,12 @@ PARTS = ("clip", "bart", "t5", "whisper")
 
 
 def some_plans(model: nn.Module) -> list[Plan]:
-    """Return plans for each kind of site, each part of the model, and sites by themselves."""
+    """Return plans for each kind of site, each part of the model, and attention across."""
     found = make_plan(model)
     at = sites(model)
     groups = [{s.name for s in at if s.kind == kind} for kind in ("attn", "mlp")]
     groups += [{s.name for s in at if s.part.name == part} for part in {s.part.name for s in at}]
     groups += [{s.name for s in at if "cross" in s.name}]
-    groups += [{s.name} for s in at if s.kind == "attn"]
     distinct = {frozenset(group) for group in groups if group}
     return [
         found,
@@ -117,7 +116,7 @@ def test_equal_layers_are_said_by_the_stock_config(name: str) -> None:
 
 @pytest.mark.parametrize("name", one_of_each_kind(ENCODERS))
 def test_a_job_of_unequal_layers(name: str, tmp_path: Path) -> None:
-    model = check_job(name, tmp_path)
+    model = check_job(name, tmp_path, allocation="global", criterion="wifv")
     assert read(tmp_path / "one")["liar"]["layers"] == "unequal"
     assert model.config.liar["history"]
 
@@ -213,7 +212,7 @@ def test_hidden_features_of_a_tower_that_others_repeat_are_given_back(
     torch.testing.assert_close(after[put_out], before[put_out], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*NARROWED, "xlm-roberta"])
+@some("name", [*NARROWED, "xlm-roberta"], "nomic_bert", "clip_text_model", "dinov2", "albert")
 def test_jobs_with_a_smaller_hidden_size(name: str, tmp_path: Path) -> None:
     model = check_job(name, tmp_path, keep_hidden=0.7)
     assert sites(model)[0].d_out < tiny(name).config.hidden_size

@@ -125,21 +125,15 @@ def run_with_kernel(kernel, *arguments):
     )
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        pytest.param(kernel, marks=() if kernel == "avx2" else pytest.mark.exhaustive)
-        for kernel in ops.build_info()["cpu_kernels"].split(", ")
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kernel", ops.build_info()["cpu_kernels"].split(", "))
 def test_every_kernel_path_of_this_machine(kernel):
     """The numerical tests once more, on each instruction set that the CPU has."""
     if kernel == ops.build_info()["cpu_kernel"]:
         pytest.skip("the path that all other tests take")
     names = ("ops_gram", "ops_obs_curve", "ops_reconstruct", "limits")
     numerical = [str(CHILD / f"test_{name}.py") for name in names]
-    chosen = ["-m", "not exhaustive" if kernel == "avx2" else "", "-p", "no:cacheprovider"]
-    result = run_with_kernel(kernel, "-m", "pytest", *chosen, *numerical)
+    result = run_with_kernel(kernel, "-m", "pytest", "-p", "no:cacheprovider", *numerical)
     assert result.returncode == 0, result.stdout[-3000:]
 
 

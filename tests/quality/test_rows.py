@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from covers import some
 from tiny import VOCAB, tiny
 
 from bench.quality import models, peers, texts
@@ -77,7 +78,7 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@some("name", ["llama", "opt"], "opt")
 def test_methods_that_share_give_what_they_give_alone(name, monkeypatch):
     """Nothing is shared that a method would compute otherwise."""
     dense, calls = tiny(name), []

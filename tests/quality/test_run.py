@@ -65,6 +65,7 @@ def rows_of(out: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_goes_on_and_gives_the_same_rows(arguments, tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start(arguments, killed)
