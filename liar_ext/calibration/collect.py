@@ -132,12 +132,13 @@ def collect(
     def facts_so_far() -> dict[str, object]:
         return facts | seen.facts(*_counted(tokens, current.routed))
 
+    # Before the hooks: the model may write the last batches when their number is asked for.
+    bar = Bar(batches, desc=title, disable=not progress)
     with evaluating(model), summing(model, taps, ends) as (moments, current):
         done = 0 if saved is None else saved.restore(moments, facts)
         if done and distributed.is_first():
             tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
         spare(title, done)
-        bar = Bar(batches, desc=title, disable=not progress)
         for index, batch in enumerate(read_batches(bar)):
             if batch.mask is not None and not batch.mask.any():
                 raise InputError(f"calibrate: batch {index} holds only padding; leave it out")

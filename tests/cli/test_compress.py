@@ -36,7 +36,7 @@ def test_it_gives_the_folder_of_the_command(llama_folder, corpus, tmp_path, capf
 
 def test_it_repeats_a_recipe_block_by_block(llama_folder, corpus, tmp_path):
     recipe = Recipe(calibration=(str(corpus[0]),), samples=8, seq_len=16, schedule="one-pass")
-    report = compress(llama_folder, recipe=recipe, max_memory="1GiB", out=tmp_path / "out")
+    report = compress(llama_folder, recipe=recipe, max_memory="8GiB", out=tmp_path / "out")
     assert report.recipe.samples == 8 and (tmp_path / "out/model.safetensors").exists()
     with pytest.raises(InputError, match="exists"):
         compress(llama_folder, recipe=recipe, out=tmp_path / "out")

@@ -377,11 +377,11 @@ def test_nothing_beside_a_gguf_file_is_read(tokenizer, tmp_path, monkeypatch):
     assert found("ab").input_ids and model.config.name_or_path == str(tmp_path)
 
 
-def test_a_model_without_tokenizer_is_refused(corpus, tmp_path, capsys):
+def test_a_vision_model_is_given_no_text(corpus, tmp_path, capsys):
     tiny("vit").save_pretrained(tmp_path / "vit")
     out = tmp_path / "out"
     assert run("prune", tmp_path / "vit", "--calibration", corpus[0], "--out", out) == 2
-    assert "has no tokenizer" in capsys.readouterr().err
+    assert "holds no images" in capsys.readouterr().err
 
 
 def test_json_is_one_object_and_nothing_else(llama_folder, corpus, tmp_path, capsys):

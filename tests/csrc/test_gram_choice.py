@@ -161,8 +161,8 @@ def test_the_kernels_pass_the_check_and_are_named(tmp_path):
         exact = (x.double().mT @ x.double()).tril()
         print(bool((sums[0] - exact).abs().max() < 1e-5), sums[2].tolist())
         print(ops.build_info()["gram"])
-        from liar_ext.cli import doctor
-        print(*doctor.lines(doctor.facts()), sep="\\n")
+        from liar_ext.cli import info
+        print(*info.lines(info.facts()), sep="\\n")
         """,
         tmp_path,
     )
