@@ -256,13 +256,27 @@ SHOWN = {
 
 
 def write_docs(rows: list[dict], folder: Path) -> None:
-    """Write the tables of docs/quality.md: models that were calibrated on STS-B, seed 0."""
+    """Write the tables of docs/quality.md: models that were calibrated on either text, seed 0."""
+    cost = []
+    tables = {
+        "encoders": _quality(rows, "STS-B", cost),
+        "encoders_news": _quality(rows, "news", []),
+        "encoder_cost": cost,
+    }
+    for name, table in tables.items():
+        path = folder / f"{name}.json"
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps(facts | {"rows": table}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _quality(rows: list[dict], calibration: str, cost: list[list[str]]) -> list[list[str]]:
+    """Return what is kept of the dense score, by task, encoder and fraction; add to the costs."""
     cells: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        if (row["judge"], row["calibration"], row["seed"]) == ("test", "STS-B", 0):
+        if (row["judge"], row["calibration"], row["seed"]) == ("test", calibration, 0):
             at = row["task"].partition(",")[0], row["encoder"], str(row["asked"])
             cells.setdefault(at, {})[row["method"]] = row
-    quality, cost = [], []
+    quality = []
     for at, found in sorted(
         cells.items(), key=lambda cell: (cell[0][0] != "STS-B", cell[0][1], -float(cell[0][2]))
     ):
@@ -273,10 +287,7 @@ def write_docs(rows: list[dict], folder: Path) -> None:
             one, auto = found["one-pass"]["seconds"], found["auto"]["seconds"]
             both = " / ".join(f"{value:.4f}" for value in found["auto"]["schedules"].values())
             cost.append([*at[1:], f"{one:.0f}", f"{auto:.0f}", f"{auto / one:.2f}", both])
-    for name, table in (("encoders", quality), ("encoder_cost", cost)):
-        path = folder / f"{name}.json"
-        facts = json.loads(path.read_text())
-        path.write_text(json.dumps(facts | {"rows": table}, indent=1, ensure_ascii=False) + "\n")
+    return quality
 
 
 def _shown(row: dict) -> str:
