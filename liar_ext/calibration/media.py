@@ -48,6 +48,9 @@ class Item:
         if isinstance(self.content, bytes):
             return self.content
         try:
+            # A pipe waits for a writer, and a device never ends.
+            if self.content.exists() and not self.content.is_file():
+                raise InputError(f"data: {self.place} is no ordinary file; take it out")
             return self.content.read_bytes()
         except OSError as error:
             raise InputError(f"data: can't read {self.place}: {error.strerror}") from error

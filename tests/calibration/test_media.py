@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from transformers import ViTImageProcessorPil, WhisperFeatureExtractor
 
 from liar_ext import InputError
 from liar_ext.calibration.documents import check_apart, text_digest
-from liar_ext.calibration.media import AUDIO, IMAGES, decode_audio, decode_image, read_files
+from liar_ext.calibration.media import AUDIO, IMAGES, Item, decode_audio, decode_image, read_files
 from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
 
 RATE = 16_000
@@ -120,6 +122,12 @@ def test_what_is_wrong_with_files(tmp_path):
     (tmp_path / "empty/a.txt").write_text("text")
     with pytest.raises(InputError, match=r"holds no images, .* end in .png"):
         read_files(tmp_path / "empty", IMAGES)
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes/a.wav")  # whose reader would wait for a writer
+    with pytest.raises(InputError, match="a.wav is no ordinary file"):
+        read_files(tmp_path / "pipes", AUDIO)
+    with pytest.raises(InputError, match="no ordinary file"):
+        Item("row 0", Path("/dev/zero")).read()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing else")
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     soundfile.write(tmp_path / "silent.flac", np.zeros(0), RATE)
