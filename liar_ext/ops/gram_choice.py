@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,15 +85,22 @@ class Chooser:
     ) -> None:
         self.backends = backends or existing
         self.path = path
+        self.there: dict[torch.device, Mapping[str, Update]] = {}
         self.chosen: dict[Kind, str] = {}
         self.seconds: dict[Kind, dict[str, float]] = {}
         self.wrong: dict[tuple[Kind, str], str] = {}  # why, or nothing where it is right
+
+    def on(self, device: torch.device) -> Mapping[str, Update]:
+        """Return the backends of a device, which are looked for once."""
+        if device not in self.there:
+            self.there[device] = self.backends(device)
+        return self.there[device]
 
     def choose(self, kind: Kind) -> str:
         """Return the name of the backend for a kind of call, found once."""
         if kind in self.chosen:
             return self.chosen[kind]
-        found = self.backends(kind.device)
+        found = self.on(kind.device)
         forced = os.environ.get("LIAR_GRAM")
         if forced:
             if forced not in found:
@@ -118,7 +124,7 @@ class Chooser:
         """Tell whether a backend passes the check, and say so loudly where it does not."""
         key = kind.small(), name
         if key not in self.wrong:
-            self.wrong[key] = fault(self.backends(kind.device)[name], kind)
+            self.wrong[key] = fault(self.on(kind.device)[name], kind)
             if self.wrong[key]:
                 warnings.warn(
                     f"liar_ext: the {name} backend of gram_update_ is left out on {kind.device} "
@@ -166,10 +172,11 @@ def gram_update_(
 ) -> None:
     """Update by the backend that was chosen for calls of this kind."""
     arguments = gram, total, count, x, y, weight
-    if chooser.choose(Kind.of(gram, x, y, weight)) != "csrc":
+    name = chooser.choose(Kind.of(gram, x, y, weight))
+    if name != "csrc":
         checks.check_gram_update(*arguments)  # as its launcher does
     with torch.no_grad():
-        chooser.backends(x.device)[chooser.choose(Kind.of(gram, x, y, weight))](*arguments)
+        chooser.on(x.device)[name](*arguments)
 
 
 def existing(device: torch.device) -> dict[str, Update]:
@@ -289,13 +296,14 @@ def _read(path: Path | None) -> dict:
 
 def _write(path: Path | None, key: str, times: Mapping[str, float]) -> None:
     """Note a measurement; where that can't be done the next process measures again."""
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, RuntimeError, ImportError):
+        from liar_ext.atomic_write import atomic_write  # which Windows has not what it needs for
+
         path = path or cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**_read(path), key: times}, indent=1)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        with atomic_write(path) as file:
+            file.write(text.encode())
 
 
 chooser = Chooser()
