@@ -19,7 +19,7 @@ from liar_ext.errors import InputError, is_out_of_memory, one_line
 
 
 def _run_command(name: str, options: argparse.Namespace) -> int | None:
-    module, _, function = PLACES.get(name, f"{name}:run").partition(":")
+    module, function = PLACES[name].split(":")
     return getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
 
 
@@ -31,11 +31,8 @@ def _resume(options: argparse.Namespace) -> int | None:
     return code if isinstance(code, int) else 0
 
 
-NAMES = (
-    *("prune", "calibrate", "merge", "sweep", "eval", "verify", "bench", "report", "compare"),
-    *("compare-methods", "export", "families", "info", "doctor", "heal"),
-)
-PLACES = {  # module and function; others are `run` of the module of their name
+PLACES = {  # module and function
+    **{name: f"{name}:run" for name in ("prune", "calibrate", "sweep", "export", "info", "heal")},
     "bench": "evaluate:run_bench",
     "compare": "export:run_compare",
     "compare-methods": "sweep:run_compare_methods",
@@ -47,7 +44,7 @@ PLACES = {  # module and function; others are `run` of the module of their name
     "verify": "evaluate:run_verify",
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    **{name: partial(_run_command, name) for name in NAMES},
+    **{name: partial(_run_command, name) for name in PLACES},
     "resume": _resume,
 }
 

@@ -95,7 +95,7 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
         if id(old) not in taken:
             taken[id(old)] = old, _selected(old, dim, index)
         setattr(module, leaf, taken[id(old)][1])
-        _count_rows(module, len(order), new)
+        _count_rows(module, len(order))
     for module in model.modules():
         _renumber_module(module, rows, len(order), new)
     for config in _configs(model):
@@ -167,7 +167,7 @@ def _selected(old: Tensor, dim: int, index: Tensor) -> Tensor:
     return values
 
 
-def _count_rows(module: nn.Module, tokens: int, new: Mapping[int, int]) -> None:
+def _count_rows(module: nn.Module, tokens: int) -> None:
     """Let an embedding or a head say how many tokens it has."""
     if isinstance(module, nn.Embedding):
         module.num_embeddings = tokens
