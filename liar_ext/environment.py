@@ -12,6 +12,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from types import TracebackType
 
@@ -132,3 +134,24 @@ def _quietly_interrupted(
 if is_command(sys.argv, sys.orig_argv):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.excepthook = _quietly_interrupted
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Let transformers log errors alone; afterwards its verbosity is as it was."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a package, None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

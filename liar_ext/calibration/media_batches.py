@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.media import AUDIO, IMAGES, Files, Item, decode_audio, decode_image
+from liar_ext.environment import errors_alone
 from liar_ext.errors import InputError
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 
@@ -135,14 +136,8 @@ class Reader:
     @torch.no_grad()
     def write_down(self, features: Tensor) -> list[str]:
         """Return what the model hears, as text."""
-        from transformers.utils import logging
-
-        before = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of its own arguments
-        try:
+        with errors_alone():  # generate warns of its own arguments
             found = self.model.generate(features.to(device_of(self.model)))
-        finally:
-            logging.set_verbosity(before)
         return self.tokenizer.batch_decode(found, skip_special_tokens=True)
 
     def _decoder_inputs(self, said: Sequence[str]) -> dict[str, Tensor]:

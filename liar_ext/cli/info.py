@@ -6,7 +6,6 @@ import argparse
 import os
 import shutil
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from liar_ext import ops
 from liar_ext.cli.output import show
-from liar_ext.environment import available_memory
+from liar_ext.environment import available_memory, version_of
 from liar_ext.errors import one_line
 from liar_ext.models.registry import FAMILIES
 from liar_ext.report.report import versions
@@ -82,7 +81,7 @@ def facts() -> dict:
         "disk_free": {
             each: shutil.disk_usage(each).free for each in (os.getcwd(), tempfile.gettempdir())
         },
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "self_check": checked,
     }
     return {**found, "problems": problems(found)}
@@ -161,13 +160,6 @@ def lines(found: dict) -> list[str]:
 def _install(name: str) -> str:
     extra = PACKAGES[name]
     return f"missing: pip install '.[{extra}]'" if extra else f"missing: pip install {name}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _size(count: int) -> str:

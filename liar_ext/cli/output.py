@@ -15,6 +15,7 @@ import torch
 from liar_ext.checkpoint_store import difference
 from liar_ext.cli.messages import is_other, log
 from liar_ext.distributed import RankLost, broadcast, join, local_world_size, rank, world_size
+from liar_ext.environment import errors_alone
 from liar_ext.errors import InputError
 from liar_ext.report.report import Report
 from liar_ext.report.tables import BYTES
@@ -85,17 +86,10 @@ def quietened(options: argparse.Namespace) -> Iterator[None]:
     if not is_other():
         yield
         return
-    from transformers.utils import logging
-
     options.quiet, options.json, options.progress = True, False, False
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
+    with errors_alone(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def meet(options: argparse.Namespace) -> None:

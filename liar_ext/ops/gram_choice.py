@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from liar_ext.environment import version_of
 from liar_ext.errors import InputError, one_line
 from liar_ext.ops import checks, dispatch, reference
 
@@ -263,17 +264,8 @@ def seconds(update: Update, kind: Kind) -> float:
 def machine(device: torch.device) -> str:
     """Return what a measurement holds for: the card, and the libraries that were measured."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    triton = importlib.util.find_spec("triton") and _version("triton")
-    return f"{card}, torch {torch.__version__}, triton {triton}, liar_ext {_version('liar_ext')}"
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    triton = importlib.util.find_spec("triton") and version_of("triton")
+    return f"{card}, torch {torch.__version__}, triton {triton}, liar_ext {version_of('liar_ext')}"
 
 
 def cache_file() -> Path:
