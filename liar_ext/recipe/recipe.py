@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,8 @@ def yaml_lines(facts: Mapping[str, Any]) -> str:
     for name, value in facts.items():
         # Line ends other than \n would come back as spaces: they are escaped, with all that isn't
         # ASCII beside them.
-        words = "".join(value) if isinstance(value, list) else str(value)
+        parts = chain(*value.items()) if isinstance(value, Mapping) else value
+        words = "".join(parts) if isinstance(value, list | Mapping) else str(value)
         style = {"Dumper": _Dumper, "allow_unicode": words.isprintable(), "width": math.inf}
         if isinstance(value, list):
             lines.append(f"{name}: {yaml.dump(value, default_flow_style=True, **style)}")
