@@ -207,7 +207,7 @@ def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 Path = str | os.PathLike[str]
-OWN = ("text", "out", "recipe", "bank", "checkpoint", "max_memory", "overwrite", "progress")
+OWN = ("text", "out", "recipe", "bank", "checkpoint", "progress")
 INSTEAD = {
     "calibration": "give it as text",
     "dry_run": "liar prune --dry-run prints the plan",
@@ -223,8 +223,6 @@ def compress(
     recipe: Recipe | Path | None = None,
     bank: Path | None = None,
     checkpoint: Path | None = None,
-    max_memory: int | str | None = None,
-    overwrite: bool = False,
     progress: bool | OnProgress = False,
     **options: Unpack[CompressOptions],
 ) -> Report:
@@ -250,12 +248,12 @@ def compress(
         File of ``liar calibrate``.
     checkpoint : str or path, optional
         Folder for progress. After an interruption, resume with the same call.
+    progress : bool or callable
+        As for :func:`liar_ext.prune`.
     max_memory : int or str, optional
         Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
     overwrite : bool
         Replace a pruned model in ``out``.
-    progress : bool or callable
-        As for :func:`liar_ext.prune`.
     **options
         Fields of the recipe, ``preset`` and ``sites``.
 
@@ -276,6 +274,7 @@ def compress(
             f"compress: model must be a folder, a hub id or a GGUF file, got a {kind}; "
             "liar_ext.prune takes a loaded model"
         )
+    max_memory, overwrite = options.pop("max_memory", None), options.pop("overwrite", False)
     given = dict(options, model=os.fspath(model))
     if text is not None:
         texts = [text] if isinstance(text, str | os.PathLike) else text

@@ -1,32 +1,38 @@
-"""The schedule ``auto``: solve in one pass and layer by layer, and keep what measures better."""
+"""Solve a plan's sites by its schedule; ``auto`` solves by both, and keeps what measures better."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch
+from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
-from liar_ext.reconstruction.layerwise import reconstruct_layerwise
-from liar_ext.reconstruction.one_pass import reconstruct_shared
+from liar_ext.reconstruction.layerwise import Solved as Block
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
+from liar_ext.reconstruction.one_pass import certified_errors, reconstruct_shared
 from liar_ext.rows import SiteRow
 from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.sensitivity import pruned_site
 
+if TYPE_CHECKING:
+    from liar_ext.job.judging import Judge
+    from liar_ext.job.preparing import Job
+
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 # Of a calibration set with enough sequences every n-th is held out, up to so many.
 HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
-SCHEDULES = ("one-pass", "layerwise")  # the cheaper one first
-HOW = {"one-pass": "in one pass", "layerwise": "layer by layer"}
+# The cheaper one first.
+SCHEDULES = {"one-pass": "in one pass", "layerwise": "layer by layer"}
 JUDGED = 16  # sequences of documents of their own that the command draws, of 128 or more
 
 
@@ -62,55 +68,76 @@ def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     return parts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Solved:
-    """What became of a plan's sites, and in the end of the model."""
+    """The sites of a plan, solved as ``blocks`` are gone through, before they are sliced.
 
-    rows: Sequence[SiteRow]
+    A model in memory is one block, of index None.
+    """
+
+    blocks: Iterable[tuple[int | None, Weights, Mapping[str, SiteRow]]]
     schedule: str
     source: Mapping[str, int]  # of the text that was calibrated on
-    weights: Weights = field(default_factory=dict)  # until the model is sliced
-    facts: Mapping[str, object] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    plan: Plan | None = None  # of the dense model
-    dense: Mapping[str, float] | None = None  # on held-out text
-    pruned: Mapping[str, float] | None = None
-    certified: Mapping[str, float] | None = None  # on fresh text
+    facts: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def solve(job: Any, passes: Passes | None, plan: Plan, source: Mapping[str, int]) -> Solved:
-    """Solve the sites of a :class:`~liar_ext.job.preparing.Job`, by its schedule or the better one.
-
-    Where text is held out for it, both are measured; of equal ones the cheaper is kept. A walk
-    measures its errors on fresh text on its way. Without ``passes`` there is nothing to solve;
-    ``source`` is then of the text that was calibrated on.
-    """
-    schedule = job.recipe.schedule
+def reconstruct(job: Job, passes: Passes | None, plan: Plan, judge: Judge) -> Solved:
+    """Solve the sites of a plan; block by block what the judge has passes the blocks, too."""
+    recipe, walk = job.recipe, job.walk
     if passes is None:
-        return Solved([], schedule, source)
+        return Solved([(None, {}, {})], recipe.schedule, {})
+    if walk is None:
+        return solve(job, passes, plan)
+    facts = {"max_memory": job.limit}
+
+    def blocks() -> Iterator[Block]:
+        given, along = (plan, recipe.reconstruct, recipe.damp), [job.out.fixed, *judge.along]
+        if recipe.schedule == "layerwise":
+            yield from solve_layerwise(walk, *given, job.batches, job.certify_on or (), along)
+        else:
+            yield from passes.solve(*given, along)
+        facts["calibrate_passes"] = passes.taken
+        facts["hidden_states_on_disk"] = walk.states.most_on_disk
+
+    return Solved(job.clock.each("reconstruct", blocks()), recipe.schedule, passes.source, facts)
+
+
+def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
+    """Solve the sites of a model in memory by the job's schedule, or by both.
+
+    Where text is held out for it, both are measured; of equal ones the cheaper is kept. Errors on
+    fresh text are measured on a walk's way, and after one pass here.
+    """
+    schedule, notes, found = job.recipe.schedule, [], {}
     if job.judged is None:
         weights, rows = _solve(job, schedule, passes, plan)
-        facts = {"calibrate_passes": passes.taken}
-        return Solved(rows, schedule, passes.bank.source, weights, facts)
-    with job.clock("judge"):
-        judge = Divergence(job.model, job.judged)
-    at, found, best = job.sites(passes.model), {}, ()
-    for each in SCHEDULES:
-        solved = _solve(job, each, passes, plan)
+    else:
         with job.clock("judge"):
-            found[each] = divergence_of(judge, passes.model, at, plan, solved[0])
-        if not best or found[each] < found[schedule]:
-            schedule, best = each, solved
-    values = " and ".join(f"{value:.3g} {HOW[name]}" for name, value in found.items())
-    said = (
-        f"Layers were solved {HOW[schedule]}: on held-out text the whole pruned model diverges "
-        f"from the dense one by {values}."
-    )
-    facts = {"calibrate_passes": passes.taken, "schedules": found}
-    return Solved(best[1], schedule, passes.bank.source, best[0], facts, [said])
+            judge, at = Divergence(job.model, job.judged), job.sites(passes.model)
+        for each in SCHEDULES:
+            solved = _solve(job, each, passes, plan)
+            with job.clock("judge"):
+                found[each] = divergence_of(judge, passes.model, at, plan, solved[0])
+            if len(found) == 1 or found[each] < found[schedule]:
+                schedule, (weights, rows) = each, solved
+        values = " and ".join(f"{value:.3g} {SCHEDULES[name]}" for name, value in found.items())
+        notes = [
+            f"Layers were solved {SCHEDULES[schedule]}: on held-out text the whole pruned model "
+            f"diverges from the dense one by {values}."
+        ]
+    facts = {"calibrate_passes": passes.taken} | ({"schedules": found} if found else {})
+    source = passes.bank.source
+    if job.certify_on is not None and schedule == "one-pass":
+        with job.clock("certify"):
+            passes.bank = MomentBank()  # its memory is for the fresh sums
+            given = passes.model, job.certify_on, job.sites(passes.model), job.room
+            errors = certified_errors(Passes(*given, progress=job.progress), plan, weights)
+            rows = [replace(row, certified_error=errors[row.name]) for row in rows]
+    return Solved([(None, weights, {r.name: r for r in rows})], schedule, source, facts, notes)
 
 
-def _solve(job: Any, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
+def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
     """Return new weights by a schedule, and the rows of the report."""
     settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
     if schedule == "layerwise":
@@ -120,19 +147,14 @@ def _solve(job: Any, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights
     found = {}
     for group in job.clock.each("calibrate", passes.back()):
         with job.clock("reconstruct"):
-            found |= reconstruct_shared(
-                passes.model, passes.bank, plan, group, **settings
-            )  # a name for the bank would keep it while the next group's is summed
+            # A name for the bank would keep it while the next group's is summed.
+            found |= reconstruct_shared(passes.model, passes.bank, plan, group, **settings)
     return {name: found[name][0] for name in found}, [found[name][1] for name in plan.sites]
 
 
 @torch.no_grad()
 def divergence_of(
-    judge: Divergence,
-    model: nn.Module,
-    at: Iterable[Site],
-    plan: Plan,
-    weights: Weights,
+    judge: Divergence, model: nn.Module, at: Iterable[Site], plan: Plan, weights: Weights
 ) -> float:
     """Return how far a model is from the judge's dense one with all its sites pruned."""
     with ExitStack() as pruned:

@@ -186,7 +186,15 @@ def _small(value: Any) -> bool:
     return plain and all(isinstance(each, str | float | bool) for each in value)
 
 
-class PruneOptions(TypedDict, total=False):
+class TextOptions(TypedDict, total=False):
+    """Text that :func:`liar_ext.prune` takes beside the calibration set."""
+
+    evaluate_on: Sequence[Mapping[str, Any]] | None
+    certify_on: Sequence[Mapping[str, Any]] | None
+    judge_on: Sequence[Mapping[str, Any]] | None
+
+
+class JobOptions(TypedDict, total=False):
     """Fields of a recipe that :func:`liar_ext.prune` uses, ``preset`` and ``sites``.
 
     A test compares names and types with :class:`liar_ext.Recipe`.
@@ -217,9 +225,15 @@ class PruneOptions(TypedDict, total=False):
     rescale: bool
 
 
-class CompressOptions(PruneOptions, total=False):
-    """Fields of a recipe that :func:`liar_ext.compress` takes as keywords."""
+class PruneOptions(JobOptions, TextOptions, total=False):
+    """Keywords of :func:`liar_ext.prune` beside its parameters."""
 
+
+class CompressOptions(JobOptions, total=False):
+    """Keywords of :func:`liar_ext.compress` beside its parameters."""
+
+    max_memory: int | str | None
+    overwrite: bool
     dtype: str
     device: str
     samples: int

@@ -119,8 +119,9 @@ def run(model, recipe, monkeypatch):
     # Layers that all lose half: by curves all attention might stay, and be solved for nothing.
     at, budget = job.sites(model), job.recipe.budget
     plan = allocate(at, found.scores, budget, "uniform", model_type="llama")
-    outcome = step(solve, job, passes, plan, {})
-    return plan, seen, by_step, calls.calls, outcome.rows
+    outcome = step(solve, job, passes, plan)
+    ((_, _, rows),) = outcome.blocks
+    return plan, seen, by_step, calls.calls, list(rows.values())
 
 
 def features(plan, shape):
