@@ -15,18 +15,16 @@ from torch import nn
 from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.quietening import no_bars
-from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint_store import RESULT, Checkpoint
+from liar_ext.checkpoint.saving import check_folder
+from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.dry_run import describe
 from liar_ext.cli.fields import read_size
 from liar_ext.cli.inputs import (
     SKETCHED,
     Given,
     TextAndOwn,
-    add_facts,
     check_tokenizer,
     let_write,
     load,
@@ -35,14 +33,12 @@ from liar_ext.cli.inputs import (
 from liar_ext.cli.options import check_complete, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.choosing import sequences_to_judge
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
 from liar_ext.job.pruning import check_resumable
-from liar_ext.job.pruning import run as run_job
 from liar_ext.job.streamed import describe_streamed
 from liar_ext.models.running import predicts_next_token
 from liar_ext.progress import OnProgress, told
@@ -90,28 +86,30 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     loaded = time.perf_counter() - start
 
     def annotate(report: Report) -> None:
+        own = isinstance(given.calibration, TextAndOwn)
+        before = {"load": loaded, **({"write": given.calibration.seconds} if own else {})}
         # Those of saving are added where the report is written.
-        report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
+        report.seconds = {**before, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        add_facts(report, given)
+        given.add_to(report)
 
-    with checkpoint_of(recipe, options) as saved:
-        if store is not None:
-            known = {"evaluate_on": given.evaluation, "certify_on": given.certification}
-            known |= {"saved": saved, "limit": options.max_memory}
-            job = Job(store.model, given.calibration, settled, options.progress, **known)
-            out = {"overwrite": options.overwrite, "annotate": annotate}
-            report = prune_folder(store, job, options.out, **out)
-        else:
-            report = prune_given(given, settled, bank, saved, progress=options.progress)
-            if not is_first():
-                return report
-            annotate(report)
-            if saved is not None:
-                saved.put(RESULT, facts={"plan": report.plan.to_json()})
-            with writing(options.out, options.overwrite, checked=True) as path:
-                how = {"report": report, "tokenizer": given.tokenizer}
-                fill_folder(given.model, path, report.plan, **how, start=time.perf_counter())
+    with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
+        if bank is None:
+            let_write(given, settled, saved, progress=options.progress)
+        job = Job(
+            given.model,
+            given.calibration,
+            settled,
+            options.progress,
+            bank,
+            saved=saved,
+            judged=given.judging,
+            evaluate_on=given.evaluation,
+            certify_on=given.certification,
+            limit=options.max_memory or 0,
+        )
+        how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite, "annotate": annotate}
+        report = prune_folder(store, job, options.out, **how)
     if is_first():
         say(report, options, start)
     return report
@@ -165,27 +163,6 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> tuple[Given, Blo
     if writes(recipe, store.model):
         given.warnings.append(NONE_WRITTEN)
     return given, store, settled
-
-
-def prune_given(
-    given: Given,
-    recipe: Recipe,
-    bank: MomentBank | None = None,
-    saved: Checkpoint | None = None,
-    *,
-    progress: bool,
-) -> Report:
-    """Prune what was loaded."""
-    if bank is None:
-        let_write(given, recipe, saved, progress=progress)
-    texts = {"judged": given.judging, "evaluate_on": given.evaluation}
-    texts["certify_on"] = given.certification
-    job = Job(given.model, given.calibration, recipe, progress, bank, saved=saved, **texts)
-    with naming_memory("prune: out of memory"):
-        report = run_job(job)
-    if isinstance(given.calibration, TextAndOwn):
-        report.seconds = {"write": given.calibration.seconds, **report.seconds}
-    return report
 
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -14,10 +14,10 @@ from torch import nn
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.cli.inputs import add_facts, let_write, load, load_with_tokenizer
+from liar_ext.cli.calibrate import load_by_bank
+from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.output import show
-from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
 from liar_ext.job.choosing import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
         let_write(given, recipe, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
-        add_facts(report, given)
+        given.add_to(report)
         saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)

@@ -1,13 +1,16 @@
-"""Prune a folder of weights into another one, with one block in memory at a time."""
+"""Prune a model into a folder, if it must be with one block in memory at a time."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.checkpoint.block_source import BlockStore
@@ -23,24 +26,25 @@ from liar_ext.report.report import Report
 
 
 def prune_folder(
-    store: BlockStore,
+    store: BlockStore | None,
     job: Job,
     folder: str | os.PathLike[str],
     *,
+    tokenizer: Any = None,
     overwrite: bool = False,
     annotate: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Prune a model that is read block by block, and write it to a folder as it is solved.
+    """Prune a model and save it, as :func:`liar_ext.prune` and :func:`liar_ext.save_pruned` do.
 
-    The result is that of :func:`liar_ext.prune` and :func:`liar_ext.save_pruned`, but the model is
+    With a ``store`` the model is read block by block and written as it is solved, so that it is
     never whole in memory. Of several ranks each calls this alike; the first one writes the folder.
 
     Parameters
     ----------
-    store : BlockStore
-        The dense model.
+    store : BlockStore, optional
+        The dense model and its tokenizer, unless the job's model is in memory.
     job : Job
-        Of its model, within ``limit`` bytes for each process; see
+        Of its model; with a store within ``limit`` bytes for each process, see
         :func:`liar_ext.job.streamed.check_blocks` for what can't be asked.
     folder : path
         Where the pruned model goes; hidden states that don't fit into memory lie beside it.
@@ -54,52 +58,56 @@ def prune_folder(
     """
     if is_first():
         check_folder(folder, overwrite)
-    walk = Walk.of(store, job.recipe.attn_unit, job.saved, job.progress)
-    walk.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     with ExitStack() as stack:
-        stack.callback(store.close)
-        stack.callback(walk.states.close)
-        out = Folder(walk, lambda: stack.enter_context(writing(folder, overwrite, checked=True)))
-        report = run(replace(job, batches=list(read_batches(job.batches)), walk=walk, out=out))
+        out = Folder(lambda: stack.enter_context(writing(folder, overwrite, checked=True)))
+        if store is not None:
+            walk = Walk.of(store, job.recipe.attn_unit, job.saved, job.progress)
+            stack.callback(store.close)
+            stack.callback(walk.states.close)
+            parents = Path(folder).resolve().parents
+            walk.states.folder = next(path for path in parents if path.is_dir())
+            out.walk_along(walk)
+            batches, tokenizer = list(read_batches(job.batches)), store.tokenizer
+            job = replace(job, batches=batches, walk=walk, out=out)
+        report = run(job)
         if is_first():
             annotate(report)
             if job.saved is not None:
                 job.saved.put(RESULT, facts={"plan": report.plan.to_json()})
-            out.complete(report)
+            out.complete(job.model, report, tokenizer)
     return report
 
 
 class Folder:
-    """The folder of a pruned model: blocks are written as they are solved, by the first rank.
+    """The folder of a pruned model, written by the first rank; blocks go there as they are solved.
 
-    ``begin`` returns the path to write to; it is called when the first block is solved. ``fixed``
-    passes the blocks, too: the input that the folder is verified by.
+    ``begin`` returns the path to write to, when there is something. ``fixed`` passes the blocks,
+    too: the input that the folder is verified by.
     """
 
-    def __init__(self, walk: Walk, begin: Callable[[], Path]) -> None:
-        self.walk, self.begin, self.shards = walk, begin, None
+    def __init__(self, begin: Callable[[], Path]) -> None:
+        self.begin, self.walk, self.shards = begin, None, None
+
+    def walk_along(self, walk: Walk) -> None:
+        """Take the blocks of a walk."""
         dtype, inputs = walk.model.dtype, fixed_inputs(walk.model)
         given = {n: v.to(dtype) if v.is_floating_point() else v for n, v in inputs.items()}
-        self.fixed = StreamedBatches("fingerprint", walk, [read_batch(given)] * is_first())
+        fixed = [read_batch(given)] if is_first() else []
+        self.walk, self.fixed = walk, StreamedBatches("fingerprint", walk, fixed)
 
-    def add(self, index: int, size: int) -> None:
-        """Write a block, in shards of ``size`` bytes."""
+    def add(self, index: int | None, size: int) -> None:
+        """Write a block, or what lies outside of the blocks, in shards of ``size`` bytes."""
         if not is_first():
             return
         if self.shards is None:
             self.path = self.begin()
             self.shards = Shards(self.walk.model, self.path, size)
-        self.shards.add(self.walk.source.tensors(index))
+        with self.walk.source.head() if index is None else nullcontext():
+            self.shards.add(self.walk.source.tensors(index))
 
-    def add_rest(self) -> None:
-        """Write what lies outside of the blocks."""
-        if is_first():
-            with self.walk.source.head():
-                self.shards.add(self.walk.source.tensors())
-
-    def complete(self, report: Report) -> None:
+    def complete(self, model: nn.Module, report: Report, tokenizer: Any) -> None:
         """Write all else that a folder has."""
-        store = self.walk.source
-        given = {"report": report, "tokenizer": store.tokenizer, "shards": self.shards}
-        with self.fixed.answering():
-            fill_folder(store.model, self.path, report.plan, **given, start=time.perf_counter())
+        path = self.begin() if self.shards is None else self.path
+        with nullcontext() if self.walk is None else self.fixed.answering():
+            given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
+            fill_folder(model, path, report.plan, **given, start=time.perf_counter())

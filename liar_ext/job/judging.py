@@ -58,7 +58,8 @@ class StreamedJudge(Judge):
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.outputs, self.along = job, None, self._texts()
+        self.job, self.outputs = job, None
+        self.along = self._texts()
 
     def _texts(self) -> tuple[StreamedBatches, StreamedBatches]:
         job, here = self.job, is_first()

@@ -202,7 +202,7 @@ def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Pla
                 job.out.add(index, job.shares.shard)
     with job.clock("surgery"):
         if job.out is not None:
-            job.out.add_rest()
+            job.out.add(None, job.shares.shard)
         done = {"params": [job.params["before"], count_params(job.model)]}
         stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
     job.model.liar_plan = whole
