@@ -31,8 +31,7 @@ from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import sites
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.fields import DTYPES, recipe_fields
-from liar_ext.recipe.option import option_of
+from liar_ext.recipe.fields import DTYPES, option_of, recipe_fields
 
 UNCHECKED = (
     "The bank has no digests of its documents: nobody has looked whether the evaluation text "
@@ -59,7 +58,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> None:
     check_memory("calibrate", sum(bytes_of_sums(site.d_in) for site in at))
     packed = predicts_next_token(loaded.model)
     with checkpoint_of(recipe, options) as saved:
-        let_write(loaded, recipe, saved, progress=options.progress)
+        let_write(loaded, saved, progress=options.progress)
         how = {"keep_text": not options.no_text, "checkpoint": saved}
         bank = calibrate(loaded.model, loaded.calibration, at, **how, progress=options.progress)
         if options.sensitivities:
@@ -183,10 +182,9 @@ def save_bank(bank: MomentBank, path: str, command: str, overwrite: bool) -> Non
     bank.save(path, take)
 
 
-def load_by_bank(
-    path: str, recipe: Recipe, options: argparse.Namespace
-) -> tuple[Given, MomentBank, Recipe]:
-    """Return what a recipe names, the bank, and the recipe with what the bank says."""
+def load_by_bank(recipe: Recipe, options: argparse.Namespace) -> Given:
+    """Return what a recipe names, and the bank."""
+    path = options.bank
     header = read_bank(path, sums=False)
     recipe = recipe_of_bank(recipe, header.source, options)
     kind = kind_of(recipe.model)
@@ -213,8 +211,8 @@ def load_by_bank(
     (*_, last) = bank.source.get("calibrations") or [{"bos": ""}]
     facts |= {"seq_len": recipe.seq_len, "bos": last["bos"]}
     facts |= {"eval": recipe.eval} if recipe.eval else {}
-    given = Given(model, tokenizer, evaluation=evaluation, facts=facts, warnings=warnings)
-    return given, bank, recipe
+    text = {"evaluation": evaluation, "facts": facts, "warnings": warnings}
+    return Given(recipe, model, tokenizer, bank, **text)
 
 
 def recipe_of_bank(recipe: Recipe, source: dict[str, Any], options: argparse.Namespace) -> Recipe:

@@ -20,6 +20,8 @@ from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, se
 from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.calibration.media import read_files
 from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.output import check_device
@@ -50,8 +52,11 @@ Batches = Sequence[Mapping[str, Tensor]]
 class Given:
     """What a recipe names, loaded."""
 
+    recipe: Recipe  # with what the bank says, or without what can't be done block by block
     model: nn.Module
     tokenizer: Any
+    bank: MomentBank | None = None
+    store: BlockStore | None = None  # of a model that stays in its files
     calibration: Batches | None = None  # None: that of the bank
     evaluation: Batches | None = None
     certification: Batches | None = None
@@ -116,7 +121,7 @@ def load(
         reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
         asked = {"progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, reads, read, held_out, **asked)
-    return Given(model, tokenizer, **broadcast(drawn), vocabulary=vocabulary)
+    return Given(recipe, model, tokenizer, **broadcast(drawn), vocabulary=vocabulary)
 
 
 def check_unloaded(recipe: Recipe) -> None:
@@ -268,20 +273,15 @@ class TextAndOwn(Sequence):
 
 
 def let_write(
-    given: Given,
-    recipe: Recipe,
-    saved: Checkpoint | None = None,
-    *,
-    progress: bool = False,
-    sketch: bool = False,
+    given: Given, saved: Checkpoint | None = None, *, progress: bool = False, sketch: bool = False
 ) -> None:
     """Add the sequences that the model writes, if any, once the calibration set is gone through.
 
     The first rank writes, or takes what a checkpoint has, and hands it to the others. A ``sketch``
     has beginnings, again and again.
     """
-    model, length = given.model, recipe.seq_len
-    if not writes(recipe, model):
+    recipe, model, length = given.recipe, given.model, given.recipe.seq_len
+    if given.bank is not None or not writes(recipe, model):
         return
     rows = [
         row

@@ -55,9 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output, such as ``head``, has enough of it.
     """
     _open_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
-            stream.reconfigure(errors="replace")
     with silence_of_others():
         options = parse(arguments)
     wanted = getattr(options, "progress", None)  # None: a command that takes no time
@@ -154,6 +151,9 @@ def _open_streams() -> None:
                 continue
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
+        elif number:  # a terminal that can't show a name shows a "?"
+            with suppress(AttributeError):
+                getattr(sys, name).reconfigure(errors="replace")
 
 
 def _finish_output(command: str) -> None:

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     """Run the job that a recipe says, and for its output the options; None for a dry run."""
-    start, settled, bank, store = time.perf_counter(), recipe, None, None
+    start = time.perf_counter()
     sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
@@ -71,15 +71,14 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         check_resumable(recipe)
     check_apart(options)
     if options.max_memory is not None:
-        given, store, settled = load_blocks(recipe, options)
+        given = load_blocks(recipe, options)
     elif options.bank:
-        # As it was asked for; the bank says more.
-        given, bank, settled = load_by_bank(options.bank, recipe, options)
+        given = load_by_bank(recipe, options)
     else:
         asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
         given = load(recipe, progress=options.progress, **asked)
     if sketch:
-        lines = _sketched(given, settled, store, options)
+        lines = _sketched(given, options)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
@@ -94,14 +93,13 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         given.add_to(report)
 
     with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
-        if bank is None:
-            let_write(given, settled, saved, progress=options.progress)
+        let_write(given, saved, progress=options.progress)
         job = Job(
             given.model,
             given.calibration,
-            settled,
+            given.recipe,
             options.progress,
-            bank,
+            given.bank,
             saved=saved,
             judged=given.judging,
             evaluate_on=given.evaluation,
@@ -109,34 +107,33 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
             limit=options.max_memory or 0,
         )
         how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite, "annotate": annotate}
-        report = prune_folder(store, job, options.out, **how)
+        report = prune_folder(given.store, job, options.out, **how)
     if is_first():
         say(report, options, start)
     return report
 
 
-def _sketched(
-    given: Given, recipe: Recipe, store: BlockStore | None, options: argparse.Namespace
-) -> list[str]:
-    if store is not None:
-        known = {"walk": Walk.of(store), "limit": options.max_memory}
+def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
+    if given.store is not None:
+        known = {"walk": Walk.of(given.store), "limit": options.max_memory}
         known["certify_on"] = given.certification
-        return describe_streamed(prepare(Job(store.model, given.calibration, recipe, **known)))
+        job = Job(given.model, given.calibration, given.recipe, **known)
+        return describe_streamed(prepare(job))
     if not is_first():
         return []
     with alone():
-        let_write(given, recipe, sketch=True, progress=options.progress)
-        lines = describe(given.model, given.calibration, recipe, given.judging)
+        let_write(given, sketch=True, progress=options.progress)
+        lines = describe(given.model, given.calibration, given.recipe, given.judging)
     seconds = given.facts.get("writing", 0.0)
     if isinstance(given.calibration, TextAndOwn):
-        seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
+        seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
     if seconds:
         lines.append(f"text of its own: about {seconds:.0f} seconds to write")
     return lines
 
 
-def load_blocks(recipe: Recipe, options: argparse.Namespace) -> tuple[Given, BlockStore, Recipe]:
-    """Return what a recipe names, with a model that stays in its files, and how it is pruned."""
+def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
+    """Return what a recipe names, with a model that stays in its files."""
     for used, why in (
         (SELF in recipe.calibration, CALIBRATION_SELF),
         (recipe.keep_vocab != 1.0, "--keep-vocab cuts the embeddings of the whole model in memory"),
@@ -151,18 +148,17 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> tuple[Given, Blo
         check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 
-    settled = replace(recipe, self_text=0.0)
-    given = load(settled, loader=open_store, progress=options.progress)
-    (store,) = stores
-    if given.evaluation is not None and not predicts_next_token(store.model):
+    given = load(replace(recipe, self_text=0.0), loader=open_store, progress=options.progress)
+    (given.store,) = stores
+    if given.evaluation is not None and not predicts_next_token(given.model):
         raise InputError(
             "prune: --max-memory with --eval needs a causal language model, got "
-            f"{type(store.model).__name__}; leave --eval out, and judge the result by liar eval "
+            f"{type(given.model).__name__}; leave --eval out, and judge the result by liar eval "
             "DIR --text TEXT"
         )
-    if writes(recipe, store.model):
+    if writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
-    return given, store, settled
+    return given
 
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -20,7 +20,6 @@ from liar_ext.job.rescaling import rescale_batches
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget
-from liar_ext.progress import Stage
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
@@ -62,11 +61,7 @@ class Estimate:
     steps: int  # of its progress bar
 
 
-def stages_of(
-    job: Any,
-    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
-    rate: float = RATE,
-) -> dict[str, Estimate]:
+def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
     """Return the stages of a :class:`~liar_ext.job.preparing.Job` in order, by names of their bars.
 
     Empty if the batches can't be counted before they are run. Sites keep the budget's fraction.
@@ -98,9 +93,9 @@ def stages_of(
         share = (1 + 1 / len({site.path for site in at})) / 2
         return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))
 
-    if evaluate_on:
-        work = 2 * sum(map(tokens_of, evaluate_on)) * (body + head)
-        add("evaluate", 2 * len(evaluate_on), work)
+    if job.evaluate_on:
+        work = 2 * sum(map(tokens_of, job.evaluate_on)) * (body + head)
+        add("evaluate", 2 * len(job.evaluate_on), work)
     if job.narrows:
         hidden = hidden_of(model)
         kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
@@ -164,11 +159,6 @@ def by_blocks(stages: Mapping[str, Estimate], blocks: int, kept: bool) -> dict[s
     else:
         return {"calibrate": Estimate(first + seconds["calibrate"] + solves, size, 2 * blocks)}
     return {name: Estimate(each, size, blocks) for name, each in walks.items()}
-
-
-def bars_of(stages: Mapping[str, Estimate]) -> dict[str, Stage]:
-    """Return the stages as the progress line takes them."""
-    return {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
 
 
 def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:

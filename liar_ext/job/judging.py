@@ -9,6 +9,7 @@ from typing import Any
 from liar_ext.calibration.batches import Batch, read_batch, read_batches
 from liar_ext.distributed import alone, is_first
 from liar_ext.job.preparing import Job
+from liar_ext.measure.embeddings import Evaluator
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.selection.divergence import Divergence
@@ -20,7 +21,7 @@ class Judge:
     along: tuple[StreamedBatches, ...] = ()  # text that passes the blocks of a walk
 
     def __init__(self, job: Job) -> None:
-        self.job, self.outputs = job, None
+        self.job, self.outputs, self.evaluator = job, None, Evaluator()
         self.dense = self.quality()
 
     def quality(self) -> dict[str, float] | None:
@@ -29,7 +30,7 @@ class Judge:
         if job.evaluate_on is None or not is_first():
             return None
         with job.clock("evaluate"):
-            return job.evaluator(job.model, job.evaluate_on, progress=job.progress)
+            return self.evaluator(job.model, job.evaluate_on, progress=job.progress)
 
     def see_dense(self, passes: Any) -> None:
         """Note what the dense model gives on fresh text, before it is sliced."""

@@ -25,7 +25,6 @@ from liar_ext.job.choosing import hold_out
 from liar_ext.job.scoring import Known, check_bank, runs_over_text
 from liar_ext.job.speed import Speed
 from liar_ext.job.streamed import Shares, check_blocks, share_out
-from liar_ext.measure.embeddings import Evaluator
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.plan import KINDS
@@ -67,7 +66,6 @@ class Job:
     limit: int = 0  # bytes that the process may take, with a walk
     out: Folder | None = None  # where the blocks go, with a walk
     clock: Clock = field(default_factory=Clock)
-    evaluator: Evaluator = field(default_factory=Evaluator)
     # Found by prepare().
     asked: Recipe | None = None  # the recipe before it was resolved
     notes: Sequence[str] = ()  # what to know of how the job is done

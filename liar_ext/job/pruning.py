@@ -20,14 +20,14 @@ from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.choosing import Solved, reconstruct
-from liar_ext.job.estimate import bars_of, by_blocks, stages_of
+from liar_ext.job.estimate import by_blocks, stages_of
 from liar_ext.job.judging import Judge, StreamedJudge
 from liar_ext.job.preparing import Job, prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
-from liar_ext.progress import OnProgress, Timeline, told
+from liar_ext.progress import OnProgress, Stage, Timeline, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
@@ -82,9 +82,7 @@ def prune(
         where the bank has the sensitivities that the recipe asks for, those aren't measured.
     checkpoint : path, optional
         A folder to keep what is done in, and to go on from where it has something of this very
-        job: sums over the first batches, divergences that sensitivities are made of, the plan,
-        and layerwise the blocks that are done. The result has the same bits. The folder stays
-        when all is done. Of several ranks the first one alone works in it, and any number of them
+        job. The result has the same bits. The folder stays when all is done. Any number of ranks
         can go on from it.
     progress : bool or callable
         Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
@@ -95,12 +93,12 @@ def prune(
         pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
     certify_on : sequence of mapping, optional
         Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
-        decision sees them; the report then has errors on them: of each site's new weights, on the
-        input and for the target that they were solved for, and the divergence of the whole model.
+        decision sees them; the report then has errors on them, of each site's new weights and of
+        the whole model.
     judge_on : sequence of mapping, optional
         Batches of the calibration set's kind, that ``batches`` lacks. They decide
-        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the whole model
-        is kept that diverges less from the dense one on them. By default every eighth sequence of
+        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the model is kept
+        that diverges less from the dense one on them. By default every eighth sequence of
         ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
         ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
     **choices
@@ -120,16 +118,11 @@ def prune(
     InputError
         If a choice, the model, the data or the budget cannot be used; the model is then as it was.
 
-    Warns
-    -----
-    UserWarning
-        For each of ``report.warnings``.
-
     Notes
     -----
-    Processes that have met by :func:`liar_ext.distributed.join` share the work: each calls this
-    with the same model, text and choices, and has the same pruned model then. The first one alone
-    evaluates, and has that in its report.
+    Each of ``report.warnings`` is a UserWarning, too. Processes that have met by
+    :func:`liar_ext.distributed.join` share the work: each calls this with the same model, text and
+    choices, and has the same pruned model then. The first one alone evaluates.
 
     ``preset="flap"`` is FLAP: ``criterion="wifv", allocation="global", reconstruct="bias",
     tile=1``; ``preset="wanda-sp"`` is Wanda-sp's score and ratios, ``criterion="wanda",
@@ -175,11 +168,12 @@ def check_resumable(recipe: Recipe) -> None:
 
 
 def _timeline(job: Job) -> Timeline:
-    stages = stages_of(job, job.evaluate_on) if job.progress else {}
+    stages = stages_of(job) if job.progress else {}
     if job.walk is not None:
         job.walk.states.memory = job.shares.states
         stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
-    return Timeline("prune", bars_of(stages))
+    shown = {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
+    return Timeline("prune", shown)
 
 
 def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Plan, list[SiteRow]]:

@@ -176,8 +176,8 @@ def sweep(
             print(point.recipe.keep, point.predicted_divergence, point.params)
 
     Of ``keep=0.8``, and where ``allocation`` is not ``curve``, each result is what
-    :func:`liar_ext.prune` gives by ``point.recipe``, weights and all. For other budgets ``prune``
-    measures sensitivities at the budget's own fraction, and its plan may be slightly different.
+    :func:`liar_ext.prune` gives by ``point.recipe``. For other budgets ``prune`` measures
+    sensitivities at the budget's own fraction, and its plan may be slightly different.
 
     Parameters
     ----------
