@@ -30,41 +30,22 @@ from liar_ext.report.report import Report
 from liar_ext.report.tables import MEASURES
 from liar_ext.selection.costs import total_cost
 
-# At this fraction of each site sensitivities are measured for all budgets of a sweep: that of the
-# default budget, which doesn't depend on what other budgets are asked for.
+# At this fraction of each site, the default budget's, sensitivities are measured for all budgets.
 PROBE_KEEP = 0.8
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 @dataclass
 class Point:
-    """What one budget of a sweep gives.
+    """What one budget of a sweep gives."""
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Every choice, to be repeated by :func:`liar_ext.prune`.
-    plan : Plan
-        What stays.
-    predicted_divergence : float or None
-        From the dense model, nats per token, for allocation ``curve``.
-    params : int
-        Parameters of the pruned model.
-    flops : float
-        Fraction of the dense model's operations over ``recipe.seq_len`` tokens.
-    seconds : float
-        That it took beyond what other budgets share.
-    report : Report or None
-        Of the pruned model, where there is one.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # every choice, to be repeated by prune()
     plan: Plan
-    predicted_divergence: float | None
-    params: int
-    flops: float
-    seconds: float
-    report: Report | None = None
+    predicted_divergence: float | None  # nats per token, for allocation curve
+    params: int  # of the pruned model
+    flops: float  # fraction of the dense model's operations over recipe.seq_len tokens
+    seconds: float  # beyond what other budgets share
+    report: Report | None = None  # of the pruned model, where there is one
 
     def quality(self, of: str = "pruned") -> dict[str, float]:
         """Return what was measured of the model, ``pruned`` or ``dense``; empty without text."""

@@ -200,6 +200,8 @@ def _check_names(choices: Mapping[str, Any]) -> None:
 
 
 MOST_BYTES = 1 << 20  # of a file: a recipe takes one or two thousand
+# The others: of dates and numbers that YAML promises and Python can't hold.
+NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, AttributeError, KeyError, TypeError)
 # YAML 1.1 takes 1e-3 for text, since it lacks a point.
 FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
@@ -252,16 +254,21 @@ def from_yaml(written: str) -> Any:
         return yaml.load(written, Loader=_Loader)  # noqa: S506  (a safe loader)
     except InputError:
         raise
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:
+        # The others: dates and numbers that YAML promises and Python can't hold.
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         raise InputError(f"recipe: not YAML{at}: {problem[:120]}") from error
-    except RecursionError as error:
-        raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
-    except (ValueError, OverflowError, AttributeError, KeyError, TypeError) as error:
-        # Dates and numbers that YAML promises and Python can't hold.
-        raise InputError(f"recipe: not YAML: {str(error)[:120]}") from error
 
 
 def from_json(written: str) -> Any:
