@@ -28,7 +28,7 @@ from liar_ext.cli.output import check_device
 from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import LEAST
+from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report

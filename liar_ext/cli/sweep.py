@@ -19,7 +19,7 @@ from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import sequences_to_judge
+from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.recipe import Recipe

@@ -21,8 +21,8 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import hold_out
 from liar_ext.job.scoring import Known, check_bank, runs_over_text
+from liar_ext.job.solving import hold_out
 from liar_ext.job.speed import Speed
 from liar_ext.job.streamed import Shares, check_blocks, share_out
 from liar_ext.models.residual_stream import hidden_of

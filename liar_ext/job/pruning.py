@@ -19,11 +19,10 @@ from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
-from liar_ext.job.choosing import Solved, reconstruct
 from liar_ext.job.estimate import by_blocks, stages_of
-from liar_ext.job.judging import Judge, StreamedJudge
 from liar_ext.job.preparing import Job, prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
+from liar_ext.job.solving import Judge, Solved, StreamedJudge, reconstruct
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan

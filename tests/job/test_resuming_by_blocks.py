@@ -14,8 +14,8 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.job import analysis
 from liar_ext.job.folder import prune_folder
-from liar_ext.job.judging import StreamedJudge
 from liar_ext.job.preparing import Job
+from liar_ext.job.solving import StreamedJudge
 from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver

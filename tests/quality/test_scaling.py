@@ -19,8 +19,8 @@ from bench.scaling.shapes import SHAPES, Settings, Shape
 from liar_ext import Recipe, ops
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.job.analysis import analyze, narrowed, passes_of
-from liar_ext.job.choosing import solve
 from liar_ext.job.preparing import Job, prepare
+from liar_ext.job.solving import solve
 from liar_ext.selection.allocation import allocate
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
