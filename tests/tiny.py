@@ -161,3 +161,10 @@ def outputs(model: PreTrainedModel, inputs: dict | None = None) -> Tensor:
     if "text_embeds" in result:
         return torch.cat([result["image_embeds"], result["text_embeds"]])
     return result["logits"] if "logits" in result else result["last_hidden_state"]
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Tell whether two models have the same parameters and buffers, bit for bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    equal = (torch.equal(value, theirs[name]) for name, value in ours.items())
+    return ours.keys() == theirs.keys() and all(equal)

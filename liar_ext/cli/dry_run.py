@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.calibration.batches import read_batch
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.job.estimate import GIB, in_gib, stages_of, tokens_of, work_of_token
+from liar_ext.cli.inputs import SKETCHED, Batches, Given, TextAndOwn, let_write
+from liar_ext.distributed import alone, is_first
+from liar_ext.job.estimate import (
+    GIB,
+    bytes_of_states,
+    in_gib,
+    stages_of,
+    tokens_of,
+    work_of_token,
+)
 from liar_ext.job.preparing import Job, prepare
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import device_of, evaluating
-from liar_ext.models.sites import Site, skeleton, teams_of
+from liar_ext.models.sites import Site, sites, skeleton, teams_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.tables import Table, latency_lines, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 
-Batches = Sequence[Mapping[str, Tensor]]
 PLAIN = "loads with plain"
+
+
+def sketched(given: Given, options: argparse.Namespace) -> list[str]:
+    """Return lines on what a command would do with what it has loaded, at the first rank."""
+    if given.store is not None:
+        known = {"walk": Walk.of(given.store), "limit": options.max_memory}
+        known["certify_on"] = given.certification
+        job = Job(given.model, given.calibration, given.recipe, **known)
+        return describe_streamed(prepare(job))
+    if not is_first():
+        return []
+    with alone():
+        let_write(given, sketch=True, progress=options.progress)
+        lines = describe(given.model, given.calibration, given.recipe, given.judging)
+    seconds = given.facts.get("writing", 0.0)
+    if isinstance(given.calibration, TextAndOwn):
+        seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
+    if seconds:
+        lines.append(f"text of its own: about {seconds:.0f} seconds to write")
+    return lines
 
 
 def describe(
@@ -52,6 +82,26 @@ def describe(
         *(f"latency: {line}" for line in speed),
         *_costs(job, at),
         _loading(model, equal, recipe, at),
+    ]
+
+
+def describe_streamed(job: Job) -> list[str]:
+    """Return lines on what a prepared job would take, with one block in memory at a time."""
+    store, shares, layerwise = job.walk.source, job.shares, job.recipe.schedule == "layerwise"
+    tokens = sum(map(tokens_of, job.batches))
+    held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
+    beyond, need = max(0, held - shares.states), sum(shares.need.values())
+    again = "" if shares.keep_sums or layerwise else ", twice"
+    return [
+        f"{type(job.model).__name__}: {job.params['before']:,} parameters, "
+        f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
+        f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
+        "reading ahead",
+        f"memory: {need / GIB:.3g} of {job.limit / GIB:.3g} GiB without hidden states "
+        f"(GiB: {in_gib(shares.need)})",
+        f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
+        "in the output folder",
+        f"weights: read twice and written once; calibration text summed{again}",
     ]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +22,7 @@ from liar_ext.checkpoint.weights import SHARD_BYTES
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
-from liar_ext.job.estimate import (
-    GIB,
-    bytes_by_blocks,
-    bytes_of_states,
-    in_gib,
-    room_for_states,
-    tokens_of,
-)
+from liar_ext.job.estimate import bytes_by_blocks, room_for_states
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.plan import Budget, Plan
@@ -108,26 +100,6 @@ def share_out(
     if keep_sums is None:
         keep_sums = all(gather(recipe.schedule == "one-pass" and sums <= left // 2))
     return Shares(need, shard, max(0, left - (sums if keep_sums else 0)), keep_sums)
-
-
-def describe_streamed(job: Any) -> list[str]:
-    """Return lines on what a prepared :class:`~liar_ext.job.preparing.Job` would take."""
-    store, shares, layerwise = job.walk.source, job.shares, job.recipe.schedule == "layerwise"
-    tokens = sum(map(tokens_of, job.batches))
-    held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
-    beyond, need = max(0, held - shares.states), sum(shares.need.values())
-    again = "" if shares.keep_sums or layerwise else ", twice"
-    return [
-        f"{type(job.model).__name__}: {job.params['before']:,} parameters, "
-        f"{store.total_bytes / GIB:.3g} GiB in {len(store)} blocks of at most "
-        f"{store.block_bytes / GIB:.3g} GiB, read {'with' if store.prefetch else 'without'} "
-        "reading ahead",
-        f"memory: {need / GIB:.3g} of {job.limit / GIB:.3g} GiB without hidden states "
-        f"(GiB: {in_gib(shares.need)})",
-        f"hidden states: {held / GIB:.3g} GiB, of which {beyond / GIB:.3g} GiB lie "
-        "in the output folder",
-        f"weights: read twice and written once; calibration text summed{again}",
-    ]
 
 
 ALONG = "judged"  # the key of text that has passed the dense model

@@ -9,10 +9,11 @@ from argparse import Namespace
 
 import pytest
 import torch
+from command import refused, run
 from safetensors.torch import load_file
 from tiny import tiny
 
-from liar_ext import InputError, MomentBank, Recipe, cli
+from liar_ext import InputError, MomentBank, Recipe
 from liar_ext.calibration import collect
 from liar_ext.checkpoint import loading
 from liar_ext.checkpoint_store import VERSION, Checkpoint
@@ -20,18 +21,6 @@ from liar_ext.cli import resume
 from liar_ext.cli.calibrate import recipe_of_bank
 
 TEXT = ("--samples", 8, "--seq-len", 32, "--self-text", 0, "--random-tokens", 0)
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    said = capsys.readouterr().err.replace("\nhint: ", "; ")
-    assert said.startswith("error: ") and said.count("\n") == 1
-    return said
 
 
 @pytest.fixture(scope="module")

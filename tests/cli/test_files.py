@@ -8,20 +8,17 @@ import shutil
 import pytest
 import torch
 from calibration.test_media import extractor, write_pictures, write_recordings
+from command import run
 from tiny import tiny
 from transformers import ViTImageProcessorPil, WhisperFeatureExtractor
 
-from liar_ext import cli, encoder_similarity, prune
+from liar_ext import encoder_similarity, prune
 from liar_ext.calibration.media import AUDIO, IMAGES, decode_image, read_files
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.measure.word_errors import word_errors
 
 QUICK = ("--samples", 8, "--keep", 0.5, "--schedule", "one-pass")
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def said(capsys, *arguments) -> dict:

@@ -8,17 +8,14 @@ import shutil
 
 import pytest
 import torch
+from command import run
 from tiny import tiny
 from transformers import BertModel
 
-from liar_ext import cli, encoder_similarity
+from liar_ext import encoder_similarity
 from liar_ext.calibration.texts import evaluation_sequences, read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import evaluate
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def sentence(generator: random.Random) -> str:

@@ -12,10 +12,11 @@ from time import sleep
 import huggingface_hub
 import pytest
 import torch
+from command import run
 from tiny import outputs, tiny
 from transformers.utils.logging import enable_progress_bar, is_progress_bar_enabled
 
-from liar_ext import InputError, cli, load_pruned, verify_pruned
+from liar_ext import InputError, load_pruned, verify_pruned
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.cli.main import COMMANDS
@@ -34,10 +35,6 @@ def pruned(llama_folder, corpus, tmp_path_factory):
         command += ["--out", out, "--keep", 0.7, "--samples", 16, "--seq-len", 32]
         assert run(*command) == 0, warned.getvalue()
     return out, printed.getvalue(), warned.getvalue()
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def test_a_reader_that_has_enough_is_no_error(monkeypatch, capfd):

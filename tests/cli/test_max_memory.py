@@ -6,12 +6,9 @@ import json
 
 import pytest
 import torch
+from command import run
 
-from liar_ext import cli, load_pruned, verify_pruned
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
+from liar_ext import load_pruned, verify_pruned
 
 
 @pytest.fixture(scope="module")

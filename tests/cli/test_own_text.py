@@ -7,20 +7,17 @@ import shutil
 
 import pytest
 import torch
+from command import run
 from safetensors.torch import load_file
 from tiny import tiny
 
-from liar_ext import MomentBank, cli
+from liar_ext import MomentBank
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.cli import inputs
 from liar_ext.cli.inputs import ONE_KIND
 from liar_ext.cli.prune import NONE_WRITTEN
 
 SIZES = ["--samples", 8, "--seq-len", 16, "--keep", 0.7]
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
 
 
 def settings_of(folder) -> dict:

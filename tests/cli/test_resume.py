@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import refused, run
 from stopping import stop_at
 
-from liar_ext import cli, load_pruned
+from liar_ext import load_pruned
 from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
@@ -21,15 +22,6 @@ from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
 SIZES = ["--samples", 8, "--seq-len", 32, "--batch-size", 1, "--keep", 0.7, "--certify", 4]
-
-
-def run(*arguments) -> int:
-    return cli.main([str(argument) for argument in arguments])
-
-
-def refused(capsys, *arguments) -> str:
-    assert run(*arguments) == 2
-    return capsys.readouterr().err.replace("\nhint: ", "; ")
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 from covers import cover
-from tiny import batches, outputs, tiny
+from tiny import batches, outputs, same_weights, tiny
 from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.checkpoint.block_source import BlockStore
+from liar_ext.cli.dry_run import describe_streamed
 from liar_ext.job import estimate
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
-from liar_ext.job.streamed import StreamedPasses, describe_streamed
+from liar_ext.job.streamed import StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
@@ -64,13 +65,6 @@ def by_blocks(folder, data, out, limit=4 * GIB, **choices):
     return prune_folder(store, Job(store.model, data, recipe, limit=limit), out)
 
 
-def same(ours: nn.Module, theirs: nn.Module) -> bool:
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(value, theirs[name]) for name, value in ours.items()
-    )
-
-
 @cover(1, family=FAMILIES, job=JOBS)
 def test_plan_weights_and_report_are_those_of_the_job_in_memory(family, job, tmp_path):
     folder = tmp_path / "dense"
@@ -80,7 +74,7 @@ def test_plan_weights_and_report_are_those_of_the_job_in_memory(family, job, tmp
     report = by_blocks(folder, data, tmp_path / "pruned", **JOBS[job])
     assert report.plan == expected.plan
     pruned = load_pruned(tmp_path / "pruned")
-    assert same(pruned, whole)
+    assert same_weights(pruned, whole)
     assert torch.equal(outputs(pruned), outputs(whole))
     for ours, theirs in zip(report.sites, expected.sites, strict=True):
         assert (ours.damp, ours.error, ours.path) == (theirs.damp, theirs.error, theirs.path)
@@ -101,7 +95,7 @@ def test_equal_layers_load_without_code(llama, tmp_path):
     by_blocks(llama, data, tmp_path / "pruned", **choices)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert not (tmp_path / "pruned" / "liar_loader.py").exists()
-    assert same(stock, load_pruned(tmp_path / "pruned"))
+    assert same_weights(stock, load_pruned(tmp_path / "pruned"))
 
 
 @pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
@@ -113,7 +107,7 @@ def test_hidden_states_and_sums_that_do_not_fit_change_nothing(
     roomy = by_blocks(llama, data, tmp_path / "roomy", **choices)
     monkeypatch.setattr("liar_ext.job.streamed.room_for_states", lambda *_: 0)
     tight = by_blocks(llama, data, tmp_path / "tight", **choices)
-    assert same(load_pruned(tmp_path / "tight"), load_pruned(tmp_path / "roomy"))
+    assert same_weights(load_pruned(tmp_path / "tight"), load_pruned(tmp_path / "roomy"))
     assert roomy.settings["hidden_states_on_disk"] == 0
     assert tight.settings["hidden_states_on_disk"] > 0
     # With the sums of one block at a time, one pass walks twice.
@@ -128,7 +122,7 @@ def test_a_pruned_folder_is_pruned_again(llama, tmp_path):
     expected = prune(whole, data, keep=0.8, tile=1)
     report = by_blocks(tmp_path / "once", data, tmp_path / "twice", keep=0.8)
     assert report.plan == expected.plan
-    assert same(load_pruned(tmp_path / "twice"), whole)
+    assert same_weights(load_pruned(tmp_path / "twice"), whole)
     assert len(report.earlier) == 1
 
 
@@ -138,7 +132,7 @@ def test_biases_that_are_new_are_written(llama, mode, tmp_path):
     whole = tiny("llama", tie_word_embeddings=False)
     prune(whole, data, keep=0.6, tile=1, reconstruct=mode)
     by_blocks(llama, data, tmp_path / "pruned", reconstruct=mode)
-    assert same(load_pruned(tmp_path / "pruned"), whole)
+    assert same_weights(load_pruned(tmp_path / "pruned"), whole)
 
 
 def test_held_out_text_is_judged_on_the_way(llama, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from covers import some
 from stopping import stop_at
-from tiny import batches, tiny
+from tiny import batches, same_weights, tiny
 from torch import nn
 
 from liar_ext import InputError, calibrate, prune
@@ -51,13 +51,6 @@ def run(family: str, folder=None, **choices) -> tuple[nn.Module, object]:
     return model, report
 
 
-def same(ours: nn.Module, theirs: nn.Module) -> bool:
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(value, theirs[name]) for name, value in ours.items()
-    )
-
-
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_that_is_stopped_at_every_stage_gives_the_same_bits(name, tmp_path, monkeypatch):
     family, choices = JOBS[name]
@@ -77,7 +70,7 @@ def test_a_job_that_is_stopped_at_every_stage_gives_the_same_bits(name, tmp_path
         for stage, (kind, method) in STAGES.items():
             counted[stage] = stop_at(patch, kind, method, -1)
         pruned, report = run(family, tmp_path / "c", **choices)
-    assert same(pruned, whole) and report.plan == expected.plan
+    assert same_weights(pruned, whole) and report.plan == expected.plan
     assert report.evaluation == expected.evaluation
     passes = report.settings.pop("calibrate_passes") - expected.settings.pop("calibrate_passes")
     assert report.settings == expected.settings
@@ -106,7 +99,7 @@ def test_divergences_that_were_measured_are_not_measured_again(tmp_path, monkeyp
                 continue
         break
     # One more is done each time: 1, 2, 3, ... stops before the next.
-    assert same(pruned, whole) and len(more) < len(calls) and stop < len(calls)
+    assert same_weights(pruned, whole) and len(more) < len(calls) and stop < len(calls)
 
 
 def test_a_bank_that_was_given_is_taken_again(tmp_path, monkeypatch):
@@ -121,7 +114,7 @@ def test_a_bank_that_was_given_is_taken_again(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prune(tiny("llama"), checkpoint=tmp_path / "c", **choices)
     prune(models[1], checkpoint=tmp_path / "c", **choices)
-    assert same(*models) and not list((tmp_path / "c").glob("*.bank"))
+    assert same_weights(*models) and not list((tmp_path / "c").glob("*.bank"))
 
 
 @pytest.mark.parametrize(
@@ -194,4 +187,4 @@ def test_a_walk_of_several_stacks_goes_on_from_every_block(family, tmp_path, mon
             left = stop_at(patch, LayerwiseSolver, "step", -1)
             pruned, _ = run(family, folder, **choices)
         assert len(left) == blocks + 1 - block
-        assert same(pruned, whole)
+        assert same_weights(pruned, whole)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 from covers import some
-from tiny import batches, tiny
+from tiny import batches, same_weights, tiny
 
 from liar_ext import InputError, load_pruned
 from liar_ext.checkpoint.block_source import BlockStore
@@ -59,12 +58,6 @@ def run(folder, data, out, saved=None, **choices):
         return prune_folder(store, Job(store.model, data[:3], recipe, **given), out)
 
 
-def same(a, b) -> bool:
-    ours, theirs = (load_pruned(folder).state_dict() for folder in (a, b))
-    equal = (torch.equal(value, theirs[name]) for name, value in ours.items())
-    return ours.keys() == theirs.keys() and all(equal)
-
-
 def counting(patch, kind, name, stop=0) -> list:
     original, calls = getattr(kind, name), []
 
@@ -106,7 +99,7 @@ def test_a_job_that_is_stopped_at_blocks_gives_the_same_folder(dense, job, tmp_p
         report = run(*dense, tmp_path / "pruned", tmp_path / "c", **choices)
     assert len(sums) == (2 if tight and not layerwise else 0)
     assert len(steps) == (1 if layerwise else 0)
-    assert same(tmp_path / "pruned", tmp_path / "whole")
+    assert same_weights(*(load_pruned(tmp_path / name) for name in ("pruned", "whole")))
     assert report.plan == expected.plan and report.evaluation == expected.evaluation
     ours, theirs = ({**each.settings} for each in (report, expected))
     if tight:

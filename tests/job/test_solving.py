@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from covers import some
-from tiny import tiny, tiny_inputs
+from tiny import same_weights, tiny, tiny_inputs
 
 from liar_ext import Recipe, prune
 from liar_ext.calibration.batches import read_batches
@@ -19,11 +19,6 @@ from liar_ext.selection.divergence import Divergence
 def batches(model, count, first=0):
     data = [tiny_inputs(model, batch=4, seed=first + seed) for seed in range(count)]
     return [{**batch, "fold": torch.tensor([at % 2] * 4)} for at, batch in enumerate(data)]
-
-
-def same_weights(one, other) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 @some("name", ["llama", "bert", "mpnet", "gemma3_text"], "llama", "bert")

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tiny import batches, outputs, tiny
+from tiny import batches, outputs, same_weights, tiny
 
 import liar_ext
 from liar_ext import Budget, InputError, MomentBank, Recipe, calibrate, prune, sweep
@@ -38,11 +38,6 @@ CHOICES = [
         )
     ),
 ]
-
-
-def same_weights(model, other) -> bool:
-    mine, theirs = model.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 @pytest.fixture(scope="module")

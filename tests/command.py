@@ -1,0 +1,19 @@
+"""The ``liar`` command within a test."""
+
+from __future__ import annotations
+
+from liar_ext import cli
+
+
+def run(*arguments: object) -> int:
+    """Run the command and return its exit code."""
+    return cli.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, *arguments: object) -> str:
+    """Run a command that must be refused; return its error and hint as one line."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err.replace("\nhint: ", "; ")
+    assert said.startswith("error: ") and said.count("\n") == 1
+    return said
