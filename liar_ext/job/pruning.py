@@ -22,7 +22,7 @@ from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
 from liar_ext.job.estimate import by_blocks, stages_of
 from liar_ext.job.preparing import Job, prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
-from liar_ext.job.solving import Judge, Solved, StreamedJudge, reconstruct
+from liar_ext.job.solving import Evaluation, Solved, StreamedEvaluation, reconstruct
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
@@ -147,14 +147,15 @@ def run(job: Job) -> Report:
         check_resumable(job.recipe)
     job = recorded(prepare(job))  # refuses whatever can't work
     with _timeline(job).shown():
-        judge = Judge(job) if job.walk is None else StreamedJudge(job)
+        evaluation = Evaluation(job) if job.walk is None else StreamedEvaluation(job)
         base = narrowed(job)  # fewer hidden features or experts, on a copy
-        passes = passes_of(job, base, judge.along)
+        passes = passes_of(job, base, evaluation.along)
         decision = decide(job, passes)  # analyze, allocate
-        solved = reconstruct(job, passes, decision.plan, judge)
-        judge.see_dense(passes)
+        solved = reconstruct(job, passes, decision.plan, evaluation)
+        evaluation.see_dense(passes)
         plan, rows = slice_modules(job, base, decision.plan, solved)
-        return report_of(job, base, replace(decision, plan=plan), solved, rows, judge.evaluation())
+        decision = replace(decision, plan=plan)
+        return report_of(job, base, decision, solved, rows, evaluation.result())
 
 
 def check_resumable(recipe: Recipe) -> None:

@@ -85,8 +85,8 @@ class Solved:
     notes: list[str] = field(default_factory=list)
 
 
-def reconstruct(job: Job, passes: Passes | None, plan: Plan, judge: Judge) -> Solved:
-    """Solve the sites of a plan; block by block what the judge has passes the blocks, too."""
+def reconstruct(job: Job, passes: Passes | None, plan: Plan, evaluation: Evaluation) -> Solved:
+    """Solve the sites of a plan; block by block text to evaluate on passes the blocks, too."""
     recipe, walk = job.recipe, job.walk
     if passes is None:
         return Solved([(None, {}, {})], recipe.schedule, {})
@@ -95,7 +95,7 @@ def reconstruct(job: Job, passes: Passes | None, plan: Plan, judge: Judge) -> So
     facts = {"max_memory": job.limit}
 
     def blocks() -> Iterator[Block]:
-        given, along = (plan, recipe.reconstruct, recipe.damp), [job.out.fixed, *judge.along]
+        given, along = (plan, recipe.reconstruct, recipe.damp), [job.out.fixed, *evaluation.along]
         if recipe.schedule == "layerwise":
             yield from solve_layerwise(walk, *given, job.batches, job.certify_on or (), along)
         else:
@@ -167,7 +167,7 @@ def divergence_of(
     return math.inf if math.isnan(found) else found
 
 
-class Judge:
+class Evaluation:
     """Measures a model in memory: on held-out text at the first rank, on fresh text at all."""
 
     along: tuple[StreamedBatches, ...] = ()  # text that passes the blocks of a walk
@@ -190,7 +190,7 @@ class Judge:
             with self.job.clock("certify"):
                 self.outputs = Divergence(self.job.model, self.job.certify_on)
 
-    def evaluation(self) -> dict[str, dict[str, float]]:
+    def result(self) -> dict[str, dict[str, float]]:
         """Measure the pruned model; return all that was measured, as a report has it."""
         found = {"dense": self.dense, "pruned": self.quality()}
         found = {} if None in found.values() else found
@@ -204,7 +204,7 @@ class Judge:
         return nullcontext()
 
 
-class StreamedJudge(Judge):
+class StreamedEvaluation(Evaluation):
     """Measures a model of which one block is in memory, at the first rank.
 
     Its text passes the blocks in both walks, after them only the head is run.
