@@ -256,15 +256,7 @@ def from_yaml(written: str) -> Any:
         raise
     except RecursionError as error:
         raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        OverflowError,
-        AttributeError,
-        KeyError,
-        TypeError,
-    ) as error:
-        # The others: dates and numbers that YAML promises and Python can't hold.
+    except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
