@@ -105,23 +105,19 @@ def run_merge(options: argparse.Namespace) -> None:
         raise InputError("merge: one bank is named twice, which would count its text twice")
     # One order, whatever that of the arguments is: so the sum is the same to the last bit.
     order = sorted(headers, key=lambda path: (headers[path].source.get("data", []), path))
-    _added(order, lambda path: _bare(headers[path]))  # refuses before sums are read
+    bare = {p: MomentBank(source=h.source, sequences=h.sequences) for p, h in headers.items()}
+    _added(order, bare.get)  # refuses before sums are read
     total = _added(order, MomentBank.load)
     save_bank(total, options.out, "merge", options.overwrite)
     notes = []
-    bare = [path for path in order if headers[path].text is None]
-    if bare:
-        notes.append(f"The text is left out, since {', '.join(bare)} has none.")
+    if textless := [path for path in order if headers[path].text is None]:
+        notes.append(f"The text is left out, since {', '.join(textless)} has none.")
     if any(header.source.get("sensitivities") for header in headers.values()):
         notes.append(
             "Sensitivities are left out: they were measured by the sums of one bank alone."
         )
     if not options.quiet:
         show(options, {}, [f"{_summary(options.out, total)} of {len(order)} banks"], notes)
-
-
-def _bare(stored: Stored) -> MomentBank:
-    return MomentBank(source=stored.source, sequences=stored.sequences)
 
 
 def _added(paths: list[str], load: Callable[[str], MomentBank]) -> MomentBank:

@@ -43,7 +43,11 @@ class SmallerVocabulary:
         self.whole: _Quality | None = None
         if recipe.keep_vocab == 1.0:
             return
-        _check(recipe)
+        if SELF in recipe.vocab_text or (SELF in recipe.calibration and not recipe.vocab_text):
+            raise InputError(
+                "vocabulary: text that the model generates can't decide which tokens stay; name a "
+                "text with --vocab-text"
+            )
         chosen, told = None, recipe.vocab_text or recipe.calibration
         if is_first():
             texts = [text for source in dict.fromkeys(told) for text in read[source]]
@@ -78,15 +82,6 @@ class SmallerVocabulary:
             )
 
 
-def _check(recipe: Recipe) -> None:
-    """Refuse text that can't decide."""
-    if SELF in recipe.vocab_text or (SELF in recipe.calibration and not recipe.vocab_text):
-        raise InputError(
-            "vocabulary: text that the model generates can't decide which tokens stay; name a "
-            "text with --vocab-text"
-        )
-
-
 class _Quality:
     """What the whole vocabulary gives on held-out text, to compare a smaller one with."""
 
@@ -101,7 +96,9 @@ class _Quality:
 
     def facts(self, model: nn.Module, smaller: Any) -> dict[str, Any]:
         """Return tokens per byte, and bits per byte or likeness of the outputs."""
-        rates = [tokens_per_byte(_backend(each), self.texts) for each in (self.tokenizer, smaller)]
+        inner = [getattr(each, "tokenizer", each) for each in (self.tokenizer, smaller)]
+        plainer = [plain(each.backend_tokenizer.to_str()) for each in inner]
+        rates = [tokens_per_byte(each, self.texts) for each in plainer]
         found: dict[str, Any] = {"tokens_per_byte": rates}
         batches = self._batches(model, smaller)
         if self.dense is not None:
@@ -123,8 +120,3 @@ class _Quality:
             {"input_ids": found.input_ids[some], "attention_mask": found.attention_mask[some]}
             for some in rows
         ]
-
-
-def _backend(tokenizer: Any) -> Any:
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    return plain(inner.backend_tokenizer.to_str())
