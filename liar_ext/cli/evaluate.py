@@ -134,13 +134,11 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
     if spoken:
         settings = {"batch_size": options.batch_size, "progress": options.progress}
         found = word_errors(model, reader, items, **settings)
-        result |= found
-        beside, slower = "", ""
-        if dense is not None:
-            own = word_errors(dense, reader, items, **settings)
-            result |= {f"dense_{n}": own[n] for n in ("word_error_rate", "seconds_per_minute")}
-            beside = f" (dense {own['word_error_rate']:.2%})"
-            slower = f" (dense {own['seconds_per_minute']:.2f})"
+        own = {} if dense is None else word_errors(dense, reader, items, **settings)
+        names = ("word_error_rate", "seconds_per_minute") if own else ()
+        result |= found | {f"dense_{name}": own[name] for name in names}
+        beside = f" (dense {own['word_error_rate']:.2%})" if own else ""
+        slower = f" (dense {own['seconds_per_minute']:.2f})" if own else ""
         lines += [
             f"word error rate {found['word_error_rate']:.2%}{beside} over {found['words']:,} words "
             f"in {found['recordings']:,} recordings",

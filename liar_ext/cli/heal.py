@@ -112,11 +112,8 @@ def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
     given = {name: getattr(options, name) for name in HEAL_FIELDS if hasattr(options, name)}
     recipe = Recipe.build(start, dtype="float32", **given)
     recipe = replace(recipe, model=options.teacher or recipe.model)
-    missing = {
-        "the dense model (--teacher MODEL)": recipe.model,
-        "text to train on (--calibration TEXT)": recipe.calibration,
-    }
-    names = [name for name, value in missing.items() if not value]
+    names = [] if recipe.model else ["the dense model (--teacher MODEL)"]
+    names += [] if recipe.calibration else ["text to train on (--calibration TEXT)"]
     if names:
         raise InputError(
             f"heal: the report of {options.folder} does not name {' and '.join(names)}; add the "
