@@ -12,21 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.families import (
-    bert,
-    gpt,
-    llama,
-    modernbert,
-    moe,
-    parallel,
-    t5,
-    vit,
-)
+from liar_ext.models.families import bert, gpt, llama, moe, t5, vit
 from liar_ext.models.family import Family, Stack, Wiring
 
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.
-_MODULES = (llama, gpt, parallel, bert, modernbert, t5, vit, moe)
+_MODULES = (llama, gpt, bert, t5, vit, moe)
 FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
 
 
