@@ -41,19 +41,14 @@ class HeadInput:
 class Stack(NamedTuple):
     """Several matrices stacked in one weight.
 
-    Their rows come matrix by matrix, or, with ``by_group``, KV group by KV group, and in each group
-    matrix by matrix::
+    Their rows come matrix by matrix, or, with ``by_group``, KV group by KV group (head by head
+    where none is shared), and in each group matrix by matrix::
 
         ("query", "key", "value")            q0 q1 q2 q3 k0 k1 v0 v1
         ("query", "key", "value"), True      q0 q1 k0 v0 q2 q3 k1 v1
 
-    Parameters
-    ----------
-    matrices : tuple of str
-        What is stacked, in order. ``key`` and ``value`` have one run of rows per key/value head;
-        any other name, such as ``query``, ``gate`` or ``up``, one per query head or channel.
-    by_group : bool
-        Whether the rows of a KV group are together; a group is a head where none is shared.
+    ``key`` and ``value`` have one run of rows per key/value head; any other name, such as
+    ``query``, ``gate`` or ``up``, one per query head or channel.
     """
 
     matrices: tuple[str, ...]
@@ -77,11 +72,9 @@ class Experts:
     module : str
         Path of the module that holds the experts, called with tokens, the experts chosen for each
         and their weights.
-    router : str
-        Path of the module that chooses: its weight has a row per expert, and so has a bias beside
-        it, if there is one; it gives logits, weights and chosen experts, ``top_k`` of a token.
-    weight : str
-        Path of that weight inside the router.
+    router, weight : str
+        Path of the module that chooses ``top_k`` experts of a token, and gives logits, weights and
+        experts; inside of it the path of its weight, with a row per expert, as a bias beside it.
     choice : str
         Path of a buffer outside of the router, one number per expert, that it is called with beside
         the tokens; empty if there is none. A model may lack it.
@@ -101,12 +94,11 @@ class Wiring:
 
     Parameters
     ----------
-    producers : tuple of str
-        Linear layers whose rows belong to the units: one run of rows per channel or query head.
+    producers, key_value : tuple of str
+        Linear layers whose rows belong to the units: with one run of rows per channel or query
+        head, and with one per key/value head.
     consumer : str
         The linear layer that reads the units.
-    key_value : tuple of str
-        Producers with one run of rows per key/value head.
     head_dim : str
         Attribute that holds the size of a head; empty for an MLP.
     stacked : mapping of str to Stack
@@ -240,16 +232,13 @@ class Part:
     ----------
     name : str
         What the names of its sites begin with, as in ``decoder.3.mlp``; empty for an only one.
-    blocks, attn, mlp, config, repeats
+    blocks, attn, mlp, shared_mlp, config, repeats
         As for :class:`Family`.
     cross_attn : Wiring or None
         The attention to another part, which comes between the two other sites.
-    shared_mlp : Wiring or None
-        The MLP that every token passes beside the experts that it is sent to.
-    input : str
-        The input of the model that this part reads; empty for the main one.
-    mask : str
-        The input of the model that says which of its tokens are padding; empty if none are.
+    input, mask : str
+        The input of the model that this part reads, empty for the main one, and the one that says
+        which of its tokens are padding, empty if none are.
     """
 
     name: str
@@ -262,6 +251,11 @@ class Part:
     input: str = ""
     mask: str = "attention_mask"
     repeats: bool = False
+
+    def alternatives(self, kind: str) -> tuple[Wiring, ...]:
+        """Return the wirings that a site may have, by the name of the field."""
+        row = getattr(self, kind)
+        return () if row is None else row if isinstance(row, tuple) else (row,)
 
 
 @dataclass(frozen=True)
@@ -320,13 +314,10 @@ class Family:
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """Its stacks of blocks, be it one or several."""
-        only = Part(
-            "",
-            self.blocks,
-            self.attn,
-            self.mlp,
-            shared_mlp=self.shared_mlp,
-            config=self.config,
-            repeats=self.repeats,
-        )
-        return self.parts or (only,)
+        own = {name: getattr(self, name) for name in ("shared_mlp", "config", "repeats")}
+        return self.parts or (Part("", self.blocks, self.attn, self.mlp, **own),)
+
+    def wirings(self, kind: str) -> list[Wiring]:
+        """Return all wirings of a kind of site, of all parts and alternatives."""
+        labels = ("attn", "cross_attn") if kind == "attn" else (kind,)
+        return [w for part in self.all_parts for each in labels for w in part.alternatives(each)]

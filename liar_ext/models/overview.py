@@ -37,7 +37,7 @@ def overview() -> dict[str, dict[str, Entry]]:
 
 
 def _entries(family: Family) -> dict[str, Entry]:
-    attn, mlp = (_wirings(family, kind) for kind in ("attn", "mlp"))
+    attn, mlp = (family.wirings(kind) for kind in ("attn", "mlp"))
     flags = sorted({wiring.bias_flag for wiring in (*attn, *mlp)} - {None})
     return {
         "heads": _described(family, "attn", attn, "its attention isn't described"),
@@ -100,17 +100,6 @@ def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     if lacking and not reason:
         reason = f"{' and '.join(lacking)}: no field says their number"
     return Entry(", ".join(said) or NO, reason)
-
-
-def _wirings(family: Family, kind: str) -> list[Wiring]:
-    """Return the wirings of a kind of site, of all parts and alternatives."""
-    found: list[Wiring] = []
-    for part in family.all_parts:
-        rows = [getattr(part, kind)] + ([part.cross_attn] if kind == "attn" else [])
-        for row in rows:
-            if row is not None:
-                found += row if isinstance(row, tuple) else (row,)
-    return found
 
 
 def plain(table: Mapping[str, Mapping[str, Entry]]) -> list[str]:

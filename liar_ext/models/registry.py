@@ -27,7 +27,8 @@ def register_family(family: Family) -> Family:
     Examples
     --------
     >>> from dataclasses import replace
-    >>> from liar_ext.models.sites import family_of, register_family
+    >>> from liar_ext import register_family
+    >>> from liar_ext.models.registry import family_of
     >>> register_family(replace(family_of(llama), name="my_llama"))  # doctest: +SKIP
     """
     FAMILIES[family.name] = family

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.expert_slicing import check_kept_experts, keep_experts, slice_channels
-from liar_ext.models.experts import layer_at
+from liar_ext.models.experts import bias_name, check_kept_experts, keep_experts, layer_at
 from liar_ext.models.liar_loader import select_heads, set_config_number
-from liar_ext.models.residual_stream import hidden_of, select, slice_hidden, weight_of
-from liar_ext.models.sites import Site, get_consumer_bias, get_path, sites, teams_of
+from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
+from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
 from liar_ext.plan import Plan, SitePlan
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -75,7 +74,7 @@ def apply_plan(
     layer that the flag governs gains one, zero except for the consumers': then the stock class
     builds the same layers.
     """
-    found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    found = _by_name(model, plan)
     weights, flags = weights or {}, _bias_flags(found, plan)
     if blocks is not None:
         found, plan = _of_blocks(found, plan, blocks)
@@ -87,43 +86,32 @@ def apply_plan(
         check_kept_experts(model, found.get(f"{name}.0"), name, site_plan, scales.get(name))
     if plan.hidden is not None:
         slice_hidden(model, plan.hidden.kept, layers)
-        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+        found = _by_name(model, plan)
     for name, site_plan in plan.experts.items():
         kept = torch.tensor(site_plan.kept, device="cpu")
         keep_experts(model, found[f"{name}.0"], kept, scales.get(name))
     if plan.experts:
-        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+        found = _by_name(model, plan)
     _grow_biases(model, found, plan, flags)
-    for team in teams_of([site for site in found.values() if site.expert is not None]).values():
-        _slice_experts(model, team, plan)
-    for name, site_plan in plan.sites.items():
-        if found[name].expert is None:
-            _slice_site(model, found[name], site_plan)
-        if name in weights:
+    for team in teams_of(list(found.values())).values():
+        _slice_team(model, team, plan)
+    for name in weights:
+        if name in plan.sites:
             _set_consumer(model, found[name], *weights[name])
-    for site in sites(model, attn_unit=plan.attn_unit):
-        if site.name in found:
+    for name, site in _by_name(model, plan).items():
+        if name in found:
             _patch_numbers(model, site)
 
 
+def _by_name(model: nn.Module, plan: Plan) -> dict[str, Site]:
+    return {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+
+
 def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tensor:
-    """Return the rows of one of a site's producers that stay with the units ``kept``.
+    """Return which of the ``rows`` of a site's producer stay with the units ``kept``.
 
-    Parameters
-    ----------
-    site : Site
-        The site before it is sliced.
-    producer : str
-        Path of the layer.
-    kept : sequence of int
-        Units.
-    rows : int
-        Rows of the producer.
-
-    Returns
-    -------
-    Tensor
-        Ascending indices, int64, on the CPU: rows of these units, and rows that no unit owns.
+    ``site`` is as it is before it is sliced. What comes back, ascending, int64, on the CPU, are
+    the rows of these units, and those that no unit owns.
     """
     units = site.row_units(producer, rows)
     return torch.isin(units, torch.tensor([-1, *kept], device="cpu")).nonzero().flatten()
@@ -281,49 +269,53 @@ def _add_bias(layer: nn.Module, site: Site) -> None:
         layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
 
 
-def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
-    """Slice producers and consumer of one site."""
-    if len(site_plan.kept) == site.units:
+def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
+    """Slice a site, or the experts of a layer, each to the units that the plan keeps of it."""
+    site = team[0]
+    kept = [plan.sites[each.name].kept for each in team if each.name in plan.sites]
+    if not kept or len(kept[0]) == site.units:
         return
     output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
     for path in site.producers:
-        layer = model.get_submodule(path)
-        rows = unit_rows(site, path, site_plan.kept, layer.weight.shape[output])
-        layer.weight = select(layer.weight, output, rows)
-        if layer.bias is not None:
-            layer.bias = select(layer.bias, 0, rows)
-        _fit_layer(layer, site)
-    consumer = model.get_submodule(site.consumer)
-    consumer.weight = select(consumer.weight, input_, site.features(site_plan.kept))
-    _fit_layer(consumer, site)
+        size = layer_at(model, path, site.expert).weight.shape[output]
+        rows = [unit_rows(each, path, units, size) for each, units in zip(team, kept, strict=True)]
+        _narrow_layer(model, site, path, output, rows, with_bias=True)
+    columns = [each.features(units) for each, units in zip(team, kept, strict=True)]
+    _narrow_layer(model, site, site.consumer, input_, columns)
     for path in site.wiring.per_head:
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(f"{site.path}.{owner}")
-        heads = site.features(site_plan.kept)[:: site.head_dim] // site.head_dim
-        setattr(module, name, select(getattr(module, name), 0, heads))
+        owner, _, name = f"{site.path}.{path}".rpartition(".")
+        narrow(model.get_submodule(owner), name, 0, _heads(site, kept[0]))
     if site.wiring.head_input is not None:
-        _select_head_input(model, site, site_plan.kept)
+        said = site.wiring.head_input
+        heads = None if said.own else _heads(site, kept[0]).tolist()
+        module = model.get_submodule(f"{site.path}.{said.module}")
+        passed = () if said.output is None else (said.output, said.table)
+        select_heads(module, heads, said.position, said.keyword, *passed)
 
 
-def _slice_experts(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
-    """Slice the experts of a layer, each to the units that the plan keeps of it."""
-    first = team[0]
-    kept = [plan.sites[site.name].kept for site in team if site.name in plan.sites]
-    if not kept or len(kept[0]) == first.units:
-        return
-    (path,), wiring = first.producers, first.wiring
-    (module, _, producer), consumer = path.rpartition("."), first.consumer.rpartition(".")[2]
-    size = get_path(model, path).shape[2 if wiring.transposed else 1]
-    rows = [unit_rows(site, path, units, size) for site, units in zip(team, kept, strict=True)]
-    columns = [site.features(units) for site, units in zip(team, kept, strict=True)]
-    slice_channels(
-        model.get_submodule(module),
-        producer,
-        consumer,
-        torch.stack(rows),
-        torch.stack(columns),
-        wiring.transposed,
-    )
+def _heads(site: Site, kept: Sequence[int]) -> Tensor:
+    """Return the query heads of units."""
+    return site.features(kept)[:: site.head_dim] // site.head_dim
+
+
+def _narrow_layer(
+    model: nn.Module,
+    site: Site,
+    path: str,
+    dim: int,
+    index: Sequence[Tensor],
+    with_bias: bool = False,
+) -> None:
+    """Let a linear layer of a site, or of all experts of its layer, keep some rows or columns."""
+    if site.expert is None:
+        layer, weight, bias, one = model.get_submodule(path), "weight", "bias", index[0]
+    else:
+        owner, _, weight = path.rpartition(".")
+        layer, bias, one = model.get_submodule(owner), bias_name(weight), torch.stack(list(index))
+        dim += 1
+    narrow(layer, weight, dim, one)
+    if with_bias:
+        narrow(layer, bias, one.ndim - 1, one)
 
 
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
@@ -332,14 +324,6 @@ def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | N
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:
         consumer.bias.copy_(bias)
-
-
-def _fit_layer(layer: nn.Module, site: Site) -> None:
-    """Make the sizes that a linear layer keeps those of its weight."""
-    if site.wiring.transposed:
-        layer.nx, layer.nf = layer.weight.shape
-    else:
-        layer.out_features, layer.in_features = layer.weight.shape
 
 
 def _patch_numbers(model: nn.Module, site: Site) -> None:
@@ -353,18 +337,3 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
                 set_config_number(module, attribute, site.sizes[size])
         else:
             setattr(block.get_submodule(owner), attribute, site.sizes[size])
-
-
-def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
-    """Let an attention module take the slices of its heads from an input made for all heads."""
-    head_input = site.wiring.head_input
-    heads = site.features(kept)[:: site.head_dim] // site.head_dim
-    module = model.get_submodule(f"{site.path}.{head_input.module}")
-    select_heads(
-        module,
-        None if head_input.own else heads.tolist(),
-        head_input.position,
-        head_input.keyword,
-        head_input.output,
-        head_input.table,
-    )
