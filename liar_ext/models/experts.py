@@ -212,6 +212,15 @@ def keep_experts(model: nn.Module, site: Site, kept: Tensor, scales: Tensor | No
         model.num_experts = len(kept)
 
 
+def check_count(name: str, count: int, units: str, plan: SitePlan) -> None:
+    """Refuse a plan that counts other units than there are."""
+    if plan.units != count:
+        raise InputError(
+            f"apply_plan: {name} has {count} {units}, the plan counts {plan.units}; is the model "
+            "pruned already? Apply the plan to the dense model"
+        )
+
+
 def check_kept_experts(
     model: nn.Module, site: Site | None, name: str, plan: SitePlan, scales: Tensor | None
 ) -> None:
@@ -220,11 +229,7 @@ def check_kept_experts(
         raise InputError(
             f"apply_plan: the model has no experts at {name}; make a plan from this model"
         )
-    if plan.units != site.experts:
-        raise InputError(
-            f"apply_plan: {name} has {site.experts} experts, the plan counts {plan.units}; is the "
-            "model pruned already? Apply the plan to the dense model"
-        )
+    check_count(name, site.experts, "experts", plan)
     top_k = router_of(model, site).top_k
     if len(plan.kept) < top_k:
         raise InputError(

@@ -1,8 +1,4 @@
-"""The table of model families: how the blocks of each are wired.
-
-A family is one row, and :func:`register_family` adds a row. Nothing here looks at tensors; what a
-row means for a given model is read by :mod:`liar_ext.models.sites`.
-"""
+"""The table of model families, and what its words say of the rows of a weight."""
 
 from __future__ import annotations
 
@@ -59,21 +55,9 @@ def row_units(
 ) -> Tensor:
     """Return the unit of each row of a producer, shape (rows,), int64; -1 of rows that no unit has.
 
-    Those are the rows of keys and values where query heads leave without them.
-
-    Parameters
-    ----------
-    stack : Stack or None
-        What the weight stacks; None for one matrix, with equally many rows per unit.
-    rows : int
-        Rows of the weight.
-    units, width : int
-        Units of the site, and the consumer's input features of each: the rows per unit in a matrix
-        of queries or channels.
-    kv_heads : int
-        Key/value heads; 0 for an MLP.
-    keys_stay : bool
-        Whether units are query heads that share keys and values.
+    Those are the rows of keys and values where query heads leave without them (``keys_stay``).
+    The weight holds one matrix, with equally many rows per unit, or a ``stack`` of several, of
+    which those of queries or channels have ``width`` rows per unit. ``kv_heads`` is 0 for an MLP.
     """
     if stack is None:
         return _runs(rows, units)

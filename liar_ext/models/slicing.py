@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.experts import bias_name, check_kept_experts, keep_experts, layer_at
+from liar_ext.models.experts import (
+    bias_name,
+    check_count,
+    check_kept_experts,
+    keep_experts,
+    layer_at,
+)
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
@@ -40,10 +46,10 @@ def apply_plan(
     """Remove from a model what the plan doesn't keep, in place.
 
     Everything is checked before anything changes, so that an error leaves the model as it was.
-    New parameters keep dtype, device and ``requires_grad``; the model's config isn't touched, and
-    says the dense sizes. So save the model with :func:`liar_ext.save_pruned`, which writes the new
-    ones: a folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
-    every loader. :func:`liar_ext.prune` describes its model, which ``save_pretrained`` then saves.
+    New parameters keep dtype, device and ``requires_grad``. The model's config isn't touched, and
+    says the dense sizes: save the model with :func:`liar_ext.save_pruned`, which writes the new
+    ones. A folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
+    every loader; :func:`liar_ext.prune` describes its model, so that ``save_pretrained`` saves it.
 
     Parameters
     ----------
@@ -146,29 +152,24 @@ def _hidden_layers(model: nn.Module, plan: Plan, weights: Weights) -> Weights:
     if plan.hidden is None:
         return {}
     hidden, count = hidden_of(model), len(plan.hidden.kept)
-    if plan.hidden.units != hidden.size:
-        raise InputError(
-            f"apply_plan: the model has {hidden.size} hidden features, the plan counts "
-            f"{plan.hidden.units}; is the model pruned already? Apply the plan to the dense model"
-        )
+    check_count("the model", hidden.size, "hidden features", plan.hidden)
     layers = {name: weights[name] for name in hidden.solved if name in weights}
     for name, (weight, _) in layers.items():
         shape = (*weight_of(model.get_submodule(name)).shape[:-1], count)
-        if tuple(weight.shape) != shape:
-            raise InputError(
-                f"apply_plan: the weight of {name} must have shape {shape}, got "
-                f"{tuple(weight.shape)}"
-            )
+        _check_shape(f"weight of {name}", weight, shape)
     return layers
+
+
+def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(
+            f"apply_plan: the {what} must have shape {shape}, got {tuple(tensor.shape)}"
+        )
 
 
 def _check_site(site: Site, site_plan: SitePlan) -> None:
     """Refuse the plan of a site that counts other units, or empties KV groups unequally."""
-    if site_plan.units != site.units:
-        raise InputError(
-            f"apply_plan: {site.name} has {site.units} units ({site.unit}), the plan counts "
-            f"{site_plan.units}; is the model pruned already? Apply the plan to the dense model"
-        )
+    check_count(site.name, site.units, f"units ({site.unit})", site_plan)
     per_group = Counter(unit * site.groups // site.units for unit in site_plan.kept)
     if len(per_group) != site.groups or len(set(per_group.values())) != 1:
         kept = [per_group[group] for group in range(site.groups)]
@@ -182,10 +183,9 @@ def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> N
     """Refuse unequally many channels of the experts of a layer, and biases that they lack."""
     for team, every in teams_of(list(found.values())).items():
         some = every[: len(plan.experts[team].kept)] if team in plan.experts else every
-        planned = [plan.sites.get(site.name) for site in some]
         kept = {
-            site.units if planned_site is None else len(planned_site.kept)
-            for site, planned_site in zip(some, planned, strict=True)
+            len(plan.sites[site.name].kept) if site.name in plan.sites else site.units
+            for site in some
         }
         if len(kept) > 1:
             raise InputError(
@@ -213,18 +213,10 @@ def _check_weight(
     d_out = site.d_out if plan.hidden is None else len(plan.hidden.kept)
     site_plan = plan.sites[site.name]
     shape = (d_out, len(site_plan.kept) * site.width)
-    if tuple(weight.shape) != shape:
-        raise InputError(
-            f"apply_plan: the weight of {site.name} must have shape {shape}, got "
-            f"{tuple(weight.shape)}"
-        )
+    _check_shape(f"weight of {site.name}", weight, shape)
     if bias is None:
         return
-    if tuple(bias.shape) != (d_out,):
-        raise InputError(
-            f"apply_plan: the bias of {site.name} must have shape ({d_out},), got "
-            f"{tuple(bias.shape)}"
-        )
+    _check_shape(f"bias of {site.name}", bias, (d_out,))
     if not site_plan.bias and get_consumer_bias(model, site) is None:
         raise InputError(
             f"apply_plan: a bias came for {site.name}, whose consumer has none; set bias=True in "
