@@ -47,24 +47,12 @@ class ExpertLayer:
 
 
 class Routed(NamedTuple):
-    """What reaches one expert.
+    """What reaches one expert."""
 
-    Parameters
-    ----------
-    x : Tensor
-        ``(routed, d_in)``: what its consumer reads.
-    token : Tensor
-        ``(routed,)`` int64: which tokens these are, counting through all sequences.
-    weight : Tensor
-        ``(routed,)``: the router's weight r of the expert.
-    tokens : int
-        Tokens that the layer was given.
-    """
-
-    x: Tensor
-    token: Tensor
-    weight: Tensor
-    tokens: int
+    x: Tensor  # (routed, d_in): what its consumer reads
+    token: Tensor  # (routed,) int64: which tokens these are, counting through all sequences
+    weight: Tensor  # (routed,): the router's weight r of the expert
+    tokens: int  # that the layer was given
 
 
 def bias_name(name: str) -> str:

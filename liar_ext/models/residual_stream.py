@@ -23,24 +23,13 @@ from liar_ext.models.running import base_path, block_config, blocks_of
 
 @dataclass(frozen=True)
 class Source:
-    """The hidden features at one place, normalised, and the layers that read them there.
+    """The hidden features at one place, normalised, and the layers that read them there."""
 
-    Parameters
-    ----------
-    module : str
-        Path of the norm whose output they are; without a norm, of the layer that reads them.
-    norm, first : bool
-        Whether it is a norm; whether the first token alone is read.
-    readers, tied : tuple of str
-        Paths of linear layers with these features as their columns: those with a weight of their
-        own, and those whose weight is the one of an embedding.
-    """
-
-    module: str
-    norm: bool
-    first: bool
-    readers: tuple[str, ...]
-    tied: tuple[str, ...]
+    module: str  # path of the norm whose output they are; without one, of the layer that reads them
+    norm: bool  # whether it is a norm
+    first: bool  # only the first token is read
+    readers: tuple[str, ...]  # paths of linear layers with these features as their columns
+    tied: tuple[str, ...]  # more of them, whose weight is the one of an embedding
 
     @property
     def name(self) -> str:
@@ -50,23 +39,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The hidden features of a model.
-
-    Parameters
-    ----------
-    size, multiple_of : int
-        How many there are, and what their number must be a multiple of for the stock class.
-    writers : tuple of str
-        Paths of embeddings, linear layers and convolutions, and of parameters by themselves, whose
-        last dimension the features are.
-    sources : tuple of Source
-        Where they are read, in the order of computation.
-    """
+    """The hidden features of a model."""
 
     size: int
-    multiple_of: int
+    multiple_of: int  # their number must be, so that the stock class can be built
+    # Paths of embeddings, linear layers and convolutions, and of parameters by themselves, whose
+    # last dimension the features are.
     writers: tuple[str, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...]  # where they are read, in the order of computation
 
     @property
     def norms(self) -> tuple[str, ...]:

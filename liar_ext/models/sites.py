@@ -39,65 +39,35 @@ _KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp"}  # by what 
 
 @dataclass(frozen=True)
 class Site:
-    """A consumer layer with the units that it reads.
+    """A consumer layer with the units that it reads."""
 
-    Parameters
-    ----------
-    name : str
-        Block and kind, such as ``"3.mlp"``; where a family has several stacks of blocks, the name
-        of the stack before that, as in ``"decoder.3.cross_attn"``; for an expert also its number.
-    kind : {"attn", "mlp"}
-        Which site of the block.
-    block : int
-        Index of the block in its stack.
-    unit : {"channel", "head", "kv_group"}
-        What is removed whole. A KV group is a key/value head with all query heads that share it.
-    units, width : int
-        Number of units, and consumer input features of each: 1, head_dim, or group_size · head_dim.
-    groups : int
-        The units fall into this many equal runs, which must keep equally many units each: the
-        number of key/value heads where query heads are removed under grouped-query attention;
-        1 means free.
-    d_in, d_out : int
-        Features that the consumer reads and writes; ``d_in = units * width``.
-    consumer, producers : str, tuple of str
-        Paths in the model of the consumer and of the layers that lose rows with a unit.
-    unit_params, unit_weights : int
-        Parameters that leave with one unit (producer rows, their biases, consumer columns); those
-        without biases, which are multiply-adds per token.
-    head_dim, kv_heads : int
-        Attention only, else 0.
-    path : str
-        Path of the block in the model.
-    wiring, part : Wiring, Part
-        The row of the family table, and the stack of blocks.
-    expert, experts : int or None, int
-        Which expert of the layer, and of how many; None and 0 where there are none.
-    active : float
-        Fraction of the tokens that the site reads, on average.
-    """
-
+    # Block and kind, such as "3.mlp"; where a family has several stacks of blocks, the stack before
+    # that, as in "decoder.3.cross_attn"; for an expert also its number.
     name: str
-    kind: str
-    block: int
+    kind: str  # attn or mlp
+    block: int  # its index in the stack
+    # What is removed whole: a channel, a head, or a kv_group, which is a key/value head with all
+    # query heads that share it.
     unit: str
     units: int
-    width: int
+    width: int  # consumer input features of a unit: 1, head_dim, or group_size · head_dim
+    # Units fall into so many equal runs, which must keep equally many each: the key/value heads
+    # where query heads are removed under grouped-query attention; 1 means free.
     groups: int
-    d_in: int
-    d_out: int
-    consumer: str
-    producers: tuple[str, ...]
-    unit_params: int
-    unit_weights: int
-    head_dim: int
-    kv_heads: int
-    path: str
-    wiring: Wiring = field(repr=False)
-    part: Part = field(repr=False)
-    expert: int | None = None
-    experts: int = 0
-    active: float = 1.0
+    d_in: int  # features that the consumer reads: units · width
+    d_out: int  # features that it writes
+    consumer: str  # path in the model
+    producers: tuple[str, ...]  # paths of the layers that lose rows with a unit
+    unit_params: int  # leave with a unit: producer rows, their biases, consumer columns
+    unit_weights: int  # the same without biases: multiply-adds per token
+    head_dim: int  # of attention only, else 0
+    kv_heads: int  # of attention only, else 0
+    path: str  # of the block in the model
+    wiring: Wiring = field(repr=False)  # from the table of families
+    part: Part = field(repr=False)  # the stack of blocks that it is in
+    expert: int | None = None  # which expert of the layer, where there are several
+    experts: int = 0  # how many there are
+    active: float = 1.0  # fraction of the tokens that the site reads, on average
 
     @property
     def team(self) -> str:
