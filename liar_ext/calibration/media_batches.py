@@ -114,7 +114,7 @@ class Reader:
     def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Return the inputs of the model's forward pass."""
         content, said = zip(*clips, strict=True)
-        inputs = self._features(content)
+        inputs = self.features(content)
         if not self.writes:
             return inputs
         said = list(said)
@@ -125,7 +125,7 @@ class Reader:
                 said[row] = text
         return inputs | self._decoder_inputs(said)
 
-    def _features(self, content: Sequence[Any]) -> dict[str, Tensor]:
+    def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the processor makes of pictures or samples."""
         name, given = INPUTS[self.kind], {"return_tensors": "pt"}
         if self.kind == AUDIO:
