@@ -15,7 +15,14 @@ from liar_ext import checkpoint
 from liar_ext.calibration import generated, texts
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.documents import document_digests
+from liar_ext.calibration.documents import (
+    Documents,
+    check_apart,
+    check_unchanged,
+    document_digests,
+    read_documents,
+    text_digest,
+)
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.calibration.media import read_files
@@ -111,9 +118,9 @@ def load(
     return Given(model, tokenizer, *broadcast(drawn), vocabulary=vocabulary)
 
 
-def read_source(source: str, kind: str | None) -> texts.Documents:
+def read_source(source: str, kind: str | None) -> Documents:
     """Return the documents, recordings or pictures of a source, as the model reads them."""
-    return texts.read_documents(source) if kind is None else read_files(source, kind)
+    return read_documents(source) if kind is None else read_files(source, kind)
 
 
 def _documents(
@@ -134,9 +141,9 @@ def _documents(
     sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
     read = {source: read_source(source, kind) for source in sources if source != SELF}
     held_out = read_source(recipe.eval, kind) if recipe.eval else None
-    texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
+    check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
-        texts.check_apart([text for documents in read.values() for text in documents], held_out)
+        check_apart([text for documents in read.values() for text in documents], held_out)
     return read, held_out
 
 
@@ -178,7 +185,7 @@ def _draw(
         for some in (calibration, calibration.certification, calibration.judging)
     )
     named = {**read, recipe.eval: held_out}
-    whole = {n: texts.text_digest(each) for n, each in named.items() if each and n != SELF}
+    whole = {n: text_digest(each) for n, each in named.items() if each and n != SELF}
     return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.calibration.batches import Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_sums, summing
+from liar_ext.calibration.collect import check_not_padding, check_sums, summing
 from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS, packed, restored
@@ -161,8 +161,7 @@ class StreamedPasses(Passes):
     def _source(self) -> dict[str, object]:
         """Return what the report says of the calibration set."""
         for index, batch in enumerate(self.batches):
-            if batch.mask is not None and not batch.mask.any():
-                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+            check_not_padding(index, batch)
         return {
             "model_type": self.model.config.model_type,
             "sequences": sum(map(len, self.batches)),
