@@ -21,22 +21,13 @@ Forward = Callable[..., Tensor]
 
 @dataclass
 class Run:
-    """What one run of a block gave.
+    """What one run of a block gave."""
 
-    Parameters
-    ----------
-    output : Tensor or None
-        Hidden states after the block; None if the run ended at a consumer.
-    seen : dict of str to (Tensor, Tensor)
-        Input and output of each consumer, by layer: the name of a site, or of all experts, whose
-        input is what the module of all of them is called with.
-    sums: dict of str to Tensor
-        What the norms of :attr:`Blocks.norms` read, by layer.
-    """
-
-    output: Tensor | None = None
+    output: Tensor | None = None  # hidden states after it; None if the run ended at a consumer
+    # Input and output of each consumer, by layer: the name of a site, or of all experts, whose
+    # input is what the module of all of them is called with.
     seen: dict[str, tuple[Tensor | tuple, Tensor]] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # what Blocks.norms read, by layer
 
 
 class Blocks:
@@ -50,27 +41,21 @@ class Blocks:
     through in the order of computation. A later stack may read what an earlier one gave; the last
     block of that gives then what :meth:`answering` says.
 
-    Attributes
-    ----------
-    layers : list of dict of str to list of Site
-        Of each block, by name: one site, or all experts of a layer.
-    norms : dict of str to str
-        Path of the norm that reads the sum of stream and consumer, by the name of those layers
-        where :meth:`norm_of_sum` found one; runs note what it reads.
-    beside : dict of str to list of bool
-        By stack, what a block returns after its hidden states, as far as one was run: whether it is
-        what all blocks carry on. A walk that goes on from elsewhere has to be told.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self._model = model
+        # Path of the norm that reads the sum of stream and consumer, by layer, where norm_of_sum
+        # found one; runs note what it reads.
         self.norms: dict[str, str] = {}
+        # By stack, what a block returns after its hidden states, as far as one was run: whether it
+        # is what all blocks carry on. A walk that goes on from elsewhere has to be told.
         self.beside: dict[str, list[bool]] = {}
         self._body = body_of(model)
         at: dict[str, list[Site]] = {}
         for site in sites:
             at.setdefault(site.path, []).append(site)
-        self.layers = [teams_of(here) for here in at.values()]
+        self.layers: list[dict[str, list[Site]]] = [teams_of(here) for here in at.values()]
         self._index = {path: index for index, path in enumerate(at)}
         self._blocks = [model.get_submodule(path) for path in at]
         self._forwards = [block.forward for block in self._blocks]
@@ -108,15 +93,10 @@ class Blocks:
 
     @contextmanager
     def answering(self, answers: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
-        """Let the model's forward go on, after some blocks, from what is given in their place.
+        """Let the model's forward go on from the hidden states that are given after some blocks.
 
         No block is run by that; :meth:`run` must have run one of each stack before, to know what
         blocks return.
-
-        Parameters
-        ----------
-        answers : mapping of int to callable
-            By index of a block, what gives the hidden states after it.
         """
         before, self._wanted, self._answers = self._wanted, len(self), answers
         try:
@@ -148,20 +128,10 @@ class Blocks:
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
-        """Run one block.
+        """Run one block on a batch, as the model takes it, with other hidden states before it.
 
-        Parameters
-        ----------
-        index : int
-            The block.
-        inputs : mapping of str to Tensor
-            The batch, as the model takes it.
-        hidden : Tensor
-            Hidden states before the block, (batch, tokens, hidden).
-        consumers : mapping of str to callable, optional
-            What to compute in place of a consumer, or of all experts, by layer.
-        end : str, optional
-            Layer after whose consumer, or the norm that reads its sum, the run may end.
+        ``consumers`` say what to compute in place of a consumer, or of all experts, by layer. The
+        run may end after the consumer of the layer ``end``, or the norm that reads its sum.
         """
         (_, *args), kwargs = self.enter(index, inputs)
         run, carried = Run(), []

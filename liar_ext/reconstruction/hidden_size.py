@@ -50,27 +50,15 @@ from liar_ext.rows import SiteRow
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What :func:`narrow` decided and solved.
+    """What :func:`narrow` decided and solved."""
 
-    Parameters
-    ----------
-    kept : SitePlan
-        The hidden features that stay.
-    weights : dict of str to (Tensor, Tensor or None)
-        New weight and bias of readers and norms, by path, in the dtype of their layers.
-    rows : list of SiteRow
-        One per norm, or other place where features are read.
-    source : dict
-        Facts on the calibration: model type, sequences, tokens, passes.
-    grid : dict
-        ``units``, the ``step`` that their number is counted in, how many stay (``kept``), and how
-        many would with a tile of 1 (``kept_at_tile_1``).
-    """
-
-    kept: SitePlan
+    kept: SitePlan  # the hidden features that stay
+    # New weight and bias of readers and norms, by path, in the dtype of their layers.
     weights: dict[str, tuple[Tensor, Tensor | None]]
-    rows: list[SiteRow]
-    source: dict[str, object]
+    rows: list[SiteRow]  # one per norm, or other place where features are read
+    source: dict[str, object]  # on the calibration: model type, sequences, tokens, passes
+    # How many features there are (units), the step that their number is counted in, how many stay
+    # (kept), and how many would with a tile of 1 (kept_at_tile_1).
     grid: dict[str, int] = field(default_factory=dict)
 
     def applied_to_copy(self, model: nn.Module) -> nn.Module:
@@ -140,11 +128,7 @@ def narrow(
     to nine times the sums of its norm, and the new weights take what the old ones take.
 
     Held-out errors are solved on one fold and judged on the other; which features stay and the
-    scales of the norms, some thousand numbers in all, are decided on both.
-
-    A head that is tied to the embedding is only sliced, as the two could not be one matrix
-    otherwise: it has the scales of its norm and no solve. In a post-norm model what a norm puts out
-    is also what the block adds to, and its scales are all that can be done about that.
+    scales of the norms are decided on both. A head that is tied to the embedding is only sliced.
 
     Source: docs/method.md, section "Hidden size".
     """
@@ -175,13 +159,7 @@ def narrow(
 
 
 def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
-    """Return how many features stay: at most the fraction ``keep``, on the grid of the tile.
-
-    Raises
-    ------
-    InputError
-        If ``keep`` is out of range, or no count is small enough.
-    """
+    """Return how many features stay: at most the fraction ``keep``, on the grid of the tile."""
     if not 0.0 < keep <= 1.0:
         raise InputError(f"hidden: keep_hidden must be in (0, 1], got {keep}; 0.9 keeps 90 %")
     step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
@@ -342,16 +320,8 @@ def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> tuple[Tensor, Te
     """Fit scale s and offset c of each feature of a narrowed norm to what the dense norm puts out.
 
     ``min Σ_t (s_j v_jt + c_j − x_jt)²`` for every j in K. Returns s and c, ``(n_kept,)`` float64,
-    and what is left of x, removed features included, relative to ``Σ |x|²``.
-
-    Parameters
-    ----------
-    both : Moments
-        Of ``[v; x]``.
-    kept : Tensor
-        K, ``(n_kept,)`` int64.
-    with_offset : bool
-        Whether the norm has a bias to carry c.
+    and what is left of x, removed features included, relative to ``Σ |x|²``. Without
+    ``with_offset`` c is 0.
     """
     n = len(kept)
     here = torch.arange(n, device=kept.device)

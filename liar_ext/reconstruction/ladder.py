@@ -20,22 +20,13 @@ class Equations:
 
     Features are centred. A last row, and column, stands for a constant feature 1, which carries
     the change of the bias.
-
-    Parameters
-    ----------
-    rows : callable
-        Block rows of ``G_KK``, ``(n + 1, n + 1)``.
-    right : list of (slice, Tensor)
-        For some outputs at a time ``[R₀, R₁]``, ``(n + 1, 2 outputs)``: the cross-sums of x_K with
-        what the removed features gave, and with the residual of the target. Without a target R₀;
-        for judging alone R₀ + R₁.
-    energy : Tensor
-        ``Σ |y|²`` of all outputs.
     """
 
-    rows: Rows
+    rows: Rows  # of G_KK, (n + 1, n + 1)
+    # For some outputs at a time [R₀, R₁], (n + 1, 2 outputs): the cross-sums of x_K with what the
+    # removed features gave, and with the residual of the target. Without one R₀; to judge R₀ + R₁.
     right: list[tuple[slice, Tensor]]
-    energy: Tensor
+    energy: Tensor  # Σ |y|² of all outputs
 
 
 @dataclass(frozen=True)
@@ -43,21 +34,12 @@ class Fit:
     """A solve with any λ, judged on the same or on other tokens.
 
     The change of the weights is ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)``, for a step α.
-
-    Parameters
-    ----------
-    fitted, judged : Equations
-        About the same mean.
-    offset : Tensor
-        The change of the bias by the whole step, ``(d_out,)``.
-    square : Tensor
-        Room for the factor, ``(n, n)`` float64.
     """
 
     fitted: Equations
-    judged: Equations
-    offset: Tensor
-    square: Tensor
+    judged: Equations  # about the same mean
+    offset: Tensor  # the change of the bias by the whole step, (d_out,)
+    square: Tensor  # room for the factor, (n, n) float64
 
     def parabola(self, damp: float) -> Tensor:
         """Return the error ``e₀ + e₁ α + e₂ α²``, ``(3,)``; NaN if there is no solution."""
@@ -203,22 +185,12 @@ def choose(
     *,
     whole: bool = False,
 ) -> Choice:
-    """Return the λ and the step size α in ``[low, high]`` of least held-out error.
+    """Return the λ of an ascending ladder and the step size α of least held-out error.
 
-    From the top of the ladder down, until the error of both folds at its best α rises. So the
-    choice is that of the whole ladder if the error falls and then rises along it. For each λ the
-    error is a parabola in α, whose minimum is taken exactly.
-
-    Parameters
-    ----------
-    parabolas : callable
-        From λ to the parabolas of both folds, ``(2, 3)``.
-    ladder : sequence of float
-        Ascending λ.
-    low, high : float
-        Least and greatest step size.
-    whole : bool
-        Try every λ.
+    From the top of the ladder down, until the error of both folds at its best α rises: the choice
+    is that of the whole ladder if the error falls and then rises along it. ``parabolas`` returns
+    for a λ the errors of both folds as parabolas in α, ``(2, 3)``, whose minimum within ``[low,
+    high]`` is taken exactly. ``whole`` tries every λ.
     """
     found: list[Tensor] = []
     least = math.inf

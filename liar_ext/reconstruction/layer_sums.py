@@ -52,21 +52,12 @@ def rows_of(
     residual: Tensor,
     counts: Callable[[int], Tensor],
 ) -> Iterator[Rows]:
-    """Yield the rows of each site of a layer.
+    """Yield the rows of each site of a layer: of one site, or of all experts.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    layer : sequence of Site
-        One site, or all experts of a layer.
-    read : Tensor, or (Tensor, Tensor, Tensor)
-        What the consumer reads, or what the module of all experts is called with: tokens, chosen
-        experts and their weights.
-    residual : Tensor
-        What the layer's output falls short by, a row per token; it is asked of all experts alike.
-    counts : callable
-        Gives for a number of tokens which of them are no padding.
+    ``read`` is what the consumer reads, or what the module of all experts is called with: tokens,
+    chosen experts and their weights. ``residual`` is what the layer's output falls short by, a row
+    per token, asked of all experts alike. ``counts`` gives for a number of tokens which of them are
+    no padding.
     """
     if layer[0].expert is None:
         x = read.flatten(0, -2)

@@ -34,12 +34,8 @@ LARGE_FILES = "/var/tmp"
 def in_file(*shape: int) -> Tensor:
     """Return a float64 zero tensor in an unlinked temporary file, removed with the tensor.
 
-    The disk space is allocated: without it a write to the map would end the process.
-
-    Raises
-    ------
-    MemoryError
-        If there can't be such a file.
+    The disk space is allocated: without it a write to the map would end the process. MemoryError
+    if there can't be such a file.
     """
     folder = os.environ.get("TMPDIR") or LARGE_FILES
     folder = folder if os.access(folder, os.W_OK) else tempfile.gettempdir()

@@ -74,21 +74,11 @@ def ratio(error: Tensor, energy: Tensor) -> float:
 
 @dataclass
 class Residual:
-    """Sums over tokens of the residual ``r = y* − (W x̂ + b)`` of a target, in two folds.
+    """Float64 sums over tokens of the residual ``r = y* − (W x̂ + b)``, in two folds."""
 
-    Parameters
-    ----------
-    cross : Tensor
-        ``Σ_t w_t x̂_t r_tᵀ`` per fold, ``(2, d_in, d_out)`` float64.
-    total : Tensor
-        ``Σ_t w_t r_t`` per fold, ``(2, d_out)`` float64.
-    energy : Tensor
-        ``Σ_t w_t |r_t|²`` per fold, ``(2,)`` float64.
-    """
-
-    cross: Tensor
-    total: Tensor
-    energy: Tensor
+    cross: Tensor  # Σ_t w_t x̂_t r_tᵀ, (2, d_in, d_out)
+    total: Tensor  # Σ_t w_t r_t, (2, d_out)
+    energy: Tensor  # Σ_t w_t |r_t|², (2,)
 
     @classmethod
     def zeros(cls, d_in: int, d_out: int, *, device: str | torch.device = "cpu") -> Residual:
@@ -97,16 +87,9 @@ class Residual:
         return cls(*(torch.zeros(FOLDS, *s, dtype=torch.float64, device=device) for s in shapes))
 
     def update(self, x: Tensor, r: Tensor, fold: int, weight: Tensor) -> None:
-        """Add tokens to a fold.
+        """Add tokens to a fold: x̂, r of one dtype, and which rows are in use or what each counts.
 
-        Parameters
-        ----------
-        x, r : Tensor
-            ``(tokens, d_in)`` and ``(tokens, d_out)``, of one dtype; rows in use must be finite.
-        fold : int
-            Which sums to add to.
-        weight : Tensor
-            ``(tokens,)``: which rows are in use, or what each counts.
+        Rows in use must be finite.
         """
         unused, count = torch.zeros_like(self.cross[fold, :, 0]), self.energy.new_zeros(2)
         ops.gram_update_(self.cross[fold], unused, count, x, r, weight)

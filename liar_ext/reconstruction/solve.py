@@ -20,36 +20,16 @@ from liar_ext.rows import BY_BLOCKS, ON_HOST, SiteRow
 
 @dataclass(frozen=True)
 class Solution:
-    """The new consumer of one site, with its errors.
+    """The new consumer of one site, with its errors relative to ``tr(W G Wᵀ)``."""
 
-    Parameters
-    ----------
-    weight : Tensor
-        ``W'``, ``(d_out, n_kept)`` float64.
-    bias : Tensor or None
-        ``b'``, ``(d_out,)`` float64; None if the consumer keeps its bias.
-    damp : float
-        λ taken; infinity means that plain dropping did best.
-    error : float
-        ``tr(ΔW G ΔWᵀ) / tr(W G Wᵀ)`` over all calibration tokens; with a target the error to it.
-    holdout_error : float
-        The same with the solve on one fold and the error on the other, both ways, added up.
-    condition : float
-        Lower bound on the condition number of ``G_KK + Λ``.
-    path : str
-        What was solved, e.g. ``"linear, cholesky float64"``.
-    step_size : float
-        α, the step taken from the consumer's own target, 0, to the given one, 1.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    damp: float
-    error: float
-    holdout_error: float
-    condition: float
-    path: str
-    step_size: float = 0.0
+    weight: Tensor  # W', (d_out, n_kept) float64
+    bias: Tensor | None  # b', (d_out,) float64; None if the consumer keeps its bias
+    damp: float  # λ taken; infinity means that plain dropping did best
+    error: float  # tr(ΔW G ΔWᵀ) over all calibration tokens; with a target the error to it
+    holdout_error: float  # solved on one fold and judged on the other, both ways, added up
+    condition: float  # lower bound on the condition number of G_KK + Λ
+    path: str  # what was solved, e.g. "linear, cholesky float64"
+    step_size: float = 0.0  # α, from the consumer's own target, 0, to the given one, 1
 
     def row(self, **facts: object) -> SiteRow:
         """Return the row of the report on what was solved, with other facts on it."""
@@ -95,15 +75,13 @@ def solve(
     of x and r.
 
     λ and α have the least error ``Σ |W' x_K + b' − y*|²`` on held-out tokens: solved on fold A and
-    judged on fold B, and the other way round, see :func:`liar_ext.reconstruction.ladder.choose`
-    and :func:`liar_ext.reconstruction.ladder.least_held_out`. The returned weight is solved with
-    them on both folds together. If ``step`` begins at 0, the result is never worse on held-out
+    judged on fold B, and the other way round. The returned weight is solved with them on both
+    folds together. If ``step`` begins at 0, the result is never worse on held-out
     tokens than the one without a target.
 
-    The solve is done on the device of the sums. If a GPU has no memory for it, it is done on the
-    CPU, on copies of the sums, and the path of the solution ends in :data:`ON_HOST`. If an
-    allocation fails on the CPU, it is done once more by
-    :mod:`liar_ext.reconstruction.low_memory`, and :data:`BY_BLOCKS` is in the path.
+    The solve is done on the device of the sums; if a GPU has no memory for it, on the CPU; and if
+    an allocation fails there, once more by :mod:`liar_ext.reconstruction.low_memory`. The path of
+    the solution says so (:data:`ON_HOST`, :data:`BY_BLOCKS`).
 
     Parameters
     ----------

@@ -44,12 +44,6 @@ class LayerwiseSolver:
     Rank r of n holds the hidden states of batches r, r + n, ... Sums are all-reduced, and the sites
     of a layer are shared.
 
-    Attributes
-    ----------
-    text, fresh : list of Part
-        What this rank has of the calibration text, and of fresh text.
-    certifies : bool
-        Whether any rank has fresh text.
     """
 
     def __init__(
@@ -65,9 +59,9 @@ class LayerwiseSolver:
         self.mode, self.damp = mode, damp
         self.device = device_of(model)
         self.states = states or HiddenStates()
-        self.text: list[Part] = []
-        self.fresh: list[Part] = []
-        self.certifies = False
+        self.text: list[Part] = []  # what this rank has of the calibration text
+        self.fresh: list[Part] = []  # and of fresh text
+        self.certifies = False  # whether any rank has fresh text
         self.targets: dict[str, str] = {}  # by layer of the block in work
         self.ends: set[str] = set()  # layers whose norm gives what their block does
         self.weights: Weights = {}
