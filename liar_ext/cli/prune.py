@@ -121,7 +121,7 @@ def _sketched(
     given: Given, recipe: Recipe, store: BlockStore | None, options: argparse.Namespace
 ) -> list[str]:
     if store is not None:
-        known = {"walk": Walk.of(store), "limit": options.max_memory}
+        known = {"walk": Walk(store), "limit": options.max_memory}
         known["certify_on"] = given.certification
         return describe_streamed(prepare(Job(store.model, given.calibration, recipe, **known)))
     if not is_first():

@@ -63,7 +63,7 @@ def prune_folder(
     """
     if is_first():
         check_folder(folder, overwrite)
-    walk = Walk.of(store, job.recipe.attn_unit, job.saved, job.progress)
+    walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
     walk.states.folder = next(path for path in Path(folder).resolve().parents if path.is_dir())
     with ExitStack() as stack:
         stack.callback(store.close)
