@@ -154,7 +154,7 @@ def _check_file(path: Path, operation: str) -> None:
 
 def _check_config(config: Mapping[str, Any], tensors: int, where: str) -> None:
     """Refuse sizes that no model has, and fields that lead to other files or code."""
-    for name, value in _fields(config):
+    for name, value in fields_of(config):
         if name in DETOURS:
             raise InputError(f"{where} has {name}, which leads to other files; remove it")
         if name.lstrip("_").startswith("attn_implementation") and "/" in str(value):
@@ -181,12 +181,12 @@ def _is_size(value: Any, kind: type = int) -> bool:
     return number and 1 <= value <= LARGEST
 
 
-def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every field of a config and of its parts, by its own name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key, item
-            yield from _fields(item, key)
+            yield from fields_of(item, key)
     elif isinstance(value, list):
         for item in value:
-            yield from _fields(item, name)
+            yield from fields_of(item, name)

@@ -92,10 +92,7 @@ def _is_head_input(said: Any) -> bool:
 
 @contextmanager
 def reading(what: Any, operation: str) -> Iterator[None]:
-    """Turn whatever transformers raises at what it reads into one line.
-
-    It raises anything at a damaged file, from KeyError to ZeroDivisionError.
-    """
+    """Turn whatever transformers raises at a damaged file, which is anything, into one line."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
@@ -262,9 +259,9 @@ def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
     """Return a class that builds the stock model, with the sizes of its config or of a plan.
 
-    It is built without memory for its weights; if it wants far more of them than the files hold
-    (twice: before they are tied, weights count twice), no memory is taken. It goes by the name of
-    the stock class, by which transformers finds how to rename the weights of older checkpoints.
+    It is built on the meta device. If it wants far more than the files hold (twice: before they are
+    tied, weights count twice), no memory is taken. By the name of the stock class transformers
+    finds how to rename the weights of older checkpoints.
     """
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
