@@ -111,7 +111,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
                 saved.put(RESULT, facts={"plan": report.plan.to_json()})
             with writing(options.out, options.overwrite, checked=True) as path:
                 how = {"report": report, "tokenizer": given.tokenizer}
-                fill_folder(given.model, path, report.plan, **how, start=time.perf_counter())
+                fill_folder(given.model, path, report.plan, **how)
     if is_first():
         say(report, options, start)
     return report

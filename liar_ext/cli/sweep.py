@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
     def save(pruned: nn.Module, report: Report) -> None:
         add_facts(report, given)
-        saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
+        saving = {"report": report, "tokenizer": given.tokenizer}
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,8 +12,7 @@ from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import fixed_inputs
-from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint.weights import Shards
+from liar_ext.checkpoint.saving import Shards, check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.distributed import alone, is_first
 from liar_ext.job.analysis import Base, Decision
@@ -90,7 +88,6 @@ def prune_folder(
                 report.plan,
                 report=report,
                 tokenizer=store.tokenizer,
-                start=time.perf_counter(),
                 shards=out[1],
             )
     return report

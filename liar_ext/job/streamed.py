@@ -11,7 +11,7 @@ from torch import nn
 from liar_ext.calibration.batches import Batch
 from liar_ext.calibration.saved_sums import bytes_of_sums
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.weights import SHARD_BYTES
+from liar_ext.checkpoint.saving import SHARD_BYTES
 from liar_ext.distributed import gather
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import (
