@@ -37,7 +37,7 @@ from liar_ext import Plan, Recipe, apply_plan, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.job.choosing import JUDGED
+from liar_ext.job.solving import JUDGED
 from liar_ext.job.sweeping import Sweep
 
 # Those of no or partial reconstruction are uniform, with single channels, as others' methods are.

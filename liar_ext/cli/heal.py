@@ -63,7 +63,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     model = model if spread else model.to(recipe.device)
     before = _perplexity(model, given, options)
     with checkpoint_of(recipe, options) as saved:
-        let_write(given, recipe, saved, progress=options.progress)
+        let_write(given, saved, progress=options.progress)
         found = heal(
             model,
             given.model,
