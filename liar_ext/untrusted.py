@@ -23,13 +23,7 @@ LARGEST = 2**53  # of a count: what a double says exactly
 
 
 def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
-    """Return the object of a JSON file, and the SHA-256 of the file.
-
-    Raises
-    ------
-    InputError
-        If it is no ordinary file, too large, too deep, or no JSON object.
-    """
+    """Return the object of a JSON file, and the SHA-256 of the file; InputError if it is none."""
     if not os.path.lexists(path):
         raise InputError(f"{operation}: there is no file {path}")
     try:
