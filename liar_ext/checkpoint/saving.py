@@ -40,7 +40,7 @@ from liar_ext.checkpoint.names import (
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.quietening import no_bars, quiet
 from liar_ext.checkpoint.stock_config import described, wear
-from liar_ext.checkpoint.vocabulary import leave_larger, write_vocabulary
+from liar_ext.checkpoint.tokenization import leave_larger, write_vocabulary
 from liar_ext.checkpoint.weights import Shards
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of

@@ -22,8 +22,8 @@ from liar_ext.calibration.media import read_files
 from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
+from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device
-from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.choosing import LEAST

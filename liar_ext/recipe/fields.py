@@ -179,7 +179,7 @@ class Fields:
     keep_vocab: float | str = _words(
         1.0,
         check.vocabulary,
-        "fraction of the tokens to keep, or their number, such as 32k; --keep counts the rest",
+        "fraction of the tokens to keep, a number such as 32k, or auto; --keep counts the rest",
         metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
@@ -190,6 +190,14 @@ class Fields:
         "text that decides which tokens stay (default: the calibration text)",
         metavar="TEXT",
         in_python="liar_ext.choose_tokens takes the text",
+    )
+    vocab_scripts: tuple[str, ...] = _words(
+        (),
+        check.scripts,
+        "Unicode scripts all of whose tokens stay, such as latin,greek",
+        metavar="SCRIPTS",
+        read=lambda text: text.split(",") if isinstance(text, str) else text,
+        in_python="liar_ext.choose_tokens takes the scripts",
     )
     kinds: tuple[str, ...] = _budget(
         KINDS,
@@ -283,10 +291,11 @@ class Fields:
         for name in ("self_text", "random_tokens"):
             if getattr(self, name) != "auto":
                 check_fraction("recipe", name, getattr(self, name))
-        if self.vocab_text and self.keep_vocab == 1.0:
-            raise InputError(
-                "recipe: vocab_text decides which tokens go, and keep_vocab keeps all; give both"
-            )
+        for name in ("vocab_text", "vocab_scripts"):
+            if getattr(self, name) and self.keep_vocab == 1.0:
+                raise InputError(
+                    f"recipe: {name} decides which tokens go, and keep_vocab keeps all; give both"
+                )
         if self.of == "kv_cache" and "attn" not in self.kinds:
             raise InputError(
                 "recipe: a budget of kv_cache is spent on attention, got kinds="

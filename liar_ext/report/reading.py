@@ -143,6 +143,9 @@ def vocabulary(value: Any) -> dict[str, Any]:
         return {}
     read = {"alike_lines": count(facts.get("alike_lines")), "text": lines(facts.get("text"))[:20]}
     read["tokens_per_byte"] = _pair(facts.get("tokens_per_byte"))
+    if auto := record(facts.get("auto"), judged_by=text, most_loss=number):
+        steps = listing(facts["auto"].get("curve"))[:MOST_POINTS]
+        read["auto"] = {**auto, "curve": [_step(listing(each)) for each in steps]}
     if held_out := _held_out(facts.get("held_out")):
         pruned = _held_out(mapping(facts["held_out"]).get("pruned"))
         read["held_out"] = held_out | ({"pruned": pruned} if pruned else {})
@@ -175,6 +178,12 @@ def _positive(value: Any) -> float | None:
 
 def _finite_or_inf(value: Any) -> float | None:
     return math.inf if value == "inf" else _at_least_zero(value)
+
+
+def _step(values: list[Any]) -> list[float | None]:
+    """Read tokens, loss and tokens per byte of a size that was tried."""
+    found = [count(values[0]) if values else None, *map(_finite_or_inf, values[1:3])]
+    return found + [None] * (3 - len(found))
 
 
 def _pair(value: Any) -> list[float | None]:

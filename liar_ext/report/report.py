@@ -234,9 +234,8 @@ class Report:
                 share = lost / sum(row.units_before or 0 for row in rows)
                 found.append(f"{share:.0%} of the {words}")
         found += ["hidden features"] * bool(self.hidden)
-        if self.vocabulary:
-            lost = 1 - self.vocabulary["after"] / self.vocabulary["before"]
-            found.append(f"{lost:.0%} of the tokens")
+        before, after = (self.vocabulary.get(when) for when in ("before", "after"))
+        found += [f"{1 - after / before:.0%} of the tokens"] if after != before else []
         return " and ".join(found) or "nothing"
 
     def tables(self) -> list[Table]:
@@ -244,6 +243,7 @@ class Report:
         parts = (
             (sections.healing, self.heal),
             (sections.vocabulary, self.vocabulary),
+            (sections.vocabulary_sizes, self.vocabulary.get("auto")),
             (sections.latency, self.latency),
             (sections.grid, self.grid),
         )

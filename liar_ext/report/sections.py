@@ -254,6 +254,8 @@ def vocabulary_lines(found: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     texts = ", ".join(found.get("text", ())) or "the calibration text"
+    if found["after"] == found["before"]:
+        return [f"All {found['before']:,} tokens stay: fewer would lose more than auto allows."]
     said = [
         f"{found['after']:,} of {found['before']:,} tokens stay ({found['kind'] or 'tokenizer'}), "
         f"chosen by their counts in {texts}."
@@ -287,6 +289,20 @@ def vocabulary(found: Mapping[str, Any]) -> Table:
             rows.append((f"{name}, held out", "", *both))
     heads = ("", "all tokens", "fewer tokens", "pruned")
     return Table("Vocabulary", heads, rows, (0,), " ".join(vocabulary_lines(found)))
+
+
+def vocabulary_sizes(found: Mapping[str, Any]) -> Table:
+    """Return the sizes that ``--keep-vocab auto`` has tried."""
+    name, most = found["judged_by"].replace("_", " "), figure(found["most_loss"], ".1%")
+    rows = [
+        (figure(tokens, ","), figure(loss, ".2%"), figure(rate, ".4g"))
+        for tokens, loss, rate in found["curve"]
+    ]
+    note = (
+        f"Loss of {name} on documents that chose no token. The smallest size was taken that loses "
+        f"at most {most}."
+    )
+    return Table("Sizes of the vocabulary", ("tokens", "loss", "tokens per byte"), rows, (), note)
 
 
 def _both(pair: Sequence[float | None] | None) -> list[str]:
