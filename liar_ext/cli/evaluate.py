@@ -33,7 +33,8 @@ from liar_ext.measure.word_errors import word_errors
 from liar_ext.models.running import inputs_read, predicts_next_token
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report, versions
-from liar_ext.report.tables import MEASURES, measured_on, quality, speed, to_text
+from liar_ext.report.sections import speed
+from liar_ext.report.tables import MEASURES, measured_on, quality, to_text
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
 SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads

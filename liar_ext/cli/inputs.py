@@ -31,8 +31,8 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
+from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device
-from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.solving import LEAST

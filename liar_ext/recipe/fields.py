@@ -233,7 +233,7 @@ class Fields:
     keep_vocab: float | str = _words(
         1.0,
         check.vocabulary,
-        "fraction of the tokens to keep, or their number, such as 32k; --keep counts the rest",
+        "fraction of the tokens to keep, a number such as 32k, or auto; --keep counts the rest",
         metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
@@ -244,6 +244,14 @@ class Fields:
         "text that decides which tokens stay (default: the calibration text)",
         metavar="TEXT",
         in_python="liar_ext.choose_tokens takes the text",
+    )
+    vocab_scripts: tuple[str, ...] = _words(
+        (),
+        check.scripts,
+        "Unicode scripts all of whose tokens stay, such as latin,greek",
+        metavar="SCRIPTS",
+        read=lambda text: text.split(",") if isinstance(text, str) else text,
+        in_python="liar_ext.choose_tokens takes the scripts",
     )
     kinds: tuple[str, ...] = _budget(
         KINDS,
@@ -339,9 +347,12 @@ class Fields:
                 check_fraction("recipe", name, getattr(self, name))
         table = self.latency_table is not None
         for broken, rule in (
-            (
-                self.vocab_text and self.keep_vocab == 1.0,
-                "vocab_text decides which tokens go, and keep_vocab keeps all; give both",
+            *(
+                (
+                    getattr(self, name) and self.keep_vocab == 1.0,
+                    f"{name} decides which tokens go, and keep_vocab keeps all; give both",
+                )
+                for name in ("vocab_text", "vocab_scripts")
             ),
             (
                 self.of == "kv_cache" and "attn" not in self.kinds,
