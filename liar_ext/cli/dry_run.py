@@ -33,7 +33,8 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.reconstruction.streams import Walk
-from liar_ext.report.tables import Table, latency_lines, to_text
+from liar_ext.report.sections import latency_lines
+from liar_ext.report.tables import Table, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 

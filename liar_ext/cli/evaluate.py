@@ -14,9 +14,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
-from liar_ext.calibration.media import read_files
-from liar_ext.calibration.media_batches import evaluation_inputs, spread
-from liar_ext.calibration.texts import check_seq_len, evaluation_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.media import read_files, spread
+from liar_ext.calibration.media_batches import evaluation_inputs
+from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint.reading import stock_class
@@ -32,7 +33,8 @@ from liar_ext.measure.word_errors import word_errors
 from liar_ext.models.running import inputs_read, predicts_next_token
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report, versions
-from liar_ext.report.tables import MEASURES, measured_on, quality, speed, to_text
+from liar_ext.report.sections import speed
+from liar_ext.report.tables import MEASURES, measured_on, quality, to_text
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
 SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads

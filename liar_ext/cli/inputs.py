@@ -15,7 +15,14 @@ from liar_ext import checkpoint
 from liar_ext.calibration import generated, texts
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.documents import document_digests
+from liar_ext.calibration.documents import (
+    Documents,
+    check_apart,
+    check_unchanged,
+    document_digests,
+    read_documents,
+    text_digest,
+)
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.calibration.media import read_files
@@ -24,8 +31,8 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
+from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device
-from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.job.solving import LEAST
@@ -131,9 +138,9 @@ def check_unloaded(recipe: Recipe) -> None:
         LatencyTable.load(recipe.latency_table)
 
 
-def read_source(source: str, kind: str | None) -> texts.Documents:
+def read_source(source: str, kind: str | None) -> Documents:
     """Return the documents, recordings or pictures of a source, as the model reads them."""
-    return texts.read_documents(source) if kind is None else read_files(source, kind)
+    return read_documents(source) if kind is None else read_files(source, kind)
 
 
 def _documents(
@@ -153,9 +160,9 @@ def _documents(
     sources = dict.fromkeys([*recipe.calibration, *recipe.vocab_text])
     read = {source: read_source(source, kind) for source in sources if source != SELF}
     held_out = read_source(recipe.eval, kind) if recipe.eval else None
-    texts.check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
+    check_unchanged(recipe.text_digests, {**read, recipe.eval: held_out})
     if held_out is not None:
-        texts.check_apart([text for documents in read.values() for text in documents], held_out)
+        check_apart([text for documents in read.values() for text in documents], held_out)
     return read, held_out
 
 
@@ -202,7 +209,7 @@ def _draw(
         "warnings": [*drawn.notes, *short, *kinds],
         "notes": drawn.notes,
         "documents": torch.tensor(sorted(document_digests(every))),
-        "text_digests": {n: texts.text_digest(e) for n, e in whole.items() if e and n != SELF},
+        "text_digests": {n: text_digest(e) for n, e in whole.items() if e and n != SELF},
         **{n: None if e is None else e.batches(recipe.batch_size) for n, e in parts.items()},
     }
 

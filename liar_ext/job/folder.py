@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -15,8 +14,7 @@ from torch import nn
 from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import fixed_inputs
-from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint.weights import Shards
+from liar_ext.checkpoint.saving import Shards, check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.distributed import is_first
 from liar_ext.job.preparing import Job
@@ -110,4 +108,4 @@ class Folder:
         path = self.begin() if self.shards is None else self.path
         with nullcontext() if self.walk is None else self.fixed.answering():
             given = {"report": report, "tokenizer": tokenizer, "shards": self.shards}
-            fill_folder(model, path, report.plan, **given, start=time.perf_counter())
+            fill_folder(model, path, report.plan, **given)

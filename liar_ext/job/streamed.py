@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
-from liar_ext.calibration.collect import check_sums, summing
+from liar_ext.calibration.collect import check_not_padding, check_sums, summing
 from liar_ext.calibration.moments import MomentBank, Moments
 from liar_ext.calibration.passes import Passes
 from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
 from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.weights import SHARD_BYTES
+from liar_ext.checkpoint.saving import SHARD_BYTES
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
@@ -130,8 +130,7 @@ class StreamedPasses(Passes):
         self.text = StreamedBatches("text", walk, [self.batches[n] for n in numbers], numbers)
         self.summed: list[int] = []  # numbers of the walks that ran the text
         for index, batch in enumerate(self.batches):
-            if batch.mask is not None and not batch.mask.any():
-                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+            check_not_padding(index, batch)
         sequences, model_type = sum(map(len, self.batches)), self.model.config.model_type
         self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
         self.bank = MomentBank({}, self.source)

@@ -13,7 +13,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from liar_ext.errors import InputError, did_you_mean
-from liar_ext.plan import Budget
+from liar_ext.plan import KINDS, PARTS, Budget
 
 # What a check is: name and value in, the value in its own type out, or InputError.
 Check = Callable[[str, Any], Any]
@@ -93,14 +93,30 @@ def share(example: str) -> Check:
     return check
 
 
-def vocabulary(name: str, value: Any) -> float | int:
-    """Check a fraction in (0, 1], or a number of tokens; text may hold it, as 32k."""
+def vocabulary(name: str, value: Any) -> float | int | str:
+    """Check a fraction in (0, 1], a number of tokens, which may be text as 32k, or "auto"."""
     found = read_tokens(value) if isinstance(value, str) else value
+    if found == "auto":
+        return found
     if is_number(found) and 0 < found <= 1:
         return float(found)
     if is_number(found, numbers.Integral) and 1 < found <= MOST:
         return int(found)
-    raise wrong(name, "be a fraction in (0, 1], or a number of tokens such as 32k", value)
+    raise wrong(name, 'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"', value)
+
+
+def scripts(name: str, value: Any) -> tuple[str, ...]:
+    """Check a list of Unicode scripts."""
+    import regex
+
+    for script in texts(name, value):
+        try:
+            known = re.fullmatch(r"\w{3,40}", script) and regex.compile(rf"\p{{Script={script}}}")
+        except regex.error:
+            known = None
+        if not known or script.lower() in ("common", "inherited", "unknown"):
+            raise wrong(name, "name Unicode scripts such as latin, greek or cyrillic", script)
+    return texts(name, value)
 
 
 def read_tokens(text: str) -> float | int | str:
@@ -111,6 +127,21 @@ def read_tokens(text: str) -> float | int | str:
         with suppress(ValueError):
             return kind(text)
     return text
+
+
+def read_gibibytes(text: str) -> int | str:
+    """Read GiB as bytes."""
+    try:
+        return int(float(text) * 2**30)
+    except (ValueError, OverflowError):  # no number, or none that is finite
+        return text
+
+
+def read_sites(text: Any) -> Any:
+    """Read which layers may be pruned; what is no name of some is returned."""
+    known = {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}
+    known |= {part: (*KINDS, part) for part in PARTS}
+    return known.get(text, text) if isinstance(text, str) else text
 
 
 def text(name: str, value: Any) -> str:
@@ -236,6 +267,7 @@ class CompressOptions(JobOptions, total=False):
     certify: int
     keep_vocab: float | str
     vocab_text: tuple[str, ...]
+    vocab_scripts: tuple[str, ...]
 
 
 def check_keywords(

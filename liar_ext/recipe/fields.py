@@ -41,7 +41,6 @@ GROUPS = {
     "reconstruction": "Reconstruction: error compensation in the weights that stay",
     "evaluation": "Evaluation",
 }
-GIB = 2**30
 # Whether a job works: with any value, with the default alone, or as a function of the value.
 Works = bool | Callable[[Any], bool]
 
@@ -88,14 +87,6 @@ def works(each: Field, way: str, value: Any) -> bool:
     return fact(value) if callable(fact) else fact or value == each.default
 
 
-def read_gibibytes(text: str) -> int | str:
-    """Read GiB as bytes."""
-    try:
-        return int(float(text) * GIB)
-    except (ValueError, OverflowError):  # no number, or none that is finite
-        return text
-
-
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 _DRAW = "liar_ext.calibration.texts.calibration_sequences makes the batches, and takes it"
 # What fields of a stage have in common.
@@ -108,13 +99,6 @@ _whole = partial(  # leaves a smaller model, which is then pruned
 _words = partial(_field, group="budget", affects="inputs", with_bank=False, streamed=False)
 _solve = partial(_field, group="reconstruction", affects="weights")
 _report = partial(_field, group="evaluation", affects="report")
-
-
-def read_sites(text: Any) -> Any:
-    """Read which layers may be pruned; what is no name of some is returned."""
-    known = {"all": KINDS, "attn": ("attn",), "mlp": ("mlp",)}
-    known |= {part: (*KINDS, part) for part in PARTS}
-    return known.get(text, text) if isinstance(text, str) else text
 
 
 def _without_gradients(criterion: str) -> bool:
@@ -189,7 +173,7 @@ class Fields:
         group="calibration",
         affects="report",
         metavar="GIB",
-        read=read_gibibytes,
+        read=check.read_gibibytes,
         streamed=False,
     )
     keep: float = _budget(0.8, check.number, "fraction to keep, in (0, 1]", common=True)
@@ -233,7 +217,7 @@ class Fields:
     keep_vocab: float | str = _words(
         1.0,
         check.vocabulary,
-        "fraction of the tokens to keep, or their number, such as 32k; --keep counts the rest",
+        "fraction of the tokens to keep, a number such as 32k, or auto; --keep counts the rest",
         metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
@@ -245,13 +229,21 @@ class Fields:
         metavar="TEXT",
         in_python="liar_ext.choose_tokens takes the text",
     )
+    vocab_scripts: tuple[str, ...] = _words(
+        (),
+        check.scripts,
+        "Unicode scripts all of whose tokens stay, such as latin,greek",
+        metavar="SCRIPTS",
+        read=lambda text: text.split(",") if isinstance(text, str) else text,
+        in_python="liar_ext.choose_tokens takes the scripts",
+    )
     kinds: tuple[str, ...] = _budget(
         KINDS,
         check.some_of((*KINDS, *PARTS)),
         "layers that may be pruned; encoder, decoder: those of one part of a model that has both",
         option="--sites",
         metavar="{all,attn,mlp,encoder,decoder}",
-        read=read_sites,
+        read=check.read_sites,
     )
     attn_unit: str = _budget(
         "auto",
@@ -339,9 +331,12 @@ class Fields:
                 check_fraction("recipe", name, getattr(self, name))
         table = self.latency_table is not None
         for broken, rule in (
-            (
-                self.vocab_text and self.keep_vocab == 1.0,
-                "vocab_text decides which tokens go, and keep_vocab keeps all; give both",
+            *(
+                (
+                    getattr(self, name) and self.keep_vocab == 1.0,
+                    f"{name} decides which tokens go, and keep_vocab keeps all; give both",
+                )
+                for name in ("vocab_text", "vocab_scripts")
             ),
             (
                 self.of == "kv_cache" and "attn" not in self.kinds,

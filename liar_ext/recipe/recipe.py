@@ -18,7 +18,7 @@ import yaml
 from liar_ext.errors import InputError, did_you_mean
 from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.fields import GROUPS, PRESETS, Fields, read_sites, recipe_fields
+from liar_ext.recipe.fields import GROUPS, PRESETS, Fields, recipe_fields
 
 VERSION = 1
 # Fields that recipes had once, with the values that changed nothing.
@@ -74,7 +74,7 @@ class Recipe(Fields):
         if "sites" in choices:
             if "kinds" in choices:
                 raise InputError("recipe: sites and kinds are the same choice; leave one out")
-            choices["kinds"] = read_sites(choices.pop("sites"))
+            choices["kinds"] = check.read_sites(choices.pop("sites"))
         if "preset" in choices:
             name = check.one_of(tuple(PRESETS))("preset", choices.pop("preset"))
             if start is not None:

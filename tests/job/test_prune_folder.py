@@ -306,7 +306,7 @@ def test_a_gguf_file_is_refused(tmp_path):
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
-    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk.of(store))
+    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk(store))
     prepared = prepare(replace(job, limit=4 * GIB))
     lines, shares = describe_streamed(prepared), prepared.shares
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
