@@ -44,7 +44,7 @@ PLAIN = "loads with plain"
 def sketched(given: Given, options: argparse.Namespace) -> list[str]:
     """Return lines on what a command would do with what it has loaded, at the first rank."""
     if given.store is not None:
-        known = {"walk": Walk.of(given.store), "limit": options.max_memory}
+        known = {"walk": Walk(given.store), "limit": options.max_memory}
         known["certify_on"] = given.certification
         job = Job(given.model, given.calibration, given.recipe, **known)
         return describe_streamed(prepare(job))
