@@ -16,7 +16,7 @@ from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.cli.commands import HEAL_FIELDS
-from liar_ext.cli.inputs import let_write, load
+from liar_ext.cli.inputs import Given, let_write, load
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.errors import InputError
@@ -48,16 +48,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     check_folder(options.out, overwrite)
     check_apart(options)
     given = load(recipe, progress=options.progress, judge=max(recipe.samples // TRAINED, 2))
-    if given.evaluation is not None and not predicts_next_token(given.model):
-        raise InputError(
-            f"heal: --eval needs a causal language model, got {type(given.model).__name__}; leave "
-            "it out, and judge the result by liar eval OUT --text TEXT"
-        )
-    if given.judging is None:
-        raise InputError(
-            "heal: the text is too short to hold out an eighth of its documents; give more text, "
-            "or a smaller --seq-len"
-        )
+    _check_text(given)
     spread = placement(recipe.device)
     model = load_pruned(options.folder, dtype="auto", **spread)
     model = model if spread else model.to(recipe.device)
@@ -94,6 +85,20 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     lines = [] if options.quiet else [*healing_lines(found), f"{options.out}: saved"]
     show(options, {"out": options.out, **found}, lines, found["notes"] if options.json else None)
     return 130 if found["interrupted"] else 0
+
+
+def _check_text(given: Given) -> None:
+    """Refuse text that can't be trained or judged on."""
+    if given.evaluation is not None and not predicts_next_token(given.model):
+        raise InputError(
+            f"heal: --eval needs a causal language model, got {type(given.model).__name__}; leave "
+            "it out, and judge the result by liar eval OUT --text TEXT"
+        )
+    if given.judging is None:
+        raise InputError(
+            "heal: the text is too short to hold out an eighth of its documents; give more text, "
+            "or a smaller --seq-len"
+        )
 
 
 def _save(report: Any, pruned: str, folder: Path) -> None:

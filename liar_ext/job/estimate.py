@@ -5,7 +5,7 @@ The progress line, ``--dry-run`` and the refusals for memory read it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +96,8 @@ def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
     if job.evaluate_on:
         work = 2 * sum(map(tokens_of, job.evaluate_on)) * (body + head)
         add("evaluate", 2 * len(job.evaluate_on), work)
-    if job.narrows:
-        hidden = hidden_of(model)
-        kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-        width, sources = kept + hidden.size, len(hidden.sources)
-        size = bytes_of_sums(width)
-        runs = split(hidden.sources, [size] * sources, job.room)
-        passes, most = 1 + len(runs), max(map(len, runs))
-        add("narrow", passes * count, passes * forward + sources * tokens * width**2, most * size)
-        peaks = most * size + bytes_of_solve(width, hidden.size, ["affine"])
-        add("solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peaks)
+    for each in _narrowing(job, count, tokens, forward) if job.narrows else ():
+        add(*each)
     smaller = job.narrows or recipe.keep_experts != 1.0 or recipe.keep_vocab != 1.0
     if recipe.keep == 1.0 and smaller:
         return stages
@@ -133,6 +125,21 @@ def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
         probes = rescale_batches(batches)
         add("rescale", len(probes), probed(probes))
     return stages
+
+
+def _narrowing(
+    job: Any, count: int, tokens: int, forward: float
+) -> Iterator[tuple[str, int, float, int]]:
+    """Yield name, steps, work and bytes of what a smaller hidden size takes."""
+    recipe, hidden = job.recipe, hidden_of(job.model)
+    kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
+    width, sources = kept + hidden.size, len(hidden.sources)
+    size = bytes_of_sums(width)
+    runs = split(hidden.sources, [size] * sources, job.room)
+    passes, most = 1 + len(runs), max(map(len, runs))
+    yield "narrow", passes * count, passes * forward + sources * tokens * width**2, most * size
+    peak = most * size + bytes_of_solve(width, hidden.size, ["affine"])
+    yield "solve", sources, NORM * sources * _ridge(kept, hidden.size, _solves(recipe)), peak
 
 
 def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
