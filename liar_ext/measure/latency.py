@@ -6,9 +6,8 @@ whose blocks have different sizes: one round of a mixed model, every site at ano
     round 0    block 0: 32    block 1: 544    block 2: 1056    block 3: 1536    block 4: 32 ...
     round 1    block 0: 544   block 1: 1056   block 2: 1536    block 3: 32      block 4: 544 ...
 
-The clock is read where the first producer of a site starts and where its consumer ends. Sites of
-one shape share their samples; the dense model runs between the rounds. What a run takes besides
-its sites is the fixed part.
+Sites of one shape share their samples; the dense model runs between the rounds. What a run takes
+besides its sites is the fixed part.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from random import Random
 from statistics import median
@@ -29,7 +29,7 @@ from liar_ext.calibration.texts import check_seq_len
 from liar_ext.errors import InputError
 from liar_ext.measure import timing
 from liar_ext.measure.speed import machine
-from liar_ext.measure.timing import Clock, Quartiles, Settings
+from liar_ext.measure.timing import Clock, Quartiles
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.running import device_of, evaluating, inputs_read, predicts_next_token
 from liar_ext.models.sites import Site, sites
@@ -267,14 +267,10 @@ def _runs(
     model: nn.Module, at: Sequence[Site], budget: Budget, phase: str, clock: Clock, count: int
 ) -> Iterator[tuple[float, dict[str, float]]]:
     """Yield the seconds of some runs, and of the sites in each, after one that is not counted."""
-    settings = Settings(prompt_length=budget.latency_prompt)
-    inputs = timing.inputs_of(model, budget.latency_batch, settings)
-    generates = predicts_next_token(model)
-    if phase == "decode":
-        # In the middle of the new tokens.
-        context = budget.latency_prompt + max(0, (budget.latency_new_tokens - MOST_RUNS - 1) // 2)
-        settings = Settings(prompt_length=context)
-        inputs = timing.inputs_of(model, budget.latency_batch, settings)
+    generates, context = predicts_next_token(model), budget.latency_prompt
+    if phase == "decode":  # in the middle of the new tokens
+        context += max(0, (budget.latency_new_tokens - MOST_RUNS - 1) // 2)
+    inputs = timing.inputs_of(model, budget.latency_batch, context)
     step = timing.step_of(model) if generates else None
     state = (inputs.get("input_ids"), None)
     if phase == "decode":
@@ -297,27 +293,26 @@ def _runs(
 def _stopwatch(
     model: nn.Module, at: Sequence[Site], clock: Clock
 ) -> Iterator[Callable[[], dict[str, float]]]:
-    """Time the sites while the context is open; then ask for their seconds."""
-    device, starts, ends, handles = device_of(model), {}, {}, []
-    mark, between = _marks(device, model, clock)
+    """Time the sites while the context is open; then ask for their seconds.
 
-    def start(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            if name not in starts:
-                starts[name] = mark()
+    A site begins where the first of its producers starts, and ends where its consumer does.
+    """
+    (mark, between), starts, ends = _marks(model, clock), {}, {}
 
-        return hook
+    def start(name: str, *_: object) -> None:
+        if name not in starts:
+            starts[name] = mark()
 
-    def end(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            ends[name] = mark()
+    def end(name: str, *_: object) -> None:
+        ends[name] = mark()
 
-        return hook
-
+    handles = []
     for site in at:
         for path in site.producers:
-            handles.append(model.get_submodule(path).register_forward_pre_hook(start(site.name)))
-        handles.append(model.get_submodule(site.consumer).register_forward_hook(end(site.name)))
+            begun = partial(start, site.name)
+            handles.append(model.get_submodule(path).register_forward_pre_hook(begun))
+        ended = partial(end, site.name)
+        handles.append(model.get_submodule(site.consumer).register_forward_hook(ended))
     try:
         yield lambda: {name: between(starts[name], ends[name]) for name in ends if name in starts}
     finally:
@@ -325,9 +320,10 @@ def _stopwatch(
             handle.remove()
 
 
-def _marks(device: torch.device, model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
+def _marks(model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
     """Return how to mark a moment of the device, and the seconds between two."""
-    if device.type == "cuda":
+    device = device_of(model).type
+    if device == "cuda":
 
         def mark() -> torch.cuda.Event:
             event = torch.cuda.Event(enable_timing=True)
@@ -335,6 +331,6 @@ def _marks(device: torch.device, model: nn.Module, clock: Clock) -> tuple[Callab
             return event
 
         return mark, lambda first, last: first.elapsed_time(last) / 1000
-    if device.type == "cpu":
+    if device == "cpu":
         return clock, lambda first, last: last - first
     return lambda: timing.now(model, clock), lambda first, last: last - first
