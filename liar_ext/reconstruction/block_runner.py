@@ -199,12 +199,15 @@ class Blocks:
                 break
         return hidden
 
-    def norm_of_sum(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> str | None:
+    def norm_of_sum(
+        self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor
+    ) -> tuple[str | None, bool]:
         """Return the path of the norm that reads the stream plus the consumer's output, or None.
 
         BERT and its kin add first and normalise then. Judged by running the block on ``hidden``,
         to rounding: what the norm reads is what it reads with a silent consumer, plus what the
-        consumer puts out. A norm that reads the consumer's output alone is none.
+        consumer puts out. A norm that reads the consumer's output alone is none. Also tells whether
+        the block gives what that norm does, bit for bit.
         """
         run, read = self._norms_read(site, inputs, hidden)
         _, unmoved = self._norms_read(site, inputs, hidden, {site.team: _silence(site)})
@@ -214,15 +217,8 @@ class Blocks:
             if both.numel() != added.numel() or torch.equal(both, quiet) or not quiet.any():
                 continue
             if _is_sum(both.view_as(added), quiet.view_as(added), added):
-                return norm
-        return None
-
-    def ends_with(
-        self, norm: str, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor
-    ) -> bool:
-        """Tell whether a block gives what the norm after a site's sum does, bit for bit."""
-        run, read = self._norms_read(site, inputs, hidden)
-        return torch.equal(self._model.get_submodule(norm)(read[norm]), run.output)
+                return norm, torch.equal(self._model.get_submodule(norm)(both), run.output)
+        return None, False
 
     def _norms_read(
         self,
