@@ -58,8 +58,7 @@ class LayerwiseSolver:
 
     def start(self, batches: Batches, fresh: Batches = ()) -> None:
         """Split the batches by fold, and take all hidden states to the first block."""
-        folds: list[int] = []
-        numbers = count()
+        folds, numbers = [], count()
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
             mine = index % world_size() == rank()
