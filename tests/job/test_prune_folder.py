@@ -19,8 +19,7 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job import estimate
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
-from liar_ext.job.streamed import describe_streamed
-from liar_ext.job.streamed_passes import StreamedPasses
+from liar_ext.job.streamed import StreamedPasses, describe_streamed
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
