@@ -52,10 +52,6 @@ class Kind:
         sizes = (min(MOST, 1 << max(5, (n - 1).bit_length())) for n in x.shape)
         return cls(x.device, x.dtype, gram.dtype, weighted, y is not None, *sizes)
 
-    def small(self) -> Kind:
-        """Return the kind without its sizes, for which one check serves."""
-        return replace(self, tokens=0, features=0)
-
     def __str__(self) -> str:
         words = [str(one).removeprefix("torch.") for one in (self.device, self.dtype, self.sums)]
         words += ["weighted"] * self.weighted + ["cross"] * self.cross
@@ -103,7 +99,7 @@ class Chooser:
 
     def _is_right(self, kind: Kind, name: str) -> bool:
         """Tell whether a backend passes the check, and say so loudly where it does not."""
-        key = kind.small(), name
+        key = replace(kind, tokens=0, features=0), name  # one check serves all sizes
         if key not in self.wrong:
             self.wrong[key] = fault(self.backends(kind.device)[name], kind)
             if self.wrong[key]:

@@ -280,13 +280,11 @@ class LayerwiseSolver:
         run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
         read, output = run.seen[name]
 
-        def counts(tokens: int) -> Tensor:
-            return counted(part.batch, site, tokens, output, run.sums.get(name))
-
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
-        residual = r.to(output.device).flatten(0, -2)
-        return list(rows_of(self.model, layer, read, residual, counts))
+        r = r.to(output.device).flatten(0, -2)
+        used = counted(part.batch, site, len(r), output, run.sums.get(name))
+        return list(rows_of(self.model, layer, read, r, used))
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
