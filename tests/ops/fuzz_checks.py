@@ -5,9 +5,8 @@ from __future__ import annotations
 import fuzz_calls
 import oracle
 import torch
-from fuzz_calls import Call
+from fuzz_calls import Call, overwritten_outside
 from fuzz_spoilers import WRITTEN, spoil
-from fuzz_tensors import overwritten_outside
 from torch import Tensor
 
 from liar_ext import ops

@@ -10,9 +10,9 @@ import fuzz
 import fuzz_calls
 import pytest
 import torch
+from fuzz_calls import RandomChoices
 from fuzz_checks import Wrong, check_call, make_call
 from fuzz_spoilers import SPOILERS
-from fuzz_tensors import RandomChoices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
