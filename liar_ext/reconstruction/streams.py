@@ -81,28 +81,15 @@ class StreamedBatches:
         self.name, self.walk, self.batches, self.numbers = name, walk, list(batches), numbers
         self.hidden: list[Held] = [] if hidden is None else hidden
 
-    def begin(self) -> None:
-        """Take all batches to the first block, unless they have begun."""
-        if not self.hidden:
-            blocks = self.walk.blocks
-            entered = (blocks.enter(0, self._moved(batch).inputs)[0][0] for batch in self.batches)
-            self.hidden += map(self.walk.states.hold, entered)
-
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
         """Take all batches past a block, which is in memory; tell ``note`` of each before."""
-        self.begin()
-        for batch, held in zip(self.batches, self.hidden, strict=True):
-            batch = self._moved(batch)
+        for batch, held in self._placed():
             note(batch)
             held.set(self._past(index, batch, held))
 
     def branch(self, name: str, index: int) -> StreamedBatches:
         """Return the same batches past a block as it is now; these stay before it."""
-        self.begin()
-        after = [
-            self.walk.states.hold(self._past(index, self._moved(batch), held))
-            for batch, held in zip(self.batches, self.hidden, strict=True)
-        ]
+        after = [self.walk.states.hold(self._past(index, *each)) for each in self._placed()]
         return StreamedBatches(name, self.walk, self.batches, self.numbers, after)
 
     def at(self, place: int) -> Tensor:
@@ -122,8 +109,14 @@ class StreamedBatches:
             with self.walk.blocks.answering({last: lambda: self.at(next(numbers))}):
                 yield
 
-    def _moved(self, batch: Batch) -> Batch:
-        return batch.to(self.walk.source.device)
+    def _placed(self) -> Iterator[tuple[Batch, Held]]:
+        """Yield all batches where the model computes, with their hidden states, once entered."""
+        walk, device = self.walk, self.walk.source.device
+        if not self.hidden:
+            entered = (walk.blocks.enter(0, each.to(device).inputs)[0][0] for each in self.batches)
+            self.hidden += map(walk.states.hold, entered)
+        for batch, held in zip(self.batches, self.hidden, strict=True):
+            yield batch.to(device), held
 
     def _past(self, index: int, batch: Batch, held: Held) -> Tensor:
         hidden = held.get().to(self.walk.source.device)
