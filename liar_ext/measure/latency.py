@@ -16,7 +16,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from random import Random
@@ -301,18 +301,16 @@ def _stopwatch(
     def end(name: str, *_: object) -> None:
         ends[name] = mark()
 
-    handles = []
-    for site in at:
-        for path in site.producers:
-            begun = partial(start, site.name)
-            handles.append(model.get_submodule(path).register_forward_pre_hook(begun))
-        ended = partial(end, site.name)
-        handles.append(model.get_submodule(site.consumer).register_forward_hook(ended))
-    try:
+    with ExitStack() as stack:
+        for site in at:
+            for path in site.producers:
+                begun = partial(start, site.name)
+                handle = model.get_submodule(path).register_forward_pre_hook(begun)
+                stack.callback(handle.remove)
+            ended = partial(end, site.name)
+            handle = model.get_submodule(site.consumer).register_forward_hook(ended)
+            stack.callback(handle.remove)
         yield lambda: {name: between(starts[name], ends[name]) for name in ends if name in starts}
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _marks(model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:

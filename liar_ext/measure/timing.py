@@ -243,11 +243,9 @@ def inputs_of(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
 
 def now(model: nn.Module, clock: Clock) -> float:
     """Return the time when all that was asked of the model's device is done."""
-    device = device_of(model)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type in ("mps", "xpu"):
-        getattr(torch, device.type).synchronize()
+    device = device_of(model).type
+    if device in ("cuda", "mps", "xpu"):
+        getattr(torch, device).synchronize()
     return clock()
 
 
