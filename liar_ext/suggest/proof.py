@@ -29,13 +29,7 @@ NOTICED = 1e-4  # by which zeroing must change the outputs, so that the comparis
 
 
 def prove(instances: Sequence[Instance], family: Family) -> list[str]:
-    """Return in words what was proved of a row, on each of some instances.
-
-    Raises
-    ------
-    Refused
-        At the first combination in which a sliced model isn't the one with zeroed columns.
-    """
+    """Return in words what was proved of a row, on each of some instances."""
     done: dict[str, float] = {}
     with registered(family):
         for instance, attention in product(instances, ("eager", "sdpa")):
@@ -51,13 +45,7 @@ def prove(instances: Sequence[Instance], family: Family) -> list[str]:
 
 
 def prove_folders(instance: Instance, family: Family) -> list[str]:
-    """Return in words which saved folders give the same outputs when they are loaded.
-
-    Raises
-    ------
-    Refused
-        If one doesn't.
-    """
+    """Return in words which saved folders give the same outputs when they are loaded."""
     said, stock = [], type(instance.model)
     kinds = [kind for kind in kinds_of(family) if tells_sizes(family, kind)]
     with registered(family), tempfile.TemporaryDirectory() as folder, quiet():
@@ -118,13 +106,7 @@ def _combinations(model: nn.Module, kinds: list[str]) -> Iterator[tuple[list[str
 
 
 def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str) -> float:
-    """Return by how much a sliced model differs from the one with zeroed columns.
-
-    Raises
-    ------
-    Refused
-        If they differ, the sliced one can't run, or nothing was to be seen.
-    """
+    """Return by how much a sliced model differs from the one with zeroed columns."""
     dense, sliced = (instance._replace(model=copy.deepcopy(instance.model)) for _ in range(2))
     what = f"with {' and '.join(kinds)} pruned" + f" by {unit}" * ("attn" in kinds)
     for each in (dense, sliced) if attention != "eager" else ():

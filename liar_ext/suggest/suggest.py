@@ -20,13 +20,12 @@ from liar_ext.models.family import WITHOUT, Family, Part
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path
 from liar_ext.models.sites import CROSS
-from liar_ext.suggest.config_fields import with_config
 from liar_ext.suggest.describe import Described, Stack
-from liar_ext.suggest.instance import Refused, Tried, prepare
+from liar_ext.suggest.instance import Blocks, Refused, Tried, find_stacks, prepare
 from liar_ext.suggest.proof import prove, prove_folders
 from liar_ext.suggest.rows import KINDS, code, tells_sizes
+from liar_ext.suggest.sizes import with_config
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
-from liar_ext.suggest.stacks import Blocks, find_stacks
 
 # What a pruned or quantised folder says beside the sizes of its dense model.
 EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")

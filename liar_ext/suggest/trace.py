@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.taps import Ended
 from liar_ext.models.family import HeadInput
-from liar_ext.suggest.instance import Refused
-from liar_ext.suggest.stacks import Call, cloned, first_tensor, hooked
+from liar_ext.suggest.instance import Call, Refused, cloned, first_tensor, hooked
 
 MOST_ROWS = 4000  # of all layers that a consumer reads: a second of small blocks
 CHANGED = 1e-9  # of the largest value; what isn't reached stays equal, bit for bit
@@ -93,13 +92,7 @@ class Trace:
         self.readers = self._changed(None, self._noise(call.input))
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
-        """Return what each layer that a consumer reads reaches, row by row.
-
-        Raises
-        ------
-        Refused
-            If they have too many rows for that.
-        """
+        """Return what each layer that a consumer reads reaches, row by row."""
         rows = sum(self.layers[parent].rows for parent in self.parents[consumer])
         if rows > MOST_ROWS:
             raise Refused(
