@@ -34,24 +34,12 @@ HIDDEN = "the residual stream isn't described"
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A row of the table of families, and what stands behind it.
+    """A row of the table of families, and what stands behind it."""
 
-    Parameters
-    ----------
-    family : Family
-        The row; ``family.without`` says what it lacks, and why.
-    known : bool
-        Whether the table has it already; nothing was tried then.
-    proved : tuple of str
-        What was proved of it, each a sentence.
-    notes : tuple of str
-        What else is to be known, such as what was left alone.
-    """
-
-    family: Family
-    known: bool
-    proved: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    family: Family  # the row; its ``without`` says what it lacks, and why
+    known: bool  # whether the table has it already; nothing was tried then
+    proved: tuple[str, ...] = ()  # what was proved of it, each a sentence
+    notes: tuple[str, ...] = ()  # what else is to be known, such as what was left alone
 
     @property
     def code(self) -> str:

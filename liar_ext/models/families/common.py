@@ -70,19 +70,9 @@ def passed(site: Wiring, read: str = "read") -> tuple[Step, Step]:
 
 def pre_norm(attn: Wiring, attn_norm: str, mlp: Wiring, mlp_norm: str) -> tuple[Step, ...]:
     """Return the steps of a block with a norm before each branch."""
-    return (
-        *steps(f"norm {attn_norm}"),
-        *passed(attn),
-        *steps(f"norm {mlp_norm}"),
-        *passed(mlp),
-    )
+    return (*steps(f"norm {attn_norm}"), *passed(attn), *steps(f"norm {mlp_norm}"), *passed(mlp))
 
 
 def post_norm(attn: Wiring, attn_norm: str, mlp: Wiring, mlp_norm: str) -> tuple[Step, ...]:
     """Return the steps of a block with a norm after each branch."""
-    return (
-        *passed(attn),
-        *steps(f"norm {attn_norm}"),
-        *passed(mlp),
-        *steps(f"norm {mlp_norm}"),
-    )
+    return (*passed(attn), *steps(f"norm {attn_norm}"), *passed(mlp), *steps(f"norm {mlp_norm}"))

@@ -34,11 +34,7 @@ from liar_ext.models.family import Family, Stream
 _PHI3 = attention(
     "self_attn",
     "qkv_proj o_proj",
-    numbers={
-        **GROUPS,
-        "num_key_value_heads": "kv_heads",
-        "config.num_attention_heads": "heads",
-    },
+    numbers={**GROUPS, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "heads"},
     stack=QKV,
     config=HEADS,
 )

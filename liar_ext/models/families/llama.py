@@ -182,11 +182,7 @@ UNGATED_ROWS = (
         ROW,
         name="nemotron",
         attn=attention(
-            "self_attn",
-            QKVO,
-            numbers=counts("num_heads"),
-            config=HEADS,
-            bias_flag="attention_bias",
+            "self_attn", QKVO, numbers=counts("num_heads"), config=HEADS, bias_flag="attention_bias"
         ),
         mlp=_UP,
         stream=replace(_ungated(_UP), norm_offset=1.0),

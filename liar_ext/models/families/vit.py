@@ -14,14 +14,7 @@ from liar_ext.models.families.common import (
     pre_norm,
     steps,
 )
-from liar_ext.models.families.llama import (
-    ATTN,
-    MLP,
-    QKVO,
-    ROW,
-    counts,
-    in_pictures,
-)
+from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
 from liar_ext.models.family import Family, Part, Step, Stream
 
 
@@ -113,12 +106,7 @@ _IMAGES = Part(
     mask="",
 )
 _TEXTS = Part(
-    "text",
-    "text_model.encoder.layers",
-    _TOWER_ATTN,
-    _MLP,
-    config="text_config",
-    input="input_ids",
+    "text", "text_model.encoder.layers", _TOWER_ATTN, _MLP, config="text_config", input="input_ids"
 )
 _TEXT_STREAM = Stream(
     start=(_embedded("token_embedding", "position_embedding"),),
