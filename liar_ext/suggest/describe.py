@@ -12,8 +12,7 @@ from liar_ext.models.family import Family
 from liar_ext.models.running import blocks_of
 from liar_ext.models.sites import CROSS
 from liar_ext.suggest.instance import Blocks, Instance, Refused, Tried
-from liar_ext.suggest.proof import prove
-from liar_ext.suggest.rows import KINDS, kinds_of, rewired
+from liar_ext.suggest.proof import KINDS, kinds_of, prove, rewired
 from liar_ext.suggest.sizes import (
     Meanings,
     with_bias_flags,

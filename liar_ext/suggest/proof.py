@@ -1,10 +1,12 @@
-"""Prove a row on tiny instances: sliced equals zeroed, in every combination, and it loads."""
+"""Try a row on tiny instances: sliced equals zeroed, in every combination, and it loads."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,51 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import in_transformers
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family
+from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.instance import Instance, Refused, make_plain, outputs
-from liar_ext.suggest.rows import kinds_of, registered, tells_sizes
 
+KINDS = {"attn": "heads", "mlp": "channels"}  # of sites, and their units
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype
 NOTICED = 1e-4  # by which zeroing must change the outputs, so that the comparison can fail
+
+
+@contextmanager
+def registered(family: Family) -> Iterator[None]:
+    """Have a row in the table while the context is open."""
+    before = dict(FAMILIES)
+    FAMILIES[family.name] = family
+    try:
+        yield
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(before)
+
+
+def rewired(family: Family, kind: str, **changes: Any) -> Family:
+    """Return a row whose wirings of a kind, in all its parts, have some fields changed."""
+
+    def change(row: Any) -> Any:
+        names = ("attn", "cross_attn") if kind == "attn" else (kind,)
+        there = {name: getattr(row, name, None) for name in names}
+        return replace(row, **{n: replace(w, **changes) for n, w in there.items() if w is not None})
+
+    return (
+        replace(family, parts=tuple(map(change, family.parts))) if family.parts else change(family)
+    )
+
+
+def kinds_of(family: Family) -> list[str]:
+    """Return the kinds of sites that a row describes."""
+    return [kind for kind in KINDS if family.wirings(kind)]
+
+
+def tells_sizes(family: Family, kind: str) -> bool:
+    """Tell whether config fields express how many units the sites of a kind have."""
+    found = family.wirings(kind)
+    return bool(found) and all(wiring.config for wiring in found)
 
 
 def prove(instances: Sequence[Instance], family: Family) -> list[str]:

@@ -16,8 +16,14 @@ from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.suggest.instance import Instance, Refused, build
-from liar_ext.suggest.proof import some_plan
-from liar_ext.suggest.rows import KINDS, kinds_of, registered, rewired, tells_sizes
+from liar_ext.suggest.proof import (
+    KINDS,
+    kinds_of,
+    registered,
+    rewired,
+    some_plan,
+    tells_sizes,
+)
 
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
 HEAD = re.compile(r"head_?(dim|size|width)|attention_head_size|\w*head_dim|d_head|dim_head")
