@@ -285,19 +285,13 @@ def _read_site(
     found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
-    if _KIND[label] == "mlp":
-        unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
-    else:
+    unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
+    if _KIND[label] == "attn":
         head_dim = get_path(block, wiring.head_dim)
-        heads = d_in // head_dim
-        kv_heads = _kv_heads(name, wiring, rows, heads, head_dim)
-        grouped = kv_heads < heads
-        if attn_unit == "head" or (attn_unit == "auto" and not grouped):
-            unit, units, groups = "head", heads, kv_heads if grouped else 1
-        else:
-            unit, units, groups = "kv_group", kv_heads, 1
+        kv_heads = _kv_heads(name, wiring, rows, d_in // head_dim, head_dim)
+        unit, units, groups = _attn_units(attn_unit, d_in // head_dim, kv_heads)
     # A query head that leaves a KV group leaves the group's key and value behind.
-    keys_stay = unit == "head" and kv_heads < heads
+    keys_stay = unit == "head" and kv_heads * head_dim < d_in
     producers = (*wiring.producers, *(() if keys_stay else wiring.key_value))
     site = Site(
         name=name,
@@ -329,6 +323,14 @@ def _read_site(
         biases += owned if found[layer].bias is not None else 0
     params, weights = (weights + biases) // units, weights // units
     return replace(site, unit_params=params, unit_weights=weights)
+
+
+def _attn_units(attn_unit: str, heads: int, kv_heads: int) -> tuple[str, int, int]:
+    """Return the unit of attention, how many there are, and in how many equal runs."""
+    grouped = kv_heads < heads
+    if attn_unit == "head" or (attn_unit == "auto" and not grouped):
+        return "head", heads, kv_heads if grouped else 1
+    return "kv_group", kv_heads, 1
 
 
 def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
