@@ -10,8 +10,9 @@ import liar_ext.environment  # noqa: F401  (before torch)
 if TYPE_CHECKING:
     from liar_ext import ops
     from liar_ext.calibration.collect import calibrate
+    from liar_ext.calibration.documents import read_documents
     from liar_ext.calibration.moments import MomentBank, Moments
-    from liar_ext.calibration.texts import calibration_sequences, read_documents
+    from liar_ext.calibration.texts import calibration_sequences
     from liar_ext.checkpoint import load_model, load_pruned
     from liar_ext.checkpoint.saving import save_pruned
     from liar_ext.cli.prune import compress
@@ -113,7 +114,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "narrow": "reconstruction.hidden_size",
     "perplexity": "measure.evaluation",
     "prune": "job",
-    "read_documents": "calibration.texts",
+    "read_documents": "calibration.documents",
     "reconstruct": "reconstruction.one_pass",
     "reconstruct_layerwise": "reconstruction.layerwise",
     "register_family": "models.registry",
