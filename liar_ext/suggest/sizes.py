@@ -203,13 +203,10 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
         family = next((trial for trial in trials if _expresses(model, trial, kind)), family)
         if tells_sizes(family, kind):
             continue
-        reasons[kind] = f"no config field builds fewer {KINDS[kind]} in the blocks alone"
-        if fields:
-            said = f"{' and '.join(fields)} can't build fewer of the same size"
-            reasons[kind] = f"{KINDS[kind]}: {said}"
-        elif others:
-            said = f"{', '.join(others)} changes other layers as well"
-            reasons[kind] = f"{KINDS[kind]}: {said}"
+        why = f"{', '.join(others)} changes other layers as well" if others else ""
+        why = f"{' and '.join(fields)} can't build fewer of the same size" if fields else why
+        alone = f"no config field builds fewer {KINDS[kind]} in the blocks alone"
+        reasons[kind] = f"{KINDS[kind]}: {why}" if why else alone
     return family, reasons
 
 
