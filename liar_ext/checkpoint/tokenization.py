@@ -40,7 +40,7 @@ def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 def leave_larger(model: nn.Module, source: Path, folder: Path) -> list[str]:
     """Remove copied files that list tokens of the dense model; return a sentence about them."""
-    if not hasattr(model, "liar_vocabulary"):
+    if getattr(model, "liar_vocabulary", None) is None:
         return []
     for path in folder.iterdir():
         if path.suffix in OLDER:

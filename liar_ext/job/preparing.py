@@ -192,7 +192,7 @@ def prepare(job: Job) -> Job:
         job = replace(job, batches=check_bank(*given))
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
-    gone = getattr(model, "liar_vocabulary", {}).get("params_gone", 0)
+    gone = (getattr(model, "liar_vocabulary", None) or {}).get("params_gone", 0)
     params = {"before": count_params(model) + gone, "prunable_before": sum(s.params for s in at)}
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)

@@ -36,7 +36,7 @@ LOSSES = {"bits_per_byte": 0.01, "cosine": 0.005, "agreement": 0.005}
 PIECE = 256  # tokens, at most, of a piece of text that a language model reads
 HELD_OUT, LEAST_DOCUMENTS = 5, 20  # every fifth document; with fewer, pieces of them
 CHARACTERS = 2000  # of such a piece
-JUDGED = 64  # pieces or documents, at most
+JUDGED_PIECES, JUDGED_DOCUMENTS = 64, 256  # at most, of language models and encoders
 SMALLER, HALVINGS = 0.75, 3  # the steps of sizes, and how often the last one is halved
 
 
