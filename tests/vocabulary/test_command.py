@@ -250,7 +250,7 @@ def test_in_python_text_is_drawn_afterwards(folder, corpus, tmp_path):
         prune(model, batches(model), Recipe(keep_vocab=0.5))
     assert choose_tokens(model, tokenizer, ["text"], 1.0) is None
     chosen = choose_tokens(model, tokenizer, [corpus[0].read_text()], KEPT)
-    smaller = keep_tokens(model, tokenizer, chosen.order)
+    smaller = keep_tokens(model, tokenizer, chosen)
     assert len(tokenizer) == TOKENS and len(smaller) == KEPT
     report = prune(model, batches(model), keep=0.8, schedule="one-pass", allocation="uniform")
     for wrong in (None, tokenizer):
