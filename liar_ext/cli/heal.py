@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,7 +63,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     model = model if spread else model.to(recipe.device)
     before = _perplexity(model, given, options)
     with checkpoint_of(recipe, options) as saved:
-        let_write(given, recipe, saved, progress=options.progress)
+        let_write(given, saved, progress=options.progress)
         found = heal(
             model,
             given.model,
@@ -90,7 +89,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
         with writing(options.out, overwrite, checked=True) as path:
-            facts = {"report": written, "source": options.folder, "start": time.perf_counter()}
+            facts = {"report": written, "source": options.folder}
             fill_folder(model, path, plan, **facts)
     lines = [] if options.quiet else [*healing_lines(found), f"{options.out}: saved"]
     show(options, {"out": options.out, **found}, lines, found["notes"] if options.json else None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,12 +13,12 @@ from torch import nn
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.cli.inputs import add_facts, let_write, load, load_with_tokenizer
+from liar_ext.cli.calibrate import load_by_bank
+from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.output import show
-from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import sequences_to_judge
+from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.recipe import Recipe
@@ -45,22 +44,19 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
         check_folder(folder, options.overwrite)
-    progress, bank = options.progress, None
-    if options.bank:
-        given, bank, recipe = load_by_bank(options.bank, recipe, options)
-    else:
-        given = load(recipe, progress=progress)
-        let_write(given, recipe, progress=progress)
+    progress = options.progress
+    given = load_by_bank(recipe, options) if options.bank else load(recipe, progress=progress)
+    let_write(given, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
-        add_facts(report, given)
-        saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
+        given.add_to(report)
+        saving = {"report": report, "tokenizer": given.tokenizer}
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)
 
-    texts = {"bank": bank, "evaluate_on": given.evaluation}
+    texts = {"bank": given.bank, "evaluate_on": given.evaluation}
     shown = {"on_result": save if folders else None, "progress": progress}
-    points = sweep(given.model, given.calibration, recipe, keep=keep, **texts, **shown)
+    points = sweep(given.model, given.calibration, given.recipe, keep=keep, **texts, **shown)
     dense = {"params": count_params(given.model), "flops": 1.0, **points[0].quality("dense")}
     rows = [point.to_dict() for point in points]
     for row in rows if folders else ():
@@ -128,7 +124,7 @@ def compare(
         first = recipes[keys[0]]
         judge = max(sequences_to_judge(recipes[key]) for key in keys)
         texts = load(first, loader=loader, judge=judge, progress=progress)
-        let_write(texts, first, progress=progress)
+        let_write(texts, progress=progress)
         if dense is None:
             dense = _numbers(texts.model, texts.evaluation, progress)
         work = Sweep(texts.model, texts.calibration, progress=progress, judge_on=texts.judging)

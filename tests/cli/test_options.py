@@ -19,8 +19,7 @@ from liar_ext.calibration import texts
 from liar_ext.cli.options import parse, parser, recipe_of
 from liar_ext.environment import child, is_command
 from liar_ext.errors import InputError
-from liar_ext.recipe.fields import CRITERIA, recipe_fields
-from liar_ext.recipe.option import GROUPS, option_of
+from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
 from liar_ext.selection.criteria import list_criteria
 
 # One text for each field, other than the default, and what the recipe then holds.

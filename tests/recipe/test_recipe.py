@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Recipe, prune
-from liar_ext.recipe.fields import ALLOCATIONS, PRESETS, recipe_fields
-from liar_ext.recipe.option import GROUPS
+from liar_ext.recipe.fields import ALLOCATIONS, GROUPS, PRESETS, recipe_fields
 from liar_ext.recipe.recipe import REMOVED
 from liar_ext.selection import allocation
 

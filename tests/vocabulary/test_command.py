@@ -23,7 +23,7 @@ from liar_ext import (
     prune,
     save_pruned,
 )
-from liar_ext.checkpoint.tokenization import compare_tokenization
+from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.cli.keep_vocab import split_warnings
 from liar_ext.export.verify import verify_everywhere
 from liar_ext.measure.vocabulary_quality import LOSSES
