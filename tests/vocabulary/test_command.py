@@ -102,6 +102,12 @@ def test_the_folder_says_what_was_done(alone):
     assert "25% of the tokens" in (alone / "liar/report.md").read_text()
 
 
+def test_a_dry_run_says_it_too(folder, corpus, tmp_path, capsys):
+    assert run(folder, corpus, tmp_path / "out", "--keep-vocab", str(KEPT), "--dry-run") == 0
+    assert "vocabulary: 384 of 512 tokens stay (byte-level BPE)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("quick_workers")
 def test_verify_compares_tokenization(alone, tmp_path):
     assert verify_everywhere(alone)["tokenizer_agrees"] is True
