@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from byte_level import TOKENS, byte_level_tokenizer
 from tiny import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from liar_ext import InputError, choose_tokens, keep_tokens
 from liar_ext.measure import vocabulary_quality
@@ -21,27 +21,12 @@ from liar_ext.measure.vocabulary_quality import (
     smallest,
 )
 
-TOKENS = 512
 HOW = {"seq_len": 32, "batch_size": 3}
-
-
-def trained(lines):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(lines, trainer)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus):
-    return trained([path.read_text() for path in corpus])
+    return byte_level_tokenizer([path.read_text() for path in corpus])
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +58,10 @@ def test_bits_per_byte_are_those_of_one_text(tokenizer, texts):
 
 
 def test_text_that_becomes_too_long_is_infinitely_bad():
-    long = trained(["abcdefghijklmnop " * 9])
+    long = byte_level_tokenizer(["abcdefghijklmnop " * 9])
     model = tiny("llama", vocab_size=len(long))
     quality = VocabularyQuality(model, long, ["abcdefghijklmnop " * 9], seq_len=8, batch_size=2)
-    found = quality.compare(model, keep_tokens(model, long, list(range(258))))
+    found = quality.compare(model, keep_tokens(model, long, list(range(259))))
     assert found["bits_per_byte"][1] == math.inf == quality.loss(found)
 
 

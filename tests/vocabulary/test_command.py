@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 import transformers
+from byte_level import TOKENS, byte_level_tokenizer
 from tiny import batches, tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from liar_ext import (
     InputError,
@@ -28,7 +28,7 @@ from liar_ext.cli.keep_vocab import split_warnings
 from liar_ext.export.verify import verify_everywhere
 from liar_ext.measure.vocabulary_quality import LOSSES
 
-TOKENS, KEPT = 512, 384
+KEPT = 384
 SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]
 QUICK = ["--schedule", "one-pass", "--allocation", "uniform"]
 
@@ -37,19 +37,9 @@ QUICK = ["--schedule", "one-pass", "--allocation", "uniform"]
 def folder(corpus, tmp_path_factory):
     """A tiny Llama with a trained byte-level tokenizer, and files of a slow one beside it."""
     path = tmp_path_factory.mktemp("models") / "llama"
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train([str(each) for each in corpus], trainer)
-    assert backend.get_vocab_size() == TOKENS
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(path)
+    tokenizer = byte_level_tokenizer(each.read_text() for each in corpus)
+    assert len(tokenizer) == TOKENS
+    tokenizer.save_pretrained(path)
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     tiny("llama", vocab_size=TOKENS, **ids).save_pretrained(path)
     (path / "tokenizer.model").write_bytes(b"all tokens of the dense model")
