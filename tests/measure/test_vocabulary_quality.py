@@ -53,6 +53,10 @@ def test_bits_per_byte_are_those_of_one_text(tokenizer, texts):
         found = quality.compare(each, words)
         assert found["bits_per_byte"][1] == pytest.approx(bits / len(document.encode()), rel=1e-5)
     assert found["tokens_per_byte"][1] > found["tokens_per_byte"][0]
+    few = VocabularyQuality(model, tokenizer, [document], samples=2, **HOW)
+    assert (
+        len(few.texts) == 2 and few.compare(model, tokenizer)["tokens_per_byte"] == [few.rate] * 2
+    )
     before, after = found["bits_per_byte"]
     assert quality.loss(found) == pytest.approx(after / before - 1)
 
