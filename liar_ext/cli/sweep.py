@@ -20,7 +20,7 @@ from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
-from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
@@ -119,39 +119,43 @@ def compare(
     for key, recipe in recipes.items():
         inputs = (getattr(recipe, each.name) for each in recipe_fields(affects="inputs"))
         groups.setdefault((recipe.seed, *inputs), []).append(key)
-    dense, rows, loader = None, [], cache(load_with_tokenizer)
+    dense, rows, loader, measure = None, [], cache(load_with_tokenizer), Evaluator()
     for keys in groups.values():
         first = recipes[keys[0]]
         judge = max(sequences_to_judge(recipes[key]) for key in keys)
         texts = load(first, loader=loader, judge=judge, progress=progress)
         let_write(texts, progress=progress)
         if dense is None:
-            dense = _numbers(texts.model, texts.evaluation, progress)
+            dense = _numbers(measure, texts.model, texts.evaluation, progress)
         work = Sweep(texts.model, texts.calibration, progress=progress, judge_on=texts.judging)
         for method, seed in keys:
             pruned, point = work.prune(recipes[method, seed])
-            found = _numbers(pruned, texts.evaluation, progress)
+            found = _numbers(measure, pruned, texts.evaluation, progress)
             rows.append({"method": method, "seed": seed, **found, "seconds": point.seconds})
     return dense, rows
 
 
 def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
-    """Return a row for the dense model, and one for each method over its seeds."""
+    """Return a row for the dense model, and one for each method over its seeds.
+
+    They are judged by the perplexity, or the first that there is of the measures of an encoder.
+    """
     by_method = {"dense": [dense]}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    cells = []
+    measure, cells = next(name for name in MEASURES if name in dense), []
     for method, runs in by_method.items():
-        found = [row["perplexity"] for row in runs]
+        found = [row[measure] for row in runs]
         spread = (min(found), max(found)) if len(found) > 1 else (None, None)
         spent = mean(row["seconds"] for row in runs) if "seconds" in runs[0] else None
-        numbers = [figure(each, ".2f") for each in (mean(found), *spread)]
+        numbers = [quality(each) for each in (mean(found), *spread)]
         params = mean(row["params"] for row in runs)
         cells.append((method, f"{params:,.0f}", *numbers, figure(spent, ".1f")))
-    heads = ("method", "parameters", "perplexity", "lowest seed", "highest seed", "seconds")
+    heads = ("method", "parameters", measure, "lowest seed", "highest seed", "seconds")
     return Table("", heads, cells)
 
 
-def _numbers(model: nn.Module, batches: Any, progress: bool) -> Row:
-    found = perplexity(model, batches, progress=progress)["perplexity"]
-    return {"params": count_params(model), "perplexity": found}
+def _numbers(measure: Evaluator, model: nn.Module, batches: Any, progress: bool) -> Row:
+    found = measure(model, batches, progress=progress)
+    judged = {name: found[name] for name in MEASURES if name in found}
+    return {"params": count_params(model), **judged}
