@@ -117,8 +117,8 @@ def split_warnings(chosen: Sequence[float], held_out: Mapping[str, Any]) -> list
     if held_out and more > of_chosen + MORE:
         return [
             f"The smaller vocabulary needs {more:.0%} more tokens for the held-out text, and "
-            f"{of_chosen:.0%} more for the text that chose it: they are of different kinds. "
-            + advice
+            f"{of_chosen:.0%} more for the text that chose it. Name more text of the held-out kind "
+            "with --vocab-text, or keep more tokens."
         ]
     if 1 + more > SPLIT:
         kind = "held-out" if held_out else "chosen"
