@@ -33,7 +33,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.reconstruction.streams import Walk
-from liar_ext.report.sections import latency_lines
+from liar_ext.report.sections import latency_lines, vocabulary_lines
 from liar_ext.report.tables import Table, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
@@ -53,6 +53,7 @@ def sketched(given: Given, options: argparse.Namespace) -> list[str]:
     with alone():
         let_write(given, sketch=True, progress=options.progress)
         lines = describe(given.model, given.calibration, given.recipe, given.judging)
+    lines += [f"vocabulary: {said}" for said in vocabulary_lines(given.vocabulary.facts)]
     seconds = given.facts.get("writing", 0.0)
     if isinstance(given.calibration, TextAndOwn):
         seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
