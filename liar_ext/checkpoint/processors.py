@@ -34,13 +34,7 @@ def kind_of(name: str) -> str | None:
 
 
 def load_reader(kind: str, name: str, model: Any) -> Reader:
-    """Return what makes the inputs of a model from files, without running code of its folder.
-
-    Raises
-    ------
-    InputError
-        If there is no processor, or one of another kind of model.
-    """
+    """Return what makes the inputs of a model from files, without running code of its folder."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     path, given = Path(name), {"trust_remote_code": False}

@@ -16,7 +16,7 @@ from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
 from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
-from liar_ext.checkpoint.stock_config import describe, skeleton
+from liar_ext.checkpoint.stock_config import describe, model_class, skeleton
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import config_parts
@@ -190,22 +190,14 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
 
 
 def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
-    """Return the class of transformers that a config names.
-
-    Raises
-    ------
-    InputError
-        If it names none, none that there is, or one for another type of model.
-    """
+    """Return the class of transformers that a config names, if it is one for that type of model."""
     import transformers
 
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    stock = None
-    if isinstance(name, str) and name.isidentifier():
-        with reading(name, operation):
-            stock = getattr(transformers, name, None)
-    if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
+    with reading(name, operation):
+        stock = model_class(name) if isinstance(name, str) else None
+    if stock is None:
         raise InputError(
             f"{operation}: transformers {transformers.__version__} has no model class "
             f"{str(name)[:80]!r}, which config.json must name in architectures; update "
