@@ -21,12 +21,8 @@ from pathlib import Path
 import torch
 
 from liar_ext import perplexity, prune
-from liar_ext.calibration.texts import (
-    calibration_sequences,
-    check_apart,
-    evaluation_sequences,
-    read_documents,
-)
+from liar_ext.calibration.documents import check_apart, read_documents
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.recipe import SCHEDULES
 

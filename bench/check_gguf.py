@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from liar_ext.calibration import texts
+from liar_ext.calibration.documents import read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import main as liar
 from liar_ext.export import export
@@ -40,7 +41,7 @@ def main() -> int:
     options = parse()
     torch.set_num_threads(1)  # as llama.cpp has
     options.out.mkdir(parents=True, exist_ok=True)
-    documents = texts.read_documents(options.eval)
+    documents = read_documents(options.eval)
     print(HEAD)
     agree = True
     for name, choices in {"dense": None, **FOLDERS}.items():

@@ -24,7 +24,8 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.integrations.llmcompressor import LIARGPTQModifier, LIARPruningModifier
 from liar_ext.measure.evaluation import perplexity
 

@@ -22,6 +22,7 @@ import torch
 from check_gguf import likelihoods
 
 from liar_ext.calibration import texts
+from liar_ext.calibration.documents import read_documents
 from liar_ext.checkpoint import load_model
 from liar_ext.export import export
 from liar_ext.export.llama_cpp import run_file
@@ -41,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_model(options.folder)
     drawn = texts.evaluation_sequences(
-        texts.read_documents(options.eval), tokenizer, seq_len=512, samples=4
+        read_documents(options.eval), tokenizer, seq_len=512, samples=4
     )
     ids = torch.cat([batch["input_ids"] for batch in drawn.batches(1)]).numpy()
     wanted = likelihoods(model, ids)

@@ -16,7 +16,8 @@ from unittest import mock
 import torch
 
 from liar_ext import prune
-from liar_ext.calibration.texts import calibration_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.reconstruction import ridge
 from liar_ext.reconstruction.ladder import Choice, choose, held_out_errors, least_held_out

@@ -19,7 +19,8 @@ import torch
 
 from liar_ext import Recipe, perplexity, prune
 from liar_ext.calibration.batches import FACTS
-from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.cli.dry_run import describe
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from liar_ext import Recipe, prune
 from liar_ext.calibration.batches import FACTS
-from liar_ext.calibration.texts import calibration_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.job import pruning
 from liar_ext.job.estimate import RATE

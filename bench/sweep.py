@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from liar_ext import MomentBank, Recipe, calibrate, prune, sweep
-from liar_ext.calibration.texts import calibration_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.job.sweeping import KEEP, PROBE_KEEP, Sweep
 from liar_ext.models.running import evaluating

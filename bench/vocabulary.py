@@ -23,7 +23,8 @@ from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
 from demo.assets import PACKAGES
 from liar_ext import calibration_sequences, choose_tokens, keep_tokens, load_model, prune
-from liar_ext.calibration.texts import document_prefix, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import document_prefix
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.vocabulary.choosing import plain
 from liar_ext.vocabulary.keep import tokens_per_byte

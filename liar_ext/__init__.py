@@ -10,8 +10,9 @@ import liar_ext.environment  # noqa: F401  (before torch)
 if TYPE_CHECKING:
     from liar_ext import ops
     from liar_ext.calibration.collect import calibrate
+    from liar_ext.calibration.documents import read_documents
     from liar_ext.calibration.moments import MomentBank, Moments
-    from liar_ext.calibration.texts import calibration_sequences, read_documents
+    from liar_ext.calibration.texts import calibration_sequences
     from liar_ext.checkpoint import load_model, load_pruned
     from liar_ext.checkpoint.saving import save_pruned
     from liar_ext.cli.prune import compress
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from liar_ext.measure.embeddings import encoder_similarity
     from liar_ext.measure.evaluation import kl_divergence, perplexity
     from liar_ext.measure.latency import measure_latency
-    from liar_ext.models.sites import register_family, sites
+    from liar_ext.models.registry import register_family
+    from liar_ext.models.sites import sites
     from liar_ext.models.slicing import apply_plan
     from liar_ext.plan import Budget, Plan
     from liar_ext.recipe import Recipe
@@ -112,10 +114,10 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "narrow": "reconstruction.hidden_size",
     "perplexity": "measure.evaluation",
     "prune": "job",
-    "read_documents": "calibration.texts",
+    "read_documents": "calibration.documents",
     "reconstruct": "reconstruction.one_pass",
     "reconstruct_layerwise": "reconstruction.layerwise",
-    "register_family": "models.sites",
+    "register_family": "models.registry",
     "save_pruned": "checkpoint.saving",
     "score": "selection.criteria",
     "site_divergences": "selection.sensitivity",

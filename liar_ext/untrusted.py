@@ -24,13 +24,7 @@ UNREADABLE = (OSError, ValueError, RecursionError)  # what a damaged JSON file r
 
 
 def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
-    """Return the object of a JSON file, and the SHA-256 of the file.
-
-    Raises
-    ------
-    InputError
-        If it is no ordinary file, too large, too deep, or no JSON object.
-    """
+    """Return the object of a JSON file, and the SHA-256 of the file; InputError if it is none."""
     if not os.path.lexists(path):
         raise InputError(f"{operation}: there is no file {path}")
     try:

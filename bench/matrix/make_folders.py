@@ -77,7 +77,8 @@ def write_tokens(dense: Path, held_out: Path, out: Path) -> None:
     """Write token ids of held-out text, shape (windows, tokens)."""
     from transformers import AutoTokenizer
 
-    from liar_ext.calibration.texts import evaluation_sequences, read_documents
+    from liar_ext.calibration.documents import read_documents
+    from liar_ext.calibration.texts import evaluation_sequences
 
     drawn = evaluation_sequences(
         read_documents(str(held_out)),

@@ -11,11 +11,12 @@ this layout, and ``source``, JSON. Version 1 had sums and source alone.
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,24 @@ from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.environment import available_memory
 from liar_ext.errors import InputError, one_line
+
+BANK_VERSION = 2
+PARTS = ("gram", "total", "count")
+SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
+EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **kept_text.PARTS}
+Sums = tuple[Tensor, Tensor, Tensor]  # gram, total, count
+Header = dict[str, tuple[str, list[int]]]  # dtype and shape by name
+
+
+@dataclass
+class Stored:
+    """What a file of a bank holds; ``sums`` is empty where only its facts were asked for."""
+
+    source: dict[str, Any]
+    sums: dict[str, Sums] = field(default_factory=dict)
+    sequences: Tensor | None = None
+    documents: Tensor | None = None
+    text: kept_text.Text | None = None
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -47,36 +66,13 @@ def all_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
-BANK_VERSION = 2
-PARTS = ("gram", "total", "count")
-DTYPES = {"F64": torch.float64, "F32": torch.float32}
-SEQUENCES, DOCUMENTS = "sequences/digest", "documents/digest"
-EXTRAS = {SEQUENCES: "I64", DOCUMENTS: "I64", SEAL: "U8", **kept_text.PARTS}
-Sums = tuple[Tensor, Tensor, Tensor]  # gram, total, count
-
-
-@dataclass
-class Stored:
-    """What a file of a bank holds; ``sums`` is empty where only its facts were asked for."""
-
-    source: dict[str, Any]
-    sums: dict[str, Sums] = field(default_factory=dict)
-    sequences: Tensor | None = None
-    documents: Tensor | None = None
-    text: kept_text.Text | None = None
-
-
 def write_bank(
     path: str | os.PathLike[str], bank: Stored, take: Callable[[str, Path], None] | None = None
 ) -> None:
     """Write a bank; the file is there whole or not at all, and a site at a time is packed.
 
-    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`.
-
-    Raises
-    ------
-    InputError
-        If it can't be written.
+    ``take`` is as for :func:`liar_ext.atomic_write.atomic_write`. InputError is raised if the bank
+    can't be written.
     """
     extras = {SEQUENCES: bank.sequences, DOCUMENTS: bank.documents}
     extras |= {} if bank.text is None else kept_text.pack(bank.text)
@@ -85,9 +81,8 @@ def write_bank(
         tensors |= {f"{name}.gram": Triangles(gram), f"{name}.total": total, f"{name}.count": count}
     tensors |= {name: value for name, value in extras.items() if value is not None}
     source = json.dumps(bank.source, allow_nan=False)
-    metadata = {"liar_bank": str(BANK_VERSION), "source": source}
     try:
-        write_tensors(path, tensors, metadata, take)
+        write_tensors(path, tensors, {"liar_bank": str(BANK_VERSION), "source": source}, take)
     except OSError as error:
         raise InputError(
             f"MomentBank.save: can't write {os.fspath(path)!r}: {one_line(error)}; nothing was "
@@ -99,51 +94,52 @@ def read_bank(path: str | os.PathLike[str], *, sums: bool = True) -> Stored:
     """Return what a file holds; without ``sums`` only the facts, which are read in no time.
 
     Names, shapes, dtypes and what memory they take are checked by the header before a byte of
-    them is read, then the digest of the file, then the numbers.
-
-    Raises
-    ------
-    InputError
-        If the file is no bank of this version, is damaged, or holds what no calibration gives.
+    them is read, then the digest of the file, then the numbers. InputError is raised if the file is
+    no bank of this version, is damaged, or holds what no calibration gives.
     """
-    try:
+    with _refusing(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise refusal(path, "it must be an ordinary file")
+            raise ValueError("it must be an ordinary file")
         with safe_open(os.fspath(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            version = metadata.get("liar_bank")
-            if version != str(BANK_VERSION):
-                raise refusal(path, f"liar_bank must be {BANK_VERSION}, got {version}")
-            source = _source(path, metadata)
-            extras = _extras(path, file)
-            widths = _widths(path, file, [key for key in file.keys() if key not in extras])
-            _check_memory(path, widths if sums else {}, _bytes(file, extras))
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            header = {name: (s.get_dtype(), s.get_shape()) for name, s in slices.items()}
+            stored = Stored(_source(file.metadata() or {}))
+            extras = _extras(header)
+            widths = _widths({name: kind for name, kind in header.items() if name not in extras})
+            more = sum(12 * prod(header[name][1]) for name in extras)  # as int64, and before
+            _check_memory(path, list(widths.values()) if sums else [], more)
             if sums and not is_sealed(path):
-                raise refusal(path, "its bytes are not those that were written")
-            stored = Stored(source)
-            _read_extras(path, file, extras, stored)
+                raise ValueError("its bytes are not those that were written")
+            tensors = {name: file.get_tensor(name) for name in extras}
+            stored.sequences, stored.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
+            count = stored.source.get("sequences", 0)
+            if stored.sequences is not None and stored.sequences.shape != (count,):
+                raise ValueError(f"{SEQUENCES} must be of {count} sequences")
+            if "text/fold" in tensors:
+                stored.text = kept_text.unpack(tensors, count)
             if sums:
-                stored.sums = {name: _sums(path, file, name, d) for name, d in widths.items()}
+                stored.sums = {name: _sums(file, name, d) for name, d in widths.items()}
             return stored
-    except SafetensorError as error:
-        raise refusal(path, f"safetensors says: {one_line(error)}") from None
+
+
+@contextmanager
+def _refusing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong while a bank is read into an InputError that names the file."""
+    try:
+        yield
     except FileNotFoundError:
         raise InputError(
             f"MomentBank.load: there is no file {os.fspath(path)!r}; liar calibrate MODEL "
             "--calibration TEXT --bank FILE makes one"
         ) from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
-        raise refusal(path, one_line(error)) from None
-
-
-def refusal(path: str | os.PathLike[str], what: str) -> InputError:
-    """Return the error for a file that is no bank."""
-    return InputError(
-        f"MomentBank.load: {path} is not a moment bank of this version, or is damaged: {what}; "
-        "calibrate again and save that bank"
-    )
+        said = "safetensors says: " if isinstance(error, SafetensorError) else ""
+        raise InputError(
+            f"MomentBank.load: {path} is not a moment bank of this version, or is damaged: "
+            f"{said}{one_line(error)}; calibrate again and save that bank"
+        ) from None
 
 
 class Triangles:
@@ -169,64 +165,59 @@ def unpacked(triangles: Tensor, d: int) -> Tensor:
     return gram
 
 
-def _source(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+def _source(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the facts of a bank of this version."""
+    version = metadata.get("liar_bank")
+    if version != str(BANK_VERSION):
+        raise ValueError(f"liar_bank must be {BANK_VERSION}, got {version}")
     try:
         source = json.loads(metadata["source"])
         check_source(source)
     except (KeyError, ValueError, RecursionError) as error:
         why = f"{error}" if isinstance(error, InputError) else "it is none"
-        raise refusal(path, f"source must be a JSON object of facts: {why}") from None
+        raise ValueError(f"source must be a JSON object of facts: {why}") from None
     return source
 
 
-def _extras(path: str | os.PathLike[str], file: safe_open) -> list[str]:
-    """Return the names of what is no sum, after a look at the header."""
-    names = [key for key in file.keys() if "/" in key]
+def _extras(header: Header) -> list[str]:
+    """Return the names of what is no sum."""
+    names = [name for name in header if "/" in name]
     for name in names:
         if name not in EXTRAS:
-            raise refusal(path, "each site must have gram, total and count, and nothing else")
-        part = file.get_slice(name)
-        if part.get_dtype() != EXTRAS[name] or len(part.get_shape()) > 2:
-            raise refusal(path, f"{name} must be {EXTRAS[name]}, got {part.get_dtype()}")
+            raise ValueError("each site must have gram, total and count, and nothing else")
+        dtype, shape = header[name]
+        if dtype != EXTRAS[name] or len(shape) > 2:
+            raise ValueError(f"{name} must be {EXTRAS[name]}, got {dtype}")
     if SEAL not in names:
-        raise refusal(path, f"it has no {SEAL}")
+        raise ValueError(f"it has no {SEAL}")
     text = set(names) & kept_text.PARTS.keys()
     if text and not text >= kept_text.PARTS.keys() - {"text/source"}:
-        raise refusal(path, "of the text some is missing")
+        raise ValueError("of the text some is missing")
     return names
 
 
-def _widths(path: str | os.PathLike[str], file: safe_open, names: list[str]) -> dict[str, int]:
-    """Return the number of features by site name, after a look at the header."""
-    keys = set(names)
-    names = list(dict.fromkeys(key.rpartition(".")[0] for key in names))
-    if keys != {f"{name}.{part}" for name in names for part in PARTS}:
-        raise refusal(path, "each site must have gram, total and count, and nothing else")
+def _widths(header: Header) -> dict[str, int]:
+    """Return the number of features by site name."""
+    names = sorted({key.rpartition(".")[0] for key in header})
+    if header.keys() != {f"{name}.{part}" for name in names for part in PARTS}:
+        raise ValueError("each site must have gram, total and count, and nothing else")
     widths = {}
-    for name in sorted(names):
-        gram, total, count = (file.get_slice(f"{name}.{part}") for part in PARTS)
-        shape = total.get_shape()
-        d = shape[-1] if shape else 0
-        wanted = [[FOLDS, d * (d + 1) // 2], [FOLDS, d], [FOLDS, 2]]
-        got = [part.get_shape() for part in (gram, total, count)]
-        if got != wanted or d < 1:
-            raise refusal(path, f"gram, total, count of {name} must be {wanted}, got {got}")
-        dtypes = [part.get_dtype() for part in (gram, total, count)]
-        if dtypes[0] not in DTYPES or dtypes[1:] != [dtypes[0], "F64"]:
-            raise refusal(path, f"sums of {name} must be F64, or F32, got {dtypes}")
+    for name in names:
+        dtypes, shapes = zip(*(header[f"{name}.{part}"] for part in PARTS), strict=True)
+        d = (shapes[1] or [0])[-1]
+        wanted = ([FOLDS, d * (d + 1) // 2], [FOLDS, d], [FOLDS, 2])
+        if shapes != wanted or d < 1:
+            raise ValueError(f"gram, total, count of {name} must be {wanted}, got {shapes}")
+        if dtypes not in (("F64",) * 3, ("F32", "F32", "F64")):
+            raise ValueError(f"sums of {name} must be F64, or F32, got {dtypes}")
         widths[name] = d
     return widths
 
 
-def _bytes(file: safe_open, extras: list[str]) -> int:
-    """Return what the extras take as 64-bit integers, and before."""
-    return sum(12 * math.prod(file.get_slice(name).get_shape()) for name in extras)
-
-
-def _check_memory(path: str | os.PathLike[str], widths: Mapping[str, int], more: int) -> None:
+def _check_memory(path: str | os.PathLike[str], widths: list[int], more: int) -> None:
     """Refuse sums that the memory can't hold: squares of triangles, and one triangle more."""
-    needed = more + sum(8 * FOLDS * d * d for d in widths.values())
-    needed += max((4 * FOLDS * d * (d + 1) for d in widths.values()), default=0)
+    needed = more + sum(8 * FOLDS * d * d for d in widths)
+    needed += max((4 * FOLDS * d * (d + 1) for d in widths), default=0)
     free = available_memory()
     if free is not None and needed > free:
         raise InputError(
@@ -235,26 +226,11 @@ def _check_memory(path: str | os.PathLike[str], widths: Mapping[str, int], more:
         )
 
 
-def _read_extras(
-    path: str | os.PathLike[str], file: safe_open, extras: list[str], stored: Stored
-) -> None:
-    """Read digests and text."""
-    tensors = {name: file.get_tensor(name) for name in extras}
-    stored.sequences, stored.documents = tensors.get(SEQUENCES), tensors.get(DOCUMENTS)
-    count = stored.source.get("sequences", 0)
-    if stored.sequences is not None and stored.sequences.shape != (count,):
-        raise refusal(path, f"{SEQUENCES} must be of {count} sequences")
-    if "text/fold" in tensors:
-        try:
-            stored.text = kept_text.unpack(tensors, count)
-        except ValueError as error:
-            raise refusal(path, str(error)) from None
-
-
-def _sums(path: str | os.PathLike[str], file: safe_open, name: str, d: int) -> Sums:
+def _sums(file: safe_open, name: str, d: int) -> Sums:
+    """Return the sums of a site, which any calibration could have given."""
     packed, total, count = (file.get_tensor(f"{name}.{part}") for part in PARTS)
     gram = unpacked(packed, d)
     finite = all(all_finite(part) for part in (packed, total, count))
     if not finite or (gram.diagonal(dim1=1, dim2=2) < 0).any() or (count < 0).any():
-        raise refusal(path, f"sums of {name} must be finite, sums of squares and counts not < 0")
+        raise ValueError(f"sums of {name} must be finite, sums of squares and counts not < 0")
     return gram, total, count

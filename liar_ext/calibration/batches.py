@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from liar_ext.errors import InputError
 
@@ -37,7 +38,7 @@ class Batch:
     mask : Tensor or None
         ``(sequences, tokens)`` bool, False where a token is padding; None if every token counts.
     labels : dict of str to Tensor
-        ``labels``, or ``start_positions`` and ``end_positions``, where the batch has them.
+        Those of :data:`LABELS` that the batch has.
     source : Tensor, optional
         ``(sequences,)`` int64: which of several texts a sequence is of, -1 of none, as random
         tokens are; all of one unless given.
@@ -52,36 +53,21 @@ class Batch:
     def __len__(self) -> int:
         return len(self.fold)
 
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**tree_map_only(Tensor, change, vars(self)))
+
     def to(self, device: torch.device | None) -> Batch:
         """Return the batch on a device."""
-        return Batch(
-            {name: value.to(device) for name, value in self.inputs.items()},
-            self.fold.to(device),
-            None if self.mask is None else self.mask.to(device),
-            {name: value.to(device) for name, value in self.labels.items()},
-            self.source,
-        )
+        return self._with_each(lambda value: value.to(device))
 
     def select(self, rows: Tensor | Sequence[int]) -> Batch:
         """Return some of the sequences."""
         rows = torch.as_tensor(rows, dtype=torch.long)
-
-        def pick(value: Tensor) -> Tensor:
-            return value[rows.to(value.device)]
-
-        return Batch(
-            {name: pick(value) for name, value in self.inputs.items()},
-            pick(self.fold),
-            None if self.mask is None else pick(self.mask),
-            {name: pick(value) for name, value in self.labels.items()},
-            None if self.source is None else pick(self.source),
-        )
+        return self._with_each(lambda value: value[rows.to(value.device)])
 
     def mask_of(self, name: str) -> Tensor | None:
         """Return the mask that an input of this name is, in the form of :attr:`mask`."""
-        if name == "attention_mask":
-            return self.mask
-        return _padding(self.inputs.get(name))
+        return self.mask if name == "attention_mask" else _padding(self.inputs.get(name))
 
     def counting(self, tokens: int, device: torch.device, name: str = "attention_mask") -> Tensor:
         """Return which of all ``tokens`` are not padding by a mask, ``(tokens,)`` bool."""
@@ -97,17 +83,10 @@ Batches = Iterable[Mapping[str, Tensor] | Tensor | Batch]
 def read_batches(batches: Batches) -> Iterator[Batch]:
     """Yield batches in their one form; sequences without a ``fold`` alternate from 0.
 
-    Parameters
-    ----------
-    batches : iterable of mapping or Tensor
-        Keyword arguments of a model, or ``input_ids`` alone. ``attention_mask`` ``(batch, tokens)``
-        is zero where a token is padding, ``fold`` ``(batch,)`` is 0 or 1, ``source`` ``(batch,)``
-        says by a number which of several texts a sequence is of, by -1 that it is of none.
-
-    Raises
-    ------
-    InputError
-        If a batch is anything else.
+    A batch is a mapping of keyword arguments of a model, or ``input_ids`` alone. Its
+    ``attention_mask`` ``(batch, tokens)`` is zero where a token is padding, ``fold`` ``(batch,)``
+    is 0 or 1, ``source`` ``(batch,)`` says by a number which of several texts a sequence is of, by
+    -1 that it is of none. Anything else raises InputError.
     """
     sequences = 0
     for batch in batches:
@@ -167,8 +146,7 @@ def probe_batches(
     places: dict[int, list[tuple[int, int]]] = {}
     for index, batch in enumerate(read):
         alike = every or batch.source is None
-        sources = [0] * len(batch) if alike else batch.source.tolist()
-        for row, source in enumerate(sources):
+        for row, source in enumerate([0] * len(batch) if alike else batch.source.tolist()):
             places.setdefault(source, []).append((index, row))
     places = {source: found for source, found in places.items() if source >= 0} or places
     sequences, tokens = sum(map(len, read)), sum(map(count_tokens, read))
@@ -181,14 +159,12 @@ def probe_batches(
             index, row = found[(2 * step + 1) * len(found) // (2 * taken)]
             chosen.setdefault(index, []).append(row)
     most = rows if every else count
-    return _together(
-        [
-            read[index].select(taken[first : first + most])
-            for index, taken in sorted(chosen.items())
-            for first in range(0, len(taken), most)
-        ],
-        rows,
-    )
+    parts = [
+        read[index].select(taken[first : first + most])
+        for index, taken in sorted(chosen.items())
+        for first in range(0, len(taken), most)
+    ]
+    return _together(parts, rows)
 
 
 def _beginning(batch: Batch) -> Batch:
@@ -224,6 +200,5 @@ def count_tokens(batch: Batch) -> int:
     """Return the tokens of a batch that are not padding; an image counts as a long sequence."""
     if batch.mask is not None:
         return int(batch.mask.sum())
-    if "input_ids" in batch.inputs:
-        return batch.inputs["input_ids"].numel()
-    return len(batch) * PROBE_LENGTH
+    ids = batch.inputs.get("input_ids")
+    return len(batch) * PROBE_LENGTH if ids is None else ids.numel()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from liar_ext import distributed
 from liar_ext.calibration.bank_file import all_finite
-from liar_ext.calibration.batches import FOLDS, Batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
 from liar_ext.calibration.kept_text import Seen, fingerprint_of
 from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_finite
 from liar_ext.calibration.saved_sums import SavedSums
@@ -58,11 +58,9 @@ def calibrate(
     keep_text : bool
         Keep the batches in the bank, where they are token ids alone, and in the file that it is
         saved to: what runs the model over them later needs no other text then.
-    checkpoint : path, optional
-        A folder to save the sums so far in, and to go on from where it has some, of the same
-        model and batches: with the same result, bit for bit, as without. It stays when all is
-        done. A :class:`liar_ext.checkpoint_store.Checkpoint` is one that is open already. Of
-        several ranks the first one alone works in it.
+    checkpoint : path or Checkpoint, optional
+        A folder to save the sums so far in, and to go on from if it has some, of the same model
+        and batches: the result is bit-identical. It stays when all is done.
     progress : bool
         Show a progress bar.
 
@@ -115,59 +113,76 @@ def collect(
 
     Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
-    count, seen, tokens = distributed.world_size(), Seen(keep_text), 0
+    count, seen, done = distributed.world_size(), Seen(keep_text), 0
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
-    facts = {
-        "model_type": model.config.model_type,
-        "model": fingerprint_of(model.state_dict().items()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    relative = sorted(tap.name for tap in taps if tap.relative)
+    facts, relative = _facts_of(model), sorted(tap.name for tap in taps if tap.relative)
     facts |= {"relative": relative} if relative else {}
 
-    def sums_so_far() -> Mapping[str, Moments]:
-        return moments if count == 1 else _added(deepcopy(moments))
-
-    def facts_so_far() -> dict[str, object]:
-        return facts | seen.facts(*_counted(tokens, current.routed))
+    def so_far() -> tuple[Mapping[str, Moments], dict[str, object]]:
+        sums = moments if count == 1 else _added(deepcopy(moments))
+        return sums, facts | seen.facts(*_counted(current))
 
     # Before the hooks: the model may write the last batches when their number is asked for.
     bar = Bar(batches, desc=title, disable=not progress)
     with evaluating(model), summing(model, taps, ends) as (moments, current):
-        done = 0 if saved is None else saved.restore(moments, facts)
+        if saved is not None:
+            saved.restore(moments, facts)
+            done = saved.done
         if done and distributed.is_first():
-            tokens, current.routed = saved.facts.get("tokens", 0), saved.facts.get("routed", {})
+            current.tokens = saved.facts.get("tokens", 0)
+            current.routed = saved.facts.get("routed", {})
         spare(title, done)
         for index, batch in enumerate(read_batches(bar)):
-            if batch.mask is not None and not batch.mask.any():
-                raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
+            check_not_padding(index, batch)
             seen.add(batch)
             if index < done:
                 if seen.batches == done:
                     saved.check(done, seen.digest.hexdigest())
                 continue
             if index % count == distributed.rank():
-                batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
-                batch = batch.to(device_of(model))
-                current.set(batch)
-                with suppress(Ended):
-                    body(**batch.inputs)
-                tokens += current.counted
+                _run(model, body, batch, current)
             if saved is not None and seen.batches % count == 0:
-                saved.save(seen.batches, sums_so_far, facts_so_far)
+                saved.save(seen.batches, so_far)
         if saved is not None and seen.batches < done:
             saved.check(seen.batches, seen.digest.hexdigest())
         if saved is not None and seen.batches > done:
-            saved.save(seen.batches, sums_so_far, facts_so_far, now=True)
+            saved.save(seen.batches, so_far, now=True)
         _check_alike(facts["model"], seen.digest.hexdigest())
     bank = MomentBank(moments)
-    tokens, routed = _counted(tokens, current.routed)
+    tokens, routed = _counted(current)
     check_sums(bank, len(seen.sequences), routed)
-    summed = _tokens_of(bank, {*relative, *routed})
-    bank.source = facts | seen.facts(tokens if summed is None else summed, routed)
+    # A site that sees all tokens, and counts each as one, says how many there are.
+    plain = [sums for name, sums in bank.items() if name not in {*relative, *routed}]
+    tokens = int(plain[0].tokens.sum()) if plain else tokens
+    bank.source = facts | seen.facts(tokens, routed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
+
+
+def _facts_of(model: nn.Module) -> dict[str, object]:
+    """Return what tells a model from others."""
+    return {
+        "model_type": model.config.model_type,
+        "model": fingerprint_of(model.state_dict().items()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def _run(model: nn.Module, body: nn.Module, batch: Batch, current: InFlight) -> None:
+    """Run a batch until all taps have got their tensor."""
+    batch = replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
+    batch = batch.to(device_of(model))
+    current.set(batch)
+    with suppress(Ended):
+        body(**batch.inputs)
+    current.tokens += current.counted
+
+
+def check_not_padding(index: int, batch: Batch) -> None:
+    """Raise InputError if a batch holds no token."""
+    if batch.mask is not None and not batch.mask.any():
+        raise InputError(f"calibrate: batch {index} holds only padding; leave it out")
 
 
 @contextmanager
@@ -190,12 +205,6 @@ def summing(
     _added(moments)
 
 
-def _tokens_of(bank: MomentBank, weighed: Collection[str]) -> int | None:
-    """Return the tokens of a site that sees all of them and counts each as one, if there is one."""
-    plain = next((sums.tokens for name, sums in bank.items() if name not in weighed), None)
-    return None if plain is None else int(plain.sum())
-
-
 def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares]:
     """Add the sums of all ranks up, in place."""
     for sums in moments.values():
@@ -203,15 +212,15 @@ def _added(moments: dict[str, Moments | Squares]) -> dict[str, Moments | Squares
     return moments
 
 
-def _counted(tokens: int, routed: dict[str, list[int]]) -> tuple[int, dict[str, list[int]]]:
+def _counted(current: InFlight) -> tuple[int, dict[str, list[int]]]:
     """Return what all ranks have counted: tokens, and tokens by expert and fold."""
-    shares = distributed.gather((tokens, routed))
-    names = {name: None for _, each in shares for name in each}
-    none = [0] * FOLDS
-    return sum(tokens for tokens, _ in shares), {
-        name: [sum(counts) for counts in zip(*(e.get(name, none) for _, e in shares), strict=True)]
-        for name in names
-    }
+    shares = distributed.gather((current.tokens, current.routed))
+    totals: dict[str, list[int]] = {}
+    for _, routed in shares:
+        for name, counts in routed.items():
+            before = totals.get(name, [0] * FOLDS)
+            totals[name] = [a + b for a, b in zip(before, counts, strict=True)]
+    return sum(tokens for tokens, _ in shares), totals
 
 
 def _check_alike(*digests: str) -> None:
@@ -264,14 +273,14 @@ def check_bank_is_of(bank: MomentBank, model: nn.Module, at: Sequence[Site]) -> 
                 f"reads it, and else alike; at {site.name} the bank has it otherwise; calibrate "
                 "the model anew"
             )
-    dtype = str(model.dtype).removeprefix("torch.")
-    if bank.source.get("dtype", dtype) != dtype:
+    here = _facts_of(model)
+    there = here | bank.source
+    if there["dtype"] != here["dtype"]:
         raise InputError(
-            f"calibrate: the bank is of the model in {bank.source['dtype']}, got {dtype}; load "
+            f"calibrate: the bank is of the model in {there['dtype']}, got {here['dtype']}; load "
             "the model as it was calibrated, or calibrate it anew"
         )
-    known = bank.source.get("model")
-    if known is not None and known != fingerprint_of(model.state_dict().items()):
+    if there["model"] != here["model"]:
         raise InputError(
             "calibrate: the bank is of other weights than the model's, or keep_hidden changes "
             "them; calibrate the model that is pruned, or leave the bank out"

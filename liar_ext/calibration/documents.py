@@ -19,15 +19,7 @@ TELLING = 100
 
 
 class Documents(list):
-    """A list of texts, with notes on what a user has to know of how they were read.
-
-    Parameters
-    ----------
-    texts : iterable of str
-        The documents.
-    notes : sequence of str
-        Sentences for the report.
-    """
+    """A list of texts, with ``notes``: sentences for the report on how they were read."""
 
     def __init__(self, texts: Iterable[str] = (), notes: Sequence[str] = ()) -> None:
         super().__init__(texts)
@@ -50,11 +42,10 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
     """
     source = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(source, str):
-        return _with_text(_of_rows(iter(source), "given"), "the dataset given")
-    if not source.strip():
+        documents, source = _of_rows(iter(source), "given"), "the dataset given"
+    elif not source.strip():
         raise InputError("text: the source is empty; give a text file, a folder or a dataset")
-    path = Path(source)
-    if path.is_dir():
+    elif (path := Path(source)).is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         documents = Documents(text for file in files for text in _read_file(file))
     elif path.exists():
@@ -63,10 +54,6 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
         raise InputError(f"text: {source} does not exist; give a text file, a folder or a dataset")
     else:
         documents = _of_rows(rows_of_dataset(source), source)
-    return _with_text(documents, source)
-
-
-def _with_text(documents: Documents, source: str) -> Documents:
     documents[:] = [text for text in documents if text.strip()]
     if not documents:
         raise InputError(f"text: {source} holds no text; give a file with text in it")
@@ -79,18 +66,29 @@ def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
     Documents are compared by a hash of their text without case and white space, wherever they come
     from. Those of less than ``TELLING`` characters, such as headings, stand in many texts; they
     count if at least half of the evaluation is shared.
-
-    Parameters
-    ----------
-    calibration, evaluation : iterable of str
-        Documents.
     """
     check_apart_from(document_digests(calibration), evaluation)
 
 
+def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
+    """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
+    documents = list(evaluation)
+    shared = [text for text in documents if document_digests([text]) <= known]
+    telling = any(len(text) >= TELLING for text in shared)
+    if telling or (shared and 2 * len(shared) >= len(documents)):
+        raise InputError(
+            f"evaluation: {len(shared)} of {len(documents)} documents are in the calibration text "
+            "too, and a model judged on what it was calibrated on proves nothing; evaluate on "
+            "other documents"
+        )
+
+
 def document_digests(documents: Iterable[str]) -> set[int]:
     """Return a digest of 8 bytes of each document, as :func:`check_apart` compares them."""
-    return {_digest(text) for text in documents}
+    plain = ("".join(text.split()).casefold() for text in documents)
+    encoded = (text.encode("utf-8", "surrogatepass") for text in plain)
+    digests = (blake2b(text, digest_size=8).digest() for text in encoded)
+    return {int.from_bytes(digest, "little", signed=True) for digest in digests}
 
 
 def text_digest(documents: Iterable[str]) -> str:
@@ -110,25 +108,6 @@ def check_unchanged(known: Mapping[str, str], read: Mapping[str, Iterable[str]])
             "repeated with it; name the texts with --calibration or --eval to prune by what they "
             "are now"
         )
-
-
-def check_apart_from(known: set[int], evaluation: Iterable[str]) -> None:
-    """Raise what :func:`check_apart` raises, of documents of which there are digests alone."""
-    documents = list(evaluation)
-    shared = [text for text in documents if _digest(text) in known]
-    telling = [text for text in shared if len(text) >= TELLING]
-    if telling or (shared and 2 * len(shared) >= len(documents)):
-        raise InputError(
-            f"evaluation: {len(shared)} of {len(documents)} documents are in the calibration text "
-            "too, and a model judged on what it was calibrated on proves nothing; evaluate on "
-            "other documents"
-        )
-
-
-def _digest(text: str) -> int:
-    plain = "".join(text.split()).casefold()
-    digest = blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def read_text(path: Path) -> str:
@@ -174,6 +153,7 @@ def checked(text: str, place: str) -> str:
 
 
 def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
+    """Return the documents of a dataset's rows, up to ``MOST_OF_A_DATASET`` characters."""
     documents, characters, missing = Documents(), 0, 0
     for number, row in enumerate(rows):
         if "text" not in row:
@@ -203,14 +183,9 @@ def _of_rows(rows: Iterator[Mapping[str, object]], source: str) -> Documents:
 
 
 def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: rows) -> Iterator:
-    """Return the rows of a dataset: streamed, or from the cache where there is no network.
+    """Return the rows of a dataset, ``NAME[:CONFIG[:SPLIT]]``, after ``prepared`` has changed it.
 
-    Parameters
-    ----------
-    source : str
-        ``NAME[:CONFIG[:SPLIT]]``.
-    prepared : callable
-        Takes the dataset and returns one; by default the same.
+    They are streamed, or read from the cache if there is no network.
     """
     try:
         from datasets import load_dataset

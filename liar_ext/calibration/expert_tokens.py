@@ -10,11 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS, Batch
+from liar_ext.calibration.batches import FOLDS, Batch, count_tokens
 from liar_ext.calibration.taps import Ended, watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import called_at, choice_of, gated, reroute, router_of
-from liar_ext.models.running import device_of, evaluating
+from liar_ext.models.running import body_of, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 
 CHUNK = 64  # tokens whose outputs of all experts are held at a time
@@ -32,10 +32,8 @@ class LayerTokens:
         What sends tokens to experts.
     choice : tuple of Tensor
         What it is called with beside the tokens.
-    logits : Tensor
-        ``(tokens, experts)``: the router's.
-    routed : Tensor
-        ``(tokens, experts)`` float64: weights r of the dense layer.
+    logits, routed : Tensor
+        ``(tokens, experts)``: the router's, and float64 weights r of the dense layer.
     products : Tensor
         ``(tokens, experts, experts)`` float64: Φ.
     fold : Tensor
@@ -78,74 +76,75 @@ class LayerTokens:
         return each.new_zeros(FOLDS).index_add_(0, self.fold, each)
 
 
+class _Collector:
+    """Collects what one layer does with the tokens of a batch, at two hooks."""
+
+    def __init__(self, model: nn.Module, first: Site, last: bool) -> None:
+        self.model, self.first, self.last = model, first, last
+        mlps = sites(model, ("mlp",))
+        self.experts = [each for each in mlps if each.team == first.team]
+        self.parts: list[tuple[Tensor, ...]] = []
+        self.used = self.fold = self.logits = torch.empty(0)  # of the batch that is run
+
+    def chose(self, _: tuple, output: tuple) -> None:
+        """Note the logits of the router."""
+        self.logits = output[0]
+
+    def ran(self, arguments: tuple, _: object) -> None:
+        """Note what the experts got and gave; end the pass behind the last layer."""
+        hidden, chosen, weights = arguments[:3]
+        used, fold = self.used.to(hidden.device), self.fold.to(hidden.device)
+        whole = weights.new_zeros(len(hidden), self.first.experts, dtype=torch.float64)
+        whole.scatter_(1, chosen, weights.double())
+        products = _products(self.model, self.experts, hidden[used])
+        self.parts.append((self.logits[used], whole[used], products, fold[used]))
+        if self.last:
+            raise Ended
+
+    def tokens(self) -> LayerTokens:
+        """Return what was collected of all batches, whose memory is free afterwards."""
+        parts, self.parts = self.parts, []
+        joined = [torch.cat(part) for part in zip(*parts, strict=True)]
+        router, choice = router_of(self.model, self.first), choice_of(self.model, self.first)
+        tokens = LayerTokens(self.first, router, choice, *joined)
+        if set(tokens.fold.tolist()) != set(range(FOLDS)):
+            raise InputError(
+                f"experts: each of the {FOLDS} folds needs tokens; give at least 2 sequences"
+            )
+        return tokens
+
+
 @torch.no_grad()
 def collect_tokens(
     model: nn.Module, batches: Sequence[Batch], layers: Sequence[Site], stride: int = 1
 ) -> list[LayerTokens]:
     """Return what some layers do with every ``stride``-th token that isn't padding."""
-    found: dict[str, list[tuple[Tensor, ...]]] = {site.team: [] for site in layers}
-    experts = {
-        site.team: [other for other in sites(model, ("mlp",)) if other.team == site.team]
-        for site in layers
-    }
-    logits: dict[str, Tensor] = {}
-    now: dict[str, Tensor] = {}
-
-    def routed(name: str):
-        return lambda _, output: logits.update({name: output[0]})
-
-    def reached(site: Site):
-        def note(args: tuple, _: object) -> None:
-            hidden, chosen, weights = args[:3]
-            used = now["used"].to(hidden.device)
-            whole = weights.new_zeros(len(hidden), site.experts, dtype=torch.float64)
-            whole.scatter_(1, chosen, weights.double())
-            found[site.team].append(
-                (
-                    logits.pop(site.team)[used],
-                    whole[used],
-                    _products(model, experts[site.team], hidden[used]),
-                    now["fold"].to(hidden.device)[used],
-                )
-            )
-            if site is layers[-1]:
-                raise Ended
-
-        return note
-
+    collectors = [_Collector(model, site, site is layers[-1]) for site in layers]
     device, seen = device_of(model), 0
-    body = getattr(model, "base_model", model)
     with ExitStack() as stack:
-        for site in layers:
-            module = model.get_submodule(called_at(site))
-            stack.enter_context(watched(router_of(model, site), routed(site.team)))
-            stack.enter_context(watched(module, reached(site)))
+        for each in collectors:
+            module = model.get_submodule(called_at(each.first))
+            stack.enter_context(watched(router_of(model, each.first), each.chose))
+            stack.enter_context(watched(module, each.ran))
         stack.enter_context(evaluating(model))
         for batch in batches:
-            each = next(iter(batch.inputs.values())).shape[1]
-            counts = batch.counting(len(batch) * each, torch.device("cpu"))
+            width = next(iter(batch.inputs.values())).shape[1]
+            counts = batch.counting(len(batch) * width, torch.device("cpu"))
             order = counts.cumsum(0) - 1 + seen
-            now["used"] = (counts & (order % stride == 0)).nonzero().flatten()
-            now["fold"] = batch.fold.repeat_interleave(each)
-            seen += int(counts.sum())
+            for each in collectors:
+                each.used = (counts & (order % stride == 0)).nonzero().flatten()
+                each.fold = batch.fold.repeat_interleave(width)
+            seen += count_tokens(batch)
             with suppress(Ended):
-                body(**batch.to(device).inputs)
-    layers_found = []
-    for site in layers:
-        parts = [torch.cat(part) for part in zip(*found.pop(site.team), strict=True)]
-        tokens = LayerTokens(site, router_of(model, site), choice_of(model, site), *parts)
-        if set(tokens.fold.tolist()) != set(range(FOLDS)):
-            raise InputError(
-                f"experts: each of the {FOLDS} folds needs tokens; give at least 2 sequences"
-            )
-        layers_found.append(tokens)
-    return layers_found
+                body_of(model)(**batch.to(device).inputs)
+    return [each.tokens() for each in collectors]
 
 
 def _products(model: nn.Module, experts: Sequence[Site], hidden: Tensor) -> Tensor:
     """Return the products of all experts' outputs on each token, Φ."""
-    parts = []
-    for chunk in hidden.split(CHUNK):
+    size = len(experts)
+    parts = [hidden.new_zeros(0, size, size, dtype=torch.float64)]
+    for chunk in hidden.split(CHUNK) if len(hidden) else ():
         given = []
         for site in experts:
             out = gated(model, site, chunk) @ get_consumer_weight(model, site).T
@@ -153,11 +152,4 @@ def _products(model: nn.Module, experts: Sequence[Site], hidden: Tensor) -> Tens
             given.append((out if bias is None else out + bias).double())
         outputs = torch.stack(given, dim=1)
         parts.append(torch.bmm(outputs, outputs.mT))
-    size = len(experts)
-    return torch.cat(parts) if parts else hidden.new_zeros(0, size, size, dtype=torch.float64)
-
-
-def count_tokens(batch: Batch) -> int:
-    """Return the tokens of a batch that aren't padding."""
-    shape = next(iter(batch.inputs.values())).shape
-    return shape[0] * shape[1] if batch.mask is None else int(batch.mask.sum())
+    return torch.cat(parts)

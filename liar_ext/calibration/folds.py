@@ -1,14 +1,15 @@
-"""Sequences for calibration: packed from documents, in folds, or of random tokens."""
+"""Sequences for calibration: parts of documents that share nothing, and random tokens."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.errors import InputError
@@ -17,36 +18,107 @@ from liar_ext.errors import InputError
 # a block an eighth at most is left out, so that neighbours in different folds do not touch.
 BLOCK_SEQUENCES, MOST_BLOCKS, GAP = 16, 8, 8
 CHARACTERS = 4  # per token, about, in English
+MOST_BESIDE = 0.9  # nine sequences for each of text
+NO_TEXT = -1  # the source of what comes beside, where texts count from 0
+RANDOM_TOKENS = 0.25  # of all sequences; docs/quality.md shows the effect
 _BREAKS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of one length, recordings or pictures, ready for a model.
+
+    Parameters
+    ----------
+    inputs : mapping of str to Tensor
+        Inputs of the model by their names, a row each; of text ``input_ids`` and
+        ``attention_mask``, ``(sequences, seq_len)`` int64.
+    fold : Tensor
+        ``(sequences,)`` int64: 0 or 1. Sequences of one document share a fold.
+    source : Tensor, optional
+        ``(sequences,)`` int64: which of several texts each is of; -1 for those of no text.
+    bos : str
+        Special tokens that every packed window begins with; empty if the tokenizer adds none.
+    certification, judging : Sequences, optional
+        Sequences of documents that none of these come from: for a figure that no decision has
+        seen, and for a choice among whole models. Their folds only take turns.
+    notes : tuple of str
+        What a user has to know of the draw.
+    """
+
+    inputs: Mapping[str, Tensor]
+    fold: Tensor
+    source: Tensor | None = None
+    bos: str = ""
+    certification: Sequences | None = None
+    judging: Sequences | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.fold)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids of text, ``(sequences, seq_len)`` int64."""
+        return self.inputs["input_ids"]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for tokens of text, 0 for padding."""
+        return self.inputs["attention_mask"]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text that are not padding."""
+        return int(self.attention_mask.sum())
+
+    def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
+        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
+
+        Texts of similar length share a batch, which is cut after the longest. A ``batch_size``
+        below 1 raises InputError.
+        """
+        if batch_size < 1:
+            raise InputError(f"batches: batch_size must be at least 1, got {batch_size}")
+        facts = {"fold": self.fold} | ({} if self.source is None else {"source": self.source})
+        text, batches = "attention_mask" in self.inputs, []
+        lengths = self.attention_mask.sum(1) if text else torch.zeros(len(self))
+        for fold in self.fold.unique():
+            rows = (self.fold == fold).nonzero().flatten()
+            for some in rows[lengths[rows].argsort(stable=True)].split(batch_size):
+                longest = int(lengths[some].max()) if text else None
+                batch = {name: value[some, :longest] for name, value in self.inputs.items()}
+                batches.append(batch | {name: value[some] for name, value in facts.items()})
+        return batches
+
+    def beside(self, more: Sequences) -> Sequences:
+        """Return these sequences and others that are as long, each with its source."""
+        inputs = {name: torch.cat([self.inputs[name], more.inputs[name]]) for name in self.inputs}
+        fold, source = torch.cat([self.fold, more.fold]), torch.cat([self.source, more.source])
+        return replace(self, inputs=inputs, fold=fold, source=source)
+
+
+def padded(rows: Iterable[Sequence[int]], pad: int | None) -> dict[str, Tensor]:
+    """Return token ids padded to the longest row, and their mask."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad or 0)
+    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def in_turns(count: int) -> Tensor:
+    """Return folds for sequences that share no document with any other."""
+    return torch.arange(count) % FOLDS
 
 
 def split_documents(
     documents: Sequence[str], shares: Sequence[int], seed: int, seq_len: int, most: int
 ) -> tuple[list[list[str]], str]:
-    """Split the documents of one source into parts, none of them in two parts.
+    """Split the documents of one source into parts, and say what was done to few documents.
 
-    Documents, in an order drawn with ``seed``, go to the part that has least of its share. Where
-    there are fewer documents than parts, they are cut into blocks first, see :func:`cut_blocks`.
-
-    Parameters
-    ----------
-    documents : sequence of str
-        The source.
-    shares : sequence of int
-        Sequences wanted of each part.
-    seed : int
-        Of the draw.
-    seq_len : int
-        Tokens per sequence.
-    most : int
-        Characters of a part to return, about; which of them is drawn with ``seed``.
-
-    Returns
-    -------
-    parts : list of list of str
-        Documents, or blocks, by part.
-    note : str
-        What was done to a source of few documents; empty otherwise.
+    In an order drawn with ``seed`` each goes to the part that has least of its share, the number
+    of sequences wanted, until a part has ``most`` characters, about. If there are fewer documents
+    than parts, they are cut into blocks first, see :func:`cut_blocks`.
     """
     if len(documents) < len(shares):
         parts = cut_blocks("\n\n".join(documents), len(shares), seq_len, most)
@@ -57,10 +129,9 @@ def split_documents(
             "with a gap between them: held-out errors are those on the same document. Give more "
             "documents."
         )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator).tolist()
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     sizes, parts = [0] * len(shares), [[] for _ in shares]
-    for index in order:
+    for index in order.tolist():
         filled = [size / share for size, share in zip(sizes, shares, strict=True)]
         least = filled.index(min(filled))
         if sizes[least] < most:
@@ -70,23 +141,16 @@ def split_documents(
 
 
 def cut_blocks(text: str, parts: int, seq_len: int, most: int) -> list[list[str]]:
-    """Cut a text into blocks of consecutive paragraphs that take turns in going to the parts.
+    """Cut a text into blocks of consecutive paragraphs, and return them by part, in turns.
 
-    A block begins at a paragraph, or line or word where there is none near, and the paragraph
-    before it, or an eighth of a block if that is less, belongs to no block. So what one part holds
-    is never the next sentence of another.
-
-    Returns
-    -------
-    list of list of str
-        Blocks by part.
+    A block begins at a paragraph, or line or word if there is none near, and the paragraph before
+    it, or an eighth of a block if that is less, belongs to no block. So one part never holds the
+    next sentence of another.
     """
     spans = block_spans(text, parts, seq_len)
     each = max(most * parts // len(spans), 1)
-    result: list[list[str]] = [[] for _ in range(parts)]
-    for index, (start, end) in enumerate(spans):
-        result[index % parts].append(text[start : min(end, start + each)])
-    return result
+    blocks = [text[start : min(end, start + each)] for start, end in spans]
+    return [blocks[part::parts] for part in range(parts)]
 
 
 def block_spans(text: str, parts: int, seq_len: int) -> list[tuple[int, int]]:
@@ -104,32 +168,10 @@ def block_spans(text: str, parts: int, seq_len: int) -> list[tuple[int, int]]:
     return spans
 
 
-def cut_pieces(text: str, characters: int) -> list[str]:
-    """Return the consecutive pieces of a text of that many characters, cut at spaces."""
-    pieces, start = [], 0
-    while start < len(text):
-        end = start + characters
-        space = text.rfind(" ", start, end + 1) if end < len(text) else -1
-        end = space if space > start else end
-        pieces.append(text[start:end].strip())
-        start = end
-    return [piece for piece in pieces if piece]
-
-
-def halve(text: str) -> list[str]:
-    """Return the two halves of a text, cut at a white space."""
-    middle = text.find(" ", len(text) // 2)
-    middle = middle if middle >= 0 else len(text) // 2
-    return [text[:middle], text[middle:]]
-
-
 def _break_after(text: str, at: int, reach: int) -> int:
     """Return where the first paragraph, line or word after ``at`` begins, or ``at``."""
-    for pattern in _BREAKS:
-        found = pattern.search(text, at, at + reach)
-        if found:
-            return found.end()
-    return at
+    found = (pattern.search(text, at, at + reach) for pattern in _BREAKS)
+    return next((match.end() for match in found if match), at)
 
 
 def _gap_before(text: str, at: int, reach: int) -> int:
@@ -143,85 +185,16 @@ def _gap_before(text: str, at: int, reach: int) -> int:
     return low
 
 
-MOST_BESIDE = 0.9  # nine sequences for each of text
-NO_TEXT = -1  # the source of what comes beside, where texts count from 0
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Token sequences of one length, ready for a model.
-
-    Parameters
-    ----------
-    input_ids, attention_mask : Tensor
-        ``(sequences, seq_len)`` int64.
-    fold : Tensor
-        ``(sequences,)`` int64: 0 or 1. Sequences of one document share a fold.
-    bos : str
-        Special tokens that every packed window begins with, as the tokenizer begins a document;
-        empty where it adds none.
-    certification, judging : Sequences, optional
-        Sequences of documents that none of these come from: for a figure that no decision has
-        seen, and for a choice among whole models. Their fold only takes turns.
-    notes : tuple of str
-        What a user has to know of the draw.
-    source : Tensor, optional
-        ``(sequences,)`` int64: which of several texts each is of; -1 of what comes beside them.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    fold: Tensor
-    bos: str = ""
-    certification: Sequences | None = None
-    judging: Sequences | None = None
-    notes: tuple[str, ...] = ()
-    source: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.attention_mask.sum())
-
-    def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
-        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds.
-
-        Sequences of like length share a batch, which is cut after the longest: little is padding.
-
-        Raises
-        ------
-        InputError
-            If ``batch_size`` is less than 1.
-        """
-        if batch_size < 1:
-            raise InputError(f"batches: batch_size must be at least 1, got {batch_size}")
-        batches = []
-        lengths = self.attention_mask.sum(1)
-        for fold in self.fold.unique():
-            rows = (self.fold == fold).nonzero().flatten()
-            rows = rows[lengths[rows].argsort(stable=True)]
-            for some in rows.split(batch_size):
-                longest = int(lengths[some].max())
-                batch = {
-                    "input_ids": self.input_ids[some, :longest],
-                    "attention_mask": self.attention_mask[some, :longest],
-                    "fold": self.fold[some],
-                }
-                if self.source is not None:
-                    batch["source"] = self.source[some]
-                batches.append(batch)
-        return batches
-
-    def beside(self, more: Sequences) -> Sequences:
-        """Return these sequences and others that are as long, each with its source."""
-        both = {
-            name: torch.cat([getattr(self, name), getattr(more, name)])
-            for name in ("input_ids", "attention_mask", "fold", "source")
-        }
-        return replace(self, **both)
+def cut_pieces(text: str, characters: int) -> list[str]:
+    """Return the consecutive pieces of a text of that many characters, cut at spaces."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + characters
+        space = text.rfind(" ", start, end + 1) if end < len(text) else -1
+        end = space if space > start else end
+        pieces.append(text[start:end].strip())
+        start = end
+    return [piece for piece in pieces if piece]
 
 
 def check_fraction(operation: str, name: str, fraction: float) -> None:
@@ -234,18 +207,14 @@ def check_fraction(operation: str, name: str, fraction: float) -> None:
 
 
 def count_beside(sequences: int, fraction: float) -> int:
-    """Return how many sequences make a fraction of all beside that many of text.
-
-    ``sequences · fraction / (1 − fraction)``, rounded.
-    """
+    """Return how many sequences make a fraction of all beside that many of text, rounded."""
     return round(sequences * fraction / (1 - fraction))
 
 
 def of_no_text(input_ids: Tensor) -> Sequences:
     """Return full sequences that come beside those of text, and take turns in going to folds."""
-    fold = torch.arange(len(input_ids)) % FOLDS
-    source = torch.full((len(input_ids),), NO_TEXT)
-    return Sequences(input_ids, torch.ones_like(input_ids), fold, source=source)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    return Sequences(inputs, in_turns(len(input_ids)), torch.full((len(input_ids),), NO_TEXT))
 
 
 def seed_of(rows: Iterable[Sequence[int] | Tensor], seed: int) -> int:
@@ -254,9 +223,6 @@ def seed_of(rows: Iterable[Sequence[int] | Tensor], seed: int) -> int:
     for row in rows:
         digest.update(torch.as_tensor(row).numpy().tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-RANDOM_TOKENS = 0.25  # of all sequences; what it buys stands in docs/quality.md
 
 
 def fraction_of(asked: float | str, causal: bool, written: bool) -> float:
@@ -276,57 +242,29 @@ def random_sequences(
     seed: int,
     vocab_size: int | None = None,
 ) -> list[tuple[int, list[int]]]:
-    """Return copies of some rows, evenly spread, with random tokens, and which each is of.
+    """Return copies of some rows, evenly spread, with random tokens, after the row each is of.
 
-    Special tokens stay where they are; every other one is drawn evenly from those of the vocabulary
-    that aren't special. The draw depends on the rows, so that other text has other ones beside it.
-
-    Parameters
-    ----------
-    rows : sequence of sequence of int
-        Token ids of each sequence of text.
-    tokenizer
-        A Hugging Face tokenizer.
-    fraction : float
-        What they are of these and those of text.
-    seed : int
-        Of the draw.
-    vocab_size : int, optional
-        Ids from there on aren't drawn, as the model has no embedding of them.
-
-    Returns
-    -------
-    list of (int, list of int)
-        The row that a copy is of, and its token ids.
-
-    Raises
-    ------
-    InputError
-        If no token of the vocabulary can be drawn.
+    They are ``fraction`` of all. Special tokens stay; every other one is drawn evenly from those of
+    the vocabulary below ``vocab_size`` that aren't special, or InputError is raised if there are
+    none. The draw depends on the rows, so that other text has other ones beside it.
     """
     count = count_beside(len(rows), fraction)
     if not count:
         return []
-    special, plain = _vocabulary(tokenizer, vocab_size)
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    known = sorted({*tokenizer.get_vocab().values()} - special)
+    plain = torch.tensor([each for each in known if vocab_size is None or each < vocab_size])
+    if not len(plain):
+        raise InputError(
+            "calibration: random_tokens draws tokens that aren't special, and the tokenizer has "
+            "none; give random_tokens=0"
+        )
+    fixed = torch.tensor(sorted(special), dtype=torch.long)
     generator = torch.Generator().manual_seed(seed_of(rows, seed))
     copies = []
     for step in range(count):
         index = (2 * step + 1) * len(rows) // (2 * count)
         ids = torch.tensor(rows[index])
         drawn = plain[torch.randint(len(plain), ids.shape, generator=generator)]
-        copies.append((index, torch.where(torch.isin(ids, special), ids, drawn).tolist()))
+        copies.append((index, torch.where(torch.isin(ids, fixed), ids, drawn).tolist()))
     return copies
-
-
-def _vocabulary(tokenizer, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    """Return the ids of special tokens, all that were added to a vocabulary, and the others."""
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    plain = sorted({*tokenizer.get_vocab().values()} - special)
-    if vocab_size is not None:
-        plain = [token for token in plain if token < vocab_size]
-    if not plain:
-        raise InputError(
-            "calibration: random_tokens draws tokens that aren't special, and the tokenizer has "
-            "none; give random_tokens=0"
-        )
-    return torch.tensor(sorted(special), dtype=torch.long), torch.tensor(plain)

@@ -36,8 +36,8 @@ def write_documents(
     """Let a model write documents: each token is drawn from the model's own distribution.
 
     ``x_t ~ p(· | x_0 … x_{t−1})`` at temperature 1, nothing cut off, from the token that begins a
-    document on. What comes out has the kinds of text that the model was trained on, about as often,
-    and needs no data.
+    document on. The text has the kinds of text that the model was trained on, about as often, and
+    needs no data.
 
     Parameters
     ----------
@@ -45,18 +45,12 @@ def write_documents(
         A causal language model of transformers; it is as it was afterwards.
     tokenizer
         Its tokenizer.
-    documents : int
-        How many to write.
-    tokens : int
-        Tokens of each.
+    documents, tokens : int
+        How many to write, and tokens of each.
     seed : int
         Of the draw. The same seed, machine and number of threads give the same text.
     progress : bool
         Show a progress bar.
-
-    Returns
-    -------
-    Documents
 
     Raises
     ------
@@ -84,30 +78,12 @@ def write_sequences(
 ) -> Sequences:
     """Let a model write sequences, as :func:`write_documents` does, and leave them tokens.
 
-    They begin as windows of text do, and take turns in going to the two folds::
+    They are ``count``, but one at least for each fold, of ``seq_len`` tokens, begin as windows of
+    text do, and take turns in going to the two folds. For an estimate the first ``written`` tokens
+    of each are repeated. ::
 
         text = calibration_sequences([read_documents("text.txt")], tokenizer, samples=64)
         both = text.beside(write_sequences(model, tokenizer, count=21, seq_len=512))
-
-    Parameters
-    ----------
-    model, tokenizer, seed, progress
-        As for :func:`write_documents`.
-    count : int
-        How many, one at least for each fold.
-    seq_len : int
-        Tokens of each, those that a document begins with included.
-    written : int, optional
-        Write that many tokens of each alone, again and again: for an estimate.
-
-    Returns
-    -------
-    Sequences
-
-    Raises
-    ------
-    InputError
-        As for :func:`write_documents`.
     """
     count = max(count, FOLDS)
     prefix = torch.tensor(document_prefix(tokenizer), dtype=torch.long).expand(count, -1)
@@ -134,7 +110,10 @@ def _write(
         )
     device = device_of(model)
     start = torch.tensor(_beginning(model, tokenizer), device=device)
-    rows = min(MOST_ROWS, max(1, int(CACHE_BYTES // _cache_bytes(model, tokens))), count)
+    # Keys and values of one document, at most.
+    config, width = model.config.get_text_config(), next(model.parameters()).element_size()
+    each = max(2 * config.num_hidden_layers * config.hidden_size * tokens * width, 1)
+    rows = min(MOST_ROWS, max(1, CACHE_BYTES // each), count)
     written: list[Tensor] = []
     training = model.training
     cuda = [device] if device.type == "cuda" else []
@@ -155,22 +134,12 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
     """Return ``tokens`` tokens after each row of ``start``."""
     from transformers import GenerationConfig
 
-    # In the place of the model's own: what a configuration that is passed leaves open, such as
-    # penalties and ends, is taken from there. Without an end of text a model goes on with the next
-    # document, as in training.
-    own, model.generation_config = (
-        model.generation_config,
-        GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=tokens,
-            pad_token_id=0,
-            use_cache=True,
-            suppress_tokens=_of_other_inputs(model) or None,
-        ),
-    )
+    # It takes the place of the model's own, which would fill in penalties and ends. Without an end
+    # of text a model goes on with the next document, as in training.
+    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    plain |= {"max_new_tokens": tokens, "pad_token_id": 0}
+    plain["suppress_tokens"] = _of_other_inputs(model) or None
+    own, model.generation_config = model.generation_config, GenerationConfig(**plain)
     try:
         ids = model.generate(start, attention_mask=torch.ones_like(start))
     except RuntimeError as error:
@@ -188,37 +157,21 @@ def _draw(model: nn.Module, start: Tensor, tokens: int) -> Tensor:
 
 def _beginning(model: nn.Module, tokenizer) -> list[int]:
     """Return the tokens that a document begins with: the tokenizer's, or what separates two."""
-    prefix = document_prefix(tokenizer)
-    if prefix:
+    if prefix := document_prefix(tokenizer):
         return prefix
-    vocabulary = tokenizer.get_vocab()
     config = model.config.get_text_config()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    choices = [
-        vocabulary.get(SEPARATOR),
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        config.bos_token_id,
-        *ends,
-    ]
+    choices = [tokenizer.get_vocab().get(SEPARATOR), tokenizer.bos_token_id, tokenizer.eos_token_id]
     known = range(known_tokens(model, model.config))
-    return [next((token for token in choices if token in known), 0)]
+    return [next((id for id in (*choices, config.bos_token_id, *ends) if id in known), 0)]
 
 
 def _of_other_inputs(model: nn.Module) -> list[int]:
     """Return the tokens that stand for what isn't text, such as an image, and can't be alone."""
-    facts = model.config.to_dict().items()
     return sorted(
         value
-        for name, value in facts
+        for name, value in model.config.to_dict().items()
         if name.startswith(OTHER_INPUTS)
         and name.endswith(("token_id", "token_index"))
         and isinstance(value, int)
     )
-
-
-def _cache_bytes(model: nn.Module, tokens: int) -> float:
-    """Return the bytes of one document's keys and values, at most."""
-    config = model.config.get_text_config()
-    width = next(model.parameters()).element_size()
-    return max(2 * config.num_hidden_layers * config.hidden_size * tokens * width, 1)

@@ -20,11 +20,11 @@ from liar_ext.calibration.batches import LABELS, Batch, Batches, read_batch, rea
 from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
-from liar_ext.models.running import complete_inputs, device_of, evaluating
+from liar_ext.models.running import IGNORED, complete_inputs, device_of, evaluating
 from liar_ext.models.sites import Site, get_consumer_weight
 from liar_ext.progress import Bar
 
-IGNORED = -100  # the label that transformers leaves out of every loss
+Owned = list[tuple[str | None, list[nn.Parameter]]]  # by producer, and None for the consumer
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,13 @@ class SiteGradients:
 
     def to(self, device: torch.device) -> SiteGradients:
         """Return the same on another device."""
-        return SiteGradients(
-            *(each.to(device) for each in (self.signed, self.absolute, self.fisher))
-        )
+        return SiteGradients(*(each.to(device) for each in vars(self).values()))
 
 
 def collect_gradients(
-    model: nn.Module,
-    batches: Batches,
-    at: Sequence[Site],
-    *,
-    progress: bool = False,
+    model: nn.Module, batches: Batches, at: Sequence[Site], *, progress: bool = False
 ) -> dict[str, SiteGradients]:
-    """Run the model forward and backward over ``batches`` and collect the statistics of each site.
+    """Run the model forward and backward over ``batches``; return the statistics by site name.
 
     Parameters
     ----------
@@ -82,11 +76,6 @@ def collect_gradients(
     progress : bool
         Show a progress bar.
 
-    Returns
-    -------
-    dict of str to SiteGradients
-        By site name.
-
     Raises
     ------
     InputError
@@ -96,21 +85,19 @@ def collect_gradients(
     -----
     Memory: beyond the model, one gradient of all weights of the sites and their running sum in
     float32 (float64 for a float64 model), and the activations of one batch that the backward pass
-    needs, with the gradients of the consumers' inputs. Smaller batches need less of the latter. A
-    Llama of 135M parameters in float32 took 2.1 GiB more than its forward pass, and 3.4 times as
-    long, on one sequence of 512 tokens at a time on a CPU.
+    needs, with the gradients of the consumers' inputs. Smaller batches need less of the latter.
     """
     check_owned(at)
     device = device_of(model)
     owned = {site.name: _owned_parameters(model, site) for site in at}
-    parameters = [parameter for layers in owned.values() for part in layers for parameter in part]
+    parameters = [each for layers in owned.values() for _, own in layers for each in own]
     sums = [_zeros_for(parameter) for parameter in parameters]
     fisher = {
         site.name: get_consumer_weight(model, site).new_zeros(site.units, dtype=torch.float64)
         for site in at
     }
     items = sequences = 0
-    with evaluating(model), _differentiable(model, parameters), _noting(model, at) as inputs_of:
+    with evaluating(model), _tracked(model, parameters, at) as read:
         bar = Bar(batches, desc="gradients", disable=not progress)
         for index, batch in enumerate(read_batches(bar)):
             batch = batch.to(device)
@@ -121,20 +108,15 @@ def collect_gradients(
                     f"gradients: the loss must be finite, got {loss.item()} in batch {index}; "
                     "load the model in a wider dtype"
                 )
-            runs = [(site, x) for site in at for x in inputs_of.pop(site.name)]
-            seen, rows = [x for _, x in runs], len(batch)
-            gradients = torch.autograd.grad(loss, [*seen, *parameters], materialize_grads=True)
-            joined: dict[str, list[Tensor]] = {}
-            for (site, x), gradient in zip(runs, gradients, strict=False):
-                # No loss depends on padding, so that its gradient is zero.
-                both = [a.detach().reshape(rows, -1, a.shape[-1]) for a in (x, gradient)]
-                joined.setdefault(site.name, []).append(torch.stack(both))
-            for site in at:
-                x, gradient = torch.cat(joined[site.name], 2)  # the runs of what repeats
-                fisher[site.name] += _squared_by_mask(x, gradient, site.width)
-            for total, gradient in zip(sums, gradients[len(seen) :], strict=True):
+            seen = [x for site in at for x in read[site.name]]
+            wanted = [*seen, *parameters]
+            found = iter(torch.autograd.grad(loss, wanted, materialize_grads=True))
+            for site in at:  # what repeats has several runs
+                runs = [_by_mask(x, next(found), batch, site.width) for x in read.pop(site.name)]
+                fisher[site.name] += sum(runs).square().sum(0)
+            for total, gradient in zip(sums, found, strict=True):
                 total += gradient
-            items, sequences = items + count, sequences + rows
+            items, sequences = items + count, sequences + len(batch)
     if not items:
         raise InputError(
             f"gradients: {sequences} sequences hold nothing to predict; give a list of batches, "
@@ -148,12 +130,6 @@ def collect_gradients(
         site.name: _summarise(site, owned[site.name], products, fisher[site.name] / sequences)
         for site in at
     }
-
-
-def _squared_by_mask(x: Tensor, gradient: Tensor, width: int) -> Tensor:
-    """Return ``Σ_s (Σ_t Σ_{j∈u} x_stj g_stj)²`` by unit, ``(units,)`` float64."""
-    sums = [(one.double() * other.double()).sum(0) for one, other in zip(x, gradient, strict=True)]
-    return torch.stack(sums).unflatten(1, (-1, width)).sum(2).square().sum(0)
 
 
 def check_owned(at: Sequence[Site]) -> None:
@@ -172,6 +148,16 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor] | Tensor | Batch) -
             f"{lacks}; give a model with a head and batches with labels, or take a criterion that "
             "runs the model forward only, such as wifv"
         )
+
+
+def _by_mask(x: Tensor, gradient: Tensor, batch: Batch, width: int) -> Tensor:
+    """Return ``Σ_t Σ_{j∈u} x_stj g_stj``, ``(sequences, units)`` float64.
+
+    No loss depends on padding, whose gradient is zero.
+    """
+    both = (a.detach().reshape(len(batch), -1, a.shape[-1]) for a in (x, gradient))
+    sums = [(one.double() * other.double()).sum(0) for one, other in zip(*both, strict=True)]
+    return torch.stack(sums).unflatten(1, (-1, width)).sum(2)
 
 
 def _summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
@@ -212,13 +198,13 @@ def _head_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     return loss * count, count
 
 
-def _owned_parameters(model: nn.Module, site: Site) -> list[list[nn.Parameter]]:
+def _owned_parameters(model: nn.Module, site: Site) -> Owned:
     """Return the parameters of each layer in which units own something, the consumer last."""
-    owned = []
+    owned: Owned = []
     for path in site.producers:
         layer = model.get_submodule(path)
-        owned.append([layer.weight] if layer.bias is None else [layer.weight, layer.bias])
-    return [*owned, [model.get_submodule(site.consumer).weight]]
+        owned.append((path, [each for each in (layer.weight, layer.bias) if each is not None]))
+    return [*owned, (None, [model.get_submodule(site.consumer).weight])]
 
 
 def _zeros_for(parameter: Tensor) -> Tensor:
@@ -227,15 +213,12 @@ def _zeros_for(parameter: Tensor) -> Tensor:
 
 
 def _summarise(
-    site: Site,
-    owned: Sequence[Sequence[nn.Parameter]],
-    products: Iterator[Tensor],
-    fisher: Tensor,
+    site: Site, owned: Owned, products: Iterator[Tensor], fisher: Tensor
 ) -> SiteGradients:
     """Sum the products w·g of a site's parameters, next in ``products``, over what a unit owns."""
     signed, absolute = [], []
-    for path, layer in zip((*site.producers, None), owned, strict=True):
-        parts = [next(products) for _ in layer]
+    for path, own in owned:
+        parts = [next(products) for _ in own]
         signed.append(sum(_per_unit(site, part, path) for part in parts))
         absolute.append(sum(_per_unit(site, part.abs(), path) for part in parts))
     return SiteGradients(torch.stack(signed), torch.stack(absolute), fisher)
@@ -260,31 +243,25 @@ def _per_unit(site: Site, values: Tensor, producer: str | None) -> Tensor:
 
 
 @contextmanager
-def _differentiable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Track gradients of ``parameters`` and of no other."""
+def _tracked(
+    model: nn.Module, parameters: Sequence[nn.Parameter], at: Sequence[Site]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Track gradients of ``parameters`` alone, and give what each consumer reads, by site name."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    read: dict[str, list[Tensor]] = {}
+
+    def note(name: str):
+        return lambda arguments, _: read.setdefault(name, []).append(arguments[0])
+
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
-            yield
+        with torch.enable_grad(), ExitStack() as stack:
+            for site in at:
+                consumer = model.get_submodule(site.consumer)
+                stack.enter_context(watched(consumer, note(site.name)))
+            yield read
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
-
-
-@contextmanager
-def _noting(model: nn.Module, at: Sequence[Site]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the inputs of each consumer, by site name, while the context is open."""
-    inputs: dict[str, list[Tensor]] = {}
-
-    def note(name: str):
-        return lambda arguments, _: inputs.setdefault(name, []).append(arguments[0])
-
-    with ExitStack() as stack:
-        for site in at:
-            consumer = model.get_submodule(site.consumer)
-            stack.enter_context(watched(consumer, note(site.name)))
-        yield inputs

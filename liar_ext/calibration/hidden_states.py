@@ -28,10 +28,8 @@ class HiddenStates:
 
     Attributes
     ----------
-    in_memory, on_disk : int
-        Bytes that are held now.
-    most_on_disk : int
-        The most bytes that the file had.
+    in_memory, on_disk, most_on_disk : int
+        Bytes that are held now, and the most that the file had.
     """
 
     def __init__(
@@ -52,14 +50,13 @@ class HiddenStates:
             self._file.close()
             self._file = None
 
-    def fits(self, size: int) -> bool:
-        """Tell whether ``size`` bytes more may be held in memory."""
-        return self.memory is None or self.in_memory + size <= self.memory
-
-    def take(self, size: int) -> int:
-        """Return the offset of ``size`` bytes in the file, which are there for certain."""
-        self.on_disk += size
+    def take(self, size: int) -> int | None:
+        """Return the offset of ``size`` bytes in the file, or None if memory has room for them."""
+        if self.memory is None or self.in_memory + size <= self.memory:
+            self.in_memory += size
+            return None
         if self._free.get(size):
+            self.on_disk += size
             return self._free[size].pop()
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
@@ -68,32 +65,27 @@ class HiddenStates:
             os.posix_fallocate(self._file.fileno(), start, size)
         except OSError as error:
             where = Path(self.folder or tempfile.gettempdir())
-            self.on_disk -= size
             raise InputError(
                 f"hidden states: {(start + size) / 2**30:.3g} GiB and more are needed in {where}, "
                 f"where {shutil.disk_usage(where).free / 2**30:.3g} GiB are free "
                 f"({error.strerror}); free disk space, raise --max-memory, or give fewer --samples"
             ) from error
+        self.on_disk += size
         self.most_on_disk += size
         return start
 
-    def give_back(self, offset: int, size: int) -> None:
-        """Let bytes of the file be used for other tensors."""
-        self.on_disk -= size
-        self._free.setdefault(size, []).append(offset)
+    def give_back(self, offset: int | None, size: int) -> None:
+        """Let bytes be used for other tensors."""
+        if offset is None:
+            self.in_memory -= size
+        else:
+            self.on_disk -= size
+            self._free.setdefault(size, []).append(offset)
 
-    def write(self, tensor: Tensor, offset: int) -> None:
-        """Write a tensor at an offset."""
-        bytes_ = _bytes(tensor.contiguous())
+    def move(self, call, bytes_: memoryview, offset: int) -> None:
+        """Read or write bytes at an offset of the file, by a call that may move some of them."""
         while len(bytes_):
-            done = os.pwrite(self._file.fileno(), bytes_[:MOST_AT_ONCE], offset)
-            bytes_, offset = bytes_[done:], offset + done
-
-    def read(self, tensor: Tensor, offset: int) -> None:
-        """Fill a contiguous tensor from an offset."""
-        bytes_ = _bytes(tensor)
-        while len(bytes_):
-            done = os.preadv(self._file.fileno(), [bytes_[:MOST_AT_ONCE]], offset)
+            done = call(self._file.fileno(), [bytes_[:MOST_AT_ONCE]], offset)
             bytes_, offset = bytes_[done:], offset + done
 
 
@@ -103,40 +95,35 @@ class Held:
     def __init__(self, store: HiddenStates, tensor: Tensor) -> None:
         self._store = store
         self._tensor: Tensor | None = None
-        self.shape, self.dtype, self._size = tensor.shape, tensor.dtype, 0
         self._offset: int | None = None
+        self._size: int | None = None  # None while no place is taken
         self.set(tensor)
 
     def get(self) -> Tensor:
         """Return the tensor; not to be changed in place."""
-        if self._tensor is not None or self._offset is None:
+        if self._offset is None:
             return self._tensor
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        self._store.read(tensor, self._offset)
+        self._store.move(os.preadv, _bytes(tensor), self._offset)
         return tensor
 
     def set(self, tensor: Tensor) -> None:
         """Hold another tensor instead."""
         tensor = tensor.detach().cpu()
-        if tensor.nbytes != self._size or (self._tensor is None and self._offset is None):
+        if tensor.nbytes != self._size:
             self._drop()
-            if self._store.fits(tensor.nbytes):
-                self._store.in_memory += tensor.nbytes
-            else:
-                self._offset = self._store.take(tensor.nbytes)
+            self._offset = self._store.take(tensor.nbytes)
             self._size = tensor.nbytes
         self.shape, self.dtype = tensor.shape, tensor.dtype
         if self._offset is None:
             self._tensor = tensor
         else:
-            self._store.write(tensor, self._offset)
+            self._store.move(os.pwritev, _bytes(tensor.contiguous()), self._offset)
 
     def _drop(self) -> None:
-        if self._offset is not None:
+        if self._size is not None:
             self._store.give_back(self._offset, self._size)
-        elif self._tensor is not None:
-            self._store.in_memory -= self._size
-        self._tensor = self._offset = None
+        self._tensor = self._offset = self._size = None
 
     def __del__(self) -> None:
         self._drop()

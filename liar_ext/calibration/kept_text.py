@@ -28,6 +28,7 @@ PARTS = {
     "text/source": "I32",
 }
 MOST_ID = 2**31 - 1
+SAMPLED = 64  # values of each weight that tell one model from another
 Text = list[dict[str, Tensor]]
 
 
@@ -36,9 +37,7 @@ def text_of(batch: Batch) -> dict[str, Tensor] | None:
     ids = batch.inputs.get("input_ids")
     if batch.labels or not set(batch.inputs) <= set(NAMES) or ids is None or ids.dim() != 2:
         return None
-    if any(
-        value.is_floating_point() or value.shape != ids.shape for value in batch.inputs.values()
-    ):
+    if any(each.is_floating_point() or each.shape != ids.shape for each in batch.inputs.values()):
         return None
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) <= MOST_ID:
         return None
@@ -49,45 +48,29 @@ def text_of(batch: Batch) -> dict[str, Tensor] | None:
     return kept
 
 
-def sequence_digests(batch: Batch) -> list[int]:
-    """Return a digest of 8 bytes of each sequence, without its padding and its fold."""
-    found = []
-    for row in range(len(batch)):
-        digest = blake2b(digest_size=8)
-        for name, value in sorted(batch.inputs.items()):
-            own = value[row]
-            if name == "attention_mask":
-                continue
-            if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:
-                own = own[batch.mask[row].to(own.device)]
-            digest.update(f"{name} {tuple(own.shape)}".encode())
-            digest.update(own.detach().double().cpu().contiguous().numpy().tobytes())
-        found.append(int.from_bytes(digest.digest(), "little", signed=True))
-    return found
-
-
 def pack(text: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of a text, see the module."""
     shapes = [[*batch["input_ids"].shape, int("attention_mask" in batch)] for batch in text]
-    masks = [batch["attention_mask"].flatten() for batch in text if "attention_mask" in batch]
+
+    def joined(name: str) -> Tensor:
+        parts = [batch[name].flatten() for batch in text if name in batch]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
+
     packed = {
         "text/batches": torch.tensor(shapes, dtype=torch.int32).view(-1, 3),
-        "text/input_ids": torch.cat([batch["input_ids"].flatten() for batch in text]).int(),
-        "text/attention_mask": torch.cat([torch.zeros(0, dtype=torch.long), *masks]).byte(),
-        "text/fold": torch.cat([batch["fold"] for batch in text]).byte(),
+        "text/input_ids": joined("input_ids").int(),
+        "text/attention_mask": joined("attention_mask").byte(),
+        "text/fold": joined("fold").byte(),
     }
     if all("source" in batch for batch in text):
-        packed["text/source"] = torch.cat([batch["source"] for batch in text]).int()
+        packed["text/source"] = joined("source").int()
     return packed
 
 
 def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
     """Return the batches of packed tensors.
 
-    Raises
-    ------
-    ValueError
-        If they contradict one another, or hold what no text gives.
+    ValueError is raised if they contradict one another, or hold what no text gives.
     """
     shapes = tensors["text/batches"]
     if shapes.dim() != 2 or shapes.shape[1] != 3 or (shapes[:, :2] < 1).any():
@@ -95,40 +78,26 @@ def unpack(tensors: Mapping[str, Tensor], sequences: int) -> Text:
     if ((shapes[:, 2] != 0) & (shapes[:, 2] != 1)).any():
         raise ValueError("text/batches must say by 0 or 1 whether there is a mask")
     rows, widths, masked = shapes.long().unbind(1)
-    cells = rows * widths
-    wanted = {
-        "text/input_ids": int(cells.sum()),
-        "text/attention_mask": int((cells * masked).sum()),
-        "text/fold": sequences,
-    }
-    if "text/source" in tensors:
-        wanted["text/source"] = sequences
-    for name, count in wanted.items():
-        if tensors[name].shape != (count,) or int(rows.sum()) != sequences:
-            raise ValueError(f"{name} must hold {count} of {sequences} sequences")
-    ids, mask, fold = (tensors[f"text/{name}"].long() for name in (*NAMES, "fold"))
-    if (ids < 0).any() or (mask > 1).any() or (fold >= FOLDS).any():
-        raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
-    parts = {
-        "input_ids": ids.split(cells.tolist()),
-        "attention_mask": mask.split((cells * masked).tolist()),
-        "fold": fold.split(rows.tolist()),
-    }
-    if "text/source" in tensors:
-        parts["source"] = tensors["text/source"].long().split(rows.tolist())
+    sizes = {"input_ids": rows * widths, "attention_mask": rows * widths * masked, "fold": rows}
+    sizes |= {"source": rows} if "text/source" in tensors else {}
+    parts = {}
+    for name, size in sizes.items():
+        value = tensors[f"text/{name}"].long()
+        if value.shape != (int(size.sum()),) or int(rows.sum()) != sequences:
+            raise ValueError(f"text/{name} must hold {int(size.sum())} of {sequences} sequences")
+        parts[name] = value.split(size.tolist())
+        most = {"attention_mask": 1, "fold": FOLDS - 1}.get(name, MOST_ID)
+        if name != "source" and ((value < 0) | (value > most)).any():
+            raise ValueError("token ids must be at least 0, masks and folds 0 or 1")
     text: Text = []
     for index, (count, width, has_mask) in enumerate(shapes.tolist()):
         batch = {name: values[index] for name, values in parts.items()}
         if not has_mask:
             del batch["attention_mask"]
-        for name in NAMES:
-            if name in batch:
-                batch[name] = batch[name].view(count, width)
-        text.append(batch)
+        text.append(
+            {n: each.view(count, width) if n in NAMES else each for n, each in batch.items()}
+        )
     return text
-
-
-SAMPLED = 64  # values of each weight that tell one model from another
 
 
 def fingerprint_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -151,28 +120,26 @@ def digest_of(batches: Batches) -> str:
     return seen.digest.hexdigest()
 
 
-class Seen:
-    """What is kept of the batches that were run: digests, and the text if it is asked for.
+def _update(digest: blake2b, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {tuple(value.shape)}".encode())
+    digest.update(value.detach().double().cpu().contiguous().numpy().tobytes())
 
-    Parameters
-    ----------
-    keep_text : bool
-        It is.
-    """
+
+class Seen:
+    """What is kept of the batches that were run: digests, and the text if it is asked for."""
 
     def __init__(self, keep_text: bool = False) -> None:
         self.digest = blake2b(digest_size=16)
-        self.sequences: list[int] = []
+        self.sequences: list[int] = []  # a digest of each
         self.text: Text | None = [] if keep_text else None
         self.batches = self.longest = 0  # longest: in tokens
 
     def add(self, batch: Batch) -> None:
         """Count a batch in."""
         for name, value in sorted({**batch.inputs, "fold": batch.fold}.items()):
-            self.digest.update(f"{name} {tuple(value.shape)}".encode())
-            self.digest.update(value.detach().double().cpu().numpy().tobytes())
+            _update(self.digest, name, value)
         self.batches += 1
-        self.sequences += sequence_digests(batch)
+        self.sequences += [self._digest(batch, row) for row in range(len(batch))]
         ids = batch.inputs.get("input_ids")
         self.longest = max(self.longest, 0 if ids is None else ids.shape[-1])
         if self.text is not None:
@@ -182,12 +149,21 @@ class Seen:
             else:
                 self.text.append(kept)
 
+    @staticmethod
+    def _digest(batch: Batch, row: int) -> int:
+        """Return a digest of 8 bytes of a sequence, without its padding and its fold."""
+        digest = blake2b(digest_size=8)
+        for name, value in sorted(batch.inputs.items()):
+            own = value[row]
+            if name == "attention_mask":
+                continue
+            if batch.mask is not None and own.shape[:1] == batch.mask.shape[1:]:
+                own = own[batch.mask[row].to(own.device)]
+            _update(digest, name, own)
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
     def facts(self, tokens: int, routed: dict[str, list[int]]) -> dict[str, object]:
         """Return what a bank says of its text; ``routed`` if there are experts."""
-        said = {
-            "sequences": len(self.sequences),
-            "tokens": tokens,
-            "seq_len": self.longest,
-            "data": [self.digest.hexdigest()],
-        }
+        said = {"sequences": len(self.sequences), "tokens": tokens, "seq_len": self.longest}
+        said["data"] = [self.digest.hexdigest()]
         return said | ({"routed": routed} if routed else {})

@@ -55,46 +55,32 @@ class Item:
         except OSError as error:
             raise InputError(f"data: can't read {self.place}: {error.strerror}") from error
 
+    def digest(self) -> str:
+        """Return a digest so long that, unlike a heading, it tells documents apart."""
+        digest = blake2b(self.read(), digest_size=64).hexdigest()
+        assert len(digest) >= TELLING
+        return digest
+
 
 class Files(Documents):
     """Recordings or pictures of one source; as documents they are digests of their bytes.
 
-    So what :mod:`liar_ext.calibration.documents` says of documents, whether two sources share
-    some or one has changed, holds for files.
-
-    Parameters
-    ----------
-    items : sequence of Item
-        The files.
-    notes : sequence of str
-        Sentences for the report.
+    So :func:`liar_ext.calibration.documents.check_apart` and its like serve for files.
     """
 
     def __init__(self, items: Sequence[Item], notes: Sequence[str] = ()) -> None:
-        super().__init__(map(_digest, items), notes)
+        super().__init__((item.digest() for item in items), notes)
         self.items = list(items)
 
 
 def read_files(source: str | os.PathLike[str], kind: str) -> Files:
-    """Return the recordings or pictures of a file, a folder or a dataset.
+    """Return the recordings or pictures, ``kind``, of a file, a folder or a dataset.
 
     A folder holds one per file, in folders or not; other files are passed over. What is said in
     ``NAME.wav`` stands in ``NAME.txt`` beside it, if anywhere. A dataset, written
     ``NAME[:CONFIG[:SPLIT]]``, has a column ``audio`` or ``image``, and maybe one of
     :data:`TEXTS`. Of more than :data:`MOST_FILES` evenly spread ones are read, or the first ones
-    of a dataset.
-
-    Parameters
-    ----------
-    source : path or str
-        The source.
-    kind : {"audio", "images"}
-        What the model reads.
-
-    Raises
-    ------
-    InputError
-        If there is none.
+    of a dataset. If there is none, InputError is raised.
     """
     source, suffixes = os.fspath(source), SUFFIXES[kind]
     path, notes = Path(source), []
@@ -102,8 +88,7 @@ def read_files(source: str | os.PathLike[str], kind: str) -> Files:
         found = sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes)
         if len(found) > MOST_FILES:
             notes.append(f"Of {len(found):,} files of {source} {MOST_FILES:,} were read.")
-            found = [found[at * len(found) // MOST_FILES] for at in range(MOST_FILES)]
-        items = [_item(each) for each in found]
+        items = [_item(each) for each in spread(found, MOST_FILES)]
     elif path.exists():
         items = [_item(path)] if path.suffix.lower() in suffixes else []
     elif path.is_absolute() or source.startswith(".") or path.suffix.lower() in suffixes:
@@ -116,6 +101,12 @@ def read_files(source: str | os.PathLike[str], kind: str) -> Files:
             f"that end in {', '.join(suffixes)}, or a dataset with a column {COLUMNS[kind]}"
         )
     return Files(items, notes)
+
+
+def spread(items: Sequence[Any], most: int | None) -> list[Any]:
+    """Return all of some files, or at most ``most`` evenly spread ones."""
+    count = len(items) if most is None else min(most, len(items))
+    return [items[at * len(items) // count] for at in range(count)]
 
 
 def _item(path: Path) -> Item:
@@ -155,47 +146,24 @@ def _undecoded(rows: Any) -> Any:
     return rows
 
 
-def _digest(item: Item) -> str:
-    digest = blake2b(item.read(), digest_size=64).hexdigest()
-    assert len(digest) >= TELLING  # unlike a heading it tells texts apart
-    return digest
-
-
 def decode_image(item: Item) -> Any:
-    """Return a picture in RGB.
-
-    Raises
-    ------
-    InputError
-        If the file can't be read.
-    """
-    try:
+    """Return a picture in RGB; raise InputError if the file can't be read."""
+    with _decoding(item, "an image", "images are read by the package pillow", "vision"):
         from PIL import Image
-    except ImportError:
-        raise InputError(
-            "data: images are read by the package pillow; pip install 'liar_ext[vision]'"
-        ) from None
-    with _decoding(item, "an image"):
+
         return Image.open(io.BytesIO(item.read())).convert("RGB")
 
 
 def decode_audio(item: Item, rate: int) -> Any:
     """Return the samples of a recording at a rate, float32, the mean of its channels.
 
-    Raises
-    ------
-    InputError
-        If the file can't be read, or is empty.
+    Raise InputError if the file can't be read, or is empty.
     """
-    try:
+    packages = "recordings are read by the packages soundfile and soxr"
+    with _decoding(item, "a recording", packages, "speech"):
         import soundfile
         import soxr
-    except ImportError:
-        raise InputError(
-            "data: recordings are read by the packages soundfile and soxr; "
-            "pip install 'liar_ext[speech]'"
-        ) from None
-    with _decoding(item, "a recording"):
+
         samples, own = soundfile.read(io.BytesIO(item.read()), dtype="float32", always_2d=True)
         if not len(samples):
             raise ValueError("it has no samples")
@@ -204,13 +172,15 @@ def decode_audio(item: Item, rate: int) -> Any:
 
 
 @contextmanager
-def _decoding(item: Item, what: str) -> Iterator[None]:
-    """Name the file that a library can't decode: each has errors of its own."""
+def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None]:
+    """Name the packages that are missing, or the file that a library can't decode."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except ImportError:
+        raise InputError(f"data: {packages}; pip install 'liar_ext[{extra}]'") from None
+    except Exception as error:  # each library has errors of its own
         raise InputError(
             f"data: {item.place} can't be read as {what}: {one_line(error)}; copy it again, or "
             "take it out"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.media import AUDIO, IMAGES, Files, Item, decode_audio, decode_image
+from liar_ext.calibration.folds import Sequences, in_turns, padded
+from liar_ext.calibration.media import (
+    AUDIO,
+    IMAGES,
+    Files,
+    Item,
+    decode_audio,
+    decode_image,
+    spread,
+)
 from liar_ext.environment import errors_alone
 from liar_ext.errors import InputError
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
@@ -20,6 +28,7 @@ INPUTS = {AUDIO: "input_features", IMAGES: "pixel_values"}
 WRITTEN = 8  # recordings that a model writes down at a time
 
 Clip = tuple[Any, str]  # samples or a picture, and what is said in it
+Part = Sequence[tuple[Item, int]]  # files, and the source of each
 
 
 def kind_read(main_input: str) -> str | None:
@@ -96,28 +105,25 @@ class Reader:
                 room = most
             windows[-1].append(clip)
             room -= len(clip[0])
-        return [
-            (
-                np.concatenate([samples for samples, _ in some]),
-                " ".join(text for _, text in some) if all(text for _, text in some) else "",
-            )
-            for some in windows
-        ]
+        found = []
+        for some in windows:
+            samples, texts = zip(*some, strict=True)
+            found.append((np.concatenate(samples), " ".join(texts) if all(texts) else ""))
+        return found
 
     def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Return the inputs of the model's forward pass."""
         content, said = zip(*clips, strict=True)
         inputs = self.features(content)
-        if self.writes:
-            unknown = [row for row, text in enumerate(said) if not text]
-            said = list(said)
-            for some in torch.tensor(unknown, dtype=torch.long).split(WRITTEN):
-                if len(some):
-                    heard = self.write_down(inputs[INPUTS[self.kind]][some])
-                    for row, text in zip(some.tolist(), heard, strict=True):
-                        said[row] = text
-            inputs |= self._decoder_inputs(said)
-        return inputs
+        if not self.writes:
+            return inputs
+        said = list(said)
+        unknown = torch.tensor([row for row, text in enumerate(said) if not text]).long()
+        for some in unknown.split(WRITTEN) if len(unknown) else ():
+            heard = self.write_down(inputs[INPUTS[self.kind]][some])
+            for row, text in zip(some.tolist(), heard, strict=True):
+                said[row] = text
+        return inputs | self._decoder_inputs(said)
 
     def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the processor makes of pictures or samples."""
@@ -143,53 +149,11 @@ class Reader:
     def _decoder_inputs(self, said: Sequence[str]) -> dict[str, Tensor]:
         """Return what the decoder reads, all but the last token, and its mask."""
         most = getattr(self.model.config, "max_target_positions", None)
-        rows = self.tokenizer(
-            list(said), truncation=most is not None, max_length=most, verbose=False
-        )["input_ids"]
+        how = {"truncation": most is not None, "max_length": most, "verbose": False}
+        rows = self.tokenizer(list(said), **how)["input_ids"]
         rows = [row[:-1] if len(row) > 1 else row for row in rows]
-        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id or 0)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return {DECODER_IDS: ids, DECODER_MASK: mask}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Inputs of a model, as :class:`liar_ext.calibration.folds.Sequences` are of text.
-
-    Parameters
-    ----------
-    inputs : mapping of str to Tensor
-        By their names, a row for each picture or piece of a recording.
-    fold, source : Tensor
-        ``(rows,)`` int64: 0 or 1, and which of several sources each is of.
-    certification, judging : Inputs, optional
-        Others, from files that none of these come from.
-    notes : tuple of str
-        What a user has to know.
-    """
-
-    inputs: dict[str, Tensor]
-    fold: Tensor
-    source: Tensor
-    certification: Inputs | None = None
-    judging: Inputs | None = None
-    notes: tuple[str, ...] = ()
-    bos: str = ""  # text has such a thing
-
-    def __len__(self) -> int:
-        return len(self.fold)
-
-    def batches(self, batch_size: int = 4) -> list[dict[str, Tensor]]:
-        """Return batches for :func:`liar_ext.calibrate`; no batch mixes the folds."""
-        facts = {"fold": self.fold, "source": self.source}
-        return [
-            {name: value[some] for name, value in {**self.inputs, **facts}.items()}
-            for fold in self.fold.unique()
-            for some in (self.fold == fold).nonzero().flatten().split(batch_size)
-        ]
+        read = padded(rows, self.tokenizer.pad_token_id)
+        return {DECODER_IDS: read["input_ids"], DECODER_MASK: read["attention_mask"]}
 
 
 def calibration_inputs(
@@ -200,28 +164,13 @@ def calibration_inputs(
     seed: int = 0,
     certify: int = 0,
     judge: int = 0,
-) -> Inputs:
+) -> Sequences:
     """Draw files of several sources, in two folds; each source contributes evenly.
 
-    Recordings of one fold and source are put together, see :meth:`Reader.joined`.
-
-    Parameters
-    ----------
-    sources : sequence of Files
-        Recordings or pictures.
-    reader : Reader
-        Makes the model's inputs.
-    samples : int
-        Files to draw, half of them for each fold; all that there are if they are fewer.
-    seed : int
-        Of the draw.
-    certify, judge : int
-        Files beside them, for :attr:`Inputs.certification` and :attr:`Inputs.judging`.
-
-    Raises
-    ------
-    InputError
-        If there are fewer files than parts.
+    ``samples`` are files, half of them for each fold, and all that there are if they are fewer;
+    ``certify`` and ``judge`` files come beside them, as for
+    :class:`liar_ext.calibration.texts.Text`. Recordings of one fold and source are put together,
+    see :meth:`Reader.joined`. If there are fewer files than parts, InputError is raised.
     """
     shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
     parts: list[list[tuple[Item, int]]] = [[] for _ in shares]
@@ -246,12 +195,10 @@ def calibration_inputs(
     if drawn < samples:
         notes.append(f"The calibration set gave {drawn} of {samples} files.")
     apart = [_read(reader, [part]) if part else None for part in parts[FOLDS:]]
-    return _read(reader, parts[:FOLDS], *apart, tuple(notes))
+    return _read(reader, parts[:FOLDS], "", *apart, tuple(notes))
 
 
-def _read(
-    reader: Reader, parts: Sequence[Sequence[tuple[Item, int]]], *more: Any, join: bool = True
-) -> Inputs:
+def _read(reader: Reader, parts: Sequence[Part], *more: Any, join: bool = True) -> Sequences:
     """Return the inputs of parts: each a fold, or of a lone one in turns."""
     clips, folds, sources = [], [], []
     for fold, part in enumerate(parts):
@@ -261,17 +208,11 @@ def _read(
             clips += found
             folds += [fold] * len(found)
             sources += [source] * len(found)
-    fold = torch.tensor(folds) if len(parts) > 1 else torch.arange(len(clips)) % FOLDS
-    return Inputs(reader.inputs(clips), fold, torch.tensor(sources), *more)
+    fold = torch.tensor(folds) if len(parts) > 1 else in_turns(len(clips))
+    return Sequences(reader.inputs(clips), fold, torch.tensor(sources), *more)
 
 
-def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Inputs:
+def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Sequences:
     """Return the inputs of files to judge on: of all, or of ``samples`` evenly spread ones."""
     part = [(item, 0) for item in spread(files.items, samples)]
-    return _read(reader, [part], None, None, tuple(files.notes), join=False)
-
-
-def spread(items: Sequence[Item], samples: int | None) -> list[Item]:
-    """Return all of some files, or ``samples`` evenly spread ones."""
-    count = len(items) if samples is None else min(samples, len(items))
-    return [items[at * len(items) // count] for at in range(count)]
+    return _read(reader, [part], "", None, None, tuple(files.notes), join=False)

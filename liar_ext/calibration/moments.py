@@ -85,10 +85,7 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Add the sums of ``other`` to these, fold by fold.
 
-        Raises
-        ------
-        InputError
-            If the numbers of features differ, or these are the same sums.
+        InputError is raised if the numbers of features differ, or these are the same sums.
         """
         if other is self:
             raise InputError(
@@ -123,14 +120,8 @@ class Moments:
 class Squares:
     """Sums of the squares of each feature alone: Moments without the products, ``d_in`` numbers.
 
-    ``total[f] = Σ_t w_t x_t²`` over the tokens of fold ``f``; rows are left out as in Moments.
-
-    Parameters
-    ----------
-    total : Tensor
-        ``(2, d_in)`` float64.
-    count : Tensor
-        ``(2, 2)`` float64, as in :class:`Moments`.
+    ``total[f] = Σ_t w_t x_t²``, ``(2, d_in)`` float64, over the tokens of fold ``f``; ``count`` is
+    as in :class:`Moments`.
     """
 
     total: Tensor
@@ -139,18 +130,14 @@ class Squares:
     @classmethod
     def zeros(cls, d_in: int, *, device: str | torch.device = "cpu") -> Squares:
         """Return the sums over no tokens."""
-        total = torch.zeros(FOLDS, d_in, dtype=torch.float64, device=device)
-        return cls(total, torch.zeros(FOLDS, 2, dtype=torch.float64, device=device))
+        return cls(*(torch.zeros(FOLDS, n, dtype=torch.float64, device=device) for n in (d_in, 2)))
+
+    tokens = Moments.tokens
 
     @property
     def d_in(self) -> int:
         """Number of features."""
         return self.total.shape[-1]
-
-    @property
-    def tokens(self) -> Tensor:
-        """Sum of the token weights per fold, ``(2,)`` float64."""
-        return self.count[:, 0]
 
     def update(self, x: Tensor, fold: int, weight: Tensor | None = None) -> None:
         """Add tokens ``x`` of shape ``(tokens, d_in)`` to a fold, ``weight`` per token or 1."""
@@ -216,9 +203,8 @@ class MomentBank(Mapping[str, Moments]):
     moments : dict of str to Moments
         By site name such as ``"3.mlp"``.
     source : dict
-        JSON-ready facts on the calibration: ``model_type``, ``sequences``, ``tokens``; ``model``, a
-        fingerprint of its weights; ``data``, a list with a fingerprint of each text run over; and
-        more, see :mod:`liar_ext.calibration.bank_source`.
+        JSON-ready facts on the calibration: ``model_type``, ``sequences``, ``tokens``, and more,
+        see :mod:`liar_ext.calibration.bank_source`.
     text : list of dict, optional
         The batches that the model was run over: ``input_ids`` and their like. Sensitivities,
         gradients and layerwise walks run over them; all else needs the moments alone.
@@ -294,7 +280,7 @@ class MomentBank(Mapping[str, Moments]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MomentBank:
-        """Read a bank that :meth:`save` wrote, of this version or of an older one.
+        """Read a bank that :meth:`save` wrote.
 
         Raises
         ------

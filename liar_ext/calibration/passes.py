@@ -31,13 +31,12 @@ class Passes:
     Parameters
     ----------
     model, batches, at, progress
-        As for :func:`calibrate`.
+        As for :func:`liar_ext.calibrate`.
     memory : int, optional
         Bytes that sums may take at a time, but at least those of one site, or of the experts of a
-        layer; by default what
-        :func:`room_for_sums` says.
+        layer; by default what :func:`room_for_sums` says.
     bank : MomentBank, optional
-        Moments over these batches that are there already; whatever groups they hold take no pass.
+        Moments over these batches that are there already; the groups that they hold take no pass.
     saved : Checkpoint, optional
         Where the sums of each group are kept; those that are there are not taken again.
 
@@ -46,6 +45,8 @@ class Passes:
     summed : list of int
         Numbers of the groups that took a pass, in order.
     """
+
+    probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
 
     def __init__(
         self,
@@ -67,8 +68,6 @@ class Passes:
         self.batches = batches if once else list(batches)
         self.bank = MomentBank({}) if bank is None else bank
         self.saved, self.summed = saved, []
-
-    probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
 
     def restore(self, found: Mapping[str, dict]) -> None:
         """Go on where a checkpoint ends; here each group does, and ``found`` isn't kept."""
@@ -95,24 +94,18 @@ class Passes:
             if self.saved is None or number not in self.summed:
                 self.summed.append(number)
             title = f"calibrate, pass {self.taken}" if len(self.groups) > 1 else "calibrate"
-            self.bank = collect_at(
-                self.model,
-                self.batches,
-                group,
-                saved=self._saved_sums(number),
-                progress=self.progress,
-                title=title,
-            )
+            settings = {"saved": self._saved_sums(number), "title": title}
+            settings["progress"] = self.progress
+            self.bank = collect_at(self.model, self.batches, group, **settings)
         return group
 
     def _saved_sums(self, number: int) -> SavedSums | None:
         if self.saved is None:
             return None
+        of, group = len(self.batches), number + 1
         if len(self.groups) == 1:
-            return SavedSums(self.saved, of=len(self.batches))
-        group = number + 1
-        given = f"{SUMS}-{group}", len(self.batches), f" of group {group}"
-        return SavedSums(self.saved, *given)
+            return SavedSums(self.saved, of=of)
+        return SavedSums(self.saved, f"{SUMS}-{group}", of, f" of group {group}")
 
 
 def room_for_sums(model: nn.Module, memory: int | None = None) -> int:

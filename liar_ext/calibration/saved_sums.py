@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from liar_ext.calibration.bank_file import Triangles, unpacked
+from liar_ext.calibration.bank_file import PARTS, Triangles, unpacked
 from liar_ext.calibration.bank_source import check_source
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.moments import Moments
@@ -15,6 +15,8 @@ from liar_ext.checkpoint_store import Checkpoint, reading
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.environment import available_memory
 from liar_ext.errors import InputError
+
+SUMS = "calibration"
 
 
 def bytes_of_sums(features: int) -> int:
@@ -30,9 +32,6 @@ def check_memory(operation: str, needed: int) -> None:
             f"{operation}: the sums of all sites take {needed / 2**30:.3g} GiB at once, and "
             f"{free / 2**30:.3g} are free; free some, or let liar prune --memory sum them in groups"
         )
-
-
-SUMS, PARTS = "calibration", ("gram", "total", "count")
 
 
 def packed(moments: Mapping[str, Moments]) -> dict[str, Tensor | Triangles]:
@@ -68,8 +67,8 @@ class SavedSums:
         self._at = 0  # batches in the checkpoint
         self._widths: dict[str, int] = {}
 
-    def restore(self, moments: Mapping[str, Moments], facts: Mapping[str, Any]) -> int:
-        """Copy saved sums into ``moments``; return the number of batches that they include.
+    def restore(self, moments: Mapping[str, Moments], facts: Mapping[str, Any]) -> None:
+        """Copy saved sums into ``moments``, and note how many batches they include.
 
         The first rank has them, and the others begin with none, as sums of ranks are added up.
         ``facts`` are those of the model. InputError is raised if the sums belong to other sites or
@@ -78,13 +77,13 @@ class SavedSums:
         known = self.saved.get(self.key)
         self._widths = widths = {name: sums.d_in for name, sums in moments.items()}
         if known is None:
-            return 0
+            return
         path = self.saved.path(self.key)
         with reading(path):
             source, batches, theirs = (known[1][name] for name in ("source", "batches", "widths"))
             check_source(source)
             same = all(source.get(name) == value for name, value in facts.items())
-            if not same or theirs != self._widths:
+            if not same or theirs != widths:
                 raise InputError(
                     f"checkpoint: {path} is of another model, or of other sites; name another "
                     "folder, or remove that file"
@@ -96,7 +95,6 @@ class SavedSums:
                 for part in PARTS if is_first() else ():
                     getattr(moments[name], part).copy_(getattr(its, part))
             self.facts, self.done = source, int(batches)
-        return self.done
 
     def check(self, batches: int, digest: str) -> None:
         """Raise InputError unless the first batches are those of the sums."""
@@ -109,17 +107,17 @@ class SavedSums:
     def save(
         self,
         batches: int,
-        moments: Callable[[], Mapping[str, Moments]],
-        facts: Callable[[], dict[str, Any]],
+        so_far: Callable[[], tuple[Mapping[str, Moments], dict[str, Any]]],
         *,
         now: bool = False,
     ) -> None:
-        """Save the sums of all ranks over so many batches if that is due, or ``now``."""
+        """Save the sums of all ranks over so many batches, and their facts, if due or ``now``."""
         due = batches != self._at and (now or self.saved.due(self.key))
         if not broadcast(due):
             return
+        moments, source = so_far()
         of = "" if self.of is None else f" of {self.of}"
         said = f"sums over {batches}{of} batches{self.group}"
-        known = {"source": facts(), "batches": batches, "widths": self._widths, "said": said}
-        self.saved.put(self.key, packed(moments()), known)
+        known = {"source": source, "batches": batches, "widths": self._widths, "said": said}
+        self.saved.put(self.key, packed(moments), known)
         self._at = batches

@@ -95,12 +95,12 @@ class Tap:
 
 def tap_at(model: nn.Module, site: Site) -> Tap:
     """Return where what the consumer of a site reads is to be had."""
-    mask, repeats = site.part.mask, site.part.repeats
-    if site.expert is None:
-        take = lambda args, _: args[0]  # noqa: E731
-    else:  # the module of all experts computes what each reads
-        take = lambda args, _: routed_input(model, site, args)  # noqa: E731
-    how = {"mask": mask, "repeats": repeats, "relative": is_relative(site)}
+
+    def take(arguments: tuple, _: Tensor) -> Tensor | Routed:
+        # The module of all experts computes what each reads.
+        return arguments[0] if site.expert is None else routed_input(model, site, arguments)
+
+    how = {"mask": site.part.mask, "repeats": site.part.repeats, "relative": is_relative(site)}
     return Tap(site.name, called_at(site), site.d_in, take, **how)
 
 
@@ -113,20 +113,11 @@ def is_relative(site: Site) -> bool:
 
 
 def relative_weights(output: Tensor, *, centred: bool = False) -> Tensor:
-    """Return what each token counts where errors are relative to the output.
+    """Return what each token counts where errors are relative to the output, ``(tokens,)`` float64.
 
-    ``w_t = 1 / (|y_t|² / d_out + ε)``, as a norm divides by ``rms(y_t)``, with its usual ε = 1e-6.
-
-    Parameters
-    ----------
-    output : Tensor
-        y, ``(tokens, d_out)``.
-
-    Returns
-    -------
-    Tensor
-        ``(tokens,)`` float64; 1 where the output isn't finite, so that whoever sums drops the token
-        and counts it.
+    ``w_t = 1 / (|y_t|² / d_out + ε)``, as a norm divides by ``rms(y_t)``, with its usual ε = 1e-6,
+    of y ``(tokens, d_out)``; 1 where y isn't finite, so that whoever sums drops the token and
+    counts it.
     """
     wide = output.detach().double()
     size = wide.var(-1, correction=0) if centred else wide.square().mean(-1)
@@ -136,23 +127,23 @@ def relative_weights(output: Tensor, *, centred: bool = False) -> Tensor:
 
 @dataclass
 class InFlight:
-    """What the taps need to know of the batch that is run."""
+    """What the taps need to know of the batch that is run, and what they have counted."""
 
-    rows: tuple[Tensor, ...] = ()  # sequences by fold
-    whole: int | None = None  # the fold, when all sequences belong to one
     batch: Batch | None = None
+    rows: dict[int, Tensor | slice] = field(default_factory=dict)  # sequences by fold
     seen: set[str] = field(default_factory=set)  # taps that have got their tensor
-    fold: Tensor | None = None  # (batch,)
-    counted: int = 0  # tokens of the batch that aren't padding, where experts were tapped
+    counted: int = 0  # tokens of the batch that aren't padding, where tokens don't count as one
+    tokens: int = 0  # sum of that over all batches
     routed: dict[str, list[int]] = field(default_factory=dict)  # tokens by expert and fold
 
     def set(self, batch: Batch) -> None:
         """Note the folds and the mask of the batch that is run next."""
-        self.fold = fold = batch.fold
-        self.batch = batch
-        self.whole = int(fold[0]) if bool((fold == fold[0]).all()) else None
+        self.batch, fold = batch, batch.fold
         self.seen.clear()
-        self.rows = tuple((fold == f).nonzero().flatten() for f in range(FOLDS))
+        if bool((fold == fold[0]).all()):
+            self.rows = {int(fold[0]): slice(None)}
+        else:
+            self.rows = {each: (fold == each).nonzero().flatten() for each in range(FOLDS)}
 
 
 def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float) -> Callable:
@@ -176,10 +167,9 @@ def adding(tap: Tap, moments: Moments | Squares, current: InFlight, ends: float)
 def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor | None = None) -> list[Piece]:
     """Return the tokens of a tensor by fold; ``output`` is what they count relative to, if any."""
     weight = current.batch.mask_of(tap.mask)
-    sequences = sum(map(len, current.rows))
     # OPT flattens sequences and tokens before its MLP; a head may see one token of each.
     if x.dim() == 2:
-        x = x.unflatten(0, (sequences, -1))
+        x = x.unflatten(0, (len(current.batch), -1))
     weight = None if weight is None else weight.to(x.device)
     if output is not None:
         used = torch.ones(x.shape[:2], device=x.device) if weight is None else weight
@@ -187,36 +177,26 @@ def _pieces(tap: Tap, x: Tensor, current: InFlight, output: Tensor | None = None
         weight = used * relative_weights(output.reshape(*x.shape[:2], -1))
     if tap.first or x.shape[1] == 1:
         x, weight = x[:, :1], None if weight is None else weight[:, :1]
-    if current.whole is not None:
-        folds = [(current.whole, x, weight)]
-    else:
-        folds = [
-            (fold, x[rows], None if weight is None else weight[rows])
-            for fold, rows in enumerate(rows.to(x.device) for rows in current.rows)
-            if len(rows)
-        ]
-    return [
-        (fold, part.flatten(0, -2), None if counts is None else counts.flatten())
-        for fold, part, counts in folds
-    ]
+    pieces = []
+    for fold, rows in current.rows.items():
+        rows = rows if isinstance(rows, slice) else rows.to(x.device)
+        counts = None if weight is None else weight[rows].flatten()
+        pieces.append((fold, x[rows].flatten(0, -2), counts))
+    return pieces
 
 
 def _routed(tap: Tap, routed: Routed, current: InFlight) -> list[Piece]:
     """Return the tokens that reach an expert, for ``Σ r² x xᵀ`` over those that aren't padding."""
-    device = routed.x.device
-    each = routed.tokens // len(current.fold)
-    fold = current.fold.to(device).repeat_interleave(each)[routed.token]
-    used = torch.ones_like(fold, dtype=torch.bool)
-    counted = routed.tokens
-    if current.batch.mask is not None:
-        used = current.batch.mask.flatten().to(device)[routed.token]
-        counted = int(current.batch.mask.sum())
+    device, batch = routed.x.device, current.batch
+    each = routed.tokens // len(batch)
+    fold = batch.fold.to(device).repeat_interleave(each)[routed.token]
+    used = batch.counting(routed.tokens, device)[routed.token]
     weight = routed.weight.double().square()
     pieces = []
     for index in range(FOLDS):
         here = used & (fold == index)
         pieces.append((index, routed.x[here], weight[here]))
-    current.counted = counted
+    current.counted = routed.tokens if batch.mask is None else int(batch.mask.sum())
     found = current.routed.setdefault(tap.name, [0] * FOLDS)
     for index, x, _ in pieces:
         found[index] += len(x)

@@ -3,77 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import islice
+from itertools import accumulate, islice, zip_longest
+from typing import Any
 
 import torch
 from torch import nn
 
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.documents import (
-    Documents,
-    check_apart,
-    check_unchanged,
-    read_documents,
-    text_digest,
-)
 from liar_ext.calibration.folds import (
     CHARACTERS,
     NO_TEXT,
     Sequences,
     check_fraction,
     cut_pieces,
-    halve,
+    in_turns,
+    padded,
     random_sequences,
     split_documents,
 )
 from liar_ext.errors import InputError
 
-__all__ = [
-    "Documents",
-    "Sequences",
-    "calibration_sequences",
-    "check_apart",
-    "check_seq_len",
-    "check_unchanged",
-    "document_prefix",
-    "evaluation_sequences",
-    "read_documents",
-    "text_digest",
-    "tokenizer_fingerprint",
-]
-
 # Characters to tokenise of a source and a fold, at least; and this many for each one needed.
 ENOUGH, TIMES = 1 << 22, 16
 
 
-def calibration_sequences(
-    sources: Sequence[Sequence[str]],
-    tokenizer,
-    *,
-    samples: int = 128,
-    seq_len: int = 512,
-    seed: int = 0,
-    packed: bool = True,
-    certify: int = 0,
-    judge: int = 0,
-    lone: str = "blocks",
-    random_tokens: float = 0.0,
-    vocab_size: int | None = None,
-) -> Sequences:
-    """Draw calibration sequences from several texts, in two folds split by document.
-
-    Each source (a list of documents) contributes evenly, as far as it reaches. Documents are drawn
-    first, and what is drawn is tokenised: all of a source up to some millions of characters.
-    Sequences of random tokens come beside them.
+@dataclass(frozen=True)
+class Text:
+    """How calibration sequences are drawn from text.
 
     Parameters
     ----------
-    sources : sequence of sequences of str
-        Documents by source, e.g. ``[read_documents(path) for path in paths]``.
-    tokenizer
-        A Hugging Face tokenizer.
     samples : int
         Sequences to draw, half of them for each fold; all there are if the text holds fewer. Of
         documents that aren't packed as many are drawn as make ``samples · seq_len`` tokens.
@@ -83,9 +45,8 @@ def calibration_sequences(
         Seed of the split and of the draw.
     packed : bool
         True (causal models): documents of a fold are joined and cut into full windows, each of
-        which begins as the tokenizer begins a document, with a BOS token or without. False
-        (encoders): one sequence per document, with special tokens, truncated and padded; short
-        ones count by their tokens, see ``samples``.
+        which begins as the tokenizer begins a document. False (encoders): one sequence per
+        document, with special tokens, truncated and padded.
     certify, judge : int
         Sequences of documents that no other sequence comes from, returned as
         :attr:`Sequences.certification` and :attr:`Sequences.judging`.
@@ -101,61 +62,99 @@ def calibration_sequences(
     Raises
     ------
     InputError
+        If a number is out of range.
+    """
+
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    packed: bool = True
+    certify: int = 0
+    judge: int = 0
+    lone: str = "blocks"
+    random_tokens: float = 0.0
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_fraction("calibration", "random_tokens", self.random_tokens)
+        samples, seq_len, seed, lone = self.samples, self.seq_len, self.seed, self.lone
+        rules = {
+            f"samples and seq_len must be at least 2, got {samples} and {seq_len}": (
+                samples >= FOLDS and seq_len >= 2
+            ),
+            f"seed must be at least 0 and less than 2^63, got {seed}": 0 <= seed < 1 << 63,
+            f'lone must be "blocks", or "halves" without certify and judge, got {lone!r}': (
+                lone == "blocks" or (lone == "halves" and not self.apart)
+            ),
+        }
+        for name, n in self.apart.items():
+            rules[f"{name} must be 0, or at least {FOLDS}, got {n}"] = n >= FOLDS
+        for rule, holds in rules.items():
+            if not holds:
+                raise InputError(f"calibration: {rule}")
+
+    @property
+    def apart(self) -> dict[str, int]:
+        """Numbers of sequences, by purpose, that share no document with the others."""
+        return {name: n for name in ("certify", "judge") if (n := getattr(self, name))}
+
+
+def calibration_sequences(
+    sources: Sequence[Sequence[str]], tokenizer, text: Text | None = None, **choices: Any
+) -> Sequences:
+    """Draw calibration sequences from several texts, in two folds split by document.
+
+    Each source (a list of documents) contributes evenly, as far as it reaches. Documents are drawn
+    first, and what is drawn is tokenised: all of a source up to some millions of characters.
+    Sequences of random tokens come beside them.
+
+    Parameters
+    ----------
+    sources : sequence of sequences of str
+        Documents by source, e.g. ``[read_documents(path) for path in paths]``.
+    tokenizer
+        A Hugging Face tokenizer.
+    text : Text, optional
+        How to draw; by default 128 sequences of 512 tokens.
+    **choices
+        Fields of :class:`liar_ext.calibration.texts.Text` that are otherwise: ``samples``,
+        ``seq_len``, ``seed``, ``packed``, ``certify``, ``judge``, ``lone``, ``random_tokens``,
+        ``vocab_size``.
+
+    Raises
+    ------
+    InputError
         If a number is out of range, or a part gets no sequence.
     """
-    check_fraction("calibration", "random_tokens", random_tokens)
-    apart = {name: n for name, n in (("certify", certify), ("judge", judge)) if n}
-    _check_draw(samples, seq_len, seed, apart, lone)
-    generator = torch.Generator().manual_seed(seed)
-    shares = [samples // FOLDS] * FOLDS + list(apart.values())
-    prefix = document_prefix(tokenizer) if packed else []
+    text = replace(text or Text(), **choices)
+    shares = [text.samples // FOLDS] * FOLDS + list(text.apart.values())
+    prefix = document_prefix(tokenizer) if text.packed else []
     split, notes = [], [note for source in sources for note in getattr(source, "notes", ())]
     for documents in sources:
-        if lone == "halves" and len(documents) == 1:
-            documents_by_part = [[half] for half in halve(documents[0])]
-            note = "A calibration text of one document was cut into two halves, one for each fold."
-        else:
-            most = max(ENOUGH, TIMES * max(shares) * seq_len * CHARACTERS)
-            documents_by_part, note = split_documents(documents, shares, seed, seq_len, most)
+        parts, note = _split(documents, shares, text)
+        split.append(parts)
         notes += [note] * (note != "")
-        if note and not packed:  # an encoder reads the beginning of a document alone
-            documents_by_part = [
-                [piece for block in part for piece in cut_pieces(block, seq_len * CHARACTERS)]
-                for part in documents_by_part
-            ]
-        split.append(documents_by_part)
-    drawn = []
+    generator, drawn = torch.Generator().manual_seed(text.seed), []
     for part, share in enumerate(shares):
-        queues = []
-        for documents_by_part in split:
-            pieces = documents_by_part[part]
-            if packed:
-                windows = _packed_windows(pieces, tokenizer, seq_len, prefix)
-                order = torch.randperm(len(windows), generator=generator).tolist()
-                queues.append([windows[i] for i in order[:share]])
-            else:
-                order = torch.randperm(len(pieces), generator=generator).tolist()
-                chosen = (pieces[i] for i in order)
-                queues.append(_single_sequences(chosen, tokenizer, seq_len, share * seq_len))
-        drawn.append(_take_evenly(queues, share, None if packed else share * seq_len))
-    _check_filled(drawn, sources, seq_len, apart)
-    bos = tokenizer.decode(prefix) if prefix else ""
-    more = {}
-    for (name, asked), part in zip(apart.items(), drawn[FOLDS:], strict=True):
+        queues = [_queue(parts[part], tokenizer, share, text, prefix, generator) for parts in split]
+        drawn.append(_take_evenly(queues, share * text.seq_len))
+    _check_filled(drawn, sources, text)
+    bos, more = tokenizer.decode(prefix) if prefix else "", {}
+    for (name, asked), part in zip(text.apart.items(), drawn[FOLDS:], strict=True):
         if len(part) < asked:
             notes.append(f"The text gave {len(part)} of {asked} sequences to {name} with.")
-        turns = [index % FOLDS for index in range(len(part))]
-        more[name] = _pad([window for window, _ in part], turns, tokenizer, bos)
+        ids = padded([row for row, _ in part], tokenizer.pad_token_id)
+        more[name] = Sequences(ids, in_turns(len(part)), bos=bos)
     folds = [fold for fold in range(FOLDS) for _ in drawn[fold]]
-    rows, origins = zip(*(pair for fold in range(FOLDS) for pair in drawn[fold]), strict=True)
-    if len(rows) < samples:
-        notes.append(f"The calibration text gave {len(rows)} of {samples} sequences.")
-    copies = random_sequences(rows, tokenizer, random_tokens, seed, vocab_size)
+    rows, origins = zip(*(pair for part in drawn[:FOLDS] for pair in part), strict=True)
+    if len(rows) < text.samples:
+        notes.append(f"The calibration text gave {len(rows)} of {text.samples} sequences.")
+    copies = random_sequences(rows, tokenizer, text.random_tokens, text.seed, text.vocab_size)
     folds += [folds[index] for index, _ in copies]
-    rows = [*rows, *(row for _, row in copies)]
+    ids = padded([*rows, *(row for _, row in copies)], tokenizer.pad_token_id)
     origin = torch.tensor([*origins, *len(copies) * [NO_TEXT]])
     apart = more.get("certify"), more.get("judge")
-    return _pad(rows, folds, tokenizer, bos, *apart, tuple(notes), source=origin)
+    return Sequences(ids, torch.tensor(folds), origin, bos, *apart, tuple(notes))
 
 
 def evaluation_sequences(
@@ -183,35 +182,35 @@ def evaluation_sequences(
             f"{seq_len} and {samples}"
         )
     notes = tuple(getattr(documents, "notes", ()))
-    if not packed:
+    if packed:
+        if samples is not None:
+            most = max(4 * ENOUGH, TIMES * samples * seq_len * CHARACTERS)
+            documents = documents[:: -(-sum(map(len, documents)) // most) or 1]
+        prefix = document_prefix(tokenizer)
+        rows = _packed_windows(documents, tokenizer, seq_len, prefix)
+        if samples is not None:
+            rows = rows[:: len(rows) // samples or 1][:samples]
+    else:
         if len(documents) == 1:
             documents = cut_pieces(documents[0], seq_len * CHARACTERS)
         if samples is not None:
             documents = documents[:: len(documents) // samples or 1][:samples]
-        rows = _single_sequences(iter(documents), tokenizer, seq_len, len(documents) * seq_len)
-        return _pad(rows, [0] * len(rows), tokenizer, "", notes=notes)
-    if samples is not None:
-        most = max(4 * ENOUGH, TIMES * samples * seq_len * CHARACTERS)
-        documents = documents[:: -(-sum(map(len, documents)) // most) or 1]
-    prefix = document_prefix(tokenizer)
-    windows = _packed_windows(documents, tokenizer, seq_len, prefix)
-    if not windows:
+        prefix, most = [], len(documents) * seq_len
+        rows = _single_sequences(iter(documents), tokenizer, seq_len, most)
+    if not rows:
         raise InputError(
             f"evaluation: the text does not fill one window of {seq_len} tokens; "
             "give more text or a smaller seq_len"
         )
-    if samples is not None and samples < len(windows):
-        stride = len(windows) // samples
-        windows = windows[::stride][:samples]
     bos = tokenizer.decode(prefix) if prefix else ""
-    return _pad(windows, [0] * len(windows), tokenizer, bos, notes=notes)
+    ids = padded(rows, tokenizer.pad_token_id)
+    return Sequences(ids, torch.zeros(len(rows), dtype=torch.long), bos=bos, notes=notes)
 
 
 def document_prefix(tokenizer) -> list[int]:
     """Return the special tokens with which the tokenizer begins a document, such as BOS."""
-    text = "a"
-    plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    whole = tokenizer(text, verbose=False)["input_ids"]
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
     for at in range(len(whole) - len(plain) + 1):
         if whole[at : at + len(plain)] == plain:
             return whole[:at]
@@ -223,12 +222,10 @@ def tokenizer_fingerprint(tokenizer) -> str:
     text = (
         " The Quick brown\u00a0fox\n\n  jumped 1,234.5 times: na\u00efve caf\u00e9? \u4f60\u597d!\t"
     )
-    facts = [
-        sorted(tokenizer.get_vocab().items()),
-        document_prefix(tokenizer),
-        tokenizer(text, verbose=False)["input_ids"],
-    ]
-    return blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    facts = json.dumps([vocabulary, document_prefix(tokenizer), ids])
+    return blake2b(facts.encode(), digest_size=16).hexdigest()
 
 
 def check_seq_len(model: nn.Module, seq_len: int) -> None:
@@ -247,46 +244,49 @@ def check_seq_len(model: nn.Module, seq_len: int) -> None:
         )
 
 
-def _check_draw(samples: int, seq_len: int, seed: int, apart: Mapping[str, int], lone: str) -> None:
-    """Raise InputError unless sequences can be drawn by these numbers."""
-    if samples < FOLDS or seq_len < 2:
-        raise InputError(
-            f"calibration: samples and seq_len must be at least 2, got {samples} and {seq_len}"
-        )
-    for name, count in apart.items():
-        if count < FOLDS:
-            raise InputError(f"calibration: {name} must be 0, or at least {FOLDS}, got {count}")
-    if not 0 <= seed < 1 << 63:
-        raise InputError(f"calibration: seed must be at least 0 and less than 2^63, got {seed}")
-    if lone not in ("blocks", "halves") or (apart and lone == "halves"):
-        raise InputError(
-            'calibration: lone must be "blocks", or "halves" without certify and judge, got '
-            f"{lone!r}"
-        )
+def _split(
+    documents: Sequence[str], shares: Sequence[int], text: Text
+) -> tuple[list[list[str]], str]:
+    """Return the documents of a source by part, and a note on what was cut."""
+    if text.lone == "halves" and len(documents) == 1:
+        whole = documents[0]
+        middle = whole.find(" ", len(whole) // 2)
+        middle = middle if middle >= 0 else len(whole) // 2
+        parts = [[whole[:middle]], [whole[middle:]]]
+        note = "A calibration text of one document was cut into two halves, one for each fold."
+    else:
+        most = max(ENOUGH, TIMES * max(shares) * text.seq_len * CHARACTERS)
+        parts, note = split_documents(documents, shares, text.seed, text.seq_len, most)
+    if note and not text.packed:  # an encoder reads the beginning of a document alone
+        size = text.seq_len * CHARACTERS
+        parts = [[piece for block in part for piece in cut_pieces(block, size)] for part in parts]
+    return parts, note
 
 
-def _check_filled(
-    drawn: Sequence[Sequence],
-    sources: Sequence[Sequence[str]],
-    seq_len: int,
-    apart: Mapping[str, int],
-) -> None:
-    """Raise InputError unless every part got the sequences that it cannot do without."""
-    if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
-        return
-    characters = sum(len(text) for documents in sources for text in documents)
-    parts = " and for ".join([f"{FOLDS} folds", *apart])
-    raise InputError(
-        f"calibration: the text is too short: {characters} characters do not fill one sequence "
-        f"of {seq_len} tokens in each of {parts}; give more text or a smaller seq_len"
-    )
+def _queue(
+    pieces: Sequence[str],
+    tokenizer,
+    share: int,
+    text: Text,
+    prefix: list[int],
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """Return sequences of one part of a source, in an order that is drawn."""
+    if text.packed:
+        windows = _packed_windows(pieces, tokenizer, text.seq_len, prefix)
+        order = torch.randperm(len(windows), generator=generator).tolist()
+        return [windows[i] for i in order[:share]]
+    order = torch.randperm(len(pieces), generator=generator).tolist()
+    chosen = (pieces[i] for i in order)
+    return _single_sequences(chosen, tokenizer, text.seq_len, share * text.seq_len)
 
 
 def _packed_windows(
     documents: Sequence[str], tokenizer, seq_len: int, prefix: list[int]
 ) -> list[list[int]]:
-    text = "\n\n".join(documents)
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    """Return full windows of joined documents, each with the prefix of a document."""
+    joined = "\n\n".join(documents)
+    tokens = tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"]
     step = seq_len - len(prefix)
     if step < 1:
         raise InputError(
@@ -301,47 +301,27 @@ def _single_sequences(
 ) -> list[list[int]]:
     """Return a sequence for each document, until they hold that many tokens."""
     rows, left = [], tokens
-    while left > 0:
-        some = list(islice(documents, -(-left // seq_len)))
-        if not some:
-            break
+    while left > 0 and (some := list(islice(documents, -(-left // seq_len)))):
         more = tokenizer(some, truncation=True, max_length=seq_len)["input_ids"]
         rows, left = rows + more, left - sum(map(len, more))
     return rows
 
 
-def _take_evenly(
-    queues: list[list[list[int]]], number: int, tokens: int | None = None
-) -> list[tuple[list[int], int]]:
-    """Take ``number`` items round-robin, or as many as hold ``tokens``, each with its source.
+def _take_evenly(queues: list[list[list[int]]], tokens: int) -> list[tuple[list[int], int]]:
+    """Take rows from each source in turn until they hold ``tokens``, each with its source."""
+    turns = (row for turn in zip_longest(*queues) for row in enumerate(turn))
+    rounds = [(row, source) for source, row in turns if row is not None]
+    before = accumulate((len(row) for row, _ in rounds), initial=0)
+    return [pair for pair, so_far in zip(rounds, before, strict=False) if so_far < tokens]
 
-    So no source dominates.
-    """
-    longest = max((len(queue) for queue in queues), default=0)
-    rounds = (
-        (queue[turn], source)
-        for turn in range(longest)
-        for source, queue in enumerate(queues)
-        if turn < len(queue)
+
+def _check_filled(drawn: Sequence[Sequence], sources: Sequence[Sequence[str]], text: Text) -> None:
+    """Raise InputError unless every part got the sequences that it cannot do without."""
+    if all(drawn[:FOLDS]) and all(len(part) >= FOLDS for part in drawn[FOLDS:]):
+        return
+    characters = sum(len(each) for documents in sources for each in documents)
+    parts = " and for ".join([f"{FOLDS} folds", *text.apart])
+    raise InputError(
+        f"calibration: the text is too short: {characters} characters do not fill one sequence "
+        f"of {text.seq_len} tokens in each of {parts}; give more text or a smaller seq_len"
     )
-    if tokens is None:
-        return list(islice(rounds, number))
-    taken: list[tuple[list[int], int]] = []
-    for row, source in rounds:
-        if tokens <= 0:
-            break
-        taken.append((row, source))
-        tokens -= len(row)
-    return taken
-
-
-def _pad(rows: Sequence[list[int]], fold: list[int], tokenizer, *more, **facts) -> Sequences:
-    """Return sequences padded to the longest."""
-    longest = max(len(window) for window in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, window in enumerate(rows):
-        ids[row, : len(window)] = torch.tensor(window)
-        mask[row, : len(window)] = 1
-    return Sequences(ids, mask, torch.tensor(fold), *more, **facts)

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liar_ext.calibration.batches import FOLDS, Batches, read_batches
+from liar_ext.calibration.batches import FOLDS, Batches, count_tokens, read_batches
 from liar_ext.calibration.collect import check_finite_weights
-from liar_ext.calibration.expert_tokens import LayerTokens, collect_tokens, count_tokens
+from liar_ext.calibration.expert_tokens import LayerTokens, collect_tokens
 from liar_ext.calibration.passes import room_for_sums, split
 from liar_ext.errors import InputError
 from liar_ext.models.experts import router_of

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from liar_ext import InputError
 from liar_ext.calibration import texts
 from liar_ext.calibration.batches import probe_batches
-from liar_ext.calibration.folds import block_spans, cut_blocks, cut_pieces
+from liar_ext.calibration.folds import Sequences, block_spans, cut_blocks, cut_pieces
 
 
-def draw(*sources, **settings) -> texts.Sequences:
+def draw(*sources, **settings) -> Sequences:
     """Return sequences of text alone."""
     return texts.calibration_sequences(*sources, **{"random_tokens": 0.0, **settings})
 

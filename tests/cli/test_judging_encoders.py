@@ -12,7 +12,8 @@ from tiny import tiny
 from transformers import BertModel
 
 from liar_ext import cli, encoder_similarity
-from liar_ext.calibration.texts import evaluation_sequences, read_documents
+from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import evaluate
 
