@@ -23,6 +23,8 @@ from liar_ext.models.running import config_parts
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
 
+SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+
 
 def read_marked_config(folder: Path) -> dict[str, Any]:
     """Return the fields of a pruned folder's config, with a mark that this version can read."""
@@ -122,14 +124,9 @@ def read_weights(
     numel = None if "quantization_config" in found.config else found.numel
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
     with quiet(), reading(found.path, operation):
-        model, info = loader.from_pretrained(
-            found.path,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # to refuse them below, by name
-            **kwargs,
-        )
+        # Weights of other sizes are refused below, by name.
+        given = kwargs | SAFELY | {"ignore_mismatched_sizes": True}
+        model, info = loader.from_pretrained(found.path, **given)
     model.__class__ = stock  # only __init__ differed, and no module has that class
     if not strict:  # a folder of ours has all weights
         info["missing_keys"] = _silence_pooler(model, set(info["missing_keys"]))

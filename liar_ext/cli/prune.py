@@ -115,7 +115,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
 
 def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
     if given.store is not None:
-        known = {"walk": Walk.of(given.store), "limit": options.max_memory}
+        known = {"walk": Walk(given.store), "limit": options.max_memory}
         known["certify_on"] = given.certification
         job = Job(given.model, given.calibration, given.recipe, **known)
         return describe_streamed(prepare(job))

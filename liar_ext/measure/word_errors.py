@@ -31,7 +31,7 @@ def word_errors(
     model : nn.Module
         In evaluation mode; it writes as its generation config says, greedily by default.
     reader : Reader
-        Makes its inputs; see :func:`liar_ext.checkpoint.processors.load_reader`.
+        Makes its inputs; see :func:`liar_ext.checkpoint.loading.load_reader`.
     items : sequence of Item
         Recordings with what is said in them.
     batch_size : int
