@@ -59,3 +59,28 @@ def naming_memory(what: str) -> Iterator[None]:
         # torch says first which check failed, and last which process holds what.
         said = ". ".join(one_line(error).split("err == 0. ")[-1].split(". ")[:2])
         raise MemoryError(f"{what}: {said}") from error
+
+
+@contextmanager
+def refusing(
+    what: str,
+    hint: str,
+    *kinds: type[BaseException],
+    named: bool = False,
+    but: tuple[type[BaseException], ...] = (),
+) -> Iterator[None]:
+    """Turn errors of some kinds into an InputError of one line: what failed, why, what to do.
+
+    With ``named`` the line says the kind of the error. Errors of the kinds ``but``, and those of
+    memory, pass.
+    """
+    try:
+        yield
+    except (InputError, *but):
+        raise
+    except kinds as error:
+        if is_out_of_memory(error):
+            raise
+        kind = f"{type(error).__name__}: " if named else ""
+        end = f"; {hint}" if hint else ""
+        raise InputError(f"{what}: {kind}{one_line(error)}{end}") from error

@@ -26,7 +26,7 @@ from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import reading, stock_class
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
 from liar_ext.models.sites import skeleton
@@ -37,28 +37,12 @@ MARKS = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
 
 class BlockStore:
-    """A model of which one block is in memory at a time.
+    """A folder or a hub id, as a model of which one block is in memory at a time.
 
     What lies outside of the blocks, embeddings and final norm, is always there; an output head with
-    weights of its own is not, see :meth:`head`.
-
-    Parameters
-    ----------
-    name : path or str
-        A folder, pruned or not, or a hub id.
-    dtype : str or torch.dtype
-        Of the weights.
-    device : str
-        Where the model computes.
-    prefetch : bool
-        Read the next block while one is in use, which takes memory for two.
-
-    Attributes
-    ----------
-    model : transformers.PreTrainedModel
-        The model; parameters that aren't in memory are on the meta device.
-    tokenizer
-        None where there is none.
+    weights of its own is not, see :meth:`head`. Parameters that aren't in memory are on the meta
+    device. ``tokenizer`` may be None. ``prefetch`` reads the next block while one is in use, which
+    takes memory for two.
     """
 
     def __init__(
@@ -177,19 +161,8 @@ def load_offloaded(
 ) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
     """Load a folder or a hub id without its blocks, and without a head of its own weights.
 
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-        Its blocks, and its output head unless it shares its weights, are on the meta device.
-    weights : OpenWeights
-        Reads a tensor of those by its name in the model, in the model's dtype.
-    blocks, head : list of str
-        Paths of the blocks, and of what was left out beside them.
-
-    Raises
-    ------
-    InputError
-        If it can't be loaded, is no safetensors checkpoint, or accelerate isn't installed.
+    These are on the meta device. Returned are the model, what reads their tensors by name in the
+    model's dtype, and the paths of the blocks, and of what was left out beside them.
     """
     try:
         from accelerate.hooks import remove_hook_from_submodules
@@ -270,14 +243,11 @@ class OpenWeights:
         self._files = {path: _File(path) for path in paths}
 
     def __getitem__(self, name: str) -> Tensor:
-        try:
+        what = f"prune: can't read {name} from its file"
+        with refusing(what, "copy the folder again", Exception):
             info = self._index[name]
             tensor = self._files[info["safetensors_file"]].read(info.get("weight_name", name))
             return tensor.to(getattr(torch, info["dtype"])) if "dtype" in info else tensor
-        except Exception as error:  # of the file: torch raises as it likes
-            raise InputError(
-                f"prune: can't read {name} from its file: {one_line(error)}; copy the folder again"
-            ) from error
 
     def close(self) -> None:
         """Close the files."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
 from liar_ext.checkpoint.quietening import quiet
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.sites import sites
 from liar_ext.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 
@@ -200,13 +200,7 @@ def _parts(fields: Any) -> Iterator[dict[str, Any]]:
 
 
 def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write which tokens were kept, if some were not, and texts with their tokens.
-
-    Raises
-    ------
-    InputError
-        If the tokenizer is not the one that goes with the model.
-    """
+    """Write which tokens were kept, if some were not; refuse a tokenizer that has others."""
     facts = getattr(model, "liar_vocabulary", None)
     if facts is None:
         return
@@ -232,13 +226,7 @@ def _leave_larger(source: Path, folder: Path) -> list[str]:
 
 
 def compare_tokenization(folder: Path) -> bool | None:
-    """Tell whether a folder's tokenizer reads the stored texts as it did; None without any.
-
-    Raises
-    ------
-    InputError
-        If the folder's facts or its tokenizer can't be read.
-    """
+    """Tell whether a folder's tokenizer reads the stored texts as it did; None without any."""
     if not (folder / VOCABULARY_FILE).is_file():
         return None
     facts = read_object(folder / VOCABULARY_FILE, "verify")[0]
@@ -247,11 +235,8 @@ def compare_tokenization(folder: Path) -> bool | None:
         raise InputError(f"verify: {folder / VOCABULARY_FILE} is damaged; copy the folder again")
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes it raise
-        raise InputError(f"verify: the tokenizer can't be loaded: {one_line(error)}") from error
+    with refusing("verify: the tokenizer can't be loaded", "", Exception), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return _agrees(tokenizer, checks)
 
 

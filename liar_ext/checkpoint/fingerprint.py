@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from liar_ext.atomic_write import atomic_write
 from liar_ext.checkpoint.names import FINGERPRINT_FILE, MANIFEST_FILE, MARKER_FILE
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, refusing
 from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of
 from liar_ext.untrusted import UNREADABLE
 
 TOKENS = 16
 NAMES = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
 MORE = "input:"  # what the names of further inputs begin with
+DAMAGED = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError)
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -48,14 +49,11 @@ class Fingerprint:
 def write_fingerprint(model: nn.Module, folder: Path) -> None:
     """Run a model on a fixed random input, and write both to ``liar/fingerprint.safetensors``.
 
-    Raises
-    ------
-    InputError
-        If the output isn't finite: nothing could be compared with it.
+    An output that isn't finite is refused: nothing could be compared with it.
     """
     inputs = fixed_inputs(model)
     (name, value), *more = inputs.items()
-    tensors = {"input": value, "output": _run(model, inputs)}
+    tensors = {"input": value, "output": run_on(model, inputs)}
     tensors |= {MORE + name: value for name, value in more}
     if not tensors["output"].isfinite().all():
         raise InputError(
@@ -76,19 +74,13 @@ def write_fingerprint(model: nn.Module, folder: Path) -> None:
 
 
 def read_fingerprint(folder: Path) -> Fingerprint:
-    """Read what :func:`write_fingerprint` wrote.
-
-    Raises
-    ------
-    InputError
-        If the folder has no fingerprint, or none that :func:`write_fingerprint` could have written.
-    """
+    """Read what :func:`write_fingerprint` wrote; refuse what it couldn't have written."""
     path = folder / FINGERPRINT_FILE
     if not path.is_file():
         raise InputError(
             f"verify: {folder} has no {FINGERPRINT_FILE}; save the model with save_pruned"
         )
-    try:
+    with refusing(f"verify: {path} is damaged", "copy the folder again", *DAMAGED, named=True):
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
             more = [key for key in file.keys() if key.startswith(MORE)]  # noqa: SIM118, no mapping
@@ -98,11 +90,6 @@ def read_fingerprint(folder: Path) -> Fingerprint:
         _check_fingerprint(inputs, output, facts)
         dtype = getattr(torch, facts["dtype"])
         return Fingerprint(inputs, output, dtype, facts["attention"], int(facts["params"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"verify: {path} is damaged: {type(error).__name__}: {one_line(error)}; copy the "
-            "folder again"
-        ) from error
 
 
 def _check_fingerprint(
@@ -139,8 +126,8 @@ def fixed_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return logits, or the last hidden state, in float32 on the CPU."""
+def run_on(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return logits, or the last hidden state, in float32 on the CPU; float64 stays."""
     given = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
@@ -161,10 +148,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def add_to_manifest(folder: Path, name: str) -> None:
-    """List one file more, or its new digest; a folder without a readable manifest stays as it is.
-
-    Files that others put there, or changed, stay strangers.
-    """
+    """List one file more, or its new digest; what others put or changed stays a stranger."""
     path = folder / MANIFEST_FILE
     files = _listed(path)
     if files is not None and not path.is_symlink():

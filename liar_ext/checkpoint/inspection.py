@@ -1,7 +1,8 @@
 """Look a model folder over before anything is built from it.
 
 A folder comes from anywhere. Its JSON is read with bounds, of its weights the headers only. Sizes
-that its config claims are compared with those of the weights, before memory is taken for them.
+that its config claims are compared with those of the weights, before memory is taken for them. Its
+code is run only if it is, byte for byte, that of ``save_pruned``, and by ``verify`` alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from liar_ext.errors import InputError, one_line
+from liar_ext.checkpoint.names import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
+from liar_ext.checkpoint.stock_config import auto_names, model_class
+from liar_ext.errors import InputError, refusing
 from liar_ext.untrusted import UNREADABLE, read_value
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,11 +55,8 @@ class Folder:
 def inspect_folder(path: Path, operation: str) -> Folder:
     """Read the config and the headers of the weights of a folder.
 
-    Raises
-    ------
-    InputError
-        If a file is missing, damaged, no safetensors or outside the folder, or the config can't be
-        that of the weights.
+    Refused are files that are missing, damaged, no safetensors or outside the folder, and a config
+    that can't be that of the weights.
     """
     config = read_config(path, operation)
     if (path / "adapter_config.json").exists():
@@ -76,10 +76,8 @@ def inspect_folder(path: Path, operation: str) -> Folder:
 
 def read_config(path: Path, operation: str) -> dict[str, Any]:
     """Return the fields of a folder's config; InputError if there is none that can be read."""
-    try:
+    with refusing(f"{operation}: {path} can't be read", "", OSError, ValueError):
         there = (path / "config.json").exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{operation}: {path} can't be read: {one_line(error)}") from error
     if not there:
         raise InputError(
             f"{operation}: {path} holds no readable config.json: no such file; give a model folder"
@@ -88,23 +86,13 @@ def read_config(path: Path, operation: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, operation: str) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises
-    ------
-    InputError
-        If it is no ordinary file, too large, too deep, or no JSON object.
-    """
+    """Return the object in a JSON file; refuse any other file, or what is too large or deep."""
     _check_file(path, operation)
-    try:
+    what = f"{operation}: {path.parent} holds no readable {path.name}"
+    with refusing(what, "copy the folder again", *UNREADABLE):
         fields, _ = read_value(path)
         if not isinstance(fields, dict):
             raise ValueError(f"it is a {type(fields).__name__} and no object")
-    except UNREADABLE as error:
-        raise InputError(
-            f"{operation}: {path.parent} holds no readable {path.name}: {one_line(error)}; copy "
-            "the folder again"
-        ) from error
     return fields
 
 
@@ -133,13 +121,10 @@ def _weight_files(path: Path, operation: str) -> list[Path]:
 
 def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
     _check_file(path, operation)
-    try:
+    kinds = (OSError, SafetensorError, ValueError, OverflowError)
+    with refusing(f"{operation}: {path} is damaged", "copy the folder again", *kinds):
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{operation}: {path} is damaged: {one_line(error)}; copy the folder again"
-        ) from error
 
 
 def _check_file(path: Path, operation: str) -> None:
@@ -190,3 +175,51 @@ def fields_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for item in value:
             yield from fields_of(item, name)
+
+
+def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the auto classes that load the model of the folder by its own code, which is ours.
+
+    Those of other heads have no weights there, and aren't among them. Refused is a folder with any
+    other code, or that names it, or that version 0.1.0 saved.
+    """
+    if config["liar"]["version"] == OLD_MARK_VERSION:
+        raise InputError(
+            f"verify: {folder} was saved by version 0.1.0, which can only be loaded; load it with "
+            "liar_ext.load_pruned and save it again with save_pruned"
+        )
+    auto_map = config.get("auto_map", {})
+    unequal = config["liar"]["layers"] == "unequal"
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    others = [name for name in found if not (unequal and name == LOADER_FILE)]
+    if others:
+        raise _refusal(folder, others[0], "save_pruned doesn't write it")
+    if any(key == "auto_map" for part in config.values() for key, _ in fields_of(part)):
+        raise _refusal(folder, "a part of config.json with auto_map", "save_pruned writes none")
+    if not unequal:
+        if "auto_map" in config:
+            raise _refusal(folder, "auto_map", "equal layers need no code")
+        return []
+    for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
+        if name not in auto_names() or not _is_stock(loader):
+            raise _refusal(folder, f"auto_map with {name}: {str(loader)[:80]}", "it isn't ours")
+    path, code = folder / LOADER_FILE, LOADER_CODE.encode()
+    same = path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
+    if auto_map and not same:
+        raise _refusal(folder, LOADER_FILE, "it isn't the file that save_pruned writes")
+    names = config.get("architectures")
+    saved = f"{LOADER_MODULE}.{names[0] if isinstance(names, list) and names else ''}"
+    return sorted(name for name, loader in auto_map.items() if loader == saved)
+
+
+def _refusal(folder: Path, what: str, why: str) -> InputError:
+    return InputError(
+        f"verify: {folder} has {what}, and {why}; no code of the folder was run, nor should you "
+        "trust it: load the weights with liar_ext.load_pruned, or get the folder again"
+    )
+
+
+def _is_stock(loader: Any) -> bool:
+    """Tell whether this is the loader file's class for a class of transformers."""
+    module, _, name = str(loader).partition(".")
+    return module == LOADER_MODULE and model_class(name) is not None

@@ -17,16 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from liar_ext.calibration.media import AUDIO
+from liar_ext.calibration.media_batches import Reader, kind_read
+from liar_ext.checkpoint import names
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
-from liar_ext.checkpoint.names import (
-    OLD_MARK_VERSION,
-    OLD_PLAN_FILE,
-    PLAN_FILE,
-    QUANTISER_MARKS,
-    TOKENIZER_FILES,
-)
 from liar_ext.checkpoint.quietening import obedient_bar, quiet
 from liar_ext.checkpoint.reading import (
+    SAFELY,
     bare_class,
     check_keys,
     read_marked_config,
@@ -35,7 +32,7 @@ from liar_ext.checkpoint.reading import (
     stock_class,
 )
 from liar_ext.checkpoint.stock_config import dense_config
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
 
@@ -48,9 +45,6 @@ REFUSED_ARGUMENTS = (
 
 def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """Load a model that :func:`liar_ext.save_pruned` wrote, with equal or unequal layers.
-
-    Transformers' own loader is in charge; for unequal layers it builds the stock class, to which
-    the plan of the folder is applied before the weights come in.
 
     Parameters
     ----------
@@ -69,11 +63,7 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     ------
     InputError
         If the folder isn't one of ours, is damaged, or its weights aren't those of its config and
-        plan: some missing, some more, some of another shape.
-
-    Notes
-    -----
-    No code of the folder is run, whatever the arguments.
+        plan: some missing, some more, some of another shape. None of its code is ever run.
     """
     folder = Path(folder)
     fields = read_marked_config(folder)
@@ -85,16 +75,16 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             "that it was made from"
         )
     plan, mark = None, fields["liar"]
-    if (mark["version"], mark["layers"]) == (OLD_MARK_VERSION, "unequal"):
-        plan = _read_plan(folder / OLD_PLAN_FILE)
+    if (mark["version"], mark["layers"]) == (names.OLD_MARK_VERSION, "unequal"):
+        plan = read_plan(folder / names.OLD_PLAN_FILE, "load_pruned")
         with reading(folder, "load_pruned"):
             given = kwargs.get("config") or stock.config_class.from_dict(fields)
             kwargs["config"] = dense_config(given)
             kwargs["config"].liar = mark
     kwargs = {name: value for name, value in kwargs.items() if name not in REFUSED_ARGUMENTS}
     # Of newer folders the config says it all, but a damaged one is told of.
-    plans = [folder / name for name in (PLAN_FILE, OLD_PLAN_FILE)]
-    known = [_read_plan(path) for path in plans if os.path.lexists(path)]
+    plans = [folder / name for name in (names.PLAN_FILE, names.OLD_PLAN_FILE)]
+    known = [read_plan(path, "load_pruned") for path in plans if os.path.lexists(path)]
     model = read_weights(stock, found, "load_pruned", plan, strict=True, **kwargs)
     if known:
         model.liar_plan = known[0]  # with which a further pruning composes
@@ -129,11 +119,9 @@ def load_model(
     """
     spread = placement(device)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
+    with refusing(f"load_model: {os.fspath(name)!r} can't be read", "", OSError, ValueError):
         path = Path(name)
         there = path.exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"load_model: {os.fspath(name)!r} can't be read: {error}") from error
     if (path.is_absolute() or path.suffix == ".gguf") and not there:
         raise InputError(
             f"load_model: {name} doesn't exist; give a folder, a hub id or a GGUF file"
@@ -162,13 +150,13 @@ def placement(device: str) -> dict[str, str]:
     return {}
 
 
-def _read_plan(path: Path) -> Plan:
+def read_plan(path: Path, operation: str) -> Plan:
     """Return a plan, read with the bounds of any other JSON."""
-    fields = read_json(path, "load_pruned")
+    fields = read_json(path, operation)
     try:
         return Plan.from_json(json.dumps(fields))
     except InputError as error:
-        raise InputError(f"load_pruned: {path}: {one_line(error)}") from error
+        raise InputError(f"{operation}: {path}: {one_line(error)}") from error
 
 
 def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
@@ -191,13 +179,7 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         with quiet(), reading(name, "load_model"):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             stock = stock_class(config.to_dict(), "load_model")
-            model, info = stock.from_pretrained(
-                name,
-                output_loading_info=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                **kwargs,
-            )
+            model, info = stock.from_pretrained(name, **SAFELY, **kwargs)
     except InputError as error:
         raise InputError(
             f"load_model: there is no folder {path} here; the hub says: {one_line(error, 160)}"
@@ -217,7 +199,7 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
     check_keys(info, path, "load_model", strict=False)
     model.config._name_or_path = os.fspath(path.parent)
     model.config.__dict__.pop("quantization_config", None)
-    for name in QUANTISER_MARKS:
+    for name in names.QUANTISER_MARKS:
         model.__dict__.pop(name, None)
     return model
 
@@ -241,7 +223,7 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
     if model.main_input_name != "input_ids":
         return None  # a vision model, which has a processor
     if path.is_dir():
-        there = [file for file in TOKENIZER_FILES if (path / file).exists()]
+        there = [file for file in names.TOKENIZER_FILES if (path / file).exists()]
         if not there:
             return None
         for file in there:
@@ -261,3 +243,50 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
             f"{rows}; put the tokenizer of this model there"
         )
     return tokenizer
+
+
+def kind_of(name: str) -> str | None:
+    """Return what a model reads by its config: "audio", "images", or None for text.
+
+    What can't be told is text: the loader says what is wrong.
+    """
+    path = Path(name)
+    try:
+        if path.is_dir():
+            fields = read_config(path, "load_model")
+        elif path.exists() or path.is_absolute() or path.suffix == ".gguf":
+            return None
+        else:
+            from transformers import AutoConfig
+
+            fields = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+        return kind_read(stock_class(fields, "load_model").main_input_name)
+    except Exception:  # transformers raises a dozen kinds
+        return None
+
+
+def load_reader(kind: str, name: str, model: Any) -> Reader:
+    """Return what makes the inputs of a model from files, without running code of its folder."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+    path, given = Path(name), {"trust_remote_code": False}
+    wanted = (names.PROCESSOR_FILES, names.TOKENIZER_FILES)
+    there, texts = ([file for file in files if (path / file).exists()] for files in wanted)
+    if path.is_dir() and not there:
+        raise InputError(
+            f"load_model: {name} has no processor to read {kind} with; put its "
+            f"{names.PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
+            "your own"
+        )
+    for file in there:
+        read_json(path / file, "load_model")
+    with reading(f"the processor of {name}", "load_model"):
+        if kind == AUDIO:
+            processor = AutoFeatureExtractor.from_pretrained(name, **given)
+        else:  # by pillow, whose numbers don't depend on what else is installed
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil", **given)
+    tokenizer = None
+    if kind == AUDIO and (texts or not path.is_dir()):
+        with reading(f"the tokenizer of {name}", "load_model"):
+            tokenizer = AutoTokenizer.from_pretrained(name, **given)
+    return Reader(kind, model, processor, tokenizer)

@@ -39,16 +39,9 @@ MARK = (
 
 
 def check_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Refuse a folder that can't be written to, by writing beside it.
+    """Refuse a folder that can't be written to, by writing beside it, or holds what isn't ours.
 
     What a run that was killed has left beside the folder is removed first.
-
-    Raises
-    ------
-    InputError
-        If the folder exists and ``overwrite`` is false, or holds anything that
-        :func:`liar_ext.save_pruned` didn't write, which is never overwritten; or if no folder can
-        be made there.
     """
     try:
         folder = Path(folder).resolve()
@@ -90,11 +83,8 @@ def beside(folder: Path, *, keep_parents: bool = True) -> Iterator[Path]:
 def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
     """Let ``path`` take the place of ``folder``; after that ``path`` is what was there, if any.
 
-    Raises
-    ------
-    InputError
-        If something came there that may not be replaced. ``path`` then gets a name of its own,
-        which the error tells, so that no work is lost.
+    If something came there that may not be replaced, ``path`` gets a name of its own, which the
+    error tells, so that no work is lost.
     """
     if _rename_to_nothing(path, folder):
         (folder / MARKER_FILE).unlink()

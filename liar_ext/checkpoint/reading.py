@@ -16,12 +16,14 @@ from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.inspection import LARGEST, Folder, read_config
 from liar_ext.checkpoint.names import MARK_VERSION, OLD_MARK_VERSION
 from liar_ext.checkpoint.quietening import quiet
-from liar_ext.checkpoint.stock_config import describe, skeleton
+from liar_ext.checkpoint.stock_config import describe, model_class, skeleton
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.liar_loader import resize
 from liar_ext.models.running import config_parts
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan
+
+SAFELY = {"output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
 
 
 def read_marked_config(folder: Path) -> dict[str, Any]:
@@ -122,14 +124,9 @@ def read_weights(
     numel = None if "quantization_config" in found.config else found.numel
     loader = _checked_class(stock, plan, numel, f"{operation}: {found.path}")
     with quiet(), reading(found.path, operation):
-        model, info = loader.from_pretrained(
-            found.path,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # to refuse them below, by name
-            **kwargs,
-        )
+        # Weights of other sizes are refused below, by name.
+        given = kwargs | SAFELY | {"ignore_mismatched_sizes": True}
+        model, info = loader.from_pretrained(found.path, **given)
     model.__class__ = stock  # only __init__ differed, and no module has that class
     if not strict:  # a folder of ours has all weights
         info["missing_keys"] = _silence_pooler(model, set(info["missing_keys"]))
@@ -190,22 +187,14 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
 
 
 def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
-    """Return the class of transformers that a config names.
-
-    Raises
-    ------
-    InputError
-        If it names none, none that there is, or one for another type of model.
-    """
+    """Return the class of transformers that a config names, if it is one for that type of model."""
     import transformers
 
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    stock = None
-    if isinstance(name, str) and name.isidentifier():
-        with reading(name, operation):
-            stock = getattr(transformers, name, None)
-    if not (isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)):
+    with reading(name, operation):
+        stock = model_class(name) if isinstance(name, str) else None
+    if stock is None:
         raise InputError(
             f"{operation}: transformers {transformers.__version__} has no model class "
             f"{str(name)[:80]!r}, which config.json must name in architectures; update "

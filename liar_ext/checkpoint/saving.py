@@ -1,17 +1,8 @@
 """Save a pruned model to a folder, whole or not at all.
 
-Weights are safetensors, written and read by transformers itself. What else a folder holds depends
-on what the stock class of the model can build::
-
-    equal layers      config.json says the new sizes          any loader takes the folder
-    unequal layers    config.json says the dense sizes, and   load_pruned takes it, and so does a
-                      per_layer_config and liar the real      stock loader that may run the code of
-                      ones; liar_loader.py builds them        the folder; else it stops at the sizes
-    always            liar/plan.json                          what stays, of the dense model
-                      liar/fingerprint.safetensors            for verify_pruned
-                      liar/manifest.json                      what may be overwritten one day
-
-None of ``liar/`` is needed to load, so that what tools leave behind is no loss.
+If the stock class can build the layers, any loader takes the folder. Otherwise config.json says the
+dense sizes, and the real ones in ``per_layer_config`` and ``liar``, for ``load_pruned`` and for the
+folder's ``liar_loader.py``. None of ``liar/`` is needed to load.
 """
 
 from __future__ import annotations
@@ -28,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from liar_ext.checkpoint import names
 from liar_ext.checkpoint.carrying import (
     carry,
     complete_config,
@@ -37,18 +29,10 @@ from liar_ext.checkpoint.carrying import (
 )
 from liar_ext.checkpoint.fingerprint import write_fingerprint, write_manifest
 from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
-from liar_ext.checkpoint.names import (
-    CARD_FILE,
-    MARKER_FILE,
-    OWN_FOLDER,
-    PLAN_FILE,
-    QUANTISER_MARKS,
-    REPORT_JSON,
-)
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.quietening import no_bars, quiet
 from liar_ext.checkpoint.stock_config import described, wear
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
@@ -117,15 +101,11 @@ def writing(
     folder = Path(folder).resolve()
     if not checked:
         check_folder(folder, overwrite)
-    try:
+    hint = "nothing was left behind, free space or choose another folder"
+    with refusing(f"save_pruned: can't write {folder}", hint, OSError, SafetensorError):
         with beside(folder) as path:
             yield path
             put_in_place(path, folder, overwrite)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"save_pruned: can't write {folder}: {one_line(error)}; nothing was left behind, free "
-            "space or choose another folder"
-        ) from error
 
 
 def fill_folder(
@@ -152,13 +132,14 @@ def fill_folder(
             shards.close()
     complete_config(path)
     save_tokenizer(tokenizer, path)
-    (path / OWN_FOLDER).mkdir()
+    (path / names.OWN_FOLDER).mkdir()
     write_vocabulary(model, tokenizer, path)
-    plan.save(path / PLAN_FILE)
+    plan.save(path / names.PLAN_FILE)
     _take_along(model, source, path, report, tokenizer is not None)
     write_fingerprint(model, path)
     _write_report(report, path, start)
-    mode = (path / MARKER_FILE).stat().st_mode & 0o777  # as the umask says; safetensors': 0600
+    # As the umask says; safetensors writes 0600.
+    mode = (path / names.MARKER_FILE).stat().st_mode & 0o777
     for each in path.rglob("*"):
         if each.is_file():
             each.chmod(mode)
@@ -206,14 +187,15 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 @contextmanager
 def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
     """Give a model another config and its class, and no quantiser marks, for a while."""
-    own = {name: model.__dict__.pop(name) for name in QUANTISER_MARKS if name in model.__dict__}
+    marks = [name for name in names.QUANTISER_MARKS if name in vars(model)]
+    own = {name: vars(model).pop(name) for name in marks}
     before, kind, model.config = model.config, type(model), config
     wear(model)
     try:
         yield
     finally:
         model.config, model.__class__ = before, kind
-        model.__dict__.update(own)
+        vars(model).update(own)
 
 
 def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokenizer: bool) -> None:
@@ -228,14 +210,14 @@ def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokeni
         report.warnings += said
     if hasattr(report, "to_card"):
         text = report.to_card(license_of(found))
-        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+        (folder / names.CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def _write_report(report: Any, folder: Path, start: float) -> None:
     """Write the report, with the seconds since ``start`` as those of saving."""
     if isinstance(report, Mapping):
         text = json.dumps(report, indent=1) + "\n"
-        (folder / REPORT_JSON).write_text(text, encoding="utf-8")
+        (folder / names.REPORT_JSON).write_text(text, encoding="utf-8")
     elif report is not None:
         seconds = getattr(report, "seconds", None)
         if isinstance(seconds, dict):
@@ -246,17 +228,7 @@ def _write_report(report: Any, folder: Path, start: float) -> None:
 
 
 class Shards:
-    """The weights of a model on their way to a folder.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Whose weights they are: it knows by which names they are saved.
-    folder : Path
-        Where they go.
-    size : int
-        Bytes of a shard: it is written as soon as it has so many.
-    """
+    """The weights of a model on their way to a folder, in shards of about ``size`` bytes."""
 
     def __init__(self, model: nn.Module, folder: Path, size: int = SHARD_BYTES) -> None:
         self._model, self._folder, self._size = model, folder, size
@@ -286,10 +258,10 @@ class Shards:
             self._part(0).rename(self._folder / WEIGHTS)
             return
         where = {}
-        for index, names in enumerate(self._written):
+        for index, keys in enumerate(self._written):
             file = f"model-{index + 1:05}-of-{count:05}.safetensors"
             self._part(index).rename(self._folder / file)
-            where |= dict.fromkeys(names, file)
+            where |= dict.fromkeys(keys, file)
         facts = {"total_parameters": self._params, "total_size": self._bytes}
         text = json.dumps({"metadata": facts, "weight_map": where}, indent=2, sort_keys=True)
         (self._folder / INDEX).write_text(text + "\n", encoding="utf-8")

@@ -82,21 +82,25 @@ def wear(model: nn.Module) -> None:
         model.__class__ = stock
 
 
-def stock_of(model: nn.Module) -> type[nn.Module]:
-    """Return the class of a model as transformers has it, or its own class."""
+def model_class(name: Any) -> type[nn.Module] | None:
+    """Return the model class of transformers that has a name, if there is one."""
     import transformers
 
-    stock = getattr(transformers, type(model).__name__, None)
-    return stock if isinstance(stock, type) and isinstance(model, stock) else type(model)
+    found = getattr(transformers, name, None) if str(name).isidentifier() else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else None
+
+
+def stock_of(model: nn.Module) -> type[nn.Module]:
+    """Return the class of a model as transformers has it, or its own class."""
+    stock = model_class(type(model).__name__)
+    return stock if stock is not None and isinstance(model, stock) else type(model)
 
 
 def described(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> Any:
     """Return a config that says the sizes that a model has now; the model stays as it is.
 
-    Raises
-    ------
-    InputError
-        If not even :mod:`liar_ext.models.liar_loader` builds this model from it.
+    A model that not even :mod:`liar_ext.models.liar_loader` builds from it is refused.
     """
     history = list(history_of(model.config)) + ([dict(pruning)] if pruning else [])
     config = dense_config(model.config)
@@ -284,9 +288,7 @@ def _saved(module: nn.Module) -> dict[str, Tensor]:
 
 def in_transformers(stock: type) -> bool:
     """Tell whether a class is one of transformers itself."""
-    import transformers
-
-    return getattr(transformers, stock.__name__, None) is stock
+    return model_class(stock.__name__) is stock
 
 
 def _auto(model: nn.Module) -> dict[str, tuple[type, ...]]:

@@ -18,7 +18,7 @@ from liar_ext.calibration.collect import calibrate
 from liar_ext.calibration.documents import check_apart_from
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.saved_sums import bytes_of_sums, check_memory
-from liar_ext.checkpoint.processors import kind_of, load_reader
+from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint_store import RESULT
 from liar_ext.cli import inputs
 from liar_ext.cli.inputs import Given, let_write, load

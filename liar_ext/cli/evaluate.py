@@ -19,7 +19,7 @@ from liar_ext.calibration.media import read_files, spread
 from liar_ext.calibration.media_batches import evaluation_inputs
 from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
 from liar_ext.checkpoint.inspection import read_config
-from liar_ext.checkpoint.processors import kind_of, load_reader
+from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint.reading import stock_class
 from liar_ext.cli.inputs import load_with_tokenizer
 from liar_ext.cli.output import show

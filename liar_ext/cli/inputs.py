@@ -29,7 +29,7 @@ from liar_ext.calibration.media import read_files
 from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.processors import kind_of, load_reader
+from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
 from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device

@@ -1,14 +1,9 @@
 """Which formats there are, and what an exporter gives back.
 
-An exporter is one module with a function::
-
-    export(folder: Path, out: Path, *, progress: bool = True, **options) -> Exported
-
-``folder`` is an existing model folder. ``out`` doesn't exist yet, and its parent does: the function
-writes one file or one folder of that very name and nothing else; where it goes in the end, what may
-be replaced there and the record of it are the business of :mod:`liar_ext.export.exporting`. Its own
-options are named arguments with defaults. It imports optional packages inside of functions, and
-refuses what its format can't express with the reason and the alternative, before it writes.
+An exporter is ``export(folder: Path, out: Path, *, progress: bool = True, **options) -> Exported``
+of a module of its own. Its options are named arguments with defaults. Before it writes, it refuses
+what its format can't express, with the reason and the alternative. It writes one file or one folder
+of the name ``out``; its place and the record are for :mod:`liar_ext.export.exporting`.
 """
 
 from __future__ import annotations
@@ -43,27 +38,13 @@ class Exported:
 
 @dataclass(frozen=True)
 class Format:
-    """A row of the table of formats.
+    """A row of the table of formats."""
 
-    Parameters
-    ----------
-    module : str
-        The module of the exporter, imported when it is used.
-    what : str
-        What is written, for the help of the command.
-    suffix : str or None
-        Added to the folder's name where no output is named; None: nothing is written.
-    packages : tuple of str
-        Packages, by the name that is imported, which the exporter needs.
-    extra : str
-        The extra of this package that installs them.
-    """
-
-    module: str
-    what: str
-    suffix: str | None
-    packages: tuple[str, ...] = ()
-    extra: str = ""
+    module: str  # of the exporter, imported when it is used
+    what: str  # is written, for the help of the command
+    suffix: str | None  # of the folder's name if no output is named; None: nothing is written
+    packages: tuple[str, ...] = ()  # that the exporter needs, by the name that is imported
+    extra: str = ""  # of this package, which installs them
 
 
 FORMATS = {
@@ -88,3 +69,8 @@ def is_unequal(config: Mapping[str, Any]) -> bool:
     """Tell whether a config says that the stock class can't build the layers of its folder."""
     mark = config.get("liar")
     return isinstance(mark, Mapping) and mark.get("layers") == "unequal"
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """Return the name of the dtype that a config says its weights have."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

@@ -1,11 +1,7 @@
 """Write a model folder as a GGUF file, for llama.cpp and what is built on it.
 
 Tensors are converted and written one after the other. Vectors (norms, biases) stay float32, as
-llama.cpp expects; matrices get the type that is asked for. Names come from the package ``gguf``::
-
-    model ──architecture_of──▶ llama, qwen2, ... or deci with one size per layer
-      ├──▶ metadata: sizes, rotary embedding, tokenizer
-      └──▶ tensors: q and k in the order of rows that the architecture turns
+llama.cpp expects; matrices get the type that is asked for. Names come from the package ``gguf``.
 """
 
 from __future__ import annotations
@@ -23,7 +19,7 @@ from torch import Tensor, nn
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported
+from liar_ext.export.formats import Exported, stored_dtype
 from liar_ext.export.gguf_architectures import (
     Architecture,
     Layers,
@@ -35,9 +31,10 @@ from liar_ext.export.gguf_architectures import (
 from liar_ext.export.gguf_tokenizer import add_tokenizer
 from liar_ext.export.llama_cpp import LIBRARY, check_type, quantize_file, run_file
 
-OWN_TYPES = ("f32", "f16", "bf16")
 DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 LARGEST_F16 = 65504.0
+GPT2_LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 TOLERANCE = 1e-2  # in nats, of float32 files: sums in another order, Gemma's GELU from a table
 
 
@@ -68,16 +65,16 @@ def export(
         lacks, a weight is out of the type's range, or llama.cpp computes something else.
     """
     fields = read_config(folder, "export")
-    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    stored = stored_dtype(fields)
     stored = stored if stored in DTYPES else "float32"
     kind = (quantize or DTYPES[stored]).lower()
-    if kind not in OWN_TYPES:
+    if kind not in BYTES:
         check_type(kind)
     model, tokenizer = load_model(folder, stored)
     architecture, layers = architecture_of(model), layers_of(model)
     notes = _notes(model, architecture, layers)
-    base = out if kind in OWN_TYPES else out.with_name(f"{out.name}.unquantized")
-    own = kind if kind in OWN_TYPES else DTYPES[stored]
+    base = out if kind in BYTES else out.with_name(f"{out.name}.unquantized")
+    own = kind if kind in BYTES else DTYPES[stored]
     name = folder.name.encode(errors="replace").decode()  # a name on disk may be no UTF-8
     notes += _write(model, tokenizer, architecture, layers, base, own, name)
     if base != out:
@@ -108,19 +105,16 @@ def _checked(model: nn.Module, path: Path, kind: str) -> str:
 
 
 def _notes(model: nn.Module, architecture: Architecture, layers: Layers) -> list[str]:
-    notes = [f"Architecture {architecture.name}: llama-cli -m FILE."]
-    if not layers.equal:
-        notes = [
-            f"Architecture {architecture.name}, whose layers may differ in size, instead of "
-            f"{model.config.model_type}: llama-cli -m FILE."
-        ]
+    instead = f", whose layers may differ in size, instead of {model.config.model_type}"
+    how = f"Architecture {architecture.name}{'' if layers.equal else instead}: llama-cli -m FILE."
     window = sliding_window(model.config)
-    if window is not None and architecture.name != "gemma3":
-        notes.append(
-            f"llama.cpp attends to all tokens here, transformers to the last {window}: outputs "
-            "differ in longer sequences."
-        )
-    return notes
+    if window is None or architecture.name == "gemma3":
+        return [how]
+    return [
+        how,
+        f"llama.cpp attends to all tokens here, transformers to the last {window}: outputs differ "
+        "in longer sequences.",
+    ]
 
 
 def _write(
@@ -138,19 +132,18 @@ def _write(
     writer = gguf.GGUFWriter(out, architecture.name)
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(
-        {
-            "f32": gguf.LlamaFileType.ALL_F32,
-            "f16": gguf.LlamaFileType.MOSTLY_F16,
-            "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-        }[kind]
-    )
+    types = gguf.LlamaFileType
+    file_types = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16}
+    writer.add_file_type(file_types[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_sizes(writer, model, architecture, layers)
     notes = add_tokenizer(writer, tokenizer, model)
     tensors = list(_tensors(model, architecture, layers))
     for each, shape, _ in tensors:
-        _add_info(writer, each, shape, kind)
+        own = kind if len(shape) > 1 else "f32"
+        dtype = np.dtype(np.float16 if own == "f16" else np.float32)
+        raw = gguf.GGMLQuantizationType.BF16 if own == "bf16" else None
+        writer.add_tensor_info(each, shape, dtype, BYTES[own] * math.prod(shape), raw)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -176,29 +169,20 @@ def _tensors(
     factors = rope_factors(model.config, layers.head_dim)
     if factors is not None:
         yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
-    seen: set[int] = set()
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:  # a head that shares the weight of the embeddings
-            continue
-        seen.add(id(parameter))
+    for path, parameter in model.named_parameters():  # a head that shares its weight is not written
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise InputError(
                 f"export: --to gguf: {architecture.name} has no tensor for {path}; use the folder "
                 "itself"
             )
+        turned = architecture.transposed and path.endswith(GPT2_LINEAR)
         shape = tuple(parameter.shape)
-        if architecture.transposed and is_linear(path):
-            shape = shape[::-1]
-        yield name, shape, _reader(path, parameter, architecture, layers)
+        read = _reader(path, parameter.T if turned else parameter, architecture, layers)
+        yield name, shape[::-1] if turned else shape, read
 
 
-def is_linear(path: str) -> bool:
-    """Tell whether a path is the weight of a linear layer of GPT-2, which is stored transposed."""
-    return path.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def _reader(path: str, parameter: nn.Parameter, architecture: Architecture, layers: Layers) -> Read:
+def _reader(path: str, parameter: Tensor, architecture: Architecture, layers: Layers) -> Read:
     """Return what reads a parameter as the architecture takes it."""
     parts = path.split(".")
     if architecture.interleaved and len(parts) > 2 and parts[-2] in ("q_proj", "k_proj"):
@@ -206,13 +190,11 @@ def _reader(path: str, parameter: nn.Parameter, architecture: Architecture, laye
     if architecture.name == "gemma3" and parts[-2].endswith("norm"):
         return lambda: parameter.detach().float() + 1  # which transformers adds in its forward
     if architecture.name == "gptneox" and parts[-2] == "query_key_value":
-        return lambda: stacked(parameter.detach(), layers.head_dim)
-    if architecture.transposed and is_linear(path):
-        return lambda: parameter.detach().T
+        return lambda: _stacked(parameter.detach(), layers.head_dim)
     return parameter.detach
 
 
-def stacked(rows: Tensor, head_dim: int) -> Tensor:
+def _stacked(rows: Tensor, head_dim: int) -> Tensor:
     """Return rows [q; k; v] of all heads, of rows that are q, k and v head by head."""
     return rows.reshape(-1, 3, head_dim, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
@@ -222,16 +204,6 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
     heads = rows.shape[0] // head_dim
     halves = rows.reshape(heads, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
-
-
-def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    import gguf
-
-    kind = kind if len(shape) > 1 else "f32"
-    size = {"f32": 4, "f16": 2, "bf16": 2}[kind] * math.prod(shape)
-    dtype = np.dtype(np.float16 if kind == "f16" else np.float32)
-    raw = gguf.GGMLQuantizationType.BF16 if kind == "bf16" else None
-    writer.add_tensor_info(name, shape, dtype, size, raw)
 
 
 def _as_type(tensor: Tensor, kind: str, name: str) -> np.ndarray:

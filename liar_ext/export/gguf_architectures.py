@@ -24,41 +24,20 @@ ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A row of the table of architectures.
+    """A row of the table of architectures."""
 
-    Parameters
-    ----------
-    name : str
-        Its name in llama.cpp and in the package ``gguf``.
-    interleaved : bool
-        Rotary embeddings turn neighbouring features, (0, 1), (2, 3), ...: the rows of q and k are
-        reordered. Otherwise, as in transformers, they turn halves, (0, d/2), (1, d/2 + 1), ....
-    biases : frozenset of str
-        Layers of a block that may have a bias.
-    per_layer : bool
-        Sizes may differ by layer.
-    square : bool
-        The heads together must have as many features as the residual stream.
-    activation : str
-        Of the MLP, by the name that the config has for it.
-    rms_norm : bool
-        The norms are RMSNorm; otherwise they are LayerNorm.
-    rotary, partial : bool
-        Positions are rotary embeddings; those may leave a part of each head as it is.
-    transposed : bool
-        transformers stores the weights of linear layers transposed.
-    """
-
-    name: str
+    name: str  # in llama.cpp and in the package gguf
+    # Rotary embeddings turn neighbouring features, (0, 1), (2, 3), ...: the rows of q and k are
+    # reordered. Otherwise, as in transformers, they turn halves, (0, d/2), (1, d/2 + 1), ....
     interleaved: bool = False
-    biases: frozenset[str] = frozenset()
-    per_layer: bool = False
-    square: bool = False
-    activation: str = "silu"
-    rms_norm: bool = True
-    rotary: bool = True
-    partial: bool = False
-    transposed: bool = False
+    biases: frozenset[str] = frozenset()  # layers of a block that may have one
+    per_layer: bool = False  # sizes may differ by layer
+    square: bool = False  # the heads together must have as many features as the stream
+    activation: str = "silu"  # of the MLP, by the name in the config
+    rms_norm: bool = True  # otherwise LayerNorm
+    rotary: bool = True  # positions are rotary embeddings
+    partial: bool = False  # which may leave a part of each head as it is
+    transposed: bool = False  # transformers stores the weights of linear layers so
 
 
 LLAMA = Architecture("llama", interleaved=True, biases=ALL)
@@ -95,6 +74,13 @@ ARCHITECTURES: dict[str, tuple[Architecture, ...]] = {
         ),
     ),
 }
+LACKS = {  # deci, of a family
+    "qwen3": "norms of queries and keys",
+    "smollm3": "layers without rotary embeddings",
+    "gpt2": "learned positions",
+    "gpt_neox": "LayerNorm",
+    "gemma3_text": "norms after the branches",
+}
 NOPE_STEP = 4  # of smollm3 in llama.cpp: every fourth layer has no rotary embedding
 GEMMA_STEP = 6  # of gemma3: every sixth layer attends to all tokens
 GEMMA_LOCAL_THETA = 10000.0  # of the others
@@ -102,20 +88,12 @@ GEMMA_LOCAL_THETA = 10000.0  # of the others
 
 @dataclass(frozen=True)
 class Layers:
-    """Sizes of the layers, as an architecture takes them.
-
-    Parameters
-    ----------
-    heads, kv_heads, channels : tuple of int
-        One number per layer.
-    head_dim : int
-        Features of a head, the same in all layers.
-    """
+    """Sizes of the layers, as an architecture takes them: one number per layer."""
 
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
-    head_dim: int
+    head_dim: int  # the same in all layers
 
     @property
     def equal(self) -> bool:
@@ -135,13 +113,7 @@ def layers_of(model: nn.Module) -> Layers:
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Return the architecture that runs a model.
-
-    Raises
-    ------
-    InputError
-        If there is none, with the reason and what to do instead.
-    """
+    """Return the architecture that runs a model; refuse it with the reason if there is none."""
     config, kind = model.config, model.config.model_type
     if kind not in ARCHITECTURES or not predicts_next_token(model):
         others = "--to onnx" if not predicts_next_token(model) else "the folder itself"
@@ -155,20 +127,16 @@ def architecture_of(model: nn.Module) -> Architecture:
     return _first_that_fits(model, ARCHITECTURES[kind], layers_of(model))
 
 
-def biased(model: nn.Module) -> dict[str, int]:
-    """Return the layers of the blocks that have a bias, and how many blocks have each."""
-    found: dict[str, int] = {}
-    for site in sites(model):
-        for name in (*site.producers, site.consumer):
-            if getattr(model.get_submodule(name), "bias", None) is not None:
-                found[name.split(".")[-1]] = found.get(name.split(".")[-1], 0) + 1
-    return found
-
-
 def _first_that_fits(
     model: nn.Module, candidates: tuple[Architecture, ...], layers: Layers
 ) -> Architecture:
-    unequal, biases = not layers.equal, set(biased(model))
+    unequal = not layers.equal
+    paths = {path for site in sites(model) for path in (site.consumer, *site.producers)}
+    biases = {
+        path.rpartition(".")[2]
+        for path in paths
+        if getattr(model.get_submodule(path), "bias", None) is not None
+    }
     stream = model.get_input_embeddings().weight.shape[1]
     square = layers.heads[0] * layers.head_dim == stream
     for each in candidates:
@@ -179,7 +147,7 @@ def _first_that_fits(
     if unequal and not best.per_layer:
         raise _refusal(
             f"{best.name} gives all layers the same sizes, those of this {kind} differ, and deci, "
-            f"which takes any, has no {_lacks(kind)}; export it with --to uniform first, or prune "
+            f"which takes any, has no {LACKS[kind]}; export it with --to uniform first, or prune "
             "with --uniform-layers"
         )
     if best.square and not square:
@@ -193,53 +161,42 @@ def _first_that_fits(
     )
 
 
-def _lacks(kind: str) -> str:
-    """Return what ``deci`` lacks of a family."""
-    return {
-        "qwen3": "norms of queries and keys",
-        "smollm3": "layers without rotary embeddings",
-        "gpt2": "learned positions",
-        "gpt_neox": "LayerNorm",
-    }.get(kind, "norms after the branches")
-
-
 def _check_config(config: Any) -> None:
     """Refuse what llama.cpp computes otherwise, or has fixed at other values."""
     kind = config.model_type
-    activation = ARCHITECTURES[kind][0].activation
     names = ("hidden_act", "hidden_activation", "activation_function")
     found = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    expected: dict[str, tuple[Any, Any]] = {"activation": (found, activation)}
-    depth = config.num_hidden_layers
+    wanted: dict[str, Any] = {"activation": ARCHITECTURES[kind][0].activation}
+    values, depth = {"activation": found}, config.num_hidden_layers
     if kind == "smollm3":
         rotary = [int((index + 1) % NOPE_STEP != 0) for index in range(depth)]
-        expected["no_rope_layers"] = (list(map(int, config.no_rope_layers)), rotary)
-        expected["use_sliding_window"] = (bool(config.use_sliding_window), False)
-    if kind == "gemma3_text":
-        kinds = [
-            "sliding_attention" if (index + 1) % GEMMA_STEP else "full_attention"
-            for index in range(depth)
-        ]
-        expected |= {
-            "layer_types": (list(config.layer_types), kinds),
-            "query_pre_attn_scalar": (config.query_pre_attn_scalar, config.head_dim),
-            "final_logit_softcapping": (config.final_logit_softcapping, None),
-            "attn_logit_softcapping": (config.attn_logit_softcapping, None),
-            "use_bidirectional_attention": (bool(config.use_bidirectional_attention), False),
-        }
+        wanted |= {"no_rope_layers": rotary, "use_sliding_window": False}
+        values |= {"no_rope_layers": list(map(int, config.no_rope_layers))}
+    elif kind == "gemma3_text":
+        kinds = ("full_attention", "sliding_attention")
         local = rope_parameters(config, "sliding_attention")
-        expected["the local rope_theta"] = (local.get("rope_theta"), GEMMA_LOCAL_THETA)
-        expected["the local rope_type"] = (local.get("rope_type", "default"), "default")
-    if kind == "gpt2":
-        expected["scale_attn_weights"] = (bool(config.scale_attn_weights), True)
-        expected["scale_attn_by_inverse_layer_idx"] = (
-            bool(config.scale_attn_by_inverse_layer_idx),
-            False,
-        )
-    for name, (value, wanted) in expected.items():
-        if value != wanted:
+        wanted |= {
+            "layer_types": [kinds[bool((index + 1) % GEMMA_STEP)] for index in range(depth)],
+            "query_pre_attn_scalar": config.head_dim,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+            "the local rope_theta": GEMMA_LOCAL_THETA,
+            "the local rope_type": "default",
+        }
+        values |= {
+            "layer_types": list(config.layer_types),
+            "the local rope_theta": local.get("rope_theta"),
+            "the local rope_type": local.get("rope_type", "default"),
+        }
+    elif kind == "gpt2":
+        wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    for name, right in wanted.items():
+        value = values[name] if name in values else getattr(config, name)
+        value = bool(value) if isinstance(right, bool) else value
+        if value != right:
             raise _refusal(
-                f"llama.cpp's {ARCHITECTURES[kind][0].name} has {name} {str(wanted)[:60]}, this "
+                f"llama.cpp's {ARCHITECTURES[kind][0].name} has {name} {str(right)[:60]}, this "
                 f"model {str(value)[:60]}; use the folder itself"
             )
 

@@ -1,10 +1,9 @@
 r"""Write a tokenizer into a GGUF file.
 
-llama.cpp has two kinds of BPE. Of the one that works on bytes (GPT-2, Llama 3, Qwen) it needs
-tokens, merges and the *name* of the rule that splits text into words; which one it is, is found by
-comparing the tokenizer's own rule with those below. The other (Llama 2, Gemma; SentencePiece's)
-joins the two neighbours whose token has the highest score. A fast tokenizer holds merges instead,
-sorted by these scores, so that minus the rank of the first merge that makes a token is its score.
+llama.cpp has two kinds of BPE. The one that works on bytes (GPT-2, Llama 3, Qwen) needs tokens,
+merges and the *name* of the rule that splits text into words. The other (Llama 2, Gemma;
+SentencePiece's) joins the two neighbours whose token has the highest score. A fast tokenizer holds
+merges instead, sorted by these scores: minus the rank of the first that makes a token is its score.
 """
 
 from __future__ import annotations
@@ -37,18 +36,13 @@ RULES: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((ONE, WHOLE), False): "qwen2",
     ((("Split", f"{TEKKEN}{WORDS}"), WHOLE), True): "tekken",
 }
+DETAILS = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 NEVER = -1e6  # score of a token that no merge makes
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, model: nn.Module) -> list[str]:
-    """Write the tokenizer of a model, and its chat template; return what the user should know.
-
-    Raises
-    ------
-    InputError
-        If llama.cpp has no such tokenizer.
-    """
+    """Write the tokenizer of a model, and its chat template; return what the user should know."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is None:
         writer.add_tokenizer_model("none")
@@ -60,23 +54,24 @@ def add_tokenizer(writer: Any, tokenizer: Any, model: nn.Module) -> list[str]:
     if fields["model"].get("type") != "BPE":
         raise _refusal(f"{fields['model'].get('type')}, not BPE")
     tokens, types, notes = _tokens(tokenizer, fields, rows)
-    if fields["model"].get("byte_fallback"):
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list(tokens)
-        writer.add_token_scores(_scores(tokens, fields["model"]))
-        writer.add_add_space_prefix(_prepends_space(fields))
+    joins_by_score = bool(fields["model"].get("byte_fallback"))
+    rule, more = ("default", []) if joins_by_score else _rule(fields)
+    writer.add_tokenizer_model("llama" if joins_by_score else "gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(tokens)
+    merges = fields["model"]["merges"]
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in merges]
+    if joins_by_score:
+        ranks: dict[str, int] = {}
+        for rank, (first, second) in enumerate(pairs):
+            ranks.setdefault(first + second, rank)
+        writer.add_token_scores([-float(ranks[t]) if t in ranks else NEVER for t in tokens])
     else:
-        rule, more = _rule(fields)
-        notes += more
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(rule)
-        writer.add_token_list(tokens)
-        writer.add_token_merges([" ".join(pair) for pair in _merges(fields["model"])])
-        writer.add_add_space_prefix(False)
+        writer.add_token_merges([" ".join(pair) for pair in pairs])
+    writer.add_add_space_prefix(joins_by_score and _prepends_space(fields))
     writer.add_token_types(types)
     _add_special(writer, tokenizer, rows)
-    return notes
+    return notes + more
 
 
 def _tokens(
@@ -104,25 +99,10 @@ def _tokens(
     unknown = fields["model"].get("unk_token")
     if fallback and unknown in tokens:
         types[tokens.index(unknown)] = int(kind.UNKNOWN)
-    notes = []
-    if dropped:
-        names = ", ".join(sorted(dropped)[:4])
-        notes.append(f"Tokens without a row of the embeddings are left out: {names}.")
-    return tokens, types, notes
-
-
-def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges, as pairs, whichever way they are written."""
-    pairs = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
-    return [(first, second) for first, second in pairs]
-
-
-def _scores(tokens: list[str], model: Mapping[str, Any]) -> list[float]:
-    """Return minus the rank of the first merge that makes each token."""
-    ranks: dict[str, int] = {}
-    for rank, (first, second) in enumerate(_merges(model)):
-        ranks.setdefault(first + second, rank)
-    return [-float(ranks[token]) if token in ranks else NEVER for token in tokens]
+    if not dropped:
+        return tokens, types, []
+    names = ", ".join(sorted(dropped)[:4])
+    return tokens, types, [f"Tokens without a row of the embeddings are left out: {names}."]
 
 
 def _prepends_space(fields: Mapping[str, Any]) -> bool:
@@ -151,15 +131,11 @@ def _rule(fields: Mapping[str, Any]) -> tuple[str, list[str]]:
         if step["type"] != "NFC":
             raise _refusal(f"with the normalisation {step['type']}")
         notes.append("llama.cpp doesn't normalise text (NFC) as the tokenizer does.")
-    steps = _steps(fields["pre_tokenizer"], "pretokenizers")
     parts: list[tuple[str, Any]] = []
-    for step in steps:
-        detail = {
-            "ByteLevel": lambda step: step["use_regex"],
-            "Digits": lambda step: step["individual_digits"],
-            "Split": lambda step: step["pattern"].get("Regex"),
-        }.get(step["type"], lambda step: None)
-        parts.append((step["type"], detail(step)))
+    for step in _steps(fields["pre_tokenizer"], "pretokenizers"):
+        kind = step["type"]
+        detail = step[DETAILS[kind]] if kind in DETAILS else None
+        parts.append((kind, detail.get("Regex") if kind == "Split" else detail))
         if step.get("add_prefix_space") or step.get("invert"):
             raise _refusal("that adds a space in front, or splits by what it keeps")
     name = RULES.get((tuple(parts), bool(fields["model"].get("ignore_merges"))))

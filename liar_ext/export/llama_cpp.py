@@ -1,8 +1,8 @@
 """Quantise GGUF files by llama.cpp's own quantiser, and run them.
 
-The quantiser is the program ``llama-quantize`` if it is on the path, else the library that the
-package ``llama-cpp-py-sync`` brings; that library also runs files, to check them. Both have a
-process of their own: llama.cpp ends its process where it can't go on.
+The quantiser is the program ``llama-quantize`` if it is on the path, else the library of the
+package ``llama-cpp-py-sync``, which also runs files. Both have a process of their own: llama.cpp
+ends its process if it can't go on.
 """
 
 from __future__ import annotations
@@ -48,13 +48,7 @@ def check_type(kind: str) -> None:
 
 
 def quantize_file(source: Path, out: Path, kind: str) -> list[str]:
-    """Write ``source`` in another type; return what the user should know.
-
-    Raises
-    ------
-    InputError
-        If the quantiser fails, with the end of what it said.
-    """
+    """Write ``source`` in another type; return what the user should know."""
     program = shutil.which(PROGRAM)
     if program is not None:
         command = [program, str(source), str(out), kind.upper()]
@@ -70,28 +64,10 @@ def quantize_file(source: Path, out: Path, kind: str) -> list[str]:
 
 
 def run_file(path: Path, ids: np.ndarray, *, logits: bool = False) -> dict[str, np.ndarray]:
-    """Return what llama.cpp computes for token ids.
+    """Return what llama.cpp computes for token ids, (sequences, tokens), without padding.
 
-    Parameters
-    ----------
-    path : Path
-        A GGUF file.
-    ids : ndarray
-        Shape (sequences, tokens), without padding.
-    logits : bool
-        Return all logits, too; they have as many numbers as tokens times vocabulary.
-
-    Returns
-    -------
-    dict
-        ``nll``: ``-log p(token | those before it)``, shape (sequences, tokens - 1), float64;
-        ``seconds`` that it took without loading; and ``logits``, shape (sequences, tokens,
-        vocabulary).
-
-    Raises
-    ------
-    InputError
-        If the library is missing, or can't run the file.
+    ``nll`` is ``-log p(token | those before it)``, (sequences, tokens - 1), float64; ``seconds``
+    are without loading; and ``logits``, if they are asked for, are (sequences, tokens, vocabulary).
     """
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder, "ids.npy"), Path(folder, "out.npz")

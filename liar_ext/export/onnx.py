@@ -1,47 +1,52 @@
 """ONNX: encoders and classifiers for onnxruntime, optimum and sentence-transformers.
 
-What is written is a folder that stock tools read::
-
-    OUT/onnx/model.onnx      input_ids, attention_mask[, token_type_ids] or pixel_values
-                             → last_hidden_state, or logits; and sentence_embedding where the folder
-                             says how to pool
-    OUT/config.json, tokenizer, modules.json, 1_Pooling/, ...
+``OUT/onnx/model.onnx`` takes input_ids, attention_mask[, token_type_ids] or pixel_values, and gives
+last_hidden_state or logits, and sentence_embedding if the folder says how to pool. Beside it lie
+what stock tools read: config.json, tokenizer, modules.json, 1_Pooling/, ...
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
+import math
 import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from liar_ext.checkpoint.loading import load_model
+from liar_ext.checkpoint.names import PROCESSOR_FILES
+from liar_ext.checkpoint.saving import save_tokenizer
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, refusing
 from liar_ext.export.formats import Exported
-from liar_ext.export.onnx_graph import (
-    EMBEDDING,
-    MOST_IN_ONE_FILE,
-    Difference,
-    build_graph,
-    compare,
-    sample_inputs,
-    silent,
-    write_graph,
-)
 from liar_ext.export.sentence import Sentence, read_inside, read_sentence
 from liar_ext.models.running import inputs_read, predicts_next_token
 
 FILE = Path("onnx", "model.onnx")
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR = PROCESSOR_FILES[0]
 QUANTIZE = ("float32", "int8")
 # float32 sums in another order lose some 1e-6; a graph that is wrong loses far more.
 MOST_LOST = 1e-4
 # Of int8, whose difference on random inputs says little of a task: zeros would be as near as this.
 MOST_LOST_BY_INT8 = 1.0
 NOT_OF_A_GRAPH = ("auto_map", "liar", "quantization_config", *LAYER_FIELDS)
+# What a model's forward returns, by the names that transformers and optimum use.
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+EMBEDDING = "sentence_embedding"
+# (sequences, tokens): both 1, tokens of one sequence, padding on the right and on the left.
+SHAPES = ((1, 1), (1, 7), (3, 1), (2, 16), (5, 11))
+# protobuf stops at 2 GiB; of what weights leave, the graph itself takes some megabytes.
+MOST_IN_ONE_FILE = 2**31 - 2**26
+OPSET = 20
+UNFIT = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
 
 
 def export(
@@ -90,27 +95,35 @@ def export(
     path.parent.mkdir(parents=True)
     first = path if quantize == "float32" else path.with_name("float32.onnx")
     write_graph(graph, first)
-    found = compare(graph, first)
-    if not found.relative <= MOST_LOST:
-        raise _wrong(found, MOST_LOST, "")
+    largest, _ = _checked(graph, first, MOST_LOST, "")
     notes = [
         f"{FILE}: {', '.join(sample_inputs(model, 1, 1))} to {', '.join(graph.names)}, "
         f"{_size(first) / 1e6:,.1f} MB in float32; onnxruntime's outputs differ from torch's by "
-        f"{found.largest:.1e} at most."
+        f"{largest:.1e} at most."
     ]
     if first != path:
         notes.append(_to_int8(graph, first, path))
     _write_companions(out, model, tokenizer, sentence, processor)
-    notes += _how_to_load(model, tokenizer, sentence)
+    how = f"Load with onnxruntime.InferenceSession('OUT/{FILE}')"
+    notes.append(
+        f"{how}, or with optimum."
+        if sentence is None
+        else f"{how} and ask for {EMBEDDING}, or with SentenceTransformer('OUT', backend='onnx')."
+    )
+    if tokenizer is None and model.main_input_name == "input_ids":
+        notes.append("The folder has no tokenizer, so none was written: put one beside the graph.")
     return Exported("onnx", (out,), tuple(notes))
 
 
-def _wrong(found: Difference, most: float, hint: str) -> InputError:
-    return InputError(
-        f"export: onnxruntime's outputs are not torch's: they differ by {found.largest:.1e}, "
-        f"relatively by {found.relative:.1e} where {most:.0e} is allowed; nothing was written"
-        f"{hint}"
-    )
+def _checked(graph: nn.Module, path: Path, most: float, hint: str) -> tuple[float, float]:
+    """Return how far a file is from torch, see :func:`compare`; refuse it if that is too far."""
+    largest, relative = compare(graph, path)
+    if not relative <= most:
+        raise InputError(
+            f"export: onnxruntime's outputs are not torch's: they differ by {largest:.1e}, "
+            f"relatively by {relative:.1e} where {most:.0e} is allowed; nothing was written{hint}"
+        )
+    return largest, relative
 
 
 def _to_int8(graph: nn.Module, first: Path, path: Path) -> str:
@@ -118,32 +131,25 @@ def _to_int8(graph: nn.Module, first: Path, path: Path) -> str:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     before = _size(first)
-    try:
-        with silent():
-            quantize_dynamic(
-                first,
-                path,
-                weight_type=QuantType.QInt8,
-                per_channel=True,
-                # Seven bits: a sum of two products of eight overflows 16 bits on CPUs without VNNI.
-                reduce_range=True,
-                use_external_data_format=before > 2 * MOST_IN_ONE_FILE,
-            )
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # protobuf's, too, where the disk is full and nothing noticed
-        raise InputError(
-            f"export: onnxruntime can't quantise this graph: {type(error).__name__}: "
-            f"{one_line(error)}; free space if the disk is full, or leave --quantize out"
-        ) from error
+    what = "export: onnxruntime can't quantise this graph"
+    # Of a full disk protobuf has an error of its own.
+    hint = "free space if the disk is full, or leave --quantize out"
+    with silent(), refusing(what, hint, Exception, named=True, but=(OSError,)):
+        quantize_dynamic(
+            first,
+            path,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            # Seven bits: a sum of two products of eight overflows 16 bits on CPUs without VNNI.
+            reduce_range=True,
+            use_external_data_format=before > 2 * MOST_IN_ONE_FILE,
+        )
     for file in _files(first):
         file.unlink()
-    found = compare(graph, path)
-    if not found.relative <= MOST_LOST_BY_INT8:
-        raise _wrong(found, MOST_LOST_BY_INT8, "; leave --quantize out")
+    largest, relative = _checked(graph, path, MOST_LOST_BY_INT8, "; leave --quantize out")
     return (
         f"int8: {_size(path) / 1e6:,.1f} MB for {before / 1e6:,.1f} MB; greatest difference from "
-        f"torch {found.largest:.2g}, relatively {found.relative:.2g}, on random inputs: measure "
+        f"torch {largest:.2g}, relatively {relative:.2g}, on random inputs: measure "
         "your own task."
     )
 
@@ -166,11 +172,7 @@ def _write_companions(
     fields["architectures"] = [type(model).__name__]
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
-    if tokenizer is not None:
-        try:
-            tokenizer.save_pretrained(out)
-        except Exception as error:  # its Rust library raises nothing more special
-            raise OSError(f"the tokenizer can't be saved: {one_line(error)}") from error
+    save_tokenizer(tokenizer, out)
     if sentence is not None:
         sentence.save(out)
     if processor is not None:
@@ -178,14 +180,158 @@ def _write_companions(
         (out / PREPROCESSOR).write_text(text, encoding="utf-8")
 
 
-def _how_to_load(model: Any, tokenizer: Any, sentence: Sentence | None) -> list[str]:
-    """Return sentences for the user."""
-    notes = [f"Load with onnxruntime.InferenceSession('OUT/{FILE}'), or with optimum."]
-    if sentence is not None:
-        notes = [
-            f"Load with onnxruntime.InferenceSession('OUT/{FILE}') and ask for {EMBEDDING}, or "
-            "with SentenceTransformer('OUT', backend='onnx')."
-        ]
-    if tokenizer is None and model.main_input_name == "input_ids":
-        notes.append("The folder has no tokenizer, so none was written: put one beside the graph.")
-    return notes
+class Graph(nn.Module):
+    """Token ids or pixels to the outputs of a model, in the order of ``names``."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], sentence: Sentence | None) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+        self.pooling = sentence and sentence.pooling
+        self.rest = sentence and sentence.rest
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return the model's outputs and, where there is a pooling, the sentence's embedding."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"token_type_ids": token_type_ids, "pixel_values": pixel_values}
+        given = {name: value for name, value in inputs.items() if value is not None}
+        result = self.model(**given)
+        found = [result[name] for name in self.names if name != EMBEDDING]
+        if self.pooling is not None:
+            found.append(self.rest(self.pooling(result["last_hidden_state"], attention_mask)))
+        return tuple(found)
+
+
+def build_graph(model: nn.Module, sentence: Sentence | None) -> nn.Module:
+    """Return a module whose forward is the graph; refuse outputs that aren't in ``OUTPUTS``."""
+    # Explicit products and a softmax: of what torch fuses, sequences that are all padding come out
+    # as other numbers elsewhere.
+    model.set_attn_implementation("eager")
+    model.config.use_cache = False
+    inputs = sample_inputs(model, *SHAPES[1])
+    with torch.no_grad(), _refusing(type(model).__name__):
+        result = model(**inputs)
+    names = [name for name in OUTPUTS if name in result]
+    # What a task needs ends so; all else are intermediate states.
+    if not names or any(key not in names and key.endswith("logits") for key in result):
+        raise InputError(
+            f"export: --to onnx can't express {type(model).__name__}, whose outputs are "
+            f"{', '.join(result)}; export an encoder, or a classifier of texts, tokens or images"
+        )
+    if not all(result[name].isfinite().all() for name in names):
+        raise InputError(
+            f"export: the outputs of {type(model).__name__} for random inputs hold NaN or "
+            "infinity; look for damaged weights"
+        )
+    sentence = sentence if "input_ids" in inputs else None
+    graph = Graph(model, [*names, *([EMBEDDING] if sentence else [])], sentence).eval()
+    with torch.no_grad(), _refusing("modules.json, after the encoder"):
+        graph(**inputs)
+    return graph
+
+
+def sample_inputs(model: nn.Module, batch: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """Return random inputs; of texts all but the first are padded, on the right and on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (batch, config.num_channels, height, width)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
+    rows = model.get_input_embeddings().weight.shape[0]
+    pad = config.pad_token_id if config.pad_token_id in range(rows) else 0
+    # RoBERTa counts positions from beyond its padding token.
+    longest = getattr(config, "max_position_embeddings", tokens + pad + 1) - pad - 1
+    tokens = max(1, min(tokens, longest))
+    ids = torch.randint(rows, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, batch):
+        left = (row - 1) % max(tokens // 2, 1)
+        right = tokens // 2 if row % 2 else 0
+        mask[row, : left * (row % 2 == 0)] = 0
+        mask[row, tokens - min(right, tokens - 1) :] = 0
+    ids = torch.where(ids == pad, (pad + 1) % rows, ids).where(mask.bool(), pad)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    arguments = inspect.signature(model.forward).parameters
+    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in arguments:
+        inputs["token_type_ids"] = torch.randint(2, ids.shape, generator=generator) * mask
+    return inputs
+
+
+def write_graph(graph: nn.Module, path: Path) -> None:
+    """Write a graph with any number of sequences and tokens."""
+    inputs = sample_inputs(graph.model, 2, 7)
+    axes = {0: "batch"} if "pixel_values" in inputs else {0: "batch", 1: "tokens"}
+    size = sum(each.nbytes for each in graph.state_dict().values())
+    with torch.no_grad(), silent(), _refusing(type(graph.model).__name__):
+        torch.onnx.export(
+            graph,
+            kwargs=inputs,
+            f=path,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=list(graph.names),
+            dynamic_shapes=dict.fromkeys(inputs, axes),
+            external_data=size > MOST_IN_ONE_FILE,
+            verbose=False,
+        )
+
+
+def compare(graph: nn.Module, path: Path) -> tuple[float, float]:
+    """Return how far a file is from torch, over all of ``SHAPES``, in a session of onnxruntime.
+
+    Returned are ``max |y − ŷ|`` over all outputs, infinite if one isn't finite or of another
+    shape, and, of the output where it is largest, ``|y − ŷ|₂ / |y|₂``.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    largest = relative = 0.0
+    with _refusing("what was written, by onnxruntime", Exception):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_outputs()]
+        taken = {each.name for each in session.get_inputs()}
+        for seed, shape in enumerate(SHAPES):
+            inputs = sample_inputs(graph.model, *shape, seed=seed)
+            if taken != set(inputs) or names != list(graph.names):
+                raise ValueError(f"it takes {', '.join(taken)} and gives {', '.join(names)}")
+            with torch.no_grad():
+                expected = graph(**inputs)
+            got = session.run(None, {name: each.numpy() for name, each in inputs.items()})
+            for ours, theirs in zip(expected, map(torch.from_numpy, got), strict=True):
+                if ours.shape != theirs.shape or not theirs.isfinite().all():
+                    return math.inf, math.inf
+                largest = max(largest, float((ours - theirs).abs().max()))
+                norm = float(ours.norm()) or 1.0
+                relative = max(relative, float((ours - theirs).norm()) / norm)
+    return largest, relative
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep back warnings and logs of libraries that are about their own insides."""
+    root, null = logging.getLogger(), logging.NullHandler()
+    before = root.manager.disable
+    root.addHandler(null)  # else a warning to the root logger gives it a handler for good
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        root.removeHandler(null)
+
+
+def _refusing(what: str, *kinds: type[BaseException]) -> AbstractContextManager[None]:
+    """Turn what a library raises at a model that it can't take into one line."""
+    what, hint = f"export: --to onnx can't express {what}", "use the folder with transformers"
+    return refusing(what, hint, *(kinds or UNFIT), named=True, but=(OSError,))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from liar_ext.checkpoint.carrying import MODULES_FILE
 from liar_ext.checkpoint.inspection import WEIGHTS, read_json
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.untrusted import UNREADABLE, read_value
 
 # Settings of the whole chain: the longest text, prompts, which similarity is meant.
@@ -98,18 +98,10 @@ class Sentence:
 
 
 def read_sentence(folder: Path) -> Sentence | None:
-    """Return what sentence-transformers does after the encoder of a folder.
+    """Return what sentence-transformers does after the encoder of a folder; None if nothing.
 
-    Returns
-    -------
-    Sentence or None
-        None if the folder has no modules.json, or one that ends with the encoder.
-
-    Raises
-    ------
-    InputError
-        If a file is damaged, leads out of the folder, or names a module or a setting that isn't in
-        the table.
+    A file that is damaged, leads out of the folder, or names a module or a setting that isn't in
+    the table, is refused.
     """
     if not os.path.lexists(folder / MODULES_FILE):
         return None
@@ -151,17 +143,13 @@ def read_sentence(folder: Path) -> Sentence | None:
 def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
     """Return the kinds of the modules, none of which is imported, with their folders."""
     path, chain = _inside(folder, PurePosixPath(MODULES_FILE)), []
-    try:
+    what, kinds = f"sentence encoder: {folder} holds no readable {MODULES_FILE}", UNREADABLE
+    with refusing(what, "copy the folder again", *kinds, KeyError, TypeError, named=True):
         entries, _ = read_value(path)
         if not isinstance(entries, list) or not 0 < len(entries) <= MOST_MODULES:
             raise ValueError(f"it must be a list of 1 to {MOST_MODULES} modules")
         named = [(str(entry["type"]), entry["path"]) for entry in entries]
         named = [(kind, name, PurePosixPath(name)) for kind, name in named]
-    except (*UNREADABLE, KeyError, TypeError) as error:
-        raise InputError(
-            f"sentence encoder: {folder} holds no readable {MODULES_FILE}: {type(error).__name__}: "
-            f"{one_line(error)}; copy the folder again"
-        ) from error
     for kind, name, place in named:
         last = kind.rpartition(".")[2]
         if kind.split(".")[0] != "sentence_transformers" or last not in KINDS:
@@ -244,13 +232,9 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
 def _read_dense_weights(folder: Path, path: PurePosixPath) -> Mapping[str, Tensor]:
     if not os.path.lexists(folder / path / WEIGHTS):
         raise _cannot(f"{path} has no {WEIGHTS}, and other formats can run code when they are read")
-    try:
+    what = f"sentence encoder: {folder / path / WEIGHTS} is damaged"
+    with refusing(what, "copy it again", OSError, SafetensorError, ValueError):
         return load_file(_inside(folder, path / WEIGHTS))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(
-            f"sentence encoder: {folder / path / WEIGHTS} is damaged: {one_line(error)}; copy it "
-            "again"
-        ) from error
 
 
 def _text(fields: Any) -> str:

@@ -1,20 +1,13 @@
 """Write a pruned folder with unequal layers as one with equal layers, with the same outputs.
 
-Every layer gets as many units as the widest one; those that are added are zero. With the kept units
-K of a site and the units Z that come back as zeros, in the order of the dense model::
-
-    producers   W[rows of K] stay, W[rows of Z] = 0, and so for biases
-    consumer    W[:, columns of K] stay, W[:, columns of Z] = 0
-
-A zero channel writes zero into the stream. A zero KV group attends evenly and reads zeros. So the
-outputs are the same, stock loaders take the folder, and the price is parameters and time.
+Every layer gets as many units as the widest one. Rows of producers, and columns of the consumer,
+are zero for units that are added: a zero channel writes zero, a zero KV group reads zeros. The
+price is parameters and time.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,22 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.checkpoint import load_model
-from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.fingerprint import count_params, run_on
 from liar_ext.checkpoint.inspection import read_config, read_json
+from liar_ext.checkpoint.loading import read_plan
 from liar_ext.checkpoint.names import PLAN_FILE, RECIPE_YAML, REPORT_JSON
 from liar_ext.checkpoint.saving import save_pruned
-from liar_ext.checkpoint.stock_config import equal_config, how_to_load
+from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported, is_unequal
+from liar_ext.export.formats import Exported, is_unequal, stored_dtype
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.residual_stream import hidden_of
-from liar_ext.models.running import draw_inputs, output_of
-from liar_ext.models.sites import Site, sites, skeleton
+from liar_ext.models.running import draw_inputs
+from liar_ext.models.sites import sites, skeleton
 from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.plan import Plan, SitePlan, kind_of
-
-# What a config says of unequal layers, and of what was saved.
-MARKS = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "liar")
 
 
 def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int = 1) -> Exported:
@@ -66,8 +57,12 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
             f"export: --to uniform: {folder.name} needs no code to load as it is, its layers being "
             "equal; use the folder itself"
         )
-    plan = _read_plan(folder)
-    stored = str(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+    if not (folder / PLAN_FILE).is_file():
+        raise InputError(
+            f"export: --to uniform: {folder} has no {PLAN_FILE}, which says what its layers keep; "
+            "copy the folder again, or prune again with --uniform-layers"
+        )
+    plan, stored = read_plan(folder / PLAN_FILE, "export"), stored_dtype(fields)
     model, tokenizer = load_model(folder, stored if hasattr(torch, stored) else "float32")
     found = sites(model, attn_unit=plan.attn_unit)
     instead = "prune with --uniform-layers, which keeps equally many units of all layers"
@@ -78,7 +73,7 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
                 f"export: --to uniform: {PLAN_FILE} keeps {len(plan.sites[site.name].kept)} units "
                 f"of {site.name}, the weights have {site.units}; copy the folder again"
             )
-    config = _dense_config(model.config)
+    config = dense_config(model.config)
     hidden = plan.hidden
     if hidden is not None and hidden_of(skeleton(type(model), config)).size != hidden.units:
         plan = replace(plan, hidden=None)  # the config says the smaller hidden size
@@ -89,30 +84,11 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     difference = _difference(model, padded)
     wide = replace(wide, hidden=hidden)
     counts = {"before": count_params(model), "after": count_params(padded)}
-    report = _report(folder, counts) | {"loading": how_to_load(padded, wide)}
+    report = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
+    report |= {"uniform": {"source": folder.name, "params": counts}}
+    report |= {"loading": how_to_load(padded, wide)}
     save_pruned(padded, out, wide, report=report, tokenizer=tokenizer)
     return Exported("uniform", (out,), _notes(folder.name, plan, wide, counts, difference))
-
-
-def _read_plan(folder: Path) -> Plan:
-    """Return the plan of a folder; it says which units of the dense model are there."""
-    if not (folder / PLAN_FILE).is_file():
-        raise InputError(
-            f"export: --to uniform: {folder} has no {PLAN_FILE}, which says what its layers keep; "
-            "copy the folder again, or prune again with --uniform-layers"
-        )
-    return Plan.from_json(json.dumps(read_json(folder / PLAN_FILE, "export")))
-
-
-def _dense_config(config: Any) -> Any:
-    """Return a config from which the dense model is built."""
-
-    def without_marks(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {key: without_marks(each) for key, each in value.items() if key not in MARKS}
-
-    return type(config).from_dict(without_marks(config.to_dict()))
 
 
 def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan:
@@ -131,7 +107,7 @@ def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan
         everything = len(own) < sum(site.kind == kind for site in sites(model, (kind,)))
         if kind == "mlp":
             least = min(units, -(-least // multiple_of) * multiple_of)
-        runs = _runs(model, plan, kind)
+        runs = sites(model, (kind,), plan.attn_unit)[0].groups  # into which the units fall
         tries = range(units if everything else least, units + 1, runs)
         for count in tries if kind == "attn" else sorted({tries[0], units}):
             more = {name: _widened(site, count, runs) for name, site in own.items()}
@@ -147,11 +123,6 @@ def _widest(model: nn.Module, config: Any, plan: Plan, multiple_of: int) -> Plan
     return chosen
 
 
-def _runs(model: nn.Module, plan: Plan, kind: str) -> int:
-    """Return how many equal runs the units of a kind fall into."""
-    return sites(model, (kind,), plan.attn_unit)[0].groups
-
-
 def _widened(site: SitePlan, count: int, runs: int) -> SitePlan:
     """Return the plan of a site that keeps ``count`` units; those that come back are the first."""
     run, kept = site.units // runs, set(site.kept)
@@ -164,9 +135,8 @@ def _widened(site: SitePlan, count: int, runs: int) -> SitePlan:
 
 def _builds(stock: type[nn.Module], config: Any, plan: Plan, kind: str) -> bool:
     """Tell whether a config says the layers of a plan; for "attn" the MLP stays dense."""
-    own = {name: site for name, site in plan.sites.items() if kind_of(name) == kind}
-    if kind == "mlp":  # the last one: with all the others
-        own = dict(plan.sites)
+    # The MLP comes last: with all the others.
+    own = {n: site for n, site in plan.sites.items() if kind == "mlp" or kind_of(n) == kind}
     shapes = skeleton(stock, config)
     apply_plan(shapes, replace(plan, sites=own))
     return equal_config(shapes, config) is not None
@@ -175,80 +145,39 @@ def _builds(stock: type[nn.Module], config: Any, plan: Plan, kind: str) -> bool:
 @torch.no_grad()
 def _fill(padded: nn.Module, model: nn.Module, plan: Plan, wide: Plan) -> None:
     """Copy the weights of a model into the wider one, whose other weights become zero."""
-    ours = {site.name: site for site in sites(padded, attn_unit=plan.attn_unit)}
-    places: dict[str, tuple[Tensor | None, Tensor | None, bool]] = {}
-    for name, site_plan in plan.sites.items():
-        site, at = ours[name], {unit: i for i, unit in enumerate(wide.sites[name].kept)}
-        kept = [at[unit] for unit in site_plan.kept]
-        _place(padded, site, kept, places)
+    places: dict[str, tuple[int, Tensor]] = {}  # of parameters: a dimension, and what is kept of it
+    for site in sites(padded, attn_unit=plan.attn_unit):
+        if site.name in plan.sites:
+            at = {unit: index for index, unit in enumerate(wide.sites[site.name].kept)}
+            kept = [at[unit] for unit in plan.sites[site.name].kept]
+            dim = int(site.wiring.transposed)
+            for path in site.producers:
+                weight = padded.get_submodule(path).weight
+                rows = unit_rows(site, path, kept, weight.shape[dim])
+                places |= {f"{path}.weight": (dim, rows), f"{path}.bias": (0, rows)}
+            places[f"{site.consumer}.weight"] = 1 - dim, site.features(kept)
     theirs = dict(model.named_parameters())
     for path, parameter in padded.named_parameters():
-        layer, _, kind = path.rpartition(".")
-        rows, columns, transposed = places.get(layer, (None, None, False))
         source = theirs.get(path)
         parameter.zero_()
-        if source is None:  # a bias that only some layers have
-            continue
-        first, second = (columns, rows) if transposed else (rows, columns)
-        if kind == "bias":
-            first, second = rows, None
-        target = parameter
-        if first is not None:
-            target.index_copy_(0, first.to(target.device), source)
-        elif second is not None:
-            target.index_copy_(1, second.to(target.device), source)
-        else:
-            target.copy_(source)
+        if path in places and source is not None:  # a bias that only some layers have may lack
+            dim, index = places[path]
+            parameter.index_copy_(dim, index.to(parameter.device), source)
+        elif source is not None:
+            parameter.copy_(source)
 
 
-def _place(
-    padded: nn.Module,
-    site: Site,
-    kept: list[int],
-    places: dict[str, tuple[Tensor | None, Tensor | None, bool]],
-) -> None:
-    """Note which rows of producers, and which columns of the consumer, hold the kept units."""
-    transposed = site.wiring.transposed
-    for path in site.producers:
-        weight = padded.get_submodule(path).weight
-        places[path] = (
-            unit_rows(site, path, kept, weight.shape[1 if transposed else 0]),
-            None,
-            transposed,
-        )
-    places[site.consumer] = (None, site.features(kept), transposed)
-
-
-@torch.no_grad()
 def _difference(model: nn.Module, padded: nn.Module) -> float:
-    """Return the largest difference of outputs, relative to the largest output.
-
-    Raises
-    ------
-    InputError
-        If it isn't that of rounding.
-    """
-    values = draw_inputs(model, 1, 24, torch.Generator().manual_seed(0))
-    found = []
-    for each in (model, padded):
-        inputs = {
-            name: value.to(model.dtype) if value.is_floating_point() else value
-            for name, value in values.items()
-        }
-        found.append(output_of(each, each(**inputs))[1].double())
-    difference = float((found[0] - found[1]).abs().max() / found[0].abs().max())
+    """Return the largest difference of outputs, relative to the largest; refuse a large one."""
+    inputs = draw_inputs(model, 1, 24, torch.Generator().manual_seed(0))
+    ours, theirs = (run_on(each, inputs).double() for each in (model, padded))
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
     if not difference <= torch.finfo(model.dtype).eps ** 0.5:
         raise InputError(
             f"export: --to uniform: the padded model's outputs differ by {difference:.1e}; nothing "
             "was written, use the folder itself"
         )
     return difference
-
-
-def _report(folder: Path, counts: dict[str, int]) -> dict[str, Any]:
-    """Return the report of a folder, with what padding did."""
-    fields = read_json(folder / REPORT_JSON, "export") if (folder / REPORT_JSON).is_file() else {}
-    return {**fields, "uniform": {"source": folder.name, "params": counts}}
 
 
 def _notes(

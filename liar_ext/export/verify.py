@@ -1,8 +1,7 @@
 """Prove that a saved model is the one that was saved, wherever it is loaded.
 
-What agrees in the process that saved a model proves little of another machine: for ``liar verify``
-a loader runs in a fresh process, in which liar_ext can't be imported where the folder says that it
-isn't needed.
+For ``liar verify`` each loader runs in a fresh process, in which liar_ext can't be imported if the
+folder says that it isn't needed.
 """
 
 from __future__ import annotations
@@ -20,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.checkpoint.fingerprint import Fingerprint, read_fingerprint
-from liar_ext.checkpoint.inspection import inspect_folder, read_config
+from liar_ext.checkpoint.inspection import check_code, inspect_folder, read_config
 from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
-from liar_ext.checkpoint.trust import check_code
 from liar_ext.environment import child
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.export import verify_worker
 from liar_ext.export.exporting import read_record
 from liar_ext.export.verify_worker import TOKENS, median_seconds
@@ -82,27 +79,17 @@ def verify_pruned(folder: str | os.PathLike[str], device: str = "cpu") -> dict[s
     ------
     InputError
         If the folder isn't one of ours, is damaged, has code that isn't ours, or there is no such
-        device.
-
-    Notes
-    -----
-    The loader in the folder is run only if it is, byte for byte, the one that ``save_pruned``
-    writes; transformers then copies it to its cache of modules.
+        device. A loader in the folder is run only if it is, byte for byte, that of ``save_pruned``.
     """
     facts, fingerprint, jobs = _claims(folder, device)
     loaders = {}
     for how, job in jobs.items():
         with quiet(), reading(folder, "verify"):
             model = verify_worker.load(job)
-        try:
+        what = "verify: the model can't run on the fingerprint's input"
+        kinds = (RuntimeError, ValueError, TypeError, LookupError)
+        with refusing(what, "copy the folder again", *kinds):
             found = verify_worker.compare(model, job)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-            raise InputError(
-                f"verify: the model can't run on the fingerprint's input: {one_line(error)}; copy "
-                "the folder again"
-            ) from error
         agrees = _agrees(found, fingerprint)
         difference, params = found["difference"], found["params"]
         loaders[how] = {"max_abs_difference": difference, "params": params, "agrees": agrees}
@@ -149,7 +136,6 @@ def _claims(
         loaders[f"transformers.{name}.from_pretrained"] = (name, False)
     for name in autos[:1]:
         loaders[f"transformers.{name}.from_pretrained(trust_remote_code=True)"] = (name, True)
-    job = _job(folder, device)
     facts = {
         "folder": str(folder),
         "layers": config["liar"]["layers"],
@@ -157,15 +143,15 @@ def _claims(
         "params": fingerprint.params,
         "tolerance": fingerprint.tolerance,
     }
-    jobs = {how: job | {"loader": name, "code": code} for how, (name, code) in loaders.items()}
+    jobs = {how: _job(folder, device, *loader) for how, loader in loaders.items()}
     return facts, fingerprint, jobs
 
 
-def _job(folder: Path, device: str) -> dict[str, Any]:
-    """Return what the worker needs to know of a folder."""
+def _job(folder: Path, device: str, loader: str, code: bool = False) -> dict[str, Any]:
+    """Return what the worker needs to know of a folder and a loader."""
     saved = str(folder / FINGERPRINT_FILE)
     known = {"folder": str(folder), "device": device, "fingerprint": saved}
-    return known | {"ids": None, "code": False}
+    return known | {"ids": None, "loader": loader, "code": code}
 
 
 def _agrees(found: Mapping[str, Any], fingerprint: Fingerprint) -> bool:
@@ -181,18 +167,15 @@ def _loaded(
     # A device that is asked for by a parent is lost to its forks.
     forks = sys.platform == "linux" and all(job["device"] == "cpu" for job in jobs.values())
     groups = [list(jobs.values())] if forks else [[job] for job in jobs.values()]
-    found = [each for group in groups for each in _answers(group)]
-    return [
-        Row(how, one_line(answer["error"]))
-        if "error" in answer
-        else Row(
-            how,
-            agrees=_agrees(answer, fingerprint),
-            megabytes=megabytes,
-            **{name: value for name, value in answer.items() if name != "params"},
-        )
-        for how, answer in zip(jobs, found, strict=True)
-    ]
+    found, rows = [each for group in groups for each in _answers(group)], []
+    for how, answer in zip(jobs, found, strict=True):
+        if "error" in answer:
+            rows.append(Row(how, one_line(answer["error"])))
+        else:
+            agrees = _agrees(answer, fingerprint)
+            del answer["params"]
+            rows.append(Row(how, agrees=agrees, megabytes=megabytes, **answer))
+    return rows
 
 
 def _answers(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,16 +206,14 @@ def _exports(folder: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> 
             if not path.exists():
                 raise InputError(f"verify: {path} isn't there; export it again")
             if entry["format"] == "uniform":
-                own, name = read_fingerprint(path), stock_class(read_marked_config(path), "verify")
-                job = _job(path, "cpu") | {"loader": name.__name__}
+                own, stock = read_fingerprint(path), stock_class(read_marked_config(path), "verify")
+                job = _job(path, "cpu", stock.__name__)
                 yield from _loaded({how: job}, own, _megabytes(path))
             elif entry["format"] in run:
                 found = run[entry["format"]](path, fingerprint, ids)
                 limit = OTHER_RUNTIME * max(1.0, float(fingerprint.output.abs().max()))
-                limit = max(limit, fingerprint.tolerance)
-                quantised = kind not in EXACT
-                agrees = found["difference"] <= (math.inf if quantised else limit)
-                agrees &= math.isfinite(found["difference"])
+                limit, quantised = max(limit, fingerprint.tolerance), kind not in EXACT
+                agrees = found["difference"] <= (sys.float_info.max if quantised else limit)
                 size = _megabytes(path)
                 yield Row(how, agrees=agrees, megabytes=size, quantised=quantised, **found)
         except InputError as error:
@@ -263,7 +244,7 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
         import onnxruntime
     except ImportError as error:
         raise InputError("verify: pip install 'liar_ext[onnx]' to run an ONNX graph") from error
-    try:
+    with refusing(f"verify: onnxruntime can't run {path}", "", Exception):
         session = onnxruntime.InferenceSession(
             path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"]
         )
@@ -286,8 +267,6 @@ def _run_onnx(path: Path, fingerprint: Fingerprint, ids: np.ndarray | None) -> d
             most = int(read_config(path, "verify").get("max_position_embeddings", TOKENS))
             given = np.resize(given, (1, min(TOKENS, most)))
         seconds = median_seconds(lambda: run(given))
-    except Exception as error:  # onnxruntime has many kinds
-        raise InputError(f"verify: onnxruntime can't run {path}: {one_line(error)}") from error
     count = given.shape[name == "input_ids"]
     return {"difference": min(gaps, default=math.inf), "tokens_per_second": count / seconds}
 
@@ -305,13 +284,11 @@ def table(rows: Sequence[Row]) -> list[str]:
         if row.error:
             lines.append(f"{row.how}: DOESN'T LOAD: {row.error}")
             continue
-        verdict = "same outputs" if row.agrees else "OTHER OUTPUTS"
-        if row.quantised and row.agrees:
-            verdict = "loads, quantised"
-        words = [f"{row.how}: {verdict}, difference {row.difference:.1e}"]
+        verdict = "loads, quantised" if row.quantised else "same outputs"
+        words = [f"{row.how}: {verdict if row.agrees else 'OTHER OUTPUTS'}"]
+        words.append(f"difference {row.difference:.1e}")
         if row.perplexity is not None:
             words.append(f"perplexity {row.perplexity:.3f}")
-        words.append(f"{row.tokens_per_second:,.0f} tokens/s")
-        words.append(f"{row.megabytes:,.1f} MB")
+        words += [f"{row.tokens_per_second:,.0f} tokens/s", f"{row.megabytes:,.1f} MB"]
         lines.append(", ".join(words))
     return lines

@@ -9,8 +9,8 @@ on a line of its own, or what went wrong::
     {"difference": 0.0, "params": 1000, "perplexity": 30.1, "tokens_per_second": 900.0}
     {"error": "RuntimeError: ..."}
 
-Several jobs are done in a process each, forked from one that has imported torch and transformers,
-which take longer than a small model, and nothing else. A device must not have been touched then.
+Several jobs have a process each, forked from one that has imported torch and transformers alone. A
+device must not have been touched then.
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ def do(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job in this process, which is good for no other one then."""
     if job["loader"] != "liar_ext":
         sys.modules["liar_ext"] = None
-    return run(job)
+    model = load(job)
+    row = compare(model, job)
+    row["tokens_per_second"] = tokens_per_second(model, _saved(job)[1])
+    if job["ids"] is not None:
+        row["perplexity"] = perplexity(model, torch.from_numpy(np.load(job["ids"])))
+    return row
 
 
 def apart(job: dict[str, Any]) -> dict[str, Any]:
@@ -74,16 +79,6 @@ def apart(job: dict[str, Any]) -> dict[str, Any]:
             return json.load(answer)
         lines = said.read().decode(errors="replace").split("\n")
         return {"error": ([line for line in lines if line.strip()] or [f"exit code {code}"])[-1]}
-
-
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Load, compare, measure."""
-    model = load(job)
-    row = compare(model, job)
-    row["tokens_per_second"] = tokens_per_second(model, _saved(job)[1])
-    if job["ids"] is not None:
-        row["perplexity"] = perplexity(model, torch.from_numpy(np.load(job["ids"])))
-    return row
 
 
 def load(job: dict[str, Any]) -> nn.Module:

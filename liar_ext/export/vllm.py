@@ -1,8 +1,7 @@
 """Say how vLLM takes a folder; nothing is written.
 
-vLLM reads model folders. Equal layers it builds by itself. Unequal ones it builds by the plug-in of
-this package, which gives each decoder layer the sizes that ``per_layer_config`` has for it, where
-vLLM's class of the architecture is a stack of Llama's kind of decoder layers.
+Equal layers vLLM builds by itself, unequal ones by the plug-in of this package, if its class of the
+architecture is a stack of Llama's kind of decoder layers.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from liar_ext.checkpoint.inspection import Folder, inspect_folder
+from liar_ext.checkpoint.inspection import inspect_folder
 from liar_ext.errors import InputError
 from liar_ext.export.formats import Exported, is_unequal
 
@@ -31,19 +30,14 @@ def export(folder: Path, out: Path, *, progress: bool = True) -> Exported:
     command = f"vllm serve {folder}"
     if not is_unequal(found.config):
         return Exported("vllm", notes=(f"Nothing to write for equal layers: {command}.",))
-    _check(found)
-    notes = [f"Nothing to write: the plug-in of liar_ext builds the unequal layers: {command}."]
-    if not any(each.value.startswith("liar_ext") for each in entry_points(group=GROUP)):
-        notes.append(f"It isn't installed here: install liar_ext, with its entry point {GROUP}.")
-    notes.append("All workers need liar_ext installed, and no --trust-remote-code.")
-    return Exported("vllm", notes=tuple(notes))
-
-
-def _check(found: Folder) -> None:
-    """Refuse unequal layers that the plug-in can't build."""
     kind = str(found.config.get("model_type"))[:40]
     if kind not in SERVED:
         raise InputError(
             f"export: --to vllm: unequal layers are built for {', '.join(SERVED)}, not for {kind}; "
             "export it with --to uniform, or prune with --uniform-layers"
         )
+    notes = [f"Nothing to write: the plug-in of liar_ext builds the unequal layers: {command}."]
+    if not any(each.value.startswith("liar_ext") for each in entry_points(group=GROUP)):
+        notes.append(f"It isn't installed here: install liar_ext, with its entry point {GROUP}.")
+    notes.append("All workers need liar_ext installed, and no --trust-remote-code.")
+    return Exported("vllm", notes=tuple(notes))

@@ -1,9 +1,8 @@
 """The Gram matrix of every linear layer of the blocks, from the calibration pass of pruning.
 
-A quantiser such as GPTQ wants ``H = 2 Σ_t x_t x_tᵀ`` of each linear layer's input. The consumers'
-Grams are what pruning reads anyway, and of a consumer that keeps the features K the new one is
-``G_KK``; producers of a site read one input, the hidden features, whose Gram is taken in the same
-pass. All of them are of the dense model's activations.
+A quantiser such as GPTQ wants ``H = 2 Σ_t x_t x_tᵀ`` of each linear layer's input. Pruning reads
+those of consumers anyway, of which ``G_KK`` stays; producers of a site read one input, whose Gram
+is taken in the same pass. All of them are of the dense model's activations.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batches
@@ -32,18 +30,8 @@ def calibrate_linears(
 ) -> MomentBank:
     """Return the moments of all sites, as ``NAME``, and of what their producers read, ``NAME.in``.
 
-    Where tokens of a site count relative to its output, ``NAME.alike`` has them count alike.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model.
-    batches : iterable of mapping
-        The calibration set, as for :func:`liar_ext.calibrate`.
-    at : sequence of Site
-        All sites of the model.
-    memory : int, optional
-        Bytes that the sums may take, as for :func:`liar_ext.prune`.
+    If tokens of a site count relative to its output, ``NAME.alike`` counts them alike. ``memory``
+    is as for :func:`liar_ext.prune`.
 
     Raises
     ------
@@ -65,8 +53,7 @@ def calibrate_linears(
     if size > room:
         raise InputError(
             f"calibrate_linears: the Grams of all linear layers take {size / 2**30:.3g} GiB at "
-            f"once, and {room / 2**30:.3g} GiB are allowed; raise memory, or let the quantiser "
-            "calibrate by itself"
+            f"once, and {room / 2**30:.3g} GiB are allowed; raise memory, or {instead}"
         )
     return collect(model, body_of(model), batches, taps)
 
@@ -76,16 +63,9 @@ def linear_grams(
 ) -> dict[str, Tensor]:
     """Return ``G`` of each linear layer's input by its path: float32, ``G_KK`` at consumers.
 
-    Parameters
-    ----------
-    bank : MomentBank
-        From :func:`calibrate_linears`.
-    at : sequence of Site
-        The sites before they were sliced, with the units of the plan.
-    plan : Plan
-        What they keep.
-    earlier : Plan, optional
-        What the model was pruned by before, where ``plan`` counts units of the dense model.
+    ``bank`` is from :func:`calibrate_linears`, ``at`` are the sites before they were sliced, with
+    the units of the plan. ``earlier`` is what the model was pruned by before, if ``plan`` counts
+    units of the dense model.
     """
     grams = {}
     for site in at:
@@ -93,19 +73,14 @@ def linear_grams(
         grams |= dict.fromkeys(_producers(site), reads)
         gram = bank.get(f"{site.name}.alike", bank[site.name]).pooled()[0]
         if site.name in plan.sites:
-            features = site.features(_here(site, plan, earlier)).to(gram.device)
+            kept = plan.sites[site.name].kept
+            if earlier is not None and site.name in earlier.sites:
+                place = {unit: index for index, unit in enumerate(earlier.sites[site.name].kept)}
+                kept = [place[unit] for unit in kept]
+            features = site.features(kept).to(gram.device)
             gram = gram[features][:, features]  # ascending: the lower triangle stays the lower one
         grams[site.consumer] = symmetric(gram).float()
     return grams
-
-
-def _here(site: Site, plan: Plan, earlier: Plan | None) -> Sequence[int]:
-    """Return which units of a site stay, counted among those that it has."""
-    kept = plan.sites[site.name].kept
-    if earlier is None or site.name not in earlier.sites:
-        return kept
-    place = {unit: index for index, unit in enumerate(earlier.sites[site.name].kept)}
-    return [place[unit] for unit in kept]
 
 
 def _producers(site: Site) -> list[str]:
@@ -114,23 +89,15 @@ def _producers(site: Site) -> list[str]:
 
 
 def _producer_inputs(model: nn.Module, site: Site) -> int:
-    """Return how many features the producers of a site read.
-
-    Raises
-    ------
-    InputError
-        If they aren't linear layers, which GPTQ's Hessian is of.
-    """
+    """Return how many features the producers read; refuse any that GPTQ's Hessian isn't of."""
     layers = [model.get_submodule(path) for path in (*_producers(site), site.consumer)]
-    if not all(isinstance(layer, torch.nn.Linear) for layer in layers):
-        raise InputError(
-            f"calibrate_linears: the layers of {site.name} must be torch.nn.Linear, got "
-            f"{type(layers[0]).__name__}; let the quantiser calibrate by itself"
-        )
+    wrong = ""
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        kind = type(layers[0]).__name__
+        wrong = f"the layers of {site.name} must be torch.nn.Linear, got {kind}"
     # Attention to another part, or to positions, has producers that read something else.
-    if site.kind == "attn" and (len(site.wiring.producers) > 1 or site.name.endswith(CROSS)):
-        raise InputError(
-            f"calibrate_linears: the producers of {site.name} must all read the same, and they "
-            "don't; let the quantiser calibrate by itself"
-        )
+    elif site.kind == "attn" and (len(site.wiring.producers) > 1 or site.name.endswith(CROSS)):
+        wrong = f"the producers of {site.name} must all read the same, and they don't"
+    if wrong:
+        raise InputError(f"calibrate_linears: {wrong}; let the quantiser calibrate by itself")
     return layers[0].in_features

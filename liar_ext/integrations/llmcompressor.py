@@ -1,8 +1,7 @@
 """Modifiers of llm-compressor: prune before quantisation, in one recipe.
 
 ``LIARPruningModifier`` prunes when it is initialised, on the data that ``oneshot`` was given:
-modifiers behind it in the recipe find the sliced model, so that groups are checked against the
-real sizes and calibration runs through what is left. Importing this module makes both modifiers
+modifiers behind it in the recipe find the sliced model. Importing this module makes both modifiers
 known to YAML recipes.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,13 +117,7 @@ class LIARPruningModifier(_Choices):
 
     @property
     def report(self) -> Report:
-        """What came of pruning: the report, with the plan.
-
-        Raises
-        ------
-        InputError
-            If nothing was pruned yet.
-        """
+        """What came of pruning: the report, with the plan. InputError before ``oneshot``."""
         if self._report is None:
             raise InputError("LIARPruningModifier: no report yet; run oneshot with it first")
         return self._report
@@ -140,9 +134,9 @@ class LIARPruningModifier(_Choices):
                 "LIARPruningModifier: every process has other calibration data, and would prune "
                 "another way; run oneshot with it in one process"
             )
-        at = sites(state.model, attn_unit=self.attn_unit)
+        model, at = state.model, sites(state.model, attn_unit=self.attn_unit)
         self._check_groups(at)
-        model, batches = state.model, list(calibration_batches(state.model, state.data.calib))
+        batches = list(calibration_batches(model, state.data.calib))
         bank = None
         if any(isinstance(each, LIARGPTQModifier) for each in _modifiers()):
             if self.keep_hidden != 1.0:
@@ -191,11 +185,7 @@ class LIARGPTQModifier(GPTQModifier):
 
     def on_initialize(self, state: State, **kwargs: object) -> bool:
         """Find the modifier that prunes, and set up quantisation."""
-        before: list[Modifier] = []
-        for each in _modifiers():
-            if each is self:
-                break
-            before.append(each)
+        before = itertools.takewhile(lambda each: each is not self, _modifiers())
         found = [each for each in before if isinstance(each, LIARPruningModifier)]
         if not found:
             raise InputError(
@@ -289,11 +279,6 @@ def calibration_batches(model: nn.Module, dataloader: Any) -> Iterator[Batch]:
     Of each batch the arguments of the model's forward count. A ``loss_mask`` leaves out more
     tokens; folds alternate over sequences, so that sequences of one document should not be
     neighbours.
-
-    Raises
-    ------
-    InputError
-        If a batch isn't a mapping of tensors.
     """
     known = {*inspect.signature(model.forward).parameters, *LABELS, *FACTS}
 
@@ -316,6 +301,5 @@ def calibration_batches(model: nn.Module, dataloader: Any) -> Iterator[Batch]:
         yield read
 
 
-for _each in (LIARPruningModifier, LIARGPTQModifier):
-    ModifierFactory.register(_each.__name__, _each)
-del _each
+ModifierFactory.register("LIARPruningModifier", LIARPruningModifier)
+ModifierFactory.register("LIARGPTQModifier", LIARGPTQModifier)

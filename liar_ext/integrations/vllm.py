@@ -7,8 +7,8 @@ of ``LAYERS`` go through a subclass of what vLLM had for them::
     config.json of a pruned model ──▶ each layer built from config.per_layer_config[i]
     any other config.json         ──▶ an object of vLLM's own class, built by vLLM alone
 
-Sizes come from ``config.json`` alone, and every weight is compared with them as it is read: vLLM
-would cut a larger one to size. vLLM is imported only by what vLLM calls.
+Every weight is compared with the sizes in ``config.json`` as it is read: vLLM would cut a larger
+one to size. vLLM is imported only by what vLLM calls.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ import copy
 import functools
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError, one_line
-from liar_ext.integrations.layer_sizes import (
-    check_shapes,
-    check_tensor_parallel,
-    expected_shape,
-    is_pruned,
-)
 
 MODELS = "vllm.model_executor.models"
 CONSUMERS = ("self_attn.o_proj", "mlp.down_proj")
+SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+PROJECTION = re.compile(
+    r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.([qkvo]_proj|gate_proj|up_proj|down_proj)"
+    r"\.(weight|bias|weight_shape)$"
+)
 
 # Below the logger that vLLM gives a handler.
 logger = logging.getLogger("vllm.liar_ext")
@@ -107,14 +108,25 @@ def _warn(architectures: str, error: Exception) -> None:
 
 
 # How each architecture's layer is built; config is that of one layer.
-def _llama(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
-    layer = _import("llama", "LlamaDecoderLayer")
-    return layer(vllm_config=vllm_config, prefix=prefix, config=config)
+def _by_vllm_config(
+    module: str, name: str, vllm_config: Any, config: Any, prefix: str
+) -> nn.Module:
+    return _import(module, name)(vllm_config=vllm_config, prefix=prefix, config=config)
 
 
-def _mistral(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
-    layer = _import("mistral", "MistralDecoderLayer")
-    return layer(vllm_config=vllm_config, prefix=prefix, config=config)
+def _by_parts(module: str, name: str, vllm_config: Any, config: Any, prefix: str) -> nn.Module:
+    return _import(module, name)(
+        config=config,
+        cache_config=vllm_config.cache_config,
+        quant_config=vllm_config.quant_config,
+        prefix=prefix,
+    )
+
+
+_llama = functools.partial(_by_vllm_config, "llama", "LlamaDecoderLayer")
+_mistral = functools.partial(_by_vllm_config, "mistral", "MistralDecoderLayer")
+_qwen3 = functools.partial(_by_parts, "qwen3", "Qwen3DecoderLayer")
+_gemma3 = functools.partial(_by_parts, "gemma3", "Gemma3DecoderLayer")
 
 
 def _qwen2(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
@@ -126,26 +138,10 @@ def _qwen2(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
     return _llama(vllm_config, config, prefix)
 
 
-def _qwen3(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
-    return _plain("qwen3", "Qwen3DecoderLayer", vllm_config, config, prefix)
-
-
-def _gemma3(vllm_config: Any, config: Any, prefix: str) -> nn.Module:
-    return _plain("gemma3", "Gemma3DecoderLayer", vllm_config, config, prefix)
-
-
-def _plain(module: str, name: str, vllm_config: Any, config: Any, prefix: str) -> nn.Module:
-    return _import(module, name)(
-        config=config,
-        cache_config=vllm_config.cache_config,
-        quant_config=vllm_config.quant_config,
-        prefix=prefix,
-    )
-
-
-# Architecture: the module whose make_layers builds the layers, and how one is built. Where vLLM has
-# no model of its own and runs that of transformers, there is neither.
-LAYERS: dict[str, tuple[str | None, Callable[[Any, Any, str], nn.Module] | None]] = {
+Build = Callable[[Any, Any, str], nn.Module]
+# Architecture: the module whose make_layers builds the layers, and how one is built. If vLLM has no
+# model of its own and runs that of transformers, there is neither.
+LAYERS: dict[str, tuple[str | None, Build | None]] = {
     "LlamaForCausalLM": ("llama", _llama),
     "LlamaModel": ("llama", _llama),
     "MistralForCausalLM": ("llama", _mistral),
@@ -162,9 +158,7 @@ def _import(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{MODELS}.{module}"), name)
 
 
-def _subclass(
-    own: type, module: str | None, build: Callable[[Any, Any, str], nn.Module] | None
-) -> type:
+def _subclass(own: type, module: str | None, build: Build | None) -> type:
     """Return a subclass of vLLM's class that builds the layers of pruned models from their sizes.
 
     It goes by the name of that class, which vLLM compares. vLLM derives classes for embeddings and
@@ -221,10 +215,7 @@ def _config(vllm_config: Any) -> Any:
 
 @contextmanager
 def _sized_layers(
-    module: str | None,
-    build: Callable[[Any, Any, str], nn.Module] | None,
-    vllm_config: Any,
-    config: Any,
+    module: str | None, build: Build | None, vllm_config: Any, config: Any
 ) -> Iterator[None]:
     """While a model is built, build each of its layers from the config of that layer."""
     if module is None:
@@ -282,7 +273,6 @@ def _consumers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _reserve_biases(model: nn.Module) -> None:
     """Give every consumer a bias of zeros; which of them the folder has, its weights will tell."""
-    import torch
     from vllm.model_executor.utils import set_weight_attrs
 
     for _, layer in _consumers(model):
@@ -297,3 +287,73 @@ def _drop_biases(model: nn.Module, loaded: set[str]) -> None:
     for name, layer in _consumers(model):
         if f"{name}.bias" not in loaded:
             layer.bias = None
+
+
+def is_pruned(config: Any) -> bool:
+    """Tell whether a config is of a pruned model: marked as ours, or with sizes that differ."""
+    differing = getattr(config, "per_layer_attributes", None) or ()
+    return hasattr(config, "liar") or any(name in SIZES for name in differing)
+
+
+def check_tensor_parallel(config: Any, ranks: int) -> None:
+    """Refuse a number of ranks that doesn't divide every layer.
+
+    Query heads and channels must be multiples of it; key/value heads too, or divide it, since
+    vLLM then gives several ranks the same ones.
+    """
+
+    def allowed(layer: Any, ranks: int) -> bool:
+        heads, key_value, channels = (getattr(layer, name) for name in SIZES)
+        shared = key_value % ranks == 0 or ranks % key_value == 0
+        return heads % ranks == 0 and channels % ranks == 0 and shared
+
+    layers = list(config.per_layer_config)
+    bad = [index for index, layer in enumerate(layers) if not allowed(layer, ranks)]
+    if bad:
+        sizes = ", ".join(f"{name} {getattr(layers[bad[0]], name)}" for name in SIZES)
+        fit = [n for n in range(1, ranks) if all(allowed(layer, n) for layer in layers)]
+        raise InputError(
+            f"vllm: tensor_parallel_size {ranks} must divide every layer, but layer {bad[0]} has "
+            f"{sizes} ({len(bad)} such layers); use tensor_parallel_size "
+            f"{' or '.join(map(str, fit))}, or prune to sizes that it divides"
+        )
+
+
+def expected_shape(config: Any, index: int, projection: str) -> tuple[int, int]:
+    """Return (rows, columns) of a projection's weight by ``config.per_layer_config[index]``."""
+    layer = config.per_layer_config[index]
+    hidden = layer.hidden_size
+    heads, key_value, channels = (getattr(layer, name) for name in SIZES)
+    head_dim = getattr(layer, "head_dim", None) or hidden // heads
+    inner = {"q": heads * head_dim, "k": key_value * head_dim, "gate": channels}
+    inner |= {"v": inner["k"], "o": inner["q"], "up": channels, "down": channels}
+    kind = projection.removesuffix("_proj")
+    return (hidden, inner[kind]) if kind in ("o", "down") else (inner[kind], hidden)
+
+
+def check_shapes(
+    weights: Iterable[tuple[str, Tensor]], config: Any, quantised: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights, and refuse the first projection whose shape isn't the config's.
+
+    Bytes of a quantised model may hold several numbers each, in any order: they pass. Beside packed
+    weights compressed-tensors writes their ``weight_shape``, which is compared.
+    """
+    for name, weight in weights:
+        match = PROJECTION.search(name)
+        if match is not None and not (quantised and weight.dtype == torch.uint8):
+            index, projection, kind = int(match[1]), match[2], match[3]
+            if index >= config.num_hidden_layers:
+                raise InputError(
+                    f"vllm: the weights have {name}, config.json has {config.num_hidden_layers} "
+                    "layers; copy the folder again"
+                )
+            got = tuple(weight.tolist() if kind == "weight_shape" else weight.shape)
+            wanted = expected_shape(config, index, projection)
+            wanted = wanted[:1] if kind == "bias" else wanted
+            if got != wanted:
+                raise InputError(
+                    f"vllm: {name} has the shape {got}, config.json says {wanted} "
+                    f"for layer {index}; copy the folder again"
+                )
+        yield name, weight

@@ -26,7 +26,7 @@ def word_errors(
     Case, punctuation, and in English spellings and numbers, are made alike first, as Whisper's
     authors do. Recordings longer than the model hears are cut, and their pieces joined. The model,
     in evaluation mode, writes as its generation config says, greedily by default. ``reader`` makes
-    its inputs, see :func:`liar_ext.checkpoint.processors.load_reader`; ``items`` are recordings
+    its inputs, see :func:`liar_ext.checkpoint.loading.load_reader`; ``items`` are recordings
     with what is said in them, of which ``batch_size`` pieces are written down at a time.
 
     Returns ``word_error_rate``; ``words`` of the transcripts; ``recordings``; ``minutes`` of audio;

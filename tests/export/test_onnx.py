@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tiny import VOCAB, tiny
 
 from liar_ext import InputError, cli, save_pruned
-from liar_ext.export import export, onnx_graph
+from liar_ext.export import export
 from liar_ext.export import onnx as exporter
 from liar_ext.export.sentence import read_sentence
 
@@ -218,7 +218,7 @@ def small(tmp_path_factory):
     """A small model with its graph, and with one of another embedding."""
     folder = tmp_path_factory.mktemp("small")
     model = tiny("distilbert", n_layers=1)
-    onnx_graph.write_graph(onnx_graph.build_graph(model, None), folder / "right.onnx")
+    exporter.write_graph(exporter.build_graph(model, None), folder / "right.onnx")
     wrong = onnx.load(folder / "right.onnx")
     weight = max(wrong.graph.initializer, key=lambda each: len(each.dims) * len(each.raw_data))
     values = np.frombuffer(weight.raw_data, np.float32)

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from liar_ext import save_pruned
 from liar_ext.errors import InputError
-from liar_ext.integrations.layer_sizes import (
+from liar_ext.integrations.vllm import (
     PROJECTION,
     check_shapes,
     check_tensor_parallel,
