@@ -22,31 +22,15 @@ CHUNK = 64  # tokens whose outputs of all experts are held at a time
 
 @dataclass(frozen=True)
 class LayerTokens:
-    """What a layer of experts does with tokens, as much of it as judges any set of experts.
+    """What a layer of experts does with tokens, as much of it as judges any set of experts."""
 
-    Parameters
-    ----------
-    site : Site
-        The first expert.
-    router : nn.Module
-        What sends tokens to experts.
-    choice : tuple of Tensor
-        What it is called with beside the tokens.
-    logits, routed : Tensor
-        ``(tokens, experts)``: the router's, and float64 weights r of the dense layer.
-    products : Tensor
-        ``(tokens, experts, experts)`` float64: Φ.
-    fold : Tensor
-        ``(tokens,)`` int64.
-    """
-
-    site: Site
+    site: Site  # the first expert
     router: nn.Module
-    choice: tuple[Tensor, ...]
-    logits: Tensor
-    routed: Tensor
-    products: Tensor
-    fold: Tensor
+    choice: tuple[Tensor, ...]  # what the router is called with beside the tokens
+    logits: Tensor  # (tokens, experts), the router's
+    routed: Tensor  # (tokens, experts) float64, weights r of the dense layer
+    products: Tensor  # (tokens, experts, experts) float64, Φ
+    fold: Tensor  # (tokens,) int64
 
     def sums(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and c of the experts ``kept``, ``(2, kept, kept)`` and ``(2, kept)``."""

@@ -27,21 +27,11 @@ MOST_FILES = 4096
 
 @dataclass(frozen=True)
 class Item:
-    """One recording or picture.
+    """One recording or picture."""
 
-    Parameters
-    ----------
-    place : str
-        Its file, or its row of a dataset, for messages.
-    content : Path or bytes
-        The file, or the bytes of one.
-    text : str
-        What is said in it; empty if unknown.
-    """
-
-    place: str
-    content: Path | bytes
-    text: str = ""
+    place: str  # its file, or its row of a dataset, for messages
+    content: Path | bytes  # the file, or the bytes of one
+    text: str = ""  # what is said in it; empty if unknown
 
     def read(self) -> bytes:
         """Return the bytes of the file; raise InputError if they can't be read."""

@@ -42,16 +42,7 @@ class Reader:
     Of a model that writes what it hears the decoder reads what is said in a recording. Where that
     is unknown the model itself writes it down.
 
-    Parameters
-    ----------
-    kind : {"audio", "images"}
-        What the model reads.
-    model : transformers.PreTrainedModel
-        The model.
-    processor
-        Its image processor or feature extractor.
-    tokenizer : optional
-        Its tokenizer, where it has one.
+    ``kind`` is "audio" or "images", ``processor`` the model's image processor or feature extractor.
     """
 
     def __init__(self, kind: str, model: nn.Module, processor: Any, tokenizer: Any = None) -> None:

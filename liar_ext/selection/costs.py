@@ -53,10 +53,7 @@ class Costs:
     def measured(cls, table: LatencyTable, at: Sequence[Site]) -> Costs:
         """Return the seconds of sites, as a table of latency has them for their shapes.
 
-        Raises
-        ------
-        InputError
-            If the table lacks the shape of a site.
+        InputError is raised if the table lacks the shape of a site.
         """
         rows = {row.shape: row for row in table.rows}
         by_count = {}
@@ -89,10 +86,8 @@ class Costs:
 
     def kept_fraction(self, plan: Plan) -> float:
         """Return the fraction of the model's dense cost that a plan keeps."""
-        saved = 0.0
-        for name, site in plan.sites.items():
-            saved += self.by_count[name][site.units] - self.by_count[name][len(site.kept)]
-        return 1.0 - saved / self.total
+        costs = ((self.by_count[name], site) for name, site in plan.sites.items())
+        return 1.0 - sum(each[s.units] - each[len(s.kept)] for each, s in costs) / self.total
 
 
 def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:

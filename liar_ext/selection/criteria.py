@@ -49,10 +49,6 @@ class SiteStatistics:
     groups: int = 1
     gradients: SiteGradients | None = None
 
-    def per_unit(self, feature_scores: Tensor) -> Tensor:
-        """Sum scores ``(d_in,)`` of features to scores ``(units,)`` of units."""
-        return feature_scores.reshape(-1, self.width).sum(1)
-
 
 @dataclass(frozen=True)
 class Criterion:

@@ -142,41 +142,20 @@ class DenseOutputs:
         if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
-        return name == "logits", rows if self._usable is None else rows[
-            self._usable.to(rows.device)
-        ]
+        rows = rows if self._usable is None else rows[self._usable.to(rows.device)]
+        return name == "logits", rows
 
 
 class Divergence:
     """How far a pruned model is from the dense one, of which only outputs are held.
 
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model; it is run now.
-    batches : iterable of mapping
-        Text, which ranks share. Outputs are compared at positions spread over each sequence.
-    positions : int, optional
-        How many of a sequence; by default some ``MOST_ROWS`` in all.
-
-    Attributes
-    ----------
-    outputs : dict of int to DenseOutputs
-        What this rank has, by batch.
-
-    Raises
-    ------
-    InputError
-        If there is no batch.
+    Ranks share the ``batches``. Outputs are compared at ``positions`` spread over each sequence, by
+    default some ``MOST_ROWS`` in all. ``outputs`` has those of this rank by batch. If there is no
+    batch, InputError is raised.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        dense: nn.Module,
-        batches: Batches,
-        positions: int | None = None,
-    ) -> None:
+    def __init__(self, dense: nn.Module, batches: Batches, positions: int | None = None) -> None:
         batches = list(read_batches(batches))
         sequences = sum(map(len, batches))
         if not sequences:

@@ -21,21 +21,7 @@ MOST_ROWS, MOST_COUNTS = 4096, 256
 
 @dataclass(frozen=True)
 class SizeRow:
-    """Sites of one shape, and the seconds that each of them takes by the units that it keeps.
-
-    Parameters
-    ----------
-    kind, unit, units, width, groups, d_out
-        Their shape, as of :class:`liar_ext.models.sites.Site`.
-    sites : int
-        Sites of this shape.
-    counts : tuple of int
-        Units kept, ascending; the last is all of them.
-    seconds : tuple of float
-        Medians, never falling.
-    spread : tuple of float
-        Half of the distance between the quartiles of single runs, by count.
-    """
+    """Sites of one shape, and the seconds that each of them takes by the units that it keeps."""
 
     kind: str
     unit: str
@@ -43,10 +29,10 @@ class SizeRow:
     width: int
     groups: int
     d_out: int
-    sites: int
-    counts: tuple[int, ...]
-    seconds: tuple[float, ...]
-    spread: tuple[float, ...]
+    sites: int  # how many there are of this shape
+    counts: tuple[int, ...]  # units kept, ascending; the last is all of them
+    seconds: tuple[float, ...]  # medians, never falling
+    spread: tuple[float, ...]  # half of the distance between the quartiles of single runs
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.counts, self.counts[1:], strict=False))
@@ -131,13 +117,7 @@ class LatencyTable:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> LatencyTable:
-        """Read what :meth:`to_dict` gave.
-
-        Raises
-        ------
-        InputError
-            If it is no table.
-        """
+        """Read what :meth:`to_dict` gave; raise InputError if it is no table."""
         if facts.get("version") != VERSION:
             raise InputError(f"latency: a table must be of version {VERSION}")
         rows = [mapping(row) for row in listing(facts.get("rows"))]
@@ -164,10 +144,7 @@ class LatencyTable:
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Read a table that :meth:`save` wrote, or that of a report: a folder or its JSON.
 
-        Raises
-        ------
-        InputError
-            If the file can't be read, or holds no table.
+        InputError is raised if the file can't be read, or holds no table.
         """
         path = Path(path)
         if path.is_dir():

@@ -45,25 +45,12 @@ MOST_TOKENS = 4096
 
 @dataclass(frozen=True)
 class KeptExperts:
-    """Which experts stay.
+    """Which experts stay: by layer, such as ``"3.mlp"``, what a plan and its slicing need."""
 
-    Parameters
-    ----------
-    plans : dict of str to SitePlan
-        By layer, such as ``"3.mlp"``; for ``Plan.experts``.
-    scales : dict of str to (Tensor, None)
-        What the outputs of those that stay are multiplied by, ``(kept,)`` float64, likewise; for
-        :func:`liar_ext.apply_plan`.
-    rows : list of SiteRow
-        Errors of the layers' outputs.
-    source : dict
-        ``sequences`` and ``tokens`` of the text, and the ``passes`` over it.
-    """
-
-    plans: dict[str, SitePlan]
-    scales: dict[str, tuple[Tensor, None]]
-    rows: list[SiteRow]
-    source: dict[str, int]
+    plans: dict[str, SitePlan]  # for Plan.experts
+    scales: dict[str, tuple[Tensor, None]]  # (kept,) float64, what their outputs are multiplied by
+    rows: list[SiteRow]  # errors of the layers' outputs
+    source: dict[str, int]  # sequences and tokens of the text, and the passes over it
 
     def applied_to_copy(self, model: nn.Module) -> nn.Module:
         """Return a copy of the model without the experts that leave."""
@@ -89,28 +76,11 @@ def choose_experts(
     They leave one by one, each time the one without which the layer's output has the least error
     once the others are scaled, and tokens sent anew.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A mixture of experts.
-    batches : iterable of mapping
-        The calibration set; see :func:`liar_ext.calibrate`.
-    keep : float
-        Fraction of the experts that stays.
-    mode : str
-        ``none`` and ``bias`` scale nothing.
-    damp : float or "auto"
-        λ of ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, or the one of least held-out error.
-    memory : int, optional
-        Bytes that the products of experts may take at a time, those of one layer at least.
-    progress : bool
-        Show a progress bar.
-
-    Raises
-    ------
-    InputError
-        If the model has no experts, fewer would stay than a token is sent to, or a fold gets no
-        token.
+    ``keep`` is the fraction of the experts that stays. ``damp`` is λ of
+    ``s = 1 + (A + Λ)⁻¹ (c − A 1)``, or "auto", the one of least held-out error; modes ``none`` and
+    ``bias`` scale nothing. ``memory`` are the bytes that the products of experts may take at a
+    time, those of one layer at least. InputError is raised if the model has no experts, fewer would
+    stay than a token is sent to, or a fold gets no token.
     """
     check_settings(mode, damp)
     mode = "none" if mode == "bias" else mode
@@ -147,10 +117,7 @@ def layers_of(model: nn.Module) -> list[Site]:
 def count_experts_kept(model: nn.Module, keep: float) -> int:
     """Return how many experts stay in each layer: at most the fraction ``keep``.
 
-    Raises
-    ------
-    InputError
-        If they would be fewer than a token is sent to, or ``keep`` is out of range.
+    InputError is raised if a token is sent to more, or ``keep`` is out of range.
     """
     if not 0.0 < keep <= 1.0:
         raise InputError(f"experts: keep_experts must be in (0, 1], got {keep}; 0.9 keeps 90 %")
@@ -218,6 +185,7 @@ def _scales(a: Tensor, c: Tensor, damp: float) -> Tensor:
 
 
 def _damped(a: Tensor, damp: float) -> Tensor:
+    """Return ``A + Λ``."""
     mean = a.diagonal().mean()
     shift = damp * torch.where(mean > 0, mean, 1.0)
     return a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device)
