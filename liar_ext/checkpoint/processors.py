@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from liar_ext.calibration.media import AUDIO
-from liar_ext.calibration.media_batches import Reader, kind_read
+from liar_ext.calibration.media import AUDIO, Reader, kind_read
 from liar_ext.checkpoint.inspection import read_config, read_json
 from liar_ext.checkpoint.names import PROCESSOR_FILES, TOKENIZER_FILES
 from liar_ext.checkpoint.reading import reading, stock_class
