@@ -37,7 +37,7 @@ from liar_ext import Plan, Recipe, apply_plan, narrow
 from liar_ext.calibration.texts import calibration_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.job.choosing import JUDGED
+from liar_ext.job.solving import JUDGED
 from liar_ext.job.sweeping import Sweep
 
 # Those of no or partial reconstruction are uniform, with single channels, as others' methods are.
@@ -256,7 +256,10 @@ SHOWN = {
 
 
 def write_docs(rows: list[dict], folder: Path) -> None:
-    """Write the tables of docs/quality.md: models that were calibrated on either text, seed 0."""
+    """Write the tables of docs/quality.md: models that were calibrated on either text, seed 0.
+
+    A cell that no row fills stays as it is, so that a run may add a column or an encoder.
+    """
     cost = []
     tables = {
         "encoders": _quality(rows, "STS-B", cost),
@@ -266,6 +269,12 @@ def write_docs(rows: list[dict], folder: Path) -> None:
     for name, table in tables.items():
         path = folder / f"{name}.json"
         facts = json.loads(path.read_text())
+        keys = 3 if name != "encoder_cost" else 2
+        known = {tuple(row[:keys]): row for row in facts["rows"]}
+        for row in table:
+            before = known.get(tuple(row[:keys]), row)
+            known[tuple(row[:keys])] = [new or old for new, old in zip(row, before, strict=True)]
+        table = list(known.values())
         path.write_text(json.dumps(facts | {"rows": table}, indent=1, ensure_ascii=False) + "\n")
 
 

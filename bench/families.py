@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 UNITS = ("heads", "kv_groups", "channels", "experts", "hidden")
 KINDS = {
-    "language models": "llama gpt parallel",
+    "language models": "llama gpt",
     "mixtures of experts": "moe",
-    "encoders": "bert modernbert",
+    "encoders": "bert",
     "encoder-decoders": "t5",
     "vision, vision and text": "vit",
 }

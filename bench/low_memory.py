@@ -21,6 +21,7 @@ import torch
 from liar_ext import Moments
 from liar_ext.reconstruction import low_memory, ridge
 from liar_ext.reconstruction.ridge import Residual
+from liar_ext.reconstruction.solve import solution_of
 
 TOKENS = 1500  # at a time, four times for each fold
 
@@ -45,7 +46,7 @@ def main() -> None:
         ("layerwise, low memory", low_memory.System, residual),
     ):
         given = system(weight, None, moments, kept, target)
-        memory, seconds, found = measured(lambda g=given: g.solution((0.0, 1.0)))
+        memory, seconds, found = measured(lambda g=given: solution_of(g, (0.0, 1.0)))
         print(
             f"{name}: {memory / 2**20:.0f} MiB, {memory / (8 * d * d):.2f} d², {seconds:.1f} s, "
             f"{found.path}, held-out error {found.holdout_error:.15g}",

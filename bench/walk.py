@@ -20,7 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from liar_ext import ops, prune
-from liar_ext.job import choosing
+from liar_ext.job import solving
 from liar_ext.reconstruction import walk
 
 LENGTH, WHOLE = 512, 128
@@ -101,14 +101,14 @@ def timed(model: LlamaForCausalLM, batches: list, keep: float) -> tuple[Counter,
                 hidden = model.model(input_ids=batch["input_ids"], use_cache=False)[0]
             with clock("head"):
                 model.lm_head(hidden)
-    gram, whole = ops.gram_update_, choosing.reconstruct_layerwise
+    gram, whole = ops.gram_update_, solving.reconstruct_layerwise
 
     def walked(*args: object, **kwargs: object) -> object:
         with mock.patch.object(ops, "gram_update_", clocked("sums", gram)), clock("walk"):
             return whole(*args, **kwargs)
 
     solve = mock.patch.object(walk, "solve", clocked("solves", walk.solve))
-    with solve, mock.patch.object(choosing, "reconstruct_layerwise", walked):
+    with solve, mock.patch.object(solving, "reconstruct_layerwise", walked):
         report = prune(model, batches, keep, criterion="wifv", allocation="uniform")
     return spent, report.sites
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from liar_ext.measure.embeddings import encoder_similarity
     from liar_ext.measure.evaluation import kl_divergence, perplexity
     from liar_ext.measure.latency import measure_latency
-    from liar_ext.models.sites import register_family, sites
+    from liar_ext.models.registry import register_family
+    from liar_ext.models.sites import sites
     from liar_ext.models.slicing import apply_plan
     from liar_ext.plan import Budget, Plan
     from liar_ext.recipe import Recipe
@@ -115,7 +116,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "read_documents": "calibration.documents",
     "reconstruct": "reconstruction.one_pass",
     "reconstruct_layerwise": "reconstruction.layerwise",
-    "register_family": "models.sites",
+    "register_family": "models.registry",
     "save_pruned": "checkpoint.saving",
     "score": "selection.criteria",
     "site_divergences": "selection.sensitivity",

@@ -10,6 +10,7 @@ import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -40,17 +41,16 @@ def atomic_write(
 ) -> Iterator[BinaryIO]:
     """Open a file to be written beside ``path``, whose place it takes when the context ends well.
 
-    ``take`` moves the file there; another than by default may replace nothing, for one.
-
-    The bytes are on the disk before the name is. What a killed writer has left is removed by the
-    next one: its file is hidden, has a name of this form, and nobody holds its lock.
+    ``take`` moves it there, by default over a file of that name. The bytes are on the disk before
+    the name is. The next writer removes what a killed one has left, whose lock nobody holds.
     """
     path = Path(path)
     _clean(path)
     # Named before it is there, so that an interrupt at any point finds it.
     name = os.fspath(path.parent / f"{_prefix(path)}{secrets.token_hex(8)}.part")
     try:
-        with open(name, "xb", opener=_for_its_owner) as file:
+        for_its_owner = partial(os.open, mode=0o600)
+        with open(name, "xb", opener=for_its_owner) as file:
             with suppress(OSError):  # a file system may have no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
@@ -88,12 +88,6 @@ def write_tensors(
     """Write tensors as safetensors, wide elements first; one ``Held`` at a time is in memory.
 
     ``file/digest``, 16 bytes at the end of the file, is the BLAKE2b digest of all before it.
-    ``take`` is as for :func:`atomic_write`.
-
-    Raises
-    ------
-    OSError
-        If it can't be written.
     """
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     kinds = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in order]
@@ -133,41 +127,24 @@ def is_sealed(path: str | os.PathLike[str]) -> bool:
 
 
 def check_place(path: Path, operation: str, option: str, is_ours: Callable[[Path], bool]) -> None:
-    """Refuse a place where a file can't be written, or that holds anything but one of ours.
+    """Refuse a place where a file can't be written, or that holds one that isn't ours to replace.
 
-    Parameters
-    ----------
-    path : Path
-        Where it goes.
-    operation, option : str
-        The command, and its option that names another place.
-    is_ours : callable
-        Tells whether a file that is there may be replaced.
-
-    Raises
-    ------
-    InputError
-        If so.
+    ``operation`` is the command, and ``option`` the one of its options that names another place.
     """
-    other = f"give another name with {option}"
+    other, wrong = f"give another name with {option}", ""
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise InputError(f"{operation}: {path} is no ordinary file; {other}")
-        if path.exists() and not is_ours(path):
-            raise InputError(
-                f"{operation}: {path} exists and liar {operation} didn't write it; remove it, or "
-                f"{other}"
-            )
-        if not path.parent.is_dir():
-            raise InputError(
-                f"{operation}: there is no folder {path.parent} to write into; make it, or {other}"
-            )
-        if not os.access(path.parent, os.W_OK):
-            raise InputError(f"{operation}: {path.parent} may not be written to; {other}")
+            wrong = f"{path} is no ordinary file; "
+        elif path.exists() and not is_ours(path):
+            wrong = f"{path} exists and liar {operation} didn't write it; remove it, or "
+        elif not path.parent.is_dir():
+            wrong = f"there is no folder {path.parent} to write into; make it, or "
+        elif not os.access(path.parent, os.W_OK):
+            wrong = f"{path.parent} may not be written to; "
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{operation}: can't write {path}: {one_line(error)}; {other}") from error
+    if wrong:
+        raise InputError(f"{operation}: {wrong}{other}")
 
 
 def begins_with(mark: str) -> Callable[[Path], bool]:
@@ -181,13 +158,7 @@ def begins_with(mark: str) -> Callable[[Path], bool]:
 
 
 def write_whole(path: Path, data: str, operation: str, option: str) -> None:
-    """Write a text file.
-
-    Raises
-    ------
-    InputError
-        If it can't be written.
-    """
+    """Write a text file; raise InputError if it can't be written."""
     try:
         with atomic_write(path) as file:
             file.write(data.encode())
@@ -201,10 +172,6 @@ def _write(file: BinaryIO, seal: Any, part: bytes | Tensor) -> None:
     data = memoryview(part.numpy()) if isinstance(part, Tensor) else part
     seal.update(data)
     file.write(data)
-
-
-def _for_its_owner(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
 
 
 def _clean(path: Path) -> None:

@@ -37,25 +37,12 @@ class Checkpoint(AbstractContextManager):
 
     A file is complete or absent whenever the process ends, and stays until its key is put again.
     All ranks must call :meth:`get`, :meth:`begin` and :meth:`put_shared`; the other methods do
-    nothing except at the first one.
-
-    Parameters
-    ----------
-    folder : path
-        Created if missing. Only one process at a time can open it.
-    clock : callable
-        Seconds.
-
-    Raises
-    ------
-    InputError
-        If the folder can't be written to, is in use, or was written by an older version.
+    nothing except at the first one. The folder is made if missing. One process at a time can open
+    it; InputError if it is in use, can't be written to, or is of an older version.
     """
 
     def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        clock: Callable[[], float] = time.monotonic,
+        self, folder: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.folder, self.clock = Path(folder), clock
         self._start, self._lock = clock(), None
@@ -83,24 +70,10 @@ class Checkpoint(AbstractContextManager):
             raise self._refusal(error, "name another folder") from error
 
     def begin(self, job: Mapping[str, Any], **kept: Any) -> dict[str, Any]:
-        """Compare facts of this job with the recorded ones, and record those that are new.
+        """Record facts of this job, and return all recorded ones.
 
-        Parameters
-        ----------
-        job : mapping
-            Facts that must be the same whenever the job is resumed.
-        **kept
-            Values that keep what they were at first.
-
-        Returns
-        -------
-        dict
-            All recorded facts.
-
-        Raises
-        ------
-        InputError
-            If a fact differs from the recorded one, or between ranks.
+        Those of ``job`` must be the same whenever the job is resumed, and at all ranks; ``kept``
+        keep the values that they had at first.
         """
         job = json.loads(json.dumps({"version": VERSION, **job}))  # as it is read back
         for other, theirs in enumerate(gather(job)):
@@ -115,11 +88,8 @@ class Checkpoint(AbstractContextManager):
         before = {} if known is None else known[1]
         if before and before.get("version") != VERSION:
             raise of_other_version(self.folder)
-        again = (
-            f"liar resume {self.folder} goes on with it"
-            if "command" in before
-            else ("start the job as it was")
-        )
+        resume = f"liar resume {self.folder} goes on with it"
+        again = resume if "command" in before else "start the job as it was"
         for name, value in job.items():
             if before.get(name, value) != value:
                 raise InputError(
@@ -146,12 +116,8 @@ class Checkpoint(AbstractContextManager):
     ) -> None:
         """Write tensors and facts under a key; only one ``Held`` tensor at a time is in memory.
 
-        The fact ``said`` is what a user is told of the key.
-
-        Raises
-        ------
-        InputError
-            If it can't be written. The previous value of the key is then still there.
+        The fact ``said`` is what a user is told of the key. If it can't be written, the previous
+        value of the key is still there.
         """
         if not is_first():
             return
@@ -184,13 +150,7 @@ class Checkpoint(AbstractContextManager):
                 broadcast(tensor_of(tensors[name]) if mine else None, whose[name].source)
 
     def get(self, key: str) -> tuple[Stored, dict[str, Any]] | None:
-        """Return tensors and facts of a key, or None if there are none.
-
-        Raises
-        ------
-        InputError
-            If the file is damaged.
-        """
+        """Return tensors and facts of a key, None if there are none; InputError if damaged."""
         path, known = self.path(key), None
         if is_first() and path.exists():
             file, facts = _opened(path)
@@ -289,13 +249,7 @@ def names_in(folder: str | os.PathLike[str]) -> set[str]:
 
 
 def is_new(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder has no job yet.
-
-    Raises
-    ------
-    InputError
-        If it holds something else than a checkpoint of this version.
-    """
+    """Tell whether a folder has no job yet; InputError unless it is for a checkpoint of ours."""
     others = names_in(folder)
     if f"{JOB}{SUFFIX}" in others:
         return False

@@ -1,8 +1,7 @@
 """The processes of one job, as torchrun starts them: which this is, and what they exchange.
 
-Each *rank* runs the same code. Batches are split round robin: rank r takes batches r, r + n, ...,
-and sums are all-reduced. Sites are split by their size, and what is computed for them is gathered.
-Without :func:`join` a process is the only rank of its job.
+Each *rank* runs the same code. Rank r of n takes batches r, r + n, ..., and sums are all-reduced.
+Sites are split by size, and results gathered. Without :func:`join` a process is the only rank.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,27 +28,12 @@ INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
 Value = TypeVar("Value")
 
 
-class Sized(Protocol):
-    """A site, of which only name and size count here."""
-
-    name: str
-    d_in: int
-
-
-Site = TypeVar("Site", bound=Sized)
-
-
 class RankLost(RuntimeError):
     """Another rank has ended, or can't be reached, so that this one can't go on."""
 
 
-@dataclass
-class _Group:
-    store: Any = None  # which all ranks can write into, also when one has ended
-    alone: bool = False
-
-
-_group = _Group()
+# The store is one that all ranks can write into, also when one has ended.
+_group = SimpleNamespace(store=None, alone=False)
 
 
 def launched() -> bool:
@@ -59,15 +44,8 @@ def launched() -> bool:
 def join() -> None:
     """Meet the other ranks, if torchrun started this process as one of several.
 
-    gloo carries what is on the CPU, nccl what is on GPUs; each rank takes the GPU of its
-    ``LOCAL_RANK``, where the machine has one for each.
-
-    Raises
-    ------
-    InputError
-        If the environment isn't what torchrun sets.
-    RankLost
-        If another rank, or what started them, ends before all have met.
+    gloo carries what is on the CPU, nccl what is on GPUs, if the machine has one for each rank.
+    Raises InputError if the environment isn't torchrun's, and RankLost if a rank ends before.
     """
     if not launched():
         return
@@ -166,11 +144,11 @@ def broadcast(value: Value | None, source: int = 0) -> Value:
 
 
 def share(
-    at: Sequence[Site], compute: Callable[[Sequence[Site]], Mapping[str, Value]]
+    at: Sequence[Any], compute: Callable[[Sequence[Any]], Mapping[str, Value]]
 ) -> dict[str, Value]:
     """Return at all ranks what ``compute`` gives for sites, each rank computing some of them.
 
-    A site goes to the rank that has least so far, by the cube of its features.
+    A site goes to the rank that has least so far, by the cube of its ``d_in``.
     """
     loads, whose = [0] * world_size(), {}
     for site in at:

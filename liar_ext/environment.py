@@ -1,9 +1,7 @@
 """The process: what the ``liar`` command needs before torch is imported, children, and memory.
 
-OpenMP reads its environment when its library is loaded, and torch loads it. With the active wait
-policy of GNU OpenMP two busy processes starve one another: threads that wait at a barrier spin, and
-take the core from those that they wait for. A process that only uses the package keeps its own
-environment.
+OpenMP reads its environment when torch loads it. Without the passive wait policy the threads of two
+busy processes spin at barriers, and take the cores from those that they wait for.
 """
 
 from __future__ import annotations
@@ -29,16 +27,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def is_command(argv: Sequence[str], original: Sequence[str]) -> bool:
-    """Tell whether a process is the ``liar`` command: its script, or ``python -m liar_ext``.
-
-    Parameters
-    ----------
-    argv : sequence of str
-        ``sys.argv``; while the package of ``python -m`` is imported its first item is ``-m``.
-    original : sequence of str
-        ``sys.orig_argv``.
-    """
-    if argv and argv[0] == "-m":
+    """Tell whether a process is the ``liar`` command, by ``sys.argv`` and ``sys.orig_argv``."""
+    if argv and argv[0] == "-m":  # the package of ``python -m`` is being imported
         at = original.index("-m") + 1 if "-m" in original else len(original)
         return original[at : at + 1] in ([name] for name in MODULES)
     name = PurePath(argv[0]) if argv else PurePath()
@@ -46,11 +36,7 @@ def is_command(argv: Sequence[str], original: Sequence[str]) -> bool:
 
 
 def child(script: str | os.PathLike[str], *arguments: object) -> list[str]:
-    """Return the command that runs a script in a process of its own.
-
-    The process imports from where this one does, and from no other folder: neither from the current
-    one, nor from that of the script.
-    """
+    """Return the command that runs a script in a process that imports from where this one does."""
     paths = json.dumps([os.path.abspath(path) for path in sys.path])
     return [sys.executable, "-I", "-c", CHILD, paths, os.fspath(script), *map(str, arguments)]
 
@@ -58,8 +44,7 @@ def child(script: str | os.PathLike[str], *arguments: object) -> list[str]:
 def process_memory(peak: bool = False) -> int:
     """Return the resident memory of this process in bytes, now or at its peak; 0 if unknown.
 
-    Without ``/proc`` it is always the peak. On Linux ``ru_maxrss`` would begin at that of the
-    parent process.
+    Without ``/proc`` it is the peak. On Linux ``ru_maxrss`` would begin at the parent's.
     """
     found = _table(PROC / "self" / "status").get("VmHWM" if peak else "VmRSS")
     if found is not None:
@@ -73,10 +58,10 @@ def process_memory(peak: bool = False) -> int:
 
 
 def available_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int | None:
-    """Return the bytes that a process may still take, or None where nothing says so.
+    """Return the bytes that a process may still take, None if unknown.
 
-    The least of what the kernel calls available and of what the control groups of this process,
-    version 2 or 1, have left of their limits; page cache that a group can drop counts as free.
+    The least of the kernel's available memory and of what its control groups, version 2 or 1, have
+    left; page cache that a group can drop counts as free.
     """
     found = [*_machine(proc / "meminfo"), *_groups(proc / "self" / "cgroup", cgroup)]
     return max(min(found), 0) if found else None

@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# What torch says where an allocation on the CPU fails, for which it has no exception of its own,
-# and an operator where torch hands its MemoryError on as another (2.15).
+# What torch says where an allocation on the CPU fails, for which it has no exception of its own.
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",

@@ -53,24 +53,21 @@ class Budget:
     keep : float
         Fraction of the dense cost that may stay, in (0, 1].
     of : {"prunable", "params", "flops", "kv_cache", "latency"}
-        What the cost counts: parameters of the sites that may be pruned; all parameters of the
-        model; floating-point operations of one forward pass over ``seq_len`` tokens; bytes that
-        generation keeps of every token, so that MLPs cost nothing and stay whole; seconds of the
-        whole model, what can't be pruned included: ``keep=0.8`` is 1.25 times as fast. See
-        :func:`liar_ext.measure_latency`.
+        What the cost counts: parameters of the sites that may be pruned; all parameters;
+        floating-point operations of a forward pass over ``seq_len`` tokens; bytes of every token in
+        the key-value cache (MLPs stay whole); seconds of the whole model: ``keep=0.8`` is 1.25
+        times as fast, see :func:`liar_ext.measure_latency`.
     tile : int or "auto"
-        Channels that an MLP keeps are a multiple of this, except where it keeps all; heads stay
-        whole, whatever it is. ``"auto"`` is 32, halved for a layer until that has eight steps.
+        Channels that an MLP keeps are a multiple of this, unless it keeps all. ``"auto"`` is 32,
+        halved for a layer until that has eight steps.
     uniform_layers : bool
-        Every site of a kind ("attn", "mlp") keeps the same number of units, so that a stock
-        loader takes the result.
+        Every site of a kind ("attn", "mlp") keeps the same number of units, for stock loaders.
     seq_len : int
         Sequence length in tokens at which FLOPs are counted.
     latency_phase : {"prefill", "decode", "both"}
-        What latency is: the seconds of a prompt; of the tokens after it, one at a time with a
-        key-value cache; of a whole request. A model that does not generate has one forward pass
-        over ``latency_prompt`` tokens (or one batch of images), whatever this is, but for
-        ``decode``, which it lacks.
+        Seconds of a prompt; of the tokens after it, one at a time with a key-value cache; of a
+        whole request. A model that does not generate has one forward pass over ``latency_prompt``
+        tokens (or one batch of images), and no ``decode``.
     latency_batch, latency_prompt, latency_new_tokens : int
         Sequences at a time, tokens of a prompt, and tokens generated after it.
 
@@ -93,18 +90,12 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0.0 < self.keep <= 1.0:
             raise InputError(f"Budget: keep must be in (0, 1], got {self.keep}; 0.8 keeps 80 %")
-        if self.of not in BUDGET_UNITS:
-            raise InputError(
-                f"Budget: of must be one of {', '.join(BUDGET_UNITS)}, got {self.of!r}"
-            )
+        for name, known in (("of", BUDGET_UNITS), ("latency_phase", PHASES)):
+            if (value := getattr(self, name)) not in known:
+                one = ", ".join(known)
+                raise InputError(f"Budget: {name} must be one of {one}, got {value!r}")
         object.__setattr__(self, "tile", check_tile("Budget", self.tile))
-        if self.latency_phase not in PHASES:
-            raise InputError(
-                f"Budget: latency_phase must be one of {', '.join(PHASES)}, got "
-                f"{self.latency_phase!r}"
-            )
-        sizes = ("latency_batch", "latency_prompt", "latency_new_tokens")
-        for name in ("seq_len", *sizes):
+        for name in ("seq_len", "latency_batch", "latency_prompt", "latency_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"Budget: {name} must be at least 1, got {getattr(self, name)}")
 
@@ -132,21 +123,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The part of a plan that concerns one site.
+    """The part of a plan that concerns one site."""
 
-    Parameters
-    ----------
-    units : int
-        Units of the dense site.
-    kept : tuple of int
-        Indices of the units that stay, strictly ascending.
-    bias : bool
-        Whether the consumer gains a bias that the dense model lacks.
-    """
-
-    units: int
-    kept: tuple[int, ...]
-    bias: bool = False
+    units: int  # of the dense site
+    kept: tuple[int, ...]  # indices of the units that stay, strictly ascending
+    bias: bool = False  # whether the consumer gains one that the dense model lacks
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
@@ -218,11 +199,8 @@ class Plan:
             another number of them.
         """
         # A plan without sites of attention names a unit that nothing is counted in.
-        units = {
-            plan.attn_unit
-            for plan in (first, self)
-            if any(kind_of(name) == "attn" for name in plan.sites)
-        }
+        has_attention = [p for p in (first, self) if "attn" in map(kind_of, p.sites)]
+        units = {plan.attn_unit for plan in has_attention}
         if first.model_type != self.model_type or len(units) > 1:
             raise InputError(
                 f"Plan.after: both plans must be for one model type and one attention unit, got "
@@ -231,12 +209,8 @@ class Plan:
             )
         one = {**_renumbered(first.sites, self.experts), "hidden features": first.hidden}
         two = {**self.sites, "hidden features": self.hidden}
-        sites = {name: _composed(name, one.get(name), two.get(name)) for name in {**one, **two}}
+        sites, experts = _composed(one, two), _composed(first.experts, self.experts)
         hidden = sites.pop("hidden features")
-        experts = {
-            name: _composed(name, first.experts.get(name), self.experts.get(name))
-            for name in {**first.experts, **self.experts}
-        }
         unit = min(units or {first.attn_unit, self.attn_unit} - {"auto"}, default="auto")
         return Plan(self.model_type, unit, sites, self.budget, hidden, experts)
 
@@ -250,13 +224,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan from JSON text.
-
-        Raises
-        ------
-        InputError
-            If the text is not a plan of this version.
-        """
+        """Read a plan from JSON text; raise InputError if it is none of a known version."""
         try:
             data = json.loads(text)
             version = data.pop("version")
@@ -265,13 +233,12 @@ class Plan:
                     f"Plan: version {version} is none of {', '.join(map(str, READABLE))}; "
                     "read it with the liar_ext that wrote it"
                 )
-            sites = {name: SitePlan.from_dict(site) for name, site in data.pop("sites").items()}
-            hidden = data.pop("hidden", None)
-            hidden = None if hidden is None else SitePlan.from_dict(hidden)
-            experts = {
-                name: SitePlan.from_dict(site) for name, site in data.pop("experts", {}).items()
-            }
-            return cls(sites=sites, hidden=hidden, experts=experts, **data)
+            for part in ("sites", "experts"):
+                some = data.get(part, {}) if part == "experts" else data[part]
+                data[part] = {name: SitePlan.from_dict(site) for name, site in some.items()}
+            if data.get("hidden") is not None:
+                data["hidden"] = SitePlan.from_dict(data["hidden"])
+            return cls(**data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise InputError(f"Plan: not a plan: {error!r}") from error
 
@@ -305,14 +272,21 @@ def _renumbered(
     return found
 
 
-def _composed(name: str, first: SitePlan | None, then: SitePlan | None) -> SitePlan | None:
-    """Return the part of :meth:`Plan.after` that concerns one site."""
-    if first is None or then is None:
-        return first or then
-    if then.units != len(first.kept):
-        raise InputError(
-            f"Plan.after: {name} has {len(first.kept)} units after the first plan, and the second "
-            f"counts {then.units}; give the plans of one model, in their order"
-        )
-    kept = tuple(first.kept[unit] for unit in then.kept)
-    return SitePlan(first.units, kept, first.bias or then.bias)
+def _composed(
+    one: Mapping[str, SitePlan | None], two: Mapping[str, SitePlan | None]
+) -> dict[str, SitePlan | None]:
+    """Return the parts of :meth:`Plan.after` that concern sites, or experts."""
+    found = {}
+    for name in {**one, **two}:
+        first, then = one.get(name), two.get(name)
+        found[name] = first or then
+        if first is None or then is None:
+            continue
+        if then.units != len(first.kept):
+            raise InputError(
+                f"Plan.after: {name} has {len(first.kept)} units after the first plan, and the "
+                f"second counts {then.units}; give the plans of one model, in their order"
+            )
+        kept = tuple(first.kept[unit] for unit in then.kept)
+        found[name] = SitePlan(first.units, kept, first.bias or then.bias)
+    return found

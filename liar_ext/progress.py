@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
@@ -38,12 +38,10 @@ _TOLD: ContextVar[OnProgress | None] = ContextVar("liar_ext_told", default=None)
 
 
 class Bar(tqdm):
-    """A bar of tqdm on a terminal, there the line of the job; elsewhere a line of the log.
+    """A bar of tqdm on a terminal, or the line of the job; elsewhere a line of the log.
 
-    Within :func:`told` a function is called after each step instead.
-    The log gets one line every :data:`EVERY` seconds, at level INFO. A notebook shows bars of its
-    own. Parameters are those of tqdm; ``desc`` names the stage, and what follows a comma in it
-    isn't part of the name.
+    The log gets one every :data:`EVERY` seconds, at level INFO. Within :func:`told` a function is
+    called after each step instead. ``desc`` names the stage, up to a comma.
     """
 
     def __init__(
@@ -116,69 +114,50 @@ def _tick(bar: weakref.ref[Bar], ended: threading.Event) -> None:
         del open_bar
 
 
-@contextmanager
-def told(progress: bool | OnProgress) -> Iterator[None]:
+def told(progress: bool | OnProgress) -> AbstractContextManager[None]:
     """Let bars that are made in the context call a function, if it is one."""
-    token = _TOLD.set(progress if callable(progress) else _TOLD.get())
-    try:
-        yield
-    finally:
-        _TOLD.reset(token)
+    return _within(_TOLD, progress if callable(progress) else _TOLD.get())
+
+
+def plain_lines(plain: bool) -> AbstractContextManager[None]:
+    """Let bars be lines of the log, also on a terminal, if ``plain``."""
+    return _within(_PLAIN, plain)
 
 
 @contextmanager
-def plain_lines(plain: bool) -> Iterator[None]:
-    """Let bars be lines of the log, also on a terminal, if ``plain``."""
-    token = _PLAIN.set(plain)
+def _within(variable: ContextVar, value: object) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _PLAIN.reset(token)
+        variable.reset(token)
 
 
 def spare(stage: str, steps: int | None = None) -> None:
-    """Let the job that is shown know that steps of a stage needn't be done; all of them if None.
+    """Let the job that is shown know that steps of a stage take no time; all of them if None.
 
-    A bar counts them nevertheless. They are of a job that was stopped, and take no time now.
+    A job that was stopped has done them. A bar counts them nevertheless.
     """
     job = _JOB.get()
-    if job is not None:
-        job.spare(stage, steps)
+    known = None if job is None else job.stages.get(_name(stage))
+    if known is not None:
+        known.spared = known.steps if steps is None else known.spared + steps
 
 
 @dataclass
 class Stage:
-    """A stage of a job.
+    """A stage of a job."""
 
-    Parameters
-    ----------
-    steps : int
-        How many there will be, of all bars of its name.
-    work : float
-        What they take together, in a unit that all stages share.
-    done : int
-        Steps that are done, of bars that are closed.
-    spared : int
-        Steps of these, and to come, that take no time.
-    """
-
-    steps: int
-    work: float
-    done: int = 0
-    spared: int = 0
+    steps: int  # of all bars of its name
+    work: float  # of all steps, in a unit that all stages share
+    done: int = 0  # steps, of bars that are closed
+    spared: int = 0  # steps that take no time, done or not
 
 
 class Timeline:
     """How far a job is: counted work that is done, by the time that it took.
 
-    Parameters
-    ----------
-    title : str
-        What the job is called.
-    stages : mapping of str to Stage
-        By name; one that isn't there counts as no work.
-    clock : callable
-        Seconds.
+    A bar of a stage that isn't in ``stages`` counts as no work.
     """
 
     def __init__(
@@ -191,26 +170,15 @@ class Timeline:
         self.start, self.logged = clock(), time.monotonic()
         self.begun: list[str] = []
 
-    @contextmanager
-    def shown(self) -> Iterator[Timeline]:
+    def shown(self) -> AbstractContextManager[None]:
         """Let bars that are made in the context be the line of this job."""
-        token = _JOB.set(self)
-        try:
-            yield self
-        finally:
-            _JOB.reset(token)
+        return _within(_JOB, self)
 
     def advance(self, stage: str, steps: int) -> None:
         """Note steps that are done."""
         known = self.stages.get(_name(stage))
         if known is not None:
             known.done += steps
-
-    def spare(self, stage: str, steps: int | None) -> None:
-        """Note steps that take no time."""
-        known = self.stages.get(_name(stage))
-        if known is not None:
-            known.spared = known.steps if steps is None else known.spared + steps
 
     def left(self, stage: str = "", steps: int = 0) -> float | None:
         """Return the seconds left, ``steps`` of a stage being done beside what is noted.

@@ -57,74 +57,68 @@ class SiteRow:
 def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -> list[str]:
     """Return what a user has to know before trusting the result.
 
-    Parameters
-    ----------
-    rows : sequence of SiteRow
-        What happened at the sites.
-    mode : str
-        How the pruned units were reconstructed.
-    tokens : int
-        Calibration tokens.
-    widest : int
-        Features of the widest site.
+    ``mode`` is that of reconstruction, ``tokens`` are those of calibration, and ``widest`` counts
+    the features of the widest site.
     """
-    warnings = []
-    dropped = max((row.dropped_rows for row in rows), default=0)
-    if dropped:
-        warnings.append(
-            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
-            "calibrate in a wider dtype."
-        )
-    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
-    if unknown:
-        warnings.append(
-            f"The errors of {', '.join(unknown[:8])} ({len(unknown)} sites) are not finite and say "
-            "nothing; load the model in a wider dtype."
-        )
     pruned = [row for row in rows if row.is_pruned]
-    if pruned and all(row.error < NO_ERROR and row.holdout_error < NO_ERROR for row in pruned):
-        warnings.append(
-            "Every error is 0: the activations do not vary over the calibration text, or the "
-            "removed units did nothing. Give other text, and look at the model's weights."
-        )
-    given_up = [row.name for row in pruned if math.isinf(row.damp)]
-    if mode not in ("none", "bias") and given_up:
-        warnings.append(
-            "The cross-validated error is least with plain dropping at "
-            f"{_first(given_up)} ({len(given_up)} sites): give more calibration text."
-        )
+    dropped = max((row.dropped_rows for row in rows), default=0)
+    silent = all(row.error < NO_ERROR and row.holdout_error < NO_ERROR for row in pruned)
+    unknown = [row.name for row in rows if not math.isfinite(row.error + row.holdout_error)]
+    plainly = [row.name for row in pruned if math.isinf(row.damp) and mode not in ("none", "bias")]
     starved = [row for row in rows if row.tokens is not None and row.tokens < row.units_before]
-    if starved:
-        names = [f"{row.name} ({row.tokens})" for row in starved]
-        warnings.append(
-            "Fewer calibration tokens than the expert has channels reached "
-            f"{_first(names)} ({len(names)} experts): "
-            "their channels are chosen, and compensated for, by little or nothing; give more "
-            "calibration text."
-        )
-    moved = [row.name for row in rows if row.path.endswith(ON_HOST)]
-    if moved:
-        warnings.append(
-            f"The GPU had no memory to solve {_first(moved)} ({len(moved)} sites), so the CPU did."
-        )
-    cramped = [row.name for row in rows if BY_BLOCKS in row.path]
-    if cramped:
-        warnings.append(
-            f"An allocation failed in the solve of {_first(cramped)} ({len(cramped)} sites), so it "
-            "was done by blocks, in a file, more slowly: give more memory."
-        )
-    if any(row.target != "dense-input" for row in pruned):
-        warnings.append(
+    told = (  # whether, or at which sites; and what is said of them
+        (
+            dropped > 0,
+            f"Up to {dropped} token rows per site held a non-finite value and were left out; "
+            "calibrate in a wider dtype.",
+        ),
+        (
+            unknown,
+            "The errors of {names} ({count} sites) are not finite and say nothing; load the model "
+            "in a wider dtype.",
+        ),
+        (
+            bool(pruned) and silent,
+            "Every error is 0: the activations do not vary over the calibration text, or the "
+            "removed units did nothing. Give other text, and look at the model's weights.",
+        ),
+        (
+            plainly,
+            "The cross-validated error is least with plain dropping at {names} ({count} sites): "
+            "give more calibration text.",
+        ),
+        (
+            [f"{row.name} ({row.tokens})" for row in starved],
+            "Fewer calibration tokens than the expert has channels reached {names} ({count} "
+            "experts): their channels are chosen, and compensated for, by little or nothing; give "
+            "more calibration text.",
+        ),
+        (
+            [row.name for row in rows if row.path.endswith(ON_HOST)],
+            "The GPU had no memory to solve {names} ({count} sites), so the CPU did.",
+        ),
+        (
+            [row.name for row in rows if BY_BLOCKS in row.path],
+            "An allocation failed in the solve of {names} ({count} sites), so it was done by "
+            "blocks, in a file, more slowly: give more memory.",
+        ),
+        (
+            any(row.target != "dense-input" for row in pruned),
             "Layerwise errors count what the layers before have lost, on text that those were "
             "solved for: fresh text can show several times as much. Judge the model by --eval, "
-            "--certify or its own task."
-        )
-    if tokens < 2 * widest:
-        warnings.append(
-            f"{tokens} calibration tokens are few for sites of {widest} features; "
-            "the cross-validated errors say what that costs."
-        )
-    return warnings
+            "--certify or its own task.",
+        ),
+        (
+            tokens < 2 * widest,
+            f"{tokens} calibration tokens are few for sites of {widest} features; the "
+            "cross-validated errors say what that costs.",
+        ),
+    )
+    return [
+        said if of is True else said.format(names=_first(of), count=len(of))
+        for of, said in told
+        if of
+    ]
 
 
 def _first(names: Sequence[str]) -> str:

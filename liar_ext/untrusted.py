@@ -16,37 +16,37 @@ from typing import Any
 
 from liar_ext.errors import InputError, one_line
 
-MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB
+MOST_BYTES = 64 << 20  # a report of 10⁵ sites takes some 40 MB, an index of 10⁵ tensors less
 MOST_TEXT = 400  # characters of one value
 MOST_NAMED = 200  # names of one object
 LARGEST = 2**53  # of a count: what a double says exactly
+UNREADABLE = (OSError, ValueError, RecursionError)  # what a damaged JSON file raises
 
 
 def read_object(path: Path, operation: str) -> tuple[dict[str, Any], str]:
-    """Return the object of a JSON file, and the SHA-256 of the file.
-
-    Raises
-    ------
-    InputError
-        If it is no ordinary file, too large, too deep, or no JSON object.
-    """
+    """Return the object of a JSON file, and the SHA-256 of the file; InputError if it is none."""
     if not os.path.lexists(path):
         raise InputError(f"{operation}: there is no file {path}")
     try:
-        if not path.is_file():
-            raise ValueError("it is no ordinary file")
-        with open(path, "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES:,} bytes, which no report has")
-        value = json.loads(data.decode("utf-8"))
+        value, data = read_value(path)
         if not isinstance(value, dict):
             raise ValueError(f"it is a {type(value).__name__} and no object")
-    except (OSError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{operation}: {path} can't be read: {one_line(error)}; copy it again"
         ) from error
     return value, hashlib.sha256(data).hexdigest()
+
+
+def read_value(path: Path) -> tuple[Any, bytes]:
+    """Return the value of a JSON file, and its bytes; raises one of ``UNREADABLE``."""
+    if not path.is_file():
+        raise ValueError("it is no ordinary file")
+    with open(path, "rb") as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes, which is too many")
+    return json.loads(data.decode("utf-8")), data
 
 
 def text(value: Any, most: int = MOST_TEXT) -> str:

@@ -60,7 +60,8 @@ def test_what_was_done_before_a_stop_takes_no_time(clock):
     assert job.left() is None  # nothing was done in this process yet
     clock[0] += 10
     assert job.left("layerwise", 1) == pytest.approx(50.0)
-    job.spare("layerwise", 2)
+    with job.shown():
+        spare("layerwise", 2)
     assert job.left("layerwise", 3) == pytest.approx(30.0)
     spare("layerwise")  # outside of a job it is nothing
 

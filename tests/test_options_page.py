@@ -13,8 +13,7 @@ from test_docs import ROOT, subcommands
 
 from liar_ext.export.formats import FORMATS
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.fields import recipe_fields
-from liar_ext.recipe.option import option_of
+from liar_ext.recipe.fields import option_of, recipe_fields
 
 TEXT = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 # Sections of `liar prune` have the names of its stages.

@@ -1,12 +1,17 @@
-"""The blocks of a model, read from its files one at a time, and the next one ahead."""
+"""The blocks of a model, read from its files one at a time, and the next one ahead.
+
+Weights are read and not mapped: a mapped file that becomes shorter ends the process by a signal. A
+file that another takes the place of stays as it was, and one that is written to is refused.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,17 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liar_ext.atomic_write import WORDS
 from liar_ext.calibration.collect import check_finite_tensors
 from liar_ext.calibration.kept_text import fingerprint_of
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import reading, stock_class
-from liar_ext.checkpoint.weights import OpenWeights
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
 from liar_ext.models.sites import skeleton
+
+DTYPES = {word: dtype for dtype, word in WORDS.items()}
+# What accelerate puts on a model besides hooks: methods that refuse to move it.
+MARKS = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
 
 
 class BlockStore:
@@ -60,10 +69,9 @@ class BlockStore:
         *,
         prefetch: bool = True,
     ) -> None:
-        found = load_offloaded(name, dtype, device)
-        self.model, self.tokenizer = found.model, found.tokenizer
+        self.model, self._weights, self._paths, self._head = load_offloaded(name, dtype, device)
+        self.tokenizer = load_tokenizer(Path(name), name, self.model)
         self.device, self.prefetch = torch.device(device), prefetch
-        self._weights, self._paths, self._head = found.weights, found.blocks, found.head
         self._reader = ThreadPoolExecutor(1, "liar-blocks")
         self._next: tuple[int, Future] | None = None
         check_finite_tensors((n, p) for n, p in self.model.named_parameters() if not p.is_meta)
@@ -84,7 +92,7 @@ class BlockStore:
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return self._bytes("")
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -113,20 +121,17 @@ class BlockStore:
         """Return the tensors of a block by name, or of all that lies outside of the blocks."""
         if index is not None:
             path = self._paths[index]
-            block = self.model.get_submodule(path)
-            return {f"{path}.{name}": value for name, value in block.state_dict().items()}
+            return self.model.get_submodule(path).state_dict(prefix=f"{path}.")
         inside = tuple(f"{path}." for path in self._paths)
         state = self.model.state_dict()
         return {name: value for name, value in state.items() if not name.startswith(inside)}
 
     def fingerprint(self) -> str:
         """Return what tells the weights from others; of each a few values are read."""
-        return fingerprint_of(self._named())
-
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            with _naming(name):
-                yield name, self._weights[name] if parameter.is_meta else parameter
+        return fingerprint_of(
+            (name, self._weights[name] if parameter.is_meta else parameter)
+            for name, parameter in self.model.named_parameters()
+        )
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -137,84 +142,49 @@ class BlockStore:
     def _taken(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of a block, which may have been read ahead."""
         ahead, self._next = self._next, None
-        if ahead is None:
-            return self._read_below(self._paths[index])
-        tensors = ahead[1].result()
-        if ahead[0] == index:
+        tensors = ahead[1].result() if ahead is not None else None
+        if ahead is not None and ahead[0] == index:
             return tensors
-        del tensors, ahead
+        del tensors, ahead  # before others are read
         return self._read_below(self._paths[index])
 
     def _read_below(self, path: str) -> dict[str, Tensor]:
         """Read the parameters below a path."""
-        tensors = {}
-        for leaf, _ in self.model.get_submodule(path).named_parameters():
-            name = f"{path}.{leaf}"
-            with _naming(name):
-                tensors[name] = self._weights[name]
+        leaves = (name for name, _ in self.model.get_submodule(path).named_parameters())
+        tensors = {f"{path}.{leaf}": self._weights[f"{path}.{leaf}"] for leaf in leaves}
         check_finite_tensors(tensors.items())
         return tensors
 
     def _install(self, tensors: dict[str, Tensor]) -> None:
         for name, value in tensors.items():
-            _put(self.model, name, value.to(self.device))
+            owner, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(value.to(self.device), requires_grad=False)
+            self.model.get_submodule(owner)._parameters[leaf] = parameter
 
     def _drop(self, path: str) -> None:
-        for name, value in self.model.get_submodule(path).named_parameters():
-            _put(self.model, f"{path}.{name}", torch.empty_like(value, device="meta"))
+        for module in self.model.get_submodule(path).modules():
+            for leaf, value in module._parameters.items():
+                if value is not None:
+                    empty = torch.empty_like(value, device="meta")
+                    module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
     def _bytes(self, path: str) -> int:
-        parameters = self.model.get_submodule(path).parameters()
-        return sum(each.numel() * each.element_size() for each in parameters)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Let an error of reading a tensor say which one it is."""
-    try:
-        yield
-    except Exception as error:  # of the file: safetensors and torch raise as they like
-        raise InputError(
-            f"prune: can't read {name} from its file: {one_line(error)}; copy the folder again"
-        ) from error
-
-
-def _put(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-# What accelerate puts on a model besides hooks: methods that refuse to move it.
-MARKS = ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa")
-
-
-@dataclass
-class Offloaded:
-    """A model of which only what lies outside of its blocks is in memory.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Its blocks, and its output head unless it shares its weights, are on the meta device.
-    tokenizer
-        As of :func:`liar_ext.checkpoint.loading.load_model`.
-    weights : OpenWeights
-        Reads a tensor of those by its name in the model, in the model's dtype.
-    blocks, head : list of str
-        Paths of the blocks, and of what was left out beside them.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    weights: OpenWeights
-    blocks: list[str]
-    head: list[str]
+        return sum(each.nbytes for each in self.model.get_submodule(path).parameters())
 
 
 def load_offloaded(
     name: str | os.PathLike[str], dtype: str | torch.dtype = "float32", device: str = "cpu"
-) -> Offloaded:
+) -> tuple[nn.Module, OpenWeights, list[str], list[str]]:
     """Load a folder or a hub id without its blocks, and without a head of its own weights.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        Its blocks, and its output head unless it shares its weights, are on the meta device.
+    weights : OpenWeights
+        Reads a tensor of those by its name in the model, in the model's dtype.
+    blocks, head : list of str
+        Paths of the blocks, and of what was left out beside them.
 
     Raises
     ------
@@ -241,12 +211,9 @@ def load_offloaded(
         )
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     blocks, head, device_map = _device_map(name, device)
-    given = {"dtype": dtype, "device_map": device_map}
+    is_pruned = path.is_dir() and "liar" in read_config(path, "load_model")
     try:
-        if path.is_dir() and "liar" in read_config(path, "load_model"):
-            model = load_pruned(path, **given)
-        else:
-            model = read_dense(name, **given)
+        model = (load_pruned if is_pruned else read_dense)(name, dtype=dtype, device_map=device_map)
     except InputError as error:
         if "offload_folder" not in str(error):
             raise
@@ -262,8 +229,7 @@ def load_offloaded(
             tensor.data = tensor.data.clone()  # transformers maps it, and the file may change
     for mark in MARKS:
         model.__dict__.pop(mark, None)
-    weights, tokenizer = OpenWeights(found.index), load_tokenizer(path, name, model)
-    return Offloaded(model.eval(), tokenizer, weights, blocks, head)
+    return model.eval(), OpenWeights(found.index), blocks, head
 
 
 def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str, str]]:
@@ -284,18 +250,67 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
         and tied.isdisjoint(f"{path}.{key}" for key, _ in child.named_parameters())
         and any(True for _ in child.parameters())
     ]
-    on_disk = {*blocks, *head}
+    inside = tuple(f"{path}." for path in (*blocks, *head))
+    named = (model.named_parameters, model.named_buffers)
+    all_names = [name for each in named for name, _ in each(remove_duplicate=False)]
+    here = {name: device for name in all_names if not name.startswith(inside)}
+    return blocks, head, here | dict.fromkeys((*blocks, *head), "disk")
 
-    def place(module: nn.Module, path: str) -> dict[str, str]:
-        prefix = f"{path}." if path else ""
-        if path in on_disk:
-            return {path: "disk"}
-        if path and not any(each.startswith(prefix) for each in on_disk):
-            return {path: device}
-        own = [*module._parameters, *module._buffers]
-        found = {f"{prefix}{each}": device for each in own}
-        for each, child in module.named_children():
-            found |= place(child, f"{prefix}{each}")
-        return found
 
-    return blocks, head, place(model, "")
+class OpenWeights:
+    """Tensors by name, of safetensors files that stay open; each is read when it is asked for.
+
+    ``index`` has by name ``safetensors_file``, ``weight_name`` in it if that is another, and the
+    ``dtype`` that is wanted, as accelerate has them of weights that are left on disk.
+    """
+
+    def __init__(self, index: Mapping[str, Mapping[str, Any]]) -> None:
+        self._index = index
+        paths = {info["safetensors_file"] for info in index.values()}
+        self._files = {path: _File(path) for path in paths}
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            info = self._index[name]
+            tensor = self._files[info["safetensors_file"]].read(info.get("weight_name", name))
+            return tensor.to(getattr(torch, info["dtype"])) if "dtype" in info else tensor
+        except Exception as error:  # of the file: torch raises as it likes
+            raise InputError(
+                f"prune: can't read {name} from its file: {one_line(error)}; copy the folder again"
+            ) from error
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+class _File:
+    """A safetensors file, its header, and what it was like when it was opened."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  (held as long as this)
+        self.close, self._state = self._file.close, self._seen()
+        (length,) = struct.unpack("<Q", self._read(8, 0))
+        self._start = 8 + length
+        self._header = json.loads(bytes(self._read(length, 8)))
+
+    def read(self, name: str) -> Tensor:
+        said = self._header[name]
+        begin, end = said["data_offsets"]
+        data = torch.from_numpy(self._read(end - begin, self._start + begin))
+        return data.view(DTYPES[said["dtype"]]).view(said["shape"])
+
+    def _read(self, length: int, start: int) -> Any:
+        """Return bytes of the file, as an array that owns them."""
+        data = torch.empty(length, dtype=torch.uint8).numpy()
+        into = memoryview(data)
+        while into and (count := os.preadv(self._file.fileno(), [into], start)):
+            into, start = into[count:], start + count
+        if into or self._seen() != self._state:
+            raise OSError("the file was changed after it was opened")
+        return data
+
+    def _seen(self) -> tuple[int, int]:
+        state = os.fstat(self._file.fileno())
+        return state.st_size, state.st_mtime_ns

@@ -1,10 +1,9 @@
 """Take along what a model's folder holds beside its weights, its config and its tokenizer.
 
-Chat templates, the config of a preprocessor, the modules of sentence-transformers: a tool that
-reads them falls back to other numbers, in silence, where they are missing. Only kinds of files that
-such tools read go along. Left behind are weights in any format, which are those of the dense model,
-code, hidden files, the model card, and what leads out of the folder. ``modules.json`` names folders
-that go along, too, with the weights of their layers.
+Only kinds of files that tools read go along, such as chat templates, the config of a preprocessor,
+and the modules of sentence-transformers with the weights of their layers: without them such a tool
+falls back to other numbers, in silence. Weights in any other place, code, hidden files, the model
+card, and what leads out of the folder stay behind.
 """
 
 from __future__ import annotations
@@ -16,8 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES
-from liar_ext.errors import one_line
+from torch import nn
+
+from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
+from liar_ext.checkpoint.quietening import quiet
+from liar_ext.errors import InputError, one_line
+from liar_ext.models.sites import sites
+from liar_ext.untrusted import UNREADABLE, listing, mapping, read_object, read_value
 
 MODULES_FILE = "modules.json"
 MOST = 64 << 20  # bytes of one file; vocabularies have some millions
@@ -32,6 +36,7 @@ TOKENIZER = (
     *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
+OLDER = (".model", ".spm", ".tiktoken", ".bpe")  # vocabularies of other tools
 DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.md", "*/config.json")
 
 
@@ -56,22 +61,12 @@ def source_folder(name: str) -> Path | None:
     return None
 
 
-def carry(source: Path, folder: Path, hidden: int, *, tokenizer: bool) -> list[str]:
+def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> list[str]:
     """Copy what goes along from one folder to another, where it isn't there already.
 
-    Parameters
-    ----------
-    source, folder : Path
-        From where, and to where.
-    hidden : int
-        Hidden features of the pruned model, which a pooling module counts too.
-    tokenizer : bool
-        Whether the tokenizer was saved already, so that its files stay behind.
-
-    Returns
-    -------
-    list of str
-        A sentence for each file that stays behind although its kind goes along.
+    ``tokenizer`` says that it was saved already, so that its files stay behind, as do those that
+    list tokens which the model lacks. Returned is a sentence for each file that stays behind
+    although its kind goes along.
     """
     said = []
     for path, name in _files(source, said):
@@ -84,7 +79,8 @@ def carry(source: Path, folder: Path, hidden: int, *, tokenizer: bool) -> list[s
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
-    return said + _fit_modules(folder, hidden)
+    said += _fit_modules(folder, sites(model)[0].d_out)
+    return said + (_leave_larger(source, folder) if hasattr(model, "liar_vocabulary") else [])
 
 
 def license_of(source: Path | None) -> str | None:
@@ -129,10 +125,8 @@ def _modules(source: Path, said: list[str]) -> list[str]:
     if not path.is_file():
         return []
     try:
-        if path.stat().st_size > MOST:
-            raise ValueError("it is too large")
-        names = [str(module["path"]) for module in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        names = [str(module["path"]) for module in read_value(path)[0]]
+    except (*UNREADABLE, KeyError, TypeError) as error:
         said.append(f"{path} can't be read, so no module it names goes along: {one_line(error)}")
         return []
     found = []
@@ -158,16 +152,16 @@ def _fit_modules(folder: Path, hidden: int) -> list[str]:
     said, configs, narrowed = [], {}, False
     for path in sorted(folder.glob("*/config.json")):
         try:
-            configs[path] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            configs[path] = mapping(read_value(path)[0])
+        except UNREADABLE:
             said.append(f"{path.parent.name}/{path.name} can't be read and was copied as it is.")
     for path, fields in configs.items():
-        if isinstance(fields, dict) and fields.get("word_embedding_dimension", hidden) != hidden:
+        if fields.get("word_embedding_dimension", hidden) != hidden:
             narrowed = True
             fields["word_embedding_dimension"] = hidden
             path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     for path, fields in configs.items():
-        if narrowed and isinstance(fields, dict) and "in_features" in fields:
+        if narrowed and "in_features" in fields:
             said.append(
                 f"{path.parent.name} reads {fields['in_features']} features of the dense model's "
                 f"pooling, and the pruned model has {hidden} hidden features: keep the hidden size "
@@ -202,3 +196,64 @@ def _parts(fields: Any) -> Iterator[dict[str, Any]]:
         for name, value in fields.items():
             if name.endswith("_config") and name != "per_layer_config":
                 yield from _parts(value)
+
+
+def write_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write which tokens were kept, if some were not, and texts with their tokens.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer is not the one that goes with the model.
+    """
+    facts = getattr(model, "liar_vocabulary", None)
+    if facts is None:
+        return
+    if tokenizer is None or not _agrees(tokenizer, facts["checks"]):
+        raise InputError(
+            "save_pruned: tokens were removed from the model, and the tokenizer is not the one "
+            "without them; pass tokenizer=, which liar_ext.keep_tokens returned"
+        )
+    (folder / VOCABULARY_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def _leave_larger(source: Path, folder: Path) -> list[str]:
+    """Remove copied files that list tokens of the dense model; return a sentence about them."""
+    for path in folder.iterdir():
+        if path.suffix in OLDER:
+            path.unlink()
+    known = {*TOKENIZER, *(path.name for path in source.iterdir() if path.suffix in OLDER)}
+    left = sorted(n for n in known if (source / n).is_file() and not (folder / n).exists())
+    lists = [name for name in left if not name.startswith(("special_tokens", "chat_template"))]
+    return [
+        f"{', '.join(lists)} of the dense model would list removed tokens and stay behind."
+    ] * bool(lists)
+
+
+def compare_tokenization(folder: Path) -> bool | None:
+    """Tell whether a folder's tokenizer reads the stored texts as it did; None without any.
+
+    Raises
+    ------
+    InputError
+        If the folder's facts or its tokenizer can't be read.
+    """
+    if not (folder / VOCABULARY_FILE).is_file():
+        return None
+    facts = read_object(folder / VOCABULARY_FILE, "verify")[0]
+    checks = [mapping(each) for each in listing(facts.get("checks"))]
+    if not all(isinstance(each.get("text"), str) for each in checks):
+        raise InputError(f"verify: {folder / VOCABULARY_FILE} is damaged; copy the folder again")
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes it raise
+        raise InputError(f"verify: the tokenizer can't be loaded: {one_line(error)}") from error
+    return _agrees(tokenizer, checks)
+
+
+def _agrees(tokenizer: Any, checks: list[Mapping[str, Any]]) -> bool:
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    return bool(checks) and all(inner.encode(each["text"]) == each.get("ids") for each in checks)

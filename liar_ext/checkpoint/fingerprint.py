@@ -1,7 +1,6 @@
-"""A fixed input with the output that a model had for it, kept beside its weights.
+"""What proves a saved folder: the output for a fixed input, and the digests of its files.
 
-Whoever loads the weights later can tell, without any other data, that they still compute the
-same.
+By the first one can tell, without any other data, that loaded weights still compute the same.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,9 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from liar_ext.atomic_write import atomic_write
 from liar_ext.checkpoint.names import FINGERPRINT_FILE, MANIFEST_FILE, MARKER_FILE
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.running import draw_inputs, inputs_read, output_of
+from liar_ext.models.running import draw_inputs, evaluating, inputs_read, output_of
+from liar_ext.untrusted import UNREADABLE
 
 TOKENS = 16
 NAMES = ("input_ids", "pixel_values", "input_features", "decoder_input_ids")
@@ -31,28 +31,13 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model computed when it was saved.
+    """What a model computed when it was saved: its inputs by name, and what came of them."""
 
-    Parameters
-    ----------
-    inputs : dict of str to Tensor
-        Arguments of ``forward``: one sequence or image, ``input_ids`` or ``pixel_values``, or what
-        each part of the model reads.
-    output : Tensor
-        The logits, or last hidden state where there is no head.
-    dtype : torch.dtype
-        Of the model.
-    attention : str
-        Attention implementation.
-    params : int
-        Parameters of the model, shared ones counted once.
-    """
-
-    inputs: dict[str, Tensor]
-    output: Tensor
+    inputs: dict[str, Tensor]  # one sequence or image, or what each part of the model reads
+    output: Tensor  # the logits, or the last hidden state if there is no head
     dtype: torch.dtype
-    attention: str
-    params: int
+    attention: str  # which implementation
+    params: int  # shared ones counted once
 
     @property
     def tolerance(self) -> float:
@@ -109,40 +94,31 @@ def read_fingerprint(folder: Path) -> Fingerprint:
             more = [key for key in file.keys() if key.startswith(MORE)]  # noqa: SIM118, no mapping
             inputs = {facts["name"]: file.get_tensor("input")}
             inputs |= {key.removeprefix(MORE): file.get_tensor(key) for key in more}
-            fingerprint = Fingerprint(
-                inputs=inputs,
-                output=file.get_tensor("output"),
-                dtype=getattr(torch, facts["dtype"]),
-                attention=facts["attention"],
-                params=int(facts["params"]),
-            )
-        _check_fingerprint(fingerprint, facts["dtype"])
+            output = file.get_tensor("output")
+        _check_fingerprint(inputs, output, facts)
+        dtype = getattr(torch, facts["dtype"])
+        return Fingerprint(inputs, output, dtype, facts["attention"], int(facts["params"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"verify: {path} is damaged: {type(error).__name__}: {one_line(error)}; copy the "
             "folder again"
         ) from error
-    return fingerprint
 
 
-def _check_fingerprint(fingerprint: Fingerprint, dtype: str) -> None:
+def _check_fingerprint(
+    inputs: Mapping[str, Tensor], output: Tensor, facts: Mapping[str, str]
+) -> None:
     """Raise ValueError unless a fingerprint is what :func:`write_fingerprint` writes."""
-    names = list(fingerprint.inputs)
-    if (
-        not set(names) <= set(NAMES)
-        or dtype not in DTYPES
-        or not fingerprint.attention.isidentifier()
-    ):
-        raise ValueError(f"unknown names, dtype or attention {names, dtype, fingerprint.attention}")
-    for name, value in fingerprint.inputs.items():
+    names, dtype, attention = list(inputs), facts["dtype"], facts["attention"]
+    if not set(names) <= set(NAMES) or dtype not in DTYPES or not attention.isidentifier():
+        raise ValueError(f"unknown names, dtype or attention {names, dtype, attention}")
+    for name, value in inputs.items():
         tokens = value.dtype == torch.int64 and value.ndim == 2 and 0 < value.numel() <= TOKENS
         if name.endswith("_ids") and not tokens:
             raise ValueError(f"the input {name} is {tuple(value.shape)} of {value.dtype}")
-    if not fingerprint.output.is_floating_point() or not fingerprint.output.numel():
-        raise ValueError(
-            f"the output is {tuple(fingerprint.output.shape)} of {fingerprint.output.dtype}"
-        )
-    if not fingerprint.output.isfinite().all():
+    if not output.is_floating_point() or not output.numel():
+        raise ValueError(f"the output is {tuple(output.shape)} of {output.dtype}")
+    if not output.isfinite().all():
         raise ValueError("the output holds NaN or infinity, which agrees with nothing")
 
 
@@ -169,13 +145,8 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
-    training = model.training
-    model.eval()
-    try:
-        result = model(**given)
-    finally:
-        model.train(training)
-    _, output = output_of(model, result)
+    with evaluating(model):
+        _, output = output_of(model, model(**given))
     return output.cpu() if output.dtype == torch.float64 else output.float().cpu()
 
 
@@ -200,28 +171,16 @@ def add_to_manifest(folder: Path, name: str) -> None:
         _write(path, {**files, name: digest(folder / name)})
 
 
-def strangers(folder: Path, *, contents: bool = True) -> list[str]:
-    """Return the entries of a folder that ``save_pruned`` didn't write, or not as they are now.
-
-    Parameters
-    ----------
-    folder : Path
-        An existing folder; an empty one holds no strangers.
-    contents : bool
-        Compare digests, too, and not only names: it reads every file.
-    """
+def strangers(folder: Path) -> list[str]:
+    """Return the entries of a folder that ``save_pruned`` didn't write, or not as they are now."""
     found = [name for name in entries(folder) if name != MARKER_FILE]
     if MANIFEST_FILE not in found:
         return found
     files = _listed(folder / MANIFEST_FILE)
     if files is None:
         return [MANIFEST_FILE]
-    return [
-        name
-        for name in found
-        if name != MANIFEST_FILE
-        and not (name in files and (not contents or digest(folder / name) == files[name]))
-    ]
+    found.remove(MANIFEST_FILE)
+    return [n for n in found if n not in files or digest(folder / n) != files[n]]
 
 
 def entries(folder: Path) -> list[str]:
@@ -229,8 +188,7 @@ def entries(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.iterdir()):
         inner = entries(path) if path.is_dir() and not path.is_symlink() else []
-        name = path.name
-        found += [str(PurePosixPath(name, each)) for each in inner] or [name]
+        found += [str(PurePosixPath(path.name, each)) for each in inner] or [path.name]
     return found
 
 
@@ -248,19 +206,13 @@ def digest(path: Path) -> str | None:
 def _listed(path: Path) -> dict[str, str] | None:
     """Return the digests by name; None if the manifest can't be read."""
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return dict(files)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return dict(json.loads(path.read_text(encoding="utf-8"))["files"])
+    except (*UNREADABLE, KeyError, TypeError):
         return None
 
 
 def _write(path: Path, files: dict[str, str | None]) -> None:
-    """Write the manifest beside its place and rename it: a killed run leaves the one that was."""
-    text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
     path.parent.mkdir(exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with atomic_write(path) as file:  # a killed run leaves the one that was
+        text = json.dumps({"version": MANIFEST_VERSION, "files": files}, indent=1) + "\n"
+        file.write(text.encode())

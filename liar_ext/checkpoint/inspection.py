@@ -1,27 +1,26 @@
 """Look a model folder over before anything is built from it.
 
-A folder comes from anywhere. Its JSON is read with bounds, of its weights the headers only, and
-sizes that its config claims are compared with those that the weights have, so that what can't be
-right is refused at once, in one line, and before memory is taken for it.
+A folder comes from anywhere. Its JSON is read with bounds, of its weights the headers only. Sizes
+that its config claims are compared with those of the weights, before memory is taken for them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from liar_ext.errors import InputError, one_line
+from liar_ext.untrusted import UNREADABLE, read_value
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-MOST_JSON = 64 << 20  # bytes; a config has some thousands, an index of 10⁵ tensors some millions
 LARGEST = 2**27  # of a size; the largest contexts have 10⁷ positions
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES = (
@@ -38,17 +37,7 @@ DETOURS = ("configuration_files", "transformers_weights", "custom_generate")
 
 @dataclass(frozen=True)
 class Folder:
-    """What a model folder says of itself.
-
-    Parameters
-    ----------
-    path : Path
-        The folder.
-    config : dict
-        The fields of ``config.json``.
-    tensors : dict
-        Shapes by name, from the headers of the weights.
-    """
+    """A model folder: the fields of its config, and shapes by name from the weights' headers."""
 
     path: Path
     config: dict[str, Any]
@@ -57,13 +46,7 @@ class Folder:
     @property
     def numel(self) -> int:
         """Numbers that the weights hold."""
-        total = 0
-        for shape in self.tensors.values():
-            count = 1
-            for size in shape:
-                count *= size
-            total += count
-        return total
+        return sum(map(prod, self.tensors.values()))
 
 
 def inspect_folder(path: Path, operation: str) -> Folder:
@@ -92,13 +75,7 @@ def inspect_folder(path: Path, operation: str) -> Folder:
 
 
 def read_config(path: Path, operation: str) -> dict[str, Any]:
-    """Return the fields of a folder's config.
-
-    Raises
-    ------
-    InputError
-        If there is none, or no readable one.
-    """
+    """Return the fields of a folder's config; InputError if there is none that can be read."""
     try:
         there = (path / "config.json").exists()
     except (OSError, ValueError) as error:
@@ -118,16 +95,12 @@ def read_json(path: Path, operation: str) -> dict[str, Any]:
     InputError
         If it is no ordinary file, too large, too deep, or no JSON object.
     """
+    _check_file(path, operation)
     try:
-        _check_file(path, operation)
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields, _ = read_value(path)
         if not isinstance(fields, dict):
             raise ValueError(f"it is a {type(fields).__name__} and no object")
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{operation}: {path.parent} holds no readable {path.name}: {one_line(error)}; copy "
             "the folder again"
@@ -137,7 +110,7 @@ def read_json(path: Path, operation: str) -> dict[str, Any]:
 
 def _weight_files(path: Path, operation: str) -> list[Path]:
     """Return the files of the weights, as transformers chooses them."""
-    if (path / WEIGHTS).exists() or (path / WEIGHTS).is_symlink():
+    if os.path.lexists(path / WEIGHTS):
         return [path / WEIGHTS]
     if not (path / INDEX).exists():
         pickled = sorted(file.name for pattern in PICKLED for file in path.glob(pattern))
@@ -159,7 +132,6 @@ def _weight_files(path: Path, operation: str) -> list[Path]:
 
 
 def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors in a file."""
     _check_file(path, operation)
     try:
         with safe_open(path, framework="pt") as file:
@@ -172,9 +144,9 @@ def _read_header(path: Path, operation: str) -> dict[str, tuple[int, ...]]:
 
 def _check_file(path: Path, operation: str) -> None:
     """Refuse what is no ordinary file, or may not be read."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{operation}: {path} is missing; copy the folder again")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{operation}: {path} must be an ordinary file; copy the folder again")
     if not os.access(path, os.R_OK):
         raise InputError(f"{operation}: no permission to read {path}; ask its owner, or chmod it")
@@ -182,25 +154,24 @@ def _check_file(path: Path, operation: str) -> None:
 
 def _check_config(config: Mapping[str, Any], tensors: int, where: str) -> None:
     """Refuse sizes that no model has, and fields that lead to other files or code."""
-    for name, value in _fields(config):
+    for name, value in fields_of(config):
         if name in DETOURS:
             raise InputError(f"{where} has {name}, which leads to other files; remove it")
         if name.lstrip("_").startswith("attn_implementation") and "/" in str(value):
             raise InputError(f"{where} asks for code of {str(value)[:80]!r}; remove {name}")
         if value is None or isinstance(value, Mapping):
             continue
+        must = ""
         if name in DEPTHS and not (_is_size(value) and value <= tensors):
-            raise InputError(
-                f"{where}: {name} must be a number of layers that {tensors} tensors can make, got "
-                f"{str(value)[:40]!r}; copy the folder again"
-            )
-        if name in SIZES:
+            must = f"a number of layers that {tensors} tensors can make"
+        elif name in SIZES:
             many = value if isinstance(value, list | tuple) and value else [value]
             if not all(_is_size(each, float if name == "mlp_ratio" else int) for each in many):
-                raise InputError(
-                    f"{where}: {name} must be a size from 1 to {LARGEST:,}, got "
-                    f"{str(value)[:40]!r}; copy the folder again"
-                )
+                must = f"a size from 1 to {LARGEST:,}"
+        if must:
+            raise InputError(
+                f"{where}: {name} must be {must}, got {str(value)[:40]!r}; copy the folder again"
+            )
         if isinstance(value, int) and abs(value) >= 2**63:
             raise InputError(f"{where}: {name} is no number of a model; copy the folder again")
 
@@ -210,12 +181,12 @@ def _is_size(value: Any, kind: type = int) -> bool:
     return number and 1 <= value <= LARGEST
 
 
-def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def fields_of(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every field of a config and of its parts, by its own name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key, item
-            yield from _fields(item, key)
+            yield from fields_of(item, key)
     elif isinstance(value, list):
         for item in value:
-            yield from _fields(item, name)
+            yield from fields_of(item, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,17 +34,14 @@ from liar_ext.checkpoint.reading import (
     reading,
     stock_class,
 )
-from liar_ext.checkpoint.stock_config import LAYER_FIELDS
+from liar_ext.checkpoint.stock_config import dense_config
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
 
 # Arguments that would have transformers run code of the folder, or read other files of it.
 REFUSED_ARGUMENTS = (
-    "trust_remote_code",
-    "use_safetensors",
-    "custom_generate",
-    "adapter_kwargs",
+    *("trust_remote_code", "use_safetensors", "custom_generate", "adapter_kwargs"),
     "ignore_mismatched_sizes",
 )
 
@@ -87,12 +84,13 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             f"load_pruned: {folder} is quantised; load it with plain transformers, or load the one "
             "that it was made from"
         )
-    plan = None
-    if fields["liar"]["version"] == OLD_MARK_VERSION:
-        if fields["liar"]["layers"] == "unequal":
-            plan = _read_plan(folder / OLD_PLAN_FILE)
-            with reading(folder, "load_pruned"):
-                kwargs["config"] = _dense_config(fields, kwargs.get("config"))
+    plan, mark = None, fields["liar"]
+    if (mark["version"], mark["layers"]) == (OLD_MARK_VERSION, "unequal"):
+        plan = _read_plan(folder / OLD_PLAN_FILE)
+        with reading(folder, "load_pruned"):
+            given = kwargs.get("config") or stock.config_class.from_dict(fields)
+            kwargs["config"] = dense_config(given)
+            kwargs["config"].liar = mark
     kwargs = {name: value for name, value in kwargs.items() if name not in REFUSED_ARGUMENTS}
     # Of newer folders the config says it all, but a damaged one is told of.
     plans = [folder / name for name in (PLAN_FILE, OLD_PLAN_FILE)]
@@ -189,29 +187,23 @@ def read_dense(name: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
                 "and the weights are those of the model without its head."
             ]
         return model
-    with quiet(), _no_folder(path), reading(name, "load_model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        stock = stock_class(config.to_dict(), "load_model")
-        model, info = stock.from_pretrained(
-            name,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **kwargs,
-        )
-    check_keys(info, name, "load_model", strict=False)
-    return model
-
-
-@contextmanager
-def _no_folder(path: Path) -> Iterator[None]:
-    """Let an error of the hub say that there is no folder of this name."""
     try:
-        yield
+        with quiet(), reading(name, "load_model"):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            stock = stock_class(config.to_dict(), "load_model")
+            model, info = stock.from_pretrained(
+                name,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **kwargs,
+            )
     except InputError as error:
         raise InputError(
             f"load_model: there is no folder {path} here; the hub says: {one_line(error, 160)}"
         ) from error
+    check_keys(info, name, "load_model", strict=False)
+    return model
 
 
 def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
@@ -223,7 +215,6 @@ def _read_gguf(path: Path, **kwargs: Any) -> nn.Module:
             **found, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     check_keys(info, path, "load_model", strict=False)
-    # An ordinary model now.
     model.config._name_or_path = os.fspath(path.parent)
     model.config.__dict__.pop("quantization_config", None)
     for name in QUANTISER_MARKS:
@@ -236,28 +227,8 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
     """Give the arguments that read a GGUF file and nothing beside it: no code, no adapter."""
     with TemporaryDirectory() as room:
         Path(room, "model.gguf").symlink_to(path.resolve())
-        yield {
-            "pretrained_model_name_or_path": room,
-            "gguf_file": "model.gguf",
-            "trust_remote_code": False,
-        }
-
-
-def _dense_config(fields: Mapping[str, Any], given: Any | None = None) -> Any:
-    """Return the config that the dense model is built from: without the sizes of its layers."""
-    from transformers import CONFIG_MAPPING
-
-    def without_layers(value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {key: without_layers(v) for key, v in value.items() if key not in LAYER_FIELDS}
-
-    fields = fields if given is None else given.to_dict()
-    config = CONFIG_MAPPING[fields["model_type"]].from_dict(without_layers(fields))
-    config.__dict__.pop("auto_map", None)  # the loaded model is an ordinary one
-    if given is not None:
-        config._attn_implementation = given._attn_implementation
-    return config
+        given = {"pretrained_model_name_or_path": room, "gguf_file": "model.gguf"}
+        yield given | {"trust_remote_code": False}
 
 
 def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -> Any | None:
@@ -280,7 +251,9 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
         tokenizer = AutoTokenizer.from_pretrained(
             name, config=model.config, trust_remote_code=False
         )
-        largest = _largest_token(tokenizer)
+        special = set(tokenizer.all_special_tokens)  # which may have come later
+        known = tokenizer.get_vocab().items()
+        largest = max((index for token, index in known if token not in special), default=-1)
     rows = known_tokens(model, inputs_read(model)["input_ids"])
     if largest >= rows:
         raise InputError(
@@ -288,10 +261,3 @@ def load_tokenizer(path: Path, name: str | os.PathLike[str], model: nn.Module) -
             f"{rows}; put the tokenizer of this model there"
         )
     return tokenizer
-
-
-def _largest_token(tokenizer: Any) -> int:
-    """Return the largest token that plain text can have: special ones may have come later."""
-    special = set(tokenizer.all_special_tokens)
-    known = tokenizer.get_vocab().items()
-    return max((index for token, index in known if token not in special), default=-1)

@@ -6,9 +6,9 @@ A folder is written beside its place and takes it by one rename::
     pruned             takes its place at once: a rename, or an exchange with what was there
     .pruned.1a2b3c4d   what was there, on its way out
 
-A writer that was killed leaves the hidden folder, unlocked. The next one finds it by name, mark and
-lock, and removes it. Where the file system can't exchange two folders there is a moment with none
-in place; after a kill in it the next start moves the old folder back.
+A writer that was killed leaves the hidden folder, unlocked, which the next one removes. If the file
+system can't exchange two folders, there is a moment with none in place; after a kill in it the next
+start moves the old folder back.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from liar_ext.errors import InputError, one_line
 
 # Of Linux' <linux/fs.h> and <fcntl.h>.
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 MARK = (
     "liar_ext writes here, or was stopped while it did. The next run that saves to the same place "
@@ -99,13 +100,17 @@ def put_in_place(path: Path, folder: Path, overwrite: bool) -> None:
         (folder / MARKER_FILE).unlink()
         return
     try:
-        with _lock_existing(folder):
+        while (lock := _wait_for_lock(folder)) is None:  # of a run that replaces the same folder
+            pass
+        try:
             _check_existing(folder, overwrite)
             try:
                 (folder / MARKER_FILE).write_text(MARK, encoding="utf-8")
                 _exchange(path, folder)
             finally:
                 (folder / MARKER_FILE).unlink(missing_ok=True)
+        finally:
+            os.close(lock)
     except (InputError, OSError) as error:
         kept = folder.with_name(path.name.removeprefix("."))
         path.rename(kept)
@@ -164,76 +169,54 @@ def _make_locked(path: Path) -> int | None:
     """Make a folder and lock it; return the descriptor of the lock, None if it was taken away."""
     path.mkdir(parents=True)
     with suppress(FileNotFoundError):
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        # A file system may have no locks; no run removes what it can't lock.
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_open_as(lock, path):
+        lock = _wait_for_lock(path)
+        if lock is not None:
             (path / MARKER_FILE).write_text(MARK, encoding="utf-8")
-            return lock
-        os.close(lock)
+        return lock
     return None
 
 
-@contextmanager
-def _lock_existing(folder: Path) -> Iterator[None]:
-    """Wait for other runs that replace the same folder."""
-    while True:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_open_as(lock, folder):
-            break
-        os.close(lock)
-    try:
-        yield
-    finally:
-        os.close(lock)
+def _wait_for_lock(path: Path) -> int | None:
+    """Return the descriptor of a folder's lock; None if another folder is in its place by then."""
+    lock = os.open(path, FOLDER)
+    with suppress(OSError):  # a file system may have no locks; no run removes what it can't lock
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(lock), os.stat(path)):
+            return lock
+    os.close(lock)
+    return None
 
 
 def _try_lock(path: Path) -> int | None:
-    """Return the descriptor of a lock; None where another run holds it, or nobody can."""
-    try:
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _is_open_as(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, also where an interrupt comes meanwhile."""
-    try:
-        _empty(path)
-    except KeyboardInterrupt:
-        _empty(path)
-        raise
-
-
-def _empty(path: Path) -> None:
-    """Remove a folder; until it is empty its mark says that it may be removed."""
-    if not path.is_dir():
-        return
+    """Return the descriptor of a folder's lock; None if another run holds it, or nobody can."""
     with suppress(OSError):
-        (path / MARKER_FILE).touch()
-        for entry in path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != MARKER_FILE:
-                entry.unlink()
-        (path / MARKER_FILE).unlink()
-        path.rmdir()
+        lock = os.open(path, FOLDER)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except OSError:
+            os.close(lock)
+    return None
+
+
+def _remove(path: Path, again: bool = True) -> None:
+    """Remove a folder, also if an interrupt comes; until it is empty its mark allows that."""
+    try:
+        with suppress(OSError):
+            if path.is_dir():
+                (path / MARKER_FILE).touch()
+                for entry in path.iterdir():
+                    if entry.is_dir() and not entry.is_symlink():
+                        shutil.rmtree(entry, ignore_errors=True)
+                    elif entry.name != MARKER_FILE:
+                        entry.unlink()
+                (path / MARKER_FILE).unlink()
+                path.rmdir()
+    except KeyboardInterrupt:
+        if again:
+            _remove(path, again=False)
+        raise
 
 
 def _rename_to_nothing(path: Path, folder: Path) -> bool:
@@ -243,13 +226,11 @@ def _rename_to_nothing(path: Path, folder: Path) -> bool:
             if os.path.lexists(folder):
                 return False
             path.rename(folder)
-    except FileExistsError:
-        return False
+        return True
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:
-            raise
-        return False
-    return True
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
 
 
 def _exchange(path: Path, folder: Path) -> None:
@@ -268,11 +249,11 @@ def _exchange(path: Path, folder: Path) -> None:
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """Call Linux' renameat2; False where system or file system don't have it."""
+    """Call Linux' renameat2; False if system or file system don't have it."""
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    paths = os.fsencode(source), os.fsencode(target)
     if function is None:
         return False
-    paths = os.fsencode(source), os.fsencode(target)
     if function(AT_FDCWD, paths[0], AT_FDCWD, paths[1], ctypes.c_uint(flags)) == 0:
         return True
     code = ctypes.get_errno()

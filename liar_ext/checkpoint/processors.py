@@ -33,9 +33,7 @@ def kind_of(name: str) -> str | None:
 
 
 def load_reader(kind: str, name: str, model: Any) -> Reader:
-    """Return what makes the inputs of a model from files, by the processor in its folder.
-
-    No code of the folder is run.
+    """Return what makes the inputs of a model from files, without running code of its folder.
 
     Raises
     ------
@@ -45,24 +43,22 @@ def load_reader(kind: str, name: str, model: Any) -> Reader:
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
     path, given = Path(name), {"trust_remote_code": False}
-    if path.is_dir():
-        there = [file for file in PROCESSOR_FILES if (path / file).exists()]
-        if not there:
-            raise InputError(
-                f"load_model: {name} has no processor to read {kind} with; put its "
-                f"{PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of "
-                "your own"
-            )
-        for file in there:
-            read_json(path / file, "load_model")
+    wanted = (PROCESSOR_FILES, TOKENIZER_FILES)
+    there, texts = ([file for file in files if (path / file).exists()] for files in wanted)
+    if path.is_dir() and not there:
+        raise InputError(
+            f"load_model: {name} has no processor to read {kind} with; put its "
+            f"{PROCESSOR_FILES[0]} into the folder, or call liar_ext.prune with batches of your own"
+        )
+    for file in there:
+        read_json(path / file, "load_model")
     with reading(f"the processor of {name}", "load_model"):
         if kind == AUDIO:
             processor = AutoFeatureExtractor.from_pretrained(name, **given)
         else:  # by pillow, whose numbers don't depend on what else is installed
             processor = AutoImageProcessor.from_pretrained(name, backend="pil", **given)
     tokenizer = None
-    has_files = not path.is_dir() or any((path / file).exists() for file in TOKENIZER_FILES)
-    if kind == AUDIO and has_files:
+    if kind == AUDIO and (texts or not path.is_dir()):
         with reading(f"the tokenizer of {name}", "load_model"):
             tokenizer = AutoTokenizer.from_pretrained(name, **given)
     return Reader(kind, model, processor, tokenizer)

@@ -15,10 +15,7 @@ QUIETENED = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back what transformers logs of sizes that differ by layer, and of lacking weights.
-
-    The one is meant, the other raises an error of one line here.
-    """
+    """Keep back logs of sizes that differ by layer, as is meant, and of weights refused here."""
     loggers = [logging.getLogger(name) for name in QUIETENED]
     for logger in loggers:
         logger.addFilter(_is_news)

@@ -35,16 +35,16 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
             "folder, plan): save_pretrained alone writes the dense sizes into config.json"
         )
     mark = mark if isinstance(mark, Mapping) else {"version": mark}
-    version = mark.get("version")
+    version, layers = mark.get("version"), mark.get("layers")
     if version not in (OLD_MARK_VERSION, MARK_VERSION) or isinstance(version, bool):
         raise InputError(
             f"load_pruned: {folder} has version {str(version)[:40]}, not {OLD_MARK_VERSION} or "
             f"{MARK_VERSION}; read it with the liar_ext that wrote it"
         )
-    if mark.get("layers") not in ("equal", "unequal"):
+    if layers not in ("equal", "unequal"):
         raise InputError(
-            f"load_pruned: {folder} says its layers are {str(mark.get('layers'))[:40]!r}, which "
-            "must be equal or unequal; copy the folder again"
+            f"load_pruned: {folder} says its layers are {str(layers)[:40]!r}, which must be equal "
+            "or unequal; copy the folder again"
         )
     _check_mark(mark, f"load_pruned: config.json of {folder}")
     return fields
@@ -52,27 +52,30 @@ def read_marked_config(folder: Path) -> dict[str, Any]:
 
 def _check_mark(mark: Mapping[str, Any], where: str) -> None:
     """Refuse sizes of modules that are no sizes, before a model is built by them."""
+    sizes = f"sizes up to {LARGEST:,}"
+    for part, is_right, kind in (
+        ("modules", _are_sizes, sizes),
+        ("head", _are_sizes, sizes),
+        ("head_inputs", _is_head_input, "[position, keyword, heads]"),
+    ):
+        modules = mark.get(part, {})
+        for path, said in modules.items() if isinstance(modules, Mapping) else [(part, None)]:
+            if not is_right(said):
+                raise InputError(
+                    f"{where}: {part} must map modules to {kind}, got {str(said)[:40]!r} for "
+                    f"{path[:80]}; copy the folder again"
+                )
+
+
+def _are_sizes(said: Any) -> bool:
+    """Tell whether something maps names to numbers, or to shapes of a few of them."""
 
     def is_size(value: Any) -> bool:
         if isinstance(value, list):
             return 0 < len(value) < 5 and all(isinstance(n, int) and is_size(n) for n in value)
         return isinstance(value, int | float) and abs(value) <= LARGEST
 
-    for part in ("modules", "head"):
-        modules = mark.get(part, {})
-        for path, sizes in modules.items() if isinstance(modules, Mapping) else [(part, None)]:
-            if not isinstance(sizes, Mapping) or not all(map(is_size, sizes.values())):
-                raise InputError(
-                    f"{where}: {part} must map modules to sizes up to {LARGEST:,}, got "
-                    f"{str(sizes)[:40]!r} for {path[:80]}; copy the folder again"
-                )
-    taken = mark.get("head_inputs", {})
-    for path, each in taken.items() if isinstance(taken, Mapping) else [("", None)]:
-        if not _is_head_input(each):
-            raise InputError(
-                f"{where}: head_inputs must map modules to [position, keyword, heads], got "
-                f"{str(each)[:40]!r} for {path[:80]}; copy the folder again"
-            )
+    return isinstance(said, Mapping) and all(map(is_size, said.values()))
 
 
 def _is_head_input(said: Any) -> bool:
@@ -89,22 +92,18 @@ def _is_head_input(said: Any) -> bool:
 
 @contextmanager
 def reading(what: Any, operation: str) -> Iterator[None]:
-    """Turn whatever transformers raises at what it reads into one line.
-
-    It raises anything at a damaged file, from KeyError to ZeroDivisionError.
-    """
+    """Turn whatever transformers raises at a damaged file, which is anything, into one line."""
     try:
         yield
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        needs = "trust_remote_code" in str(error)
-        hint = (
-            "it needs code of its own, which liar_ext doesn't run; take a model whose class is in "
-            "transformers"
-            if needs
-            else "give a folder, a hub id or a GGUF file that transformers can load"
-        )
+        hint = "give a folder, a hub id or a GGUF file that transformers can load"
+        if "trust_remote_code" in str(error):
+            hint = (
+                "it needs code of its own, which liar_ext doesn't run; take a model whose class is "
+                "in transformers"
+            )
         raise InputError(
             f"{operation}: can't load {what}: {type(error).__name__}: {one_line(error)}; {hint}"
         ) from error
@@ -166,30 +165,28 @@ def check_keys(info: Mapping[str, Any], path: Any, operation: str, strict: bool)
 
     A stranger's folder may hold a head that the class doesn't read (``strict=False``).
     """
-    mismatched = sorted(info["mismatched_keys"])
+    mismatched, missing, extra = (
+        sorted(info[f"{kind}_keys"]) for kind in ("mismatched", "missing", "unexpected")
+    )
+    if not strict:
+        extra = [key for key in extra if re.search(r"\.\d+\..*(weight|bias)$", key)]
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    wrong = ""
     if mismatched:
         name, theirs, ours = mismatched[0]
-        raise InputError(
-            f"{operation}: {path} has {name} with shape {tuple(theirs)}, its config or plan says "
-            f"{tuple(ours)} ({len(mismatched)} such weights); copy it again"
+        wrong = (
+            f"has {name} with shape {tuple(theirs)}, its config or plan says {tuple(ours)} "
+            f"({len(mismatched)} such weights)"
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(f"{operation}: {path} lacks {_some(missing)}; copy it again")
-    extra = [
-        key
-        for key in sorted(info["unexpected_keys"])
-        if strict or re.search(r"\.\d+\..*(weight|bias)$", key)
-    ]
-    if extra:
-        raise InputError(
-            f"{operation}: {path} has weights that its config, or plan, doesn't: {_some(extra)}; "
-            "copy it again"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    elif missing:
+        wrong = f"lacks {some(missing)}"
+    elif extra:
+        wrong = f"has weights that its config, or plan, doesn't: {some(extra)}"
+    if wrong:
+        raise InputError(f"{operation}: {path} {wrong}; copy it again")
 
 
 def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
@@ -224,11 +221,11 @@ def stock_class(fields: Mapping[str, Any], operation: str) -> Any:
 
 
 def bare_class(found: Folder, stock: Any) -> Any | None:
-    """Return the class without a head, where the weights are those of it; None elsewhere.
+    """Return the class without a head, if the weights are those of it; None otherwise.
 
-    So are the folders of sentence-transformers, with ``modules.json``, whatever head their config
-    names. In any other folder the weights decide: none of the head's own is there, and none that
-    the bare model lacks, as a head has in older files.
+    Folders of sentence-transformers, with ``modules.json``, have such weights whatever head their
+    config names. In any other folder the weights decide: none of the head's own is there, and none
+    that the bare model lacks, as a head has in older files.
     """
     from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
@@ -248,9 +245,9 @@ def bare_class(found: Folder, stock: Any) -> Any | None:
 
 
 def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:
-    """Return missing weights but for those of a pooler, which are set to zero.
+    """Set missing weights of a pooler, which many encoders' folders leave out, to 0; return others.
 
-    A sentence encoder is read by its hidden states; many folders leave the pooler out.
+    A sentence encoder is read by its hidden states.
     """
     takes = "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
     pooler = {name for name in missing if name.startswith("pooler.")} if takes else set()
@@ -262,9 +259,9 @@ def _silence_pooler(model: nn.Module, missing: set[str]) -> set[str]:
 def _checked_class(stock: Any, plan: Plan | None, numel: int | None, what: str) -> Any:
     """Return a class that builds the stock model, with the sizes of its config or of a plan.
 
-    It is built without memory for its weights; if it wants far more of them than the files hold
-    (twice: before they are tied, weights count twice), no memory is taken. It goes by the name of
-    the stock class, by which transformers finds how to rename the weights of older checkpoints.
+    It is built on the meta device. If it wants far more than the files hold (twice: before they are
+    tied, weights count twice), no memory is taken. By the name of the stock class transformers
+    finds how to rename the weights of older checkpoints.
     """
 
     def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:

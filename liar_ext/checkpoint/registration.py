@@ -1,13 +1,8 @@
-"""Where liar_ext is imported, every ``from_pretrained`` builds the sizes that a config says.
+"""If liar_ext is imported, every ``from_pretrained`` builds the sizes that a config says.
 
-Without it a stock loader takes a folder with layers of unequal sizes only if it may run the code in
-the folder. That code is ours, so there is nothing to trust it for::
-
-    import liar_ext
-    model = AutoModelForCausalLM.from_pretrained("pruned")
-
-Transformers has no place to register sizes at, so ``PreTrainedModel.post_init``, which ends the
-building of every model, looks for them first; models whose config has none are built as ever.
+Otherwise a folder with layers of unequal sizes needs ``trust_remote_code=True``. Transformers has
+no place to register sizes at, so ``PreTrainedModel.post_init``, which ends the building of every
+model, looks for them first.
 """
 
 from __future__ import annotations
@@ -51,8 +46,7 @@ class _Finder(MetaPathFinder):
 
 
 def _extend(module: Any) -> None:
-    base = module.PreTrainedModel
-    stock = base.post_init
+    stock = module.PreTrainedModel.post_init
     if hasattr(stock, "builds_pruned"):
         return
 
@@ -65,4 +59,4 @@ def _extend(module: Any) -> None:
         stock(self)
 
     post_init.builds_pruned = True
-    base.post_init = post_init
+    module.PreTrainedModel.post_init = post_init

@@ -25,10 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from liar_ext.checkpoint.carrying import carry, complete_config, license_of, source_folder
+from liar_ext.checkpoint.carrying import (
+    carry,
+    complete_config,
+    license_of,
+    source_folder,
+    write_vocabulary,
+)
 from liar_ext.checkpoint.fingerprint import write_fingerprint, write_manifest
+from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
 from liar_ext.checkpoint.names import (
     CARD_FILE,
     MARKER_FILE,
@@ -40,14 +48,12 @@ from liar_ext.checkpoint.names import (
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
 from liar_ext.checkpoint.quietening import no_bars, quiet
 from liar_ext.checkpoint.stock_config import described, wear
-from liar_ext.checkpoint.vocabulary import leave_larger, write_vocabulary
-from liar_ext.checkpoint.weights import Shards
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
 from liar_ext.plan import Plan
 
-__all__ = ["PLAN_FILE", "check_folder", "save_pruned"]
+SHARD_BYTES = 2 << 30  # a shard is held in memory until it is written
 
 
 def save_pruned(
@@ -92,14 +98,11 @@ def save_pruned(
         If the folder exists or holds anything else, the plan isn't the one that pruned this model,
         the model's outputs aren't finite, or writing fails (a full disk, for one).
     """
-    start = time.perf_counter()
     plan = getattr(report, "plan", None) if plan is None else plan
     if plan is None:
         raise InputError("save_pruned: needs the plan that was applied; give it, or a report of it")
     with writing(folder, overwrite) as path:
-        fill_folder(
-            model, path, plan, report=report, tokenizer=tokenizer, source=source, start=start
-        )
+        fill_folder(model, path, plan, report=report, tokenizer=tokenizer, source=source)
 
 
 @contextmanager
@@ -133,14 +136,10 @@ def fill_folder(
     report: Any = None,
     tokenizer: Any = None,
     source: str | os.PathLike[str] | None = None,
-    start: float,
     shards: Shards | None = None,
 ) -> None:
-    """Write all that :func:`save_pruned` writes to a folder.
-
-    ``start`` is when the time of saving began, by ``time.perf_counter``; ``shards`` have the
-    weights already, if given.
-    """
+    """Write all that :func:`save_pruned` writes; ``shards`` have the weights already, if given."""
+    start = time.perf_counter()
     with quiet():
         config = described(model)
     _check_plan(model, plan, config)
@@ -152,40 +151,40 @@ def fill_folder(
                 model.save_pretrained(path, state_dict={})  # which removes shards of that name
             shards.close()
     complete_config(path)
-    _save_tokenizer(tokenizer, path)
+    save_tokenizer(tokenizer, path)
     (path / OWN_FOLDER).mkdir()
     write_vocabulary(model, tokenizer, path)
     plan.save(path / PLAN_FILE)
     _take_along(model, source, path, report, tokenizer is not None)
     write_fingerprint(model, path)
     _write_report(report, path, start)
-    _open_to_readers(path)
+    mode = (path / MARKER_FILE).stat().st_mode & 0o777  # as the umask says; safetensors': 0600
+    for each in path.rglob("*"):
+        if each.is_file():
+            each.chmod(mode)
     write_manifest(path)
 
 
 def _check_plan(model: nn.Module, plan: Plan, config: Any) -> None:
     """Refuse a plan that didn't make this model, or made one that a stock loader gets wrong."""
-    planned = {name: len(site.kept) for name, site in plan.sites.items()}
-    found = {site.name: site.units for site in sites(model, attn_unit=plan.attn_unit)}
-    for name, units in planned.items():
-        if found.get(name) != units:
-            raise InputError(
-                f"save_pruned: the plan leaves {units} units at {name}, the model has "
-                f"{found.get(name, 'no such site')}; pass the plan that pruned this model"
-            )
+    units = {site.name: site.units for site in sites(model, attn_unit=plan.attn_unit)}
     experts = {site.team: site.experts for site in sites(model) if site.expert is not None}
-    for name, layer in plan.experts.items():
-        if experts.get(name) != len(layer.kept):
+    claims = [
+        (f"units at {name}", site.kept, units.get(name, "no such site"))
+        for name, site in plan.sites.items()
+    ]
+    claims += [
+        (f"experts at {name}", layer.kept, experts.get(name, "none"))
+        for name, layer in plan.experts.items()
+    ]
+    if plan.hidden is not None:
+        claims.append(("hidden features", plan.hidden.kept, hidden_of(model).size))
+    for what, kept, there in claims:
+        if len(kept) != there:
             raise InputError(
-                f"save_pruned: the plan leaves {len(layer.kept)} experts at {name}, the model has "
-                f"{experts.get(name, 'none')}; pass the plan that pruned this model"
+                f"save_pruned: the plan leaves {len(kept)} {what}, the model has {there}; pass the "
+                "plan that pruned this model"
             )
-    hidden = None if plan.hidden is None else hidden_of(model).size
-    if plan.hidden is not None and hidden != len(plan.hidden.kept):
-        raise InputError(
-            f"save_pruned: the plan leaves {len(plan.hidden.kept)} hidden features, the model has "
-            f"{hidden}; pass the plan that pruned this model"
-        )
     said = config.liar
     resized = [*said.get("modules", {}).values(), *said.get("head", {}).values()]
     if said["layers"] == "unequal" and all(set(sizes) == {"bias"} for sizes in resized):
@@ -193,6 +192,15 @@ def _check_plan(model: nn.Module, plan: Plan, config: Any) -> None:
             "save_pruned: the plan removes nothing and only adds biases, which a stock loader of "
             f"{type(model).__name__} would drop silently; leave them out, or remove units too"
         )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer, if there is one; whatever its Rust library raises is an OSError."""
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except Exception as error:  # of a full disk, for one
+        raise OSError(f"the tokenizer can't be saved: {one_line(error)}") from error
 
 
 @contextmanager
@@ -208,23 +216,12 @@ def _wearing(model: nn.Module, config: Any) -> Iterator[None]:
         model.__dict__.update(own)
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer; whatever its library raises, of a full disk or else, is an OSError."""
-    if tokenizer is None:
-        return
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the Rust library raises nothing more special
-        raise OSError(f"the tokenizer can't be saved: {one_line(error)}") from error
-
-
 def _take_along(model: nn.Module, source: Any, folder: Path, report: Any, tokenizer: bool) -> None:
     """Copy what else the source folder holds, and write a model card if there is a report."""
     name = os.fspath(source or model.config.name_or_path)
     found, said = source_folder(name), []
     if found is not None:
-        said = carry(found, folder, sites(model)[0].d_out, tokenizer=tokenizer)
-        said += leave_larger(model, found, folder)
+        said = carry(found, folder, model, tokenizer=tokenizer)
     elif name and not os.path.isdir(name):
         said = [f"What else {name} holds could not be read, and stays behind."]
     if isinstance(getattr(report, "warnings", None), list):
@@ -248,9 +245,62 @@ def _write_report(report: Any, folder: Path, start: float) -> None:
         report.save(folder)
 
 
-def _open_to_readers(folder: Path) -> None:
-    """Give every file the mode that the umask says; safetensors writes 0600."""
-    mode = (folder / MARKER_FILE).stat().st_mode & 0o777
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+class Shards:
+    """The weights of a model on their way to a folder.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Whose weights they are: it knows by which names they are saved.
+    folder : Path
+        Where they go.
+    size : int
+        Bytes of a shard: it is written as soon as it has so many.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, size: int = SHARD_BYTES) -> None:
+        self._model, self._folder, self._size = model, folder, size
+        self._waiting: dict[str, Tensor] = {}
+        self._written: list[list[str]] = []  # names by shard
+        self._bytes = self._params = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors by their name in the model; those that share memory come in one call."""
+        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+        left_out = self._model._keys_to_ignore_on_save or ()
+        kept = {name: value for name, value in tensors.items() if name not in left_out}
+        kept = remove_tied_weights_from_state_dict(kept, self._model)
+        for name, value in revert_weight_conversion(self._model, kept).items():
+            self._waiting[name] = value.detach().cpu().contiguous()
+            self._params += value.numel()
+        if sum(value.nbytes for value in self._waiting.values()) >= self._size:
+            self._write()
+
+    def close(self) -> None:
+        """Write what is left, give the shards their names, and write the index, last of all."""
+        self._write()
+        count = len(self._written)
+        if count == 1:
+            self._part(0).rename(self._folder / WEIGHTS)
+            return
+        where = {}
+        for index, names in enumerate(self._written):
+            file = f"model-{index + 1:05}-of-{count:05}.safetensors"
+            self._part(index).rename(self._folder / file)
+            where |= dict.fromkeys(names, file)
+        facts = {"total_parameters": self._params, "total_size": self._bytes}
+        text = json.dumps({"metadata": facts, "weight_map": where}, indent=2, sort_keys=True)
+        (self._folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"part-{index + 1:05}.safetensors"
+
+    def _write(self) -> None:
+        if self._waiting:
+            self._bytes += sum(value.nbytes for value in self._waiting.values())
+            path = self._part(len(self._written))
+            self._written.append(list(self._waiting))
+            save_file(self._waiting, path, metadata={"format": "pt"})
+            self._waiting = {}

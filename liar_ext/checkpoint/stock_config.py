@@ -2,15 +2,14 @@
 
 If the stock class of transformers can build the layers, stock fields say it all. Else the fields
 stay those of the dense model, but for what every layer shares; ``per_layer_config`` has the sizes
-of layers in the spelling of transformers, and ``liar`` every size by which the modules differ from
-those that the stock class builds: :mod:`liar_ext.models.liar_loader` reads it.
+of layers, and ``liar`` all that :mod:`liar_ext.models.liar_loader` resizes.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,14 +39,8 @@ def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None
     """Let the config of a model say its sizes, and its class build them, in place.
 
     After this ``model.save_pretrained(folder)`` writes a folder that loads again. The config is a
-    new object for this model alone; other models that share the old one keep theirs.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A model whose modules were sliced.
-    pruning : mapping, optional
-        What to remember of the job, beside that of earlier ones, as ``config.liar["history"]``.
+    new object; other models that share the old one keep theirs. ``pruning`` is what to remember of
+    the job, beside that of earlier ones, as ``config.liar["history"]``.
     """
     with quiet():
         old, config = model.config, described(model, pruning)
@@ -60,11 +53,10 @@ def describe(model: nn.Module, pruning: Mapping[str, Any] | None = None) -> None
 
 
 def from_dense(model: nn.Module, plan: Plan) -> Plan:
-    """Return what a plan for this model comes to for the dense one, where the way here is known.
+    """Return what a plan for this model comes to for the dense one, if the way here is known.
 
     :func:`liar_ext.prune` and :func:`liar_ext.load_pruned` leave it on the model as ``liar_plan``.
-    What was sliced by hand since can't be told: then the plan counts the units that came in, with
-    a warning.
+    After slicing by hand the plan counts the units that came in, with a warning.
     """
     before = getattr(model, "liar_plan", None)
     try:
@@ -174,17 +166,19 @@ def _unequal_config(model: nn.Module, config: Any, said: dict[str, Any]) -> Any:
         # Most code reads the global sizes, which a config with such layers forbids by default.
         here.allow_global_per_layer_attribute_access = True
         here.per_layer_config = layers
-    if in_transformers(stock_of(model)):
+    own = stock_of(model)
+    if in_transformers(own):  # other heads are made for the hidden size in the config
         narrower = sites(model)[0].d_out != sites(stock)[0].d_out
-        config.auto_map = auto_map(model, auto_classes(model) if narrower else None)
+        config.auto_map = {
+            auto: f"{LOADER_MODULE}.{(own if own in classes else classes[0]).__name__}"
+            for auto, classes in _auto(model).items()
+            if own in classes or not narrower
+        }
     return config
 
 
 def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[str, int]]]]:
-    """Return the sizes in which the layers of a part differ from those that its config says.
-
-    Where one config describes several parts, it has no words for the layers of each.
-    """
+    """Return the sizes in which the layers of a part differ from its config, if that has words."""
     parts = family_of(model).all_parts
     configs = [part.config for part in parts]
     found: dict[str, dict[int, dict[str, int]]] = {}
@@ -201,15 +195,6 @@ def _layers(model: nn.Module, config: Any) -> list[tuple[Part, dict[int, dict[st
     ]
 
 
-def _experts_fields(model: nn.Module) -> dict[str, int]:
-    """Return the config fields that say how many experts all layers have; none if they differ."""
-    at = [site for site in sites(model) if site.expert is not None]
-    if len({site.experts for site in at}) != 1:
-        return {}
-    fields = at[0].wiring.config or {}
-    return {name: at[0].experts for name, size in fields.items() if size == "experts"}
-
-
 def _set_shared(model: nn.Module, config: Any) -> None:
     """Set the fields that all layers share: the hidden size, experts, and flags of biases."""
     governed: dict[tuple[str, str], list[Site]] = {}
@@ -219,7 +204,11 @@ def _set_shared(model: nn.Module, config: Any) -> None:
     for (_, flag), at in governed.items():
         if all(get_consumer_bias(model, site) is not None for site in at):
             setattr(block_config(at[0].part, config), flag, True)
-    for name, size in (_narrowed_fields(model) | _experts_fields(model)).items():
+    fields, at = _narrowed_fields(model), [site for site in sites(model) if site.expert is not None]
+    if len({site.experts for site in at}) == 1:
+        names = (at[0].wiring.config or {}).items()
+        fields |= {name: at[0].experts for name, size in names if size == "experts"}
+    for name, size in fields.items():
         setattr(block_config(family_of(model), config), name, size)
 
 
@@ -255,8 +244,8 @@ def _covers(stock: nn.Module, model: nn.Module) -> bool:
 def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
     """Return every size by which the modules of a model differ from those of the stock class."""
     said: dict[str, Any] = {"modules": {}}
-    base, stock_base = model.base_model, stock.base_model
-    theirs, inside = dict(stock_base.named_modules()), set(base.modules())
+    base = model.base_model
+    theirs, inside = dict(stock.base_model.named_modules()), set(base.modules())
     for path, module in base.named_modules():
         if path in theirs and (sizes := _sizes(module, theirs[path])):
             said["modules"][path] = sizes
@@ -271,13 +260,19 @@ def _differences(model: nn.Module, stock: nn.Module) -> dict[str, Any]:
 
 def _sizes(ours: nn.Module, theirs: nn.Module) -> dict[str, Any]:
     """Return shapes of what one module saves, and numbers, that differ from the stock one's."""
-    stock = _saved(theirs)
-    sizes = {
-        name: list(value.shape)
-        for name, value in _saved(ours).items()
-        if name not in stock or stock[name].shape != value.shape
-    }
-    return sizes | dict(_numbers(ours, theirs))
+    stock, sizes = _saved(theirs), {}
+    for name, value in _saved(ours).items():
+        if name not in stock or stock[name].shape != value.shape:
+            sizes[name] = list(value.shape)
+    for name, value in vars(ours).items():
+        other = vars(theirs).get(name)
+        numbers = all(isinstance(each, int | float | tuple) for each in (value, other))
+        if numbers and value != other and not (name.startswith("_") or isinstance(value, bool)):
+            sizes[name] = list(value) if isinstance(value, tuple) else value
+    for name, value in config_numbers(ours).items():
+        if value != getattr(theirs.config, name):
+            sizes[f"config.{name}"] = value
+    return sizes
 
 
 def _saved(module: nn.Module) -> dict[str, Tensor]:
@@ -287,18 +282,6 @@ def _saved(module: nn.Module) -> dict[str, Tensor]:
     return {n: value for n, value in both.items() if value is not None and n not in dropped}
 
 
-def _numbers(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(ours).items():
-        other = vars(theirs).get(name)
-        numbers = all(isinstance(each, int | float | tuple) for each in (value, other))
-        if name.startswith("_") or isinstance(value, bool) or not numbers or value == other:
-            continue
-        yield name, list(value) if isinstance(value, tuple) else value
-    for name, value in config_numbers(ours).items():
-        if value != getattr(theirs.config, name):
-            yield f"config.{name}", value
-
-
 def in_transformers(stock: type) -> bool:
     """Tell whether a class is one of transformers itself."""
     import transformers
@@ -306,41 +289,30 @@ def in_transformers(stock: type) -> bool:
     return getattr(transformers, stock.__name__, None) is stock
 
 
-def _mappings(modeling_auto: Any) -> Iterator[tuple[str, Any]]:
-    for name in sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel")):
-        yield name, getattr(modeling_auto, name)._model_mapping
-
-
-def auto_map(model: nn.Module, only: Collection[str] | None = None) -> dict[str, str]:
-    """Return, for every auto class of transformers, the class of the loader file that it is for.
-
-    Other heads are made for the hidden size in the config; ``only`` names those that are to be
-    there where that isn't the model's.
-    """
+def _auto(model: nn.Module) -> dict[str, tuple[type, ...]]:
+    """Return what each auto class of transformers may build from a config like the model's."""
     from transformers.models.auto import modeling_auto
 
-    stock, names = stock_of(model), {}
-    for auto, mapping in _mappings(modeling_auto):
-        config = type(model.config)
-        if mapping is None or config not in mapping or (only is not None and auto not in only):
-            continue
-        classes = mapping[config]
-        classes = classes if isinstance(classes, tuple) else (classes,)
-        names[auto] = (stock if stock in classes else classes[0]).__name__
-    return {auto: f"{LOADER_MODULE}.{name}" for auto, name in names.items()}
+    found, config = {}, type(model.config)
+    for name in auto_names():
+        mapping = getattr(modeling_auto, name)._model_mapping
+        if mapping is not None and config in mapping:
+            classes = mapping[config]
+            found[name] = classes if isinstance(classes, tuple) else (classes,)
+    return found
+
+
+def auto_names() -> list[str]:
+    """Return the names of transformers' auto classes of models."""
+    from transformers.models.auto import modeling_auto
+
+    return sorted(name for name in dir(modeling_auto) if name.startswith("AutoModel"))
 
 
 def auto_classes(model: nn.Module) -> list[str]:
     """Return the names of transformers' auto classes that load this class of model."""
-    from transformers.models.auto import modeling_auto
-
-    stock, config, names = stock_of(model), type(model.config), []
-    for name, mapping in _mappings(modeling_auto):
-        if mapping is not None and config in mapping:
-            classes = mapping[config]
-            if stock in (classes if isinstance(classes, tuple) else (classes,)):
-                names.append(name)
-    return names
+    own = stock_of(model)
+    return [name for name, classes in _auto(model).items() if own in classes]
 
 
 def how_to_load(model: nn.Module, plan: Plan) -> str:

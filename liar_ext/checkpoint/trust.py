@@ -1,7 +1,6 @@
-"""Whether the code in a folder is the code that ``save_pruned`` writes.
+"""Whether the code in a folder is the code that ``save_pruned`` writes, which alone is ever run.
 
-Only such code is ever run, by ``verify_pruned`` alone. What is compared is all of it: the bytes of
-the file, and every place from which a loader could be sent to another one.
+Compared are the bytes of the file, and every place from which a loader could be sent elsewhere.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from liar_ext.checkpoint.inspection import fields_of
 from liar_ext.checkpoint.names import LOADER_CODE, LOADER_FILE, LOADER_MODULE, OLD_MARK_VERSION
+from liar_ext.checkpoint.stock_config import auto_names
 from liar_ext.errors import InputError
 
 
@@ -31,27 +32,22 @@ def check_code(folder: Path, config: Mapping[str, Any]) -> list[str]:
         )
     auto_map = config.get("auto_map", {})
     unequal = config["liar"]["layers"] == "unequal"
-    others = [
-        name
-        for name in sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
-        if not (unequal and name == LOADER_FILE)
-    ]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    others = [name for name in found if not (unequal and name == LOADER_FILE)]
     if others:
         raise _refusal(folder, others[0], "save_pruned doesn't write it")
-    if any(key == "auto_map" for part in config.values() for key in _keys(part)):
+    if any(key == "auto_map" for part in config.values() for key, _ in fields_of(part)):
         raise _refusal(folder, "a part of config.json with auto_map", "save_pruned writes none")
     if not unequal:
-        if auto_map or "auto_map" in config:
+        if "auto_map" in config:
             raise _refusal(folder, "auto_map", "equal layers need no code")
         return []
-    known = _auto_names()
     for name, loader in auto_map.items() if isinstance(auto_map, Mapping) else [("", auto_map)]:
-        if name not in known or not _is_stock(loader):
+        if name not in auto_names() or not _is_stock(loader):
             raise _refusal(folder, f"auto_map with {name}: {str(loader)[:80]}", "it isn't ours")
     path, code = folder / LOADER_FILE, LOADER_CODE.encode()
-    if auto_map and not (
-        path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
-    ):
+    same = path.is_file() and path.stat().st_size == len(code) and path.read_bytes() == code
+    if auto_map and not same:
         raise _refusal(folder, LOADER_FILE, "it isn't the file that save_pruned writes")
     names = config.get("architectures")
     saved = f"{LOADER_MODULE}.{names[0] if isinstance(names, list) and names else ''}"
@@ -73,18 +69,3 @@ def _is_stock(loader: Any) -> bool:
     stock = getattr(transformers, name, None) if name.isidentifier() else None
     is_model = isinstance(stock, type) and issubclass(stock, transformers.PreTrainedModel)
     return module == LOADER_MODULE and is_model
-
-
-def _auto_names() -> set[str]:
-    from transformers.models.auto import modeling_auto
-
-    return {name for name in dir(modeling_auto) if name.startswith("AutoModel")}
-
-
-def _keys(value: Any) -> list[str]:
-    """Return all keys of nested mappings."""
-    if isinstance(value, Mapping):
-        return [*value, *(key for item in value.values() for key in _keys(item))]
-    if isinstance(value, list):
-        return [key for item in value for key in _keys(item)]
-    return []

@@ -312,11 +312,12 @@ def _compare(commands: Any) -> None:
 def _compare_methods(commands: Any) -> None:
     parser = commands.add_parser(
         "compare-methods",
-        help="perplexity of several pruning methods on one model, over several seeds",
+        help="quality of several pruning methods on one model, over several seeds",
         usage="liar compare-methods MODEL --calibration TEXT --eval TEXT [options]",
         description="Prune a copy of MODEL by each method and seed, and print a table of "
-        "perplexity: the mean over seeds, the lowest and the highest. Methods on the same "
-        "calibration text share its statistics. Nothing is saved.",
+        "perplexity, or of an encoder's cosine with the dense one: the mean over seeds, the lowest "
+        "and the highest. Methods on the same calibration text share its statistics. Nothing is "
+        "saved.",
         epilog="Example: liar compare-methods gpt2 --calibration text.txt --eval held_out.txt",
     )
     methods = ["flap", "wanda-sp", "liar"]

@@ -22,7 +22,8 @@ from liar_ext.plan import Plan, SitePlan
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.one_pass import with_bias
-from liar_ext.report.tables import Table, latency_lines, to_text
+from liar_ext.report.sections import latency_lines
+from liar_ext.report.tables import Table, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 
@@ -72,10 +73,7 @@ def _sizes(at: Sequence[Site], equal: Plan, recipe: Recipe, model: nn.Module) ->
 
 
 def _alike(at: Sequence[Site], recipe: Recipe) -> list[list[Site]]:
-    """Return the sites in groups of one name and size: experts, and what is shared, by themselves.
-
-    The first of a group can stand for all of it.
-    """
+    """Return the sites in groups of one name and size, of which the first can stand for all."""
     groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sorted(at, key=lambda site: recipe.prunable_kinds.index(site.kind)):
         facts = _what(site), site.expert is None, site.experts, site.units, site.unit, site.d_in
@@ -158,7 +156,7 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
         count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-        plan = replace(plan, hidden=SitePlan(hidden.size, tuple(range(count))))
+        plan = replace(plan, hidden=_leading(hidden.size, count))
     said = _how(model, plan)
     if not (recipe.uniform_layers and recipe.allocation != "uniform" and plan.sites):
         return f"loading: {said}"
@@ -177,12 +175,16 @@ def _how(model: nn.Module, plan: Plan) -> str:
     return how_to_load(pruned, plan)
 
 
+def _leading(units: int, count: int, groups: int = 1) -> SitePlan:
+    """Return the plan that keeps the first units of each group."""
+    run, each = units // groups, count // groups
+    return SitePlan(units, tuple(g * run + unit for g in range(groups) for unit in range(each)))
+
+
 def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
     count = count_experts_kept(model, recipe.keep_experts)
-    experts = {site.team: SitePlan(site.experts, tuple(range(count))) for site in layers_of(model)}
-    gone = {
-        f"{layer}.{expert}" for layer in experts for expert in range(count, experts[layer].units)
-    }
+    experts = {site.team: _leading(site.experts, count) for site in layers_of(model)}
+    gone = {f"{layer}.{at}" for layer, each in experts.items() for at in range(count, each.units)}
     left = {name: site for name, site in plan.sites.items() if name not in gone}
     return replace(plan, sites=left, experts=experts)
 
@@ -193,11 +195,6 @@ def _uneven(plan: Plan, at: Sequence[Site], recipe: Recipe) -> Plan:
         kept = plan.sites[team[0].name].kept
         for count in allowed_counts(team[0], recipe.budget):
             if count != len(kept):
-                own = {s.name: SitePlan(s.units, _first(s, count)) for s in team}
+                own = {s.name: _leading(s.units, count, s.groups) for s in team}
                 return replace(plan, sites={**plan.sites, **own})
     return plan
-
-
-def _first(site: Site, count: int) -> tuple[int, ...]:
-    run, each = site.units // site.groups, count // site.groups
-    return tuple(group * run + unit for group in range(site.groups) for unit in range(each))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from liar_ext.measure.word_errors import word_errors
 from liar_ext.models.running import inputs_read, predicts_next_token
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report, versions
-from liar_ext.report.tables import MEASURES, measured_on, quality, speed, to_text
+from liar_ext.report.sections import speed
+from liar_ext.report.tables import MEASURES, measured_on, quality, to_text
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
 SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads
@@ -45,7 +47,11 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.out) if options.out else None
     if output is not None:
         check_place(output, "eval", "--out", begins_with('{\n "model": '))
-    result, lines = (_tasks if options.tasks else _on_text)(options)
+    kind = None if options.tasks else kind_of(options.model)
+    if options.tasks:
+        result, lines = _tasks(options)
+    else:
+        result, lines = _text(options) if kind is None else _files(options, kind)
     show(options, result, lines)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
@@ -54,9 +60,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _check_together(options: argparse.Namespace) -> None:
     """Refuse options of the other kind, which would change nothing."""
-    of_text = ("samples", "against", "pairs")
-    names = of_text if options.tasks else ("include_path", "limit", "num_fewshot")
-    for name in names:
+    of_text, of_tasks = ("samples", "against", "pairs"), ("include_path", "limit", "num_fewshot")
+    for name in of_text if options.tasks else of_tasks:
         if getattr(options, name) is not None:
             option, kind = "--" + name.replace("_", "-"), "--text" if options.tasks else "--tasks"
             raise InputError(f"eval: {option} goes with {kind}; leave one of them out")
@@ -64,17 +69,17 @@ def _check_together(options: argparse.Namespace) -> None:
         raise InputError("eval: needs --text TEXT, --tasks TASK, or of an encoder --pairs FILE")
 
 
-def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Return the perplexity on a text or what an encoder keeps, and the lines that say it."""
-    kind = kind_of(options.model)
-    if kind is not None:
-        return _judge_files(options, kind)
+Result = tuple[dict[str, Any], list[str]]  # what was measured, and the lines that say it
+
+
+def _text(options: argparse.Namespace) -> Result:
+    """Return the perplexity on a text, or what an encoder keeps."""
     documents = read_documents(options.text) if options.text else None
     pairs = read_pairs(options.pairs) if options.pairs else None
-    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
+    model, tokenizer = _load(options, options.model)
     check_seq_len(model, options.seq_len)
     if not predicts_next_token(model):
-        return _judge(options, model, tokenizer, documents, pairs)
+        return _encoder(options, model, tokenizer, documents, pairs)
     if options.against or options.pairs:
         option = "--against" if options.against else "--pairs"
         raise InputError(
@@ -89,25 +94,44 @@ def _on_text(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any], list[str]]:
-    """Return what was measured of a model on recordings or pictures, and the lines that say it.
+def _encoder(
+    options: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: Any,
+    documents: Sequence[str] | None,
+    pairs: Pairs | None,
+) -> Result:
+    """Return what was measured of an encoder on text and on pairs of texts."""
+    if "input_ids" not in inputs_read(model):
+        raise InputError(
+            f"eval: {type(model).__name__} reads {' and '.join(inputs_read(model))}, and no text; "
+            "call liar_ext.encoder_similarity with batches of your own"
+        )
+    result, lines, dense = _beside(options, needed=documents is not None)
+    if documents is not None:
+        batches = _batches(documents, tokenizer, options, samples=options.samples, packed=False)
+        _compare(options, model, dense, batches, result, lines)
+    if pairs is not None:
+        result |= _of_pairs(model, tokenizer, pairs, options)
+        own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
+        for name in PAIR_MEASURES.keys() & result.keys():
+            result |= {f"dense_{name}": own[name]} if own else {}
+            beside = f" (dense {own[name]:.4f})" if own else ""
+            said = f"{PAIR_MEASURES[name]} {result[name]:.4f}{beside}"
+            lines.append(f"{said} over {result['pairs']:,} pairs")
+    return result, lines
 
-    Raises
-    ------
-    InputError
-        If nothing can be measured.
-    """
+
+def _files(options: argparse.Namespace, kind: str) -> Result:
+    """Return what was measured of a model on recordings or pictures."""
     if options.pairs:
         raise InputError(f"eval: --pairs is for text, and the model reads {kind}; give --text DIR")
     files = read_files(options.text, kind)
     items = spread(files.items, options.samples)
-    model = load_with_tokenizer(options.model, options.dtype, options.device)[0]
+    model, _ = _load(options, options.model)
     reader = load_reader(kind, options.model, model)
     spoken = reader.writes and all(item.text for item in items)
-    against = options.against or _dense_of(options.model, needed=not spoken)
-    dense = load_with_tokenizer(against, options.dtype, options.device)[0] if against else None
-    result: dict[str, Any] = {"against": against} if against else {}
-    lines = []
+    result, lines, dense = _beside(options, needed=not spoken)
     if spoken:
         settings = {"batch_size": options.batch_size, "progress": options.progress}
         found = word_errors(model, reader, items, **settings)
@@ -125,24 +149,43 @@ def _judge_files(options: argparse.Namespace, kind: str) -> tuple[dict[str, Any]
         ]
     if dense is not None:
         batches = evaluation_inputs(files, reader, options.samples).batches(options.batch_size)
-        found = encoder_similarity(model, dense, batches, progress=options.progress)
-        result |= found
-        lines += _similar(found)
+        _compare(options, model, dense, batches, result, lines)
     return result, lines
 
 
-def _similar(found: dict[str, float]) -> list[str]:
-    """Return the lines that say what a model keeps of the dense one's outputs."""
-    return [
-        f"{MEASURES[name]} {quality(found[name])} over {measured_on(found)}"
-        for name in MEASURES
-        if name in found
-    ]
+def _load(options: argparse.Namespace, name: str) -> tuple[nn.Module, Any]:
+    return load_with_tokenizer(name, options.dtype, options.device)
 
 
-def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+def _beside(
+    options: argparse.Namespace, *, needed: bool
+) -> tuple[dict[str, Any], list[str], nn.Module | None]:
+    """Return how a result begins, its lines, and the dense model, if it is known."""
+    against = options.against or _dense_of(options.model, needed=needed)
+    if not against:
+        return {}, [], None
+    return {"against": against}, [], _load(options, against)[0]
+
+
+def _compare(
+    options: argparse.Namespace,
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Any,
+    result: dict[str, Any],
+    lines: list[str],
+) -> None:
+    """Add what a model keeps of the dense one's outputs."""
+    found = encoder_similarity(model, dense, batches, progress=options.progress)
+    result |= found
+    over = measured_on(found)
+    known = [name for name in MEASURES if name in found]
+    lines += [f"{MEASURES[name]} {quality(found[name])} over {over}" for name in known]
+
+
+def _tasks(options: argparse.Namespace) -> Result:
     tasks = load_tasks(options.tasks, options.include_path)
-    model, tokenizer = load_with_tokenizer(options.model, options.dtype, options.device)
+    model, tokenizer = _load(options, options.model)
     if not predicts_next_token(model):
         raise _not_causal(type(model).__name__)
     names = ("limit", "num_fewshot", "batch_size", "progress")
@@ -153,13 +196,11 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 def _check_causal(name: str) -> None:
     """Raise InputError if a folder's config tells that its model predicts no next token."""
-    path = Path(name)
-    if not path.is_dir():
-        return
-    fields = read_config(path, "load_model")
-    stock = stock_class(fields, "load_model")
-    if not stock.can_generate() or fields.get("is_encoder_decoder"):
-        raise _not_causal(stock.__name__)
+    if Path(name).is_dir():
+        fields = read_config(Path(name), "load_model")
+        stock = stock_class(fields, "load_model")
+        if not stock.can_generate() or fields.get("is_encoder_decoder"):
+            raise _not_causal(stock.__name__)
 
 
 def _not_causal(kind: str) -> InputError:
@@ -175,49 +216,12 @@ def _batches(
     return sequences.batches(options.batch_size)
 
 
-def _judge(
-    options: argparse.Namespace,
-    model: nn.Module,
-    tokenizer: Any,
-    documents: Sequence[str] | None,
-    pairs: Pairs | None,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return what was measured of an encoder, and the lines that say it."""
-    if "input_ids" not in inputs_read(model):
-        raise InputError(
-            f"eval: {type(model).__name__} reads {' and '.join(inputs_read(model))}, and no text; "
-            "call liar_ext.encoder_similarity with batches of your own"
-        )
-    against = options.against or _dense_of(options.model, needed=documents is not None)
-    dense = load_with_tokenizer(against, options.dtype, options.device)[0] if against else None
-    result: dict[str, Any] = {"against": against} if against else {}
-    lines = []
-    if documents is not None:
-        batches = _batches(documents, tokenizer, options, samples=options.samples, packed=False)
-        found = encoder_similarity(model, dense, batches, progress=options.progress)
-        result |= found
-        lines += _similar(found)
-    if pairs is not None:
-        result |= _of_pairs(model, tokenizer, pairs, options)
-        own = {} if dense is None else _of_pairs(dense, tokenizer, pairs, options)
-        for name in PAIR_MEASURES.keys() & result.keys():
-            result |= {f"dense_{name}": own[name]} if own else {}
-            beside = f" (dense {own[name]:.4f})" if own else ""
-            said = f"{PAIR_MEASURES[name]} {result[name]:.4f}{beside}"
-            lines.append(f"{said} over {result['pairs']:,} pairs")
-    return result, lines
-
-
 def _dense_of(folder: str, *, needed: bool) -> str | None:
-    """Return the dense model that a folder was pruned from, if it is still there.
-
-    Raise InputError if it is needed, and not known or gone.
-    """
-    try:
+    """Return the dense model that a folder was pruned from; raise InputError if it is needed."""
+    name = ""
+    with suppress(InputError):
         report = Report.load(folder)
         name = str(report.choices.get("model") or report.model)
-    except InputError:
-        name = ""
     if name and Path(name).is_dir():
         return name
     if needed:
@@ -266,11 +270,10 @@ def run_bench(options: argparse.Namespace) -> None:
 
 
 def _is_benchmark(path: Path) -> bool:
-    try:
+    with suppress(InputError):
         read_bench(path, "bench")
-    except InputError:
-        return False
-    return True
+        return True
+    return False
 
 
 def run_verify(options: argparse.Namespace) -> int:
@@ -294,7 +297,6 @@ def _ids(folder: str, text: str) -> Any:
         raise InputError(
             f"verify: --text is for causal language models, got {type(model).__name__}"
         )
-    most = getattr(model.config, "max_position_embeddings", SEQ_LEN)
-    length = min(SEQ_LEN, most)
+    length = min(SEQ_LEN, getattr(model.config, "max_position_embeddings", SEQ_LEN))
     sequences = evaluation_sequences(documents, tokenizer, seq_len=length, samples=SAMPLES)
     return np.concatenate([batch["input_ids"].numpy() for batch in sequences.batches(1)])

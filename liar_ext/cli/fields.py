@@ -12,8 +12,7 @@ from typing import Any
 
 from liar_ext.errors import InputError
 from liar_ext.recipe.checks import check_printable, shown
-from liar_ext.recipe.fields import CRITERIA
-from liar_ext.recipe.option import GROUPS, option_of
+from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of
 
 Add = Callable[..., None]
 NUMBERS = {"int": int, "float": float}  # types that fields begin with

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +25,8 @@ from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
-from liar_ext.report.reading import sentences
 from liar_ext.report.report import Report
+from liar_ext.report.sections import healing_lines
 from liar_ext.untrusted import read_object
 
 LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12
@@ -64,7 +63,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
     model = model if spread else model.to(recipe.device)
     before = _perplexity(model, given, options)
     with checkpoint_of(recipe, options) as saved:
-        let_write(given, recipe, saved, progress=options.progress)
+        let_write(given, saved, progress=options.progress)
         found = heal(
             model,
             given.model,
@@ -81,7 +80,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         after = _perplexity(model, given, options) if found["improved"] else before
         found |= {"perplexity": [*before, *after], "teacher": recipe.model}
         found |= {"text": list(recipe.calibration), "self_text": recipe.self_text}
-        earlier = [f"Healed before: {line}" for line in sentences(report.heal)[:1]]
+        earlier = [f"Healed before: {line}" for line in healing_lines(report.heal)[:1]]
         found["notes"] = [*given.notes, *earlier]
         report.heal = found
         save = partial(_save, report, options.folder)
@@ -90,9 +89,9 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> int:
         if saved is not None:
             saved.put(RESULT, facts={"plan": plan.to_json()})
         with writing(options.out, overwrite, checked=True) as path:
-            facts = {"report": written, "source": options.folder, "start": time.perf_counter()}
+            facts = {"report": written, "source": options.folder}
             fill_folder(model, path, plan, **facts)
-    lines = [] if options.quiet else [*sentences(found), f"{options.out}: saved"]
+    lines = [] if options.quiet else [*healing_lines(found), f"{options.out}: saved"]
     show(options, {"out": options.out, **found}, lines, found["notes"] if options.json else None)
     return 130 if found["interrupted"] else 0
 

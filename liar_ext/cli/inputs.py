@@ -26,47 +26,61 @@ from liar_ext.calibration.documents import (
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
 from liar_ext.calibration.media import Reader, calibration_inputs, evaluation_inputs, read_files
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.processors import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
+from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device
-from liar_ext.cli.vocabulary import SmallerVocabulary
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import LEAST
+from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.selection.costs import LatencyTable
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
-
+WRITTEN = "written"  # key of generated text in a checkpoint
 ONE_KIND = (
     "The calibration set is of one kind of text, and text unlike it loses more than it shows: name "
     "another kind as well, or let the model write a share of its own with --self-text 0.25."
 )
-
 UNMEASURED = (
     "The text is too short to measure --schedule auto on: layers are solved layer by layer, or in "
     "one pass if a norm reads the output of each layer."
 )
+
+Batches = Sequence[Mapping[str, Tensor]]
 
 
 @dataclass
 class Given:
     """What a recipe names, loaded."""
 
+    recipe: Recipe  # with what the bank says, or without what can't be done block by block
     model: nn.Module
     tokenizer: Any
-    calibration: Sequence[Mapping[str, Tensor]] | None  # None: that of the bank
-    evaluation: Sequence[Mapping[str, Tensor]] | None
-    certification: Sequence[Mapping[str, Tensor]] | None
-    judging: Sequence[Mapping[str, Tensor]] | None
-    facts: dict[str, object]
-    warnings: list[str]
+    bank: MomentBank | None = None
+    store: BlockStore | None = None  # of a model that stays in its files
+    calibration: Batches | None = None  # None: that of the bank
+    evaluation: Batches | None = None
+    certification: Batches | None = None
+    judging: Batches | None = None
+    facts: dict[str, object] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     notes: tuple[str, ...] = ()  # of the draw
     documents: Tensor | None = None  # their digests
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
     vocabulary: SmallerVocabulary | None = None  # what became of the tokens
+
+    def add_to(self, report: Report) -> None:
+        """Let a report say what became of the texts."""
+        report.settings |= self.facts
+        report.warnings += self.warnings
+        report.recipe = replace(report.recipe, text_digests=self.text_digests)
+        if self.vocabulary is not None:
+            self.vocabulary.add_to(report)
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -108,13 +122,19 @@ def load(
     if kind is None:
         texts.check_seq_len(model, recipe.seq_len)
     vocabulary = SmallerVocabulary(recipe, model, tokenizer, read, held_out)
-    tokenizer = vocabulary.tokenizer
-    drawn = None
+    tokenizer, drawn = vocabulary.tokenizer, None
     if is_first():
         reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
         asked = {"progress": progress, "sketch": sketch, "judge": judge}
         drawn = _draw(recipe, model, reads, read, held_out, **asked)
-    return Given(model, tokenizer, *broadcast(drawn), vocabulary=vocabulary)
+    return Given(recipe, model, tokenizer, **broadcast(drawn), vocabulary=vocabulary)
+
+
+def check_unloaded(recipe: Recipe) -> None:
+    """Refuse what can be told before the model is loaded, which may take minutes."""
+    check_device(recipe.device)
+    if recipe.latency_table is not None:
+        LatencyTable.load(recipe.latency_table)
 
 
 def read_source(source: str, kind: str | None) -> Documents:
@@ -126,8 +146,7 @@ def _documents(
     recipe: Recipe, kind: str | None
 ) -> tuple[dict[str, Sequence[str]], Sequence[str] | None]:
     """Return the documents of a recipe by source, and those to evaluate on."""
-    written = SELF in recipe.calibration or recipe.random_tokens not in ("auto", 0)
-    if kind is not None and written:
+    if kind is not None and (SELF in recipe.calibration or recipe.random_tokens not in ("auto", 0)):
         raise InputError(
             f"prune: {recipe.model} reads {kind}, which no model writes (--calibration self) and "
             "random tokens (--random-tokens) are not; leave them out"
@@ -156,69 +175,48 @@ def _draw(
     progress: bool,
     sketch: bool,
     judge: int,
-) -> tuple:
-    """Return what :class:`Given` has beside the model and its tokenizer, in its order.
-
-    A tokenizer or a :class:`Reader` reads.
-    """
+) -> dict[str, Any]:
+    """Return what :class:`Given` has of text, as a tokenizer or a :class:`Reader` reads it."""
     facts: dict[str, object] = {"calibration": list(recipe.calibration), "seq_len": recipe.seq_len}
-    if SELF in recipe.calibration:
-        asked = {"judge": judge, "progress": progress, "sketch": sketch}
-        read[SELF], seconds = _written(model, reads, recipe, **asked)
+    named, causal = SELF in recipe.calibration, predicts_next_token(model)
+    if named:
+        size = recipe.samples + recipe.certify + judge
+        read[SELF], seconds = _written(model, reads, recipe, size, progress, sketch)
         facts |= {"writing": seconds} if sketch else {}
-    draw = _drawing(recipe, model, reads, [read[source] for source in recipe.calibration])
+    asked = {"samples": recipe.samples, "seed": recipe.seed, "certify": recipe.certify}
+    draw = calibration_inputs if isinstance(reads, Reader) else texts.calibration_sequences
+    if not isinstance(reads, Reader):
+        asked |= {"seq_len": recipe.seq_len, "packed": causal}
+        asked["vocab_size"] = known_tokens(model, model.config)
+        written = named or writes(recipe, model)
+        asked["random_tokens"] = fraction_of(recipe.random_tokens, causal, written)
+    draw = partial(draw, [read[source] for source in recipe.calibration], reads, **asked)
     short = []
     try:
-        calibration = draw(judge=judge)
+        drawn = draw(judge=judge)
     except InputError:  # the text may be too short for one part more
-        calibration = draw()
-        short = [UNMEASURED] if judge and len(calibration) < LEAST else []
-    evaluation = evaluation_batches(recipe, held_out, model, reads)
-    facts |= {"bos": calibration.bos, **({"eval": recipe.eval} if recipe.eval else {})}
-    kinds = warnings_of(recipe.calibration, predicts_next_token(model), recipe.self_text)
-    warnings = [*calibration.notes, *short, *kinds]
+        drawn = draw()
+        short = [UNMEASURED] if judge and len(drawn) < LEAST else []
+    facts |= {"bos": drawn.bos, **({"eval": recipe.eval} if recipe.eval else {})}
+    kinds = warnings_of(recipe.calibration, causal, recipe.self_text)
     every = (text for documents in read.values() for text in documents)
-    known = torch.tensor(sorted(document_digests(every)))
-    batches, *apart = (
-        None if some is None else some.batches(recipe.batch_size)
-        for some in (calibration, calibration.certification, calibration.judging)
-    )
-    named = {**read, recipe.eval: held_out}
-    whole = {n: text_digest(each) for n, each in named.items() if each and n != SELF}
-    return batches, evaluation, *apart, facts, warnings, calibration.notes, known, whole
-
-
-def _drawing(
-    recipe: Recipe, model: nn.Module, reads: Any, sources: Sequence[Sequence[str]]
-) -> Callable[..., Any]:
-    """Return the function that draws the calibration set from its sources."""
-    asked = {"samples": recipe.samples, "seed": recipe.seed, "certify": recipe.certify}
-    if isinstance(reads, Reader):
-        return partial(calibration_inputs, sources, reads, **asked)
-    written = SELF in recipe.calibration or writes(recipe, model)
-    return partial(
-        texts.calibration_sequences,
-        sources,
-        reads,
-        **asked,
-        seq_len=recipe.seq_len,
-        random_tokens=fraction_of(recipe.random_tokens, predicts_next_token(model), written),
-        vocab_size=known_tokens(model, model.config),
-        packed=predicts_next_token(model),
-    )
+    whole = {**read, recipe.eval: held_out}
+    parts = {"calibration": drawn, "certification": drawn.certification, "judging": drawn.judging}
+    return {
+        "evaluation": evaluation_batches(recipe, held_out, model, reads),
+        "facts": facts,
+        "warnings": [*drawn.notes, *short, *kinds],
+        "notes": drawn.notes,
+        "documents": torch.tensor(sorted(document_digests(every))),
+        "text_digests": {n: text_digest(e) for n, e in whole.items() if e and n != SELF},
+        **{n: None if e is None else e.batches(recipe.batch_size) for n, e in parts.items()},
+    }
 
 
 def warnings_of(names: Sequence[str], causal: bool, self_text: float) -> list[str]:
     """Return what a user has to know of the kinds of calibration text."""
     alone = len(set(names)) == 1 and SELF not in names and self_text == 0
     return [ONE_KIND] if alone and causal else []
-
-
-def check_unloaded(recipe: Recipe) -> None:
-    """Refuse what can be told before the model is loaded, which may take minutes."""
-    check_device(recipe.device)
-    if recipe.latency_table is not None:
-        LatencyTable.load(recipe.latency_table)
 
 
 def evaluation_batches(
@@ -235,15 +233,14 @@ def evaluation_batches(
 
 
 def _written(
-    model: nn.Module, tokenizer: Any, recipe: Recipe, *, judge: int, progress: bool, sketch: bool
+    model: nn.Module, tokenizer: Any, recipe: Recipe, size: int, progress: bool, sketch: bool
 ) -> tuple[Sequence[str], float]:
-    """Return the model's own share of the calibration text, and the seconds to write it."""
+    """Return the model's own share of ``size`` sequences, and the seconds to write it."""
     start = time.perf_counter()
-    share = -(-(recipe.samples + recipe.certify + judge) // len(recipe.calibration))
+    share = generated.enough_documents(-(-size // len(recipe.calibration)))
     tokens = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
-    size = {"documents": generated.enough_documents(share), "tokens": tokens}
-    how = {"seed": recipe.seed, "progress": progress}
-    written = generated.write_documents(model, tokenizer, **size, **how)
+    how = {"documents": share, "tokens": tokens, "seed": recipe.seed, "progress": progress}
+    written = generated.write_documents(model, tokenizer, **how)
     times = -(-recipe.seq_len // tokens)
     if sketch:  # once more, as what is read again may be fewer tokens
         written = [(times + 1) * text for text in written]
@@ -254,19 +251,6 @@ def writes(recipe: Recipe, model: nn.Module) -> bool:
     """Tell whether a model writes text beside that which a recipe names."""
     named = SELF in recipe.calibration
     return recipe.self_text > 0 and not named and predicts_next_token(model)
-
-
-def add_facts(report: Report, given: Given) -> None:
-    """Let a report say what became of the texts."""
-    report.settings |= given.facts
-    report.warnings += given.warnings
-    report.recipe = replace(report.recipe, text_digests=given.text_digests)
-    if given.vocabulary is not None:
-        given.vocabulary.add_to(report)
-
-
-Batches = Sequence[Mapping[str, Tensor]]
-WRITTEN = "written"  # its name in a checkpoint
 
 
 class TextAndOwn(Sequence):
@@ -295,41 +279,34 @@ class TextAndOwn(Sequence):
 
 
 def let_write(
-    given: Given,
-    recipe: Recipe,
-    saved: Checkpoint | None = None,
-    *,
-    progress: bool = False,
-    sketch: bool = False,
+    given: Given, saved: Checkpoint | None = None, *, progress: bool = False, sketch: bool = False
 ) -> None:
-    """Give what was loaded the sequences that its model writes, if any, once it is gone through.
+    """Add the sequences that the model writes, if any, once the calibration set is gone through.
 
     The first rank writes, or takes what a checkpoint has, and hands it to the others. A ``sketch``
     has beginnings, again and again.
     """
-    if not writes(recipe, given.model):
+    recipe, model, length = given.recipe, given.model, given.recipe.seq_len
+    if given.bank is not None or not writes(recipe, model):
         return
     rows = [
         row
         for batch in read_batches(given.calibration)
         for row in batch.inputs["input_ids"][batch.source >= 0]
     ]
-    count = count_beside(len(rows), recipe.self_text)
-    if count == 0:
+    how = {"count": count_beside(len(rows), recipe.self_text), "seed": seed_of(rows, recipe.seed)}
+    how |= {"written": min(length, SKETCHED) if sketch else length, "progress": progress}
+    if how["count"] == 0:
         return
-    size = {"count": count, "seq_len": recipe.seq_len}
-    size["written"] = min(recipe.seq_len, SKETCHED) if sketch else recipe.seq_len
-    seed = seed_of(rows, recipe.seed)
 
     def write() -> Batches:
-        check_finite_weights(given.model)
-        kept = None if saved is None else saved.get(WRITTEN)
+        check_finite_weights(model)
+        kept, ids = None if saved is None else saved.get(WRITTEN), None
         if kept is not None:
-            ids = _read(kept[0], recipe.seq_len, given.model)
+            ids = _read(kept[0], length, known_tokens(model, model.config))
         else:
-            ids, how = None, {"seed": seed, "progress": progress}
             if is_first():
-                ids = write_sequences(given.model, given.tokenizer, **size, **how).input_ids
+                ids = write_sequences(model, given.tokenizer, seq_len=length, **how).input_ids
             ids = broadcast(ids)
             if saved is not None:
                 saved.put(WRITTEN, {"input_ids": ids})
@@ -340,10 +317,9 @@ def let_write(
     given.calibration = TextAndOwn(given.calibration, write)
 
 
-def _read(kept: Stored, seq_len: int, model: nn.Module) -> Tensor:
+def _read(kept: Stored, seq_len: int, known: int) -> Tensor:
     """Return what a checkpoint has of it."""
     ids = kept["input_ids"] if "input_ids" in kept else torch.empty(0)
-    known = known_tokens(model, model.config)
     if ids.dtype != torch.int64 or ids.ndim != 2 or ids.shape[1] != seq_len or not len(ids):
         raise InputError(f"checkpoint: {kept.path} holds no text of this job; remove the folder")
     if not 0 <= int(ids.min()) <= int(ids.max()) < known:

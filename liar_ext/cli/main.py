@@ -18,17 +18,15 @@ from liar_ext.cli.options import parse
 from liar_ext.errors import InputError, is_out_of_memory, one_line
 
 
-def _run_command(name: str, options: argparse.Namespace) -> int | None:
-    module, function = PLACES[name].split(":")
-    return getattr(import_module(f"liar_ext.cli.{module}"), function)(options)
+def _call(place: str, *given: object) -> int | None:
+    """Call a function of a module of commands, which imports torch, and return an exit code."""
+    module, function = place.split(":")
+    code = getattr(import_module(f"liar_ext.cli.{module}"), function)(*given)
+    return code if isinstance(code, int) else 0
 
 
 def _resume(options: argparse.Namespace) -> int | None:
-    from liar_ext.cli import calibrate, heal, prune, resume
-
-    jobs = {"calibrate": calibrate, "heal": heal, "prune": prune}
-    code = resume.run(options, {name: job.run_recipe for name, job in jobs.items()})
-    return code if isinstance(code, int) else 0
+    return _call("resume:run", options, lambda name, *job: _call(f"{name}:run_recipe", *job))
 
 
 PLACES = {  # module and function
@@ -44,7 +42,7 @@ PLACES = {  # module and function
     "verify": "evaluate:run_verify",
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    **{name: partial(_run_command, name) for name in PLACES},
+    **{name: partial(_call, place) for name, place in PLACES.items()},
     "resume": _resume,
 }
 
@@ -57,9 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the output, such as ``head``, has enough of it.
     """
     _open_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that can't show a name shows a "?"
-            stream.reconfigure(errors="replace")
     with silence_of_others():
         options = parse(arguments)
     wanted = getattr(options, "progress", None)  # None: a command that takes no time
@@ -128,11 +123,7 @@ def _answer(error: BaseException, options: argparse.Namespace) -> tuple[int, obj
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Collect the interrupts that come; each raises KeyboardInterrupt, as ever.
-
-    What is interrupted may raise another error in its place: a context that can't close any more,
-    or a call into torch that gave up what it was told.
-    """
+    """Collect the interrupts that come; what is interrupted may raise another error instead."""
     seen: list[int] = []
     before = signal.getsignal(signal.SIGINT)
     background = threading.current_thread() is not threading.main_thread()
@@ -160,6 +151,9 @@ def _open_streams() -> None:
                 continue
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             setattr(sys, name, open(number, "w" if number else "r"))  # noqa: SIM115
+        elif number:  # a terminal that can't show a name shows a "?"
+            with suppress(AttributeError):
+                getattr(sys, name).reconfigure(errors="replace")
 
 
 def _finish_output(command: str) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liar_ext.errors import did_you_mean, one_line
-from liar_ext.recipe.fields import recipe_fields
-from liar_ext.recipe.option import option_of
+from liar_ext.recipe.fields import option_of, recipe_fields
 
 if TYPE_CHECKING:
     from liar_ext.report.report import Report

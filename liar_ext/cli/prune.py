@@ -15,18 +15,16 @@ from torch import nn
 from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
-from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.quietening import no_bars
-from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.checkpoint_store import RESULT, Checkpoint
+from liar_ext.checkpoint.saving import check_folder
+from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.dry_run import describe
 from liar_ext.cli.fields import read_size
 from liar_ext.cli.inputs import (
     SKETCHED,
     Given,
     TextAndOwn,
-    add_facts,
     check_tokenizer,
     let_write,
     load,
@@ -35,14 +33,12 @@ from liar_ext.cli.inputs import (
 from liar_ext.cli.options import check_complete, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory
-from liar_ext.job.choosing import sequences_to_judge
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
 from liar_ext.job.pruning import check_resumable
-from liar_ext.job.pruning import run as run_job
+from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.streamed import describe_streamed
 from liar_ext.models.running import predicts_next_token
 from liar_ext.progress import OnProgress, told
@@ -67,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
 def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     """Run the job that a recipe says, and for its output the options; None for a dry run."""
-    start, settled, bank, store = time.perf_counter(), recipe, None, None
+    start = time.perf_counter()
     sketch = getattr(options, "dry_run", False)
     if options.out:
         check_folder(options.out, options.overwrite)
@@ -75,70 +71,69 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         check_resumable(recipe)
     check_apart(options)
     if options.max_memory is not None:
-        given, store, settled = load_blocks(recipe, options)
+        given = load_blocks(recipe, options)
     elif options.bank:
-        # As it was asked for; the bank says more.
-        given, bank, settled = load_by_bank(options.bank, recipe, options)
+        given = load_by_bank(recipe, options)
     else:
         asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
         given = load(recipe, progress=options.progress, **asked)
     if sketch:
-        lines = _sketched(given, settled, store, options)
+        lines = _sketched(given, options)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
     loaded = time.perf_counter() - start
 
     def annotate(report: Report) -> None:
+        own = isinstance(given.calibration, TextAndOwn)
+        before = {"load": loaded, **({"write": given.calibration.seconds} if own else {})}
         # Those of saving are added where the report is written.
-        report.seconds = {"load": loaded, **report.seconds, "save": 0.0}
+        report.seconds = {**before, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        add_facts(report, given)
+        given.add_to(report)
 
-    with checkpoint_of(recipe, options) as saved:
-        if store is not None:
-            known = {"evaluate_on": given.evaluation, "certify_on": given.certification}
-            known |= {"saved": saved, "limit": options.max_memory}
-            job = Job(store.model, given.calibration, settled, options.progress, **known)
-            out = {"overwrite": options.overwrite, "annotate": annotate}
-            report = prune_folder(store, job, options.out, **out)
-        else:
-            report = prune_given(given, settled, bank, saved, progress=options.progress)
-            if not is_first():
-                return report
-            annotate(report)
-            if saved is not None:
-                saved.put(RESULT, facts={"plan": report.plan.to_json()})
-            with writing(options.out, options.overwrite, checked=True) as path:
-                how = {"report": report, "tokenizer": given.tokenizer}
-                fill_folder(given.model, path, report.plan, **how, start=time.perf_counter())
+    with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
+        let_write(given, saved, progress=options.progress)
+        job = Job(
+            given.model,
+            given.calibration,
+            given.recipe,
+            options.progress,
+            given.bank,
+            saved=saved,
+            judged=given.judging,
+            evaluate_on=given.evaluation,
+            certify_on=given.certification,
+            limit=options.max_memory or 0,
+        )
+        how = {"tokenizer": given.tokenizer, "overwrite": options.overwrite, "annotate": annotate}
+        report = prune_folder(given.store, job, options.out, **how)
     if is_first():
         say(report, options, start)
     return report
 
 
-def _sketched(
-    given: Given, recipe: Recipe, store: BlockStore | None, options: argparse.Namespace
-) -> list[str]:
-    if store is not None:
-        known = {"walk": Walk.of(store), "limit": options.max_memory}
+def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
+    if given.store is not None:
+        known = {"walk": Walk.of(given.store), "limit": options.max_memory}
         known["certify_on"] = given.certification
-        return describe_streamed(prepare(Job(store.model, given.calibration, recipe, **known)))
+        job = Job(given.model, given.calibration, given.recipe, **known)
+        return describe_streamed(prepare(job))
     if not is_first():
         return []
     with alone():
-        let_write(given, recipe, sketch=True, progress=options.progress)
-        lines = describe(given.model, given.calibration, recipe, given.judging)
+        let_write(given, sketch=True, progress=options.progress)
+        lines = describe(given.model, given.calibration, given.recipe, given.judging)
     seconds = given.facts.get("writing", 0.0)
     if isinstance(given.calibration, TextAndOwn):
-        seconds = given.calibration.seconds * max(recipe.seq_len / SKETCHED, 1.0)
+        seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
     if seconds:
         lines.append(f"text of its own: about {seconds:.0f} seconds to write")
     return lines
 
 
-def load_blocks(recipe: Recipe, options: argparse.Namespace) -> tuple[Given, BlockStore, Recipe]:
-    """Return what a recipe names, with a model that stays in its files, and how it is pruned."""
+def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
+    """Return what a recipe names, with a model that stays in its files."""
     for used, why in (
         (SELF in recipe.calibration, CALIBRATION_SELF),
         (recipe.keep_vocab != 1.0, "--keep-vocab cuts the embeddings of the whole model in memory"),
@@ -153,39 +148,17 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> tuple[Given, Blo
         check_tokenizer(name, stores[0].tokenizer)
         return stores[0].model, stores[0].tokenizer
 
-    settled = replace(recipe, self_text=0.0)
-    given = load(settled, loader=open_store, progress=options.progress)
-    (store,) = stores
-    if given.evaluation is not None and not predicts_next_token(store.model):
+    given = load(replace(recipe, self_text=0.0), loader=open_store, progress=options.progress)
+    (given.store,) = stores
+    if given.evaluation is not None and not predicts_next_token(given.model):
         raise InputError(
             "prune: --max-memory with --eval needs a causal language model, got "
-            f"{type(store.model).__name__}; leave --eval out, and judge the result by liar eval "
+            f"{type(given.model).__name__}; leave --eval out, and judge the result by liar eval "
             "DIR --text TEXT"
         )
-    if writes(recipe, store.model):
+    if writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
-    return given, store, settled
-
-
-def prune_given(
-    given: Given,
-    recipe: Recipe,
-    bank: MomentBank | None = None,
-    saved: Checkpoint | None = None,
-    *,
-    progress: bool,
-) -> Report:
-    """Prune what was loaded."""
-    if bank is None:
-        let_write(given, recipe, saved, progress=progress)
-    texts = {"judged": given.judging, "evaluate_on": given.evaluation}
-    texts["certify_on"] = given.certification
-    job = Job(given.model, given.calibration, recipe, progress, bank, saved=saved, **texts)
-    with naming_memory("prune: out of memory"):
-        report = run_job(job)
-    if isinstance(given.calibration, TextAndOwn):
-        report.seconds = {"write": given.calibration.seconds, **report.seconds}
-    return report
+    return given
 
 
 def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
@@ -207,7 +180,7 @@ def _check_complete(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 Path = str | os.PathLike[str]
-OWN = ("text", "out", "recipe", "bank", "checkpoint", "max_memory", "overwrite", "progress")
+OWN = ("text", "out", "recipe", "bank", "checkpoint", "progress")
 INSTEAD = {
     "calibration": "give it as text",
     "dry_run": "liar prune --dry-run prints the plan",
@@ -223,8 +196,6 @@ def compress(
     recipe: Recipe | Path | None = None,
     bank: Path | None = None,
     checkpoint: Path | None = None,
-    max_memory: int | str | None = None,
-    overwrite: bool = False,
     progress: bool | OnProgress = False,
     **options: Unpack[CompressOptions],
 ) -> Report:
@@ -250,12 +221,12 @@ def compress(
         File of ``liar calibrate``.
     checkpoint : str or path, optional
         Folder for progress. After an interruption, resume with the same call.
+    progress : bool or callable
+        As for :func:`liar_ext.prune`.
     max_memory : int or str, optional
         Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
     overwrite : bool
         Replace a pruned model in ``out``.
-    progress : bool or callable
-        As for :func:`liar_ext.prune`.
     **options
         Fields of the recipe, ``preset`` and ``sites``.
 
@@ -276,6 +247,7 @@ def compress(
             f"compress: model must be a folder, a hub id or a GGUF file, got a {kind}; "
             "liar_ext.prune takes a loaded model"
         )
+    max_memory, overwrite = options.pop("max_memory", None), options.pop("overwrite", False)
     given = dict(options, model=os.fspath(model))
     if text is not None:
         texts = [text] if isinstance(text, str | os.PathLike) else text

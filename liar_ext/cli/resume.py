@@ -46,15 +46,15 @@ OWN: dict[str, dict[str, tuple[type, ...]]] = {
     "calibrate": {"bank": TEXT, "no_text": (bool,), "sensitivities": (bool,)},
     "prune": {"bank": (str, NONE), "out": TEXT, "max_memory": (int, NONE)},
     "heal": {
-        **{"folder": TEXT, "out": TEXT, "train": TEXT, "lr": (float,)},
+        **dict.fromkeys(("folder", "out", "train"), TEXT),
+        **{"lr": (float,), "grad_accumulation": (int,)},
         **dict.fromkeys(("tokens", "minutes", "steps"), (int, float, NONE)),
-        "grad_accumulation": (int,),
     },
 }
 
 
-def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> int | None:
-    """Read the job, print its progress, continue by what starts its command."""
+def run(options: argparse.Namespace, start: Callable) -> int | None:
+    """Read the job, print its progress, continue by what starts a command of a recipe."""
     job = broadcast(read_job(options.folder) if is_first() else None)
     folder, command = os.path.abspath(options.folder), job["command"]
     check_shared(command)
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, start: Mapping[str, Callable]) -> int | Non
         return show(options, {"out": result, "written_before": True}, lines)
     own = {"checkpoint": folder, "command": command, **job["options"]}
     own |= {name: getattr(options, name) for name in ("quiet", "json", "progress", "overwrite")}
-    return start[command](Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
+    return start(command, Recipe.from_dict(job["recipe"]), argparse.Namespace(**own))
 
 
 def what_is_saved(folder: str | os.PathLike[str]) -> list[str]:
@@ -125,8 +125,7 @@ def check_apart(options: argparse.Namespace) -> None:
 def checkpoint_of(recipe: Recipe, options: argparse.Namespace) -> Iterator[Checkpoint | None]:
     """Open the checkpoint of a job, if there is to be one.
 
-    It is removed when the job is done, or if the job is refused before anything was saved. Of
-    several ranks the first one alone does that.
+    The first rank removes it when the job is done, or is refused before anything was saved.
     """
     folder, first = options.checkpoint, is_first()
     if not folder:

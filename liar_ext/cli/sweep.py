@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,14 +13,14 @@ from torch import nn
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
-from liar_ext.cli.inputs import add_facts, let_write, load, load_with_tokenizer
+from liar_ext.cli.calibrate import load_by_bank
+from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
 from liar_ext.cli.options import recipe_of
 from liar_ext.cli.output import show
-from liar_ext.cli.with_bank import load_by_bank
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import sequences_to_judge
+from liar_ext.job.solving import sequences_to_judge
 from liar_ext.job.sweeping import Sweep, sweep
-from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
@@ -45,22 +44,19 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
     for folder in folders.values():
         check_folder(folder, options.overwrite)
-    progress, bank = options.progress, None
-    if options.bank:
-        given, bank, recipe = load_by_bank(options.bank, recipe, options)
-    else:
-        given = load(recipe, progress=progress)
-        let_write(given, recipe, progress=progress)
+    progress = options.progress
+    given = load_by_bank(recipe, options) if options.bank else load(recipe, progress=progress)
+    let_write(given, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
-        add_facts(report, given)
-        saving = {"report": report, "tokenizer": given.tokenizer, "start": time.perf_counter()}
+        given.add_to(report)
+        saving = {"report": report, "tokenizer": given.tokenizer}
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)
 
-    texts = {"bank": bank, "evaluate_on": given.evaluation}
+    texts = {"bank": given.bank, "evaluate_on": given.evaluation}
     shown = {"on_result": save if folders else None, "progress": progress}
-    points = sweep(given.model, given.calibration, recipe, keep=keep, **texts, **shown)
+    points = sweep(given.model, given.calibration, given.recipe, keep=keep, **texts, **shown)
     dense = {"params": count_params(given.model), "flops": 1.0, **points[0].quality("dense")}
     rows = [point.to_dict() for point in points]
     for row in rows if folders else ():
@@ -123,39 +119,43 @@ def compare(
     for key, recipe in recipes.items():
         inputs = (getattr(recipe, each.name) for each in recipe_fields(affects="inputs"))
         groups.setdefault((recipe.seed, *inputs), []).append(key)
-    dense, rows, loader = None, [], cache(load_with_tokenizer)
+    dense, rows, loader, measure = None, [], cache(load_with_tokenizer), Evaluator()
     for keys in groups.values():
         first = recipes[keys[0]]
         judge = max(sequences_to_judge(recipes[key]) for key in keys)
         texts = load(first, loader=loader, judge=judge, progress=progress)
-        let_write(texts, first, progress=progress)
+        let_write(texts, progress=progress)
         if dense is None:
-            dense = _numbers(texts.model, texts.evaluation, progress)
+            dense = _numbers(measure, texts.model, texts.evaluation, progress)
         work = Sweep(texts.model, texts.calibration, progress=progress, judge_on=texts.judging)
         for method, seed in keys:
             pruned, point = work.prune(recipes[method, seed])
-            found = _numbers(pruned, texts.evaluation, progress)
+            found = _numbers(measure, pruned, texts.evaluation, progress)
             rows.append({"method": method, "seed": seed, **found, "seconds": point.seconds})
     return dense, rows
 
 
 def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
-    """Return a row for the dense model, and one for each method over its seeds."""
+    """Return a row for the dense model, and one for each method over its seeds.
+
+    They are judged by the perplexity, or the first that there is of the measures of an encoder.
+    """
     by_method = {"dense": [dense]}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    cells = []
+    measure, cells = next(name for name in MEASURES if name in dense), []
     for method, runs in by_method.items():
-        found = [row["perplexity"] for row in runs]
+        found = [row[measure] for row in runs]
         spread = (min(found), max(found)) if len(found) > 1 else (None, None)
         spent = mean(row["seconds"] for row in runs) if "seconds" in runs[0] else None
-        numbers = [figure(each, ".2f") for each in (mean(found), *spread)]
+        numbers = [quality(each) for each in (mean(found), *spread)]
         params = mean(row["params"] for row in runs)
         cells.append((method, f"{params:,.0f}", *numbers, figure(spent, ".1f")))
-    heads = ("method", "parameters", "perplexity", "lowest seed", "highest seed", "seconds")
+    heads = ("method", "parameters", measure, "lowest seed", "highest seed", "seconds")
     return Table("", heads, cells)
 
 
-def _numbers(model: nn.Module, batches: Any, progress: bool) -> Row:
-    found = perplexity(model, batches, progress=progress)["perplexity"]
-    return {"params": count_params(model), "perplexity": found}
+def _numbers(measure: Evaluator, model: nn.Module, batches: Any, progress: bool) -> Row:
+    found = measure(model, batches, progress=progress)
+    judged = {name: found[name] for name in MEASURES if name in found}
+    return {"params": count_params(model), **judged}

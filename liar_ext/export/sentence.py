@@ -1,8 +1,7 @@
 """What sentence-transformers does after the encoder: read from its files, built in plain torch.
 
-``modules.json`` names a chain of modules and a folder of settings for each. The names are looked
-up in a table here and never imported, the settings are read with bounds, and folders and links
-that lead out of the model folder are refused.
+``modules.json`` names a chain of modules and a folder of settings for each. The names are looked up
+in a table and never imported. Folders and links that lead out of the model folder are refused.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from liar_ext.checkpoint.inspection import MOST_JSON, read_json
+from liar_ext.checkpoint.carrying import MODULES_FILE
+from liar_ext.checkpoint.inspection import WEIGHTS, read_json
 from liar_ext.errors import InputError, one_line
+from liar_ext.untrusted import UNREADABLE, read_value
 
-MODULES_FILE = "modules.json"
 # Settings of the whole chain: the longest text, prompts, which similarity is meant.
 SETTINGS = re.compile(r"sentence_[a-z-]+_config\.json|config_sentence_transformers\.json")
-WEIGHTS = "model.safetensors"
 MOST_MODULES = 16
 # In the order in which sentence-transformers joins them.
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens")
@@ -38,14 +37,9 @@ OLD_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-ACTIVATIONS = {
-    "Tanh": nn.Tanh,
-    "Identity": nn.Identity,
-    "ReLU": nn.ReLU,
-    "GELU": nn.GELU,
-    "Sigmoid": nn.Sigmoid,
-    "SiLU": nn.SiLU,
-}
+KINDS = ("Transformer", "Pooling", "Normalize", "Dense")
+ACTIVATIONS = ("Tanh", "Identity", "ReLU", "GELU", "Sigmoid", "SiLU")  # of torch.nn
+HERE = PurePosixPath(".")
 OTHERWISE = "copy the folder without modules.json, for its token embeddings alone"
 
 
@@ -84,22 +78,10 @@ class Normalize(nn.Module):
 
 @dataclass
 class Sentence:
-    """The chain after the encoder, and the files that describe it.
+    """The chain after the encoder, and the files that describe it, by their paths."""
 
-    Parameters
-    ----------
-    pooling : Pooling
-        Tokens to a vector.
-    rest : nn.Sequential
-        What is done with the vector.
-    files : dict
-        Text of each file to write, by its path.
-    tensors : dict
-        Tensors of each safetensors file to write, by its path.
-    """
-
-    pooling: Pooling
-    rest: nn.Sequential
+    pooling: Pooling  # tokens to a vector
+    rest: nn.Sequential  # what is done with the vector
     files: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -121,7 +103,7 @@ def read_sentence(folder: Path) -> Sentence | None:
     Returns
     -------
     Sentence or None
-        None where the folder has no modules.json, or one that ends with the encoder.
+        None if the folder has no modules.json, or one that ends with the encoder.
 
     Raises
     ------
@@ -132,16 +114,26 @@ def read_sentence(folder: Path) -> Sentence | None:
     if not os.path.lexists(folder / MODULES_FILE):
         return None
     chain = _read_chain(folder)
-    if chain[0][0] != "Transformer" or chain[0][1] != PurePosixPath("."):
+    if chain[0] != ("Transformer", HERE):
         raise _cannot(f"its chain begins with {chain[0][0]} in {str(chain[0][1])!r}")
     if len(chain) == 1:
         return None
     for kind, path in chain[1:]:
-        if kind != "Normalize" and path == PurePosixPath("."):
+        if kind != "Normalize" and path == HERE:
             raise _cannot(f"{kind} has no folder of its own")
     if chain[1][0] != "Pooling":
         raise _cannot(f"{chain[1][0]} comes after the encoder, where Pooling is expected")
-    files = {MODULES_FILE: _chain_text(chain)}
+    # With names that every version of sentence-transformers reads.
+    entries = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": "" if path == HERE else str(path),
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for index, (kind, path) in enumerate(chain)
+    ]
+    files = {MODULES_FILE: _text(entries)}
     for path in sorted(folder.iterdir()):
         if SETTINGS.fullmatch(path.name):
             files[path.name] = _text(read_inside(folder, PurePosixPath(path.name)))
@@ -157,40 +149,27 @@ def read_sentence(folder: Path) -> Sentence | None:
 
 
 def _read_chain(folder: Path) -> list[tuple[str, PurePosixPath]]:
-    """Return the kinds of the modules with their folders."""
-    path = _inside(folder, PurePosixPath(MODULES_FILE))
+    """Return the kinds of the modules, none of which is imported, with their folders."""
+    path, chain = _inside(folder, PurePosixPath(MODULES_FILE)), []
     try:
-        if path.stat().st_size > MOST_JSON:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries, _ = read_value(path)
         if not isinstance(entries, list) or not 0 < len(entries) <= MOST_MODULES:
             raise ValueError(f"it must be a list of 1 to {MOST_MODULES} modules")
-        chain = [(_kind(entry["type"]), _path(entry["path"])) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
+        named = [(str(entry["type"]), entry["path"]) for entry in entries]
+        named = [(kind, name, PurePosixPath(name)) for kind, name in named]
+    except (*UNREADABLE, KeyError, TypeError) as error:
         raise InputError(
             f"sentence encoder: {folder} holds no readable {MODULES_FILE}: {type(error).__name__}: "
             f"{one_line(error)}; copy the folder again"
         ) from error
+    for kind, name, place in named:
+        last = kind.rpartition(".")[2]
+        if kind.split(".")[0] != "sentence_transformers" or last not in KINDS:
+            raise _cannot(f"{MODULES_FILE} names {kind[:80]!r}, and known are {', '.join(KINDS)}")
+        if place.is_absolute() or ".." in place.parts or "\\" in name or "\0" in name:
+            raise _cannot(f"{MODULES_FILE} has the path {name[:80]!r}, which leads out of it")
+        chain.append((last, place))
     return chain
-
-
-def _kind(name: Any) -> str:
-    """Return which module a class of sentence-transformers is; it is not imported."""
-    known = ("Transformer", "Pooling", "Normalize", "Dense")
-    parts = str(name).split(".")
-    if parts[0] != "sentence_transformers" or parts[-1] not in known:
-        raise _cannot(f"{MODULES_FILE} names {str(name)[:80]!r}, and known are {', '.join(known)}")
-    return parts[-1]
-
-
-def _path(name: Any) -> PurePosixPath:
-    """Return the folder of a module, relative to the model's."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise _cannot(f"{MODULES_FILE} has the path {str(name)[:80]!r}, which leads out of it")
-    return path
 
 
 def _inside(folder: Path, name: PurePosixPath) -> Path:
@@ -243,10 +222,8 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     *package, activation = activation.split(".")
     if activation not in ACTIVATIONS or package[:2] != ["torch", "nn"]:
         raise _cannot(f"{name} names the activation {activation[:80]!r}, which isn't known")
-    if {fields.get("module_input_name"), fields.get("module_output_name")} - {
-        None,
-        "sentence_embedding",
-    }:
+    ends = {fields.get("module_input_name"), fields.get("module_output_name")}
+    if ends - {None, "sentence_embedding"}:
         raise _cannot(f"{name} reads or writes something else than the sentence's embedding")
     tensors = _read_dense_weights(folder, path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -259,7 +236,7 @@ def _add_dense(folder: Path, path: PurePosixPath, sentence: Sentence) -> None:
     linear.load_state_dict(
         {key.removeprefix("linear."): tensor for key, tensor in tensors.items()}, assign=True
     )
-    sentence.rest.extend([linear.float(), ACTIVATIONS[activation]()])
+    sentence.rest.extend([linear.float(), getattr(nn, activation)()])
     sentence.files[str(name)] = _text(fields)
     sentence.tensors[str(path / WEIGHTS)] = tensors
 
@@ -274,20 +251,6 @@ def _read_dense_weights(folder: Path, path: PurePosixPath) -> Mapping[str, Tenso
             f"sentence encoder: {folder / path / WEIGHTS} is damaged: {one_line(error)}; copy it "
             "again"
         ) from error
-
-
-def _chain_text(chain: Sequence[tuple[str, PurePosixPath]]) -> str:
-    """Return modules.json, with names that every version of sentence-transformers reads."""
-    entries = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": "" if path == PurePosixPath(".") else str(path),
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for index, (kind, path) in enumerate(chain)
-    ]
-    return _text(entries)
 
 
 def _text(fields: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.checkpoint.fingerprint import Fingerprint, read_fingerprint
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import placement
@@ -29,7 +30,6 @@ from liar_ext.checkpoint.names import FINGERPRINT_FILE
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import read_marked_config, reading, stock_class
 from liar_ext.checkpoint.trust import check_code
-from liar_ext.checkpoint.vocabulary import compare_tokenization
 from liar_ext.environment import child
 from liar_ext.errors import InputError, one_line
 from liar_ext.export import verify_worker

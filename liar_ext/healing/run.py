@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from liar_ext.calibration.batches import Batch, count_tokens
 from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.errors import InputError
+from liar_ext.healing import TRAIN
 from liar_ext.healing.weights import State, choose, put
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, complete_inputs, device_of, output_of
 from liar_ext.progress import Bar
@@ -37,19 +38,8 @@ def losses(student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
                    the mean of h over the tokens
     ============== ================================================== ================
 
-    Unprimed and p: the dense model. Padding does not count. No labels are used.
-
-    Parameters
-    ----------
-    student, teacher : nn.Module
-        Both are run.
-    batch : Batch
-        Inputs of the models.
-
-    Raises
-    ------
-    InputError
-        If the outputs of the two models have different shapes.
+    Unprimed and p: the dense model. Padding does not count. No labels are used. Raises InputError
+    if the outputs of the two models have different shapes.
     """
     batch = replace(batch, inputs=complete_inputs(teacher, batch.inputs, batch.labels))
     with torch.no_grad():
@@ -115,26 +105,96 @@ WARM_UP = 0.05  # of the budget
 MEASURES = 4  # of the held-out loss, besides that before training
 CLIP = 1.0
 STATE = "state"  # its key in a checkpoint
+BUDGETS = ("tokens", "minutes", "steps")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Parameters
+    ----------
+    budget : mapping
+        One of ``{"tokens": n}``, ``{"minutes": n}`` and ``{"steps": n}``.
+    lr : float
+        Highest learning rate.
+    train : {"no-embeddings", "all", "norms", "lora"}
+        ``no-embeddings``: all weights but embeddings and output head. ``lora``: adapters for all
+        linear layers, merged into them at the end; needs peft.
+    accumulate : int
+        Batches per step.
+    seed : int
+        Of the order of batches, and of adapters.
+    bfloat16 : bool, optional
+        Compute in bfloat16 by autocast. By default if the hardware has instructions for it.
+    gradient_checkpointing : bool, optional
+        Compute the activations of blocks a second time instead of storing them. By default if they
+        would not fit the free memory.
+
+    Raises
+    ------
+    InputError
+        If a field is out of range.
+    """
+
+    budget: Mapping[str, float]
+    lr: float = 1e-4
+    train: str = "no-embeddings"
+    accumulate: int = 1
+    seed: int = 0
+    bfloat16: bool | None = None
+    gradient_checkpointing: bool | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.budget) != 1 or self.unit not in BUDGETS or not 0 < self.amount < math.inf:
+            raise InputError(
+                f"heal: budget must be one of {', '.join(BUDGETS)} with a number above 0, got "
+                f"{dict(self.budget)}"
+            )
+        if self.train not in TRAIN:
+            raise InputError(f"heal: train must be one of {', '.join(TRAIN)}, got {self.train!r}")
+        if not 0 < self.lr < math.inf or self.accumulate < 1:
+            raise InputError(
+                f"heal: lr must be above 0 and accumulate at least 1, got {self.lr} and "
+                f"{self.accumulate}"
+            )
+
+    unit = property(lambda self: next(iter(self.budget)))
+    amount = property(lambda self: next(iter(self.budget.values())))
+
+    def on(self, device: torch.device) -> Training:
+        """Return it with the precision that is best on a device, unless one was given."""
+        given = self.bfloat16
+        return replace(self, bfloat16=computes_bfloat16(device) if given is None else given)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report and a checkpoint say of it."""
+        return {
+            "budget": dict(self.budget),
+            "lr": self.lr,
+            "train": self.train,
+            "batches_per_step": self.accumulate,
+            "seed": self.seed,
+            "precision": "bfloat16" if self.bfloat16 else "float32",
+        }
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device has instructions for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
 @dataclass
 class SoFar:
-    """How far a run is.
-
-    Parameters
-    ----------
-    steps, tokens : int
-        Trained.
-    seconds : float
-        Spent, held-out measurements included.
-    curve : list of [int, float]
-        Tokens and held-out loss at each measurement.
-    """
+    """How far a run is."""
 
     steps: int = 0
     tokens: int = 0
-    seconds: float = 0.0
-    curve: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0  # held-out measurements included
+    curve: list[list[float]] = field(default_factory=list)  # pairs of tokens and held-out loss
 
 
 class Healing:
@@ -146,23 +206,17 @@ class Healing:
         teacher: nn.Module,
         batches: Sequence[Batch],
         held_out: Sequence[Batch],
-        settings: Mapping[str, Any],
+        training: Training,
         saved: Checkpoint | None,
     ) -> None:
         self.model, self.teacher, self.batches, self.held_out = model, teacher, batches, held_out
-        self.settings, self.saved, self.device = settings, saved, device_of(model)
-        (self.unit, self.amount), *_ = settings["budget"].items()
+        self.training, self.saved, self.device = training, saved, device_of(model)
         self.cast = partial(
-            torch.autocast,
-            self.device.type,
-            torch.bfloat16,
-            enabled=settings["precision"] == "bfloat16",
+            torch.autocast, self.device.type, torch.bfloat16, enabled=training.bfloat16
         )
         self.so_far, self.best, self.after = SoFar(), None, math.inf
-        self.student, self.trained = choose(model, settings["train"], settings["seed"])
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=settings["lr"], weight_decay=0.0
-        )
+        self.student, self.trained = choose(model, training.train, training.seed)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=training.lr, weight_decay=0.0)
 
     def train(self, progress: bool) -> None:
         """Train until the budget is spent or the weights are no longer finite."""
@@ -192,11 +246,11 @@ class Healing:
         """Return the fraction of the budget that is spent, and ``ahead`` of its unit more."""
         so_far = self.so_far
         spent = {"tokens": so_far.tokens, "steps": so_far.steps, "minutes": so_far.seconds / 60}
-        return (spent[self.unit] + ahead) / self.amount
+        return (spent[self.training.unit] + ahead) / self.training.amount
 
     def step(self) -> bool:
         """Do one step; return False, and leave the weights, if gradients are not finite."""
-        so_far, each = self.so_far, self.settings["batches_per_step"]
+        so_far, each = self.so_far, self.training.accumulate
         self.optimizer.zero_grad()
         rows = tokens = 0
         for index in range(so_far.steps * each, (so_far.steps + 1) * each):
@@ -211,9 +265,11 @@ class Healing:
         if not torch.isfinite(norm):
             return False
         minutes = so_far.seconds / 60 / max(so_far.steps, 1)
-        middle = self.done({"tokens": tokens, "steps": 1, "minutes": minutes}[self.unit] / 2)
+        middle = self.done(
+            {"tokens": tokens, "steps": 1, "minutes": minutes}[self.training.unit] / 2
+        )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings["lr"] * schedule(middle)
+            group["lr"] = self.training.lr * schedule(middle)
         self.optimizer.step()
         so_far.steps, so_far.tokens = so_far.steps + 1, so_far.tokens + tokens
         return True
@@ -221,7 +277,7 @@ class Healing:
     def place(self, index: int) -> int:
         """Return the batch to train on: each round has an order of its own."""
         turn, at = divmod(index, len(self.batches))
-        generator = torch.Generator().manual_seed(self.settings["seed"] + turn)
+        generator = torch.Generator().manual_seed(self.training.seed + turn)
         return int(torch.randperm(len(self.batches), generator=generator)[at])
 
     def measure(self) -> None:
@@ -268,12 +324,12 @@ class Healing:
         curve = [loss for _, loss in self.so_far.curve]
         if self.best is not None:
             put(self.trained, self.best)
-        if self.settings["train"] == "lora":
+        if self.training.train == "lora":
             self.student.merge_and_unload() if self.best else self.student.unload()
         self.after = min(curve, default=math.inf)
         named = dict(self.model.named_parameters())
         half = any(value.dtype != named[name].dtype for name, value in original.items())
-        if self.best is not None and (half or self.settings["train"] == "lora"):
+        if self.best is not None and (half or self.training.train == "lora"):
             put(named, {name: named[name].to(value.dtype) for name, value in original.items()})
             self.after = self.loss(self.model)
         improved = self.best is not None and self.after < curve[0]

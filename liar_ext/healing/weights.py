@@ -22,13 +22,7 @@ State = dict[str, Tensor]
 
 
 def choose(model: nn.Module, train: str, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return the model to train, with adapters for ``lora``, and its trained parameters by name.
-
-    Raises
-    ------
-    InputError
-        If peft is missing, or there is nothing to train.
-    """
+    """Return the model to train, with adapters for ``lora``, and its trained parameters by name."""
     if train == "lora":
         model = _with_adapters(model, seed)
     left, norms = set(), set()
@@ -124,11 +118,7 @@ def checkpointed(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for block in map(model.get_submodule, paths):
             own = vars(block).get("forward")  # accelerate puts one there
-            undo = (
-                partial(setattr, block, "forward", own)
-                if own
-                else partial(delattr, block, "forward")
-            )
+            undo = (setattr, block, "forward", own) if own else (delattr, block, "forward")
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            stack.callback(undo)
+            stack.callback(*undo)
         yield

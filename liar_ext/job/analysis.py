@@ -1,4 +1,4 @@
-"""The first half of a job: sums, scores, error curves and sensitivities, and the plan from them."""
+"""The first half of a job: sums, scores, error curves, sensitivities, and the plan from them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from liar_ext.calibration.saved_sums import SUMS
 from liar_ext.checkpoint_store import reading
 from liar_ext.distributed import broadcast
 from liar_ext.job.estimate import before_plan
-from liar_ext.job.preparing import Job, judged_texts
+from liar_ext.job.preparing import Job
 from liar_ext.job.scoring import find_curves, find_scores, find_sensitivities
 from liar_ext.job.speed import Speed
-from liar_ext.job.streamed_passes import ProbeStreams, StreamedPasses
+from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.progress import spare
 from liar_ext.reconstruction.hidden_size import Narrowing, narrow
 from liar_ext.reconstruction.one_pass import with_bias
+from liar_ext.reconstruction.streams import StreamedBatches
 from liar_ext.selection.allocation import allocate
 from liar_ext.selection.curve_allocation import losses_of, predict_divergence, rounding
 from liar_ext.selection.error_curves import notes_of
 from liar_ext.selection.whole_experts import KeptExperts, choose_experts
 
 PLAN = "plan"  # its key in a checkpoint
+SAVED = ("facts", "grid", "sensitivities", "notes")  # of a decision
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Base:
         """What it was decided on."""
         none = {"sequences": 0, "tokens": 0}  # where the vocabulary alone is smaller
         return getattr(self.narrowing or self.experts, "source", none)
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """New weights of what stays in it, beside those of sites."""
+        found = {} if self.narrowing is None else self.narrowing.weights
+        return found if self.experts is None else self.experts.scales
 
     def in_full(self, plan: Plan) -> Plan:
         """Return a plan of its sites with what the copy lacks."""
@@ -94,10 +102,11 @@ def narrowed(job: Job) -> Base:
     return Base(copy, job.sites(copy), narrowing)
 
 
-def passes_of(job: Job, base: Base) -> Passes | None:
+def passes_of(job: Job, base: Base, along: Sequence[StreamedBatches] = ()) -> Passes | None:
     """Return the moments of all sites, in groups that fit; None where only a copy is made.
 
-    They are summed where :func:`analyze` and the solves ask for them.
+    They are summed where :func:`analyze` and the solves ask for them. ``along`` is other text that
+    passes the blocks of a walk.
     """
     whole = base.model is job.model and job.recipe.keep_vocab == 1.0
     if not whole and job.recipe.keep == 1.0:
@@ -109,35 +118,29 @@ def passes_of(job: Job, base: Base) -> Passes | None:
     probes = None
     if job.recipe.allocation == "curve":
         probes = ProbeStreams(job.walk, text, job.recipe.budget, job.recipe.reconstruct)
-    along = judged_texts(job.walk, job.evaluate_on, job.certify_on)
     return StreamedPasses(job.walk, text, base.at, job.shares.keep_sums, along, probes)
 
 
 def analyze(job: Job, passes: Passes) -> Analysis:
     """Return scores, and for allocation ``curve`` losses, group by group of sites."""
     found, curves, elsewhere = Analysis(), {}, {}
-    recipe, known, progress = job.recipe, job.known, job.progress and job.walk is None
-    curve, probes = recipe.allocation == "curve", passes.probes
-    kept = {"score": found.scores, "curve": curves}
+    scores, probes, curve = found.scores, passes.probes, job.recipe.allocation == "curve"
+    kept = {"score": scores, "curve": curves}
     kept |= {} if probes is None else {"errors": probes.errors}
     passes.restore(kept)
-    given = recipe, known, passes
     for group in job.clock.each("calibrate", passes):
         # No name for the bank: its memory is for the next group.
         with job.clock("score"):
-            found.scores.update(find_scores(*given, group, progress=progress))
+            scores |= find_scores(job, passes, group)
         with job.clock("allocate"):
             if curve:
-                some = group, found.scores
-                curves |= find_curves(*given, *some, elsewhere, progress=progress)
+                curves |= find_curves(job, passes, group, scores, elsewhere)
             if probes is not None:
-                probes.step(passes.index, passes.bank, *some, curves)
+                probes.step(passes.index, passes.bank, group, scores, curves)
             elif curve:
-                shown = {"saved": job.saved, "progress": progress}
-                sensitivities = find_sensitivities(*given, *some, curves, **shown)
-                losses = losses_of(passes.model, passes.bank, group, curves, sensitivities)
-                found.losses.update(losses)
-                found.sensitivities.update(sensitivities)
+                own = find_sensitivities(job, passes, group, scores, curves)
+                found.sensitivities.update(own)
+                found.losses.update(losses_of(passes.model, passes.bank, group, curves, own))
         passes.finish(kept)
     if probes is not None:
         with job.clock("allocate"):
@@ -149,17 +152,15 @@ def analyze(job: Job, passes: Passes) -> Analysis:
 
 def allocated(job: Job, model: nn.Module, analysis: Analysis) -> Decision:
     """Return the plan that meets the budget."""
-    recipe, budget, speed, losses = job.recipe, job.recipe.budget, job.timed(model), analysis.losses
-    at = job.sites(model)
-    asked = at, analysis.scores, budget, recipe.allocation
+    recipe, speed, at, losses = job.recipe, job.timed(model), job.sites(model), analysis.losses
+    asked = at, analysis.scores, recipe.budget, recipe.allocation
     costs = job.costs(model) if speed is None else speed.costs
     if speed is not None:
         with job.clock("time"):
             costs = speed.settle(lambda costs: allocate(*asked, costs=costs, losses=losses))
     with job.clock("allocate"):
         plan = allocate(*asked, model_type=model.config.model_type, costs=costs, losses=losses)
-        plan = with_bias(plan, model, recipe.reconstruct)
-        plan = broadcast(plan)  # the same everywhere, whatever machines they are
+        plan = broadcast(with_bias(plan, model, recipe.reconstruct))  # the same on all machines
         facts = {}
         if recipe.allocation == "curve":
             facts["predicted_divergence"] = predict_divergence(losses, plan)
@@ -180,35 +181,37 @@ def decide_anew(job: Job, passes: Passes | None) -> Decision:
 
 
 def decide(job: Job, passes: Passes | None) -> Decision:
-    """Return the same, from the job's checkpoint if it is there."""
-    saved = None if passes is None else job.saved
-    known = None if saved is None else saved.get(PLAN)
+    """Analyze and allocate, or take the plan from the job's checkpoint."""
+    if passes is None or job.saved is None:
+        return decide_anew(job, passes)
+    saved, known = job.saved, job.saved.get(PLAN)
     if known is not None:
-        facts = known[1]
         with reading(saved.path(PLAN)):
-            plan, source, passes.summed = (facts[n] for n in ("plan", "source", "summed"))
-            found = {name: facts[name] for name in ("facts", "grid", "sensitivities", "notes")}
-            decision = Decision(Plan.from_json(plan), **found)
-        if job.bank is None:
-            passes.bank = MomentBank(source=source)
-        steps = before_plan(job.sites(job.model), job.recipe)
-        if job.walk is not None:
-            passes.source |= source
-            steps = {"calibrate": len(job.walk.blocks)}  # of the first walk
-        for stage, count in steps.items():
-            spare(stage, count)
-        return decision
+            return _restored(job, passes, known[1])
     decision = decide_anew(job, passes)
-    if saved is not None:
-        names = ("facts", "grid", "sensitivities", "notes")
-        facts = {name: getattr(decision, name) for name in names}
-        source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
-        facts |= {"plan": decision.plan.to_json(), "source": source, "summed": passes.summed}
-        saved.put(PLAN, facts=facts | {"said": "the plan"})
+    facts = {name: getattr(decision, name) for name in SAVED}
+    source = {name: passes.bank.source[name] for name in ("sequences", "tokens")}
+    facts |= {"plan": decision.plan.to_json(), "source": source, "summed": passes.summed}
+    saved.put(PLAN, facts=facts | {"said": "the plan"})
     if job.walk is None:
         needed = job.recipe.schedule == "one-pass" or job.judged is not None
     else:
         needed = job.shares.keep_sums
-    if saved is not None and not needed:
+    if not needed:
         saved.drop(SUMS)  # which a walk alone doesn't need
+    return decision
+
+
+def _restored(job: Job, passes: Passes, facts: Mapping[str, Any]) -> Decision:
+    """Return the plan of a checkpoint; the steps before it need not be done."""
+    passes.summed = facts["summed"]
+    decision = Decision(Plan.from_json(facts["plan"]), **{name: facts[name] for name in SAVED})
+    if job.walk is not None:
+        passes.source |= facts["source"]
+        spare("calibrate", len(job.walk.blocks))  # of the first walk
+        return decision
+    if job.bank is None:
+        passes.bank = MomentBank(source=facts["source"])
+    for stage, steps in before_plan(job.sites(job.model), job.recipe).items():
+        spare(stage, steps)
     return decision

@@ -20,7 +20,6 @@ from liar_ext.job.rescaling import rescale_batches
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, get_consumer_bias
 from liar_ext.plan import Budget
-from liar_ext.progress import Stage
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.ridge import PAIRED_BYTES, WITH_BIAS, damp_ladder
@@ -55,40 +54,18 @@ PATCHES = 1024  # of an image
 
 @dataclass(frozen=True)
 class Estimate:
-    """The cost of a stage.
+    """The cost of a stage."""
 
-    Parameters
-    ----------
-    seconds : float
-        Of all its steps.
-    bytes : int
-        Memory at its peak, beside the model: statistics, hidden states, and a solve.
-    steps : int
-        Of its progress bar.
-    """
-
-    seconds: float
-    bytes: int
-    steps: int
+    seconds: float  # of all its steps
+    bytes: int  # at its peak, beside the model: statistics, hidden states, and a solve
+    steps: int  # of its progress bar
 
 
-def stages_of(
-    job: Any,
-    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
-    rate: float = RATE,
-) -> dict[str, Estimate]:
+def stages_of(job: Any, rate: float = RATE) -> dict[str, Estimate]:
     """Return the stages of a :class:`~liar_ext.job.preparing.Job` in order, by names of their bars.
 
     Empty if the batches can't be counted before they are run. Sites keep the budget's fraction.
-
-    Parameters
-    ----------
-    job : Job
-        Checked.
-    evaluate_on : sequence of mapping, optional
-        Held-out text.
-    rate : float
-        Operations in float32 a second.
+    ``rate`` is in operations in float32 a second.
     """
     recipe, model, at = job.recipe, job.model, job.sites(job.model)
     if not isinstance(job.batches, Sequence) or not job.batches or not at:
@@ -116,9 +93,9 @@ def stages_of(
         share = (1 + 1 / len({site.path for site in at})) / 2
         return sum(map(tokens_of, probes)) * (body + head + len(at) * (share * body + head))
 
-    if evaluate_on:
-        work = 2 * sum(map(tokens_of, evaluate_on)) * (body + head)
-        add("evaluate", 2 * len(evaluate_on), work)
+    if job.evaluate_on:
+        work = 2 * sum(map(tokens_of, job.evaluate_on)) * (body + head)
+        add("evaluate", 2 * len(job.evaluate_on), work)
     if job.narrows:
         hidden = hidden_of(model)
         kept = count_kept(hidden, recipe.keep_hidden, recipe.tile)
@@ -168,8 +145,7 @@ def before_plan(at: Sequence[Site], recipe: Recipe) -> dict[str, int | None]:
 def by_blocks(stages: Mapping[str, Estimate], blocks: int, kept: bool) -> dict[str, Estimate]:
     """Return the stages of a job that reads one block at a time: its two walks over the blocks.
 
-    The first walk does all that needs the statistics of a block. A job in one pass solves on the
-    second walk, from statistics that were ``kept`` or are collected again.
+    A job in one pass solves on the second, from statistics that were ``kept`` or collected again.
     """
     if not stages:
         return {}
@@ -183,11 +159,6 @@ def by_blocks(stages: Mapping[str, Estimate], blocks: int, kept: bool) -> dict[s
     else:
         return {"calibrate": Estimate(first + seconds["calibrate"] + solves, size, 2 * blocks)}
     return {name: Estimate(each, size, blocks) for name, each in walks.items()}
-
-
-def bars_of(stages: Mapping[str, Estimate]) -> dict[str, Stage]:
-    """Return the stages as the progress line takes them."""
-    return {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
 
 
 def work_of_token(model: nn.Module, at: Sequence[Site]) -> tuple[float, int]:
@@ -205,12 +176,10 @@ def tokens_of(inputs: Batch | Mapping[str, Tensor]) -> int:
 
 
 def bytes_of_states(model: nn.Module, at: Sequence[Site], tokens: int, *, layerwise: bool) -> int:
-    """Return the bytes of the hidden states that a walk over the blocks holds.
-
-    Layerwise: both streams, the next dense one, one between attention and MLP, and two targets in
-    float32.
-    """
+    """Return the bytes of the hidden states that a walk over the blocks holds."""
     size = model.dtype.itemsize
+    # Layerwise: both streams, the next dense one, one between attention and MLP, and two targets in
+    # float32.
     return tokens * at[0].d_out * (4 * size + 2 * 4 if layerwise else size)
 
 
@@ -225,12 +194,8 @@ def bytes_by_blocks(
 ) -> dict[str, int]:
     """Return the peak of a job with one block in memory and hidden states on disk, by its parts.
 
-    Parameters
-    ----------
-    blocks : int
-        Bytes of the block in use, and of the one that is read ahead.
-    head : int
-        Bytes of the output head.
+    ``blocks`` are the bytes of the block in use, and of the one that is read ahead; ``head`` those
+    of the output head.
     """
     layerwise = recipe.schedule == "layerwise"
     steps = steps_of(recipe, _has_biases(model, at))
@@ -263,13 +228,14 @@ def in_gib(parts: Mapping[str, int]) -> str:
 def steps_of(recipe: Recipe, biases: bool) -> list[str]:
     """Return the steps of ``PEAKS`` that a job takes, for consumers with biases or without."""
     affine = recipe.reconstruct in WITH_BIAS or biases
-    curve, steps = recipe.allocation == "curve", []
-    if recipe.schedule == "layerwise":
-        steps.append("towards, affine" if affine else "towards")
-    if recipe.schedule != "layerwise" or curve:  # whose probes are solved in one pass
-        steps.append("affine" if affine else "linear")
-    steps += ["curve"] if curve else []
-    return steps + (["obs"] if recipe.criterion == "obs" else [])
+    layerwise, curve = recipe.schedule == "layerwise", recipe.allocation == "curve"
+    steps = {
+        "towards, affine" if affine else "towards": layerwise,
+        "affine" if affine else "linear": curve or not layerwise,  # probes are solved in one pass
+        "curve": curve,
+        "obs": recipe.criterion == "obs",
+    }
+    return [step for step, taken in steps.items() if taken]
 
 
 def bytes_of_solve(d_in: int, d_out: int, steps: Sequence[str]) -> int:
@@ -284,13 +250,7 @@ def bytes_of_solve(d_in: int, d_out: int, steps: Sequence[str]) -> int:
 
 
 def room_for_states(need: Mapping[str, int], limit: int) -> int:
-    """Return the bytes of hidden states that fit beside what a job needs.
-
-    Raises
-    ------
-    InputError
-        If the job doesn't fit without them.
-    """
+    """Return the bytes of hidden states that fit; raise InputError if a job has no room."""
     left = limit - sum(need.values())
     if left < 0:
         raise InputError(

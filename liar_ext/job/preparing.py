@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from liar_ext.calibration.batches import Batch, Batches, read_batch, read_batches
+from liar_ext.calibration.batches import Batches, read_batches
 from liar_ext.calibration.collect import check_finite_weights
 from liar_ext.calibration.gradients import check_loss, check_owned
 from liar_ext.calibration.kept_text import digest_of, fingerprint_of
@@ -18,14 +19,12 @@ from liar_ext.calibration.taps import is_relative
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint
-from liar_ext.distributed import alone, is_first, world_size
+from liar_ext.distributed import world_size
 from liar_ext.errors import InputError
-from liar_ext.job.choosing import hold_out
 from liar_ext.job.scoring import Known, check_bank, runs_over_text
+from liar_ext.job.solving import hold_out
 from liar_ext.job.speed import Speed
 from liar_ext.job.streamed import Shares, check_blocks, share_out
-from liar_ext.measure.embeddings import Evaluator
-from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import Site, sites, why_whole
 from liar_ext.plan import KINDS
@@ -33,73 +32,19 @@ from liar_ext.progress import Clock
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.layerwise import check_walk
-from liar_ext.reconstruction.streams import StreamedBatches, Walk
+from liar_ext.reconstruction.streams import Walk
 from liar_ext.selection.allocation import check_budget, even_plan
 from liar_ext.selection.costs import Costs, LatencyTable, total_cost
 from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.divergence import Divergence
 from liar_ext.selection.whole_experts import count_experts_kept
+
+if TYPE_CHECKING:
+    from liar_ext.job.folder import Folder
 
 NO_GAIN = (
     "a norm reads what each gives, and there a walk gains nothing; "
     "--schedule layerwise walks anyway"
 )
-
-
-def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
-    """Return a recipe with what ``schedule="auto"`` stands for where no text is left to measure by.
-
-    One pass where a norm reads what their consumers give: of Gemma-3 it is better in all pairs that
-    were measured, in two thirds of the time (docs/quality.md). Else :meth:`Recipe.settled`.
-    """
-    settled = asked.settled()
-    if asked.schedule != "auto" or not any(map(is_relative, at)):
-        return settled
-    return replace(settled, schedule="one-pass")
-
-
-def warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
-    """Say which kinds of sites are asked for and can't lose a unit."""
-    for kind in (each for each in kinds if each in KINDS):
-        some, reason = [site for site in at if site.kind == kind], why_whole(model, kind)
-        if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
-            reason = "all its query heads share one key and value; give attn_unit='head'"
-        if reason:
-            message = f"prune: {kind} of {model.config.model_type} stays whole: {reason}"
-            warnings.warn(message, stacklevel=4)
-
-
-def judged_texts(
-    walk: Walk, held_out: Batches | None, fresh: Batches | None
-) -> tuple[StreamedBatches, StreamedBatches]:
-    """Return held-out text and fresh text before the first block."""
-    here = is_first()
-    judged = map(_as_judged, read_batches(held_out or ())) if here else ()
-    certified = read_batches(fresh or ()) if here else ()
-    return StreamedBatches("held out", walk, judged), StreamedBatches("fresh", walk, certified)
-
-
-def perplexity_of(text: StreamedBatches) -> dict[str, float] | None:
-    """Return the perplexity of the model on text past its last block; None without text."""
-    if not text.batches:
-        return None
-    with text.answering():
-        return perplexity(text.walk.model, text.batches, progress=text.walk.progress)
-
-
-def outputs_of(text: StreamedBatches) -> Divergence | None:
-    """Return the dense model's outputs for text past its last block, to compare others with."""
-    if not text.batches:
-        return None
-    with text.answering(), alone():
-        return Divergence(text.walk.model, [batch.inputs for batch in text.batches])
-
-
-def _as_judged(batch: Batch) -> Batch:
-    """Return a batch as the model gets it where its perplexity is measured."""
-    ids = batch.inputs["input_ids"]
-    mask = ids.new_ones(ids.shape) if batch.mask is None else batch.mask.to(ids.dtype)
-    return read_batch({"input_ids": ids, "attention_mask": mask})
 
 
 @dataclass(frozen=True)
@@ -118,8 +63,8 @@ class Job:
     certify_on: Batches | None = None
     walk: Walk | None = None  # with one block at a time; the model is in memory without it
     limit: int = 0  # bytes that the process may take, with a walk
+    out: Folder | None = None  # where the blocks go, with a walk
     clock: Clock = field(default_factory=Clock)
-    evaluator: Evaluator = field(default_factory=Evaluator)
     # Found by prepare().
     asked: Recipe | None = None  # the recipe before it was resolved
     notes: Sequence[str] = ()  # what to know of how the job is done
@@ -133,6 +78,11 @@ class Job:
     def narrows(self) -> bool:
         """Whether the hidden size is pruned."""
         return self.recipe.keep_hidden != 1.0
+
+    @property
+    def bars(self) -> bool:
+        """Whether stages show bars of their own: of a walk the blocks are the steps."""
+        return self.progress and self.walk is None
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites that may be pruned."""
@@ -168,9 +118,9 @@ def prepare(job: Job) -> Job:
     InputError
         For whatever can't work.
     """
-    model, asked = job.model, job.recipe
-    notes = [*job.notes, *getattr(model, "liar_notes", [])]
-    job = replace(job, asked=asked, recipe=asked.settled())
+    model, notes = job.model, [*job.notes, *getattr(job.model, "liar_notes", [])]
+    job = replace(job, asked=job.recipe, recipe=job.recipe.settled())
+    job = replace(job, known=job.known or Known.of_bank(job.bank))
     at = job.sites(model)
     if job.walk is not None:
         check_blocks(model, job.recipe, len(job.walk.source), certifies=job.certify_on is not None)
@@ -184,15 +134,35 @@ def prepare(job: Job) -> Job:
             f"{world_size()} ranks share the job; leave it out, or run the job in one process"
         )
     earlier = stock_config.history_of(model.config)
-    warn_of_what_stays(model, recipe.prunable_kinds, at)
-    job = replace(job, earlier=earlier, known=job.known or Known.of_bank(job.bank))
+    _warn_of_what_stays(model, recipe.prunable_kinds, at)
     if job.bank is not None:
-        given = recipe, job.known, job.bank, job.batches, model, at
-        job = replace(job, batches=check_bank(*given))
+        job = replace(job, batches=check_bank(job, at))
     job = replace(job, speed=job.timed(model))
     check_budget(at, recipe.budget, recipe.allocation, job.costs(model))
+    _check_sizes(job)
+    backward = get_criterion(recipe.criterion).needs == "gradient"
+    if backward:
+        check_owned(at)
+    if job.saved is not None or job.walk or runs_over_text(recipe, job.known, model, at):
+        job = replace(job, batches=list(job.batches or ()))  # to be gone through again
+    if recipe.schedule == "layerwise" and job.walk is None:
+        job = _walked(job, notes)
+    if measures and job.judged is None:
+        batches, judged = hold_out(read_batches(job.batches))
+        job = replace(job, batches=batches, judged=judged or None)
+        job = job if judged else _without_gain(job, at, notes)
+    if backward and job.batches:
+        check_loss(model, job.batches[0])
     gone = getattr(model, "liar_vocabulary", {}).get("params_gone", 0)
     params = {"before": count_params(model) + gone, "prunable_before": sum(s.params for s in at)}
+    room = room_for_sums(model, recipe.memory)
+    job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
+    return job if job.walk is None else _shared_out(job)
+
+
+def _check_sizes(job: Job) -> None:
+    """Refuse fewer experts, tokens or hidden features where there can't be."""
+    model, recipe = job.model, job.recipe
     if recipe.keep_experts != 1.0:
         count_experts_kept(model, recipe.keep_experts)
     if recipe.keep_vocab != 1.0 and not hasattr(model, "liar_vocabulary"):
@@ -202,20 +172,28 @@ def prepare(job: Job) -> Job:
         )
     if job.narrows:
         count_kept(hidden_of(model), recipe.keep_hidden, recipe.tile)
-    backward = get_criterion(recipe.criterion).needs == "gradient"
-    if backward:
-        check_owned(at)
-    if job.saved is not None or job.walk or runs_over_text(recipe, job.known, model, at):
-        job = replace(job, batches=list(job.batches or ()))  # to be gone through again
-    if recipe.schedule == "layerwise" and job.walk is None:
-        job = _walked(job, notes)
-    if measures:
-        job = _held_out(job, at, notes)
-    if backward and job.batches:
-        check_loss(model, job.batches[0])
-    room = room_for_sums(model, recipe.memory)
-    job = replace(job, notes=notes, params=params, room=room)
-    return job if job.walk is None else replace(job, shares=_shares(job))
+
+
+def _warn_of_what_stays(model: nn.Module, kinds: Sequence[str], at: Sequence[Site]) -> None:
+    """Say which kinds of sites are asked for and can't lose a unit."""
+    for kind in (each for each in kinds if each in KINDS):
+        some, reason = [site for site in at if site.kind == kind], why_whole(model, kind)
+        if some and all(site.unit == "kv_group" and site.units == 1 for site in some):
+            reason = "all its query heads share one key and value; give attn_unit='head'"
+        if reason:
+            message = f"prune: {kind} of {model.config.model_type} stays whole: {reason}"
+            warnings.warn(message, stacklevel=4)
+
+
+def settled_for(asked: Recipe, at: Sequence[Site]) -> Recipe:
+    """Return a recipe with what ``schedule="auto"`` stands for where no text is left to measure by.
+
+    One pass where a norm reads what their consumers give: of Gemma-3 it is better in all pairs that
+    were measured, in two thirds of the time (docs/quality.md). Else :meth:`Recipe.settled`.
+    """
+    if asked.schedule == "auto" and any(map(is_relative, at)):
+        return replace(asked, schedule="one-pass")
+    return asked.settled()
 
 
 def _measures(job: Job) -> bool:
@@ -225,14 +203,6 @@ def _measures(job: Job) -> bool:
     # written as it is solved there is nothing to compare.
     possible = auto and not job.narrows and job.walk is None
     return possible and (job.bank is None or job.judged is not None)
-
-
-def _held_out(job: Job, at: Sequence[Site], notes: list[str]) -> Job:
-    """Keep some of the calibration text apart, unless other text is given to judge by."""
-    if job.judged is None:
-        batches, judged = hold_out(read_batches(job.batches))
-        job = replace(job, batches=batches, judged=judged or None)
-    return _without_gain(job, at, notes) if job.judged is None else job
 
 
 def _without_gain(job: Job, at: Sequence[Site], notes: list[str]) -> Job:
@@ -267,12 +237,7 @@ def recorded(job: Job) -> Job:
     """Return a prepared job as its checkpoint has it, where it is recorded.
 
     What depends on the memory that is free stays what it was: other groups of sites would have
-    other sums.
-
-    Raises
-    ------
-    InputError
-        If the checkpoint is of another job.
+    other sums. Raise InputError if the checkpoint is of another job.
     """
     if job.saved is None:
         return job
@@ -281,9 +246,8 @@ def recorded(job: Job) -> Job:
         "fresh text": job.certify_on,
         "judged text": job.judged,
     }
-    state = job.model.state_dict().items()
     if job.walk is None:
-        weights, kept = fingerprint_of(state), {"room": job.room}
+        weights, kept = fingerprint_of(job.model.state_dict().items()), {"room": job.room}
     else:
         weights, kept = job.walk.source.fingerprint(), {"keep_sums": job.shares.keep_sums}
         texts["held-out text"] = job.evaluate_on  # whose hidden states are saved
@@ -297,10 +261,10 @@ def recorded(job: Job) -> Job:
     known = job.saved.begin(facts, **kept)
     if job.walk is None:
         return replace(job, room=known["room"])
-    return replace(job, shares=_shares(job, known["keep_sums"]))
+    return _shared_out(job, known["keep_sums"])
 
 
-def _shares(job: Job, keep_sums: bool | None = None) -> Shares:
+def _shared_out(job: Job, keep_sums: bool | None = None) -> Job:
     """Share the limit out; raise InputError if it isn't enough."""
     given = job.walk.source, job.sites(job.model), list(read_batches(job.batches)), job.recipe
-    return share_out(*given, job.limit, keep_sums)
+    return replace(job, shares=share_out(*given, job.limit, keep_sums))

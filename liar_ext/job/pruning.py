@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.moments import MomentBank
-from liar_ext.calibration.passes import Passes
 from liar_ext.checkpoint import stock_config
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint_store import Checkpoint, opened
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.analysis import Base, Decision, decide, narrowed, passes_of
-from liar_ext.job.choosing import Solved, Weights, solve
-from liar_ext.job.estimate import bars_of, by_blocks, stages_of
+from liar_ext.job.estimate import by_blocks, stages_of
 from liar_ext.job.preparing import Job, prepare, recorded
 from liar_ext.job.rescaling import Rescaling, rescale_batches
+from liar_ext.job.solving import Judge, Solved, StreamedJudge, reconstruct
 from liar_ext.models.running import device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
-from liar_ext.progress import OnProgress, Timeline, told
+from liar_ext.progress import OnProgress, Stage, Timeline, told
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.checks import PruneOptions, check_keywords
+from liar_ext.recipe.checks import PruneOptions, TextOptions, check_keywords
 from liar_ext.recipe.fields import DTYPES, recipe_fields
-from liar_ext.reconstruction.one_pass import certified_errors
 from liar_ext.report.report import Report, versions
-from liar_ext.rows import what_to_know
-from liar_ext.selection.divergence import Divergence
+from liar_ext.rows import SiteRow, what_to_know
 
-Finish = Callable[[Job, Base, Any, Decision], Solved]
 # What the command does around prune, and what does it in Python.
 AROUND: dict[str, str] = {
     **{each.name: each.metadata["in_python"] for each in recipe_fields()},
@@ -54,9 +49,6 @@ def prune(
     batches: Batches | None = None,
     recipe: Recipe | Budget | float | None = None,
     *,
-    evaluate_on: Sequence[Mapping[str, Tensor]] | None = None,
-    certify_on: Sequence[Mapping[str, Tensor]] | None = None,
-    judge_on: Sequence[Mapping[str, Tensor]] | None = None,
     bank: MomentBank | None = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool | OnProgress = False,
@@ -83,33 +75,31 @@ def prune(
     recipe : Recipe, Budget or float, optional
         Every choice, see :class:`liar_ext.Recipe`; or ``keep`` alone, the fraction of the prunable
         parameters that may stay, or a :class:`liar_ext.Budget`.
-    evaluate_on : sequence of mapping, optional
-        Batches of held-out text, or of other inputs of an encoder. The report then has dense and
-        pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
-    certify_on : sequence of mapping, optional
-        Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
-        decision sees them; the report then has errors on them: of each site's new weights, on the
-        input and for the target that they were solved for, and the divergence of the whole model.
-    judge_on : sequence of mapping, optional
-        Batches of the calibration set's kind, that ``batches`` lacks. They decide
-        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the whole model
-        is kept that diverges less from the dense one on them. By default every eighth sequence of
-        ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
-        ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
     bank : MomentBank, optional
         The moments of this model over ``batches``, from :func:`liar_ext.calibrate`: then they are
         not summed again. ``batches`` is still what sensitivities, gradients and walks run over;
         where the bank has the sensitivities that the recipe asks for, those aren't measured.
     checkpoint : path, optional
         A folder to keep what is done in, and to go on from where it has something of this very
-        job: sums over the first batches, divergences that sensitivities are made of, the plan,
-        and layerwise the blocks that are done. The result has the same bits. The folder stays
-        when all is done. Of several ranks the first one alone works in it, and any number of them
+        job. The result has the same bits. The folder stays when all is done. Any number of ranks
         can go on from it.
     progress : bool or callable
         Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
         instead. ``total`` and ``seconds_left`` are None if they are unknown. An exception of the
         callable ends the job.
+    evaluate_on : sequence of mapping, optional
+        Batches of held-out text, or of other inputs of an encoder. The report then has dense and
+        pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
+    certify_on : sequence of mapping, optional
+        Batches of the calibration set's kind, at least two sequences, that ``batches`` lacks. No
+        decision sees them; the report then has errors on them, of each site's new weights and of
+        the whole model.
+    judge_on : sequence of mapping, optional
+        Batches of the calibration set's kind, that ``batches`` lacks. They decide
+        ``schedule="auto"``: layers are solved in one pass and layer by layer, and the model is kept
+        that diverges less from the dense one on them. By default every eighth sequence of
+        ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
+        ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
     **choices
         Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
         ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...; ``preset``, such as
@@ -127,16 +117,11 @@ def prune(
     InputError
         If a choice, the model, the data or the budget cannot be used; the model is then as it was.
 
-    Warns
-    -----
-    UserWarning
-        For each of ``report.warnings``.
-
     Notes
     -----
-    Processes that have met by :func:`liar_ext.distributed.join` share the work: each calls this
-    with the same model, text and choices, and has the same pruned model then. The first one alone
-    evaluates, and has that in its report.
+    Each of ``report.warnings`` is a UserWarning, too. Processes that have met by
+    :func:`liar_ext.distributed.join` share the work: each calls this with the same model, text and
+    choices, and has the same pruned model then. The first one alone evaluates.
 
     ``preset="flap"`` is FLAP: ``criterion="wifv", allocation="global", reconstruct="bias",
     tile=1``; ``preset="wanda-sp"`` is Wanda-sp's score and ratios, ``criterion="wanda",
@@ -144,63 +129,32 @@ def prune(
     """
     if batches is None and bank is None:
         raise InputError("prune: needs batches or a bank, got neither; give one of them")
-    own = "evaluate_on", "certify_on", "judge_on", "bank", "checkpoint", "progress"
+    own = "bank", "checkpoint", "progress"
     check_keywords("prune", choices, [*PruneOptions.__annotations__, *own], AROUND)
+    texts = {name: choices.pop(name, None) for name in TextOptions.__annotations__}
+    texts["judged"] = texts.pop("judge_on")
+    built = Recipe.build(recipe, **choices)
     with naming_memory("prune: out of memory"), told(progress), opened(checkpoint) as saved:
-        report = run(
-            Job(
-                model,
-                batches,
-                Recipe.build(recipe, **choices),
-                bool(progress),
-                bank,
-                saved=saved,
-                judged=judge_on,
-                evaluate_on=evaluate_on,
-                certify_on=certify_on,
-            )
-        )
+        report = run(Job(model, batches, built, bool(progress), bank, saved=saved, **texts))
     for note in report.warnings if is_first() else ():
         warnings.warn(note, stacklevel=2)
     return report
 
 
-def run(job: Job, finish: Finish | None = None) -> Report:
-    """Do a job, and return every number that a user needs to trust the result.
-
-    ``finish`` acts by the plan; by default it slices a model that is in memory.
-    """
+def run(job: Job) -> Report:
+    """Do a job, and return every number that a user needs to trust the result."""
     if job.saved is not None:
         check_resumable(job.recipe)
-    job = recorded(prepare(job))
-    stages = stages_of(job, job.evaluate_on) if job.progress else {}
-    if job.walk is not None:
-        job.walk.states.memory = job.shares.states
-        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
-    with Timeline("prune", bars_of(stages)).shown():
-        dense = evaluate(job) if job.walk is None else None
-        base = narrowed(job)
-        passes = passes_of(job, base)
-        decision = decide(job, passes)
-        found = (finish or in_place)(job, base, passes, decision)
-        return report_of(job, base, decision, replace(found, dense=found.dense or dense))
-
-
-def in_place(job: Job, base: Base, passes: Passes | None, decision: Decision) -> Solved:
-    """Solve the sites of a plan and slice the model."""
-    plan, outputs = decision.plan, None
-    solved = solve(job, passes, plan, base.source)
-    if job.certify_on is not None:
-        with job.clock("certify"):
-            outputs = Divergence(job.model, job.certify_on)
-            solved = _certified(job, passes, plan, solved)
-    scales = _outputs(job)
-    plan = slice_modules(job, base, plan, solved.weights)
-    solved = replace(_rescaled(job, scales, plan, solved), plan=plan, pruned=evaluate(job))
-    if outputs is None:
-        return solved
-    with job.clock("certify"):
-        return replace(solved, certified=outputs.of(job.model))
+    job = recorded(prepare(job))  # refuses whatever can't work
+    with _timeline(job).shown():
+        judge = Judge(job) if job.walk is None else StreamedJudge(job)
+        base = narrowed(job)  # fewer hidden features or experts, on a copy
+        passes = passes_of(job, base, judge.along)
+        decision = decide(job, passes)  # analyze, allocate
+        solved = reconstruct(job, passes, decision.plan, judge)
+        judge.see_dense(passes)
+        plan, rows = slice_modules(job, base, decision.plan, solved)
+        return report_of(job, base, replace(decision, plan=plan), solved, rows, judge.evaluation())
 
 
 def check_resumable(recipe: Recipe) -> None:
@@ -212,79 +166,46 @@ def check_resumable(recipe: Recipe) -> None:
         )
 
 
-def evaluate(job: Job) -> dict[str, float] | None:
-    """Measure, at the first rank, the model as it is now, if there is text."""
-    if job.evaluate_on is None or not is_first():
-        return None
-    with job.clock("evaluate"):
-        return job.evaluator(job.model, job.evaluate_on, progress=job.progress)
+def _timeline(job: Job) -> Timeline:
+    stages = stages_of(job) if job.progress else {}
+    if job.walk is not None:
+        job.walk.states.memory = job.shares.states
+        stages = by_blocks(stages, len(job.walk.blocks), job.shares.keep_sums)
+    shown = {name: Stage(each.steps, each.seconds) for name, each in stages.items()}
+    return Timeline("prune", shown)
 
 
-def _certified(job: Job, passes: Passes | None, plan: Plan, solved: Solved) -> Solved:
-    """Measure sites that were solved in one pass on fresh text; a walk has measured its own."""
-    if passes is None or solved.schedule != "one-pass":
-        return solved
-    passes.bank = MomentBank()  # its memory is for the fresh sums
-    given = passes.model, job.certify_on, job.sites(passes.model), job.room
-    errors = certified_errors(Passes(*given, progress=job.progress), plan, solved.weights)
-    rows = [replace(row, certified_error=errors[row.name]) for row in solved.rows]
-    return replace(solved, rows=rows)
+def slice_modules(job: Job, base: Base, plan: Plan, solved: Solved) -> tuple[Plan, list[SiteRow]]:
+    """Slice the model as it is solved; return the plan of the dense model, and a row per site.
 
-
-def slice_modules(job: Job, base: Base, plan: Plan, weights: Weights) -> Plan:
-    """Slice the model; return the plan, with all that goes."""
-    plan = base.in_full(plan)
-    if base.narrowing is not None:
-        weights = {**base.narrowing.weights, **weights}
-    if base.experts is not None:
-        weights = {**base.experts.scales, **weights}
-    whole = stock_config.from_dense(job.model, plan)
+    Then scale what the layers give, if that is asked for and brings it nearer to the dense model.
+    """
+    scales, rows = None, {}
+    if job.recipe.rescale:
+        with job.clock("rescale"):
+            scales = Rescaling(job.model, rescale_batches(job.batches))
+    full = base.in_full(plan)
+    whole = stock_config.from_dense(job.model, full)
+    for index, weights, found in solved.blocks:
+        rows |= found
+        with job.clock("surgery"):
+            some = None if index is None else [index]
+            apply_plan(job.model, full, {**base.weights, **weights}, blocks=some)
+            if job.out is not None:
+                job.out.add(index, job.shares.shard)
     with job.clock("surgery"):
-        apply_plan(job.model, plan, weights)
-        describe_sizes(job)
+        if job.out is not None:
+            job.out.add(None, job.shares.shard)
+        done = {"params": [job.params["before"], count_params(job.model)]}
+        stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
     job.model.liar_plan = whole
-    return whole
-
-
-def _outputs(job: Job) -> Rescaling | None:
-    """Note what the dense model gives, where scales are to bring the pruned one nearer to it."""
-    if not job.recipe.rescale:
-        return None
-    with job.clock("rescale"):
-        return Rescaling(job.model, rescale_batches(job.batches))
-
-
-def _rescaled(job: Job, dense: Rescaling | None, plan: Plan, solved: Solved) -> Solved:
-    """Scale what the layers of the sliced model give, where that brings it nearer; say so."""
-    if dense is None:
-        return solved
-    with job.clock("rescale"):
-        found = dense.fit(job.model, plan.attn_unit, progress=job.progress)
-    none = ["Nothing was rescaled: no scales bring held-out outputs nearer."]
-    notes = [*solved.notes, *([] if found.scales else none)]
-    return replace(solved, facts={**solved.facts, **found.facts()}, notes=notes)
-
-
-def settings_of(
-    recipe: Recipe,
-    model: nn.Module,
-    plan: Plan,
-    source: Mapping[str, int],
-    facts: Mapping[str, object],
-) -> dict[str, object]:
-    """Return what the recipe leaves open, what it was made on, and other ``facts``."""
-    return {
-        "schedule": recipe.schedule,
-        "attn_unit": plan.attn_unit,
-        "calibration_sequences": source["sequences"],
-        "calibration_tokens": source["tokens"],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": ", ".join(
-            sorted({str(each.device) for each in model.parameters() if not each.is_meta})
-        ),
-        "threads": torch.get_num_threads(),
-        **facts,
-    }
+    if scales is not None:
+        with job.clock("rescale"):
+            fitted = scales.fit(job.model, plan.attn_unit, progress=job.progress)
+        solved.facts |= fitted.facts()
+        if not fitted.scales:
+            solved.notes.append("Nothing was rescaled: no scales bring held-out outputs nearer.")
+    return whole, [rows[name] for name in plan.sites]
 
 
 def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recipe:
@@ -303,54 +224,58 @@ def as_run(recipe: Recipe, model: nn.Module, source: Mapping[str, int]) -> Recip
     return replace(recipe, **changes)
 
 
-def describe_sizes(job: Job) -> None:
-    """Let the config of a sliced model say its new sizes, and where they come from."""
-    done = {"params": [job.params["before"], count_params(job.model)]}
-    stock_config.describe(job.model, {"budget": job.recipe.budget.to_dict(), **done})
-
-
-def report_of(job: Job, base: Base, decision: Decision, solved: Solved) -> Report:
+def report_of(
+    job: Job,
+    base: Base,
+    decision: Decision,
+    solved: Solved,
+    rows: Sequence[SiteRow],
+    evaluation: Mapping[str, Mapping[str, float]],
+) -> Report:
     """Return every number that a user needs to trust the result."""
-    model, recipe, plan, rows, speed = (
-        job.model,
-        job.recipe,
-        solved.plan,
-        solved.rows,
-        decision.speed,
-    )
-    settled = replace(recipe, schedule=solved.schedule)
-    hidden_rows = base.narrowing.rows if base.narrowing else []
-    facts, grid = {**decision.facts, **solved.facts}, dict(decision.grid)
+    model, recipe, plan, speed = job.model, job.recipe, decision.plan, decision.speed
+    source = solved.source or base.source
+    devices = {str(each.device) for each in model.parameters() if not each.is_meta}
+    settings = {
+        "schedule": solved.schedule,
+        "attn_unit": plan.attn_unit,
+        "calibration_sequences": source["sequences"],
+        "calibration_tokens": source["tokens"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": ", ".join(sorted(devices)),
+        "threads": torch.get_num_threads(),
+        **decision.facts,
+        **solved.facts,
+    }
+    hidden, grid = [], dict(decision.grid)
     if base.narrowing is not None:
-        facts["narrow_passes"] = base.source["passes"]
+        hidden = base.narrowing.rows
+        settings["narrow_passes"] = base.source["passes"]
         grid |= {"tile": recipe.tile, "hidden": base.narrowing.grid}
-    left = sum(r.params_after for r in rows) if rows else sum(site.params for site in base.at)
+    left = sum(each.params_after for each in rows) if rows else sum(s.params for s in base.at)
+    said, solved_rows = [], [*rows, *hidden]
+    if solved_rows:
+        widest = max(site.d_in for site in base.at)
+        said = what_to_know(solved_rows, recipe.reconstruct, source["tokens"], widest)
+    said = [*said, *job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
     # What was measured is measured again where the recipe is.
     asked = recipe if job.judged is None else replace(recipe, schedule="auto")
-    evaluation = {"dense": solved.dense, "pruned": solved.pruned}
-    evaluation = {} if None in evaluation.values() else evaluation
-    evaluation |= {} if solved.certified is None else {"certified": solved.certified}
-    widest = max(site.d_in for site in base.at)
-    known = [*rows, *hidden_rows], recipe.reconstruct, solved.source["tokens"], widest
-    said = [*job.notes, *decision.notes, *solved.notes, *grid.get("warnings", [])]
     return Report(
         model=recipe.model or model.config.name_or_path or type(model).__name__,
         plan=plan,
-        recipe=as_run(asked, model, solved.source),
+        recipe=as_run(asked, model, source),
         budget=recipe.budget.to_dict(),
         earlier=list(job.earlier),
-        settings=settings_of(settled, model, plan, solved.source, facts),
+        settings=settings,
         versions=versions(),
         sites=(base.experts.rows if base.experts else [])
         + [replace(row, sensitivity=decision.sensitivities.get(row.name)) for row in rows],
-        hidden=hidden_rows,
+        hidden=hidden,
         grid=grid,
         params={**job.params, "prunable_after": left, "after": count_params(model)},
         latency={} if speed is None else speed.facts(),
         evaluation=evaluation,
         seconds=job.clock.seconds,
-        warnings=(what_to_know(*known) if any(known[0]) else [])
-        + said
-        + ([] if speed is None else speed.warnings()),
+        warnings=said + ([] if speed is None else speed.warnings()),
         loading=stock_config.how_to_load(model, plan),
     )

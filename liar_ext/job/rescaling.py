@@ -42,49 +42,28 @@ PIECE = 1 << 19  # numbers of a row of J that are multiplied at a time
 
 @dataclass(frozen=True)
 class Handle:
-    """A module whose output is scaled by a factor in its weights.
+    """A module whose output is scaled by a factor in its weights."""
 
-    Parameters
-    ----------
-    name : str
-        The layer that it is of, or ``head`` for the norm that the head reads.
-    path : str
-        The module: a consumer, the norm that a block reads it through, or the last norm.
-    block : int
-        Blocks before this one give the same whatever the scale.
-    offset : float
-        What its forward adds to its weight.
-    """
-
-    name: str
-    path: str
-    block: int
-    offset: float = 0.0
+    name: str  # of its layer, or head for the norm that the head reads
+    path: str  # of a consumer, the norm that a block reads it through, or the last norm
+    block: int  # blocks before this one give the same whatever the scale
+    offset: float = 0.0  # what its forward adds to its weight
 
 
 @dataclass(frozen=True)
 class Rescaled:
     """What :meth:`Rescaling.fit` found.
 
-    Parameters
-    ----------
-    scales : dict of str to float
-        ``1 + s`` by layer; empty where no scale lets the model be nearer.
-    damp : float
-        μ, in means of the diagonal of H; infinite where it is none.
-    before, after : float or None
-        Divergence on the text that scales were fitted on, per row as
-        :meth:`liar_ext.selection.divergence.DenseOutputs.divergence` has it; None where outputs
-        aren't finite.
-    held_out : float
-        What the scales change of it on batches that they weren't fitted on, by the expansion.
+    Divergences are on the text that scales were fitted on, per row as
+    :meth:`liar_ext.selection.divergence.DenseOutputs.divergence` has it; None where outputs aren't
+    finite.
     """
 
-    scales: dict[str, float] = field(default_factory=dict)
-    damp: float = math.inf
+    scales: dict[str, float] = field(default_factory=dict)  # 1 + s by layer; empty if none is good
+    damp: float = math.inf  # μ, in means of the diagonal of H
     before: float | None = None
     after: float | None = None
-    held_out: float = 0.0
+    held_out: float = 0.0  # its change on batches that were not fitted on, by the expansion
 
     def facts(self) -> dict[str, float | None]:
         """Return what the report says of it."""
@@ -106,12 +85,7 @@ def rescale_batches(batches: Batches) -> list[dict[str, Tensor]]:
 class Rescaling:
     """Scales that bring a pruned model nearer to the dense one, whose outputs are held.
 
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model; it is run now.
-    batches : sequence of mapping
-        Text, in batches that are few and small: outputs of all handles are held for one of them.
+    ``batches`` are few and small: outputs of all handles are held for one of them.
     """
 
     def __init__(self, dense: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -121,22 +95,9 @@ class Rescaling:
     def fit(
         self, pruned: nn.Module, attn_unit: str = "auto", *, progress: bool = False
     ) -> Rescaled:
-        """Find the scales of a pruned model and multiply its weights by them.
+        """Find the scales of a sliced model, and multiply its weights by them in place.
 
         Nothing is multiplied unless held-out batches and all of them together are nearer by it.
-
-        Parameters
-        ----------
-        pruned : nn.Module
-            The model, sliced; consumers, norms after them and the last norm are changed in place.
-        attn_unit : str
-            Of its plan.
-        progress : bool
-            Show a progress bar.
-
-        Returns
-        -------
-        Rescaled
         """
         every = sites(pruned, attn_unit=attn_unit)
         handles, (blocks, _) = handles_of(pruned, every), blocks_before(pruned, every)
@@ -190,24 +151,12 @@ def handles_of(model: nn.Module, at: Sequence[Site]) -> list[Handle]:
 
 @dataclass(frozen=True)
 class Expansion:
-    """The divergence of a pruned model about its weights as they are, summed over some rows.
-
-    Parameters
-    ----------
-    rows : int
-        How many.
-    divergence : float
-        Of the model as it is.
-    slope : Tensor
-        g, ``(handles,)`` float64.
-    curvature : Tensor
-        H, ``(handles, handles)`` float64.
-    """
+    """The divergence of a pruned model about its weights as they are, summed over some rows."""
 
     rows: int
-    divergence: float
-    slope: Tensor
-    curvature: Tensor
+    divergence: float  # of the model as it is
+    slope: Tensor  # g, (handles,) float64
+    curvature: Tensor  # H, (handles, handles) float64
 
     def change(self, step: Tensor) -> float:
         """Return what a step changes the divergence by."""
@@ -217,10 +166,7 @@ class Expansion:
 def best_step(found: Sequence[Expansion]) -> tuple[float, float, Tensor | None]:
     """Return μ, what held-out rows change by per row, and the step; None where none is better.
 
-    Parameters
-    ----------
-    found : sequence of Expansion
-        By batch, each judged by what is fitted on all others.
+    Each batch is judged by what is fitted on all others.
     """
     found = [each for each in found if each.rows]
     rows = sum(each.rows for each in found)

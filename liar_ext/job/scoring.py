@@ -1,4 +1,7 @@
-"""Scores and losses for a job: from its moments and, where the recipe says so, its text."""
+"""Scores and losses of a job, from its moments and its text; what is known is not computed again.
+
+Finders take the sites of a group, whose moments are at hand in ``passes``.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,7 +19,6 @@ from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import check_bank_is_of
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
-from liar_ext.checkpoint_store import Checkpoint
 from liar_ext.distributed import share
 from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, get_consumer_bias
@@ -28,14 +30,16 @@ from liar_ext.selection.curve_allocation import measure_sensitivities, probe_sit
 from liar_ext.selection.error_curves import error_curves
 from liar_ext.selection.sensitivity import Measured
 
+if TYPE_CHECKING:
+    from liar_ext.job.preparing import Job
 
-def find_scores(
-    recipe: Recipe, known: Known, passes: Passes, at: Sequence[Site], *, progress: bool = False
-) -> dict[str, Tensor]:
-    """Return the scores of sites, by :class:`Passes` or those of one block at a time.
+SENSITIVITY = "sensitivity"
+Value = TypeVar("Value")
 
-    What is known is not computed again.
-    """
+
+def find_scores(job: Job, passes: Passes, at: Sequence[Site]) -> dict[str, Tensor]:
+    """Return the scores of sites."""
+    recipe = job.recipe
 
     def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
         return score(
@@ -45,83 +49,76 @@ def find_scores(
             recipe.criterion,
             seed=recipe.seed,
             batches=passes.batches,
-            per="feature" if recipe.allocation == "global" else "unit",
-            progress=progress,
+            per=_per(recipe),
+            progress=job.bars,
         )
 
-    return known.get("score", score_key(recipe), at, partial(share, compute=compute))
+    return job.known.get("score", score_key(recipe), at, partial(share, compute=compute))
 
 
 def find_curves(
-    recipe: Recipe,
-    known: Known,
+    job: Job,
     passes: Passes,
     at: Sequence[Site],
     scores: Mapping[str, Tensor],
     elsewhere: dict[str, str],
-    *,
-    progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the error curves of sites; what is known is not computed again.
-
-    ``elsewhere`` is told of those that found no memory.
-    """
+    """Return the error curves of sites; ``elsewhere`` is told of those that found no memory."""
 
     def compute(missing: Sequence[Site]) -> dict[str, Tensor]:
         given = passes.model, passes.bank, missing, scores
-        return error_curves(*given, progress=progress, elsewhere=elsewhere)
+        return error_curves(*given, progress=job.bars, elsewhere=elsewhere)
 
-    return known.get("curve", score_key(recipe), at, partial(share, compute=compute))
+    return job.known.get("curve", score_key(job.recipe), at, partial(share, compute=compute))
 
 
 def find_sensitivities(
-    recipe: Recipe,
-    known: Known,
+    job: Job,
     passes: Passes,
     at: Sequence[Site],
     scores: Mapping[str, Tensor],
     curves: Mapping[str, Tensor],
-    *,
-    saved: Checkpoint | None = None,
-    progress: bool = False,
 ) -> dict[str, float]:
-    """Return the sensitivities of sites; what is known is not measured again."""
-    kept = None if saved is None else Measured(saved, at[0].name)
+    """Return the sensitivities of sites of a model in memory."""
+    recipe, known, model = job.recipe, job.known, passes.model
 
     def measure(missing: Sequence[Site]) -> dict[str, float]:
         teams = {site.team for site in missing}  # experts of a layer are measured together
-        probes = probe_sites(
-            passes.model,
-            passes.bank,
-            [site for site in at if site.team in teams],
-            scores,
-            curves,
-            replace(recipe.budget, keep=known.probe_keep or recipe.keep),
-            mode=recipe.reconstruct,
-            progress=progress,
-        )
-        text = probes_of(passes.model, passes.batches)
-        return measure_sensitivities(passes.model, probes, text, saved=kept, progress=progress)
+        some = [site for site in at if site.team in teams]
+        budget = replace(recipe.budget, keep=known.probe_keep or recipe.keep)
+        how = {"mode": recipe.reconstruct, "progress": job.bars}
+        probes = probe_sites(model, passes.bank, some, scores, curves, budget, **how)
+        saved = None if job.saved is None else Measured(job.saved, at[0].name)
+        text = probes_of(model, passes.batches)
+        return measure_sensitivities(model, probes, text, saved=saved, progress=job.bars)
 
-    key = key_of_sensitivities(recipe, known, passes.model, at)
-    return known.get(SENSITIVITY, key, at, measure)
+    return known.get(SENSITIVITY, sensitivity_key(recipe, known, model, at), at, measure)
 
 
-def key_of_sensitivities(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:
-    """Return what the sensitivities of a job's sites depend on, beside the site."""
+def _per(recipe: Recipe) -> str:
+    return "feature" if recipe.allocation == "global" else "unit"
+
+
+def score_key(recipe: Recipe, **more: object) -> str:
+    """Return what scores and error curves depend on, beside the site."""
+    chosen = {each.name: getattr(recipe, each.name) for each in recipe_fields(affects="scores")}
+    facts = {**chosen, "per": _per(recipe), "liar_ext": version("liar_ext"), **more}
+    return json.dumps(facts, sort_keys=True)
+
+
+def sensitivity_key(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> str:
+    """Return what sensitivities depend on, beside the site: also the form of the new weights."""
     forms = {get_consumer_bias(model, site) is not None for site in at}
-    mode, keep = recipe.reconstruct, known.probe_keep or recipe.keep
-    return sensitivity_key(recipe, keep, form_at(mode, *forms) if len(forms) == 1 else mode)
+    mode = recipe.reconstruct
+    form = form_at(mode, *forms) if len(forms) == 1 else mode
+    return score_key(recipe, keep=known.probe_keep or recipe.keep, form=form)
 
 
 def runs_over_text(recipe: Recipe, known: Known, model: nn.Module, at: Sequence[Site]) -> list[str]:
     """Return which choices run the model over the calibration text, beside its moments."""
-    measured = known.has(SENSITIVITY, key_of_sensitivities(recipe, known, model, at), at)
-    return [
-        recipe.spelled(each)
-        for each in recipe.without("from_sums")
-        if not (measured and each.name == "allocation")
-    ]
+    measured = known.has(SENSITIVITY, sensitivity_key(recipe, known, model, at), at)
+    chosen = recipe.without("from_sums")
+    return [recipe.spelled(each) for each in chosen if not (measured and each.name == "allocation")]
 
 
 def changes_all(recipe: Recipe) -> list[str]:
@@ -130,30 +127,21 @@ def changes_all(recipe: Recipe) -> list[str]:
     return [recipe.spelled(each) for each in chosen if each.metadata["affects"] == "scores"]
 
 
-def check_bank(
-    recipe: Recipe,
-    known: Known,
-    bank: MomentBank,
-    batches: Batches | None,
-    model: nn.Module,
-    at: Sequence[Site],
-) -> Batches | None:
+def check_bank(job: Job, at: Sequence[Site]) -> Batches | None:
     """Return the batches of a job that is given a bank: its own, or else the text of the bank.
 
-    Raises
-    ------
-    InputError
-        If the bank doesn't serve the job, or keeps no text where the job runs the model over it.
+    Raise InputError if the bank doesn't serve the job, or keeps no text where the job needs it.
     """
+    recipe, bank, model = job.recipe, job.bank, job.model
     if whole := changes_all(recipe):
         raise InputError(
             f"prune: {whole[0]} does not work with a bank, which is of the whole model; leave the "
             "bank out and give the calibration text"
         )
     check_bank_is_of(bank, model, at)
-    if batches is not None:
-        return batches
-    needed = runs_over_text(recipe, known, model, at)
+    if job.batches is not None:
+        return job.batches
+    needed = runs_over_text(recipe, job.known, model, at)
     if bank.text is None and needed:
         raise InputError(
             f"prune: {needed[0]} runs the model over the calibration text, and the bank keeps "
@@ -168,22 +156,13 @@ def check_bank(
     return bank.text
 
 
-SENSITIVITY = "sensitivity"
-Value = TypeVar("Value")
-
-
 @dataclass
 class Known:
     """What has been found for one dense model, its moments and their text.
 
-    Parameters
-    ----------
-    found : dict
-        Values by what they are, key and site.
-    spared : float
-        CPU seconds that were not spent anew.
-    probe_keep : float or None
-        Fraction of a site that stays while its sensitivity is measured; None: the budget's.
+    ``found`` has values, with the CPU seconds that each took, by what they are, key and site.
+    ``spared`` counts CPU seconds that were not spent again. ``probe_keep`` is the fraction of a
+    site that stays while its sensitivity is measured; None: the budget's.
     """
 
     found: dict[tuple, tuple[Any, float]] = field(default_factory=dict)
@@ -208,18 +187,18 @@ class Known:
     ) -> dict[str, Value]:
         """Return the values of sites by name; ``compute`` gives those that aren't there."""
         missing = [site for site in at if not self.has(what, key, [site])]
-        self.spared += sum(self.found.get((what, key, place(site)), (0, 0.0))[1] for site in at)
+        self.spared += sum(self.found.get((what, key, _place(site)), (0, 0.0))[1] for site in at)
         if missing:
             start = time.process_time()
             values = compute(missing)
             each = (time.process_time() - start) / len(missing)
             for site in missing:
-                self.found[what, key, place(site)] = values[site.name], each
-        return {site.name: self.found[what, key, place(site)][0] for site in at}
+                self.found[what, key, _place(site)] = values[site.name], each
+        return {site.name: self.found[what, key, _place(site)][0] for site in at}
 
     def has(self, what: str, key: str, at: Sequence[Site]) -> bool:
         """Tell whether the values of all sites are there."""
-        return all((what, key, place(site)) in self.found for site in at)
+        return all((what, key, _place(site)) in self.found for site in at)
 
     def store_sensitivities(self, bank: MomentBank) -> None:
         """Put the sensitivities that were measured into a bank, for jobs to come."""
@@ -232,19 +211,6 @@ class Known:
         ]
 
 
-def place(site: Site) -> str:
+def _place(site: Site) -> str:
     """Return what a value is of: a site with its units."""
     return f"{site.name} {site.unit} {site.units} {site.groups}"
-
-
-def score_key(recipe: Recipe) -> str:
-    """Return what scores and error curves depend on, beside the site."""
-    per = "feature" if recipe.allocation == "global" else "unit"
-    chosen = {each.name: getattr(recipe, each.name) for each in recipe_fields(affects="scores")}
-    return json.dumps({**chosen, "per": per, "liar_ext": version("liar_ext")}, sort_keys=True)
-
-
-def sensitivity_key(recipe: Recipe, keep: float, form: str) -> str:
-    """Return what sensitivities depend on, beside the site; ``form`` is that of the new weights."""
-    more = {"keep": keep, "form": form}
-    return json.dumps({**json.loads(score_key(recipe)), **more}, sort_keys=True)

@@ -29,21 +29,8 @@ Allocate = Callable[[Costs], Plan]
 class Speed:
     """What the sites of a model cost in seconds, and how that fits the plans made by it.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model.
-    at : sequence of Site
-        What may be pruned.
-    budget : Budget
-        Of latency.
-    table : LatencyTable, optional
-        What was measured before, here or elsewhere: it is taken as it is, so that the plan comes
-        out again. Measured here if not given.
-    clock : callable, optional
-        What time it is, in seconds.
-    progress : bool
-        Show a progress bar.
+    A ``table`` that was measured before, here or elsewhere, is taken as it is, so that the plan
+    comes out again. Without one the sites are measured.
     """
 
     def __init__(

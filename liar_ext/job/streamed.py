@@ -1,18 +1,27 @@
-"""What a job does otherwise with one block of the model in memory at a time."""
+"""What a job does otherwise with one block of the model in memory at a time.
+
+Calibration is a walk: every sequence passes a block before the next one is read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from liar_ext.calibration.batches import Batch
-from liar_ext.calibration.saved_sums import bytes_of_sums
+from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
+from liar_ext.calibration.collect import check_not_padding, check_sums, summing
+from liar_ext.calibration.moments import MomentBank, Moments
+from liar_ext.calibration.passes import Passes
+from liar_ext.calibration.saved_sums import SUMS, bytes_of_sums, packed, restored
+from liar_ext.calibration.taps import is_relative, tap_at
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.weights import SHARD_BYTES
-from liar_ext.distributed import gather
+from liar_ext.checkpoint.saving import SHARD_BYTES
+from liar_ext.checkpoint_store import reading
+from liar_ext.distributed import gather, rank, world_size
 from liar_ext.errors import InputError
 from liar_ext.job.estimate import (
     GIB,
@@ -24,16 +33,20 @@ from liar_ext.job.estimate import (
 )
 from liar_ext.models.registry import family_of
 from liar_ext.models.sites import Site, sites
+from liar_ext.plan import Budget, Plan
+from liar_ext.progress import Bar, spare
 from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.layerwise import Solved, solve_blocks
+from liar_ext.reconstruction.one_pass import reconstruct_shared
+from liar_ext.reconstruction.streams import SavedStreams, StreamedBatches, Streams, Walk
+from liar_ext.selection.curve_allocation import probe_sites, probes_of, sensitivities_of
+from liar_ext.selection.sensitivity import mean_divergences, pruned_site
 
 SHARD_PART = 8  # a shard may take this part of the memory
 
 
 def check_blocks(model: nn.Module, recipe: Recipe, blocks: int, *, certifies: bool) -> None:
-    """Raise InputError for what can't be done with one of so many blocks at a time.
-
-    Whether something comes between the blocks is seen on the way.
-    """
+    """Raise InputError for what can't be done with one of so many blocks at a time."""
     refused = [recipe.spelled(each) for each in recipe.without("streamed")]
     if certifies and recipe.schedule == "one-pass":
         refused.append("--certify with --schedule one-pass")
@@ -115,3 +128,246 @@ def describe_streamed(job: Any) -> list[str]:
         "in the output folder",
         f"weights: read twice and written once; calibration text summed{again}",
     ]
+
+
+ALONG = "judged"  # the key of text that has passed the dense model
+
+
+class StreamedPasses(Passes):
+    """The moments of all sites, block by block: what :class:`Passes` is for a model in memory.
+
+    Iterating gives the sites of one block after the other, with the weights of that block in memory
+    and its moments at hand as :attr:`bank`; the sums are those of one pass of the whole model. With
+    ``keep`` all sums are kept, so that going through the blocks again takes no forward pass.
+    ``along`` and ``probes`` are other text that passes the blocks in the first walk.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        batches: Batches,
+        at: Sequence[Site],
+        keep: bool = False,
+        along: Sequence[StreamedBatches] = (),
+        probes: ProbeStreams | None = None,
+    ) -> None:
+        self.walk, self.model, self.at, self.keep = walk, walk.model, list(at), keep
+        self.along, self.probes = along, probes
+        self.batches = list(read_batches(batches))
+        numbers = range(rank(), len(self.batches), world_size())
+        self.text = StreamedBatches("text", walk, [self.batches[n] for n in numbers], numbers)
+        self.summed: list[int] = []  # numbers of the walks that ran the text
+        for index, batch in enumerate(self.batches):
+            check_not_padding(index, batch)
+        sequences, model_type = sum(map(len, self.batches)), self.model.config.model_type
+        self.source = {"model_type": model_type, "sequences": sequences, "tokens": 0}
+        self.bank = MomentBank({}, self.source)
+        self.index = 0  # of the block that is given
+        self.first = 0  # the block to begin with next
+        self.kept: dict[str, Moments] = {}
+        self._streams = SavedStreams(walk, SUMS, self._numbers)
+        self._passed = SavedStreams(walk, ALONG)
+
+    def __iter__(self) -> Iterator[list[Site]]:
+        return self._groups(known=False)
+
+    def back(self) -> Iterator[list[Site]]:
+        """Return the groups once more, from the sums where they were kept."""
+        return self._groups(known=self.keep)
+
+    def _groups(self, known: bool) -> Iterator[list[Site]]:
+        blocks, first, self.first = self.walk.blocks, self.first, 0
+        with self.walk.begun():
+            if known or not first:
+                self.text.hidden.clear()
+            if not known:
+                self.summed.append(len(self.summed) + 1)
+            title = "from memory" if known else f"calibrate, walk {self.taken}"
+            spare(title, first)
+            bar = {"initial": first, "total": len(blocks), "disable": not self.walk.progress}
+            for index in Bar(range(first, len(blocks)), desc=title, **bar):
+                self.index = index
+                group = [site for site in self.at if site.block == index]
+                with self.walk.source.block(index):
+                    self.bank = MomentBank({}, self.source)  # memory of the last one is free now
+                    if known:
+                        self.bank.moments = {site.name: self.kept.pop(site.name) for site in group}
+                    else:
+                        self._check_chain(index)
+                        self.bank.moments = self._sums(index, group)
+                    if self.keep and not known:
+                        self.kept |= self.bank.moments
+                    yield group
+            self.bank = MomentBank({}, self.source)  # what comes after needs the memory
+
+    def solve(
+        self, plan: Plan, mode: str, damp: float | str, along: Sequence[StreamedBatches]
+    ) -> Iterator[Solved]:
+        """Yield the blocks in a second walk, as :func:`solve_blocks` does, each in one pass."""
+        if not self.keep:
+            self.text.hidden.clear()
+
+        def steps(done: int, _: Streams) -> Iterator[Solved]:
+            self.first = done
+            if self.keep and not self.kept:  # the plan was known
+                self._restore_sums(range(done, len(self.walk.blocks)))
+            for group in self.back():
+                settings = {"mode": mode, "damp": damp}
+                found = reconstruct_shared(self.model, self.bank, plan, group, **settings)
+                rows = {name: row for name, (_, row) in found.items()}
+                weights = {name: given for name, (given, _) in found.items()}
+                found.clear()
+                yield self.index, weights, rows
+
+        def streams() -> Streams:
+            return {} if self.keep else {"text": self.text.hidden}
+
+        yield from solve_blocks(self.walk, "pruning", steps, streams, self.text.numbers, along)
+
+    def _check_chain(self, index: int) -> None:
+        """Raise InputError if a block isn't given what the first one is, all before it idle."""
+        if index == 0 or not self.text.hidden:
+            return
+        one = self.batches[0].select([0]).to(self.walk.source.device).inputs
+        first, here = (self.walk.blocks.enter(at, one)[0][0] for at in (0, index))
+        if not torch.equal(first, here):
+            raise InputError(
+                f"prune: --max-memory is for blocks that read what the one before wrote, and "
+                f"{type(self.model).__name__} changes it before block {index}; leave it out"
+            )
+
+    def _sums(self, index: int, group: Sequence[Site]) -> dict[str, Moments]:
+        """Take all sequences past a block, and return the moments of its sites."""
+        taps = [tap_at(self.model, site) for site in group]
+        with summing(self.model, taps) as (moments, current):
+            self.text.advance(index, current.set)
+        check_sums(MomentBank(moments), self.source["sequences"])
+        if group:
+            # All sites see all tokens, but for rows that are not finite: those of the first count.
+            tokens = int(moments[group[0].name].tokens.sum())
+            if is_relative(group[0]):
+                tokens = sum(map(count_tokens, self.batches))
+            self.source["tokens"] = self.source["tokens"] or tokens
+        return moments
+
+    def restore(self, found: Mapping[str, dict]) -> None:
+        """Go on with the first walk where it was saved; fill ``found`` as :meth:`finish` has it."""
+        saved, streams = self.walk.saved, self._hidden()
+        done = self._streams.restore(streams)
+        for index in range(done):
+            stored, facts = saved.need(f"{SUMS}-{index}")
+            with reading(stored.path):
+                for what, values in found.items():
+                    values |= facts.get(what, {})
+                    names = [name for name in stored if name.startswith(f"{what}/")]
+                    values |= {name.removeprefix(f"{what}/"): stored[name] for name in names}
+                self.source["tokens"] = facts["tokens"]
+        if self.keep:
+            self._restore_sums(range(done))
+        if self.probes is not None:
+            self.probes.restore(streams)
+        self.first = done
+
+    def finish(self, found: Mapping[str, dict]) -> None:
+        """Take all other text past the block at hand; save tensors or numbers that were found."""
+        for each in self.along:
+            each.advance(self.index)
+        saved, names = self.walk.saved, [site.name for site in self.at if site.block == self.index]
+        if saved is None:
+            return
+        tensors, facts = {}, {"tokens": self.source["tokens"]}
+        for what, values in found.items():
+            here = {name: values[name] for name in names if name in values}
+            if all(isinstance(value, Tensor) for value in here.values()):
+                tensors |= {f"{what}/{name}": value for name, value in here.items()}
+            else:
+                facts[what] = here
+        if self.keep:
+            tensors |= packed({name: self.bank[name] for name in names})
+        done = self.index + 1
+        saved.put(f"{SUMS}-{self.index}", tensors, facts)
+        self._streams.keep(done, self._hidden())
+        if done == len(self.walk.blocks):
+            self._passed.keep(done, {each.name: each.hidden for each in self.along}, now=True)
+
+    def restore_along(self) -> None:
+        """Take the other text to where :meth:`finish` left it behind the last block."""
+        self._passed.restore({each.name: each.hidden for each in self.along})
+
+    def _restore_sums(self, blocks: range) -> None:
+        for index in blocks if self.walk.saved is not None else ():
+            stored, _ = self.walk.saved.need(f"{SUMS}-{index}")
+            names = [name.removeprefix("total/") for name in stored if name.startswith("total/")]
+            with reading(stored.path):
+                self.kept |= restored(stored, names)
+
+    def _hidden(self) -> Streams:
+        probes = [] if self.probes is None else self.probes.every()
+        return {each.name: each.hidden for each in (self.text, *self.along, *probes)}
+
+    def _numbers(self, name: str) -> Sequence[int] | None:
+        """Return which hidden states of a stream this rank has."""
+        own = {each.name: each.numbers for each in (self.text, *self.along)}
+        return own[name] if name in own or self.probes is None else self.probes.dense.numbers
+
+
+PROBE = "probe "  # and the name of its site: the name of a stream
+
+
+class ProbeStreams:
+    """What :func:`liar_ext.selection.curve_allocation.measure_sensitivities` does, block by block.
+
+    A probe begins at the block whose site it prunes, on the dense model's hidden states, and passes
+    the later blocks as they are; so the weights are read once for all probes. Ranks take a batch of
+    the few probe sequences each in turn.
+    """
+
+    def __init__(self, walk: Walk, batches: Batches, budget: Budget, mode: str) -> None:
+        self.walk, self.budget, self.mode = walk, budget, mode
+        every = list(read_batches(probes_of(walk.model, batches)))
+        numbers = range(rank(), len(every), world_size())
+        self.dense = StreamedBatches("probed", walk, [every[n] for n in numbers], numbers)
+        self.streams: dict[str, StreamedBatches] = {}  # of each probe that has begun
+        self.errors: dict[str, float] = {}  # of each probe
+
+    def every(self) -> list[StreamedBatches]:
+        """Return all that passes the blocks."""
+        return [self.dense, *self.streams.values()]
+
+    def restore(self, streams: Streams) -> None:
+        """Take the probes that have begun from saved hidden states."""
+        for name, hidden in streams.items():
+            if name.startswith(PROBE):
+                given = name, self.walk, self.dense.batches, self.dense.numbers, hidden
+                self.streams[name.removeprefix(PROBE)] = StreamedBatches(*given)
+
+    def step(
+        self,
+        index: int,
+        bank: MomentBank,
+        group: Sequence[Site],
+        scores: Mapping[str, Tensor],
+        curves: Mapping[str, Tensor],
+    ) -> None:
+        """Take all probes past the block at hand, and begin those of its sites."""
+        for each in self.streams.values():
+            each.advance(index)
+        if group:
+            given = self.walk.model, bank, group, scores, curves, self.budget
+            here = probe_sites(*given, mode=self.mode)
+            for site in group:
+                if here.plan.sites[site.name].removed:
+                    weights = here.weights[site.name]
+                    with pruned_site(self.walk.model, site, here.plan, weights):
+                        self.streams[site.name] = self.dense.branch(PROBE + site.name, index)
+            self.errors |= here.errors
+        self.dense.advance(index)
+
+    def sensitivities(self) -> dict[str, float]:
+        """Return the sensitivity of each site, after the last block."""
+        own = dict(zip(self.dense.numbers, self.dense.batches, strict=True))
+        probes = {name: stream.answering_for for name, stream in self.streams.items()}
+        with self.walk.begun(), self.walk.source.head():
+            values = mean_divergences(self.walk.model, own, self.dense.answering_for, probes)
+        measured = dict(zip(probes, values, strict=True))
+        return sensitivities_of(self.errors, dict.fromkeys(self.errors, 0.0) | measured)

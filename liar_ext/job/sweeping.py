@@ -30,41 +30,22 @@ from liar_ext.report.report import Report
 from liar_ext.report.tables import MEASURES
 from liar_ext.selection.costs import total_cost
 
-# At this fraction of each site sensitivities are measured for all budgets of a sweep: that of the
-# default budget, which doesn't depend on what other budgets are asked for.
+# At this fraction of each site, the default budget's, sensitivities are measured for all budgets.
 PROBE_KEEP = 0.8
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 @dataclass
 class Point:
-    """What one budget of a sweep gives.
+    """What one budget of a sweep gives."""
 
-    Parameters
-    ----------
-    recipe : Recipe
-        Every choice, to be repeated by :func:`liar_ext.prune`.
-    plan : Plan
-        What stays.
-    predicted_divergence : float or None
-        From the dense model, nats per token, for allocation ``curve``.
-    params : int
-        Parameters of the pruned model.
-    flops : float
-        Fraction of the dense model's operations over ``recipe.seq_len`` tokens.
-    seconds : float
-        That it took beyond what other budgets share.
-    report : Report or None
-        Of the pruned model, where there is one.
-    """
-
-    recipe: Recipe
+    recipe: Recipe  # every choice, to be repeated by prune()
     plan: Plan
-    predicted_divergence: float | None
-    params: int
-    flops: float
-    seconds: float
-    report: Report | None = None
+    predicted_divergence: float | None  # nats per token, for allocation curve
+    params: int  # of the pruned model
+    flops: float  # fraction of the dense model's operations over recipe.seq_len tokens
+    seconds: float  # beyond what other budgets share
+    report: Report | None = None  # of the pruned model, where there is one
 
     def quality(self, of: str = "pruned") -> dict[str, float]:
         """Return what was measured of the model, ``pruned`` or ``dense``; empty without text."""
@@ -83,33 +64,16 @@ class Sweep:
     """Prunes copies of one model by several recipes, which share what they have in common.
 
     Moments are taken from a bank, or summed once; scores, error curves and sensitivities are
-    computed once for all recipes that would compute the same.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model; it stays as it is.
-    batches : sequence of mapping, optional
-        The calibration set; the text of the bank if not given.
-    bank : MomentBank, optional
-        The model's moments over it.
-    progress : bool
-        Show progress bars.
-    judge_on : sequence of mapping, optional
-        As for :func:`liar_ext.prune`.
-    saved : Checkpoint, optional
-        Where the divergences are kept that sensitivities are made of: for plans by one recipe.
-    probe_keep : float, optional
-        Fraction of each site that stays while its sensitivity is measured; the budget's by default.
+    computed once for all recipes that would compute the same. The model stays as it is.
     """
 
     model: nn.Module
-    batches: Batches | None = None
+    batches: Batches | None = None  # the text of the bank if not given
     bank: MomentBank | None = None
     progress: bool = False
-    judge_on: Sequence[Mapping[str, Tensor]] | None = None
-    saved: Checkpoint | None = None
-    probe_keep: float | None = None
+    judge_on: Sequence[Mapping[str, Tensor]] | None = None  # as for prune()
+    saved: Checkpoint | None = None  # of divergences for sensitivities: for plans by one recipe
+    probe_keep: float | None = None  # of a site whose sensitivity is measured; None: the budget's
     known: Known = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,44 +89,35 @@ class Sweep:
     def check(self, recipes: Iterable[Recipe]) -> None:
         """Raise InputError for whatever can't work, before anything long, such as timing."""
         for recipe in recipes:
-            if recipe.of == "latency" and recipe.latency_table is None:
-                continue
-            prepare(self._job(self.model, recipe))
+            if recipe.of != "latency" or recipe.latency_table is not None:
+                prepare(self._job(self.model, recipe))
 
     def plan(self, recipe: Recipe) -> Point:
         """Return what a recipe decides; nothing is solved."""
         start = time.perf_counter()
         job = prepare(self._job(self.model, _decided(recipe)))
         base = narrowed(job)
-        passes = passes_of(job, base)
-        decision = decide_anew(job, passes)
-        plan = base.in_full(decision.plan)
-        params, flops = sizes(self.model, plan, recipe)
-        return Point(
-            recipe,
-            plan,
-            decision.facts.get("predicted_divergence"),
-            params,
-            flops,
-            time.perf_counter() - start,
-        )
+        decision = decide_anew(job, passes_of(job, base))
+        plan, pruned = base.in_full(decision.plan), skeleton(type(self.model), self.model.config)
+        apply_plan(pruned, plan)
+        predicted = decision.facts.get("predicted_divergence")
+        size = self._size(pruned, recipe)
+        return Point(recipe, plan, predicted, *size, time.perf_counter() - start)
 
     def prune(self, recipe: Recipe) -> tuple[nn.Module, Point]:
         """Return a pruned copy of the model, and what it is."""
         start = time.perf_counter()
         pruned = copy.deepcopy(self.model)
         report = run(replace(self._job(pruned, recipe), judged=self.judge_on))
-        costs = [operations(each, recipe) for each in (pruned, self.model)]
-        point = Point(
-            report.recipe,
-            report.plan,
-            report.settings.get("predicted_divergence"),
-            count_params(pruned),
-            costs[0] / costs[1],
-            time.perf_counter() - start,
-            report,
-        )
-        return pruned, point
+        predicted = report.settings.get("predicted_divergence")
+        given = report.recipe, report.plan, predicted, *self._size(pruned, recipe)
+        return pruned, Point(*given, time.perf_counter() - start, report)
+
+    def _size(self, pruned: nn.Module, recipe: Recipe) -> tuple[int, float]:
+        """Return the parameters of a pruned model, and its fraction of the operations."""
+        budget = Budget(1.0, "flops", seq_len=recipe.seq_len)
+        costs = [total_cost(each, sites(each), budget) for each in (pruned, self.model)]
+        return count_params(pruned), costs[0] / costs[1]
 
     def _job(self, model: nn.Module, recipe: Recipe) -> Job:
         if changes_all(recipe):
@@ -202,8 +157,8 @@ def sweep(
             print(point.recipe.keep, point.predicted_divergence, point.params)
 
     Of ``keep=0.8``, and where ``allocation`` is not ``curve``, each result is what
-    :func:`liar_ext.prune` gives by ``point.recipe``, weights and all. For other budgets ``prune``
-    measures sensitivities at the budget's own fraction, and its plan may be slightly different.
+    :func:`liar_ext.prune` gives by ``point.recipe``. For other budgets ``prune`` measures
+    sensitivities at the budget's own fraction, and its plan may be slightly different.
 
     Parameters
     ----------
@@ -270,15 +225,3 @@ def recipes_of(recipe: Recipe, keep: Sequence[float | Budget]) -> list[Recipe]:
         budget = asdict(each) if isinstance(each, Budget) else {"keep": each}
         found.append(replace(recipe, **budget))
     return found
-
-
-def operations(model: nn.Module, recipe: Recipe) -> float:
-    """Return the floating-point operations of a forward pass over the recipe's tokens."""
-    return total_cost(model, sites(model), Budget(1.0, "flops", seq_len=recipe.seq_len))
-
-
-def sizes(model: nn.Module, plan: Plan, recipe: Recipe) -> tuple[int, float]:
-    """Return the parameters, and the fraction of operations, that a plan of sites leaves."""
-    pruned = skeleton(type(model), model.config)
-    apply_plan(pruned, plan)
-    return count_params(pruned), operations(pruned, recipe) / operations(model, recipe)

@@ -20,59 +20,39 @@ from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.family import Experts, Wiring
+from liar_ext.models.residual_stream import narrow
 from liar_ext.models.running import get_path
+from liar_ext.plan import SitePlan
 
 if TYPE_CHECKING:
     from liar_ext.models.sites import Site
 
 
 class ExpertLayer:
-    """The linear layer of one expert: its slice of the parameters that all experts share.
-
-    Parameters
-    ----------
-    owner : nn.Module
-        The module that holds the parameters ``name``, of 3 dimensions, and ``name_bias``.
-    name : str
-        Which of its layers.
-    expert : int
-        Whose.
-    """
+    """The linear layer of an expert: its slice of the parameters ``name`` and ``name_bias``."""
 
     def __init__(self, owner: nn.Module, name: str, expert: int) -> None:
         self.owner, self.name, self.expert = owner, name, expert
 
     @property
     def weight(self) -> Tensor:
-        """The weight, a view of two dimensions; writing to it writes to the model."""
+        """A view of two dimensions; writing to it writes to the model."""
         return getattr(self.owner, self.name)[self.expert]
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, a view, or None."""
+        """A view, or None."""
         biases = getattr(self.owner, bias_name(self.name), None)
         return None if biases is None else biases[self.expert]
 
 
 class Routed(NamedTuple):
-    """What reaches one expert.
+    """What reaches one expert."""
 
-    Parameters
-    ----------
-    x : Tensor
-        ``(routed, d_in)``: what its consumer reads.
-    token : Tensor
-        ``(routed,)`` int64: which tokens these are, counting through all sequences.
-    weight : Tensor
-        ``(routed,)``: the router's weight r of the expert.
-    tokens : int
-        Tokens that the layer was given.
-    """
-
-    x: Tensor
-    token: Tensor
-    weight: Tensor
-    tokens: int
+    x: Tensor  # (routed, d_in): what its consumer reads
+    token: Tensor  # (routed,) int64: which tokens these are, counting through all sequences
+    weight: Tensor  # (routed,): the router's weight r of the expert
+    tokens: int  # that the layer was given
 
 
 def bias_name(name: str) -> str:
@@ -93,22 +73,9 @@ def called_at(site: Site) -> str:
     return site.consumer if site.expert is None else site.consumer.rpartition(".")[0]
 
 
-def experts_in(block: nn.Module, wiring: Wiring) -> list[int | None]:
-    """Return the experts of a block, or None alone for a layer without any."""
-    return list(range(count_experts(block, wiring))) or [None]
-
-
 def count_experts(block: nn.Module, wiring: Wiring) -> int:
     """Return how many experts a block has, by their weights; 0 where it has none."""
     return 0 if wiring.experts is None else len(get_path(block, wiring.consumer))
-
-
-def teams_of(at: Sequence[Site]) -> dict[str, list[Site]]:
-    """Return the sites that must keep equally many units, by :attr:`Site.team`."""
-    teams: dict[str, list[Site]] = {}
-    for site in at:
-        teams.setdefault(site.team, []).append(site)
-    return teams
 
 
 def active_fraction(block: nn.Module, wiring: Wiring) -> float:
@@ -131,13 +98,13 @@ def choice_of(model: nn.Module, site: Site) -> tuple[Tensor, ...]:
     return () if found is None else (found,)
 
 
-def by_expert(router: nn.Module, experts: int) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
-    """Yield what a router holds for each expert: its owner, name, itself and the dimension."""
+def by_expert(router: nn.Module, experts: int) -> Iterator[tuple[nn.Module, str, int]]:
+    """Yield what a router holds for each expert: its owner, name and the dimension."""
     for module in list(router.modules()):
         both = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         for name, tensor in both:
             if experts in tensor.shape:
-                yield module, name, tensor, tensor.shape.index(experts)
+                yield module, name, tensor.shape.index(experts)
 
 
 def refuse_experts(at: Sequence[Site], what: str, instead: str) -> None:
@@ -153,15 +120,8 @@ def refuse_experts(at: Sequence[Site], what: str, instead: str) -> None:
 def routed_input(model: nn.Module, site: Site, args: tuple) -> Routed:
     """Return what an expert's consumer reads of the tokens that the router sends there.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    site : Site
-        The expert.
-    args : tuple
-        What the module that holds the experts is called with: tokens ``(tokens, hidden)``, chosen
-        experts ``(tokens, top_k)`` and their weights, likewise.
+    ``args`` is what the module that holds the experts is called with: tokens ``(tokens, hidden)``,
+    chosen experts ``(tokens, top_k)`` and their weights, likewise.
     """
     hidden, chosen, weights = args[:3]
     token, place = torch.where(chosen == site.expert)
@@ -177,6 +137,7 @@ def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
     return layer.owner._apply_gate(out if layer.bias is None else out + layer.bias)
 
 
+@torch.no_grad()
 def reroute(
     router: nn.Module,
     logits: Tensor,
@@ -191,11 +152,8 @@ def reroute(
     beside them, see :func:`choice_of`.
     """
     fewer, size = _light_copy(router), logits.shape[1]
-    # Such as a bias of the choice alone.
-    for module, name, tensor, dim in by_expert(fewer, size):
-        part = tensor.detach().index_select(dim, kept.to(tensor.device))
-        held = module._parameters if name in module._parameters else module._buffers
-        held[name] = nn.Parameter(part, requires_grad=False) if held is module._parameters else part
+    for module, name, dim in by_expert(fewer, size):  # such as a bias of the choice alone
+        narrow(module, name, dim, kept)
     owner, _, name = experts.weight.rpartition(".")
     matrix = fewer.get_submodule(owner)
     rows = torch.eye(size, dtype=logits.dtype, device=logits.device)[kept]
@@ -214,3 +172,60 @@ def _light_copy(module: nn.Module) -> nn.Module:
     copied._parameters, copied._buffers = dict(module._parameters), dict(module._buffers)
     copied._modules = {name: _light_copy(child) for name, child in module._modules.items()}
     return copied
+
+
+def keep_experts(model: nn.Module, site: Site, kept: Tensor, scales: Tensor | None) -> None:
+    """Remove experts of a layer, and what the router has for them, in place.
+
+    ``site`` is any expert of the layer, ``kept``, ascending, those that stay, and ``scales`` what
+    their outputs are multiplied by, in their consumers; None: 1.
+    """
+    owner, _, consumer = site.consumer.rpartition(".")
+    experts, router = model.get_submodule(owner), router_of(model, site)
+    for name, _ in list(experts.named_parameters(recurse=False)):
+        narrow(experts, name, 0, kept)
+    held = list(by_expert(router, site.experts))
+    if choice_of(model, site):
+        path, _, name = f"{site.path}.{site.wiring.experts.choice}".rpartition(".")
+        held.append((model.get_submodule(path), name, 0))
+    for module, name, dim in held:
+        narrow(module, name, dim, kept)
+    if scales is not None:
+        for name in (consumer, bias_name(consumer)):
+            parameter = getattr(experts, name, None)
+            if parameter is not None:
+                parameter.mul_(scales.to(parameter).view(-1, *[1] * (parameter.dim() - 1)))
+    # The model counts experts for the loss that balances them.
+    if getattr(model, "num_experts", None) == site.experts:
+        model.num_experts = len(kept)
+
+
+def check_count(name: str, count: int, units: str, plan: SitePlan) -> None:
+    """Refuse a plan that counts other units than there are."""
+    if plan.units != count:
+        raise InputError(
+            f"apply_plan: {name} has {count} {units}, the plan counts {plan.units}; is the model "
+            "pruned already? Apply the plan to the dense model"
+        )
+
+
+def check_kept_experts(
+    model: nn.Module, site: Site | None, name: str, plan: SitePlan, scales: Tensor | None
+) -> None:
+    """Refuse a plan of experts that doesn't fit a layer; ``site`` is its first expert, if any."""
+    if site is None:
+        raise InputError(
+            f"apply_plan: the model has no experts at {name}; make a plan from this model"
+        )
+    check_count(name, site.experts, "experts", plan)
+    top_k = router_of(model, site).top_k
+    if len(plan.kept) < top_k:
+        raise InputError(
+            f"apply_plan: {name} sends every token to {top_k} experts, the plan keeps "
+            f"{len(plan.kept)}; keep at least {top_k}"
+        )
+    if scales is not None and scales.shape != (len(plan.kept),):
+        raise InputError(
+            f"apply_plan: {name} needs {len(plan.kept)} scales, one for each expert that stays, "
+            f"got shape {tuple(scales.shape)}"
+        )

@@ -1,4 +1,7 @@
-"""How a model family is described: the words of a row of the table of families."""
+"""How a model family is described: the words of a row of the table of families.
+
+All paths are relative to the block, unless something else is said.
+"""
 
 from __future__ import annotations
 
@@ -13,47 +16,30 @@ WITHOUT = ("attn", "kv_group", "mlp", "hidden", "stock", "layerwise")
 
 @dataclass(frozen=True)
 class HeadInput:
-    """An input of an attention module that is computed once, for all heads of the dense model.
+    """An input of an attention module that is computed once, for all heads of the dense model."""
 
-    Parameters
-    ----------
-    module : str
-        Path of the module inside the block.
-    position, keyword : int, str
-        Where its ``forward`` takes the tensor, of shape (batch, heads, queries, keys).
-    output : int or None
-        Where its output passes the tensor on to the next block; None if it doesn't.
-    table : str
-        Embedding inside the module, one column per head, that makes the tensor where the module is
-        given none, as in the first block; empty if there is none.
-    own : bool
-        The module makes the tensor by itself, for the heads that it has, where it is given none.
-    """
-
-    module: str
+    module: str  # path
+    # Where its forward takes the tensor, of shape (batch, heads, queries, keys).
     position: int
     keyword: str
-    output: int | None = None
+    output: int | None = None  # where its output passes the tensor on to the next block, if it does
+    # Embedding inside the module, a column per head, that makes the tensor where the module is
+    # given none, as in the first block; empty if there is none.
     table: str = ""
-    own: bool = False
+    own: bool = False  # given none, the module makes the tensor for the heads that it has
 
 
 class Stack(NamedTuple):
     """Several matrices stacked in one weight.
 
-    Their rows come matrix by matrix, or, with ``by_group``, KV group by KV group, and in each group
-    matrix by matrix::
+    Their rows come matrix by matrix, or, with ``by_group``, KV group by KV group (head by head
+    where none is shared), and in each group matrix by matrix::
 
         ("query", "key", "value")            q0 q1 q2 q3 k0 k1 v0 v1
         ("query", "key", "value"), True      q0 q1 k0 v0 q2 q3 k1 v1
 
-    Parameters
-    ----------
-    matrices : tuple of str
-        What is stacked, in order. ``key`` and ``value`` have one run of rows per key/value head;
-        any other name, such as ``query``, ``gate`` or ``up``, one per query head or channel.
-    by_group : bool
-        Whether the rows of a KV group are together; a group is a head where none is shared.
+    ``key`` and ``value`` have one run of rows per key/value head; any other name, such as
+    ``query``, ``gate`` or ``up``, one per query head or channel.
     """
 
     matrices: tuple[str, ...]
@@ -71,86 +57,44 @@ class Experts:
 
     The layers of a wiring with experts are parameters of ``module``, ``(experts, ...)``, each with
     a bias of its name and ``_bias`` or none.
-
-    Parameters
-    ----------
-    module : str
-        Path of the module that holds the experts, called with tokens, the experts chosen for each
-        and their weights.
-    router : str
-        Path of the module that chooses: its weight has a row per expert, and so has a bias beside
-        it, if there is one; it gives logits, weights and chosen experts, ``top_k`` of a token.
-    weight : str
-        Path of that weight inside the router.
-    choice : str
-        Path of a buffer outside of the router, one number per expert, that it is called with beside
-        the tokens; empty if there is none. A model may lack it.
     """
 
-    module: str
-    router: str
-    weight: str = "weight"
+    module: str  # called with tokens, the experts chosen for each and their weights
+    router: str  # chooses top_k experts of a token; gives logits, weights and chosen experts
+    weight: str = "weight"  # of the router, with a row per expert, as a bias beside it
+    # Buffer outside of the router, a number per expert, that it is called with beside the tokens;
+    # empty if there is none. A model may lack it.
     choice: str = ""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """How one kind of site is wired; every path is relative to the block.
+    """How one kind of site is wired; sizes are named as by :attr:`Site.sizes`."""
 
-    ``numbers`` and ``config`` name the sizes of :attr:`Site.sizes`.
-
-    Parameters
-    ----------
-    producers : tuple of str
-        Linear layers whose rows belong to the units: one run of rows per channel or query head.
-    consumer : str
-        The linear layer that reads the units.
-    key_value : tuple of str
-        Producers with one run of rows per key/value head.
-    head_dim : str
-        Attribute that holds the size of a head; empty for an MLP.
-    stacked : mapping of str to Stack
-        Those of ``producers`` that hold several matrices, and in which order.
-    transposed : bool
-        Weights are stored as (d_in, d_out), as in ``Conv1D``.
-    numbers : mapping of str to str
-        Integers that the modules keep, and the size that each one must hold; ``self_attn.config.x``
-        is one that ``forward`` reads from the config of the model.
-    config : mapping of str to str, or None
-        Config fields that express equal layers, and the size that each one holds; None if the
-        stock class can't be built with fewer units.
-    bias_flag : str or None
-        Config field that gives all these layers a bias.
-    head_input : HeadInput or None
-        An input from outside of the block with one slice per head.
-    requires : mapping of str to object
-        Config fields, and the values of them that all this is true for; a model with others keeps
-        these sites whole.
-    optional : bool
-        Whether some blocks have no such site, but another kind of layer in its place.
-    per_head : tuple of str
-        Parameters with one number per query head.
-    experts : Experts or None
-        Where every expert has layers of these paths, which then name parameters.
-    output_norm : str
-        A norm of the block that reads what the consumer gives, and that alone; empty if none does.
-    """
-
+    # Linear layers whose rows belong to the units: one run of rows per channel or query head.
     producers: tuple[str, ...]
-    consumer: str
-    key_value: tuple[str, ...] = ()
-    head_dim: str = ""
-    stacked: Mapping[str, Stack] = field(default_factory=dict)
-    transposed: bool = False
+    consumer: str  # the linear layer that reads the units
+    key_value: tuple[str, ...] = ()  # producers with one run of rows per key/value head
+    head_dim: str = ""  # attribute that holds the size of a head; empty for an MLP
+    stacked: Mapping[str, Stack] = field(default_factory=dict)  # producers of several matrices
+    transposed: bool = False  # weights are stored as (d_in, d_out), as in Conv1D
+    # Integers that modules keep, and the size that each must hold; self_attn.config.x is one that
+    # forward reads from the config of the model.
     numbers: Mapping[str, str] = field(default_factory=dict)
+    # Config fields that express equal layers, and the size that each holds; None if the stock class
+    # can't be built with fewer units.
     config: Mapping[str, str] | None = None
-    bias_flag: str | None = None
-    head_input: HeadInput | None = None
+    bias_flag: str | None = None  # config field that gives all these layers a bias
+    head_input: HeadInput | None = None  # from outside of the block, with one slice per head
+    # Config fields, and the values that all this is true for; a model with others keeps these
+    # sites whole.
     requires: Mapping[str, object] = field(default_factory=dict)
-    optional: bool = False
-    per_head: tuple[str, ...] = ()
-    experts: Experts | None = None
-    output_norm: str = ""
+    optional: bool = False  # some blocks have another kind of layer in the place of such a site
+    per_head: tuple[str, ...] = ()  # parameters with one number per query head
+    experts: Experts | None = None  # where every expert has such layers, which name parameters then
+    output_norm: str = (
+        ""  # norm that reads what the consumer gives, and that alone, if there is one
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.stacked, Mapping) or not self.stacked.keys() <= set(self.producers):
@@ -167,21 +111,21 @@ class Wiring:
 
 
 class Step(NamedTuple):
-    """One step of what happens to the residual stream.
+    """One step of what happens to the residual stream: what it does, and the paths of layers.
 
-    Parameters
-    ----------
-    does : {"write", "norm", "branch_norm", "read", "read_first", "take", "aside"}, also with "_if"
-        ``write``: layers whose rows, or embeddings whose columns, are features of the stream, and
-        parameters whose last dimension is.
-        ``norm``: a norm over the features; what it puts out is read from there on.
-        ``branch_norm``: a norm over what a branch wrote, before it is added to the stream.
-        ``read``: linear layers whose columns are the features; ``read_first``: those that read the
-        first token alone. ``take``: those that read together, through no norm, what a layer wrote,
-        or the stream. ``aside``: layers that hold no feature of the stream, be they as wide. With
-        ``_if``: of these layers, those that the model, or this block, has.
-    layers : tuple of str
-        Paths. A layer may read in one step and write in the next.
+    ============  ==================================================================================
+    write         layers whose rows, or embeddings whose columns, are features of the stream, and
+                  parameters whose last dimension is
+    norm          a norm over the features; what it puts out is read from there on
+    branch_norm   a norm over what a branch wrote, before it is added to the stream
+    read          linear layers whose columns are the features
+    read_first    those that read the first token alone
+    take          those that read together, through no norm, what a layer wrote, or the stream
+    aside         layers that hold no feature of the stream, be they as wide
+    ..._if        of these layers those that the model, or this block, has
+    ============  ==================================================================================
+
+    A layer may read in one step and write in the next.
     """
 
     does: str
@@ -194,41 +138,27 @@ class Stream:
 
     Readers read what the last norm before them put out, be it in the block before; where there is
     none yet, the stream as it is.
-
-    Parameters
-    ----------
-    start : tuple of Step
-        Before the blocks; paths inside the base model, or inside the model where its base model is
-        the stack of blocks alone.
-    block : tuple of Step
-        In every block; paths inside the block.
-    ends : tuple of tuple of Step
-        After the blocks: chains that begin with the stream each, the first of which has a layer
-        decides about it. Paths inside the base model, or inside the model with its task head. What
-        a model lacks is skipped, and so is a chain whose first step it lacks.
-    config : mapping of str to str
-        Config fields that follow, and the size that each one holds: ``hidden``, or one of
-        :attr:`Site.sizes` of attention, which the stock class ties to the hidden size. Where the
-        attention can't be pruned, only ``head_dim`` of these, that of the dense model.
-    multiple_of : {"heads", "head_dim", "any"} or None
-        What the hidden size of the stock class must be a multiple of, if of anything; None where
-        that class can't be built anyway.
-    requires : mapping of str to object
-        Config fields, and the values of them that all this is true for.
-    norm_offset : float
-        What its norms add to their weights before they scale by them.
-    scaled : bool
-        Whether embeddings are multiplied by the root of the hidden size, which their table keeps
-        as the buffer ``embed_scale`` and the number ``scalar_embed_scale``.
     """
 
+    # Before the blocks; paths inside the base model, or inside the model where its base model is
+    # the stack of blocks alone.
     start: tuple[Step, ...]
-    block: tuple[Step, ...]
+    block: tuple[Step, ...]  # in every block
+    # After the blocks: chains that begin with the stream each, the first of which has a layer
+    # decides about it. Paths inside the base model, or the model with its task head. What a model
+    # lacks is skipped, and so is a chain whose first step it lacks.
     ends: tuple[tuple[Step, ...], ...]
+    # Config fields that follow, and the size that each holds: hidden, or one of attention that the
+    # stock class ties to it. Where attention can't be pruned only head_dim, the dense model's.
     config: Mapping[str, str]
+    # What the hidden size must be a multiple of: "heads", "head_dim" or "any"; None where the stock
+    # class can't be built anyway.
     multiple_of: str | None
+    # Config fields, and the values that all this is true for.
     requires: Mapping[str, object] = field(default_factory=dict)
-    norm_offset: float = 0.0
+    norm_offset: float = 0.0  # what its norms add to their weights before they scale by them
+    # Whether embeddings are multiplied by the root of the hidden size, which their table keeps as
+    # the buffer embed_scale and the number scalar_embed_scale.
     scaled: bool = False
 
 
@@ -236,78 +166,49 @@ class Stream:
 class Part:
     """A stack of blocks, one of those that a family has: an encoder, say, or the tower of images.
 
-    Parameters
-    ----------
-    name : str
-        What the names of its sites begin with, as in ``decoder.3.mlp``; empty for an only one.
-    blocks, attn, mlp, config, repeats
-        As for :class:`Family`.
-    cross_attn : Wiring or None
-        The attention to another part, which comes between the two other sites.
-    shared_mlp : Wiring or None
-        The MLP that every token passes beside the experts that it is sent to.
-    input : str
-        The input of the model that this part reads; empty for the main one.
-    mask : str
-        The input of the model that says which of its tokens are padding; empty if none are.
+    What isn't explained here is as in :class:`Family`.
     """
 
-    name: str
+    name: str  # begins the names of its sites, as in decoder.3.mlp; empty for an only one
     blocks: str
     attn: Wiring | tuple[Wiring, ...] | None
     mlp: Wiring | tuple[Wiring, ...] | None
-    cross_attn: Wiring | None = None
+    cross_attn: Wiring | None = None  # attention to another part, between the two other sites
     shared_mlp: Wiring | None = None
     config: str = ""
-    input: str = ""
-    mask: str = "attention_mask"
+    input: str = ""  # of the model, which this part reads; empty for the main one
+    mask: str = "attention_mask"  # says which of its tokens are padding; empty if none are
     repeats: bool = False
+
+    def alternatives(self, kind: str) -> tuple[Wiring, ...]:
+        """Return the wirings that a site may have, by the name of the field."""
+        row = getattr(self, kind)
+        return () if row is None else row if isinstance(row, tuple) else (row,)
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family.
-
-    Parameters
-    ----------
-    name : str
-        ``config.model_type``.
-    blocks : str
-        Path of the list of blocks inside the base model; ``*`` stands for every module of a list.
-    attn, mlp : Wiring, tuple of Wiring, or None
-        The two sites of a block, each one wiring or several alternatives, the first of which
-        whose layers exist is taken; None where the family can't have it pruned.
-    shared_mlp : Wiring or None
-        The MLP that every token passes beside the experts that it is sent to; optional.
-    config : str
-        Path inside the config of the part that describes the blocks; empty for the config itself.
-    stream : Stream, tuple of Stream, or None
-        Its residual stream, or several alternatives, the first of which whose first layers exist is
-        taken; None if the hidden size can't be pruned.
-    without : mapping of str to str
-        What can't be done with the family, and why, in a few words: ``attn`` and ``mlp`` can't be
-        pruned, ``kv_group`` not as whole groups, the ``hidden`` size not (beside a stream: not of
-        models that it isn't of), no ``stock`` config says the sizes, or no job is ``layerwise``,
-        as its blocks can't be run one by one.
-    repeats : bool
-        Blocks run several times in one forward pass, with the same weights.
-    lends : bool
-        Blocks read more of earlier ones than hidden states, such as keys and values.
-    parts : tuple of Part
-        Where the model has several stacks of blocks: these, in the order of computation, in place
-        of ``blocks``, ``attn``, ``mlp`` and ``config``. A model may have some of them only.
-    """
+    """One model family, by ``config.model_type``."""
 
     name: str
-    blocks: str = ""
+    blocks: str = ""  # path of their list inside the base model; * is every module of a list
+    # The two sites of a block: one wiring, or alternatives, of which the first whose layers exist
+    # is taken; None where the family can't have it pruned.
     attn: Wiring | tuple[Wiring, ...] | None = None
     mlp: Wiring | tuple[Wiring, ...] | None = None
-    shared_mlp: Wiring | None = None
-    config: str = ""
+    shared_mlp: Wiring | None = None  # every token passes it beside its experts; optional
+    config: str = ""  # path of the part of the config that describes the blocks; empty for all
+    # The residual stream, or alternatives, of which the first whose first layers exist is taken;
+    # None if the hidden size can't be pruned.
     stream: Stream | tuple[Stream, ...] | None = None
+    # What can't be done, and why, in a few words: attn and mlp can't be pruned, kv_group not as
+    # whole groups, the hidden size not (beside a stream: not of models that it isn't of), no stock
+    # config says the sizes, no job is layerwise, as blocks can't be run one by one.
     without: Mapping[str, str] = field(default_factory=dict)
-    repeats: bool = False
-    lends: bool = False
+    repeats: bool = False  # blocks run several times in one forward pass, with the same weights
+    lends: bool = False  # blocks read more of earlier ones than hidden states: keys and values, say
+    # Where there are several stacks of blocks: these, in the order of computation, in place of
+    # blocks, attn, mlp and config. A model may have some of them only.
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
@@ -320,13 +221,10 @@ class Family:
     @property
     def all_parts(self) -> tuple[Part, ...]:
         """Its stacks of blocks, be it one or several."""
-        only = Part(
-            "",
-            self.blocks,
-            self.attn,
-            self.mlp,
-            shared_mlp=self.shared_mlp,
-            config=self.config,
-            repeats=self.repeats,
-        )
-        return self.parts or (only,)
+        own = {name: getattr(self, name) for name in ("shared_mlp", "config", "repeats")}
+        return self.parts or (Part("", self.blocks, self.attn, self.mlp, **own),)
+
+    def wirings(self, kind: str) -> list[Wiring]:
+        """Return all wirings of a kind of site, of all parts and alternatives."""
+        labels = ("attn", "cross_attn") if kind == "attn" else (kind,)
+        return [w for part in self.all_parts for each in labels for w in part.alternatives(each)]

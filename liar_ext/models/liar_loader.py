@@ -92,27 +92,23 @@ def resize(model: nn.Module) -> bool:
 
 def _set_sizes(path: str, module: nn.Module, sizes: dict[str, Any]) -> None:
     for name, size in sizes.items():
-        if name in module._parameters:
-            setattr(module, name, _resized(f"{path}.{name}", module, name, size))
+        old = getattr(module, name, None)
+        if name in module._parameters and old is None:  # a bias that is new
+            setattr(module, name, nn.Parameter(module.weight.new_zeros(size)))
+        elif name in module._parameters:
+            part = _part(f"{path}.{name}", old, size)
+            setattr(module, name, nn.Parameter(part, requires_grad=old.requires_grad))
         elif isinstance(module._buffers.get(name), torch.Tensor):
-            setattr(module, name, _part(f"{path}.{name}", module._buffers[name], size))
+            setattr(module, name, _part(f"{path}.{name}", old, size))
         elif name.startswith("config.") and hasattr(module, "config"):
             set_config_number(module, name.removeprefix("config."), size)
-        elif isinstance(getattr(module, name, None), int | float | tuple):
+        elif isinstance(old, int | float | tuple):
             setattr(module, name, tuple(size) if isinstance(size, list) else size)
         else:
             raise ValueError(
                 f"config.json names {path}.{name}, which {type(module).__name__} hasn't: the "
                 "folder is damaged, or another version of transformers is needed"
             )
-
-
-def _resized(path: str, module: nn.Module, name: str, shape: list[int]) -> nn.Parameter:
-    """Return the first rows and columns of a parameter, or zeros for a bias that is new."""
-    old = module._parameters[name]
-    if old is None:
-        return nn.Parameter(module.weight.new_zeros(shape))
-    return nn.Parameter(_part(path, old, shape), requires_grad=old.requires_grad)
 
 
 def _part(path: str, old: torch.Tensor, shape: list[int]) -> torch.Tensor:
@@ -151,26 +147,20 @@ def config_numbers(module: nn.Module) -> dict[str, int]:
     return dict(config.own) if type(config).__name__ == "LayerConfig" else {}
 
 
-def select_heads(
-    module: nn.Module,
-    heads: Any,
-    position: int,
-    keyword: str,
-    output: int | None = None,
-    table: str = "",
-) -> None:
+def select_heads(module: nn.Module, heads: Any, position: int, keyword: str, *passed: Any) -> None:
     """Let a module take the slices of its heads from an argument made for all heads.
 
     Hooks run in the order in which they were added, so that a second pruning selects from what
-    the first one left. With ``output`` the next module gets the argument as this one did: whole,
-    or not at all where ``heads`` is None.
+    the first one left. ``passed`` is nothing, or an output and a table: then the next module gets
+    the argument as this one did, whole, or not at all where ``heads`` is None.
     """
     facts = {"heads": None if heads is None else list(heads), "first": not selections(module)}
+    output, table = passed or (None, "")
     if hasattr(module, table):
         getattr(module, table).register_forward_hook(partial(_take_columns, **facts))
-    facts |= {"position": position, "keyword": keyword, "output": output, "table": table}
+    facts |= {"position": position, "keyword": keyword, "passed": passed}
     module.register_forward_pre_hook(partial(_take_heads, **facts), with_kwargs=True)
-    if output is not None:
+    if passed:
         hook = partial(_pass_on, output=output, table=table, drop=heads is None)
         module.register_forward_hook(hook)
 
@@ -189,8 +179,7 @@ def selection_of(module: nn.Module) -> list[Any]:
     first, heads = found[0], found[0]["heads"]
     for then in found[1:]:
         heads = heads and [heads[index] for index in then["heads"]]
-    said = [first["position"], first["keyword"], heads]
-    return said if first["output"] is None else [*said, first["output"], first["table"]]
+    return [first["position"], first["keyword"], heads, *first["passed"]]
 
 
 def _take_heads(
@@ -202,14 +191,13 @@ def _take_heads(
     first: bool,
     position: int,
     keyword: str,
-    output: int | None,
-    table: str,
+    passed: tuple,
 ) -> tuple[tuple, dict]:
     """Select heads from dimension 1 of one argument: a forward pre-hook."""
     arguments = dict(enumerate(args)) | kwargs
     key = keyword if keyword in kwargs else position
     given = arguments.get(key)
-    if first and output is not None:
+    if first and passed:
         vars(module)[_WHOLE] = given
     if isinstance(given, torch.Tensor):
         arguments[key] = None if heads is None else given[:, heads]

@@ -1,11 +1,8 @@
-"""What applies to each family, as a table.
-
-Everything comes from the rows, of which ``without`` says why something doesn't apply.
-"""
+"""What applies to each family, as a table: all of it comes from the rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from liar_ext.models.family import Family, Wiring
@@ -37,22 +34,29 @@ def overview() -> dict[str, dict[str, Entry]]:
 
 
 def _entries(family: Family) -> dict[str, Entry]:
-    attn, mlp = (_wirings(family, kind) for kind in ("attn", "mlp"))
+    without, attn, mlp = family.without, family.wirings("attn"), family.wirings("mlp")
+    sizes = {size for w in attn for size in (*w.numbers.values(), *(w.config or {}).values())}
     flags = sorted({wiring.bias_flag for wiring in (*attn, *mlp)} - {None})
+    groups = Entry(NO, "every head has keys and values of its own" if attn else "heads can't")
+    if "kv_group" in without:
+        groups = Entry(NO, without["kv_group"])
+    elif sizes & {"kv_heads", "group_size"}:  # of key/value heads that several query heads share
+        groups = Entry(YES)
     return {
-        "heads": _described(family, "attn", attn, "its attention isn't described"),
-        "kv_groups": _groups(family, attn),
-        "channels": _described(family, "mlp", mlp, "its MLP isn't described"),
+        "heads": _sites(attn, without.get("attn"), "its attention isn't described"),
+        "kv_groups": groups,
+        "channels": _sites(mlp, without.get("mlp"), "its MLP isn't described"),
         "experts": Entry(YES if any(wiring.experts for wiring in mlp) else NONE),
         "hidden": _hidden(family),
         "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
         "stock": _stock(family, {"heads": attn, "channels": mlp}),
-        "layerwise": _entry("layerwise" not in family.without, family, "layerwise", ""),
+        "layerwise": Entry(NO, without["layerwise"]) if "layerwise" in without else Entry(YES),
     }
 
 
-def _entry(applies: bool, family: Family, name: str, reason: str) -> Entry:
-    return Entry(YES) if applies else Entry(NO, family.without.get(name, reason))
+def _only(needs: Iterable[tuple[str, object]]) -> str:
+    """Return the configs that something applies to, each field once."""
+    return "only with " + ", ".join(dict.fromkeys(f"{name}={value}" for name, value in needs))
 
 
 def _hidden(family: Family) -> Entry:
@@ -61,30 +65,18 @@ def _hidden(family: Family) -> Entry:
     if row is None:
         return Entry(NO, reason or "its residual stream isn't described")
     needs = {} if isinstance(row, tuple) else row.requires
-    said = "only with " + ", ".join(f"{k}={v}" for k, v in needs.items()) if needs else ""
-    return Entry(YES, f"{said}: {reason}" if reason else said)
+    return Entry(YES, ": ".join(filter(None, (_only(needs.items()) if needs else "", reason))))
 
 
-def _described(family: Family, kind: str, wirings: list[Wiring], reason: str) -> Entry:
+def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
     """Tell of a kind of site, and of the blocks and configs that have it."""
-    if not wirings or kind in family.without:
-        return _entry(False, family, kind, reason)
+    if not wirings or reason is not None:
+        return Entry(NO, reason or lacking)
     if any(wiring.optional for wiring in wirings):
         return Entry(YES, "in the blocks that have any")
     if not all(wiring.requires for wiring in wirings):
         return Entry(YES)
-    needs = {f"{k}={v}": None for wiring in wirings for k, v in wiring.requires.items()}
-    return Entry(YES, f"only with {', '.join(needs)}")
-
-
-def _groups(family: Family, attn: list[Wiring]) -> Entry:
-    """Tell of key/value heads that several query heads share: some number of the row says so."""
-    sizes = {size for w in attn for size in (*w.numbers.values(), *(w.config or {}).values())}
-    if "kv_group" in family.without:
-        return Entry(NO, family.without["kv_group"])
-    if sizes & {"kv_heads", "group_size"}:
-        return Entry(YES)
-    return Entry(NO, "every head has keys and values of its own" if attn else "heads can't")
+    return Entry(YES, _only(need for wiring in wirings for need in wiring.requires.items()))
 
 
 def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
@@ -100,17 +92,6 @@ def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
     if lacking and not reason:
         reason = f"{' and '.join(lacking)}: no field says their number"
     return Entry(", ".join(said) or NO, reason)
-
-
-def _wirings(family: Family, kind: str) -> list[Wiring]:
-    """Return the wirings of a kind of site, of all parts and alternatives."""
-    found: list[Wiring] = []
-    for part in family.all_parts:
-        rows = [getattr(part, kind)] + ([part.cross_attn] if kind == "attn" else [])
-        for row in rows:
-            if row is not None:
-                found += row if isinstance(row, tuple) else (row,)
-    return found
 
 
 def plain(table: Mapping[str, Mapping[str, Entry]]) -> list[str]:

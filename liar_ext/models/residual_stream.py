@@ -23,27 +23,13 @@ from liar_ext.models.running import base_path, block_config, blocks_of
 
 @dataclass(frozen=True)
 class Source:
-    """The hidden features at one place, normalised, and the layers that read them there.
+    """The hidden features at one place, normalised, and the layers that read them there."""
 
-    Parameters
-    ----------
-    module : str
-        Path of the norm whose output they are; without a norm, of the layer that reads them.
-    norm : bool
-        Whether it is a norm.
-    first : bool
-        Only the first token is read.
-    readers : tuple of str
-        Paths of linear layers with these features as their columns.
-    tied : tuple of str
-        Readers whose weight is the one of an embedding; not among ``readers``.
-    """
-
-    module: str
-    norm: bool
-    first: bool
-    readers: tuple[str, ...]
-    tied: tuple[str, ...]
+    module: str  # path of the norm whose output they are; without one, of the layer that reads them
+    norm: bool  # whether it is a norm
+    first: bool  # only the first token is read
+    readers: tuple[str, ...]  # paths of linear layers with these features as their columns
+    tied: tuple[str, ...]  # more of them, whose weight is the one of an embedding
 
     @property
     def name(self) -> str:
@@ -53,25 +39,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The hidden features of a model.
-
-    Parameters
-    ----------
-    size : int
-        How many there are.
-    multiple_of : int
-        What their number must be a multiple of, so that the stock class can be built.
-    writers : tuple of str
-        Paths of embeddings, linear layers and convolutions, and of parameters by themselves, whose
-        last dimension the features are.
-    sources : tuple of Source
-        Where they are read, in the order of computation.
-    """
+    """The hidden features of a model."""
 
     size: int
-    multiple_of: int
+    multiple_of: int  # their number must be, so that the stock class can be built
+    # Paths of embeddings, linear layers and convolutions, and of parameters by themselves, whose
+    # last dimension the features are.
     writers: tuple[str, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...]  # where they are read, in the order of computation
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -181,8 +156,7 @@ class _Trail:
             raise InputError(
                 f"hidden: the model has no layer {', '.join(missing)}; register a family that fits"
             )
-        taken = {path for readers in self.read.values() for path in readers}
-        free = [path for path in paths if path not in taken]
+        free = [path for path in paths if path not in set().union(*self.read.values())]
         if does == "write":
             self.writers += paths
         elif does in ("norm", "branch_norm"):
@@ -205,14 +179,40 @@ class _Trail:
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         writers = [self.layers[path] for path in self.writers]
         tables = [layer for layer in writers if is_table(layer)]
-        alone = {layer.shape[-1] for layer in writers if isinstance(layer, nn.Parameter)}
-        found = alone | {table.weight.shape[1] for table in tables}
+        size = self._size(writers, tables)
+        self._check(model, size)
+        tied = {
+            path
+            for paths in self.read.values()
+            for path in paths
+            if any(self.layers[path].weight is table.weight for table in tables)
+        }
+        sources = tuple(
+            Source(
+                module,
+                norm=module in self.norms,
+                first=first,
+                readers=tuple(path for path in paths if path not in tied),
+                tied=tuple(path for path in paths if path in tied),
+            )
+            for (module, first), paths in self.read.items()
+        )
+        step = {"heads": heads, "head_dim": size // heads}.get(multiple_of, 1)
+        return Hidden(size, step, tuple(self.writers), sources)
+
+    def _size(self, writers: list[nn.Module | nn.Parameter], tables: list[nn.Module]) -> int:
+        alone = [layer for layer in writers if isinstance(layer, nn.Parameter)]
+        found = {tensor.shape[-1] for tensor in (*alone, *(table.weight for table in tables))}
         size, *others = sorted(found) or [len(weight_of(writers[0]))]
         if others:
             raise InputError(
                 f"hidden: all embeddings must have the features of the stream, got {size} and "
                 f"{others[0]}; prune other sites"
             )
+        return size
+
+    def _check(self, model: nn.Module, size: int) -> None:
+        """Refuse layers of this size that no step names, and readers of another size."""
         known = {*self.writers, *self.norms, *self.aside}.union(*self.read.values())
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
@@ -231,23 +231,6 @@ class _Trail:
                     f"hidden: {path} of {type(model).__name__} reads {columns} features, and the "
                     f"stream of the family has {size}; prune the base model"
                 )
-        tied = {
-            path
-            for path in known.difference(self.aside)
-            if any(getattr(self.layers[path], "weight", None) is t.weight for t in tables)
-        }
-        sources = tuple(
-            Source(
-                module,
-                norm=module in self.norms,
-                first=first,
-                readers=tuple(path for path in paths if path not in tied),
-                tied=tuple(path for path in paths if path in tied),
-            )
-            for (module, first), paths in self.read.items()
-        )
-        step = {"heads": heads, "head_dim": size // heads, "any": 1, None: 1}[multiple_of]
-        return Hidden(size, step, tuple(self.writers), sources)
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -265,22 +248,14 @@ def is_table(layer: nn.Module | nn.Parameter) -> bool:
     return isinstance(layer, nn.Embedding)
 
 
-LayerWeights = Mapping[str, tuple[Tensor, Tensor | None]]
-
-
 @torch.no_grad()
-def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -> None:
-    """Keep some hidden features of a model and remove the others, in place.
+def slice_hidden(
+    model: nn.Module, kept: Sequence[int], weights: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> None:
+    """Keep some hidden features of a model, ascending, and remove the others, in place.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    kept : sequence of int
-        Features that stay, ascending.
-    weights : mapping of str to (Tensor, Tensor or None)
-        New weight and bias by path: ``(d_out, n_kept)`` of a reader, ``(n_kept,)`` of a norm. Any
-        other layer keeps the slices that it has.
+    ``weights`` are new weights and biases by path: ``(d_out, n_kept)`` of a reader, ``(n_kept,)``
+    of a norm. Any other layer keeps the slices that it has.
 
     Notes
     -----
@@ -292,8 +267,7 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
     index = torch.tensor(kept, device="cpu")
     done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
 
-    def keep(path: str, name: str, dim: int) -> None:
-        layer = model.get_submodule(path)
+    def keep(layer: nn.Module, name: str, dim: int) -> None:
         old = getattr(layer, name, None)
         if old is None:
             return
@@ -301,32 +275,28 @@ def slice_hidden(model: nn.Module, kept: Sequence[int], weights: LayerWeights) -
             done[id(old), dim] = (old, select(old, dim, index))
         # A weight that two layers share stays shared. Held here, the old one keeps its id its own.
         setattr(layer, name, done[id(old), dim][1])
-        _fit(layer)
-
-    def dim_of(path: str, dim: int) -> int:
-        """Return which dimension of a weight is that one of (d_out, d_in)."""
-        return 1 - dim if is_transposed(model.get_submodule(path)) else dim
+        fit(layer)
 
     for path in hidden.norms:
         narrow_norm(model.get_submodule(path), index)
     for source in hidden.sources:
-        for path in (*source.readers, *source.tied):
-            keep(path, "weight", dim_of(path, 1))
+        for layer in map(model.get_submodule, (*source.readers, *source.tied)):
+            keep(layer, "weight", 0 if is_transposed(layer) else 1)
     for path, (weight, bias) in weights.items():
         layer = model.get_submodule(path)
         weight_of(layer).copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
     for path in hidden.writers:
-        owner, _, name = path.rpartition(".")
-        if name in model.get_submodule(owner)._parameters:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if name in owner._parameters:
             keep(owner, name, -1)
-        elif is_table(model.get_submodule(path)):
-            # A tied head has been here already, and has sliced the weight of both.
-            keep(path, "weight", 1)
-        else:
-            keep(path, "weight", dim_of(path, 0))
-            keep(path, "bias", 0)
+            continue
+        layer = model.get_submodule(path)
+        # A tied head has been at a table already, and has sliced the weight of both.
+        keep(layer, "weight", 1 if is_table(layer) or is_transposed(layer) else 0)
+        keep(layer, "bias", 0)
     if stream_of(model).scaled:
         _keep_scale(model, hidden, len(kept))
 
@@ -348,28 +318,46 @@ def _keep_scale(model: nn.Module, hidden: Hidden, count: int) -> None:
         norm.weight.copy_((norm.weight.double() + added) / factor - added)
 
 
-def select(parameter: nn.Parameter, dim: int, index: Tensor) -> nn.Parameter:
-    """Return a parameter that holds the given slices of another."""
-    chosen = parameter.detach().index_select(dim, index.to(parameter.device))
-    return nn.Parameter(chosen.contiguous(), requires_grad=parameter.requires_grad)
+def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return a parameter, or buffer, that holds the given slices of another.
+
+    ``index`` is (kept,), or (experts, kept) for slices of their own of each expert, whose number
+    is the first dimension then.
+    """
+    old, index = tensor.detach(), index.to(tensor.device)
+    if index.ndim == 1:
+        chosen = old.index_select(dim, index)
+    else:
+        parts = zip(old, index, strict=True)
+        chosen = torch.stack([part.index_select(dim - 1, rows) for part, rows in parts])
+    if not isinstance(tensor, nn.Parameter):
+        return chosen
+    return nn.Parameter(chosen.contiguous(), requires_grad=tensor.requires_grad)
+
+
+def narrow(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    """Let a parameter or buffer of a module, if there is one, hold slices of itself, in place."""
+    old = getattr(module, name, None)
+    if old is not None:
+        setattr(module, name, select(old, dim, index))
+        fit(module)
 
 
 def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
     """Let a norm work on the features ``kept`` alone, in place; its statistic is theirs then."""
-    for name in ("weight", "bias"):
-        if getattr(norm, name, None) is not None:
-            setattr(norm, name, select(getattr(norm, name), 0, kept))
+    narrow(norm, "weight", 0, kept)
+    narrow(norm, "bias", 0, kept)
     if hasattr(norm, "normalized_shape"):
         norm.normalized_shape = (len(kept),)
 
 
-def _fit(layer: nn.Module) -> None:
+def fit(layer: nn.Module) -> None:
     """Make the sizes that a layer keeps those of its weight."""
-    if isinstance(layer, nn.Linear):
-        layer.out_features, layer.in_features = layer.weight.shape
-    elif isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d):
         layer.out_channels = len(layer.weight)
-    elif is_transposed(layer):
-        layer.nx, layer.nf = layer.weight.shape
     elif isinstance(layer, nn.Embedding):
         layer.embedding_dim = layer.weight.shape[1]
+    elif is_transposed(layer):
+        layer.nx, layer.nf = layer.weight.shape
+    elif hasattr(layer, "out_features"):
+        layer.out_features, layer.in_features = layer.weight.shape

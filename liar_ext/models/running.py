@@ -1,4 +1,4 @@
-"""Run a model for its outputs alone."""
+"""Where a model keeps its blocks, what it reads, and how it is run for its outputs alone."""
 
 from __future__ import annotations
 
@@ -64,8 +64,7 @@ def _decoder_inputs(
     """Return what a decoder reads, and its mask, from labels or the text of the encoder."""
     start, text = getattr(config, "decoder_start_token_id", None), labels.get("labels")
     if text is None or text.dim() != 2 or text.is_floating_point():
-        text = inputs.get("input_ids")
-        mask = inputs.get("attention_mask")
+        text, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     else:
         mask = (text != IGNORED).long()
     if text is None or start is None:
@@ -86,16 +85,8 @@ def draw_inputs(
 ) -> dict[str, Tensor]:
     """Return random inputs for all parts of a model, on the CPU.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model.
-    count, tokens : int
-        Sequences or images, and tokens of each sequence.
-    generator : torch.Generator
-        Where they are drawn from.
-    vocabulary : int, optional
-        Tokens are below it; by default below the number that the model knows.
+    These are ``count`` sequences of so many ``tokens``, or images; tokens are below
+    ``vocabulary``, by default below the number that the model knows.
     """
     return {
         name: _draw(name, model, config, (count, tokens), generator, vocabulary)

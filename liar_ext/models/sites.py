@@ -7,10 +7,10 @@ columns go::
     attn    q, k, v   ──▶ x (d_in = heads · head_dim) ──▶ o      unit = head or KV group
 
 A block of a decoder that reads an encoder has a third one, ``cross_attn``, of the kind ``attn``.
-Where the MLP is a mixture of experts, each expert is a site, such as ``"3.mlp.5"``, and an expert
-that every token passes beside these is ``"3.shared_mlp"``, of the kind ``mlp``. Weights of experts
-lie in parameters that all experts of a layer share, see :mod:`liar_ext.models.experts`, so that all
-of them must keep equally many channels.
+Where the MLP is a mixture of experts, each expert is a site, such as ``"3.mlp.5"``, whose weights
+lie in parameters that all experts of the layer share (:mod:`liar_ext.models.experts`), so that all
+must keep equally many channels. An expert that every token passes beside these is
+``"3.shared_mlp"``, of the kind ``mlp``.
 
 Paths come from the table of families; all sizes are read from the modules, never from the config,
 so that a model with unequal layers is read like any other.
@@ -27,31 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.experts import active_fraction, count_experts, experts_in, layer_at, teams_of
-from liar_ext.models.family import Experts, Family, HeadInput, Part, Stack, Wiring
-from liar_ext.models.registry import family_of, kv_heads_of, register_family, row_units
+from liar_ext.models.experts import active_fraction, count_experts, layer_at
+from liar_ext.models.family import Part, Wiring
+from liar_ext.models.registry import family_of, kv_heads_of, row_units
 from liar_ext.models.running import Block, block_config, get_path, parts_of
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
-
-__all__ = [
-    "Experts",
-    "Family",
-    "HeadInput",
-    "Part",
-    "Site",
-    "Stack",
-    "Wiring",
-    "block_config",
-    "family_of",
-    "get_consumer_bias",
-    "get_consumer_weight",
-    "get_path",
-    "register_family",
-    "sites",
-    "skeleton",
-    "why_whole",
-    "teams_of",
-]
 
 CROSS, SHARED = "cross_attn", "shared_mlp"
 _KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp"}  # by what a row calls it
@@ -59,74 +39,35 @@ _KIND = {"attn": "attn", CROSS: "attn", "mlp": "mlp", SHARED: "mlp"}  # by what 
 
 @dataclass(frozen=True)
 class Site:
-    """A consumer layer with the units that it reads.
+    """A consumer layer with the units that it reads."""
 
-    Parameters
-    ----------
-    name : str
-        Block and kind, such as ``"3.mlp"``; where a family has several stacks of blocks, the name
-        of the stack before that, as in ``"decoder.3.cross_attn"``; for an expert also its number.
-    kind : {"attn", "mlp"}
-        Which site of the block.
-    block : int
-        Index of the block in its stack.
-    unit : {"channel", "head", "kv_group"}
-        What is removed whole. A KV group is a key/value head with all query heads that share it.
-    units : int
-        Number of units.
-    width : int
-        Consumer input features per unit: 1, head_dim, or group_size · head_dim.
-    groups : int
-        The units fall into this many equal runs, which must keep equally many units each; 1 means
-        free. It is the number of key/value heads where query heads are removed under
-        grouped-query attention.
-    d_in, d_out : int
-        Features that the consumer reads and writes; ``d_in = units * width``.
-    consumer : str
-        Path of the consumer in the model.
-    producers : tuple of str
-        Paths of the layers that lose rows with a unit.
-    unit_params : int
-        Parameters that leave with one unit: producer rows, their biases, consumer columns.
-    unit_weights : int
-        The same without biases: multiply-adds per token.
-    head_dim, kv_heads : int
-        Attention only, else 0.
-    path : str
-        Path of the block in the model.
-    wiring : Wiring
-        The row of the family table.
-    part : Part
-        The stack of blocks that it is in.
-    expert : int or None
-        Which expert of the layer, where there are several.
-    experts : int
-        How many there are; 0 where there are none.
-    active : float
-        Fraction of the tokens that the site reads, on average.
-    """
-
+    # Block and kind, such as "3.mlp"; where a family has several stacks of blocks, the stack before
+    # that, as in "decoder.3.cross_attn"; for an expert also its number.
     name: str
-    kind: str
-    block: int
+    kind: str  # attn or mlp
+    block: int  # its index in the stack
+    # What is removed whole: a channel, a head, or a kv_group, which is a key/value head with all
+    # query heads that share it.
     unit: str
     units: int
-    width: int
+    width: int  # consumer input features of a unit: 1, head_dim, or group_size · head_dim
+    # Units fall into so many equal runs, which must keep equally many each: the key/value heads
+    # where query heads are removed under grouped-query attention; 1 means free.
     groups: int
-    d_in: int
-    d_out: int
-    consumer: str
-    producers: tuple[str, ...]
-    unit_params: int
-    unit_weights: int
-    head_dim: int
-    kv_heads: int
-    path: str
-    wiring: Wiring = field(repr=False)
-    part: Part = field(repr=False)
-    expert: int | None = None
-    experts: int = 0
-    active: float = 1.0
+    d_in: int  # features that the consumer reads: units · width
+    d_out: int  # features that it writes
+    consumer: str  # path in the model
+    producers: tuple[str, ...]  # paths of the layers that lose rows with a unit
+    unit_params: int  # leave with a unit: producer rows, their biases, consumer columns
+    unit_weights: int  # the same without biases: multiply-adds per token
+    head_dim: int  # of attention only, else 0
+    kv_heads: int  # of attention only, else 0
+    path: str  # of the block in the model
+    wiring: Wiring = field(repr=False)  # from the table of families
+    part: Part = field(repr=False)  # the stack of blocks that it is in
+    expert: int | None = None  # which expert of the layer, where there are several
+    experts: int = 0  # how many there are
+    active: float = 1.0  # fraction of the tokens that the site reads, on average
 
     @property
     def team(self) -> str:
@@ -250,10 +191,9 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
             for label in rows:
                 wiring = _wiring(family.name, rows[label], block[1]) if rows[label] else None
                 if wiring is not None:
-                    found += [
-                        _read_site(part, label, index, block, wiring, attn_unit, expert)
-                        for expert in experts_in(block[1], wiring)
-                    ]
+                    experts = list(range(count_experts(block[1], wiring))) or [None]
+                    place = (part, label, index, block)
+                    found += [_read_site(place, wiring, attn_unit, expert) for expert in experts]
     if not described:
         raise InputError(
             f"sites: {family.name!r} has nothing to prune in {' and '.join(kinds)}: "
@@ -266,16 +206,23 @@ def sites(model: nn.Module, kinds: Sequence[str] = KINDS, attn_unit: str = "auto
     return found
 
 
+def teams_of(at: Sequence[Site]) -> dict[str, list[Site]]:
+    """Return the sites that must keep equally many units, by :attr:`Site.team`."""
+    teams: dict[str, list[Site]] = {}
+    for site in at:
+        teams.setdefault(site.team, []).append(site)
+    return teams
+
+
 def why_whole(model: nn.Module, kind: str) -> str:
     """Return why the table has no such sites for a model; empty if it has."""
     family = family_of(model)
     if any(_rows(part, kind, model.config) for part in family.all_parts):
         return ""
-    row = next((row for part in family.all_parts if (row := getattr(part, kind))), None)
-    if kind in family.without or row is None:
+    described = family.wirings(kind)
+    if kind in family.without or not described:
         return family.without.get(kind, "its row describes none")
-    needs = (row[0] if isinstance(row, tuple) else row).requires
-    said = ", ".join(f"{name}={value}" for name, value in needs.items())
+    said = ", ".join(f"{name}={value}" for name, value in described[0].requires.items())
     return f"its row is that of models with {said}"
 
 
@@ -297,18 +244,17 @@ def skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
         return model_class(copy.deepcopy(config))
 
 
-def _rows(part: Part, label: str, config: Any) -> tuple[Wiring, ...]:
+def _rows(part: Part, label: str, config: Any) -> list[Wiring]:
     """Return the alternatives for a kind of site that are true for a config."""
-    row, config = getattr(part, label), block_config(part, config)
-    return tuple(
+    config = block_config(part, config)
+    return [
         wiring
-        for wiring in (row if isinstance(row, tuple) else (row,))
-        if wiring is not None
-        and all(getattr(config, name, None) == value for name, value in wiring.requires.items())
-    )
+        for wiring in part.alternatives(label)
+        if all(getattr(config, name, None) == value for name, value in wiring.requires.items())
+    ]
 
 
-def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring | None:
+def _wiring(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring | None:
     """Return the first alternative whose layers a block has; None where it needs none."""
     modules, parameters = dict(block.named_modules()), dict(block.named_parameters())
     for wiring in rows:
@@ -324,22 +270,16 @@ def _wiring(family: str, rows: tuple[Wiring, ...], block: nn.Module) -> Wiring |
 
 
 def _read_site(
-    part: Part,
-    label: str,
-    index: int,
-    place: Block,
-    wiring: Wiring,
-    attn_unit: str,
-    expert: int | None,
+    place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: str, expert: int | None
 ) -> Site:
     """Measure one site of a block."""
-    ends = [] if expert is None else [str(expert)]
-    name = ".".join([*([part.name] if part.name else []), str(index), label, *ends])
-    (path, block), kind = place, _KIND[label]
+    part, label, index, (path, block) = place
+    parts = (part.name or None, index, label, expert)
+    name = ".".join(str(each) for each in parts if each is not None)
     found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
-    if kind == "mlp":
+    if _KIND[label] == "mlp":
         unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
     else:
         head_dim = get_path(block, wiring.head_dim)
@@ -363,7 +303,7 @@ def _read_site(
     biases += sum(get_path(block, each).numel() for each in wiring.per_head)
     return Site(
         name=name,
-        kind=kind,
+        kind=_KIND[label],
         block=index,
         unit=unit,
         units=units,

@@ -20,11 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.errors import InputError
-from liar_ext.models.expert_slicing import check_kept_experts, keep_experts, slice_channels
-from liar_ext.models.experts import layer_at
+from liar_ext.models.experts import (
+    bias_name,
+    check_count,
+    check_kept_experts,
+    keep_experts,
+    layer_at,
+)
 from liar_ext.models.liar_loader import select_heads, set_config_number
-from liar_ext.models.residual_stream import hidden_of, select, slice_hidden, weight_of
-from liar_ext.models.sites import Site, get_consumer_bias, get_path, sites, teams_of
+from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
+from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
 from liar_ext.plan import Plan, SitePlan
 
 Weights = Mapping[str, tuple[Tensor, Tensor | None]]
@@ -41,10 +46,10 @@ def apply_plan(
     """Remove from a model what the plan doesn't keep, in place.
 
     Everything is checked before anything changes, so that an error leaves the model as it was.
-    New parameters keep dtype, device and ``requires_grad``; the model's config isn't touched, and
-    says the dense sizes. So save the model with :func:`liar_ext.save_pruned`, which writes the new
-    ones: a folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
-    every loader. :func:`liar_ext.prune` describes its model, which ``save_pretrained`` then saves.
+    New parameters keep dtype, device and ``requires_grad``. The model's config isn't touched, and
+    says the dense sizes: save the model with :func:`liar_ext.save_pruned`, which writes the new
+    ones. A folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
+    every loader; :func:`liar_ext.prune` describes its model, so that ``save_pretrained`` saves it.
 
     Parameters
     ----------
@@ -75,7 +80,7 @@ def apply_plan(
     layer that the flag governs gains one, zero except for the consumers': then the stock class
     builds the same layers.
     """
-    found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+    found = _by_name(model, plan)
     weights, flags = weights or {}, _bias_flags(found, plan)
     if blocks is not None:
         found, plan = _of_blocks(found, plan, blocks)
@@ -87,43 +92,32 @@ def apply_plan(
         check_kept_experts(model, found.get(f"{name}.0"), name, site_plan, scales.get(name))
     if plan.hidden is not None:
         slice_hidden(model, plan.hidden.kept, layers)
-        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+        found = _by_name(model, plan)
     for name, site_plan in plan.experts.items():
         kept = torch.tensor(site_plan.kept, device="cpu")
         keep_experts(model, found[f"{name}.0"], kept, scales.get(name))
     if plan.experts:
-        found = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+        found = _by_name(model, plan)
     _grow_biases(model, found, plan, flags)
-    for team in teams_of([site for site in found.values() if site.expert is not None]).values():
-        _slice_experts(model, team, plan)
-    for name, site_plan in plan.sites.items():
-        if found[name].expert is None:
-            _slice_site(model, found[name], site_plan)
-        if name in weights:
+    for team in teams_of(list(found.values())).values():
+        _slice_team(model, team, plan)
+    for name in weights:
+        if name in plan.sites:
             _set_consumer(model, found[name], *weights[name])
-    for site in sites(model, attn_unit=plan.attn_unit):
-        if site.name in found:
+    for name, site in _by_name(model, plan).items():
+        if name in found:
             _patch_numbers(model, site)
 
 
+def _by_name(model: nn.Module, plan: Plan) -> dict[str, Site]:
+    return {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
+
+
 def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tensor:
-    """Return the rows of one of a site's producers that stay with the units ``kept``.
+    """Return which of the ``rows`` of a site's producer stay with the units ``kept``.
 
-    Parameters
-    ----------
-    site : Site
-        The site before it is sliced.
-    producer : str
-        Path of the layer.
-    kept : sequence of int
-        Units.
-    rows : int
-        Rows of the producer.
-
-    Returns
-    -------
-    Tensor
-        Ascending indices, int64, on the CPU: rows of these units, and rows that no unit owns.
+    ``site`` is as it is before it is sliced. What comes back, ascending, int64, on the CPU, are
+    the rows of these units, and those that no unit owns.
     """
     units = site.row_units(producer, rows)
     return torch.isin(units, torch.tensor([-1, *kept], device="cpu")).nonzero().flatten()
@@ -158,29 +152,24 @@ def _hidden_layers(model: nn.Module, plan: Plan, weights: Weights) -> Weights:
     if plan.hidden is None:
         return {}
     hidden, count = hidden_of(model), len(plan.hidden.kept)
-    if plan.hidden.units != hidden.size:
-        raise InputError(
-            f"apply_plan: the model has {hidden.size} hidden features, the plan counts "
-            f"{plan.hidden.units}; is the model pruned already? Apply the plan to the dense model"
-        )
+    check_count("the model", hidden.size, "hidden features", plan.hidden)
     layers = {name: weights[name] for name in hidden.solved if name in weights}
     for name, (weight, _) in layers.items():
         shape = (*weight_of(model.get_submodule(name)).shape[:-1], count)
-        if tuple(weight.shape) != shape:
-            raise InputError(
-                f"apply_plan: the weight of {name} must have shape {shape}, got "
-                f"{tuple(weight.shape)}"
-            )
+        _check_shape(f"weight of {name}", weight, shape)
     return layers
+
+
+def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise InputError(
+            f"apply_plan: the {what} must have shape {shape}, got {tuple(tensor.shape)}"
+        )
 
 
 def _check_site(site: Site, site_plan: SitePlan) -> None:
     """Refuse the plan of a site that counts other units, or empties KV groups unequally."""
-    if site_plan.units != site.units:
-        raise InputError(
-            f"apply_plan: {site.name} has {site.units} units ({site.unit}), the plan counts "
-            f"{site_plan.units}; is the model pruned already? Apply the plan to the dense model"
-        )
+    check_count(site.name, site.units, f"units ({site.unit})", site_plan)
     per_group = Counter(unit * site.groups // site.units for unit in site_plan.kept)
     if len(per_group) != site.groups or len(set(per_group.values())) != 1:
         kept = [per_group[group] for group in range(site.groups)]
@@ -194,10 +183,9 @@ def _check_experts(model: nn.Module, found: Mapping[str, Site], plan: Plan) -> N
     """Refuse unequally many channels of the experts of a layer, and biases that they lack."""
     for team, every in teams_of(list(found.values())).items():
         some = every[: len(plan.experts[team].kept)] if team in plan.experts else every
-        planned = [plan.sites.get(site.name) for site in some]
         kept = {
-            site.units if planned_site is None else len(planned_site.kept)
-            for site, planned_site in zip(some, planned, strict=True)
+            len(plan.sites[site.name].kept) if site.name in plan.sites else site.units
+            for site in some
         }
         if len(kept) > 1:
             raise InputError(
@@ -225,18 +213,10 @@ def _check_weight(
     d_out = site.d_out if plan.hidden is None else len(plan.hidden.kept)
     site_plan = plan.sites[site.name]
     shape = (d_out, len(site_plan.kept) * site.width)
-    if tuple(weight.shape) != shape:
-        raise InputError(
-            f"apply_plan: the weight of {site.name} must have shape {shape}, got "
-            f"{tuple(weight.shape)}"
-        )
+    _check_shape(f"weight of {site.name}", weight, shape)
     if bias is None:
         return
-    if tuple(bias.shape) != (d_out,):
-        raise InputError(
-            f"apply_plan: the bias of {site.name} must have shape ({d_out},), got "
-            f"{tuple(bias.shape)}"
-        )
+    _check_shape(f"bias of {site.name}", bias, (d_out,))
     if not site_plan.bias and get_consumer_bias(model, site) is None:
         raise InputError(
             f"apply_plan: a bias came for {site.name}, whose consumer has none; set bias=True in "
@@ -281,49 +261,53 @@ def _add_bias(layer: nn.Module, site: Site) -> None:
         layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
 
 
-def _slice_site(model: nn.Module, site: Site, site_plan: SitePlan) -> None:
-    """Slice producers and consumer of one site."""
-    if len(site_plan.kept) == site.units:
+def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
+    """Slice a site, or the experts of a layer, each to the units that the plan keeps of it."""
+    site = team[0]
+    kept = [plan.sites[each.name].kept for each in team if each.name in plan.sites]
+    if not kept or len(kept[0]) == site.units:
         return
     output, input_ = (1, 0) if site.wiring.transposed else (0, 1)
     for path in site.producers:
-        layer = model.get_submodule(path)
-        rows = unit_rows(site, path, site_plan.kept, layer.weight.shape[output])
-        layer.weight = select(layer.weight, output, rows)
-        if layer.bias is not None:
-            layer.bias = select(layer.bias, 0, rows)
-        _fit_layer(layer, site)
-    consumer = model.get_submodule(site.consumer)
-    consumer.weight = select(consumer.weight, input_, site.features(site_plan.kept))
-    _fit_layer(consumer, site)
+        size = layer_at(model, path, site.expert).weight.shape[output]
+        rows = [unit_rows(each, path, units, size) for each, units in zip(team, kept, strict=True)]
+        _narrow_layer(model, site, path, output, rows, with_bias=True)
+    columns = [each.features(units) for each, units in zip(team, kept, strict=True)]
+    _narrow_layer(model, site, site.consumer, input_, columns)
     for path in site.wiring.per_head:
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(f"{site.path}.{owner}")
-        heads = site.features(site_plan.kept)[:: site.head_dim] // site.head_dim
-        setattr(module, name, select(getattr(module, name), 0, heads))
+        owner, _, name = f"{site.path}.{path}".rpartition(".")
+        narrow(model.get_submodule(owner), name, 0, _heads(site, kept[0]))
     if site.wiring.head_input is not None:
-        _select_head_input(model, site, site_plan.kept)
+        said = site.wiring.head_input
+        heads = None if said.own else _heads(site, kept[0]).tolist()
+        module = model.get_submodule(f"{site.path}.{said.module}")
+        passed = () if said.output is None else (said.output, said.table)
+        select_heads(module, heads, said.position, said.keyword, *passed)
 
 
-def _slice_experts(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
-    """Slice the experts of a layer, each to the units that the plan keeps of it."""
-    first = team[0]
-    kept = [plan.sites[site.name].kept for site in team if site.name in plan.sites]
-    if not kept or len(kept[0]) == first.units:
-        return
-    (path,), wiring = first.producers, first.wiring
-    (module, _, producer), consumer = path.rpartition("."), first.consumer.rpartition(".")[2]
-    size = get_path(model, path).shape[2 if wiring.transposed else 1]
-    rows = [unit_rows(site, path, units, size) for site, units in zip(team, kept, strict=True)]
-    columns = [site.features(units) for site, units in zip(team, kept, strict=True)]
-    slice_channels(
-        model.get_submodule(module),
-        producer,
-        consumer,
-        torch.stack(rows),
-        torch.stack(columns),
-        wiring.transposed,
-    )
+def _heads(site: Site, kept: Sequence[int]) -> Tensor:
+    """Return the query heads of units."""
+    return site.features(kept)[:: site.head_dim] // site.head_dim
+
+
+def _narrow_layer(
+    model: nn.Module,
+    site: Site,
+    path: str,
+    dim: int,
+    index: Sequence[Tensor],
+    with_bias: bool = False,
+) -> None:
+    """Let a linear layer of a site, or of all experts of its layer, keep some rows or columns."""
+    if site.expert is None:
+        layer, weight, bias, one = model.get_submodule(path), "weight", "bias", index[0]
+    else:
+        owner, _, weight = path.rpartition(".")
+        layer, bias, one = model.get_submodule(owner), bias_name(weight), torch.stack(list(index))
+        dim += 1
+    narrow(layer, weight, dim, one)
+    if with_bias:
+        narrow(layer, bias, one.ndim - 1, one)
 
 
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
@@ -332,14 +316,6 @@ def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | N
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:
         consumer.bias.copy_(bias)
-
-
-def _fit_layer(layer: nn.Module, site: Site) -> None:
-    """Make the sizes that a linear layer keeps those of its weight."""
-    if site.wiring.transposed:
-        layer.nx, layer.nf = layer.weight.shape
-    else:
-        layer.out_features, layer.in_features = layer.weight.shape
 
 
 def _patch_numbers(model: nn.Module, site: Site) -> None:
@@ -353,18 +329,3 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
                 set_config_number(module, attribute, site.sizes[size])
         else:
             setattr(block.get_submodule(owner), attribute, site.sizes[size])
-
-
-def _select_head_input(model: nn.Module, site: Site, kept: Sequence[int]) -> None:
-    """Let an attention module take the slices of its heads from an input made for all heads."""
-    head_input = site.wiring.head_input
-    heads = site.features(kept)[:: site.head_dim] // site.head_dim
-    module = model.get_submodule(f"{site.path}.{head_input.module}")
-    select_heads(
-        module,
-        None if head_input.own else heads.tolist(),
-        head_input.position,
-        head_input.keyword,
-        head_input.output,
-        head_input.table,
-    )

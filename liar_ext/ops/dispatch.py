@@ -49,39 +49,19 @@ if MISSING:
 OPERATORS = ("gram_update_", "obs_curve", "reconstruct")
 
 
-def _check_device(op: str, first: str, **tensors) -> None:
-    """Refuse tensors of several devices, of which torch picks the kernel of one."""
-    device = tensors[first].device
-    for name, tensor in tensors.items():
-        torch._check(
-            tensor is None or tensor.device == device,
-            lambda name=name, tensor=tensor: (
-                f"{op}: {name} must be on the device of {first}, {device}, got {tensor.device}; "
-                "move it with .to(device)"
-            ),
-        )
-
-
 @torch.library.register_fake("liar_ext::gram_update_")
 def _(gram, total, count, x, y=None, weight=None):
-    _check_device("gram_update_", "x", x=x, gram=gram, total=total, count=count, y=y, weight=weight)
+    tensors = {"gram": gram, "total": total, "count": count, "x": x, "y": y, "weight": weight}
+    checks.same_device("gram_update_", "x", **tensors)
     d = total.shape[0]
     torch._check(x.dim() == 2, lambda: f"gram_update_: x must be (tokens, {d}), got {x.shape}")
 
 
 @torch.library.register_fake("liar_ext::reconstruct")
 def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, errors_only=False):
-    _check_device(
-        "reconstruct",
-        "weight",
-        weight=weight,
-        gram=gram,
-        kept=kept,
-        damps=damps,
-        holdout=holdout,
-        cross=cross,
-        holdout_cross=holdout_cross,
-    )
+    names = "weight", "gram", "kept", "damps", "holdout", "cross", "holdout_cross"
+    tensors = weight, gram, kept, damps, holdout, cross, holdout_cross
+    checks.same_device("reconstruct", "weight", **dict(zip(names, tensors, strict=True)))
     ladder, sites = damps.shape[0], weight.shape[:-2]
 
     def empty(*shape):
@@ -94,7 +74,7 @@ def _(weight, gram, kept, damps, holdout=None, cross=None, holdout_cross=None, e
 
 @torch.library.register_fake("liar_ext::obs_curve")
 def _(weight, gram, width, damp, at_least, groups=1):
-    _check_device("obs_curve", "weight", weight=weight, gram=gram)
+    checks.same_device("obs_curve", "weight", weight=weight, gram=gram)
     removed = weight.shape[1] // width - at_least
     return (
         weight.new_empty(removed, dtype=torch.int64),
@@ -122,17 +102,11 @@ def _warn(device: str) -> None:
 
 def by_reference(name: str, device: str):
     """Return what an operator does on a device without kernels: checks, then plain torch."""
-    op = getattr(reference, name)
+    op, check = getattr(reference, name), getattr(checks, f"check_{name.rstrip('_')}")
 
     def refer(*arguments):
         _warn(device)
-        if name == "gram_update_":
-            checks.check_gram_update(*arguments)
-        elif name == "obs_curve":
-            checks.check_obs_curve(*arguments)
-        else:
-            checks.check_reconstruct(*arguments[:7])
-            checks.check_values(*arguments[0:1], *arguments[2:4])
+        check(*arguments)
         with torch.no_grad():
             return op(*arguments)
 
@@ -147,15 +121,10 @@ def runs_kernels(device: torch.device) -> bool:
 
 def serves(device: torch.device) -> bool:
     """Tell whether the CUDA kernels of the extension run on a device."""
-    return has_kernels("CUDA") and runs_kernels(device)
+    return "CUDA" in KERNELS and runs_kernels(device)
 
 
-def has_kernels(device: str) -> bool:
-    """Tell whether the extension that is loaded has kernels for a dispatch key, as ``CUDA``."""
-    return device in KERNELS
-
-
-KERNELS = {
+KERNELS = {  # dispatch keys that the extension which is loaded has kernels for
     device
     for device in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key("liar_ext::gram_update_", device)

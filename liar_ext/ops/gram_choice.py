@@ -1,23 +1,22 @@
 """Which backend updates a Gram matrix on a GPU: checked against float64, timed, and kept.
 
-Three backends do the same: ``csrc`` is the CUDA kernel of this package, ``triton`` one Triton
-kernel, ``torch`` triangle panels through cuBLAS. At the first update of a kind of shape on a device
-each that exists is checked on a small problem, and those that are right are timed on a problem of
-that kind. The fastest is taken for the process and noted in a cache file, so that the next process
-takes the same. One that is wrong or raises is left out, with a warning.
-
-``LIAR_GRAM`` forces a backend, unchecked.
+Three do the same: ``csrc`` is the CUDA kernel of this package, ``triton`` one Triton kernel,
+``torch`` triangle panels through cuBLAS. At the first update of a kind of shape on a device those
+that exist are checked on a small problem; of those that are right, the fastest on a problem of that
+kind is taken, and noted in a cache file for the next process. One that is wrong or raises is left
+out, with a warning. ``LIAR_GRAM`` forces a backend, unchecked.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +26,6 @@ from liar_ext.environment import version_of
 from liar_ext.errors import InputError, one_line
 from liar_ext.ops import checks, dispatch, reference
 
-NAMES = ("csrc", "triton", "torch")  # of equal speed the first is taken
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2.0**-20}  # of the sum of magnitudes
 HALF_TOLERANCE = 2.0**-17
 MOST = 4096  # features, and tokens, of the problem that is timed
@@ -56,27 +54,19 @@ class Kind:
 
     def small(self) -> Kind:
         """Return the kind without its sizes, for which one check serves."""
-        return Kind(self.device, self.dtype, self.sums, self.weighted, self.cross)
+        return replace(self, tokens=0, features=0)
 
     def __str__(self) -> str:
-        words = [str(self.device), *(str(one).removeprefix("torch.") for one in self._dtypes)]
+        words = [str(one).removeprefix("torch.") for one in (self.device, self.dtype, self.sums)]
         words += ["weighted"] * self.weighted + ["cross"] * self.cross
         return " ".join([*words, f"{self.tokens} × {self.features}"])
-
-    @property
-    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        return self.dtype, self.sums
 
 
 class Chooser:
     """The choices of a process.
 
-    Parameters
-    ----------
-    backends : callable, optional
-        From a device to the backends that exist there, by their names.
-    path : Path, optional
-        The cache file.
+    ``backends`` returns for a device those that exist there, by their names; of equal speed the
+    first is taken. ``path`` is the cache file.
     """
 
     def __init__(
@@ -84,24 +74,17 @@ class Chooser:
         backends: Callable[[torch.device], Mapping[str, Update]] | None = None,
         path: Path | None = None,
     ) -> None:
-        self.backends = backends or existing
+        self.backends = functools.cache(backends or existing)  # are looked for once a device
         self.path = path
-        self.there: dict[torch.device, Mapping[str, Update]] = {}
         self.chosen: dict[Kind, str] = {}
         self.seconds: dict[Kind, dict[str, float]] = {}
         self.wrong: dict[tuple[Kind, str], str] = {}  # why, or nothing where it is right
-
-    def on(self, device: torch.device) -> Mapping[str, Update]:
-        """Return the backends of a device, which are looked for once."""
-        if device not in self.there:
-            self.there[device] = self.backends(device)
-        return self.there[device]
 
     def choose(self, kind: Kind) -> str:
         """Return the name of the backend for a kind of call, found once."""
         if kind in self.chosen:
             return self.chosen[kind]
-        found = self.on(kind.device)
+        found = self.backends(kind.device)
         forced = os.environ.get("LIAR_GRAM")
         if forced:
             if forced not in found:
@@ -125,7 +108,7 @@ class Chooser:
         """Tell whether a backend passes the check, and say so loudly where it does not."""
         key = kind.small(), name
         if key not in self.wrong:
-            self.wrong[key] = fault(self.on(kind.device)[name], kind)
+            self.wrong[key] = fault(self.backends(kind.device)[name], kind)
             if self.wrong[key]:
                 warnings.warn(
                     f"liar_ext: the {name} backend of gram_update_ is left out on {kind.device} "
@@ -177,14 +160,14 @@ def gram_update_(
     if name != "csrc":
         checks.check_gram_update(*arguments)  # as its launcher does
     with torch.no_grad():
-        chooser.on(x.device)[name](*arguments)
+        chooser.backends(x.device)[name](*arguments)
 
 
 def existing(device: torch.device) -> dict[str, Update]:
     """Return the backends that exist on a device."""
     found: dict[str, Update] = {}
     modern = device.type == "cuda" and dispatch.runs_kernels(device)
-    if modern and dispatch.has_kernels("CUDA"):
+    if modern and dispatch.serves(device):
         found["csrc"] = torch.ops.liar_ext.gram_update_
     if modern and importlib.util.find_spec("triton"):
         with contextlib.suppress(ImportError):
@@ -207,9 +190,11 @@ def fault(update: Update, kind: Kind) -> str:
     weight[0], weight[1:4] = 0, 1
     x[0], x[2, 40], x[699, 160] = torch.nan, torch.inf, torch.nan  # skipped, dropped, dropped
     weight[699] = 1
-    want, bound = _exact(x, y, weight)
-    got = [torch.ones_like(one, dtype=kind.sums) for one in want[:2]] + [torch.ones(2).double()]
-    got = [one.to(kind.device) for one in got]
+    got, want, bound = (_sums(x, y, dtype) for dtype in (kind.sums, None, None))
+    wide, right = x.double(), None if y is None else y.double()
+    reference.gram_update_(*want, wide, right, weight)
+    reference.gram_update_(*bound, wide.abs(), None if right is None else right.abs(), weight)
+    got = [(one + 1).to(kind.device) for one in got]
     move = (None if one is None else one.to(kind.device) for one in (x, y, weight))
     try:
         with torch.no_grad():
@@ -227,17 +212,11 @@ def fault(update: Update, kind: Kind) -> str:
     return ""
 
 
-def _exact(x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the sums in float64, of a triangle nothing above the diagonal, and their sizes."""
-    use = (weight != 0) & x.isfinite().all(1)
-    left = x[use].double() * weight[use, None].double()
-    right = (x if y is None else y)[use].double()
-    gram, scale = left.mT @ right, left.abs().mT @ right.abs()
-    if y is None:
-        gram, scale = gram.tril(), scale.tril()
-    dropped = ((weight != 0) & ~use).sum()
-    count = torch.stack([weight[use].double().sum(), dropped.double()])
-    return [gram, left.sum(0), count], [scale, left.abs().sum(0), torch.zeros(2).double()]
+def _sums(x: Tensor, y: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Return empty sums over rows, on their device."""
+    columns, wide = x.shape[1] if y is None else y.shape[1], torch.float64
+    shapes = ((x.shape[1], columns), dtype), ((x.shape[1],), dtype), ((2,), wide)
+    return [torch.zeros(shape, dtype=kind or wide, device=x.device) for shape, kind in shapes]
 
 
 def seconds(update: Update, kind: Kind) -> float:
@@ -245,9 +224,8 @@ def seconds(update: Update, kind: Kind) -> float:
     tokens, d = kind.tokens, kind.features
     x = torch.ones(tokens, d, dtype=kind.dtype, device=kind.device)
     weight = torch.rand(tokens, device=kind.device) if kind.weighted else None
-    sums = (torch.zeros(size, dtype=kind.sums, device=kind.device) for size in ((d, d), (d,)))
-    arguments = *sums, torch.zeros(2, dtype=torch.float64, device=kind.device), x
-    arguments += x if kind.cross else None, weight
+    y = x if kind.cross else None
+    arguments = *_sums(x, y, kind.sums), x, y, weight
     least = float("inf")
     for run in range(RUNS + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

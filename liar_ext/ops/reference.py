@@ -1,13 +1,15 @@
-"""The operators of :mod:`liar_ext.ops` in plain torch: what the compiled kernels must agree with.
+"""The operators of :mod:`liar_ext.ops` in plain torch, with the same signatures and results.
 
-Same signatures, same results, no compiled code. In float64 they are the oracle of the tests. On a
-device that has no kernels they do the work: see :mod:`liar_ext.ops.dispatch`.
+On a device that has no kernels they do the work, see :mod:`liar_ext.ops.dispatch`; on CUDA that is
+cuBLAS and cuSOLVER. In float64 they are the oracle of the tests.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ from torch import Tensor
 CHUNK_TOKENS, FLUSH_TOKENS = 512, 2048
 PANEL = 1024  # columns of a triangle that are computed at once; what they waste is above a diagonal
 LARGEST, LARGEST_FLOAT64 = 2.0**48, 2.0**500  # see `gram_update_` in liar_ext.ops
-NOT_FINITE = -2.0  # a code of `reconstruct`
+# Codes of `reconstruct`; the second where values are not waited for.
+NOT_FINITE, NOT_ASCENDING = -2.0, -1.0
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def gram_update_(
@@ -81,11 +85,9 @@ def multiplies_into_float32(device: str, dtype: torch.dtype) -> bool:
 
 def _add_product(gram: Tensor, left: Tensor, right: Tensor, triangle: bool) -> None:
     """Add ``leftᵀ right`` by column panels, of a triangle from the diagonal down."""
-    columns = right.shape[1]
-    for start in range(0, columns, PANEL):
-        end = min(start + PANEL, columns)
-        top = start if triangle else 0
-        product = _product(left[:, top:], right[:, start:end])
+    for start in range(0, right.shape[1], PANEL):
+        end = min(start + PANEL, right.shape[1])
+        product = _product(left[:, start if triangle else 0 :], right[:, start:end])
         if not triangle:
             gram[:, start:end] += product
             continue
@@ -112,6 +114,22 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(-1).to(wide) if x.shape[1] else x.new_zeros(len(x), dtype=wide)
 
 
+@dataclass
+class _Site:
+    """What does not depend on λ; named as in :func:`reconstruct`."""
+
+    block: Tensor  # G_KK
+    held: Tensor | None  # H_KK
+    side: Tensor  # Q
+    held_side: Tensor | None  # Q_H, or C_H of the kept features
+    kept_weight: Tensor  # W_Kᵀ
+    removed_weight: Tensor | None = None  # W_Pᵀ, where X is the transfer turned
+    metric: Tensor | None = None  # S, there too
+    cross: Tensor | None = None  # C_K
+    removed_error: Tensor | float = 0.0
+    removed_held: Tensor | float = 0.0
+
+
 def reconstruct(
     weight: Tensor,
     gram: Tensor,
@@ -121,50 +139,148 @@ def reconstruct(
     cross: Tensor | None = None,
     holdout_cross: Tensor | None = None,
     errors_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fold the removed features into the weights that stay; see :func:`liar_ext.ops.reconstruct`.
+) -> Results:
+    """Fold the removed features into the weights; see :func:`liar_ext.ops.reconstruct`.
 
-    The errors are computed the long way, as ``tr(ΔW G ΔWᵀ)`` over all features.
+    The formulas are those of csrc/cpu/reconstruct.cpp, which derives them. Where fewer features go
+    than the layer has outputs, the columns of G_KP are the right-hand side, ``min(d_out, n_P)`` of
+    them, and errors come from traces::
+
+        X = (G_KK + Λ)⁻¹ Q       Q = G_KP or G_KP W_Pᵀ,   V = X S or X,   S = W_Pᵀ W_P
+        error    = ⟨S, G_PP⟩ − ⟨V, Q⟩ − Λ ⟨V, X⟩
+        held-out = ⟨S, H_PP⟩ − 2 ⟨V, Q_H⟩ + ⟨V, H_KK X⟩
+
+    Dense targets: Q = C_K − G_KK W_Kᵀ, Y = W_Kᵀ + X, error = −⟨Y, C_K + Λ X⟩. Nothing waits for a
+    value of a tensor, so the calls can be captured into a graph.
     """
+    optional = holdout, cross, holdout_cross
     if weight.dim() == 3:
-        optional = holdout, cross, holdout_cross
         return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
-    weight, gram = weight.double(), symmetric(gram)
-    holdout = None if holdout is None else symmetric(holdout)
-    cross = None if cross is None else cross.double()
-    holdout_cross = None if holdout_cross is None else holdout_cross.double()
-    d_out, d = weight.shape
-    stays = torch.zeros(d, dtype=torch.bool, device=weight.device)
-    stays[kept] = True
-    block = gram[kept][:, kept]
-    if cross is None:
-        rhs = gram[kept][:, ~stays] @ weight[:, ~stays].mT
-    else:
-        rhs = cross[kept] - block @ weight[:, kept].mT
-    mean = block.diagonal().mean() if len(kept) else gram.new_ones(())
+    d, n, ladder = weight.shape[1], len(kept), len(damps)
+    inside = ((kept >= 0) & (kept < d)).all() & (kept[1:] > kept[:-1]).all()
+    read = [each for each in (weight, cross, holdout_cross) if each is not None]
+    read += [each.tril() for each in (gram, holdout) if each is not None]
+    finite = torch.stack([each.isfinite().all() for each in read]).all()
+    before = torch.where(finite, 0.0, NOT_FINITE)
+    before = torch.where(inside, before, NOT_ASCENDING).to(torch.float64)
+    site = _prepare(weight.double(), symmetric(gram), kept.clamp(0, max(0, d - 1)), optional)
+    mean = site.block.diagonal().mean() if n else site.block.new_ones(())
     mean = torch.where(mean == 0, 1.0, mean)
-    arguments = (weight, gram, holdout, cross, holdout_cross)
-    finite = all(one is None or bool(torch.isfinite(one).all()) for one in arguments)
+    eye = torch.eye(n, dtype=torch.float64, device=weight.device)
+    solved = [_solve(site, eye, damp, damp * mean, before, errors_only) for damp in damps]
 
-    results = []
-    for damp in damps:
-        change, code, condition = _solve(block, damp * mean, rhs)
-        new = weight[:, kept] + change.mT
-        full = torch.zeros_like(weight) if cross is not None else -weight
-        full[:, kept] = new if cross is not None else change.mT
-        error = _quadratic(full, gram, cross)
-        held_out = None if holdout is None else _quadratic(full, holdout, holdout_cross)
-        results.append(_unless_spoilt(finite, new, error, held_out, code, condition))
-    if not results:
-        empty = weight.new_empty(0)
-        return weight.new_empty(0, d_out, len(kept)), empty, empty.clone(), weight.new_empty(0, 2)
-    new, error, held_out, info = zip(*results, strict=True)
+    def stack(index: int, *shape: int) -> Tensor:
+        if 0 in shape[:1]:
+            return weight.new_empty(shape, dtype=torch.float64)
+        return torch.stack([each[index] for each in solved]).contiguous()
+
     return (
-        weight.new_empty(0, d_out, len(kept)) if errors_only else torch.stack(new),
-        torch.stack(error),
-        weight.new_empty(0) if holdout is None else torch.stack(held_out),
-        torch.stack(info),
+        stack(0, 0 if errors_only else ladder, len(weight), n),
+        stack(1, ladder),
+        stack(2, 0 if holdout is None else ladder),
+        stack(3, ladder, 2),
     )
+
+
+def _prepare(
+    weight: Tensor, gram: Tensor, kept: Tensor, optional: tuple[Tensor | None, ...]
+) -> _Site:
+    d = weight.shape[1]
+    stays = torch.zeros(d, dtype=torch.int8, device=weight.device).index_fill(0, kept, 1)
+    removed = stays.argsort(stable=True)[: d - len(kept)]  # without waiting for how many there are
+    held = None if optional[0] is None else symmetric(optional[0])
+    cross, held_cross = (None if each is None else each.double() for each in optional[1:])
+    kept_weight, removed_weight = weight[:, kept].mT, weight[:, removed].mT
+    rows, held_rows = gram[kept], None if held is None else held[kept]
+    blocks = rows[:, kept], None if held is None else held_rows[:, kept]
+    if cross is not None:
+        cross = cross[kept]
+        side = torch.addmm(cross, blocks[0], kept_weight, alpha=-1)
+        held_side = None if held_cross is None else held_cross[kept]
+        return _Site(*blocks, side, held_side, kept_weight, cross=cross)
+    metric = removed_weight @ removed_weight.mT
+    transfer = len(removed) < len(weight)
+
+    def right(rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        return rows[:, removed] if transfer else rows[:, removed] @ removed_weight
+
+    def lost(sums: Tensor | None) -> Tensor | float:
+        return 0.0 if sums is None else (metric * sums[removed][:, removed]).sum()
+
+    shared = (removed_weight, metric) if transfer else (None, None)
+    sides = right(rows), right(held_rows)
+    return _Site(*blocks, *sides, kept_weight, *shared, None, lost(gram), lost(held))
+
+
+def _solve(
+    site: _Site, eye: Tensor, damp: Tensor, shift: Tensor, before: Tensor, errors_only: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Return W', the errors, and the code with the condition for one λ."""
+    drop = damp.isinf()
+    shift = torch.where(drop, 0.0, shift)
+    factor, code = torch.linalg.cholesky_ex(torch.where(drop, eye, site.block + shift * eye))
+    x = torch.where(drop, 0.0, torch.cholesky_solve(site.side, factor))
+    if site.cross is None:
+        v = x if site.metric is None else x @ site.metric
+        error = site.removed_error - _dot(v, site.side) - shift * _dot(v, x)
+        error = error.clamp(min=0)  # what rounding took below; a NaN stays one
+    else:
+        v = x = site.kept_weight + x
+        pulled = torch.where(drop, site.side, shift * (x - site.kept_weight))
+        error = -_dot(v, site.cross) - _dot(v, pulled)
+    held_out = None
+    if site.held is not None:
+        held_out = site.removed_held - 2 * _dot(v, site.held_side) + _dot(v, site.held @ x)
+    condition = _condition(factor)
+    code = torch.where(before != 0, before, code.to(torch.float64))
+    known = error.isfinite() if held_out is None else error.isfinite() & held_out.isfinite()
+    code = torch.where((code == 0) & ~known, NOT_FINITE, code)
+
+    def unless_failed(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.where(code == 0, value, math.nan)
+
+    new = None
+    if not errors_only:
+        turned = x if site.removed_weight is None else x @ site.removed_weight
+        new = turned.mT if site.cross is not None else site.kept_weight.mT + turned.mT
+    info = torch.stack([code, unless_failed(condition)])
+    return unless_failed(new), unless_failed(error), unless_failed(held_out), info
+
+
+def _condition(factor: Tensor) -> Tensor:
+    """Return a lower bound on the condition of ``L Lᵀ``."""
+    diagonal = factor.diagonal()
+    return (diagonal.max() / diagonal.min()) ** 2 if len(diagonal) else factor.new_ones(())
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum()
+
+
+def each_site(
+    solve: Callable[..., Results],
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damps: Tensor,
+    *others: Tensor | bool | None,
+) -> Results:
+    """Reconstruct site by site, and stack what comes of it."""
+    *optional, errors_only = others
+    ladder, held_out = len(damps), 0 if optional[0] is None else len(damps)
+    shapes = (0 if errors_only else ladder, weight.shape[1], kept.shape[1]), (ladder,), (held_out,)
+    results = tuple(
+        weight.new_empty(len(weight), *shape, dtype=torch.float64)
+        for shape in (*shapes, (ladder, 2))
+    )
+    for site in range(len(weight)):
+        own = (None if tensor is None else tensor[site] for tensor in optional)
+        one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
+        for stacked, value in zip(results, one, strict=True):
+            stacked[site] = value
+    return results
 
 
 def obs_curve(
@@ -183,7 +299,7 @@ def obs_curve(
     factor, code = torch.linalg.cholesky_ex(
         gram + damp * mean * torch.eye(d, dtype=gram.dtype, device=gram.device)
     )
-    condition = (factor.diagonal().max() / factor.diagonal().min()) ** 2
+    condition = _condition(factor)
     inverse = torch.cholesky_inverse(torch.where(code == 0, factor, torch.nan))
 
     features = torch.arange(d, device=gram.device).view(units, width)
@@ -218,63 +334,6 @@ def obs_curve(
     )
 
 
-def each_site(
-    solve: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
-    weight: Tensor,
-    gram: Tensor,
-    kept: Tensor,
-    damps: Tensor,
-    *others: Tensor | bool | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Reconstruct site by site, and stack what comes of it."""
-    *optional, errors_only = others
-    ladder, held_out = len(damps), 0 if optional[0] is None else len(damps)
-    shapes = (0 if errors_only else ladder, weight.shape[1], kept.shape[1]), (ladder,), (held_out,)
-    results = tuple(
-        weight.new_empty(len(weight), *shape, dtype=torch.float64)
-        for shape in (*shapes, (ladder, 2))
-    )
-    for site in range(len(weight)):
-        own = (None if tensor is None else tensor[site] for tensor in optional)
-        one = solve(weight[site], gram[site], kept[site], damps, *own, errors_only)
-        for stacked, value in zip(results, one, strict=True):
-            stacked[site] = value
-    return results
-
-
-def _solve(block: Tensor, shift: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(block + shift)⁻¹ rhs``, the code of the factorisation and its condition."""
-    one = block.new_ones(())
-    if torch.isinf(shift) or len(block) == 0:
-        return torch.zeros_like(rhs), torch.zeros_like(one), one
-    eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
-    factor, code = torch.linalg.cholesky_ex(block + shift * eye)
-    if code != 0:
-        return torch.full_like(rhs, torch.nan), code.to(rhs.dtype), one * torch.nan
-    diagonal = factor.diagonal()
-    condition = (diagonal.max() / diagonal.min()) ** 2
-    return torch.cholesky_solve(rhs, factor), code.to(rhs.dtype), condition
-
-
-def _unless_spoilt(
-    finite: bool, new: Tensor, error: Tensor, held_out: Tensor | None, code: Tensor, cond: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the result for one λ; NaNs with a code where it can't be one."""
-    errors = (error, error if held_out is None else held_out)
-    if not finite or (code == 0 and not all(bool(torch.isfinite(one)) for one in errors)):
-        code = torch.full_like(code, NOT_FINITE)
-    if code != 0:
-        new, error, cond = (torch.full_like(one, torch.nan) for one in (new, error, cond))
-        held_out = None if held_out is None else torch.full_like(held_out, torch.nan)
-    return new, error, held_out, torch.stack([code, cond])
-
-
 def symmetric(gram: Tensor) -> Tensor:
     """Return the full float64 matrix of which only the lower triangle is given."""
     return gram.tril().double() + gram.tril(-1).double().mT
-
-
-def _quadratic(rows: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
-    """Return ``tr(V G Vᵀ)``, and less ``2 tr(V C)`` if ``cross`` is given."""
-    value = ((rows @ gram) * rows).sum()
-    return value if cross is None else value - 2 * (rows * cross.mT).sum()

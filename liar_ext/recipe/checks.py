@@ -7,6 +7,7 @@ import numbers
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -25,6 +26,44 @@ def wrong(name: str, must: str, value: Any) -> InputError:
     return InputError(f"recipe: {name} must {must}, got {shown(value)}")
 
 
+def checked(
+    must: str, accepts: Callable[[Any], bool], make: Callable[[Any], Any] | None = None
+) -> Check:
+    """Return the check of what a test accepts, which ``make`` gives its type."""
+
+    def check(name: str, value: Any) -> Any:
+        with suppress(ValueError, OverflowError):  # an integer beyond the largest float, for one
+            if accepts(value):
+                return value if make is None else make(value)
+        raise wrong(name, must, value)
+
+    return check
+
+
+def is_number(value: Any, kind: type = numbers.Real) -> bool:
+    """Tell whether a value is a number, which true and false aren't."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+number = checked("be a number", lambda value: is_number(value) and math.isfinite(value), float)
+number_or_auto = checked(
+    'be a number of at least 0 or "auto"',
+    lambda value: (
+        value == "auto" or ((isinstance(value, str) or is_number(value)) and float(value) >= 0)
+    ),
+    lambda value: value if value == "auto" else float(value),
+)
+flag = checked("be true or false", lambda value: isinstance(value, bool))
+digests = checked(
+    "map names of texts to digests",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(each, str) for pair in value.items() for each in pair)
+    ),
+    dict,
+)
+
+
 def optional(check: Check) -> Check:
     """Return a check that takes None as well."""
     return lambda name, value: None if value is None else check(name, value)
@@ -34,24 +73,12 @@ def whole(least: int) -> Check:
     """Return the check of an integer of at least ``least``."""
 
     def check(name: str, value: Any) -> int:
-        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if is_whole and least <= value <= MOST:
+        if is_number(value, numbers.Integral) and least <= value <= MOST:
             return int(value)
         beyond = " and below 2^63" if isinstance(value, numbers.Integral) and value > MOST else ""
         raise wrong(name, f"be an integer of at least {least}{beyond}", value)
 
     return check
-
-
-def number(name: str, value: Any) -> float:
-    """Check a finite number."""
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            if math.isfinite(value):
-                return float(value)
-        except OverflowError:  # an integer beyond the largest float
-            pass
-    raise wrong(name, "be a number", value)
 
 
 def share(example: str) -> Check:
@@ -66,28 +93,30 @@ def share(example: str) -> Check:
     return check
 
 
-def number_or_auto(name: str, value: Any) -> float | str:
-    """Check a number of at least 0, infinity included, or "auto"; text may hold the number."""
-    if value == "auto":
-        return "auto"
-    try:
-        if isinstance(value, str | numbers.Real) and not isinstance(value, bool):
-            if float(value) >= 0:
-                return float(value)
-    except (ValueError, OverflowError):
-        pass
-    raise wrong(name, 'be a number of at least 0 or "auto"', value)
-
-
-def vocabulary(name: str, value: Any) -> float | int:
-    """Check a fraction in (0, 1], or a number of tokens; text may hold it, as 32k."""
+def vocabulary(name: str, value: Any) -> float | int | str:
+    """Check a fraction in (0, 1], a number of tokens, which may be text as 32k, or "auto"."""
     found = read_tokens(value) if isinstance(value, str) else value
-    if isinstance(found, numbers.Real) and not isinstance(found, bool):
-        if 0 < found <= 1:
-            return float(found)
-        if isinstance(found, numbers.Integral) and found <= MOST and found > 1:
-            return int(found)
-    raise wrong(name, "be a fraction in (0, 1], or a number of tokens such as 32k", value)
+    if found == "auto":
+        return found
+    if is_number(found) and 0 < found <= 1:
+        return float(found)
+    if is_number(found, numbers.Integral) and 1 < found <= MOST:
+        return int(found)
+    raise wrong(name, 'be a fraction in (0, 1], a number of tokens such as 32k, or "auto"', value)
+
+
+def scripts(name: str, value: Any) -> tuple[str, ...]:
+    """Check a list of Unicode scripts."""
+    import regex
+
+    for script in texts(name, value):
+        try:
+            known = re.fullmatch(r"\w{3,40}", script) and regex.compile(rf"\p{{Script={script}}}")
+        except regex.error:
+            known = None
+        if not known or script.lower() in ("common", "inherited", "unknown"):
+            raise wrong(name, "name Unicode scripts such as latin, greek or cyrillic", script)
+    return texts(name, value)
 
 
 def read_tokens(text: str) -> float | int | str:
@@ -95,18 +124,9 @@ def read_tokens(text: str) -> float | int | str:
     if found := re.fullmatch(r"(\d{1,9})\s*[kK]", text.strip()):
         return int(found[1]) * THOUSAND
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
-
-
-def flag(name: str, value: Any) -> bool:
-    """Check true or false."""
-    if isinstance(value, bool):
-        return value
-    raise wrong(name, "be true or false", value)
 
 
 def text(name: str, value: Any) -> str:
@@ -131,27 +151,15 @@ def check_printable(what: str, value: str) -> None:
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
     """Check a list of names or paths."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if not _is_list(value):
         raise wrong(name, "be a list of texts", value)
     return tuple(text(name, each) for each in value)
 
 
-def digests(name: str, value: Any) -> dict[str, str]:
-    """Check a mapping of names to digests."""
-    if isinstance(value, Mapping):
-        if all(isinstance(each, str) for pair in value.items() for each in pair):
-            return dict(value)
-    raise wrong(name, "map names of texts to digests", value)
-
-
 def one_of(names: Sequence[str]) -> Check:
     """Return the check of one of some names."""
-
-    def check(name: str, value: Any) -> str:
-        if isinstance(value, str) and value in names:
-            return value
-        raise wrong(name, f"be one of {', '.join(names)}", value)
-
+    must = f"be one of {', '.join(names)}"
+    check = checked(must, lambda value: isinstance(value, str) and value in names)
     check.names = tuple(names)
     return check
 
@@ -159,15 +167,17 @@ def one_of(names: Sequence[str]) -> Check:
 def some_of(names: Sequence[str]) -> Check:
     """Return the check of a list of different names, at least one."""
 
-    def check(name: str, value: Any) -> tuple[str, ...]:
-        given = () if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
-        known = all(isinstance(each, str) and each in names for each in given)
-        if given and known and len(set(given)) == len(given):
-            return given
-        raise wrong(name, f"be a list of some of {', '.join(names)}", value)
+    def accepts(value: Any) -> bool:
+        known = _is_list(value) and all(isinstance(each, str) and each in names for each in value)
+        return known and 0 < len(value) == len(set(value))
 
+    check = checked(f"be a list of some of {', '.join(names)}", accepts, tuple)
     check.names = tuple(names)
     return check
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def shown(value: Any) -> str:
@@ -176,17 +186,21 @@ def shown(value: Any) -> str:
         return f"an integer of {int(value).bit_length()} bits"
     if not isinstance(value, str | numbers.Number | None):
         kind = type(value).__name__
-        return f"{kind} {reprlib.repr(value)[:80]}" if _small(value) else f"a {kind}"
+        plain = isinstance(value, list | tuple) and len(value) <= 8
+        small = plain and all(isinstance(each, str | float | bool) for each in value)
+        return f"{kind} {reprlib.repr(value)[:80]}" if small else f"a {kind}"
     return repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
 
 
-def _small(value: Any) -> bool:
-    """Tell whether a list holds a few plain things, so that showing it is safe and short."""
-    plain = isinstance(value, list | tuple) and len(value) <= 8
-    return plain and all(isinstance(each, str | float | bool) for each in value)
+class TextOptions(TypedDict, total=False):
+    """Text that :func:`liar_ext.prune` takes beside the calibration set."""
+
+    evaluate_on: Sequence[Mapping[str, Any]] | None
+    certify_on: Sequence[Mapping[str, Any]] | None
+    judge_on: Sequence[Mapping[str, Any]] | None
 
 
-class PruneOptions(TypedDict, total=False):
+class JobOptions(TypedDict, total=False):
     """Fields of a recipe that :func:`liar_ext.prune` uses, ``preset`` and ``sites``.
 
     A test compares names and types with :class:`liar_ext.Recipe`.
@@ -217,9 +231,15 @@ class PruneOptions(TypedDict, total=False):
     rescale: bool
 
 
-class CompressOptions(PruneOptions, total=False):
-    """Fields of a recipe that :func:`liar_ext.compress` takes as keywords."""
+class PruneOptions(JobOptions, TextOptions, total=False):
+    """Keywords of :func:`liar_ext.prune` beside its parameters."""
 
+
+class CompressOptions(JobOptions, total=False):
+    """Keywords of :func:`liar_ext.compress` beside its parameters."""
+
+    max_memory: int | str | None
+    overwrite: bool
     dtype: str
     device: str
     samples: int
@@ -232,6 +252,7 @@ class CompressOptions(PruneOptions, total=False):
     certify: int
     keep_vocab: float | str
     vocab_text: tuple[str, ...]
+    vocab_scripts: tuple[str, ...]
 
 
 def check_keywords(

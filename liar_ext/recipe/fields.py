@@ -5,23 +5,14 @@ A new option is one field here, and the code that does it.
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, fields
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import Any
 
 from liar_ext.errors import InputError
-from liar_ext.plan import (
-    ATTN_UNITS,
-    BUDGET_UNITS,
-    KINDS,
-    MODES,
-    PARTS,
-    PHASES,
-    Budget,
-    check_tile,
-)
+from liar_ext.plan import ATTN_UNITS, BUDGET_UNITS, KINDS, MODES, PARTS, PHASES, Budget, check_tile
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.option import Option, option_of, read_gibibytes, with_options, works
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SCHEDULES = ("auto", "one-pass", "layerwise")
@@ -41,18 +32,82 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_TEXT_ALONE,
     },
 }
+# The stages that fields belong to, in order: headings of the YAML and groups of the command's help.
+GROUPS = {
+    "model": "Model",
+    "calibration": "Calibration",
+    "budget": "Budget: how much stays",
+    "selection": "Selection: which units stay",
+    "reconstruction": "Reconstruction: error compensation in the weights that stay",
+    "evaluation": "Evaluation",
+}
+GIB = 2**30
+# Whether a job works: with any value, with the default alone, or as a function of the value.
+Works = bool | Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of a recipe says of itself; every list of fields elsewhere is made from it."""
+
+    default: Any
+    check: check.Check  # takes name and value; returns the value in its type, or raises InputError
+    help: str  # of the command's option
+    group: str  # stage, one of GROUPS
+    # First result that depends on it: inputs, scores, plan, weights or report. Jobs on the same
+    # inputs share their scores, unless a field of "scores" differs.
+    affects: str
+    common: bool = False  # whether --help shows the option; --help-all shows all
+    option: str = ""  # name on the command line, if not that of the field
+    metavar: str = ""  # placeholder of its value, if not that of its type
+    # Reads the text of the option, if the type is not enough; what it can't read is returned, and
+    # refused by the check.
+    read: Callable[[str], Any] | None = None
+    in_bank: str = ""  # part of a bank that depends on it: text, which a bank says, sensitivities
+    unsaid: Any = None  # value in banks that are older than the field
+    with_bank: Works = True  # whether a job works with a bank
+    streamed: Works = True  # block by block (--max-memory)
+    from_sums: Works = True  # from the statistics alone, without running the model over the text
+    in_python: str = ""  # replacement in Python, if liar_ext.prune has no such keyword
+
+
+def _field(*given: Any, **facts: Any) -> Any:
+    """Return a field of a dataclass, with an option as its metadata."""
+    option = Option(*given, **facts)
+    return field(default=option.default, metadata=vars(option))
+
+
+def option_of(each: Field) -> str:
+    """Return the option of ``liar prune`` that sets a field."""
+    return each.metadata["option"] or "--" + each.name.replace("_", "-")
+
+
+def works(each: Field, way: str, value: Any) -> bool:
+    """Tell whether a field's value works ``with_bank``, ``streamed`` or ``from_sums``."""
+    fact = each.metadata[way]
+    return fact(value) if callable(fact) else fact or value == each.default
+
+
+def read_gibibytes(text: str) -> int | str:
+    """Read GiB as bytes."""
+    try:
+        return int(float(text) * GIB)
+    except (ValueError, OverflowError):  # no number, or none that is finite
+        return text
+
+
 _LOAD = "liar_ext.checkpoint.load_model loads the model, and takes it"
 _DRAW = "liar_ext.calibration.texts.calibration_sequences makes the batches, and takes it"
 # What fields of a stage have in common.
-_model = partial(Option, group="model", affects="inputs", in_python=_LOAD)
-_text = partial(Option, group="calibration", affects="inputs", in_bank="text", in_python=_DRAW)
-_budget = partial(Option, group="budget", affects="plan")
+_model = partial(_field, group="model", affects="inputs", in_python=_LOAD)
+_text = partial(_field, group="calibration", affects="inputs", in_bank="text", in_python=_DRAW)
+_budget = partial(_field, group="budget", affects="plan")
 _whole = partial(  # leaves a smaller model, which is then pruned
-    Option, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
+    _field, group="budget", affects="scores", with_bank=False, streamed=False, from_sums=False
 )
-_words = partial(Option, group="budget", affects="inputs", with_bank=False, streamed=False)
-_solve = partial(Option, group="reconstruction", affects="weights")
-_report = partial(Option, group="evaluation", affects="report")
+_words = partial(_field, group="budget", affects="inputs", with_bank=False, streamed=False)
+_solve = partial(_field, group="reconstruction", affects="weights")
+_report = partial(_field, group="evaluation", affects="report")
 
 
 def read_sites(text: Any) -> Any:
@@ -69,7 +124,6 @@ def _without_gradients(criterion: str) -> bool:
 
 
 @dataclass(frozen=True)
-@with_options
 class Fields:
     """What :class:`liar_ext.Recipe` holds, checked one by one and then together."""
 
@@ -127,7 +181,7 @@ class Fields:
         affects="scores",
         in_python="",
     )
-    memory: int | None = Option(
+    memory: int | None = _field(
         None,
         check.optional(check.whole(1)),
         "memory for activation statistics; less takes more passes (default: 32, or half of "
@@ -179,7 +233,7 @@ class Fields:
     keep_vocab: float | str = _words(
         1.0,
         check.vocabulary,
-        "fraction of the tokens to keep, or their number, such as 32k; --keep counts the rest",
+        "fraction of the tokens to keep, a number such as 32k, or auto; --keep counts the rest",
         metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",
@@ -190,6 +244,14 @@ class Fields:
         "text that decides which tokens stay (default: the calibration text)",
         metavar="TEXT",
         in_python="liar_ext.choose_tokens takes the text",
+    )
+    vocab_scripts: tuple[str, ...] = _words(
+        (),
+        check.scripts,
+        "Unicode scripts all of whose tokens stay, such as latin,greek",
+        metavar="SCRIPTS",
+        read=lambda text: text.split(",") if isinstance(text, str) else text,
+        in_python="liar_ext.choose_tokens takes the scripts",
     )
     kinds: tuple[str, ...] = _budget(
         KINDS,
@@ -205,7 +267,7 @@ class Fields:
         "attention unit; auto: KV groups if query heads share keys",
         in_bank="sensitivities",
     )
-    criterion: str = Option(
+    criterion: str = _field(
         "wifv",
         check.text,
         "importance score",
@@ -215,7 +277,7 @@ class Fields:
         streamed=_without_gradients,
         from_sums=_without_gradients,
     )
-    allocation: str = Option(
+    allocation: str = _field(
         "curve",
         check.one_of(ALLOCATIONS),
         "pruning ratio per layer: equal, by standardised scores, or by measured sensitivity",
@@ -283,36 +345,40 @@ class Fields:
         for name in ("self_text", "random_tokens"):
             if getattr(self, name) != "auto":
                 check_fraction("recipe", name, getattr(self, name))
-        if self.vocab_text and self.keep_vocab == 1.0:
-            raise InputError(
-                "recipe: vocab_text decides which tokens go, and keep_vocab keeps all; give both"
-            )
-        if self.of == "kv_cache" and "attn" not in self.kinds:
-            raise InputError(
-                "recipe: a budget of kv_cache is spent on attention, got kinds="
-                f"{list(self.kinds)}; add attn, or count another cost"
-            )
-        self._check_latency()
-        if self.calibration and self.seq_len < 2:
-            raise InputError(f"recipe: seq_len must be at least 2 for text, got {self.seq_len}")
-        if self.certify == 1:
-            raise InputError("recipe: certify must be 0, or at least 2 sequences, got 1")
+        table = self.latency_table is not None
+        for broken, rule in (
+            *(
+                (
+                    getattr(self, name) and self.keep_vocab == 1.0,
+                    f"{name} decides which tokens go, and keep_vocab keeps all; give both",
+                )
+                for name in ("vocab_text", "vocab_scripts")
+            ),
+            (
+                self.of == "kv_cache" and "attn" not in self.kinds,
+                f"a budget of kv_cache is spent on attention, got kinds={list(self.kinds)}; add "
+                "attn, or count another cost",
+            ),
+            (
+                table and self.of != "latency",
+                f"latency_table is for of='latency', got of={self.of!r}; leave one out",
+            ),
+            (
+                table and self.keep_hidden != 1.0,
+                "latency_table can't be of a model whose hidden size is yet to be pruned; leave it "
+                "out, and the narrowed model is measured",
+            ),
+            (
+                self.calibration and self.seq_len < 2,
+                f"seq_len must be at least 2 for text, got {self.seq_len}",
+            ),
+            (self.certify == 1, "certify must be 0, or at least 2 sequences, got 1"),
+        ):
+            if broken:
+                raise InputError(f"recipe: {rule}")
         get_criterion(self.criterion)
         if self.schedule == "layerwise":
             check_mode(self.reconstruct)
-
-    def _check_latency(self) -> None:
-        if self.latency_table is None:
-            return
-        if self.of != "latency":
-            raise InputError(
-                f"recipe: latency_table is for of='latency', got of={self.of!r}; leave one out"
-            )
-        if self.keep_hidden != 1.0:
-            raise InputError(
-                "recipe: latency_table can't be of a model whose hidden size is yet to be pruned; "
-                "leave it out, and the narrowed model is measured"
-            )
 
     @property
     def prunable_kinds(self) -> tuple[str, ...]:

@@ -18,8 +18,7 @@ import yaml
 from liar_ext.errors import InputError, did_you_mean
 from liar_ext.plan import Budget
 from liar_ext.recipe import checks as check
-from liar_ext.recipe.fields import PRESETS, Fields, read_sites, recipe_fields
-from liar_ext.recipe.option import GROUPS
+from liar_ext.recipe.fields import GROUPS, PRESETS, Fields, read_sites, recipe_fields
 
 VERSION = 1
 # Fields that recipes had once, with the values that changed nothing.
@@ -60,12 +59,7 @@ class Recipe(Fields):
         **choices
             Fields; ``keep`` may be a :class:`liar_ext.Budget`, which sets all of its fields.
             ``preset`` names the recipe to start from, ``sites`` is ``kinds`` as the command has it:
-            ``"all"``, ``"attn"`` or ``"mlp"``.
-
-        Raises
-        ------
-        InputError
-            If there is no such field, or the recipe can't be.
+            ``"all"``, ``"attn"`` or ``"mlp"``. InputError for one that is no field.
         """
         if start is not None and not isinstance(start, Recipe):
             if "keep" in choices:
@@ -206,6 +200,8 @@ def _check_names(choices: Mapping[str, Any]) -> None:
 
 
 MOST_BYTES = 1 << 20  # of a file: a recipe takes one or two thousand
+# The others: of dates and numbers that YAML promises and Python can't hold.
+NOT_YAML = (yaml.YAMLError, ValueError, OverflowError, AttributeError, KeyError, TypeError)
 # YAML 1.1 takes 1e-3 for text, since it lacks a point.
 FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
@@ -258,29 +254,33 @@ def from_yaml(written: str) -> Any:
         return yaml.load(written, Loader=_Loader)  # noqa: S506  (a safe loader)
     except InputError:
         raise
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:
+        # The others: dates and numbers that YAML promises and Python can't hold.
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         problem = " ".join((getattr(error, "problem", None) or str(error)).split())
         raise InputError(f"recipe: not YAML{at}: {problem[:120]}") from error
-    except RecursionError as error:
-        raise InputError("recipe: YAML must be fields and lists, not nested deeply") from error
-    except (ValueError, OverflowError, AttributeError, KeyError, TypeError) as error:
-        # Dates and numbers that YAML promises and Python can't hold.
-        raise InputError(f"recipe: not YAML: {str(error)[:120]}") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise InputError("recipe: JSON must name each field once")
-    return made
 
 
 def from_json(written: str) -> Any:
     """Return what JSON text says; InputError if it is none, or names a field twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise InputError("recipe: JSON must name each field once")
+        return dict(pairs)
+
     try:
-        return json.loads(written, object_pairs_hook=_once)
+        return json.loads(written, object_pairs_hook=once)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:

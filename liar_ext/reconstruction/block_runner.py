@@ -21,22 +21,13 @@ Forward = Callable[..., Tensor]
 
 @dataclass
 class Run:
-    """What one run of a block gave.
+    """What one run of a block gave."""
 
-    Parameters
-    ----------
-    output : Tensor or None
-        Hidden states after the block; None if the run ended at a consumer.
-    seen : dict of str to (Tensor, Tensor)
-        Input and output of each consumer, by the layer that it is: the name of a site, or of all
-        experts of a layer, whose input is what the module of all of them is called with.
-    sums: dict of str to Tensor
-        What the norms of :attr:`Blocks.norms` read, by layer.
-    """
-
-    output: Tensor | None
-    seen: dict[str, tuple[Tensor | tuple, Tensor]]
-    sums: dict[str, Tensor] = field(default_factory=dict)
+    output: Tensor | None = None  # hidden states after it; None if the run ended at a consumer
+    # Input and output of each consumer, by layer: the name of a site, or of all experts, whose
+    # input is what the module of all of them is called with.
+    seen: dict[str, tuple[Tensor | tuple, Tensor]] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # what Blocks.norms read, by layer
 
 
 class Blocks:
@@ -50,53 +41,30 @@ class Blocks:
     through in the order of computation. A later stack may read what an earlier one gave; the last
     block of that gives then what :meth:`answering` says.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The model, in evaluation mode.
-    sites : sequence of Site
-        All its sites.
-
-    Attributes
-    ----------
-    layers : list of dict of str to list of Site
-        Of each block, by name: one site, or all experts of a layer.
-    norms : dict of str to str
-        Path of the norm that reads the sum of stream and consumer, by the name of those layers
-        where :meth:`norm_of_sum` found one; runs note what it reads.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
         self._model = model
+        # Path of the norm that reads the sum of stream and consumer, by layer, where norm_of_sum
+        # found one; runs note what it reads.
         self.norms: dict[str, str] = {}
+        # By stack, what a block returns after its hidden states, as far as one was run: whether it
+        # is what all blocks carry on. A walk that goes on from elsewhere has to be told.
+        self.beside: dict[str, list[bool]] = {}
         self._body = body_of(model)
         at: dict[str, list[Site]] = {}
         for site in sites:
             at.setdefault(site.path, []).append(site)
-        self.layers = [teams_of(here) for here in at.values()]
+        self.layers: list[dict[str, list[Site]]] = [teams_of(here) for here in at.values()]
         self._index = {path: index for index, path in enumerate(at)}
         self._blocks = [model.get_submodule(path) for path in at]
         self._forwards = [block.forward for block in self._blocks]
-        # What a block of a stack returns after its hidden states: whether it is what is carried.
-        self._beside: dict[str, tuple[bool, ...]] = {}
         self._carried: object = None
         self._wanted = 0
         self._answers: Mapping[int, Callable[[], Tensor]] = {}  # what some blocks would give
 
     def __len__(self) -> int:
         return len(self._blocks)
-
-    @property
-    def beside(self) -> dict[str, list[bool]]:
-        """What a block of each stack returns after its hidden states, as far as one was run.
-
-        A walk that goes on from elsewhere has to be told.
-        """
-        return {stack: list(each) for stack, each in self._beside.items()}
-
-    @beside.setter
-    def beside(self, known: Mapping[str, Sequence[bool]]) -> None:
-        self._beside = {stack: tuple(each) for stack, each in known.items()}
 
     def index_of(self, site: Site) -> int:
         """Return the index of the block that a site is in, counting through all stacks."""
@@ -125,15 +93,10 @@ class Blocks:
 
     @contextmanager
     def answering(self, answers: Mapping[int, Callable[[], Tensor]]) -> Iterator[None]:
-        """Let the model's forward go on, after some blocks, from what is given in their place.
+        """Let the model's forward go on from the hidden states that are given after some blocks.
 
         No block is run by that; :meth:`run` must have run one of each stack before, to know what
         blocks return.
-
-        Parameters
-        ----------
-        answers : mapping of int to callable
-            By index of a block, what gives the hidden states after it.
         """
         before, self._wanted, self._answers = self._wanted, len(self), answers
         try:
@@ -165,23 +128,13 @@ class Blocks:
         consumers: Mapping[str, Forward] | None = None,
         end: str | None = None,
     ) -> Run:
-        """Run one block.
+        """Run one block on a batch, as the model takes it, with other hidden states before it.
 
-        Parameters
-        ----------
-        index : int
-            The block.
-        inputs : mapping of str to Tensor
-            The batch, as the model takes it.
-        hidden : Tensor
-            Hidden states before the block, (batch, tokens, hidden).
-        consumers : mapping of str to callable, optional
-            What to compute in place of a consumer, or of all experts, by layer.
-        end : str, optional
-            Layer after whose consumer, or the norm that reads its sum, the run may end.
+        ``consumers`` say what to compute in place of a consumer, or of all experts, by layer. The
+        run may end after the consumer of the layer ``end``, or the norm that reads its sum.
         """
         (_, *args), kwargs = self.enter(index, inputs)
-        run, carried = Run(None, {}), []
+        run, carried = Run(), []
         with ExitStack() as stack:
             if (maker := self._maker(index)) is not None:
                 note = lambda _, output: carried.append(output[maker.output])  # noqa: E731
@@ -190,21 +143,20 @@ class Blocks:
                 consumer = self._model.get_submodule(called_at(layer[0]))
                 if consumers and name in consumers:
                     stack.enter_context(replaced(consumer, consumers[name]))
-                norm = self.norms.get(name)
-                last, keep = end if norm is None else None, _both
-                if layer[0].expert is not None:
-                    keep = _of_experts
-                stack.enter_context(watched(consumer, _note(run.seen, name, last, keep)))
+                norm, reads = self.norms.get(name), slice(3) if layer[0].expert is not None else 0
+                keep = lambda args, output, reads=reads: (args[reads], output)  # noqa: E731
+                note = _note(run.seen, name, keep, ends=norm is None and name == end)
+                stack.enter_context(watched(consumer, note))
                 if norm is not None:
-                    note = _note(run.sums, name, end, _input)
+                    note = _note(run.sums, name, _input, ends=name == end)
                     stack.enter_context(watched(self._model.get_submodule(norm), note))
             try:
                 output = self._forwards[index](hidden, *args, **kwargs)
             except Ended:
                 return run
         if isinstance(output, tuple):
-            beside = tuple(any(each is other for other in carried) for each in output[1:])
-            self._beside.setdefault(self._stack(index), beside)
+            beside = [any(each is other for other in carried) for each in output[1:]]
+            self.beside.setdefault(self._stack(index), beside)
         run.output = output[0] if isinstance(output, tuple) else output
         return run
 
@@ -219,11 +171,8 @@ class Blocks:
         index = self.index_of(site)
         order = list(self.layers[index])
 
-        def silence(x: Tensor, *_: Tensor) -> Tensor:
-            return hidden.new_zeros(*x.shape[:-1], hidden.shape[-1])
-
         def run_without(names: Sequence[str]) -> Run:
-            return self.run(index, inputs, hidden, dict.fromkeys(names, silence))
+            return self.run(index, inputs, hidden, dict.fromkeys(names, _silence(site)))
 
         if site.kind == "attn":
             run = run_without(order[order.index(site.team) + 1 :])
@@ -231,9 +180,7 @@ class Blocks:
         else:
             before, run = run_without([site.team]).output, self.run(index, inputs, hidden)
         added = run.seen[site.team][1].view_as(hidden)
-        terms = hidden.abs() + before.abs() + added.abs() + run.output.abs()
-        tolerance = 4 * torch.finfo(hidden.dtype).eps * terms
-        return not bool(((run.output - before - added).abs() > tolerance).any())
+        return _is_sum(run.output, before, added, hidden)
 
     def after_attention(
         self, site: Site, hidden: Tensor, run: Run, *, itself: bool = True
@@ -259,20 +206,14 @@ class Blocks:
         to rounding: what the norm reads is what it reads with a silent consumer, plus what the
         consumer puts out. A norm that reads the consumer's output alone is none.
         """
-
-        def silence(x: Tensor, *_: Tensor) -> Tensor:
-            return hidden.new_zeros(*x.shape[:-1], site.d_out)
-
-        run, read = self._norms_read(site, inputs, hidden, {})
-        _, unmoved = self._norms_read(site, inputs, hidden, {site.team: silence})
+        run, read = self._norms_read(site, inputs, hidden)
+        _, unmoved = self._norms_read(site, inputs, hidden, {site.team: _silence(site)})
         added = run.seen[site.team][1].view_as(hidden)
         for norm in read.keys() & unmoved.keys():
             both, quiet = read[norm], unmoved[norm]
             if both.numel() != added.numel() or torch.equal(both, quiet) or not quiet.any():
                 continue
-            both, quiet = both.view_as(added), quiet.view_as(added)
-            tolerance = 4 * torch.finfo(added.dtype).eps * (both.abs() + quiet.abs() + added.abs())
-            if not ((both - quiet - added).abs() > tolerance).any():
+            if _is_sum(both.view_as(added), quiet.view_as(added), added):
                 return norm
         return None
 
@@ -280,7 +221,7 @@ class Blocks:
         self, norm: str, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor
     ) -> bool:
         """Tell whether a block gives what the norm after a site's sum does, bit for bit."""
-        run, read = self._norms_read(site, inputs, hidden, {})
+        run, read = self._norms_read(site, inputs, hidden)
         return torch.equal(self._model.get_submodule(norm)(read[norm]), run.output)
 
     def _norms_read(
@@ -288,14 +229,14 @@ class Blocks:
         site: Site,
         inputs: Mapping[str, Tensor],
         hidden: Tensor,
-        consumers: Mapping[str, Forward],
+        consumers: Mapping[str, Forward] | None = None,
     ) -> tuple[Run, dict[str, Tensor]]:
         """Run a block, and return with it what each of its norms reads, by path."""
         read: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for name, module in self._model.get_submodule(site.path).named_modules():
                 if "norm" in type(module).__name__.lower():
-                    note = _note(read, f"{site.path}.{name}", None, _input)
+                    note = _note(read, f"{site.path}.{name}", _input)
                     stack.enter_context(watched(module, note))
             return self.run(self.index_of(site), inputs, hidden, consumers), read
 
@@ -308,7 +249,7 @@ class Blocks:
             hidden = args[0] if args else kwargs["hidden_states"]
             if index in self._answers:
                 hidden = self._answers[index]().to(hidden.device)
-            beside = self._beside.get(self._stack(index))
+            beside = self.beside.get(self._stack(index))
             if beside is None:
                 return hidden
             if any(beside) and self._maker(index) is not None:
@@ -364,35 +305,35 @@ def is_chain(model: nn.Module, sites: list[Site], inputs: Mapping[str, Tensor]) 
     finally:
         for hook in hooks:
             hook.remove()
-    if len(read) != len(blocks):
-        return False
     names = list(stacks.values())
-    inside = [here == there for here, there in zip(names[:-1], names[1:], strict=True)]
     # Blocks may lie on several devices.
-    return all(
-        torch.equal(x.to(y.device), y)
-        for x, y, same in zip(wrote[:-1], read[1:], inside, strict=True)
-        if same
+    return len(read) == len(blocks) and all(
+        here != there or torch.equal(x.to(y.device), y)
+        for here, there, x, y in zip(names, names[1:], wrote, read[1:], strict=False)
     )
 
 
-def _note(seen: dict, name: str, end: str | None, keep: Callable) -> Callable:
+def _silence(site: Site) -> Forward:
+    """Return what takes the place of a consumer and puts out zeros."""
+    return lambda x, *_: x.new_zeros(*x.shape[:-1], site.d_out)
+
+
+def _is_sum(total: Tensor, one: Tensor, other: Tensor, *terms: Tensor) -> bool:
+    """Tell whether a total is that of two, to the rounding of all terms."""
+    size = sum(each.abs() for each in (total, one, other, *terms))
+    tolerance = 4 * torch.finfo(total.dtype).eps * size
+    return not bool(((total - one - other).abs() > tolerance).any())
+
+
+def _note(seen: dict, name: str, keep: Callable, *, ends: bool = False) -> Callable:
     """Return a callback that keeps something of a module's arguments and output, and may end it."""
 
     def note(args: tuple[Tensor, ...], output: Tensor) -> None:
         seen[name] = keep(args, output)
-        if name == end:
+        if ends:
             raise Ended
 
     return note
-
-
-def _both(args: tuple[Tensor, ...], output: Tensor) -> tuple[Tensor, Tensor]:
-    return args[0], output
-
-
-def _of_experts(args: tuple[Tensor, ...], output: Tensor) -> tuple[tuple, Tensor]:
-    return args[:3], output
 
 
 def _input(args: tuple[Tensor, ...], _: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ norms. Features P leave, K stay. A reader ``y = W x + b`` read ``x = norm(h)``, 
     y = W_K x' + W r + b,     r = x − x' on K,  x on P
 
 which is a layer that reads ``[x'; r]`` and loses r: :func:`liar_ext.reconstruction.solve.solve`
-folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping. x' comes
-from the dense stream and the norm of the narrow model, so that what the norm changes is solved for,
-too.
+folds r into ``W_K``, with the ridge of least held-out error, down to plain dropping.
+
+A norm gets new scales and offsets first: ``x' = slope ∘ v + offset`` with v what it gives over K
+with the weights that it had. So moments are taken of ``[v; x]``, ``n_kept + hidden`` features.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
-from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds
+from liar_ext.calibration.moments import MomentBank, Moments, Squares, check_folds, symmetric
 from liar_ext.calibration.passes import room_for_sums, split
 from liar_ext.calibration.taps import Tap
 from liar_ext.errors import InputError
@@ -42,35 +43,22 @@ from liar_ext.models.running import body_of, device_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.progress import Bar
-from liar_ext.reconstruction.norm_fit import fit_norm, lost_moments
-from liar_ext.reconstruction.ridge import Solution, check_settings, form_at
-from liar_ext.reconstruction.solve import solve
+from liar_ext.reconstruction.ridge import check_settings, form_at, ratio
+from liar_ext.reconstruction.solve import Solution, solve
 from liar_ext.rows import SiteRow
 
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What :func:`narrow` decided and solved.
+    """What :func:`narrow` decided and solved."""
 
-    Parameters
-    ----------
-    kept : SitePlan
-        The hidden features that stay.
-    weights : dict of str to (Tensor, Tensor or None)
-        New weight and bias of readers and norms, by path, in the dtype of their layers.
-    rows : list of SiteRow
-        One per norm, or other place where features are read.
-    source : dict
-        Facts on the calibration: model type, sequences, tokens, passes.
-    grid : dict
-        ``units``, the step that their number is counted in (``step``), how many stay (``kept``),
-        and how many would with a tile of 1 (``kept_at_tile_1``).
-    """
-
-    kept: SitePlan
+    kept: SitePlan  # the hidden features that stay
+    # New weight and bias of readers and norms, by path, in the dtype of their layers.
     weights: dict[str, tuple[Tensor, Tensor | None]]
-    rows: list[SiteRow]
-    source: dict[str, object]
+    rows: list[SiteRow]  # one per norm, or other place where features are read
+    source: dict[str, object]  # on the calibration: model type, sequences, tokens, passes
+    # How many features there are (units), the step that their number is counted in, how many stay
+    # (kept), and how many would with a tile of 1 (kept_at_tile_1).
     grid: dict[str, int] = field(default_factory=dict)
 
     def applied_to_copy(self, model: nn.Module) -> nn.Module:
@@ -136,17 +124,11 @@ def narrow(
     -----
     Two passes over the batches: one to choose, one for the sums over ``[norm_K(h_K); norm(h)]``,
     which take ``16 (n_kept + hidden)²`` bytes a norm. Where those of all norms are more than
-    ``memory``, they are summed and solved in groups, one pass each: of hidden size 4096 with nine
-    tenths kept one norm takes 0.97 GB, and 32 blocks take three passes in all. Beside that, a solve
-    takes up to nine times the sums of its norm (measured at hidden size 1536), and the new weights
-    take what the old ones take.
+    ``memory``, they are summed and solved in groups, one pass each. Beside that, a solve takes up
+    to nine times the sums of its norm, and the new weights take what the old ones take.
 
     Held-out errors are solved on one fold and judged on the other; which features stay and the
-    scales of the norms, some thousand numbers in all, are decided on both.
-
-    A head that is tied to the embedding is only sliced, as the two could not be one matrix
-    otherwise: it has the scales of its norm and no solve. In a post-norm model what a norm puts out
-    is also what the block adds to, and its scales are all that can be done about that.
+    scales of the norms are decided on both. A head that is tied to the embedding is only sliced.
 
     Source: docs/method.md, section "Hidden size".
     """
@@ -167,29 +149,17 @@ def narrow(
         for source in Bar(group, desc="solve", disable=not progress):
             # Released at once: the next group is summed in the memory of this one.
             rows.append(solver.solve(source, bank.moments.pop(source.name)))
-    kept_plan = SitePlan(hidden.size, tuple(kept.tolist()))
-    return Narrowing(
-        kept_plan,
-        solver.weights,
-        rows,
-        energy.source | {"passes": len(titles)},
-        {
-            "units": hidden.size,
-            "step": Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of),
-            "kept": count,
-            "kept_at_tile_1": count_kept(hidden, keep, 1),
-        },
-    )
+    grid = {
+        "units": hidden.size,
+        "step": Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of),
+    }
+    grid |= {"kept": count, "kept_at_tile_1": count_kept(hidden, keep, 1)}
+    plan, facts = SitePlan(hidden.size, tuple(kept.tolist())), {"passes": len(titles)}
+    return Narrowing(plan, solver.weights, rows, energy.source | facts, grid)
 
 
 def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
-    """Return how many features stay: at most the fraction ``keep``, on the grid of the tile.
-
-    Raises
-    ------
-    InputError
-        If ``keep`` is out of range, or no count is small enough.
-    """
+    """Return how many features stay: at most the fraction ``keep``, on the grid of the tile."""
     if not 0.0 < keep <= 1.0:
         raise InputError(f"hidden: keep_hidden must be in (0, 1], got {keep}; 0.9 keeps 90 %")
     step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
@@ -203,20 +173,10 @@ def count_kept(hidden: Hidden, keep: float, tile: int | str = "auto") -> int:
 
 
 def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
-    """Score the hidden features by their share of the stream's energy.
+    """Score the hidden features, ``(hidden,)``, by their share of the stream's energy before norms.
 
     ``Σ_t h_tj² / Σ_t |h_t|²``, averaged over the norms, with h what a norm gets: a feature that
     holds much of it dominates the statistic of every norm, which no reader can compensate.
-
-    Parameters
-    ----------
-    bank : mapping of str to Squares
-        Of h, by norm.
-
-    Returns
-    -------
-    Tensor
-        ``(hidden,)`` float64 on the CPU, higher = keep.
     """
     energy = torch.stack([squares.second_moment().cpu() for squares in bank.values()])
     whole = energy.sum(1, keepdim=True)
@@ -286,26 +246,21 @@ class _Solver:
         layers = [self.model.get_submodule(path) for path in source.readers]
         if source.norm and not source.first:
             norm = self.model.get_submodule(source.module)
-            weighted = getattr(norm, "weight", None) is not None
-            layers += [norm] if weighted else []
-            if weighted and self.mode != "none":
-                solution = self._fit_norm(source.module, norm, both, kept)
+            if getattr(norm, "weight", None) is not None:
+                layers.append(norm)
+                if self.mode != "none":
+                    solution = self._fit_norm(source.module, norm, both, kept)
         if source.readers:
             scales = self.scales.get(source.module, (one, torch.zeros_like(one)))
             solution = self._solve_readers(source, lost_moments(both, kept, *scales), kept)
         per_feature = sum(layer.weight.numel() for layer in layers) // hidden
-        return SiteRow(
+        return solution.row(
             name=source.name,
             units_before=hidden,
             units_after=n,
             params_before=per_feature * hidden,
             params_after=per_feature * n,
-            damp=solution.damp,
-            error=solution.error,
-            holdout_error=solution.holdout_error,
-            condition=solution.condition,
             dropped_rows=both.dropped_rows,
-            path=solution.path,
             seconds=time.perf_counter() - start,
         )
 
@@ -325,17 +280,9 @@ class _Solver:
         wide = torch.cat([weight_of(reader) for reader in readers]).to(moments.gram)
         with_bias = all(reader.bias is not None for reader in readers)
         bias = torch.cat([reader.bias for reader in readers]) if with_bias else None
-        mode = form_at(self.mode, with_bias)
-        if not with_bias:
-            mode = {"affine": "linear", "bias": "none"}.get(mode, mode)
-        solution = solve(
-            torch.cat([wide[:, kept], wide], dim=1),
-            bias,
-            moments,
-            torch.arange(len(kept)),
-            mode=mode,
-            damp=self.damp,
-        )
+        mode = form_at(self.mode, with_bias, gains_bias=False)
+        both, first = torch.cat([wide[:, kept], wide], dim=1), torch.arange(len(kept))
+        solution = solve(both, bias, moments, first, mode=mode, damp=self.damp)
         biases = [None] * len(sizes) if solution.bias is None else solution.bias.split(sizes)
         weights = solution.weight.split(sizes)
         for path, weight, part in zip(source.readers, weights, biases, strict=True):
@@ -345,3 +292,65 @@ class _Solver:
     def _set(self, path: str, weight: Tensor, bias: Tensor | None) -> None:
         dtype = self.model.get_submodule(path).weight.dtype  # float64 would take twice as much
         self.weights[path] = weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def lost_moments(both: Moments, kept: Tensor, slope: Tensor, offset: Tensor) -> Moments:
+    """Return the moments of ``[x'; r]`` from those of ``[v; x]``.
+
+    K, slope and offset are ``(n_kept,)``, the latter two float64.
+    """
+    n = len(kept)
+    gram, total = symmetric(both.gram), both.total.clone()
+    gram[:, :n] *= slope[:, None]
+    gram[:, :, :n] *= slope
+    total[:, :n] *= slope
+    # Σ (u + c)(u + c)ᵀ, with c the offset on the first n features.
+    tokens = both.tokens[:, None, None]
+    gram[:, :n] += offset[:, None] * total[:, None, :]
+    gram[:, :, :n] += total[:, :, None] * offset
+    gram[:, :n, :n] += tokens * torch.outer(offset, offset)
+    total[:, :n] += both.tokens[:, None] * offset
+    gram[:, n + kept] -= gram[:, :n]
+    gram[:, :, n + kept] -= gram[:, :, :n]
+    total[:, n + kept] -= total[:, :n]
+    return Moments(gram, total, both.count)
+
+
+def fit_norm(both: Moments, kept: Tensor, with_offset: bool) -> tuple[Tensor, Tensor, Solution]:
+    """Fit scale s and offset c of each feature of a narrowed norm to what the dense norm puts out.
+
+    ``min Σ_t (s_j v_jt + c_j − x_jt)²`` for every j in K. Returns s and c, ``(n_kept,)`` float64,
+    and what is left of x, removed features included, relative to ``Σ |x|²``. Without
+    ``with_offset`` c is 0.
+    """
+    n = len(kept)
+    here = torch.arange(n, device=kept.device)
+    square = both.gram[:, here, here]
+    cross = both.gram[:, n + kept, here]
+    energy = both.gram.diagonal(dim1=1, dim2=2)[:, n:].sum(1)
+    v, x, tokens = both.total[:, :n], both.total[:, n + kept], both.tokens[:, None]
+    wanted = both.gram[:, n + kept, n + kept]
+
+    def fit(fold: Tensor) -> tuple[Tensor, Tensor]:
+        count = tokens[fold].sum()
+        mean, goal = v[fold].sum(0) / count, x[fold].sum(0) / count
+        if not with_offset:
+            mean, goal = torch.zeros_like(mean), torch.zeros_like(goal)
+        spread = square[fold].sum(0) - count * mean.square()
+        together = cross[fold].sum(0) - count * mean * goal
+        # A feature without spread has no slope to fit.
+        slope = torch.where(spread > 1e-12 * square[fold].sum(0), together / spread, 1.0)
+        return slope, goal - slope * mean
+
+    def error(fold: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+        """Return Σ (s v + c − x)² over K, and Σ x² over P."""
+        left = slope.square() * square + tokens * offset.square() + wanted
+        left += 2 * (slope * offset * v - slope * cross - offset * x)
+        return (left.sum(1) + energy - wanted.sum(1))[fold].sum()
+
+    whole = torch.arange(FOLDS, device=kept.device)
+    slope, offset = fit(whole)
+    held_out = sum(error(whole[1 - f : 2 - f], *fit(whole[f : f + 1])) for f in range(FOLDS))
+    errors = (ratio(each, energy.sum()) for each in (error(whole, slope, offset), held_out))
+    solution = Solution(slope, offset, 0.0, *errors, 1.0, "norm only, least squares")
+    return slope, offset, solution

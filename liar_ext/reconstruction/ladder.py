@@ -20,22 +20,13 @@ class Equations:
 
     Features are centred. A last row, and column, stands for a constant feature 1, which carries
     the change of the bias.
-
-    Parameters
-    ----------
-    rows : callable
-        Block rows of ``G_KK``, ``(n + 1, n + 1)``.
-    right : list of (slice, Tensor)
-        For some outputs at a time ``[R₀, R₁]``, ``(n + 1, 2 outputs)``: the cross-sums of x_K with
-        what the removed features gave, and with the residual of the target. Without a target R₀;
-        for judging alone R₀ + R₁.
-    energy : Tensor
-        ``Σ |y|²`` of all outputs.
     """
 
-    rows: Rows
+    rows: Rows  # of G_KK, (n + 1, n + 1)
+    # For some outputs at a time [R₀, R₁], (n + 1, 2 outputs): the cross-sums of x_K with what the
+    # removed features gave, and with the residual of the target. Without one R₀; to judge R₀ + R₁.
     right: list[tuple[slice, Tensor]]
-    energy: Tensor
+    energy: Tensor  # Σ |y|² of all outputs
 
 
 @dataclass(frozen=True)
@@ -43,21 +34,12 @@ class Fit:
     """A solve with any λ, judged on the same or on other tokens.
 
     The change of the weights is ``Zᵀ = (G_KK + Λ)⁻¹ (R₀ + α R₁)``, for a step α.
-
-    Parameters
-    ----------
-    fitted, judged : Equations
-        About the same mean.
-    offset : Tensor
-        The change of the bias by the whole step, ``(d_out,)``.
-    square : Tensor
-        Room for the factor, ``(n, n)`` float64.
     """
 
     fitted: Equations
-    judged: Equations
-    offset: Tensor
-    square: Tensor
+    judged: Equations  # about the same mean
+    offset: Tensor  # the change of the bias by the whole step, (d_out,)
+    square: Tensor  # room for the factor, (n, n) float64
 
     def parabola(self, damp: float) -> Tensor:
         """Return the error ``e₀ + e₁ α + e₂ α²``, ``(3,)``; NaN if there is no solution."""
@@ -76,11 +58,21 @@ class Fit:
         return self.square, factor_with_damp(self.square, damp)
 
     def changes(self, factor: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield outputs, the change of their weights, and its error as a parabola of α."""
+        """Yield outputs, the change of their weights, and its error as a parabola of α.
+
+        The change is Z of ``[R₀, R₁]``, or of R₀ alone, its last row that of the bias. Without a
+        factor, as λ is infinite or nothing stays, it is that row alone.
+        """
+        n = 0 if factor is None else len(factor)
         for (here, mine), (_, theirs) in zip(self.fitted.right, self.judged.right, strict=True):
-            count = here.stop - here.start
+            count, columns = here.stop - here.start, mine.shape[1]
+            change = mine.new_zeros(n + 1, columns)
+            change[n, count:] = self.offset[here][: columns - count]
+            if n:
+                change[:n] = mine[:-1]
+                substitute(factor, change[:n])
+                substitute(factor, change[:n], back=True)
             first, *rest = theirs.split(count, 1)
-            change = change_by(factor, mine[:-1], self.offset[here][: mine.shape[1] - count])
             energy = 0.0 if here.start else self.judged.energy
             yield here, change, error_by_step(change, self.judged.rows, sum(rest, first), energy)
 
@@ -95,48 +87,11 @@ def rows_of(square: Tensor) -> Rows:
     return lambda start, stop: square[start:stop, :stop]
 
 
-def factor_with_damp(square: Tensor, damp: float) -> bool:
-    """Put L with ``square + Λ = L Lᵀ`` in the lower triangle, as :func:`factor_in_place` does."""
-    scale = square.diagonal().mean()
-    square.diagonal().add_(damp * torch.where(scale == 0, 1.0, scale))
-    return factor_in_place(square)
-
-
-def change_by(factor: Tensor | None, right: Tensor, offset: Tensor) -> Tensor:
-    """Return ``Z``, ``(n + 1, columns)``, the last row that of the bias.
-
-    Parameters
-    ----------
-    factor : Tensor or None
-        L, ``(n, n)``; None where λ is infinite, or nothing stays: then only the last row comes.
-    right : Tensor
-        ``[R₀, R₁]``, or ``R₀`` alone.
-    offset : Tensor
-        Change of the bias, of the columns of R₁.
-    """
-    n, columns = 0 if factor is None else len(factor), right.shape[1]
-    change = right.new_zeros(n + 1, columns)
-    change[n, columns - len(offset) :] = offset
-    if factor is not None:
-        change[:n] = right
-        substitute(factor, change[:n])
-        substitute_back(factor, change[:n])
-    return change
-
-
 def error_by_step(change: Tensor, judge: Rows, wanted: Tensor, energy: Tensor | float) -> Tensor:
     """Return ``e = Σ |y|² − 2 ⟨Z, Σ x_K yᵀ⟩ + tr(Zᵀ G Z)`` as ``e₀ + e₁ α + e₂ α²``, ``(3,)``.
 
-    Parameters
-    ----------
-    change : Tensor
-        From :func:`change_by`: of ``[R₀, R₁]``, or of R₀ alone, for which no step is taken.
-    judge : callable
-        Block rows of ``G``, ``(n + 1, n + 1)``.
-    wanted : Tensor
-        ``(n + 1, d_out)``.
-    energy : Tensor or float
-        ``Σ |y|²``.
+    ``change`` is from :meth:`Fit.changes`, ``judge`` has the block rows of G, ``wanted`` is
+    ``Σ x_K yᵀ``, ``(n + 1, d_out)``, and ``energy`` ``Σ |y|²``.
     """
     live, h = len(wanted) - len(change), wanted.shape[1]
     half, wanted = half_product(judge, change, live), wanted[live:]
@@ -147,6 +102,13 @@ def error_by_step(change: Tensor, judge: Rows, wanted: Tensor, energy: Tensor | 
         return torch.stack([constant, torch.zeros_like(constant), torch.zeros_like(constant)])
     mixed = (a * half_b).sum() + (half_a * b).sum()
     return torch.stack([constant, 2 * (mixed - pulled[1]), 2 * (b * half_b).sum()])
+
+
+def factor_with_damp(square: Tensor, damp: float) -> bool:
+    """Put L with ``square + Λ = L Lᵀ`` in the lower triangle, as :func:`factor_in_place` does."""
+    scale = square.diagonal().mean()
+    square.diagonal().add_(damp * torch.where(scale == 0, 1.0, scale))
+    return factor_in_place(square)
 
 
 def factor_in_place(square: Tensor) -> bool:
@@ -169,28 +131,23 @@ def factor_in_place(square: Tensor) -> bool:
     return True
 
 
-def substitute(factor: Tensor, right: Tensor) -> None:
-    """Put ``L⁻¹ R`` in the place of R, ``(n, columns)``; nearly all of it products, by halves."""
-    n = len(factor)
-    if n <= ROW_BLOCK:
-        right.copy_(torch.linalg.solve_triangular(factor, right, upper=False))
-        return
-    top, below = right[: n // 2], right[n // 2 :]
-    substitute(factor[: n // 2, : n // 2], top)
-    torch.addmm(below, factor[n // 2 :, : n // 2], top, alpha=-1, out=below)
-    substitute(factor[n // 2 :, n // 2 :], below)
+def substitute(factor: Tensor, right: Tensor, *, back: bool = False) -> None:
+    """Put ``L⁻¹ R``, or ``L⁻ᵀ R``, in the place of R, ``(n, columns)``.
 
-
-def substitute_back(factor: Tensor, right: Tensor) -> None:
-    """Put ``L⁻ᵀ R`` in the place of R, ``(n, columns)``."""
-    n = len(factor)
+    By halves, so that nearly all of it are products.
+    """
+    n, half = len(factor), len(factor) // 2
     if n <= ROW_BLOCK:
-        right.copy_(torch.linalg.solve_triangular(factor.mT, right, upper=True))
+        lower = factor.mT if back else factor
+        right.copy_(torch.linalg.solve_triangular(lower, right, upper=back))
         return
-    top, below = right[: n // 2], right[n // 2 :]
-    substitute_back(factor[n // 2 :, n // 2 :], below)
-    torch.addmm(top, factor[n // 2 :, : n // 2].mT, below, alpha=-1, out=top)
-    substitute_back(factor[: n // 2, : n // 2], top)
+    between = factor[half:, :half]
+    first, second = slice(half), slice(half, n)
+    if back:
+        first, second, between = second, first, between.mT
+    substitute(factor[first, first], right[first], back=back)
+    torch.addmm(right[second], between, right[first], alpha=-1, out=right[second])
+    substitute(factor[second, second], right[second], back=back)
 
 
 def half_product(square: Rows, right: Tensor, first: int = 0) -> Tensor:
@@ -228,22 +185,12 @@ def choose(
     *,
     whole: bool = False,
 ) -> Choice:
-    """Return the λ and the step size α in ``[low, high]`` of least held-out error.
+    """Return the λ of an ascending ladder and the step size α of least held-out error.
 
-    From the top of the ladder down, until the error of both folds at its best α rises. So the
-    choice is that of the whole ladder if the error falls and then rises along it. For each λ the
-    error is a parabola in α, whose minimum is taken exactly.
-
-    Parameters
-    ----------
-    parabolas : callable
-        From λ to the parabolas of both folds, ``(2, 3)``.
-    ladder : sequence of float
-        Ascending λ.
-    low, high : float
-        Least and greatest step size.
-    whole : bool
-        Try every λ.
+    From the top of the ladder down, until the error of both folds at its best α rises: the choice
+    is that of the whole ladder if the error falls and then rises along it. ``parabolas`` returns
+    for a λ the errors of both folds as parabolas in α, ``(2, 3)``, whose minimum within ``[low,
+    high]`` is taken exactly. ``whole`` tries every λ.
     """
     found: list[Tensor] = []
     least = math.inf
@@ -275,17 +222,11 @@ def held_out_errors(parabolas: Tensor, low: float, high: float) -> tuple[Tensor,
 
 
 def least_held_out(errors: Tensor, ladder: Sequence[float]) -> int:
-    """Return the index of the λ to take.
+    """Return the index of the λ to take, from the held-out errors by fold, ``(2, λ)``.
 
-    The least sum over the folds counts, among those λ that do no worse than plain dropping in
-    either fold: with few tokens a sum may be less by the luck of one.
-
-    Parameters
-    ----------
-    errors : Tensor
-        ``(2, λ)``: held-out error by fold; NaN if nothing could be solved.
-    ladder : sequence of float
-        The λ; plain dropping, infinity, is the last if it is among them.
+    The least sum over the folds counts, among those λ that do no worse than plain dropping, ∞ at
+    the end of the ladder, in either fold: with few tokens a sum may be less by the luck of one. An
+    error is NaN if nothing could be solved.
     """
     total = errors.sum(0)
     if ladder[-1] == math.inf:

@@ -56,21 +56,9 @@ def reconstruct_layerwise(
         stream    y* = h_after − ĥ_before     make the stream equal the dense one after the site
         branch    y* = W x + b                give the output that the dense site gives
 
-    The target is ``stream`` where the block adds the consumer's output to the stream as it is.
-    Where a norm follows the sum (BERT) the stream is the sum, before the norm. Where a norm or a
-    scale comes between (Gemma 3, DINOv2) ``branch`` takes its place, and the row of the site says
-    so.
-
-    Attention comes first; the MLP then reads the stream that the new attention leaves. Of a model
-    of several stacks, encoder and decoder or two towers, each is walked in turn. A decoder reads
-    what the encoder gave, and in the pruned stream what the pruned encoder did. Of a mixture of
-    experts each expert is solved on the tokens that the pruned stream's router sends to it; what
-    the layer falls short of its target by is asked of all of them alike, see
-    :mod:`liar_ext.reconstruction.one_pass`.
-
-    λ and α are those of least held-out error, see
+    The target is ``branch`` where a norm or a scale comes between the consumer and the stream, and
+    the row of the site says so. λ and α are those of least held-out error, see
     :func:`liar_ext.reconstruction.solve.solve`. Sites that lose nothing stay as they are.
-    At the first site of the walk the solution is that of one pass.
 
     Parameters
     ----------
@@ -88,6 +76,8 @@ def reconstruct_layerwise(
     fresh : iterable of mapping
         Batches that ``batches`` lacks: no solve reads them, and each row has its error on them, as
         ``certified_error``, relative to their ``Σ |W x̂|²``.
+    saved : Checkpoint, optional
+        Where blocks that are done are kept, and read.
     progress : bool
         Show a progress bar.
 
@@ -107,10 +97,9 @@ def reconstruct_layerwise(
     Notes
     -----
     Memory: two streams of tokens × hidden, up to four more and the input of one MLP consumer while
-    a block is worked on, and what both encoders gave while a decoder is walked, all on the CPU;
-    and the sums of one site, or of all experts of a layer. Work: one run of each dense
-    block and one per site of each pruned block, and one more of the latter unless both its sites
-    add to the stream as they are.
+    a block is worked on, all on the CPU; and the sums of one layer. Work: one run of each dense
+    block, one per site of each pruned block, and one more unless both its sites add to the stream
+    as they are.
 
     Source: docs/method.md, section "Layerwise reconstruction".
     """
@@ -118,7 +107,7 @@ def reconstruct_layerwise(
     check_settings(mode, damp)
     batches = list(batches)
     check_walk(model, batches)
-    walk = Walk.of(InMemory(model), plan.attn_unit, saved, progress)
+    walk = Walk(InMemory(model), plan.attn_unit, saved, progress)
     weights, rows = {}, {}
     for _, new, solved in solve_layerwise(walk, plan, mode, damp, batches, fresh):
         weights |= new
@@ -176,15 +165,12 @@ def solve_blocks(
     returns all that it needs of these, of which this rank has some ``numbers``. ``along`` is text
     that passes each block when whoever takes it is done with it.
     """
-    own = {each.name: each for each in along}
-
-    def numbers_of(name: str) -> Sequence[int] | None:
-        return own[name].numbers if name in own else numbers
+    own = {each.name: each.numbers for each in along}
 
     def together() -> Streams:
-        return streams() | {name: each.hidden for name, each in own.items()}
+        return streams() | {each.name: each.hidden for each in along}
 
-    kept, found = SavedStreams(walk, key, numbers_of), together()
+    kept, found = SavedStreams(walk, key, lambda name: own.get(name, numbers)), together()
     done = kept.restore(found)
     for index in range(done):
         with walk.source.block(index):

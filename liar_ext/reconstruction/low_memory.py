@@ -1,11 +1,8 @@
 """The same solve in little memory: one square in a file, and all else by blocks.
 
-Beside the sums, which stay where they are, a solve of d features has no d² numbers in memory.
 Blocks of rows are gathered from the sums, and centred, whenever they are read. What is factored,
-``G_KK + Λ``, and the right-hand sides lie in unlinked temporary files, mapped into memory. Given
-the factor, some hundred outputs of a consumer are solved at a time.
-
-Results are those of :class:`liar_ext.reconstruction.ridge.System` but for rounding.
+``G_KK + Λ``, and the right-hand sides lie in unlinked temporary files, mapped into memory. Results
+are those of :class:`liar_ext.reconstruction.ridge.System` but for rounding.
 """
 
 from __future__ import annotations
@@ -23,9 +20,10 @@ from torch import Tensor
 
 from liar_ext.calibration.moments import Moments, symmetric
 from liar_ext.errors import is_out_of_memory, one_line
+from liar_ext.ops.reference import NOT_FINITE
 from liar_ext.reconstruction import ridge
 from liar_ext.reconstruction.ladder import Choice, Equations, Fit, Rows, half_product, slices
-from liar_ext.reconstruction.ridge import BOTH, NOT_FINITE, Solved
+from liar_ext.reconstruction.ridge import BOTH
 
 OUTPUTS = 256  # solved at a time
 Done = TypeVar("Done")
@@ -36,12 +34,8 @@ LARGE_FILES = "/var/tmp"
 def in_file(*shape: int) -> Tensor:
     """Return a float64 zero tensor in an unlinked temporary file, removed with the tensor.
 
-    The disk space is allocated: without it a write to the map would end the process.
-
-    Raises
-    ------
-    MemoryError
-        If there can't be such a file.
+    The disk space is allocated: without it a write to the map would end the process. MemoryError
+    if there can't be such a file.
     """
     folder = os.environ.get("TMPDIR") or LARGE_FILES
     folder = folder if os.access(folder, os.W_OK) else tempfile.gettempdir()
@@ -147,7 +141,7 @@ class System(ridge.System):
         """Return what the kept features have to restore over the tokens of a fold."""
         return self._equations([fold], mean, judging)
 
-    def solve(self, choice: Choice) -> Solved:
+    def solve(self, choice: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Solve on both folds with the λ and the step size that were chosen."""
         mean, offset = self.means(BOTH)
         equations = self._equations(BOTH, mean, False)
@@ -157,19 +151,21 @@ class System(ridge.System):
         error = energy = torch.zeros((), dtype=torch.float64)
         size = choice.step_size
         powers = torch.tensor([1.0, size, size**2], dtype=torch.float64)
+        sums = About.of(self.moments, BOTH, torch.zeros_like(mean))
+        rows = sums.rows(torch.arange(len(mean)))
         for here, change, parabola in fit.changes(factor) if solved else ():
             new[here] = self.weight[here][:, self.kept]
+            count, turned = here.stop - here.start, self._turned(here)
             if factor is not None:
-                count = here.stop - here.start
                 new[here] += change[:-1, :count].mT
                 if change.shape[1] > count:
                     new[here] += size * change[:-1, count:].mT
             error = error + parabola @ powers
-            energy = energy + self._energy(here)
+            energy = energy + 2 * (turned * half_product(rows, turned)).sum()
         finite = bool(torch.isfinite(error + energy))
-        code = torch.tensor(1 if not solved else 0 if finite else NOT_FINITE)
+        code = torch.tensor(1.0 if not solved else 0.0 if finite else NOT_FINITE)
         diagonal = torch.ones(1).double() if factor is None else factor.diagonal()
-        return Solved(new, error, energy, code, (diagonal.max() / diagonal.min()) ** 2)
+        return new, error, energy, code, (diagonal.max() / diagonal.min()) ** 2
 
     def _equations(self, folds: list[int], mean: Tensor, judging: bool) -> Equations:
         about, d, n = About.of(self.moments, folds, mean), len(mean), len(self.kept)
@@ -198,10 +194,3 @@ class System(ridge.System):
         turned = torch.zeros(self.weight.shape[1] + 1, here.stop - here.start).double()
         turned[:-1] = self.weight[here].mT
         return turned
-
-    def _energy(self, here: slice) -> Tensor:
-        """Return ``Σ |W x̂|²`` of some outputs."""
-        zero = torch.zeros_like(self.moments.total[0])
-        turned = self._turned(here)
-        rows = About.of(self.moments, BOTH, zero.double()).rows(torch.arange(len(zero)))
-        return 2 * (turned * half_product(rows, turned)).sum()

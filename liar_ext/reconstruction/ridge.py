@@ -1,18 +1,17 @@
-"""The ridge system of one consumer: from sums over tokens to a new weight and its errors."""
+"""The ridge system of one consumer in memory: its sums over tokens, and solves with any λ."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from liar_ext import ops
 from liar_ext.calibration.batches import FOLDS
-from liar_ext.calibration.moments import Moments, centre, check_finite, check_folds, symmetric
+from liar_ext.calibration.moments import Moments, centre, symmetric
 from liar_ext.errors import InputError
 from liar_ext.plan import MODES
 from liar_ext.reconstruction.ladder import (
@@ -22,14 +21,12 @@ from liar_ext.reconstruction.ladder import (
     choose,
     least_held_out,
     rows_of,
-    slices,
 )
 
 WITH_BIAS = ("bias", "affine")
 DAMP_LADDER = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 3e-1, 1.0, math.inf)
 BOTH = list(range(FOLDS))
 PAIRED_BYTES = 64 << 20  # sums of both folds up to here are solved in one call
-NOT_FINITE = -2  # a code of `liar_ext.ops.reconstruct`
 
 
 def check_settings(mode: str, damp: float | str) -> None:
@@ -40,21 +37,24 @@ def check_settings(mode: str, damp: float | str) -> None:
         raise InputError(f'reconstruct: damp must be "auto" or a number >= 0, got {damp!r}')
 
 
-def form_at(mode: str, has_bias: bool) -> str:
-    """Return the mode of one consumer: ``auto`` is affine if there is a bias to carry it."""
+def form_at(mode: str, has_bias: bool, gains_bias: bool = True) -> str:
+    """Return the form of one consumer: ``auto`` is affine if there is a bias to carry it.
+
+    A consumer that has none and can't gain one gets the form without.
+    """
     if mode == "auto":
         return "affine" if has_bias else "linear"
-    return mode
+    if has_bias or gains_bias:
+        return mode
+    return {"affine": "linear", "bias": "none"}.get(mode, mode)
 
 
 def form_of_expert(mode: str, has_bias: bool, moments: Moments) -> str:
-    """Return the mode of one expert's consumer, which can't gain a bias.
+    """Return the form of one expert's consumer, which can't gain a bias.
 
     Nothing is fitted if no token of one fold reaches it: nothing would tell of a λ.
     """
-    if (moments.tokens == 0).any():
-        return "none"
-    return mode if has_bias else {"affine": "linear", "bias": "none"}.get(mode, mode)
+    return "none" if (moments.tokens == 0).any() else form_at(mode, has_bias, gains_bias=False)
 
 
 def damp_ladder(damp: float | str) -> list[float]:
@@ -62,78 +62,34 @@ def damp_ladder(damp: float | str) -> list[float]:
     return list(DAMP_LADDER) if damp == "auto" else [float(damp)]
 
 
-@dataclass(frozen=True)
-class Solution:
-    """The new consumer of one site, with its errors.
+def ratio(error: Tensor, energy: Tensor) -> float:
+    """Return ``error / energy``, or 0 if the output of the consumer is zero.
 
-    Parameters
-    ----------
-    weight : Tensor
-        ``W'``, ``(d_out, n_kept)`` float64.
-    bias : Tensor or None
-        ``b'``, ``(d_out,)`` float64; None if the consumer keeps its bias.
-    damp : float
-        λ taken; infinity means that plain dropping did best.
-    error : float
-        ``tr(ΔW G ΔWᵀ) / tr(W G Wᵀ)`` over all calibration tokens; with a target the error to it.
-    holdout_error : float
-        The same with the solve on one fold and the error on the other, both ways, added up.
-    condition : float
-        Lower bound on the condition number of ``G_KK + Λ``.
-    path : str
-        What was solved, e.g. ``"linear, cholesky float64"``.
-    step_size : float
-        α, the step taken from the consumer's own target, 0, to the given one, 1.
+    What isn't finite gives NaN, which the report shows, and never 0.
     """
-
-    weight: Tensor
-    bias: Tensor | None
-    damp: float
-    error: float
-    holdout_error: float
-    condition: float
-    path: str
-    step_size: float = 0.0
+    if not (torch.isfinite(error) and torch.isfinite(energy)):
+        return math.nan
+    return max(0.0, float(error / energy)) if energy > 0 else 0.0
 
 
 @dataclass
 class Residual:
-    """Sums over tokens of the residual ``r = y* − (W x̂ + b)`` of a target, in two folds.
+    """Float64 sums over tokens of the residual ``r = y* − (W x̂ + b)``, in two folds."""
 
-    Parameters
-    ----------
-    cross : Tensor
-        ``Σ_t w_t x̂_t r_tᵀ`` per fold, ``(2, d_in, d_out)`` float64.
-    total : Tensor
-        ``Σ_t w_t r_t`` per fold, ``(2, d_out)`` float64.
-    energy : Tensor
-        ``Σ_t w_t |r_t|²`` per fold, ``(2,)`` float64.
-    """
-
-    cross: Tensor
-    total: Tensor
-    energy: Tensor
+    cross: Tensor  # Σ_t w_t x̂_t r_tᵀ, (2, d_in, d_out)
+    total: Tensor  # Σ_t w_t r_t, (2, d_out)
+    energy: Tensor  # Σ_t w_t |r_t|², (2,)
 
     @classmethod
     def zeros(cls, d_in: int, d_out: int, *, device: str | torch.device = "cpu") -> Residual:
         """Return the sums over no tokens, which are also those of the consumer's own target."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(FOLDS, *shape, dtype=torch.float64, device=device)
-
-        return cls(zeros(d_in, d_out), zeros(d_out), zeros())
+        shapes = (d_in, d_out), (d_out,), ()
+        return cls(*(torch.zeros(FOLDS, *s, dtype=torch.float64, device=device) for s in shapes))
 
     def update(self, x: Tensor, r: Tensor, fold: int, weight: Tensor) -> None:
-        """Add tokens to a fold.
+        """Add tokens to a fold: x̂, r of one dtype, and which rows are in use or what each counts.
 
-        Parameters
-        ----------
-        x, r : Tensor
-            ``(tokens, d_in)`` and ``(tokens, d_out)``, of one dtype; rows in use must be finite.
-        fold : int
-            Which sums to add to.
-        weight : Tensor
-            ``(tokens,)``: which rows are in use, or what each counts.
+        Rows in use must be finite.
         """
         unused, count = torch.zeros_like(self.cross[fold, :, 0]), self.energy.new_zeros(2)
         ops.gram_update_(self.cross[fold], unused, count, x, r, weight)
@@ -141,16 +97,6 @@ class Residual:
         wide, scale = r.detach()[used].double(), weight[used].double()[:, None]
         self.total[fold] += (scale * wide).sum(0)
         self.energy[fold] += (scale * wide.square()).sum()
-
-
-class Solved(NamedTuple):
-    """A solve on both folds: the weight, its error and ``tr(W G Wᵀ)``, and the operator's info."""
-
-    weight: Tensor
-    error: Tensor
-    energy: Tensor
-    code: Tensor
-    condition: Tensor
 
 
 @dataclass(frozen=True)
@@ -178,45 +124,22 @@ class System:
         """Whether the bias takes part."""
         return self.form in WITH_BIAS
 
-    def solution(
-        self, step: tuple[float, float] = (0.0, 0.0), damp: float | str = "auto"
-    ) -> Solution:
-        """Choose λ and the step size on held-out tokens, and solve with them on all."""
-        check_settings(self.mode, damp)
-        form, unfitted = self.form, self.target is None and len(self.kept) == self.weight.shape[1]
-        starved = form == "none" and bool((self.moments.tokens <= 0).any())
-        if not starved:
-            check_folds(self.moments)
+    def means(self, folds: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the means of x̂ and r over some folds; the plain form centres about 0."""
+        total = self.moments.total[folds].double().sum(0)
+        missing = total.new_zeros(len(self.weight))
         if self.target is not None:
-            check_finite(self.target.cross, self.target.total, self.target.energy)
-        ladder = [math.inf] if unfitted or form in ("none", "bias") else damp_ladder(damp)
-        choice = self.choose(ladder, step)
-        solved = self.solve(choice)
-        check_solved(solved.code, choice.held_out, choice.damp, damp)
-        bias, (mean, offset) = None, self.means(BOTH)
-        if self.affine:
-            start = 0.0 if self.bias is None else self.bias.detach().to(mean)
-            bias = start + self._at(mean) - solved.weight @ mean[self.kept]
-            bias = bias + choice.step_size * offset
-        path = "drop, a fold has no tokens" if starved else path_of(form, choice.damp)
-        if self.target is not None and len(ladder) > 1:
-            path += f", {choice.tried} of {len(ladder)} λ"
-        return Solution(
-            weight=solved.weight,
-            bias=bias,
-            damp=choice.damp,
-            error=ratio(solved.error, solved.energy),
-            holdout_error=ratio(choice.held_out, solved.energy),
-            condition=float(solved.condition),
-            path=path,
-            step_size=choice.step_size,
-        )
+            missing = self.target.total[folds].sum(0)
+        if not self.affine:
+            return torch.zeros_like(total), torch.zeros_like(missing)
+        tokens = self.moments.tokens[folds].sum()
+        return total / tokens, missing / tokens
 
     def choose(self, ladder: Sequence[float], step: tuple[float, float]) -> Choice:
         """Return the λ and the step size of least held-out error."""
         if self.target is not None:
             return self.cross_validated(ladder, step)
-        held_out = self._held_out(torch.tensor(ladder, dtype=torch.float64))
+        held_out = self._held_out(ladder)
         best = least_held_out(held_out, ladder)
         return Choice(ladder[best], 0.0, held_out[:, best].sum(), len(ladder))
 
@@ -224,11 +147,10 @@ class System:
         """Choose by fits on one fold that are judged on the other."""
         means = [self.means([fold]) for fold in BOTH]
         # About 0 the equations of a fold serve both to fit and to judge.
-        centres = BOTH if self.affine else [0]
         equations = {
             (fold, at): self.equations(fold, means[at][0], self.affine and fold != at)
             for fold in BOTH
-            for at in centres
+            for at in (BOTH if self.affine else [0])
         }
         square = self.new_square()
 
@@ -241,17 +163,6 @@ class System:
 
         return choose(parabolas, ladder, *step, whole=self.target is None)
 
-    def means(self, folds: list[int]) -> tuple[Tensor, Tensor]:
-        """Return the means of x̂ and r over some folds; the plain form centres about 0."""
-        total = self.moments.total[folds].double().sum(0)
-        missing = total.new_zeros(len(self.weight))
-        if self.target is not None:
-            missing = self.target.total[folds].sum(0)
-        if not self.affine:
-            return torch.zeros_like(total), torch.zeros_like(missing)
-        tokens = self.moments.tokens[folds].sum()
-        return total / tokens, missing / tokens
-
     def new_square(self) -> Tensor:
         """Return room for a factor, ``(n, n)``."""
         n = len(self.kept)
@@ -263,9 +174,8 @@ class System:
         If they are for ``judging`` alone, R₀ + R₁ takes the place of both.
         """
         wide, kept, n, h = self.weight.double(), self.kept, len(self.kept), len(self.weight)
-        gram, total, tokens = (
-            each[fold] for each in (self.moments.gram, self.moments.total, self.moments.tokens)
-        )
+        sums = self.moments.gram, self.moments.total, self.moments.tokens
+        gram, total, tokens = (each[fold] for each in sums)
         gram = symmetric(centre(gram, total, tokens, mean) if mean.any() else gram)
         missing = self.target.total[fold]
         edge = total - tokens * mean
@@ -293,8 +203,11 @@ class System:
             right[:, h:] = asked
         return Equations(rows_of(block), [(slice(0, h), right)], energy)
 
-    def solve(self, choice: Choice) -> Solved:
-        """Solve on both folds with the λ and the step size that were chosen."""
+    def solve(self, choice: Choice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Solve on both folds with the λ and the step size that were chosen.
+
+        Returns W', its error, ``tr(W G Wᵀ)``, and code and condition of the operator.
+        """
         # In the order that has fewest matrices at a time: each may take a gigabyte.
         gram, total, tokens = self.moments.pooled()
         wide, kept, (mean, offset) = self.weight.double(), self.kept, self.means(BOTH)
@@ -305,7 +218,7 @@ class System:
         damps = gram.new_tensor([choice.damp], dtype=torch.float64)
         if self.target is None:
             new, error, _, info = ops.reconstruct(wide, gram, kept, damps)
-            return Solved(new[0], error[0], energy, info[0, 0], info[0, 1])
+            return new[0], error[0], energy, *info[0]
         gram, rest = symmetric(gram), 1 - choice.step_size
         own = gram @ wide.mT
         energy = (wide.mT * own).sum() if plain else energy
@@ -318,11 +231,11 @@ class System:
         # ⟨W', G W'⟩ is in the error to the step that was taken: the whole one asks for more.
         error = error[0] - 2 * rest * (new[0] * asked.mT).sum()
         error = error + beyond + self.target.energy.sum() + (rest**2 - 1) * left
-        return Solved(new[0], error, energy, info[0, 0], info[0, 1])
+        return new[0], error, energy, *info[0]
 
-    def _held_out(self, damps: Tensor) -> Tensor:
-        """Return the held-out error by fold and damp, ``(2, λ)``."""
-        wide, damps = self.weight.double(), damps.to(self.weight.device)
+    def _held_out(self, ladder: Sequence[float]) -> Tensor:
+        """Return the held-out error by fold and λ, ``(2, λ)``."""
+        wide, damps = self.weight.double(), torch.tensor(ladder, dtype=torch.float64)
         pairs = (self._fit_and_judge(fold) for fold in BOTH)
         # Folds in one call go side by side where that is sooner, but take copies of the sums.
         groups = zip(pairs) if self.moments.gram.nbytes > PAIRED_BYTES else [tuple(pairs)]
@@ -332,25 +245,18 @@ class System:
                 each[0][None] if len(each) == 1 else torch.stack(each)
                 for each in zip(*group, strict=True)
             )
-            rows = wide.expand(len(group), -1, -1), self.kept.expand(len(group), -1)
-            result = ops.reconstruct(
-                rows[0], grams, rows[1], damps, holdout=judged, errors_only=True
-            )
-            held_out.append(result[2])
+            weights, kept = (each.expand(len(group), *each.shape) for each in (wide, self.kept))
+            given = weights, grams, kept, damps.to(wide.device), judged
+            held_out.append(ops.reconstruct(*given, errors_only=True)[2])
         return torch.cat(held_out)
 
     def _fit_and_judge(self, fold: int) -> tuple[Tensor, Tensor]:
         """Return the Gram matrix of a fold, and that of the other one to judge the fit by."""
-        pair, moments = (fold, FOLDS - 1 - fold), self.moments
+        pair, sums = (fold, FOLDS - 1 - fold), self.moments
         if not self.affine:
-            return tuple(moments.gram[each] for each in pair)
-        mean = moments.total[fold] / moments.tokens[fold]
-        sums = ((moments.gram[i], moments.total[i], moments.tokens[i]) for i in pair)
-        return tuple(centre(*each, mean) for each in sums)
-
-    def _at(self, mean: Tensor) -> Tensor:
-        """Return ``W mean``, by blocks: the weight may be of another dtype."""
-        return torch.cat([self.weight[here].double() @ mean for here in slices(len(self.weight))])
+            return tuple(sums.gram[each] for each in pair)
+        mean = sums.total[fold] / sums.tokens[fold]
+        return tuple(centre(sums.gram[i], sums.total[i], sums.tokens[i], mean) for i in pair)
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
@@ -358,36 +264,3 @@ def _energy(weight: Tensor, gram: Tensor) -> Tensor:
     nothing = torch.empty(0, dtype=torch.long, device=gram.device)
     drop = gram.new_full((1,), math.inf, dtype=torch.float64)
     return ops.reconstruct(weight, gram, nothing, drop, errors_only=True)[1][0]
-
-
-def path_of(mode: str, damp: float) -> str:
-    """Return what was solved in a form with the λ that was taken."""
-    if damp < math.inf:
-        return f"{mode}, cholesky float64"
-    return f"{mode}, drop" if mode in ("linear", "affine") else mode
-
-
-def ratio(error: Tensor, energy: Tensor) -> float:
-    """Return ``error / energy``, or 0 if the output of the consumer is zero.
-
-    What isn't finite gives NaN, which the report shows, and never 0.
-    """
-    if not (torch.isfinite(error) and torch.isfinite(energy)):
-        return math.nan
-    return max(0.0, float(error / energy)) if energy > 0 else 0.0
-
-
-def check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | str) -> None:
-    """Raise what the code of :func:`liar_ext.ops.reconstruct` means to who gave ``asked``."""
-    if code == 0 and torch.isfinite(held_out).all():
-        return
-    if code == NOT_FINITE or asked == "auto":
-        raise InputError(
-            "reconstruct: weights must be finite, got a NaN or an infinity in one of them, or "
-            "values so large that no damp gives a finite held-out error, not even plain dropping; "
-            "load the model in a wider dtype, or leave the site out"
-        )
-    raise InputError(
-        f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
-        'use damp="auto" or a larger damp'
-    )

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from liar_ext.calibration.moments import Moments, symmetric
+from liar_ext.calibration.moments import Moments, check_finite, check_folds, symmetric
+from liar_ext.errors import InputError
 from liar_ext.models.sites import Site
-from liar_ext.reconstruction import low_memory
-from liar_ext.reconstruction.low_memory import oom_fallback
-from liar_ext.reconstruction.ridge import Residual, Solution, System
+from liar_ext.ops.reference import NOT_FINITE
+from liar_ext.reconstruction import low_memory, ridge
+from liar_ext.reconstruction.ladder import slices
+from liar_ext.reconstruction.ridge import BOTH, Residual, check_settings, damp_ladder, ratio
 from liar_ext.rows import BY_BLOCKS, ON_HOST, SiteRow
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The new consumer of one site, with its errors relative to ``tr(W G Wᵀ)``."""
+
+    weight: Tensor  # W', (d_out, n_kept) float64
+    bias: Tensor | None  # b', (d_out,) float64; None if the consumer keeps its bias
+    damp: float  # λ taken; infinity means that plain dropping did best
+    error: float  # tr(ΔW G ΔWᵀ) over all calibration tokens; with a target the error to it
+    holdout_error: float  # solved on one fold and judged on the other, both ways, added up
+    condition: float  # lower bound on the condition number of G_KK + Λ
+    path: str  # what was solved, e.g. "linear, cholesky float64"
+    step_size: float = 0.0  # α, from the consumer's own target, 0, to the given one, 1
+
+    def row(self, **facts: object) -> SiteRow:
+        """Return the row of the report on what was solved, with other facts on it."""
+        names = "damp", "error", "holdout_error", "condition", "path"
+        own = {name: getattr(self, name) for name in names}
+        return SiteRow(**{**own, "share": self.step_size, **facts})
+
+    def row_of(self, site: Site, units: int, **facts: object) -> SiteRow:
+        """Return the row of the report on a site that keeps ``units`` units."""
+        return self.row(
+            name=site.name,
+            units_before=site.units,
+            units_after=units,
+            params_before=site.params,
+            params_after=units * site.unit_params,
+            **facts,
+        )
 
 
 def solve(
@@ -40,15 +75,13 @@ def solve(
     of x and r.
 
     λ and α have the least error ``Σ |W' x_K + b' − y*|²`` on held-out tokens: solved on fold A and
-    judged on fold B, and the other way round, see :func:`liar_ext.reconstruction.ladder.choose`
-    and :func:`liar_ext.reconstruction.ladder.least_held_out`. The returned weight is solved with
-    them on both folds together. If ``step`` begins at 0, the result is never worse on held-out
+    judged on fold B, and the other way round. The returned weight is solved with them on both
+    folds together. If ``step`` begins at 0, the result is never worse on held-out
     tokens than the one without a target.
 
-    The solve is done on the device of the sums. If a GPU has no memory for it, it is done on the
-    CPU, on copies of the sums, and the path of the solution, and so the row of the report, ends in
-    :data:`ON_HOST`. If an allocation fails on the CPU, it is done once more by
-    :mod:`liar_ext.reconstruction.low_memory`, and :data:`BY_BLOCKS` is in its path.
+    The solve is done on the device of the sums; if a GPU has no memory for it, on the CPU; and if
+    an allocation fails there, once more by :mod:`liar_ext.reconstruction.low_memory`. The path of
+    the solution says so (:data:`ON_HOST`, :data:`BY_BLOCKS`).
 
     Parameters
     ----------
@@ -90,38 +123,88 @@ def solve(
     device, weight, kept = moments.gram.device, weight.detach(), kept.to(moments.gram.device)
 
     def in_memory() -> Solution:
-        system = System(weight.to(device), bias, moments, kept, target, mode)
-        return system.solution(step, damp)
+        system = ridge.System(weight.to(device), bias, moments, kept, target, mode)
+        return solution_of(system, step, damp)
 
     def in_file() -> Solution:
         system = low_memory.System(weight, bias, moments, kept, target, mode)
-        found = system.solution(step, damp)
+        found = solution_of(system, step, damp)
         return replace(found, path=f"{found.path}, {BY_BLOCKS}")
 
     def on_host() -> Solution:
-        found = solve(
-            weight.cpu(),
-            None if bias is None else bias.detach().cpu(),
-            _on_host(moments),
-            kept.cpu(),
-            target=None if target is None else _on_host(target),
-            step=step,
-            mode=mode,
-            damp=damp,
-        )
-        return replace(
-            found,
-            weight=found.weight.to(device),
-            bias=None if found.bias is None else found.bias.to(device),
-            path=f"{found.path}, {ON_HOST}",
-        )
+        given = weight.cpu(), None if bias is None else bias.detach().cpu(), _on_host(moments)
+        asked = None if target is None else _on_host(target)
+        found = solve(*given, kept.cpu(), target=asked, step=step, mode=mode, damp=damp)
+        new = found.weight.to(device), None if found.bias is None else found.bias.to(device)
+        return replace(found, weight=new[0], bias=new[1], path=f"{found.path}, {ON_HOST}")
 
-    return oom_fallback(device, in_memory, in_file, on_host)
+    return low_memory.oom_fallback(device, in_memory, in_file, on_host)
 
 
 def _on_host(sums: Moments | Residual) -> Moments | Residual:
     """Return sums with their tensors on the CPU."""
     return type(sums)(*(part.cpu() for part in vars(sums).values()))
+
+
+def solution_of(
+    system: ridge.System, step: tuple[float, float] = (0.0, 0.0), damp: float | str = "auto"
+) -> Solution:
+    """Choose λ and the step size on held-out tokens, and solve with them on all."""
+    check_settings(system.mode, damp)
+    moments, target, form = system.moments, system.target, system.form
+    starved = form == "none" and bool((moments.tokens <= 0).any())
+    if not starved:
+        check_folds(moments)
+    if target is not None:
+        check_finite(target.cross, target.total, target.energy)
+    unfitted = target is None and len(system.kept) == system.weight.shape[1]
+    ladder = [math.inf] if unfitted or form in ("none", "bias") else damp_ladder(damp)
+    choice = system.choose(ladder, step)
+    new, error, energy, code, condition = system.solve(choice)
+    _check_solved(code, choice.held_out, choice.damp, damp)
+    bias = None
+    if system.affine:
+        mean, offset = system.means(BOTH)
+        # W μ by blocks, as the weight may be of another dtype.
+        parts = (system.weight[here] for here in slices(len(system.weight)))
+        bias = torch.cat([part.double() @ mean for part in parts])
+        bias = (0.0 if system.bias is None else system.bias.detach().to(mean)) + bias
+        bias = bias - new @ mean[system.kept] + choice.step_size * offset
+    path = form
+    if starved:
+        path = "drop, a fold has no tokens"
+    elif choice.damp < math.inf:
+        path = f"{form}, cholesky float64"
+    elif form in ("linear", "affine"):
+        path = f"{form}, drop"
+    if target is not None and len(ladder) > 1:
+        path += f", {choice.tried} of {len(ladder)} λ"
+    return Solution(
+        weight=new,
+        bias=bias,
+        damp=choice.damp,
+        error=ratio(error, energy),
+        holdout_error=ratio(choice.held_out, energy),
+        condition=float(condition),
+        path=path,
+        step_size=choice.step_size,
+    )
+
+
+def _check_solved(code: Tensor, held_out: Tensor, damp: float, asked: float | str) -> None:
+    """Raise what the code of :func:`liar_ext.ops.reconstruct` means to who gave ``asked``."""
+    if code == 0 and torch.isfinite(held_out).all():
+        return
+    if code == NOT_FINITE or asked == "auto":
+        raise InputError(
+            "reconstruct: weights must be finite, got a NaN or an infinity in one of them, or "
+            "values so large that no damp gives a finite held-out error, not even plain dropping; "
+            "load the model in a wider dtype, or leave the site out"
+        )
+    raise InputError(
+        f"reconstruct: G_KK + Λ is not positive definite at damp={damp}; "
+        'use damp="auto" or a larger damp'
+    )
 
 
 def error_on(
@@ -132,17 +215,12 @@ def error_on(
     moments: Moments,
     target: Residual | None = None,
 ) -> float:
-    """Return the error of a consumer on sums over any text, such as text that no decision saw.
+    """Return the error of a new consumer on sums that it was not solved on.
 
     ``Σ_t |ΔW x_t + Δb + r_t|² / Σ_t |W x_t|²`` with ``ΔW = W − W' S``, S selecting the features
     that are kept, and r the residual of the target, if any. NaN if the dense output is zero.
 
-    Parameters
-    ----------
-    weight, bias, kept, moments, target
-        See :func:`solve`.
-    new : (Tensor, Tensor or None)
-        New weight and bias; None if the consumer keeps its bias.
+    ``new`` is W' and b', None if the consumer keeps its bias; all else is as for :func:`solve`.
     """
     gram, total, tokens = moments.pooled()
     gram, old = symmetric(gram), weight.detach().to(gram)
@@ -156,30 +234,3 @@ def error_on(
         error += 2 * ((lost.mT * target.cross.sum(0)).sum() + shift @ target.total.sum(0))
         error += target.energy.sum()
     return float(error.clamp(min=0) / ((old @ gram) * old).sum())
-
-
-def report_row(
-    site: Site,
-    units: int,
-    dropped_rows: int,
-    solution: Solution,
-    seconds: float,
-    target: str = "dense-input",
-) -> SiteRow:
-    """Return the row of the report on a site that keeps ``units`` units."""
-    return SiteRow(
-        name=site.name,
-        units_before=site.units,
-        units_after=units,
-        params_before=site.params,
-        params_after=units * site.unit_params,
-        damp=solution.damp,
-        error=solution.error,
-        holdout_error=solution.holdout_error,
-        condition=solution.condition,
-        dropped_rows=dropped_rows,
-        path=solution.path,
-        seconds=seconds,
-        target=target,
-        share=solution.step_size,
-    )

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,60 +21,40 @@ from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.rows import SiteRow
 
 
-class BlockSource(Protocol):
-    """A model, and what has the weights of a part of it in memory while a context is open."""
-
-    model: nn.Module
-    device: torch.device
-
-    def block(self, index: int) -> AbstractContextManager:
-        """Have one block in memory."""
-
-    def head(self) -> AbstractContextManager:
-        """Have the output head in memory."""
-
-
 class InMemory:
-    """The source of the blocks of a model that is in memory."""
+    """A model, and what has the weights of a part of it in memory while a context is open: all.
+
+    :class:`liar_ext.checkpoint.block_source.BlockStore` has one part at a time.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.device = model, device_of(model)
 
     def block(self, index: int) -> AbstractContextManager:
-        """Return a context that changes nothing."""
+        """Have one block in memory."""
         return nullcontext()
 
     def head(self) -> AbstractContextManager:
-        """Return a context that changes nothing."""
+        """Have the output head in memory."""
         return nullcontext()
 
 
-@dataclass
 class Walk:
-    """A walk over the blocks of a model, and where things lie on the way."""
+    """A walk over the blocks of all sites of a model, and where things lie on the way.
 
-    source: BlockSource  # of the weights
-    blocks: Blocks
-    states: HiddenStates = field(default_factory=HiddenStates)
-    saved: Checkpoint | None = None  # where what is done is kept
-    progress: bool = False
+    ``source`` has the weights; what is done is kept in ``saved``, if given.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        source: BlockSource,
+    def __init__(
+        self,
+        source: InMemory,
         attn_unit: str = "auto",
         saved: Checkpoint | None = None,
         progress: bool = False,
-    ) -> Walk:
-        """Return a walk over the blocks of all sites of a model."""
-        blocks = Blocks(source.model, sites(source.model, attn_unit=attn_unit))
-        return cls(source, blocks, saved=saved, progress=progress)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        return self.source.model
+    ) -> None:
+        self.source, self.model, self.saved, self.progress = source, source.model, saved, progress
+        self.blocks = Blocks(source.model, sites(source.model, attn_unit=attn_unit))
+        self.states = HiddenStates()
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -107,7 +86,7 @@ class StreamedBatches:
         if not self.hidden:
             blocks = self.walk.blocks
             entered = (blocks.enter(0, self._moved(batch).inputs)[0][0] for batch in self.batches)
-            self.hidden += [self.walk.states.hold(hidden) for hidden in entered]
+            self.hidden += map(self.walk.states.hold, entered)
 
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
         """Take all batches past a block, which is in memory; tell ``note`` of each before."""
@@ -115,13 +94,13 @@ class StreamedBatches:
         for batch, held in zip(self.batches, self.hidden, strict=True):
             batch = self._moved(batch)
             note(batch)
-            held.set(self._past(index, batch, held.get()))
+            held.set(self._past(index, batch, held))
 
     def branch(self, name: str, index: int) -> StreamedBatches:
         """Return the same batches past a block as it is now; these stay before it."""
         self.begin()
         after = [
-            self.walk.states.hold(self._past(index, self._moved(batch), held.get()))
+            self.walk.states.hold(self._past(index, self._moved(batch), held))
             for batch, held in zip(self.batches, self.hidden, strict=True)
         ]
         return StreamedBatches(name, self.walk, self.batches, self.numbers, after)
@@ -146,24 +125,17 @@ class StreamedBatches:
     def _moved(self, batch: Batch) -> Batch:
         return batch.to(self.walk.source.device)
 
-    def _past(self, index: int, batch: Batch, hidden: Tensor) -> Tensor:
-        hidden = hidden.to(self.walk.source.device)
+    def _past(self, index: int, batch: Batch, held: Held) -> Tensor:
+        hidden = held.get().to(self.walk.source.device)
         return self.walk.blocks.run(index, batch.inputs, hidden).output
 
 
 @dataclass
 class Stream:
-    """Hidden states of some sequences, (sequences, tokens, hidden), in one of both models.
+    """Hidden states of some sequences, (sequences, tokens, hidden), in one of both models."""
 
-    Parameters
-    ----------
-    now : Held
-        Before the block that comes next.
-    behind : dict of int to Held
-        What came out of the stacks before, as far as a later one reads it, by the last block.
-    """
-
-    now: Held
+    now: Held  # before the block that comes next
+    # What came out of the stacks before, as far as a later one reads it, by the last block.
     behind: dict[int, Held] = field(default_factory=dict)
 
     def get(self) -> Tensor:
@@ -172,47 +144,33 @@ class Stream:
 
     def answers(self, sequences: int | None = None) -> dict[int, Callable[[], Tensor]]:
         """Return what :meth:`Blocks.answering` takes, of the first ``sequences`` or of all."""
-        return {end: partial(_first, held, sequences) for end, held in self.behind.items()}
+
+        def first(held: Held) -> Tensor:
+            return held.get()[:sequences]
+
+        return {end: partial(first, held) for end, held in self.behind.items()}
 
 
 @dataclass
 class Part:
-    """Sequences of one fold, or fresh ones, and how far they are.
+    """Sequences of one fold, or fresh ones, and how far they are."""
 
-    Parameters
-    ----------
-    batch : Batch
-        As the model takes them.
-    fold : int, optional
-        Their fold; None where they are fresh: no solve reads them, errors are measured on them.
-    number : int
-        Which of all parts it is, whatever ranks there are.
-    dense, pruned : Stream
-        Both streams.
-    goals : dict of str to Held
-        By layer of the block in work, what the dense model has there: the output of the consumer,
-        or the stream after it.
-    halfway : (Held, Held), optional
-        The pruned stream between attention and MLP of the block in work, and what the MLP's
-        consumer reads: all that a new one needs to finish the block.
-    """
-
-    batch: Batch
-    fold: int | None
-    number: int
+    batch: Batch  # as the model takes them
+    fold: int | None  # None where they are fresh: no solve reads them, errors are measured on them
+    number: int  # which of all parts it is, whatever ranks there are
     dense: Stream
     pruned: Stream
+    # By layer of the block in work, what the dense model has there: the output of the consumer, or
+    # the stream after it.
     goals: dict[str, Held] = field(default_factory=dict)
+    # The pruned stream between attention and MLP of the block in work, and what the MLP's consumer
+    # reads: all that a new one needs to finish the block.
     halfway: tuple[Held, Held] | None = None
 
 
 def with_inputs(model: nn.Module, batch: Batch) -> Batch:
     """Return a batch with what the decoder reads where an encoder is there, too."""
     return replace(batch, inputs=complete_inputs(model, batch.inputs, batch.labels))
-
-
-def _first(held: Held, sequences: int | None) -> Tensor:
-    return held.get()[:sequences]
 
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -222,18 +180,11 @@ Streams = dict[str, list[Held]]
 class SavedStreams:
     """All hidden states of a walk after a block, in the place of those after the block before.
 
-    They are saved as often as a twentieth of the time allows. A walk goes on from there, and does
-    later blocks again, to the same bits.
+    They are saved as often as a twentieth of the time allows, if the walk has a checkpoint. A walk
+    goes on from there, and does later blocks again, to the same bits.
 
-    Parameters
-    ----------
-    walk : Walk
-        Nothing is kept if it has no checkpoint.
-    name : str
-        What is done on it.
-    numbers : callable, optional
-        Returns for the name of a stream the numbers of those hidden states that this rank has;
-        None if the first rank has the whole stream.
+    ``name`` is that of what is done on the walk. ``numbers`` returns for the name of a stream the
+    numbers of those hidden states that this rank has; None if the first rank has the whole stream.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
 from liar_ext.reconstruction.block_runner import Blocks, Run
-from liar_ext.reconstruction.one_pass import (
+from liar_ext.reconstruction.layer_sums import (
     Forward,
     LayerSums,
     Rows,
@@ -27,9 +27,9 @@ from liar_ext.reconstruction.one_pass import (
     layer_forward,
     rows_of,
 )
-from liar_ext.reconstruction.ridge import Solution, form_of_expert
-from liar_ext.reconstruction.solve import error_on, report_row, solve
-from liar_ext.reconstruction.streams import Part, Stream, with_inputs
+from liar_ext.reconstruction.ridge import form_of_expert
+from liar_ext.reconstruction.solve import Solution, error_on, solve
+from liar_ext.reconstruction.streams import Part, Stream, Streams, Weights, with_inputs
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -44,12 +44,6 @@ class LayerwiseSolver:
     Rank r of n holds the hidden states of batches r, r + n, ... Sums are all-reduced, and the sites
     of a layer are shared.
 
-    Attributes
-    ----------
-    text, fresh : list of Part
-        What this rank has of the calibration text, and of fresh text.
-    certifies : bool
-        Whether any rank has fresh text.
     """
 
     def __init__(
@@ -65,12 +59,12 @@ class LayerwiseSolver:
         self.mode, self.damp = mode, damp
         self.device = device_of(model)
         self.states = states or HiddenStates()
-        self.text: list[Part] = []
-        self.fresh: list[Part] = []
-        self.certifies = False
+        self.text: list[Part] = []  # what this rank has of the calibration text
+        self.fresh: list[Part] = []  # and of fresh text
+        self.certifies = False  # whether any rank has fresh text
         self.targets: dict[str, str] = {}  # by layer of the block in work
         self.ends: set[str] = set()  # layers whose norm gives what their block does
-        self.weights: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.weights: Weights = {}
         self.rows: dict[str, SiteRow] = {}
 
     def start(self, batches: Batches, fresh: Batches = ()) -> None:
@@ -130,11 +124,12 @@ class LayerwiseSolver:
         if index > 0 and self.blocks.begins(index):
             self._next_stack(index)
         layers = self.blocks.layers[index]
-        here = {name: at for name, at in layers.items() if at[0].name in self.plan.sites}
         self.targets = {name: self._target_at(layer[0]) for name, layer in layers.items()}
         after = [self._dense_run(index, part) for part in self.parts]
         consumers: dict[str, Forward] = {}
-        for name, layer in here.items():
+        for name, layer in layers.items():
+            if layer[0].name not in self.plan.sites:
+                continue
             if all(len(self.plan.sites[at.name].kept) == at.units for at in layer):
                 self._keep(layer)
             else:
@@ -145,13 +140,13 @@ class LayerwiseSolver:
         for part, dense in zip(self.parts, after, strict=True):
             part.dense.now = dense
 
-    def take(self) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, SiteRow]]:
+    def take(self) -> tuple[Weights, dict[str, SiteRow]]:
         """Hand over the weights and rows of the block that was solved last."""
         found = self.weights, self.rows
         self.weights, self.rows = {}, {}
         return found
 
-    def streams(self) -> dict[str, list[Held]]:
+    def streams(self) -> Streams:
         """Return the hidden states of both streams, by part."""
         found = {}
         for name in STREAMS:
@@ -195,19 +190,43 @@ class LayerwiseSolver:
         self, layer: Sequence[Site], target: str, consumers: Mapping[str, Forward]
     ) -> Forward:
         """Solve the sites of a layer on their sums, and return what takes its consumer's place."""
-        start = time.perf_counter()
+        start, new = time.perf_counter(), {}
         found = self._collect(self.text, layer, target, consumers)
         sums = dict(zip((site.name for site in layer), found, strict=True))
         found = share(layer, lambda mine: {s.name: self._solution(s, sums[s.name]) for s in mine})
-        solutions = {name: Solution(**fields) for name, fields in found.items()}
-        certified = self._certified(layer, target, consumers, solutions)
-        new = {site.name: self._consumer(site, solutions[site.name]) for site in layer}
+        fresh = [None] * len(layer)
+        if self.certifies:
+            fresh = self._collect(self.fresh, layer, target, consumers)
         seconds = (time.perf_counter() - start) / len(layer)
-        for site in layer:
-            counts = sums[site.name].moments.dropped_rows, sums[site.name].rows
-            given = solutions[site.name], counts, target, seconds, certified[site.name]
-            self._store(site, *given)
+        for site, unseen in zip(layer, fresh, strict=True):
+            solution, each = Solution(**found[site.name]), sums[site.name]
+            if target == "branch":
+                path = f"{solution.path}; branch, as the stream is not a plain sum here"
+                solution = replace(solution, path=path)
+            self._store(
+                site,
+                solution,
+                target=target,
+                dropped_rows=each.moments.dropped_rows,
+                seconds=seconds,
+                certified_error=None if unseen is None else self._error(site, solution, unseen),
+                tokens=None if site.expert is None else each.rows,
+            )
+            new[site.name] = self._consumer(site, solution)
         return layer_forward(self.model, layer, new)
+
+    def _keep(self, layer: Sequence[Site]) -> None:
+        """Note that a layer loses nothing and keeps the weights that it has."""
+        facts = {"dropped_rows": 0, "seconds": 0.0}
+        for site in layer:
+            weight = get_consumer_weight(self.model, site).double()
+            solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
+            self._store(site, solution, certified_error=0.0 if self.certifies else None, **facts)
+
+    def _store(self, site: Site, solution: Solution, **facts: object) -> None:
+        self.weights[site.name] = (solution.weight, solution.bias)
+        units = len(self.plan.sites[site.name].kept)
+        self.rows[site.name] = solution.row_of(site, units, **facts)
 
     def _collect(
         self,
@@ -230,29 +249,32 @@ class LayerwiseSolver:
         return sums
 
     def _solution(self, site: Site, sums: LayerSums) -> dict[str, object]:
-        """Return the fields of the solution of a site."""
-        weight = get_consumer_weight(self.model, site)
-        bias = get_consumer_bias(self.model, site)
-        kept, planned = self.plan.sites[site.name].kept, self.plan.sites[site.name].bias
-        affine = self.mode != "linear" and (bias is not None or planned)
+        """Return the fields of the solution of a site, which ranks can exchange."""
+        weight, bias = self._given(site)
+        planned = self.plan.sites[site.name]
+        affine = self.mode != "linear" and (bias is not None or planned.bias)
         mode = "affine" if affine else "linear"
         if site.expert is not None:
             mode = form_of_expert(mode, bias is not None, sums.moments)
-        features, choices = site.features(kept), {"mode": mode, "damp": self.damp}
-        choices |= {"target": sums.residual, "step": (0.0, 1.0)}
-        return vars(solve(weight, bias, sums.moments, features, **choices))
+        settings = {"target": sums.residual, "step": (0.0, 1.0), "mode": mode, "damp": self.damp}
+        return vars(solve(weight, bias, sums.moments, site.features(planned.kept), **settings))
+
+    def _error(self, site: Site, solution: Solution, sums: LayerSums) -> float:
+        """Return the error of a site on the sums over fresh text."""
+        kept, new = site.features(self.plan.sites[site.name].kept), (solution.weight, solution.bias)
+        return error_on(*self._given(site), kept, new, sums.moments, sums.residual)
 
     def _consumer(self, site: Site, solution: Solution) -> Forward:
         """Return the consumer that a site has from now on, as a function of all its features."""
-        weight, bias = (get(self.model, site) for get in (get_consumer_weight, get_consumer_bias))
+        weight, bias = self._given(site)
         features = site.features(self.plan.sites[site.name].kept).to(weight.device)
         new = solution.weight.to(weight.dtype)
         new_bias = bias if solution.bias is None else solution.bias.to(weight.dtype)
+        return lambda x: nn.functional.linear(x[..., features], new, new_bias)
 
-        def consumer(x: Tensor) -> Tensor:
-            return nn.functional.linear(x[..., features], new, new_bias)
-
-        return consumer
+    def _given(self, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Return the dense weight and bias of a site."""
+        return get_consumer_weight(self.model, site), get_consumer_bias(self.model, site)
 
     def _read(
         self, layer: Sequence[Site], target: str, part: Part, consumers: Mapping[str, Forward]
@@ -275,26 +297,8 @@ class LayerwiseSolver:
 
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
-        return rows_of(self.model, layer, read, r.to(output.device).flatten(0, -2), counts)
-
-    def _certified(
-        self,
-        layer: Sequence[Site],
-        target: str,
-        consumers: Mapping[str, Forward],
-        solutions: Mapping[str, Solution],
-    ) -> dict[str, float | None]:
-        """Return the error of each site on fresh text, or None without any."""
-        if not self.certifies:
-            return dict.fromkeys(solutions)
-        errors = {}
-        sums = self._collect(self.fresh, layer, target, consumers)
-        for site, each in zip(layer, sums, strict=True):
-            given = (get(self.model, site) for get in (get_consumer_weight, get_consumer_bias))
-            solution, kept = solutions[site.name], site.features(self.plan.sites[site.name].kept)
-            new = solution.weight, solution.bias
-            errors[site.name] = error_on(*given, kept, new, each.moments, each.residual)
-        return errors
+        residual = r.to(output.device).flatten(0, -2)
+        return list(rows_of(self.model, layer, read, residual, counts))
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
@@ -333,32 +337,6 @@ class LayerwiseSolver:
             norm = self.blocks.norm_of_sum(site, one, hidden)
             return False, norm, norm is not None and self.blocks.ends_with(norm, site, one, hidden)
 
-    def _keep(self, layer: Sequence[Site]) -> None:
-        """Note that a layer loses nothing and keeps the weights that it has."""
-        certified = 0.0 if self.certifies else None
-        for site in layer:
-            weight = get_consumer_weight(self.model, site).double()
-            solution = Solution(weight, None, math.inf, 0.0, 0.0, 1.0, "kept as it is")
-            self._store(site, solution, (0, 0), "dense-input", 0.0, certified)
-
-    def _store(
-        self,
-        site: Site,
-        solution: Solution,
-        counts: tuple[int, int],  # rows dropped, and all
-        target: str,
-        seconds: float,
-        certified: float | None,
-    ) -> None:
-        self.weights[site.name] = (solution.weight, solution.bias)
-        units = len(self.plan.sites[site.name].kept)
-        row = report_row(site, units, counts[0], solution, seconds, target)
-        tokens = None if site.expert is None else counts[1]
-        row = replace(row, certified_error=certified, tokens=tokens)
-        if target == "branch":
-            row = replace(row, path=f"{row.path}; branch, as the stream is not a plain sum here")
-        self.rows[site.name] = row
-
     def _run(
         self,
         index: int,
@@ -378,13 +356,15 @@ class LayerwiseSolver:
         Where a norm follows the sum, the stream is what that reads: it passes on no more than that.
         In float32, or float64 as the model is: the difference of two of these is the residual.
         """
-        if target == "stream" and site.team in run.sums:
-            return _wide(run.sums[site.team]).view_as(hidden)
-        if target == "stream" and site.kind == "mlp":
-            return _wide(run.output)
-        if target == "stream":
+        if target == "branch":
+            found = run.seen[site.team][1].view_as(hidden)
+        elif site.team in run.sums:
+            found = run.sums[site.team].view_as(hidden)
+        elif site.kind == "mlp":
+            found = run.output
+        else:
             return self.blocks.after_attention(site, _wide(hidden), run)
-        return _wide(run.seen[site.team][1]).view_as(hidden)
+        return _wide(found)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -12,11 +12,10 @@ from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.errors import InputError
 from liar_ext.measure.timing import Benchmark, Rate
 from liar_ext.report import page, pictures, tables
-from liar_ext.report.html import render
 from liar_ext.report.page import name_of, stored_bench
 from liar_ext.report.pictures import Point, scatter
 from liar_ext.report.report import Report
-from liar_ext.report.tables import Table
+from liar_ext.report.tables import Table, render
 from liar_ext.untrusted import text
 
 MOST_RUNS = 50
@@ -190,7 +189,7 @@ def document(runs: Sequence[Run], svgs: Mapping[str, str | None], notes: Sequenc
     missing = "Run liar bench DIR --against MODEL."
     shown.append(page.picture("Speed against parameters", svgs.get("speed"), said, missing))
     return render(
-        "page",
+        "page.html",
         command="compare",
         title=title,
         heading=title,

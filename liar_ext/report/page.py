@@ -18,11 +18,10 @@ from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError
 from liar_ext.measure.timing import Benchmark, bench_file, read_bench
-from liar_ext.report import pictures, tables
-from liar_ext.report.html import render
+from liar_ext.report import pictures, sections, tables
 from liar_ext.report.reading import report_digest
 from liar_ext.report.report import Report
-from liar_ext.report.tables import magnitude, quality
+from liar_ext.report.tables import magnitude, quality, render
 from liar_ext.untrusted import text
 
 # The first line of every page, by which it may be overwritten.
@@ -61,7 +60,7 @@ def write_page(
             "seconds": pictures.time_spent(report.seconds, figures),
         }
         written = render(
-            "page",
+            "page.html",
             command="report",
             title=f"{name}: pruned from {model}",
             heading=name,
@@ -71,7 +70,7 @@ def write_page(
             warnings=[*notes, *report.warnings],
             tiles=_tiles(report, bench),
             pictures=_pictures(report, pictures.as_svg(drawn)),
-            sections=[report.sizes(), tables.speed(bench)],
+            sections=[report.sizes(), sections.speed(bench)],
             loading=report.loading,
             folded=report.tables(),
             numbers=quote(os.path.relpath(Path(folder, REPORT_JSON), target.parent).encode()),

@@ -16,22 +16,22 @@ from typing import Any
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError, one_line
 from liar_ext.recipe import Recipe
-from liar_ext.report.tables import MEASURES, Table, figure
-from liar_ext.report.vocabulary import read_vocabulary
+from liar_ext.report.sections import LIKENESS, PAIRS
+from liar_ext.report.tables import MEASURES
 from liar_ext.rows import SiteRow
 from liar_ext.selection.costs import LatencyTable
 from liar_ext.untrusted import count, listing, mapping, named, number, read_object, record, text
 
 MOST_LINES = 200  # of warnings, notes, and jobs
+MOST_POINTS = 1000  # of a curve
 
 
 def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
     """Return the path of a folder's report; raise InputError if it has none."""
     path = Path(folder)
+    found = path / REPORT_JSON
     try:
-        is_folder = path.is_dir()
-        found = path / REPORT_JSON
-        is_report = found.is_file()
+        is_folder, is_report = path.is_dir(), found.is_file()
     except (OSError, ValueError) as error:
         raise InputError(f"{operation}: {path} can't be read: {one_line(error)}") from error
     if not is_folder:
@@ -66,12 +66,9 @@ def lines(value: Any) -> list[str]:
 def row(value: Any) -> SiteRow:
     """Read what happened at a site."""
     read = {"int": count, "float": _finite_or_inf, "str": lambda each: text(each, 200)}
-    known = mapping(value)
+    known, kinds = mapping(value), {each.name: each.type for each in fields(SiteRow)}
     return SiteRow(
-        **{
-            each.name: read[each.type.removesuffix(" | None")](known.get(each.name))
-            for each in fields(SiteRow)
-        }
+        **{n: read[kind.removesuffix(" | None")](known.get(n)) for n, kind in kinds.items()}
     )
 
 
@@ -112,13 +109,54 @@ def latency(value: Any) -> dict[str, Any]:
 
 def evaluation(value: Any) -> dict[str, dict[str, float]]:
     """Read what was measured of the whole model."""
-    known = {"dense": MEASURES, "pruned": MEASURES, "certified": {"divergence"}}
     found = {}
-    for name in known:
+    for name, known in {"dense": MEASURES, "pruned": MEASURES, "certified": {"divergence"}}.items():
         facts = mapping(value).get(name)
-        found[name] = numbers(facts) | (record(facts, cosine=number) or {})  # which may be negative
-    found = {name: each for name, each in found.items() if each.keys() & known[name]}
-    return {name: each for name, each in found.items() if each.get("perplexity") != 0}
+        facts = numbers(facts) | (record(facts, cosine=number) or {})  # which may be negative
+        if facts.keys() & known and facts.get("perplexity") != 0:
+            found[name] = facts
+    return found
+
+
+def healing(value: Any) -> dict[str, Any]:
+    """Read what training did; empty if the model was not healed."""
+    facts = mapping(value)
+    if not facts:
+        return {}
+    points = [listing(each) for each in listing(facts.get("curve"))[:MOST_POINTS]]
+    return {
+        **named({key: each for key, each in facts.items() if key != "curve"}),
+        **{name: number(facts.get(name)) for name in ("before", "after", "seconds")},
+        "improved": facts.get("improved") is True,
+        "tokens": count(facts.get("tokens")),
+        "curve": [[count(p[0]), number(p[1])] for p in points if len(p) == 2],
+        "perplexity": [number(each) for each in listing(facts.get("perplexity"))[:2]],
+        "notes": lines(facts.get("notes")),
+    }
+
+
+def vocabulary(value: Any) -> dict[str, Any]:
+    """Read what a smaller vocabulary changes; empty if that is not known."""
+    facts = mapping(value)
+    found = record(facts, before=count, after=count, kind=text, kept_of_text=number)
+    if not found or not found["before"]:
+        return {}
+    read = {"alike_lines": count(facts.get("alike_lines")), "text": lines(facts.get("text"))[:20]}
+    read["tokens_per_byte"] = _pair(facts.get("tokens_per_byte"))
+    if auto := record(facts.get("auto"), judged_by=text, most_loss=number):
+        steps = listing(facts["auto"].get("curve"))[:MOST_POINTS]
+        read["auto"] = {**auto, "curve": [_step(listing(each)) for each in steps]}
+    if held_out := _held_out(facts.get("held_out")):
+        pruned = _held_out(mapping(facts["held_out"]).get("pruned"))
+        read["held_out"] = held_out | ({"pruned": pruned} if pruned else {})
+    return {**found, **read}
+
+
+def _held_out(value: Any) -> dict[str, Any]:
+    facts = mapping(value)
+    known = {name: number(facts.get(name)) for name in LIKENESS}
+    known |= {name: _pair(facts.get(name)) for name in PAIRS if name in facts}
+    return {name: each for name, each in known.items() if each is not None}
 
 
 def recipe(value: Any) -> Recipe | Mapping[str, Any]:
@@ -142,61 +180,15 @@ def _finite_or_inf(value: Any) -> float | None:
     return math.inf if value == "inf" else _at_least_zero(value)
 
 
-MOST_POINTS = 1000  # of the curve
-APART = "Errors, perplexity and divergence elsewhere in this report were measured before healing."
+def _step(values: list[Any]) -> list[float | None]:
+    """Read tokens, loss and tokens per byte of a size that was tried."""
+    found = [count(values[0]) if values else None, *map(_finite_or_inf, values[1:3])]
+    return found + [None] * (3 - len(found))
 
 
-def read_healing(value: Any) -> dict[str, Any]:
-    """Read the section; empty if the model was not healed."""
-    facts = mapping(value)
-    if not facts:
-        return {}
-    points = [listing(each) for each in listing(facts.get("curve"))[:MOST_POINTS]]
-    return {
-        **named({key: each for key, each in facts.items() if key != "curve"}),
-        "before": number(facts.get("before")),
-        "after": number(facts.get("after")),
-        "improved": facts.get("improved") is True,
-        "tokens": count(facts.get("tokens")),
-        "seconds": number(facts.get("seconds")),
-        "curve": [[count(p[0]), number(p[1])] for p in points if len(p) == 2],
-        "perplexity": [number(each) for each in listing(facts.get("perplexity"))[:2]],
-        "notes": [text(each) for each in listing(facts.get("notes"))[:MOST_POINTS]],
-    }
-
-
-def sentences(found: Mapping[str, Any]) -> list[str]:
-    """Return what healing did; nothing if the model was not healed."""
-    if not found:
-        return []
-    cost = f"{figure(found['tokens'], ',')} tokens and {figure(found['seconds'], '.0f')} s"
-    early = " (interrupted)" if found.get("interrupted") is True else ""
-    before, after = figure(found["before"], ".4g"), figure(found["after"], ".4g")
-    if found["improved"]:
-        said = [
-            f"Trained towards the dense model for {cost}{early}: held-out loss {before} → {after}."
-        ]
-    else:
-        said = [
-            f"Trained towards the dense model for {cost}{early}, without gain: the held-out loss "
-            f"never fell below {before}, so the weights are those before healing."
-        ]
-    perplexity = found.get("perplexity")
-    if perplexity:
-        values = " → ".join(figure(each, ".2f") for each in perplexity)
-        said.append(f"Perplexity on the evaluation text: {values}.")
-    return [*said, *found.get("notes", ())]
-
-
-def healing(found: Mapping[str, Any]) -> Table:
-    """Return the curve of the held-out loss and the settings."""
-    rows = [
-        (f"held-out loss after {figure(tokens, ',')} tokens", figure(loss, ".4g"))
-        for tokens, loss in found["curve"]
-    ]
-    apart = ("before", "after", "improved", "interrupted", "curve", "perplexity", "notes")
-    rows += [(key.replace("_", " "), text(each)) for key, each in found.items() if key not in apart]
-    return Table("Healing", ("", ""), rows, (0, 1), " ".join([*sentences(found), APART]))
+def _pair(value: Any) -> list[float | None]:
+    found = [number(each) for each in listing(value)[:2]]
+    return found + [None] * (2 - len(found))
 
 
 PARTS: dict[str, Callable[[Any], Any]] = {  # of a report, but for its sites
@@ -207,8 +199,8 @@ PARTS: dict[str, Callable[[Any], Any]] = {  # of a report, but for its sites
     "params": numbers,
     "latency": latency,
     "evaluation": evaluation,
-    "heal": read_healing,
-    "vocabulary": read_vocabulary,
+    "heal": healing,
+    "vocabulary": vocabulary,
     "seconds": numbers,
     "warnings": lines,
     "loading": lambda value: text(value, 1000),

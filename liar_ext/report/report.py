@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 import yaml
@@ -20,14 +21,10 @@ from liar_ext.checkpoint.names import RECIPE_YAML, REPORT_JSON, REPORT_MARKDOWN
 from liar_ext.errors import InputError
 from liar_ext.plan import Plan, kind_of
 from liar_ext.recipe import Recipe
-from liar_ext.report import reading, tables
-from liar_ext.report.card import method
-from liar_ext.report.html import render
-from liar_ext.report.reading import APART, healing, sentences
-from liar_ext.report.tables import Table, figure, in_markdown, plain, to_markdown
-from liar_ext.report.vocabulary import vocabulary, vocabulary_lines
+from liar_ext.report import reading, sections, tables
+from liar_ext.report.tables import Table, figure, plain, render
 from liar_ext.rows import SiteRow
-from liar_ext.untrusted import listing, read_object, text
+from liar_ext.untrusted import count, listing, read_object, text
 
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
@@ -46,15 +43,12 @@ class Report:
         Name or path of the model.
     budget, settings, versions : dict
         As asked for, and with which software.
-    sites : list of SiteRow
-        One per site.
-    hidden : list of SiteRow
-        One per place where hidden features are read, if the hidden size was pruned.
+    sites, hidden : list of SiteRow
+        One per site, and one per place where hidden features are read if their number was reduced.
     earlier : list of dict
         Of each job that had pruned the model before: ``budget``, and ``params`` before and after.
     grid : dict
-        The steps that sizes are counted in, and what that costs against single units; see
-        :func:`liar_ext.selection.curve_allocation.rounding`.
+        Steps of sizes and their cost, see :func:`liar_ext.selection.curve_allocation.rounding`.
     params : dict
         ``before``, ``after``, ``prunable_before``, ``prunable_after``.
     latency : dict
@@ -64,8 +58,7 @@ class Report:
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     heal : dict
-        What :func:`liar_ext.heal` returned, if the model was trained after pruning. All other
-        results are those before that.
+        Result of :func:`liar_ext.heal`. All other results are those before it.
     vocabulary : dict
         If tokens were removed: how many stay, which text decided, what that changed.
     seconds : dict
@@ -102,20 +95,21 @@ class Report:
 
     def __repr__(self) -> str:
         known = [plain(self.model)]
-        before, after = self.params.get("before"), self.params.get("after")
-        if before and after is not None:
-            known.append(f"{before:,} → {after:,} parameters")
-        dense, pruned = self.evaluation.get("dense"), self.evaluation.get("pruned")
-        if dense and pruned and "perplexity" in dense:
-            change = tables.quality(dense["perplexity"]), tables.quality(pruned["perplexity"])
-            known.append(f"perplexity {' → '.join(change)}")
+        if self._params:
+            known.append(f"{tables.arrow(',', *self._params)} parameters")
+        for name, *both in tables.measures(self.evaluation):
+            if name == "perplexity":
+                known.append(f"perplexity {' → '.join(map(tables.quality, both))}")
         return f"Report({', '.join([*known, f'{len(self.warnings)} warnings'])})"
 
     def _repr_html_(self) -> str:
         """Return sizes, warnings and, folded, the sites, which a notebook shows."""
-        parts = {"model": self.model, "warnings": self.warnings, "sizes": self.sizes()}
-        rows = tables.sites("Sites", self.sites[:MOST_SHOWN])
-        return render("notebook", **parts, sites=rows, count=f"{len(self.sites):,}")
+        return render(
+            "notebook.html",
+            report=self,
+            sites=sections.sites("Sites", self.sites[:MOST_SHOWN]),
+            count=f"{len(self.sites):,}",
+        )
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame with a row for each site, and the fields of its row.
@@ -155,8 +149,8 @@ class Report:
     def from_dict(cls, facts: Mapping[str, Any]) -> Report:
         """Read what :meth:`to_dict` gave, or a stranger has written.
 
-        Text is printable and of bounded length. What is missing, or no value of its kind, is None
-        or left out. More than 4,096 sites are cut, and a warning says so.
+        What is missing, or no value of its kind, is None or left out. More than 4,096 sites are
+        cut, and a warning says so.
         """
         cut, rows = [], {}
         for name, what in (("sites", "sites"), ("hidden", "places of hidden features")):
@@ -190,7 +184,13 @@ class Report:
 
     def sizes(self) -> Table:
         """Return what the model was and is."""
-        return tables.sizes(self.params, self.evaluation, self.latency, self.dtype)
+        return sections.sizes(self.params, self.evaluation, self.latency, self.dtype)
+
+    @property
+    def _params(self) -> tuple[int, int] | None:
+        """Parameters before and after; None unless both are known."""
+        before, after = self.params.get("before"), self.params.get("after")
+        return (before, after) if before and after is not None else None
 
     @property
     def loader(self) -> tuple[str, str] | None:
@@ -206,21 +206,18 @@ class Report:
     def verdict(self) -> Table:
         """Return in words what was removed, what that cost, and what needs attention."""
         quality, notes = tables.cost(self.evaluation), len(self.warnings)
-        before, after = self.params.get("before"), self.params.get("after")
-        known = before and after is not None
-        short = [f"{1 - after / before:.0%} smaller"] if known else []
+        short = [f"{1 - self._params[1] / self._params[0]:.0%} smaller"] if self._params else []
         warnings = f"{notes} warning{'s' * (notes > 1)}" if notes else "no warnings"
         short += [quality or "quality not measured", warnings]
-        rows = [("removed", self._removed())]
-        cut = [row for row in self.sites if row.is_pruned and row.holdout_error is not None]
-        if cut:
-            *_, worst = cut = sorted(cut, key=lambda row: row.holdout_error)
+        rows, worst = [("removed", self._removed())], self.worst_layer()
+        if worst is not None:
             layer, _, kind = worst.name.partition(".")
             name = f"{NAMES[kind]} of layer {layer}" if kind in NAMES else worst.name
+            errors = [row.holdout_error for row in self.sites if row.is_pruned]
             said = (
                 f"{name} keeps {worst.units_after:,} of {worst.units_before:,} units. Its relative "
                 f"error on held-out text is {worst.holdout_error:.1%}; the median layer has "
-                f"{cut[len(cut) // 2].holdout_error:.1%}."
+                f"{median_high(each for each in errors if each is not None):.1%}."
             )
             rows.append(("worst layer", said))
         todo = ["measure the quality: errors of layers don't show it"] * (not quality)
@@ -237,45 +234,41 @@ class Report:
                 share = lost / sum(row.units_before or 0 for row in rows)
                 found.append(f"{share:.0%} of the {words}")
         found += ["hidden features"] * bool(self.hidden)
-        if self.vocabulary:
-            found.append(
-                f"{1 - self.vocabulary['after'] / self.vocabulary['before']:.0%} of the tokens"
-            )
+        before, after = (self.vocabulary.get(when) for when in ("before", "after"))
+        found += [f"{1 - after / before:.0%} of the tokens"] if after != before else []
         return " and ".join(found) or "nothing"
 
     def tables(self) -> list[Table]:
         """Return all other tables, in the order of a page."""
-        found = [healing(self.heal)] if self.heal else []
-        found += [vocabulary(self.vocabulary)] if self.vocabulary else []
-        found += [tables.latency(self.latency)] if self.latency else []
-        found += [tables.grid(self.grid)] if self.grid else []
-        found += [tables.sites("Sites", self.sites)] if self.sites else []
-        found += [tables.sites("Hidden features", self.hidden)] if self.hidden else []
+        parts = (
+            (sections.healing, self.heal),
+            (sections.vocabulary, self.vocabulary),
+            (sections.vocabulary_sizes, self.vocabulary.get("auto")),
+            (sections.latency, self.latency),
+            (sections.grid, self.grid),
+        )
+        found = [table(part) for table, part in parts if part]
+        rows = {"Sites": self.sites, "Hidden features": self.hidden}
+        found += [sections.sites(title, some) for title, some in rows.items() if some]
         choices, settings = self.choices, self.settings
         if choices:
             repeat = f"Repeat the job by `liar prune --recipe {RECIPE_YAML} --out DIR`."
-            found.append(tables.facts("Recipe", choices, repeat))
+            found.append(sections.facts("Recipe", choices, repeat))
             settings = {key: value for key, value in settings.items() if key not in choices}
         else:
-            found.append(tables.facts("Budget", self.budget))
-        jobs = {f"job {at}": tables.earlier_job(job) for at, job in enumerate(self.earlier, 1)}
+            found.append(sections.facts("Budget", self.budget))
+        jobs = {f"job {at}": sections.earlier_job(job) for at, job in enumerate(self.earlier, 1)}
         found += [
-            tables.facts("Found" if choices else "Settings", settings),
-            tables.facts("Pruned before", jobs),
-            tables.facts("Seconds", {key: figure(s, ".1f") for key, s in self.seconds.items()}),
-            tables.facts("Versions", self.versions),
+            sections.facts("Found" if choices else "Settings", settings),
+            sections.facts("Pruned before", jobs),
+            sections.facts("Seconds", {key: figure(s, ".1f") for key, s in self.seconds.items()}),
+            sections.facts("Versions", self.versions),
         ]
         return [table for table in found if table.rows]
 
     def to_markdown(self) -> str:
         """Return the report as Markdown for a person."""
-        lines = [f"# Pruning report: {in_markdown(self.model)}", "", *to_markdown(self.verdict())]
-        lines += ["", *to_markdown(self.sizes())]
-        lines += ["", in_markdown(self.loading)] if self.loading else []
-        lines += self._warnings("Warnings")
-        for table in self.tables():
-            lines += ["", f"## {table.title}", "", *to_markdown(table)]
-        return "\n".join(lines) + "\n"
+        return render("report.md", report=self)
 
     def worst_layer(self, error: str = "holdout_error") -> SiteRow | None:
         """Return the pruned site whose error of that name is the largest, if one has it."""
@@ -284,8 +277,8 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return what came out in a few lines of text: sizes, quality, errors."""
-        lines = [f"Pruned before: {tables.earlier_job(job)}" for job in self.earlier]
-        for title, part in tables.SIZES.items():
+        lines = [f"Pruned before: {sections.earlier_job(job)}" for job in self.earlier]
+        for title, part in sections.SIZES.items():
             before, after = self.params.get(f"{part}before"), self.params.get(f"{part}after")
             if before and after is not None:
                 lines.append(f"{title:20} {before:>15,} → {after:>15,}  ({after / before:.1%})")
@@ -300,10 +293,13 @@ class Report:
                 f"model, over {figure(certified.get('rows'), ',')} outputs that no decision has "
                 "seen"
             )
-        lines += [f"{'latency':20} {line}" for line in tables.latency_lines(self.latency)]
-        lines += [f"{'sizes':20} {line}" for line in tables.grid_lines(self.grid)]
-        lines += [f"{'vocabulary':20} {line}" for line in vocabulary_lines(self.vocabulary)]
-        lines += [f"{'healing':20} {line}" for line in sentences(self.heal)]
+        parts = {
+            "latency": sections.latency_lines(self.latency),
+            "sizes": sections.grid_lines(self.grid),
+            "vocabulary": sections.vocabulary_lines(self.vocabulary),
+            "healing": sections.healing_lines(self.heal),
+        }
+        lines += [f"{title:20} {line}" for title, part in parts.items() for line in part]
         for name, title, said in (
             ("holdout_error", "worst layer", "relative error on held-out text"),
             ("certified_error", "", "(certified)"),
@@ -327,33 +323,17 @@ class Report:
             **({"license": license_name} if license_name else {}),
             "tags": ["pruned", "structured-pruning", "liar"],
         }
-        lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
-        lines += [f"# {plain(path.name or self.model)}, pruned", ""]
-        again = "" if self.heal.get("improved") else " without retraining"
-        lines += [
-            *method(self, again),
-            *(
-                ("", "Healed after that. " + plain(" ".join([*sentences(self.heal), APART])))
-                if self.heal
-                else ()
-            ),
-            *("", *to_markdown(self.verdict()), "", *to_markdown(self.sizes())),
-            *("", "## How to load", ""),
-            in_markdown(self.loading) or "With `liar_ext.load_pruned(folder)`.",
-            "",
-            "`liar verify FOLDER` reloads it and compares its outputs with the saved ones.",
-            *self._warnings("What to know"),
-            "",
-            "Every number of the job is in `liar/report.md`, every choice in",
-            "`liar/recipe.yaml`: `liar prune --recipe liar/recipe.yaml` repeats it."
-            if self.choices.get("calibration")
-            else "`liar/recipe.yaml`, but for the calibration text, which was given in Python.",
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _warnings(self, title: str) -> list[str]:
-        lines = [f"- {plain(warning)}" for warning in self.warnings]
-        return ["", f"## {title}", "", *lines] if lines else []
+        known, healed = {**self.choices, **self.settings}, sections.healing_lines(self.heal)
+        return render(
+            "card.md",
+            report=self,
+            front=yaml.safe_dump(front, sort_keys=False).strip(),
+            name=path.name or self.model,
+            known=known,
+            tokens=count(known.get("calibration_tokens")) or 0,
+            vocabulary=" ".join(sections.vocabulary_lines(self.vocabulary)),
+            healed=" ".join(["Healed after that.", *healed, sections.APART]) if healed else "",
+        )
 
 
 def versions() -> dict[str, str]:

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, equal_config
-from liar_ext.models.family import Family, Part
+from liar_ext.models.family import Family
 from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.suggest.instance import Instance, build
-from liar_ext.suggest.numbers import registered
-from liar_ext.suggest.proof import equal_plan, tells_sizes, wirings_of
+from liar_ext.suggest.proof import some_plan
+from liar_ext.suggest.rows import KINDS, kinds_of, registered, rewired, tells_sizes
 
 # Fields that may hold None where the class derives the size from others.
 DERIVED = {
@@ -26,75 +26,44 @@ DERIVED = {
     "features": re.compile(r"\w*(inner|ffn|intermediate)\w*"),
 }
 OTHER = {"heads": 2, "kv_heads": 1, "head_dim": 24, "features": 36}
-KINDS = {"attn": "heads", "mlp": "channels"}
 
 
 def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict[str, str]]:
     """Return a row with the config fields that express equal layers, and why there are none.
 
     The proof of a field is that the stock class, built with it, has the shapes of a model that was
-    sliced. It holds the size in the config of every instance.
+    sliced. It holds the size in the config of every instance. Of a row of several parts these are
+    the fields that all of them follow together, and are looked for where some part has none.
     """
-    model = instances[0].model
-    family = replace(family, config=_part_of(model, family))
-    reasons = {}
-    for kind, units in KINDS.items():
-        wiring = getattr(family, kind)
-        if wiring is None:
+    model, reasons = instances[0].model, {}
+    if not family.parts:
+        family = replace(family, config=_part_of(model, family))
+    for kind in kinds_of(family):
+        if tells_sizes(family, kind):
             continue
         fields, others = _fields_of(instances, family, kind)
-        trials = (
-            replace(family, **{kind: replace(wiring, config=chosen)}) for chosen in _choices(fields)
-        )
+        trials = (rewired(family, kind, config=chosen) for chosen in _choices(fields))
         family = next((trial for trial in trials if _expresses(model, trial, kind)), family)
-        if not tells_sizes(family, kind):
-            reasons[kind] = f"no config field builds fewer {units} in the blocks alone"
-            if fields:
-                names = " and ".join(fields)
-                reasons[kind] = f"{units}: {names} can't build fewer of the same size"
-            elif others:
-                reasons[kind] = f"{units}: {', '.join(others)} changes other layers as well"
+        if tells_sizes(family, kind):
+            continue
+        reasons[kind] = f"no config field builds fewer {KINDS[kind]} in the blocks alone"
+        if fields:
+            said = f"{' and '.join(fields)} can't build fewer of the same size"
+            reasons[kind] = f"{KINDS[kind]}: {said}"
+        elif others:
+            said = f"{', '.join(others)} changes other layers as well"
+            reasons[kind] = f"{KINDS[kind]}: {said}"
     return family, reasons
-
-
-def with_shared_config(instances: list[Instance], family: Family) -> Family:
-    """Return a row of several parts with the config fields that all of them follow together.
-
-    They are looked for where some part has none by itself.
-    """
-    model = instances[0].model
-    for kind in KINDS:
-        if not tells_sizes(family, kind) and wirings_of(family, kind):
-            fields, _ = _fields_of(instances, family, kind)
-            trials = (_configured(family, kind, chosen) for chosen in _choices(fields))
-            family = next((trial for trial in trials if _expresses(model, trial, kind)), family)
-    return family
-
-
-def _configured(family: Family, kind: str, fields: dict[str, str]) -> Family:
-    """Return a row whose sites of a kind follow some config fields, in all its parts."""
-
-    def part(each: Part) -> Part:
-        names = ("attn", "cross_attn") if kind == "attn" else (kind,)
-        there = {name: getattr(each, name) for name in names if getattr(each, name) is not None}
-        return replace(each, **{name: replace(w, config=fields) for name, w in there.items()})
-
-    return replace(family, parts=tuple(map(part, family.parts)))
 
 
 def with_bias_flags(instance: Instance, family: Family) -> Family:
     """Return a row with the config fields that give a bias to all layers of a site."""
-    model = instance.model
+    model, biases = instance.model, {}
     with registered(family):
-        biases = {
-            kind: {
-                f"{site.path}.{layer}.bias"
-                for site in sites(model, (kind,))
-                for layer in site.wiring.layers
-            }
-            for kind in KINDS
-            if getattr(family, kind) is not None
-        }
+        for kind in kinds_of(family):
+            at = sites(model, (kind,))
+            layers = {f"{site.path}.{layer}" for site in at for layer in site.wiring.layers}
+            biases[kind] = {f"{layer}.bias" for layer in layers}
     own = block_config(family, model.config).to_dict()
     for name in (n for n, value in own.items() if "bias" in n and isinstance(value, bool)):
         built = _build(model, family, name, not own[name])
@@ -104,7 +73,7 @@ def with_bias_flags(instance: Instance, family: Family) -> Family:
         given = [kind for kind, each in biases.items() if each <= changed]
         if given and changed == set().union(*(biases[kind] for kind in given)):
             for kind in given:
-                family = replace(family, **{kind: replace(getattr(family, kind), bias_flag=name)})
+                family = rewired(family, kind, bias_flag=name)
     return family
 
 
@@ -141,10 +110,10 @@ def _fields_of(
     model = instances[0].model
     with registered(family):
         sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
-        found_sites = sites(model, (kind,))
-    own = tuple(f"{s.path}.{layer}." for s in found_sites for layer in s.wiring.layers)
-    own += tuple(f"{s.path}.{name}" for s in found_sites for name in s.wiring.per_head)
-    blocks = tuple(f"{s.path}." for s in found_sites)
+        at = sites(model, (kind,))
+    blocks = tuple(f"{site.path}." for site in at)
+    own = tuple(f"{site.path}.{layer}." for site in at for layer in site.wiring.layers)
+    own += tuple(f"{site.path}.{name}" for site in at for name in site.wiring.per_head)
     configs = [block_config(family, each.model.config).to_dict() for each in instances]
     before = _shapes(build(type(model), model.config, "meta"))
     found: dict[str, str] = {}
@@ -191,7 +160,7 @@ def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     """Tell whether the stock class, built by the fields of a row, has the sliced shapes."""
     model = copy.deepcopy(model)
     with registered(family):
-        apply_plan(model, equal_plan(model, (kind,)))
+        apply_plan(model, some_plan(model, (kind,), equal=True))
         try:
             return equal_config(model, dense_config(model.config)) is not None
         except Exception:  # a stranger's class and config have rules of their own

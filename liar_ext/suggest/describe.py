@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice, product
-from typing import Any
 
 from torch import nn
 
 from liar_ext.models.family import Family
 from liar_ext.models.running import blocks_of
+from liar_ext.models.sites import CROSS
 from liar_ext.suggest.config_fields import with_bias_flags, with_config
 from liar_ext.suggest.instance import Instance, Refused, Tried
-from liar_ext.suggest.numbers import KINDS, Meanings, with_head_dim, with_numbers, with_per_head
+from liar_ext.suggest.numbers import Meanings, with_head_dim, with_numbers, with_per_head
 from liar_ext.suggest.proof import prove
-from liar_ext.suggest.trace import Blocks, Trace
-from liar_ext.suggest.wiring import Found, input_by_head
+from liar_ext.suggest.rows import KINDS, kinds_of, rewired
+from liar_ext.suggest.stacks import Blocks
+from liar_ext.suggest.trace import Trace
+from liar_ext.suggest.wiring import Found, find_sites
 
 MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
 
@@ -31,55 +33,75 @@ class Described:
     notes: list[str] = field(default_factory=list)
 
 
-def describe(
-    tried: Tried,
-    name: str,
-    blocks: Blocks,
-    trace: Trace,
-    found: Mapping[str, Found],
-    missing: Mapping[str, str],
-    apart: Found | None = None,
-) -> Described:
-    """Return the proved row of a stack of blocks, with config fields, by what was found.
+class Stack:
+    """A list of blocks, with what was found in a block of it."""
 
-    ``apart`` is another attention of the block, whose numbers are its own.
+    def __init__(self, tried: Tried, name: str, blocks: Blocks) -> None:
+        self.tried, self.name, self.blocks = tried, name, blocks
+        self.trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
+        self.found, self.missing = find_sites(self.trace)
 
-    Raises
-    ------
-    Refused
-        If neither attention nor MLP can be described.
-    """
-    missing, ran = dict(missing), trace.ran
-    if apart is not None:
-        home = _home(apart)
-        ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
-    wirings = {kind: found[kind].wiring for kind in KINDS if kind in found}
-    family = Family(name=name, blocks=blocks.path, **wirings)
-    family, notes = _fitting_every_block(tried, family, missing)
-    if family.attn is not None:
-        site, first = found["attn"], blocks.calls[0].module
+    def own(self) -> Described:
+        """Return the proved row of its attention and MLP, with config fields.
+
+        Raises
+        ------
+        Refused
+            If neither can be described.
+        """
+        own = {kind: site for kind, site in self.found.items() if kind != CROSS}
+        return self._describe(own, dict(self.missing), self.found.get(CROSS))
+
+    def cross(self) -> Described:
+        """Return the row of the attention to another stack alone, or one that says why not."""
+        if CROSS not in self.found:
+            why = f": {self.missing['attn']}" if "attn" in self.missing else ""
+            raise Refused(
+                f"no attention of {self.blocks.path} that a row can name reads the encoder{why}"
+            )
         try:
-            family = with_head_dim(family, tried.models, site.head_dim, ran)
-            head_input = input_by_head(trace, site.wiring.consumer, site.heads, first)
-            family = replace(family, attn=replace(family.attn, head_input=head_input))
+            return self._describe({"attn": self.found[CROSS]}, {}, self.found.get("attn"))
         except Refused as error:
-            missing["attn"] = str(error)
-            family = replace(family, attn=None)
-    if family.attn is None and family.mlp is None:
-        raise Refused("; ".join(f"{kind}: {missing[kind]}" for kind in KINDS if kind in missing))
-    family = with_per_head(family, tried.models)
-    family, unclear, at_hand = with_numbers(family, tried.models, ran)
-    family, proved = _settle(tried.instances, family, unclear, at_hand, missing)
-    if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
-        notes.append("one key for all heads: whether a weight is stacked by group can't be seen")
-    left = [path for path in unclear if not any(path in w.numbers for w in _wirings(family))]
-    if left:
-        notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
-    family, no_config = with_config(tried.instances, family)
-    family = with_bias_flags(tried.instances[0], family)
-    if no_config:
-        missing["stock"] = "; ".join(no_config.values())
-    return Described(family, proved, missing, notes)
+            return Described(Family(self.name), missing={"attn": str(error)})
+
+    def _describe(
+        self, found: Mapping[str, Found], missing: dict[str, str], apart: Found | None
+    ) -> Described:
+        """Return the row of some sites; ``apart`` is another attention, with numbers of its own."""
+        tried, ran = self.tried, self.trace.ran
+        if apart is not None:
+            home = _home(apart)
+            ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
+        wirings = {kind: site.wiring for kind, site in found.items()}
+        family = Family(name=self.name, blocks=self.blocks.path, **wirings)
+        family, notes = _fitting_every_block(tried, family, missing)
+        if family.attn is not None:
+            site, first = found["attn"], self.blocks.calls[0].module
+            try:
+                family = with_head_dim(family, tried.models, site.head_dim, ran)
+                head_input = self.trace.input_by_head(site.wiring.consumer, site.heads, first)
+                family = rewired(family, "attn", head_input=head_input)
+            except Refused as error:
+                missing["attn"] = str(error)
+                family = replace(family, attn=None)
+        if not kinds_of(family):
+            reasons = [f"{kind}: {missing[kind]}" for kind in KINDS if kind in missing]
+            raise Refused("; ".join(reasons))
+        family = with_per_head(family, tried.models)
+        family, unclear, at_hand = with_numbers(family, tried.models, ran)
+        family, proved = _settle(tried.instances, family, unclear, at_hand, missing)
+        if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
+            notes.append(
+                "one key for all heads: whether a weight is stacked by group can't be seen"
+            )
+        known = {path for kind in kinds_of(family) for path in getattr(family, kind).numbers}
+        if left := [path for path in unclear if path not in known]:
+            notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
+        family, no_config = with_config(tried.instances, family)
+        family = with_bias_flags(tried.instances[0], family)
+        if no_config:
+            missing["stock"] = "; ".join(no_config.values())
+        return Described(family, proved, missing, notes)
 
 
 def _home(site: Found) -> str:
@@ -88,10 +110,6 @@ def _home(site: Found) -> str:
     while first and any(names[: len(first)] != first for names in others):
         first = first[:-1]
     return ".".join(first) or "."
-
-
-def _wirings(family: Family) -> list[Any]:
-    return [getattr(family, kind) for kind in KINDS if getattr(family, kind) is not None]
 
 
 def _fitting_every_block(
@@ -130,7 +148,7 @@ def _settle(
     is added to ``missing``.
     """
     reasons: list[str] = []
-    for other in (None, "attn", "mlp") if len(_wirings(family)) == 2 else (None,):
+    for other in (None, *KINDS) if len(kinds_of(family)) == 2 else (None,):
         row = family if other is None else replace(family, **{other: None})
         for trial in _trials(row, unclear, at_hand):
             try:
@@ -148,24 +166,15 @@ def _trials(family: Family, unclear: Meanings, at_hand: Meanings) -> Iterator[Fa
 
     Numbers of the config come last: mostly no forward reads them.
     """
-    kinds = [kind for kind in KINDS if getattr(family, kind) is not None]
-    options = {
-        path: [None, *(each for each in meanings if each[0] in kinds)]
+    kinds = kinds_of(family)
+    options = [
+        [None, *((path, kind, size) for kind, size in meanings if kind in kinds)]
         for path, meanings in {**unclear, **at_hand}.items()
-    }
-
-    def meant(choice: tuple[tuple[str, str] | None, ...]) -> list[tuple[str, tuple[str, str]]]:
-        return [(path, each) for path, each in zip(options, choice, strict=True) if each]
-
-    def cost(choice: tuple[tuple[str, str] | None, ...]) -> tuple[int, int]:
-        taken = meant(choice)
-        return sum(path in at_hand for path, _ in taken), len(taken)
-
-    choices = islice(product(*options.values()), MOST_CHOICES)
-    for choice in sorted(choices, key=cost)[:MOST_TRIALS]:
+    ]
+    choices = [list(filter(None, each)) for each in islice(product(*options), MOST_CHOICES)]
+    choices.sort(key=lambda meant: (sum(path in at_hand for path, _, _ in meant), len(meant)))
+    for meant in choices[:MOST_TRIALS]:
         row = family
-        for path, (kind, size) in meant(choice):
-            wiring = getattr(row, kind)
-            numbers = {**wiring.numbers, path: size}
-            row = replace(row, **{kind: replace(wiring, numbers=numbers)})
+        for path, kind, size in meant:
+            row = rewired(row, kind, numbers={**getattr(row, kind).numbers, path: size})
         yield row

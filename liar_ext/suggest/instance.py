@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -36,14 +36,8 @@ class Instance(NamedTuple):
 class Tried(NamedTuple):
     """The tiny models that a row is read from and proved on.
 
-    Parameters
-    ----------
-    instances : list of Instance
-        One, or two of sizes that differ.
-    models : list of nn.Module
-        Those of the instances, or the one and variants of it without weights.
-    whole : nn.Module or None
-        A model with all blocks, and without weights; None if none can be built.
+    ``instances`` is one, or two of sizes that differ; ``models`` are theirs, or the one and
+    variants of it without weights; ``whole`` has all blocks and no weights, or is None.
     """
 
     instances: list[Instance]
@@ -60,15 +54,37 @@ def prepare(model_class: type[nn.Module], config: Any) -> Tried:
         If none can be built and run.
     """
     first = make_instance(model_class, config)
-    second = _second(model_class, config, first)
-    instances = [first] if second is None else [first, second]
-    models = [each.model for each in instances] + ([] if second else _variants(first))
-    whole = None
-    for make in tall(config):
-        with suppress(Exception):  # a stranger's class and config have rules of their own
-            whole = build(model_class, make(), "meta")
+    shapes = [parameter.shape for parameter in first.model.parameters()]
+    others = _possible(lambda make: _instance(model_class, make()), seconds(config))
+    instances = [first]
+    for other in others:
+        if shapes != [parameter.shape for parameter in other.model.parameters()]:
+            instances.append(other)
             break
-    return Tried(instances, models, whole)
+    models = [each.model for each in instances]
+    if len(models) == 1:  # then these tell numbers apart where no name of a field says what it is
+        fields = first.model.config.to_dict()
+        names = [name for name, value in fields.items() if type(value) is int and value > 1]
+        models += _possible(lambda name: _doubled(first.model, name), names[:MOST_VARIANTS])
+    whole = _possible(lambda make: build(model_class, make(), "meta"), tall(config))
+    return Tried(instances, models, next(whole, None))
+
+
+def _possible(make: Callable[[Any], Any], options: Iterable[Any]) -> Iterator[Any]:
+    """Yield what is made of options, but for what the rules of a class or config refuse."""
+    for option in options:
+        made = None
+        with suppress(Exception), quiet():
+            made = make(option)
+        if made is not None:
+            yield made
+
+
+def _doubled(model: nn.Module, name: str) -> nn.Module:
+    """Return a model without weights in which one integer of the config is twice as large."""
+    config = copy.deepcopy(model.config)
+    setattr(config, name, 2 * getattr(config, name))
+    return build(type(model), config, "meta")
 
 
 def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
@@ -88,7 +104,7 @@ def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
                 if version.to_dict() in tried:
                     continue
                 tried.append(version.to_dict())
-                found = _instance(build(model_class, version, "cpu"))
+                found = _instance(model_class, version)
         except Refused as error:
             reasons.append(str(error))
         except Exception as error:  # whatever a stranger's code raises
@@ -103,40 +119,15 @@ def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
     raise Refused(f"no tiny instance could be built and run ({reasons[0]})")
 
 
-def _second(model_class: type[nn.Module], config: Any, first: Instance) -> Instance | None:
-    """Return an instance of other sizes than the first, or None if there is none."""
-    shapes = [parameter.shape for parameter in first.model.parameters()]
-    for make in seconds(config):
-        with suppress(Exception), quiet():  # a class and a config have rules of their own
-            found = _instance(build(model_class, make(), "cpu"))
-            if shapes != [parameter.shape for parameter in found.model.parameters()]:
-                return found
-    return None
-
-
-def _variants(first: Instance) -> list[nn.Module]:
-    """Return models without weights in which one integer of the config is twice as large.
-
-    They tell numbers apart where no field has a name that says what it is.
-    """
-    config, found = first.model.config, []
-    names = [n for n, value in config.to_dict().items() if type(value) is int and value > 1]
-    for name in names[:MOST_VARIANTS]:
-        changed = copy.deepcopy(config)
-        with suppress(Exception), quiet():  # a class and a config have rules of their own
-            setattr(changed, name, 2 * getattr(config, name))
-            found.append(build(type(first.model), changed, "meta"))
-    return found
-
-
-def _instance(model: nn.Module) -> Instance:
+def _instance(model_class: type[nn.Module], config: Any) -> Instance:
+    model = build(model_class, config, "cpu")
     found = Instance(model, _inputs(model))
     outputs(found)
     return found
 
 
 def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
-    """Return a model, with random weights in float64, unless it is too large.
+    """Return a model of a config, with random weights in float64.
 
     Raises
     ------

@@ -2,97 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass, replace
-from typing import Any
+from collections.abc import Collection
 
 from torch import nn
 
 from liar_ext.models.family import Family
-from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import blocks_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.suggest.instance import Refused
-
-WIDTH = 88
-
-
-@contextmanager
-def registered(family: Family) -> Iterator[None]:
-    """Have a row in the table while the context is open."""
-    before = FAMILIES.get(family.name)
-    FAMILIES[family.name] = family
-    try:
-        yield
-    finally:
-        if before is None:
-            FAMILIES.pop(family.name, None)
-        else:
-            FAMILIES[family.name] = before
-
-
-def code(family: Family) -> str:
-    """Return Python code that registers a row."""
-    words: set[str] = set()
-    text = _write(family, words, "    ")
-    return (
-        "from liar_ext import register_family\n"
-        f"from liar_ext.models.family import {', '.join(sorted(words))}\n\n"
-        f"register_family(\n    {text}\n)\n"
-    )
-
-
-def _write(value: Any, words: set[str], indent: str | None, taken: int = 0) -> str:
-    """Return a value as code; on one line if it fits, or always without an indent.
-
-    The classes that it is made of are added to ``words``.
-    """
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # double quotes; newlines are escaped
-    if value is None or isinstance(value, int | float):
-        return repr(value)
-    brackets, items = "()", [("", each) for each in value] if type(value) in (tuple, list) else []
-    if isinstance(value, Mapping):
-        brackets, items = "{}", [(f"{json.dumps(key)}: ", each) for key, each in value.items()]
-    head = ""
-    if is_dataclass(value) or hasattr(value, "_fields"):
-        head, items = type(value).__name__, _set_fields(value)
-        words.add(head)
-    line = ", ".join(label + _write(each, words, None) for label, each in items)
-    line += "," * (type(value) in (tuple, list) and len(items) == 1)
-    line = head + brackets[0] + line + brackets[1]
-    if indent is None or len(indent) + taken + len(line) < WIDTH:
-        return line
-    deeper = indent + "    "
-    body = "".join(
-        f"{deeper}{label}{_write(each, words, deeper, len(label))},\n" for label, each in items
-    )
-    return f"{head}{brackets[0]}\n{body}{indent}{brackets[1]}"
-
-
-def _set_fields(value: Any) -> list[tuple[str, Any]]:
-    """Return label and value of the fields that aren't as they are by default."""
-    if is_dataclass(value):
-        defaults = {
-            each.name: each.default if each.default_factory is MISSING else each.default_factory()
-            for each in fields(value)
-        }
-        labels = {name: f"{name}=" for name in defaults}
-    else:
-        defaults = value._field_defaults
-        labels = {name: f"{name}=" if name in defaults else "" for name in value._fields}
-    return [
-        (label, getattr(value, name))
-        for name, label in labels.items()
-        if defaults.get(name, MISSING) != getattr(value, name)
-    ]
-
+from liar_ext.suggest.rows import kinds_of, registered, rewired
 
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
-KINDS = ("attn", "mlp")
 HEAD = re.compile(r"head_?(dim|size|width)|attention_head_size|\w*head_dim|d_head|dim_head")
 Numbers = dict[str, tuple[int, ...]]
 Meanings = dict[str, list[tuple[str, str]]]  # of an integer: kinds of site, and sizes of them
@@ -110,7 +31,7 @@ def with_head_dim(
     """
     numbers = _integers(models, family, ran)
     equal = [path for path, values in numbers.items() if values[0] == head_dim]
-    fitting = [path for path in equal if _fits(family, path, models)]
+    fitting = [path for path in equal if _fits(rewired(family, "attn", head_dim=path), models)]
     named = [path for path in fitting if HEAD.fullmatch(path.rpartition(".")[2])]
     chosen = named or fitting
     if not chosen:
@@ -120,7 +41,7 @@ def with_head_dim(
             f"any of {', '.join(chosen[:4])} may be the size of a head, {head_dim}; a config with "
             "sizes that differ from one another would tell"
         )
-    return replace(family, attn=replace(family.attn, head_dim=chosen[0]))
+    return rewired(family, "attn", head_dim=chosen[0])
 
 
 def with_numbers(
@@ -145,7 +66,7 @@ def with_numbers(
         elif fitting:
             unclear[path] = fitting
     for kind, each in chosen.items():
-        family = replace(family, **{kind: replace(getattr(family, kind), numbers=each)})
+        family = rewired(family, kind, numbers=each)
     at_hand = {
         path: fitting
         for path, values in _config_numbers(models, family).items()
@@ -168,20 +89,23 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
         and all(name in block and block[name].ndim == 1 for block in blocks)
         and tuple(len(block[name]) for block in blocks) == heads
     ]
-    return replace(family, attn=replace(family.attn, per_head=tuple(found)))
+    return rewired(family, "attn", per_head=tuple(found))
 
 
 def _sites(family: Family, models: list[nn.Module]) -> dict[str, list[Site]]:
     """Return the sites of one block, by kind, of each of some models."""
+
+    def one(model: nn.Module, kind: str) -> Site:
+        found = sites(model, (kind,))
+        return found[min(BLOCK, len(found) - 1)]
+
     with registered(family):
-        every = {
-            kind: [sites(model, (kind,)) for model in models]
-            for kind in KINDS
-            if getattr(family, kind) is not None
-        }
-    return {
-        kind: [found[min(BLOCK, len(found) - 1)] for found in each] for kind, each in every.items()
-    }
+        return {kind: [one(model, kind) for model in models] for kind in kinds_of(family)}
+
+
+def _block(model: nn.Module, family: Family) -> nn.Module:
+    blocks = [block for _, block in blocks_of(model, family)]
+    return blocks[min(BLOCK, len(blocks) - 1)]
 
 
 def _integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> Numbers:
@@ -191,24 +115,40 @@ def _integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> 
     """
     found: list[dict[str, int]] = []
     for model in models:
-        values = {}
+        found.append({})
         for path, module in _block(model, family).named_modules():
             weight = module._parameters.get("weight")
-            if path not in ran or (weight is not None and weight.ndim == 2):
-                continue
-            for name, value in vars(module).items():
-                if type(value) is int and name[0] != "_":
-                    values[f"{path}.{name}" if path else name] = value
-        found.append(values)
-    everywhere = [path for path in found[0] if all(path in values for values in found)]
-    return {path: tuple(values[path] for values in found) for path in everywhere}
+            if path in ran and (weight is None or weight.ndim != 2):
+                numbers = {n: v for n, v in vars(module).items() if type(v) is int and n[0] != "_"}
+                found[-1] |= {f"{path}.{n}" if path else n: v for n, v in numbers.items()}
+    return _in_all(found)
 
 
-def _fits(family: Family, path: str, models: list[nn.Module]) -> bool:
-    """Tell whether all models have whole heads of the size that an integer says."""
-    trial = replace(family, attn=replace(family.attn, head_dim=path))
+def _in_all(found: list[dict[str, int]]) -> Numbers:
+    """Return the integers that all have, each with its values."""
+    there = [path for path in found[0] if all(type(each.get(path)) is int for each in found)]
+    return {path: tuple(each[path] for each in found) for path in there}
+
+
+def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
+    """Return the integers of the config that the module around each consumer keeps."""
+    numbers: Numbers = {}
+    for wiring in filter(None, (family.attn, family.mlp)):
+        path = wiring.consumer
+        while path := path.rpartition(".")[0]:
+            owners = [_block(model, family).get_submodule(path) for model in models]
+            configs = [getattr(owner, "config", None) for owner in owners]
+            if None not in configs:
+                found = _in_all([config.to_dict() for config in configs])
+                numbers |= {f"{path}.config.{name}": values for name, values in found.items()}
+                break
+    return numbers
+
+
+def _fits(family: Family, models: list[nn.Module]) -> bool:
+    """Tell whether all models have whole heads of the size that a row finds."""
     try:
-        with registered(trial):
+        with registered(family):
             found = [site for model in models for site in sites(model, ("attn",))]
     except (ValueError, ZeroDivisionError, RuntimeError):
         return False
@@ -230,26 +170,3 @@ def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tup
     if ("attn", "heads") in fitting:  # as many in all models, where none or all heads share a key
         fitting = [each for each in fitting if each[1] not in ("kv_heads", "group_size")]
     return [] if set(values) == {1} else fitting
-
-
-def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
-    """Return the integers of the config that the module around each consumer keeps."""
-    numbers: Numbers = {}
-    for wiring in filter(None, (family.attn, family.mlp)):
-        path = wiring.consumer
-        while path := path.rpartition(".")[0]:
-            owners = [_block(model, family).get_submodule(path) for model in models]
-            configs = [getattr(owner, "config", None) for owner in owners]
-            if None not in configs:
-                fields = [config.to_dict() for config in configs]
-                for name in fields[0]:
-                    values = tuple(each.get(name) for each in fields)
-                    if all(type(value) is int for value in values):
-                        numbers[f"{path}.config.{name}"] = values
-                break
-    return numbers
-
-
-def _block(model: nn.Module, family: Family) -> nn.Module:
-    blocks = [block for _, block in blocks_of(model, family)]
-    return blocks[min(BLOCK, len(blocks) - 1)]

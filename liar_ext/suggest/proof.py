@@ -17,12 +17,12 @@ from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import in_transformers
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.family import Family, Wiring
+from liar_ext.models.family import Family
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.instance import Instance, Refused, make_plain, outputs
-from liar_ext.suggest.numbers import registered
+from liar_ext.suggest.rows import kinds_of, registered, tells_sizes
 
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype
 NOTICED = 1e-4  # by which zeroing must change the outputs, so that the comparison can fail
@@ -41,7 +41,7 @@ def prove(instances: Sequence[Instance], family: Family) -> list[str]:
         for instance, attention in product(instances, ("eager", "sdpa")):
             if attention == "sdpa" and not _has_sdpa(instance.model):
                 continue
-            for kinds, unit in _combinations(instance.model, family):
+            for kinds, unit in _combinations(instance.model, kinds_of(family)):
                 error = _compare(instance, kinds, unit, attention)
                 name = " and ".join(kinds) + (f" by {unit}" if "attn" in kinds else "")
                 done[name] = max(error, done.get(name, 0.0))
@@ -58,34 +58,27 @@ def prove_folders(instance: Instance, family: Family) -> list[str]:
     Refused
         If one doesn't.
     """
-    said, model = [], instance.model
-    kinds = [kind for kind in _kinds(family) if tells_sizes(family, kind)]
+    said, stock = [], type(instance.model)
+    kinds = [kind for kind in kinds_of(family) if tells_sizes(family, kind)]
     with registered(family), tempfile.TemporaryDirectory() as folder, quiet():
         if kinds:
-            loaded = _saved(instance, equal_plan(model, kinds), Path(folder) / "equal")
-            said.append(f"equal layers of {' and '.join(kinds)} load in {loaded}")
-        if in_transformers(type(model)):
-            plan = _plan(model, _kinds(family), _unit_of(model))
-            loaded = _saved(instance, plan, Path(folder) / "unequal", ours=True)
-            said.append(f"unequal layers load by {loaded}")
+            plan = some_plan(instance.model, kinds, equal=True)
+            _check_folder(instance, plan, Path(folder) / "equal", stock.from_pretrained)
+            by = f"{stock.__name__}.from_pretrained"
+            said.append(f"equal layers of {' and '.join(kinds)} load in {by}")
+        if in_transformers(stock):
+            plan = some_plan(instance.model, kinds_of(family))
+            _check_folder(instance, plan, Path(folder) / "unequal", load_pruned)
+            said.append("unequal layers load by liar_ext.load_pruned")
     return said
 
 
-def equal_plan(model: nn.Module, kinds: Sequence[str]) -> Plan:
-    """Keep half of the units of every site."""
-    return _plan(model, kinds, _unit_of(model), equal=True)
+def some_plan(model: nn.Module, kinds: Sequence[str], unit: str = "", equal: bool = False) -> Plan:
+    """Keep about half of the units at random; one more in every other block, unless equal.
 
-
-def _unit_of(model: nn.Module) -> str:
-    """Return the unit of attention of which there are several: heads, where all share one key."""
-    try:
-        return "head" if sites(model, ("attn",))[0].units == 1 else "auto"
-    except InputError:  # no attention that can be pruned
-        return "auto"
-
-
-def _plan(model: nn.Module, kinds: Sequence[str], unit: str, equal: bool = False) -> Plan:
-    """Keep about half of the units at random; one more in every other block, unless equal."""
+    Without a unit of attention it is that of which there are several: heads, where all share a key.
+    """
+    unit = unit or ("head" if _shares_one_key(model) else "auto")
     generator = torch.Generator().manual_seed(3)
     kept = {}
     for site in sites(model, kinds, unit):
@@ -100,21 +93,11 @@ def _plan(model: nn.Module, kinds: Sequence[str], unit: str, equal: bool = False
     return Plan(model.config.model_type, unit, kept)
 
 
-def wirings_of(family: Family, kind: str) -> list[Wiring]:
-    """Return the wirings of a kind of site in all parts of a row."""
-    names = ("attn", "cross_attn") if kind == "attn" else (kind,)
-    found = [getattr(part, name) for part in family.all_parts for name in names]
-    return [wiring for wiring in found if wiring is not None]
-
-
-def tells_sizes(family: Family, kind: str) -> bool:
-    """Tell whether config fields express how many units the sites of a kind have."""
-    found = wirings_of(family, kind)
-    return bool(found) and all(wiring.config for wiring in found)
-
-
-def _kinds(family: Family) -> list[str]:
-    return [kind for kind in ("attn", "mlp") if wirings_of(family, kind)]
+def _shares_one_key(model: nn.Module) -> bool:
+    try:
+        return sites(model, ("attn",))[0].units == 1
+    except InputError:  # no attention that can be pruned
+        return False
 
 
 def _has_sdpa(model: nn.Module) -> bool:
@@ -123,9 +106,8 @@ def _has_sdpa(model: nn.Module) -> bool:
     return bool(getattr(model, "_supports_sdpa", False)) and can is not None and can()
 
 
-def _combinations(model: nn.Module, family: Family) -> Iterator[tuple[list[str], str]]:
+def _combinations(model: nn.Module, kinds: list[str]) -> Iterator[tuple[list[str], str]]:
     """Yield which kinds of site are pruned together, and by which unit of attention."""
-    kinds = _kinds(family)
     for subset in [[kind] for kind in kinds] + [kinds] * (len(kinds) > 1):
         units = ["auto"]
         if "attn" in subset:
@@ -147,7 +129,7 @@ def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str
     what = f"with {' and '.join(kinds)} pruned" + f" by {unit}" * ("attn" in kinds)
     for each in (dense, sliced) if attention != "eager" else ():
         each.model.set_attn_implementation(attention)
-    plan = _plan(dense.model, kinds, unit)
+    plan = some_plan(dense.model, kinds, unit)
     before = outputs(dense)
     for site in sites(dense.model, kinds, unit):
         removed = site.features(plan.sites[site.name].removed)
@@ -170,25 +152,14 @@ def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str
     return error
 
 
-def _saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> str:
-    """Save a pruned model and load it; return by what.
-
-    Raises
-    ------
-    Refused
-        If it doesn't load, or with other outputs.
-    """
+def _check_folder(instance: Instance, plan: Plan, folder: Path, load: Any) -> None:
+    """Refuse a row if a pruned model that is saved doesn't load, or with other outputs."""
     pruned = instance._replace(model=copy.deepcopy(instance.model))
     apply_plan(pruned.model, plan)
     expected = outputs(pruned)
     try:
         save_pruned(pruned.model, folder, plan)
-        if ours:
-            loaded, name = load_pruned(folder, dtype=torch.float64), "liar_ext.load_pruned"
-        else:
-            stock: Any = type(instance.model)
-            loaded = stock.from_pretrained(folder, dtype=torch.float64)
-            name = f"{stock.__name__}.from_pretrained"
+        loaded = load(folder, dtype=torch.float64)
         make_plain(loaded.config)
         # Buffers were made in float32, of this model as of the one that was saved.
         given = outputs(instance._replace(model=loaded.to(torch.float64).eval()))
@@ -197,4 +168,3 @@ def _saved(instance: Instance, plan: Plan, folder: Path, ours: bool = False) -> 
     close = CLOSE * float(expected.abs().max())
     if given.shape != expected.shape or not torch.allclose(given, expected, rtol=0, atol=close):
         raise Refused("a saved folder loads with other outputs")
-    return name

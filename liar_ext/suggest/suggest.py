@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +15,18 @@ from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.checkpoint.reading import reading
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.family import WITHOUT, Family
+from liar_ext.models.families.common import TWO_STREAMS
+from liar_ext.models.family import WITHOUT, Family, Part
 from liar_ext.models.registry import FAMILIES
-from liar_ext.models.running import base_path
-from liar_ext.suggest.describe import describe
-from liar_ext.suggest.instance import Refused, prepare
-from liar_ext.suggest.numbers import code
-from liar_ext.suggest.proof import prove_folders
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path
+from liar_ext.models.sites import CROSS
+from liar_ext.suggest.config_fields import with_config
+from liar_ext.suggest.describe import Described, Stack
+from liar_ext.suggest.instance import Refused, Tried, prepare
+from liar_ext.suggest.proof import prove, prove_folders
+from liar_ext.suggest.rows import KINDS, code, tells_sizes
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
-from liar_ext.suggest.trace import Trace, find_stacks
-from liar_ext.suggest.two_stacks import propose_two_stacks
-from liar_ext.suggest.wiring import find_sites
+from liar_ext.suggest.stacks import Blocks, find_stacks
 
 # What a pruned or quantised folder says beside the sizes of its dense model.
 EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")
@@ -38,15 +40,13 @@ class Suggestion:
     Parameters
     ----------
     family : Family
-        The row.
+        The row; ``family.without`` says what it lacks, and why.
     known : bool
         Whether the table has it already; nothing was tried then.
     proved : tuple of str
         What was proved of it, each a sentence.
     notes : tuple of str
         What else is to be known, such as what was left alone.
-
-    What the row lacks, and why, is in ``family.without``.
     """
 
     family: Family
@@ -104,7 +104,7 @@ def suggest_family(model: Any) -> Suggestion:
         if wrong := check_sizes(config):
             raise Refused(wrong)
         with no_bars(), torch.device("cpu"):
-            return _propose(_class_of(model), config)
+            return _propose(prepare(_class_of(model), config), config)
     except Refused as error:
         raise InputError(
             f"suggest_family: no row for {name!r}: {one_line(error, 700)}; describe the family by "
@@ -115,15 +115,13 @@ def suggest_family(model: Any) -> Suggestion:
 def suggest_for(name: str) -> Suggestion:
     """Propose a row for the model in a folder, or in a repository of the hub, by its config alone.
 
+    No code of a folder or repository is run. For a model that needs its own, build it, and call
+    :func:`liar_ext.suggest_family` with it.
+
     Raises
     ------
     InputError
         If there is no config, transformers has no such architecture, or no row can be proposed.
-
-    Notes
-    -----
-    No code of a folder or repository is run. For a model that needs its own, build it, and call
-    :func:`liar_ext.suggest_family` with it.
     """
     fields = _fields(name)
     kind = fields.get("model_type")
@@ -178,7 +176,7 @@ def _class_of(model: Any) -> type[nn.Module]:
     )
 
 
-def _propose(model_class: type[nn.Module], config: Any) -> Suggestion:
+def _propose(tried: Tried, config: Any) -> Suggestion:
     """Return a row for one stack of blocks, or for an encoder and a decoder.
 
     Raises
@@ -186,21 +184,71 @@ def _propose(model_class: type[nn.Module], config: Any) -> Suggestion:
     Refused
         If neither attention nor MLP can be described.
     """
-    tried, name = prepare(model_class, config), config.model_type
-    instance = tried.instances[0]
+    instance, name = tried.instances[0], config.model_type
     stacks = find_stacks(instance)
     if getattr(config, "is_encoder_decoder", False):
-        family, proved, notes = propose_two_stacks(tried, name, stacks)
-        return Suggestion(family, False, tuple(proved), tuple(notes))
-    if len(stacks) > 1:
+        found = _two_stacks(tried, name, stacks)
+    elif len(stacks) > 1:
         prefix = base_path(instance.model)
         names = ", ".join(prefix + blocks.path for blocks in stacks)
         raise Refused(f"there are several lists of blocks: {names}")
-    (blocks,) = stacks
-    trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
-    described = describe(tried, name, blocks, trace, *find_sites(trace))
-    proved = described.proved + prove_folders(instance, described.family)
-    missing = {"hidden": HIDDEN} | described.missing
+    else:
+        found = Stack(tried, name, stacks[0]).own()
+    proved = found.proved + prove_folders(instance, found.family)
+    missing = {"hidden": HIDDEN} | found.missing
     without = {each: missing[each] for each in WITHOUT if each in missing}
-    family = replace(described.family, without=without)
-    return Suggestion(family, False, tuple(proved), tuple(described.notes))
+    family = replace(found.family, without=without)
+    return Suggestion(family, False, tuple(proved), tuple(found.notes))
+
+
+def _two_stacks(tried: Tried, name: str, stacks: list[Blocks]) -> Described:
+    """Return a row for an encoder that a decoder reads, each described first, then proved whole.
+
+    Raises
+    ------
+    Refused
+        If there aren't two stacks of blocks, or one of them can't be described.
+    """
+    paths = [blocks.path for blocks in stacks]
+    if len(stacks) != 2:
+        raise Refused(f"an encoder and a decoder are two lists of blocks, found {', '.join(paths)}")
+    encoder, decoder = (Stack(tried, name, blocks) for blocks in stacks)
+    rows: dict[str, Described] = {}
+    for part, stack in (("encoder", encoder), ("decoder", decoder)):
+        try:
+            rows[part] = stack.own()
+        except Refused as error:
+            raise Refused(f"{stack.blocks.path}: {error}") from error
+    if CROSS in encoder.found:
+        raise Refused(f"blocks of {paths[0]} read something beside the encoder's text")
+    notes = [f"{part}: {note}" for part, row in rows.items() for note in row.notes]
+    cross = decoder.cross()
+    if cross.family.attn is None:
+        notes.append(f"decoder: attention to the encoder stays whole: {cross.missing['attn']}")
+    reads = inspect.signature(tried.instances[0].model.forward).parameters
+    mask = DECODER_MASK if DECODER_MASK in reads else ""
+    inputs = {
+        "encoder": {"input": "input_ids"},
+        "decoder": {"input": DECODER_IDS, "mask": mask, CROSS: cross.family.attn},
+    }
+    parts = [
+        Part(part, row.blocks, row.attn, row.mlp, config=row.config, **inputs[part])
+        for part, row in ((part, described.family) for part, described in rows.items())
+    ]
+    family, _ = with_config(tried.instances, Family(name=name, parts=tuple(parts)))
+    missing = {"hidden": TWO_STREAMS} | _missing(family, rows, cross)
+    return Described(family, prove(tried.instances, family), missing, notes)
+
+
+def _missing(family: Family, rows: Mapping[str, Described], cross: Described) -> dict[str, str]:
+    """Return what the parts lack, and why, each reason once."""
+    found: dict[str, list[str]] = {}
+    for part, row in rows.items():
+        for kind in KINDS.keys() & row.missing.keys():
+            found.setdefault(kind, []).append(f"{part}: {row.missing[kind]}")
+    for row in (*rows.values(), cross):
+        for reason in filter(None, row.missing.get("stock", "").split("; ")):
+            # Of all parts together a field may tell what it doesn't of one.
+            if not tells_sizes(family, "mlp" if "channels" in reason else "attn"):
+                found.setdefault("stock", []).append(reason)
+    return {kind: "; ".join(dict.fromkeys(reasons)) for kind, reasons in found.items()}

@@ -1,4 +1,4 @@
-"""What a pass shows: the list of blocks, and which linear layer of a block reads which.
+"""Which linear layer of a block reads which.
 
 A block runs by itself with what the model gave it. All linear layers put out what they did in
 that pass, but for the one output that is moved, so that a change is seen by those alone that read
@@ -9,44 +9,25 @@ it through no other linear layer::
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.taps import Ended
-from liar_ext.models.running import base_path
-from liar_ext.suggest.instance import Instance, Refused, outputs
+from liar_ext.models.family import HeadInput
+from liar_ext.suggest.instance import Refused
+from liar_ext.suggest.stacks import Call, cloned, first_tensor, hooked
 
 MOST_ROWS = 4000  # of all layers that a consumer reads: a second of small blocks
 CHANGED = 1e-9  # of the largest value; what isn't reached stays equal, bit for bit
 TOKEN = 2  # whose outputs are moved: others come before it and after it
-Read = Callable[[str, Tensor], None]
-
-
-@dataclass
-class Call:
-    """One run of a module: its arguments, and its first tensor out."""
-
-    module: nn.Module
-    args: tuple
-    kwargs: dict[str, Any]
-    output: Tensor | None = None
-
-    @property
-    def input(self) -> Tensor | None:
-        """The first tensor that it was given."""
-        return first_tensor((self.args, self.kwargs))
-
-
-class Blocks(NamedTuple):
-    """The path of a list of blocks inside the base model, and how the model called each of them."""
-
-    path: str
-    calls: list[Call]
+LARGE = (1e3, 1e6)  # times an output, so that what a norm adds to a mean square is nothing
+ROUNDING = 1e-5  # many norms compute in float32
 
 
 class Layer(NamedTuple):
@@ -75,97 +56,6 @@ class Reach(NamedTuple):
     local: bool
 
 
-def find_stacks(instance: Instance) -> list[Blocks]:
-    """Return all lists of blocks of a model, in the order of computation.
-
-    Raises
-    ------
-    Refused
-        If there is none, or something is computed between blocks.
-    """
-    model = instance.model
-    calls = _watch(instance)
-    found: dict[str, list[Call]] = {}
-    broken = ""
-    for path, container in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        children = list(container.children())
-        if not isinstance(container, nn.ModuleList | nn.Sequential) or inside:
-            continue
-        if len(children) < 2 or not all(_holds_layers(child) for child in children):
-            continue
-        runs = [[call for call in calls if call.module is child] for child in children]
-        if not any(runs):
-            continue  # of another input than tokens, such as images
-        if any(len(each) != 1 for each in runs):
-            broken = broken or f"not every module of {path} runs exactly once"
-        elif not _is_chain([each[0] for each in runs]):
-            broken = broken or f"modules of {path} don't read what the one before put out"
-        else:
-            found[path] = [each[0] for each in runs]
-    if not found:
-        raise Refused(broken or "there is no list of blocks that run one after another")
-    prefix, order = base_path(model), {id(call): index for index, call in enumerate(calls)}
-    for path in found:
-        if not path.startswith(prefix):
-            raise Refused(f"its blocks, {path}, are outside of the base model")
-    stacks = [Blocks(path.removeprefix(prefix), runs) for path, runs in found.items()]
-    return sorted(stacks, key=lambda blocks: order[id(blocks.calls[0])])
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor of what a module gave, or got."""
-    if isinstance(value, Tensor):
-        return value
-    values = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict | tuple | list):
-        return next((t for t in map(first_tensor, values) if t is not None), None)
-    return None
-
-
-def _cloned(value: Any) -> Any:
-    """Return arguments with copies of their tensors, which code may change in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if type(value) in (tuple, list):
-        return type(value)(map(_cloned, value))
-    return {key: _cloned(each) for key, each in value.items()} if type(value) is dict else value
-
-
-def _watch(instance: Instance) -> list[Call]:
-    """Return every run of a module in a forward pass, in the order in which they began."""
-    calls: list[Call] = []
-    open_calls: list[Call] = []
-
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(Call(module, _cloned(args), _cloned(kwargs)))
-        open_calls.append(calls[-1])
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        open_calls.pop().output = _cloned(first_tensor(output))
-
-    with ExitStack() as hooks:
-        for module in instance.model.modules():
-            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(after).remove)
-        outputs(instance)
-    return calls
-
-
-def _holds_layers(module: nn.Module) -> bool:
-    """Tell whether a module is more than one layer, and has weights that are matrices."""
-    several = any(True for _ in module.children())
-    return several and any(parameter.ndim >= 2 for parameter in module.parameters())
-
-
-def _is_chain(runs: list[Call]) -> bool:
-    """Tell whether each of some modules reads what the one before it put out."""
-    return all(
-        one.output is not None and read is not None and torch.equal(one.output, read)
-        for one, read in zip(runs, (call.input for call in runs[1:]), strict=False)
-    )
-
-
 class Trace:
     """A block, and how its linear layers depend on one another.
 
@@ -187,18 +77,20 @@ class Trace:
 
     def __init__(self, call: Call) -> None:
         self.block, self.call = call.module, call
+        self._modules = dict(call.module.named_modules())
         self._generator = torch.Generator().manual_seed(2)
         self.repeated: list[str] = []
         self.ran: set[str] = set()
-        self.layers = self._find_layers()
+        self.layers: dict[str, Layer] = {}
+        self._find_layers()
         owned = {id(p) for each in self.layers.values() for p in each.module.parameters()}
         others = {n: p.ndim for n, p in self.block.named_parameters() if id(p) not in owned}
         self.others = sorted((n for n in others if others[n] > 1), key=lambda name: -others[name])
         self.parents: dict[str, list[str]] = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
-            for reader in self._changed(name, self.noise(layer.output)):
+            for reader in self._changed(name, self._noise(layer.output)):
                 self.parents[reader].append(name)
-        self.readers = self._changed(None, self.noise(call.input))
+        self.readers = self._changed(None, self._noise(call.input))
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
         """Return what each layer that a consumer reads reaches, row by row.
@@ -237,6 +129,73 @@ class Trace:
         once, twice = (self._input(producer, k * move, consumer) - before for k in (1.0, 2.0))
         return bool(torch.allclose(twice, 2 * once, rtol=1e-6, atol=1e-9))
 
+    def mixers(self, producers: Iterable[str]) -> list[str]:
+        """Return the modules without matrices that read outputs of some layers, such as norms."""
+        found = set()
+        for producer in producers:
+            output = self.layers[producer].output
+            still, moved = (
+                self._inputs(producer, by) for by in (torch.zeros_like(output), self._noise(output))
+            )
+            found |= {n for n in still.keys() & moved.keys() if not torch.equal(still[n], moved[n])}
+        return sorted(found - self.layers.keys())
+
+    def norm_after(self, consumer: str) -> str:
+        """Return the norm that reads what a layer gives, and that alone; empty if none does.
+
+        Then the norm and the block put out the same whatever large factor that gets.
+        """
+        output = self.layers[consumer].output
+        if not _same(*(self._run(consumer, factor * output) for factor in LARGE)):
+            return ""
+        for name, read in self._inputs(None, None).items():
+            if name not in self.layers and torch.equal(read.flatten(), output.flatten()):
+                module = self._modules[name]  # or a dropout before it, which scales along
+                with suppress(TypeError):  # a module that takes more than one tensor is none
+                    if _same(*(module(factor * read) for factor in LARGE)):
+                        return name
+        return ""
+
+    def input_by_head(self, consumer: str, heads: int, first: nn.Module) -> HeadInput | None:
+        """Return the argument with a slice a head that comes into a block, if there is one.
+
+        It is (batch, heads, queries, keys), such as a bias of relative positions. Where a module
+        passes it on to the next block, the one of ``first``, the first block, has made it: of a
+        table with a column a head, or by itself.
+        """
+        found: list[tuple[HeadInput, Tensor]] = []
+        passed: dict[str, int] = {}
+
+        def before(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            names = list(inspect.signature(module.forward).parameters)
+            for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+                sliced = isinstance(value, Tensor) and value.ndim == 4
+                if sliced and value.shape[1] == heads > 1 and name in names:
+                    found.append((HeadInput(path, names.index(name), name), value))
+
+        def after(path: str, module: nn.Module, args: tuple, output: Any) -> None:
+            mine = [value for each, value in found if each.module == path]
+            if mine and isinstance(output, tuple):
+                same = [i for i, value in enumerate(output) if value is mine[-1]]
+                passed.update({path: same[0]} if same else {})
+
+        around = {n: m for n, m in self._modules.items() if consumer.startswith(f"{n}.")}
+        with hooked(around, before, after):
+            self._run(None, None)
+        if not found:
+            return None
+        head_input = found[-1][0]
+        if head_input.module not in passed:
+            return head_input
+        children = first.get_submodule(head_input.module).named_children()
+        tables = [
+            name
+            for name, child in children
+            if isinstance(child, nn.Embedding) and child.weight.shape[1] == heads
+        ]
+        table, output = tables[0] if tables else "", passed[head_input.module]
+        return replace(head_input, output=output, table=table, own=not table)
+
     def _move(self, producer: str, row: int, size: float) -> Tensor:
         """Return what moves one output of a layer, of one token."""
         layer = self.layers[producer]
@@ -244,98 +203,87 @@ class Trace:
         move.reshape(-1, layer.rows)[TOKEN, row] = size
         return move
 
-    def _find_layers(self) -> dict[str, Layer]:
-        """Run the block as it is; return the layers that compute a matrix product."""
+    def _find_layers(self) -> None:
+        """Run the block as it is, and take the layers that compute a matrix product."""
         seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-        def watch(name: str, module: nn.Module) -> Any:
+        def after(path: str, module: nn.Module, args: tuple, output: object) -> None:
+            self.ran.add(path)
             weight = getattr(module, "weight", None)
-            matrix = isinstance(weight, Tensor) and weight.ndim == 2
-
-            def note(_: nn.Module, args: tuple, output: object) -> None:
-                self.ran.add(name)
-                if matrix and args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            if isinstance(weight, Tensor) and weight.ndim == 2 and args:
+                if isinstance(args[0], Tensor) and isinstance(output, Tensor):
                     # A block may add to an output in place.
-                    seen.setdefault(name, []).append((args[0].clone(), output.clone()))
+                    seen.setdefault(path, []).append((args[0].clone(), output.clone()))
 
-            return module.register_forward_hook(note)
-
-        with ExitStack() as hooks, torch.no_grad():
-            for name, module in self.block.named_modules():
-                hooks.callback(watch(name, module).remove)
-            self.block(*_cloned(self.call.args), **_cloned(self.call.kwargs))
-        layers = {}
+        with hooked(self._modules, after=after):
+            self._run(None, None)
         for name, runs in seen.items():
-            module = self.block.get_submodule(name)
-            how = _stored(module, *runs[0])
+            how = _stored(self._modules[name], *runs[0])
             if len(runs) > 1:
                 self.repeated.append(name)
             elif how is not None:
-                layers[name] = Layer(module, how, *runs[0])
-        return layers
+                self.layers[name] = Layer(self._modules[name], how, *runs[0])
 
     def _changed(self, moved: str | None, move: Tensor) -> list[str]:
         """Return the layers whose input changes with a layer's output, or the block's input."""
-        changed: list[str] = []
+        read = self._inputs(moved, move, self.layers)
+        return [
+            name
+            for name, value in read.items()
+            if name != moved and bool(_differs(value, self.layers[name].input).any())
+        ]
 
-        def compare(name: str, value: Tensor) -> None:
-            if name != moved and bool(_differs(value, self.layers[name].input).any()):
-                changed.append(name)
+    def _inputs(
+        self, moved: str | None, move: Tensor | None, of: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Return what layers, or all modules without parts, read while one output is moved."""
+        inputs: dict[str, Tensor] = {}
 
-        self.run(moved, move, compare)
-        return changed
+        def before(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if args and isinstance(args[0], Tensor):
+                inputs[path] = args[0].clone()
+
+        parts = [n for n, m in self._modules.items() if n and next(m.children(), None) is None]
+        with hooked({name: self._modules[name] for name in (parts if of is None else of)}, before):
+            self._run(moved, move)
+        return inputs
 
     def _input(self, producer: str, move: Tensor, consumer: str) -> Tensor:
         """Return what a consumer reads where one layer puts out something else."""
         found: list[Tensor] = []
 
-        def catch(name: str, value: Tensor) -> None:
-            if name == consumer:
-                found.append(value.detach())
-                raise Ended
+        def catch(path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found.append(args[0].detach())
+            raise Ended
 
-        self.run(producer, move, catch)
+        with hooked({consumer: self._modules[consumer]}, catch), suppress(Ended):
+            self._run(producer, move)
         if not found or found[0].shape != self.layers[consumer].input.shape:
             raise Refused(f"{consumer} doesn't always run, or on other tokens each time")
         return found[0]
 
     @torch.no_grad()
-    def run(self, moved: str | None, move: Tensor | None, read: Read | None = None) -> Any:
-        """Run the block with all layers held, but for one or, if None is moved, its input.
-
-        What it puts out comes back, unless ``read``, which gets what each layer reads, ended the
-        run.
-        """
-        args, kwargs = _cloned(self.call.args), _cloned(self.call.kwargs)
+    def _run(self, moved: str | None, move: Tensor | None) -> Tensor | None:
+        """Run the block with all layers held, but for one or, if None is moved, its input."""
+        args, kwargs = cloned(self.call.args), cloned(self.call.kwargs)
         if moved is None and move is not None:
             args, kwargs = _moved(args, kwargs, move)
-        with ExitStack() as hooks:
-            for name, layer in self.layers.items():
-                held = layer.output + move if name == moved else layer.output
-                hooks.callback(_hold(layer.module, name, held, read))
-            try:
-                return first_tensor(self.block(*args, **kwargs))
-            except Ended:
-                return None
 
-    def noise(self, like: Tensor) -> Tensor:
+        def held(path: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            given = self.layers[path].output
+            return given + move if path == moved else given.clone()
+
+        with hooked({name: layer.module for name, layer in self.layers.items()}, after=held):
+            return first_tensor(self.block(*args, **kwargs))
+
+    def _noise(self, like: Tensor) -> Tensor:
         """Return random values of the size of a layer's outputs."""
         noise = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
         return (noise * (like.double().std() + 0.1)).to(like.dtype)
 
 
-def _hold(module: nn.Module, name: str, held: Tensor, read: Read | None) -> Callable[[], None]:
-    """Let a layer tell what it reads, and put out what it is told; return what ends that."""
-
-    def before(_: nn.Module, args: tuple) -> None:
-        if read is not None:
-            read(name, args[0])
-
-    def after(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return held.clone()
-
-    hooks = module.register_forward_pre_hook(before), module.register_forward_hook(after)
-    return lambda: [hook.remove() for hook in hooks]
+def _same(one: Tensor, other: Tensor) -> bool:
+    return float((one - other).abs().max()) <= ROUNDING * float(one.abs().max())
 
 
 def _stored(module: nn.Module, input_: Tensor, output: Tensor) -> bool | None:
@@ -358,13 +306,7 @@ def _differs(value: Tensor, before: Tensor) -> Tensor:
 
 def _moved(args: tuple, kwargs: dict, move: Tensor) -> tuple[tuple, dict]:
     """Return a block's arguments with its first tensor moved."""
-    done = False
-
-    def change(value: object) -> object:
-        nonlocal done
-        if not done and isinstance(value, Tensor) and value.shape == move.shape:
-            done = True
-            return value + move
-        return value
-
-    return tuple(map(change, args)), {name: change(value) for name, value in kwargs.items()}
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    first = next((id(value) for value in tensors if value.shape == move.shape), None)
+    args = tuple(v + move if id(v) == first else v for v in args)
+    return args, {name: v + move if id(v) == first else v for name, v in kwargs.items()}

@@ -11,124 +11,12 @@ one output of a producer reaches says what it is::
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from liar_ext.models.family import HeadInput, Stack, Wiring
-from liar_ext.models.registry import row_units
+from liar_ext.models.family import Stack, Wiring
 from liar_ext.suggest.instance import Refused
 from liar_ext.suggest.trace import Reach, Trace
-
-LARGE = (1e3, 1e6)  # times an output, so that what a norm adds to a mean square is nothing
-ROUNDING = 1e-5  # many norms compute in float32
-
-
-def mixers(trace: Trace, producers: Iterable[str]) -> list[str]:
-    """Return the modules without matrices that read outputs of some layers, such as norms."""
-    found = set()
-    for producer in producers:
-        output = trace.layers[producer].output
-        still, moved = (
-            _inputs(trace, producer, by) for by in (torch.zeros_like(output), trace.noise(output))
-        )
-        found |= {n for n in still.keys() & moved.keys() if not torch.equal(still[n], moved[n])}
-    return sorted(found)
-
-
-def norm_after(trace: Trace, consumer: str) -> str:
-    """Return the norm that reads what a layer gives, and that alone; empty if none does.
-
-    Then the norm and the block put out the same whatever large factor that gets.
-    """
-    output = trace.layers[consumer].output
-    if not _same(*(trace.run(consumer, factor * output) for factor in LARGE)):
-        return ""
-    for name, read in _inputs(trace, None, None).items():
-        if torch.equal(read.flatten(), output.flatten()):
-            module = trace.block.get_submodule(name)  # or a dropout before it, which scales along
-            with suppress(TypeError):  # a module that takes more than one tensor is none
-                if _same(*(module(factor * read) for factor in LARGE)):
-                    return name
-    return ""
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return float((one - other).abs().max()) <= ROUNDING * float(one.abs().max())
-
-
-def input_by_head(trace: Trace, consumer: str, heads: int, first: nn.Module) -> HeadInput | None:
-    """Return the argument with a slice a head that comes into a block, if there is one.
-
-    It is (batch, heads, queries, keys), such as a bias of relative positions. Where a module passes
-    it on to the next block, the one of ``first``, the first block, has made it: of a table with a
-    column a head, or by itself.
-    """
-    found: list[tuple[HeadInput, Tensor]] = []
-    passed: dict[str, int] = {}
-
-    def watch(path: str) -> list[Any]:
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            names = list(inspect.signature(module.forward).parameters)
-            for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
-                sliced = isinstance(value, Tensor) and value.ndim == 4
-                if sliced and value.shape[1] == heads > 1 and name in names:
-                    found.append((HeadInput(path, names.index(name), name), value))
-
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
-            mine = [value for each, value in found if each.module == path]
-            if mine and isinstance(output, tuple):
-                same = [i for i, value in enumerate(output) if value is mine[-1]]
-                passed.update({path: same[0]} if same else {})
-
-        module = trace.block.get_submodule(path)
-        return [
-            module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after),
-        ]
-
-    with ExitStack() as hooks:
-        for name, _ in trace.block.named_modules():
-            for hook in watch(name) if consumer.startswith(f"{name}.") else ():
-                hooks.callback(hook.remove)
-        trace.run(None, None)
-    if not found:
-        return None
-    head_input = found[-1][0]
-    if head_input.module not in passed:
-        return head_input
-    tables = [
-        name
-        for name, child in first.get_submodule(head_input.module).named_children()
-        if isinstance(child, nn.Embedding) and child.weight.shape[1] == heads
-    ]
-    table, output = tables[0] if tables else "", passed[head_input.module]
-    return replace(head_input, output=output, table=table, own=not table)
-
-
-def _inputs(trace: Trace, producer: str | None, move: Tensor | None) -> dict[str, Tensor]:
-    """Return what modules without matrices read while one layer, if any, puts out another."""
-    inputs: dict[str, Tensor] = {}
-
-    def watch(path: str, module: nn.Module) -> Any:
-        def before(_: nn.Module, args: tuple) -> None:
-            if args and isinstance(args[0], Tensor):
-                inputs[path] = args[0].clone()
-
-        return module.register_forward_pre_hook(before)
-
-    with ExitStack() as hooks:
-        for name, module in trace.block.named_modules():
-            if name and name not in trace.layers and next(module.children(), None) is None:
-                hooks.callback(watch(name, module).remove)
-        trace.run(producer, move)
-    return inputs
-
 
 SHARED = ("key", "value")
 
@@ -171,7 +59,7 @@ def find_sites(trace: Trace) -> tuple[dict[str, Found], dict[str, str]]:
         try:
             read = _read_attention if kind == "attn" else _read_mlp
             site = read(trace, consumer, reach)
-            wiring = replace(site.wiring, output_norm=norm_after(trace, consumer))
+            wiring = replace(site.wiring, output_norm=trace.norm_after(consumer))
             found[site.kind].append(site._replace(wiring=wiring))
         except Refused as error:
             reasons[kind].append(str(error))
@@ -213,7 +101,7 @@ def _nothing(trace: Trace, kind: str) -> str:
 
 def _through(trace: Trace, producers: list[str], said: str = ", through") -> str:
     """Return the modules that lie between, in words; nothing if there are none."""
-    between = mixers(trace, producers)
+    between = trace.mixers(producers)
     return f"{said} {', '.join(between[:3])}" if between else ""
 
 
@@ -235,7 +123,7 @@ def _read_mlp(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) -> Fou
             names = tuple(f"part{index}" for index in range(count))
             if count == 2 and linear.count(True) == 1:  # what acts linearly is ``up``
                 names = tuple("up" if each else "gate" for each in linear)
-            stacked[producer] = _stack(producer, names, owners, None, channels, channels, 1)
+            stacked[producer] = _stack(producer, names, owners, None, (channels, channels, 1))
         elif owners != list(range(channels)):
             raise Refused(f"rows of {producer} reach the columns of {consumer} in another order")
     return Found("mlp", _wiring(trace, tuple(reach), consumer, stacked=stacked))
@@ -261,7 +149,8 @@ def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) 
         kinds = tuple(dict.fromkeys(names))
         owners = [owner for _, owner, _ in each]
         if len(kinds) > 1:
-            stacked[producer] = _stack(producer, kinds, owners, names, heads, kv_heads, head_dim)
+            sizes = (heads, kv_heads, head_dim)
+            stacked[producer] = _stack(producer, kinds, owners, names, sizes)
             own.append(producer)
             continue
         count = kv_heads if kinds[0] in SHARED else heads
@@ -329,32 +218,23 @@ def _stack(
     names: tuple[str, ...],
     owners: list[int],
     roles: list[str] | None,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
+    sizes: tuple[int, int, int],
 ) -> Stack:
     """Return the layout of a weight that holds several matrices.
 
     ``owners`` has, for every row, its head, or for keys and values its group; ``roles`` the name of
-    its matrix, if that is known.
+    its matrix, if that is known; ``sizes`` are heads, groups and rows of each.
     """
-    rows, group = len(owners), heads // kv_heads
-    lengths = [(kv_heads if name in SHARED else heads) * head_dim for name in names]
-    for by_group in (False, True) if sum(lengths) == rows else ():
-        stack = Stack(names, by_group)
-        parts = [torch.full((length,), index) for index, length in enumerate(lengths)]
-        groups = kv_heads if by_group else 1
-        kinds = torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten().tolist()
-        if roles is not None and [names[kind] for kind in kinds] != roles:
-            continue
-        shared = [names[kind] in SHARED for kind in kinds]
-        units = [owner if s else owner // group for owner, s in zip(owners, shared, strict=True)]
-        width = group * head_dim
-        if row_units(stack, rows, kv_heads, width, kv_heads, False).tolist() != units:
-            continue
-        heads_of = [-1 if s and group > 1 else o for o, s in zip(owners, shared, strict=True)]
-        if row_units(stack, rows, heads, head_dim, kv_heads, group > 1).tolist() == heads_of:
-            return stack
+    heads, kv_heads, head_dim = sizes
+    for by_group, runs in ((False, 1), (True, kv_heads)):
+        laid = []
+        for run in range(runs):
+            for name in names:
+                count = (kv_heads if name in SHARED else heads) // runs
+                laid += [(name, run * count + i) for i in range(count) for _ in range(head_dim)]
+        laid_roles, laid_owners = map(list, zip(*laid, strict=True))
+        if laid_owners == owners and roles in (None, laid_roles):
+            return Stack(names, by_group)
     raise Refused(f"the rows of {producer} stack {', '.join(names)} in an order of its own")
 
 

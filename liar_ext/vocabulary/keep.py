@@ -14,8 +14,13 @@ from torch import nn
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.errors import InputError
 from liar_ext.vocabulary.choosing import choose, counts_of, encode, plain, size_of
-from liar_ext.vocabulary.pieces import Pieces, is_byte_level, read_pieces
-from liar_ext.vocabulary.slicing import needed_tokens, slice_tokens, token_parameters
+from liar_ext.vocabulary.pieces import Pieces, read_pieces
+from liar_ext.vocabulary.slicing import (
+    check_rows,
+    needed_tokens,
+    slice_tokens,
+    token_parameters,
+)
 from liar_ext.vocabulary.tokenizer_json import edited, order_of
 
 # Read by old and new tokenizers, and stored to be read again: words, code, scripts, white space.
@@ -30,14 +35,64 @@ LINES = 20_000  # that are read by both tokenizers, to prove that they agree
 
 @dataclass(frozen=True)
 class Choice:
-    """The tokens that stay, by new id; and what is known of the text that chose them."""
+    """The tokens that stay, by new id; their ``tokenizer.json``; and what the text says of them."""
 
     order: list[int]
+    tokenizer_json: str
     facts: dict[str, Any]
 
 
+class Counted:
+    """A tokenizer, read once, with the counts of its tokens in some texts.
+
+    Parameters are those of :func:`choose_tokens`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, texts: Sequence[str], scripts: Sequence[str] = ()
+    ) -> None:
+        token_parameters(model)  # refuses what can't be sliced, before any text is read
+        self.texts, self.spec = texts, spec_of(tokenizer)
+        self.pieces = read_pieces(self.spec)
+        self.size = len(self.pieces.names)
+        check_rows(model, max(self.pieces.names))
+        known = needed_tokens(model)
+        lost = sorted(known - self.pieces.names.keys())
+        if lost:
+            raise InputError(
+                f"vocabulary: the config names token {lost[0]}, which the tokenizer lacks; correct "
+                "the config, or leave --keep-vocab out"
+            )
+        self.needed = known | self.pieces.of_scripts(scripts)
+        self.old = plain(json.dumps(self.spec))
+        self.counts = counts_of(self.old, texts, max(self.pieces.names) + 1)
+
+    def choose(self, keep: float | int) -> Choice | None:
+        """Return the most frequent tokens with all that they need; None if that is all of them."""
+        size = size_of(keep, self.size)
+        if size >= self.size:
+            return None
+        order = order_of(self.pieces, choose(self.pieces, self.counts, size, self.needed))
+        spec = json.dumps(edited(self.spec, self.pieces, order))
+        new, total = plain(spec), int(self.counts.sum())
+        rates = [total / size_in_bytes(self.texts), tokens_per_byte(new, self.texts)]
+        facts = {
+            "before": self.size,
+            "after": len(order),
+            "kind": self.pieces.kind_in_words,
+            "kept_of_text": float(self.counts[order].sum() / max(total, 1)),
+            "alike_lines": check_alike(self.old, new, order, self.texts, self.pieces),
+            "tokens_per_byte": rates,
+        }
+        return Choice(order, spec, facts)
+
+
 def choose_tokens(
-    model: nn.Module, tokenizer: Any, texts: Sequence[str], keep: float | int
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    keep: float | int,
+    scripts: Sequence[str] = (),
 ) -> Choice | None:
     """Choose the tokens of a smaller vocabulary by their counts in some texts.
 
@@ -51,6 +106,8 @@ def choose_tokens(
         Text of the kind that the model will read.
     keep : float or int
         A fraction of the tokens, at most 1, or their number. It is rounded to a multiple of 64.
+    scripts : sequence of str
+        Unicode scripts, such as ``latin``, all of whose tokens stay.
 
     Returns
     -------
@@ -62,62 +119,38 @@ def choose_tokens(
     InputError
         If the tokenizer or the model can't be cut, or too few tokens would stay.
     """
-    spec = spec_of(tokenizer)
-    pieces = read_pieces(spec)
-    names = pieces.names
-    size = size_of(keep, len(names))
-    token_parameters(model)
-    if size >= len(names):
-        return None
-    known = needed_tokens(model)
-    lost = sorted(known - names.keys())
-    if lost:
-        raise InputError(
-            f"vocabulary: the config names token {lost[0]}, which the tokenizer lacks; correct "
-            "the config, or leave --keep-vocab out"
-        )
-    old = plain(json.dumps(spec))
-    counts = counts_of(old, texts, max(names) + 1)
-    order = order_of(pieces, choose(pieces, counts, size, known))
-    new = plain(json.dumps(edited(spec, pieces, order)))
-    kept = counts[order].sum() / max(counts.sum(), 1)
-    facts = {
-        "before": len(names),
-        "after": len(order),
-        "kind": kind_of(pieces, spec),
-        "kept_of_text": float(kept),
-        "alike_lines": check_alike(old, new, order, texts, pieces),
-        "tokens_per_byte": [int(counts.sum()) / size_in_bytes(texts), tokens_per_byte(new, texts)],
-    }
-    return Choice(order, facts)
+    return Counted(model, tokenizer, texts, scripts).choose(keep)
 
 
-def keep_tokens(model: nn.Module, tokenizer: Any, order: Sequence[int]) -> Any:
+def keep_tokens(model: nn.Module, tokenizer: Any, chosen: Choice | Sequence[int]) -> Any:
     """Slice a model in place to the tokens of a choice, and return the tokenizer that has them.
+
+    ``chosen`` may be the old ids of all tokens that stay, in their new order.
 
     Raises
     ------
     InputError
         If the model or the tokenizer can't be cut.
     """
-    spec = spec_of(tokenizer)
-    pieces = read_pieces(spec)
-    new = json.dumps(edited(spec, pieces, list(order)))
+    if not isinstance(chosen, Choice):
+        spec = spec_of(tokenizer)
+        new = json.dumps(edited(spec, read_pieces(spec), list(chosen)))
+        chosen = Choice(list(chosen), new, {})
     before = count_params(model)
-    slice_tokens(model, order)
+    slice_tokens(model, chosen.order)
     gone = before - count_params(model)
     smaller = copy.deepcopy(tokenizer)
     inner = getattr(smaller, "tokenizer", smaller)
-    inner._tokenizer = Tokenizer.from_str(new)
+    inner._tokenizer = Tokenizer.from_str(chosen.tokenizer_json)
     if smaller is not inner:  # a processor, which keeps tokens of images
-        moved = {old: at for at, old in enumerate(order)}
+        moved = {old: at for at, old in enumerate(chosen.order)}
         for name, value in list(vars(smaller).items()):
             if name.endswith("_token_id") and type(value) is int:
                 setattr(smaller, name, moved.get(value, value))
     for name in ("_vocab", "_merges"):  # copies from which some classes were built
         vars(inner).pop(name, None)
     checks = [{"text": text, "ids": inner.encode(text)} for text in SAMPLES]
-    facts = {"version": 1, "params_gone": gone, "kept": list(order), "checks": checks}
+    facts = {"version": 1, "params_gone": gone, "kept": chosen.order, "checks": checks}
     model.liar_vocabulary = facts
     return smaller
 
@@ -138,13 +171,6 @@ def spec_of(tokenizer: Any) -> dict[str, Any]:
             "tokenizer, or leave --keep-vocab out"
         )
     return json.loads(backend.to_str())
-
-
-def kind_of(pieces: Pieces, spec: dict[str, Any]) -> str:
-    """Return the kind of a tokenizer in words."""
-    if pieces.kind == "BPE" and is_byte_level(spec):
-        return "byte-level BPE"
-    return pieces.kind + (" with byte fallback" if pieces.falls_back else "")
 
 
 def check_alike(

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
+
+import regex
 
 from liar_ext.errors import InputError
 
@@ -20,6 +23,8 @@ PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
 # Bytes that text is made of. Real tokenizers lack control characters, and leads of empty planes.
 NEEDED = (9, 10, *range(32, 127), *range(128, 192), *range(194, 241))
 KINDS = ("BPE", "WordPiece", "Unigram")
+MOST_CHARACTERS = 512  # of a token; its derivation takes their square
+SHARED = r"[\p{Script=Common}\p{Script=Inherited}]"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Pieces:
         What ends a word in tokens of BPE.
     unknown : int, optional
         The token of unknown characters.
+    byte_level : bool
+        Whether text is read as bytes.
     """
 
     kind: str
@@ -54,15 +61,32 @@ class Pieces:
     ranks: dict[tuple[str, str], int] = field(default_factory=dict)
     suffix: str = ""
     unknown: int | None = None
+    byte_level: bool = False
 
-    @property
+    @cached_property
     def names(self) -> dict[int, str]:
         """Every token by its id, in order of the ids."""
         both = {**self.ids, **self.added}
         return {at: name for name, at in sorted(both.items(), key=lambda pair: pair[1])}
 
+    @property
+    def kind_in_words(self) -> str:
+        """The kind, as a report says it."""
+        if self.byte_level:
+            return "byte-level BPE"
+        return self.kind + " with byte fallback" * self.falls_back
+
     def needs(self, name: str) -> set[int]:
         """Return the ids that have to stay if this token does, its own among them."""
+        if name not in self._needs:
+            self._needs[name] = self._needed(name)
+        return self._needs[name]
+
+    @cached_property
+    def _needs(self) -> dict[str, set[int]]:
+        return {}
+
+    def _needed(self, name: str) -> set[int]:
         found = {self.ids[name]} if name in self.ids else {self.added[name]}
         if self.kind != "BPE" or name not in self.ids or name in self.added:
             return found
@@ -89,6 +113,27 @@ class Pieces:
             if pair in self.ranks
         ]
         return min(known)[1] if known else None
+
+    def of_scripts(self, scripts: Sequence[str]) -> set[int]:
+        """Return the tokens whose letters are all of one of some Unicode scripts.
+
+        Signs that many scripts share count as any: "don't" is Latin, and "12" is of no script.
+        """
+        tests = [
+            regex.compile(rf"{SHARED}*(\p{{Script={script}}}{SHARED}*)+") for script in scripts
+        ]
+        texts = {at: self._text_of(name) for name, at in self.ids.items()}
+        return {at for at, text in texts.items() if any(test.fullmatch(text) for test in tests)}
+
+    def _text_of(self, name: str) -> str:
+        """Return what a token writes, "" if it is a part of a character."""
+        if self.byte_level:
+            try:
+                return bytes(map(_BYTE_OF.__getitem__, name)).decode()
+            except (KeyError, UnicodeDecodeError):
+                return ""
+        name = name.removeprefix("##") if self.kind == "WordPiece" else name
+        return name.removesuffix(self.suffix) if self.suffix else name
 
     def singles(self) -> set[int]:
         """Return the ids of single characters, which keep all text readable without bytes."""
@@ -123,13 +168,14 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
         raise _refused(f"draws merges at random (dropout {model['dropout']}); set it to null")
     ids, added = _ids(model), _added(spec)
     _check_ids(ids, added)
+    level = is_byte_level(spec)
     falls_back = bool(model.get("byte_fallback"))
     ranks, suffix, always = {}, "", set(added.values())
     if kind == "BPE":
         if model.get("continuing_subword_prefix"):
             raise _refused("marks tokens inside of words by a prefix, which BPE here must not")
         ranks, suffix = _merges(model, ids), model.get("end_of_word_suffix") or ""
-        always |= _bytes_of(spec, ids)
+        always |= _bytes_of(ids) if level else set()
     if kind == "WordPiece" and model.get("continuing_subword_prefix") != "##":
         raise _refused("must mark tokens inside of words by ##")
     if kind == "Unigram":
@@ -144,7 +190,8 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
         _check_there([name], {**ids, **added})
         unknown = {**ids, **added}[name]
         always |= {unknown}
-    pieces = Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown)
+    level = level and kind == "BPE"
+    pieces = Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
     return pieces if falls_back else replace(pieces, always=pieces.always | pieces.singles())
 
 
@@ -171,6 +218,9 @@ def _check_ids(ids: Mapping[str, int], added: Mapping[str, int]) -> None:
         raise _refused("has no tokens")
     if "" in ids:
         raise _refused("has an empty token")
+    longest = max(ids, key=len)
+    if len(longest) > MOST_CHARACTERS:
+        raise _refused(f"has a token of {len(longest):,} characters ({longest[:20]!r}...)")
     for name, at in added.items():
         if ids.get(name, at) != at:
             raise _refused(f"gives the added token {name!r:.40} two ids, {ids[name]} and {at}")
@@ -192,10 +242,8 @@ def _merges(model: Mapping[str, Any], ids: Mapping[str, int]) -> dict[tuple[str,
     return ranks
 
 
-def _bytes_of(spec: Mapping[str, Any], ids: Mapping[str, int]) -> set[int]:
+def _bytes_of(ids: Mapping[str, int]) -> set[int]:
     """Return the ids of all bytes, where text is read as bytes."""
-    if not is_byte_level(spec):
-        return set()
     alphabet = byte_alphabet()
     _check_there([alphabet[byte] for byte in NEEDED], ids)
     return {ids[each] for each in alphabet if each in ids}
@@ -212,6 +260,9 @@ def byte_alphabet() -> list[str]:
     """Return the character that stands for each byte in byte-level tokenizers."""
     others = iter(range(256, 512))
     return [chr(byte) if byte in PRINTED else chr(next(others)) for byte in range(256)]
+
+
+_BYTE_OF = {sign: byte for byte, sign in enumerate(byte_alphabet())}
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:

@@ -79,9 +79,8 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     InputError
         If the model's tokens can't be sliced; it is then as it was.
     """
+    check_rows(model, max(order))
     rows, named = _rows(model), token_parameters(model)
-    if max(order) >= rows:
-        raise _refused(model, f"has embeddings for {rows:,} tokens, its tokenizer has more")
     new = {old: at for at, old in enumerate(order)}
     _check_positions(model, named, new)
     missing = sorted(needed_tokens(model) - new.keys())
@@ -101,6 +100,13 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     for config in _configs(model):
         _renumber(config, new)
     _set_tokens(model.config, _tokens(model.config), len(order))
+
+
+def check_rows(model: nn.Module, last: int) -> None:
+    """Raise InputError unless a model has a row for the last token of its tokenizer."""
+    rows = _rows(model)
+    if last >= rows:
+        raise _refused(model, f"has embeddings for {rows:,} tokens, its tokenizer has more")
 
 
 def needed_tokens(model: nn.Module) -> set[int]:

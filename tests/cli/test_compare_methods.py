@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny import tiny
+from transformers import BertModel
 
 from liar_ext import cli, compress
 from liar_ext.job.sweeping import Sweep
@@ -35,6 +37,16 @@ def test_each_method_has_the_numbers_of_prune(llama_folder, corpus, tmp_path, ca
     judged = report.evaluation
     assert found["runs"][3]["perplexity"] == pytest.approx(judged["pruned"]["perplexity"])
     assert found["dense"]["perplexity"] == pytest.approx(judged["dense"]["perplexity"])
+
+
+def test_an_encoder_is_compared_with_the_dense_one(tokenizer, corpus, capsys, tmp_path):
+    BertModel(tiny("bert").config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    command = words(tmp_path, corpus, "--methods", "flap", "wanda-sp", "--seeds", "0", "--json")
+    assert cli.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dense"]["cosine"] == 1 and "perplexity" not in found["dense"]
+    assert all(0 < row["cosine"] < 1 for row in found["runs"])
 
 
 def test_the_table_has_mean_and_spread(llama_folder, corpus, capsys):

@@ -19,8 +19,7 @@ from liar_ext.calibration import texts
 from liar_ext.cli.options import parse, parser, recipe_of
 from liar_ext.environment import child, is_command
 from liar_ext.errors import InputError
-from liar_ext.recipe.fields import CRITERIA, recipe_fields
-from liar_ext.recipe.option import GROUPS, option_of
+from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
 from liar_ext.selection.criteria import list_criteria
 
 # One text for each field, other than the default, and what the recipe then holds.
@@ -58,7 +57,7 @@ GIVEN = {
     "eval_samples": ("5", 5),
     "certify": ("4", 4),
 }
-NEED_OTHERS = {"model", "latency_table", "vocab_text"}  # see below
+NEED_OTHERS = {"model", "latency_table", "vocab_text", "vocab_scripts"}  # see below
 JOB = ("prune", "model", "--calibration", "text.txt")
 
 
@@ -86,6 +85,8 @@ def test_every_field_has_an_option(each):
 def test_fields_that_need_others_have_options_too():
     assert read("--of", "latency", "--latency-table", "a.json").latency_table == "a.json"
     assert read("--keep-vocab", "0.5", "--vocab-text", "a", "b").vocab_text == ("a", "b")
+    scripts = read("--keep-vocab", "auto", "--vocab-scripts", "latin,greek").vocab_scripts
+    assert scripts == ("latin", "greek")
     assert recipe_of(parse(["prune", "here"])).model == "here"
     assert recipe_of(parse(["prune", "--keep", "0.7", "here"])).model == "here"
     assert recipe_of(parse(["prune", "--calibration", "a", "--keep", "0.7", "m"])).model == "m"

@@ -15,7 +15,8 @@ from liar_ext.calibration.collect import InFlight
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint import saving
 from liar_ext.checkpoint_store import VERSION, Checkpoint
-from liar_ext.cli import inputs, prune, resume
+from liar_ext.cli import inputs, resume
+from liar_ext.job import folder
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -295,7 +296,7 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
     }
     option = {"prune": "--out", "calibrate": "--bank"}[command]
     more = ["--keep", 0.7, "--preset", "fast"] if command == "prune" else []
-    of, name = (prune, "fill_folder") if command == "prune" else (MomentBank, "save")
+    of, name = (folder, "fill_folder") if command == "prune" else (MomentBank, "save")
     work = getattr(of, name)
 
     def meanwhile(*given, **more):
@@ -313,13 +314,13 @@ def test_what_appears_in_the_place_of_a_result_costs_no_work(
 def test_a_folder_that_appears_before_the_result_is_written_costs_no_work(
     llama_folder, corpus, tmp_path, capsys, monkeypatch
 ):
-    job = prune.prune_given
+    job = folder.run
 
     def meanwhile(*given, **more):
         (tmp_path / "result").mkdir()
         return job(*given, **more)
 
-    monkeypatch.setattr(prune, "prune_given", meanwhile)
+    monkeypatch.setattr(folder, "run", meanwhile)
     arguments = [llama_folder, "--calibration", corpus[0], *SIZES[:8], "--preset", "fast"]
     error = refused(capsys, "prune", *arguments, "--out", tmp_path / "result")
     (kept,) = (path for path in tmp_path.iterdir() if path.name != "result")

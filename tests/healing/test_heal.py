@@ -14,8 +14,7 @@ from liar_ext import heal
 from liar_ext.calibration.batches import read_batch, read_batches
 from liar_ext.errors import InputError
 from liar_ext.healing import run
-from liar_ext.healing.heal import computes_bfloat16
-from liar_ext.healing.run import losses, mean_loss
+from liar_ext.healing.run import computes_bfloat16, losses, mean_loss
 from liar_ext.healing.weights import activation_bytes
 from liar_ext.models.slicing import apply_plan
 

@@ -21,7 +21,7 @@ NUMBERS = ("--train", "all", "--lr", "3e-3", "--batch-size", "4")
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """Compute in float32 whatever the hardware has, without the bars of loading."""
-    monkeypatch.setattr("liar_ext.healing.heal.computes_bfloat16", lambda _: False)
+    monkeypatch.setattr("liar_ext.healing.run.computes_bfloat16", lambda _: False)
     with no_bars():
         yield
 

@@ -19,8 +19,7 @@ from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.job import estimate
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
-from liar_ext.job.streamed import describe_streamed
-from liar_ext.job.streamed_passes import StreamedPasses
+from liar_ext.job.streamed import StreamedPasses, describe_streamed
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
@@ -313,7 +312,7 @@ def test_a_gguf_file_is_refused(tmp_path):
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
-    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk.of(store))
+    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk(store))
     prepared = prepare(replace(job, limit=4 * GIB))
     lines, shares = describe_streamed(prepared), prepared.shares
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]

@@ -22,7 +22,7 @@ from liar_ext.cli.main import main
 from liar_ext.distributed import RankLost
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job
-from liar_ext.job.streamed_passes import ProbeStreams, StreamedPasses
+from liar_ext.job.streamed import ProbeStreams, StreamedPasses
 from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.walk import LayerwiseSolver
 

@@ -15,7 +15,7 @@ from torch import nn
 from liar_ext import InputError, calibrate, prune
 from liar_ext.calibration.collect import InFlight
 from liar_ext.checkpoint_store import Checkpoint
-from liar_ext.job import pruning
+from liar_ext.job import solving
 from liar_ext.reconstruction.walk import LayerwiseSolver
 from liar_ext.selection.divergence import DenseOutputs
 
@@ -117,7 +117,7 @@ def test_a_bank_that_was_given_is_taken_again(tmp_path, monkeypatch):
     models = [tiny("llama"), tiny("llama")]
     prune(models[0], **choices)
     with monkeypatch.context() as patch:
-        stop_at(patch, pruning, "solve", 1)
+        stop_at(patch, solving, "solve", 1)
         with pytest.raises(KeyboardInterrupt):
             prune(tiny("llama"), checkpoint=tmp_path / "c", **choices)
     prune(models[1], checkpoint=tmp_path / "c", **choices)

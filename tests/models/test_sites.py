@@ -12,14 +12,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from liar_ext.errors import InputError
-from liar_ext.models.registry import FAMILIES
-from liar_ext.models.sites import (
-    family_of,
-    get_consumer_bias,
-    get_consumer_weight,
-    register_family,
-    sites,
-)
+from liar_ext.models.registry import FAMILIES, family_of, register_family
+from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.suggest import suggest_family

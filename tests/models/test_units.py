@@ -13,15 +13,9 @@ from tiny import CAUSAL, GROUPED, TINY, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext.errors import InputError
+from liar_ext.models.family import Family, Stack, Wiring
 from liar_ext.models.registry import FAMILIES, row_units
-from liar_ext.models.sites import (
-    Family,
-    Stack,
-    Wiring,
-    get_consumer_bias,
-    get_consumer_weight,
-    sites,
-)
+from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.selection.costs import total_cost

@@ -19,8 +19,8 @@ from bench.scaling.shapes import SHAPES, Settings, Shape
 from liar_ext import Recipe, ops
 from liar_ext.calibration.batches import FOLDS
 from liar_ext.job.analysis import analyze, narrowed, passes_of
-from liar_ext.job.choosing import solve
 from liar_ext.job.preparing import Job, prepare
+from liar_ext.job.solving import solve
 from liar_ext.selection.allocation import allocate
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -119,8 +119,9 @@ def run(model, recipe, monkeypatch):
     # Layers that all lose half: by curves all attention might stay, and be solved for nothing.
     at, budget = job.sites(model), job.recipe.budget
     plan = allocate(at, found.scores, budget, "uniform", model_type="llama")
-    outcome = step(solve, job, passes, plan, {})
-    return plan, seen, by_step, calls.calls, outcome.rows
+    outcome = step(solve, job, passes, plan)
+    ((_, _, rows),) = outcome.blocks
+    return plan, seen, by_step, calls.calls, list(rows.values())
 
 
 def features(plan, shape):

@@ -46,6 +46,7 @@ OF_COMMAND = {
 ELSEWHERE = {
     "keep_vocab",
     "vocab_text",
+    "vocab_scripts",
     "model",
     "device",
     "calibration",

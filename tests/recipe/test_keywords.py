@@ -8,7 +8,7 @@ from typing import get_type_hints
 import pytest
 
 from liar_ext import Budget, InputError, Recipe
-from liar_ext.recipe.checks import CompressOptions, PruneOptions
+from liar_ext.recipe.checks import CompressOptions, JobOptions, PruneOptions, TextOptions
 from liar_ext.recipe.fields import recipe_fields
 
 WIDER = {"keep": float | Budget, "kinds": Sequence[str]}  # than the type of the field
@@ -18,10 +18,12 @@ BESIDE = {"preset": str, "sites": str | Sequence[str]}
 def test_keywords_are_the_fields_with_their_types():
     types = get_type_hints(Recipe) | WIDER
     used = {each.name: types[each.name] for each in recipe_fields(in_python="")}
-    assert get_type_hints(PruneOptions) == used | BESIDE
+    assert get_type_hints(JobOptions) == used | BESIDE
+    assert PruneOptions.__annotations__.keys() == {*used, *BESIDE, *TextOptions.__annotations__}
     others = {each.name: types[each.name] for each in recipe_fields()}
     del others["model"], others["calibration"]  # arguments
-    assert get_type_hints(CompressOptions) == others | BESIDE
+    own = {"max_memory": int | str | None, "overwrite": bool}
+    assert get_type_hints(CompressOptions) == others | BESIDE | own
 
 
 def test_a_recipe_is_built_from_a_preset_and_sites():

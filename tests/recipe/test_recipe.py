@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tiny import batches, outputs, tiny
 
 from liar_ext import Budget, InputError, Recipe, prune
-from liar_ext.recipe.fields import ALLOCATIONS, PRESETS, recipe_fields
-from liar_ext.recipe.option import GROUPS
+from liar_ext.recipe.fields import ALLOCATIONS, GROUPS, PRESETS, recipe_fields
 from liar_ext.recipe.recipe import REMOVED
 from liar_ext.selection import allocation
 
@@ -56,6 +55,7 @@ def recipes(draw) -> Recipe:
         keep_experts=draw(fraction),
         keep_vocab=draw(st.floats(0, 1, exclude_min=True, exclude_max=True) | st.integers(2, BIG)),
         vocab_text=tuple(draw(st.lists(NAMES, max_size=2))),
+        vocab_scripts=draw(st.sampled_from([(), ("latin",), ("Han", "cyrillic")])),
         kinds=draw(st.sampled_from([("attn", "mlp"), ("mlp",), ("attn",)])),
         attn_unit=draw(st.sampled_from(["auto", "kv_group", "head"])),
         criterion=draw(st.sampled_from(["wifv", "obs", "random"])),
@@ -157,6 +157,7 @@ WRONG = {
     "keep_experts": [0.0, 1.01, math.nan, "all"],
     "keep_vocab": [0.0, 1.5, -1, math.nan, math.inf, "all", "k", "1.5k", True, None, 2**63],
     "vocab_text": ["a.txt", [""], [7], ["a.txt"]],  # the last: where all tokens stay
+    "vocab_scripts": ["latin", [7], ["klingon"], ["common"], ["a}|b"], ["latin"]],  # as above
     "kinds": [[], "attn", ["ffn"], ["mlp", "mlp"], [["mlp"]], None],
     "attn_unit": ["token", None],
     "criterion": ["best", "", None, []],

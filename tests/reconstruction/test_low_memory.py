@@ -17,7 +17,7 @@ from liar_ext.errors import is_out_of_memory
 from liar_ext.reconstruction import low_memory, ridge
 from liar_ext.reconstruction.ladder import ROW_BLOCK
 from liar_ext.reconstruction.ridge import Residual
-from liar_ext.reconstruction.solve import solve
+from liar_ext.reconstruction.solve import solution_of, solve
 from liar_ext.rows import BY_BLOCKS
 
 D_IN, D_OUT = ROW_BLOCK + 90, low_memory.OUTPUTS + 30
@@ -57,7 +57,7 @@ def assert_same(found, expected):
 def both(*given, step=(0.0, 0.0), damp="auto"):
     """Solve in low memory and in memory."""
     for system in (low_memory.System, ridge.System):
-        yield system(*given).solution(step, damp)
+        yield solution_of(system(*given), step, damp)
 
 
 @pytest.mark.parametrize(("mode", "damp"), [*FORMS, ("none", "auto"), ("bias", "auto")])
@@ -100,7 +100,7 @@ def test_sums_in_float32_and_weights_in_bfloat16():
     weight, bias, moments, _ = problem(dtype=torch.float32)
     wide = Moments(moments.gram.double(), moments.total.double(), moments.count)
     weight, bias = weight.bfloat16(), bias.bfloat16()
-    found = low_memory.System(weight, bias, moments, KEPT).solution(damp=1e-2)
+    found = solution_of(low_memory.System(weight, bias, moments, KEPT), damp=1e-2)
     assert_same(found, solve(weight.requires_grad_(), bias, wide, KEPT, damp=1e-2))
 
 
@@ -121,7 +121,7 @@ def test_errors_are_those_of_the_ordinary_solve():
         said = []
         for system in (low_memory.System, ridge.System):
             with pytest.raises(InputError) as caught:
-                system(given, None, sums, KEPT, target).solution((0.0, 1.0), damp)
+                solution_of(system(given, None, sums, KEPT, target), (0.0, 1.0), damp)
             said.append(str(caught.value))
         assert said[0] == said[1]
 
@@ -187,7 +187,7 @@ def test_a_process_that_may_not_have_more_memory(tmp_path):
     def limited() -> int:
         forked.cramp(24 << 20)
         try:
-            ridge.System(weight, None, moments, kept).solution()
+            solution_of(ridge.System(weight, None, moments, kept))
             return 8
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

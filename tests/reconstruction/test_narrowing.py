@@ -17,7 +17,7 @@ from liar_ext.calibration.moments import Moments
 from liar_ext.models.residual_stream import hidden_of, stream_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction import hidden_size
-from liar_ext.reconstruction.norm_fit import fit_norm, lost_moments
+from liar_ext.reconstruction.hidden_size import fit_norm, lost_moments
 
 
 def narrowed(model, data, keep, **settings):

@@ -7,7 +7,7 @@ import torch
 
 from liar_ext import Moments
 from liar_ext.calibration.moments import symmetric
-from liar_ext.reconstruction.norm_fit import fit_norm, lost_moments
+from liar_ext.reconstruction.hidden_size import fit_norm, lost_moments
 
 KEPT = torch.tensor([0, 2, 3])
 N, HIDDEN = 3, 5

@@ -8,7 +8,7 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import InputError, Moments, calibrate, reconstruct, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.reconstruction.ridge import DAMP_LADDER, Residual, check_solved, ratio
+from liar_ext.reconstruction.ridge import DAMP_LADDER, Residual, ratio
 from liar_ext.reconstruction.solve import solve
 
 
@@ -165,7 +165,7 @@ def test_refused():
     one_token = Moments.zeros(24)
     for fold in range(2):
         one_token.update(torch.randn(1, 24), fold)
-    with pytest.raises(InputError, match="not positive definite at damp=0.0"):
+    with pytest.raises(InputError, match='not positive definite at damp=0.0; use damp="auto"'):
         solve(weight, None, one_token, kept, damp=0.0)
 
 
@@ -200,10 +200,23 @@ def test_sums_that_overflow_are_no_error_of_zero(kept, target):
 def test_what_is_not_finite_is_not_zero():
     number, nothing = torch.tensor(2.0), torch.tensor(0.0)
     for value in (math.nan, math.inf, -math.inf):
-        assert math.isnan(ratio(torch.tensor(value), number))
+        for other in (number, nothing, torch.tensor(value)):
+            assert math.isnan(ratio(torch.tensor(value), other))
         assert math.isnan(ratio(number, torch.tensor(value)))
     assert ratio(number, number) == 1.0 and ratio(number, nothing) == 0.0
     assert ratio(-1e-9 * number, number) == 0.0
+
+
+@pytest.mark.parametrize("where", ["weight", "gram"])
+@pytest.mark.parametrize("kept", [[0, 2, 5], [0, 1, 2, 3, 4, 5, 6]])
+def test_a_nan_is_refused_with_its_cause(where, kept):
+    weight, moments, kept = torch.ones(3, 8), Moments.zeros(8), torch.tensor(kept)
+    for fold in range(2):
+        moments.update(torch.randn(60, 8), fold)
+    solve(weight, None, moments, kept)
+    (weight if where == "weight" else moments.gram[0])[2, 1] = torch.nan
+    with pytest.raises(InputError, match="must be finite, got"):
+        solve(weight, None, moments, kept)
 
 
 def test_a_refusal_does_not_advise_what_was_done():
@@ -212,5 +225,3 @@ def test_a_refusal_does_not_advise_what_was_done():
         moments.update(torch.randn(40, 5), fold)
     with pytest.raises(InputError, match="no damp gives a finite held-out error"):
         solve(weight, None, moments, torch.tensor([0, 2]))
-    with pytest.raises(InputError, match='use damp="auto"'):
-        check_solved(torch.tensor(3.0), torch.tensor([math.nan]), 1e-3, asked=1e-3)

@@ -14,7 +14,7 @@ from test_html import Reader
 from liar_ext import InputError
 from liar_ext.cli import main
 from liar_ext.measure.timing import Benchmark, ModelFacts, Quartiles, Rate, read_bench
-from liar_ext.report import tables
+from liar_ext.report import sections
 from liar_ext.report.compare import (
     MOST_RUNS,
     cautions,
@@ -158,12 +158,14 @@ def test_a_benchmark_is_read_as_it_was_stored(tmp_path):
     assert (read.pruned, read.dense, read.rates) == (bench.pruned, bench.dense, bench.rates)
     assert read.report_digest == bench.report_digest
     assert read.settings == {**bench.settings, "batches": "1, 32"}
-    assert tables.speed(read) == tables.speed(bench)
+    assert sections.speed(read) == sections.speed(bench)
 
 
 def test_the_table_has_what_was_measured_alone():
     rate = Rate(1, "decode", "tokens/s", Quartiles(1234.5, 1, 2))
-    rows = tables.speed(Benchmark(ModelFacts("x", 10, 5 << 20, {"1": 7 << 20}), rates=[rate])).rows
+    rows = sections.speed(
+        Benchmark(ModelFacts("x", 10, 5 << 20, {"1": 7 << 20}), rates=[rate])
+    ).rows
     assert rows == [
         ("batch 1: decode, tokens/s", "", "1,234", ""),
         ("parameters", "", "10", ""),

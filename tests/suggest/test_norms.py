@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from liar_ext.suggest.trace import Call, Trace
-from liar_ext.suggest.wiring import norm_after
+from liar_ext.suggest.stacks import Call
+from liar_ext.suggest.trace import Trace
 
 
 class Block(nn.Module):
@@ -36,4 +36,4 @@ def test_the_norm_after_a_layer(kind, norm):
     torch.manual_seed(0)
     block = Block(kind).double().eval()
     trace = Trace(Call(block, (torch.randn(2, 11, 6, dtype=torch.float64),), {}))
-    assert norm_after(trace, "down") == norm
+    assert trace.norm_after("down") == norm

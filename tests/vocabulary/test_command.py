@@ -23,7 +23,7 @@ from liar_ext import (
     prune,
     save_pruned,
 )
-from liar_ext.checkpoint.vocabulary import compare_tokenization
+from liar_ext.checkpoint.carrying import compare_tokenization
 from liar_ext.export.verify import verify_everywhere
 
 TOKENS, KEPT = 512, 384

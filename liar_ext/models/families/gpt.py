@@ -1,218 +1,265 @@
-"""Decoders of GPT's wiring: fused projections, or biases and learned positions."""
+"""Decoders of other wiring than Llama's: fused layers, branches side by side, other mixers."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.llama import ATTN, HEADS, LLAMA, ROW
-from liar_ext.models.families.reasons import HEADS_OF_HIDDEN
-from liar_ext.models.family import Family, Stack, Step, Stream, Wiring
-
-_MLP = Wiring(
-    producers=("mlp.gate_up_proj",),
-    consumer="mlp.down_proj",
-    stacked={"mlp.gate_up_proj": Stack(("gate", "up"))},
-    config={"intermediate_size": "features"},
+from liar_ext.models.families.common import (
+    GATE_UP,
+    HEADS_OF_HIDDEN,
+    QKV,
+    QKV_BY_GROUP,
+    TIED,
+    attention,
+    mlp,
+    passed,
+    pre_norm,
+    steps,
 )
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
-
-def _block(*reads: str) -> tuple[Step, ...]:
-    """Return the steps of a block of which ``reads`` are the layers that attention reads by."""
-    return (
-        Step("norm", ("input_layernorm",)),
-        Step("read", reads),
-        Step("write", ("self_attn.o_proj",)),
-        Step("norm", ("post_attention_layernorm",)),
-        Step("read", ("mlp.gate_up_proj",)),
-        Step("write", ("mlp.down_proj",)),
-    )
-
-
-_BLOCK = _block(*_QKV)
-_SANDWICHED = (
-    *_BLOCK[:3],
-    Step("branch_norm", ("post_self_attn_layernorm",)),
-    *_BLOCK[3:],
-    Step("branch_norm", ("post_mlp_layernorm",)),
+from liar_ext.models.families.llama import (
+    ATTN,
+    GROUPS,
+    HEADS,
+    LLAMA,
+    MLP,
+    NORMS,
+    QKVO,
+    ROW,
+    counts,
+    in_pictures,
 )
-_GLM = replace(ROW, name="glm", attn=ATTN, mlp=_MLP, stream=replace(LLAMA, block=_BLOCK))
+from liar_ext.models.family import Family, Stream
 
-# The rows of the table.
+# Where q ends, Phi's forward computes by the config's number of heads.
+_PHI3 = attention(
+    "self_attn",
+    "qkv_proj o_proj",
+    numbers={
+        **GROUPS,
+        "num_key_value_heads": "kv_heads",
+        "config.num_attention_heads": "heads",
+    },
+    stack=QKV,
+    config=HEADS,
+)
+_FUSED = mlp("mlp.gate_up_proj mlp.down_proj", stack=GATE_UP)
+_GLM_BLOCK = pre_norm(ATTN, NORMS[0], _FUSED, NORMS[1])
+_GLM = replace(ROW, name="glm", attn=ATTN, mlp=_FUSED, stream=replace(LLAMA, block=_GLM_BLOCK))
 FUSED_ROWS = (
-    # Also of Phi-4. Where q ends, its forward computes by the config's number of heads.
-    Family(
+    # Also of Phi-4.
+    replace(
+        _GLM,
         name="phi3",
-        blocks="layers",
-        attn=Wiring(
-            producers=("self_attn.qkv_proj",),
-            consumer="self_attn.o_proj",
-            head_dim="self_attn.head_dim",
-            stacked={"self_attn.qkv_proj": Stack(("query", "key", "value"))},
-            numbers={
-                "self_attn.num_key_value_groups": "group_size",
-                "self_attn.num_key_value_heads": "kv_heads",
-                "self_attn.config.num_attention_heads": "heads",
-            },
-            config=HEADS,
-        ),
-        mlp=_MLP,
-        stream=replace(LLAMA, block=_block("self_attn.qkv_proj")),
+        attn=_PHI3,
+        stream=replace(LLAMA, block=pre_norm(_PHI3, NORMS[0], _FUSED, NORMS[1])),
     ),
     _GLM,
     replace(
         _GLM,
         name="glm4",
         attn=replace(ATTN, output_norm="post_self_attn_layernorm"),
-        mlp=replace(_MLP, output_norm="post_mlp_layernorm"),
-        stream=replace(LLAMA, block=_SANDWICHED),
-    ),
-)
-
-
-_STREAM = Stream(
-    start=(Step("write", ("wte", "wpe")),),
-    block=(
-        Step("norm", ("ln_1",)),
-        Step("read", ("attn.c_attn",)),
-        Step("write", ("attn.c_proj",)),
-        Step("norm", ("ln_2",)),
-        Step("read", ("mlp.c_fc",)),
-        Step("write", ("mlp.c_proj",)),
-    ),
-    ends=(
-        (
-            Step("norm", ("ln_f",)),
-            Step("read", ("lm_head", "score", "classifier", "qa_outputs")),
+        mlp=replace(_FUSED, output_norm="post_mlp_layernorm"),
+        stream=replace(
+            LLAMA,
+            block=(
+                *_GLM_BLOCK[:3],
+                *steps("branch_norm post_self_attn_layernorm"),
+                *_GLM_BLOCK[3:],
+                *steps("branch_norm post_mlp_layernorm"),
+            ),
         ),
     ),
-    config={"n_embd": "hidden", "n_head": "heads"},
-    multiple_of="head_dim",
 )
 
-# The rows of the table.
-GPT2_ROWS = (
-    # GPT-2 computes [q; k; v] in one transposed layer and splits the result at split_size.
+# GPT-2 computes [q; k; v] in one transposed layer and splits the result at split_size.
+_GPT2 = attention(
+    "attn",
+    "c_attn c_proj",
+    numbers={"num_heads": "heads", "embed_dim": "features", "split_size": "features"},
+    stack=QKV,
+    transposed=True,
+)
+_GPT2_MLP = mlp("mlp.c_fc mlp.c_proj", "n_inner", transposed=True)
+_NEOX = attention(
+    "attention",
+    "query_key_value dense",
+    "head_size",
+    stack=QKV_BY_GROUP,
+    bias_flag="attention_bias",
+)
+_NEOX_MLP = mlp("mlp.dense_h_to_4h mlp.dense_4h_to_h")
+_OPT = attention(
+    "self_attn",
+    "q_proj k_proj v_proj out_proj",
+    numbers={"num_heads": "heads", "embed_dim": "features"},
+)
+_OPT_MLP = mlp("fc1 fc2", "ffn_dim")
+GPT_ROWS = (
     Family(
         name="gpt2",
         blocks="h",
-        attn=Wiring(
-            producers=("attn.c_attn",),
-            consumer="attn.c_proj",
-            head_dim="attn.head_dim",
-            stacked={"attn.c_attn": Stack(("query", "key", "value"))},
-            transposed=True,
-            numbers={
-                "attn.num_heads": "heads",
-                "attn.embed_dim": "features",
-                "attn.split_size": "features",
-            },
+        attn=_GPT2,
+        mlp=_GPT2_MLP,
+        stream=Stream(
+            start=steps("write wte wpe"),
+            block=pre_norm(_GPT2, "ln_1", _GPT2_MLP, "ln_2"),
+            ends=(steps("norm ln_f", "read lm_head score classifier qa_outputs"),),
+            config={"n_embd": "hidden", "n_head": "heads"},
+            multiple_of="head_dim",
         ),
-        mlp=Wiring(
-            producers=("mlp.c_fc",),
-            consumer="mlp.c_proj",
-            transposed=True,
-            config={"n_inner": "features"},
-        ),
-        stream=_STREAM,
         without={"stock": HEADS_OF_HIDDEN},
     ),
-)
-
-
-# Both norms read the same stream where the two branches are parallel, and each its own else.
-GPT_NEOX = Stream(
-    start=(Step("write", ("embed_in",)),),
-    block=(
-        Step("norm", ("input_layernorm",)),
-        Step("read", ("attention.query_key_value",)),
-        Step("write", ("attention.dense",)),
-        Step("norm", ("post_attention_layernorm",)),
-        Step("read", ("mlp.dense_h_to_4h",)),
-        Step("write", ("mlp.dense_4h_to_h",)),
-    ),
-    ends=(
-        (
-            Step("norm", ("final_layer_norm",)),
-            Step("read", ("lm_head", "score", "classifier", "qa_outputs")),
-        ),
-    ),
-    config={"hidden_size": "hidden", "num_attention_heads": "heads"},
-    multiple_of="head_dim",
-)
-
-
-# The rows of the table.
-GPT_NEOX_ROWS = (
+    # Both norms read the same stream where the two branches are parallel, and each its own else.
     Family(
         name="gpt_neox",
         blocks="layers",
-        attn=Wiring(
-            producers=("attention.query_key_value",),
-            consumer="attention.dense",
-            head_dim="attention.head_size",
-            stacked={"attention.query_key_value": Stack(("query", "key", "value"), by_group=True)},
-            bias_flag="attention_bias",
+        attn=_NEOX,
+        mlp=_NEOX_MLP,
+        stream=Stream(
+            start=steps("write embed_in"),
+            block=pre_norm(_NEOX, NORMS[0], _NEOX_MLP, NORMS[1]),
+            ends=(steps("norm final_layer_norm", "read lm_head score classifier qa_outputs"),),
+            config=TIED,
+            multiple_of="head_dim",
         ),
-        mlp=Wiring(
-            producers=("mlp.dense_h_to_4h",),
-            consumer="mlp.dense_4h_to_h",
-            config={"intermediate_size": "features"},
-        ),
-        stream=GPT_NEOX,
         without={"stock": HEADS_OF_HIDDEN},
     ),
-)
-
-
-# The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also has
-# its norms elsewhere.
-OPT = Stream(
-    start=(Step("write", ("decoder.embed_tokens", "decoder.embed_positions")),),
-    block=(
-        Step("norm", ("self_attn_layer_norm",)),
-        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Step("write", ("self_attn.out_proj",)),
-        Step("norm", ("final_layer_norm",)),
-        Step("read", ("fc1",)),
-        Step("write", ("fc2",)),
-    ),
-    ends=(
-        (
-            Step("norm", ("decoder.final_layer_norm",)),
-            Step("read", ("lm_head", "score", "qa_outputs")),
-        ),
-    ),
-    config={
-        "hidden_size": "hidden",
-        "word_embed_proj_dim": "hidden",
-        "num_attention_heads": "heads",
-    },
-    multiple_of="head_dim",
-    requires={
-        "do_layer_norm_before": True,
-        "_remove_final_layer_norm": False,
-        "layer_norm_elementwise_affine": True,
-    },
-)
-
-
-# The rows of the table.
-OPT_ROWS = (
+    # The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also
+    # has its norms elsewhere.
     Family(
         name="opt",
         blocks="decoder.layers",
-        attn=Wiring(
-            producers=("self_attn.q_proj",),
-            key_value=("self_attn.k_proj", "self_attn.v_proj"),
-            consumer="self_attn.out_proj",
-            head_dim="self_attn.head_dim",
-            numbers={"self_attn.num_heads": "heads", "self_attn.embed_dim": "features"},
+        attn=_OPT,
+        mlp=_OPT_MLP,
+        stream=Stream(
+            start=steps("write decoder.embed_tokens decoder.embed_positions"),
+            block=pre_norm(_OPT, "self_attn_layer_norm", _OPT_MLP, "final_layer_norm"),
+            ends=(steps("norm decoder.final_layer_norm", "read lm_head score qa_outputs"),),
+            config={
+                "hidden_size": "hidden",
+                "word_embed_proj_dim": "hidden",
+                "num_attention_heads": "heads",
+            },
+            multiple_of="head_dim",
+            requires={
+                "do_layer_norm_before": True,
+                "_remove_final_layer_norm": False,
+                "layer_norm_elementwise_affine": True,
+            },
         ),
-        mlp=Wiring(producers=("fc1",), consumer="fc2", config={"ffn_dim": "features"}),
-        stream=OPT,
         without={"stock": HEADS_OF_HIDDEN},
     ),
 )
 
-ROWS = (*FUSED_ROWS, *GPT2_ROWS, *GPT_NEOX_ROWS, *OPT_ROWS)
+# Norms of q and k, which Command R+ has, keep weights of every head.
+_NO_NORMS = {"use_qk_norm": False}
+_SIDE_BY_SIDE = replace(LLAMA, block=(*LLAMA.block[:3], *passed(MLP)))
+_COHERE = replace(
+    ROW,
+    name="cohere",
+    attn=replace(ROW.attn, requires=_NO_NORMS),
+    mlp=MLP,
+    stream=replace(_SIDE_BY_SIDE, requires=_NO_NORMS),
+)
+_PHI, _PHI_MLP = replace(ATTN, consumer="self_attn.dense"), mlp("mlp.fc1 mlp.fc2")
+# q, k and v of a KV group together: of a head in the first models, of all heads in those with one
+# key and value, of some in those with the new architecture.
+_FALCON = attention(
+    "self_attention",
+    "query_key_value dense",
+    numbers={"num_heads": "heads", "num_kv_heads": "kv_heads"},
+    stack=QKV_BY_GROUP,
+    requires={"alibi": False},  # slopes are made for all heads at once
+)
+_FALCON_MLP = mlp("mlp.dense_h_to_4h mlp.dense_4h_to_h", "ffn_hidden_size")
+PARALLEL_ROWS = (
+    _COHERE,
+    replace(_COHERE, name="cohere2", attn=ROW.attn, stream=_SIDE_BY_SIDE),
+    Family(
+        name="phi",
+        blocks="layers",
+        attn=_PHI,
+        mlp=_PHI_MLP,
+        stream=replace(
+            LLAMA,
+            block=(LLAMA.block[0], *passed(_PHI), *passed(_PHI_MLP)),
+            ends=(steps("norm final_layernorm", "read lm_head score"),),
+        ),
+    ),
+    replace(
+        ROW,
+        name="stablelm",
+        attn=attention(
+            "self_attn",
+            QKVO,
+            numbers=counts("num_heads"),
+            requires={"qk_layernorm": False},  # else a module per head
+        ),
+        mlp=MLP,
+        stream=replace(
+            LLAMA,
+            block=(*LLAMA.block[:3], *steps(f"norm_if {NORMS[1]}"), *passed(MLP)),
+            config={**TIED, "num_key_value_heads": "kv_heads"},
+            multiple_of="head_dim",
+        ),
+        without={"stock": HEADS_OF_HIDDEN},
+    ),
+    # A norm before each branch, one for both, or one after the other.
+    Family(
+        name="falcon",
+        blocks="h",
+        attn=_FALCON,
+        mlp=_FALCON_MLP,
+        stream=Stream(
+            start=steps("write word_embeddings"),
+            block=(
+                *steps("norm_if input_layernorm", "norm_if ln_attn"),
+                *passed(_FALCON),
+                *steps("norm_if post_attention_layernorm", "norm_if ln_mlp"),
+                *passed(_FALCON_MLP),
+            ),
+            ends=(steps("norm ln_f", "read lm_head score classifier qa_outputs"),),
+            config={**TIED, "num_kv_heads": "kv_heads"},
+            multiple_of="head_dim",
+        ),
+        without={"stock": HEADS_OF_HIDDEN},
+    ),
+)
+
+# A head of q_proj is its query and the gate of its output, one after the other.
+_LINEAR = " ".join(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
+_QWEN = replace(
+    ROW,
+    name="qwen3_5_text",
+    attn=replace(ROW.attn, optional=True),
+    mlp=MLP,
+    stream=replace(
+        LLAMA,
+        block=(
+            LLAMA.block[0],
+            *steps(
+                f"read_if {' '.join(ATTN.layers[:-1])} {_LINEAR}",
+                "write_if self_attn.o_proj linear_attn.out_proj",
+            ),
+            *LLAMA.block[3:],
+        ),
+        norm_offset=1.0,
+    ),
+)
+HYBRID_ROWS = (
+    _QWEN,
+    in_pictures(_QWEN, "qwen3_5"),
+    Family(
+        name="lfm2",
+        blocks="layers",
+        attn=replace(ATTN, consumer="self_attn.out_proj", optional=True),
+        # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
+        mlp=mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", ""),
+        without={
+            "hidden": "its convolutions are as wide as the hidden size",
+            "stock": "channels: its config rounds their number",
+        },
+    ),
+)
+
+ROWS = (*FUSED_ROWS, *GPT_ROWS, *PARALLEL_ROWS, *HYBRID_ROWS)

@@ -4,91 +4,79 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.reasons import BORROWED, JOINT, PICTURES
-from liar_ext.models.family import Family, Step, Stream, Wiring
-
-LLAMA = Stream(
-    start=(Step("write", ("embed_tokens",)),),
-    block=(
-        Step("norm", ("input_layernorm",)),
-        Step("read", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Step("write", ("self_attn.o_proj",)),
-        Step("norm", ("post_attention_layernorm",)),
-        Step("read", ("mlp.gate_proj", "mlp.up_proj")),
-        Step("write", ("mlp.down_proj",)),
-    ),
-    ends=((Step("norm", ("norm",)), Step("read", ("lm_head", "score", "qa_outputs"))),),
-    config={"hidden_size": "hidden"},
-    multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
+from liar_ext.models.families.common import (
+    BORROWED,
+    JOINT,
+    PICTURES,
+    attention,
+    mlp,
+    passed,
+    pre_norm,
+    steps,
 )
-
-# A norm over what each branch writes, and none before it reads.
-AFTER = replace(
-    LLAMA,
-    block=(
-        Step("take", LLAMA.block[1].layers),
-        Step("aside", ("self_attn.q_norm", "self_attn.k_norm")),
-        LLAMA.block[2],
-        Step("branch_norm", ("post_attention_layernorm",)),
-        Step("take", LLAMA.block[4].layers),
-        LLAMA.block[5],
-        Step("branch_norm", ("post_feedforward_layernorm",)),
-    ),
-)
+from liar_ext.models.family import Family, Stream, Wiring
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
 HEADS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+GROUPS = {"num_key_value_groups": "group_size"}
+QKVO = "q_proj k_proj v_proj o_proj"
+# Where no flag of the config governs all layers of a site.
+ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
+MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
+_FLAGGED = replace(MLP, bias_flag="mlp_bias")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+LLAMA = Stream(
+    start=steps("write embed_tokens"),
+    block=pre_norm(ATTN, NORMS[0], MLP, NORMS[1]),
+    ends=(steps("norm norm", "read lm_head score qa_outputs"),),
+    config={"hidden_size": "hidden"},
+    multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
+)
 ROW = Family(
     name="llama",
     blocks="layers",
-    attn=Wiring(
-        producers=("self_attn.q_proj",),
-        key_value=("self_attn.k_proj", "self_attn.v_proj"),
-        consumer="self_attn.o_proj",
-        head_dim="self_attn.head_dim",
-        numbers={"self_attn.num_key_value_groups": "group_size"},
-        config=HEADS,
-        bias_flag="attention_bias",
-    ),
-    mlp=Wiring(
-        producers=("mlp.gate_proj", "mlp.up_proj"),
-        consumer="mlp.down_proj",
-        numbers={"mlp.intermediate_size": "features"},
-        config={"intermediate_size": "features"},
-        bias_flag="mlp_bias",
-    ),
+    attn=replace(ATTN, bias_flag="attention_bias"),
+    mlp=_FLAGGED,
     stream=LLAMA,
 )
-# Where no flag of the config governs all layers of a site.
-ATTN = replace(ROW.attn, bias_flag=None)
-MLP = replace(ROW.mlp, bias_flag=None)
 
-# With a norm over what they write.
-ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
-MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
+# With a norm over what they write, and none before they read.
+_ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
+_MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
+_READ, _WRITTEN = passed(MLP)
+_AFTER = replace(
+    LLAMA,
+    block=(
+        *passed(ATTN, "take")[:1],
+        *steps("aside self_attn.q_norm self_attn.k_norm"),
+        *passed(ATTN)[1:],
+        *steps("branch_norm post_attention_layernorm"),
+        *passed(MLP, "take"),
+        *steps("branch_norm post_feedforward_layernorm"),
+    ),
+)
 
-# Attention modules of some keep head counts, which their forward doesn't read.
-_COUNTS = {
-    **ATTN.numbers,
-    "self_attn.num_attention_heads": "heads",
-    "self_attn.num_key_value_heads": "kv_heads",
-}
 
-# The rows of the table.
+def counts(heads: str) -> dict[str, str]:
+    """Return numbers of attention that keeps head counts, which its forward doesn't read."""
+    return {**GROUPS, heads: "heads", "num_key_value_heads": "kv_heads"}
+
+
+_COUNTED = attention("self_attn", QKVO, numbers=counts("num_attention_heads"), config=HEADS)
 LLAMA_ROWS = (
     ROW,
     replace(ROW, name="smollm3"),
     replace(ROW, name="qwen3", mlp=MLP),
-    replace(ROW, name="mistral", attn=ATTN, mlp=MLP),
-    replace(ROW, name="qwen2", attn=ATTN, mlp=MLP),
-    replace(ROW, name="ministral", attn=ATTN, mlp=MLP),
-    replace(ROW, name="ministral3", attn=ATTN, mlp=MLP),
+    *(
+        replace(ROW, name=name, attn=ATTN, mlp=MLP)
+        for name in ("mistral", "qwen2", "ministral", "ministral3")
+    ),
     # Its multipliers are numbers of the config, whatever the sizes.
     replace(ROW, name="granite"),
     replace(ROW, name="cwm", attn=ATTN),
     replace(ROW, name="hunyuan_v1_dense", mlp=MLP),
-    replace(ROW, name="seed_oss", attn=replace(ATTN, numbers=_COUNTS)),
+    replace(ROW, name="seed_oss", attn=_COUNTED),
     replace(
         ROW,
         name="ernie4_5",
@@ -105,9 +93,9 @@ LLAMA_ROWS = (
     replace(
         ROW,
         name="exaone4",
-        attn=replace(ATTN_AFTER, numbers=_COUNTS),
-        mlp=MLP_AFTER,
-        stream=AFTER,
+        attn=replace(_COUNTED, output_norm=_ATTN_AFTER.output_norm),
+        mlp=_MLP_AFTER,
+        stream=_AFTER,
     ),
     # Its norms have no weights: their readers alone are solved.
     replace(ROW, name="olmo", mlp=MLP),
@@ -116,43 +104,40 @@ LLAMA_ROWS = (
             ROW,
             name=name,
             attn=None,
-            mlp=MLP_AFTER,
-            stream=replace(AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
+            mlp=_MLP_AFTER,
+            stream=replace(_AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
             without={"attn": JOINT, "kv_group": JOINT},
         )
         for name in ("olmo2", "olmo3")
     ),
 )
 
-
-# Its norms scale by their weights and one.
+# Gemma's norms scale by their weights and one.
 _SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
-_BEFORE = Step("norm", ("pre_feedforward_layernorm",))
-_READ, _WRITTEN = LLAMA.block[4:6]
+_BETWEEN = (*LLAMA.block[:3], *steps("norm pre_feedforward_layernorm"), _READ, _WRITTEN)
 _BOTH = replace(
     _SCALED,
     block=(
-        *LLAMA.block[:3],
-        Step("branch_norm", ("post_attention_layernorm",)),
-        *(_BEFORE, _READ, _WRITTEN),
-        Step("branch_norm", ("post_feedforward_layernorm",)),
+        *_BETWEEN[:3],
+        *steps("branch_norm post_attention_layernorm"),
+        *_BETWEEN[3:],
+        *steps("branch_norm post_feedforward_layernorm"),
     ),
 )
 _GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
 _GEMMA3 = replace(
     _GEMMA,
     name="gemma3_text",
-    attn=replace(ROW.attn, output_norm=ATTN_AFTER.output_norm),
-    mlp=MLP_AFTER,
+    attn=replace(ROW.attn, output_norm=_ATTN_AFTER.output_norm),
+    mlp=_MLP_AFTER,
     stream=_BOTH,
 )
-
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
 _GEMMA4 = replace(
     _GEMMA,
     name="gemma4_text",
     attn=None,
-    mlp=replace(MLP_AFTER, config=None),
+    mlp=replace(_MLP_AFTER, config=None),
     stream=None,
     lends=True,
     without={
@@ -162,99 +147,69 @@ _GEMMA4 = replace(
     },
 )
 
-# The rows of the table.
+
+def in_pictures(row: Family, name: str, blocks: str = "language_model.layers") -> Family:
+    """Return the row of a model that reads pictures, too, from that of its text model."""
+    without = {**row.without, "hidden": row.without.get("hidden", PICTURES)}
+    text = {"blocks": blocks, "config": "text_config", "stream": None}
+    return replace(row, name=name, without=without, **text)
+
+
 GEMMA_ROWS = (
     _GEMMA4,
-    replace(_GEMMA4, name="gemma4", blocks="language_model.layers", config="text_config"),
+    in_pictures(_GEMMA4, "gemma4"),
     _GEMMA,
     replace(_GEMMA3, name="gemma2"),
-    replace(
-        _GEMMA,
-        name="vaultgemma",
-        stream=replace(_SCALED, block=(*LLAMA.block[:3], _BEFORE, _READ, _WRITTEN)),
-    ),
+    replace(_GEMMA, name="vaultgemma", stream=replace(_SCALED, block=_BETWEEN)),
     _GEMMA3,
-    replace(
-        _GEMMA3,
-        name="gemma3",
-        blocks="language_model.layers",
-        config="text_config",
-        stream=None,
-        without={"hidden": PICTURES},
-    ),
+    in_pictures(_GEMMA3, "gemma3"),
 )
 
-
-_UP = replace(MLP, producers=("mlp.up_proj",), bias_flag="mlp_bias")
-
-
-def _block(before: str, between: str, up: str, down: str) -> tuple[Step, ...]:
-    """Return the steps of a block with these norms and these layers of its MLP."""
-    return (
-        Step("norm", (before,)),
-        *LLAMA.block[1:3],
-        Step("norm", (between,)),
-        Step("read", (up,)),
-        Step("write", (down,)),
-    )
+_UP = replace(_FLAGGED, producers=("mlp.up_proj",))
 
 
-_PLAIN = _block("input_layernorm", "post_attention_layernorm", "mlp.up_proj", "mlp.down_proj")
-_STREAM = replace(LLAMA, block=_PLAIN)
+def _ungated(mlp: Wiring, *norms: str) -> Stream:
+    attn_norm, mlp_norm = norms or NORMS
+    return replace(LLAMA, block=pre_norm(ATTN, attn_norm, mlp, mlp_norm))
 
-# The rows of the table.
+
+_STARCODER = mlp("mlp.c_fc mlp.c_proj", bias_flag="use_bias")
 UNGATED_ROWS = (
-    replace(ROW, name="arcee", mlp=_UP, stream=_STREAM),
-    replace(ROW, name="jais2", mlp=_UP, stream=_STREAM),
+    replace(ROW, name="arcee", mlp=_UP, stream=_ungated(_UP)),
+    replace(ROW, name="jais2", mlp=_UP, stream=_ungated(_UP)),
     # Squared ReLU; its LayerNorm scales by its weight and one.
     replace(
         ROW,
         name="nemotron",
-        attn=replace(
-            ROW.attn,
-            numbers={
-                **ATTN.numbers,
-                "self_attn.num_heads": "heads",
-                "self_attn.num_key_value_heads": "kv_heads",
-            },
+        attn=attention(
+            "self_attn",
+            QKVO,
+            numbers=counts("num_heads"),
+            config=HEADS,
+            bias_flag="attention_bias",
         ),
         mlp=_UP,
-        stream=replace(_STREAM, norm_offset=1.0),
+        stream=replace(_ungated(_UP), norm_offset=1.0),
     ),
     replace(
         ROW,
         name="apertus",
         mlp=replace(_UP, numbers={}, bias_flag=None),
-        stream=replace(
-            LLAMA,
-            block=_block(
-                "attention_layernorm", "feedforward_layernorm", "mlp.up_proj", "mlp.down_proj"
-            ),
-        ),
+        stream=_ungated(_UP, "attention_layernorm", "feedforward_layernorm"),
     ),
-    Family(
+    replace(
+        ROW,
         name="nanochat",
-        blocks="layers",
-        attn=ROW.attn,
-        mlp=Wiring(
-            producers=("mlp.fc1",), consumer="mlp.fc2", config={"intermediate_size": "features"}
-        ),
+        mlp=mlp("mlp.fc1 mlp.fc2"),
+        stream=None,
         without={"hidden": "its stream begins as what a norm without weights puts out"},
     ),
     replace(
         ROW,
         name="starcoder2",
         attn=replace(ATTN, bias_flag="use_bias"),
-        mlp=Wiring(
-            producers=("mlp.c_fc",),
-            consumer="mlp.c_proj",
-            config={"intermediate_size": "features"},
-            bias_flag="use_bias",
-        ),
-        stream=replace(
-            LLAMA,
-            block=_block("input_layernorm", "post_attention_layernorm", "mlp.c_fc", "mlp.c_proj"),
-        ),
+        mlp=_STARCODER,
+        stream=_ungated(_STARCODER),
     ),
 )
 

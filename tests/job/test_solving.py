@@ -11,8 +11,8 @@ from tiny import tiny, tiny_inputs
 
 from liar_ext import Recipe, prune
 from liar_ext.calibration.batches import read_batches
-from liar_ext.job import choosing
-from liar_ext.job.choosing import hold_out, sequences_to_judge
+from liar_ext.job import solving
+from liar_ext.job.solving import hold_out, sequences_to_judge
 from liar_ext.selection.divergence import Divergence
 
 
@@ -107,7 +107,7 @@ def test_generated_sequences_do_not_decide():
 
 
 def test_a_named_schedule_costs_no_measurement(monkeypatch):
-    monkeypatch.setattr(choosing, "divergence_of", None)
+    monkeypatch.setattr(solving, "divergence_of", None)
     for given in ({}, {"judge_on": batches(tiny("llama"), 1, first=50)}):
         model = tiny("llama")
         report = prune(model, batches(model, 9), keep=0.6, schedule="layerwise", **given)
@@ -135,7 +135,7 @@ def test_a_stopped_job_decides_the_same(tmp_path, monkeypatch):
     prune(whole, data, keep=0.6, judge_on=judge)
     stopped = copy.deepcopy(model)
     with monkeypatch.context() as broken:
-        broken.setattr(choosing, "divergence_of", lambda *_: 1 / 0)
+        broken.setattr(solving, "divergence_of", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prune(stopped, data, keep=0.6, judge_on=judge, checkpoint=tmp_path / "c")
     prune(stopped, data, keep=0.6, judge_on=judge, checkpoint=tmp_path / "c")

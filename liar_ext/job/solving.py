@@ -1,0 +1,256 @@
+"""Solve a plan's sites, by one schedule or the better of two, and judge what comes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS, Batch, read_batch, read_batches
+from liar_ext.calibration.moments import MomentBank
+from liar_ext.calibration.passes import Passes
+from liar_ext.distributed import alone, is_first
+from liar_ext.measure.embeddings import Evaluator
+from liar_ext.measure.evaluation import perplexity
+from liar_ext.models.sites import Site
+from liar_ext.plan import Plan
+from liar_ext.recipe import Recipe
+from liar_ext.reconstruction.layerwise import Solved as Block
+from liar_ext.reconstruction.layerwise import reconstruct_layerwise, solve_layerwise
+from liar_ext.reconstruction.one_pass import certified_errors, reconstruct_shared
+from liar_ext.reconstruction.streams import StreamedBatches
+from liar_ext.rows import SiteRow
+from liar_ext.selection.divergence import Divergence
+from liar_ext.selection.sensitivity import pruned_site
+
+if TYPE_CHECKING:
+    from liar_ext.job.preparing import Job
+
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+# Of a calibration set with enough sequences every n-th is held out, up to so many.
+HELD_OUT_EVERY, LEAST, MOST = 8, 32, 64
+# The cheaper one first.
+SCHEDULES = {"one-pass": "in one pass", "layerwise": "layer by layer"}
+JUDGED = 16  # sequences of documents of their own that the command draws, of 128 or more
+
+
+def sequences_to_judge(recipe: Recipe) -> int:
+    """Return how many sequences a command draws beside those of the recipe, to judge models by."""
+    auto = recipe.schedule == "auto" and recipe.settled().schedule == "layerwise"
+    return min(max(recipe.samples // HELD_OUT_EVERY, FOLDS), JUDGED) if auto else 0
+
+
+def hold_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Split batches into those to calibrate on and those to judge whole models by.
+
+    Every eighth sequence of text is held out, 64 at most. Random and generated sequences
+    (``source`` -1) are not. A set of fewer than 32 sequences stays whole.
+    """
+    batches = list(batches)
+    places = [
+        (index, row)
+        for index, batch in enumerate(batches)
+        for row in range(len(batch))
+        if batch.source is None or batch.source[row] >= 0
+    ]
+    if len(places) < LEAST:
+        return batches, []
+    count = min(len(places) // HELD_OUT_EVERY, MOST)
+    taken = {places[(2 * step + 1) * len(places) // (2 * count)] for step in range(count)}
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    for index, batch in enumerate(batches):
+        judged = torch.tensor([(index, row) in taken for row in range(len(batch))])
+        for part, rows in zip(parts, ((~judged).nonzero(), judged.nonzero()), strict=True):
+            if len(rows):
+                part.append(batch.select(rows.flatten()))
+    return parts
+
+
+@dataclass
+class Solved:
+    """The sites of a plan, solved as ``blocks`` are gone through, before they are sliced.
+
+    A model in memory is one block, of index None.
+    """
+
+    blocks: Iterable[tuple[int | None, Weights, Mapping[str, SiteRow]]]
+    schedule: str
+    source: Mapping[str, int]  # of the text that was calibrated on
+    facts: dict[str, object] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def reconstruct(job: Job, passes: Passes | None, plan: Plan, judge: Judge) -> Solved:
+    """Solve the sites of a plan; block by block what the judge has passes the blocks, too."""
+    recipe, walk = job.recipe, job.walk
+    if passes is None:
+        return Solved([(None, {}, {})], recipe.schedule, {})
+    if walk is None:
+        return solve(job, passes, plan)
+    facts = {"max_memory": job.limit}
+
+    def blocks() -> Iterator[Block]:
+        given, along = (plan, recipe.reconstruct, recipe.damp), [job.out.fixed, *judge.along]
+        if recipe.schedule == "layerwise":
+            yield from solve_layerwise(walk, *given, job.batches, job.certify_on or (), along)
+        else:
+            yield from passes.solve(*given, along)
+        facts["calibrate_passes"] = passes.taken
+        facts["hidden_states_on_disk"] = walk.states.most_on_disk
+
+    return Solved(job.clock.each("reconstruct", blocks()), recipe.schedule, passes.source, facts)
+
+
+def solve(job: Job, passes: Passes, plan: Plan) -> Solved:
+    """Solve the sites of a model in memory by the job's schedule, or by both.
+
+    Where text is held out for it, both are measured; of equal ones the cheaper is kept. Errors on
+    fresh text are measured on a walk's way, and after one pass here.
+    """
+    schedule, notes, found = job.recipe.schedule, [], {}
+    if job.judged is None:
+        weights, rows = _solve(job, schedule, passes, plan)
+    else:
+        with job.clock("judge"):
+            judge, at = Divergence(job.model, job.judged), job.sites(passes.model)
+        for each in SCHEDULES:
+            solved = _solve(job, each, passes, plan)
+            with job.clock("judge"):
+                found[each] = divergence_of(judge, passes.model, at, plan, solved[0])
+            if len(found) == 1 or found[each] < found[schedule]:
+                schedule, (weights, rows) = each, solved
+        values = " and ".join(f"{value:.3g} {SCHEDULES[name]}" for name, value in found.items())
+        notes = [
+            f"Layers were solved {SCHEDULES[schedule]}: on held-out text the whole pruned model "
+            f"diverges from the dense one by {values}."
+        ]
+    facts = {"calibrate_passes": passes.taken} | ({"schedules": found} if found else {})
+    source = passes.bank.source
+    if job.certify_on is not None and schedule == "one-pass":
+        with job.clock("certify"):
+            passes.bank = MomentBank()  # its memory is for the fresh sums
+            given = passes.model, job.certify_on, job.sites(passes.model), job.room
+            errors = certified_errors(Passes(*given, progress=job.progress), plan, weights)
+            rows = [replace(row, certified_error=errors[row.name]) for row in rows]
+    return Solved([(None, weights, {r.name: r for r in rows})], schedule, source, facts, notes)
+
+
+def _solve(job: Job, schedule: str, passes: Passes, plan: Plan) -> tuple[Weights, list[SiteRow]]:
+    """Return new weights by a schedule, and the rows of the report."""
+    settings = {"mode": job.recipe.reconstruct, "damp": job.recipe.damp, "progress": job.progress}
+    if schedule == "layerwise":
+        settings |= {"fresh": job.certify_on or (), "saved": job.saved}
+        with job.clock("reconstruct"):
+            return reconstruct_layerwise(passes.model, passes.batches, plan, **settings)
+    found = {}
+    for group in job.clock.each("calibrate", passes.back()):
+        with job.clock("reconstruct"):
+            # A name for the bank would keep it while the next group's is summed.
+            found |= reconstruct_shared(passes.model, passes.bank, plan, group, **settings)
+    return {name: found[name][0] for name in found}, [found[name][1] for name in plan.sites]
+
+
+@torch.no_grad()
+def divergence_of(
+    judge: Divergence, model: nn.Module, at: Iterable[Site], plan: Plan, weights: Weights
+) -> float:
+    """Return how far a model is from the judge's dense one with all its sites pruned."""
+    with ExitStack() as pruned:
+        for site in at:
+            pruned.enter_context(pruned_site(model, site, plan, weights[site.name]))
+        found = judge.of(model)["divergence"]
+    return math.inf if math.isnan(found) else found
+
+
+class Judge:
+    """Measures a model in memory: on held-out text at the first rank, on fresh text at all."""
+
+    along: tuple[StreamedBatches, ...] = ()  # text that passes the blocks of a walk
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.outputs, self.evaluator = job, None, Evaluator()
+        self.dense = self.quality()
+
+    def quality(self) -> dict[str, float] | None:
+        """Measure the model as it is now, if there is held-out text."""
+        job = self.job
+        if job.evaluate_on is None or not is_first():
+            return None
+        with job.clock("evaluate"):
+            return self.evaluator(job.model, job.evaluate_on, progress=job.progress)
+
+    def see_dense(self, passes: Passes | None) -> None:
+        """Note what the dense model gives on fresh text, before it is sliced."""
+        if self.job.certify_on is not None:
+            with self.job.clock("certify"):
+                self.outputs = Divergence(self.job.model, self.job.certify_on)
+
+    def evaluation(self) -> dict[str, dict[str, float]]:
+        """Measure the pruned model; return all that was measured, as a report has it."""
+        found = {"dense": self.dense, "pruned": self.quality()}
+        found = {} if None in found.values() else found
+        if self.outputs is not None:
+            with self.job.clock("certify"), self.fresh():
+                found["certified"] = self.outputs.of(self.job.model)
+        return found
+
+    def fresh(self) -> AbstractContextManager:
+        """Let the model answer for fresh text."""
+        return nullcontext()
+
+
+class StreamedJudge(Judge):
+    """Measures a model of which one block is in memory, at the first rank.
+
+    Its text passes the blocks in both walks, after them only the head is run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.outputs = job, None
+        self.along = self._texts()
+
+    def _texts(self) -> tuple[StreamedBatches, StreamedBatches]:
+        job, here = self.job, is_first()
+        held_out = map(_as_judged, read_batches(job.evaluate_on or ())) if here else ()
+        fresh = read_batches(job.certify_on or ()) if here else ()
+        given = {"held out": held_out, "fresh": fresh}
+        return tuple(StreamedBatches(name, job.walk, some) for name, some in given.items())
+
+    def quality(self) -> dict[str, float] | None:
+        """Measure the model on held-out text that is past its last block."""
+        text = self.along[0]
+        with self.job.clock("evaluate"):
+            if not text.batches:
+                return None
+            with text.answering():
+                return perplexity(self.job.model, text.batches, progress=self.job.progress)
+
+    def see_dense(self, passes: Passes | None) -> None:
+        """Note what the dense model gives, after its walk, and begin again for the other."""
+        passes.restore_along()
+        self.dense = self.quality()
+        fresh = self.along[1]
+        if fresh.batches:
+            with self.job.clock("evaluate"), self.fresh():
+                self.outputs = Divergence(self.job.model, [each.inputs for each in fresh.batches])
+        for each in self.along:
+            each.hidden.clear()  # needed no more
+        self.along = self._texts()
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Let the model answer for fresh text that is past its last block, at this rank alone."""
+        with self.along[1].answering(), alone():
+            yield
+
+
+def _as_judged(batch: Batch) -> Batch:
+    """Return a batch as the model gets it where its perplexity is measured."""
+    ids = batch.inputs["input_ids"]
+    mask = ids.new_ones(ids.shape) if batch.mask is None else batch.mask.to(ids.dtype)
+    return read_batch({"input_ids": ids, "attention_mask": mask})
