@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ class HiddenStates:
             self.on_disk -= size
             self._free.setdefault(size, []).append(offset)
 
-    def move(self, call, bytes_: memoryview, offset: int) -> None:
+    def move(self, call: Callable[..., int], bytes_: memoryview, offset: int) -> None:
         """Read or write bytes at an offset of the file, by a call that may move some of them."""
         while len(bytes_):
             done = call(self._file.fileno(), [bytes_[:MOST_AT_ONCE]], offset)

@@ -24,30 +24,14 @@ PER = ("unit", "feature")
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What a criterion may look at: never the model.
+    """What a criterion may look at: never the model."""
 
-    Parameters
-    ----------
-    weight : Tensor
-        The consumer's weight ``W``, ``(d_out, d_in)`` float64, on the device of the moments.
-    moments : Moments
-        Moments of its input ``x``, ``(tokens, d_in)``.
-    width : int
-        Features per unit; unit ``u`` is the features ``[u·width, (u+1)·width)``.
-    generator : torch.Generator
-        Seeded per site.
-    groups : int
-        Equal runs of units that must lose equally many; see :class:`liar_ext.models.sites.Site`.
-    gradients : SiteGradients or None
-        :class:`liar_ext.calibration.gradients.SiteGradients`, for a criterion that needs them.
-    """
-
-    weight: Tensor
-    moments: Moments
-    width: int
-    generator: torch.Generator
-    groups: int = 1
-    gradients: SiteGradients | None = None
+    weight: Tensor  # the consumer's W, (d_out, d_in) float64, on the device of the moments
+    moments: Moments  # of its input x, (tokens, d_in)
+    width: int  # features per unit; unit u is the features [u·width, (u+1)·width)
+    generator: torch.Generator  # seeded per site
+    groups: int = 1  # equal runs of units that must lose equally many
+    gradients: SiteGradients | None = None  # for a criterion that needs them
 
 
 @dataclass(frozen=True)
@@ -125,10 +109,8 @@ def score(
         From :func:`liar_ext.calibrate`, or loaded.
     at : sequence of Site
         Sites to score.
-    criterion : str
-        A registered criterion.
-    seed : int
-        For criteria that draw.
+    criterion, seed : str, int
+        A registered criterion, and the seed of one that draws.
     batches : iterable of mapping or Tensor, optional
         Text for the criteria that need gradients (``snip``, ``taylor``, ``fisher``), which no
         moments hold; :func:`liar_ext.calibration.gradients.collect_gradients` says what it costs.

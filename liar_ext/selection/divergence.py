@@ -38,23 +38,11 @@ class DenseOutputs:
     has the same meaning to second order but for its scale. Rows where the dense model's output is
     not finite are left out.
 
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model, in evaluation mode; it is run now.
-    batch : mapping of str to Tensor
-        See :func:`liar_ext.calibration.batches.read_batches`. Padding does not count, and
-        labels are not handed on: no loss is asked for.
-    positions : int, optional
-        Compare at this many positions of the sequences, evenly spread, instead of at all of them.
-        A language model's head is then run there only; every other layer sees all tokens.
-
-    Attributes
-    ----------
-    has_logits : bool
-        Whether the outputs are logits.
-    features : int
-        Their classes, or hidden features.
+    The dense model, in evaluation mode, is run over the ``batch`` now. Padding does not count, and
+    no loss is asked for. Outputs are compared at as many ``positions`` of the sequences, evenly
+    spread, as are asked for, or at all of them; a language model's head is run there only.
+    ``has_logits`` says whether outputs are logits, ``features`` how many classes, or hidden
+    features, they have.
     """
 
     def __init__(

@@ -145,25 +145,11 @@ def error_curve(
     ``Z = L⁻¹``, and P are the trailing columns of Y and rows of Z. So the error is the sum over the
     trailing block of ``YᵀY ∘ Z G Zᵀ``, and one pass over that matrix gives the curve.
 
-    Parameters
-    ----------
-    weight : Tensor
-        ``W``, ``(d_out, d)`` float64.
-    gram, holdout : Tensor
-        ``(d, d)``, lower triangles: G to solve with, and what to evaluate the error with, G again
-        unless given.
-    order : Tensor
-        ``(units,)`` int64: every unit, in the order in which they go. Their width is d / units.
-    damp : float
-        λ; ``Λ = λ · mean(diag G) · I``. InputError is raised if ``G + Λ`` is singular.
-    allocate : callable, optional
-        Returns zeros, ``(rows, columns)`` float64, for what is as large as G, twice, and as W; in
-        memory by default. All else is by blocks.
-
-    Returns
-    -------
-    Tensor
-        ``(units + 1,)`` float64.
+    W is ``(d_out, d)`` float64, ``gram`` and ``holdout`` are lower triangles ``(d, d)``: G to solve
+    with, and what to evaluate the error with, G again unless given. ``order`` has every unit,
+    ``(units,)`` int64, of ``d / units`` features. ``Λ = damp · mean(diag G) · I``; InputError is
+    raised if ``G + Λ`` is singular. ``allocate`` returns zeros, ``(rows, columns)`` float64, for
+    what is as large as G, twice, and as W; in memory by default, and all else is by blocks.
     """
     allocate = allocate or weight.new_zeros
     d, units = weight.shape[1], len(order)
