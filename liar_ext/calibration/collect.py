@@ -144,7 +144,13 @@ def collect(
         elif seen.batches > saved.done:
             saved.save(seen.batches, so_far, now=True)
         _check_alike(facts["model"], seen.digest.hexdigest())
-    bank = MomentBank(moments)
+    return _checked(MomentBank(moments), facts, seen, current)
+
+
+def _checked(
+    bank: MomentBank, facts: dict[str, object], seen: Seen, current: InFlight
+) -> MomentBank:
+    """Return the bank of all ranks' sums, with what they are over, if they are usable."""
     tokens, routed = _counted(current)
     check_sums(bank, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
