@@ -144,7 +144,7 @@ def smaller(folder: Path, texts: Sequence[str], keep: float) -> tuple[nn.Module,
     """Return a model and its tokenizer with a part of the vocabulary."""
     model, tokenizer = load_model(str(folder), "float32", "cpu")
     chosen = choose_tokens(model, tokenizer, texts, keep)
-    return model, tokenizer if chosen is None else keep_tokens(model, tokenizer, chosen.order)
+    return model, tokenizer if chosen is None else keep_tokens(model, tokenizer, chosen)
 
 
 def halve(model: nn.Module, tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:

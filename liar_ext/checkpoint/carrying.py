@@ -80,7 +80,8 @@ def carry(source: Path, folder: Path, model: nn.Module, *, tokenizer: bool) -> l
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     said += _fit_modules(folder, sites(model)[0].d_out)
-    return said + (_leave_larger(source, folder) if hasattr(model, "liar_vocabulary") else [])
+    is_cut = getattr(model, "liar_vocabulary", None) is not None
+    return said + (_leave_larger(source, folder) if is_cut else [])
 
 
 def license_of(source: Path | None) -> str | None:

@@ -13,11 +13,13 @@ from liar_ext.calibration.generated import SELF
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.measure.vocabulary_quality import (
-    JUDGED,
+    JUDGED_DOCUMENTS,
+    JUDGED_PIECES,
     VocabularyQuality,
     held_out_of,
     smallest,
 )
+from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
 from liar_ext.vocabulary.keep import Choice, Counted, keep_tokens
@@ -59,7 +61,9 @@ class SmallerVocabulary:
                 self.whole = self._quality(recipe, held_out, recipe.eval_samples)
         chosen, facts = broadcast((chosen, facts))
         self.facts = {**facts, "text": told} if facts else {}
-        if chosen is not None:
+        if chosen is None:
+            model.liar_vocabulary = None  # all tokens stay, which a job need not ask for
+        else:
             self.tokenizer = keep_tokens(model, tokenizer, chosen)
         if self.whole is not None:
             self.facts["held_out"] = self.whole.compare(model, self.tokenizer)
@@ -71,7 +75,8 @@ class SmallerVocabulary:
             chosen = count(texts).choose(recipe.keep_vocab)
             return chosen, chosen.facts if chosen else {}
         texts, judging = held_out_of(texts)
-        counted, quality = count(texts), self._quality(recipe, judging, JUDGED)
+        most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
+        counted, quality = count(texts), self._quality(recipe, judging, most)
         chosen, auto = smallest(counted, self.model, self.tokenizer, quality)
         whole = {"before": counted.size, "after": counted.size}
         whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
@@ -112,8 +117,8 @@ def split_warnings(chosen: Sequence[float], held_out: Mapping[str, Any]) -> list
     if held_out and more > of_chosen + MORE:
         return [
             f"The smaller vocabulary needs {more:.0%} more tokens for the held-out text, and "
-            f"{of_chosen:.0%} more for the text that chose it: they are of different kinds. "
-            + advice
+            f"{of_chosen:.0%} more for the text that chose it. Name more text of the held-out kind "
+            "with --vocab-text, or keep more tokens."
         ]
     if 1 + more > SPLIT:
         kind = "held-out" if held_out else "chosen"

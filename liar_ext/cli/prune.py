@@ -46,6 +46,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.report.report import Report
+from liar_ext.report.sections import vocabulary_lines
 
 CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"
 NONE_WRITTEN = (
@@ -115,7 +116,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
 
 def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
     if given.store is not None:
-        known = {"walk": Walk.of(given.store), "limit": options.max_memory}
+        known = {"walk": Walk(given.store), "limit": options.max_memory}
         known["certify_on"] = given.certification
         job = Job(given.model, given.calibration, given.recipe, **known)
         return describe_streamed(prepare(job))
@@ -124,6 +125,7 @@ def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
     with alone():
         let_write(given, sketch=True, progress=options.progress)
         lines = describe(given.model, given.calibration, given.recipe, given.judging)
+    lines += [f"vocabulary: {said}" for said in vocabulary_lines(given.vocabulary.facts)]
     seconds = given.facts.get("writing", 0.0)
     if isinstance(given.calibration, TextAndOwn):
         seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)

@@ -59,7 +59,7 @@ def prune_folder(
     with ExitStack() as stack:
         out = Folder(lambda: stack.enter_context(writing(folder, overwrite, checked=True)))
         if store is not None:
-            walk = Walk.of(store, job.recipe.attn_unit, job.saved, job.progress)
+            walk = Walk(store, job.recipe.attn_unit, job.saved, job.progress)
             stack.callback(store.close)
             stack.callback(walk.states.close)
             parents = Path(folder).resolve().parents

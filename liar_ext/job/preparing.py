@@ -153,7 +153,7 @@ def prepare(job: Job) -> Job:
         job = job if judged else _without_gain(job, at, notes)
     if backward and job.batches:
         check_loss(model, job.batches[0])
-    gone = getattr(model, "liar_vocabulary", {}).get("params_gone", 0)
+    gone = (getattr(model, "liar_vocabulary", None) or {}).get("params_gone", 0)
     params = {"before": count_params(model) + gone, "prunable_before": sum(s.params for s in at)}
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)

@@ -36,7 +36,7 @@ class Evaluator:
     """Measures a dense model first, then models pruned from it, on the same held-out batches.
 
     A causal language model has its :func:`liar_ext.perplexity`; any other is compared with the
-    dense one, as :class:`DenseEncoder` says.
+    dense one, by :class:`DenseEncoder`.
     """
 
     def __init__(self) -> None:
@@ -68,25 +68,9 @@ class DenseEncoder:
     - ``divergence``: ``(1/N) Σ KL(p ‖ q)`` in nats
     - ``agreement``: fraction of outputs where both models find the same class most likely
 
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model; it is run now.
-    batches : iterable of mapping
-        Inputs of the model, of any kind.
-    progress : bool
-        Show a progress bar.
-
-    Attributes
-    ----------
-    own : dict
-        What the dense model itself has: 1 for all but the divergence, which is 0; ``sequences``,
-        and of text ``tokens`` and ``seq_len``, the longest.
-
-    Raises
-    ------
-    InputError
-        If there is no batch, or the outputs can't be compared.
+    The model is run when this is made. ``own`` is what it has itself: 1 for all but the divergence,
+    which is 0; ``sequences``, and of text ``tokens`` and ``seq_len``, the longest. InputError is
+    raised if there is no batch, or the outputs can't be compared.
     """
 
     @torch.no_grad()
@@ -117,10 +101,7 @@ class DenseEncoder:
     ) -> dict[str, float]:
         """Return the numbers of a pruned model, which is run on the same batches.
 
-        Raises
-        ------
-        InputError
-            If no number can be measured.
+        InputError if no number can be measured.
         """
         if self._outputs:
             return {**self._predictions(pruned, progress), **self._facts}
@@ -186,11 +167,7 @@ def embed(model: nn.Module, batches: Batches, *, progress: bool = False) -> Tens
 
     They are pooled as the folder of the model says, for sentence-transformers, or else the mean
     over all tokens that are not padding. Those of an encoder with a decoder are the encoder's.
-
-    Raises
-    ------
-    InputError
-        If there is no batch, or the pooling of the folder is none that is known.
+    InputError if there is no batch, or the pooling of the folder is none that is known.
     """
     folder = source_folder(getattr(model.config, "name_or_path", ""))
     chain = read_sentence(folder) if folder is not None else None
@@ -229,22 +206,11 @@ def _nearest(unit: Tensor, rows: Tensor, count: int) -> Tensor:
 def pair_quality(
     first: Tensor, second: Tensor, texts: Sequence[str], scores: Sequence[float] | None
 ) -> dict[str, float]:
-    """Return how well the cosine of two texts says what is known of them.
+    """Return how well the cosine of two texts, from their embeddings, says what is known of them.
 
-    Parameters
-    ----------
-    first, second : Tensor
-        ``(pairs, features)``: embeddings of the first and of the second texts.
-    texts : sequence of str
-        The second texts; of two that are the same either is right.
-    scores : sequence of float, optional
-        How alike the texts of each pair are.
-
-    Returns
-    -------
-    dict
-        ``spearman``, the rank correlation of cosine and score; without scores ``recall_at_1``, the
-        fraction of first texts to which of all second texts their own is the nearest; ``pairs``.
+    ``spearman``, the rank correlation of the cosines of pairs and the scores, how alike their texts
+    are; without scores ``recall_at_1``, the fraction of first texts to which of all second texts
+    their own is the nearest (of two ``texts`` that are the same either is right); ``pairs``.
     """
     first, second = (nn.functional.normalize(each.double(), dim=1) for each in (first, second))
     if scores is not None:
@@ -305,38 +271,36 @@ def _facts(batches: Sequence[Batch]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Texts that belong together, by their places.
-
-    Parameters
-    ----------
-    first, second : list of str
-        The texts.
-    scores : list of float or None
-        How alike those of each pair are, where the file says so.
-    """
+    """Texts that belong together, by their places."""
 
     first: list[str]
     second: list[str]
-    scores: list[float] | None
+    scores: list[float] | None  # how alike those of each pair are, where the file says so
 
 
 def read_pairs(path: str) -> Pairs:
     """Return the pairs of a file: a line for each, of two texts and, in all or none, a score.
 
     In a ``.jsonl`` file a line is an array of these, or an object whose values are these, by any
-    names. In any other they are separated by tabs.
-
-    Raises
-    ------
-    InputError
-        If there is no such file, a line is anything else, or there is nothing to compare.
+    names. In any other they are separated by tabs. InputError for any other file, or if there is
+    nothing to compare.
     """
     place = Path(path)
     if not place.is_file():
         raise InputError(f"pairs: {path} is no file; give one with two texts in each line")
     read = _of_json if place.suffix in JSON_LINES else _of_columns
-    lines = enumerate(read_text(place).split("\n"), start=1)
-    rows = [read(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    rows = []
+    for number, line in enumerate(read_text(place).split("\n"), start=1):
+        where = f"{path} line {number}"
+        try:
+            row = _row(read(line)) if line.strip() else None
+        except (ValueError, RecursionError):
+            raise InputError(
+                f"pairs: {where} must have two texts, and a number if they have a score: separated "
+                'by tabs, or in a .jsonl file as ["text", "text", 0.5]'
+            ) from None
+        if row is not None:
+            rows.append((*(checked(text, where) for text in row[:2]), *row[2:]))
     if len({len(row) for row in rows}) > 1:
         raise InputError(f"pairs: {path} has lines with a score and without; give all one, or none")
     if len(rows) < 2:
@@ -349,34 +313,21 @@ def read_pairs(path: str) -> Pairs:
     return Pairs(first, second, scores[0] if scores else None)
 
 
-def _of_columns(line: str, place: str) -> tuple:
+def _of_columns(line: str) -> list:
     first, *rest = line.rstrip("\r").split("\t")
-    try:
-        return _row([first, *rest[:1], *map(float, rest[1:])], place)
-    except ValueError:
-        raise _wrong(place) from None
+    return [first, *rest[:1], *map(float, rest[1:])]
 
 
-def _of_json(line: str, place: str) -> tuple:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise _wrong(place) from None
+def _of_json(line: str) -> list:
+    value = json.loads(line)
     value = list(value.values()) if isinstance(value, dict) else value
-    return _row(value if isinstance(value, list) else [], place)
+    return value if isinstance(value, list) else []
 
 
-def _row(values: list[Any], place: str) -> tuple:
-    """Return two texts, and the score if there is one."""
+def _row(values: list[Any]) -> list:
+    """Return two texts, and the score if there is one; ValueError if that isn't so."""
     texts = [each for each in values if isinstance(each, str) and each.strip()]
     scores = [each for each in values if type(each) in (int, float) and math.isfinite(each)]
     if len(texts) != 2 or len(scores) > 1 or len(texts) + len(scores) < len(values):
-        raise _wrong(place)
-    return (*(checked(text, place) for text in texts), *map(float, scores))
-
-
-def _wrong(place: str) -> InputError:
-    return InputError(
-        f"pairs: {place} must have two texts, and a number if they have a score: separated by "
-        'tabs, or in a .jsonl file as ["text", "text", 0.5]'
-    )
+        raise ValueError
+    return [*texts, *map(float, scores)]

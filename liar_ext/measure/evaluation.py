@@ -6,10 +6,11 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -237,19 +238,16 @@ ASKS = ("get_git_commit_hash", "add_env_info")
 def _talking(evaluator: Any, progress: bool) -> Iterator[None]:
     """Show lm-eval's progress bars and messages, or none, and let it ask for nothing else."""
     logger = logging.getLogger("lm_eval")
-    level, asks = logger.level, {name: getattr(evaluator, name, None) for name in ASKS}
-    bars = nullcontext() if progress else redirect_stderr(io.StringIO())
-    for name in ASKS:
-        setattr(evaluator, name, lambda *_: None)
-    if not progress:
-        logger.setLevel(logging.ERROR)
-    try:
-        with bars:
-            yield
-    finally:
-        logger.setLevel(level)
-        for name, ask in asks.items():
-            setattr(evaluator, name, ask)
+    level = logger.level
+    with ExitStack() as stack:
+        for name in ASKS:
+            asks_nothing = mock.patch.object(evaluator, name, lambda *_: None, create=True)
+            stack.enter_context(asks_nothing)
+        if not progress:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+            stack.callback(logger.setLevel, level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:

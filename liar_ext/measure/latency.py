@@ -6,18 +6,18 @@ whose blocks have different sizes: one round of a mixed model, every site at ano
     round 0    block 0: 32    block 1: 544    block 2: 1056    block 3: 1536    block 4: 32 ...
     round 1    block 0: 544   block 1: 1056   block 2: 1536    block 3: 32      block 4: 544 ...
 
-The clock is read where the first producer of a site starts and where its consumer ends. Sites of
-one shape share their samples; the dense model runs between the rounds. What a run takes besides
-its sites is the fixed part.
+Sites of one shape share their samples; the dense model runs between the rounds. What a run takes
+besides its sites is the fixed part.
 """
 
 from __future__ import annotations
 
 import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from random import Random
 from statistics import median
@@ -29,7 +29,7 @@ from liar_ext.calibration.texts import check_seq_len
 from liar_ext.errors import InputError
 from liar_ext.measure import timing
 from liar_ext.measure.speed import machine
-from liar_ext.measure.timing import Clock, Quartiles, Settings
+from liar_ext.measure.timing import Clock, Quartiles
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.running import device_of, evaluating, inputs_read, predicts_next_token
 from liar_ext.models.sites import Site, sites
@@ -90,48 +90,65 @@ def measure_latency(
             f"latency: the model must lie on one device, got {', '.join(sorted(devices))}; load it "
             "on one, or take a table that was measured so"
         )
-    phases, clock = _phases(model, budget), clock or clock_of(model)
-    shapes: dict[tuple, list[Site]] = {}
+    clock, shapes = clock or clock_of(model), defaultdict(list)
+    samples = {phase: defaultdict(list) for phase in _phases(model, budget)}
     for site in at:
-        shapes.setdefault(site.shape, []).append(site)
+        shapes[site.shape].append(site)
     sizes = {shape: _spread_out(allowed_counts(some[0], budget)) for shape, some in shapes.items()}
-    samples = {phase: _Samples() for phase in phases}
-    draw, rounds = Random(SEED), max(map(len, sizes.values()))
-    fewest = min(len(some) * rounds // len(sizes[shape]) for shape, some in shapes.items())
+    rounds = list(_mixed_counts(shapes, sizes))
+    fewest = min(len(some) * len(rounds) // len(sizes[shape]) for shape, some in shapes.items())
     runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
-    places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
-    bar = Bar(range(rounds), desc="latency", disable=not progress)
     with evaluating(model):
-        for turn in bar:
-            counts = {}
-            for shape, some in shapes.items():
-                for place, site in zip(places[shape], some, strict=True):
-                    counts[site.name] = sizes[shape][(place + turn) % len(sizes[shape])]
+        for turn, counts in enumerate(Bar(rounds, desc="latency", disable=not progress)):
             mixed = sliced(model, plan_of(model, at, counts))
             order = ((model, {s.name: s.units for s in at}), (mixed, counts))
             for each, kept in order if turn % 2 else order[::-1]:
-                for phase in phases:
+                for phase, found in samples.items():
                     for whole, of_site in _runs(each, at, budget, phase, clock, runs):
-                        samples[phase].add(whole, of_site, kept, dense=each is model)
-    parts = [(_times(phase, budget), samples[phase]) for phase in phases]
+                        for name, seconds in of_site.items():
+                            found[name, kept[name]].append(seconds)
+                        found["rest"].append(whole - sum(of_site.values()))
+                        found["dense"] += [whole] if each is model else []
+
+    def request(statistic: Callable, *keys: object) -> float:
+        """Return the seconds of a request, over its phases, by a statistic of samples."""
+        total = 0.0
+        for phase, found in samples.items():
+            # A part of the model that these inputs don't reach costs nothing.
+            values = [value for key in keys for value in found[key]] or [0.0]
+            total += _times(phase, budget) * statistic(values)
+        return total
+
     rows = []
     for shape, some in shapes.items():
-        taken = [[(w, s.of(some, count)) for w, s in parts] for count in sizes[shape]]
-        medians = [sum(w * median(values) for w, values in each) for each in taken]
-        spread = [sum(w * _half_spread(values) for w, values in each) for each in taken]
-        rising = rising_means(medians)
-        row = (len(some), tuple(sizes[shape]), tuple(rising), tuple(spread))
-        rows.append(SizeRow(*shape, *row))
+        keys = [[(site.name, count) for site in some] for count in sizes[shape]]
+        rising = tuple(rising_means([request(median, *each) for each in keys]))
+        spread = tuple(request(_half_spread, *each) for each in keys)
+        rows.append(SizeRow(*shape, len(some), tuple(sizes[shape]), rising, spread))
     return LatencyTable(
         phase=budget.latency_phase,
         batch=budget.latency_batch,
         prompt=budget.latency_prompt,
         new_tokens=budget.latency_new_tokens,
-        fixed=max(0.0, sum(w * median(s.rest) for w, s in parts)),
-        spread=sum(w * _half_spread(s.dense) for w, s in parts),
+        fixed=max(0.0, request(median, "rest")),
+        spread=request(_half_spread, "dense"),
         rows=tuple(rows),
         where=where(model),
     )
+
+
+def _mixed_counts(
+    shapes: Mapping[tuple, Sequence[Site]], sizes: Mapping[tuple, Sequence[int]]
+) -> Iterator[dict[str, int]]:
+    """Yield the units that every site keeps, a round each."""
+    draw = Random(SEED)
+    places = {shape: draw.sample(range(len(some)), len(some)) for shape, some in shapes.items()}
+    for turn in range(max(map(len, sizes.values()))):
+        yield {
+            site.name: sizes[shape][(place + turn) % len(sizes[shape])]
+            for shape, some in shapes.items()
+            for place, site in zip(places[shape], some, strict=True)
+        }
 
 
 def ratios(
@@ -205,28 +222,6 @@ def rising_means(values: Sequence[float]) -> list[float]:
     return [mean for mean, count in pools for _ in range(count)]
 
 
-@dataclass
-class _Samples:
-    """Seconds of one phase: of sites by shape and count, of whole runs, and of the rest of them."""
-
-    sites: dict[tuple, list[float]] = field(default_factory=dict)
-    dense: list[float] = field(default_factory=list)
-    rest: list[float] = field(default_factory=list)
-
-    def add(
-        self, whole: float, of_site: Mapping[str, float], kept: Mapping[str, int], *, dense: bool
-    ) -> None:
-        for name, seconds in of_site.items():
-            self.sites.setdefault((name, kept[name]), []).append(seconds)
-        self.rest.append(whole - sum(of_site.values()))
-        if dense:
-            self.dense.append(whole)
-
-    def of(self, some: Sequence[Site], count: int) -> list[float]:
-        # A part of the model that these inputs don't reach costs nothing.
-        return [v for site in some for v in self.sites.get((site.name, count), ())] or [0.0]
-
-
 def _spread_out(counts: Sequence[int]) -> list[int]:
     """Return some of the counts, evenly, with both ends."""
     if len(counts) <= SIZES:
@@ -267,14 +262,10 @@ def _runs(
     model: nn.Module, at: Sequence[Site], budget: Budget, phase: str, clock: Clock, count: int
 ) -> Iterator[tuple[float, dict[str, float]]]:
     """Yield the seconds of some runs, and of the sites in each, after one that is not counted."""
-    settings = Settings(prompt_length=budget.latency_prompt)
-    inputs = timing.inputs_of(model, budget.latency_batch, settings)
-    generates = predicts_next_token(model)
-    if phase == "decode":
-        # In the middle of the new tokens.
-        context = budget.latency_prompt + max(0, (budget.latency_new_tokens - MOST_RUNS - 1) // 2)
-        settings = Settings(prompt_length=context)
-        inputs = timing.inputs_of(model, budget.latency_batch, settings)
+    generates, context = predicts_next_token(model), budget.latency_prompt
+    if phase == "decode":  # in the middle of the new tokens
+        context += max(0, (budget.latency_new_tokens - MOST_RUNS - 1) // 2)
+    inputs = timing.inputs_of(model, budget.latency_batch, context)
     step = timing.step_of(model) if generates else None
     state = (inputs.get("input_ids"), None)
     if phase == "decode":
@@ -297,37 +288,35 @@ def _runs(
 def _stopwatch(
     model: nn.Module, at: Sequence[Site], clock: Clock
 ) -> Iterator[Callable[[], dict[str, float]]]:
-    """Time the sites while the context is open; then ask for their seconds."""
-    device, starts, ends, handles = device_of(model), {}, {}, []
-    mark, between = _marks(device, model, clock)
+    """Time the sites while the context is open; then ask for their seconds.
 
-    def start(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            if name not in starts:
-                starts[name] = mark()
+    A site begins where the first of its producers starts, and ends where its consumer does.
+    """
+    (mark, between), starts, ends = _marks(model, clock), {}, {}
 
-        return hook
+    def start(name: str, *_: object) -> None:
+        if name not in starts:
+            starts[name] = mark()
 
-    def end(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            ends[name] = mark()
+    def end(name: str, *_: object) -> None:
+        ends[name] = mark()
 
-        return hook
-
-    for site in at:
-        for path in site.producers:
-            handles.append(model.get_submodule(path).register_forward_pre_hook(start(site.name)))
-        handles.append(model.get_submodule(site.consumer).register_forward_hook(end(site.name)))
-    try:
+    with ExitStack() as stack:
+        for site in at:
+            for path in site.producers:
+                begun = partial(start, site.name)
+                handle = model.get_submodule(path).register_forward_pre_hook(begun)
+                stack.callback(handle.remove)
+            ended = partial(end, site.name)
+            handle = model.get_submodule(site.consumer).register_forward_hook(ended)
+            stack.callback(handle.remove)
         yield lambda: {name: between(starts[name], ends[name]) for name in ends if name in starts}
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _marks(device: torch.device, model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
+def _marks(model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
     """Return how to mark a moment of the device, and the seconds between two."""
-    if device.type == "cuda":
+    device = device_of(model).type
+    if device == "cuda":
 
         def mark() -> torch.cuda.Event:
             event = torch.cuda.Event(enable_timing=True)
@@ -335,6 +324,6 @@ def _marks(device: torch.device, model: nn.Module, clock: Clock) -> tuple[Callab
             return event
 
         return mark, lambda first, last: first.elapsed_time(last) / 1000
-    if device.type == "cpu":
+    if device == "cpu":
         return clock, lambda first, last: last - first
     return lambda: timing.now(model, clock), lambda first, last: last - first

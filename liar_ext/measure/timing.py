@@ -60,8 +60,7 @@ class Rate:
 class ModelFacts:
     """A model of a benchmark: its name, parameters, bytes of weights, and peaks of memory.
 
-    ``peak`` is resident memory in bytes, of a fresh process: after ``load``, and after the inputs
-    of each batch size, by that number; on a GPU, the memory of the device under ``device``.
+    ``peak`` is what :func:`liar_ext.measure.speed.peak_memory` returns.
     """
 
     name: str
@@ -72,25 +71,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What ``liar bench`` measured.
-
-    Parameters
-    ----------
-    pruned, dense : ModelFacts
-        The two models; ``dense`` is None where one was measured alone.
-    report_digest : str
-        SHA-256 of the report of the pruned folder, by which it is known again; "" without one.
-    settings, machine : dict
-        How it was measured, and where.
-    rates : list of Rate
-        What was timed.
-    """
+    """What ``liar bench`` measured."""
 
     pruned: ModelFacts
-    dense: ModelFacts | None = None
+    dense: ModelFacts | None = None  # None where the pruned one was measured alone
+    # SHA-256 of the report of the pruned folder, by which it is known again; "" without one.
     report_digest: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    machine: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # how it was measured
+    machine: dict[str, str] = field(default_factory=dict)  # and where
     rates: list[Rate] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -112,10 +100,7 @@ def bench_file(folder: str | os.PathLike[str]) -> Path:
 def read_bench(path: Path, operation: str = "report") -> Benchmark:
     """Return a stored benchmark; what is missing, or no number, is left out.
 
-    Raises
-    ------
-    InputError
-        If the file is none.
+    InputError if the file is none.
     """
     fields, _ = read_object(path, operation)
     if fields.get("version") != VERSION or not isinstance(fields.get("rates"), list):
@@ -159,29 +144,15 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is made.
+    """How a benchmark is made."""
 
-    Parameters
-    ----------
-    rounds : int
-        Rounds that are timed, after one that is not.
-    prompt_length, new_tokens : int
-        Tokens of a prompt, or of a sentence, and tokens that are decoded after it.
-    batches : tuple of int
-        Batch sizes, each of which is measured.
-    dtype, device : str
-        Of the weights, and where.
-    threads : int or None
-        Of torch on the CPU; None leaves them as they are.
-    """
-
-    rounds: int = 5
-    prompt_length: int = 128
-    new_tokens: int = 32
-    batches: tuple[int, ...] = (1, 32)
+    rounds: int = 5  # that are timed, after one that is not
+    prompt_length: int = 128  # tokens of a prompt, or of a sentence
+    new_tokens: int = 32  # tokens that are decoded after it
+    batches: tuple[int, ...] = (1, 32)  # batch sizes, each of which is measured
     dtype: str = "float32"
     device: str = "cpu"
-    threads: int | None = None
+    threads: int | None = None  # of torch on the CPU; None leaves them as they are
 
 
 def measure(
@@ -200,24 +171,19 @@ def measure(
     for batch in settings.batches:
         values: dict[tuple[str, str], dict[str, list[float]]] = {}
         for turn in range(settings.rounds + 1):
-            order = list(models) if turn % 2 else list(models)[::-1]
-            for role in order:
+            for role in list(models) if turn % 2 else list(models)[::-1]:
                 for key, value in run_once(models[role], batch, settings, clock).items():
                     if turn:
                         values.setdefault(key, {}).setdefault(role, []).append(value)
             bar.update()
         for (what, unit), by_role in values.items():
-            found.append(_rate(batch, what, unit, by_role))
+            given = [by_role["pruned"]]
+            if "dense" in by_role:
+                pairs = zip(by_role["pruned"], by_role["dense"], strict=True)
+                given += [by_role["dense"], [ours / theirs for ours, theirs in pairs]]
+            found.append(Rate(batch, what, unit, *map(Quartiles.of, given)))
     bar.close()
     return found
-
-
-def _rate(batch: int, what: str, unit: str, by_role: Mapping[str, Sequence[float]]) -> Rate:
-    pruned, dense = by_role["pruned"], by_role.get("dense")
-    if dense is None:
-        return Rate(batch, what, unit, Quartiles.of(pruned))
-    ratios = [ours / theirs for ours, theirs in zip(pruned, dense, strict=True)]
-    return Rate(batch, what, unit, *map(Quartiles.of, (pruned, dense, ratios)))
 
 
 @torch.no_grad()
@@ -225,7 +191,7 @@ def run_once(
     model: nn.Module, batch: int, settings: Settings, clock: Clock
 ) -> dict[tuple[str, str], float]:
     """Run a model once; return what was found by name and unit."""
-    inputs = inputs_of(model, batch, settings)
+    inputs = inputs_of(model, batch, settings.prompt_length)
     if not predicts_next_token(model):
         start = now(model, clock)
         model(**inputs)
@@ -259,13 +225,13 @@ def step_of(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
     return step
 
 
-def inputs_of(model: nn.Module, batch: int, settings: Settings) -> dict[str, Tensor]:
+def inputs_of(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
     """Return random inputs, the same for every model of a kind."""
     generator = torch.Generator().manual_seed(SEED)
     device, config = device_of(model), model.config.get_text_config()
     # Not the last tokens, which multimodal models keep for images.
     vocabulary = max(1, getattr(config, "vocab_size", 0) // 2)
-    drawn = draw_inputs(model, batch, settings.prompt_length, generator, vocabulary)
+    drawn = draw_inputs(model, batch, tokens, generator, vocabulary)
     inputs = {
         name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in drawn.items()
@@ -277,11 +243,9 @@ def inputs_of(model: nn.Module, batch: int, settings: Settings) -> dict[str, Ten
 
 def now(model: nn.Module, clock: Clock) -> float:
     """Return the time when all that was asked of the model's device is done."""
-    device = device_of(model)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elif device.type in ("mps", "xpu"):
-        getattr(torch, device.type).synchronize()
+    device = device_of(model).type
+    if device in ("cuda", "mps", "xpu"):
+        getattr(torch, device).synchronize()
     return clock()
 
 

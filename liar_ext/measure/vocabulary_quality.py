@@ -28,15 +28,21 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.vocabulary.choosing import STEP, encode, plain, size_of
-from liar_ext.vocabulary.keep import Choice, Counted, keep_tokens, size_in_bytes
+from liar_ext.vocabulary.choosing import STEP, plain, size_of
+from liar_ext.vocabulary.keep import (
+    Choice,
+    Counted,
+    keep_tokens,
+    size_in_bytes,
+    tokens_per_byte,
+)
 
 # Measures by which ``auto`` takes a size, and the loss at which it stops: a fraction.
 LOSSES = {"bits_per_byte": 0.01, "cosine": 0.005, "agreement": 0.005}
 PIECE = 256  # tokens, at most, of a piece of text that a language model reads
 HELD_OUT, LEAST_DOCUMENTS = 5, 20  # every fifth document; with fewer, pieces of them
 CHARACTERS = 2000  # of such a piece
-JUDGED = 64  # pieces or documents, at most
+JUDGED_PIECES, JUDGED_DOCUMENTS = 64, 256  # at most, of language models and encoders
 SMALLER, HALVINGS = 0.75, 3  # the steps of sizes, and how often the last one is halved
 
 
@@ -70,10 +76,11 @@ class VocabularyQuality:
         self.texts, self.seq_len, self.batch_size = texts, seq_len, batch_size
         self.samples, self.causal = samples, predicts_next_token(model)
         backend = _backend(tokenizer)
-        self.rate = _tokens(backend, texts) / size_in_bytes(texts)
         if self.causal:
             length = min(seq_len // 2, PIECE) or 1
             self.texts, self.samples = pieces_of(backend, texts, length, samples), None
+        self.rate = tokens_per_byte(backend, self.texts)
+        if self.causal:
             self.bits = self._bits_per_byte(model, tokenizer)
             return
         batches = self._batches(tokenizer)
@@ -89,7 +96,7 @@ class VocabularyQuality:
 
     def compare(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Return tokens per byte, and bits per byte (each with all tokens first) or likeness."""
-        rate = _tokens(_backend(tokenizer), self.texts) / size_in_bytes(self.texts)
+        rate = tokens_per_byte(_backend(tokenizer), self.texts)
         found: dict[str, Any] = {"tokens_per_byte": [self.rate, rate]}
         if self.causal:
             return found | {"bits_per_byte": [self.bits, self._bits_per_byte(model, tokenizer)]}
@@ -230,7 +237,3 @@ def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | 
 def _backend(tokenizer: Any) -> Any:
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     return plain(inner.backend_tokenizer.to_str())
-
-
-def _tokens(backend: Any, texts: Sequence[str]) -> int:
-    return sum(map(len, encode(backend, texts)))

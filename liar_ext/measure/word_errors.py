@@ -23,31 +23,14 @@ def word_errors(
     """Return the word error rate ``(substituted + left out + added words) / words``.
 
     Case, punctuation, and in English spellings and numbers, are made alike first, as Whisper's
-    authors do. Recordings longer than the model hears are cut, and their pieces joined.
+    authors do. Recordings longer than the model hears are cut, and their pieces joined. The model,
+    in evaluation mode, writes as its generation config says, greedily by default. ``reader`` makes
+    its inputs, see :func:`liar_ext.checkpoint.processors.load_reader`; ``items`` are recordings
+    with what is said in them, of which ``batch_size`` pieces are written down at a time.
 
-    Parameters
-    ----------
-    model : nn.Module
-        In evaluation mode; it writes as its generation config says, greedily by default.
-    reader : Reader
-        Makes its inputs; see :func:`liar_ext.checkpoint.processors.load_reader`.
-    items : sequence of Item
-        Recordings with what is said in them.
-    batch_size : int
-        Pieces written down at a time.
-    progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    dict
-        ``word_error_rate``; ``words`` of the transcripts; ``recordings``; ``minutes`` of audio;
-        ``seconds_per_minute``: time to write down a minute of it, features included.
-
-    Raises
-    ------
-    InputError
-        If the model writes nothing, or nobody knows what is said in a recording.
+    Returns ``word_error_rate``; ``words`` of the transcripts; ``recordings``; ``minutes`` of audio;
+    ``seconds_per_minute``: time to write down a minute of it, features included. InputError if the
+    model writes nothing, or nobody knows what is said in a recording.
     """
     try:
         from jiwer import process_words

@@ -139,11 +139,7 @@ def gated(model: nn.Module, site: Site, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reroute(
-    router: nn.Module,
-    logits: Tensor,
-    kept: Tensor,
-    experts: Experts,
-    choice: Sequence[Tensor] = (),
+    router: nn.Module, logits: Tensor, kept: Tensor, experts: Experts, choice: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor]:
     """Return weights and places in ``kept``, ``(tokens, top_k)``, of a router with fewer rows.
 

@@ -156,7 +156,8 @@ class _Trail:
             raise InputError(
                 f"hidden: the model has no layer {', '.join(missing)}; register a family that fits"
             )
-        free = [path for path in paths if path not in set().union(*self.read.values())]
+        taken = set().union(*self.read.values())
+        free = [path for path in paths if path not in taken]
         if does == "write":
             self.writers += paths
         elif does in ("norm", "branch_norm"):

@@ -19,8 +19,8 @@ so that a model with unequal layers is read like any other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.experts import active_fraction, count_experts, layer_at
-from liar_ext.models.family import Part, Wiring
-from liar_ext.models.registry import family_of, kv_heads_of, row_units
+from liar_ext.models.family import Part, Stack, Wiring
+from liar_ext.models.registry import family_of
 from liar_ext.models.running import Block, block_config, get_path, parts_of
 from liar_ext.plan import ATTN_UNITS, KINDS, PARTS
 
@@ -113,7 +113,13 @@ class Site:
         Query heads that leave a KV group leave its key and value, be they in the same weight.
         """
         stack = self.wiring.stacked.get(producer.removeprefix(f"{self.path}."))
-        return row_units(stack, rows, self.units, self.width, self.kv_heads, self.keys_stay)
+        if stack is None:
+            return _runs(rows, self.units)
+        own, shared = _runs(self.d_in, self.units), _shared_rows(stack, rows, self.d_in)
+        shared = _runs(shared, 1) - 1 if self.keys_stay else _runs(shared, self.units)
+        groups = (self.kv_heads or self.units) if stack.by_group else 1
+        parts = [shared if matrix in ("key", "value") else own for matrix in stack.matrices]
+        return torch.cat([part.view(groups, -1) for part in parts], dim=1).flatten()
 
     def per_unit(self, values: Tensor) -> Tensor:
         """Return ``Σ_{j∈u} values_j``, shape (units,), of values of features, shape (d_in,).
@@ -279,29 +285,15 @@ def _read_site(
     found = {layer: layer_at(block, layer, expert) for layer in wiring.layers}
     rows = {layer: _out_in(name, layer, found[layer], wiring)[0] for layer in wiring.layers}
     d_out, d_in = _out_in(name, wiring.consumer, found[wiring.consumer], wiring)
-    if _KIND[label] == "mlp":
-        unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
-    else:
+    unit, units, groups, head_dim, kv_heads = "channel", d_in, 1, 0, 0
+    if _KIND[label] == "attn":
         head_dim = get_path(block, wiring.head_dim)
-        heads = d_in // head_dim
-        kv_heads = kv_heads_of(name, wiring, rows, heads, head_dim)
-        grouped = kv_heads < heads
-        if attn_unit == "head" or (attn_unit == "auto" and not grouped):
-            unit, units, groups = "head", heads, kv_heads if grouped else 1
-        else:
-            unit, units, groups = "kv_group", kv_heads, 1
+        kv_heads = _kv_heads(name, wiring, rows, d_in // head_dim, head_dim)
+        unit, units, groups = _attn_units(attn_unit, d_in // head_dim, kv_heads)
     # A query head that leaves a KV group leaves the group's key and value behind.
-    keys_stay = unit == "head" and kv_heads < heads
+    keys_stay = unit == "head" and kv_heads * head_dim < d_in
     producers = (*wiring.producers, *(() if keys_stay else wiring.key_value))
-    weights, biases = d_in * d_out, 0
-    for layer in producers:
-        stack, module = wiring.stacked.get(layer), found[layer]
-        owners = row_units(stack, rows[layer], units, d_in // units, kv_heads, keys_stay)
-        owned = int((owners >= 0).sum())
-        weights += owned * (module.weight.numel() // rows[layer])
-        biases += owned if module.bias is not None else 0
-    biases += sum(get_path(block, each).numel() for each in wiring.per_head)
-    return Site(
+    site = Site(
         name=name,
         kind=_KIND[label],
         block=index,
@@ -313,8 +305,8 @@ def _read_site(
         d_out=d_out,
         consumer=f"{path}.{wiring.consumer}",
         producers=tuple(f"{path}.{producer}" for producer in producers),
-        unit_params=(weights + biases) // units,
-        unit_weights=weights // units,
+        unit_params=0,
+        unit_weights=0,
         head_dim=head_dim,
         kv_heads=kv_heads,
         path=path,
@@ -324,6 +316,21 @@ def _read_site(
         experts=count_experts(block, wiring),
         active=active_fraction(block, wiring),
     )
+    weights, biases = d_in * d_out, sum(get_path(block, each).numel() for each in wiring.per_head)
+    for layer in producers:
+        owned = int((site.row_units(layer, rows[layer]) >= 0).sum())
+        weights += owned * (found[layer].weight.numel() // rows[layer])
+        biases += owned if found[layer].bias is not None else 0
+    params, weights = (weights + biases) // units, weights // units
+    return replace(site, unit_params=params, unit_weights=weights)
+
+
+def _attn_units(attn_unit: str, heads: int, kv_heads: int) -> tuple[str, int, int]:
+    """Return the unit of attention, how many there are, and in how many equal runs."""
+    grouped = kv_heads < heads
+    if attn_unit == "head" or (attn_unit == "auto" and not grouped):
+        return "head", heads, kv_heads if grouped else 1
+    return "kv_group", kv_heads, 1
 
 
 def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
@@ -335,3 +342,34 @@ def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]
             f"{type(layer).__name__}; load the model dequantised"
         )
     return tuple(weight.shape[::-1] if wiring.transposed else weight.shape)
+
+
+def _kv_heads(site: str, wiring: Wiring, rows: Mapping[str, int], heads: int, head_dim: int) -> int:
+    """Return the number of key/value heads, by the rows of the layers of an attention site."""
+    if wiring.key_value:
+        return rows[wiring.key_value[0]] // head_dim
+    for layer, stack in wiring.stacked.items():
+        if stack.shared:
+            each = _shared_rows(stack, rows[layer], heads * head_dim)
+            kv_heads = each // head_dim
+            own = (len(stack.matrices) - stack.shared) * heads * head_dim
+            if own + stack.shared * kv_heads * head_dim != rows[layer] or not kv_heads:
+                raise InputError(
+                    f"sites: {layer} of {site} must stack {', '.join(stack.matrices)} of {heads} "
+                    f"query heads of {head_dim} rows, got {rows[layer]} rows; register a family "
+                    "that fits"
+                )
+            return kv_heads
+    return heads
+
+
+def _shared_rows(stack: Stack, rows: int, own: int) -> int:
+    """Return the rows of each matrix of keys or values, where each other one has ``own``."""
+    left = rows - (len(stack.matrices) - stack.shared) * own
+    return left // stack.shared if stack.shared else 0
+
+
+def _runs(rows: int, units: int) -> Tensor:
+    """Return the unit of each row where every unit has one run of rows."""
+    # On the CPU also while a model is built on the meta device.
+    return torch.arange(units, device="cpu").repeat_interleave(rows // units)

@@ -218,17 +218,13 @@ def obs_curve(
 def build_info() -> dict[str, str]:
     """Return how the extension was built and what it uses on this machine.
 
-    Returns
-    -------
-    dict of str to str
-        ``compiler``, ``torch_target`` (oldest torch that the binary runs with), ``torch_built``,
-        ``cpu_kernel`` (instruction set in use; the environment variable ``LIAR_CPU_KERNEL`` forces
-        one of ``cpu_kernels``), ``cuda`` (whether CUDA kernels were compiled in) and, if they were,
-        ``cuda_archs`` (compute capabilities that they were compiled for), ``cuda_runtime`` (CUDA's
-        version that they want), ``cuda_driver`` (the newest that the driver knows, or none) and
-        ``cuda_devices`` (how many it offers). Without an extension ``extension`` says why, and
-        torch is the kernel. After updates on a GPU ``gram`` names the backends that were chosen,
-        see :mod:`liar_ext.ops.gram_choice`.
+    ``compiler``, ``torch_target`` (oldest torch that the binary runs with), ``torch_built``,
+    ``cpu_kernel`` (instruction set in use; the environment variable ``LIAR_CPU_KERNEL`` forces one
+    of ``cpu_kernels``), ``cuda`` (whether CUDA kernels were compiled in) and, if they were,
+    ``cuda_archs`` (compute capabilities), ``cuda_runtime`` (CUDA's version that they want),
+    ``cuda_driver`` (the newest that the driver knows, or none) and ``cuda_devices`` (how many).
+    Without an extension ``extension`` says why, and torch is the kernel. After updates on a GPU
+    ``gram`` names the backends that were chosen, see :mod:`liar_ext.ops.gram_choice`.
     """
     chosen = "; ".join(gram_choice.chooser.lines())
     gram = {"gram": chosen} if chosen else {}

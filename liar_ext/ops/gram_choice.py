@@ -52,10 +52,6 @@ class Kind:
         sizes = (min(MOST, 1 << max(5, (n - 1).bit_length())) for n in x.shape)
         return cls(x.device, x.dtype, gram.dtype, weighted, y is not None, *sizes)
 
-    def small(self) -> Kind:
-        """Return the kind without its sizes, for which one check serves."""
-        return replace(self, tokens=0, features=0)
-
     def __str__(self) -> str:
         words = [str(one).removeprefix("torch.") for one in (self.device, self.dtype, self.sums)]
         words += ["weighted"] * self.weighted + ["cross"] * self.cross
@@ -66,16 +62,13 @@ class Chooser:
     """The choices of a process.
 
     ``backends`` returns for a device those that exist there, by their names; of equal speed the
-    first is taken. ``path`` is the cache file.
+    first is taken.
     """
 
     def __init__(
-        self,
-        backends: Callable[[torch.device], Mapping[str, Update]] | None = None,
-        path: Path | None = None,
+        self, backends: Callable[[torch.device], Mapping[str, Update]] | None = None
     ) -> None:
         self.backends = functools.cache(backends or existing)  # are looked for once a device
-        self.path = path
         self.chosen: dict[Kind, str] = {}
         self.seconds: dict[Kind, dict[str, float]] = {}
         self.wrong: dict[tuple[Kind, str], str] = {}  # why, or nothing where it is right
@@ -106,7 +99,7 @@ class Chooser:
 
     def _is_right(self, kind: Kind, name: str) -> bool:
         """Tell whether a backend passes the check, and say so loudly where it does not."""
-        key = kind.small(), name
+        key = replace(kind, tokens=0, features=0), name  # one check serves all sizes
         if key not in self.wrong:
             self.wrong[key] = fault(self.backends(kind.device)[name], kind)
             if self.wrong[key]:
@@ -124,13 +117,13 @@ class Chooser:
         if len(right) == 1:
             return next(iter(right))
         key = f"{machine(kind.device)}: {kind}"
-        kept = _read(self.path).get(key)
+        kept = _read().get(key)
         if not isinstance(kept, dict) or set(kept) != set(right):
             try:
                 kept = {name: seconds(update, kind) for name, update in right.items()}
             except torch.OutOfMemoryError:
                 return next(iter(right))
-            _write(self.path, key, kept)
+            _write(key, kept)
         self.seconds[kind] = kept
         return min(right, key=lambda name: kept[name])
 
@@ -251,10 +244,10 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "liar_ext", "gram.json")
 
 
-def _read(path: Path | None) -> dict:
+def _read() -> dict:
     """Return what was measured; nothing of a file that is not as it was written."""
     try:
-        found = json.loads((path or cache_file()).read_text("utf-8"))
+        found = json.loads(cache_file().read_text("utf-8"))
     except (OSError, ValueError, RuntimeError):
         return {}
     return {
@@ -264,14 +257,14 @@ def _read(path: Path | None) -> dict:
     }
 
 
-def _write(path: Path | None, key: str, times: Mapping[str, float]) -> None:
+def _write(key: str, times: Mapping[str, float]) -> None:
     """Note a measurement; where that can't be done the next process measures again."""
     with contextlib.suppress(OSError, RuntimeError, ImportError):
         from liar_ext.atomic_write import atomic_write  # which Windows has not what it needs for
 
-        path = path or cache_file()
+        path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(path), key: times}, indent=1)
+        text = json.dumps({**_read(), key: times}, indent=1)
         with atomic_write(path) as file:
             file.write(text.encode())
 

@@ -1,7 +1,4 @@
-"""The fields of a recipe: defaults, checks, and what they mean to the rest of the package.
-
-A new option is one field here, and the code that does it.
-"""
+"""The fields of a recipe. A new option is one field here, and the code that does it."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ SCHEDULES = ("auto", "one-pass", "layerwise")
 ALLOCATIONS = ("uniform", "global", "curve")
 CRITERIA = ("fisher", "magnitude", "obs", "random", "snip", "taylor", "wanda", "wifv")  # built in
 SELF_TEXT = 0.25  # of all sequences; docs/quality.md shows its effect
+_WANDA = {"criterion": "wanda", "allocation": "uniform", "reconstruct": "none"}
 _TEXT_ALONE = {"self_text": 0.0, "random_tokens": 0.0, "tile": 1}
 # docs/quality.md measures them: the cheapest job that reconstructs, the default, the best; then
 # methods of papers, Wanda-sp's on the dense model's activations.
@@ -27,10 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "best": {"rescale": True},
     "flap": {"allocation": "global", "reconstruct": "bias", **_TEXT_ALONE},
-    "wanda-sp": {
-        **{"criterion": "wanda", "allocation": "uniform", "reconstruct": "none"},
-        **_TEXT_ALONE,
-    },
+    "wanda-sp": {**_WANDA, **_TEXT_ALONE},
 }
 # The stages that fields belong to, in order: headings of the YAML and groups of the command's help.
 GROUPS = {
@@ -347,12 +342,10 @@ class Fields:
                 check_fraction("recipe", name, getattr(self, name))
         table = self.latency_table is not None
         for broken, rule in (
-            *(
-                (
-                    getattr(self, name) and self.keep_vocab == 1.0,
-                    f"{name} decides which tokens go, and keep_vocab keeps all; give both",
-                )
-                for name in ("vocab_text", "vocab_scripts")
+            (
+                (self.vocab_text or self.vocab_scripts) and self.keep_vocab == 1.0,
+                f"vocab_{'text' if self.vocab_text else 'scripts'} decides which tokens go, and "
+                "keep_vocab keeps all; give both",
             ),
             (
                 self.of == "kv_cache" and "attn" not in self.kinds,
@@ -383,9 +376,7 @@ class Fields:
     @property
     def prunable_kinds(self) -> tuple[str, ...]:
         """Those of ``kinds`` that the budget counts: MLPs cache nothing, and stay whole."""
-        if self.of != "kv_cache":
-            return self.kinds
-        return tuple(each for each in self.kinds if each != "mlp")
+        return tuple(each for each in self.kinds if each != "mlp" or self.of != "kv_cache")
 
     @property
     def budget(self) -> Budget:

@@ -34,13 +34,11 @@ class Blocks:
     """The blocks of a model, each to be run by itself with the arguments that the model gives it.
 
     Masks and positions are made anew for every run by the model's own code: it is run up to the
-    block with all blocks before it switched off. So nothing but hidden states has to be stored,
-    and a model whose layers get different masks needs no special case.
+    block with all blocks before it switched off. So nothing but hidden states has to be stored.
 
-    A model may have several stacks of blocks, such as an encoder and a decoder, which are counted
-    through in the order of computation. A later stack may read what an earlier one gave; the last
-    block of that gives then what :meth:`answering` says.
-
+    Several stacks of blocks, such as an encoder and a decoder, are counted through in the order of
+    computation. A later one may read what an earlier one gave; the last block of that gives then
+    what :meth:`answering` says.
     """
 
     def __init__(self, model: nn.Module, sites: list[Site]) -> None:
@@ -164,9 +162,8 @@ class Blocks:
         """Tell whether the block adds the consumer's output to the stream as it is.
 
         Judged by running the block on ``hidden``, to rounding: with all that comes later silent,
-        the stream after the block is the one before it plus what the consumers of attention up to
-        this one put out; an MLP's consumer adds its own to what there is without. A norm or a scale
-        in between shows.
+        the stream after it is the one before it plus what the consumers of attention up to this one
+        put out; an MLP's consumer adds its own to what there is without.
         """
         index = self.index_of(site)
         order = list(self.layers[index])
@@ -187,8 +184,7 @@ class Blocks:
     ) -> Tensor:
         """Return the stream after an attention site, or before it, of a block that adds plainly.
 
-        It is ``hidden``, the stream before the block, plus what the consumers of attention up to
-        this site put out; for an MLP, those of all attention.
+        That is ``hidden``, before the block, plus what the consumers of attention up to it put out.
         """
         for name, layer in self.layers[self.index_of(site)].items():
             if name == site.team and not itself:
@@ -199,12 +195,15 @@ class Blocks:
                 break
         return hidden
 
-    def norm_of_sum(self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor) -> str | None:
+    def norm_of_sum(
+        self, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor
+    ) -> tuple[str | None, bool]:
         """Return the path of the norm that reads the stream plus the consumer's output, or None.
 
         BERT and its kin add first and normalise then. Judged by running the block on ``hidden``,
         to rounding: what the norm reads is what it reads with a silent consumer, plus what the
-        consumer puts out. A norm that reads the consumer's output alone is none.
+        consumer puts out. A norm that reads the consumer's output alone is none. Also tells whether
+        the block gives what that norm does, bit for bit.
         """
         run, read = self._norms_read(site, inputs, hidden)
         _, unmoved = self._norms_read(site, inputs, hidden, {site.team: _silence(site)})
@@ -214,15 +213,8 @@ class Blocks:
             if both.numel() != added.numel() or torch.equal(both, quiet) or not quiet.any():
                 continue
             if _is_sum(both.view_as(added), quiet.view_as(added), added):
-                return norm
-        return None
-
-    def ends_with(
-        self, norm: str, site: Site, inputs: Mapping[str, Tensor], hidden: Tensor
-    ) -> bool:
-        """Tell whether a block gives what the norm after a site's sum does, bit for bit."""
-        run, read = self._norms_read(site, inputs, hidden)
-        return torch.equal(self._model.get_submodule(norm)(read[norm]), run.output)
+                return norm, torch.equal(self._model.get_submodule(norm)(both), run.output)
+        return None, False
 
     def _norms_read(
         self,

@@ -140,20 +140,24 @@ def narrow(
     each = FOLDS * 8 * (count + hidden.size) ** 2
     room = room_for_sums(model, memory)
     groups = split(hidden.sources, [each] * len(hidden.sources), room)
+    repeats = family_of(model).repeats
     titles = [f"narrow, pass {i + 1} of {1 + len(groups)}" for i in range(1 + len(groups))]
-    energy = _stream_energy(model, hidden, batches, progress=progress, title=titles[0])
+    taps = [
+        Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares, repeats=repeats)
+        for norm in hidden.norms
+    ]
+    energy = _collect(model, taps, batches, progress=progress, title=titles[0])
     kept = score_hidden(energy).argsort(descending=True, stable=True)[:count].sort().values
     solver, rows = _Solver(model, kept, mode, damp), []
     for group, title in zip(groups, titles[1:], strict=True):
-        bank = _narrow_moments(model, hidden, group, kept, batches, progress=progress, title=title)
+        taps = [narrowing_tap(model, source, kept, hidden.size, repeats) for source in group]
+        bank = _collect(model, taps, batches, progress=progress, title=title)
         for source in Bar(group, desc="solve", disable=not progress):
             # Released at once: the next group is summed in the memory of this one.
             rows.append(solver.solve(source, bank.moments.pop(source.name)))
-    grid = {
-        "units": hidden.size,
-        "step": Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of),
-    }
-    grid |= {"kept": count, "kept_at_tile_1": count_kept(hidden, keep, 1)}
+    step = Budget(keep, tile=tile).step(hidden.size, hidden.multiple_of)
+    grid = {"units": hidden.size, "step": step, "kept": count}
+    grid["kept_at_tile_1"] = count_kept(hidden, keep, 1)
     plan, facts = SitePlan(hidden.size, tuple(kept.tolist())), {"passes": len(titles)}
     return Narrowing(plan, solver.weights, rows, energy.source | facts, grid)
 
@@ -183,48 +187,30 @@ def score_hidden(bank: Mapping[str, Squares]) -> Tensor:
     return (energy / torch.where(whole > 0, whole, 1.0)).mean(0)
 
 
-def _stream_energy(model: nn.Module, hidden: Hidden, batches: Batches, **bar) -> MomentBank:
-    """Return the sums of squares of the stream before every norm."""
-    again = family_of(model).repeats
-    taps = [
-        Tap(norm, norm, hidden.size, lambda args, _: args[0], sums=Squares, repeats=again)
-        for norm in hidden.norms
-    ]
-    return collect(model, _body(model, taps), batches, taps, **bar)
-
-
-def _narrow_moments(
-    model: nn.Module,
-    hidden: Hidden,
-    sources: Sequence[Source],
-    kept: Tensor,
-    batches: Batches,
-    **bar,
-) -> MomentBank:
-    """Return the moments of ``[norm_K(h_K); norm(h)]`` of some sources."""
-
-    def take(source: Source):
-        module = model.get_submodule(source.module)
-        here = kept.to(device_of(module))
-        if not source.norm:
-            return lambda args, _: torch.cat([args[0][..., here], args[0]], dim=-1)
+def narrowing_tap(
+    model: nn.Module, source: Source, kept: Tensor, hidden: int, repeats: bool
+) -> Tap:
+    """Return where ``[norm_K(h_K); norm(h)]`` of a source is to be had."""
+    module = model.get_submodule(source.module)
+    here = kept.to(device_of(module))
+    if source.norm:
         norm = copy.deepcopy(module)
         narrow_norm(norm, here)
-        return lambda args, output: torch.cat([norm(args[0][..., here]), output], dim=-1)
 
-    size, again = len(kept) + hidden.size, family_of(model).repeats
-    taps = [
-        Tap(source.name, source.module, size, take(source), source.first, repeats=again)
-        for source in sources
-    ]
-    return collect(model, _body(model, taps), batches, taps, **bar)
+    def take(args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        narrow, whole = args[0][..., here], args[0]
+        return torch.cat([norm(narrow), output] if source.norm else [narrow, whole], dim=-1)
+
+    size = len(kept) + hidden
+    return Tap(source.name, source.module, size, take, source.first, repeats=repeats)
 
 
-def _body(model: nn.Module, taps: Sequence[Tap]) -> nn.Module:
-    """Return the base model, or the whole one where a tap is in its head."""
+def _collect(model: nn.Module, taps: Sequence[Tap], batches: Batches, **bar) -> MomentBank:
+    """Run the base model, or the whole one where a tap is in its head."""
     base = body_of(model)
     inside = set(base.modules())
-    return base if all(model.get_submodule(tap.module) in inside for tap in taps) else model
+    outside = any(model.get_submodule(tap.module) not in inside for tap in taps)
+    return collect(model, model if outside else base, batches, taps, **bar)
 
 
 class _Solver:

@@ -50,21 +50,18 @@ def rows_of(
     layer: Sequence[Site],
     read: Tensor | tuple[Tensor, Tensor, Tensor],
     residual: Tensor,
-    counts: Callable[[int], Tensor],
+    used: Tensor,
 ) -> Iterator[Rows]:
     """Yield the rows of each site of a layer: of one site, or of all experts.
 
     ``read`` is what the consumer reads, or what the module of all experts is called with: tokens,
     chosen experts and their weights. ``residual`` is what the layer's output falls short by, a row
-    per token, asked of all experts alike. ``counts`` gives for a number of tokens which of them are
-    no padding.
+    per token, asked of all experts alike. ``used`` is what each counts, see :func:`counted`.
     """
     if layer[0].expert is None:
-        x = read.flatten(0, -2)
-        yield x, residual, counts(len(x))
+        yield read.flatten(0, -2), residual, used
         return
-    tokens, _, given = read
-    used = counts(len(tokens))
+    _, _, given = read
     residual = residual / given.sum(-1, keepdim=True).to(residual)
     for site in layer:
         routed = routed_input(model, site, read)
@@ -78,8 +75,8 @@ def counted(
 ) -> Tensor:
     """Return what each of ``tokens`` rows counts: 0 for padding, and 1 unless a norm follows.
 
-    A norm that reads the ``output``, or the ``total`` of it and the stream, divides by the size of
-    what it reads; see :func:`liar_ext.calibration.taps.relative_weights`.
+    That divides by the size of what it reads, the ``output`` or the ``total`` of it and the stream;
+    see :func:`liar_ext.calibration.taps.relative_weights`.
     """
     used = batch.counting(tokens, output.device, site.part.mask)
     if total is not None:

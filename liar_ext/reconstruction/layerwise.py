@@ -131,7 +131,7 @@ def solve_layerwise(
     """
     every = [site for block in walk.blocks.layers for layer in block.values() for site in layer]
     plan.check_sites({site.name for site in every}, "layerwise")
-    solver = LayerwiseSolver(walk.model, walk.blocks, plan, mode, damp, walk.states)
+    solver = LayerwiseSolver(walk, plan, mode, damp)
     planned = max((walk.blocks.index_of(s) for s in every if s.name in plan.sites), default=-1)
     count = planned + 1 if along is None else len(walk.blocks)
 

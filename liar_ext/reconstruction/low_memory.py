@@ -12,7 +12,6 @@ import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -72,7 +71,6 @@ def oom_fallback(
     return on_host()
 
 
-@dataclass(frozen=True)
 class About:
     """Sums over the tokens of some folds, of ``x̃ = x − mean`` and of a constant feature 1 after it.
 
@@ -80,16 +78,10 @@ class About:
     n mean`` of ``G = Σ x xᵀ``, ``s = Σ x``, n tokens; it is never there as a whole.
     """
 
-    grams: tuple[Tensor, ...]  # of each fold; lower triangle
-    total: Tensor
-    tokens: Tensor
-    mean: Tensor
-
-    @classmethod
-    def of(cls, moments: Moments, folds: list[int], mean: Tensor) -> About:
-        """Return the sums over the tokens of some folds, about a mean."""
-        total, tokens = moments.total[folds].double().sum(0), moments.tokens[folds].sum()
-        return cls(tuple(moments.gram[fold] for fold in folds), total, tokens, mean)
+    def __init__(self, moments: Moments, folds: list[int], mean: Tensor) -> None:
+        self.grams = [moments.gram[fold] for fold in folds]  # lower triangles
+        self.total, self.mean = moments.total[folds].double().sum(0), mean
+        self.tokens = moments.tokens[folds].sum()
 
     def rows(self, index: Tensor) -> Rows:
         """Return the block rows for features of an ascending ``index`` and the constant."""
@@ -151,7 +143,7 @@ class System(ridge.System):
         error = energy = torch.zeros((), dtype=torch.float64)
         size = choice.step_size
         powers = torch.tensor([1.0, size, size**2], dtype=torch.float64)
-        sums = About.of(self.moments, BOTH, torch.zeros_like(mean))
+        sums = About(self.moments, BOTH, torch.zeros_like(mean))
         rows = sums.rows(torch.arange(len(mean)))
         for here, change, parabola in fit.changes(factor) if solved else ():
             new[here] = self.weight[here][:, self.kept]
@@ -168,7 +160,7 @@ class System(ridge.System):
         return new, error, energy, code, (diagonal.max() / diagonal.min()) ** 2
 
     def _equations(self, folds: list[int], mean: Tensor, judging: bool) -> Equations:
-        about, d, n = About.of(self.moments, folds, mean), len(mean), len(self.kept)
+        about, d, n = About(self.moments, folds, mean), len(mean), len(self.kept)
         stays = torch.cat([self.kept, self.kept.new_tensor([d])])
         right, energy = [], torch.zeros((), dtype=torch.float64)
         for here in slices(len(self.weight), OUTPUTS):

@@ -212,12 +212,13 @@ class System:
         gram, total, tokens = self.moments.pooled()
         wide, kept, (mean, offset) = self.weight.double(), self.kept, self.means(BOTH)
         plain = not self.affine and self.target is not None  # whose products give the energy, too
-        energy = None if plain else _energy(wide, gram)
+        energy, damps = None, gram.new_tensor([math.inf, choice.damp], dtype=torch.float64)
+        if not plain:  # that of keeping nothing is the error
+            energy = ops.reconstruct(wide, gram, kept[:0], damps[:1], errors_only=True)[1][0]
         if self.affine:
             gram = centre(gram, total, tokens, mean)
-        damps = gram.new_tensor([choice.damp], dtype=torch.float64)
         if self.target is None:
-            new, error, _, info = ops.reconstruct(wide, gram, kept, damps)
+            new, error, _, info = ops.reconstruct(wide, gram, kept, damps[1:])
             return new[0], error[0], energy, *info[0]
         gram, rest = symmetric(gram), 1 - choice.step_size
         own = gram @ wide.mT
@@ -227,7 +228,7 @@ class System:
         beyond = (wide.mT * (own + 2 * asked)).sum()
         left = tokens * offset.square().sum()  # which the mean holds
         cross, asked = own.add_(choice.step_size * asked), asked[kept]
-        new, error, _, info = ops.reconstruct(wide, gram, kept, damps, cross=cross)
+        new, error, _, info = ops.reconstruct(wide, gram, kept, damps[1:], cross=cross)
         # ⟨W', G W'⟩ is in the error to the step that was taken: the whole one asks for more.
         error = error[0] - 2 * rest * (new[0] * asked.mT).sum()
         error = error + beyond + self.target.energy.sum() + (rest**2 - 1) * left
@@ -257,10 +258,3 @@ class System:
             return tuple(sums.gram[each] for each in pair)
         mean = sums.total[fold] / sums.tokens[fold]
         return tuple(centre(sums.gram[i], sums.total[i], sums.tokens[i], mean) for i in pair)
-
-
-def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    """Return ``tr(W G Wᵀ)``, which is the error of keeping nothing; lower triangle in."""
-    nothing = torch.empty(0, dtype=torch.long, device=gram.device)
-    drop = gram.new_full((1,), math.inf, dtype=torch.float64)
-    return ops.reconstruct(weight, gram, nothing, drop, errors_only=True)[1][0]

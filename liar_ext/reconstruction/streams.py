@@ -22,9 +22,9 @@ from liar_ext.rows import SiteRow
 
 
 class InMemory:
-    """A model, and what has the weights of a part of it in memory while a context is open: all.
+    """A source of the blocks of a model: all are in memory.
 
-    :class:`liar_ext.checkpoint.block_source.BlockStore` has one part at a time.
+    :class:`liar_ext.checkpoint.block_source.BlockStore` has one part while a context is open.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,28 +81,15 @@ class StreamedBatches:
         self.name, self.walk, self.batches, self.numbers = name, walk, list(batches), numbers
         self.hidden: list[Held] = [] if hidden is None else hidden
 
-    def begin(self) -> None:
-        """Take all batches to the first block, unless they have begun."""
-        if not self.hidden:
-            blocks = self.walk.blocks
-            entered = (blocks.enter(0, self._moved(batch).inputs)[0][0] for batch in self.batches)
-            self.hidden += map(self.walk.states.hold, entered)
-
     def advance(self, index: int, note: Callable[[Batch], None] = lambda batch: None) -> None:
         """Take all batches past a block, which is in memory; tell ``note`` of each before."""
-        self.begin()
-        for batch, held in zip(self.batches, self.hidden, strict=True):
-            batch = self._moved(batch)
+        for batch, held in self._placed():
             note(batch)
             held.set(self._past(index, batch, held))
 
     def branch(self, name: str, index: int) -> StreamedBatches:
         """Return the same batches past a block as it is now; these stay before it."""
-        self.begin()
-        after = [
-            self.walk.states.hold(self._past(index, self._moved(batch), held))
-            for batch, held in zip(self.batches, self.hidden, strict=True)
-        ]
+        after = [self.walk.states.hold(self._past(index, *each)) for each in self._placed()]
         return StreamedBatches(name, self.walk, self.batches, self.numbers, after)
 
     def at(self, place: int) -> Tensor:
@@ -122,8 +109,14 @@ class StreamedBatches:
             with self.walk.blocks.answering({last: lambda: self.at(next(numbers))}):
                 yield
 
-    def _moved(self, batch: Batch) -> Batch:
-        return batch.to(self.walk.source.device)
+    def _placed(self) -> Iterator[tuple[Batch, Held]]:
+        """Yield all batches where the model computes, with their hidden states, once entered."""
+        walk, device = self.walk, self.walk.source.device
+        if not self.hidden:
+            entered = (walk.blocks.enter(0, each.to(device).inputs)[0][0] for each in self.batches)
+            self.hidden += map(walk.states.hold, entered)
+        for batch, held in zip(self.batches, self.hidden, strict=True):
+            yield batch.to(device), held
 
     def _past(self, index: int, batch: Batch, held: Held) -> Tensor:
         hidden = held.get().to(self.walk.source.device)
@@ -144,11 +137,8 @@ class Stream:
 
     def answers(self, sequences: int | None = None) -> dict[int, Callable[[], Tensor]]:
         """Return what :meth:`Blocks.answering` takes, of the first ``sequences`` or of all."""
-
-        def first(held: Held) -> Tensor:
-            return held.get()[:sequences]
-
-        return {end: partial(first, held) for end, held in self.behind.items()}
+        behind = self.behind.items()
+        return {end: lambda held=held: held.get()[:sequences] for end, held in behind}
 
 
 @dataclass
@@ -212,32 +202,28 @@ class SavedStreams:
         taken: Counter[str] = Counter()
         for name, number in every:
             tensor, numbers = tensors[f"{name}/{number}"], self.numbers(name)
-            if numbers is not None:  # of which this rank may have none
-                streams.setdefault(name, [])
-            if is_first() if numbers is None else number in numbers:
+            mine = is_first() if numbers is None else number in numbers
+            if mine or numbers is not None:  # of which this rank may have none
                 into = streams.setdefault(name, [])
-                if taken[name] < len(into):
-                    into[taken[name]].set(tensor)
-                else:
-                    into.append(self.walk.states.hold(tensor))
-                taken[name] += 1
+            if mine and taken[name] < len(into):
+                into[taken[name]].set(tensor)
+            elif mine:
+                into.append(self.walk.states.hold(tensor))
+            taken[name] += mine
         return done
 
     def keep(self, done: int, streams: Streams, *, now: bool = False) -> None:
         """Save the hidden states after ``done`` blocks if that is due, or ``now``."""
-        if self.saved is None:
-            return
-        if not broadcast(now or self.saved.due(self.key)):
+        if self.saved is None or not broadcast(now or self.saved.due(self.key)):
             return
         mine = {}
         for name, some in streams.items():
             numbers = self.numbers(name)
             numbers = range(len(some)) if numbers is None else numbers
             mine |= {f"{name}/{n}": held for n, held in zip(numbers, some, strict=True)}
-        blocks = self.walk.blocks
-        facts = {"blocks": done, "beside": blocks.beside}
+        facts = {"blocks": done, "beside": self.walk.blocks.beside}
         if not now:
-            facts["said"] = f"{self.name}: {done} of {len(blocks)} blocks"
+            facts["said"] = f"{self.name}: {done} of {len(self.walk.blocks)} blocks"
         self.saved.put_shared(self.key, mine, facts)
 
 

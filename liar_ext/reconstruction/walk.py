@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import FOLDS, Batch, Batches, read_batches
-from liar_ext.calibration.hidden_states import Held, HiddenStates
+from liar_ext.calibration.hidden_states import Held
 from liar_ext.distributed import all_reduce, broadcast, gather, is_first, rank, share, world_size
 from liar_ext.errors import InputError, solving
 from liar_ext.models.running import device_of
 from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight
 from liar_ext.plan import Plan
-from liar_ext.reconstruction.block_runner import Blocks, Run
+from liar_ext.reconstruction.block_runner import Run
 from liar_ext.reconstruction.layer_sums import (
     Forward,
     LayerSums,
@@ -29,7 +29,7 @@ from liar_ext.reconstruction.layer_sums import (
 )
 from liar_ext.reconstruction.ridge import form_of_expert
 from liar_ext.reconstruction.solve import Solution, error_on, solve
-from liar_ext.reconstruction.streams import Part, Stream, Streams, Weights, with_inputs
+from liar_ext.reconstruction.streams import Part, Stream, Streams, Walk, Weights, with_inputs
 from liar_ext.rows import SiteRow
 
 STREAMS, BEHIND = ("dense", "pruned"), " behind "
@@ -38,27 +38,16 @@ STREAMS, BEHIND = ("dense", "pruned"), " behind "
 class LayerwiseSolver:
     """A walk over the blocks with a fixed plan: :meth:`start` once, :meth:`step` per block.
 
-    Hidden states are held in ``states``, in memory by default. A step reads the weights of its own
-    block only, and of what comes before the first.
+    A step reads the weights of its own block only, and of what comes before the first.
 
     Rank r of n holds the hidden states of batches r, r + n, ... Sums are all-reduced, and the sites
     of a layer are shared.
-
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Blocks,
-        plan: Plan,
-        mode: str,
-        damp: float | str,
-        states: HiddenStates | None = None,
-    ) -> None:
-        self.model, self.blocks, self.plan = model, blocks, plan
-        self.mode, self.damp = mode, damp
-        self.device = device_of(model)
-        self.states = states or HiddenStates()
+    def __init__(self, walk: Walk, plan: Plan, mode: str, damp: float | str) -> None:
+        self.model, self.blocks, self.states = walk.model, walk.blocks, walk.states
+        self.plan, self.mode, self.damp = plan, mode, damp
+        self.device = device_of(walk.model)
         self.text: list[Part] = []  # what this rank has of the calibration text
         self.fresh: list[Part] = []  # and of fresh text
         self.certifies = False  # whether any rank has fresh text
@@ -69,8 +58,7 @@ class LayerwiseSolver:
 
     def start(self, batches: Batches, fresh: Batches = ()) -> None:
         """Split the batches by fold, and take all hidden states to the first block."""
-        folds: list[int] = []
-        numbers = count()
+        folds, numbers = [], count()
         for index, batch in enumerate(read_batches(batches)):
             folds += batch.fold.tolist()
             mine = index % world_size() == rank()
@@ -292,13 +280,11 @@ class LayerwiseSolver:
         run = self._run(self.blocks.index_of(site), part, part.pruned, consumers, end)
         read, output = run.seen[name]
 
-        def counts(tokens: int) -> Tensor:
-            return counted(part.batch, site, tokens, output, run.sums.get(name))
-
         r = part.goals[name].get() - self._reached(site, target, hidden, run)
         part.halfway = self._halfway(site, hidden, run)
-        residual = r.to(output.device).flatten(0, -2)
-        return list(rows_of(self.model, layer, read, residual, counts))
+        r = r.to(output.device).flatten(0, -2)
+        used = counted(part.batch, site, len(r), output, run.sums.get(name))
+        return list(rows_of(self.model, layer, read, r, used))
 
     def _halfway(self, site: Site, hidden: Tensor, run: Run) -> tuple[Held, Held] | None:
         """Return what :class:`Part` keeps of a run, if no more than a sum or its norm follows."""
@@ -334,8 +320,7 @@ class LayerwiseSolver:
         with self.blocks.answering(part.dense.answers(1)):
             if self.blocks.adds_plainly(site, one, hidden):
                 return True, None, False
-            norm = self.blocks.norm_of_sum(site, one, hidden)
-            return False, norm, norm is not None and self.blocks.ends_with(norm, site, one, hidden)
+            return False, *self.blocks.norm_of_sum(site, one, hidden)
 
     def _run(
         self,

@@ -182,8 +182,8 @@ def _finite_or_inf(value: Any) -> float | None:
 
 def _step(values: list[Any]) -> list[float | None]:
     """Read tokens, loss and tokens per byte of a size that was tried."""
-    found = [count(values[0]) if values else None, *map(_finite_or_inf, values[1:3])]
-    return found + [None] * (3 - len(found))
+    tokens, loss, rate = (*values[:3], None, None, None)[:3]
+    return [count(tokens), math.inf if loss == "inf" else number(loss), number(rate)]
 
 
 def _pair(value: Any) -> list[float | None]:

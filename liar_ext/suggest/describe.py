@@ -11,12 +11,16 @@ from torch import nn
 from liar_ext.models.family import Family
 from liar_ext.models.running import blocks_of
 from liar_ext.models.sites import CROSS
-from liar_ext.suggest.config_fields import with_bias_flags, with_config
-from liar_ext.suggest.instance import Instance, Refused, Tried
-from liar_ext.suggest.numbers import Meanings, with_head_dim, with_numbers, with_per_head
-from liar_ext.suggest.proof import prove
-from liar_ext.suggest.rows import KINDS, kinds_of, rewired
-from liar_ext.suggest.stacks import Blocks
+from liar_ext.suggest.instance import Blocks, Instance, Refused, Tried
+from liar_ext.suggest.proof import KINDS, kinds_of, prove, rewired
+from liar_ext.suggest.sizes import (
+    Meanings,
+    with_bias_flags,
+    with_config,
+    with_head_dim,
+    with_numbers,
+    with_per_head,
+)
 from liar_ext.suggest.trace import Trace
 from liar_ext.suggest.wiring import Found, find_sites
 
@@ -42,13 +46,7 @@ class Stack:
         self.found, self.missing = find_sites(self.trace)
 
     def own(self) -> Described:
-        """Return the proved row of its attention and MLP, with config fields.
-
-        Raises
-        ------
-        Refused
-            If neither can be described.
-        """
+        """Return the proved row of its attention and MLP, with config fields."""
         own = {kind: site for kind, site in self.found.items() if kind != CROSS}
         return self._describe(own, dict(self.missing), self.found.get(CROSS))
 

@@ -1,20 +1,23 @@
-"""A tiny instance of a model class: built without a surprise, random, in float64."""
+"""A tiny instance of a model class, and what a pass of it calls its blocks with."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liar_ext.checkpoint.quietening import quiet
 from liar_ext.errors import one_line
-from liar_ext.models.running import config_parts, evaluating
+from liar_ext.models.running import base_path, config_parts, evaluating
 from liar_ext.suggest.small_config import TOKEN, candidates, seconds, tall
 
 MOST_NUMBERS, MOST_MODULES = 20_000_000, 5_000  # 160 MB of float64; a second to build
@@ -46,13 +49,7 @@ class Tried(NamedTuple):
 
 
 def prepare(model_class: type[nn.Module], config: Any) -> Tried:
-    """Build the tiny models of a class, from a config of any sizes.
-
-    Raises
-    ------
-    Refused
-        If none can be built and run.
-    """
+    """Build the tiny models of a class, from a config of any sizes."""
     first = make_instance(model_class, config)
     shapes = [parameter.shape for parameter in first.model.parameters()]
     others = _possible(lambda make: _instance(model_class, make()), seconds(config))
@@ -88,13 +85,7 @@ def _doubled(model: nn.Module, name: str) -> nn.Module:
 
 
 def make_instance(model_class: type[nn.Module], config: Any) -> Instance:
-    """Return the first small version of a model that can be built and run.
-
-    Raises
-    ------
-    Refused
-        If none can, with the first reason.
-    """
+    """Return the first small version of a model that can be built and run."""
     tried: list[dict[str, Any]] = []
     reasons: list[str] = []
     for make in candidates(config):
@@ -127,14 +118,7 @@ def _instance(model_class: type[nn.Module], config: Any) -> Instance:
 
 
 def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
-    """Return a model of a config, with random weights in float64.
-
-    Raises
-    ------
-    Refused
-        If it has more than :data:`MOST_NUMBERS` weights or :data:`MOST_MODULES` modules; on the
-        meta device weights don't count.
-    """
+    """Return a model of a config, with random weights in float64."""
     config = copy.deepcopy(config)
     make_plain(config)
     with _bounded(), torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -160,13 +144,7 @@ def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
 
 @torch.no_grad()
 def outputs(instance: Instance) -> Tensor:
-    """Return all floating-point outputs of a model as one vector.
-
-    Raises
-    ------
-    Refused
-        If there are none, or they aren't finite.
-    """
+    """Return all floating-point outputs of a model as one vector."""
     with evaluating(instance.model):
         given = instance.model(**instance.inputs)
     values = given.values() if isinstance(given, Mapping) else given
@@ -232,3 +210,113 @@ def _bounded() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@dataclass
+class Call:
+    """One run of a module: its arguments, and its first tensor out."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Tensor | None = None
+
+    @property
+    def input(self) -> Tensor | None:
+        """The first tensor that it was given."""
+        return first_tensor((self.args, self.kwargs))
+
+
+class Blocks(NamedTuple):
+    """The path of a list of blocks inside the base model, and how the model called each of them."""
+
+    path: str
+    calls: list[Call]
+
+
+cloned = partial(tree_map_only, Tensor, torch.clone)  # code may change arguments in place
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Return the first tensor of what a module gave, or got."""
+    return next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module],
+    before: Callable | None = None,
+    after: Callable | None = None,
+) -> Iterator[None]:
+    """Call these around each run of some modules, as torch's hooks, with the path in front."""
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            if before is not None:
+                hook = module.register_forward_pre_hook(partial(before, path), with_kwargs=True)
+                hooks.callback(hook.remove)
+            if after is not None:
+                hooks.callback(module.register_forward_hook(partial(after, path)).remove)
+        yield
+
+
+def find_stacks(instance: Instance) -> list[Blocks]:
+    """Return all lists of blocks of a model, in the order of computation."""
+    model, calls = instance.model, _calls(instance)
+    found: dict[str, list[Call]] = {}
+    broken = ""
+    for path, container in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        children = list(container.children())
+        if not isinstance(container, nn.ModuleList | nn.Sequential) or inside:
+            continue
+        if len(children) < 2 or not all(map(_holds_layers, children)):
+            continue
+        runs = [[call for call in calls if call.module is child] for child in children]
+        if not any(runs):
+            continue  # of another input than tokens, such as images
+        if any(len(each) != 1 for each in runs):
+            broken = broken or f"not every module of {path} runs exactly once"
+        elif not _is_chain([each[0] for each in runs]):
+            broken = broken or f"modules of {path} don't read what the one before put out"
+        else:
+            found[path] = [each[0] for each in runs]
+    if not found:
+        raise Refused(broken or "there is no list of blocks that run one after another")
+    prefix = base_path(model)
+    for path in found:
+        if not path.startswith(prefix):
+            raise Refused(f"its blocks, {path}, are outside of the base model")
+    order = {id(call): index for index, call in enumerate(calls)}
+    stacks = [Blocks(path.removeprefix(prefix), runs) for path, runs in found.items()]
+    return sorted(stacks, key=lambda blocks: order[id(blocks.calls[0])])
+
+
+def _calls(instance: Instance) -> list[Call]:
+    """Return every run of a module in a forward pass, in the order in which they began."""
+    calls: list[Call] = []
+    open_calls: list[Call] = []
+
+    def before(_: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append(Call(module, cloned(args), cloned(kwargs)))
+        open_calls.append(calls[-1])
+
+    def after(_: str, module: nn.Module, args: tuple, output: Any) -> None:
+        open_calls.pop().output = cloned(first_tensor(output))
+
+    with hooked(dict(instance.model.named_modules()), before, after):
+        outputs(instance)
+    return calls
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """Tell whether a module is more than one layer, and has weights that are matrices."""
+    several = any(True for _ in module.children())
+    return several and any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def _is_chain(runs: list[Call]) -> bool:
+    """Tell whether each of some modules reads what the one before it put out."""
+    return all(
+        one.output is not None and read is not None and torch.equal(one.output, read)
+        for one, read in zip(runs, (call.input for call in runs[1:]), strict=False)
+    )

@@ -1,10 +1,12 @@
-"""Prove a row on tiny instances: sliced equals zeroed, in every combination, and it loads."""
+"""Try a row on tiny instances: sliced equals zeroed, in every combination, and it loads."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,24 +20,55 @@ from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import in_transformers
 from liar_ext.errors import InputError, one_line
 from liar_ext.models.family import Family
+from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
 from liar_ext.suggest.instance import Instance, Refused, make_plain, outputs
-from liar_ext.suggest.rows import kinds_of, registered, tells_sizes
 
+KINDS = {"attn": "heads", "mlp": "channels"}  # of sites, and their units
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype
 NOTICED = 1e-4  # by which zeroing must change the outputs, so that the comparison can fail
 
 
-def prove(instances: Sequence[Instance], family: Family) -> list[str]:
-    """Return in words what was proved of a row, on each of some instances.
+@contextmanager
+def registered(family: Family) -> Iterator[None]:
+    """Have a row in the table while the context is open."""
+    before = dict(FAMILIES)
+    FAMILIES[family.name] = family
+    try:
+        yield
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(before)
 
-    Raises
-    ------
-    Refused
-        At the first combination in which a sliced model isn't the one with zeroed columns.
-    """
+
+def rewired(family: Family, kind: str, **changes: Any) -> Family:
+    """Return a row whose wirings of a kind, in all its parts, have some fields changed."""
+
+    def change(row: Any) -> Any:
+        names = ("attn", "cross_attn") if kind == "attn" else (kind,)
+        there = {name: getattr(row, name, None) for name in names}
+        return replace(row, **{n: replace(w, **changes) for n, w in there.items() if w is not None})
+
+    return (
+        replace(family, parts=tuple(map(change, family.parts))) if family.parts else change(family)
+    )
+
+
+def kinds_of(family: Family) -> list[str]:
+    """Return the kinds of sites that a row describes."""
+    return [kind for kind in KINDS if family.wirings(kind)]
+
+
+def tells_sizes(family: Family, kind: str) -> bool:
+    """Tell whether config fields express how many units the sites of a kind have."""
+    found = family.wirings(kind)
+    return bool(found) and all(wiring.config for wiring in found)
+
+
+def prove(instances: Sequence[Instance], family: Family) -> list[str]:
+    """Return in words what was proved of a row, on each of some instances."""
     done: dict[str, float] = {}
     with registered(family):
         for instance, attention in product(instances, ("eager", "sdpa")):
@@ -51,13 +84,7 @@ def prove(instances: Sequence[Instance], family: Family) -> list[str]:
 
 
 def prove_folders(instance: Instance, family: Family) -> list[str]:
-    """Return in words which saved folders give the same outputs when they are loaded.
-
-    Raises
-    ------
-    Refused
-        If one doesn't.
-    """
+    """Return in words which saved folders give the same outputs when they are loaded."""
     said, stock = [], type(instance.model)
     kinds = [kind for kind in kinds_of(family) if tells_sizes(family, kind)]
     with registered(family), tempfile.TemporaryDirectory() as folder, quiet():
@@ -118,13 +145,7 @@ def _combinations(model: nn.Module, kinds: list[str]) -> Iterator[tuple[list[str
 
 
 def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str) -> float:
-    """Return by how much a sliced model differs from the one with zeroed columns.
-
-    Raises
-    ------
-    Refused
-        If they differ, the sliced one can't run, or nothing was to be seen.
-    """
+    """Return by how much a sliced model differs from the one with zeroed columns."""
     dense, sliced = (instance._replace(model=copy.deepcopy(instance.model)) for _ in range(2))
     what = f"with {' and '.join(kinds)} pruned" + f" by {unit}" * ("attn" in kinds)
     for each in (dense, sliced) if attention != "eager" else ():

@@ -7,8 +7,9 @@ stay equal. Nothing is built here, so that a config of any size costs nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|depth|(en|de)coder_layers")
@@ -36,13 +37,10 @@ Fields = Mapping[str, Any]
 
 
 class Sizes(NamedTuple):
-    """The sizes that a small model is to have; no two of them are equal, so that each is known.
-
-    Heads without and with groups of two, features of a head, channels of the MLP.
-    """
+    """Sizes that a small model is to have; no two are equal, so that each is known."""
 
     heads: int
-    grouped: int
+    grouped: int  # heads, where two share a key
     head_dim: int
     channels: int
 
@@ -70,10 +68,7 @@ def seconds(config: Any) -> list[Callable[[], Any]]:
 
 
 def tall(config: Any) -> list[Callable[[], Any]]:
-    """Return what makes small versions of a config that keep all its layers.
-
-    There are none where a config claims more layers than any model has.
-    """
+    """Return what makes small versions of a config with all its layers, if it may have them."""
     if most_layers(config.to_dict(), _names(config)) > MOST_DEPTH:
         return []
     return [partial(shrink, config, *each, layers=True) for each in TRIED]
@@ -82,20 +77,20 @@ def tall(config: Any) -> list[Callable[[], Any]]:
 def check_sizes(config: Any) -> str:
     """Return what is wrong with the sizes that a config claims; nothing if they may be sizes."""
     names, whole = _names(config), config.to_dict()
-    for fields in (whole, *_parts(whole)):
+    for fields in (whole, *_parts(whole).values()):
+        patterns = (LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH)
+        known = {key for pattern in patterns for key in _integers(fields, pattern, names)}
         for key, value in fields.items():
             least = 1 if names.get(key, key) in SIZES else 0
-            patterns = (LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH)
-            known = least or any(_is(pattern, key, names) for pattern in patterns)
-            if known and type(value) is int and value < least:
+            if (least or key in known) and type(value) is int and value < least:
                 return f"{key} must be a size of at least {least}, got {value}"
     return ""
 
 
-def most_layers(fields: Fields, names: Mapping[str, str] | None = None) -> int:
+def most_layers(fields: Fields, names: Mapping[str, str] = MappingProxyType({})) -> int:
     """Return the largest number of layers that a config, or a part of it, claims."""
-    counts = [fields[key] for key in _integers(fields, LAYERS, names or {})]
-    return max([*counts, *map(most_layers, _parts(fields))], default=0)
+    counts = [fields[key] for key in _integers(fields, LAYERS, names)]
+    return max([*counts, *map(most_layers, _parts(fields).values())], default=0)
 
 
 def bound_layers(fields: Fields) -> dict[str, Any]:
@@ -104,10 +99,7 @@ def bound_layers(fields: Fields) -> dict[str, Any]:
     Classes make lists with an entry a layer, so that a config that claims 10⁹ of them isn't.
     """
     small = {key: v for key, v in _few_layers(fields, {}).items() if key not in LABELS}
-    for key, value in small.items():
-        if key.endswith("config") and isinstance(value, Mapping):
-            small[key] = bound_layers(value)
-    return small
+    return small | {key: bound_layers(part) for key, part in _parts(small).items()}
 
 
 def shrink(config: Any, sizes: Sizes | None, free: bool = False, layers: bool = False) -> Any:
@@ -115,7 +107,14 @@ def shrink(config: Any, sizes: Sizes | None, free: bool = False, layers: bool = 
 
     With ``layers`` it keeps all layers.
     """
-    return _rebuilt(config, _small(config.to_dict(), _names(config), sizes, free, layers))
+
+    def small(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
+        less = dict(fields) if layers else _few_layers(fields, names)
+        if sizes is not None:
+            less = _narrow(_few_tokens(less), names, sizes, free)
+        return less | {key: small(part, {}) for key, part in _parts(less).items()}
+
+    return _rebuilt(config, small(config.to_dict(), _names(config)))
 
 
 def _rebuilt(config: Any, fields: Fields) -> Any:
@@ -123,8 +122,9 @@ def _rebuilt(config: Any, fields: Fields) -> Any:
     return type(config).from_dict({k: v for k, v in fields.items() if k not in LABELS})
 
 
-def _parts(fields: Fields) -> list[Fields]:
-    return [v for key, v in fields.items() if key.endswith("config") and isinstance(v, Mapping)]
+def _parts(fields: Fields) -> dict[str, Fields]:
+    """Return the configs that a config is made of."""
+    return {k: v for k, v in fields.items() if k.endswith("config") and isinstance(v, Mapping)}
 
 
 def _names(config: Any) -> dict[str, str]:
@@ -133,28 +133,10 @@ def _names(config: Any) -> dict[str, str]:
     return {own: name for name, own in mapping.items()}
 
 
-def _is(pattern: re.Pattern, key: str, names: Mapping[str, str]) -> bool:
-    return bool(pattern.fullmatch(key) or pattern.fullmatch(names.get(key, "")))
-
-
-def _integers(fields: Fields, pattern: re.Pattern, names: Mapping[str, str]) -> Iterator[str]:
-    """Yield the fields that hold an integer and have such a name."""
-    for key, value in fields.items():
-        if type(value) is int and _is(pattern, key, names):
-            yield key
-
-
-def _small(
-    fields: Fields, names: Mapping[str, str], sizes: Sizes | None, free: bool, layers: bool
-) -> dict[str, Any]:
-    """Return the fields of a config, or of a part of one, with small sizes."""
-    small = dict(fields) if layers else _few_layers(fields, names)
-    if sizes is not None:
-        small = _narrow(_few_tokens(small), names, sizes, free)
-    for key, value in small.items():
-        if isinstance(value, Mapping) and key.endswith("config"):
-            small[key] = _small(value, {}, sizes, free, layers)
-    return small
+def _integers(fields: Fields, pattern: re.Pattern, names: Mapping[str, str]) -> list[str]:
+    """Return the fields that hold an integer and have such a name."""
+    integers = [key for key, value in fields.items() if type(value) is int]
+    return [k for k in integers if pattern.fullmatch(k) or pattern.fullmatch(names.get(k, ""))]
 
 
 def _few_layers(fields: Fields, names: Mapping[str, str]) -> dict[str, Any]:
@@ -183,17 +165,16 @@ def _few_tokens(fields: Fields) -> dict[str, Any]:
     """Shorten vocabularies, positions and images; special tokens follow."""
     small = dict(fields)
     for key, value in fields.items():
-        number = type(value) is int
-        if key == "vocab_size" and number:
-            small[key] = VOCAB
-        elif TOKEN.fullmatch(key) and number:
-            small[key] = min(value, VOCAB - 1)
-        elif TOKEN.fullmatch(key) and isinstance(value, list):
+        if TOKEN.fullmatch(key) and isinstance(value, list):
             small[key] = [min(e, VOCAB - 1) if type(e) is int else e for e in value]
-        elif POSITIONS.fullmatch(key) and number:
-            small[key] = min(value, MOST_POSITIONS)
         elif key in ROPE and isinstance(value, Mapping):
             small[key] = _plain_rope(value)
+        elif type(value) is int:
+            most = VOCAB - 1 if TOKEN.fullmatch(key) else MOST_POSITIONS
+            if key == "vocab_size":
+                small[key] = VOCAB
+            elif TOKEN.fullmatch(key) or POSITIONS.fullmatch(key):
+                small[key] = min(value, most)
     if type(fields.get("image_size")) is type(fields.get("patch_size")) is int:
         small |= {"image_size": 8, "patch_size": 4}
     return small
@@ -209,26 +190,20 @@ def _plain_rope(value: Fields) -> Any:
 
 def _narrow(fields: Fields, names: Mapping[str, str], sizes: Sizes, free: bool) -> dict[str, Any]:
     """Set heads, the size of a head, the hidden size and other widths; equal ones stay equal."""
-    small = dict(fields)
-    hidden = next((fields[key] for key in fields if names.get(key) == "hidden_size"), None)
-    if hidden is None:
-        hidden = next((fields[key] for key in _integers(fields, HIDDEN, {})), None)
+    named = [key for key in fields if names.get(key) == "hidden_size"]
+    hidden = next((fields[key] for key in [*named, *_integers(fields, HIDDEN, {})]), None)
     if type(hidden) is not int or hidden <= 0:
-        return small
-    kv_heads = list(_integers(fields, KV_HEADS, {}))
+        return dict(fields)
+    kv_heads, dims = _integers(fields, KV_HEADS, {}), _integers(fields, HEAD_DIM, {})
     heads = [key for key in _integers(fields, HEADS, names) if not KV_HEADS.fullmatch(key)]
     single = bool(kv_heads) and fields[kv_heads[0]] == 1
     count = sizes.grouped if kv_heads and not single else sizes.heads
     kv_count = 1 if single else count // 2 if count == FIRST.grouped else count
-    small |= dict.fromkeys(heads, count) | dict.fromkeys(kv_heads, kv_count)
-    dims = list(_integers(fields, HEAD_DIM, {}))
     least = max(min((fields[key] for key in dims), default=1), 1)
-    small |= {key: sizes.head_dim * fields[key] // least for key in dims}
     own = count * (sizes.head_dim + 2 * (free and bool(dims)))
+    small = dict(fields)
     for key, value in fields.items():
-        if key in {*heads, *kv_heads, *dims} or NO_WIDTH.fullmatch(key):
-            continue
-        if type(value) is not int or value <= 0:
+        if type(value) is not int or value <= 0 or NO_WIDTH.fullmatch(key):
             continue
         if value == hidden and (WIDTH.fullmatch(key) or HIDDEN.fullmatch(key) or key in names):
             small[key] = own
@@ -236,4 +211,5 @@ def _narrow(fields: Fields, names: Mapping[str, str], sizes: Sizes, free: bool) 
             small[key] = sizes.channels
         elif WIDTH.fullmatch(key):
             small[key] = max(4, own * value // hidden // 4 * 4)
-    return small
+    small |= {key: sizes.head_dim * fields[key] // least for key in dims}
+    return small | dict.fromkeys(heads, count) | dict.fromkeys(kv_heads, kv_count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,44 +21,37 @@ from liar_ext.models.family import WITHOUT, Family, Part
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path
 from liar_ext.models.sites import CROSS
-from liar_ext.suggest.config_fields import with_config
 from liar_ext.suggest.describe import Described, Stack
-from liar_ext.suggest.instance import Refused, Tried, prepare
-from liar_ext.suggest.proof import prove, prove_folders
-from liar_ext.suggest.rows import KINDS, code, tells_sizes
+from liar_ext.suggest.instance import Blocks, Refused, Tried, find_stacks, prepare
+from liar_ext.suggest.proof import KINDS, prove, prove_folders, tells_sizes
+from liar_ext.suggest.sizes import with_config
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
-from liar_ext.suggest.stacks import Blocks, find_stacks
 
 # What a pruned or quantised folder says beside the sizes of its dense model.
 EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")
+WIDTH = 88  # of the code of a row
 HIDDEN = "the residual stream isn't described"
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A row of the table of families, and what stands behind it.
+    """A row of the table of families, and what stands behind it."""
 
-    Parameters
-    ----------
-    family : Family
-        The row; ``family.without`` says what it lacks, and why.
-    known : bool
-        Whether the table has it already; nothing was tried then.
-    proved : tuple of str
-        What was proved of it, each a sentence.
-    notes : tuple of str
-        What else is to be known, such as what was left alone.
-    """
-
-    family: Family
-    known: bool
-    proved: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    family: Family  # the row; its ``without`` says what it lacks, and why
+    known: bool  # whether the table has it already; nothing was tried then
+    proved: tuple[str, ...] = ()  # what was proved of it, each a sentence
+    notes: tuple[str, ...] = ()  # what else is to be known, such as what was left alone
 
     @property
     def code(self) -> str:
         """Python code that registers the row."""
-        return code(self.family)
+        words: set[str] = set()
+        text = _write(self.family, words, 4)
+        return (
+            "from liar_ext import register_family\n"
+            f"from liar_ext.models.family import {', '.join(sorted(words))}\n\n"
+            f"register_family(\n    {text}\n)\n"
+        )
 
 
 @torch.no_grad()
@@ -252,3 +246,43 @@ def _missing(family: Family, rows: Mapping[str, Described], cross: Described) ->
             if not tells_sizes(family, "mlp" if "channels" in reason else "attn"):
                 found.setdefault("stock", []).append(reason)
     return {kind: "; ".join(dict.fromkeys(reasons)) for kind, reasons in found.items()}
+
+
+def _write(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
+    """Return a value as code behind a label; on one line if it fits, or always without an indent.
+
+    The classes that it is made of are added to ``words``.
+    """
+    if isinstance(value, str):
+        return label + json.dumps(value, ensure_ascii=False)  # newlines are escaped
+    if value is None or isinstance(value, int | float):
+        return label + repr(value)
+    first, last, end = "(", ")", ""
+    if isinstance(value, Mapping):
+        first, last = "{", "}"
+        items = [(f"{json.dumps(key)}: ", each) for key, each in value.items()]
+    elif type(value) in (tuple, list):
+        items, end = [("", each) for each in value], "," * (len(value) == 1)
+    else:
+        first, items = f"{type(value).__name__}(", _set_fields(value)
+        words.add(type(value).__name__)
+    line = ", ".join(_write(each, words, None, name) for name, each in items)
+    line = f"{label}{first}{line}{end}{last}"
+    if indent is None or indent + len(line) < WIDTH:
+        return line
+    deeper = indent + 4
+    lines = [f"{' ' * deeper}{_write(each, words, deeper, name)},\n" for name, each in items]
+    return f"{label}{first}\n{''.join(lines)}{' ' * indent}{last}"
+
+
+def _set_fields(value: Any) -> list[tuple[str, Any]]:
+    """Return label and value of the fields that aren't as they are by default."""
+    fields = inspect.signature(type(value)).parameters
+    needed = [name for name, field in fields.items() if field.default is field.empty]
+    blank = type(value)(*(getattr(value, name) for name in needed))
+    bare = needed if isinstance(value, tuple) else []
+    return [
+        ("" if name in bare else f"{name}=", getattr(value, name))
+        for name in fields
+        if name in needed or getattr(value, name) != getattr(blank, name)
+    ]

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.taps import Ended
 from liar_ext.models.family import HeadInput
-from liar_ext.suggest.instance import Refused
-from liar_ext.suggest.stacks import Call, cloned, first_tensor, hooked
+from liar_ext.suggest.instance import Call, Refused, cloned, first_tensor, hooked
 
 MOST_ROWS = 4000  # of all layers that a consumer reads: a second of small blocks
 CHANGED = 1e-9  # of the largest value; what isn't reached stays equal, bit for bit
@@ -57,35 +56,23 @@ class Reach(NamedTuple):
 
 
 class Trace:
-    """A block, and how its linear layers depend on one another.
-
-    Attributes
-    ----------
-    block, call : nn.Module, Call
-        The block, and how the model ran it.
-    layers : dict of str to Layer
-        Those that ran once, by their path in the block, in the order in which they ran.
-    others : list of str
-        Parameters that are matrices, or more, of no such layer; those of most dimensions first.
-    ran, repeated : set of str, list of str
-        Modules that ran at all; layers that ran more than once.
-    parents : dict of str to list of str
-        Layers that each one reads through no other.
-    readers : list of str
-        Layers that read what comes into the block, through no other.
-    """
+    """A block, and how its linear layers depend on one another."""
 
     def __init__(self, call: Call) -> None:
         self.block, self.call = call.module, call
         self._modules = dict(call.module.named_modules())
         self._generator = torch.Generator().manual_seed(2)
+        # Layers by path, in the order in which they ran, but for those that ran repeatedly; modules
+        # that ran at all.
+        self.layers: dict[str, Layer] = {}
         self.repeated: list[str] = []
         self.ran: set[str] = set()
-        self.layers: dict[str, Layer] = {}
         self._find_layers()
+        # Parameters that are matrices, or more, of no such layer; most dimensions first.
         owned = {id(p) for each in self.layers.values() for p in each.module.parameters()}
         others = {n: p.ndim for n, p in self.block.named_parameters() if id(p) not in owned}
         self.others = sorted((n for n in others if others[n] > 1), key=lambda name: -others[name])
+        # What each layer reads through no other, and those that read what comes into the block.
         self.parents: dict[str, list[str]] = {name: [] for name in self.layers}
         for name, layer in self.layers.items():
             for reader in self._changed(name, self._noise(layer.output)):
@@ -93,13 +80,7 @@ class Trace:
         self.readers = self._changed(None, self._noise(call.input))
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
-        """Return what each layer that a consumer reads reaches, row by row.
-
-        Raises
-        ------
-        Refused
-            If they have too many rows for that.
-        """
+        """Return what each layer that a consumer reads reaches, row by row."""
         rows = sum(self.layers[parent].rows for parent in self.parents[consumer])
         if rows > MOST_ROWS:
             raise Refused(

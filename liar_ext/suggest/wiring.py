@@ -22,20 +22,10 @@ SHARED = ("key", "value")
 
 
 class Found(NamedTuple):
-    """A site as a trace shows it.
+    """A site as a trace shows it, with sizes of the block that was traced."""
 
-    Parameters
-    ----------
-    kind : {"attn", "cross_attn", "mlp"}
-        Which site; ``cross_attn`` reads keys and values of something else than the stream.
-    wiring : Wiring
-        Its layers, without ``head_dim``, numbers and config.
-    heads, kv_heads, head_dim : int
-        Of the block that was traced; 0 for an MLP.
-    """
-
-    kind: str
-    wiring: Wiring
+    kind: str  # cross_attn reads keys and values of something else than the stream
+    wiring: Wiring  # without head_dim, numbers and config
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -149,8 +139,8 @@ def _read_attention(trace: Trace, consumer: str, reach: dict[str, list[Reach]]) 
         kinds = tuple(dict.fromkeys(names))
         owners = [owner for _, owner, _ in each]
         if len(kinds) > 1:
-            sizes = (heads, kv_heads, head_dim)
-            stacked[producer] = _stack(producer, kinds, owners, names, sizes)
+            laid = (heads, kv_heads, head_dim)
+            stacked[producer] = _stack(producer, kinds, owners, names, laid)
             own.append(producer)
             continue
         count = kv_heads if kinds[0] in SHARED else heads

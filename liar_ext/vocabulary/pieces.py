@@ -225,6 +225,8 @@ def _check_ids(ids: Mapping[str, int], added: Mapping[str, int]) -> None:
         if ids.get(name, at) != at:
             raise _refused(f"gives the added token {name!r:.40} two ids, {ids[name]} and {at}")
     both = Counter({**ids, **added}.values())
+    if min(both) < 0:
+        raise _refused("has a negative id")
     twice = [at for at, count in both.items() if count > 1]
     if twice:
         raise _refused(f"has two tokens of id {twice[0]}")

@@ -15,9 +15,8 @@ from tiny import CAUSAL, TINY, tiny
 from liar_ext import InputError
 from liar_ext.cli import main
 from liar_ext.environment import process_memory
-from liar_ext.measure import memory, speed
-from liar_ext.measure.memory import peak_memory
-from liar_ext.measure.speed import benchmark
+from liar_ext.measure import speed
+from liar_ext.measure.speed import benchmark, peak_memory
 from liar_ext.measure.timing import (
     Quartiles,
     Settings,
@@ -151,14 +150,14 @@ def test_memory_is_that_of_another_process(llama_folder, tmp_path, monkeypatch):
 
 def test_what_the_other_process_refuses_is_refused(monkeypatch):
     ending = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr(memory, "child", lambda _: ending)
+    monkeypatch.setattr(speed, "child", lambda _: ending)
     with pytest.raises(InputError, match="it was killed, for lack of memory"):
         peak_memory("x", SHORT)
     ending[-1] = "raise SystemExit('a reason')"
     with pytest.raises(InputError, match="can't be measured: a reason; give smaller --batch"):
         peak_memory("x", SHORT)
     ending[-1] = "import time; time.sleep(60)"
-    monkeypatch.setattr(memory, "PATIENCE", 0.1)
+    monkeypatch.setattr(speed, "PATIENCE", 0.1)
     with pytest.raises(InputError, match="took more than 0.1 s"):
         peak_memory("x", SHORT)
 

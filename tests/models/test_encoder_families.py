@@ -218,23 +218,18 @@ def test_jobs_with_a_smaller_hidden_size(name: str, tmp_path: Path) -> None:
     assert sites(model)[0].d_out < tiny(name).config.hidden_size
 
 
-@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForTokenClassification", "Model"])
-def test_heads_of_nomic_bert_read_the_stream_somewhere(head: str) -> None:
-    model = getattr(transformers, f"NomicBert{head}")(tiny("nomic_bert").config)
-    found = hidden_of(model)
-    assert len(found.norms) == 1 + 2 * 3 and found.size == 40
-    apply_plan(model, Plan("nomic_bert", "auto", {}, hidden=SitePlan(40, tuple(range(8, 40)))))
-    assert model(**tiny_inputs(model))[0].isfinite().all()
-
-
 @pytest.mark.parametrize(
-    "head",
-    ["ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "Model"],
+    ("name", "prefix", "heads"),
+    [("nomic_bert", "NomicBert", 2), ("modernbert", "ModernBert", 3)],
 )
-def test_heads_of_modernbert_read_the_stream_somewhere(head: str) -> None:
-    model = getattr(transformers, f"ModernBert{head}")(tiny("modernbert").config).eval()
-    found = hidden_of(model)
-    # The embeddings' norm stands for that of the first block; a head has one of its own.
-    assert len(found.norms) == 1 + 5 + 1 + (head != "Model") and found.size == 32
-    apply_plan(model, Plan("modernbert", "auto", {}, hidden=SitePlan(32, tuple(range(8, 32)))))
-    assert model(**tiny_inputs(model))[0].isfinite().all()
+def test_heads_of_rotary_encoders_read_the_stream_somewhere(name, prefix, heads) -> None:
+    every = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    for head in (*every[:heads], "Model"):
+        model = getattr(transformers, prefix + head)(tiny(name).config).eval()
+        found, size = hidden_of(model), model.config.hidden_size
+        # The norm of ModernBERT's embeddings stands for the first block's; its heads have one.
+        norms = 1 + 2 * 3 if name == "nomic_bert" else 1 + 5 + 1 + (head != "Model")
+        assert len(found.norms) == norms and found.size == size
+        kept = SitePlan(size, tuple(range(8, size)))
+        apply_plan(model, Plan(name, "auto", {}, hidden=kept))
+        assert model(**tiny_inputs(model))[0].isfinite().all()

@@ -16,75 +16,24 @@ from liar_ext.models.sites import sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import SitePlan
 
+USUAL = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "Model",
+)
 HEADS = {
-    "llama": [
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "bert": [
-        "ForPreTraining",
-        "LMHeadModel",
-        "ForMaskedLM",
-        "ForNextSentencePrediction",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "roberta": [
-        "ForCausalLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "mpnet": [
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "distilbert": [
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "opt": ["ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model"],
-    "gpt2": [
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "gpt_neox": [
-        "ForCausalLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "gemma2": ["ForSequenceClassification", "ForTokenClassification", "Model"],
-    "albert": [
-        "ForPreTraining",
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
-    "electra": [
-        "ForPreTraining",
-        "ForMaskedLM",
-        "ForSequenceClassification",
-        "ForTokenClassification",
-        "ForQuestionAnswering",
-        "Model",
-    ],
+    "llama": USUAL,
+    "bert": ("ForPreTraining", "LMHeadModel", "ForMaskedLM", "ForNextSentencePrediction", *USUAL),
+    "roberta": ("ForCausalLM", *USUAL),
+    "mpnet": ("ForMaskedLM", *USUAL),
+    "distilbert": ("ForMaskedLM", *USUAL),
+    "opt": ("ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering", "Model"),
+    "gpt2": USUAL,
+    "gpt_neox": ("ForCausalLM", *USUAL),
+    "gemma2": ("ForSequenceClassification", "ForTokenClassification", "Model"),
+    "albert": ("ForPreTraining", "ForMaskedLM", *USUAL),
+    "electra": ("ForPreTraining", "ForMaskedLM", *USUAL),
 }
 
 
@@ -163,10 +112,9 @@ def test_every_head_reads_the_stream_somewhere(name, head):
     readers = [p for source in found.sources for p in (*source.readers, *source.tied)]
     assert len(readers) == len(set(readers))
     small = narrowed(model, tuple(range(16)))
-    for inputs in (tiny_inputs(model),):
-        result, dense = small(**inputs), model(**inputs)
-        first, expected = result[0], dense[0]
-        assert first.shape == (expected.shape if head != "Model" else (*expected.shape[:-1], 16))
+    result, dense = small(**tiny_inputs(model)), model(**tiny_inputs(model))
+    first, expected = result[0], dense[0]
+    assert first.shape == (expected.shape if head != "Model" else (*expected.shape[:-1], 16))
     if head == "Model" and name in ("bert", "roberta", "mpnet"):
         assert result["pooler_output"].shape == (2, 16)
 

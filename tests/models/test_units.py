@@ -14,8 +14,8 @@ from torch import nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Stack, Wiring
-from liar_ext.models.registry import FAMILIES, row_units
-from liar_ext.models.sites import get_consumer_bias, get_consumer_weight, sites
+from liar_ext.models.registry import FAMILIES
+from liar_ext.models.sites import Site, get_consumer_bias, get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan, unit_rows
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.selection.costs import total_cost
@@ -207,19 +207,28 @@ STACKS = {
 }
 
 
+def stacked(stack: Stack, unit: str, units: int, kv_heads: int) -> Site:
+    """Return a site of units of two features that has such a producer, ``x``."""
+    wiring = Wiring(("x",), "y", stacked={"x": stack})
+    sizes = {"units": units, "width": 2, "d_in": 2 * units, "kv_heads": kv_heads, "head_dim": 2}
+    return replace(sites(tiny("gpt2"))[0], wiring=wiring, unit=unit, **sizes)
+
+
 @pytest.mark.parametrize("case", STACKS)
 def test_units_of_stacked_rows(case: str) -> None:
     stack, expected = STACKS[case]
-    kv_heads = 2 if stack.shared else 0
-    assert row_units(stack, len(expected), 2, 2, kv_heads, False).tolist() == expected
+    unit, kv_heads = ("kv_group", 2) if stack.shared else ("channel", 0)
+    site = stacked(stack, unit, 2, kv_heads)
+    assert site.row_units("x", len(expected)).tolist() == expected
 
 
 def test_keys_and_values_stay_where_query_heads_leave() -> None:
     stack = Stack(("query", "key", "value"))
     units = [0, 0, 1, 1, 2, 2, 3, 3]  # four heads of two rows, two KV heads
-    assert row_units(stack, 16, 4, 2, 2, True).tolist() == units + [-1] * 8
+    assert stacked(stack, "head", 4, 2).row_units("x", 16).tolist() == units + [-1] * 8
     grouped = [*units[:4], *[-1] * 4, *units[4:], *[-1] * 4]
-    assert row_units(stack._replace(by_group=True), 16, 4, 2, 2, True).tolist() == grouped
+    by_group = stacked(stack._replace(by_group=True), "head", 4, 2)
+    assert by_group.row_units("x", 16).tolist() == grouped
 
 
 def test_rows_of_stacked_producers() -> None:

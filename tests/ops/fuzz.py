@@ -23,8 +23,8 @@ OUTCOMES = ("agreed", "refused", "wrong", "tracebacks", "crashed")
 
 def run_one(seed: int, number: int) -> str:
     """Make call ``number`` of a seed and check it; return what came of it."""
+    from fuzz_calls import RandomChoices
     from fuzz_checks import check_call, make_call
-    from fuzz_tensors import RandomChoices
 
     choices = RandomChoices((seed, number))
     return check_call(make_call(choices, OPERATORS[number % len(OPERATORS)]), choices)
@@ -116,5 +116,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(folder) for folder in Path(__file__).parents[:2]]
     sys.exit(main())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fuzz_calls
+import oracle
 import torch
-from fuzz_calls import Call
+from fuzz_calls import Call, overwritten_outside
 from fuzz_spoilers import WRITTEN, spoil
-from fuzz_tensors import overwritten_outside
 from torch import Tensor
 
 from liar_ext import ops
@@ -158,17 +158,17 @@ def _check_gram(call: Call, before: dict[str, Tensor], _result) -> None:
 def _check_reconstruct(call: Call, _before, weight, error, held_out, info) -> None:
     """Compare with the oracle, NaNs and codes included; rounding grows with the condition."""
     arguments = call.arguments | {"errors_only": False}
-    want = reference.reconstruct(**arguments)
+    want = oracle.reconstruct(**arguments)
     require(torch.equal(info[..., 0], want[3][..., 0]), call, f"codes {info[..., 0]}")
     _near(call, info[..., 1], want[3][..., 1], 1e-6 * want[3][..., 1].abs(), "condition")
     names = {"error": ("gram", "cross"), "held-out error": ("holdout", "holdout_cross")}
     scale = _largest(want[0]) + _largest(call.arguments["weight"])
     if not call.arguments["errors_only"]:
         _near(call, weight, want[0], 1e-9 * scale, "weight")
-    for (name, sums), got, oracle in zip(names.items(), (error, held_out), want[1:3], strict=True):
+    for (name, sums), got, exact in zip(names.items(), (error, held_out), want[1:3], strict=True):
         size = sum(_largest(call.arguments.get(one)) for one in sums)
         d = call.arguments["weight"].shape[-1] * max(1, call.arguments["weight"].shape[-2])
-        _near(call, got, oracle, 1e-10 * d * size * (1 + scale) ** 2, name)
+        _near(call, got, exact, 1e-10 * d * size * (1 + scale) ** 2, name)
 
 
 def _largest(tensor: Tensor | None) -> float:

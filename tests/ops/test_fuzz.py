@@ -10,9 +10,9 @@ import fuzz
 import fuzz_calls
 import pytest
 import torch
+from fuzz_calls import RandomChoices
 from fuzz_checks import Wrong, check_call, make_call
 from fuzz_spoilers import SPOILERS
-from fuzz_tensors import RandomChoices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -127,7 +127,8 @@ def test_the_command_counts_a_crash_and_goes_on(tmp_path):
         "        return call\n"
         "    fuzz_checks.make_call = make_call\n"
     )
-    path = os.pathsep.join([str(tmp_path), str(FUZZ.parent), os.environ.get("PYTHONPATH", "")])
+    places = tmp_path, FUZZ.parent, FUZZ.parents[1], os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(map(str, places))
     result = subprocess.run(
         [sys.executable, str(FUZZ), "--calls", "6"],
         env={**os.environ, "PYTHONPATH": path},

@@ -6,7 +6,7 @@ from covers import cover
 from test_ops_reconstruct import LADDER, gram_of, problem
 
 from liar_ext import ops
-from liar_ext.ops import solves
+from liar_ext.ops import reference
 
 
 def same(got, want):
@@ -44,25 +44,25 @@ def test_solves_agree_with_the_compiled_ones(size, kept, held_out, targets, erro
     weight, gram, chosen, holdout, cross, holdout_cross = stacked
     arguments = [weight.float(), gram, chosen, LADDER, holdout if held_out else None]
     arguments += [cross, holdout_cross if held_out else None] if targets else [None, None]
-    same(solves.reconstruct(*arguments, errors_only), ops.reconstruct(*arguments, errors_only))
+    same(reference.reconstruct(*arguments, errors_only), ops.reconstruct(*arguments, errors_only))
 
 
 def test_what_cannot_be_solved_has_a_code():
     weight, x = problem(30, 40, 6)  # fewer tokens than features
     kept, gram = torch.arange(36), x.mT @ x
     damps = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    new, error, _, info = solves.reconstruct(weight, gram, kept, damps)
+    new, error, _, info = reference.reconstruct(weight, gram, kept, damps)
     assert info[0, 0] > 0 and error[0].isnan() and new[0].isnan().all()
     assert info[1, 0] == 0 and error[1].isfinite() and new[1].isfinite().all()
     for spoilt in ((weight * torch.nan, gram), (weight, gram * torch.inf)):
-        _, error, _, info = solves.reconstruct(*spoilt, kept, damps)
+        _, error, _, info = reference.reconstruct(*spoilt, kept, damps)
         assert info[:, 0].tolist() == [-2, -2] and error.isnan().all()
 
 
 @pytest.mark.parametrize("kept", [[3, 2], [2, 2], [-1, 2], [2, 40]])
 def test_indices_that_do_not_ascend_have_a_code(kept):
     weight, x = problem(90, 40, 6)
-    _, error, _, info = solves.reconstruct(weight, x.mT @ x, torch.tensor(kept), LADDER)
+    _, error, _, info = reference.reconstruct(weight, x.mT @ x, torch.tensor(kept), LADDER)
     assert info[:, 0].tolist() == [-1] * 5 and error.isnan().all()
 
 
@@ -71,7 +71,7 @@ def test_no_damps_and_sums_in_float32():
     kept, gram = torch.arange(0, 40, 3), (x.mT @ x).float()
     for damps in (LADDER[:0], LADDER):
         same(
-            solves.reconstruct(weight, gram, kept, damps),
+            reference.reconstruct(weight, gram, kept, damps),
             ops.reconstruct(weight, gram, kept, damps),
         )
 
@@ -82,8 +82,8 @@ def test_nothing_waits_for_a_value():
 
     weight, x = problem(90, 40, 50)
     gram, kept = x.mT @ x, torch.arange(0, 40, 3)
-    want = solves.reconstruct(weight, gram, kept, LADDER, gram)
+    want = reference.reconstruct(weight, gram, kept, LADDER, gram)
     with FakeTensorMode() as mode:
         inputs = [mode.from_tensor(one) for one in (weight, gram, kept, LADDER, gram)]
-        got = solves.reconstruct(*inputs)
+        got = reference.reconstruct(*inputs)
     assert [one.shape for one in got] == [one.shape for one in want]

@@ -24,6 +24,7 @@ from liar_ext import (
 from liar_ext.reconstruction.block_runner import Blocks
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.reconstruction.solve import solve
+from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
 
 FAMILIES = ["llama", "gemma3_text", "bert", "mpnet", "opt", "gpt2", "gpt_neox", "vit", "dinov2"]
@@ -49,10 +50,10 @@ def plan_for(model, data, keep=0.7, mode="linear"):
 
 def walk_blocks(model, data, plan, steps, mode="linear", damp="auto"):
     """Take a walk over the first blocks, and return it with the blocks still open."""
-    blocks = Blocks(model, sites(model, attn_unit=plan.attn_unit))
-    context = blocks.opened()
+    walk = Walk(InMemory(model), plan.attn_unit)
+    context = walk.blocks.opened()
     context.__enter__()
-    walk = LayerwiseSolver(model, blocks, plan, mode, damp)
+    walk = LayerwiseSolver(walk, plan, mode, damp)
     walk.start(data)
     for index in range(steps):
         walk.step(index)

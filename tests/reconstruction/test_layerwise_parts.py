@@ -12,7 +12,7 @@ from tiny import outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext import InputError, apply_plan, prune, reconstruct_layerwise, sites
-from liar_ext.reconstruction.block_runner import Blocks
+from liar_ext.reconstruction.streams import InMemory, Walk
 from liar_ext.reconstruction.walk import LayerwiseSolver
 
 # T5 passes a bias of positions on; MBart and Pegasus normalise first, BART after the sum.
@@ -60,10 +60,9 @@ def seen_at(model: nn.Module, paths: list[str], inputs: dict) -> dict[str, tuple
 def test_the_streams_of_every_stack_are_those_of_both_models(name: str) -> None:
     model = tiny(name, dtype=torch.float64)
     plan, pruned = make_plan(model), copy.deepcopy(model)
-    at = sites(model)
-    blocks = Blocks(model, at)
+    blocks = (given := Walk(InMemory(model))).blocks
     with blocks.opened():
-        walk = LayerwiseSolver(model, blocks, plan, "auto", "auto")
+        walk = LayerwiseSolver(given, plan, "auto", "auto")
         walk.start(padded(model))
         ends = {}
         for index in range(len(blocks)):
@@ -79,7 +78,7 @@ def test_the_streams_of_every_stack_are_those_of_both_models(name: str) -> None:
             torch.testing.assert_close(after, seen_at(pruned, [path], inputs)[path][1])
             torch.testing.assert_close(before, seen_at(model, [path], inputs)[path][1])
             assert not torch.allclose(before, after)
-    read = at[-1].part.cross_attn is not None
+    read = sites(model)[-1].part.cross_attn is not None
     assert all(bool(part.pruned.behind) == read for part in walk.parts)
 
 

@@ -13,11 +13,9 @@ from tiny import NARROWABLE, batches, outputs, tiny, tiny_inputs
 from torch import nn
 
 from liar_ext import Plan, narrow
-from liar_ext.calibration.moments import Moments
 from liar_ext.models.residual_stream import hidden_of, stream_of
 from liar_ext.models.slicing import apply_plan
 from liar_ext.reconstruction import hidden_size
-from liar_ext.reconstruction.hidden_size import fit_norm, lost_moments
 
 
 def narrowed(model, data, keep, **settings):
@@ -168,37 +166,6 @@ def test_the_weights_and_errors_are_those_of_brute_force(name, path, readers):
         torch.testing.assert_close(solved, offset, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("with_offset", [False, True])
-def test_scales_and_what_is_lost_equal_brute_force(with_offset):
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.tensor([0, 2, 3])
-    folds = [torch.randn(50, 8, generator=generator, dtype=torch.float64) + 1 for _ in range(2)]
-    both = Moments.zeros(8)
-    for fold, rows in enumerate(folds):
-        rows[:, 3:] += rows[:, :3].sum(1, keepdim=True)  # so that x knows of v
-        both.update(rows, fold)
-    slope, offset, solution = fit_norm(both, kept, with_offset)
-    rows = torch.cat(folds)
-    v, x = rows[:, :3], rows[:, 3:]
-    ones = torch.ones_like(v[:, :1])
-    for j, feature in enumerate(kept):
-        known = torch.cat([v[:, j : j + 1], ones], 1) if with_offset else v[:, j : j + 1]
-        wanted = torch.linalg.lstsq(known, x[:, feature]).solution
-        torch.testing.assert_close(slope[j], wanted[0])
-        torch.testing.assert_close(
-            offset[j], wanted[1] if with_offset else torch.zeros_like(slope[0])
-        )
-    lost = x.clone()
-    lost[:, kept] -= slope * v + offset
-    assert solution.error == pytest.approx(float(lost.square().sum() / x.square().sum()))
-    moments = lost_moments(both, kept, slope, offset)
-    z = torch.cat([slope * v + offset, lost], 1)
-    torch.testing.assert_close(moments.gram.sum(0).tril(), (z.T @ z).tril())
-    torch.testing.assert_close(moments.total.sum(0), z.sum(0))
-    _, total, tokens = moments.pooled()
-    assert tokens == 100
-
-
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @torch.no_grad()
 def test_features_stay_by_their_share_of_the_energy(name):
@@ -210,15 +177,6 @@ def test_features_stay_by_their_share_of_the_energy(name):
         shares.append(h.square().sum(0) / h.square().sum())
     best = sum(shares).topk(24).indices.sort().values.tolist()
     assert list(narrow(model, data, 24 / hidden_of(model).size).kept.kept) == best
-
-
-def test_a_norm_without_spread_keeps_its_scale():
-    both = Moments.zeros(4)
-    for fold in range(2):
-        both.update(torch.tensor([[2.0, 1.0, 5.0, 1.0]]).repeat(3, 1).double(), fold)
-    slope, offset, solution = fit_norm(both, torch.tensor([0, 1]), True)
-    assert slope.tolist() == [1.0, 1.0] and offset.tolist() == [3.0, 0.0]
-    assert solution.error < 1e-12
 
 
 @pytest.mark.parametrize("name", NARROWABLE)

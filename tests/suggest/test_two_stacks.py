@@ -19,7 +19,7 @@ from liar_ext.models.family import Stack, Wiring
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.suggest.rows import registered
+from liar_ext.suggest.proof import registered
 from liar_ext.suggest.suggest import suggest_family
 
 KINDS = ("attn", "cross_attn", "mlp")

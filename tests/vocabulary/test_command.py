@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 import transformers
+from byte_level import TOKENS, byte_level_tokenizer
 from tiny import batches, tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from liar_ext import (
     InputError,
@@ -24,9 +24,11 @@ from liar_ext import (
     save_pruned,
 )
 from liar_ext.checkpoint.carrying import compare_tokenization
+from liar_ext.cli.keep_vocab import split_warnings
 from liar_ext.export.verify import verify_everywhere
+from liar_ext.measure.vocabulary_quality import LOSSES
 
-TOKENS, KEPT = 512, 384
+KEPT = 384
 SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]
 QUICK = ["--schedule", "one-pass", "--allocation", "uniform"]
 
@@ -35,19 +37,9 @@ QUICK = ["--schedule", "one-pass", "--allocation", "uniform"]
 def folder(corpus, tmp_path_factory):
     """A tiny Llama with a trained byte-level tokenizer, and files of a slow one beside it."""
     path = tmp_path_factory.mktemp("models") / "llama"
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=TOKENS,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train([str(each) for each in corpus], trainer)
-    assert backend.get_vocab_size() == TOKENS
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(path)
+    tokenizer = byte_level_tokenizer(each.read_text() for each in corpus)
+    assert len(tokenizer) == TOKENS
+    tokenizer.save_pretrained(path)
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     tiny("llama", vocab_size=TOKENS, **ids).save_pretrained(path)
     (path / "tokenizer.model").write_bytes(b"all tokens of the dense model")
@@ -100,6 +92,12 @@ def test_the_folder_says_what_was_done(alone):
     assert "25% of the tokens" in (alone / "liar/report.md").read_text()
 
 
+def test_a_dry_run_says_it_too(folder, corpus, tmp_path, capsys):
+    assert run(folder, corpus, tmp_path / "out", "--keep-vocab", str(KEPT), "--dry-run") == 0
+    assert "vocabulary: 384 of 512 tokens stay (byte-level BPE)" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.usefixtures("quick_workers")
 def test_verify_compares_tokenization(alone, tmp_path):
     assert verify_everywhere(alone)["tokenizer_agrees"] is True
@@ -143,6 +141,68 @@ def test_it_goes_with_heads_and_channels(folder, corpus, tmp_path):
     assert compare_tokenization(tmp_path / "out")
 
 
+@pytest.fixture(scope="module")
+def documents(corpus, tmp_path_factory):
+    """The words of the corpus as short documents."""
+    path = tmp_path_factory.mktemp("text") / "words.jsonl"
+    words = corpus[0].read_text().split()
+    some = (" ".join(words[at : at + 20]) for at in range(0, len(words), 20))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    return path
+
+
+def test_auto_takes_what_loses_little_and_says_what_it_tried(
+    folder, documents, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(LOSSES, "bits_per_byte", 10.0)  # a tiny model has no knee
+    more = ["--keep-vocab", "auto", "--keep", "1", "--vocab-scripts", "greek", "--seq-len", "64"]
+    assert run(folder, [documents], tmp_path / "out", *more) == 0
+    report = Report.load(tmp_path / "out")
+    auto, held_out = report.vocabulary["auto"], report.vocabulary["held_out"]
+    assert report.vocabulary["after"] == 320 == auto["curve"][0][0]  # 259 must stay
+    before, after = held_out["bits_per_byte"]
+    assert auto["curve"][0][1] == pytest.approx(after / before - 1, abs=1e-4)
+    assert (auto["judged_by"], auto["most_loss"]) == ("bits_per_byte", 10.0)
+    assert report.recipe.vocab_scripts == ("greek",) and report.recipe.keep_vocab == "auto"
+    page = (tmp_path / "out/liar/report.md").read_text()
+    assert "## Sizes of the vocabulary" in page and "| 320 |" in page
+    assert compare_tokenization(tmp_path / "out")
+
+
+def test_auto_keeps_all_tokens_if_each_size_loses_too_much(
+    folder, documents, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(LOSSES, "bits_per_byte", -1.0)
+    assert run(folder, [documents], tmp_path / "out", "--keep-vocab", "auto", *QUICK) == 0
+    report = Report.load(tmp_path / "out")
+    assert report.vocabulary["after"] == report.vocabulary["before"] == TOKENS
+    assert any("All tokens stay" in each for each in report.warnings)
+    assert "of the tokens" not in report.verdict().rows[0][1]
+    assert not (tmp_path / "out/liar/vocabulary.json").exists()
+    assert "All 512 tokens stay" in (tmp_path / "out/README.md").read_text()
+
+
+def test_more_tokens_than_there_are_is_all_of_them(folder, corpus, tmp_path):
+    assert run(folder, corpus, tmp_path / "out", "--keep-vocab", "32k", *QUICK) == 0
+    assert not Report.load(tmp_path / "out").vocabulary
+
+
+def test_tokens_of_a_script_stay_whole(folder, corpus, tmp_path, capsys):
+    """All tokens of the corpus are Latin, and do not fit."""
+    more = ["--keep-vocab", "384", "--vocab-scripts", "latin"]
+    assert run(folder, corpus, tmp_path / "out", *more) == 2
+    assert "tokens must stay" in capsys.readouterr().err
+
+
+def test_text_that_splits_more_than_that_which_chose_is_told_of():
+    assert split_warnings([0.2, 0.201], {}) == []
+    assert split_warnings([0.2, 0.22], {"tokens_per_byte": [0.2, 0.209]}) == []
+    (said,) = split_warnings([0.2, 0.22], {})
+    assert "10% more tokens for the chosen text" in said
+    (said,) = split_warnings([0.2, 0.202], {"tokens_per_byte": [0.2, 0.208]})
+    assert "4% more tokens for the held-out text, and 1% more for the text that chose it" in said
+
+
 def test_the_same_job_again_and_a_smaller_one_after_it(alone, corpus, tmp_path):
     recipe = ["--recipe", str(alone / "liar/recipe.yaml"), "--quiet", "--out", str(tmp_path / "b")]
     assert cli.main(["prune", *recipe]) == 0
@@ -162,11 +222,17 @@ def test_the_same_job_again_and_a_smaller_one_after_it(alone, corpus, tmp_path):
         (["--keep-vocab", "128"], "at least 259 of 512 tokens must stay"),
         (["--keep-vocab", "many"], "must be a fraction in"),
         (["--keep-vocab", "0.75", "--max-memory", "1GiB"], "--max-memory"),
+        (["--keep-vocab", "auto", "--vocab-text", "short.txt"], "auto holds out a fifth"),
+        (["--vocab-scripts", "klingon", "--keep-vocab", "auto"], "must name Unicode scripts"),
         (["--vocab-text", "a.txt"], "--vocab-text decides which tokens go"),
         (["--keep-vocab", "0.75", "--vocab-text", "self"], "name a text with --vocab-text"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(folder, corpus, tmp_path, capsys, more, message):
+def test_what_cannot_be_is_refused_in_one_line(
+    folder, corpus, tmp_path, capsys, monkeypatch, more, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a few words")
     assert run(folder, corpus, tmp_path / "out", *more) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said and not (tmp_path / "out").exists()
@@ -180,7 +246,7 @@ def test_in_python_text_is_drawn_afterwards(folder, corpus, tmp_path):
         prune(model, batches(model), Recipe(keep_vocab=0.5))
     assert choose_tokens(model, tokenizer, ["text"], 1.0) is None
     chosen = choose_tokens(model, tokenizer, [corpus[0].read_text()], KEPT)
-    smaller = keep_tokens(model, tokenizer, chosen.order)
+    smaller = keep_tokens(model, tokenizer, chosen)
     assert len(tokenizer) == TOKENS and len(smaller) == KEPT
     report = prune(model, batches(model), keep=0.8, schedule="one-pass", allocation="uniform")
     for wrong in (None, tokenizer):

@@ -12,7 +12,7 @@ from small_tokenizers import KINDS, bpe, load, spec, texts, tokenizers
 
 from liar_ext.errors import InputError
 from liar_ext.vocabulary.choosing import choose, counts_of, size_of
-from liar_ext.vocabulary.pieces import BYTES, read_pieces
+from liar_ext.vocabulary.pieces import BYTES, byte_alphabet, read_pieces
 from liar_ext.vocabulary.tokenizer_json import edited, order_of
 
 
@@ -146,3 +146,30 @@ def test_what_comes_after_the_model_is_renumbered():
     assert found["padding"]["pad_id"] == 3
     assert [each["id"] for each in found["added_tokens"]] == [2, 3]
     assert json.dumps(facts).count('"ids": [5]') == 1  # the old one is as it was
+
+
+def test_tokens_of_a_script_are_those_of_its_letters():
+    signs = byte_alphabet()
+    level = ["".join(signs[b] for b in word.encode()) for word in ("да", " Haus", "aд", "12", "λ")]
+    facts = spec(bpe([*signs, *level], []), {"type": "ByteLevel"})
+    pieces = read_pieces(facts)
+
+    def words(pieces, *scripts):
+        return {pieces.names[at] for at in pieces.of_scripts(scripts)}
+
+    letters = {*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"}
+    assert words(pieces, "cyrillic") == {level[0]} and words(pieces, "greek") == {level[4]}
+    assert words(pieces, "Latin") == letters | {level[1]} and not words(pieces)
+    assert words(pieces, "latin", "cyrillic") == letters | {level[0], level[1]}
+    vocab = {"[UNK]": 0, "don't": 1, "##да": 2, "语": 3, "##a語": 4}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    pieces = read_pieces(spec({**model, "max_input_chars_per_word": 9, "vocab": vocab}))
+    assert words(pieces, "cyrillic", "han") == {"##да", "语"}
+    assert words(pieces, "latin") == {"[UNK]", "don't"}
+
+
+def test_tokens_of_a_script_come_with_their_needs():
+    facts = spec(bpe([*"abд", "ab", "aд"], [("a", "b"), ("a", "д")]))
+    pieces = read_pieces(facts)
+    counts = np.array([0, 0, 0, 0, 9])
+    assert choose(pieces, counts, 4, pieces.of_scripts(["latin"])) == {0, 1, 2, 3}

@@ -47,6 +47,12 @@ HOSTILE = {
         spec(bpe([*BYTES, BYTES[1] + BYTES[2]], [(BYTES[1], BYTES[2])], byte_fallback=True)),
         "merges bytes",
     ),
+    "an endless token": (
+        spec(bpe([*LETTERS, "a" * 600], [])),
+        "has a token of 600 characters",
+    ),
+    "a cycle": (spec(bpe(["a", "aa"], [("a", "aa")])), "lacks the token 'aaa'"),
+    "a negative number": (changed(spec(bpe(["a"], [])), vocab={"a": -1}), "a negative id"),
     "no unknown": (spec(bpe(["a"], [], unk_token="<unk>")), "lacks the token '<unk>'"),
     "a piece twice": (unigram([["<unk>", 0.0], ["a", -1.0], ["a", -2.0]]), "'a' twice"),
     "no number": (unigram([["<unk>", 0.0], ["a", float("nan")]]), "score that is not finite"),

@@ -11,8 +11,6 @@ from liar_ext.models.families.common import (
     TIED,
     attention,
     mlp,
-    passed,
-    post_norm,
     steps,
 )
 from liar_ext.models.family import Family, HeadInput, Step, Stream
@@ -23,7 +21,7 @@ _SELF = {f"self.{name}": size for name, size in _SIZES.items()}
 
 def _pooled(layer: str, *heads: str) -> tuple[Step, ...]:
     """Return the chain of a layer that reads the first token, and of heads that read the layer."""
-    return *steps(f"read_first {layer}", f"write {layer}"), Step("take", heads)
+    return steps(f"read_first {layer}", f"write {layer}", Step("take", heads))
 
 
 def _masked(dense: str, norm: str, decoder: str) -> tuple[Step, ...]:
@@ -51,7 +49,7 @@ _NORM, _HEAD = "output.LayerNorm", "cls.predictions.transform"
 _CLASSIFIED = steps("read classifier qa_outputs")
 BERT = Stream(
     start=_embedded(*_WORDS),
-    block=post_norm(_ATTN, f"attention.{_NORM}", _MLP, _NORM),
+    block=steps(_ATTN, f"norm attention.{_NORM}", _MLP, f"norm {_NORM}"),
     ends=(
         _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
         _pooled("classifier.dense", "classifier.out_proj"),
@@ -81,9 +79,8 @@ _ELECTRA = replace(
 )
 _PROJECTED = replace(
     _ELECTRA,
-    start=(
-        *steps("write embeddings_project"),
-        *(Step("aside", step.layers) for step in _ELECTRA.start),
+    start=steps(
+        "write embeddings_project", *(Step("aside", step.layers) for step in _ELECTRA.start)
     ),
     ends=(
         *_ELECTRA.ends[:2],
@@ -124,7 +121,7 @@ BERT_ROWS = (
         attn=_MPNET,
         stream=Stream(
             start=_embedded(*_WORDS[:2]),
-            block=post_norm(_MPNET, "attention.LayerNorm", _MLP, _NORM),
+            block=steps(_MPNET, "norm attention.LayerNorm", _MLP, f"norm {_NORM}"),
             ends=BERT.ends,
             config={"hidden_size": "hidden"},
             multiple_of=None,
@@ -137,7 +134,7 @@ BERT_ROWS = (
         mlp=_DISTIL_MLP,
         stream=Stream(
             start=_embedded(*_WORDS[:2]),
-            block=post_norm(_DISTIL, "sa_layer_norm", _DISTIL_MLP, "output_layer_norm"),
+            block=steps(_DISTIL, "norm sa_layer_norm", _DISTIL_MLP, "norm output_layer_norm"),
             ends=(
                 _pooled("pre_classifier", "classifier"),
                 _masked("vocab_transform", "vocab_layer_norm", "vocab_projector"),
@@ -161,15 +158,14 @@ ALBERT_ROWS = (
         # What a block reads is now what is put into it, then what a block before it or itself put
         # out; what reads its last run alone is asked itself, too.
         stream=Stream(
-            start=(
-                *steps("write encoder.embedding_hidden_mapping_in"),
+            start=steps(
+                "write encoder.embedding_hidden_mapping_in",
                 Step("aside", tuple(f"embeddings.{name}" for name in (*_WORDS, "LayerNorm"))),
             ),
-            block=(
-                *passed(_ALBERT, "take"),
-                *steps("norm attention.LayerNorm"),
-                *passed(_ALBERT_MLP),
-                *steps("norm full_layer_layer_norm"),
+            block=steps(
+                Step("take", _ALBERT.layers[:-1]),
+                *("write attention.dense", "norm attention.LayerNorm"),
+                *(_ALBERT_MLP, "norm full_layer_layer_norm"),
             ),
             ends=(
                 steps("take pooler", "write pooler", "take classifier sop_classifier.classifier"),
@@ -231,17 +227,10 @@ ROTARY_ROWS = (
         mlp=_MODERN_MLP,
         stream=Stream(
             start=steps("write embeddings.tok_embeddings", "norm embeddings.norm"),
-            block=(
-                *steps("norm_if attn_norm"),  # the first block reads the embeddings as they are
-                *passed(_MODERN),
-                *steps("norm mlp_norm"),
-                *passed(_MODERN_MLP),
-            ),
+            # The first block reads the embeddings as they are.
+            block=steps("norm_if attn_norm", _MODERN, "norm mlp_norm", _MODERN_MLP),
             ends=(
-                (
-                    *steps("norm final_norm"),
-                    *_masked("head.dense", "head.norm", "decoder classifier"),
-                ),
+                steps("norm final_norm", *_masked("head.dense", "head.norm", "decoder classifier")),
             ),
             config=TIED,
             multiple_of="head_dim",
@@ -255,7 +244,9 @@ ROTARY_ROWS = (
         mlp=_NOMIC_MLP,
         stream=Stream(
             start=_embedded("word_embeddings", "token_type_embeddings"),
-            block=post_norm(_NOMIC, "post_attention_layernorm", _NOMIC_MLP, "post_mlp_layernorm"),
+            block=steps(
+                _NOMIC, "norm post_attention_layernorm", _NOMIC_MLP, "norm post_mlp_layernorm"
+            ),
             ends=(
                 BERT.ends[0],
                 _masked(f"{_HEAD}.dense", f"{_HEAD}.layer_norm", "cls.predictions.decoder"),

@@ -58,31 +58,18 @@ def mlp(
     )
 
 
-def steps(*lines: str) -> tuple[Step, ...]:
-    """Return steps of a stream, each written as what it does and its layers."""
-    return tuple(Step(does, tuple(layers)) for does, *layers in map(str.split, lines))
+def steps(*items: str | Wiring | Step) -> tuple[Step, ...]:
+    """Return steps of a stream, each written as what it does and the layers that do it.
 
-
-def passed(site: Wiring, read: str = "read") -> tuple[Step, Step]:
-    """Return how a stream passes a site: its producers read, its consumer writes."""
-    return Step(read, site.layers[:-1]), Step("write", (site.consumer,))
-
-
-def pre_norm(attn: Wiring, attn_norm: str, mlp: Wiring, mlp_norm: str) -> tuple[Step, ...]:
-    """Return the steps of a block with a norm before each branch."""
-    return (
-        *steps(f"norm {attn_norm}"),
-        *passed(attn),
-        *steps(f"norm {mlp_norm}"),
-        *passed(mlp),
-    )
-
-
-def post_norm(attn: Wiring, attn_norm: str, mlp: Wiring, mlp_norm: str) -> tuple[Step, ...]:
-    """Return the steps of a block with a norm after each branch."""
-    return (
-        *passed(attn),
-        *steps(f"norm {attn_norm}"),
-        *passed(mlp),
-        *steps(f"norm {mlp_norm}"),
-    )
+    It passes a site by what the producers read and the consumer writes.
+    """
+    found: list[Step] = []
+    for item in items:
+        if isinstance(item, Wiring):
+            found += (Step("read", item.layers[:-1]), Step("write", (item.consumer,)))
+        elif isinstance(item, Step):
+            found.append(item)
+        else:
+            does, *layers = item.split()
+            found.append(Step(does, tuple(layers)))
+    return tuple(found)

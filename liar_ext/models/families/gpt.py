@@ -12,8 +12,6 @@ from liar_ext.models.families.common import (
     TIED,
     attention,
     mlp,
-    passed,
-    pre_norm,
     steps,
 )
 from liar_ext.models.families.llama import (
@@ -34,24 +32,25 @@ from liar_ext.models.family import Family, Stream
 _PHI3 = attention(
     "self_attn",
     "qkv_proj o_proj",
-    numbers={
-        **GROUPS,
-        "num_key_value_heads": "kv_heads",
-        "config.num_attention_heads": "heads",
-    },
+    numbers={**GROUPS, "num_key_value_heads": "kv_heads", "config.num_attention_heads": "heads"},
     stack=QKV,
     config=HEADS,
 )
 _FUSED = mlp("mlp.gate_up_proj mlp.down_proj", stack=GATE_UP)
-_GLM_BLOCK = pre_norm(ATTN, NORMS[0], _FUSED, NORMS[1])
-_GLM = replace(ROW, name="glm", attn=ATTN, mlp=_FUSED, stream=replace(LLAMA, block=_GLM_BLOCK))
+_GLM = replace(
+    ROW,
+    name="glm",
+    attn=ATTN,
+    mlp=_FUSED,
+    stream=replace(LLAMA, block=steps(NORMS[0], ATTN, NORMS[1], _FUSED)),
+)
 FUSED_ROWS = (
     # Also of Phi-4.
     replace(
         _GLM,
         name="phi3",
         attn=_PHI3,
-        stream=replace(LLAMA, block=pre_norm(_PHI3, NORMS[0], _FUSED, NORMS[1])),
+        stream=replace(LLAMA, block=steps(NORMS[0], _PHI3, NORMS[1], _FUSED)),
     ),
     _GLM,
     replace(
@@ -61,11 +60,9 @@ FUSED_ROWS = (
         mlp=replace(_FUSED, output_norm="post_mlp_layernorm"),
         stream=replace(
             LLAMA,
-            block=(
-                *_GLM_BLOCK[:3],
-                *steps("branch_norm post_self_attn_layernorm"),
-                *_GLM_BLOCK[3:],
-                *steps("branch_norm post_mlp_layernorm"),
+            block=steps(
+                *(NORMS[0], ATTN, "branch_norm post_self_attn_layernorm"),
+                *(NORMS[1], _FUSED, "branch_norm post_mlp_layernorm"),
             ),
         ),
     ),
@@ -102,7 +99,7 @@ GPT_ROWS = (
         mlp=_GPT2_MLP,
         stream=Stream(
             start=steps("write wte wpe"),
-            block=pre_norm(_GPT2, "ln_1", _GPT2_MLP, "ln_2"),
+            block=steps("norm ln_1", _GPT2, "norm ln_2", _GPT2_MLP),
             ends=(steps("norm ln_f", "read lm_head score classifier qa_outputs"),),
             config={"n_embd": "hidden", "n_head": "heads"},
             multiple_of="head_dim",
@@ -117,7 +114,7 @@ GPT_ROWS = (
         mlp=_NEOX_MLP,
         stream=Stream(
             start=steps("write embed_in"),
-            block=pre_norm(_NEOX, NORMS[0], _NEOX_MLP, NORMS[1]),
+            block=steps(NORMS[0], _NEOX, NORMS[1], _NEOX_MLP),
             ends=(steps("norm final_layer_norm", "read lm_head score classifier qa_outputs"),),
             config=TIED,
             multiple_of="head_dim",
@@ -133,7 +130,7 @@ GPT_ROWS = (
         mlp=_OPT_MLP,
         stream=Stream(
             start=steps("write decoder.embed_tokens decoder.embed_positions"),
-            block=pre_norm(_OPT, "self_attn_layer_norm", _OPT_MLP, "final_layer_norm"),
+            block=steps("norm self_attn_layer_norm", _OPT, "norm final_layer_norm", _OPT_MLP),
             ends=(steps("norm decoder.final_layer_norm", "read lm_head score qa_outputs"),),
             config={
                 "hidden_size": "hidden",
@@ -153,7 +150,7 @@ GPT_ROWS = (
 
 # Norms of q and k, which Command R+ has, keep weights of every head.
 _NO_NORMS = {"use_qk_norm": False}
-_SIDE_BY_SIDE = replace(LLAMA, block=(*LLAMA.block[:3], *passed(MLP)))
+_SIDE_BY_SIDE = replace(LLAMA, block=steps(NORMS[0], ATTN, MLP))
 _COHERE = replace(
     ROW,
     name="cohere",
@@ -182,7 +179,7 @@ PARALLEL_ROWS = (
         mlp=_PHI_MLP,
         stream=replace(
             LLAMA,
-            block=(LLAMA.block[0], *passed(_PHI), *passed(_PHI_MLP)),
+            block=steps(NORMS[0], _PHI, _PHI_MLP),
             ends=(steps("norm final_layernorm", "read lm_head score"),),
         ),
     ),
@@ -198,7 +195,7 @@ PARALLEL_ROWS = (
         mlp=MLP,
         stream=replace(
             LLAMA,
-            block=(*LLAMA.block[:3], *steps(f"norm_if {NORMS[1]}"), *passed(MLP)),
+            block=steps(NORMS[0], ATTN, "norm_if post_attention_layernorm", MLP),
             config={**TIED, "num_key_value_heads": "kv_heads"},
             multiple_of="head_dim",
         ),
@@ -212,11 +209,9 @@ PARALLEL_ROWS = (
         mlp=_FALCON_MLP,
         stream=Stream(
             start=steps("write word_embeddings"),
-            block=(
-                *steps("norm_if input_layernorm", "norm_if ln_attn"),
-                *passed(_FALCON),
-                *steps("norm_if post_attention_layernorm", "norm_if ln_mlp"),
-                *passed(_FALCON_MLP),
+            block=steps(
+                *("norm_if input_layernorm", "norm_if ln_attn", _FALCON),
+                *("norm_if post_attention_layernorm", "norm_if ln_mlp", _FALCON_MLP),
             ),
             ends=(steps("norm ln_f", "read lm_head score classifier qa_outputs"),),
             config={**TIED, "num_kv_heads": "kv_heads"},
@@ -235,13 +230,11 @@ _QWEN = replace(
     mlp=MLP,
     stream=replace(
         LLAMA,
-        block=(
-            LLAMA.block[0],
-            *steps(
-                f"read_if {' '.join(ATTN.layers[:-1])} {_LINEAR}",
-                "write_if self_attn.o_proj linear_attn.out_proj",
-            ),
-            *LLAMA.block[3:],
+        block=steps(
+            NORMS[0],
+            f"read_if {' '.join(ATTN.layers[:-1])} {_LINEAR}",
+            "write_if self_attn.o_proj linear_attn.out_proj",
+            *(NORMS[1], MLP),
         ),
         norm_offset=1.0,
     ),

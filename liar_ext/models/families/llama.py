@@ -10,11 +10,9 @@ from liar_ext.models.families.common import (
     PICTURES,
     attention,
     mlp,
-    passed,
-    pre_norm,
     steps,
 )
-from liar_ext.models.family import Family, Stream, Wiring
+from liar_ext.models.family import Family, Step, Stream, Wiring
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
@@ -25,10 +23,10 @@ QKVO = "q_proj k_proj v_proj o_proj"
 ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
 MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
 _FLAGGED = replace(MLP, bias_flag="mlp_bias")
-NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMS = ("norm input_layernorm", "norm post_attention_layernorm")
 LLAMA = Stream(
     start=steps("write embed_tokens"),
-    block=pre_norm(ATTN, NORMS[0], MLP, NORMS[1]),
+    block=steps(NORMS[0], ATTN, NORMS[1], MLP),
     ends=(steps("norm norm", "read lm_head score qa_outputs"),),
     config={"hidden_size": "hidden"},
     multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
@@ -44,16 +42,16 @@ ROW = Family(
 # With a norm over what they write, and none before they read.
 _ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
 _MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
-_READ, _WRITTEN = passed(MLP)
 _AFTER = replace(
     LLAMA,
-    block=(
-        *passed(ATTN, "take")[:1],
-        *steps("aside self_attn.q_norm self_attn.k_norm"),
-        *passed(ATTN)[1:],
-        *steps("branch_norm post_attention_layernorm"),
-        *passed(MLP, "take"),
-        *steps("branch_norm post_feedforward_layernorm"),
+    block=steps(
+        Step("take", ATTN.layers[:-1]),
+        "aside self_attn.q_norm self_attn.k_norm",
+        "write self_attn.o_proj",
+        "branch_norm post_attention_layernorm",
+        Step("take", MLP.layers[:-1]),
+        "write mlp.down_proj",
+        "branch_norm post_feedforward_layernorm",
     ),
 )
 
@@ -114,14 +112,12 @@ LLAMA_ROWS = (
 
 # Gemma's norms scale by their weights and one.
 _SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
-_BETWEEN = (*LLAMA.block[:3], *steps("norm pre_feedforward_layernorm"), _READ, _WRITTEN)
+_BEFORE = "norm pre_feedforward_layernorm"
 _BOTH = replace(
     _SCALED,
-    block=(
-        *_BETWEEN[:3],
-        *steps("branch_norm post_attention_layernorm"),
-        *_BETWEEN[3:],
-        *steps("branch_norm post_feedforward_layernorm"),
+    block=steps(
+        *(NORMS[0], ATTN, "branch_norm post_attention_layernorm"),
+        *(_BEFORE, MLP, "branch_norm post_feedforward_layernorm"),
     ),
 )
 _GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
@@ -160,7 +156,11 @@ GEMMA_ROWS = (
     in_pictures(_GEMMA4, "gemma4"),
     _GEMMA,
     replace(_GEMMA3, name="gemma2"),
-    replace(_GEMMA, name="vaultgemma", stream=replace(_SCALED, block=_BETWEEN)),
+    replace(
+        _GEMMA,
+        name="vaultgemma",
+        stream=replace(_SCALED, block=steps(NORMS[0], ATTN, _BEFORE, MLP)),
+    ),
     _GEMMA3,
     in_pictures(_GEMMA3, "gemma3"),
 )
@@ -168,9 +168,8 @@ GEMMA_ROWS = (
 _UP = replace(_FLAGGED, producers=("mlp.up_proj",))
 
 
-def _ungated(mlp: Wiring, *norms: str) -> Stream:
-    attn_norm, mlp_norm = norms or NORMS
-    return replace(LLAMA, block=pre_norm(ATTN, attn_norm, mlp, mlp_norm))
+def _ungated(mlp: Wiring, attn_norm: str = NORMS[0], mlp_norm: str = NORMS[1]) -> Stream:
+    return replace(LLAMA, block=steps(attn_norm, ATTN, mlp_norm, mlp))
 
 
 _STARCODER = mlp("mlp.c_fc mlp.c_proj", bias_flag="use_bias")
@@ -182,11 +181,7 @@ UNGATED_ROWS = (
         ROW,
         name="nemotron",
         attn=attention(
-            "self_attn",
-            QKVO,
-            numbers=counts("num_heads"),
-            config=HEADS,
-            bias_flag="attention_bias",
+            "self_attn", QKVO, numbers=counts("num_heads"), config=HEADS, bias_flag="attention_bias"
         ),
         mlp=_UP,
         stream=replace(_ungated(_UP), norm_offset=1.0),
@@ -195,7 +190,7 @@ UNGATED_ROWS = (
         ROW,
         name="apertus",
         mlp=replace(_UP, numbers={}, bias_flag=None),
-        stream=_ungated(_UP, "attention_layernorm", "feedforward_layernorm"),
+        stream=_ungated(_UP, "norm attention_layernorm", "norm feedforward_layernorm"),
     ),
     replace(
         ROW,

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
-    GATE_UP,
-    JOINT,
-    PICTURES,
-    ROUTED,
-    mlp,
-)
+from liar_ext.models.families.common import GATE_UP, JOINT, PICTURES, ROUTED, mlp
 from liar_ext.models.families.llama import ATTN, MLP, ROW
 from liar_ext.models.family import Experts, Family, Stack, Wiring
 
@@ -50,10 +44,7 @@ _GPT_OSS = replace(
     transposed=True,
 )
 _LFM2 = _experts(
-    _OWN_WIDTH,
-    "feed_forward.experts",
-    "feed_forward.gate",
-    choice="feed_forward.expert_bias",
+    _OWN_WIDTH, "feed_forward.experts", "feed_forward.gate", choice="feed_forward.expert_bias"
 )
 # The router's weight is that of a linear layer inside of it; experts and the one beside them have
 # one width.

@@ -44,10 +44,7 @@ _ENCODER = Part(
 )
 _T5 = Family(
     name="t5",
-    parts=(
-        _ENCODER,
-        replace(_decoder(_ENCODER, _t5_attention(_CROSS, _ZEROS)), mlp=_t5_mlp(2)),
-    ),
+    parts=(_ENCODER, replace(_decoder(_ENCODER, _t5_attention(_CROSS, _ZEROS)), mlp=_t5_mlp(2))),
     without={
         "hidden": TWO_STREAMS,
         "stock": "heads: its table of relative positions has a column for every dense head",

@@ -10,18 +10,9 @@ from liar_ext.models.families.common import (
     TIED,
     attention,
     mlp,
-    passed,
-    pre_norm,
     steps,
 )
-from liar_ext.models.families.llama import (
-    ATTN,
-    MLP,
-    QKVO,
-    ROW,
-    counts,
-    in_pictures,
-)
+from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
 from liar_ext.models.family import Family, Part, Step, Stream
 
 
@@ -37,11 +28,11 @@ _ATTN = attention(
 )
 _MLP = mlp("mlp.fc1 mlp.fc2")
 _STREAM = Stream(
-    start=(
+    start=steps(
         _embedded("patch_embeddings.projection", "cls_token", "position_embeddings"),
-        *steps("write_if embeddings.mask_token"),
+        "write_if embeddings.mask_token",
     ),
-    block=pre_norm(_ATTN, "layernorm_before", _MLP, "layernorm_after"),
+    block=steps("norm layernorm_before", _ATTN, "norm layernorm_after", _MLP),
     ends=(steps("norm layernorm", "read_first pooler.dense classifier"),),
     config={"hidden_size": "hidden"},
     multiple_of="heads",
@@ -50,11 +41,9 @@ _STREAM = Stream(
 
 def _scaled(*mlp_steps: str) -> tuple[Step, ...]:
     """Return the steps of a block that scales what a branch writes, feature by feature."""
-    return (
-        *steps("norm norm1"),
-        *passed(_ATTN),
-        *steps("write layer_scale1.lambda1", "norm norm2", *mlp_steps),
-        *steps("write layer_scale2.lambda1"),
+    return steps(
+        *("norm norm1", _ATTN, "write layer_scale1.lambda1"),
+        *("norm norm2", *mlp_steps, "write layer_scale2.lambda1"),
     )
 
 
@@ -113,25 +102,20 @@ _IMAGES = Part(
     mask="",
 )
 _TEXTS = Part(
-    "text",
-    "text_model.encoder.layers",
-    _TOWER_ATTN,
-    _MLP,
-    config="text_config",
-    input="input_ids",
+    "text", "text_model.encoder.layers", _TOWER_ATTN, _MLP, config="text_config", input="input_ids"
 )
 _TEXT_STREAM = Stream(
     start=(_embedded("token_embedding", "position_embedding"),),
-    block=pre_norm(_TOWER_ATTN, "layer_norm1", _MLP, "layer_norm2"),
+    block=steps("norm layer_norm1", _TOWER_ATTN, "norm layer_norm2", _MLP),
     ends=(steps("norm final_layer_norm", "read text_projection head"),),
     config=TIED,
     multiple_of="head_dim",
 )
 _CLIP = replace(
     _TEXT_STREAM,
-    start=(
+    start=steps(
         _embedded("class_embedding", "patch_embedding", "position_embedding"),
-        *steps("norm pre_layrnorm"),  # as it is spelt there
+        "norm pre_layrnorm",  # as it is spelt there
     ),
     ends=(steps("norm post_layernorm", "read visual_projection classifier"),),
 )

@@ -1,0 +1,99 @@
+"""`reconstruct` the long way, in float64: what every kernel must agree with.
+
+Its errors are ``tr(ΔW G ΔWᵀ)`` over all features. The other operators' oracles are those of
+:mod:`liar_ext.ops.reference` in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from liar_ext.ops.reference import NOT_FINITE, each_site, gram_update_, obs_curve, symmetric
+
+__all__ = ["gram_update_", "obs_curve", "reconstruct"]
+
+
+def reconstruct(
+    weight: Tensor,
+    gram: Tensor,
+    kept: Tensor,
+    damps: Tensor,
+    holdout: Tensor | None = None,
+    cross: Tensor | None = None,
+    holdout_cross: Tensor | None = None,
+    errors_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fold the removed features into the others; see :func:`liar_ext.ops.reconstruct`."""
+    if weight.dim() == 3:
+        optional = holdout, cross, holdout_cross
+        return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
+    weight, gram = weight.double(), symmetric(gram)
+    holdout = None if holdout is None else symmetric(holdout)
+    cross = None if cross is None else cross.double()
+    holdout_cross = None if holdout_cross is None else holdout_cross.double()
+    d_out, d = weight.shape
+    stays = torch.zeros(d, dtype=torch.bool, device=weight.device)
+    stays[kept] = True
+    block = gram[kept][:, kept]
+    if cross is None:
+        rhs = gram[kept][:, ~stays] @ weight[:, ~stays].mT
+    else:
+        rhs = cross[kept] - block @ weight[:, kept].mT
+    mean = block.diagonal().mean() if len(kept) else gram.new_ones(())
+    mean = torch.where(mean == 0, 1.0, mean)
+    arguments = (weight, gram, holdout, cross, holdout_cross)
+    finite = all(one is None or bool(torch.isfinite(one).all()) for one in arguments)
+
+    results = []
+    for damp in damps:
+        change, code, condition = _solve(block, damp * mean, rhs)
+        new = weight[:, kept] + change.mT
+        full = torch.zeros_like(weight) if cross is not None else -weight
+        full[:, kept] = new if cross is not None else change.mT
+        error = _quadratic(full, gram, cross)
+        held_out = None if holdout is None else _quadratic(full, holdout, holdout_cross)
+        results.append(_unless_spoilt(finite, new, error, held_out, code, condition))
+    if not results:
+        empty = weight.new_empty(0)
+        return weight.new_empty(0, d_out, len(kept)), empty, empty.clone(), weight.new_empty(0, 2)
+    new, error, held_out, info = zip(*results, strict=True)
+    return (
+        weight.new_empty(0, d_out, len(kept)) if errors_only else torch.stack(new),
+        torch.stack(error),
+        weight.new_empty(0) if holdout is None else torch.stack(held_out),
+        torch.stack(info),
+    )
+
+
+def _solve(block: Tensor, shift: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(block + shift)⁻¹ rhs``, the code of the factorisation and its condition."""
+    one = block.new_ones(())
+    if torch.isinf(shift) or len(block) == 0:
+        return torch.zeros_like(rhs), torch.zeros_like(one), one
+    eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
+    factor, code = torch.linalg.cholesky_ex(block + shift * eye)
+    if code != 0:
+        return torch.full_like(rhs, torch.nan), code.to(rhs.dtype), one * torch.nan
+    diagonal = factor.diagonal()
+    condition = (diagonal.max() / diagonal.min()) ** 2
+    return torch.cholesky_solve(rhs, factor), code.to(rhs.dtype), condition
+
+
+def _unless_spoilt(
+    finite: bool, new: Tensor, error: Tensor, held_out: Tensor | None, code: Tensor, cond: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the result for one λ; NaNs with a code where it can't be one."""
+    errors = (error, error if held_out is None else held_out)
+    if not finite or (code == 0 and not all(bool(torch.isfinite(one)) for one in errors)):
+        code = torch.full_like(code, NOT_FINITE)
+    if code != 0:
+        new, error, cond = (torch.full_like(one, torch.nan) for one in (new, error, cond))
+        held_out = None if held_out is None else torch.full_like(held_out, torch.nan)
+    return new, error, held_out, torch.stack([code, cond])
+
+
+def _quadratic(rows: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
+    """Return ``tr(V G Vᵀ)``, and less ``2 tr(V C)`` if ``cross`` is given."""
+    value = ((rows @ gram) * rows).sum()
+    return value if cross is None else value - 2 * (rows * cross.mT).sum()
