@@ -26,8 +26,7 @@ from kinds_data import cifar, news, people, speak
 from kinds_models import dinov2, whisper
 
 from liar_ext import cli
-from liar_ext.calibration.media import AUDIO, IMAGES, read_files
-from liar_ext.calibration.media_batches import evaluation_inputs
+from liar_ext.calibration.media import AUDIO, IMAGES, evaluation_inputs, read_files
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import load_reader
 from liar_ext.measure.word_errors import word_errors

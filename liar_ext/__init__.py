@@ -33,10 +33,9 @@ if TYPE_CHECKING:
     from liar_ext.reconstruction.one_pass import reconstruct
     from liar_ext.report.report import Report
     from liar_ext.selection.allocation import allocate
-    from liar_ext.selection.costs import Costs
+    from liar_ext.selection.costs import Costs, LatencyTable
     from liar_ext.selection.criteria import criterion, score
     from liar_ext.selection.error_curves import error_curves
-    from liar_ext.selection.latency_table import LatencyTable
     from liar_ext.selection.sensitivity import site_divergences
     from liar_ext.suggest.suggest import suggest_family
     from liar_ext.vocabulary.keep import choose_tokens, keep_tokens
@@ -90,7 +89,7 @@ _MODULES = {  # of the public names, imported when one is first asked for
     "Budget": "plan",
     "Costs": "selection.costs",
     "InputError": "errors",
-    "LatencyTable": "selection.latency_table",
+    "LatencyTable": "selection.costs",
     "MomentBank": "calibration.moments",
     "Moments": "calibration.moments",
     "Plan": "plan",

@@ -27,27 +27,13 @@ FACTS = ("fold", "source")
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: what the model takes, and what is known of its sequences.
+    """One batch: what the model takes, and what is known of its sequences."""
 
-    Parameters
-    ----------
-    inputs : dict of str to Tensor
-        Keyword arguments of the model's forward, without folds and labels.
-    fold : Tensor
-        ``(sequences,)`` int64: 0 or 1.
-    mask : Tensor or None
-        ``(sequences, tokens)`` bool, False where a token is padding; None if every token counts.
-    labels : dict of str to Tensor
-        Those of :data:`LABELS` that the batch has.
-    source : Tensor, optional
-        ``(sequences,)`` int64: which of several texts a sequence is of, -1 of none, as random
-        tokens are; all of one unless given.
-    """
-
-    inputs: dict[str, Tensor]
-    fold: Tensor
-    mask: Tensor | None = None
-    labels: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, Tensor]  # of the model's forward, without folds and labels
+    fold: Tensor  # (sequences,) int64: 0 or 1
+    mask: Tensor | None = None  # (sequences, tokens) bool, False for padding; None if there is none
+    labels: dict[str, Tensor] = field(default_factory=dict)  # those of LABELS that it has
+    # (sequences,) int64: which of several texts each is of, -1 of none; all of one unless given.
     source: Tensor | None = None
 
     def __len__(self) -> int:

@@ -78,8 +78,7 @@ def calibrate(
     check_finite_weights(model)
     at = at if at is not None else sites(model)
     with opened(checkpoint) as room:
-        of = len(batches) if isinstance(batches, Sized) else None
-        saved = None if room is None else SavedSums(room, of=of)
+        saved = SavedSums(room, of=len(batches) if isinstance(batches, Sized) else None)
         bank = collect_at(model, batches, at, keep_text=keep_text, saved=saved, progress=progress)
     bank.source["sites"] = {
         site.name: {n: getattr(site, n) for n in ("unit", "units", "width", "groups")}
@@ -113,11 +112,10 @@ def collect(
 
     Batches are split round robin among ranks; in the end each has the sums over all of them.
     """
-    count, seen, done = distributed.world_size(), Seen(keep_text), 0
+    count, seen, saved = distributed.world_size(), Seen(keep_text), saved or SavedSums(None)
     # A module that repeats has more to come, whatever has run.
     ends = len(taps) if not any(tap.repeats for tap in taps) else math.inf
-    facts, relative = _facts_of(model), sorted(tap.name for tap in taps if tap.relative)
-    facts |= {"relative": relative} if relative else {}
+    facts = _facts_of(model, taps)
 
     def so_far() -> tuple[Mapping[str, Moments], dict[str, object]]:
         sums = moments if count == 1 else _added(deepcopy(moments))
@@ -126,46 +124,52 @@ def collect(
     # Before the hooks: the model may write the last batches when their number is asked for.
     bar = Bar(batches, desc=title, disable=not progress)
     with evaluating(model), summing(model, taps, ends) as (moments, current):
-        if saved is not None:
-            saved.restore(moments, facts)
-            done = saved.done
-        if done and distributed.is_first():
+        saved.restore(moments, facts)
+        if distributed.is_first():
             current.tokens = saved.facts.get("tokens", 0)
             current.routed = saved.facts.get("routed", {})
-        spare(title, done)
+        spare(title, saved.done)
         for index, batch in enumerate(read_batches(bar)):
             check_not_padding(index, batch)
             seen.add(batch)
-            if index < done:
-                if seen.batches == done:
-                    saved.check(done, seen.digest.hexdigest())
-                continue
-            if index % count == distributed.rank():
-                _run(model, body, batch, current)
-            if saved is not None and seen.batches % count == 0:
-                saved.save(seen.batches, so_far)
-        if saved is not None and seen.batches < done:
+            if index >= saved.done:
+                if index % count == distributed.rank():
+                    _run(model, body, batch, current)
+                if seen.batches % count == 0:
+                    saved.save(seen.batches, so_far)
+            elif seen.batches == saved.done:
+                saved.check(seen.batches, seen.digest.hexdigest())
+        if seen.batches < saved.done:
             saved.check(seen.batches, seen.digest.hexdigest())
-        if saved is not None and seen.batches > done:
+        elif seen.batches > saved.done:
             saved.save(seen.batches, so_far, now=True)
         _check_alike(facts["model"], seen.digest.hexdigest())
-    bank = MomentBank(moments)
+    return _checked(MomentBank(moments), facts, seen, current)
+
+
+def _checked(
+    bank: MomentBank, facts: dict[str, object], seen: Seen, current: InFlight
+) -> MomentBank:
+    """Return the bank of all ranks' sums, with what they are over, if they are usable."""
     tokens, routed = _counted(current)
     check_sums(bank, len(seen.sequences), routed)
     # A site that sees all tokens, and counts each as one, says how many there are.
-    plain = [sums for name, sums in bank.items() if name not in {*relative, *routed}]
+    weighed = {*facts.get("relative", ()), *routed}
+    plain = [sums for name, sums in bank.items() if name not in weighed]
     tokens = int(plain[0].tokens.sum()) if plain else tokens
     bank.source = facts | seen.facts(tokens, routed)
     bank.text, bank.sequences = seen.text, torch.tensor(seen.sequences)
     return bank
 
 
-def _facts_of(model: nn.Module) -> dict[str, object]:
-    """Return what tells a model from others."""
+def _facts_of(model: nn.Module, taps: Sequence[Tap] = ()) -> dict[str, object]:
+    """Return what tells a model from others, and which taps are relative."""
+    relative = sorted(tap.name for tap in taps if tap.relative)
     return {
         "model_type": model.config.model_type,
         "model": fingerprint_of(model.state_dict().items()),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({"relative": relative} if relative else {}),
     }
 
 

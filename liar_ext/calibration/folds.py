@@ -26,33 +26,18 @@ _BREAKS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"\s"))
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of one length, recordings or pictures, ready for a model.
+    """Sequences of one length, recordings or pictures, ready for a model."""
 
-    Parameters
-    ----------
-    inputs : mapping of str to Tensor
-        Inputs of the model by their names, a row each; of text ``input_ids`` and
-        ``attention_mask``, ``(sequences, seq_len)`` int64.
-    fold : Tensor
-        ``(sequences,)`` int64: 0 or 1. Sequences of one document share a fold.
-    source : Tensor, optional
-        ``(sequences,)`` int64: which of several texts each is of; -1 for those of no text.
-    bos : str
-        Special tokens that every packed window begins with; empty if the tokenizer adds none.
-    certification, judging : Sequences, optional
-        Sequences of documents that none of these come from: for a figure that no decision has
-        seen, and for a choice among whole models. Their folds only take turns.
-    notes : tuple of str
-        What a user has to know of the draw.
-    """
-
+    # By their names, a row each; of text input_ids and attention_mask, (sequences, seq_len) int64.
     inputs: Mapping[str, Tensor]
-    fold: Tensor
-    source: Tensor | None = None
-    bos: str = ""
+    fold: Tensor  # (sequences,) int64: 0 or 1; sequences of one document share it
+    source: Tensor | None = None  # (sequences,) int64: which of several texts; -1 of no text
+    bos: str = ""  # special tokens that every packed window begins with
+    # Of documents that none of these come from, for a figure that no decision has seen, and for a
+    # choice among whole models; their folds only take turns.
     certification: Sequences | None = None
     judging: Sequences | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a user has to know of the draw
 
     def __len__(self) -> int:
         return len(self.fold)

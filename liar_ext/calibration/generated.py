@@ -41,10 +41,8 @@ def write_documents(
 
     Parameters
     ----------
-    model : nn.Module
-        A causal language model of transformers; it is as it was afterwards.
-    tokenizer
-        Its tokenizer.
+    model, tokenizer
+        A causal language model of transformers, which is as it was afterwards, and its tokenizer.
     documents, tokens : int
         How many to write, and tokens of each.
     seed : int
@@ -163,7 +161,8 @@ def _beginning(model: nn.Module, tokenizer) -> list[int]:
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     choices = [tokenizer.get_vocab().get(SEPARATOR), tokenizer.bos_token_id, tokenizer.eos_token_id]
     known = range(known_tokens(model, model.config))
-    return [next((id for id in (*choices, config.bos_token_id, *ends) if id in known), 0)]
+    choices += [config.bos_token_id, *ends]
+    return [next((token for token in choices if token in known), 0)]
 
 
 def _of_other_inputs(model: nn.Module) -> list[int]:

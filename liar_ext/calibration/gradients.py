@@ -91,7 +91,8 @@ def collect_gradients(
     device = device_of(model)
     owned = {site.name: _owned_parameters(model, site) for site in at}
     parameters = [each for layers in owned.values() for _, own in layers for each in own]
-    sums = [_zeros_for(parameter) for parameter in parameters]
+    wide = [torch.promote_types(each.dtype, torch.float32) for each in parameters]
+    sums = [each.new_zeros(each.shape, dtype=t) for each, t in zip(parameters, wide, strict=True)]
     fisher = {
         site.name: get_consumer_weight(model, site).new_zeros(site.units, dtype=torch.float64)
         for site in at
@@ -205,11 +206,6 @@ def _owned_parameters(model: nn.Module, site: Site) -> Owned:
         layer = model.get_submodule(path)
         owned.append((path, [each for each in (layer.weight, layer.bias) if each is not None]))
     return [*owned, (None, [model.get_submodule(site.consumer).weight])]
-
-
-def _zeros_for(parameter: Tensor) -> Tensor:
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros_like(parameter, dtype=wide, requires_grad=False)
 
 
 def _summarise(

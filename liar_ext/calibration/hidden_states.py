@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,18 +19,9 @@ MOST_AT_ONCE = 1 << 30  # bytes of one call; Linux moves at most 2 GiB
 class HiddenStates:
     """A place for tensors that all calibration sequences have between two blocks.
 
-    Parameters
-    ----------
-    memory : int, optional
-        Bytes that may be held in memory; what is more goes to the file. No bound if not given.
-    folder : path, optional
-        Where the file is made. It has no name, so that nothing is left of it however the process
-        ends.
-
-    Attributes
-    ----------
-    in_memory, on_disk, most_on_disk : int
-        Bytes that are held now, and the most that the file had.
+    ``memory`` are the bytes that may be held in memory, without bound if not given; what is more
+    goes to a file in ``folder``. It has no name, so that nothing is left of it however the process
+    ends. ``in_memory`` and ``on_disk`` are the bytes that are held now.
     """
 
     def __init__(
@@ -82,7 +74,7 @@ class HiddenStates:
             self.on_disk -= size
             self._free.setdefault(size, []).append(offset)
 
-    def move(self, call, bytes_: memoryview, offset: int) -> None:
+    def move(self, call: Callable[..., int], bytes_: memoryview, offset: int) -> None:
         """Read or write bytes at an offset of the file, by a call that may move some of them."""
         while len(bytes_):
             done = call(self._file.fileno(), [bytes_[:MOST_AT_ONCE]], offset)

@@ -1,4 +1,4 @@
-"""Recordings and pictures: read from files, folders and datasets, and decoded."""
+"""Recordings and pictures: read from files, folders and datasets, decoded, made into batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import TELLING, Documents, read_text, rows_of_dataset
+from liar_ext.calibration.folds import Sequences, in_turns, padded
+from liar_ext.environment import errors_alone
 from liar_ext.errors import InputError, one_line
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 
 AUDIO, IMAGES = "audio", "images"
 SUFFIXES = {
@@ -24,24 +32,19 @@ TEXTS = ("text", "transcription", "transcript", "sentence", "caption")  # column
 # Of one source, files that are read; each of them is hashed.
 MOST_FILES = 4096
 
+INPUTS = {AUDIO: "input_features", IMAGES: "pixel_values"}
+WRITTEN = 8  # recordings that a model writes down at a time
+Clip = tuple[Any, str]  # samples or a picture, and what is said in it
+Part = list[tuple["Item", int]]  # files, and the source of each
+
 
 @dataclass(frozen=True)
 class Item:
-    """One recording or picture.
+    """One recording or picture."""
 
-    Parameters
-    ----------
-    place : str
-        Its file, or its row of a dataset, for messages.
-    content : Path or bytes
-        The file, or the bytes of one.
-    text : str
-        What is said in it; empty if unknown.
-    """
-
-    place: str
-    content: Path | bytes
-    text: str = ""
+    place: str  # its file, or its row of a dataset, for messages
+    content: Path | bytes  # the file, or the bytes of one
+    text: str = ""  # what is said in it; empty if unknown
 
     def read(self) -> bytes:
         """Return the bytes of the file; raise InputError if they can't be read."""
@@ -185,3 +188,181 @@ def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None
             f"data: {item.place} can't be read as {what}: {one_line(error)}; copy it again, or "
             "take it out"
         ) from error
+
+
+def kind_read(main_input: str) -> str | None:
+    """Return the kind of files that a model with such a main input reads, None for text."""
+    return next((kind for kind, name in INPUTS.items() if name == main_input), None)
+
+
+class Reader:
+    """Makes the inputs of a model from files.
+
+    Of a model that writes what it hears the decoder reads what is said in a recording. Where that
+    is unknown the model itself writes it down.
+
+    ``kind`` is "audio" or "images", ``processor`` the model's image processor or feature extractor.
+    """
+
+    def __init__(self, kind: str, model: nn.Module, processor: Any, tokenizer: Any = None) -> None:
+        self.kind, self.model, self.processor, self.tokenizer = kind, model, processor, tokenizer
+        needed = inputs_read(model)
+        self.writes = DECODER_IDS in needed
+        beside = needed.keys() - {INPUTS[kind], DECODER_IDS}
+        if beside:
+            raise InputError(
+                f"data: {type(model).__name__} reads {' and '.join(sorted(beside))} beside {kind}, "
+                "which files do not hold; call liar_ext.prune with batches of your own"
+            )
+        if self.writes and tokenizer is None:
+            raise InputError(
+                f"data: {type(model).__name__} has no tokenizer for what is said in recordings; "
+                "put one into its folder"
+            )
+
+    def of(self, model: nn.Module) -> Reader:
+        """Return the same for another model of this kind, such as a pruned one."""
+        return Reader(self.kind, model, self.processor, self.tokenizer)
+
+    def clips(self, items: Sequence[Item]) -> Iterator[Clip]:
+        """Yield pictures, or pieces of recordings that are no longer than the model hears.
+
+        Of a recording in several pieces nobody knows what is said where.
+        """
+        for item in items:
+            if self.kind == IMAGES:
+                yield decode_image(item), item.text
+                continue
+            samples = decode_audio(item, self.processor.sampling_rate)
+            most = getattr(self.processor, "n_samples", len(samples))
+            text = item.text if len(samples) <= most else ""
+            for at in range(0, len(samples), most):
+                yield samples[at : at + most], text
+
+    def joined(self, clips: Sequence[Clip]) -> list[Clip]:
+        """Return recordings put together as long as the model hears them; pictures as they are.
+
+        Short ones would be silence for the most part, which a model that pads them reads, too.
+        """
+        most = getattr(self.processor, "n_samples", None)
+        if self.kind == IMAGES or most is None:
+            return list(clips)
+        windows: list[list[Clip]] = []
+        room = 0
+        for clip in clips:
+            if len(clip[0]) > room:
+                windows.append([])
+                room = most
+            windows[-1].append(clip)
+            room -= len(clip[0])
+        found = []
+        for some in windows:
+            samples, texts = zip(*some, strict=True)
+            found.append((np.concatenate(samples), " ".join(texts) if all(texts) else ""))
+        return found
+
+    def inputs(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """Return the inputs of the model's forward pass."""
+        content, said = zip(*clips, strict=True)
+        inputs = self.features(content)
+        if not self.writes:
+            return inputs
+        said = list(said)
+        unknown = torch.tensor([row for row, text in enumerate(said) if not text]).long()
+        for some in unknown.split(WRITTEN) if len(unknown) else ():
+            heard = self.write_down(inputs[INPUTS[self.kind]][some])
+            for row, text in zip(some.tolist(), heard, strict=True):
+                said[row] = text
+        return inputs | self._decoder_inputs(said)
+
+    def features(self, content: Sequence[Any]) -> dict[str, Tensor]:
+        """Return what the processor makes of pictures or samples."""
+        name, given = INPUTS[self.kind], {"return_tensors": "pt"}
+        if self.kind == AUDIO:
+            given["sampling_rate"] = self.processor.sampling_rate
+        try:
+            found = self.processor(list(content), **given)[name]
+        except Exception as error:  # sizes that don't go together, and whatever a processor raises
+            raise InputError(
+                f"data: {type(self.processor).__name__} can't make one batch of these {self.kind}: "
+                f"{error}; give the processor one size for all of them"
+            ) from error
+        return {name: found.to(self.model.dtype)}
+
+    @torch.no_grad()
+    def write_down(self, features: Tensor) -> list[str]:
+        """Return what the model hears, as text."""
+        with errors_alone():  # generate warns of its own arguments
+            found = self.model.generate(features.to(device_of(self.model)))
+        return self.tokenizer.batch_decode(found, skip_special_tokens=True)
+
+    def _decoder_inputs(self, said: Sequence[str]) -> dict[str, Tensor]:
+        """Return what the decoder reads, all but the last token, and its mask."""
+        most = getattr(self.model.config, "max_target_positions", None)
+        how = {"truncation": most is not None, "max_length": most, "verbose": False}
+        rows = self.tokenizer(list(said), **how)["input_ids"]
+        rows = [row[:-1] if len(row) > 1 else row for row in rows]
+        read = padded(rows, self.tokenizer.pad_token_id)
+        return {DECODER_IDS: read["input_ids"], DECODER_MASK: read["attention_mask"]}
+
+
+def calibration_inputs(
+    sources: Sequence[Files],
+    reader: Reader,
+    *,
+    samples: int = 128,
+    seed: int = 0,
+    certify: int = 0,
+    judge: int = 0,
+) -> Sequences:
+    """Draw files of several sources, in two folds; each source contributes evenly.
+
+    ``samples`` are files, half of them for each fold, and all that there are if they are fewer;
+    ``certify`` and ``judge`` files come beside them, as for
+    :class:`liar_ext.calibration.texts.Text`. Recordings of one fold and source are put together,
+    see :meth:`Reader.joined`. If there are fewer files than parts, InputError is raised.
+    """
+    shares = [samples // FOLDS, samples - samples // FOLDS, certify, judge]
+    parts: list[Part] = [[] for _ in shares]
+    generator = torch.Generator().manual_seed(seed)
+    for place, files in enumerate(sources):
+        order = torch.randperm(len(files.items), generator=generator).tolist()
+        wanted = [-(-share // len(sources)) for share in shares]
+        if sum(wanted) > len(order):  # as many of each part as there are
+            wanted = [share * len(order) // sum(wanted) for share in wanted]
+        for part, share in zip(parts, wanted, strict=True):
+            part += [(files.items[index], place) for index in order[:share]]
+            order = order[share:]
+    least = [1, 1, FOLDS * bool(certify), FOLDS * bool(judge)]
+    if any(len(part) < few for part, few in zip(parts, least, strict=True)):
+        count = sum(len(files) for files in sources)
+        raise InputError(
+            f"calibration: {count} file(s) of {reader.kind} are too few for two folds"
+            f"{' and what is kept apart' if certify or judge else ''}; give more of them"
+        )
+    notes = [note for files in sources for note in files.notes]
+    drawn = len(parts[0]) + len(parts[1])
+    if drawn < samples:
+        notes.append(f"The calibration set gave {drawn} of {samples} files.")
+    apart = [_read(reader, [part]) if part else None for part in parts[FOLDS:]]
+    return _read(reader, parts[:FOLDS], "", *apart, tuple(notes))
+
+
+def _read(reader: Reader, parts: Sequence[Part], *more: Any, join: bool = True) -> Sequences:
+    """Return the inputs of parts: each a fold, or of a lone one in turns."""
+    clips, folds, sources = [], [], []
+    for fold, part in enumerate(parts):
+        for source in dict.fromkeys(source for _, source in part):
+            found = list(reader.clips([item for item, of in part if of == source]))
+            found = reader.joined(found) if join else found
+            clips += found
+            folds += [fold] * len(found)
+            sources += [source] * len(found)
+    fold = torch.tensor(folds) if len(parts) > 1 else in_turns(len(clips))
+    return Sequences(reader.inputs(clips), fold, torch.tensor(sources), *more)
+
+
+def evaluation_inputs(files: Files, reader: Reader, samples: int | None = None) -> Sequences:
+    """Return the inputs of files to judge on: of all, or of ``samples`` evenly spread ones."""
+    part = [(item, 0) for item in spread(files.items, samples)]
+    return _read(reader, [part], "", None, None, tuple(files.notes), join=False)

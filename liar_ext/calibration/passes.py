@@ -28,22 +28,10 @@ class Passes:
     Iterating gives the groups, in order and with their moments at hand as :attr:`bank`; going
     :meth:`back` takes them the other way round, and begins with the moments that are there still.
 
-    Parameters
-    ----------
-    model, batches, at, progress
-        As for :func:`liar_ext.calibrate`.
-    memory : int, optional
-        Bytes that sums may take at a time, but at least those of one site, or of the experts of a
-        layer; by default what :func:`room_for_sums` says.
-    bank : MomentBank, optional
-        Moments over these batches that are there already; the groups that they hold take no pass.
-    saved : Checkpoint, optional
-        Where the sums of each group are kept; those that are there are not taken again.
-
-    Attributes
-    ----------
-    summed : list of int
-        Numbers of the groups that took a pass, in order.
+    Sums may take ``memory`` bytes at a time, but at least those of one site, or of the experts of a
+    layer; by default what :func:`room_for_sums` says. Groups that a ``bank`` over these batches
+    holds take no pass, and those that are ``saved`` in a checkpoint are not taken again. All else
+    is as for :func:`liar_ext.calibrate`. ``summed`` are the numbers of the groups that took a pass.
     """
 
     probes: Any = None  # what is measured on the way, see :class:`ProbeStreams`
@@ -103,9 +91,8 @@ class Passes:
         if self.saved is None:
             return None
         of, group = len(self.batches), number + 1
-        if len(self.groups) == 1:
-            return SavedSums(self.saved, of=of)
-        return SavedSums(self.saved, f"{SUMS}-{group}", of, f" of group {group}")
+        named = (f"{SUMS}-{group}", of, f" of group {group}")
+        return SavedSums(self.saved, *(named if len(self.groups) > 1 else (SUMS, of)))
 
 
 def room_for_sums(model: nn.Module, memory: int | None = None) -> int:

@@ -56,10 +56,13 @@ def restored(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, M
 
 
 class SavedSums:
-    """The sums of one pass over ``of`` batches, under a key; all ranks must call each method."""
+    """The sums of one pass over ``of`` batches, under a key; all ranks must call each method.
+
+    Without a checkpoint nothing is saved.
+    """
 
     def __init__(
-        self, saved: Checkpoint, key: str = SUMS, of: int | None = None, group: str = ""
+        self, saved: Checkpoint | None, key: str = SUMS, of: int | None = None, group: str = ""
     ) -> None:
         self.saved, self.key, self.of, self.group = saved, key, of, group
         self.done = 0  # batches
@@ -74,7 +77,7 @@ class SavedSums:
         ``facts`` are those of the model. InputError is raised if the sums belong to other sites or
         another model, or are damaged.
         """
-        known = self.saved.get(self.key)
+        known = None if self.saved is None else self.saved.get(self.key)
         self._widths = widths = {name: sums.d_in for name, sums in moments.items()}
         if known is None:
             return
@@ -112,6 +115,8 @@ class SavedSums:
         now: bool = False,
     ) -> None:
         """Save the sums of all ranks over so many batches, and their facts, if due or ``now``."""
+        if self.saved is None:
+            return
         due = batches != self._at and (now or self.saved.due(self.key))
         if not broadcast(due):
             return

@@ -57,40 +57,19 @@ Piece = tuple[int, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor to take the moments of.
+    """A tensor to take the moments of."""
 
-    Parameters
-    ----------
-    name : str
-        What the bank calls it.
-    module : str
-        Path of the module that is watched.
-    d_in : int
-        Number of features.
-    take : callable
-        Gives the tensor, ``(batch, tokens, d_in)``, from the module's arguments and output; or
-        those tokens alone that reach an expert.
-    first : bool
-        Only the first token counts.
-    sums : type
-        What is summed: moments, or the squares alone.
-    mask : str
-        The input of the model that says which tokens of the tensor are padding; empty if none are.
-    repeats : bool
-        The module runs several times in one forward pass, and every run counts.
-    relative : bool
-        Tokens count as :func:`relative_weights` of what the module gives says.
-    """
-
-    name: str
-    module: str
-    d_in: int
+    name: str  # what the bank calls it
+    module: str  # path of the module that is watched
+    d_in: int  # number of features
+    # Gives the tensor, (batch, tokens, d_in), or the tokens that reach an expert, from the module's
+    # arguments and output.
     take: Callable[[tuple, Tensor], Tensor | Routed]
-    first: bool = False
+    first: bool = False  # only the first token counts
     sums: type[Moments] | type[Squares] = Moments
-    mask: str = "attention_mask"
-    repeats: bool = False
-    relative: bool = False
+    mask: str = "attention_mask"  # the input that says which tokens are padding; empty if none are
+    repeats: bool = False  # the module runs several times in a forward pass, and every run counts
+    relative: bool = False  # tokens count as relative_weights of what the module gives says
 
 
 def tap_at(model: nn.Module, site: Site) -> Tap:

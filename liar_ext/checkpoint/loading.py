@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liar_ext.calibration.media import AUDIO
-from liar_ext.calibration.media_batches import Reader, kind_read
+from liar_ext.calibration.media import AUDIO, Reader, kind_read
 from liar_ext.checkpoint import names
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
 from liar_ext.checkpoint.quietening import obedient_bar, quiet

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from liar_ext.atomic_write import begins_with, check_place, write_whole
 from liar_ext.calibration.documents import read_documents
-from liar_ext.calibration.media import read_files, spread
-from liar_ext.calibration.media_batches import evaluation_inputs
+from liar_ext.calibration.media import evaluation_inputs, read_files, spread
 from liar_ext.calibration.texts import check_seq_len, evaluation_sequences
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.checkpoint.loading import kind_of, load_reader

@@ -25,8 +25,7 @@ from liar_ext.calibration.documents import (
 )
 from liar_ext.calibration.folds import count_beside, fraction_of, of_no_text, seed_of
 from liar_ext.calibration.generated import SELF, write_sequences
-from liar_ext.calibration.media import read_files
-from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
+from liar_ext.calibration.media import Reader, calibration_inputs, evaluation_inputs, read_files
 from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
@@ -39,7 +38,7 @@ from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.selection.latency_table import LatencyTable
+from liar_ext.selection.costs import LatencyTable
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 WRITTEN = "written"  # key of generated text in a checkpoint

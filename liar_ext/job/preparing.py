@@ -34,9 +34,8 @@ from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.layerwise import check_walk
 from liar_ext.reconstruction.streams import Walk
 from liar_ext.selection.allocation import check_budget, even_plan
-from liar_ext.selection.costs import Costs, total_cost
+from liar_ext.selection.costs import Costs, LatencyTable, total_cost
 from liar_ext.selection.criteria import get_criterion
-from liar_ext.selection.latency_table import LatencyTable
 from liar_ext.selection.whole_experts import count_experts_kept
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from liar_ext.measure.latency import measure_latency, plan_of, ratios, sliced, w
 from liar_ext.measure.timing import Clock, Quartiles
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
-from liar_ext.selection.costs import Costs
-from liar_ext.selection.latency_table import LatencyTable
+from liar_ext.selection.costs import Costs, LatencyTable
 
 # A plan may miss what its sites add up to by this fraction of the dense seconds.
 TOLERANCE = 0.01

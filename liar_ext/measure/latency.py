@@ -37,7 +37,7 @@ from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.progress import Bar
 from liar_ext.selection.allocation import allowed_counts
-from liar_ext.selection.latency_table import LatencyTable, SizeRow
+from liar_ext.selection.costs import LatencyTable, SizeRow
 
 SIZES = 7  # of one shape, at most: seconds lie between on a line
 SAMPLES = 24  # of each size of a shape: as many runs as give these

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from liar_ext.calibration.media import Item
-from liar_ext.calibration.media_batches import WRITTEN, Clip, Reader
+from liar_ext.calibration.media import WRITTEN, Clip, Item, Reader
 from liar_ext.errors import InputError
 from liar_ext.progress import Bar
 

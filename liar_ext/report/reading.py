@@ -19,7 +19,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.report.sections import LIKENESS, PAIRS
 from liar_ext.report.tables import MEASURES
 from liar_ext.rows import SiteRow
-from liar_ext.selection.latency_table import LatencyTable
+from liar_ext.selection.costs import LatencyTable
 from liar_ext.untrusted import count, listing, mapping, named, number, read_object, record, text
 
 MOST_LINES = 200  # of warnings, notes, and jobs

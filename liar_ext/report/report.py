@@ -54,7 +54,7 @@ class Report:
     latency : dict
         For a budget of latency: ``dense_seconds``; the fraction of them that the plan takes,
         ``predicted`` and ``measured``, the latter with quartiles, before reconstruction and
-        saving; ``table``, which :class:`liar_ext.selection.latency_table.LatencyTable` loads.
+        saving; ``table``, which :class:`liar_ext.selection.costs.LatencyTable` loads.
     evaluation : dict
         ``dense`` and ``pruned``, each with its numbers, when text was given to evaluate on.
     heal : dict

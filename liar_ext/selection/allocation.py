@@ -15,9 +15,9 @@ from liar_ext.errors import InputError
 from liar_ext.models.sites import Site, teams_of
 from liar_ext.plan import Budget, Plan, SitePlan
 from liar_ext.selection.costs import Costs
+from liar_ext.selection.error_curves import removal_order
 from liar_ext.selection.knapsack import choose
 
-Counts = dict[str, int]
 # transformers multiplies all experts of a layer at once, by a kernel that takes rows of a multiple
 # of 16 bytes only: 8 channels of two bytes.
 GROUPED_STEP = 8
@@ -68,10 +68,6 @@ def allocate(
         see :class:`liar_ext.selection.costs.Costs`. No method takes a count that costs no less
         than a larger one.
 
-    Returns
-    -------
-    Plan
-
     Raises
     ------
     InputError
@@ -84,7 +80,9 @@ def allocate(
     problem = _Problem.of(at, budget, costs)
     if method == "global":
         scores = {site.name: _metric(site, scores[site.name]) for site in at}
-    counts = _METHODS[method](problem, losses if method == "curve" else scores)
+    steps = _METHODS[method](problem, losses if method == "curve" else scores)
+    pairs = zip(problem.teams, steps, strict=True)
+    counts = {site.name: team.counts[step] for team, step in pairs for site in team.sites}
     return _plan(at, scores, counts, model_type, {**budget.to_dict(), "allocation": method})
 
 
@@ -107,14 +105,14 @@ def probe_plan(
     counts = {}
     for site in at:
         fewer = allowed_counts(site, replace(budget, tile=1))[:-1] or (site.units,)
-        counts[site.name] = _round(fewer, budget.keep * site.units, up=False)
+        counts[site.name] = fewer[_nearest(fewer, budget.keep * site.units)]
     return _plan(at, scores, counts, model_type, budget.to_dict())
 
 
 def _plan(
     at: Sequence[Site],
     scores: Mapping[str, Tensor],
-    counts: Counts,
+    counts: Mapping[str, int],
     model_type: str,
     budget: dict[str, object],
 ) -> Plan:
@@ -136,105 +134,8 @@ def check_budget(
 
 
 def select(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:
-    """Return the ``count`` best units in ascending order.
-
-    Each of ``groups`` runs of units gives equally many. Ties go to the lower index.
-    """
-    by_group = scores.reshape(groups, -1)
-    order = by_group.argsort(dim=1, descending=True, stable=True)[:, : count // groups]
-    offset = torch.arange(groups, device=order.device)[:, None] * by_group.shape[1]
-    return tuple(sorted((order + offset).flatten().tolist()))
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The budget in numbers: sites, allowed counts and what the sites together may cost."""
-
-    sites: tuple[Site, ...]
-    cost: Mapping[str, Sequence[float]]  # by count
-    allowed: Mapping[str, tuple[int, ...]]  # counts, ascending as their costs; the last is all
-    limit: float  # for the sites together
-    teams: tuple[tuple[Site, ...], ...]  # sites that must keep equally many
-
-    @classmethod
-    def of(cls, at: Sequence[Site], budget: Budget, costs: Costs) -> _Problem:
-        costs.check(at)
-        cost, total = costs.by_count, costs.total
-        in_sites = sum(cost[site.name][-1] for site in at)
-        limit = budget.keep * total - (total - in_sites)
-        if budget.uniform_layers:
-            kinds = dict.fromkeys((site.kind, site.units, site.width) for site in at)
-            teams = tuple(
-                tuple(s for s in at if (s.kind, s.units, s.width) == kind) for kind in kinds
-            )
-        else:
-            teams = tuple(tuple(some) for some in teams_of(at).values())
-        allowed = {}
-        for team in teams:
-            counts = _worth_their_cost(allowed_counts(team[0], budget), team, cost)
-            allowed |= dict.fromkeys((site.name for site in team), counts)
-        problem = cls(tuple(at), cost, allowed, limit + 1e-9 * total, teams)
-        least = problem.spent({name: counts[0] for name, counts in allowed.items()})
-        if least > problem.limit:
-            outside = 1.0 - in_sites / total
-            fixed = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
-            raise InputError(
-                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
-                f"{budget.tile} the sites can go down to "
-                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile"
-            )
-        return problem
-
-    def spent(self, counts: Counts) -> float:
-        return sum(self.cost[name][count] for name, count in counts.items())
-
-    def price(self, team: tuple[Site, ...], count: int) -> float:
-        return sum(self.cost[site.name][count] for site in team)
-
-    def fraction(self) -> float:
-        """Return the largest common fraction of all units that the limit allows, uncounted."""
-
-        def at_fraction(fraction: float) -> float:
-            spent = 0.0
-            for site in self.sites:
-                whole, part = divmod(fraction * site.units, 1.0)
-                costs = self.cost[site.name][int(whole) : int(whole) + 2]
-                spent += costs[0] + part * (costs[-1] - costs[0])
-            return spent
-
-        return _largest(at_fraction, self.limit, 1e-15)
-
-    def fill(
-        self, gain: Callable[[tuple[Site, ...], int, int], float], start: Counts | None = None
-    ) -> Counts:
-        """Spend what the limit leaves on the best gains, one step of one team at a time.
-
-        ``gain(team, now, then)`` is the worth per unit of raising a team's count; a team whose next
-        step does not fit leaves the race. ``start`` is the least counts if not given.
-        """
-        counts = start or {site.name: self.allowed[site.name][0] for site in self.sites}
-        left = self.limit - self.spent(counts)
-        race: list[tuple[float, int, int]] = []  # (-gain, team, index of the next allowed count)
-
-        def enter(team_index: int, step: int) -> None:
-            team = self.teams[team_index]
-            allowed = self.allowed[team[0].name]
-            if step < len(allowed):
-                worth = gain(team, allowed[step - 1], allowed[step])
-                heapq.heappush(race, (-worth, team_index, step))
-
-        for team_index, team in enumerate(self.teams):
-            enter(team_index, self.allowed[team[0].name].index(counts[team[0].name]) + 1)
-        while race:
-            _, team_index, step = heapq.heappop(race)
-            team = self.teams[team_index]
-            allowed = self.allowed[team[0].name]
-            price = self.price(team, allowed[step]) - self.price(team, allowed[step - 1])
-            if price <= left:
-                left -= price
-                counts.update({site.name: allowed[step] for site in team})
-                enter(team_index, step + 1)
-        return counts
+    """Return the ``count`` best units, equally many of each group, in ascending order."""
+    return tuple(sorted(removal_order(scores, groups)[len(scores) - count :].tolist()))
 
 
 def site_step(site: Site, budget: Budget) -> int:
@@ -254,18 +155,110 @@ def allowed_counts(site: Site, budget: Budget) -> tuple[int, ...]:
     return (*range(step, site.units, step), site.units)
 
 
-def _worth_their_cost(
-    counts: Sequence[int], team: Sequence[Site], cost: Mapping[str, Sequence[float]]
-) -> tuple[int, ...]:
-    """Return the counts that cost less than every larger one, ascending."""
-    kept: list[int] = []
-    least = math.inf
-    for count in reversed(counts):
-        price = sum(cost[site.name][count] for site in team)
-        if price < least:
-            kept.append(count)
-            least = price
-    return tuple(reversed(kept))
+@dataclass(frozen=True)
+class _Team:
+    """Sites that must keep equally many units, and the numbers that they may keep."""
+
+    sites: tuple[Site, ...]
+    costs: tuple[float, ...]  # of all of them together, by units kept, from 0 on
+    counts: tuple[int, ...]  # allowed ones, ascending as their costs; the last is all
+
+    @classmethod
+    def of(cls, some: Sequence[Site], budget: Budget, costs: Costs) -> _Team:
+        both = tuple(map(sum, zip(*(costs.by_count[site.name] for site in some), strict=True)))
+        counts: list[int] = []
+        for count in reversed(allowed_counts(some[0], budget)):
+            if not counts or both[count] < both[counts[-1]]:  # it costs less than every larger one
+                counts.append(count)
+        return cls(tuple(some), both, tuple(reversed(counts)))
+
+    @property
+    def units(self) -> int:
+        return self.sites[0].units
+
+    @property
+    def kind(self) -> str:
+        return self.sites[0].kind
+
+    def cost(self, step: int) -> float:
+        return self.costs[self.counts[step]]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The budget in numbers: teams of sites, and what they together may cost.
+
+    A choice is a *step* for each team: the index of one of its counts.
+    """
+
+    teams: tuple[_Team, ...]
+    limit: float
+
+    @classmethod
+    def of(cls, at: Sequence[Site], budget: Budget, costs: Costs) -> _Problem:
+        costs.check(at)
+        parts: dict[object, list[Site]] = teams_of(at)
+        if budget.uniform_layers:
+            parts = {}
+            for site in at:
+                parts.setdefault((site.kind, site.units, site.width), []).append(site)
+        teams = tuple(_Team.of(some, budget, costs) for some in parts.values())
+        total, in_sites = costs.total, sum(team.costs[-1] for team in teams)
+        limit = budget.keep * total - (total - in_sites)
+        problem = cls(teams, limit + 1e-9 * total)
+        least = problem.spent([0] * len(teams))
+        if least > problem.limit:
+            outside = 1.0 - in_sites / total
+            fixed = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
+            raise InputError(
+                f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
+                f"{budget.tile} the sites can go down to "
+                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile"
+            )
+        return problem
+
+    def spent(self, steps: Sequence[int]) -> float:
+        return sum(team.cost(step) for team, step in zip(self.teams, steps, strict=True))
+
+    def fraction(self) -> float:
+        """Return the largest common fraction of all units that the limit allows, uncounted."""
+
+        def at_fraction(fraction: float) -> float:
+            spent = 0.0
+            for team in self.teams:
+                whole, part = divmod(fraction * team.units, 1.0)
+                costs = team.costs[int(whole) : int(whole) + 2]
+                spent += costs[0] + part * (costs[-1] - costs[0])
+            return spent
+
+        return _largest(at_fraction, self.limit, 1e-15)
+
+    def fill(self, gain: Callable[[_Team, int, int], float], steps: list[int]) -> list[int]:
+        """Spend what the limit leaves on the best gains, one step of one team at a time.
+
+        ``gain(team, now, then)`` is the worth per unit of raising a team's count; a team whose next
+        step does not fit leaves the race.
+        """
+        left = self.limit - self.spent(steps)
+        race: list[tuple[float, int]] = []  # (-gain, team)
+
+        def enter(number: int) -> None:
+            team, then = self.teams[number], steps[number] + 1
+            if then < len(team.counts):
+                worth = gain(team, team.counts[then - 1], team.counts[then])
+                heapq.heappush(race, (-worth, number))
+
+        for number in range(len(self.teams)):
+            enter(number)
+        while race:
+            _, number = heapq.heappop(race)
+            team, then = self.teams[number], steps[number] + 1
+            price = team.cost(then) - team.cost(then - 1)
+            if price <= left:
+                left -= price
+                steps[number] = then
+                enter(number)
+        return steps
 
 
 def _largest(spent: Callable[[float], float], limit: float, precision: float) -> float:
@@ -279,46 +272,47 @@ def _largest(spent: Callable[[float], float], limit: float, precision: float) ->
     return low
 
 
-def _uniform(problem: _Problem, scores: Mapping[str, Tensor]) -> Counts:
-    """Return counts of one common fraction.
-
-    The kind of fewest units (heads) takes the allowed count below or above the fraction, the other
-    kind spends the rest; of the two, the one that strays less from the common fraction.
-    """
-    wish = problem.fraction()
-    kinds = sorted({s.kind for s in problem.sites}, key=lambda kind: _fewest(problem, kind))
-    coarse = [site for site in problem.sites if site.kind != kinds[-1]]
-    fine = [site for site in problem.sites if site.kind == kinds[-1]]
-    below = {s.name: _round(problem.allowed[s.name], wish * s.units, up=False) for s in coarse}
-    above = {s.name: _round(problem.allowed[s.name], wish * s.units, up=True) for s in coarse}
-    least = {s.name: problem.allowed[s.name][0] for s in coarse}
-    plans = []
-    for counts in (below, above, least):
-        counts |= _largest_fraction(problem, fine, problem.limit - problem.spent(counts))
-        strays = sum(abs(counts[site.name] / site.units - wish) for site in problem.sites)
-        plans.append((problem.spent(counts) > problem.limit, strays, counts))
-    return min(plans, key=lambda plan: plan[:2])[2]
-
-
-def _fewest(problem: _Problem, kind: str) -> int:
-    return min(site.units for site in problem.sites if site.kind == kind)
-
-
-def _round(allowed: tuple[int, ...], wish: float, up: bool) -> int:
-    """Return the nearest allowed count not above ``wish`` (or not below it, for ``up``)."""
+def _nearest(counts: Sequence[int], wish: float, up: bool = False) -> int:
+    """Return the step of the nearest count not above ``wish``, or not below it for ``up``."""
     wish = round(wish, 9)
     if up:
-        return allowed[min(bisect.bisect_left(allowed, wish), len(allowed) - 1)]
-    return allowed[max(bisect.bisect_right(allowed, wish) - 1, 0)]
+        return min(bisect.bisect_left(counts, wish), len(counts) - 1)
+    return max(bisect.bisect_right(counts, wish) - 1, 0)
 
 
-def _largest_fraction(problem: _Problem, at: Sequence[Site], limit: float) -> Counts:
-    """Return the counts of the largest fraction of ``at`` that costs at most ``limit``."""
+def _uniform(problem: _Problem, scores: Mapping[str, Tensor]) -> list[int]:
+    """Return counts of one common fraction.
 
-    def at_fraction(fraction: float) -> Counts:
-        return {s.name: _round(problem.allowed[s.name], fraction * s.units, up=False) for s in at}
+    The kind of fewest units (heads) takes the allowed count below or above the fraction, or the
+    least; the other kind spends the rest. Of those the choice that strays least from the fraction.
+    """
+    wish = problem.fraction()
+    fewest: dict[str, int] = {}
+    for team in problem.teams:
+        fewest[team.kind] = min(team.units, fewest.get(team.kind, team.units))
+    fine = max(fewest, key=fewest.get)
+    rounded = [
+        [_nearest(team.counts, wish * team.units) for team in problem.teams],
+        [_nearest(team.counts, wish * team.units, up=True) for team in problem.teams],
+        [0] * len(problem.teams),
+    ]
+    found = []
+    for steps in rounded:
+        steps = _with_largest(problem, steps, fine)
+        pairs = list(zip(problem.teams, steps, strict=True))
+        strays = [len(t.sites) * abs(t.counts[step] / t.units - wish) for t, step in pairs]
+        found.append((problem.spent(steps) > problem.limit, sum(strays), steps))
+    return min(found, key=lambda each: each[:2])[2]
 
-    return at_fraction(_largest(lambda f: problem.spent(at_fraction(f)), limit, 1e-7))
+
+def _with_largest(problem: _Problem, steps: list[int], kind: str) -> list[int]:
+    """Return steps with teams of a kind at the largest fraction that the limit allows."""
+
+    def at_fraction(fraction: float) -> list[int]:
+        pairs = zip(problem.teams, steps, strict=True)
+        return [_nearest(t.counts, fraction * t.units) if t.kind == kind else n for t, n in pairs]
+
+    return at_fraction(_largest(lambda f: problem.spent(at_fraction(f)), problem.limit, 1e-7))
 
 
 def _metric(site: Site, scores: Tensor) -> Tensor:
@@ -331,7 +325,7 @@ def _metric(site: Site, scores: Tensor) -> Tensor:
     return values * values.abs() if squared else values
 
 
-def _global(problem: _Problem, metric: Mapping[str, Tensor]) -> Counts:
+def _global(problem: _Problem, metric: Mapping[str, Tensor]) -> list[int]:
     """Keep the units of highest standardised metric, wherever they are, while the limit allows.
 
     ``(mean_{j∈u} m_j − mean m) / std m``. The mean over its features brings a head near 0, so that
@@ -339,7 +333,7 @@ def _global(problem: _Problem, metric: Mapping[str, Tensor]) -> Counts:
     order is that of the score per cost, too.)
     """
     ranked = {}
-    for site in problem.sites:
+    for site in (site for team in problem.teams for site in team.sites):
         values = metric[site.name]
         spread = values.std(unbiased=False)
         unit = site.per_unit(values) * (site.units / len(values))
@@ -348,49 +342,34 @@ def _global(problem: _Problem, metric: Mapping[str, Tensor]) -> Counts:
         by_group = standard.reshape(site.groups, -1).sort(descending=True).values
         ranked[site.name] = by_group.T.flatten().numpy(force=True)
 
-    def gain(team: tuple[Site, ...], now: int, then: int) -> float:
-        return sum(float(ranked[site.name][now:then].mean()) for site in team) / len(team)
+    def gain(team: _Team, now: int, then: int) -> float:
+        means = [float(ranked[site.name][now:then].mean()) for site in team.sites]
+        return sum(means) / len(means)
 
-    return problem.fill(gain)
+    return problem.fill(gain, [0] * len(problem.teams))
 
 
-def _curve(problem: _Problem, losses: Mapping[str, Tensor]) -> Counts:
+def _curve(problem: _Problem, losses: Mapping[str, Tensor]) -> list[int]:
     """Keep the counts of the least sum of losses, then spend what is left step by step."""
     # A site that loses more units loses no less; where a curve dips, that is noise.
     lost = {
         site.name: losses[site.name].double().cummax(0).values.flip(0).tolist()
-        for site in problem.sites
+        for team in problem.teams
+        for site in team.sites
     }
 
-    def loss(team: tuple[Site, ...], count: int) -> float:
-        return sum(lost[site.name][count] for site in team)
+    def loss(team: _Team, count: int) -> float:
+        return sum(lost[site.name][count] for site in team.sites)
 
-    options = [problem.allowed[team[0].name] for team in problem.teams]
-    taken = choose(
-        [
-            [problem.price(team, count) for count in counts]
-            for team, counts in zip(problem.teams, options, strict=True)
-        ],
-        [
-            [loss(team, count) for count in counts]
-            for team, counts in zip(problem.teams, options, strict=True)
-        ],
-        problem.limit,
-    )
-    counts = {
-        site.name: allowed[index]
-        for team, allowed, index in zip(problem.teams, options, taken, strict=True)
-        for site in team
-    }
+    def gain(team: _Team, now: int, then: int) -> float:
+        return (loss(team, now) - loss(team, then)) / (team.costs[then] - team.costs[now])
 
-    def gain(team: tuple[Site, ...], now: int, then: int) -> float:
-        price = problem.price(team, then) - problem.price(team, now)
-        return (loss(team, now) - loss(team, then)) / price
-
-    return problem.fill(gain, counts)
+    costs = [[team.costs[count] for count in team.counts] for team in problem.teams]
+    options = [[loss(team, count) for count in team.counts] for team in problem.teams]
+    return problem.fill(gain, choose(costs, options, problem.limit))
 
 
-_METHODS: dict[str, Callable[[_Problem, Mapping[str, Tensor]], Counts]] = {
+_METHODS: dict[str, Callable[[_Problem, Mapping[str, Tensor]], list[int]]] = {
     "uniform": _uniform,
     "global": _global,
     "curve": _curve,

@@ -24,34 +24,14 @@ PER = ("unit", "feature")
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What a criterion may look at: never the model.
+    """What a criterion may look at: never the model."""
 
-    Parameters
-    ----------
-    weight : Tensor
-        The consumer's weight ``W``, ``(d_out, d_in)`` float64, on the device of the moments.
-    moments : Moments
-        Moments of its input ``x``, ``(tokens, d_in)``.
-    width : int
-        Features per unit; unit ``u`` is the features ``[u·width, (u+1)·width)``.
-    generator : torch.Generator
-        Seeded per site.
-    groups : int
-        Equal runs of units that must lose equally many; see :class:`liar_ext.models.sites.Site`.
-    gradients : SiteGradients or None
-        For a criterion that needs them; see :class:`liar_ext.calibration.gradients.SiteGradients`.
-    """
-
-    weight: Tensor
-    moments: Moments
-    width: int
-    generator: torch.Generator
-    groups: int = 1
-    gradients: SiteGradients | None = None
-
-    def per_unit(self, feature_scores: Tensor) -> Tensor:
-        """Sum scores ``(d_in,)`` of features to scores ``(units,)`` of units."""
-        return feature_scores.reshape(-1, self.width).sum(1)
+    weight: Tensor  # the consumer's W, (d_out, d_in) float64, on the device of the moments
+    moments: Moments  # of its input x, (tokens, d_in)
+    width: int  # features per unit; unit u is the features [u·width, (u+1)·width)
+    generator: torch.Generator  # seeded per site
+    groups: int = 1  # equal runs of units that must lose equally many
+    gradients: SiteGradients | None = None  # for a criterion that needs them
 
 
 @dataclass(frozen=True)
@@ -70,9 +50,9 @@ _CRITERIA: dict[str, Criterion] = {}
 def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
     """Register a function ``SiteStatistics -> scores`` as the criterion ``name``.
 
-    It returns scores of features, ``(d_in,)``, which :func:`score` sums to units, where it has
-    them; else of units, ``(units,)``. Only scores of features can be allocated as FLAP does, see
-    :func:`liar_ext.allocate`.
+    It returns scores of features, ``(d_in,)``, if it has them; :func:`score` sums them to units.
+    Else it returns scores of units, ``(units,)``. Only scores of features can be allocated as FLAP
+    does, see :func:`liar_ext.allocate`.
 
     Parameters
     ----------
@@ -80,14 +60,10 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
         What users call it.
     needs : {"moments", "gradient"}
         With ``"gradient"`` it gets :attr:`SiteStatistics.gradients`, for which the model is run
-        backward over the calibration text; weight and moments it gets either way.
+        backward over the calibration text, beside weight and moments. Anything else raises
+        InputError.
     source : str
         Where it was published, e.g. ``"arXiv:2306.11695"``.
-
-    Raises
-    ------
-    InputError
-        If ``needs`` is none of the above.
     """
     if needs not in NEEDS:
         raise InputError(f"criterion: needs must be one of {', '.join(NEEDS)}, got {needs!r}")
@@ -100,13 +76,7 @@ def criterion(name: str, *, needs: str = "moments", source: str) -> Callable:
 
 
 def get_criterion(name: str) -> Criterion:
-    """Return a registered criterion.
-
-    Raises
-    ------
-    InputError
-        If there is none of that name; the message lists those there are.
-    """
+    """Return a registered criterion; raise InputError with the known names if there is none."""
     if name not in _CRITERIA:
         hint = did_you_mean(name, _CRITERIA, f"known: {', '.join(sorted(_CRITERIA))}")
         raise InputError(f"score: unknown criterion {name!r}; {hint}")
@@ -139,14 +109,11 @@ def score(
         From :func:`liar_ext.calibrate`, or loaded.
     at : sequence of Site
         Sites to score.
-    criterion : str
-        A registered criterion.
-    seed : int
-        For criteria that draw.
+    criterion, seed : str, int
+        A registered criterion, and the seed of one that draws.
     batches : iterable of mapping or Tensor, optional
         Text for the criteria that need gradients (``snip``, ``taylor``, ``fisher``), which no
-        moments hold; see :func:`liar_ext.calibration.gradients.collect_gradients` for what it
-        costs. No other criterion reads it.
+        moments hold; :func:`liar_ext.calibration.gradients.collect_gradients` says what it costs.
     per : {"unit", "feature"}
         ``unit``: scores of units, the sum over their features. ``feature``: scores of features
         where the criterion has them (``magnitude``, ``wanda``, ``wifv``), which allocation
@@ -176,44 +143,29 @@ def score(
                 "the calibration text as batches=, or take a criterion such as wifv"
             )
         gradients = collect_gradients(model, batches, at, progress=progress)
-    return {
-        site.name: _site_scores(
-            chosen, model, bank[site.name], site, gradients.get(site.name), seed=seed, per=per
+    scores = {}
+    for site in at:
+        moments, own = bank[site.name], gradients.get(site.name)
+        # Moments that were loaded lie on the CPU, wherever the model is.
+        device = moments.gram.device
+        stats = SiteStatistics(
+            weight=get_consumer_weight(model, site).to(device, torch.float64),
+            moments=moments,
+            width=site.width,
+            generator=torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode())),
+            groups=site.groups,
+            gradients=None if own is None else own.to(device),
         )
-        for site in at
-    }
-
-
-def _site_scores(
-    chosen: Criterion,
-    model: nn.Module,
-    moments: Moments,
-    site: Site,
-    gradients: SiteGradients | None,
-    *,
-    seed: int,
-    per: str,
-) -> Tensor:
-    """Return the scores of one site; see :func:`score`."""
-    # Moments that were loaded lie on the CPU, wherever the model is.
-    device = moments.gram.device
-    stats = SiteStatistics(
-        weight=get_consumer_weight(model, site).to(device, torch.float64),
-        moments=moments,
-        width=site.width,
-        generator=torch.Generator().manual_seed(seed + zlib.crc32(site.name.encode())),
-        groups=site.groups,
-        gradients=None if gradients is None else gradients.to(device),
-    )
-    # Of an expert that no token reached only the weights are known.
-    function = chosen.function if moments.tokens.sum() > 0 else magnitude
-    values = function(stats).to(device)
-    if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
-        raise InputError(
-            f"score: criterion {chosen.name} must give {site.units} finite scores at "
-            f"{site.name}, or {site.d_in} by feature, got shape {tuple(values.shape)}"
-        )
-    return values if per == "feature" else site.per_unit(values)
+        # Of an expert that no token reached only the weights are known.
+        function = chosen.function if moments.tokens.sum() > 0 else magnitude
+        values = function(stats).to(device)
+        if values.shape not in ((site.units,), (site.d_in,)) or not torch.isfinite(values).all():
+            raise InputError(
+                f"score: criterion {chosen.name} must give {site.units} finite scores at "
+                f"{site.name}, or {site.d_in} by feature, got shape {tuple(values.shape)}"
+            )
+        scores[site.name] = values if per == "feature" else site.per_unit(values)
+    return scores
 
 
 @criterion("random", source="baseline")

@@ -35,21 +35,11 @@ def probes_of(model: nn.Module, batches: Batches) -> list[dict[str, Tensor]]:
 
 @dataclass
 class Probes:
-    """What some sites lose, each alone, for its sensitivity to be measured.
+    """What some sites lose, each alone, for its sensitivity to be measured."""
 
-    Parameters
-    ----------
-    plan : Plan
-        What stays of each site when it alone is pruned.
-    weights : dict of str to (Tensor, Tensor or None)
-        New consumer weights for that.
-    errors : dict of str to float
-        Its error then, by site name; experts have that of all of their layer.
-    """
-
-    plan: Plan
-    weights: dict[str, tuple[Tensor, Tensor | None]]
-    errors: dict[str, float]
+    plan: Plan  # what stays of each when it alone is pruned
+    weights: dict[str, tuple[Tensor, Tensor | None]]  # of its consumer then
+    errors: dict[str, float]  # its error then; experts have that of all of their layer
 
 
 def probe_sites(
@@ -98,8 +88,9 @@ def measure_sensitivities(
     on which others there are. ``batches`` come from :func:`probes_of`; all else is as for
     :func:`site_divergences`. The model stays as it is.
     """
-    given = model, batches, probes.plan, probes.weights
-    return sensitivities_of(probes.errors, site_divergences(*given, saved=saved, progress=progress))
+    how = {"saved": saved, "progress": progress}
+    found = site_divergences(model, batches, probes.plan, probes.weights, **how)
+    return sensitivities_of(probes.errors, found)
 
 
 def sensitivities_of(
@@ -146,39 +137,26 @@ def rounding(
     costs: Costs | None = None,
     losses: Mapping[str, Tensor] | None = None,
 ) -> dict[str, object]:
-    """Return the grid of every kind of site, and what an allocation loses by it.
+    """Return the grid of every kind of site, and what the plan that was allocated loses by it.
 
     The budget is allocated once more with a tile of 1, by the same scores and losses. As the
     counts of a grid are some of those, the loss at tile 1 is the least of both allocations': the
-    second is one that an approximate search may have missed.
-
-    Parameters
-    ----------
-    at, scores, budget, method, costs, losses
-        As for :func:`liar_ext.allocate`.
-    plan : Plan
-        What was decided.
-
-    Returns
-    -------
-    dict
-        ``tile`` as asked for; ``sites``, a row per kind and size; ``kept`` and
-        ``kept_at_tile_1``, fractions of the budget's cost; ``objective`` in words; for ``curve``
-        ``predicted_divergence`` and ``predicted_divergence_at_tile_1``; ``notes`` on layers that
-        the grid does not suit, and ``warnings`` of those that it keeps from being pruned.
+    second is one that an approximate search may have missed. ``notes`` are on layers that the grid
+    does not suit, and ``warnings`` on those that it keeps from being pruned.
     """
-    rows = [_row(some, budget, plan) for some in _kinds(at)]
+    kinds: dict[tuple[str, int, bool], list[Site]] = {}  # experts apart
+    for site in at:
+        kinds.setdefault((site.unit, site.units, site.expert is None), []).append(site)
+    rows = [_row(some, budget, plan) for some in kinds.values()]
     facts = {"tile": budget.tile, "sites": rows, "objective": OBJECTIVES[method]}
     costs = costs or Costs.of(at, budget)
     facts["kept"] = facts["kept_at_tile_1"] = costs.kept_fraction(plan)
-    settings = {"costs": costs, "losses": losses}
-    on_grid = finer = allocate(at, scores, budget, method, **settings)
-    single = replace(budget, tile=1)
+    single, finer = replace(budget, tile=1), plan
     if any(site_step(site, budget) != site_step(site, single) for site in at):
-        finer = allocate(at, scores, single, method, **settings)
+        finer = allocate(at, scores, single, method, costs=costs, losses=losses)
         facts["kept_at_tile_1"] = costs.kept_fraction(finer)
     if method == "curve":
-        found = [predict_divergence(losses, each) for each in (on_grid, finer)]
+        found = [predict_divergence(losses, each) for each in (plan, finer)]
         facts["predicted_divergence"] = found[0]
         facts["predicted_divergence_at_tile_1"] = min(found)
     channels = [row for row in rows if row["unit"] == "channel"]
@@ -190,14 +168,6 @@ def rounding(
         if row["counts"] == 1 and budget.keep < 1.0
     ]
     return facts
-
-
-def _kinds(at: Sequence[Site]) -> list[list[Site]]:
-    """Return the sites by unit and number of units, experts apart."""
-    groups: dict[tuple[str, int, bool], list[Site]] = {}
-    for site in at:
-        groups.setdefault((site.unit, site.units, site.expert is None), []).append(site)
-    return list(groups.values())
 
 
 def _row(some: Sequence[Site], budget: Budget, plan: Plan) -> dict[str, object]:

@@ -38,23 +38,11 @@ class DenseOutputs:
     has the same meaning to second order but for its scale. Rows where the dense model's output is
     not finite are left out.
 
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model, in evaluation mode; it is run now.
-    batch : mapping of str to Tensor
-        See :func:`liar_ext.calibration.batches.read_batches`. Padding does not count, and
-        labels are not handed on: no loss is asked for.
-    positions : int, optional
-        Compare at this many positions of the sequences, evenly spread, instead of at all of them.
-        A language model's head is then run there only; every other layer sees all tokens.
-
-    Attributes
-    ----------
-    has_logits : bool
-        Whether the outputs are logits.
-    features : int
-        Their classes, or hidden features.
+    The dense model, in evaluation mode, is run over the ``batch`` now. Padding does not count, and
+    no loss is asked for. Outputs are compared at as many ``positions`` of the sequences, evenly
+    spread, as are asked for, or at all of them; a language model's head is run there only.
+    ``has_logits`` says whether outputs are logits, ``features`` how many classes, or hidden
+    features, they have.
     """
 
     def __init__(
@@ -142,41 +130,20 @@ class DenseOutputs:
         if mask is not None and value.dim() == 3 and mask.shape == value.shape[:2]:
             value = value[mask.to(value.device)]
         rows = value.flatten(0, -2)
-        return name == "logits", rows if self._usable is None else rows[
-            self._usable.to(rows.device)
-        ]
+        rows = rows if self._usable is None else rows[self._usable.to(rows.device)]
+        return name == "logits", rows
 
 
 class Divergence:
     """How far a pruned model is from the dense one, of which only outputs are held.
 
-    Parameters
-    ----------
-    dense : nn.Module
-        The dense model; it is run now.
-    batches : iterable of mapping
-        Text, which ranks share. Outputs are compared at positions spread over each sequence.
-    positions : int, optional
-        How many of a sequence; by default some ``MOST_ROWS`` in all.
-
-    Attributes
-    ----------
-    outputs : dict of int to DenseOutputs
-        What this rank has, by batch.
-
-    Raises
-    ------
-    InputError
-        If there is no batch.
+    Ranks share the ``batches``. Outputs are compared at ``positions`` spread over each sequence, by
+    default some ``MOST_ROWS`` in all. ``outputs`` has those of this rank by batch. If there is no
+    batch, InputError is raised.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        dense: nn.Module,
-        batches: Batches,
-        positions: int | None = None,
-    ) -> None:
+    def __init__(self, dense: nn.Module, batches: Batches, positions: int | None = None) -> None:
         batches = list(read_batches(batches))
         sequences = sum(map(len, batches))
         if not sequences:

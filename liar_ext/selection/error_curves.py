@@ -99,8 +99,7 @@ def notes_of(elsewhere: Mapping[str, str], at: Sequence[Site]) -> list[str]:
 def _held_out(weight: Tensor, gram: Tensor, order: Tensor, damp: float) -> tuple[Tensor, str]:
     """Return the sum of both folds' curves, and where they were computed for want of memory.
 
-    Where a GPU has none for it, it is computed on the CPU, and where an allocation fails there, by
-    matrices in files, to the same bits as in memory.
+    On the CPU instead of a GPU, or by matrices in files, to the same bits as in memory.
     """
 
     def both(allocate: Callable[..., Tensor] | None = None) -> Tensor:
@@ -146,31 +145,11 @@ def error_curve(
     ``Z = L⁻¹``, and P are the trailing columns of Y and rows of Z. So the error is the sum over the
     trailing block of ``YᵀY ∘ Z G Zᵀ``, and one pass over that matrix gives the curve.
 
-    Parameters
-    ----------
-    weight : Tensor
-        ``W``, ``(d_out, d)`` float64.
-    gram : Tensor
-        ``G``, ``(d, d)``, to solve with; lower triangle.
-    order : Tensor
-        ``(units,)`` int64: every unit, in the order in which they go. Their width is d / units.
-    damp : float
-        λ; ``Λ = λ · mean(diag G) · I``.
-    holdout : Tensor, optional
-        ``(d, d)``, to evaluate the error with instead of ``gram``; lower triangle.
-    allocate : callable, optional
-        Returns zeros, ``(rows, columns)`` float64, for what is as large as G, twice, and as W; in
-        memory by default. All else is by blocks.
-
-    Returns
-    -------
-    Tensor
-        ``(units + 1,)`` float64.
-
-    Raises
-    ------
-    InputError
-        If ``G + Λ`` is singular.
+    W is ``(d_out, d)`` float64, ``gram`` and ``holdout`` are lower triangles ``(d, d)``: G to solve
+    with, and what to evaluate the error with, G again unless given. ``order`` has every unit,
+    ``(units,)`` int64, of ``d / units`` features. ``Λ = damp · mean(diag G) · I``; InputError is
+    raised if ``G + Λ`` is singular. ``allocate`` returns zeros, ``(rows, columns)`` float64, for
+    what is as large as G, twice, and as W; in memory by default, and all else is by blocks.
     """
     allocate = allocate or weight.new_zeros
     d, units = weight.shape[1], len(order)

@@ -22,25 +22,16 @@ def choose(
     is that rest divided by ``MAX_GRAINS``, and rounding wastes less than one grain per list: the
     loss is at most the least one of a limit that is lower by a grain per list.
 
-    Parameters
-    ----------
-    costs : sequence of sequences of float
-        By list, strictly ascending; steps may differ.
-    losses : sequence of sequences of float
-        By list, one per option.
-    limit : float
-        At least the cost of all the first options.
-
-    Returns
-    -------
-    list of int
-        Index of the option taken, by list.
+    ``costs`` ascend strictly in each list, ``losses`` has one per option, and ``limit`` is at least
+    the cost of all the first options. Returns the index of the option taken, by list.
     """
     extra = [[cost - options[0] for cost in options] for options in costs]
     room = min(limit - sum(options[0] for options in costs), sum(each[-1] for each in extra))
     if room <= 0:
         return [0] * len(costs)
-    grain = _common_grain([cost for each in extra for cost in each])
+    costs_of_all = [cost for each in extra for cost in each]
+    whole = all(float(cost).is_integer() for cost in costs_of_all)
+    grain = float(math.gcd(*map(int, costs_of_all))) if whole else 0.0
     if room > MAX_GRAINS * grain:
         grain = room / MAX_GRAINS
     grains = int(room / grain + 1e-6)
@@ -65,10 +56,3 @@ def choose(
         taken.append(int(choice[grains]))
         grains -= spent[taken[-1]]
     return taken[::-1]
-
-
-def _common_grain(costs: Sequence[float]) -> float:
-    """Return the greatest common divisor of whole numbers; 0 if they are none, or all 0."""
-    if not all(float(cost).is_integer() for cost in costs):
-        return 0.0
-    return float(math.gcd(*map(int, costs)))

@@ -28,8 +28,6 @@ Weights = Mapping[str, tuple[Tensor, Tensor | None]]
 # Tokens of a sequence at which outputs are compared. A large vocabulary makes the head at all of
 # them as expensive as the blocks; docs/performance.md says what fewer cost in accuracy.
 POSITIONS = 64
-
-
 ROWS = "rows compared"  # beside the divergences of a batch, by probe
 # What makes the model that of a probe, for a batch by its number, while a context is open.
 Having = Callable[[int], AbstractContextManager]
@@ -100,21 +98,10 @@ def mean_divergences(
 ) -> list[float]:
     """Return the mean ``KL(dense ‖ pruned)`` per token of each probe, in nats.
 
-    Outputs are compared at ``POSITIONS`` tokens of a sequence, see
-    :class:`liar_ext.selection.divergence.DenseOutputs`. Ranks share batches or probes, or both.
-
-    Parameters
-    ----------
-    model : nn.Module
-        What runs.
-    batches : mapping of int to Batch
-        Those of this rank, by their numbers.
-    dense, probes
-        What makes the model the dense one, and that of each probe of this rank by name.
-    saved : Measured, optional
-        What is known already.
-    every : sequence of str, optional
-        The names of the probes of all ranks, if this one has not all of them.
+    Outputs are compared at ``POSITIONS`` tokens of a sequence. ``batches``, by their numbers, and
+    ``probes``, by name, are those of this rank; ``every`` names the probes of all ranks if this one
+    has not all of them. ``dense`` and each probe make the model the dense one, or that of the
+    probe. What ``saved`` has isn't measured.
     """
     every, measured = list(probes) if every is None else every, saved or Measured()
     spare("sensitivity", sum(measured.has(number, name) for number in batches for name in probes))
@@ -147,6 +134,8 @@ def site_divergences(
 ) -> dict[str, float]:
     """Return the divergence from the dense model when one site alone is pruned, for every site.
 
+    Nothing is sliced, and the blocks before the site are not run again.
+
     Parameters
     ----------
     model : nn.Module
@@ -165,39 +154,15 @@ def site_divergences(
     Returns
     -------
     dict of str to float
-        By site name, see :func:`divergences`; 0 for a site that keeps everything. The experts of a
-        layer are pruned together, and each has the divergence of all.
-    """
-    at = {site.name: site for site in sites(model, attn_unit=plan.attn_unit)}
-    pruned = [at[name] for name, site_plan in plan.sites.items() if site_plan.removed]
-    probes = [[site.name for site in some] for some in teams_of(pruned).values()]
-    given = model, batches, plan, weights, probes
-    values = divergences(*given, saved=saved, progress=progress)
-    found = dict.fromkeys(plan.sites, 0.0)
-    for names, value in zip(probes, values, strict=True):
-        found |= dict.fromkeys(names, value)
-    return found
-
-
-def divergences(
-    model: nn.Module,
-    batches: Batches,
-    plan: Plan,
-    weights: Weights,
-    probes: Sequence[Sequence[str]],
-    *,
-    saved: Measured | None = None,
-    progress: bool = False,
-) -> list[float]:
-    """Return the divergence from the dense model for each set of sites pruned together.
-
-    ``probes`` are the names of these sites, all else is as for :func:`site_divergences`. Nothing is
-    sliced, and the blocks before the first site of a probe are not run again.
+        Mean ``KL(dense ‖ pruned)`` per token in nats by site name; 0 for a site that keeps
+        everything. The experts of a layer are pruned together, and each has the divergence of all.
     """
     every = sites(model, attn_unit=plan.attn_unit)
-    found = {site.name: site for site in every}
+    at = {site.name: site for site in every}
+    parts = [at[name] for name, site_plan in plan.sites.items() if site_plan.removed]
+    probes = {", ".join(site.name for site in some): some for some in teams_of(parts).values()}
     blocks, places = blocks_before(model, every)
-    given: list = []
+    given: list = []  # what the blocks of the dense model give
 
     @contextmanager
     def dense(_: int) -> Iterator[None]:
@@ -207,20 +172,24 @@ def divergences(
         given.extend(outputs)
 
     @contextmanager
-    def pruned(names: Sequence[str], _: int) -> Iterator[None]:
-        first = min((places[name] for name in names), default=len(blocks))
+    def pruned(some: Sequence[Site], _: int) -> Iterator[None]:
+        first = min(places[site.name] for site in some)
         with ExitStack() as stack:
             stack.enter_context(replayed(blocks[:first], given))
-            for name in names:
-                stack.enter_context(pruned_site(model, found[name], plan, weights[name]))
+            for site in some:
+                stack.enter_context(pruned_site(model, site, plan, weights[site.name]))
             yield
 
-    having = {", ".join(names): partial(pruned, names) for names in probes}
+    having = {name: partial(pruned, some) for name, some in probes.items()}
     mine = dict(list(having.items())[rank() :: world_size()])
     numbered = dict(enumerate(read_batches(batches)))
-    settings = {"saved": saved, "every": list(having), "progress": progress}
+    how = {"saved": saved, "every": list(having), "progress": progress}
     with evaluating(model):
-        return mean_divergences(model, numbered, dense, mine, **settings)
+        values = mean_divergences(model, numbered, dense, mine, **how)
+    found = dict.fromkeys(plan.sites, 0.0)
+    for some, value in zip(probes.values(), values, strict=True):
+        found |= {site.name: value for site in some}
+    return found
 
 
 def blocks_before(
@@ -249,13 +218,8 @@ def replayed(blocks: Sequence[nn.Module], given: Sequence[object]) -> Iterator[N
     """Let blocks give what was recorded of them, in their order, without computing it."""
     with ExitStack() as stack:
         for block, output in zip(blocks, given, strict=False):
-            stack.enter_context(replaced(block, _answering(output)))
+            stack.enter_context(replaced(block, lambda *_, output=output, **__: output))
         yield
-
-
-def _answering(output: object) -> Callable:
-    """Return a forward that gives ``output`` without computing it."""
-    return lambda *args, **kwargs: output
 
 
 @contextmanager
@@ -268,12 +232,12 @@ def pruned_site(
     full = weight.new_zeros(site.d_out, site.d_in)
     kept = site.features(plan.sites[site.name].kept).to(full.device)
     full[:, kept] = weights[0].to(full)
+    full = full.T if site.wiring.transposed else full
     if site.expert is not None:
-        full = full.T if site.wiring.transposed else full
         with _overwritten(weight, full), _overwritten(bias, weights[1]):
             yield
         return
-    consumer.weight = nn.Parameter(full.T if site.wiring.transposed else full, requires_grad=False)
+    consumer.weight = nn.Parameter(full, requires_grad=False)
     if weights[1] is not None:
         consumer.bias = nn.Parameter(weights[1].to(full), requires_grad=False)
     try:

@@ -16,8 +16,17 @@ from transformers import ViTImageProcessorPil, WhisperFeatureExtractor
 
 from liar_ext import InputError
 from liar_ext.calibration.documents import check_apart, text_digest
-from liar_ext.calibration.media import AUDIO, IMAGES, Item, decode_audio, decode_image, read_files
-from liar_ext.calibration.media_batches import Reader, calibration_inputs, evaluation_inputs
+from liar_ext.calibration.media import (
+    AUDIO,
+    IMAGES,
+    Item,
+    Reader,
+    calibration_inputs,
+    decode_audio,
+    decode_image,
+    evaluation_inputs,
+    read_files,
+)
 
 RATE = 16_000
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from covers import cover
-from tiny import batches, tiny
+from tiny import batches, outputs, tiny
 
 from liar_ext import InputError, calibrate, prune, sites
 from liar_ext.calibration import collect as calibration
@@ -120,3 +120,41 @@ def test_bad_memory_is_refused_at_once():
     model = tiny("llama")
     with pytest.raises(InputError, match="memory must be an integer of at least 1, got 0"):
         prune(model, [], 0.7, memory=0)
+
+
+@pytest.mark.parametrize("schedule", ["one-pass", "layerwise"])
+def test_moments_that_are_there_are_not_summed_again(schedule, monkeypatch):
+    model, twin = tiny("llama"), tiny("llama")
+    data = batches(model)
+    bank = calibrate(model, data)
+    settings = {"keep": 0.6, "schedule": schedule}
+    expected = prune(twin, data, certify_on=batches(model, 2), **settings)
+    again = "liar_ext.calibration.passes.collect_at"
+    monkeypatch.setattr(again, lambda *_, **__: pytest.fail("summed again"))
+    report = prune(model, data, bank=bank, **settings)
+    assert report.plan == expected.plan
+    assert torch.equal(outputs(model), outputs(twin))
+
+
+def test_a_bank_stays_as_it_was():
+    model = tiny("llama")
+    bank = calibrate(model, batches(model))
+    prune(model, batches(model), keep=0.6, bank=bank, certify_on=batches(model, 2))
+    assert len(bank) == 6
+
+
+@pytest.mark.parametrize(
+    ("other", "settings", "message"),
+    [
+        ({"seed": 5}, {}, "of other weights"),
+        ({"intermediate_size": 30}, {}, "0.mlp is missing or of another size"),
+        ({}, {"keep_hidden": 0.5}, "keep-hidden"),
+    ],
+)
+def test_moments_of_another_model_are_refused(other, settings, message):
+    model = tiny("llama", **other)
+    bank = calibrate(tiny("llama"), batches(model))
+    before = outputs(model)
+    with pytest.raises(InputError, match=message):
+        prune(model, batches(model), bank=bank, **settings)
+    assert torch.equal(outputs(model), before)

@@ -18,7 +18,7 @@ from liar_ext.selection.allocation import allocate, allowed_counts, probe_plan
 from liar_ext.selection.costs import Costs, total_cost
 from liar_ext.selection.criteria import score
 from liar_ext.selection.error_curves import error_curves
-from liar_ext.selection.sensitivity import divergences
+from liar_ext.selection.sensitivity import site_divergences
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_losses_of_a_layer_are_those_of_its_output(calibrated) -> None:
     curves, probe = error_curves(model, bank, at, scores), probe_plan(at, scores, budget)
     weights, _ = reconstruct(model, bank, probe, damp=1e-2)
     names = [f"0.mlp.{expert}" for expert in range(4)]
-    (divergence,) = divergences(model, text, probe, weights, [names])
+    divergence = site_divergences(model, text, probe, weights)[names[0]]
     energy = {}
     for site in at:
         weight = get_consumer_weight(model, site).double()

@@ -8,14 +8,19 @@ from tiny import MOE, outputs, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
-from liar_ext.calibration.expert_tokens import collect_tokens
 from liar_ext.calibration.taps import watched
 from liar_ext.errors import InputError
 from liar_ext.models.experts import reroute, router_of
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.selection.whole_experts import choose, choose_experts, fit_scales, layers_of
+from liar_ext.selection.whole_experts import (
+    choose,
+    choose_experts,
+    collect_tokens,
+    fit_scales,
+    layers_of,
+)
 
 EXPERTS = {"mixtral": "num_local_experts", "gpt_oss": "num_local_experts"}
 
