@@ -223,11 +223,22 @@ def _device_map(name: Any, device: str) -> tuple[list[str], list[str], dict[str,
         and tied.isdisjoint(f"{path}.{key}" for key, _ in child.named_parameters())
         and any(True for _ in child.parameters())
     ]
-    inside = tuple(f"{path}." for path in (*blocks, *head))
+    apart = (*blocks, *head)
+    inside = tuple(f"{path}." for path in apart)
     named = (model.named_parameters, model.named_buffers)
     all_names = [name for each in named for name, _ in each(remove_duplicate=False)]
-    here = {name: device for name in all_names if not name.startswith(inside)}
-    return blocks, head, here | dict.fromkeys((*blocks, *head), "disk")
+    outside = [name for name in all_names if not name.startswith(inside)]
+    return (
+        blocks,
+        head,
+        {_mapped(name, apart): device for name in outside} | dict.fromkeys(apart, "disk"),
+    )
+
+
+def _mapped(name: str, apart: tuple[str, ...]) -> str:
+    """Return a tensor's module, or its own name if the module has what is mapped apart."""
+    owner = name.rpartition(".")[0]
+    return name if not owner or any(path.startswith(f"{owner}.") for path in apart) else owner
 
 
 class OpenWeights:

@@ -71,15 +71,15 @@ class Calls:
             note("gram", len(x) * (d * (d + 1) if y is None else 2 * d * y.shape[1]))
             return gram(g, s, c, x, y, weight)
 
-        def reconstruct(weight, g, kept, damps, **more):
+        def reconstruct(weight, g, kept, damps, holdout=None, cross=None, *more, **how):
             d, n = g.shape[-1], kept.shape[-1]
-            held, dense = more.get("holdout") is not None, more.get("cross") is not None
+            held, dense = holdout is not None, cross is not None
             for _ in range(len(g) if g.dim() == 3 else 1):
                 found = counts.solved(d, n, weight.shape[-2], len(damps), held, dense)
                 self.counted["solve"] += found["product"]
                 note("factor", found["cholesky"])
                 self.calls["solve"] += 1
-            return solve(weight, g, kept, damps, **more)
+            return solve(weight, g, kept, damps, holdout, cross, *more, **how)
 
         def cholesky(square):
             note("factor", len(square) ** 3 / 3)
