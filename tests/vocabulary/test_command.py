@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -90,6 +91,18 @@ def test_the_folder_says_what_was_done(alone):
     for page in ("README.md", "liar/report.md"):
         assert "384 of 512 tokens stay (byte-level BPE)" in (alone / page).read_text()
     assert "25% of the tokens" in (alone / "liar/report.md").read_text()
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_llama_cpp_reads_the_smaller_vocabulary(alone, tmp_path):
+    """Its file was run before it was put in place; verify runs it again beside the folder."""
+    small = shutil.copytree(alone, tmp_path / "small")
+    assert cli.main(["export", str(small), "--to", "gguf", "--quiet"]) == 0
+    found = verify_everywhere(small)
+    assert found["agrees"] and any("gguf" in row.how for row in found["rows"])
+    reader = gguf.GGUFReader(small.with_suffix(".gguf"))
+    assert len(reader.fields["tokenizer.ggml.tokens"].data) == KEPT
+    assert len(reader.fields["tokenizer.ggml.merges"].data) < TOKENS - 256
 
 
 def test_a_dry_run_says_it_too(folder, corpus, tmp_path, capsys):
