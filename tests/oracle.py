@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liar_ext.ops import dispatch
 from liar_ext.ops.reference import NOT_FINITE, each_site, gram_update_, obs_curve, symmetric
 
 __all__ = ["gram_update_", "obs_curve", "reconstruct"]
@@ -97,3 +98,16 @@ def _quadratic(rows: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
     """Return ``tr(V G Vᵀ)``, and less ``2 tr(V C)`` if ``cross`` is given."""
     value = ((rows @ gram) * rows).sum()
     return value if cross is None else value - 2 * (rows * cross.mT).sum()
+
+
+def same(got, want, dtype):
+    """Tell whether sums are equal bit for bit; those of a BLAS, which does not promise it, nearly.
+
+    ``dtype`` is that of the rows. Halves are multiplied in float32.
+    """
+    if not dispatch.MISSING:
+        return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    return all(
+        (a - b).abs().max() <= 64 * eps * b.abs().max() for a, b in zip(got, want, strict=True)
+    )
