@@ -128,7 +128,8 @@ def run_decoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
         folder = folders[f"90 %, {preset}"] = out / f"SmolLM2-90-{preset}"
         lines.append(
             f"liar prune {source} \\\n    --calibration {texts['web']} {texts['news']} \\\n"
-            f"    --samples 32 --seq-len 256 --keep 0.9 --preset {preset} --out {folder} --overwrite"
+            f"    --samples 32 --seq-len 256 --keep 0.9 --preset {preset} \\\n"
+            f"    --out {folder} --overwrite"
         )
         stages.next()
         liar(lines[-1])
