@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from liar_ext.errors import InputError, one_line
 
 MEETING = timedelta(minutes=10)  # ranks meet before they load anything
+AT_HAND = timedelta(seconds=30)  # torchrun's store is there before the ranks, if it is alive
 TIMEOUT = timedelta(hours=6)  # others wait while the first one evaluates, or writes text
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
@@ -66,7 +67,10 @@ def join() -> None:
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     with _reached(_how_to_reach()):
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+        of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        reach = AT_HAND if of_torchrun else MEETING
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=reach)))
+        store.set_timeout(MEETING)
         store.set(f"liar {rank}", "is there")
         store.wait([f"liar {each}" for each in range(count)], MEETING)
         given = {"store": store, "rank": rank, "world_size": count, "timeout": TIMEOUT}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -307,6 +308,20 @@ def test_a_rank_that_is_left_alone_before_all_have_met(llama_folder, corpus, tmp
     said = [line for line in (tmp_path / "err0").read_text().splitlines() if "error: " in line]
     assert len(said) == 1 and said[0].startswith("error: another process of the job")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_whose_launcher_has_ended_does_not_wait_long(monkeypatch):
+    """torchrun can be killed between the start of a rank and its call of join."""
+    monkeypatch.setattr(distributed, "AT_HAND", timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    given = {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {**given, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankLost, match="has ended or can't be reached"):
+        distributed.join()
 
 
 def test_what_cannot_be_shared_is_refused_in_one_line(llama_folder, corpus, tmp_path):
