@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from liar_ext import cli, load_pruned
-from liar_ext.calibration.documents import read_documents
+from liar_ext.calibration.texts import read_documents
 from liar_ext.checkpoint import load_model
 
 # What is done, and about how many seconds each takes on two cores.
@@ -128,8 +128,7 @@ def run_decoder(out: Path, texts: dict[str, Path], articles: list[str], stages: 
         folder = folders[f"90 %, {preset}"] = out / f"SmolLM2-90-{preset}"
         lines.append(
             f"liar prune {source} \\\n    --calibration {texts['web']} {texts['news']} \\\n"
-            f"    --samples 32 --seq-len 256 --keep 0.9 --preset {preset} \\\n"
-            f"    --out {folder} --overwrite"
+            f"    --samples 16 --keep 0.9 --preset {preset} --out {folder} --overwrite"
         )
         stages.next()
         liar(lines[-1])
