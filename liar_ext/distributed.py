@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from liar_ext.errors import InputError, one_line
 
 MEETING = timedelta(minutes=10)  # ranks meet before they load anything
-AT_HAND = timedelta(seconds=15)  # torchrun's store is there before the ranks; tried on IPv6 and IPv4
+AT_HAND = timedelta(seconds=15)  # torchrun's store is there before; by IPv6 and IPv4 in turn
 TIMEOUT = timedelta(hours=6)  # others wait while the first one evaluates, or writes text
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads
