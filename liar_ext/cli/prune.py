@@ -194,10 +194,6 @@ def compress(
         Folder for progress. After an interruption, resume with the same call.
     progress : bool or callable
         As for :func:`liar_ext.prune`.
-    max_memory : int or str, optional
-        Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
-    overwrite : bool
-        Replace a pruned model in ``out``.
     **options
         Fields of the recipe, ``preset`` and ``sites``.
 
@@ -205,6 +201,13 @@ def compress(
     -------
     Report
         As saved in the folder.
+
+    Other Parameters
+    ----------------
+    max_memory : int or str, optional
+        Bytes, or a size such as ``"12GiB"``: prune block by block, in at most so much memory.
+    overwrite : bool
+        Replace a pruned model in ``out``.
 
     Raises
     ------

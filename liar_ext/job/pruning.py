@@ -87,6 +87,20 @@ def prune(
         Show progress bars; or call ``progress(stage, done, total, seconds_left)`` after each step
         instead. ``total`` and ``seconds_left`` are None if they are unknown. An exception of the
         callable ends the job.
+    **choices
+        Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
+        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...; ``preset``, such as
+        ``"fast"``; ``sites``, such as ``"mlp"``. Fields by which the command loads the model and
+        draws the text are refused: :func:`liar_ext.compress` takes them.
+
+    Returns
+    -------
+    Report
+        With the recipe as ``report.recipe`` and the plan as ``report.plan``: of the dense model,
+        also where the model was pruned before, if that is known (``report.earlier`` tells of it).
+
+    Other Parameters
+    ----------------
     evaluate_on : sequence of mapping, optional
         Batches of held-out text, or of other inputs of an encoder. The report then has dense and
         pruned perplexity, or what :func:`liar_ext.encoder_similarity` measures.
@@ -100,17 +114,6 @@ def prune(
         that diverges less from the dense one on them. By default every eighth sequence of
         ``batches`` is held out for it, if there are 32 or more; with fewer, and with a ``bank``,
         ``auto`` is as :meth:`liar_ext.Recipe.settled` says.
-    **choices
-        Fields of the recipe that are other than in ``recipe``, or than by default: ``keep``,
-        ``criterion``, ``allocation``, ``reconstruct``, ``schedule``, ...; ``preset``, such as
-        ``"fast"``; ``sites``, such as ``"mlp"``. Fields by which the command loads the model and
-        draws the text are refused: :func:`liar_ext.compress` takes them.
-
-    Returns
-    -------
-    Report
-        With the recipe as ``report.recipe`` and the plan as ``report.plan``: of the dense model,
-        also where the model was pruned before, if that is known (``report.earlier`` tells of it).
 
     Raises
     ------
