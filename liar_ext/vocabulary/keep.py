@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -67,6 +68,12 @@ class Counted:
         self.old = plain(json.dumps(self.spec))
         self.counts = counts_of(self.old, texts, max(self.pieces.names) + 1)
 
+    @cached_property
+    def lines(self) -> list[tuple[str, list[int]]]:
+        """The first lines of the texts and their tokens, which each size is compared with."""
+        lines = [line for text in self.texts for line in text.splitlines() if line.strip()]
+        return list(zip(lines[:LINES], encode(self.old, lines[:LINES]), strict=True))
+
     def choose(self, keep: float | int) -> Choice | None:
         """Return the most frequent tokens with all that they need; None if that is all of them."""
         size = size_of(keep, self.size)
@@ -81,7 +88,7 @@ class Counted:
             "after": len(order),
             "kind": self.pieces.kind_in_words,
             "kept_of_text": float(self.counts[order].sum() / max(total, 1)),
-            "alike_lines": check_alike(self.old, new, order, self.texts, self.pieces),
+            "alike_lines": check_alike(new, order, self.lines, self.pieces),
             "tokens_per_byte": rates,
         }
         return Choice(order, spec, facts)
@@ -174,7 +181,7 @@ def spec_of(tokenizer: Any) -> dict[str, Any]:
 
 
 def check_alike(
-    old: Tokenizer, new: Tokenizer, order: Sequence[int], texts: Sequence[str], pieces: Pieces
+    new: Tokenizer, order: Sequence[int], lines: Sequence[tuple[str, list[int]]], pieces: Pieces
 ) -> int:
     """Prove on lines of text that the smaller tokenizer is exact; return the number of lines.
 
@@ -189,11 +196,8 @@ def check_alike(
     moved = {at: each for each, at in enumerate(order)}
     if pieces.kind == "WordPiece":
         moved.pop(pieces.unknown, None)
-    lines = [line for text in texts for line in text.splitlines() if line.strip()][:LINES]
     known = [
-        (line, [moved[at] for at in ids])
-        for line, ids in zip(lines, encode(old, lines), strict=True)
-        if all(at in moved for at in ids)
+        (line, [moved[at] for at in ids]) for line, ids in lines if all(at in moved for at in ids)
     ]
     found = encode(new, [line for line, _ in known])
     for (line, expected), ids in zip(known, found, strict=True):
