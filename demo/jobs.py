@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from liar_ext import cli, load_pruned
-from liar_ext.calibration.texts import read_documents
+from liar_ext.calibration.documents import read_documents
 from liar_ext.checkpoint import load_model
 
 # What is done, and about how many seconds each takes on two cores.
