@@ -156,7 +156,8 @@ def _sweep(commands: Any) -> None:
     help = f"fractions to keep (default: {' '.join(map(str, keep))})"
     add = adder(_add_start(parser))
     add("--keep", kind, help)
-    fields.add_fields(parser, _without("keep", with_bank=True), "bank", "keep", "out", "preset")
+    taken = [*_without("keep", with_bank=True), *recipe_fields(affects="inputs", with_bank=False)]
+    fields.add_fields(parser, taken, "bank", "keep", "out", "preset")
     add = adder(parser.add_argument_group("Output"))
     add("-o --out", DIR, "also write pruned models: DIR/keep-0.9 and so on")
     add("--overwrite", FLAG, "replace folders of pruned models in DIR")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.generated import SELF
-from liar_ext.distributed import broadcast, is_first
+from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError
+from liar_ext.job.sharing import share_budget
 from liar_ext.measure.vocabulary_quality import (
     JUDGED_DOCUMENTS,
     JUDGED_PIECES,
@@ -32,7 +34,8 @@ class SmallerVocabulary:
     """What a recipe leaves of the vocabulary, and how much that changes.
 
     The model is changed in place; ``tokenizer`` is the new one. Everything is as before if the
-    recipe keeps all tokens.
+    recipe keeps all tokens. ``draw`` returns the calibration set as the old tokenizer reads it,
+    for a budget that tokens share.
     """
 
     def __init__(
@@ -42,8 +45,11 @@ class SmallerVocabulary:
         tokenizer: Any,
         read: Mapping[str, Sequence[str]],
         held_out: Sequence[str] | None,
+        draw: Callable[[], Batches],
+        progress: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.facts = model, tokenizer, {}
+        self._draw, self._progress = draw, progress
         self.whole: VocabularyQuality | None = None
         if recipe.keep_vocab == 1.0:
             return
@@ -77,7 +83,12 @@ class SmallerVocabulary:
         texts, judging = held_out_of(texts)
         most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
         counted, quality = count(texts), self._quality(recipe, judging, most)
-        chosen, auto = smallest(counted, self.model, self.tokenizer, quality)
+        given = counted, self.model, self.tokenizer, quality
+        if recipe.of == "params" and recipe.keep < 1:
+            with alone():
+                chosen, auto = share_budget(*given, recipe, self._draw(), self._progress)
+        else:
+            chosen, auto = smallest(*given)
         whole = {"before": counted.size, "after": counted.size}
         whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
         facts = (chosen.facts if chosen else whole) | {"auto": auto}
@@ -89,22 +100,24 @@ class SmallerVocabulary:
         how = {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "samples": samples}
         return VocabularyQuality(self.model, self.tokenizer, texts, **how)
 
-    def add_to(self, report: Report) -> None:
-        """Let a report say it."""
+    def add_to(self, report: Report, model: nn.Module) -> None:
+        """Let the report of a pruned model say it."""
         if not self.facts:
             return
         facts = report.vocabulary = dict(self.facts)
         if facts["after"] == facts["before"]:
             report.warnings.append(
-                "All tokens stay: each smaller vocabulary loses more on held-out text than auto "
-                "allows. Give more text with --vocab-text, or a number of tokens."
+                "All tokens stay: with fewer of them the pruned model loses more on held-out text."
+                if facts["auto"]["most_loss"] is None
+                else "All tokens stay: each smaller vocabulary loses more on held-out text than "
+                "auto allows. Give more text with --vocab-text, or a number of tokens."
             )
             return
         notes = ["The dense model's quality above is with the smaller vocabulary, too."]
         report.warnings += notes if report.evaluation else []
         held_out = facts.get("held_out", {})
         if self.whole is not None and report.plan.sites:
-            pruned = self.whole.compare(self.model, self.tokenizer)
+            pruned = self.whole.compare(model, self.tokenizer)
             facts["held_out"] = {**held_out, "pruned": pruned}
         report.warnings += split_warnings(facts["tokens_per_byte"], held_out)
 

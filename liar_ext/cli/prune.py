@@ -79,7 +79,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         # Those of saving are added where the report is written.
         report.seconds = {**before, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        given.add_to(report)
+        given.add_to(report, given.model)
 
     with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
         let_write(given, saved, progress=options.progress)

@@ -7,6 +7,7 @@ compared by ``bits per byte``, ``−Σ log₂ p(token | tokens before) / bytes``
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from liar_ext.vocabulary.keep import (
     Counted,
     keep_tokens,
     size_in_bytes,
+    spec_of,
     tokens_per_byte,
 )
 
@@ -75,7 +77,7 @@ class VocabularyQuality:
     ) -> None:
         self.texts, self.seq_len, self.batch_size = texts, seq_len, batch_size
         self.samples, self.causal = samples, predicts_next_token(model)
-        backend = _backend(tokenizer)
+        backend = plain(json.dumps(spec_of(tokenizer)))
         if self.causal:
             length = min(seq_len // 2, PIECE) or 1
             self.texts, self.samples = pieces_of(backend, texts, length, samples), None
@@ -94,9 +96,17 @@ class VocabularyQuality:
             return "bits_per_byte" if self.causal else "cosine"
         return "agreement" if self.logits.dim() == 2 and self.logits.shape[1] > 1 else None
 
+    def check_judges(self, model: nn.Module) -> None:
+        """Raise InputError if no measure compares the model's outputs between vocabularies."""
+        if self.judged_by is None:
+            raise InputError(
+                f"vocabulary: {type(model).__name__} puts out logits of tokens, which don't "
+                "compare between vocabularies; give a number of tokens instead of auto"
+            )
+
     def compare(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Return tokens per byte, and bits per byte (each with all tokens first) or likeness."""
-        rate = tokens_per_byte(_backend(tokenizer), self.texts)
+        rate = tokens_per_byte(plain(json.dumps(spec_of(tokenizer))), self.texts)
         found: dict[str, Any] = {"tokens_per_byte": [self.rate, rate]}
         if self.causal:
             return found | {"bits_per_byte": [self.bits, self._bits_per_byte(model, tokenizer)]}
@@ -172,12 +182,8 @@ def smallest(
     Sizes fall by a quarter until one loses too much; the last step is halved three times. None if
     each smaller vocabulary loses too much. The curve has ``[tokens, loss, tokens per byte]``.
     """
-    most = LOSSES.get(quality.judged_by or "")
-    if most is None:
-        raise InputError(
-            f"vocabulary: {type(model).__name__} puts out logits of tokens, which don't compare "
-            "between vocabularies; give a number of tokens instead of auto"
-        )
+    quality.check_judges(model)
+    most = LOSSES[quality.judged_by]
     curve: dict[int, list[float]] = {}
     best: Choice | None = None
 
@@ -211,8 +217,13 @@ def _search(is_good: Callable[[int], bool], size: int) -> None:
         good, bad = (middle, bad) if is_good(middle) else (good, middle)
 
 
-def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice) -> tuple[nn.Module, Any]:
-    """Return model and tokenizer with fewer tokens; all other weights are those of the model."""
+def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice | None) -> tuple[nn.Module, Any]:
+    """Return model and tokenizer with fewer tokens, or both if all stay.
+
+    All other weights are those of the model.
+    """
+    if choice is None:
+        return model, tokenizer
     shared = {id(each): each for each in [*model.parameters(), *model.buffers()]}
     copied = copy.deepcopy(model, shared)
     return copied, keep_tokens(copied, tokenizer, choice)
@@ -232,8 +243,3 @@ def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | 
                 return value
             found.append(value.float().cpu())
     return torch.cat(found)
-
-
-def _backend(tokenizer: Any) -> Any:
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    return plain(inner.backend_tokenizer.to_str())
