@@ -67,14 +67,17 @@ def prepare(model_class: type[nn.Module], config: Any) -> Tried:
     return Tried(instances, models, next(whole, None))
 
 
+def attempt(make: Callable[[], Any]) -> Any:
+    """Return what is made; None if it fails, as a stranger's class and config have own rules."""
+    with suppress(Exception), quiet():
+        return make()
+    return None
+
+
 def _possible(make: Callable[[Any], Any], options: Iterable[Any]) -> Iterator[Any]:
-    """Yield what is made of options, but for what the rules of a class or config refuse."""
-    for option in options:
-        made = None
-        with suppress(Exception), quiet():
-            made = make(option)
-        if made is not None:
-            yield made
+    """Yield what is made of options, but for what fails."""
+    made = (attempt(partial(make, option)) for option in options)
+    return (each for each in made if each is not None)
 
 
 def _doubled(model: nn.Module, name: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +15,8 @@ from liar_ext.models.family import Family
 from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.suggest.instance import Instance, Refused, build
-from liar_ext.suggest.proof import (
-    KINDS,
-    kinds_of,
-    registered,
-    rewired,
-    some_plan,
-    tells_sizes,
-)
+from liar_ext.suggest.instance import Instance, Refused, attempt, build
+from liar_ext.suggest.proof import KINDS, kinds_of, registered, rewired, some_plan, tells_sizes
 
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
 HEAD = re.compile(r"head_?(dim|size|width)|attention_head_size|\w*head_dim|d_head|dim_head")
@@ -126,21 +119,29 @@ def _integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> 
 
     Modules that didn't run are left out, and linear layers: their sizes are those of their weights.
     """
-    found: list[dict[str, int]] = []
-    for model in models:
-        found.append({})
-        for path, module in _block(model, family).named_modules():
-            weight = module._parameters.get("weight")
-            if path in ran and (weight is None or weight.ndim != 2):
-                numbers = {n: v for n, v in vars(module).items() if type(v) is int and n[0] != "_"}
-                found[-1] |= {f"{path}.{n}" if path else n: v for n, v in numbers.items()}
-    return _in_all(found)
+
+    def keeps(path: str, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return path in ran and (weight is None or weight.ndim != 2)
+
+    blocks = (_block(model, family).named_modules() for model in models)
+    return _in_all(
+        {
+            f"{path}.{name}".removeprefix("."): value
+            for path, module in block
+            if keeps(path, module)
+            for name, value in vars(module).items()
+            if name[0] != "_"
+        }
+        for block in blocks
+    )
 
 
-def _in_all(found: list[dict[str, int]]) -> Numbers:
+def _in_all(found: Iterable[Mapping[str, Any]]) -> Numbers:
     """Return the integers that all have, each with its values."""
-    there = [path for path in found[0] if all(type(each.get(path)) is int for each in found)]
-    return {path: tuple(each[path] for each in found) for path in there}
+    first, *others = found
+    values = {path: (first[path], *(each.get(path) for each in others)) for path in first}
+    return {path: each for path, each in values.items() if {*map(type, each)} == {int}}
 
 
 def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
@@ -152,7 +153,7 @@ def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
             owners = [_block(model, family).get_submodule(path) for model in models]
             configs = [getattr(owner, "config", None) for owner in owners]
             if None not in configs:
-                found = _in_all([config.to_dict() for config in configs])
+                found = _in_all(config.to_dict() for config in configs)
                 numbers |= {f"{path}.config.{name}": values for name, values in found.items()}
                 break
     return numbers
@@ -160,12 +161,9 @@ def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
 
 def _fits(family: Family, models: list[nn.Module]) -> bool:
     """Tell whether all models have whole heads of the size that a row finds."""
-    try:
-        with registered(family):
-            found = [site for model in models for site in sites(model, ("attn",))]
-    except (ValueError, ZeroDivisionError, RuntimeError):
-        return False
-    return all(
+    with registered(family):
+        found = attempt(lambda: [site for model in models for site in sites(model, ("attn",))])
+    return found is not None and all(
         site.head_dim > 0 and site.d_in % site.head_dim == 0 and site.kv_heads > 0 for site in found
     )
 
@@ -304,10 +302,7 @@ def _follows(built: nn.Module, family: Family, kind: str, size: str) -> bool:
     Where a head is the hidden size by the number of heads, the number follows and no shape does.
     """
     with registered(family):
-        try:
-            return sites(built, (kind,))[0].sizes[size] == OTHER[size]
-        except (ValueError, ZeroDivisionError):
-            return False
+        return attempt(lambda: sites(built, (kind,))[0].sizes[size]) == OTHER[size]
 
 
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
@@ -315,20 +310,18 @@ def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     model = copy.deepcopy(model)
     with registered(family):
         apply_plan(model, some_plan(model, (kind,), equal=True))
-        try:
-            return equal_config(model, dense_config(model.config)) is not None
-        except Exception:  # a stranger's class and config have rules of their own
-            return False
+        return attempt(lambda: equal_config(model, dense_config(model.config))) is not None
 
 
 def _build(model: nn.Module, family: Family, field: str, value: Any) -> nn.Module | None:
     """Return a model of the config with a field changed; None if its rules forbid it."""
     config = copy.deepcopy(model.config)
-    try:
+
+    def changed() -> nn.Module:
         setattr(block_config(family, config), field, value)
         return build(type(model), config, "meta")
-    except Exception:  # a stranger's class and config have rules of their own
-        return None
+
+    return attempt(changed)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
