@@ -55,12 +55,10 @@ def _entries(family: Family) -> dict[str, Entry]:
 
 
 def _only(needs: Iterable[tuple[str, object]]) -> str:
-    """Return the configs that something applies to, each field once."""
     return "only with " + ", ".join(dict.fromkeys(f"{name}={value}" for name, value in needs))
 
 
 def _hidden(family: Family) -> Entry:
-    """Tell of the hidden size, and of the configs that the stream is described for."""
     row, reason = family.stream, family.without.get("hidden", "")
     if row is None:
         return Entry(NO, reason or "its residual stream isn't described")
@@ -69,7 +67,6 @@ def _hidden(family: Family) -> Entry:
 
 
 def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
-    """Tell of a kind of site, and of the blocks and configs that have it."""
     if not wirings or reason is not None:
         return Entry(NO, reason or lacking)
     if any(wiring.optional for wiring in wirings):
@@ -80,7 +77,6 @@ def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
 
 
 def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
-    """Tell of which units a config field says the number."""
     # An ordinary MLP in some layers of a mixture says nothing of the experts.
     mixture = [wiring for wiring in wirings["channels"] if wiring.experts]
     fields = [size for w in mixture or wirings["channels"] for size in (w.config or {}).values()]

@@ -31,10 +31,7 @@ def register_family(family: Family) -> Family:
 def family_of(model: nn.Module) -> Family:
     """Return the family of a model, by its ``config.model_type``.
 
-    Raises
-    ------
-    InputError
-        If the model has no config, or the table has no such family.
+    InputError is raised if the model has no config, or the table has no such family.
     """
     name = getattr(getattr(model, "config", None), "model_type", None)
     if name in FAMILIES:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Step, Stream
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import base_path, block_config, blocks_of
+from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,8 @@ def stream_of(model: nn.Module) -> Stream | None:
 def hidden_of(model: nn.Module) -> Hidden:
     """Find the writers, norms and readers of a model's residual stream.
 
-    Raises
-    ------
-    InputError
-        If the family has no row for its stream, the row isn't for this config, or a layer has the
-        hidden size and isn't in the row.
+    InputError is raised if the family has no row for its stream, the row isn't for this config, or
+    a layer has the hidden size and isn't in the row.
     """
     family, row = family_of(model), stream_of(model)
     _check_row(model, family, row)
@@ -173,13 +170,12 @@ class _Trail:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
 
     def _there(self, path: str) -> bool:
-        """Tell whether there is a layer, and not what stands for none."""
         layer = self.layers.get(path)
         return isinstance(layer, nn.Parameter) or getattr(layer, "weight", None) is not None
 
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         writers = [self.layers[path] for path in self.writers]
-        tables = [layer for layer in writers if is_table(layer)]
+        tables = [layer for layer in writers if isinstance(layer, nn.Embedding)]
         size = self._size(writers, tables)
         self._check(model, size)
         tied = {
@@ -218,7 +214,8 @@ class _Trail:
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
             # The rows of a table are looked up by number: no feature of the stream is among them.
-            features = parameter.shape[is_table(self.layers.get(owner, model)) :]
+            is_table = isinstance(self.layers.get(owner), nn.Embedding)
+            features = parameter.shape[is_table:]
             if size in features and known.isdisjoint((owner, name)):
                 raise InputError(
                     f"hidden: {owner or name} of {type(model).__name__} has {size} features, as "
@@ -242,11 +239,6 @@ def is_transposed(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as (d_out, d_in), without a copy."""
     return layer.weight.T if is_transposed(layer) else layer.weight
-
-
-def is_table(layer: nn.Module | nn.Parameter) -> bool:
-    """Tell whether a layer looks features up, by its columns, instead of computing them."""
-    return isinstance(layer, nn.Embedding)
 
 
 @torch.no_grad()
@@ -289,14 +281,13 @@ def slice_hidden(
         if bias is not None:
             layer.bias.copy_(bias)
     for path in hidden.writers:
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
+        owner, name = owner_of(model, path)
         if name in owner._parameters:
             keep(owner, name, -1)
             continue
         layer = model.get_submodule(path)
         # A tied head has been at a table already, and has sliced the weight of both.
-        keep(layer, "weight", 1 if is_table(layer) or is_transposed(layer) else 0)
+        keep(layer, "weight", 1 if isinstance(layer, nn.Embedding) or is_transposed(layer) else 0)
         keep(layer, "bias", 0)
     if stream_of(model).scaled:
         _keep_scale(model, hidden, len(kept))
@@ -304,7 +295,7 @@ def slice_hidden(
 
 def _keep_scale(model: nn.Module, hidden: Hidden, count: int) -> None:
     """Let embeddings that are scaled by the root of the hidden size put out what they did."""
-    (table,) = (m for m in map(model.get_submodule, hidden.writers) if is_table(m))
+    (table,) = (m for m in map(model.get_submodule, hidden.writers) if isinstance(m, nn.Embedding))
     # Rounded as its forward rounds them.
     dtype = table.weight.dtype
     scales = torch.tensor([table.scalar_embed_scale, count**0.5], device="cpu").to(dtype).double()
@@ -357,7 +348,7 @@ def fit(layer: nn.Module) -> None:
     if isinstance(layer, nn.Conv2d):
         layer.out_channels = len(layer.weight)
     elif isinstance(layer, nn.Embedding):
-        layer.embedding_dim = layer.weight.shape[1]
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
     elif is_transposed(layer):
         layer.nx, layer.nf = layer.weight.shape
     elif hasattr(layer, "out_features"):

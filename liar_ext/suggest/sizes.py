@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from liar_ext.checkpoint.stock_config import dense_config, equal_config
+from liar_ext.checkpoint.stock_config import dense_config, equal_config, shapes_of
 from liar_ext.models.family import Family
 from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import Site, sites
@@ -55,10 +55,9 @@ def with_numbers(
 ) -> tuple[Family, Meanings, Meanings]:
     """Return a row with the integers that follow, and what others may mean.
 
-    An integer follows where it equals a size in two models whose sizes differ. One that equals the
-    hidden size as well, or that was seen in one model alone, is left to the proof, with the sizes
-    that it may be: the second that is returned. The third are numbers of the config that modules
-    have at hand, which a forward may read.
+    An integer follows where it equals a size in two models whose sizes differ. The proof decides on
+    those second, which equal the hidden size as well or were seen in one model alone, and those
+    third: numbers of the config that modules have at hand, which a forward may read.
     """
     found = _sites(family, models)
     hidden = tuple(site.d_out for site in next(iter(found.values())))
@@ -186,9 +185,9 @@ def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tup
 def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict[str, str]]:
     """Return a row with the config fields that express equal layers, and why there are none.
 
-    The proof of a field is that the stock class, built with it, has the shapes of a model that was
-    sliced. It holds the size in the config of every instance. Of a row of several parts these are
-    the fields that all of them follow together, and are looked for where some part has none.
+    A field holds the size in the config of every instance, and the stock class that is built with
+    it has the shapes of a model that was sliced. Of several parts these are the fields that all of
+    them follow together, looked for where some part has none.
     """
     model, reasons = instances[0].model, {}
     if not family.parts:
@@ -221,7 +220,7 @@ def with_bias_flags(instance: Instance, family: Family) -> Family:
         built = _build(model, family, name, not own[name])
         if built is None:
             continue
-        changed = _shapes(model).keys() ^ _shapes(built).keys()
+        changed = shapes_of(model).keys() ^ shapes_of(built).keys()
         given = [kind for kind, each in biases.items() if each <= changed]
         if given and changed == set().union(*(biases[kind] for kind in given)):
             for kind in given:
@@ -267,7 +266,7 @@ def _fields_of(
     own = tuple(f"{site.path}.{layer}." for site in at for layer in site.wiring.layers)
     own += tuple(f"{site.path}.{name}" for site in at for name in site.wiring.per_head)
     configs = [block_config(family, each.model.config).to_dict() for each in instances]
-    before = _shapes(build(type(model), model.config, "meta"))
+    before = shapes_of(build(type(model), model.config, "meta"))
     found: dict[str, str] = {}
     others: list[str] = []
     for size in ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features",):
@@ -285,7 +284,7 @@ def _fields_of(
             if built is None:  # a rule ties it to another field
                 found |= {name: size} if holds and size in ("heads", "kv_heads") else {}
                 continue
-            after = _shapes(built)
+            after = shapes_of(built)
             changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
             # Norms of single heads follow the size of a head.
             places = blocks if size == "head_dim" else own
@@ -314,7 +313,6 @@ def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
 
 
 def _build(model: nn.Module, family: Family, field: str, value: Any) -> nn.Module | None:
-    """Return a model of the config with a field changed; None if its rules forbid it."""
     config = copy.deepcopy(model.config)
 
     def changed() -> nn.Module:
@@ -322,7 +320,3 @@ def _build(model: nn.Module, family: Family, field: str, value: Any) -> nn.Modul
         return build(type(model), config, "meta")
 
     return attempt(changed)
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(each.shape) for name, each in model.named_parameters()}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
+from liar_ext.models.family import (
     GATE_UP,
     HEADS_OF_HIDDEN,
     QKV,
     TIED,
+    Family,
+    HeadInput,
+    Step,
+    Stream,
     attention,
     mlp,
     steps,
 )
-from liar_ext.models.family import Family, HeadInput, Step, Stream
 
 _SIZES = {"num_attention_heads": "heads", "all_head_size": "features"}
 _SELF = {f"self.{name}": size for name, size in _SIZES.items()}
@@ -25,12 +28,10 @@ def _pooled(layer: str, *heads: str) -> tuple[Step, ...]:
 
 
 def _masked(dense: str, norm: str, decoder: str) -> tuple[Step, ...]:
-    """Return the chain of a head that predicts masked tokens."""
     return steps(f"read {dense}", f"write {dense}", f"norm {norm}", f"read {decoder}")
 
 
 def _embedded(*tables: str) -> tuple[Step, ...]:
-    """Return the steps of embeddings that are normalised together."""
     written = " ".join(f"embeddings.{name}" for name in tables)
     return steps(f"write {written}", "norm embeddings.LayerNorm")
 

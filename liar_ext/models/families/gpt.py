@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
-    GATE_UP,
-    HEADS_OF_HIDDEN,
-    QKV,
-    QKV_BY_GROUP,
-    TIED,
-    attention,
-    mlp,
-    steps,
-)
 from liar_ext.models.families.llama import (
     ATTN,
     GROUPS,
@@ -26,7 +16,18 @@ from liar_ext.models.families.llama import (
     counts,
     in_pictures,
 )
-from liar_ext.models.family import Family, Stream
+from liar_ext.models.family import (
+    GATE_UP,
+    HEADS_OF_HIDDEN,
+    QKV,
+    QKV_BY_GROUP,
+    TIED,
+    Family,
+    Stream,
+    attention,
+    mlp,
+    steps,
+)
 
 # Where q ends, Phi's forward computes by the config's number of heads.
 _PHI3 = attention(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
+from liar_ext.models.family import (
     BORROWED,
     JOINT,
     PICTURES,
+    Family,
+    Step,
+    Stream,
+    Wiring,
     attention,
     mlp,
     steps,
 )
-from liar_ext.models.family import Family, Step, Stream, Wiring
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import HEADS_OF_HIDDEN, TWO_STREAMS, attention, mlp
-from liar_ext.models.family import Family, HeadInput, Part, Wiring
+from liar_ext.models.family import (
+    HEADS_OF_HIDDEN,
+    TWO_STREAMS,
+    Family,
+    HeadInput,
+    Part,
+    Wiring,
+    attention,
+    mlp,
+)
 
 
 def _decoder(part: Part, cross_attn: Wiring) -> Part:
-    """Return the decoder beside an encoder."""
     return replace(
         part,
         name="decoder",
@@ -26,7 +33,6 @@ def _t5_attention(module: str, head_input: HeadInput) -> Wiring:
 
 
 def _t5_mlp(layer: int) -> tuple[Wiring, ...]:
-    """Return the wirings of an MLP, with a gate and without."""
     dense = f"layer.{layer}.DenseReluDense"
     return tuple(
         mlp(" ".join(f"{dense}.{name}" for name in names), "d_ff")

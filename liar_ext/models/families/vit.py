@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
+from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
+from liar_ext.models.family import (
     HEADS_OF_HIDDEN,
     PICTURES,
     TIED,
+    Family,
+    Part,
+    Step,
+    Stream,
     attention,
     mlp,
     steps,
 )
-from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
-from liar_ext.models.family import Family, Part, Step, Stream
 
 
 def _embedded(*names: str) -> Step:
