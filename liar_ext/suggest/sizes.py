@@ -59,7 +59,7 @@ def with_numbers(
     those second, which equal the hidden size as well or were seen in one model alone, and those
     third: numbers of the config that modules have at hand, which a forward may read.
     """
-    found = _sites(family, models)
+    found = _one_block(models, family)
     hidden = tuple(site.d_out for site in next(iter(found.values())))
     unclear: Meanings = {}
     chosen: dict[str, dict[str, str]] = {kind: {} for kind in found}
@@ -84,7 +84,7 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     """Return a row with the vectors that have one number per query head, in all models."""
     if family.attn is None or len(models) < 2:
         return family
-    heads = tuple(site.sizes["heads"] for site in _sites(family, models)["attn"])
+    heads = tuple(site.sizes["heads"] for site in _one_block(models, family)["attn"])
     blocks = [dict(_block(model, family).named_parameters()) for model in models]
     own = {f"{layer}.bias" for layer in family.attn.layers}
     found = [
@@ -97,15 +97,15 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     return rewired(family, "attn", per_head=tuple(found))
 
 
-def _sites(family: Family, models: list[nn.Module]) -> dict[str, list[Site]]:
-    """Return the sites of one block, by kind, of each of some models."""
-
-    def one(model: nn.Module, kind: str) -> Site:
-        found = sites(model, (kind,))
-        return found[min(BLOCK, len(found) - 1)]
-
+def _sites(model: nn.Module, family: Family, kind: str) -> list[Site]:
     with registered(family):
-        return {kind: [one(model, kind) for model in models] for kind in kinds_of(family)}
+        return sites(model, (kind,))
+
+
+def _one_block(models: list[nn.Module], family: Family) -> dict[str, list[Site]]:
+    """Return the sites of one block, by kind, of each of some models."""
+    every = {kind: [_sites(model, family, kind) for model in models] for kind in kinds_of(family)}
+    return {kind: [at[min(BLOCK, len(at) - 1)] for at in each] for kind, each in every.items()}
 
 
 def _block(model: nn.Module, family: Family) -> nn.Module:
@@ -160,8 +160,7 @@ def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
 
 def _fits(family: Family, models: list[nn.Module]) -> bool:
     """Tell whether all models have whole heads of the size that a row finds."""
-    with registered(family):
-        found = attempt(lambda: [site for model in models for site in sites(model, ("attn",))])
+    found = attempt(lambda: [site for each in models for site in _sites(each, family, "attn")])
     return found is not None and all(
         site.head_dim > 0 and site.d_in % site.head_dim == 0 and site.kv_heads > 0 for site in found
     )
@@ -210,11 +209,9 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
 def with_bias_flags(instance: Instance, family: Family) -> Family:
     """Return a row with the config fields that give a bias to all layers of a site."""
     model, biases = instance.model, {}
-    with registered(family):
-        for kind in kinds_of(family):
-            at = sites(model, (kind,))
-            layers = {f"{site.path}.{layer}" for site in at for layer in site.wiring.layers}
-            biases[kind] = {f"{layer}.bias" for layer in layers}
+    for kind in kinds_of(family):
+        at = _sites(model, family, kind)
+        biases[kind] = {f"{site.path}.{layer}.bias" for site in at for layer in site.wiring.layers}
     own = block_config(family, model.config).to_dict()
     for name in (n for n, value in own.items() if "bias" in n and isinstance(value, bool)):
         built = _build(model, family, name, not own[name])
@@ -259,14 +256,13 @@ def _fields_of(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the fields that hold a size of a site: those of that site alone, and others."""
     model = instances[0].model
-    with registered(family):
-        sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
-        at = sites(model, (kind,))
+    at = _sites(model, family, kind)
+    sizes = [_sites(each.model, family, kind)[0].sizes for each in instances]
     blocks = tuple(f"{site.path}." for site in at)
     own = tuple(f"{site.path}.{layer}." for site in at for layer in site.wiring.layers)
     own += tuple(f"{site.path}.{name}" for site in at for name in site.wiring.per_head)
     configs = [block_config(family, each.model.config).to_dict() for each in instances]
-    before = shapes_of(build(type(model), model.config, "meta"))
+    before = shapes_of(model)
     found: dict[str, str] = {}
     others: list[str] = []
     for size in ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features",):
@@ -300,8 +296,7 @@ def _follows(built: nn.Module, family: Family, kind: str, size: str) -> bool:
 
     Where a head is the hidden size by the number of heads, the number follows and no shape does.
     """
-    with registered(family):
-        return attempt(lambda: sites(built, (kind,))[0].sizes[size]) == OTHER[size]
+    return attempt(lambda: _sites(built, family, kind)[0].sizes[size]) == OTHER[size]
 
 
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
