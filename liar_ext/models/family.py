@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -237,7 +237,7 @@ class Family:
 JOINT = "its q_norm and k_norm run over all heads at once"
 BORROWED = "some layers read keys and values of others"
 PICTURES = "what reads pictures writes hidden features, too"
-HEADS_OF_HIDDEN = "heads: its config derives the size of a head from the hidden size"
+NO_STOCK = {"stock": "heads: its config derives the size of a head from the hidden size"}
 ROUTED = "its routers read it, and a narrower one sends tokens elsewhere"
 TWO_STREAMS = "encoder and decoder have a residual stream each"
 
@@ -301,6 +301,19 @@ def steps(*items: str | Wiring | Step) -> tuple[Step, ...]:
             does, *layers = item.split()
             found.append(Step(does, tuple(layers)))
     return tuple(found)
+
+
+def stream(
+    start: Iterable[str | Wiring | Step],
+    block: Iterable[str | Wiring | Step],
+    *ends: Iterable[str | Wiring | Step],
+    config: Mapping[str, str] = TIED,
+    multiple_of: str | None = "head_dim",
+    **more: object,
+) -> Stream:
+    """Return a stream from what :func:`steps` takes of its start, a block and each of its ends."""
+    chains = tuple(steps(*end) for end in ends)
+    return Stream(steps(*start), steps(*block), chains, config, multiple_of, **more)
 
 
 def as_code(row: Family, indent: int) -> tuple[str, set[str]]:

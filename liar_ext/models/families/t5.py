@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from liar_ext.models.family import (
-    HEADS_OF_HIDDEN,
+    NO_STOCK,
     TWO_STREAMS,
     Family,
     HeadInput,
@@ -76,7 +76,7 @@ _BART_DECODER = replace(
 _BART = Family(
     name="bart",
     parts=(_BART_ENCODER, _BART_DECODER),
-    without={"hidden": TWO_STREAMS, "stock": HEADS_OF_HIDDEN},
+    without={"hidden": TWO_STREAMS, **NO_STOCK},
 )
 _LIKE_BART = ("mbart", "plbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small")
 # Every frame of the sound counts.
