@@ -20,6 +20,8 @@ from liar_ext.models.family import Family, Step, Stream
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
 
+Shared = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and dimension: whole, sliced
+
 
 @dataclass(frozen=True)
 class Source:
@@ -258,23 +260,12 @@ def slice_hidden(
     """
     hidden = hidden_of(model)
     index = torch.tensor(kept, device="cpu")
-    done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
-
-    def keep(layer: nn.Module, name: str, dim: int) -> None:
-        old = getattr(layer, name, None)
-        if old is None:
-            return
-        if (id(old), dim) not in done:
-            done[id(old), dim] = (old, select(old, dim, index))
-        # A weight that two layers share stays shared. Held here, the old one keeps its id its own.
-        setattr(layer, name, done[id(old), dim][1])
-        fit(layer)
-
+    done: Shared = {}
     for path in hidden.norms:
         narrow_norm(model.get_submodule(path), index)
     for source in hidden.sources:
         for layer in map(model.get_submodule, (*source.readers, *source.tied)):
-            keep(layer, "weight", 0 if is_transposed(layer) else 1)
+            narrow(layer, "weight", 0 if is_transposed(layer) else 1, index, done)
     for path, (weight, bias) in weights.items():
         layer = model.get_submodule(path)
         weight_of(layer).copy_(weight)
@@ -283,12 +274,13 @@ def slice_hidden(
     for path in hidden.writers:
         owner, name = owner_of(model, path)
         if name in owner._parameters:
-            keep(owner, name, -1)
+            narrow(owner, name, -1, index, done)
             continue
         layer = model.get_submodule(path)
         # A tied head has been at a table already, and has sliced the weight of both.
-        keep(layer, "weight", 1 if isinstance(layer, nn.Embedding) or is_transposed(layer) else 0)
-        keep(layer, "bias", 0)
+        columns = isinstance(layer, nn.Embedding) or is_transposed(layer)
+        narrow(layer, "weight", 1 if columns else 0, index, done)
+        narrow(layer, "bias", 0, index, done)
     if stream_of(model).scaled:
         _keep_scale(model, hidden, len(kept))
 
@@ -327,12 +319,20 @@ def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return nn.Parameter(chosen.contiguous(), requires_grad=tensor.requires_grad)
 
 
-def narrow(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    """Let a parameter or buffer of a module, if there is one, hold slices of itself, in place."""
-    old = getattr(module, name, None)
-    if old is not None:
-        setattr(module, name, select(old, dim, index))
-        fit(module)
+def narrow(
+    module: nn.Module, name: str, dim: int, index: Tensor, shared: Shared | None = None
+) -> None:
+    """Let a parameter or buffer of a module, if there is one, hold slices of itself, in place.
+
+    ``shared`` notes what was sliced, so that a weight that two modules share stays shared.
+    """
+    old, shared = getattr(module, name, None), {} if shared is None else shared
+    if old is None:
+        return
+    if (id(old), dim) not in shared:  # the old one is held there, so that its id stays its own
+        shared[id(old), dim] = old, select(old, dim, index)
+    setattr(module, name, shared[id(old), dim][1])
+    fit(module)
 
 
 def narrow_norm(norm: nn.Module, kept: Tensor) -> None:

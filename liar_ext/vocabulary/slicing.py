@@ -16,7 +16,7 @@ from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, stock_of
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.residual_stream import fit, select
+from liar_ext.models.residual_stream import narrow
 from liar_ext.models.running import config_parts, owner_of
 from liar_ext.models.sites import skeleton
 
@@ -70,15 +70,9 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     missing = sorted(needed_tokens(model) - new.keys())
     if missing:
         raise _refused(model, f"names token {missing[0]} in its config, which would go")
-    index, taken = torch.tensor(order), {}
+    index, sliced = torch.tensor(order), {}
     for name, dim in named.items():
-        module, leaf = owner_of(model, name)
-        old = getattr(module, leaf)
-        if id(old) not in taken:
-            taken[id(old)] = old, select(old, dim, index)
-        setattr(module, leaf, taken[id(old)][1])
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            fit(module)
+        narrow(*owner_of(model, name), dim, index, sliced)
     for module in model.modules():
         _renumber_module(module, rows, len(order), new)
     for config in _configs(model):
