@@ -26,8 +26,7 @@ from liar_ext import calibration_sequences, choose_tokens, keep_tokens, load_mod
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.checkpoint.fingerprint import count_params
-from liar_ext.vocabulary.choosing import plain
-from liar_ext.vocabulary.keep import tokens_per_byte
+from liar_ext.vocabulary.keep import plain, tokens_per_byte
 
 ROOT = Path(__file__).parents[1]
 KEPT, TABLE = ROOT / "out" / "vocabulary" / "rows.json", ROOT / "docs" / "data" / "vocabulary.json"

@@ -28,7 +28,7 @@ def run_families(options: argparse.Namespace) -> None:
     """Print the table, or a proposed row."""
     if options.suggest:
         return _suggest(options)
-    from liar_ext.models.overview import overview, plain
+    from liar_ext.models.registry import overview, plain
 
     table = overview()
     facts = {n: {key: each._asdict() for key, each in row.items()} for n, row in table.items()}

@@ -61,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
     options.progress = wanted in ("auto", "plain") and not options.quiet
     # What follows imports torch; the version, the help and typos are answered without it.
-    from liar_ext.checkpoint.quietening import no_bars
-    from liar_ext.checkpoint.registration import register
+    from liar_ext.checkpoint.transformers_hooks import no_bars, register
     from liar_ext.cli.output import quietened
     from liar_ext.distributed import tells
     from liar_ext.progress import plain_lines

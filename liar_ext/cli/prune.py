@@ -16,8 +16,8 @@ from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.checkpoint.saving import check_folder
+from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.dry_run import sketched
 from liar_ext.cli.fields import read_size

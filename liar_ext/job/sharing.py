@@ -14,8 +14,7 @@ from liar_ext.errors import InputError
 from liar_ext.job.sweeping import PROBE_KEEP, Sweep
 from liar_ext.measure.vocabulary_quality import SMALLER, VocabularyQuality, smaller_copy
 from liar_ext.recipe import Recipe
-from liar_ext.vocabulary.choosing import STEP, size_of
-from liar_ext.vocabulary.keep import Choice, Counted
+from liar_ext.vocabulary.keep import STEP, Choice, Counted, size_of
 
 HALVINGS = 2  # how often the steps around the best size are halved
 

@@ -29,12 +29,14 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.vocabulary.choosing import STEP, plain, size_of
 from liar_ext.vocabulary.keep import (
+    STEP,
     Choice,
     Counted,
     keep_tokens,
+    plain,
     size_in_bytes,
+    size_of,
     spec_of,
     tokens_per_byte,
 )

@@ -306,7 +306,6 @@ def cached_values(site: Site) -> int:
 
 
 def _unit_cost(site: Site, budget: Budget) -> float:
-    """Return the cost of one unit of a site, in the unit of the budget."""
     if budget.of == "flops":
         return float(site.unit_flops(budget.seq_len))
     if budget.of == "kv_cache":
