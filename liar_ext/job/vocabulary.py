@@ -1,4 +1,4 @@
-"""What a smaller vocabulary costs in quality on held-out text, and the smallest one at a loss.
+"""``--keep-vocab``: fewer tokens, what that costs on held-out text, and the fewest at a loss.
 
 Tokens differ between the vocabularies, so all of them read the same text, and language models are
 compared by ``bits per byte``, ``−Σ log₂ p(token | tokens before) / bytes``.
@@ -6,10 +6,11 @@ compared by ``bits per byte``, ``−Σ log₂ p(token | tokens before) / bytes``
 
 from __future__ import annotations
 
-import copy
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.folds import cut_pieces
+from liar_ext.calibration.generated import SELF
 from liar_ext.calibration.texts import evaluation_sequences
+from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.latency import light_copy
 from liar_ext.models.running import (
     complete_inputs,
     device_of,
@@ -28,12 +32,15 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
+from liar_ext.recipe import Recipe
+from liar_ext.report.report import Report
 from liar_ext.vocabulary.choosing import STEP, plain, size_of
 from liar_ext.vocabulary.keep import (
     Choice,
     Counted,
     keep_tokens,
     size_in_bytes,
+    spec_of,
     tokens_per_byte,
 )
 
@@ -44,23 +51,15 @@ HELD_OUT, LEAST_DOCUMENTS = 5, 20  # every fifth document; with fewer, pieces of
 CHARACTERS = 2000  # of such a piece
 JUDGED_PIECES, JUDGED_DOCUMENTS = 64, 256  # at most, of language models and encoders
 SMALLER, HALVINGS = 0.75, 3  # the steps of sizes, and how often the last one is halved
+SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning says so
+MORE = 0.02  # more of them on held-out text than on the text that chose
 
 
 class VocabularyQuality:
-    """Quality of a model with its whole vocabulary on some text, to compare smaller ones with.
+    """Quality of a model with all its tokens on text that chose none, to compare fewer with.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model with all tokens; it is run now.
-    tokenizer : transformers tokenizer or processor
-        Its tokenizer.
-    texts : sequence of str
-        Text that chose no token.
-    seq_len, batch_size : int
-        Longest sequence in tokens, and sequences at a time.
-    samples : int, optional
-        Documents, or pieces of the text for a language model, at most.
+    The model is run now, on at most ``samples`` documents, or pieces of them if it is a language
+    model, of at most ``seq_len`` tokens, ``batch_size`` at a time.
     """
 
     def __init__(
@@ -213,8 +212,7 @@ def _search(is_good: Callable[[int], bool], size: int) -> None:
 
 def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice) -> tuple[nn.Module, Any]:
     """Return model and tokenizer with fewer tokens; all other weights are those of the model."""
-    shared = {id(each): each for each in [*model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, shared)
+    copied = light_copy(model)
     return copied, keep_tokens(copied, tokenizer, choice)
 
 
@@ -235,5 +233,104 @@ def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | 
 
 
 def _backend(tokenizer: Any) -> Any:
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    return plain(inner.backend_tokenizer.to_str())
+    return plain(json.dumps(spec_of(tokenizer)))
+
+
+class SmallerVocabulary:
+    """What a recipe leaves of the vocabulary, and how much that changes.
+
+    The model is changed in place; ``tokenizer`` is the new one. Everything is as before if the
+    recipe keeps all tokens.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        tokenizer: Any,
+        read: Mapping[str, Sequence[str]],
+        held_out: Sequence[str] | None,
+    ) -> None:
+        self.model, self.tokenizer, self.facts = model, tokenizer, {}
+        self.whole: VocabularyQuality | None = None
+        if recipe.keep_vocab == 1.0:
+            return
+        told = list(dict.fromkeys(recipe.vocab_text or recipe.calibration))
+        if SELF in told:
+            raise InputError(
+                "vocabulary: text that the model generates can't decide which tokens stay; name a "
+                "text with --vocab-text"
+            )
+        chosen, facts = None, {}
+        if is_first():
+            texts = [text for source in told for text in read[source]]
+            chosen, facts = self._choose(recipe, texts)
+            if chosen and held_out:
+                self.whole = self._quality(recipe, held_out, recipe.eval_samples)
+        chosen, facts = broadcast((chosen, facts))
+        self.facts = {**facts, "text": told} if facts else {}
+        if chosen is None:
+            model.liar_vocabulary = None  # all tokens stay, which a job need not ask for
+        else:
+            self.tokenizer = keep_tokens(model, tokenizer, chosen)
+        if self.whole is not None:
+            self.facts["held_out"] = self.whole.compare(model, self.tokenizer)
+
+    def _choose(self, recipe: Recipe, texts: Sequence[str]) -> tuple[Choice | None, dict[str, Any]]:
+        """Return the tokens that stay, and what is known of them; without any if all do."""
+        count = partial(Counted, self.model, self.tokenizer, scripts=recipe.vocab_scripts)
+        if recipe.keep_vocab != "auto":
+            chosen = count(texts).choose(recipe.keep_vocab)
+            return chosen, chosen.facts if chosen else {}
+        texts, judging = held_out_of(texts)
+        most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
+        counted, quality = count(texts), self._quality(recipe, judging, most)
+        chosen, auto = smallest(counted, self.model, self.tokenizer, quality)
+        whole = {"before": counted.size, "after": counted.size}
+        whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
+        facts = (chosen.facts if chosen else whole) | {"auto": auto}
+        return chosen and replace(chosen, facts=facts), facts
+
+    def _quality(
+        self, recipe: Recipe, texts: Sequence[str], samples: int | None
+    ) -> VocabularyQuality:
+        how = {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "samples": samples}
+        return VocabularyQuality(self.model, self.tokenizer, texts, **how)
+
+    def add_to(self, report: Report) -> None:
+        """Let a report say it."""
+        if not self.facts:
+            return
+        facts = report.vocabulary = dict(self.facts)
+        if facts["after"] == facts["before"]:
+            report.warnings.append(
+                "All tokens stay: each smaller vocabulary loses more on held-out text than auto "
+                "allows. Give more text with --vocab-text, or a number of tokens."
+            )
+            return
+        notes = ["The dense model's quality above is with the smaller vocabulary, too."]
+        report.warnings += notes if report.evaluation else []
+        held_out = facts.get("held_out", {})
+        if self.whole is not None and report.plan.sites:
+            pruned = self.whole.compare(self.model, self.tokenizer)
+            facts["held_out"] = {**held_out, "pruned": pruned}
+        report.warnings += split_warnings(facts["tokens_per_byte"], held_out)
+
+
+def split_warnings(chosen: Sequence[float], held_out: Mapping[str, Any]) -> list[str]:
+    """Return warnings of tokens per byte, before and after, of the text that chose and of other."""
+    before, after = held_out.get("tokens_per_byte", chosen)
+    more, of_chosen = after / before - 1, chosen[1] / chosen[0] - 1
+    advice = "Name text of that kind with --vocab-text, or keep more tokens."
+    if held_out and more > of_chosen + MORE:
+        return [
+            f"The smaller vocabulary needs {more:.0%} more tokens for the held-out text, and "
+            f"{of_chosen:.0%} more for the text that chose it. Name more text of the held-out kind "
+            "with --vocab-text, or keep more tokens."
+        ]
+    if 1 + more > SPLIT:
+        kind = "held-out" if held_out else "chosen"
+        return [
+            f"The smaller vocabulary needs {more:.0%} more tokens for the {kind} text. {advice}"
+        ]
+    return []
