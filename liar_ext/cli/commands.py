@@ -154,6 +154,7 @@ def _sweep(commands: Any) -> None:
     said = f"fractions to keep (default: {' '.join(map(str, keep))})"
     add(_add_start(parser), ("--keep", kind, said))
     chosen = [each for each in recipe_fields(with_bank=True) if each.name != "keep"]
+    chosen += recipe_fields(affects="inputs", with_bank=False)
     kinds.add_fields(parser, chosen, "bank", "keep", "out", "preset")
     add(
         parser.add_argument_group("Output"),

@@ -38,7 +38,6 @@ from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job
 from liar_ext.job.pruning import check_resumable
 from liar_ext.job.solving import sequences_to_judge
-from liar_ext.models.running import predicts_next_token
 from liar_ext.progress import OnProgress, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
@@ -88,7 +87,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         # Those of saving are added where the report is written.
         report.seconds = {**before, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        given.add_to(report)
+        given.add_to(report, given.model)
 
     with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
         let_write(given, saved, progress=options.progress)
@@ -149,12 +148,6 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
 
     given = load(replace(recipe, self_text=0.0), loader=open_store, progress=options.progress)
     (given.store,) = stores
-    if given.evaluation is not None and not predicts_next_token(given.model):
-        raise InputError(
-            "prune: --max-memory with --eval needs a causal language model, got "
-            f"{type(given.model).__name__}; leave --eval out, and judge the result by liar eval "
-            "DIR --text TEXT"
-        )
     if writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
     return given

@@ -39,6 +39,11 @@ def run(options: argparse.Namespace) -> None:
             "sweep: liar sweep needs MODEL and --bank FILE, which liar calibrate writes, or MODEL "
             "and --calibration TEXT, MODEL before it"
         )
+    if recipe.keep_vocab == "auto" and recipe.of == "params":
+        raise InputError(
+            "sweep: --keep-vocab auto takes another vocabulary for each budget of params; give a "
+            "number of tokens, or run liar prune for each"
+        )
     folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
     if len(set(folders.values())) < len(folders):
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
@@ -49,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     let_write(given, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
-        given.add_to(report)
+        given.add_to(report, pruned)
         saving = {"report": report, "tokenizer": given.tokenizer}
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)

@@ -1,4 +1,4 @@
-"""``--keep-vocab``: fewer tokens, what that costs on held-out text, and the fewest at a loss.
+"""What a smaller vocabulary costs in quality on held-out text, and the smallest one at a loss.
 
 Tokens differ between the vocabularies, so all of them read the same text, and language models are
 compared by ``bits per byte``, ``−Σ log₂ p(token | tokens before) / bytes``.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.folds import cut_pieces
-from liar_ext.calibration.generated import SELF
 from liar_ext.calibration.texts import evaluation_sequences
-from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
@@ -32,8 +29,6 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.recipe import Recipe
-from liar_ext.report.report import Report
 from liar_ext.vocabulary.choosing import STEP, plain, size_of
 from liar_ext.vocabulary.keep import (
     Choice,
@@ -51,8 +46,6 @@ HELD_OUT, LEAST_DOCUMENTS = 5, 20  # every fifth document; with fewer, pieces of
 CHARACTERS = 2000  # of such a piece
 JUDGED_PIECES, JUDGED_DOCUMENTS = 64, 256  # at most, of language models and encoders
 SMALLER, HALVINGS = 0.75, 3  # the steps of sizes, and how often the last one is halved
-SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning says so
-MORE = 0.02  # more of them on held-out text than on the text that chose
 
 
 class VocabularyQuality:
@@ -74,7 +67,7 @@ class VocabularyQuality:
     ) -> None:
         self.texts, self.seq_len, self.batch_size = texts, seq_len, batch_size
         self.samples, self.causal = samples, predicts_next_token(model)
-        backend = _backend(tokenizer)
+        backend = plain(json.dumps(spec_of(tokenizer)))
         if self.causal:
             length = min(seq_len // 2, PIECE) or 1
             self.texts, self.samples = pieces_of(backend, texts, length, samples), None
@@ -93,9 +86,17 @@ class VocabularyQuality:
             return "bits_per_byte" if self.causal else "cosine"
         return "agreement" if self.logits.dim() == 2 and self.logits.shape[1] > 1 else None
 
+    def check_judges(self, model: nn.Module) -> None:
+        """Raise InputError if no measure compares the model's outputs between vocabularies."""
+        if self.judged_by is None:
+            raise InputError(
+                f"vocabulary: {type(model).__name__} puts out logits of tokens, which don't "
+                "compare between vocabularies; give a number of tokens instead of auto"
+            )
+
     def compare(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Return tokens per byte, and bits per byte (each with all tokens first) or likeness."""
-        rate = tokens_per_byte(_backend(tokenizer), self.texts)
+        rate = tokens_per_byte(plain(json.dumps(spec_of(tokenizer))), self.texts)
         found: dict[str, Any] = {"tokens_per_byte": [self.rate, rate]}
         if self.causal:
             return found | {"bits_per_byte": [self.bits, self._bits_per_byte(model, tokenizer)]}
@@ -171,12 +172,8 @@ def smallest(
     Sizes fall by a quarter until one loses too much; the last step is halved three times. None if
     each smaller vocabulary loses too much. The curve has ``[tokens, loss, tokens per byte]``.
     """
-    most = LOSSES.get(quality.judged_by or "")
-    if most is None:
-        raise InputError(
-            f"vocabulary: {type(model).__name__} puts out logits of tokens, which don't compare "
-            "between vocabularies; give a number of tokens instead of auto"
-        )
+    quality.check_judges(model)
+    most = LOSSES[quality.judged_by]
     curve: dict[int, list[float]] = {}
     best: Choice | None = None
 
@@ -210,8 +207,13 @@ def _search(is_good: Callable[[int], bool], size: int) -> None:
         good, bad = (middle, bad) if is_good(middle) else (good, middle)
 
 
-def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice) -> tuple[nn.Module, Any]:
-    """Return model and tokenizer with fewer tokens; all other weights are those of the model."""
+def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice | None) -> tuple[nn.Module, Any]:
+    """Return model and tokenizer with fewer tokens, or both if all stay.
+
+    All other weights are those of the model.
+    """
+    if choice is None:
+        return model, tokenizer
     copied = light_copy(model)
     return copied, keep_tokens(copied, tokenizer, choice)
 
@@ -230,107 +232,3 @@ def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | 
                 return value
             found.append(value.float().cpu())
     return torch.cat(found)
-
-
-def _backend(tokenizer: Any) -> Any:
-    return plain(json.dumps(spec_of(tokenizer)))
-
-
-class SmallerVocabulary:
-    """What a recipe leaves of the vocabulary, and how much that changes.
-
-    The model is changed in place; ``tokenizer`` is the new one. Everything is as before if the
-    recipe keeps all tokens.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: nn.Module,
-        tokenizer: Any,
-        read: Mapping[str, Sequence[str]],
-        held_out: Sequence[str] | None,
-    ) -> None:
-        self.model, self.tokenizer, self.facts = model, tokenizer, {}
-        self.whole: VocabularyQuality | None = None
-        if recipe.keep_vocab == 1.0:
-            return
-        told = list(dict.fromkeys(recipe.vocab_text or recipe.calibration))
-        if SELF in told:
-            raise InputError(
-                "vocabulary: text that the model generates can't decide which tokens stay; name a "
-                "text with --vocab-text"
-            )
-        chosen, facts = None, {}
-        if is_first():
-            texts = [text for source in told for text in read[source]]
-            chosen, facts = self._choose(recipe, texts)
-            if chosen and held_out:
-                self.whole = self._quality(recipe, held_out, recipe.eval_samples)
-        chosen, facts = broadcast((chosen, facts))
-        self.facts = {**facts, "text": told} if facts else {}
-        if chosen is None:
-            model.liar_vocabulary = None  # all tokens stay, which a job need not ask for
-        else:
-            self.tokenizer = keep_tokens(model, tokenizer, chosen)
-        if self.whole is not None:
-            self.facts["held_out"] = self.whole.compare(model, self.tokenizer)
-
-    def _choose(self, recipe: Recipe, texts: Sequence[str]) -> tuple[Choice | None, dict[str, Any]]:
-        """Return the tokens that stay, and what is known of them; without any if all do."""
-        count = partial(Counted, self.model, self.tokenizer, scripts=recipe.vocab_scripts)
-        if recipe.keep_vocab != "auto":
-            chosen = count(texts).choose(recipe.keep_vocab)
-            return chosen, chosen.facts if chosen else {}
-        texts, judging = held_out_of(texts)
-        most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
-        counted, quality = count(texts), self._quality(recipe, judging, most)
-        chosen, auto = smallest(counted, self.model, self.tokenizer, quality)
-        whole = {"before": counted.size, "after": counted.size}
-        whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
-        facts = (chosen.facts if chosen else whole) | {"auto": auto}
-        return chosen and replace(chosen, facts=facts), facts
-
-    def _quality(
-        self, recipe: Recipe, texts: Sequence[str], samples: int | None
-    ) -> VocabularyQuality:
-        how = {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "samples": samples}
-        return VocabularyQuality(self.model, self.tokenizer, texts, **how)
-
-    def add_to(self, report: Report) -> None:
-        """Let a report say it."""
-        if not self.facts:
-            return
-        facts = report.vocabulary = dict(self.facts)
-        if facts["after"] == facts["before"]:
-            report.warnings.append(
-                "All tokens stay: each smaller vocabulary loses more on held-out text than auto "
-                "allows. Give more text with --vocab-text, or a number of tokens."
-            )
-            return
-        notes = ["The dense model's quality above is with the smaller vocabulary, too."]
-        report.warnings += notes if report.evaluation else []
-        held_out = facts.get("held_out", {})
-        if self.whole is not None and report.plan.sites:
-            pruned = self.whole.compare(self.model, self.tokenizer)
-            facts["held_out"] = {**held_out, "pruned": pruned}
-        report.warnings += split_warnings(facts["tokens_per_byte"], held_out)
-
-
-def split_warnings(chosen: Sequence[float], held_out: Mapping[str, Any]) -> list[str]:
-    """Return warnings of tokens per byte, before and after, of the text that chose and of other."""
-    before, after = held_out.get("tokens_per_byte", chosen)
-    more, of_chosen = after / before - 1, chosen[1] / chosen[0] - 1
-    advice = "Name text of that kind with --vocab-text, or keep more tokens."
-    if held_out and more > of_chosen + MORE:
-        return [
-            f"The smaller vocabulary needs {more:.0%} more tokens for the held-out text, and "
-            f"{of_chosen:.0%} more for the text that chose it. Name more text of the held-out kind "
-            "with --vocab-text, or keep more tokens."
-        ]
-    if 1 + more > SPLIT:
-        kind = "held-out" if held_out else "chosen"
-        return [
-            f"The smaller vocabulary needs {more:.0%} more tokens for the {kind} text. {advice}"
-        ]
-    return []

@@ -145,9 +145,11 @@ def vocabulary(value: Any) -> dict[str, Any]:
         return {}
     read = {"alike_lines": count(facts.get("alike_lines")), "text": lines(facts.get("text"))[:20]}
     read["tokens_per_byte"] = _pair(facts.get("tokens_per_byte"))
-    if auto := record(facts.get("auto"), judged_by=text, most_loss=number):
-        steps = listing(facts["auto"].get("curve"))[:MOST_POINTS]
-        read["auto"] = {**auto, "curve": [_step(listing(each)) for each in steps]}
+    auto = mapping(facts.get("auto"))
+    if judged_by := text(auto.get("judged_by")):
+        steps = [_step(listing(each)) for each in listing(auto.get("curve"))[:MOST_POINTS]]
+        most = number(auto.get("most_loss"))
+        read["auto"] = {"judged_by": judged_by, "most_loss": most, "curve": steps}
     if held_out := _held_out(facts.get("held_out")):
         pruned = _held_out(mapping(facts["held_out"]).get("pruned"))
         read["held_out"] = held_out | ({"pruned": pruned} if pruned else {})
@@ -183,9 +185,9 @@ def _finite_or_inf(value: Any) -> float | None:
 
 
 def _step(values: list[Any]) -> list[float | None]:
-    """Read tokens, loss and tokens per byte of a size that was tried."""
-    tokens, loss, rate = (*values[:3], None, None, None)[:3]
-    return [count(tokens), math.inf if loss == "inf" else number(loss), number(rate)]
+    """Read tokens, loss, tokens per byte, and what is kept in all, of a size that was tried."""
+    tokens, loss, rate, kept = (*values[:4], None, None, None, None)[:4]
+    return [count(tokens), math.inf if loss == "inf" else number(loss), number(rate), number(kept)]
 
 
 def _pair(value: Any) -> list[float | None]:

@@ -118,7 +118,8 @@ def test_the_smallest_size_within_the_loss_is_taken(good_from, taken, monkeypatc
         vocabulary, "smaller_copy", lambda model, tokenizer, choice: (len(choice.order),)
     )
     counted = SimpleNamespace(choose=choose, size=TOKENS)
-    quality = SimpleNamespace(compare=compare, loss=loss, judged_by="bits_per_byte")
+    measured = {"compare": compare, "loss": loss, "check_judges": lambda model: None}
+    quality = SimpleNamespace(judged_by="bits_per_byte", **measured)
     found, facts = smallest(counted, None, None, quality)
     assert (found and len(found.order)) == taken
     assert all(size % 64 == 0 for size in tried) and sorted(set(tried)) == sorted(tried)
