@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext import checkpoint
+from liar_ext import LatencyTable, checkpoint
 from liar_ext.calibration import generated, texts
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
@@ -30,15 +30,14 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
-from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
+from liar_ext.job.sharing import SmallerVocabulary
 from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.selection.costs import LatencyTable
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 WRITTEN = "written"  # key of generated text in a checkpoint

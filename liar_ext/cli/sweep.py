@@ -15,7 +15,7 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
-from liar_ext.cli.options import recipe_of
+from liar_ext.cli.options import given_fields, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.job.solving import sequences_to_judge
@@ -24,7 +24,7 @@ from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
-from liar_ext.report.tables import MEASURES, Table, figure, quality, to_text
+from liar_ext.report.tables import Table, figure, measured, quality, to_text
 
 
 def run(options: argparse.Namespace) -> None:
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of the dense model and each budget."""
-    judged = [name for name in MEASURES if name in dense]
+    judged = measured(dense)
     heads = ("keep", "divergence", "parameters", "of dense", "operations", *judged, "seconds")
     cells = [
         (
@@ -95,8 +95,7 @@ Row = dict[str, Any]
 
 def run_compare_methods(options: argparse.Namespace) -> None:
     """Prune a copy of the model by each method with each seed, print the table_of_methods."""
-    names = [each.name for each in recipe_fields() if hasattr(options, each.name)]
-    given = {name: getattr(options, name) for name in names}
+    given = given_fields(options)
     if not {"model", "calibration", "eval"} <= given.keys():
         raise InputError(
             "compare-methods: needs MODEL, --calibration TEXT and --eval TEXT, MODEL before them"
@@ -148,7 +147,7 @@ def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
     by_method = {"dense": [dense]}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    measure, cells = next(name for name in MEASURES if name in dense), []
+    measure, cells = next(iter(measured(dense))), []
     for method, runs in by_method.items():
         found = [row[measure] for row in runs]
         spread = (min(found), max(found)) if len(found) > 1 else (None, None)
@@ -162,5 +161,4 @@ def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
 
 def _numbers(measure: Evaluator, model: nn.Module, batches: Any, progress: bool) -> Row:
     found = measure(model, batches, progress=progress)
-    judged = {name: found[name] for name in MEASURES if name in found}
-    return {"params": count_params(model), **judged}
+    return {"params": count_params(model), **measured(found)}

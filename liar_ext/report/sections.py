@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liar_ext.measure.timing import Benchmark, ModelFacts
+from liar_ext.measure.speed import Benchmark, ModelFacts
 from liar_ext.report.tables import (
     BYTES,
     MEASURES,

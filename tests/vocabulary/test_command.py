@@ -25,9 +25,9 @@ from liar_ext import (
     save_pruned,
 )
 from liar_ext.checkpoint.carrying import compare_tokenization
-from liar_ext.cli.keep_vocab import split_warnings
 from liar_ext.export.verify import verify_everywhere
-from liar_ext.measure.vocabulary_quality import LOSSES
+from liar_ext.job.sharing import split_warnings
+from liar_ext.job.vocabulary import LOSSES
 
 KEPT = 384
 SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]

@@ -6,7 +6,6 @@ compared by ``bits per byte``, ``−Σ log₂ p(token | tokens before) / bytes``
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.errors import InputError
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.latency import light_copy
 from liar_ext.models.running import (
     complete_inputs,
     device_of,
@@ -51,20 +51,10 @@ SMALLER, HALVINGS = 0.75, 3  # the steps of sizes, and how often the last one is
 
 
 class VocabularyQuality:
-    """Quality of a model with its whole vocabulary on some text, to compare smaller ones with.
+    """Quality of a model with all its tokens on text that chose none, to compare fewer with.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model with all tokens; it is run now.
-    tokenizer : transformers tokenizer or processor
-        Its tokenizer.
-    texts : sequence of str
-        Text that chose no token.
-    seq_len, batch_size : int
-        Longest sequence in tokens, and sequences at a time.
-    samples : int, optional
-        Documents, or pieces of the text for a language model, at most.
+    The model is run now, on at most ``samples`` documents, or pieces of them if it is a language
+    model, of at most ``seq_len`` tokens, ``batch_size`` at a time.
     """
 
     def __init__(
@@ -226,8 +216,7 @@ def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice | None) -> tup
     """
     if choice is None:
         return model, tokenizer
-    shared = {id(each): each for each in [*model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, shared)
+    copied = light_copy(model)
     return copied, keep_tokens(copied, tokenizer, choice)
 
 
