@@ -103,12 +103,6 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
             "blocks, in a file, more slowly: give more memory.",
         ),
         (
-            any(row.target != "dense-input" for row in pruned),
-            "Layerwise errors count what the layers before have lost, on text that those were "
-            "solved for: fresh text can show several times as much. Judge the model by --eval, "
-            "--certify or its own task.",
-        ),
-        (
             tokens < 2 * widest,
             f"{tokens} calibration tokens are few for sites of {widest} features; the "
             "cross-validated errors say what that costs.",

@@ -19,7 +19,7 @@ from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import TELLING, Documents, read_text, rows_of_dataset
 from liar_ext.calibration.folds import Sequences, in_turns, padded
 from liar_ext.environment import errors_alone
-from liar_ext.errors import InputError, one_line
+from liar_ext.errors import InputError, install, one_line
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 
 AUDIO, IMAGES = "audio", "images"
@@ -182,7 +182,7 @@ def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None
     except InputError:
         raise
     except ImportError:
-        raise InputError(f"data: {packages}; pip install 'liar_ext[{extra}]'") from None
+        raise InputError(f"data: {packages}; {install(extra)}") from None
     except Exception as error:  # each library has errors of its own
         raise InputError(
             f"data: {item.place} can't be read as {what}: {one_line(error)}; copy it again, or "
