@@ -27,9 +27,8 @@ from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import is_first
 from liar_ext.errors import InputError, naming_memory
-from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job
-from liar_ext.job.pruning import check_resumable
+from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.models.running import predicts_next_token
 from liar_ext.progress import OnProgress, told
