@@ -37,8 +37,8 @@ class Checkpoint(AbstractContextManager):
 
     A file is complete or absent whenever the process ends, and stays until its key is put again.
     All ranks must call :meth:`get`, :meth:`begin` and :meth:`put_shared`; the other methods do
-    nothing except at the first one. The folder is made if missing. One process at a time can open
-    it; InputError if it is in use, can't be written to, or is of an older version.
+    nothing except at the first one. One process at a time can open the folder, which is made if
+    missing; InputError if it is in use, can't be written to, or is of an older version.
     """
 
     def __init__(

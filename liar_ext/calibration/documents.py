@@ -29,11 +29,10 @@ class Documents(list):
 def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object]]) -> Documents:
     """Return the documents of a text file, a JSON-lines file, a folder or a dataset.
 
-    A file is one document; each line of a ``.jsonl`` file is one (its field ``text``); a folder
-    holds one per file; a dataset of the ``datasets`` library, written ``NAME[:CONFIG[:SPLIT]]``
-    (split ``train`` if not given), holds one per row (its column ``text``). A dataset is streamed,
-    and its first ``MOST_OF_A_DATASET`` characters are read; the notes say so if there is more. A
-    ``datasets.Dataset`` or ``IterableDataset``, prepared in any way, serves as its name does.
+    A file is one document, a line of a ``.jsonl`` file one in its field ``text``, and a folder has
+    one per file. A dataset of the ``datasets`` library, ``NAME[:CONFIG[:SPLIT]]``, split ``train``
+    if not given, or a ``Dataset`` itself, has one per row in its column ``text``; the first
+    ``MOST_OF_A_DATASET`` characters are read, and the notes say so if there is more.
 
     Raises
     ------
@@ -63,9 +62,8 @@ def read_documents(source: str | os.PathLike[str] | Iterable[Mapping[str, object
 def check_apart(calibration: Iterable[str], evaluation: Iterable[str]) -> None:
     """Raise InputError if documents of the evaluation are calibrated on.
 
-    Documents are compared by a hash of their text without case and white space, wherever they come
-    from. Those of less than ``TELLING`` characters, such as headings, stand in many texts; they
-    count if at least half of the evaluation is shared.
+    Documents are compared by a hash of their text without case and white space. Those of less than
+    ``TELLING`` characters, such as headings, count if at least half of the evaluation is shared.
     """
     check_apart_from(document_digests(calibration), evaluation)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from liar_ext.atomic_write import WORDS
+from liar_ext.calibration.bank_source import fingerprint_of
 from liar_ext.calibration.collect import check_finite_tensors
-from liar_ext.calibration.kept_text import fingerprint_of
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
 from liar_ext.checkpoint.reading import reading, stock_class

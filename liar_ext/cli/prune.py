@@ -35,9 +35,8 @@ from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory
 from liar_ext.job.dry_run import describe, describe_streamed
-from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job
-from liar_ext.job.pruning import check_resumable
+from liar_ext.job.pruning import check_resumable, prune_folder
 from liar_ext.job.solving import sequences_to_judge
 from liar_ext.progress import OnProgress, told
 from liar_ext.recipe import Recipe
