@@ -17,8 +17,8 @@ from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batc
 from liar_ext.calibration.documents import JSON_LINES, checked, read_text
 from liar_ext.calibration.taps import watched
 from liar_ext.checkpoint.carrying import source_folder
+from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
 from liar_ext.errors import InputError
-from liar_ext.export.sentence import Pooling, Sentence, read_sentence
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import (
     complete_inputs,

@@ -122,7 +122,8 @@ def reconstruct(
     weight : Tensor
         ``W'``, ``(L, d_out, n)`` float64; ``(0, d_out, n)`` with ``errors_only``.
     error : Tensor
-        ``(L,)`` float64: ``tr(ΔW G ΔWᵀ)``, where ``ΔW`` is ``W' − W_K`` on K and ``−W_P`` on P.
+        ``(L,)`` float64: ``tr(ΔW G ΔWᵀ)``, where ``ΔW`` is ``W' − W_K`` on K and ``−W_P`` on P;
+        not below 0, though a Gram matrix that was rounded to float32 may be slightly indefinite.
         With ``cross``: ``tr(V G Vᵀ) − 2 tr(V C)``, ``V`` being ``W'`` on K and 0 on P; add
         ``Σ |y* − b|²`` for the error itself.
     holdout_error : Tensor

@@ -200,17 +200,18 @@ class _Problem:
             for site in at:
                 parts.setdefault((site.kind, site.units, site.width), []).append(site)
         teams = tuple(_Team.of(some, budget, costs) for some in parts.values())
-        total, in_sites = costs.total, sum(team.costs[-1] for team in teams)
-        limit = budget.keep * total - (total - in_sites)
+        in_sites = sum(team.costs[-1] for team in teams)
+        total, fixed = costs.total + costs.gone, costs.total - in_sites
+        limit = budget.keep * total - fixed
         problem = cls(teams, limit + 1e-9 * total)
         least = problem.spent([0] * len(teams))
         if least > problem.limit:
-            outside = 1.0 - in_sites / total
-            fixed = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
+            outside = fixed / total
+            beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
             raise InputError(
                 f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
                 f"{budget.tile} the sites can go down to "
-                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile"
+                f"{(least + fixed) / total:.4g}{beside}; raise keep, or lower tile"
             )
         return problem
 

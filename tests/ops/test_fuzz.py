@@ -87,6 +87,14 @@ def noticed(operator, of=60):
     return count
 
 
+def test_an_error_that_rounded_sums_take_below_zero_may_be_zero():
+    """The operator says 0; the oracle subtracts what float32 has left of a Gram matrix."""
+    gram = torch.tensor([[1.0, 1 / 3], [1 / 3, 1 / 9]])
+    given = {"weight": 1e3 * torch.ones(1, 2), "gram": gram, "kept": torch.tensor([0])}
+    given |= {"damps": torch.tensor([1e-12], dtype=torch.float64), "errors_only": False}
+    assert check_call(fuzz_calls.Call("reconstruct", given), RandomChoices(0)) == "agreed"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("operator", ["obs_curve", "reconstruct"])
 def test_a_wrong_result_is_noticed(operator, monkeypatch):

@@ -232,6 +232,18 @@ def test_a_gram_that_is_not_positive_definite_is_reported():
     assert ops.reconstruct(weight, dead, kept, damps)[3][:, 0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("run", [ops.reconstruct, reference.reconstruct])
+def test_a_gram_that_float32_made_indefinite_has_no_error_below_zero(run):
+    """Of one token, 1 and 1/3: the error is 1/9 − (1/3)², and less as float32 rounds both."""
+    x = torch.tensor([[1.0, 1 / 3]], dtype=torch.float64)
+    gram, kept = (x.mT @ x).float(), torch.tensor([0])
+    damps = torch.tensor([1e-12], dtype=torch.float64)
+    arguments = torch.ones(1, 2), gram, kept, damps
+    assert -1e-8 < oracle.reconstruct(*arguments)[1] < -5e-9
+    _, error, _, info = run(*arguments)
+    assert error[0] == 0 and info[0, 0] == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_narrow_weights_and_grams_are_widened(dtype):
     weight, x = problem(200, 40, 6)
