@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from liar_ext.models import registry
-from liar_ext.models.overview import COLUMNS, NO, NONE, Entry, overview
+from liar_ext.models.registry import COLUMNS, NO, NONE, Entry, overview
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"

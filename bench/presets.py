@@ -22,7 +22,7 @@ from liar_ext.calibration.batches import FACTS
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import calibration_sequences, evaluation_sequences
 from liar_ext.checkpoint import load_model
-from liar_ext.cli.dry_run import describe
+from liar_ext.job.dry_run import describe
 
 
 def main() -> None:

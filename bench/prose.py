@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from liar_ext.cli.options import parser
+from liar_ext.cli.main import parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^( *)(```|~~~).*?^ *\2 *$|<!--.*?-->|^\$\$.*?\$\$$", re.DOTALL | re.MULTILINE)

@@ -142,6 +142,12 @@ class SitePlan:
         """Make one of what :meth:`Plan.to_json` wrote."""
         return cls(fields["units"], tuple(fields["kept"]), fields["bias"])
 
+    @classmethod
+    def first(cls, units: int, count: int, groups: int = 1) -> SitePlan:
+        """Return the plan that keeps ``count`` units, the first ones of each group."""
+        run, each = units // groups, count // groups
+        return cls(units, tuple(g * run + unit for g in range(groups) for unit in range(each)))
+
     @property
     def removed(self) -> tuple[int, ...]:
         """Indices of the units that go, ascending."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from liar_ext.checkpoint.names import REPORT_JSON
-from liar_ext.measure.timing import Benchmark, ModelFacts, Quartiles, Rate, bench_file
-from liar_ext.report.compare import write_comparison
-from liar_ext.report.page import write_page
+from liar_ext.measure.speed import Benchmark, ModelFacts, Quartiles, Rate
+from liar_ext.report.page import write_comparison, write_page
+from liar_ext.report.reading import bench_file
 
 SCRIPT = "<script>alert(1)</script>"
 NASTY = f"\"'><img src=x onerror=alert(2)>{SCRIPT}$\\frac{{1}}$&amp;\u202e\ud800\x00</style></svg>"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import liar_ext
-from liar_ext.cli.options import parser
+from liar_ext.cli.main import parser
 from liar_ext.models.registry import FAMILIES
 from liar_ext.selection.criteria import _CRITERIA, list_criteria
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 from test_docs import ROOT, subcommands
 
-from liar_ext.export.formats import FORMATS
+from liar_ext.export import FORMATS
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import option_of, recipe_fields
 

@@ -30,7 +30,7 @@ def test_one_command_alone_imports_suggestions():
         for path in package.rglob("*.py")
         if path.parent.name != "suggest" and "liar_ext.suggest." in path.read_text("utf-8")
     ]
-    assert sorted(found) == ["__init__.py", "cli/export.py"]
+    assert sorted(found) == ["__init__.py", "cli/info.py"]
     code = (
         "import sys, liar_ext.cli; code = liar_ext.cli.main(['families']);"
         "sys.exit(code or 'liar_ext.suggest' in sys.modules)"

@@ -14,7 +14,7 @@ from test_docs import ROOT, resolves
 import liar_ext
 import liar_ext.checkpoint
 import liar_ext.export
-from liar_ext.export.formats import FORMATS
+from liar_ext.export import FORMATS
 
 DOCS = ROOT / "docs"
 API = {page.stem: page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")}

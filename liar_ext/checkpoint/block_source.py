@@ -24,8 +24,8 @@ from liar_ext.calibration.collect import check_finite_tensors
 from liar_ext.calibration.kept_text import fingerprint_of
 from liar_ext.checkpoint.inspection import inspect_folder, read_config
 from liar_ext.checkpoint.loading import load_pruned, load_tokenizer, placement, read_dense
-from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.reading import reading, stock_class
+from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.registry import family_of
 from liar_ext.models.running import blocks_of, body_of
@@ -133,7 +133,6 @@ class BlockStore:
         return self._read_below(self._paths[index])
 
     def _read_below(self, path: str) -> dict[str, Tensor]:
-        """Read the parameters below a path."""
         leaves = (name for name, _ in self.model.get_submodule(path).named_parameters())
         tensors = {f"{path}.{leaf}": self._weights[f"{path}.{leaf}"] for leaf in leaves}
         check_finite_tensors(tensors.items())

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from liar_ext.checkpoint.names import CARD_FILE, OWN_FOLDER, TOKENIZER_FILES, VOCABULARY_FILE
-from liar_ext.checkpoint.quietening import quiet
+from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.sites import sites
 from liar_ext.untrusted import UNREADABLE, listing, mapping, read_object, read_value
@@ -110,7 +110,6 @@ def _files(source: Path, said: list[str]) -> Iterator[tuple[Path, str]]:
 
 
 def _goes(name: str) -> bool:
-    """Tell whether a file is of a kind that goes along."""
     name = name.lower()
     known = name.endswith(KINDS) or name.partition(".")[0] in LICENSES
     return known and not name.startswith(".")

@@ -20,7 +20,6 @@ from torch import nn
 from liar_ext.calibration.media import AUDIO, Reader, kind_read
 from liar_ext.checkpoint import names
 from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_json
-from liar_ext.checkpoint.quietening import obedient_bar, quiet
 from liar_ext.checkpoint.reading import (
     SAFELY,
     bare_class,
@@ -31,6 +30,7 @@ from liar_ext.checkpoint.reading import (
     stock_class,
 )
 from liar_ext.checkpoint.stock_config import dense_config
+from liar_ext.checkpoint.transformers_hooks import obedient_bar, quiet
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.running import inputs_read, known_tokens
 from liar_ext.plan import Plan
@@ -62,7 +62,7 @@ def load_pruned(folder: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     ------
     InputError
         If the folder isn't one of ours, is damaged, or its weights aren't those of its config and
-        plan: some missing, some more, some of another shape. None of its code is ever run.
+        plan. None of its code is ever run.
     """
     folder = Path(folder)
     fields = read_marked_config(folder)

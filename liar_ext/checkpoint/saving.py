@@ -30,8 +30,8 @@ from liar_ext.checkpoint.carrying import (
 from liar_ext.checkpoint.fingerprint import write_fingerprint, write_manifest
 from liar_ext.checkpoint.inspection import INDEX, WEIGHTS
 from liar_ext.checkpoint.placing import beside, check_folder, put_in_place
-from liar_ext.checkpoint.quietening import no_bars, quiet
 from liar_ext.checkpoint.stock_config import described, wear
+from liar_ext.checkpoint.transformers_hooks import no_bars, quiet
 from liar_ext.errors import InputError, one_line, refusing
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.sites import sites
@@ -65,9 +65,8 @@ def save_pruned(
     plan : Plan, optional
         The plan that was applied; by default that of the report.
     report : Report or mapping, optional
-        Anything with ``save(folder)``, or a mapping that is written as ``liar/report.json``. It is
-        written last. If it has ``seconds``, a dict, those of saving are put there first as
-        ``save``, and added to ``total`` if that is there.
+        Anything with ``save(folder)``, or a mapping for ``liar/report.json``; written last. If it
+        has a dict ``seconds``, those of saving are put there as ``save``, and added to ``total``.
     tokenizer : optional
         Tokenizer or processor to save, with its chat template.
     source : path or str, optional

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from liar_ext.checkpoint.names import LOADER_MODULE, MARK_VERSION
-from liar_ext.checkpoint.quietening import quiet
+from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import InputError
 from liar_ext.models.liar_loader import config_numbers, pruned_class, selection_of
 from liar_ext.models.residual_stream import stream_of
@@ -217,7 +217,6 @@ def _set_shared(model: nn.Module, config: Any) -> None:
 
 
 def _build(model: nn.Module, config: Any) -> nn.Module | None:
-    """Return the stock model of a config, without memory; None if the config's rules forbid it."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:

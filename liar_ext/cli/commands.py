@@ -6,35 +6,35 @@ import argparse
 import re
 from typing import Any
 
-from liar_ext.cli import fields
-from liar_ext.cli.fields import COUNT, DIR, FILE, FLAG, NAME, YES_OR_NO, Add, adder, path
+from liar_ext.cli import options as kinds
 from liar_ext.cli.messages import TRACKERS, read_tracker
-from liar_ext.export.formats import FORMATS
+from liar_ext.cli.options import COUNT, DIR, FILE, FLAG, NAME, YES_OR_NO, add, add_field, path
+from liar_ext.export import FORMATS
 from liar_ext.healing import TRAIN
 from liar_ext.recipe.fields import DTYPES, PRESETS, recipe_fields
 
 # Fields of the recipe that are options of heal, too: by default as in the recipe of the folder.
 HEAL_FIELDS = ("calibration", "self_text", "eval", "seq_len", "batch_size", "seed", "device")
 HIDDEN, UNSET = argparse.SUPPRESS, {"default": argparse.SUPPRESS}
+BARS = "auto: a bar in a terminal, else a line every 30 s; plain: lines also in a terminal"
+PROGRESS = ("--progress", {"choices": ("auto", "plain", "none"), "default": "auto"}, BARS)
 JSON = ("--json", FLAG, "print JSON")
+JSON_ALONE = ("--json", FLAG, "print one JSON object and nothing else")
 DTYPE = ("--dtype", {"choices": DTYPES, "default": "float32"}, "data type of the weights")
 DEVICE = ("--device", {**NAME, "default": "cpu"}, "cpu, cuda, cuda:1, ...; auto: all GPUs")
 
 
-def _add_checkpoint(add: Add, what: str) -> None:
+def _checkpoint(what: str) -> tuple:
     said = f"save {what} in DIR; resume with the same command or liar resume DIR"
-    add("--checkpoint", DIR, said)
+    return "--checkpoint", DIR, said
 
 
-def _add_shown(add: Add, quiet: str = "no progress, no summary, no warnings") -> None:
-    bars = "auto: a bar in a terminal, else a line every 30 s; plain: lines also in a terminal"
-    add("--progress", {"choices": ("auto", "plain", "none"), "default": "auto"}, bars)
-    add("--quiet", FLAG, quiet)
-    add("--json", FLAG, "print one JSON object and nothing else")
+def _shown(quiet: str = "no progress, no summary, no warnings") -> list[tuple]:
+    return [PROGRESS, ("--quiet", FLAG, quiet), JSON_ALONE]
 
 
-def _without(*names: str, **facts: Any) -> list:
-    return [each for each in recipe_fields(**facts) if each.name not in names]
+def _overwrite(what: str) -> tuple:
+    return "--overwrite", FLAG, f"replace {what}"
 
 
 def _prune(commands: Any) -> None:
@@ -48,38 +48,35 @@ def _prune(commands: Any) -> None:
         "measured.",
         epilog="Example: liar prune gpt2 --calibration text.txt --keep 0.5 --out gpt2-half",
     )
-    job = _add_start(parser)
     what = "only print the plan: sizes, memory, passes, minutes, how the result loads"
     size = "prune a model larger than memory block by block, in at most SIZE, such as 12GiB"
-    add = adder(job)
-    add("--dry-run", FLAG, what)
-    add("--max-memory", {"type": fields.read_size, "metavar": "SIZE"}, size)
-    fields.add_fields(parser, recipe_fields(), "out", "preset", "max_memory")
-    add = adder(parser.add_argument_group("Output"))
-    add("--out -o", DIR, "folder to write")
-    _add_checkpoint(add, "progress")
-    add("--overwrite", FLAG, "replace DIR if it exists")
-    _add_shown(add)
+    job = _add_start(parser)
+    add(job, ("--dry-run", FLAG, what))
+    add(job, ("--max-memory", {"type": kinds.read_size, "metavar": "SIZE"}, size))
+    kinds.add_fields(parser, recipe_fields(), "out", "preset", "max_memory")
+    log = "log recipe, sizes, perplexity and seconds as a run of MLflow or Weights & Biases"
     add(
-        "--log",
-        {"type": read_tracker, "choices": TRACKERS},
-        "log recipe, sizes, perplexity and seconds as a run of MLflow or Weights & Biases",
+        parser.add_argument_group("Output"),
+        ("--out -o", DIR, "folder to write"),
+        _checkpoint("progress"),
+        _overwrite("DIR if it exists"),
+        *_shown(),
+        ("--log", {"type": read_tracker, "choices": TRACKERS}, log),
     )
 
 
 def _add_start(parser: Any) -> argparse._ArgumentGroup:
     """Add where a recipe begins; return the group of the job."""
     group = parser.add_argument_group("Job")
-    add = adder(group.add_mutually_exclusive_group())
+    kind = {"choices": PRESETS, "default": "balanced"}
+    recipe = "settings of an earlier run, DIR/liar/recipe.yaml; options override them"
     add(
-        "--preset",
-        {"choices": PRESETS, "default": "balanced"},
-        "trade run time for quality (default: balanced)",
+        group.add_mutually_exclusive_group(),
+        ("--preset", kind, "trade run time for quality (default: balanced)"),
+        ("--recipe", FILE, recipe),
     )
-    add("--recipe", FILE, "settings of an earlier run, DIR/liar/recipe.yaml; options override them")
     bank = "reuse the activation statistics and the text of a file written by liar calibrate"
-    add = adder(group)
-    add("--bank", FILE, bank)
+    add(group, ("--bank", FILE, bank))
     return group
 
 
@@ -93,21 +90,22 @@ def _calibrate(commands: Any) -> None:
         "of times. liar merge adds the banks of several texts or machines.",
         epilog="Example: liar calibrate gpt2 --calibration text.txt --out gpt2.bank",
     )
-    fields.add_fields(parser, recipe_fields(group="model") + recipe_fields(in_bank="text"), "bank")
+    kinds.add_fields(parser, recipe_fields(group="model") + recipe_fields(in_bank="text"), "bank")
     sensitivities = parser.add_argument_group("Sensitivities")
     for each in recipe_fields(in_bank="sensitivities"):
-        fields.add_field(sensitivities, each)
+        add_field(sensitivities, each)
     measured = "also measure sensitivities, with 0.8 kept; a sweep then never runs the model"
-    add = adder(sensitivities)
-    add("--sensitivities", FLAG, measured)
+    add(sensitivities, ("--sensitivities", FLAG, measured))
     no_text = "do not store token ids; steps that run the model over the text are then rejected"
-    add = adder(parser.add_argument_group("Output"))
-    _add_checkpoint(add, "statistics and divergences")
-    add("--out -o", {**FILE, "dest": "bank"}, "file to write")
-    add("--bank", NAME, HIDDEN)
-    add("--no-text", FLAG, no_text)
-    add("--overwrite", FLAG, "replace FILE, if it is a bank")
-    _add_shown(add)
+    add(
+        parser.add_argument_group("Output"),
+        _checkpoint("statistics and divergences"),
+        ("--out -o", {**FILE, "dest": "bank"}, "file to write"),
+        ("--bank", NAME, HIDDEN),
+        ("--no-text", FLAG, no_text),
+        _overwrite("FILE, if it is a bank"),
+        *_shown(),
+    )
 
 
 def _merge(commands: Any) -> None:
@@ -118,11 +116,13 @@ def _merge(commands: Any) -> None:
         "sums in float64; the order of the arguments changes no bit. Banks that have text in "
         "common are refused.",
     )
-    add = adder(parser)
-    add("banks", {**path("BANK"), "nargs": "+"}, "file written by liar calibrate")
-    add("-o --out", {**FILE, "required": True}, "bank to write")
-    add("--overwrite", FLAG, "replace FILE, if it is a bank")
-    add("--quiet", FLAG, "no summary")
+    add(
+        parser,
+        ("banks", {**path("BANK"), "nargs": "+"}, "file written by liar calibrate"),
+        ("-o --out", {**FILE, "required": True}, "bank to write"),
+        _overwrite("FILE, if it is a bank"),
+        ("--quiet", FLAG, "no summary"),
+    )
 
 
 def _resume(commands: Any) -> None:
@@ -134,10 +134,8 @@ def _resume(commands: Any) -> None:
         "it only on checkpoints that you trust: like a script, one says what is read and where "
         "results go.",
     )
-    add = adder(parser)
-    add("folder", DIR, "a checkpoint")
-    add("--overwrite", FLAG, "replace what the job writes, if it is there already")
-    _add_shown(add)
+    overwrite = _overwrite("what the job writes, if it is there already")
+    add(parser, ("folder", DIR, "a checkpoint"), overwrite, *_shown())
 
 
 def _sweep(commands: Any) -> None:
@@ -152,15 +150,18 @@ def _sweep(commands: Any) -> None:
         epilog="Example: liar sweep gpt2 --bank gpt2.bank --keep 0.9 0.7 0.5 --out sweep",
     )
     keep = [0.9, 0.8, 0.7, 0.6, 0.5]
-    kind = {"type": fields.read_number, "nargs": "+", "default": keep, "metavar": "F"}
-    help = f"fractions to keep (default: {' '.join(map(str, keep))})"
-    add = adder(_add_start(parser))
-    add("--keep", kind, help)
-    fields.add_fields(parser, _without("keep", with_bank=True), "bank", "keep", "out", "preset")
-    add = adder(parser.add_argument_group("Output"))
-    add("-o --out", DIR, "also write pruned models: DIR/keep-0.9 and so on")
-    add("--overwrite", FLAG, "replace folders of pruned models in DIR")
-    _add_shown(add)
+    kind = {"type": kinds.read_number, "nargs": "+", "default": keep, "metavar": "F"}
+    said = f"fractions to keep (default: {' '.join(map(str, keep))})"
+    add(_add_start(parser), ("--keep", kind, said))
+    chosen = [each for each in recipe_fields(with_bank=True) if each.name != "keep"]
+    chosen += recipe_fields(affects="inputs", with_bank=False)
+    kinds.add_fields(parser, chosen, "bank", "keep", "out", "preset")
+    add(
+        parser.add_argument_group("Output"),
+        ("-o --out", DIR, "also write pruned models: DIR/keep-0.9 and so on"),
+        _overwrite("folders of pruned models in DIR"),
+        *_shown(),
+    )
 
 
 def _heal(commands: Any) -> None:
@@ -173,30 +174,35 @@ def _heal(commands: Any) -> None:
         "needs no training. DIR is replaced, unless --out is given.",
         epilog="Example: liar heal gpt2-half --tokens 100k --out gpt2-half-healed",
     )
-    add = adder(parser)
-    add("folder", DIR, "folder written by liar prune")
-    add = adder(parser.add_mutually_exclusive_group(required=True))
-    add("--tokens", {"type": fields.read_count, "metavar": "N"}, "train on N tokens, as 100k, 2M")
-    add("--minutes", {"type": fields.above_zero, "metavar": "N"}, "train for N minutes")
-    add("--steps", COUNT, "train for N steps")
     default = " (default: %(default)s)"
-    add = adder(parser)
-    add("--train", {"choices": TRAIN, "default": "no-embeddings"}, f"weights to train{default}")
-    add("--lr", {"type": fields.above_zero, "default": 1e-4}, f"highest learning rate{default}")
-    add("--grad-accumulation", {**COUNT, "default": 1}, f"batches per step{default}")
+    add(parser, ("folder", DIR, "folder written by liar prune"))
+    add(
+        parser.add_mutually_exclusive_group(required=True),
+        ("--tokens", {"type": kinds.read_count, "metavar": "N"}, "train on N tokens, as 100k, 2M"),
+        ("--minutes", {"type": kinds.above_zero, "metavar": "N"}, "train for N minutes"),
+        ("--steps", COUNT, "train for N steps"),
+    )
+    rate = {"type": kinds.above_zero, "default": 1e-4}
+    add(
+        parser,
+        ("--train", {"choices": TRAIN, "default": "no-embeddings"}, f"weights to train{default}"),
+        ("--lr", rate, f"highest learning rate{default}"),
+        ("--grad-accumulation", {**COUNT, "default": 1}, f"batches per step{default}"),
+    )
     text = parser.add_argument_group("Models and text (default: those of the pruning job)")
-    add = adder(text)
-    add("--teacher", path("MODEL"), "the dense model")
+    add(text, ("--teacher", path("MODEL"), "the dense model"))
     for each in recipe_fields():
         if each.name in HEAL_FIELDS:
-            fields.add_field(text, each)
+            add_field(text, each)
     for action in text._group_actions:
         action.help = re.sub(r" \(default: [^)]*\)$", "", action.help)
-    add = adder(parser.add_argument_group("Output"))
-    add("--out -o", path("OUT"), "write OUT, and keep DIR")
-    _add_checkpoint(add, "progress")
-    add("--overwrite", FLAG, "replace OUT if it exists")
-    _add_shown(add, "no progress, no summary")
+    add(
+        parser.add_argument_group("Output"),
+        ("--out -o", path("OUT"), "write OUT, and keep DIR"),
+        _checkpoint("progress"),
+        _overwrite("OUT if it exists"),
+        *_shown("no progress, no summary"),
+    )
 
 
 def _eval(commands: Any) -> None:
@@ -208,35 +214,33 @@ def _eval(commands: Any) -> None:
         "or run tasks of lm-eval, and print its table.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = adder(parser)
-    add("model", path("MODEL"), "model folder, hub id, or GGUF file")
-    tasks = {"type": fields.read_names, "metavar": "TASK[,...]"}
-    add = adder(parser.add_mutually_exclusive_group())
-    add(
-        "--text",
-        NAME,
-        "as for prune --calibration; transcripts beside recordings give the word error rate",
-    )
-    add("--tasks", tasks, "tasks, groups or tags of lm-eval")
+    text = "as for prune --calibration; transcripts beside recordings give the word error rate"
+    tasks = {"type": kinds.read_names, "metavar": "TASK[,...]"}
     pairs = "encoders: lines of two texts and a score, or two texts that belong together"
     dense = "encoders: the dense model (default: the one that the report names)"
     files = "tasks: folder of task files (YAML); their Python functions (!function) are run"
-    none = {"type": fields.at_least(0), "metavar": "N"}
-    length = {"type": fields.at_least(2), "default": 512, "metavar": "N"}
-    add = adder(parser)
-    add("--against", path("DENSE"), dense)
-    add("--pairs", FILE, pairs)
-    add("--include-path", DIR, files)
-    add("--limit", COUNT, "tasks: use the first N items of each")
-    add("--num-fewshot", none, "tasks: examples in each prompt")
-    add("--out -o", FILE, "also write the result as JSON")
-    add("--output", {**NAME, "dest": "out"}, HIDDEN)
-    add("--samples", COUNT, "use N evenly spread windows")
-    add("--seq-len", length, "tokens per window")
-    add("--batch-size", {**COUNT, "default": 4}, "windows, or requests, per forward pass")
-    add(*DTYPE)
-    add(*DEVICE)
-    _add_shown(add, "no progress")
+    none = {"type": kinds.at_least(0), "metavar": "N"}
+    length = {"type": kinds.at_least(2), "default": 512, "metavar": "N"}
+    add(parser, ("model", path("MODEL"), "model folder, hub id, or GGUF file"))
+    add(
+        parser.add_mutually_exclusive_group(),
+        ("--text", NAME, text),
+        ("--tasks", tasks, "tasks, groups or tags of lm-eval"),
+    )
+    add(
+        parser,
+        ("--against", path("DENSE"), dense),
+        ("--pairs", FILE, pairs),
+        ("--include-path", DIR, files),
+        ("--limit", COUNT, "tasks: use the first N items of each"),
+        ("--num-fewshot", none, "tasks: examples in each prompt"),
+        ("--out -o", FILE, "also write the result as JSON"),
+        ("--output", {**NAME, "dest": "out"}, HIDDEN),
+        ("--samples", COUNT, "use N evenly spread windows"),
+        ("--seq-len", length, "tokens per window"),
+        ("--batch-size", {**COUNT, "default": 4}, "windows, or requests, per forward pass"),
+        *(DTYPE, DEVICE, *_shown("no progress")),
+    )
 
 
 def _verify(commands: Any) -> None:
@@ -246,11 +250,8 @@ def _verify(commands: Any) -> None:
         description="Reload DIR by every loader that it is meant for, and each of its exports, in "
         "processes of their own; compare the outputs with those recorded when it was saved.",
     )
-    add = adder(parser)
-    add("folder", DIR)
-    add("--text", NAME, "also measure perplexity on it")
-    add("--device", {**NAME, "default": "cpu"}, "device to run on")
-    add(*JSON)
+    device = ("--device", {**NAME, "default": "cpu"}, "device to run on")
+    add(parser, ("folder", DIR), ("--text", NAME, "also measure perplexity on it"), device, JSON)
 
 
 def _bench(commands: Any) -> None:
@@ -262,27 +263,29 @@ def _bench(commands: Any) -> None:
         "of pruned / dense. Peak resident memory is that of a process of its own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = adder(parser)
-    add("folder", DIR, "pruned model")
-    add("--against", {**path("MODEL"), "required": True}, "the dense model")
-    add("--rounds", {**COUNT, "default": 5}, "timed rounds")
-    add("--prompt-length", {**COUNT, "default": 128}, "tokens of a prompt")
-    add("--new-tokens", {**COUNT, "default": 32}, "tokens to decode")
-    add("--batch", {**COUNT, "nargs": "+", "default": [1, 32]}, "batch sizes")
-    add(*DTYPE)
-    add(*DEVICE)
-    add("--threads", COUNT, "CPU threads of torch")
-    add("--memory", {**YES_OR_NO, "default": True}, "measure memory")
-    add("--out -o", FILE, "file for the numbers (DIR.bench.json)")
-    _add_shown(add, "no progress")
+    add(
+        parser,
+        ("folder", DIR, "pruned model"),
+        ("--against", {**path("MODEL"), "required": True}, "the dense model"),
+        ("--rounds", {**COUNT, "default": 5}, "timed rounds"),
+        ("--prompt-length", {**COUNT, "default": 128}, "tokens of a prompt"),
+        ("--new-tokens", {**COUNT, "default": 32}, "tokens to decode"),
+        ("--batch", {**COUNT, "nargs": "+", "default": [1, 32]}, "batch sizes"),
+        *(DTYPE, DEVICE),
+        ("--threads", COUNT, "CPU threads of torch"),
+        ("--memory", {**YES_OR_NO, "default": True}, "measure memory"),
+        ("--out -o", FILE, "file for the numbers (DIR.bench.json)"),
+        *_shown("no progress"),
+    )
 
 
-def _add_page(parser: Any, where: str, default: str | None) -> None:
+def _page(where: str, default: str | None = None) -> list[tuple]:
     file = {**FILE, "default": default}
-    add = adder(parser)
-    add("--out -o", file, f"page to write (default: {where})")
-    add("--output", {**file, "dest": "out"}, HIDDEN)
-    add("--png", path("FOLDER"), "also write the pictures as PNG")
+    return [
+        ("--out -o", file, f"page to write (default: {where})"),
+        ("--output", {**file, "dest": "out"}, HIDDEN),
+        ("--png", path("FOLDER"), "also write the pictures as PNG"),
+    ]
 
 
 def _report(commands: Any) -> None:
@@ -292,9 +295,7 @@ def _report(commands: Any) -> None:
         description="Write one HTML page about DIR that needs no other file: sizes, perplexity, "
         "units kept and errors per layer, time spent and, after liar bench, speed.",
     )
-    add = adder(parser)
-    add("folder", DIR)
-    _add_page(parser, "DIR.html, beside DIR", None)
+    add(parser, ("folder", DIR), *_page("DIR.html, beside DIR"))
 
 
 def _compare(commands: Any) -> None:
@@ -304,9 +305,7 @@ def _compare(commands: Any) -> None:
         description="Write one HTML page about several pruned models: perplexity and speed "
         "against parameters. Speed is what liar bench stored.",
     )
-    add = adder(parser)
-    add("folders", {**DIR, "nargs": "+"})
-    _add_page(parser, "compare.html", "compare.html")
+    add(parser, ("folders", {**DIR, "nargs": "+"}), *_page("compare.html", "compare.html"))
 
 
 def _compare_methods(commands: Any) -> None:
@@ -322,15 +321,13 @@ def _compare_methods(commands: Any) -> None:
     )
     methods = ["flap", "wanda-sp", "liar"]
     kind = {"nargs": "+", "choices": ("liar", *PRESETS), "default": methods}
-    help = f"presets, and liar for balanced (default: {' '.join(methods)})"
-    seeds = {"type": fields.at_least(0), "nargs": "+", "default": [0, 1], "metavar": "N"}
+    said = f"presets, and liar for balanced (default: {' '.join(methods)})"
+    seeds = {"type": kinds.at_least(0), "nargs": "+", "default": [0, 1], "metavar": "N"}
     group = parser.add_argument_group("Methods")
-    add = adder(group)
-    add("--methods", kind, help)
-    add("--seeds", seeds, "random seeds")
-    fields.add_fields(parser, _without("seed", "certify"), "methods", "seeds")
-    add = adder(parser.add_argument_group("Output"))
-    _add_shown(add, "no progress")
+    add(group, ("--methods", kind, said), ("--seeds", seeds, "random seeds"))
+    chosen = [each for each in recipe_fields() if each.name not in ("seed", "certify")]
+    kinds.add_fields(parser, chosen, "methods", "seeds")
+    add(parser.add_argument_group("Output"), *_shown("no progress"))
 
 
 def _export(commands: Any) -> None:
@@ -345,15 +342,17 @@ def _export(commands: Any) -> None:
     types = "gguf: f32, f16, bf16, q8_0, ... (default: as the weights); onnx: int8 (default: "
     check = "gguf: run the file with llama.cpp, if its library is installed (default: on)"
     padded = "uniform: round the padded MLP size up to a multiple of N"
-    add = adder(parser)
-    add("folder", DIR, "model folder")
-    add("--to", {"required": True, "choices": FORMATS}, formats)
-    add("--out -o", path("OUT"), "file or folder to write")
-    add("--overwrite", FLAG, "replace OUT, if an export wrote it")
-    add("--quantize", {**path("TYPE"), **UNSET}, f"{types}float32)")
-    add("--check", {**YES_OR_NO, **UNSET}, check)
-    add("--multiple-of", {**COUNT, **UNSET}, padded)
-    _add_shown(add, "no progress, no notes")
+    add(
+        parser,
+        ("folder", DIR, "model folder"),
+        ("--to", {"required": True, "choices": FORMATS}, formats),
+        ("--out -o", path("OUT"), "file or folder to write"),
+        _overwrite("OUT, if an export wrote it"),
+        ("--quantize", {**path("TYPE"), **UNSET}, f"{types}float32)"),
+        ("--check", {**YES_OR_NO, **UNSET}, check),
+        ("--multiple-of", {**COUNT, **UNSET}, padded),
+        *_shown("no progress, no notes"),
+    )
 
 
 def _families(commands: Any) -> None:
@@ -365,22 +364,15 @@ def _families(commands: Any) -> None:
         "and print it as Python code.",
     )
     row = "propose a family definition for a model folder or hub id; only its config is read"
-    add = adder(parser)
-    add("--suggest", path("MODEL"), row)
-    add(*JSON)
+    add(parser, ("--suggest", path("MODEL"), row), JSON)
 
 
 def _info(commands: Any) -> None:
-    info = commands.add_parser("info", help="versions, kernels in use, what can be loaded")
-    doctor = commands.add_parser("doctor", help="check that this installation works here")
-    add = adder(info)
-    add(*JSON)
-    add = adder(doctor)
-    add(*JSON)
+    add(commands.add_parser("info", help="versions, kernels in use, what can be loaded"), JSON)
+    add(commands.add_parser("doctor", help="check that this installation works here"), JSON)
 
 
-# In the order of the help.
-COMMANDS = (
+COMMANDS = (  # in the order of the help
     *(_prune, _calibrate, _merge, _resume, _sweep, _heal, _eval, _verify),
     *(_bench, _report, _compare, _compare_methods, _export, _families, _info),
 )

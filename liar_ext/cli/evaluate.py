@@ -25,15 +25,13 @@ from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.export.verify import table, verify_everywhere
 from liar_ext.measure.embeddings import Pairs, embed, encoder_similarity, pair_quality, read_pairs
-from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity
-from liar_ext.measure.speed import benchmark
-from liar_ext.measure.timing import Settings, bench_file, read_bench
-from liar_ext.measure.word_errors import word_errors
+from liar_ext.measure.evaluation import evaluate_tasks, load_tasks, perplexity, word_errors
+from liar_ext.measure.speed import Settings, benchmark
 from liar_ext.models.running import inputs_read, predicts_next_token
-from liar_ext.report.reading import report_digest
+from liar_ext.report.reading import bench_file, read_bench, report_digest
 from liar_ext.report.report import Report, versions
 from liar_ext.report.sections import speed
-from liar_ext.report.tables import MEASURES, measured_on, quality, to_text
+from liar_ext.report.tables import MEASURES, measured, measured_on, quality, to_text
 
 PAIR_MEASURES = {"spearman": "Spearman correlation", "recall_at_1": "recall@1"}
 SEQ_LEN, SAMPLES = 256, 16  # of the text of verify, which every runtime reads
@@ -47,11 +45,10 @@ def run(options: argparse.Namespace) -> None:
     output = Path(options.out) if options.out else None
     if output is not None:
         check_place(output, "eval", "--out", begins_with('{\n "model": '))
-    kind = None if options.tasks else kind_of(options.model)
     if options.tasks:
         result, lines = _tasks(options)
     else:
-        result, lines = _text(options) if kind is None else _files(options, kind)
+        result, lines = (_text if kind_of(options.model) is None else _files)(options)
     show(options, result, lines)
     if output is not None:
         facts = json.dumps({"model": options.model, **result, "versions": versions()}, indent=1)
@@ -73,43 +70,33 @@ Result = tuple[dict[str, Any], list[str]]  # what was measured, and the lines th
 
 
 def _text(options: argparse.Namespace) -> Result:
-    """Return the perplexity on a text, or what an encoder keeps."""
+    """Return the perplexity on a text, or what an encoder keeps on text and on pairs of texts."""
     documents = read_documents(options.text) if options.text else None
     pairs = read_pairs(options.pairs) if options.pairs else None
     model, tokenizer = _load(options, options.model)
     check_seq_len(model, options.seq_len)
-    if not predicts_next_token(model):
-        return _encoder(options, model, tokenizer, documents, pairs)
-    if options.against or options.pairs:
+    name, causal = type(model).__name__, predicts_next_token(model)
+    if causal and (options.against or options.pairs):
         option = "--against" if options.against else "--pairs"
         raise InputError(
-            f"eval: {option} is for encoders, got {type(model).__name__}, which has a perplexity; "
-            "leave it out"
+            f"eval: {option} is for encoders, got {name}, which has a perplexity; leave it out"
         )
-    batches = _batches(documents, tokenizer, options, samples=options.samples)
-    result = perplexity(model, batches, progress=options.progress)
-    return result, [
-        f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
-        f"{result['sequences']} windows of {result['seq_len']}"
-    ]
-
-
-def _encoder(
-    options: argparse.Namespace,
-    model: nn.Module,
-    tokenizer: Any,
-    documents: Sequence[str] | None,
-    pairs: Pairs | None,
-) -> Result:
-    """Return what was measured of an encoder on text and on pairs of texts."""
-    if "input_ids" not in inputs_read(model):
+    if not causal and "input_ids" not in inputs_read(model):
         raise InputError(
-            f"eval: {type(model).__name__} reads {' and '.join(inputs_read(model))}, and no text; "
-            "call liar_ext.encoder_similarity with batches of your own"
+            f"eval: {name} reads {' and '.join(inputs_read(model))}, and no text; call "
+            "liar_ext.encoder_similarity with batches of your own"
         )
-    result, lines, dense = _beside(options, needed=documents is not None)
+    how = {"samples": options.samples, "packed": causal}
+    if causal:
+        batches = _batches(documents, tokenizer, options, **how)
+        result = perplexity(model, batches, progress=options.progress)
+        return result, [
+            f"perplexity {result['perplexity']:.3f} over {result['tokens']:,} tokens in "
+            f"{result['sequences']} windows of {result['seq_len']}"
+        ]
+    dense, result, lines = _dense(options, needed=documents is not None)
     if documents is not None:
-        batches = _batches(documents, tokenizer, options, samples=options.samples, packed=False)
+        batches = _batches(documents, tokenizer, options, **how)
         _compare(options, model, dense, batches, result, lines)
     if pairs is not None:
         result |= _of_pairs(model, tokenizer, pairs, options)
@@ -122,8 +109,9 @@ def _encoder(
     return result, lines
 
 
-def _files(options: argparse.Namespace, kind: str) -> Result:
+def _files(options: argparse.Namespace) -> Result:
     """Return what was measured of a model on recordings or pictures."""
+    kind = kind_of(options.model)
     if options.pairs:
         raise InputError(f"eval: --pairs is for text, and the model reads {kind}; give --text DIR")
     files = read_files(options.text, kind)
@@ -131,7 +119,7 @@ def _files(options: argparse.Namespace, kind: str) -> Result:
     model, _ = _load(options, options.model)
     reader = load_reader(kind, options.model, model)
     spoken = reader.writes and all(item.text for item in items)
-    result, lines, dense = _beside(options, needed=not spoken)
+    dense, result, lines = _dense(options, needed=not spoken)
     if spoken:
         settings = {"batch_size": options.batch_size, "progress": options.progress}
         found = word_errors(model, reader, items, **settings)
@@ -155,14 +143,27 @@ def _load(options: argparse.Namespace, name: str) -> tuple[nn.Module, Any]:
     return load_with_tokenizer(name, options.dtype, options.device)
 
 
-def _beside(
+def _dense(
     options: argparse.Namespace, *, needed: bool
-) -> tuple[dict[str, Any], list[str], nn.Module | None]:
-    """Return how a result begins, its lines, and the dense model, if it is known."""
-    against = options.against or _dense_of(options.model, needed=needed)
-    if not against:
-        return {}, [], None
-    return {"against": against}, [], _load(options, against)[0]
+) -> tuple[nn.Module | None, dict[str, Any], list[str]]:
+    """Return the dense model, if it is known, and what a result and its lines begin with.
+
+    It is named by an option or by the folder's report. InputError if it is needed and is not there.
+    """
+    name = options.against or ""
+    if not name:
+        with suppress(InputError):
+            report = Report.load(options.model)
+            name = str(report.choices.get("model") or report.model)
+    if options.against or (name and Path(name).is_dir()):
+        return _load(options, name)[0], {"against": name}, []
+    if needed:
+        gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
+        raise InputError(
+            f"eval: {options.model} is an encoder, which is compared with the dense model, and "
+            f"{gone}; give it by --against DENSE"
+        )
+    return None, {}, []
 
 
 def _compare(
@@ -177,8 +178,7 @@ def _compare(
     found = encoder_similarity(model, dense, batches, progress=options.progress)
     result |= found
     over = measured_on(found)
-    known = [name for name in MEASURES if name in found]
-    lines += [f"{MEASURES[name]} {quality(found[name])} over {over}" for name in known]
+    lines += [f"{MEASURES[n]} {quality(value)} over {over}" for n, value in measured(found).items()]
 
 
 def _tasks(options: argparse.Namespace) -> Result:
@@ -212,23 +212,6 @@ def _batches(
 ) -> list[dict[str, Tensor]]:
     sequences = evaluation_sequences(documents, tokenizer, seq_len=options.seq_len, **how)
     return sequences.batches(options.batch_size)
-
-
-def _dense_of(folder: str, *, needed: bool) -> str | None:
-    """Return the dense model that a folder was pruned from; raise InputError if it is needed."""
-    name = ""
-    with suppress(InputError):
-        report = Report.load(folder)
-        name = str(report.choices.get("model") or report.model)
-    if name and Path(name).is_dir():
-        return name
-    if needed:
-        gone = f"the folder of its report, {name}, is not there" if name else "it has no report"
-        raise InputError(
-            f"eval: {folder} is an encoder, which is compared with the dense model, and {gone}; "
-            "give it by --against DENSE"
-        )
-    return None
 
 
 def _of_pairs(

@@ -11,23 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from liar_ext.checkpoint.loading import load_pruned, placement
+from liar_ext import Plan, heal, load_pruned, perplexity
+from liar_ext.checkpoint.loading import placement
 from liar_ext.checkpoint.names import PLAN_FILE, REPORT_JSON
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.checkpoint_store import RESULT
-from liar_ext.cli.commands import HEAL_FIELDS
 from liar_ext.cli.inputs import Given, let_write, load
+from liar_ext.cli.options import given_fields
 from liar_ext.cli.output import show
 from liar_ext.cli.resume import check_apart, checkpoint_of
 from liar_ext.errors import InputError
-from liar_ext.healing.heal import heal
-from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import predicts_next_token
-from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
+from liar_ext.report.reading import read_report
 from liar_ext.report.report import Report
 from liar_ext.report.sections import healing_lines
-from liar_ext.untrusted import read_object
 
 LEAST_SAMPLES, MOST_SAMPLES, IN_MINUTES = 16, 1 << 16, 1 << 12
 TRAINED = 7  # sequences for each that is held out: an eighth of the documents is held out
@@ -103,7 +101,7 @@ def _check_text(given: Given) -> None:
 
 def _save(report: Any, pruned: str, folder: Path) -> None:
     """Write a report; its JSON stays as it is in the pruned folder, but for the healing."""
-    facts, _ = read_object(Path(pruned, REPORT_JSON), "heal")
+    facts, _ = read_report(pruned, "heal")
     report.save(folder)
     text = json.dumps(facts | {"heal": report.to_dict()["heal"]}, indent=1)
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
@@ -113,8 +111,7 @@ def _recipe(start: Any, options: argparse.Namespace) -> Recipe:
     """Return the recipe by which teacher and text are loaded: the folder's, with the options."""
     start = start if isinstance(start, Recipe) else Recipe()
     start = replace(start, random_tokens=0.0, self_text=0.0, certify=0, latency_table=None)
-    given = {name: getattr(options, name) for name in HEAL_FIELDS if hasattr(options, name)}
-    recipe = Recipe.build(start, dtype="float32", **given)
+    recipe = Recipe.build(start, dtype="float32", **given_fields(options))
     recipe = replace(recipe, model=options.teacher or recipe.model)
     names = [] if recipe.model else ["the dense model (--teacher MODEL)"]
     names += [] if recipe.calibration else ["text to train on (--calibration TEXT)"]

@@ -1,4 +1,4 @@
-"""``liar info`` and ``liar doctor``: what is installed, and whether it works."""
+"""Commands that prune nothing: ``info``, ``doctor``, ``families``, ``export``, pages of reports."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import argparse
 import os
 import shutil
 import tempfile
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from liar_ext import ops
+import liar_ext
 from liar_ext.cli.output import show
 from liar_ext.environment import available_memory, version_of
 from liar_ext.errors import one_line
-from liar_ext.models.registry import FAMILIES
+from liar_ext.export import export
+from liar_ext.models.registry import FAMILIES, overview, plain
+from liar_ext.recipe.fields import CRITERIA
+from liar_ext.report.page import write_comparison, write_page
 from liar_ext.report.report import versions
-from liar_ext.selection.criteria import list_criteria
 
+PLACE = str(Path(liar_ext.__file__).parent)
 OPTIONAL = {
     "gguf": "GGUF files",
     "llama_cpp_py_sync": "GGUF files quantised",
@@ -29,14 +33,13 @@ OPTIONAL = {
 
 def run(options: argparse.Namespace) -> None:
     """Print versions, kernels in use, criteria, families and optional packages."""
-    criteria, place = [known.name for known in list_criteria()], str(Path(ops.__file__).parents[1])
     there = {package: find_spec(package) is not None for package in OPTIONAL}
-    facts = {"versions": versions(), "criteria": criteria, "families": list(FAMILIES)}
-    facts |= {"optional": there, "extension": place}
-    rows = {**facts["versions"], "criteria": ", ".join(criteria)}
+    facts = {"versions": versions(), "criteria": list(CRITERIA), "families": list(FAMILIES)}
+    facts |= {"optional": there, "extension": PLACE}
+    rows = {**facts["versions"], "criteria": ", ".join(CRITERIA)}
     for package, what in OPTIONAL.items():
         rows[what] = "available" if there[package] else f"pip install {package}"
-    rows |= {"families": ", ".join(FAMILIES), "extension": place}
+    rows |= {"families": ", ".join(FAMILIES), "extension": PLACE}
     show(options, facts, [f"{key:32} {value}" for key, value in rows.items()])
 
 
@@ -72,7 +75,7 @@ def facts() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {
         "versions": versions(),
-        "folder": str(Path(ops.__file__).parents[1]),
+        "folder": PLACE,
         "devices": {
             each: "" if each == "cpu" else torch.cuda.get_device_name(each) for each in devices
         },
@@ -94,7 +97,7 @@ def self_check(device: str) -> float | str:
     gram, total, count = (torch.zeros(size, dtype=torch.float64) for size in ((64, 64), 64, 2))
     try:
         gram, total, count, x = (each.to(device) for each in (gram, total, count, x))
-        ops.gram_update_(gram, total, count, x)
+        liar_ext.ops.gram_update_(gram, total, count, x)
         return float((gram.cpu().tril() - exact).abs().max() / exact.abs().max())
     except RuntimeError as error:  # of the driver, or no kernel for this device
         return one_line(error)
@@ -164,3 +167,57 @@ def _install(name: str) -> str:
 
 def _size(count: int) -> str:
     return f"{count / (1 << 30):.1f} GiB"
+
+
+# Options of the command that are no options of a format.
+OWN = ("command", "folder", "to", "out", "overwrite", "quiet", "progress", "json")
+
+
+def run_export(options: argparse.Namespace) -> None:
+    """Export, and print what was written and how to load it."""
+    own = {name: value for name, value in vars(options).items() if name not in OWN}
+    own |= {"overwrite": options.overwrite, "progress": options.progress}
+    done = export(options.folder, options.to, options.out, **own)
+    lines = [f"{path}: {done.format}, {done.bytes / 1e6:,.1f} MB" for path in done.paths]
+    if not options.quiet or not done.paths:
+        lines += done.notes
+    show(options, asdict(done), lines)
+
+
+def run_families(options: argparse.Namespace) -> None:
+    """Print the table, or a proposed row."""
+    if options.suggest:
+        return _suggest(options)
+    table = overview()
+    facts = {n: {key: each._asdict() for key, each in row.items()} for n, row in table.items()}
+    return show(options, facts, plain(table))
+
+
+def _suggest(options: argparse.Namespace) -> None:
+    """Print a row as Python code, with what is known of it in comments; or all as JSON."""
+    from liar_ext.suggest.suggest import suggest_for
+
+    found = suggest_for(options.suggest)
+    name, missing = found.family.name, dict(found.family.without)
+    facts = {"family": name, "known": found.known, "code": found.code, "proved": found.proved}
+    facts |= {"missing": missing, "notes": found.notes}
+    said = [f"{name}: proposed, and proved on tiny random models"]
+    if found.known:
+        said = [f"{name} is in the table of families; nothing was tried"]
+    said += [f"proved: {each}" for each in found.proved]
+    said += [f"lacking: {each}: {why}" for each, why in missing.items()]
+    said += [f"note: {each}" for each in found.notes]
+    comments = [f"# {' '.join(line.split())}" for line in said]
+    show(options, facts, [*comments, found.code.rstrip()])
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Write the page, and pictures; print where."""
+    for path in write_page(options.folder, options.out, options.png):
+        print(f"{path}: written")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Write the page, and pictures; print where."""
+    for path in write_comparison(options.folders, options.out, options.png):
+        print(f"{path}: written")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liar_ext import checkpoint
+from liar_ext import LatencyTable, checkpoint
 from liar_ext.calibration import generated, texts
 from liar_ext.calibration.batches import read_batches
 from liar_ext.calibration.collect import check_finite_weights
@@ -30,15 +30,14 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.loading import kind_of, load_reader
 from liar_ext.checkpoint_store import Checkpoint, Stored
-from liar_ext.cli.keep_vocab import SmallerVocabulary
 from liar_ext.cli.output import check_device
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError
+from liar_ext.job.sharing import SmallerVocabulary
 from liar_ext.job.solving import LEAST
 from liar_ext.models.running import known_tokens, predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.selection.costs import LatencyTable
 
 SKETCHED = 32  # tokens of a sequence that is written for an estimate alone
 WRITTEN = "written"  # key of generated text in a checkpoint
@@ -74,13 +73,13 @@ class Given:
     text_digests: Mapping[str, str] = field(default_factory=dict)  # of whole texts, by their names
     vocabulary: SmallerVocabulary | None = None  # what became of the tokens
 
-    def add_to(self, report: Report) -> None:
-        """Let a report say what became of the texts."""
+    def add_to(self, report: Report, pruned: nn.Module) -> None:
+        """Let the report of a pruned model say what became of the texts."""
         report.settings |= self.facts
         report.warnings += self.warnings
         report.recipe = replace(report.recipe, text_digests=self.text_digests)
         if self.vocabulary is not None:
-            self.vocabulary.add_to(report)
+            self.vocabulary.add_to(report, pruned)
 
 
 def load_with_tokenizer(name: str, dtype: str, device: str) -> tuple[nn.Module, Any]:
@@ -121,12 +120,24 @@ def load(
     model, tokenizer = loader(recipe.model, recipe.dtype, recipe.device)
     if kind is None:
         texts.check_seq_len(model, recipe.seq_len)
-    vocabulary = SmallerVocabulary(recipe, model, tokenizer, read, held_out)
+    if sketch and recipe.keep_vocab == "auto" and recipe.of == "params" and recipe.keep < 1:
+        raise InputError(
+            "prune: --dry-run can't tell how --keep-vocab auto shares a budget of params, which it "
+            "measures on pruned models; give a number of tokens, or leave --dry-run out"
+        )
+    asked = {"progress": progress, "sketch": sketch, "judge": judge}
+
+    def draw(reads: Any) -> dict[str, Any]:
+        return _draw(recipe, model, reads, read, held_out, **asked)
+
+    vocabulary = SmallerVocabulary(
+        *(recipe, model, tokenizer, read, held_out),
+        draw=lambda: draw(tokenizer)["calibration"],
+        progress=progress,
+    )
     tokenizer, drawn = vocabulary.tokenizer, None
     if is_first():
-        reads = tokenizer if kind is None else load_reader(kind, recipe.model, model)
-        asked = {"progress": progress, "sketch": sketch, "judge": judge}
-        drawn = _draw(recipe, model, reads, read, held_out, **asked)
+        drawn = draw(tokenizer if kind is None else load_reader(kind, recipe.model, model))
     return Given(recipe, model, tokenizer, **broadcast(drawn), vocabulary=vocabulary)
 
 

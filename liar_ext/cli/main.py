@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 
+from liar_ext.cli import commands
 from liar_ext.cli.messages import error_lines, shown, silence_of_others
-from liar_ext.cli.options import parse
-from liar_ext.errors import InputError, is_out_of_memory, one_line
+from liar_ext.cli.options import Parser, PrintCompletion
+from liar_ext.errors import InputError, did_you_mean, is_out_of_memory, one_line
 
 
 def _call(place: str, *given: object) -> int | None:
@@ -30,21 +32,64 @@ def _resume(options: argparse.Namespace) -> int | None:
 
 
 PLACES = {  # module and function
-    **{name: f"{name}:run" for name in ("prune", "calibrate", "sweep", "export", "info", "heal")},
+    **{name: f"{name}:run" for name in ("prune", "calibrate", "sweep", "info", "heal")},
+    **{name: f"info:run_{name}" for name in ("compare", "doctor", "export", "families", "report")},
     "bench": "evaluate:run_bench",
-    "compare": "export:run_compare",
     "compare-methods": "sweep:run_compare_methods",
-    "doctor": "info:run_doctor",
     "eval": "evaluate:run",
-    "families": "export:run_families",
     "merge": "calibrate:run_merge",
-    "report": "export:run_report",
     "verify": "evaluate:run_verify",
 }
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     **{name: partial(_call, place) for name, place in PLACES.items()},
     "resume": _resume,
 }
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; what it parses has the name of the command as ``command``."""
+    parser = Parser(
+        prog="liar",
+        description="Prune transformers without retraining: remove attention heads and MLP "
+        "channels, and compensate for them in the weights that stay.",
+        epilog="liar prune MODEL --calibration TEXT --out DIR is all that a first run needs.",
+    )
+    parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh"),
+        action=PrintCompletion,
+        default=argparse.SUPPRESS,
+        help="print a script that completes liar in a shell",
+    )
+    names = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.of_command = names.choices
+    for add_command in commands.COMMANDS:
+        add_command(names)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; leave with exit code 2 if they can't be parsed.
+
+    MODEL may be missing where a recipe names it, and argparse misses such an argument where an
+    option stands before it.
+    """
+    top = parser()
+    if not (sys.argv[1:] if arguments is None else arguments):
+        top.print_help(sys.stderr)
+        top.error("no command was given; name one of those above")
+    options, rest = top.parse_known_args(arguments)
+    takes = ("prune", "calibrate", "sweep", "compare-methods")
+    lacks = options.command in takes and not hasattr(options, "model")
+    if lacks and len(rest) == 1 and not rest[0].startswith("-"):
+        options.model, rest = rest[0], []
+    if rest:
+        known = top.of_command[options.command]
+        hint = did_you_mean(rest[0].partition("=")[0], known._option_string_actions)
+        what = "option" if rest[0].startswith("-") else "argument"
+        known.error(f"unknown {what} {rest[0]}" + (f"; {hint}" if hint else ""))
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,8 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.quiet, options.json = (getattr(options, name, False) for name in ("quiet", "json"))
     options.progress = wanted in ("auto", "plain") and not options.quiet
     # What follows imports torch; the version, the help and typos are answered without it.
-    from liar_ext.checkpoint.quietening import no_bars
-    from liar_ext.checkpoint.registration import register
+    from liar_ext.checkpoint.transformers_hooks import no_bars, register
     from liar_ext.cli.output import quietened
     from liar_ext.distributed import tells
     from liar_ext.progress import plain_lines

@@ -1,18 +1,165 @@
-"""The options of the ``liar`` command; those of ``prune`` are the fields of a recipe."""
+"""Options: made from the fields of a recipe, readers of their values, and the parser."""
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field
+from functools import partial
 from typing import Any, NoReturn
 
-from liar_ext.cli.commands import COMMANDS
 from liar_ext.cli.messages import error_lines
 from liar_ext.errors import InputError, did_you_mean
 from liar_ext.recipe import Recipe
-from liar_ext.recipe.fields import recipe_fields
+from liar_ext.recipe.checks import check_printable, shown
+from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields
+
+NUMBERS = {"int": int, "float": float}  # types that fields begin with
+
+
+class HelpAll(argparse.Action):
+    """``--help-all``: print all options."""
+
+    def __call__(self, parser: Any, *_: object) -> None:
+        """Print, and end the command."""
+        parser.print_all()
+        parser.exit()
+
+
+def add_fields(parser: Any, chosen: Iterable[Field], *more: str) -> None:
+    """Add the options of fields, by stage; ``--help`` shows the common ones, and ``more``."""
+    help_all = {"action": HelpAll, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--help-all", **help_all, help="show all options and exit")
+    chosen = list(chosen)
+    parser.common = (*(each.name for each in chosen if each.metadata["common"]), *more)
+    for group, title in GROUPS.items():
+        own = [each for each in chosen if each.metadata["group"] == group]
+        section = parser.add_argument_group(title) if own else parser
+        for each in own:
+            add_field(section, each)
+
+
+def add_field(group: argparse._ActionsContainer, each: Field) -> None:
+    """Add the option of one field of the recipe; what isn't given leaves no trace."""
+    facts, default, name = each.metadata, each.default, option_of(each)
+    names, help = getattr(facts["check"], "names", None), facts["help"]
+    if each.name == "criterion":
+        help += ": " + ", ".join(CRITERIA)
+    if default not in (None, ()) and not isinstance(default, bool):
+        help += f" (default: {'all' if default == names else default})"
+    add = partial(group.add_argument, default=argparse.SUPPRESS, help=help.replace("%", "%%"))
+    kind = each.type.split(" ")[0]
+    metavar = facts["metavar"] or {"int": "N", "float": "F"}.get(kind, each.name.upper())
+    if not name.startswith("-"):
+        add(each.name, nargs="?", metavar=name)
+    elif isinstance(default, bool):
+        add(name, dest=each.name, action=argparse.BooleanOptionalAction)
+    elif facts["read"]:
+        add(name, dest=each.name, type=facts["read"], metavar=metavar)
+    elif names:
+        add(name, dest=each.name, choices=names)
+    elif kind.startswith("tuple"):
+        add(name, dest=each.name, nargs="+", metavar=metavar)
+    else:
+        add(name, dest=each.name, type=partial(_read, NUMBERS.get(kind, str)), metavar=metavar)
+
+
+def _read(kind: type, text: str) -> Any:
+    """Read a value of a type; what isn't one stays text, which the check of the field refuses."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _wrong(must: str, value: object) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"must {must}, got {shown(value)}")
+
+
+def read_name(text: str) -> str:
+    """Read a name or path."""
+    if not text.strip():
+        raise _wrong("not be empty", text)
+    try:
+        check_printable("name", text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def read_names(text: str) -> list[str]:
+    """Read names with commas between them."""
+    return [read_name(name).strip() for name in text.split(",")]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return what reads an integer of at least ``least``."""
+
+    def read(text: str) -> int:
+        value = _read(int, text)
+        if isinstance(value, str):
+            raise _wrong("be an integer", text)
+        if not least <= value < 2**63:
+            raise _wrong(f"be an integer of at least {least}", value)
+        return value
+
+    return read
+
+
+def read_number(text: str) -> float:
+    """Read a finite number."""
+    value = _read(float, text)
+    if isinstance(value, str) or not math.isfinite(value):
+        raise _wrong("be a number", text)
+    return value
+
+
+def above_zero(text: str) -> float:
+    """Read a number above 0."""
+    value = read_number(text)
+    if value <= 0:
+        raise _wrong("be above 0", text)
+    return value
+
+
+def read_count(text: str) -> int:
+    """Read a count such as 20000, 100k or 2M."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kM]?)", text.strip())
+    value = float(found[1]) * {"": 1, "k": 1000, "M": 1_000_000}[found[2]] if found else 0
+    if not 1 <= value < 2**53:
+        raise _wrong("be a number of at least 1, such as 20000, 100k or 2M", text)
+    return int(value)
+
+
+def read_size(text: str) -> int:
+    """Read a size with its unit as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if not found or not float(found[1]) > 0:
+        raise _wrong("be a number and a unit, such as 12GiB or 500MB", text)
+    power = 1 + "KMGT".index(found[2].upper())
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def path(metavar: str) -> dict[str, Any]:
+    """Return what argparse has to know of a name or path."""
+    return {"type": read_name, "metavar": metavar}
+
+
+# What argparse has to know of other kinds of options.
+NAME: dict[str, Any] = {"type": read_name}
+FILE, DIR = path("FILE"), path("DIR")
+COUNT: dict[str, Any] = {"type": at_least(1), "metavar": "N"}
+FLAG: dict[str, Any] = {"action": "store_true"}
+YES_OR_NO: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+
+
+def add(group: argparse._ActionsContainer, *options: tuple) -> None:
+    """Add options to a group, each given by its names, its kind and its help."""
+    for names, kind, *help in options:
+        group.add_argument(*names.split(), **kind, help=help[0] if help else None)
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,62 +226,17 @@ class PrintCompletion(argparse.Action):
         parser.exit()
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser; what it parses has the name of the command as ``command``."""
-    parser = Parser(
-        prog="liar",
-        description="Prune transformers without retraining: remove attention heads and MLP "
-        "channels, and compensate for them in the weights that stay.",
-        epilog="liar prune MODEL --calibration TEXT --out DIR is all that a first run needs.",
-    )
-    parser.add_argument("--version", action="version", version=f"liar_ext {version('liar_ext')}")
-    parser.add_argument(
-        "--print-completion",
-        choices=("bash", "zsh"),
-        action=PrintCompletion,
-        default=argparse.SUPPRESS,
-        help="print a script that completes liar in a shell",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    parser.of_command = commands.choices
-    for add in COMMANDS:
-        add(commands)
-    return parser
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options; leave with exit code 2 if they can't be parsed.
-
-    MODEL may be missing where a recipe names it, and argparse misses such an argument where an
-    option stands before it.
-    """
-    commands = parser()
-    if not (sys.argv[1:] if arguments is None else arguments):
-        commands.print_help(sys.stderr)
-        commands.error("no command was given; name one of those above")
-    options, rest = commands.parse_known_args(arguments)
-    takes = ("prune", "calibrate", "sweep", "compare-methods")
-    lacks = options.command in takes and not hasattr(options, "model")
-    if lacks and len(rest) == 1 and not rest[0].startswith("-"):
-        options.model, rest = rest[0], []
-    if rest:
-        known = commands.of_command[options.command]
-        hint = did_you_mean(rest[0].partition("=")[0], known._option_string_actions)
-        what = "option" if rest[0].startswith("-") else "argument"
-        known.error(f"unknown {what} {rest[0]}" + (f"; {hint}" if hint else ""))
-    return options
-
-
 def recipe_of(options: argparse.Namespace) -> Recipe:
     """Return the recipe: a file's or a preset's, with what the options say on top."""
     path = getattr(options, "recipe", None)
     start = Recipe.load(path) if path else Recipe.preset(getattr(options, "preset", "balanced"))
-    given = {
-        each.name: getattr(options, each.name)
-        for each in recipe_fields()
-        if hasattr(options, each.name)
-    }
-    return Recipe.build(start, **given)
+    return Recipe.build(start, **given_fields(options))
+
+
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a recipe that the options give."""
+    names = (each.name for each in recipe_fields())
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def check_complete(command: str, given: Mapping[str, object], example: str) -> None:

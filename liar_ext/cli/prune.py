@@ -16,26 +16,33 @@ from typing_extensions import Unpack
 
 from liar_ext.calibration.generated import SELF
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.checkpoint.saving import check_folder
+from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli.calibrate import load_by_bank
-from liar_ext.cli.dry_run import sketched
-from liar_ext.cli.fields import read_size
-from liar_ext.cli.inputs import Given, TextAndOwn, check_tokenizer, let_write, load, writes
-from liar_ext.cli.options import check_complete, recipe_of
+from liar_ext.cli.inputs import (
+    SKETCHED,
+    Given,
+    TextAndOwn,
+    check_tokenizer,
+    let_write,
+    load,
+    writes,
+)
+from liar_ext.cli.options import check_complete, read_size, recipe_of
 from liar_ext.cli.output import say, show
 from liar_ext.cli.resume import check_apart, checkpoint_of
-from liar_ext.distributed import is_first
+from liar_ext.distributed import alone, is_first
 from liar_ext.errors import InputError, naming_memory
+from liar_ext.job.dry_run import describe, describe_streamed
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job
 from liar_ext.job.pruning import check_resumable
 from liar_ext.job.solving import sequences_to_judge
-from liar_ext.models.running import predicts_next_token
 from liar_ext.progress import OnProgress, told
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import CompressOptions, check_keywords
 from liar_ext.report.report import Report
+from liar_ext.report.sections import vocabulary_lines
 
 CALIBRATION_SELF = "--calibration self has the model write text, for which it must be in memory"
 NONE_WRITTEN = (
@@ -68,7 +75,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         asked = {"sketch": sketch, "judge": sequences_to_judge(recipe)}
         given = load(recipe, progress=options.progress, **asked)
     if sketch:
-        lines = sketched(given, options)
+        lines = _sketched(given, options)
         if is_first():
             show(options, {"dry_run": lines}, lines)
         return None
@@ -80,7 +87,7 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
         # Those of saving are added where the report is written.
         report.seconds = {**before, **report.seconds, "save": 0.0}
         report.seconds["total"] = time.perf_counter() - start
-        given.add_to(report)
+        given.add_to(report, given.model)
 
     with checkpoint_of(recipe, options) as saved, naming_memory("prune: out of memory"):
         let_write(given, saved, progress=options.progress)
@@ -103,6 +110,26 @@ def run_recipe(recipe: Recipe, options: argparse.Namespace) -> Report | None:
     return report
 
 
+def _sketched(given: Given, options: argparse.Namespace) -> list[str]:
+    """Return lines on what a command would do with what it has loaded, at the first rank."""
+    if given.store is not None:
+        known = {"certify_on": given.certification, "limit": options.max_memory}
+        job = Job(given.model, given.calibration, given.recipe, **known)
+        return describe_streamed(job, given.store)
+    if not is_first():
+        return []
+    with alone():
+        let_write(given, sketch=True, progress=options.progress)
+        lines = describe(given.model, given.calibration, given.recipe, given.judging)
+    lines += [f"vocabulary: {said}" for said in vocabulary_lines(given.vocabulary.facts)]
+    seconds = given.facts.get("writing", 0.0)
+    if isinstance(given.calibration, TextAndOwn):
+        seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
+    if seconds:
+        lines.append(f"text of its own: about {seconds:.0f} seconds to write")
+    return lines
+
+
 def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
     """Return what a recipe names, with a model that stays in its files."""
     for used, why in (
@@ -121,12 +148,6 @@ def load_blocks(recipe: Recipe, options: argparse.Namespace) -> Given:
 
     given = load(replace(recipe, self_text=0.0), loader=open_store, progress=options.progress)
     (given.store,) = stores
-    if given.evaluation is not None and not predicts_next_token(given.model):
-        raise InputError(
-            "prune: --max-memory with --eval needs a causal language model, got "
-            f"{type(given.model).__name__}; leave --eval out, and judge the result by liar eval "
-            "DIR --text TEXT"
-        )
     if writes(recipe, given.model):
         given.warnings.append(NONE_WRITTEN)
     return given

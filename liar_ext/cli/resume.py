@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from liar_ext import Plan
 from liar_ext.calibration.bank_file import read_bank
 from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.names import PLAN_FILE
@@ -34,7 +35,6 @@ from liar_ext.cli.inputs import WRITTEN
 from liar_ext.cli.output import check_shared, show
 from liar_ext.distributed import broadcast, is_first
 from liar_ext.errors import InputError, one_line
-from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.checks import check_printable
 

@@ -15,7 +15,7 @@ from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.saving import check_folder, fill_folder, writing
 from liar_ext.cli.calibrate import load_by_bank
 from liar_ext.cli.inputs import let_write, load, load_with_tokenizer
-from liar_ext.cli.options import recipe_of
+from liar_ext.cli.options import given_fields, recipe_of
 from liar_ext.cli.output import show
 from liar_ext.errors import InputError
 from liar_ext.job.solving import sequences_to_judge
@@ -24,7 +24,7 @@ from liar_ext.measure.embeddings import Evaluator
 from liar_ext.recipe import Recipe
 from liar_ext.recipe.fields import recipe_fields
 from liar_ext.report.report import Report
-from liar_ext.report.tables import MEASURES, Table, figure, quality, to_text
+from liar_ext.report.tables import Table, figure, measured, quality, to_text
 
 
 def run(options: argparse.Namespace) -> None:
@@ -39,6 +39,11 @@ def run(options: argparse.Namespace) -> None:
             "sweep: liar sweep needs MODEL and --bank FILE, which liar calibrate writes, or MODEL "
             "and --calibration TEXT, MODEL before it"
         )
+    if recipe.keep_vocab == "auto" and recipe.of == "params":
+        raise InputError(
+            "sweep: --keep-vocab auto takes another vocabulary for each budget of params; give a "
+            "number of tokens, or run liar prune for each"
+        )
     folders = {each: Path(options.out, f"keep-{each:g}") for each in keep} if options.out else {}
     if len(set(folders.values())) < len(folders):
         raise InputError("sweep: --keep has fractions that differ by less than a folder's name can")
@@ -49,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     let_write(given, progress=progress)
 
     def save(pruned: nn.Module, report: Report) -> None:
-        given.add_to(report)
+        given.add_to(report, pruned)
         saving = {"report": report, "tokenizer": given.tokenizer}
         with writing(folders[report.recipe.keep], options.overwrite, checked=True) as path:
             fill_folder(pruned, path, report.plan, **saving)
@@ -67,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
 
 def table(dense: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """Return a table of the dense model and each budget."""
-    judged = [name for name in MEASURES if name in dense]
+    judged = measured(dense)
     heads = ("keep", "divergence", "parameters", "of dense", "operations", *judged, "seconds")
     cells = [
         (
@@ -90,8 +95,7 @@ Row = dict[str, Any]
 
 def run_compare_methods(options: argparse.Namespace) -> None:
     """Prune a copy of the model by each method with each seed, print the table_of_methods."""
-    names = [each.name for each in recipe_fields() if hasattr(options, each.name)]
-    given = {name: getattr(options, name) for name in names}
+    given = given_fields(options)
     if not {"model", "calibration", "eval"} <= given.keys():
         raise InputError(
             "compare-methods: needs MODEL, --calibration TEXT and --eval TEXT, MODEL before them"
@@ -143,7 +147,7 @@ def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
     by_method = {"dense": [dense]}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    measure, cells = next(name for name in MEASURES if name in dense), []
+    measure, cells = next(iter(measured(dense))), []
     for method, runs in by_method.items():
         found = [row[measure] for row in runs]
         spread = (min(found), max(found)) if len(found) > 1 else (None, None)
@@ -157,5 +161,4 @@ def table_of_methods(dense: Row, rows: Sequence[Row]) -> Table:
 
 def _numbers(measure: Evaluator, model: nn.Module, batches: Any, progress: bool) -> Row:
     found = measure(model, batches, progress=progress)
-    judged = {name: found[name] for name in MEASURES if name in found}
-    return {"params": count_params(model), **judged}
+    return {"params": count_params(model), **measured(found)}

@@ -23,7 +23,7 @@ from liar_ext.checkpoint.inspection import inspect_folder, read_config, read_jso
 from liar_ext.checkpoint.names import EXPORTS_FILE, MARKER_FILE
 from liar_ext.checkpoint.placing import beside, clean_leftovers, put_in_place
 from liar_ext.errors import InputError, one_line, refusing
-from liar_ext.export.formats import FORMATS, Exported, Format
+from liar_ext.export import FORMATS, Exported, Format
 
 NO_PATH = (OSError, ValueError, RuntimeError)  # of a name that no file can have, or a loop
 

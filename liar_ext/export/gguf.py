@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.inspection import read_config
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported, stored_dtype
+from liar_ext.export import Exported, stored_dtype
 from liar_ext.export.gguf_architectures import (
     Architecture,
     Layers,
@@ -51,7 +51,7 @@ def export(
     Parameters
     ----------
     folder, out, progress
-        As :mod:`liar_ext.export.formats` says.
+        As :mod:`liar_ext.export` says.
     quantize : str, optional
         Type of the matrices: ``f32``, ``f16``, ``bf16``, or one of llama.cpp's quantiser, such as
         ``q8_0`` or ``q4_k_m``, which needs its library. By default that of the weights.

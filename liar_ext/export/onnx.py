@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from liar_ext.checkpoint.loading import load_model
 from liar_ext.checkpoint.names import PROCESSOR_FILES
 from liar_ext.checkpoint.saving import save_tokenizer
+from liar_ext.checkpoint.sentence import Sentence, read_inside, read_sentence
 from liar_ext.checkpoint.stock_config import LAYER_FIELDS
 from liar_ext.errors import InputError, refusing
-from liar_ext.export.formats import Exported
-from liar_ext.export.sentence import Sentence, read_inside, read_sentence
+from liar_ext.export import Exported
 from liar_ext.models.running import inputs_read, predicts_next_token
 
 FILE = Path("onnx", "model.onnx")

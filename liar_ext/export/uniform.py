@@ -23,7 +23,7 @@ from liar_ext.checkpoint.names import PLAN_FILE, RECIPE_YAML, REPORT_JSON
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import dense_config, equal_config, how_to_load
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported, is_unequal, stored_dtype
+from liar_ext.export import Exported, is_unequal, stored_dtype
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.residual_stream import hidden_of
 from liar_ext.models.running import draw_inputs
@@ -38,7 +38,7 @@ def export(folder: Path, out: Path, *, progress: bool = True, multiple_of: int =
     Parameters
     ----------
     folder, out, progress
-        As :mod:`liar_ext.export.formats` says.
+        As :mod:`liar_ext.export` says.
     multiple_of : int
         The MLP gets a multiple of this many channels, as group quantisation and hardware want it,
         if the dense model has as many.

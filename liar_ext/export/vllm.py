@@ -11,7 +11,7 @@ from pathlib import Path
 
 from liar_ext.checkpoint.inspection import inspect_folder
 from liar_ext.errors import InputError
-from liar_ext.export.formats import Exported, is_unequal
+from liar_ext.export import Exported, is_unequal
 
 GROUP = "vllm.general_plugins"
 # Model types whose unequal layers the plug-in builds, with a bias in any consumer.

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from liar_ext import Plan
 from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.collect import check_finite_weights, collect
 from liar_ext.calibration.moments import MomentBank, symmetric
@@ -22,7 +23,6 @@ from liar_ext.errors import InputError
 from liar_ext.models.experts import refuse_experts
 from liar_ext.models.running import body_of
 from liar_ext.models.sites import CROSS, Site
-from liar_ext.plan import Plan
 
 
 def calibrate_linears(

@@ -107,7 +107,8 @@ class Job:
         if self.recipe.of == "latency":
             return self.timed(model).costs
         at, budget = self.sites(model), self.recipe.budget
-        return Costs.of(at, budget, total_cost(model, at, budget))
+        gone = tokens_gone(model) if budget.of == "params" and not self.narrows else 0
+        return Costs.of(at, budget, total_cost(model, at, budget), gone)
 
 
 def prepare(job: Job) -> Job:
@@ -153,11 +154,18 @@ def prepare(job: Job) -> Job:
         job = job if judged else _without_gain(job, at, notes)
     if backward and job.batches:
         check_loss(model, job.batches[0])
-    gone = (getattr(model, "liar_vocabulary", None) or {}).get("params_gone", 0)
-    params = {"before": count_params(model) + gone, "prunable_before": sum(s.params for s in at)}
+    params = {
+        "before": count_params(model) + tokens_gone(model),
+        "prunable_before": sum(s.params for s in at),
+    }
     room = room_for_sums(model, recipe.memory)
     job = replace(job, notes=notes, earlier=earlier, params=params, room=room)
     return job if job.walk is None else _shared_out(job)
+
+
+def tokens_gone(model: nn.Module) -> int:
+    """Return the parameters of the tokens that the model has lost."""
+    return (getattr(model, "liar_vocabulary", None) or {}).get("params_gone", 0)
 
 
 def _check_sizes(job: Job) -> None:

@@ -16,7 +16,7 @@ from liar_ext.calibration.moments import MomentBank
 from liar_ext.calibration.passes import Passes
 from liar_ext.distributed import alone, is_first
 from liar_ext.measure.embeddings import Evaluator
-from liar_ext.measure.evaluation import perplexity
+from liar_ext.models.running import predicts_next_token
 from liar_ext.models.sites import Site
 from liar_ext.plan import Plan
 from liar_ext.recipe import Recipe
@@ -211,12 +211,14 @@ class StreamedEvaluation(Evaluation):
     """
 
     def __init__(self, job: Job) -> None:
-        self.job, self.outputs = job, None
+        self.job, self.outputs, self.evaluator = job, None, Evaluator()
         self.along = self._texts()
 
     def _texts(self) -> tuple[StreamedBatches, StreamedBatches]:
         job, here = self.job, is_first()
-        held_out = map(_as_judged, read_batches(job.evaluate_on or ())) if here else ()
+        held_out = read_batches(job.evaluate_on or ()) if here else ()
+        if predicts_next_token(job.model):
+            held_out = map(_as_judged, held_out)
         fresh = read_batches(job.certify_on or ()) if here else ()
         given = {"held out": held_out, "fresh": fresh}
         return tuple(StreamedBatches(name, job.walk, some) for name, some in given.items())
@@ -228,7 +230,7 @@ class StreamedEvaluation(Evaluation):
             if not text.batches:
                 return None
             with text.answering():
-                return perplexity(self.job.model, text.batches, progress=self.job.progress)
+                return self.evaluator(self.job.model, text.batches, progress=self.job.progress)
 
     def see_dense(self, passes: Passes | None) -> None:
         """Note what the dense model gives, after its walk, and begin again for the other."""

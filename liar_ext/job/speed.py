@@ -9,7 +9,7 @@ from torch import nn
 
 from liar_ext.errors import InputError
 from liar_ext.measure.latency import measure_latency, plan_of, ratios, sliced, where
-from liar_ext.measure.timing import Clock, Quartiles
+from liar_ext.measure.speed import Clock, Quartiles
 from liar_ext.models.sites import Site
 from liar_ext.plan import Budget, Plan
 from liar_ext.selection.costs import Costs, LatencyTable

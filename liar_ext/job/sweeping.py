@@ -27,7 +27,7 @@ from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.report.tables import MEASURES
+from liar_ext.report.tables import measured
 from liar_ext.selection.costs import total_cost
 
 # At this fraction of each site, the default budget's, sensitivities are measured for all budgets.
@@ -49,8 +49,7 @@ class Point:
 
     def quality(self, of: str = "pruned") -> dict[str, float]:
         """Return what was measured of the model, ``pruned`` or ``dense``; empty without text."""
-        found = {} if self.report is None else self.report.evaluation
-        return {name: value for name, value in found.get(of, {}).items() if name in MEASURES}
+        return {} if self.report is None else measured(self.report.evaluation.get(of, {}))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers, as JSON has them."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from liar_ext.calibration.batches import Batch, Batches, count_tokens, read_batches
 from liar_ext.calibration.documents import JSON_LINES, checked, read_text
+from liar_ext.calibration.taps import watched
 from liar_ext.checkpoint.carrying import source_folder
+from liar_ext.checkpoint.sentence import Pooling, Sentence, read_sentence
 from liar_ext.errors import InputError
-from liar_ext.export.sentence import Pooling, Sentence, read_sentence
 from liar_ext.measure.evaluation import perplexity
 from liar_ext.models.running import (
     complete_inputs,
@@ -77,12 +79,14 @@ class DenseEncoder:
     def __init__(self, dense: nn.Module, batches: Batches, *, progress: bool = False) -> None:
         batches = list(read_batches(batches))
         facts = self._facts = _facts(batches)
+        raw: list = []  # what the model returns for the first batch, which is run once
         with evaluating(dense):
             positions = max(1, MOST_ROWS // facts["sequences"])
-            first = DenseOutputs(dense, batches[0], positions)
+            with watched(dense, lambda _, output: raw.append(output)):
+                first = DenseOutputs(dense, batches[0], positions)
             self._outputs: list[DenseOutputs] = []
             if not first.has_logits:
-                self._embeddings = embed(dense, batches, progress=progress)
+                self._embeddings = embed(dense, batches, progress=progress, known=raw)
                 names = ("cosine", "neighbours") if self._has_neighbours else ("cosine",)
                 self.own = {**dict.fromkeys(names, 1.0), **facts}
                 return
@@ -162,11 +166,14 @@ def encoder_similarity(
 
 
 @torch.no_grad()
-def embed(model: nn.Module, batches: Batches, *, progress: bool = False) -> Tensor:
+def embed(
+    model: nn.Module, batches: Batches, *, progress: bool = False, known: Sequence[object] = ()
+) -> Tensor:
     """Return one embedding for each input, ``(sequences, features)`` float32 on the CPU.
 
     They are pooled as the folder of the model says, for sentence-transformers, or else the mean
-    over all tokens that are not padding. Those of an encoder with a decoder are the encoder's.
+    over all tokens that are not padding. Those of an encoder with a decoder are the encoder's. The
+    model isn't run on the first batches whose outputs are ``known``.
     InputError if there is no batch, or the pooling of the folder is none that is known.
     """
     folder = source_folder(getattr(model.config, "name_or_path", ""))
@@ -174,9 +181,11 @@ def embed(model: nn.Module, batches: Batches, *, progress: bool = False) -> Tens
     chain = chain or Sentence(Pooling(("mean",)), nn.Sequential())
     rows = []
     with evaluating(model):
-        for batch in read_batches(Bar(batches, desc="evaluate", disable=not progress)):
+        bar = Bar(batches, desc="evaluate", disable=not progress)
+        for batch, outputs in zip_longest(read_batches(bar), known):
             batch = batch.to(device_of(model))
-            outputs = model(**complete_inputs(model, batch.inputs, batch.labels))
+            if outputs is None:
+                outputs = model(**complete_inputs(model, batch.inputs, batch.labels))
             rows.append(_pooled(model, outputs, batch, chain).float().cpu())
     if not rows:
         raise InputError("evaluation: needs at least one batch, got none; give more text")

@@ -21,17 +21,24 @@ from functools import partial
 from itertools import chain
 from random import Random
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 
-from liar_ext.calibration.texts import check_seq_len
 from liar_ext.errors import InputError
-from liar_ext.measure import timing
-from liar_ext.measure.speed import machine
-from liar_ext.measure.timing import Clock, Quartiles
+from liar_ext.measure.speed import (
+    SEED,
+    Clock,
+    Quartiles,
+    check_length,
+    inputs_of,
+    machine,
+    now,
+    step_of,
+)
 from liar_ext.models.experts import refuse_experts
-from liar_ext.models.running import device_of, evaluating, inputs_read, predicts_next_token
+from liar_ext.models.running import device_of, evaluating, predicts_next_token
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Budget, Plan, SitePlan
@@ -44,7 +51,6 @@ SAMPLES = 24  # of each size of a shape: as many runs as give these
 MOST_RUNS = 5  # of a mixed model, prompts or new tokens, after one that is not timed
 RUNS_COMPARED = 2  # the same, where whole models are compared
 COMPARED = 5  # rounds in which a whole plan is timed beside the dense model
-SEED = 0
 
 
 def measure_latency(
@@ -90,25 +96,11 @@ def measure_latency(
             f"latency: the model must lie on one device, got {', '.join(sorted(devices))}; load it "
             "on one, or take a table that was measured so"
         )
-    clock, shapes = clock or clock_of(model), defaultdict(list)
-    samples = {phase: defaultdict(list) for phase in _phases(model, budget)}
+    shapes = defaultdict(list)
     for site in at:
         shapes[site.shape].append(site)
     sizes = {shape: _spread_out(allowed_counts(some[0], budget)) for shape, some in shapes.items()}
-    rounds = list(_mixed_counts(shapes, sizes))
-    fewest = min(len(some) * len(rounds) // len(sizes[shape]) for shape, some in shapes.items())
-    runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
-    with evaluating(model):
-        for turn, counts in enumerate(Bar(rounds, desc="latency", disable=not progress)):
-            mixed = sliced(model, plan_of(model, at, counts))
-            order = ((model, {s.name: s.units for s in at}), (mixed, counts))
-            for each, kept in order if turn % 2 else order[::-1]:
-                for phase, found in samples.items():
-                    for whole, of_site in _runs(each, at, budget, phase, clock, runs):
-                        for name, seconds in of_site.items():
-                            found[name, kept[name]].append(seconds)
-                        found["rest"].append(whole - sum(of_site.values()))
-                        found["dense"] += [whole] if each is model else []
+    samples = _samples(model, budget, shapes, sizes, clock or clock_of(model), progress)
 
     def request(statistic: Callable, *keys: object) -> float:
         """Return the seconds of a request, over its phases, by a statistic of samples."""
@@ -135,6 +127,34 @@ def measure_latency(
         rows=tuple(rows),
         where=where(model),
     )
+
+
+def _samples(
+    model: nn.Module,
+    budget: Budget,
+    shapes: Mapping[tuple, Sequence[Site]],
+    sizes: Mapping[tuple, Sequence[int]],
+    clock: Clock,
+    progress: bool,
+) -> dict[str, dict[Any, list[float]]]:
+    """Return seconds by phase: of each site and count, of the ``rest``, and of the dense model."""
+    at = [site for some in shapes.values() for site in some]
+    rounds = list(_mixed_counts(shapes, sizes))
+    fewest = min(len(some) * len(rounds) // len(sizes[shape]) for shape, some in shapes.items())
+    runs = min(max(1, -(-SAMPLES // max(1, fewest))), MOST_RUNS)
+    samples = {phase: defaultdict(list) for phase in _phases(model, budget)}
+    with evaluating(model):
+        for turn, counts in enumerate(Bar(rounds, desc="latency", disable=not progress)):
+            mixed = sliced(model, plan_of(model, at, counts))
+            order = ((model, {s.name: s.units for s in at}), (mixed, counts))
+            for each, kept in order if turn % 2 else order[::-1]:
+                for phase, found in samples.items():
+                    for whole, of_site in _runs(each, at, budget, phase, clock, runs):
+                        for name, seconds in of_site.items():
+                            found[name, kept[name]].append(seconds)
+                        found["rest"].append(whole - sum(of_site.values()))
+                        found["dense"] += [whole] if each is model else []
+    return samples
 
 
 def _mixed_counts(
@@ -186,19 +206,19 @@ def clock_of(model: nn.Module) -> Clock:
 
 def sliced(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of a model, sliced by a plan, that shares all weights which stay whole."""
-    shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
-    made = copy.deepcopy(model, shared)
+    made = light_copy(model)
     apply_plan(made, plan)
     return made
 
 
+def light_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its weights."""
+    return copy.deepcopy(model, {id(t): t for t in chain(model.parameters(), model.buffers())})
+
+
 def plan_of(model: nn.Module, at: Sequence[Site], counts: Mapping[str, int]) -> Plan:
     """Return a plan of some counts, for its sizes alone: the first units of every group stay."""
-    plans = {}
-    for site in at:
-        run, each = site.units // site.groups, counts[site.name] // site.groups
-        kept = tuple(group * run + unit for group in range(site.groups) for unit in range(each))
-        plans[site.name] = SitePlan(site.units, kept)
+    plans = {site.name: SitePlan.first(site.units, counts[site.name], site.groups) for site in at}
     unit = next((site.unit for site in at if site.kind == "attn"), "kv_group")
     return Plan(model.config.model_type, unit, plans)
 
@@ -244,11 +264,10 @@ def _phases(model: nn.Module, budget: Budget) -> list[str]:
                 f"latency: decode needs a model that generates, got {type(model).__name__}; use "
                 "latency_phase='prefill'"
             )
-        if any(name.endswith("_ids") for name in inputs_read(model)):
-            check_seq_len(model, budget.latency_prompt)
+        check_length(model, budget.latency_prompt, 0)
         return ["prefill"]
     decoded = 0 if phase == "prefill" else max(budget.latency_new_tokens, MOST_RUNS + 1)
-    check_seq_len(model, budget.latency_prompt + decoded)
+    check_length(model, budget.latency_prompt, decoded)
     return ["prefill", "decode"] if phase == "both" else [phase]
 
 
@@ -265,21 +284,21 @@ def _runs(
     generates, context = predicts_next_token(model), budget.latency_prompt
     if phase == "decode":  # in the middle of the new tokens
         context += max(0, (budget.latency_new_tokens - MOST_RUNS - 1) // 2)
-    inputs = timing.inputs_of(model, budget.latency_batch, context)
-    step = timing.step_of(model) if generates else None
+    inputs = inputs_of(model, budget.latency_batch, context)
+    step = step_of(model) if generates else None
     state = (inputs.get("input_ids"), None)
     if phase == "decode":
         state = step(*state)
     for run in range(1 + count):
         with _stopwatch(model, at, clock) as read:
-            start = timing.now(model, clock)
+            start = now(model, clock)
             if phase == "decode":
                 state = step(*state)
             elif generates:
                 step(*state)
             else:
                 model(**inputs)
-            whole = timing.now(model, clock) - start
+            whole = now(model, clock) - start
         if run:
             yield whole, read()
 
@@ -326,4 +345,4 @@ def _marks(model: nn.Module, clock: Clock) -> tuple[Callable, Callable]:
         return mark, lambda first, last: first.elapsed_time(last) / 1000
     if device == "cpu":
         return clock, lambda first, last: last - first
-    return lambda: timing.now(model, clock), lambda first, last: last - first
+    return lambda: now(model, clock), lambda first, last: last - first

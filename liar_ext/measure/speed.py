@@ -1,36 +1,114 @@
-"""The whole benchmark: both models side by side, and the memory of each in a process of its own."""
+"""Speed and memory of two models, in turns; memory in a process of its own.
+
+The order changes from round to round, so that what else the machine does falls on both; a ratio is
+taken within a round, and its quartiles say how steady it was.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
+from liar_ext.calibration.texts import check_seq_len
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import placement
 from liar_ext.environment import child, process_memory
 from liar_ext.errors import InputError, one_line
-from liar_ext.measure.timing import (
-    Benchmark,
-    Clock,
-    ModelFacts,
-    Settings,
-    check_models,
-    measure,
-    run_once,
-    use_threads,
-)
+from liar_ext.models.running import device_of, draw_inputs, inputs_read, predicts_next_token
+from liar_ext.progress import Bar
 
+BENCH_VERSION = 1
+SEED = 0
 PATIENCE = 3600  # seconds that one process may take
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median, first and third quartile of what the rounds gave."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Return the quartiles of values, by linear interpolation between neighbours."""
+        return cls(*np.quantile(values, (0.5, 0.25, 0.75)).tolist())
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One thing that was timed: of both models, and pruned / dense round by round."""
+
+    batch: int
+    what: str
+    unit: str
+    pruned: Quartiles
+    dense: Quartiles | None = None
+    ratio: Quartiles | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model of a benchmark; ``peak`` is what :func:`peak_memory` returns."""
+
+    name: str
+    params: int | None = None
+    weight_bytes: int | None = None
+    peak: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What ``liar bench`` measured."""
+
+    pruned: ModelFacts
+    dense: ModelFacts | None = None  # None where the pruned one was measured alone
+    # SHA-256 of the report of the pruned folder, by which it is known again; "" without one.
+    report_digest: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # how it was measured
+    machine: dict[str, str] = field(default_factory=dict)  # and where
+    rates: list[Rate] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Return it as strict JSON."""
+        return (
+            json.dumps({"version": BENCH_VERSION, **asdict(self)}, indent=1, allow_nan=False) + "\n"
+        )
+
+    def rate(self, what: str, batch: int | None = None) -> Rate | None:
+        """Return the rate of a name, of one batch size or of the smallest that there is."""
+        found = [each for each in self.rates if each.what == what and batch in (None, each.batch)]
+        return min(found, key=lambda each: each.batch, default=None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is made."""
+
+    rounds: int = 5  # that are timed, after one that is not
+    prompt_length: int = 128  # tokens of a prompt, or of a sentence
+    new_tokens: int = 32  # tokens that are decoded after it
+    batches: tuple[int, ...] = (1, 32)  # batch sizes, each of which is measured
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int | None = None  # of torch on the CPU; None leaves them as they are
 
 
 def benchmark(
@@ -46,26 +124,9 @@ def benchmark(
 
     Prefill: the prompt's tokens by the seconds until the first token is known, which are the
     first-token latency. Decode: greedy tokens after it, one at a time, with a key-value cache.
-    Models that predict no next token: inputs by second.
-
-    Parameters
-    ----------
-    folder, against : path or str
-        The pruned model and the dense one, whatever :func:`liar_ext.checkpoint.load_model` takes;
-        None measures the first alone.
-    settings : Settings
-        How.
-    memory : bool
-        Measure resident memory too, each model in a process of its own.
-    clock : callable
-        What time it is, in seconds.
-    progress : bool
-        Show a progress bar.
-
-    Raises
-    ------
-    InputError
-        If one of them can't be loaded or they do different things, or the numbers don't fit.
+    Models that predict no next token: inputs by second. With ``memory`` each model is also run in a
+    process of its own. InputError if one of them can't be loaded, they do different things, or the
+    settings don't fit.
     """
     placement(settings.device)  # refuses one that is not there
     names = {"pruned": os.fspath(folder)}
@@ -90,6 +151,132 @@ def benchmark(
         machine=machine(settings.device),
         rates=rates,
     )
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    settings: Settings,
+    *,
+    clock: Clock = time.perf_counter,
+    progress: bool = False,
+) -> list[Rate]:
+    """Return the rates of models that are loaded: ``pruned``, and ``dense`` if it is there.
+
+    Round 0 warms up and is not counted; then models take turns in going first.
+    """
+    found: list[Rate] = []
+    bar = Bar(total=len(settings.batches) * (settings.rounds + 1), disable=not progress)
+    for batch in settings.batches:
+        values: dict[tuple[str, str], dict[str, list[float]]] = {}
+        for turn in range(settings.rounds + 1):
+            for role in list(models) if turn % 2 else list(models)[::-1]:
+                for key, value in run_once(models[role], batch, settings, clock).items():
+                    if turn:
+                        values.setdefault(key, {}).setdefault(role, []).append(value)
+            bar.update()
+        for (what, unit), by_role in values.items():
+            given = [by_role["pruned"]]
+            if "dense" in by_role:
+                pairs = zip(by_role["pruned"], by_role["dense"], strict=True)
+                given += [by_role["dense"], [ours / theirs for ours, theirs in pairs]]
+            found.append(Rate(batch, what, unit, *map(Quartiles.of, given)))
+    bar.close()
+    return found
+
+
+@torch.no_grad()
+def run_once(
+    model: nn.Module, batch: int, settings: Settings, clock: Clock
+) -> dict[tuple[str, str], float]:
+    """Run a model once; return what was found by name and unit."""
+    inputs = inputs_of(model, batch, settings.prompt_length)
+    if not predicts_next_token(model):
+        start = now(model, clock)
+        model(**inputs)
+        spent = now(model, clock) - start
+        return {("encode", "inputs/s"): batch / spent}
+    step = step_of(model)
+    ids = inputs["input_ids"]
+    start = now(model, clock)
+    token, cache = step(ids, None)
+    first = now(model, clock)
+    for _ in range(settings.new_tokens):
+        token, cache = step(token, cache)
+    last = now(model, clock)
+    return {
+        ("prefill", "tokens/s"): ids.numel() / (first - start),
+        ("first token", "ms"): 1000 * (first - start),
+        ("decode", "tokens/s"): batch * settings.new_tokens / (last - first),
+    }
+
+
+def step_of(model: nn.Module) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
+    """Return a function from tokens and a cache to the next token, greedily, and the cache."""
+    known = inspect.signature(model.forward).parameters
+    short = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    name = "cache" if "cache" in known else "past_key_values"  # the older name
+
+    def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        output = model(input_ids=ids, use_cache=True, **{name: cache}, **short)
+        return output.logits[:, -1:].argmax(-1), output[name]
+
+    return step
+
+
+def inputs_of(model: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
+    """Return random inputs, the same for every model of a kind."""
+    generator = torch.Generator().manual_seed(SEED)
+    device, config = device_of(model), model.config.get_text_config()
+    # Not the last tokens, which multimodal models keep for images.
+    vocabulary = max(1, getattr(config, "vocab_size", 0) // 2)
+    drawn = draw_inputs(model, batch, tokens, generator, vocabulary)
+    inputs = {
+        name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in drawn.items()
+    }
+    if "input_ids" in inputs:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    return inputs
+
+
+def now(model: nn.Module, clock: Clock) -> float:
+    """Return the time when all that was asked of the model's device is done."""
+    device = device_of(model).type
+    if device in ("cuda", "mps", "xpu"):
+        getattr(torch, device).synchronize()
+    return clock()
+
+
+def check_models(models: Mapping[str, nn.Module], settings: Settings) -> None:
+    """Refuse models that do different things, and numbers that they can't have."""
+    kinds = {
+        role: (model.main_input_name, predicts_next_token(model)) for role, model in models.items()
+    }
+    if len(set(kinds.values())) > 1:
+        named = ", ".join(f"{role} {type(model).__name__}" for role, model in models.items())
+        raise InputError(
+            f"bench: both models must do the same, one of them predicts tokens and the other "
+            f"doesn't, or takes other inputs: {named}; give the model that was pruned as --against"
+        )
+    for model in models.values():
+        check_length(model, settings.prompt_length, settings.new_tokens)
+
+
+def check_length(model: nn.Module, prompt: int, new_tokens: int) -> None:
+    """Raise InputError if a model that reads tokens has fewer positions than a request takes."""
+    if any(name.endswith("_ids") for name in inputs_read(model)):
+        check_seq_len(model, prompt + (new_tokens if predicts_next_token(model) else 0))
+
+
+@contextmanager
+def use_threads(number: int | None) -> Iterator[None]:
+    """Give torch a number of threads for a while; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def machine(device: str) -> dict[str, str]:

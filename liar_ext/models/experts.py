@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from liar_ext.errors import InputError
 from liar_ext.models.family import Experts, Wiring
 from liar_ext.models.residual_stream import narrow
-from liar_ext.models.running import get_path
+from liar_ext.models.running import get_path, owner_of
 from liar_ext.plan import SitePlan
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def layer_at(root: nn.Module, path: str, expert: int | None) -> nn.Module | Expe
     """Return the linear layer at a path: a module, or an expert's slice of a parameter there."""
     if expert is None:
         return root.get_submodule(path)
-    owner, _, name = path.rpartition(".")
-    return ExpertLayer(root.get_submodule(owner), name, expert)
+    return ExpertLayer(*owner_of(root, path), expert)
 
 
 def called_at(site: Site) -> str:
@@ -93,8 +92,7 @@ def router_of(model: nn.Module, site: Site) -> nn.Module:
 def choice_of(model: nn.Module, site: Site) -> tuple[Tensor, ...]:
     """Return what a router is called with beside the tokens: nothing, or a number per expert."""
     path = site.wiring.experts.choice
-    owner, _, name = f"{site.path}.{path}".rpartition(".")
-    found = getattr(model.get_submodule(owner), name, None) if path else None
+    found = getattr(*owner_of(model, f"{site.path}.{path}"), None) if path else None
     return () if found is None else (found,)
 
 
@@ -150,8 +148,7 @@ def reroute(
     fewer, size = _light_copy(router), logits.shape[1]
     for module, name, dim in by_expert(fewer, size):  # such as a bias of the choice alone
         narrow(module, name, dim, kept)
-    owner, _, name = experts.weight.rpartition(".")
-    matrix = fewer.get_submodule(owner)
+    matrix, name = owner_of(fewer, experts.weight)
     rows = torch.eye(size, dtype=logits.dtype, device=logits.device)[kept]
     matrix._parameters[name] = nn.Parameter(rows, requires_grad=False)
     if matrix._parameters.get("bias") is not None:  # which the logits hold already
@@ -176,14 +173,12 @@ def keep_experts(model: nn.Module, site: Site, kept: Tensor, scales: Tensor | No
     ``site`` is any expert of the layer, ``kept``, ascending, those that stay, and ``scales`` what
     their outputs are multiplied by, in their consumers; None: 1.
     """
-    owner, _, consumer = site.consumer.rpartition(".")
-    experts, router = model.get_submodule(owner), router_of(model, site)
+    (experts, consumer), router = owner_of(model, site.consumer), router_of(model, site)
     for name, _ in list(experts.named_parameters(recurse=False)):
         narrow(experts, name, 0, kept)
     held = list(by_expert(router, site.experts))
     if choice_of(model, site):
-        path, _, name = f"{site.path}.{site.wiring.experts.choice}".rpartition(".")
-        held.append((model.get_submodule(path), name, 0))
+        held.append((*owner_of(model, f"{site.path}.{site.wiring.experts.choice}"), 0))
     for module, name, dim in held:
         narrow(module, name, dim, kept)
     if scales is not None:

@@ -1,16 +1,19 @@
-"""How a model family is described: the words of a row of the table of families.
+"""How a model family is described: the words of a row of the table of families, and shorthands.
 
 All paths are relative to the block, unless something else is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from liar_ext.errors import InputError
 
+CODE_WIDTH = 88  # of a row as code
 WITHOUT = ("attn", "kv_group", "mlp", "hidden", "stock", "layerwise")
 
 
@@ -228,3 +231,132 @@ class Family:
         """Return all wirings of a kind of site, of all parts and alternatives."""
         labels = ("attn", "cross_attn") if kind == "attn" else (kind,)
         return [w for part in self.all_parts for each in labels for w in part.alternatives(each)]
+
+
+# What rows of several families share: reasons for ``without``, and shorthands for their words.
+JOINT = "its q_norm and k_norm run over all heads at once"
+BORROWED = "some layers read keys and values of others"
+PICTURES = "what reads pictures writes hidden features, too"
+NO_STOCK = {"stock": "heads: its config derives the size of a head from the hidden size"}
+ROUTED = "its routers read it, and a narrower one sends tokens elsewhere"
+TWO_STREAMS = "encoder and decoder have a residual stream each"
+
+QKV = Stack(("query", "key", "value"))
+QKV_BY_GROUP = Stack(("query", "key", "value"), by_group=True)
+GATE_UP = Stack(("gate", "up"))
+# Config fields of streams whose class ties the number of heads to the hidden size.
+TIED = {"hidden_size": "hidden", "num_attention_heads": "heads"}
+
+
+def attention(
+    module: str,
+    layers: str,
+    head_dim: str = "head_dim",
+    numbers: Mapping[str, str] | None = None,
+    stack: Stack | None = None,
+    **more: object,
+) -> Wiring:
+    """Return attention by its module and, in there, query, key, value and output.
+
+    With a ``stack`` the layers are two: that of queries, keys and values, and the output.
+    """
+    query, *key_value, output = (f"{module}.{name}" for name in layers.split())
+    return Wiring(
+        producers=(query,),
+        key_value=tuple(key_value),
+        consumer=output,
+        head_dim=f"{module}.{head_dim}",
+        numbers={f"{module}.{name}": size for name, size in (numbers or {}).items()},
+        stacked={query: stack} if stack else {},
+        **more,
+    )
+
+
+def mlp(
+    layers: str, field: str = "intermediate_size", stack: Stack | None = None, **more: object
+) -> Wiring:
+    """Return an MLP by its layers, the last of which is the consumer, and its config field."""
+    *producers, consumer = layers.split()
+    return Wiring(
+        producers=tuple(producers),
+        consumer=consumer,
+        stacked={producers[0]: stack} if stack else {},
+        config={field: "features"} if field else None,
+        **more,
+    )
+
+
+def steps(*items: str | Wiring | Step) -> tuple[Step, ...]:
+    """Return steps of a stream, each written as what it does and the layers that do it.
+
+    It passes a site by what the producers read and the consumer writes.
+    """
+    found: list[Step] = []
+    for item in items:
+        if isinstance(item, Wiring):
+            found += (Step("read", item.layers[:-1]), Step("write", (item.consumer,)))
+        elif isinstance(item, Step):
+            found.append(item)
+        else:
+            does, *layers = item.split()
+            found.append(Step(does, tuple(layers)))
+    return tuple(found)
+
+
+def stream(
+    start: Iterable[str | Wiring | Step],
+    block: Iterable[str | Wiring | Step],
+    *ends: Iterable[str | Wiring | Step],
+    config: Mapping[str, str] = TIED,
+    multiple_of: str | None = "head_dim",
+    **more: object,
+) -> Stream:
+    """Return a stream from what :func:`steps` takes of its start, a block and each of its ends."""
+    chains = tuple(steps(*end) for end in ends)
+    return Stream(steps(*start), steps(*block), chains, config, multiple_of, **more)
+
+
+def as_code(row: Family, indent: int) -> tuple[str, set[str]]:
+    """Return a row as Python code that begins at an indent, and the classes that it is made of."""
+    words: set[str] = set()
+    return _write(row, words, indent), words
+
+
+def _write(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
+    """Return a value as code behind a label; on one line if it fits, or always without an indent.
+
+    The classes that it is made of are added to ``words``.
+    """
+    if isinstance(value, str):
+        return label + json.dumps(value, ensure_ascii=False)  # newlines are escaped
+    if value is None or isinstance(value, int | float):
+        return label + repr(value)
+    first, last, end = "(", ")", ""
+    if isinstance(value, Mapping):
+        first, last = "{", "}"
+        items = [(f"{json.dumps(key)}: ", each) for key, each in value.items()]
+    elif type(value) in (tuple, list):
+        items, end = [("", each) for each in value], "," * (len(value) == 1)
+    else:
+        first, items = f"{type(value).__name__}(", _set_fields(value)
+        words.add(type(value).__name__)
+    line = ", ".join(_write(each, words, None, name) for name, each in items)
+    line = f"{label}{first}{line}{end}{last}"
+    if indent is None or indent + len(line) < CODE_WIDTH:
+        return line
+    deeper = indent + 4
+    lines = [f"{' ' * deeper}{_write(each, words, deeper, name)},\n" for name, each in items]
+    return f"{label}{first}\n{''.join(lines)}{' ' * indent}{last}"
+
+
+def _set_fields(value: Any) -> list[tuple[str, Any]]:
+    """Return label and value of the fields that aren't as they are by default."""
+    fields = inspect.signature(type(value)).parameters
+    needed = [name for name, field in fields.items() if field.default is field.empty]
+    blank = type(value)(*(getattr(value, name) for name in needed))
+    bare = needed if isinstance(value, tuple) else []
+    return [
+        ("" if name in bare else f"{name}=", getattr(value, name))
+        for name in fields
+        if name in needed or getattr(value, name) != getattr(blank, name)
+    ]

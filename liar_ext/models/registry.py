@@ -1,17 +1,31 @@
-"""The table of model families."""
+"""The table of model families, and what applies to each: all of it comes from the rows."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from torch import nn
 
 from liar_ext.errors import InputError
 from liar_ext.models.families import bert, gpt, llama, moe, t5, vit
-from liar_ext.models.family import Family
+from liar_ext.models.family import Family, Wiring
 
 # One row a family, checked against the source of transformers 5.24 and by a test that slicing
 # equals zeroing.
 _MODULES = (llama, gpt, bert, t5, vit, moe)
 FAMILIES: dict[str, Family] = {row.name: row for module in _MODULES for row in module.ROWS}
+COLUMNS = {
+    "heads": "heads",
+    "kv_groups": "KV groups",
+    "channels": "channels",
+    "experts": "experts",
+    "hidden": "hidden size",
+    "biases": "biases",
+    "stock": "stock config",
+    "layerwise": "layerwise",
+}
+YES, NO, NONE = "yes", "no", "–"
 
 
 def register_family(family: Family) -> Family:
@@ -31,10 +45,7 @@ def register_family(family: Family) -> Family:
 def family_of(model: nn.Module) -> Family:
     """Return the family of a model, by its ``config.model_type``.
 
-    Raises
-    ------
-    InputError
-        If the model has no config, or the table has no such family.
+    InputError is raised if the model has no config, or the table has no such family.
     """
     name = getattr(getattr(model, "config", None), "model_type", None)
     if name in FAMILIES:
@@ -45,3 +56,89 @@ def family_of(model: nn.Module) -> Family:
         "liar_ext.suggest_family(model), looks for a row and proves it; liar_ext.register_family "
         "adds one that you write: see docs/extend.md"
     )
+
+
+class Entry(NamedTuple):
+    """Whether something applies to a family (or what of it does), and why if it doesn't."""
+
+    applies: str
+    reason: str = ""
+
+
+def overview() -> dict[str, dict[str, Entry]]:
+    """Return what applies to each family, by :data:`COLUMNS`."""
+    return {name: _entries(FAMILIES[name]) for name in sorted(FAMILIES)}
+
+
+def _entries(family: Family) -> dict[str, Entry]:
+    without, attn, mlp = family.without, family.wirings("attn"), family.wirings("mlp")
+    sizes = {size for w in attn for size in (*w.numbers.values(), *(w.config or {}).values())}
+    flags = sorted({wiring.bias_flag for wiring in (*attn, *mlp)} - {None})
+    groups = Entry(NO, "every head has keys and values of its own" if attn else "heads can't")
+    if "kv_group" in without:
+        groups = Entry(NO, without["kv_group"])
+    elif sizes & {"kv_heads", "group_size"}:  # of key/value heads that several query heads share
+        groups = Entry(YES)
+    return {
+        "heads": _sites(attn, without.get("attn"), "its attention isn't described"),
+        "kv_groups": groups,
+        "channels": _sites(mlp, without.get("mlp"), "its MLP isn't described"),
+        "experts": Entry(YES if any(wiring.experts for wiring in mlp) else NONE),
+        "hidden": _hidden(family),
+        "biases": Entry(", ".join(flags)) if flags else Entry(NO, "no field gives all of them one"),
+        "stock": _stock(family, {"heads": attn, "channels": mlp}),
+        "layerwise": Entry(NO, without["layerwise"]) if "layerwise" in without else Entry(YES),
+    }
+
+
+def _only(needs: Iterable[tuple[str, object]]) -> str:
+    return "only with " + ", ".join(dict.fromkeys(f"{name}={value}" for name, value in needs))
+
+
+def _hidden(family: Family) -> Entry:
+    row, reason = family.stream, family.without.get("hidden", "")
+    if row is None:
+        return Entry(NO, reason or "its residual stream isn't described")
+    needs = {} if isinstance(row, tuple) else row.requires
+    return Entry(YES, ": ".join(filter(None, (_only(needs.items()) if needs else "", reason))))
+
+
+def _sites(wirings: list[Wiring], reason: str | None, lacking: str) -> Entry:
+    if not wirings or reason is not None:
+        return Entry(NO, reason or lacking)
+    if any(wiring.optional for wiring in wirings):
+        return Entry(YES, "in the blocks that have any")
+    if not all(wiring.requires for wiring in wirings):
+        return Entry(YES)
+    return Entry(YES, _only(need for wiring in wirings for need in wiring.requires.items()))
+
+
+def _stock(family: Family, wirings: dict[str, list[Wiring]]) -> Entry:
+    # An ordinary MLP in some layers of a mixture says nothing of the experts.
+    mixture = [wiring for wiring in wirings["channels"] if wiring.experts]
+    fields = [size for w in mixture or wirings["channels"] for size in (w.config or {}).values()]
+    said = ["heads"] * any(wiring.config is not None for wiring in wirings["heads"])
+    said += ["channels"] * ("features" in fields)
+    said += ["experts"] * ("experts" in fields)
+    lacking = [what for what, each in wirings.items() if each and what not in said]
+    reason = family.without.get("stock", "")
+    if lacking and not reason:
+        reason = f"{' and '.join(lacking)}: no field says their number"
+    return Entry(", ".join(said) or NO, reason)
+
+
+def plain(table: Mapping[str, Mapping[str, Entry]]) -> list[str]:
+    """Return the table as lines for a terminal, with the reasons below it."""
+    rows = [
+        ["family", *COLUMNS.values()],
+        *([name, *(each.applies for each in row.values())] for name, row in table.items()),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    reasons = [
+        f"{name}, {COLUMNS[key]}: {each.reason}"
+        for name, row in table.items()
+        for key, each in row.items()
+        if each.reason and key != "biases"
+    ]
+    return [*lines, "", *reasons]

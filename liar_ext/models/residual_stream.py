@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from liar_ext.errors import InputError
 from liar_ext.models.family import Family, Step, Stream
 from liar_ext.models.registry import family_of
-from liar_ext.models.running import base_path, block_config, blocks_of
+from liar_ext.models.running import base_path, block_config, blocks_of, owner_of
+
+Shared = dict[tuple[int, int], tuple[Tensor, Tensor]]  # by id and dimension: whole, sliced
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,8 @@ def stream_of(model: nn.Module) -> Stream | None:
 def hidden_of(model: nn.Module) -> Hidden:
     """Find the writers, norms and readers of a model's residual stream.
 
-    Raises
-    ------
-    InputError
-        If the family has no row for its stream, the row isn't for this config, or a layer has the
-        hidden size and isn't in the row.
+    InputError is raised if the family has no row for its stream, the row isn't for this config, or
+    a layer has the hidden size and isn't in the row.
     """
     family, row = family_of(model), stream_of(model)
     _check_row(model, family, row)
@@ -173,13 +172,12 @@ class _Trail:
             self.read.setdefault((self.at, does == "read_first"), []).extend(free)
 
     def _there(self, path: str) -> bool:
-        """Tell whether there is a layer, and not what stands for none."""
         layer = self.layers.get(path)
         return isinstance(layer, nn.Parameter) or getattr(layer, "weight", None) is not None
 
     def hidden(self, model: nn.Module, multiple_of: str | None, heads: int) -> Hidden:
         writers = [self.layers[path] for path in self.writers]
-        tables = [layer for layer in writers if is_table(layer)]
+        tables = [layer for layer in writers if isinstance(layer, nn.Embedding)]
         size = self._size(writers, tables)
         self._check(model, size)
         tied = {
@@ -218,7 +216,8 @@ class _Trail:
         for name, parameter in model.named_parameters():
             owner = name.rpartition(".")[0]
             # The rows of a table are looked up by number: no feature of the stream is among them.
-            features = parameter.shape[is_table(self.layers.get(owner, model)) :]
+            is_table = isinstance(self.layers.get(owner), nn.Embedding)
+            features = parameter.shape[is_table:]
             if size in features and known.isdisjoint((owner, name)):
                 raise InputError(
                     f"hidden: {owner or name} of {type(model).__name__} has {size} features, as "
@@ -244,11 +243,6 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight.T if is_transposed(layer) else layer.weight
 
 
-def is_table(layer: nn.Module | nn.Parameter) -> bool:
-    """Tell whether a layer looks features up, by its columns, instead of computing them."""
-    return isinstance(layer, nn.Embedding)
-
-
 @torch.no_grad()
 def slice_hidden(
     model: nn.Module, kept: Sequence[int], weights: Mapping[str, tuple[Tensor, Tensor | None]]
@@ -266,45 +260,34 @@ def slice_hidden(
     """
     hidden = hidden_of(model)
     index = torch.tensor(kept, device="cpu")
-    done: dict[tuple[int, int], tuple[nn.Parameter, nn.Parameter]] = {}
-
-    def keep(layer: nn.Module, name: str, dim: int) -> None:
-        old = getattr(layer, name, None)
-        if old is None:
-            return
-        if (id(old), dim) not in done:
-            done[id(old), dim] = (old, select(old, dim, index))
-        # A weight that two layers share stays shared. Held here, the old one keeps its id its own.
-        setattr(layer, name, done[id(old), dim][1])
-        fit(layer)
-
+    done: Shared = {}
     for path in hidden.norms:
         narrow_norm(model.get_submodule(path), index)
     for source in hidden.sources:
         for layer in map(model.get_submodule, (*source.readers, *source.tied)):
-            keep(layer, "weight", 0 if is_transposed(layer) else 1)
+            narrow(layer, "weight", 0 if is_transposed(layer) else 1, index, done)
     for path, (weight, bias) in weights.items():
         layer = model.get_submodule(path)
         weight_of(layer).copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
     for path in hidden.writers:
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
+        owner, name = owner_of(model, path)
         if name in owner._parameters:
-            keep(owner, name, -1)
+            narrow(owner, name, -1, index, done)
             continue
         layer = model.get_submodule(path)
         # A tied head has been at a table already, and has sliced the weight of both.
-        keep(layer, "weight", 1 if is_table(layer) or is_transposed(layer) else 0)
-        keep(layer, "bias", 0)
+        columns = isinstance(layer, nn.Embedding) or is_transposed(layer)
+        narrow(layer, "weight", 1 if columns else 0, index, done)
+        narrow(layer, "bias", 0, index, done)
     if stream_of(model).scaled:
         _keep_scale(model, hidden, len(kept))
 
 
 def _keep_scale(model: nn.Module, hidden: Hidden, count: int) -> None:
     """Let embeddings that are scaled by the root of the hidden size put out what they did."""
-    (table,) = (m for m in map(model.get_submodule, hidden.writers) if is_table(m))
+    (table,) = (m for m in map(model.get_submodule, hidden.writers) if isinstance(m, nn.Embedding))
     # Rounded as its forward rounds them.
     dtype = table.weight.dtype
     scales = torch.tensor([table.scalar_embed_scale, count**0.5], device="cpu").to(dtype).double()
@@ -336,12 +319,20 @@ def select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
     return nn.Parameter(chosen.contiguous(), requires_grad=tensor.requires_grad)
 
 
-def narrow(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
-    """Let a parameter or buffer of a module, if there is one, hold slices of itself, in place."""
-    old = getattr(module, name, None)
-    if old is not None:
-        setattr(module, name, select(old, dim, index))
-        fit(module)
+def narrow(
+    module: nn.Module, name: str, dim: int, index: Tensor, shared: Shared | None = None
+) -> None:
+    """Let a parameter or buffer of a module, if there is one, hold slices of itself, in place.
+
+    ``shared`` notes what was sliced, so that a weight that two modules share stays shared.
+    """
+    old, shared = getattr(module, name, None), {} if shared is None else shared
+    if old is None:
+        return
+    if (id(old), dim) not in shared:  # the old one is held there, so that its id stays its own
+        shared[id(old), dim] = old, select(old, dim, index)
+    setattr(module, name, shared[id(old), dim][1])
+    fit(module)
 
 
 def narrow_norm(norm: nn.Module, kept: Tensor) -> None:
@@ -357,7 +348,7 @@ def fit(layer: nn.Module) -> None:
     if isinstance(layer, nn.Conv2d):
         layer.out_channels = len(layer.weight)
     elif isinstance(layer, nn.Embedding):
-        layer.embedding_dim = layer.weight.shape[1]
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
     elif is_transposed(layer):
         layer.nx, layer.nf = layer.weight.shape
     elif hasattr(layer, "out_features"):

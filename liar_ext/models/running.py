@@ -35,12 +35,7 @@ def complete_inputs(
     """Return the inputs of a batch, with what the decoder reads where an encoder is there, too.
 
     Without ``decoder_input_ids`` it reads the labels, or else the text that the encoder reads,
-    shifted right by one token, as in training.
-
-    Raises
-    ------
-    InputError
-        If the model reads something that the batch lacks.
+    shifted right by one token, as in training. InputError is raised if an input is missing.
     """
     found, needed = dict(inputs), inputs_read(model)
     if len(needed) > 1:
@@ -61,7 +56,6 @@ def complete_inputs(
 def _decoder_inputs(
     config: Any, inputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return what a decoder reads, and its mask, from labels or the text of the encoder."""
     start, text = getattr(config, "decoder_start_token_id", None), labels.get("labels")
     if text is None or text.dim() != 2 or text.is_floating_point():
         text, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -192,6 +186,12 @@ def config_parts(config: Any) -> list[Any]:
 def get_path(root: Any, path: str) -> Any:
     """Return the attribute of ``root`` at a dotted path."""
     return reduce(getattr, path.split("."), root)
+
+
+def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Return the module that has the parameter, buffer or number at a path, and its name there."""
+    owner, _, name = path.rpartition(".")
+    return root.get_submodule(owner), name
 
 
 def parts_of(model: nn.Module, family: Family) -> list[tuple[Part, list[Block]]]:

@@ -126,10 +126,7 @@ class Site:
 
         Values of units, shape (units,), come back as they are.
 
-        Raises
-        ------
-        InputError
-            If there are as many values as neither.
+        InputError is raised if there are as many values as neither.
         """
         if values.shape not in ((self.units,), (self.d_in,)):
             raise InputError(
@@ -278,7 +275,6 @@ def _wiring(family: str, rows: Sequence[Wiring], block: nn.Module) -> Wiring | N
 def _read_site(
     place: tuple[Part, str, int, Block], wiring: Wiring, attn_unit: str, expert: int | None
 ) -> Site:
-    """Measure one site of a block."""
     part, label, index, (path, block) = place
     parts = (part.name or None, index, label, expert)
     name = ".".join(str(each) for each in parts if each is not None)
@@ -334,7 +330,6 @@ def _attn_units(attn_unit: str, heads: int, kv_heads: int) -> tuple[str, int, in
 
 
 def _out_in(site: str, path: str, layer: Any, wiring: Wiring) -> tuple[int, int]:
-    """Return (output features, input features) of a linear layer."""
     weight = getattr(layer, "weight", None)
     if weight is None or weight.ndim != 2 or not weight.is_floating_point():
         raise InputError(

@@ -29,6 +29,7 @@ from liar_ext.models.experts import (
 )
 from liar_ext.models.liar_loader import select_heads, set_config_number
 from liar_ext.models.residual_stream import hidden_of, narrow, slice_hidden, weight_of
+from liar_ext.models.running import owner_of
 from liar_ext.models.sites import Site, get_consumer_bias, sites, teams_of
 from liar_ext.plan import Plan, SitePlan
 
@@ -45,11 +46,10 @@ def apply_plan(
 ) -> None:
     """Remove from a model what the plan doesn't keep, in place.
 
-    Everything is checked before anything changes, so that an error leaves the model as it was.
-    New parameters keep dtype, device and ``requires_grad``. The model's config isn't touched, and
-    says the dense sizes: save the model with :func:`liar_ext.save_pruned`, which writes the new
-    ones. A folder that ``model.save_pretrained`` writes after ``apply_plan`` alone is refused by
-    every loader; :func:`liar_ext.prune` describes its model, so that ``save_pretrained`` saves it.
+    Everything is checked before anything changes. New parameters keep dtype, device and
+    ``requires_grad``. The config still says the dense sizes: save the model with
+    :func:`liar_ext.save_pruned`, which writes the new ones, as every loader refuses a folder of
+    ``model.save_pretrained`` after ``apply_plan`` alone. After :func:`liar_ext.prune` none does.
 
     Parameters
     ----------
@@ -58,12 +58,11 @@ def apply_plan(
     plan : Plan
         Kept units per site; a site that it doesn't name keeps everything.
     weights : mapping of str to (Tensor, Tensor or None), optional
-        New consumer weight, shape (d_out, n_kept · width), and bias, shape (d_out,), by site
-        name. A site without an entry keeps the columns of its units, which is plain dropping.
-        Of a layer that loses experts, by its name, what the outputs of those that stay are
-        multiplied by, ``(kept,)``. With hidden features, d_out is the number of them that stay, and
-        the new weights of norms and readers come by path, from
-        :func:`liar_ext.reconstruction.hidden_size.narrow`.
+        New consumer weight, ``(d_out, n_kept · width)``, and bias, ``(d_out,)``, by site name. A
+        site without an entry keeps the columns of its units, which is plain dropping. Of a layer
+        that loses experts, by its name, what the outputs of those that stay are multiplied by,
+        ``(kept,)``. With hidden features, d_out is the number of them that stay, and weights of
+        norms and readers come by path, from :func:`liar_ext.reconstruction.hidden_size.narrow`.
     blocks : collection of int, optional
         Slice these blocks alone, and leave the others for a later call with the same plan.
 
@@ -76,9 +75,8 @@ def apply_plan(
 
     Notes
     -----
-    Where a plan gives a bias to a consumer of a family that has a config flag for it, every linear
-    layer that the flag governs gains one, zero except for the consumers': then the stock class
-    builds the same layers.
+    If a plan gives a bias to a consumer of a family that has a config flag for it, every layer that
+    the flag governs gains one, zero except for the consumers', as the stock class builds them.
     """
     found = _by_name(model, plan)
     weights, flags = weights or {}, _bias_flags(found, plan)
@@ -124,7 +122,6 @@ def unit_rows(site: Site, producer: str, kept: Sequence[int], rows: int) -> Tens
 
 
 def _check(model: nn.Module, found: Mapping[str, Site], plan: Plan, weights: Weights) -> None:
-    """Refuse a plan or weights that don't fit the model."""
     model_type = model.config.model_type
     if plan.model_type != model_type:
         raise InputError(
@@ -254,7 +251,6 @@ def _grow_biases(
 
 
 def _add_bias(layer: nn.Module, site: Site) -> None:
-    """Give a linear layer a zero bias if it has none."""
     if layer.bias is None:
         weight = layer.weight
         zeros = weight.new_zeros(weight.shape[1 if site.wiring.transposed else 0])
@@ -275,8 +271,7 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
     columns = [each.features(units) for each, units in zip(team, kept, strict=True)]
     _narrow_layer(model, site, site.consumer, input_, columns)
     for path in site.wiring.per_head:
-        owner, _, name = f"{site.path}.{path}".rpartition(".")
-        narrow(model.get_submodule(owner), name, 0, _heads(site, kept[0]))
+        narrow(*owner_of(model, f"{site.path}.{path}"), 0, _heads(site, kept[0]))
     if site.wiring.head_input is not None:
         said = site.wiring.head_input
         heads = None if said.own else _heads(site, kept[0]).tolist()
@@ -286,7 +281,6 @@ def _slice_team(model: nn.Module, team: Sequence[Site], plan: Plan) -> None:
 
 
 def _heads(site: Site, kept: Sequence[int]) -> Tensor:
-    """Return the query heads of units."""
     return site.features(kept)[:: site.head_dim] // site.head_dim
 
 
@@ -302,16 +296,14 @@ def _narrow_layer(
     if site.expert is None:
         layer, weight, bias, one = model.get_submodule(path), "weight", "bias", index[0]
     else:
-        owner, _, weight = path.rpartition(".")
-        layer, bias, one = model.get_submodule(owner), bias_name(weight), torch.stack(list(index))
-        dim += 1
+        (layer, weight), dim = owner_of(model, path), dim + 1
+        bias, one = bias_name(weight), torch.stack(list(index))
     narrow(layer, weight, dim, one)
     if with_bias:
         narrow(layer, bias, one.ndim - 1, one)
 
 
 def _set_consumer(model: nn.Module, site: Site, weight: Tensor, bias: Tensor | None) -> None:
-    """Write a reconstructed weight, and bias if there is one, into a sliced consumer."""
     consumer = layer_at(model, site.consumer, site.expert)
     consumer.weight.copy_(weight.T if site.wiring.transposed else weight)
     if bias is not None:
@@ -322,10 +314,8 @@ def _patch_numbers(model: nn.Module, site: Site) -> None:
     """Write the sizes of a sliced site into the integers that the block's modules keep."""
     block = model.get_submodule(site.path)
     for path, size in site.wiring.numbers.items():
-        owner, _, attribute = path.rpartition(".")
-        if owner.endswith(".config"):
-            module = block.get_submodule(owner.removesuffix(".config"))
-            if getattr(module.config, attribute) != site.sizes[size]:
-                set_config_number(module, attribute, site.sizes[size])
-        else:
-            setattr(block.get_submodule(owner), attribute, site.sizes[size])
+        owner, dot, name = path.partition(".config.")
+        if not dot:
+            setattr(*owner_of(block, path), site.sizes[size])
+        elif getattr((module := block.get_submodule(owner)).config, name) != site.sizes[size]:
+            set_config_number(module, name, site.sizes[size])

@@ -212,7 +212,7 @@ class Fields:
     keep_vocab: float | str = _words(
         1.0,
         check.vocabulary,
-        "fraction of the tokens to keep, a number such as 32k, or auto; --keep counts the rest",
+        "fraction of the tokens to keep, a number such as 32k, or auto; --of params counts them",
         metavar="F",
         read=check.read_tokens,
         in_python="liar_ext.choose_tokens and liar_ext.keep_tokens do it before text is drawn",

@@ -1,4 +1,4 @@
-"""Read a report that a stranger may have written: the file, and the parts of it.
+"""Read a report, or a benchmark, that a stranger may have written: the file, and its parts.
 
 A field that is missing, or no value of its kind, is None or left out: a page says "not measured"
 there, or "–".
@@ -15,6 +15,7 @@ from typing import Any
 
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.errors import InputError, one_line
+from liar_ext.measure.speed import BENCH_VERSION, Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.recipe import Recipe
 from liar_ext.report.sections import LIKENESS, PAIRS
 from liar_ext.report.tables import MEASURES
@@ -24,10 +25,11 @@ from liar_ext.untrusted import count, listing, mapping, named, number, read_obje
 
 MOST_LINES = 200  # of warnings, notes, and jobs
 MOST_POINTS = 1000  # of a curve
+MOST_RATES = 100  # of a benchmark
 
 
-def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
-    """Return the path of a folder's report; raise InputError if it has none."""
+def read_report(folder: str | os.PathLike[str], operation: str) -> tuple[dict[str, Any], str]:
+    """Return the fields of a folder's report, and its SHA-256; InputError if it has none."""
     path = Path(folder)
     found = path / REPORT_JSON
     try:
@@ -41,13 +43,13 @@ def find_report(folder: str | os.PathLike[str], operation: str) -> Path:
             f"{operation}: {path} has no {REPORT_JSON}; give a folder that liar prune wrote, "
             "or save_pruned with report="
         )
-    return found
+    return read_object(found, operation)
 
 
 def report_digest(folder: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a folder's report, "" if it has none."""
     try:
-        return read_object(find_report(folder, "report"), "report")[1]
+        return read_report(folder, "report")[1]
     except InputError:
         return ""
 
@@ -143,9 +145,11 @@ def vocabulary(value: Any) -> dict[str, Any]:
         return {}
     read = {"alike_lines": count(facts.get("alike_lines")), "text": lines(facts.get("text"))[:20]}
     read["tokens_per_byte"] = _pair(facts.get("tokens_per_byte"))
-    if auto := record(facts.get("auto"), judged_by=text, most_loss=number):
-        steps = listing(facts["auto"].get("curve"))[:MOST_POINTS]
-        read["auto"] = {**auto, "curve": [_step(listing(each)) for each in steps]}
+    auto = mapping(facts.get("auto"))
+    if judged_by := text(auto.get("judged_by")):
+        steps = [_step(listing(each)) for each in listing(auto.get("curve"))[:MOST_POINTS]]
+        most = number(auto.get("most_loss"))
+        read["auto"] = {"judged_by": judged_by, "most_loss": most, "curve": steps}
     if held_out := _held_out(facts.get("held_out")):
         pruned = _held_out(mapping(facts["held_out"]).get("pruned"))
         read["held_out"] = held_out | ({"pruned": pruned} if pruned else {})
@@ -181,14 +185,82 @@ def _finite_or_inf(value: Any) -> float | None:
 
 
 def _step(values: list[Any]) -> list[float | None]:
-    """Read tokens, loss and tokens per byte of a size that was tried."""
-    tokens, loss, rate = (*values[:3], None, None, None)[:3]
-    return [count(tokens), math.inf if loss == "inf" else number(loss), number(rate)]
+    """Read tokens, loss, tokens per byte, and what is kept in all, of a size that was tried."""
+    tokens, loss, rate, kept = (*values[:4], None, None, None, None)[:4]
+    return [count(tokens), math.inf if loss == "inf" else number(loss), number(rate), number(kept)]
 
 
 def _pair(value: Any) -> list[float | None]:
     found = [number(each) for each in listing(value)[:2]]
     return found + [None] * (2 - len(found))
+
+
+def bench_file(folder: str | os.PathLike[str]) -> Path:
+    """Return where the benchmark of a folder is stored: beside it, for the folder is sealed."""
+    path = Path(folder).resolve()
+    return path.with_name(f"{path.name}.bench.json")
+
+
+def read_bench(path: Path, operation: str = "report") -> Benchmark:
+    """Return a stored benchmark; what is missing, or no number, is left out.
+
+    InputError if the file is none.
+    """
+    fields, _ = read_object(path, operation)
+    if fields.get("version") != BENCH_VERSION or not isinstance(fields.get("rates"), list):
+        raise InputError(
+            f"{operation}: {path} is no benchmark of version {BENCH_VERSION}; write it by liar "
+            "bench"
+        )
+    rates = [_stored_rate(mapping(row)) for row in listing(fields["rates"])[:MOST_RATES]]
+    return Benchmark(
+        pruned=_model(fields.get("pruned")),
+        dense=_model(fields["dense"]) if mapping(fields.get("dense")) else None,
+        report_digest=text(fields.get("report_digest"), 64),
+        settings=named(fields.get("settings")),
+        machine=named(fields.get("machine")),
+        rates=[rate for rate in rates if rate is not None],
+    )
+
+
+def stored_bench(folder: str | os.PathLike[str]) -> tuple[Benchmark | None, list[str]]:
+    """Return the benchmark that is stored beside a folder, and what is wrong with it.
+
+    One of another state of the folder, or one that can't be read, is told of and not used.
+    """
+    path = bench_file(folder)
+    if not os.path.lexists(path):
+        return None, []
+    try:
+        bench = read_bench(path)
+    except InputError as error:
+        return None, [f"The stored benchmark is left out: {error}"]
+    if bench.report_digest != report_digest(folder):
+        return None, [
+            f"The stored benchmark {path.name} is of another state of this folder and is left out; "
+            "run liar bench again."
+        ]
+    return bench, []
+
+
+def _stored_rate(row: Any) -> Rate | None:
+    batch, pruned = count(row.get("batch")), _quartiles(row.get("pruned"))
+    if batch is None or pruned is None:
+        return None
+    dense, ratio = _quartiles(row.get("dense")), _quartiles(row.get("ratio"))
+    return Rate(batch, text(row.get("what"), 40), text(row.get("unit"), 40), pruned, dense, ratio)
+
+
+def _quartiles(value: Any) -> Quartiles | None:
+    found = record(value, **dict.fromkeys(("median", "low", "high"), number))
+    return Quartiles(**found) if found and min(found.values()) >= 0 else None
+
+
+def _model(value: Any) -> ModelFacts:
+    facts = mapping(value)
+    peak = {key: each for key, each in named(facts.get("peak")).items() if count(each) is not None}
+    sizes = (count(facts.get(name)) for name in ("params", "weight_bytes"))
+    return ModelFacts(text(facts.get("name"), 200), *sizes, peak)
 
 
 PARTS: dict[str, Callable[[Any], Any]] = {  # of a report, but for its sites

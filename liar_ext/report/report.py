@@ -24,7 +24,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.report import reading, sections, tables
 from liar_ext.report.tables import Table, figure, plain, render
 from liar_ext.rows import SiteRow
-from liar_ext.untrusted import count, listing, read_object, text
+from liar_ext.untrusted import count, listing, text
 
 MOST_SITES = 4096
 MOST_SHOWN = 512  # of them in a notebook
@@ -171,7 +171,7 @@ class Report:
         InputError
             If the folder has none, or it is no JSON object that can be read.
         """
-        return cls.from_dict(read_object(reading.find_report(folder, operation), operation)[0])
+        return cls.from_dict(reading.read_report(folder, operation)[0])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the report, ``liar/report.json`` and ``.md``, and the recipe into ``folder``."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from liar_ext.measure.timing import Benchmark, ModelFacts
+from liar_ext.measure.speed import Benchmark, ModelFacts
 from liar_ext.report.tables import (
     BYTES,
     MEASURES,
@@ -255,7 +255,7 @@ def vocabulary_lines(found: Mapping[str, Any]) -> list[str]:
         return []
     texts = ", ".join(found.get("text", ())) or "the calibration text"
     if found["after"] == found["before"]:
-        return [f"All {found['before']:,} tokens stay: fewer would lose more than auto allows."]
+        return [f"All {found['before']:,} tokens stay: with fewer of them more would be lost."]
     said = [
         f"{found['after']:,} of {found['before']:,} tokens stay ({found['kind'] or 'tokenizer'}), "
         f"chosen by their counts in {texts}."
@@ -293,16 +293,20 @@ def vocabulary(found: Mapping[str, Any]) -> Table:
 
 def vocabulary_sizes(found: Mapping[str, Any]) -> Table:
     """Return the sizes that ``--keep-vocab auto`` has tried."""
-    name, most = found["judged_by"].replace("_", " "), figure(found["most_loss"], ".1%")
+    name, most = found["judged_by"].replace("_", " "), found["most_loss"]
+    steps = [(*step, None)[:4] for step in found["curve"]]
     rows = [
-        (figure(tokens, ","), figure(loss, ".2%"), figure(rate, ".4g"))
-        for tokens, loss, rate in found["curve"]
+        (figure(tokens, ","), figure(loss, ".2%"), figure(rate, ".4g"), figure(kept, ".1%"))
+        for tokens, loss, rate, kept in steps
     ]
-    note = (
-        f"Loss of {name} on documents that chose no token. The smallest size was taken that loses "
-        f"at most {most}."
+    note = f"Loss of {name} on documents that chose no token. " + (
+        "Heads and channels were pruned to the rest of the budget, in one pass. The best was taken."
+        if most is None
+        else f"The smallest size was taken that loses at most {most:.1%}."
     )
-    return Table("Sizes of the vocabulary", ("tokens", "loss", "tokens per byte"), rows, (), note)
+    heads = ("tokens", "loss", "tokens per byte", "kept by heads and channels alone")
+    some = slice(4 if most is None else 3)
+    return Table("Sizes of the vocabulary", heads[some], [row[some] for row in rows], (), note)
 
 
 def _both(pair: Sequence[float | None] | None) -> list[str]:

@@ -140,6 +140,11 @@ def cost(evaluation: Mapping) -> str:
     return f"divergence {figure(certified['divergence'])}" if certified else ""
 
 
+def measured(found: Mapping[str, float]) -> dict[str, float]:
+    """Return the measures among some numbers of a model."""
+    return {name: found[name] for name in MEASURES if name in found}
+
+
 def measured_on(found: Mapping[str, float]) -> str:
     """Return what a measure was measured on."""
     if "perplexity" not in found and "sequences" in found:
@@ -152,6 +157,5 @@ def measured_on(found: Mapping[str, float]) -> str:
 
 def measures(evaluation: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, float]]:
     """Return the names of what was measured of both models, with the dense and pruned numbers."""
-    dense, pruned = (evaluation.get(of, {}) for of in ("dense", "pruned"))
-    both = [name for name in MEASURES if name in dense and name in pruned]
-    return [(name, dense[name], pruned[name]) for name in both]
+    dense, pruned = (measured(evaluation.get(of, {})) for of in ("dense", "pruned"))
+    return [(name, dense[name], pruned[name]) for name in dense if name in pruned]

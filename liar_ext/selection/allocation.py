@@ -47,11 +47,10 @@ def allocate(
     method : {"uniform", "global", "curve"}
         ``uniform``: every site keeps the same fraction, as near as its units allow: heads are
         rounded to a count and channels make up for it. ``global``: scores are standardised within
-        a site, a unit has the mean over its features, and the highest stay, wherever they are. It
-        is FLAP's way with scores of features, from ``score(..., per="feature")``, where those of
-        attention are squared first; scores of units are standardised as they are. ``curve``: the
-        least sum of ``losses``: exact where the costs share few enough grains, else no more than
-        with 1/8192 of the budget less for each site; see
+        a site, a unit has the mean over its features, and the highest stay, wherever they are, as
+        in FLAP with scores from ``score(..., per="feature")``, where those of attention are
+        squared first. ``curve``: the least sum of ``losses``: exact where the costs share few
+        enough grains, else no more than with 1/8192 of the budget less for each site; see
         :func:`liar_ext.selection.knapsack.choose`.
     model_type : str
         For the record in the plan.
@@ -61,12 +60,10 @@ def allocate(
         sites, unless ``costs`` say it.
     losses : mapping of str to Tensor, optional
         For ``curve``: ``(units + 1,)`` by site name, what the model loses when k units of the site
-        are gone; for instance an error curve times the sensitivity of its site. Losses of
-        different sites must have one unit, and they add up.
+        are gone, in one unit for all sites; they add up.
     costs : Costs, optional
-        What sites cost by the number of units kept, where that is not proportional: for latency,
-        see :class:`liar_ext.selection.costs.Costs`. No method takes a count that costs no less
-        than a larger one.
+        What sites cost where that is not proportional to units, as for latency. No method takes a
+        count that costs no less than a larger one.
 
     Raises
     ------
@@ -203,17 +200,18 @@ class _Problem:
             for site in at:
                 parts.setdefault((site.kind, site.units, site.width), []).append(site)
         teams = tuple(_Team.of(some, budget, costs) for some in parts.values())
-        total, in_sites = costs.total, sum(team.costs[-1] for team in teams)
-        limit = budget.keep * total - (total - in_sites)
+        in_sites = sum(team.costs[-1] for team in teams)
+        total, fixed = costs.total + costs.gone, costs.total - in_sites
+        limit = budget.keep * total - fixed
         problem = cls(teams, limit + 1e-9 * total)
         least = problem.spent([0] * len(teams))
         if least > problem.limit:
-            outside = 1.0 - in_sites / total
-            fixed = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
+            outside = fixed / total
+            beside = f", of which {outside:.4g} lies outside of them" if outside > 1e-9 else ""
             raise InputError(
                 f"allocate: no plan keeps {budget.keep:.4g} of {budget.of}: with tile="
                 f"{budget.tile} the sites can go down to "
-                f"{(least + total - in_sites) / total:.4g}{fixed}; raise keep, or lower tile"
+                f"{(least + fixed) / total:.4g}{beside}; raise keep, or lower tile"
             )
         return problem
 

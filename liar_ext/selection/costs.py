@@ -180,13 +180,18 @@ class Costs:
         costs no less than a larger one is never taken.
     total : float
         Dense cost of the whole model. What it has beyond its dense sites can't be pruned.
+    gone : float
+        Cost that the model had before and that no longer is in ``total``, such as that of tokens.
     """
 
     by_count: Mapping[str, Sequence[float]]
     total: float
+    gone: float = 0.0
 
     @classmethod
-    def of(cls, at: Sequence[Site], budget: Budget, total: float | None = None) -> Costs:
+    def of(
+        cls, at: Sequence[Site], budget: Budget, total: float | None = None, gone: float = 0.0
+    ) -> Costs:
         """Return costs that are proportional to units, as all but those of latency are.
 
         ``total`` comes from :func:`total_cost`; only ``prunable`` needs none.
@@ -201,7 +206,8 @@ class Costs:
         of_unit = {site.name: _unit_cost(site, budget) for site in at}
         if total is None:
             total = sum(of_unit[site.name] * site.units for site in at)
-        return cls({s.name: [of_unit[s.name] * k for k in range(s.units + 1)] for s in at}, total)
+        by_count = {s.name: [of_unit[s.name] * k for k in range(s.units + 1)] for s in at}
+        return cls(by_count, total, gone)
 
     @classmethod
     def measured(cls, table: LatencyTable, at: Sequence[Site]) -> Costs:
@@ -241,7 +247,8 @@ class Costs:
     def kept_fraction(self, plan: Plan) -> float:
         """Return the fraction of the model's dense cost that a plan keeps."""
         costs = ((self.by_count[name], site) for name, site in plan.sites.items())
-        return 1.0 - sum(each[s.units] - each[len(s.kept)] for each, s in costs) / self.total
+        removed = sum(each[s.units] - each[len(s.kept)] for each, s in costs)
+        return (self.total - removed) / (self.total + self.gone)
 
 
 def total_cost(model: nn.Module, at: Sequence[Site], budget: Budget) -> float:
@@ -299,7 +306,6 @@ def cached_values(site: Site) -> int:
 
 
 def _unit_cost(site: Site, budget: Budget) -> float:
-    """Return the cost of one unit of a site, in the unit of the budget."""
     if budget.of == "flops":
         return float(site.unit_flops(budget.seq_len))
     if budget.of == "kv_cache":

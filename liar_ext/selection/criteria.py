@@ -112,12 +112,11 @@ def score(
     criterion, seed : str, int
         A registered criterion, and the seed of one that draws.
     batches : iterable of mapping or Tensor, optional
-        Text for the criteria that need gradients (``snip``, ``taylor``, ``fisher``), which no
-        moments hold; :func:`liar_ext.calibration.gradients.collect_gradients` says what it costs.
+        Text for the criteria that need gradients, which no moments hold; see
+        :func:`liar_ext.calibration.gradients.collect_gradients`.
     per : {"unit", "feature"}
-        ``unit``: scores of units, the sum over their features. ``feature``: scores of features
-        where the criterion has them (``magnitude``, ``wanda``, ``wifv``), which allocation
-        ``global`` takes; of units elsewhere.
+        ``unit``: the sum over a unit's features. ``feature``: scores of features where the
+        criterion has them (``magnitude``, ``wanda``, ``wifv``), for allocation ``global``.
     progress : bool
         Show a progress bar for the gradients.
 

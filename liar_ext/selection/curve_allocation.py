@@ -171,7 +171,6 @@ def rounding(
 
 
 def _row(some: Sequence[Site], budget: Budget, plan: Plan) -> dict[str, object]:
-    """Return what the grid of equal sites is, and what they keep."""
     site = some[0]
     kept = [len(plan.sites[each.name].kept) for each in some]
     return {
@@ -187,7 +186,6 @@ def _row(some: Sequence[Site], budget: Budget, plan: Plan) -> dict[str, object]:
 
 
 def _notes(row: Mapping[str, object], budget: Budget) -> list[str]:
-    """Return what a grid does not do for sites of a size."""
     units, step, layers = row["units"], row["step"], f"{row['layers']} {row['kind']} layers"
     notes = []
     if budget.tile == "auto" and step < AUTO_TILE:

@@ -34,15 +34,12 @@ class DenseOutputs:
 
     With logits the divergence of a row, a token or a sequence, is ``KL(p ‖ q) = Σ p (log p −
     log q)`` in nats, p the dense model's distribution and q the pruned one's. Without it is
-    ``½ |h − h'|² / |h|²`` of the last hidden state, or of the embeddings of images and texts, which
-    has the same meaning to second order but for its scale. Rows where the dense model's output is
-    not finite are left out.
+    ``½ |h − h'|² / |h|²`` of the last hidden state, or of the embeddings of images and texts: the
+    same to second order but for its scale. Rows where the dense output isn't finite are left out.
 
-    The dense model, in evaluation mode, is run over the ``batch`` now. Padding does not count, and
-    no loss is asked for. Outputs are compared at as many ``positions`` of the sequences, evenly
-    spread, as are asked for, or at all of them; a language model's head is run there only.
-    ``has_logits`` says whether outputs are logits, ``features`` how many classes, or hidden
-    features, they have.
+    The dense model, in evaluation mode, is run now. Padding doesn't count. Outputs are compared at
+    as many ``positions``, evenly spread over the sequences, or at all of them. ``has_logits`` says
+    whether outputs are logits, ``features`` how many classes, or hidden features, they have.
     """
 
     def __init__(

@@ -33,9 +33,8 @@ def error_curves(
 ) -> dict[str, Tensor]:
     """Return the held-out error of every site for every number of units removed.
 
-    ``E(k) = Σ_folds tr(ΔW_k G_B ΔW_kᵀ) / Σ_folds tr(W G_B Wᵀ)``: the k units of lowest score are
-    gone and folded into the others on fold A, and B is the other fold. Works with any criterion:
-    the order is that in which its scores let units go.
+    ``E(k) = Σ_folds tr(ΔW_k G_B ΔW_kᵀ) / Σ_folds tr(W G_B Wᵀ)``: the k units of lowest score, by
+    any criterion, are gone and folded into the others on fold A, and B is the other fold.
 
     Parameters
     ----------

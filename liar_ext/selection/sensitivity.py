@@ -147,7 +147,7 @@ def site_divergences(
     weights : mapping of str to (Tensor, Tensor or None)
         Consumer weights and biases for the plan, from :func:`liar_ext.reconstruct`.
     saved : Measured, optional
-        Where each divergence is kept as it is found; those that are there aren't measured.
+        Where divergences are kept as they are found; those that are there aren't measured.
     progress : bool
         Show a progress bar.
 

@@ -98,7 +98,6 @@ class _Collector:
         self.used = self.fold = self.logits = torch.empty(0)  # of the batch that is run
 
     def chose(self, _: tuple, output: tuple) -> None:
-        """Note the logits of the router."""
         self.logits = output[0]
 
     def ran(self, arguments: tuple, _: object) -> None:
@@ -152,7 +151,6 @@ def collect_tokens(
 
 
 def _products(model: nn.Module, experts: Sequence[Site], hidden: Tensor) -> Tensor:
-    """Return the products of all experts' outputs on each token, Φ."""
     size = len(experts)
     parts = [hidden.new_zeros(0, size, size, dtype=torch.float64)]
     for chunk in hidden.split(CHUNK) if len(hidden) else ():
@@ -308,7 +306,6 @@ def _scales(a: Tensor, c: Tensor, damp: float) -> Tensor:
 
 
 def _damped(a: Tensor, damp: float) -> Tensor:
-    """Return ``A + Λ``."""
     mean = a.diagonal().mean()
     shift = damp * torch.where(mean > 0, mean, 1.0)
     return a + shift * torch.eye(len(a), dtype=a.dtype, device=a.device)

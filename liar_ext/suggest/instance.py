@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from liar_ext.checkpoint.quietening import quiet
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.checkpoint.stock_config import shapes_of
+from liar_ext.checkpoint.transformers_hooks import quiet
 from liar_ext.errors import one_line
 from liar_ext.models.running import base_path, config_parts, evaluating
 from liar_ext.suggest.small_config import TOKEN, candidates, seconds, tall
@@ -51,13 +53,10 @@ class Tried(NamedTuple):
 def prepare(model_class: type[nn.Module], config: Any) -> Tried:
     """Build the tiny models of a class, from a config of any sizes."""
     first = make_instance(model_class, config)
-    shapes = [parameter.shape for parameter in first.model.parameters()]
+    shapes = shapes_of(first.model)
     others = _possible(lambda make: _instance(model_class, make()), seconds(config))
-    instances = [first]
-    for other in others:
-        if shapes != [parameter.shape for parameter in other.model.parameters()]:
-            instances.append(other)
-            break
+    other = next((each for each in others if shapes != shapes_of(each.model)), None)
+    instances = [first] if other is None else [first, other]
     models = [each.model for each in instances]
     if len(models) == 1:  # then these tell numbers apart where no name of a field says what it is
         fields = first.model.config.to_dict()
@@ -67,18 +66,20 @@ def prepare(model_class: type[nn.Module], config: Any) -> Tried:
     return Tried(instances, models, next(whole, None))
 
 
+def attempt(make: Callable[[], Any]) -> Any:
+    """Return what is made; None if it fails, as a stranger's class and config have own rules."""
+    with suppress(Exception), quiet():
+        return make()
+    return None
+
+
 def _possible(make: Callable[[Any], Any], options: Iterable[Any]) -> Iterator[Any]:
-    """Yield what is made of options, but for what the rules of a class or config refuse."""
-    for option in options:
-        made = None
-        with suppress(Exception), quiet():
-            made = make(option)
-        if made is not None:
-            yield made
+    """Yield what is made of options, but for what fails."""
+    made = (attempt(partial(make, option)) for option in options)
+    return (each for each in made if each is not None)
 
 
 def _doubled(model: nn.Module, name: str) -> nn.Module:
-    """Return a model without weights in which one integer of the config is twice as large."""
     config = copy.deepcopy(model.config)
     setattr(config, name, 2 * getattr(config, name))
     return build(type(model), config, "meta")
@@ -125,8 +126,7 @@ def build(model_class: type[nn.Module], config: Any, device: str) -> nn.Module:
         model = model_class(config)
     if device == "meta":
         return model.eval()
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    if numbers > MOST_NUMBERS:
+    if (numbers := count_params(model)) > MOST_NUMBERS:
         raise Refused(
             f"it has {numbers:,} weights where its config could not be made smaller, more than "
             f"{MOST_NUMBERS:,}"
@@ -148,10 +148,8 @@ def outputs(instance: Instance) -> Tensor:
     with evaluating(instance.model):
         given = instance.model(**instance.inputs)
     values = given.values() if isinstance(given, Mapping) else given
-    values = [values] if isinstance(values, Tensor) else values
-    found = [
-        v.double().flatten() for v in values if isinstance(v, Tensor) and v.is_floating_point()
-    ]
+    tensors = [values] if isinstance(values, Tensor) else [v for v in values if torch.is_tensor(v)]
+    found = [value.double().flatten() for value in tensors if value.is_floating_point()]
     result = torch.cat(found) if found else torch.empty(0)
     if not len(result) or not result.isfinite().all():
         raise Refused("its outputs are no finite tensors")
@@ -177,10 +175,9 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
         ordinary = torch.tensor([token for token in range(rows) if token not in special][:1000])
         reads = inspect.signature(model.forward).parameters
         given = {}
-        for part, tokens in (("", TOKENS), ("decoder_", DECODER_TOKENS)):
-            if part and not getattr(config, "is_encoder_decoder", False):
-                continue
-            draw = torch.randint(len(ordinary), (BATCH, tokens), generator=generator)
+        parts = {"": TOKENS, "decoder_": DECODER_TOKENS}
+        for part in parts if getattr(config, "is_encoder_decoder", False) else [""]:
+            draw = torch.randint(len(ordinary), (BATCH, parts[part]), generator=generator)
             given[part + name] = ordinary[draw]
             if f"{part}attention_mask" in reads:
                 given[f"{part}attention_mask"] = torch.ones_like(draw)

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liar_ext.checkpoint.loading import load_pruned
-from liar_ext.checkpoint.quietening import quiet
 from liar_ext.checkpoint.saving import save_pruned
 from liar_ext.checkpoint.stock_config import in_transformers
-from liar_ext.errors import InputError, one_line
+from liar_ext.checkpoint.transformers_hooks import quiet
+from liar_ext.errors import one_line
 from liar_ext.models.family import Family
 from liar_ext.models.registry import FAMILIES
 from liar_ext.models.sites import get_consumer_weight, sites
 from liar_ext.models.slicing import apply_plan
 from liar_ext.plan import Plan, SitePlan
-from liar_ext.suggest.instance import Instance, Refused, make_plain, outputs
+from liar_ext.suggest.instance import Instance, Refused, attempt, make_plain, outputs
 
 KINDS = {"attn": "heads", "mlp": "channels"}  # of sites, and their units
 CLOSE = 1e-6  # of the largest output: norms compute in float32 whatever the model's dtype
@@ -45,15 +45,15 @@ def registered(family: Family) -> Iterator[None]:
 
 def rewired(family: Family, kind: str, **changes: Any) -> Family:
     """Return a row whose wirings of a kind, in all its parts, have some fields changed."""
+    names = ("attn", "cross_attn") if kind == "attn" else (kind,)
 
     def change(row: Any) -> Any:
-        names = ("attn", "cross_attn") if kind == "attn" else (kind,)
-        there = {name: getattr(row, name, None) for name in names}
-        return replace(row, **{n: replace(w, **changes) for n, w in there.items() if w is not None})
+        there = {name: wiring for name in names if (wiring := getattr(row, name, None)) is not None}
+        return replace(row, **{name: replace(each, **changes) for name, each in there.items()})
 
-    return (
-        replace(family, parts=tuple(map(change, family.parts))) if family.parts else change(family)
-    )
+    if family.parts:
+        return replace(family, parts=tuple(map(change, family.parts)))
+    return change(family)
 
 
 def kinds_of(family: Family) -> list[str]:
@@ -105,7 +105,9 @@ def some_plan(model: nn.Module, kinds: Sequence[str], unit: str = "", equal: boo
 
     Without a unit of attention it is that of which there are several: heads, where all share a key.
     """
-    unit = unit or ("head" if _shares_one_key(model) else "auto")
+    if not unit:
+        attn = attempt(lambda: sites(model, ("attn",)))  # None if it can't be pruned
+        unit = "head" if attn and attn[0].units == 1 else "auto"
     generator = torch.Generator().manual_seed(3)
     kept = {}
     for site in sites(model, kinds, unit):
@@ -120,15 +122,7 @@ def some_plan(model: nn.Module, kinds: Sequence[str], unit: str = "", equal: boo
     return Plan(model.config.model_type, unit, kept)
 
 
-def _shares_one_key(model: nn.Module) -> bool:
-    try:
-        return sites(model, ("attn",))[0].units == 1
-    except InputError:  # no attention that can be pruned
-        return False
-
-
 def _has_sdpa(model: nn.Module) -> bool:
-    """Tell whether a model can be switched to the attention that torch fuses."""
     can = getattr(model, "_can_set_attn_implementation", None)
     return bool(getattr(model, "_supports_sdpa", False)) and can is not None and can()
 
@@ -162,15 +156,19 @@ def _compare(instance: Instance, kinds: Sequence[str], unit: str, attention: str
     except Exception as error:  # whatever a stranger's forward raises
         said = f"{type(error).__name__}: {one_line(error, 120)}"
         raise Refused(f"{what} the model fails: {said}") from error
-    scale = float(expected.abs().max())
-    if float((before - expected).abs().max()) < NOTICED * scale:
+    if _distance(before, expected) < NOTICED:
         raise Refused(f"{what}, zeroing changes no output, so that nothing can be compared")
     if given.shape != expected.shape:
         raise Refused(f"{what} the outputs have another size")
-    error = float((given - expected).abs().max()) / scale
+    error = _distance(given, expected)
     if not error <= CLOSE:
         raise Refused(f"{what} the outputs are {error:.1e} from those with zeroed columns")
     return error
+
+
+def _distance(given: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a fraction of the largest value."""
+    return float((given - expected).abs().max()) / float(expected.abs().max())
 
 
 def _check_folder(instance: Instance, plan: Plan, folder: Path, load: Any) -> None:
@@ -186,6 +184,5 @@ def _check_folder(instance: Instance, plan: Plan, folder: Path, load: Any) -> No
         given = outputs(instance._replace(model=loaded.to(torch.float64).eval()))
     except Exception as error:  # a stranger's class and config have rules of their own
         raise Refused(f"a saved folder doesn't load: {one_line(error, 160)}") from error
-    close = CLOSE * float(expected.abs().max())
-    if given.shape != expected.shape or not torch.allclose(given, expected, rtol=0, atol=close):
+    if given.shape != expected.shape or not _distance(given, expected) <= CLOSE:
         raise Refused("a saved folder loads with other outputs")

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from liar_ext.checkpoint.stock_config import dense_config, equal_config
+from liar_ext.checkpoint.stock_config import dense_config, equal_config, shapes_of
 from liar_ext.models.family import Family
 from liar_ext.models.running import block_config, blocks_of
 from liar_ext.models.sites import Site, sites
 from liar_ext.models.slicing import apply_plan
-from liar_ext.suggest.instance import Instance, Refused, build
-from liar_ext.suggest.proof import (
-    KINDS,
-    kinds_of,
-    registered,
-    rewired,
-    some_plan,
-    tells_sizes,
-)
+from liar_ext.suggest.instance import Instance, Refused, attempt, build
+from liar_ext.suggest.proof import KINDS, kinds_of, registered, rewired, some_plan, tells_sizes
 
 BLOCK = 1  # the one whose numbers are read: neither the first nor, mostly, the last
 HEAD = re.compile(r"head_?(dim|size|width)|attention_head_size|\w*head_dim|d_head|dim_head")
@@ -62,12 +55,11 @@ def with_numbers(
 ) -> tuple[Family, Meanings, Meanings]:
     """Return a row with the integers that follow, and what others may mean.
 
-    An integer follows where it equals a size in two models whose sizes differ. One that equals the
-    hidden size as well, or that was seen in one model alone, is left to the proof, with the sizes
-    that it may be: the second that is returned. The third are numbers of the config that modules
-    have at hand, which a forward may read.
+    An integer follows where it equals a size in two models whose sizes differ. The proof decides on
+    those second, which equal the hidden size as well or were seen in one model alone, and those
+    third: numbers of the config that modules have at hand, which a forward may read.
     """
-    found = _sites(family, models)
+    found = _one_block(models, family)
     hidden = tuple(site.d_out for site in next(iter(found.values())))
     unclear: Meanings = {}
     chosen: dict[str, dict[str, str]] = {kind: {} for kind in found}
@@ -92,7 +84,7 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     """Return a row with the vectors that have one number per query head, in all models."""
     if family.attn is None or len(models) < 2:
         return family
-    heads = tuple(site.sizes["heads"] for site in _sites(family, models)["attn"])
+    heads = tuple(site.sizes["heads"] for site in _one_block(models, family)["attn"])
     blocks = [dict(_block(model, family).named_parameters()) for model in models]
     own = {f"{layer}.bias" for layer in family.attn.layers}
     found = [
@@ -105,15 +97,15 @@ def with_per_head(family: Family, models: list[nn.Module]) -> Family:
     return rewired(family, "attn", per_head=tuple(found))
 
 
-def _sites(family: Family, models: list[nn.Module]) -> dict[str, list[Site]]:
-    """Return the sites of one block, by kind, of each of some models."""
-
-    def one(model: nn.Module, kind: str) -> Site:
-        found = sites(model, (kind,))
-        return found[min(BLOCK, len(found) - 1)]
-
+def _sites(model: nn.Module, family: Family, kind: str) -> list[Site]:
     with registered(family):
-        return {kind: [one(model, kind) for model in models] for kind in kinds_of(family)}
+        return sites(model, (kind,))
+
+
+def _one_block(models: list[nn.Module], family: Family) -> dict[str, list[Site]]:
+    """Return the sites of one block, by kind, of each of some models."""
+    every = {kind: [_sites(model, family, kind) for model in models] for kind in kinds_of(family)}
+    return {kind: [at[min(BLOCK, len(at) - 1)] for at in each] for kind, each in every.items()}
 
 
 def _block(model: nn.Module, family: Family) -> nn.Module:
@@ -126,21 +118,29 @@ def _integers(models: list[nn.Module], family: Family, ran: Collection[str]) -> 
 
     Modules that didn't run are left out, and linear layers: their sizes are those of their weights.
     """
-    found: list[dict[str, int]] = []
-    for model in models:
-        found.append({})
-        for path, module in _block(model, family).named_modules():
-            weight = module._parameters.get("weight")
-            if path in ran and (weight is None or weight.ndim != 2):
-                numbers = {n: v for n, v in vars(module).items() if type(v) is int and n[0] != "_"}
-                found[-1] |= {f"{path}.{n}" if path else n: v for n, v in numbers.items()}
-    return _in_all(found)
+
+    def keeps(path: str, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return path in ran and (weight is None or weight.ndim != 2)
+
+    blocks = (_block(model, family).named_modules() for model in models)
+    return _in_all(
+        {
+            f"{path}.{name}".removeprefix("."): value
+            for path, module in block
+            if keeps(path, module)
+            for name, value in vars(module).items()
+            if name[0] != "_"
+        }
+        for block in blocks
+    )
 
 
-def _in_all(found: list[dict[str, int]]) -> Numbers:
+def _in_all(found: Iterable[Mapping[str, Any]]) -> Numbers:
     """Return the integers that all have, each with its values."""
-    there = [path for path in found[0] if all(type(each.get(path)) is int for each in found)]
-    return {path: tuple(each[path] for each in found) for path in there}
+    first, *others = found
+    values = {path: (first[path], *(each.get(path) for each in others)) for path in first}
+    return {path: each for path, each in values.items() if {*map(type, each)} == {int}}
 
 
 def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
@@ -152,7 +152,7 @@ def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
             owners = [_block(model, family).get_submodule(path) for model in models]
             configs = [getattr(owner, "config", None) for owner in owners]
             if None not in configs:
-                found = _in_all([config.to_dict() for config in configs])
+                found = _in_all(config.to_dict() for config in configs)
                 numbers |= {f"{path}.config.{name}": values for name, values in found.items()}
                 break
     return numbers
@@ -160,12 +160,8 @@ def _config_numbers(models: list[nn.Module], family: Family) -> Numbers:
 
 def _fits(family: Family, models: list[nn.Module]) -> bool:
     """Tell whether all models have whole heads of the size that a row finds."""
-    try:
-        with registered(family):
-            found = [site for model in models for site in sites(model, ("attn",))]
-    except (ValueError, ZeroDivisionError, RuntimeError):
-        return False
-    return all(
+    found = attempt(lambda: [site for each in models for site in _sites(each, family, "attn")])
+    return found is not None and all(
         site.head_dim > 0 and site.d_in % site.head_dim == 0 and site.kv_heads > 0 for site in found
     )
 
@@ -188,9 +184,9 @@ def _meanings(values: tuple[int, ...], found: dict[str, list[Site]]) -> list[tup
 def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict[str, str]]:
     """Return a row with the config fields that express equal layers, and why there are none.
 
-    The proof of a field is that the stock class, built with it, has the shapes of a model that was
-    sliced. It holds the size in the config of every instance. Of a row of several parts these are
-    the fields that all of them follow together, and are looked for where some part has none.
+    A field holds the size in the config of every instance, and the stock class that is built with
+    it has the shapes of a model that was sliced. Of several parts these are the fields that all of
+    them follow together, looked for where some part has none.
     """
     model, reasons = instances[0].model, {}
     if not family.parts:
@@ -213,17 +209,15 @@ def with_config(instances: list[Instance], family: Family) -> tuple[Family, dict
 def with_bias_flags(instance: Instance, family: Family) -> Family:
     """Return a row with the config fields that give a bias to all layers of a site."""
     model, biases = instance.model, {}
-    with registered(family):
-        for kind in kinds_of(family):
-            at = sites(model, (kind,))
-            layers = {f"{site.path}.{layer}" for site in at for layer in site.wiring.layers}
-            biases[kind] = {f"{layer}.bias" for layer in layers}
+    for kind in kinds_of(family):
+        at = _sites(model, family, kind)
+        biases[kind] = {f"{site.path}.{layer}.bias" for site in at for layer in site.wiring.layers}
     own = block_config(family, model.config).to_dict()
     for name in (n for n, value in own.items() if "bias" in n and isinstance(value, bool)):
         built = _build(model, family, name, not own[name])
         if built is None:
             continue
-        changed = _shapes(model).keys() ^ _shapes(built).keys()
+        changed = shapes_of(model).keys() ^ shapes_of(built).keys()
         given = [kind for kind, each in biases.items() if each <= changed]
         if given and changed == set().union(*(biases[kind] for kind in given)):
             for kind in given:
@@ -262,14 +256,13 @@ def _fields_of(
 ) -> tuple[dict[str, str], list[str]]:
     """Return the fields that hold a size of a site: those of that site alone, and others."""
     model = instances[0].model
-    with registered(family):
-        sizes = [sites(each.model, (kind,))[0].sizes for each in instances]
-        at = sites(model, (kind,))
+    at = _sites(model, family, kind)
+    sizes = [_sites(each.model, family, kind)[0].sizes for each in instances]
     blocks = tuple(f"{site.path}." for site in at)
     own = tuple(f"{site.path}.{layer}." for site in at for layer in site.wiring.layers)
     own += tuple(f"{site.path}.{name}" for site in at for name in site.wiring.per_head)
     configs = [block_config(family, each.model.config).to_dict() for each in instances]
-    before = _shapes(build(type(model), model.config, "meta"))
+    before = shapes_of(model)
     found: dict[str, str] = {}
     others: list[str] = []
     for size in ("heads", "kv_heads", "head_dim") if kind == "attn" else ("features",):
@@ -287,7 +280,7 @@ def _fields_of(
             if built is None:  # a rule ties it to another field
                 found |= {name: size} if holds and size in ("heads", "kv_heads") else {}
                 continue
-            after = _shapes(built)
+            after = shapes_of(built)
             changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n)]
             # Norms of single heads follow the size of a head.
             places = blocks if size == "head_dim" else own
@@ -303,11 +296,7 @@ def _follows(built: nn.Module, family: Family, kind: str, size: str) -> bool:
 
     Where a head is the hidden size by the number of heads, the number follows and no shape does.
     """
-    with registered(family):
-        try:
-            return sites(built, (kind,))[0].sizes[size] == OTHER[size]
-        except (ValueError, ZeroDivisionError):
-            return False
+    return attempt(lambda: _sites(built, family, kind)[0].sizes[size]) == OTHER[size]
 
 
 def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
@@ -315,21 +304,14 @@ def _expresses(model: nn.Module, family: Family, kind: str) -> bool:
     model = copy.deepcopy(model)
     with registered(family):
         apply_plan(model, some_plan(model, (kind,), equal=True))
-        try:
-            return equal_config(model, dense_config(model.config)) is not None
-        except Exception:  # a stranger's class and config have rules of their own
-            return False
+        return attempt(lambda: equal_config(model, dense_config(model.config))) is not None
 
 
 def _build(model: nn.Module, family: Family, field: str, value: Any) -> nn.Module | None:
-    """Return a model of the config with a field changed; None if its rules forbid it."""
     config = copy.deepcopy(model.config)
-    try:
+
+    def changed() -> nn.Module:
         setattr(block_config(family, config), field, value)
         return build(type(model), config, "meta")
-    except Exception:  # a stranger's class and config have rules of their own
-        return None
 
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(each.shape) for name, each in model.named_parameters()}
+    return attempt(changed)

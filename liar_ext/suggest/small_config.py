@@ -118,12 +118,10 @@ def shrink(config: Any, sizes: Sizes | None, free: bool = False, layers: bool = 
 
 
 def _rebuilt(config: Any, fields: Fields) -> Any:
-    """Return a config of the same class from fields."""
     return type(config).from_dict({k: v for k, v in fields.items() if k not in LABELS})
 
 
 def _parts(fields: Fields) -> dict[str, Fields]:
-    """Return the configs that a config is made of."""
     return {k: v for k, v in fields.items() if k.endswith("config") and isinstance(v, Mapping)}
 
 

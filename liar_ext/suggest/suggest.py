@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,30 @@ import torch
 from torch import nn
 
 from liar_ext.checkpoint.inspection import read_config
-from liar_ext.checkpoint.quietening import no_bars
 from liar_ext.checkpoint.reading import reading
+from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.families.common import TWO_STREAMS
-from liar_ext.models.family import WITHOUT, Family, Part
+from liar_ext.models.family import TWO_STREAMS, WITHOUT, Family, Part, as_code
 from liar_ext.models.registry import FAMILIES
-from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path
+from liar_ext.models.running import DECODER_IDS, DECODER_MASK, base_path, blocks_of
 from liar_ext.models.sites import CROSS
-from liar_ext.suggest.describe import Described, Stack
-from liar_ext.suggest.instance import Blocks, Refused, Tried, find_stacks, prepare
-from liar_ext.suggest.proof import KINDS, prove, prove_folders, tells_sizes
-from liar_ext.suggest.sizes import with_config
+from liar_ext.suggest.instance import Blocks, Instance, Refused, Tried, find_stacks, prepare
+from liar_ext.suggest.proof import KINDS, kinds_of, prove, prove_folders, rewired, tells_sizes
+from liar_ext.suggest.sizes import (
+    Meanings,
+    with_bias_flags,
+    with_config,
+    with_head_dim,
+    with_numbers,
+    with_per_head,
+)
 from liar_ext.suggest.small_config import MOST_DEPTH, bound_layers, check_sizes, most_layers
+from liar_ext.suggest.trace import Trace
+from liar_ext.suggest.wiring import Found, find_sites
 
 # What a pruned or quantised folder says beside the sizes of its dense model.
 EXTRA = ("liar", "per_layer_config", "quantization_config", "auto_map")
-WIDTH = 88  # of the code of a row
+MOST_CHOICES, MOST_TRIALS = 4096, 64  # of what integers may mean
 HIDDEN = "the residual stream isn't described"
 
 
@@ -45,8 +52,7 @@ class Suggestion:
     @property
     def code(self) -> str:
         """Python code that registers the row."""
-        words: set[str] = set()
-        text = _write(self.family, words, 4)
+        text, words = as_code(self.family, 4)
         return (
             "from liar_ext import register_family\n"
             f"from liar_ext.models.family import {', '.join(sorted(words))}\n\n"
@@ -58,11 +64,9 @@ class Suggestion:
 def suggest_family(model: Any) -> Suggestion:
     """Propose a row of the table of families for a model or its config, and prove it.
 
-    A tiny instance of the class is built from the config with its sizes made small; the blocks,
-    the linear layers in them and who reads whom are found by moving single outputs in one pass.
-    Then the row is registered for a moment, and the instance pruned by it in every combination:
-    slicing must equal zeroing, and saved folders must load. What can't be proved isn't in the row.
-    Residual streams and experts aren't looked for; they can be added by hand.
+    A tiny instance of the class shows the blocks, their linear layers and who reads whom. It is
+    then pruned by the row in every combination: slicing must equal zeroing, and saved folders must
+    load. What can't be proved isn't in the row. Residual streams and experts aren't looked for.
 
     Parameters
     ----------
@@ -109,13 +113,9 @@ def suggest_family(model: Any) -> Suggestion:
 def suggest_for(name: str) -> Suggestion:
     """Propose a row for the model in a folder, or in a repository of the hub, by its config alone.
 
-    No code of a folder or repository is run. For a model that needs its own, build it, and call
-    :func:`liar_ext.suggest_family` with it.
-
-    Raises
-    ------
-    InputError
-        If there is no config, transformers has no such architecture, or no row can be proposed.
+    No code of a folder or repository is run: build a model that needs its own, and call
+    :func:`liar_ext.suggest_family` with it. InputError is raised if there is no config,
+    transformers has no such architecture, or no row can be proposed.
     """
     fields = _fields(name)
     kind = fields.get("model_type")
@@ -138,7 +138,6 @@ def suggest_for(name: str) -> Suggestion:
 
 
 def _fields(name: str) -> Mapping[str, Any]:
-    """Return the fields of a config."""
     path = Path(name)
     if path.is_dir():
         return read_config(path, "families")
@@ -151,7 +150,6 @@ def _fields(name: str) -> Mapping[str, Any]:
 
 
 def _class_of(model: Any) -> type[nn.Module]:
-    """Return the class of a model, or the one that a config is for."""
     if isinstance(model, nn.Module):
         return type(model)
     import transformers
@@ -171,13 +169,7 @@ def _class_of(model: Any) -> type[nn.Module]:
 
 
 def _propose(tried: Tried, config: Any) -> Suggestion:
-    """Return a row for one stack of blocks, or for an encoder and a decoder.
-
-    Raises
-    ------
-    Refused
-        If neither attention nor MLP can be described.
-    """
+    """Return a row for one stack of blocks, or for an encoder and a decoder; else raise Refused."""
     instance, name = tried.instances[0], config.model_type
     stacks = find_stacks(instance)
     if getattr(config, "is_encoder_decoder", False):
@@ -196,13 +188,7 @@ def _propose(tried: Tried, config: Any) -> Suggestion:
 
 
 def _two_stacks(tried: Tried, name: str, stacks: list[Blocks]) -> Described:
-    """Return a row for an encoder that a decoder reads, each described first, then proved whole.
-
-    Raises
-    ------
-    Refused
-        If there aren't two stacks of blocks, or one of them can't be described.
-    """
+    """Return a row for an encoder that a decoder reads, each described first, then proved whole."""
     paths = [blocks.path for blocks in stacks]
     if len(stacks) != 2:
         raise Refused(f"an encoder and a decoder are two lists of blocks, found {', '.join(paths)}")
@@ -248,41 +234,145 @@ def _missing(family: Family, rows: Mapping[str, Described], cross: Described) ->
     return {kind: "; ".join(dict.fromkeys(reasons)) for kind, reasons in found.items()}
 
 
-def _write(value: Any, words: set[str], indent: int | None = None, label: str = "") -> str:
-    """Return a value as code behind a label; on one line if it fits, or always without an indent.
+@dataclass
+class Described:
+    """A row of one stack of blocks that was proved, and what it lacks."""
 
-    The classes that it is made of are added to ``words``.
+    family: Family
+    proved: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Stack:
+    """A list of blocks, with what was found in a block of it."""
+
+    def __init__(self, tried: Tried, name: str, blocks: Blocks) -> None:
+        self.tried, self.name, self.blocks = tried, name, blocks
+        self.trace = Trace(blocks.calls[min(1, len(blocks.calls) - 1)])
+        self.found, self.missing = find_sites(self.trace)
+
+    def own(self) -> Described:
+        """Return the proved row of its attention and MLP, with config fields."""
+        own = {kind: site for kind, site in self.found.items() if kind != CROSS}
+        return self._describe(own, dict(self.missing), self.found.get(CROSS))
+
+    def cross(self) -> Described:
+        """Return the row of the attention to another stack alone, or one that says why not."""
+        if CROSS not in self.found:
+            why = f": {self.missing['attn']}" if "attn" in self.missing else ""
+            raise Refused(
+                f"no attention of {self.blocks.path} that a row can name reads the encoder{why}"
+            )
+        try:
+            return self._describe({"attn": self.found[CROSS]}, {}, self.found.get("attn"))
+        except Refused as error:
+            return Described(Family(self.name), missing={"attn": str(error)})
+
+    def _describe(
+        self, found: Mapping[str, Found], missing: dict[str, str], apart: Found | None
+    ) -> Described:
+        """Return the row of some sites; ``apart`` is another attention, with numbers of its own."""
+        tried, ran = self.tried, self.trace.ran
+        if apart is not None:
+            home = _home(apart)
+            ran = {path for path in ran if not f"{path}.".startswith(f"{home}.")}
+        wirings = {kind: site.wiring for kind, site in found.items()}
+        family = Family(name=self.name, blocks=self.blocks.path, **wirings)
+        family, notes = _fitting_every_block(tried, family, missing)
+        if family.attn is not None:
+            site, first = found["attn"], self.blocks.calls[0].module
+            try:
+                family = with_head_dim(family, tried.models, site.head_dim, ran)
+                head_input = self.trace.input_by_head(site.wiring.consumer, site.heads, first)
+                family = rewired(family, "attn", head_input=head_input)
+            except Refused as error:
+                missing["attn"] = str(error)
+                family = replace(family, attn=None)
+        if not kinds_of(family):
+            reasons = [f"{kind}: {missing[kind]}" for kind in KINDS if kind in missing]
+            raise Refused("; ".join(reasons))
+        family = with_per_head(family, tried.models)
+        family, unclear, at_hand = with_numbers(family, tried.models, ran)
+        family, proved = _settle(tried.instances, family, unclear, at_hand, missing)
+        if family.attn is not None and family.attn.stacked and found["attn"].kv_heads == 1:
+            notes.append(
+                "one key for all heads: whether a weight is stacked by group can't be seen"
+            )
+        known = {path for kind in kinds_of(family) for path in getattr(family, kind).numbers}
+        if left := [path for path in unclear if path not in known]:
+            notes.append(f"may be the hidden size, and are left alone: {', '.join(left)}")
+        family, no_config = with_config(tried.instances, family)
+        family = with_bias_flags(tried.instances[0], family)
+        if no_config:
+            missing["stock"] = "; ".join(no_config.values())
+        return Described(family, proved, missing, notes)
+
+
+def _home(site: Found) -> str:
+    """Return the module that all layers of a site are in; a dot if that is the block itself."""
+    first, *others = [layer.split(".")[:-1] for layer in site.wiring.layers]
+    while first and any(names[: len(first)] != first for names in others):
+        first = first[:-1]
+    return ".".join(first) or "."
+
+
+def _fitting_every_block(
+    tried: Tried, family: Family, missing: dict[str, str]
+) -> tuple[Family, list[str]]:
+    """Return a row without what some block lacks, also of the whole model; and what to know."""
+    for kind, model in product(KINDS, (tried.models[0], tried.whole)):
+        wiring = getattr(family, kind)
+        for path, block in blocks_of(model, family) if wiring and model is not None else ():
+            modules = dict(block.named_modules())
+            if lacking := [layer for layer in wiring.layers if layer not in modules]:
+                missing[kind] = f"blocks differ: {path} has no {lacking[0]}"
+                family = replace(family, **{kind: None})
+                break
+    few = "only a few blocks were looked at: not all of them can be built"
+    return family, [few] * (tried.whole is None)
+
+
+def _settle(
+    instances: list[Instance],
+    family: Family,
+    unclear: Meanings,
+    at_hand: Meanings,
+    missing: dict[str, str],
+) -> tuple[Family, list[str]]:
+    """Return the row that the proof holds for, with as few unclear integers as it takes.
+
+    Where it holds for none, one kind of site may hold by itself; the reason why the other doesn't
+    is added to ``missing``.
     """
-    if isinstance(value, str):
-        return label + json.dumps(value, ensure_ascii=False)  # newlines are escaped
-    if value is None or isinstance(value, int | float):
-        return label + repr(value)
-    first, last, end = "(", ")", ""
-    if isinstance(value, Mapping):
-        first, last = "{", "}"
-        items = [(f"{json.dumps(key)}: ", each) for key, each in value.items()]
-    elif type(value) in (tuple, list):
-        items, end = [("", each) for each in value], "," * (len(value) == 1)
-    else:
-        first, items = f"{type(value).__name__}(", _set_fields(value)
-        words.add(type(value).__name__)
-    line = ", ".join(_write(each, words, None, name) for name, each in items)
-    line = f"{label}{first}{line}{end}{last}"
-    if indent is None or indent + len(line) < WIDTH:
-        return line
-    deeper = indent + 4
-    lines = [f"{' ' * deeper}{_write(each, words, deeper, name)},\n" for name, each in items]
-    return f"{label}{first}\n{''.join(lines)}{' ' * indent}{last}"
+    reasons: list[str] = []
+    for other in (None, *KINDS) if len(kinds_of(family)) == 2 else (None,):
+        row = family if other is None else replace(family, **{other: None})
+        for trial in _trials(row, unclear, at_hand):
+            try:
+                proved = prove(instances, trial)
+            except Refused as error:
+                reasons.append(str(error))
+            else:
+                missing |= {} if other is None else {other: reasons[0]}
+                return trial, proved
+    raise Refused("; ".join(dict.fromkeys(reasons)))
 
 
-def _set_fields(value: Any) -> list[tuple[str, Any]]:
-    """Return label and value of the fields that aren't as they are by default."""
-    fields = inspect.signature(type(value)).parameters
-    needed = [name for name, field in fields.items() if field.default is field.empty]
-    blank = type(value)(*(getattr(value, name) for name in needed))
-    bare = needed if isinstance(value, tuple) else []
-    return [
-        ("" if name in bare else f"{name}=", getattr(value, name))
-        for name in fields
-        if name in needed or getattr(value, name) != getattr(blank, name)
+def _trials(family: Family, unclear: Meanings, at_hand: Meanings) -> Iterator[Family]:
+    """Yield rows in which unclear integers mean nothing, then one thing or another.
+
+    Numbers of the config come last: mostly no forward reads them.
+    """
+    kinds = kinds_of(family)
+    options = [
+        [None, *((path, kind, size) for kind, size in meanings if kind in kinds)]
+        for path, meanings in {**unclear, **at_hand}.items()
     ]
+    choices = [list(filter(None, each)) for each in islice(product(*options), MOST_CHOICES)]
+    choices.sort(key=lambda meant: (sum(path in at_hand for path, _, _ in meant), len(meant)))
+    for meant in choices[:MOST_TRIALS]:
+        row = family
+        for path, kind, size in meant:
+            row = rewired(row, kind, numbers={**getattr(row, kind).numbers, path: size})
+        yield row

@@ -1,15 +1,16 @@
 """Which linear layer of a block reads which.
 
 A block runs by itself with what the model gave it. All linear layers put out what they did in
-that pass, but for the one output that is moved, so that a change is seen by those alone that read
-it through no other linear layer::
+that pass, but for one output that is NaN, which those alone read that do so through no other linear
+layer::
 
-    move row r of P  ──▶  norm, rotation, softmax, activation, product  ──▶  columns of C change
+    row r of P is NaN  ──▶  norm, rotation, softmax, activation, product  ──▶  columns of C are NaN
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from liar_ext.calibration.taps import Ended
 from liar_ext.models.family import HeadInput
 from liar_ext.suggest.instance import Call, Refused, cloned, first_tensor, hooked
 
 MOST_ROWS = 4000  # of all layers that a consumer reads: a second of small blocks
-CHANGED = 1e-9  # of the largest value; what isn't reached stays equal, bit for bit
 TOKEN = 2  # whose outputs are moved: others come before it and after it
 LARGE = (1e3, 1e6)  # times an output, so that what a norm adds to a mean square is nothing
 ROUNDING = 1e-5  # many norms compute in float32
@@ -38,13 +39,11 @@ class Layer(NamedTuple):
     output: Tensor
 
     @property
-    def rows(self) -> int:
-        """Features that it puts out."""
+    def rows(self) -> int:  # noqa: D102
         return self.output.shape[-1]
 
     @property
-    def columns(self) -> int:
-        """Features that it reads."""
+    def columns(self) -> int:  # noqa: D102
         return self.input.shape[-1]
 
 
@@ -61,7 +60,6 @@ class Trace:
     def __init__(self, call: Call) -> None:
         self.block, self.call = call.module, call
         self._modules = dict(call.module.named_modules())
-        self._generator = torch.Generator().manual_seed(2)
         # Layers by path, in the order in which they ran, but for those that ran repeatedly; modules
         # that ran at all.
         self.layers: dict[str, Layer] = {}
@@ -74,10 +72,10 @@ class Trace:
         self.others = sorted((n for n in others if others[n] > 1), key=lambda name: -others[name])
         # What each layer reads through no other, and those that read what comes into the block.
         self.parents: dict[str, list[str]] = {name: [] for name in self.layers}
-        for name, layer in self.layers.items():
-            for reader in self._changed(name, self._noise(layer.output)):
+        for name in self.layers:
+            for reader in self._reading(name, self.layers):
                 self.parents[reader].append(name)
-        self.readers = self._changed(None, self._noise(call.input))
+        self.readers = self._reading(None, self.layers)
 
     def reaches(self, consumer: str) -> dict[str, list[Reach]]:
         """Return what each layer that a consumer reads reaches, row by row."""
@@ -90,15 +88,10 @@ class Trace:
         return {parent: self._reach(parent, consumer) for parent in self.parents[consumer]}
 
     def _reach(self, producer: str, consumer: str) -> list[Reach]:
-        """Return, for each output of a layer, where it arrives in the input of another."""
-        layer, read = self.layers[producer], self.layers[consumer]
-        scale = float(layer.output.abs().max()) + 1.0
         found = []
-        for row in range(layer.rows):
-            hit = torch.zeros(read.input.numel() // read.columns, read.columns, dtype=torch.bool)
-            for size in (scale, -0.3 * scale):  # an activation may be flat on one side
-                after = self._input(producer, self._move(producer, row, size), consumer)
-                hit |= _differs(after, read.input).reshape(hit.shape)
+        for row in range(self.layers[producer].rows):
+            after = self._input(producer, self._move(producer, row, math.nan), consumer)
+            hit = after.isnan().flatten(0, -2)
             tokens = hit.any(1).nonzero().flatten().tolist()
             columns = tuple(hit.any(0).nonzero().flatten().tolist())
             found.append(Reach(columns, tokens in ([], [TOKEN])))
@@ -112,13 +105,7 @@ class Trace:
 
     def mixers(self, producers: Iterable[str]) -> list[str]:
         """Return the modules without matrices that read outputs of some layers, such as norms."""
-        found = set()
-        for producer in producers:
-            output = self.layers[producer].output
-            still, moved = (
-                self._inputs(producer, by) for by in (torch.zeros_like(output), self._noise(output))
-            )
-            found |= {n for n in still.keys() & moved.keys() if not torch.equal(still[n], moved[n])}
+        found = {name for producer in producers for name in self._reading(producer)}
         return sorted(found - self.layers.keys())
 
     def norm_after(self, consumer: str) -> str:
@@ -129,7 +116,7 @@ class Trace:
         output = self.layers[consumer].output
         if not _same(*(self._run(consumer, factor * output) for factor in LARGE)):
             return ""
-        for name, read in self._inputs(None, None).items():
+        for name, read in self._inputs(None, 0.0).items():
             if name not in self.layers and torch.equal(read.flatten(), output.flatten()):
                 module = self._modules[name]  # or a dropout before it, which scales along
                 with suppress(TypeError):  # a module that takes more than one tensor is none
@@ -162,7 +149,7 @@ class Trace:
 
         around = {n: m for n, m in self._modules.items() if consumer.startswith(f"{n}.")}
         with hooked(around, before, after):
-            self._run(None, None)
+            self._run()
         if not found:
             return None
         head_input = found[-1][0]
@@ -197,7 +184,7 @@ class Trace:
                     seen.setdefault(path, []).append((args[0].clone(), output.clone()))
 
         with hooked(self._modules, after=after):
-            self._run(None, None)
+            self._run()
         for name, runs in seen.items():
             how = _stored(self._modules[name], *runs[0])
             if len(runs) > 1:
@@ -205,17 +192,16 @@ class Trace:
             elif how is not None:
                 self.layers[name] = Layer(self._modules[name], how, *runs[0])
 
-    def _changed(self, moved: str | None, move: Tensor) -> list[str]:
-        """Return the layers whose input changes with a layer's output, or the block's input."""
-        read = self._inputs(moved, move, self.layers)
-        return [
-            name
-            for name, value in read.items()
-            if name != moved and bool(_differs(value, self.layers[name].input).any())
-        ]
+    def _reading(self, moved: str | None, of: Iterable[str] | None = None) -> list[str]:
+        """Return the modules ``of`` which the input depends on a layer, or the block's input."""
+        found = self._inputs(moved, math.nan, of)
+        for name, read in found.items():
+            if name in self.layers and read.shape != self.layers[name].input.shape:
+                raise Refused("a layer runs on other tokens each time, as experts of a mixture do")
+        return [name for name, read in found.items() if name != moved and read.isnan().any()]
 
     def _inputs(
-        self, moved: str | None, move: Tensor | None, of: Iterable[str] | None = None
+        self, moved: str | None, move: float, of: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
         """Return what layers, or all modules without parts, read while one output is moved."""
         inputs: dict[str, Tensor] = {}
@@ -244,11 +230,13 @@ class Trace:
         return found[0]
 
     @torch.no_grad()
-    def _run(self, moved: str | None, move: Tensor | None) -> Tensor | None:
+    def _run(self, moved: str | None = None, move: Tensor | float = 0.0) -> Tensor | None:
         """Run the block with all layers held, but for one or, if None is moved, its input."""
-        args, kwargs = cloned(self.call.args), cloned(self.call.kwargs)
-        if moved is None and move is not None:
-            args, kwargs = _moved(args, kwargs, move)
+        leaves, form = tree_flatten(cloned((self.call.args, self.call.kwargs)))
+        if moved is None:
+            first = next(at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+            leaves[first] = leaves[first] + move
+        args, kwargs = tree_unflatten(leaves, form)
 
         def held(path: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             given = self.layers[path].output
@@ -256,11 +244,6 @@ class Trace:
 
         with hooked({name: layer.module for name, layer in self.layers.items()}, after=held):
             return first_tensor(self.block(*args, **kwargs))
-
-    def _noise(self, like: Tensor) -> Tensor:
-        """Return random values of the size of a layer's outputs."""
-        noise = torch.randn(like.shape, generator=self._generator, dtype=torch.float64)
-        return (noise * (like.double().std() + 0.1)).to(like.dtype)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -277,17 +260,3 @@ def _stored(module: nn.Module, input_: Tensor, output: Tensor) -> bool | None:
             if same and torch.allclose(expected, output.to(expected), atol=1e-5):
                 return transposed
     return None
-
-
-def _differs(value: Tensor, before: Tensor) -> Tensor:
-    if value.shape != before.shape:
-        raise Refused("a layer runs on other tokens each time, as experts of a mixture do")
-    return (value - before).abs() > CHANGED * (float(before.abs().max()) + 1.0)
-
-
-def _moved(args: tuple, kwargs: dict, move: Tensor) -> tuple[tuple, dict]:
-    """Return a block's arguments with its first tensor moved."""
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-    first = next((id(value) for value in tensors if value.shape == move.shape), None)
-    args = tuple(v + move if id(v) == first else v for v in args)
-    return args, {name: v + move if id(v) == first else v for name, v in kwargs.items()}

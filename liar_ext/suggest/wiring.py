@@ -79,7 +79,6 @@ def _experts(trace: Trace) -> str:
 
 
 def _nothing(trace: Trace, kind: str) -> str:
-    """Return why a kind of site isn't there at all."""
     reads = "that attention writes" if kind == "attn" else "that reads channels one by one"
     said = f"no linear layer {reads} was found in the block"
     if trace.repeated:
@@ -212,8 +211,8 @@ def _stack(
 ) -> Stack:
     """Return the layout of a weight that holds several matrices.
 
-    ``owners`` has, for every row, its head, or for keys and values its group; ``roles`` the name of
-    its matrix, if that is known; ``sizes`` are heads, groups and rows of each.
+    ``owners`` has the head of every row, or the group of keys and values; ``roles`` the name of its
+    matrix, if known; ``sizes`` are heads, groups and rows of each.
     """
     heads, kv_heads, head_dim = sizes
     for by_group, runs in ((False, 1), (True, kv_heads)):

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from torch import nn
 
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.errors import InputError
-from liar_ext.vocabulary.choosing import choose, counts_of, encode, plain, size_of
 from liar_ext.vocabulary.pieces import Pieces, read_pieces
-from liar_ext.vocabulary.slicing import (
-    check_rows,
-    needed_tokens,
-    slice_tokens,
-    token_parameters,
-)
-from liar_ext.vocabulary.tokenizer_json import edited, order_of
+from liar_ext.vocabulary.slicing import check_rows, needed_tokens, slice_tokens, token_parameters
 
 # Read by old and new tokenizers, and stored to be read again: words, code, scripts, white space.
 SAMPLES = (
@@ -31,6 +25,8 @@ SAMPLES = (
     "Ein schöner Tag, n'est-ce pas? Доброе утро. 你好，世界。",
     "  two  spaces\tand a tab\n\nE=mc² ≈ 9·10¹⁶ J/kg 🙂",
 )
+STEP = 64  # vocabularies are multiples of it: kernels and tensor parallelism divide by it
+CHUNK = 256  # documents that are tokenized at once
 LINES = 20_000  # that are read by both tokenizers, to prove that they agree
 
 
@@ -165,10 +161,7 @@ def keep_tokens(model: nn.Module, tokenizer: Any, chosen: Choice | Sequence[int]
 def spec_of(tokenizer: Any) -> dict[str, Any]:
     """Return what ``tokenizer.json`` holds.
 
-    Raises
-    ------
-    InputError
-        If the tokenizer is not one of the tokenizers library.
+    InputError is raised if the tokenizer is not one of the tokenizers library.
     """
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     backend = getattr(inner, "backend_tokenizer", None)
@@ -188,10 +181,8 @@ def check_alike(
     Of all lines whose old tokens stay the new ids must be the old ones, renumbered. Lines with
     unknown words count for no WordPiece tokenizer, which may read more of them than before.
 
-    Raises
-    ------
-    InputError
-        If one line differs: then the tokenizer follows other rules than its JSON says.
+    InputError is raised if one line differs: then the tokenizer follows other rules than its JSON
+    says.
     """
     moved = {at: each for each, at in enumerate(order)}
     if pieces.kind == "WordPiece":
@@ -217,3 +208,133 @@ def tokens_per_byte(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
 def size_in_bytes(texts: Sequence[str]) -> int:
     """Return the bytes of some texts in UTF-8, at least one."""
     return max(sum(len(text.encode(errors="replace")) for text in texts), 1)
+
+
+def size_of(keep: float | int, tokens: int) -> int:
+    """Return how many of ``tokens`` tokens stay: a multiple of 64, unless all do."""
+    asked = keep if isinstance(keep, int) and keep > 1 else keep * tokens
+    return min(max(STEP, STEP * round(asked / STEP)), tokens)
+
+
+def plain(spec: str) -> Tokenizer:
+    """Return the tokenizer of some JSON, without truncation and padding."""
+    found = Tokenizer.from_str(spec)
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterable[list[int]]:
+    """Yield the ids of each text, without special tokens around it."""
+    for at in range(0, len(texts), CHUNK):
+        some = list(texts[at : at + CHUNK])
+        yield from (each.ids for each in tokenizer.encode_batch(some, add_special_tokens=False))
+
+
+def counts_of(tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> np.ndarray:
+    """Return how often each token is in some texts."""
+    counts = np.zeros(tokens, dtype=np.int64)
+    for ids in encode(tokenizer, texts):
+        counts += np.bincount(ids, minlength=tokens)
+    return counts
+
+
+def choose(pieces: Pieces, counts: np.ndarray, size: int, needed: Collection[int]) -> set[int]:
+    """Return ``size`` tokens: what every vocabulary keeps, then the most frequent ones.
+
+    Tokens of equal counts go by their id, as tokenizers number frequent tokens first. A token
+    comes with all that it needs, or not at all.
+
+    InputError is raised if more tokens have to stay than that.
+    """
+    names = pieces.names
+    kept = set()
+    for at in {*pieces.always, *needed}:
+        kept |= pieces.needs(names[at])
+    if len(kept) > size:
+        raise InputError(
+            f"vocabulary: at least {len(kept):,} of {len(names):,} tokens must stay (special "
+            f"tokens, bytes, characters), got {size:,}; keep more"
+        )
+    waiting = sorted(names.keys() - kept, key=lambda at: (-counts[at], at))
+    # What doesn't fit with its needs may do so later, when they are there.
+    while len(kept) < size:
+        before = len(kept)
+        for at in waiting:
+            if at in kept:
+                continue
+            needs = pieces.needs(names[at]) - kept
+            if len(kept) + len(needs) <= size:
+                kept |= needs
+            if len(kept) == size:
+                break
+        if len(kept) == before:  # no token without needs is left, which derivations forbid
+            break
+    return kept
+
+
+def order_of(pieces: Pieces, kept: Collection[int]) -> list[int]:
+    """Return the old ids in the order of the new ones.
+
+    Tokens of the model come first, then those that are only added: the library numbers them so.
+    """
+    own = set(pieces.ids.values())
+    return sorted(kept, key=lambda at: (at not in own, at))
+
+
+def edited(spec: Mapping[str, Any], pieces: Pieces, order: list[int]) -> dict[str, Any]:
+    """Return a tokenizer's JSON with the tokens of ``order`` alone, numbered by it.
+
+    A merge stays if both parts and the result do; the ranks keep their order. Normalizer,
+    pre-tokenizer, decoder and truncation stay as they are.
+
+    InputError is raised if a step after the model needs a token that goes.
+    """
+    new = {old: at for at, old in enumerate(order)}
+    spec = copy.deepcopy(dict(spec))
+    model = spec["model"]
+    if pieces.kind == "Unigram":
+        rows = [row for at, row in enumerate(model["vocab"]) if at in new]
+        model["vocab"] = rows
+        if model.get("unk_id") is not None:
+            model["unk_id"] = new[model["unk_id"]]
+    else:
+        found = sorted((new[at], name) for name, at in pieces.ids.items() if at in new)
+        model["vocab"] = {name: at for at, name in found}
+    if pieces.kind == "BPE":
+        model["merges"] = [merge for merge in model["merges"] if _stays(merge, model["vocab"])]
+    for each in spec.get("added_tokens") or []:
+        each["id"] = new[each["id"]]
+    spec["added_tokens"] = sorted(spec.get("added_tokens") or [], key=lambda each: each["id"])
+    if spec.get("padding"):
+        spec["padding"]["pad_id"] = _moved(spec["padding"]["pad_id"], new, "padding")
+    if spec.get("post_processor"):
+        _move_step(spec["post_processor"], new)
+    return spec
+
+
+def _stays(merge: Any, vocab: Mapping[str, int]) -> bool:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left in vocab and right in vocab and left + right in vocab
+
+
+def _move_step(step: dict[str, Any], new: Mapping[int, int]) -> None:
+    """Renumber the tokens that a step after the model adds."""
+    for inner in step.get("processors", []):
+        _move_step(inner, new)
+    for name in ("sep", "cls"):
+        if name in step:
+            token, at = step[name]
+            step[name] = [token, _moved(at, new, token)]
+    tokens = step.get("special_tokens", {})
+    for each in tokens.values() if isinstance(tokens, Mapping) else []:
+        each["ids"] = [_moved(at, new, each["id"]) for at in each["ids"]]
+
+
+def _moved(at: int, new: Mapping[int, int], what: str) -> int:
+    if at not in new:
+        raise InputError(
+            f"vocabulary: the tokenizer adds token {at} ({str(what)[:40]}), which it does not "
+            "list as a special token; add it there, or leave --keep-vocab out"
+        )
+    return new[at]

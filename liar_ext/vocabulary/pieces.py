@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,39 +29,17 @@ SHARED = r"[\p{Script=Common}\p{Script=Inherited}]"
 
 @dataclass(frozen=True)
 class Pieces:
-    """The tokens of a tokenizer.
+    """The tokens of a tokenizer."""
 
-    Parameters
-    ----------
-    kind : str
-        "BPE", "WordPiece" or "Unigram".
-    ids : dict of str to int
-        Tokens of the model itself.
-    added : dict of str to int
-        Special and added tokens, in or beside the model.
-    falls_back : bool
-        Whether unknown characters become bytes.
-    always : frozenset of int
-        Tokens that every smaller vocabulary keeps.
-    ranks : dict
-        Merges of BPE by their pair, lower ones first.
-    suffix : str
-        What ends a word in tokens of BPE.
-    unknown : int, optional
-        The token of unknown characters.
-    byte_level : bool
-        Whether text is read as bytes.
-    """
-
-    kind: str
-    ids: dict[str, int]
-    added: dict[str, int]
-    falls_back: bool
-    always: frozenset[int]
-    ranks: dict[tuple[str, str], int] = field(default_factory=dict)
-    suffix: str = ""
-    unknown: int | None = None
-    byte_level: bool = False
+    kind: str  # one of KINDS
+    ids: dict[str, int]  # tokens of the model itself
+    added: dict[str, int]  # special and added tokens, in or beside the model
+    falls_back: bool  # whether unknown characters become bytes
+    always: frozenset[int]  # tokens that every smaller vocabulary keeps
+    ranks: dict[tuple[str, str], int] = field(default_factory=dict)  # merges of BPE, low ones first
+    suffix: str = ""  # what ends a word in tokens of BPE
+    unknown: int | None = None  # the token of unknown characters
+    byte_level: bool = False  # whether text is read as bytes
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -135,30 +113,11 @@ class Pieces:
         name = name.removeprefix("##") if self.kind == "WordPiece" else name
         return name.removesuffix(self.suffix) if self.suffix else name
 
-    def singles(self) -> set[int]:
-        """Return the ids of single characters, which keep all text readable without bytes."""
-        prefix, tail = "##" if self.kind == "WordPiece" else "", self.suffix
-        return {
-            at
-            for name, at in self.ids.items()
-            if len(name) == 1
-            or (prefix and len(name.removeprefix(prefix)) == 1)
-            or (tail and len(name.removesuffix(tail)) == 1)
-        }
-
 
 def read_pieces(spec: Mapping[str, Any]) -> Pieces:
-    """Return the tokens of a tokenizer.
+    """Return the tokens of what ``tokenizer.json`` holds.
 
-    Parameters
-    ----------
-    spec : mapping
-        What ``tokenizer.json`` holds.
-
-    Raises
-    ------
-    InputError
-        If it is of another kind, or contradicts itself.
+    InputError is raised if it is of another kind, or contradicts itself.
     """
     model = spec["model"]
     kind = model.get("type")
@@ -166,7 +125,8 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
         raise _refused(f"must be one of {', '.join(KINDS)}, got {str(kind)[:40]}")
     if model.get("dropout"):
         raise _refused(f"draws merges at random (dropout {model['dropout']}); set it to null")
-    ids, added = _ids(model), _added(spec)
+    ids = _ids(model)
+    added = {each["content"]: each["id"] for each in spec.get("added_tokens") or []}
     _check_ids(ids, added)
     level = is_byte_level(spec)
     falls_back = bool(model.get("byte_fallback"))
@@ -178,8 +138,9 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
         always |= _bytes_of(ids) if level else set()
     if kind == "WordPiece" and model.get("continuing_subword_prefix") != "##":
         raise _refused("must mark tokens inside of words by ##")
-    if kind == "Unigram":
-        always |= {_least(model["vocab"])}  # the score of unknown characters depends on it
+    if kind == "Unigram":  # the score of unknown characters depends on the lowest one
+        scores = [score for _, score in model["vocab"]]
+        always |= {scores.index(min(scores))}
     if falls_back:
         _check_there(BYTES, ids)
         always |= {ids[each] for each in BYTES}
@@ -190,13 +151,19 @@ def read_pieces(spec: Mapping[str, Any]) -> Pieces:
         _check_there([name], {**ids, **added})
         unknown = {**ids, **added}[name]
         always |= {unknown}
+    if not falls_back:
+        always |= _singles(ids, "##" if kind == "WordPiece" else "", suffix)
     level = level and kind == "BPE"
-    pieces = Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
-    return pieces if falls_back else replace(pieces, always=pieces.always | pieces.singles())
+    return Pieces(kind, ids, added, falls_back, frozenset(always), ranks, suffix, unknown, level)
+
+
+def _singles(ids: Mapping[str, int], prefix: str, suffix: str) -> set[int]:
+    """Return the ids of single characters, which keep all text readable without bytes."""
+    bare = ({name, name.removeprefix(prefix), name.removesuffix(suffix)} for name in ids)
+    return {at for at, names in zip(ids.values(), bare, strict=True) if 1 in map(len, names)}
 
 
 def _ids(model: Mapping[str, Any]) -> dict[str, int]:
-    """Return the tokens of a model with their ids."""
     if model["type"] != "Unigram":
         return dict(model["vocab"])
     names = [name for name, _ in model["vocab"]]
@@ -206,10 +173,6 @@ def _ids(model: Mapping[str, Any]) -> dict[str, int]:
     if not all(math.isfinite(score) for _, score in model["vocab"]):
         raise _refused("has a score that is not finite")
     return {name: at for at, name in enumerate(names)}
-
-
-def _added(spec: Mapping[str, Any]) -> dict[str, int]:
-    return {each["content"]: each["id"] for each in spec.get("added_tokens") or []}
 
 
 def _check_ids(ids: Mapping[str, int], added: Mapping[str, int]) -> None:
@@ -275,11 +238,6 @@ def _unknown(model: Mapping[str, Any]) -> str | None:
     if at is not None and not 0 <= at < len(model["vocab"]):
         raise _refused(f"has {len(model['vocab'])} tokens, and {at} for unknown characters")
     return None if at is None else model["vocab"][at][0]
-
-
-def _least(vocab: list[Any]) -> int:
-    """Return the id of the lowest score."""
-    return min(range(len(vocab)), key=lambda at: vocab[at][1])
 
 
 def _check_there(names: Iterable[str], ids: Mapping[str, int]) -> None:

@@ -12,11 +12,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from liar_ext.checkpoint.stock_config import dense_config, stock_of
 from liar_ext.errors import InputError, one_line
-from liar_ext.models.running import config_parts
+from liar_ext.models.residual_stream import narrow
+from liar_ext.models.running import config_parts, owner_of
 from liar_ext.models.sites import skeleton
 
 MORE = 64  # tokens of the second model
@@ -29,13 +30,10 @@ LISTS = (*BANS, "forced_decoder_ids", "force_words_ids", "lang_to_id", "task_to_
 def token_parameters(model: nn.Module) -> dict[str, int]:
     """Return the parameters and buffers with rows of tokens, and the dimension of the rows.
 
-    Raises
-    ------
-    InputError
-        If the model has none that the config counts, or its embedding is none of them.
+    InputError is raised if the model has none that the config counts, or its embedding is none of
+    them.
     """
-    config = dense_config(model.config)
-    more = dense_config(model.config)
+    config, more = dense_config(model.config), dense_config(model.config)
     known = _tokens(config)
     if known is None:
         raise _refused(model, "counts its tokens in no single vocab_size")
@@ -43,15 +41,12 @@ def token_parameters(model: nn.Module) -> dict[str, int]:
     try:
         ours, theirs = (_shapes(skeleton(stock_of(model), each)) for each in (config, more))
     except Exception as error:  # a class may refuse any config in its own way
-        raise _refused(
-            model, f"cannot be built for more tokens ({one_line(error, 120)})"
-        ) from error
+        why = f"cannot be built for more tokens ({one_line(error, 120)})"
+        raise _refused(model, why) from error
     found = {}
     for name, shape in ours.items():
         other = theirs.get(name, ())
-        grown = [
-            at for at, sizes in enumerate(zip(shape, other, strict=False)) if len(set(sizes)) > 1
-        ]
+        grown = [at for at, (one, two) in enumerate(zip(shape, other, strict=False)) if one != two]
         if len(shape) != len(other) or len(grown) > 1:
             raise _refused(model, f"has {name}, whose tokens are no rows")
         if grown:
@@ -61,23 +56,12 @@ def token_parameters(model: nn.Module) -> dict[str, int]:
 
 
 def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
-    """Keep the tokens of ``order``, in that order, in place.
+    """Keep the tokens of ``order``, old ids by new id, of a model, in place.
 
     Embeddings, heads, biases and buffers are sliced, tied ones stay tied. The ids in the config and
     the generation config are renumbered, and bans of tokens that are gone are dropped. Tokens,
-    types and positions of a sequence are not touched.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        A model whose tokens are rows of its embedding.
-    order : sequence of int
-        Old ids by new id.
-
-    Raises
-    ------
-    InputError
-        If the model's tokens can't be sliced; it is then as it was.
+    types and positions of a sequence are not touched. If the tokens can't be sliced, InputError is
+    raised, and the model is as it was.
     """
     check_rows(model, max(order))
     rows, named = _rows(model), token_parameters(model)
@@ -86,15 +70,9 @@ def slice_tokens(model: nn.Module, order: Sequence[int]) -> None:
     missing = sorted(needed_tokens(model) - new.keys())
     if missing:
         raise _refused(model, f"names token {missing[0]} in its config, which would go")
-    index, taken = torch.tensor(order), {}
+    index, sliced = torch.tensor(order), {}
     for name, dim in named.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        old = getattr(module, leaf)
-        if id(old) not in taken:
-            taken[id(old)] = old, _selected(old, dim, index)
-        setattr(module, leaf, taken[id(old)][1])
-        _count_rows(module, len(order))
+        narrow(*owner_of(model, name), dim, index, sliced)
     for module in model.modules():
         _renumber_module(module, rows, len(order), new)
     for config in _configs(model):
@@ -159,26 +137,11 @@ def _rows(model: nn.Module) -> int:
 
 def _check_positions(model: nn.Module, named: Mapping[str, int], new: Mapping[int, int]) -> None:
     """Refuse another number for padding where positions are counted from it, as RoBERTa does."""
-    tables = {model.get_submodule(name.rpartition(".")[0]) for name in named}
+    tables = {owner_of(model, name)[0] for name in named}
     for module in model.modules():
         at = getattr(module, "padding_idx", None) if isinstance(module, nn.Embedding) else None
         if at is not None and module not in tables and new.get(at, at) != at:
             raise _refused(model, f"counts positions from its padding token {at}, whose id changes")
-
-
-def _selected(old: Tensor, dim: int, index: Tensor) -> Tensor:
-    values = old.detach().index_select(dim, index.to(old.device))
-    if isinstance(old, nn.Parameter):
-        return nn.Parameter(values, requires_grad=old.requires_grad)
-    return values
-
-
-def _count_rows(module: nn.Module, tokens: int) -> None:
-    """Let an embedding or a head say how many tokens it has."""
-    if isinstance(module, nn.Embedding):
-        module.num_embeddings = tokens
-    elif isinstance(module, nn.Linear):
-        module.out_features = tokens
 
 
 def _renumber_module(module: nn.Module, rows: int, tokens: int, new: Mapping[int, int]) -> None:
@@ -193,9 +156,8 @@ def _renumber_module(module: nn.Module, rows: int, tokens: int, new: Mapping[int
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Return the configs that name tokens."""
-    generation = getattr(model, "generation_config", None)
-    return [*config_parts(model.config), *([generation] if generation is not None else [])]
+    both = *config_parts(model.config), getattr(model, "generation_config", None)
+    return [each for each in both if each is not None]
 
 
 def _named(config: Any) -> Iterator[tuple[str, Any]]:
@@ -212,23 +174,11 @@ def _named(config: Any) -> Iterator[tuple[str, Any]]:
 
 def _renumber(config: Any, new: Mapping[int, int]) -> None:
     for name, value in _named(config):
-        if name in BANS:
-            value = _without(value, new)
-        setattr(
-            config,
-            name,
-            _mapped(value, lambda at: new.get(at, at), pairs=name == "forced_decoder_ids"),
-        )
-
-
-def _without(bans: Sequence[Any], new: Mapping[int, int]) -> list[Any] | None:
-    """Return the bans of tokens that are still there."""
-    found = [
-        ban
-        for ban in bans
-        if all(at in new for at in (ban if isinstance(ban, list | tuple) else [ban]))
-    ]
-    return found or None
+        if name in BANS:  # those of tokens that are still there
+            each = ((ban, ban if isinstance(ban, list | tuple) else [ban]) for ban in value)
+            value = [ban for ban, tokens in each if new.keys() >= set(tokens)] or None
+        pairs = name == "forced_decoder_ids"
+        setattr(config, name, _mapped(value, lambda at: new.get(at, at), pairs=pairs))
 
 
 def _mapped(

@@ -6,7 +6,7 @@ from tiny import NARROWABLE, batches, tiny
 
 from liar_ext import InputError, Recipe, cli, prune
 from liar_ext.calibration import generated, passes
-from liar_ext.cli.dry_run import describe
+from liar_ext.job.dry_run import describe
 
 
 def in_folds(model) -> list[dict]:

@@ -16,7 +16,7 @@ from liar_ext import encoder_similarity, prune
 from liar_ext.calibration.media import AUDIO, IMAGES, decode_image, read_files
 from liar_ext.checkpoint import load_model
 from liar_ext.checkpoint.loading import kind_of, load_reader
-from liar_ext.measure.word_errors import word_errors
+from liar_ext.measure.evaluation import word_errors
 
 QUICK = ("--samples", 8, "--keep", 0.5, "--schedule", "one-pass")
 

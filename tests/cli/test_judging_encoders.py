@@ -10,13 +10,14 @@ import pytest
 import torch
 from command import run
 from tiny import tiny
-from transformers import BertModel
+from transformers import BertForSequenceClassification, BertModel
 
 from liar_ext import encoder_similarity
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.checkpoint import load_model
 from liar_ext.cli import evaluate
+from liar_ext.measure.embeddings import DenseEncoder
 
 
 def sentence(generator: random.Random) -> str:
@@ -147,11 +148,21 @@ def test_texts_that_judge_are_apart(files, tmp_path, capsys):
     assert "40 of 40 documents are in the calibration text" in capsys.readouterr().err
 
 
-def test_blocks_of_an_encoder_are_not_judged_in_a_job(files, tmp_path, capsys):
+@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+def test_blocks_of_an_encoder_are_judged_in_a_job(files, tmp_path, tokenizer, kind):
+    torch.manual_seed(1)
+    kind(tiny("bert").config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
     text = ("--calibration", files / "text.jsonl", "--eval", files / "held_out.jsonl")
-    options = ("--seq-len", 32, "--max-memory", "1GiB", "--out", tmp_path / "out")
-    assert run("prune", files / "dense", *text, *options) == 2
-    assert "--max-memory with --eval needs a causal language model" in capsys.readouterr().err
+    options = ("--samples", 16, "--seq-len", 32, "--keep", 0.5, "--max-memory", "1GiB")
+    assert run("prune", tmp_path / "dense", *text, *options, "--out", tmp_path / "small") == 0
+    found = json.loads((tmp_path / "small/liar/report.json").read_text())["evaluation"]
+    (dense, tokenizer), (pruned, _) = (load_model(tmp_path / name) for name in ("dense", "small"))
+    documents = read_documents(str(files / "held_out.jsonl"))
+    sequences = evaluation_sequences(documents, tokenizer, seq_len=32, packed=False)
+    expected = encoder_similarity(pruned, dense, sequences.batches())
+    assert found["pruned"] == pytest.approx(expected, rel=1e-5)
+    assert found["dense"] == DenseEncoder(dense, sequences.batches()).own
 
 
 def test_a_sweep_has_a_column_for_each_measure(files, capsys):

@@ -96,7 +96,7 @@ def test_a_size_has_a_unit(command, size, tmp_path, capsys):
 def test_sizes_are_read_as_accelerate_reads_them(text, size):
     from accelerate.utils import convert_file_size_to_int
 
-    from liar_ext.cli.options import parse
+    from liar_ext.cli.main import parse
 
     assert parse(["prune", "m", "--max-memory", text]).max_memory == size
     assert convert_file_size_to_int(text) == size

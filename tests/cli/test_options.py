@@ -16,7 +16,8 @@ import pytest
 import liar_ext
 from liar_ext import Recipe, cli
 from liar_ext.calibration import texts
-from liar_ext.cli.options import parse, parser, recipe_of
+from liar_ext.cli.main import parse, parser
+from liar_ext.cli.options import recipe_of
 from liar_ext.environment import child, is_command
 from liar_ext.errors import InputError
 from liar_ext.recipe.fields import CRITERIA, GROUPS, option_of, recipe_fields

@@ -14,9 +14,8 @@ from folders import equal_plan
 from liar_ext import InputError, cli
 from liar_ext.checkpoint.fingerprint import strangers
 from liar_ext.checkpoint.names import EXPORTS_FILE
-from liar_ext.export import FORMATS, Exported, export
+from liar_ext.export import FORMATS, Exported, Format, export
 from liar_ext.export.exporting import read_record
-from liar_ext.export.formats import Format
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from tiny import VOCAB, tiny
 
 from liar_ext import InputError, cli, save_pruned
+from liar_ext.checkpoint.sentence import read_sentence
 from liar_ext.export import export
 from liar_ext.export import onnx as exporter
-from liar_ext.export.sentence import read_sentence
 
 slow = partial(pytest.param, marks=pytest.mark.exhaustive)
 SHAPES = ((1, 1), (1, 2), (2, 1), (1, 40), (7, 13))

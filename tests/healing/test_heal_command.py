@@ -11,7 +11,7 @@ from tiny import tiny
 
 from liar_ext import Report, cli, load_pruned, verify_pruned
 from liar_ext.checkpoint.fingerprint import strangers
-from liar_ext.checkpoint.quietening import no_bars
+from liar_ext.checkpoint.transformers_hooks import no_bars
 from liar_ext.cli import inputs
 from liar_ext.healing import run as runs
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from liar_ext import InputError, load_pruned, prune, verify_pruned
 from liar_ext.checkpoint.block_source import BlockStore
-from liar_ext.cli.dry_run import describe_streamed
 from liar_ext.job import estimate
+from liar_ext.job.dry_run import describe_streamed
 from liar_ext.job.folder import prune_folder
 from liar_ext.job.preparing import Job, prepare
 from liar_ext.job.streamed import StreamedPasses
@@ -306,12 +306,11 @@ def test_a_gguf_file_is_refused(tmp_path):
 def test_reading_ahead_is_given_up_where_memory_is_short(llama, monkeypatch):
     monkeypatch.setattr(estimate, "process_memory", lambda: 0)
     store = BlockStore(llama)
-    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), walk=Walk(store))
-    prepared = prepare(replace(job, limit=4 * GIB))
-    lines, shares = describe_streamed(prepared), prepared.shares
+    job = Job(store.model, batches(store.model, 3), Recipe(keep=0.6), limit=4 * GIB)
+    lines, shares = describe_streamed(job, store), prepare(replace(job, walk=Walk(store))).shares
     assert "with reading ahead" in lines[0] and "0 GiB lie in" in lines[2]
     needed = sum(shares.need.values()) - shares.shard + store.block_bytes
-    assert "without reading ahead" in describe_streamed(prepare(replace(job, limit=needed - 1)))[0]
+    assert "without reading ahead" in describe_streamed(replace(job, limit=needed - 1), store)[0]
 
 
 def test_curves_that_find_no_memory_are_said_once(llama, tmp_path, monkeypatch):

@@ -16,17 +16,17 @@ from liar_ext import InputError
 from liar_ext.cli import main
 from liar_ext.environment import process_memory
 from liar_ext.measure import speed
-from liar_ext.measure.speed import benchmark, peak_memory
-from liar_ext.measure.timing import (
+from liar_ext.measure.speed import (
     Quartiles,
     Settings,
-    bench_file,
+    benchmark,
     check_models,
     measure,
-    read_bench,
+    peak_memory,
     run_once,
     use_threads,
 )
+from liar_ext.report.reading import bench_file, read_bench
 
 SHORT = Settings(rounds=2, prompt_length=6, new_tokens=4, batches=(1, 3))
 

@@ -22,11 +22,11 @@ from liar_ext import (
     save_pruned,
     sites,
 )
-from liar_ext.cli.dry_run import describe
+from liar_ext.job.dry_run import describe
 from liar_ext.job.speed import Speed
 from liar_ext.measure import latency
 from liar_ext.measure.latency import plan_of, ratios, rising_means, sliced
-from liar_ext.measure.timing import Quartiles
+from liar_ext.measure.speed import Quartiles
 from liar_ext.selection.allocation import even_plan
 from liar_ext.selection.costs import Costs
 

@@ -9,8 +9,7 @@ from tiny import TINY, tiny
 
 from bench.families import KINDS, markdown, placed, summary
 from liar_ext.models import registry
-from liar_ext.models.overview import COLUMNS, Entry, overview, plain
-from liar_ext.models.registry import FAMILIES
+from liar_ext.models.registry import COLUMNS, FAMILIES, Entry, overview, plain
 from liar_ext.models.sites import sites
 
 PAGES = ("README.md", "docs/index.md", "docs/families.md")

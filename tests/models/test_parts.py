@@ -35,7 +35,7 @@ from liar_ext.checkpoint import load_model
 from liar_ext.export import uniform
 from liar_ext.integrations.linear_grams import calibrate_linears
 from liar_ext.measure.latency import measure_latency
-from liar_ext.measure.timing import Settings, run_once
+from liar_ext.measure.speed import Settings, run_once
 from liar_ext.models.running import complete_inputs
 from liar_ext.models.sites import sites
 from liar_ext.plan import SitePlan

@@ -13,9 +13,9 @@ from test_html import Reader
 
 from liar_ext import InputError
 from liar_ext.cli import main
-from liar_ext.measure.timing import Benchmark, ModelFacts, Quartiles, Rate, read_bench
+from liar_ext.measure.speed import Benchmark, ModelFacts, Quartiles, Rate
 from liar_ext.report import sections
-from liar_ext.report.compare import (
+from liar_ext.report.page import (
     MOST_RUNS,
     cautions,
     quality_points,
@@ -25,6 +25,7 @@ from liar_ext.report.compare import (
     write_comparison,
 )
 from liar_ext.report.pictures import Point, drawing, scatter
+from liar_ext.report.reading import read_bench
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from liar_ext import InputError, untrusted
 from liar_ext.checkpoint.fingerprint import strangers, write_manifest
 from liar_ext.checkpoint.names import REPORT_JSON
 from liar_ext.cli import main
-from liar_ext.cli.options import parser
+from liar_ext.cli.main import parser
 from liar_ext.report import pictures
 from liar_ext.report.page import MARK, commands, page_file, write_page
 from liar_ext.report.report import MOST_SITES, Report

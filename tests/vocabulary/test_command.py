@@ -25,9 +25,9 @@ from liar_ext import (
     save_pruned,
 )
 from liar_ext.checkpoint.carrying import compare_tokenization
-from liar_ext.cli.keep_vocab import split_warnings
 from liar_ext.export.verify import verify_everywhere
-from liar_ext.measure.vocabulary_quality import LOSSES
+from liar_ext.job.sharing import split_warnings
+from liar_ext.job.vocabulary import LOSSES
 
 KEPT = 384
 SHORT = ["--samples", "8", "--seq-len", "16", "--quiet", "--self-text", "0"]
@@ -180,6 +180,50 @@ def test_auto_takes_what_loses_little_and_says_what_it_tried(
     page = (tmp_path / "out/liar/report.md").read_text()
     assert "## Sizes of the vocabulary" in page and "| 320 |" in page
     assert compare_tokenization(tmp_path / "out")
+
+
+def test_tokens_heads_and_channels_share_a_budget_of_parameters(
+    folder, documents, tmp_path, capsys
+):
+    more = ["--of", "params", "--keep", "0.8", "--tile", "1", "--seq-len", "32", *QUICK]
+    out = tmp_path / "shared"
+    assert run(folder, [documents], out, "--keep-vocab", "auto", *more) == 0
+    report = Report.load(out)
+    curve = {size: (loss, kept) for size, loss, _, kept in report.vocabulary["auto"]["curve"]}
+    assert len(curve) > 2 and report.vocabulary["after"] == min(curve, key=curve.get)
+    model, _ = load_model(out)
+    before, after = report.params["before"], sum(each.numel() for each in model.parameters())
+    assert before == sum(each.numel() for each in load_model(folder)[0].parameters())
+    assert 0.75 * before < after <= 0.8 * before
+    # The fewer tokens, the more is left of heads and channels.
+    kept = [curve[size][1] for size in sorted(curve)]
+    assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
+    assert "kept by heads and channels alone" in (out / "liar" / "report.md").read_text()
+    # Tokens alone can meet the budget, and a dry run has nothing to measure it on.
+    alone = ["--keep-vocab", str(KEPT), *more, "--keep", "0.99"]
+    assert run(folder, [documents], tmp_path / "alone", *alone) == 0
+    params = Report.load(tmp_path / "alone").params
+    assert params["prunable_after"] == params["prunable_before"] and params["after"] < before
+    assert (
+        run(folder, [documents], tmp_path / "no", "--keep-vocab", "auto", *more, "--dry-run") == 2
+    )
+    assert "give a number of tokens, or leave --dry-run out" in capsys.readouterr().err
+
+
+def test_a_sweep_has_one_vocabulary_for_all_budgets(folder, corpus, tmp_path, capsys):
+    start = ["sweep", str(folder), "--calibration", str(corpus[0]), *SHORT, *QUICK]
+    start += ["--eval", str(corpus[1]), "--keep", "0.9", "0.6", "--out", str(tmp_path / "s")]
+    assert cli.main([*start, "--keep-vocab", str(KEPT)]) == 0
+    found = set()
+    for keep in (0.9, 0.6):
+        report = Report.load(tmp_path / "s" / f"keep-{keep}")
+        model, tokenizer = load_model(tmp_path / "s" / f"keep-{keep}")
+        assert len(tokenizer) == KEPT == model.config.vocab_size == report.vocabulary["after"]
+        held_out = report.vocabulary["held_out"]
+        found |= {each["bits_per_byte"][1] for each in (held_out, held_out["pruned"])}
+    assert len(found) == 3  # the dense model's, which both have, and those of two pruned ones
+    assert cli.main([*start, "--keep-vocab", "auto", "--of", "params"]) == 2
+    assert "takes another vocabulary for each budget" in capsys.readouterr().err
 
 
 def test_auto_keeps_all_tokens_if_each_size_loses_too_much(

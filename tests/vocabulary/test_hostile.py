@@ -6,8 +6,8 @@ import pytest
 from small_tokenizers import LETTERS, bpe, spec
 
 from liar_ext.errors import InputError
+from liar_ext.vocabulary.keep import edited
 from liar_ext.vocabulary.pieces import BYTES, byte_alphabet, read_pieces
-from liar_ext.vocabulary.tokenizer_json import edited
 
 LEVEL = {"type": "ByteLevel"}
 WORDS = {"type": "WordPiece", "unk_token": "[UNK]", "max_input_chars_per_word": 9}

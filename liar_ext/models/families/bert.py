@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
+from liar_ext.models.family import (
     GATE_UP,
-    HEADS_OF_HIDDEN,
+    NO_STOCK,
     QKV,
     TIED,
+    Family,
+    HeadInput,
+    Step,
     attention,
     mlp,
     steps,
+    stream,
 )
-from liar_ext.models.family import Family, HeadInput, Step, Stream
 
 _SIZES = {"num_attention_heads": "heads", "all_head_size": "features"}
 _SELF = {f"self.{name}": size for name, size in _SIZES.items()}
@@ -25,12 +28,10 @@ def _pooled(layer: str, *heads: str) -> tuple[Step, ...]:
 
 
 def _masked(dense: str, norm: str, decoder: str) -> tuple[Step, ...]:
-    """Return the chain of a head that predicts masked tokens."""
     return steps(f"read {dense}", f"write {dense}", f"norm {norm}", f"read {decoder}")
 
 
 def _embedded(*tables: str) -> tuple[Step, ...]:
-    """Return the steps of embeddings that are normalised together."""
     written = " ".join(f"embeddings.{name}" for name in tables)
     return steps(f"write {written}", "norm embeddings.LayerNorm")
 
@@ -38,55 +39,38 @@ def _embedded(*tables: str) -> tuple[Step, ...]:
 _WORDS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 # BERT derives the size of a head from hidden_size / num_attention_heads, so that no config builds
 # fewer heads of the same size.
-_ATTN = attention(
-    "attention",
-    "self.query self.key self.value output.dense",
-    "self.attention_head_size",
-    numbers=_SELF,
-)
+_BERT_SELF = "self.query self.key self.value output.dense"
+_ATTN = attention("attention", _BERT_SELF, "self.attention_head_size", numbers=_SELF)
 _MLP = mlp("intermediate.dense output.dense")
 _NORM, _HEAD = "output.LayerNorm", "cls.predictions.transform"
-_CLASSIFIED = steps("read classifier qa_outputs")
-BERT = Stream(
-    start=_embedded(*_WORDS),
-    block=steps(_ATTN, f"norm attention.{_NORM}", _MLP, f"norm {_NORM}"),
-    ends=(
-        _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
-        _pooled("classifier.dense", "classifier.out_proj"),
-        _masked(f"{_HEAD}.dense", f"{_HEAD}.LayerNorm", "cls.predictions.decoder"),
-        _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
-        _CLASSIFIED,
-    ),
-    config=TIED,
-    multiple_of="head_dim",
+_CLASSIFIED = ("read classifier qa_outputs",)
+BERT = stream(
+    _embedded(*_WORDS),
+    (_ATTN, f"norm attention.{_NORM}", _MLP, f"norm {_NORM}"),
+    _pooled("pooler.dense", "classifier", "cls.seq_relationship"),
+    _pooled("classifier.dense", "classifier.out_proj"),
+    _masked(f"{_HEAD}.dense", f"{_HEAD}.LayerNorm", "cls.predictions.decoder"),
+    _masked("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),
+    _CLASSIFIED,
 )
 # Its embeddings have a size of their own, that of the stream in larger models.
-_READ_LAST = "discriminator_predictions.dense"
+_LAST = "discriminator_predictions.dense"
 _GENERATOR = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head")
 _ELECTRA = replace(
     BERT,
     ends=(
         BERT.ends[1],
-        steps(
-            f"read {_READ_LAST}",
-            f"write {_READ_LAST}",
-            "take discriminator_predictions.dense_prediction",
-        ),
+        steps(f"read {_LAST}", f"write {_LAST}", f"take {_LAST}_prediction"),
         _masked(*_GENERATOR),
-        _CLASSIFIED,
+        steps(*_CLASSIFIED),
     ),
     config={**TIED, "embedding_size": "hidden"},
 )
+_ASIDE = (Step("read", _GENERATOR[:1]), Step("aside", _GENERATOR[1:]))
 _PROJECTED = replace(
     _ELECTRA,
-    start=steps(
-        "write embeddings_project", *(Step("aside", step.layers) for step in _ELECTRA.start)
-    ),
-    ends=(
-        *_ELECTRA.ends[:2],
-        (Step("read", _GENERATOR[:1]), Step("aside", _GENERATOR[1:])),
-        _CLASSIFIED,
-    ),
+    start=(*steps("write embeddings_project"), *(Step("aside", s.layers) for s in _ELECTRA.start)),
+    ends=(*_ELECTRA.ends[:2], _ASIDE, _ELECTRA.ends[3]),
     config=TIED,
 )
 _MPNET = attention(
@@ -97,90 +81,67 @@ _MPNET = attention(
     # The encoder computes the relative position bias once, for all blocks and heads.
     head_input=HeadInput("attention.attn", 2, "position_bias"),
 )
+# No config says what is left: a head has hidden / heads features, and the table of relative
+# positions a column for every head that there was.
+_MPNET_STREAM = replace(
+    BERT,
+    start=_embedded(*_WORDS[:2]),
+    block=steps(_MPNET, "norm attention.LayerNorm", _MLP, f"norm {_NORM}"),
+    config={"hidden_size": "hidden"},
+    multiple_of=None,
+)
 _DISTIL = attention(
     "attention", "q_lin k_lin v_lin out_lin", "attention_head_size", numbers={"n_heads": "heads"}
 )
 _DISTIL_MLP = mlp("ffn.lin1 ffn.lin2", "hidden_dim")
-_BERT = Family(
-    name="bert",
-    blocks="encoder.layer",
-    attn=_ATTN,
-    mlp=_MLP,
-    stream=BERT,
-    without={"stock": HEADS_OF_HIDDEN},
+_DISTIL_STREAM = stream(
+    _embedded(*_WORDS[:2]),
+    (_DISTIL, "norm sa_layer_norm", _DISTIL_MLP, "norm output_layer_norm"),
+    _pooled("pre_classifier", "classifier"),
+    _masked("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    _CLASSIFIED,
+    config={"dim": "hidden", "n_heads": "heads"},
 )
+_BERT = Family("bert", "encoder.layer", _ATTN, _MLP, stream=BERT, without=NO_STOCK)
 BERT_ROWS = (
     _BERT,
     *(replace(_BERT, name=name) for name in ("roberta", "xlm-roberta", "camembert")),
     replace(_BERT, name="electra", stream=(_PROJECTED, _ELECTRA)),
-    # No config says what is left: a head has hidden / heads features, and the table of relative
-    # positions a column for every head that there was.
-    replace(
-        _BERT,
-        name="mpnet",
-        attn=_MPNET,
-        stream=Stream(
-            start=_embedded(*_WORDS[:2]),
-            block=steps(_MPNET, "norm attention.LayerNorm", _MLP, f"norm {_NORM}"),
-            ends=BERT.ends,
-            config={"hidden_size": "hidden"},
-            multiple_of=None,
-        ),
-    ),
-    Family(
-        name="distilbert",
-        blocks="transformer.layer",
-        attn=_DISTIL,
-        mlp=_DISTIL_MLP,
-        stream=Stream(
-            start=_embedded(*_WORDS[:2]),
-            block=steps(_DISTIL, "norm sa_layer_norm", _DISTIL_MLP, "norm output_layer_norm"),
-            ends=(
-                _pooled("pre_classifier", "classifier"),
-                _masked("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-                _CLASSIFIED,
-            ),
-            config={"dim": "hidden", "n_heads": "heads"},
-            multiple_of="head_dim",
-        ),
-    ),
+    replace(_BERT, name="mpnet", attn=_MPNET, stream=_MPNET_STREAM),
+    Family("distilbert", "transformer.layer", _DISTIL, _DISTIL_MLP, stream=_DISTIL_STREAM),
 )
 
 _ALBERT = attention("attention", "query key value dense", "attention_head_size", numbers=_SIZES)
 _ALBERT_MLP = mlp("ffn ffn_output")
+# What a block reads is now what is put into it, then what a block before it or itself put out; what
+# reads its last run alone is asked itself, too.
+_ALBERT_STREAM = stream(
+    (
+        "write encoder.embedding_hidden_mapping_in",
+        Step("aside", tuple(f"embeddings.{name}" for name in (*_WORDS, "LayerNorm"))),
+    ),
+    (
+        *(Step("take", _ALBERT.layers[:-1]), "write attention.dense", "norm attention.LayerNorm"),
+        *(_ALBERT_MLP, "norm full_layer_layer_norm"),
+    ),
+    ("take pooler", "write pooler", "take classifier sop_classifier.classifier"),
+    ("take predictions.dense", "aside predictions.LayerNorm predictions.decoder"),
+    ("take classifier qa_outputs",),
+)
+_RUNS = (
+    "a block runs several times, and each run reads what the last one wrote; one pass sums all of "
+    "its runs"
+)
 ALBERT_ROWS = (
     # What a block has is sliced once for all of its runs; its sums are those of all of them.
     Family(
-        name="albert",
-        blocks="encoder.albert_layer_groups.*.albert_layers",
-        attn=_ALBERT,
-        mlp=_ALBERT_MLP,
-        # What a block reads is now what is put into it, then what a block before it or itself put
-        # out; what reads its last run alone is asked itself, too.
-        stream=Stream(
-            start=steps(
-                "write encoder.embedding_hidden_mapping_in",
-                Step("aside", tuple(f"embeddings.{name}" for name in (*_WORDS, "LayerNorm"))),
-            ),
-            block=steps(
-                Step("take", _ALBERT.layers[:-1]),
-                *("write attention.dense", "norm attention.LayerNorm"),
-                *(_ALBERT_MLP, "norm full_layer_layer_norm"),
-            ),
-            ends=(
-                steps("take pooler", "write pooler", "take classifier sop_classifier.classifier"),
-                steps("take predictions.dense", "aside predictions.LayerNorm predictions.decoder"),
-                steps("take classifier qa_outputs"),
-            ),
-            config=TIED,
-            multiple_of="head_dim",
-        ),
+        "albert",
+        "encoder.albert_layer_groups.*.albert_layers",
+        _ALBERT,
+        _ALBERT_MLP,
+        stream=_ALBERT_STREAM,
         repeats=True,
-        without={
-            "stock": HEADS_OF_HIDDEN,
-            "layerwise": "a block runs several times, and each run reads what the last one wrote; "
-            "one pass sums all of its runs",
-        },
+        without={**NO_STOCK, "layerwise": _RUNS},
     ),
 )
 
@@ -191,25 +152,27 @@ _PROJ = attention(
     numbers=_SELF,
 )
 _KEY, _QUERY = (f"attention.self.pos_{name}_proj" for name in ("key", "query"))
+# With share_att_key the layers of query and key read the positions, too.
+_DEBERTA = tuple(
+    replace(_PROJ, producers=(*_PROJ.producers, *positions))
+    for positions in ((_KEY, _QUERY), (_KEY,), (_QUERY,), ())
+)
+_POSITIONS = "its query and key layers also read embeddings of relative positions"
 DEBERTA_ROWS = (
     Family(
-        name="deberta-v2",
-        blocks="encoder.layer",
-        # With share_att_key the layers of query and key read the positions, too.
-        attn=tuple(
-            replace(_PROJ, producers=(*_PROJ.producers, *positions))
-            for positions in ((_KEY, _QUERY), (_KEY,), (_QUERY,), ())
-        ),
-        mlp=_MLP,
-        without={
-            "hidden": "its query and key layers also read embeddings of relative positions",
-            "stock": HEADS_OF_HIDDEN,
-        },
+        *("deberta-v2", "encoder.layer", _DEBERTA, _MLP),
+        without={"hidden": _POSITIONS, **NO_STOCK},
     ),
 )
 
 _MODERN = attention("attn", "Wqkv Wo", stack=QKV, bias_flag="attention_bias")
 _MODERN_MLP = mlp("mlp.Wi mlp.Wo", stack=GATE_UP, bias_flag="mlp_bias")
+_MODERN_STREAM = stream(
+    ("write embeddings.tok_embeddings", "norm embeddings.norm"),
+    # The first block reads the embeddings as they are.
+    ("norm_if attn_norm", _MODERN, "norm mlp_norm", _MODERN_MLP),
+    ("norm final_norm", *_masked("head.dense", "head.norm", "decoder classifier")),
+)
 _NOMIC = attention(
     "self_attn",
     "q_proj k_proj v_proj o_proj",
@@ -218,44 +181,19 @@ _NOMIC = attention(
 _NOMIC_MLP = mlp(
     "mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"}
 )
+_NOMIC_STREAM = stream(
+    _embedded("word_embeddings", "token_type_embeddings"),
+    (_NOMIC, "norm post_attention_layernorm", _NOMIC_MLP, "norm post_mlp_layernorm"),
+    BERT.ends[0],
+    _masked(f"{_HEAD}.dense", f"{_HEAD}.layer_norm", "cls.predictions.decoder"),
+    _CLASSIFIED,
+    config={"hidden_size": "hidden"},
+    multiple_of="heads",
+)
 ROTARY_ROWS = (
     # Global and local attention alternate, which the masks that the model makes say of each block.
-    Family(
-        name="modernbert",
-        blocks="layers",
-        attn=_MODERN,
-        mlp=_MODERN_MLP,
-        stream=Stream(
-            start=steps("write embeddings.tok_embeddings", "norm embeddings.norm"),
-            # The first block reads the embeddings as they are.
-            block=steps("norm_if attn_norm", _MODERN, "norm mlp_norm", _MODERN_MLP),
-            ends=(
-                steps("norm final_norm", *_masked("head.dense", "head.norm", "decoder classifier")),
-            ),
-            config=TIED,
-            multiple_of="head_dim",
-        ),
-        without={"stock": HEADS_OF_HIDDEN},
-    ),
-    Family(
-        name="nomic_bert",
-        blocks="layers",
-        attn=_NOMIC,
-        mlp=_NOMIC_MLP,
-        stream=Stream(
-            start=_embedded("word_embeddings", "token_type_embeddings"),
-            block=steps(
-                _NOMIC, "norm post_attention_layernorm", _NOMIC_MLP, "norm post_mlp_layernorm"
-            ),
-            ends=(
-                BERT.ends[0],
-                _masked(f"{_HEAD}.dense", f"{_HEAD}.layer_norm", "cls.predictions.decoder"),
-                _CLASSIFIED,
-            ),
-            config={"hidden_size": "hidden"},
-            multiple_of="heads",
-        ),
-    ),
+    Family("modernbert", "layers", _MODERN, _MODERN_MLP, stream=_MODERN_STREAM, without=NO_STOCK),
+    Family("nomic_bert", "layers", _NOMIC, _NOMIC_MLP, stream=_NOMIC_STREAM),
 )
 
 ROWS = (*BERT_ROWS, *ALBERT_ROWS, *DEBERTA_ROWS, *ROTARY_ROWS)

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
-    GATE_UP,
-    HEADS_OF_HIDDEN,
-    QKV,
-    QKV_BY_GROUP,
-    TIED,
-    attention,
-    mlp,
-    steps,
-)
 from liar_ext.models.families.llama import (
     ATTN,
     GROUPS,
     HEADS,
-    LLAMA,
     MLP,
     NORMS,
     QKVO,
     ROW,
     counts,
     in_pictures,
+    with_block,
 )
-from liar_ext.models.family import Family, Stream
+from liar_ext.models.family import (
+    GATE_UP,
+    NO_STOCK,
+    QKV,
+    QKV_BY_GROUP,
+    TIED,
+    Family,
+    attention,
+    mlp,
+    steps,
+    stream,
+)
 
 # Where q ends, Phi's forward computes by the config's number of heads.
 _PHI3 = attention(
@@ -37,34 +38,23 @@ _PHI3 = attention(
     config=HEADS,
 )
 _FUSED = mlp("mlp.gate_up_proj mlp.down_proj", stack=GATE_UP)
+_GLM4 = with_block(
+    *(NORMS[0], ATTN, "branch_norm post_self_attn_layernorm"),
+    *(NORMS[1], _FUSED, "branch_norm post_mlp_layernorm"),
+)
 _GLM = replace(
-    ROW,
-    name="glm",
-    attn=ATTN,
-    mlp=_FUSED,
-    stream=replace(LLAMA, block=steps(NORMS[0], ATTN, NORMS[1], _FUSED)),
+    ROW, name="glm", attn=ATTN, mlp=_FUSED, stream=with_block(NORMS[0], ATTN, NORMS[1], _FUSED)
 )
 FUSED_ROWS = (
     # Also of Phi-4.
-    replace(
-        _GLM,
-        name="phi3",
-        attn=_PHI3,
-        stream=replace(LLAMA, block=steps(NORMS[0], _PHI3, NORMS[1], _FUSED)),
-    ),
+    replace(_GLM, name="phi3", attn=_PHI3, stream=with_block(NORMS[0], _PHI3, NORMS[1], _FUSED)),
     _GLM,
     replace(
         _GLM,
         name="glm4",
         attn=replace(ATTN, output_norm="post_self_attn_layernorm"),
         mlp=replace(_FUSED, output_norm="post_mlp_layernorm"),
-        stream=replace(
-            LLAMA,
-            block=steps(
-                *(NORMS[0], ATTN, "branch_norm post_self_attn_layernorm"),
-                *(NORMS[1], _FUSED, "branch_norm post_mlp_layernorm"),
-            ),
-        ),
+        stream=_GLM4,
     ),
 )
 
@@ -77,80 +67,55 @@ _GPT2 = attention(
     transposed=True,
 )
 _GPT2_MLP = mlp("mlp.c_fc mlp.c_proj", "n_inner", transposed=True)
+_TASKS = "read lm_head score classifier qa_outputs"
+_GPT2_STREAM = stream(
+    ["write wte wpe"],
+    ["norm ln_1", _GPT2, "norm ln_2", _GPT2_MLP],
+    ["norm ln_f", _TASKS],
+    config={"n_embd": "hidden", "n_head": "heads"},
+)
 _NEOX = attention(
-    "attention",
-    "query_key_value dense",
-    "head_size",
+    *("attention", "query_key_value dense", "head_size"),
     stack=QKV_BY_GROUP,
     bias_flag="attention_bias",
 )
 _NEOX_MLP = mlp("mlp.dense_h_to_4h mlp.dense_4h_to_h")
+# Both norms read the same stream where the two branches are parallel, and each its own else.
+_NEOX_STREAM = stream(
+    ["write embed_in"],
+    [NORMS[0], _NEOX, NORMS[1], _NEOX_MLP],
+    ["norm final_layer_norm", _TASKS],
+)
 _OPT = attention(
     "self_attn",
     "q_proj k_proj v_proj out_proj",
     numbers={"num_heads": "heads", "embed_dim": "features"},
 )
 _OPT_MLP = mlp("fc1 fc2", "ffn_dim")
+# The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also has
+# its norms elsewhere.
+_OPT_STREAM = stream(
+    ["write decoder.embed_tokens decoder.embed_positions"],
+    ["norm self_attn_layer_norm", _OPT, "norm final_layer_norm", _OPT_MLP],
+    ["norm decoder.final_layer_norm", "read lm_head score qa_outputs"],
+    config={
+        **{"hidden_size": "hidden", "word_embed_proj_dim": "hidden"},
+        "num_attention_heads": "heads",
+    },
+    requires={
+        **{"do_layer_norm_before": True, "_remove_final_layer_norm": False},
+        "layer_norm_elementwise_affine": True,
+    },
+)
 GPT_ROWS = (
-    Family(
-        name="gpt2",
-        blocks="h",
-        attn=_GPT2,
-        mlp=_GPT2_MLP,
-        stream=Stream(
-            start=steps("write wte wpe"),
-            block=steps("norm ln_1", _GPT2, "norm ln_2", _GPT2_MLP),
-            ends=(steps("norm ln_f", "read lm_head score classifier qa_outputs"),),
-            config={"n_embd": "hidden", "n_head": "heads"},
-            multiple_of="head_dim",
-        ),
-        without={"stock": HEADS_OF_HIDDEN},
-    ),
-    # Both norms read the same stream where the two branches are parallel, and each its own else.
-    Family(
-        name="gpt_neox",
-        blocks="layers",
-        attn=_NEOX,
-        mlp=_NEOX_MLP,
-        stream=Stream(
-            start=steps("write embed_in"),
-            block=steps(NORMS[0], _NEOX, NORMS[1], _NEOX_MLP),
-            ends=(steps("norm final_layer_norm", "read lm_head score classifier qa_outputs"),),
-            config=TIED,
-            multiple_of="head_dim",
-        ),
-        without={"stock": HEADS_OF_HIDDEN},
-    ),
-    # The embeddings may be narrower than the blocks, as they are in OPT-350m, and that model also
-    # has its norms elsewhere.
-    Family(
-        name="opt",
-        blocks="decoder.layers",
-        attn=_OPT,
-        mlp=_OPT_MLP,
-        stream=Stream(
-            start=steps("write decoder.embed_tokens decoder.embed_positions"),
-            block=steps("norm self_attn_layer_norm", _OPT, "norm final_layer_norm", _OPT_MLP),
-            ends=(steps("norm decoder.final_layer_norm", "read lm_head score qa_outputs"),),
-            config={
-                "hidden_size": "hidden",
-                "word_embed_proj_dim": "hidden",
-                "num_attention_heads": "heads",
-            },
-            multiple_of="head_dim",
-            requires={
-                "do_layer_norm_before": True,
-                "_remove_final_layer_norm": False,
-                "layer_norm_elementwise_affine": True,
-            },
-        ),
-        without={"stock": HEADS_OF_HIDDEN},
-    ),
+    Family("gpt2", "h", _GPT2, _GPT2_MLP, stream=_GPT2_STREAM, without=NO_STOCK),
+    Family("gpt_neox", "layers", _NEOX, _NEOX_MLP, stream=_NEOX_STREAM, without=NO_STOCK),
+    Family("opt", "decoder.layers", _OPT, _OPT_MLP, stream=_OPT_STREAM, without=NO_STOCK),
 )
 
 # Norms of q and k, which Command R+ has, keep weights of every head.
 _NO_NORMS = {"use_qk_norm": False}
-_SIDE_BY_SIDE = replace(LLAMA, block=steps(NORMS[0], ATTN, MLP))
+_SIDE_BY_SIDE = with_block(NORMS[0], ATTN, MLP)
 _COHERE = replace(
     ROW,
     name="cohere",
@@ -159,6 +124,21 @@ _COHERE = replace(
     stream=replace(_SIDE_BY_SIDE, requires=_NO_NORMS),
 )
 _PHI, _PHI_MLP = replace(ATTN, consumer="self_attn.dense"), mlp("mlp.fc1 mlp.fc2")
+_PHI_STREAM = replace(
+    with_block(NORMS[0], _PHI, _PHI_MLP),
+    ends=(steps("norm final_layernorm", "read lm_head score"),),
+)
+_STABLELM = attention(
+    "self_attn",
+    QKVO,
+    numbers=counts("num_heads"),
+    requires={"qk_layernorm": False},  # else a module per head
+)
+_STABLELM_STREAM = replace(
+    with_block(NORMS[0], ATTN, "norm_if post_attention_layernorm", MLP),
+    config={**TIED, "num_key_value_heads": "kv_heads"},
+    multiple_of="head_dim",
+)
 # q, k and v of a KV group together: of a head in the first models, of all heads in those with one
 # key and value, of some in those with the new architecture.
 _FALCON = attention(
@@ -169,85 +149,48 @@ _FALCON = attention(
     requires={"alibi": False},  # slopes are made for all heads at once
 )
 _FALCON_MLP = mlp("mlp.dense_h_to_4h mlp.dense_4h_to_h", "ffn_hidden_size")
+# A norm before each branch, one for both, or one after the other.
+_FALCON_STREAM = stream(
+    ["write word_embeddings"],
+    [
+        *("norm_if input_layernorm", "norm_if ln_attn", _FALCON),
+        *("norm_if post_attention_layernorm", "norm_if ln_mlp", _FALCON_MLP),
+    ],
+    ["norm ln_f", _TASKS],
+    config={**TIED, "num_kv_heads": "kv_heads"},
+)
 PARALLEL_ROWS = (
     _COHERE,
     replace(_COHERE, name="cohere2", attn=ROW.attn, stream=_SIDE_BY_SIDE),
-    Family(
-        name="phi",
-        blocks="layers",
-        attn=_PHI,
-        mlp=_PHI_MLP,
-        stream=replace(
-            LLAMA,
-            block=steps(NORMS[0], _PHI, _PHI_MLP),
-            ends=(steps("norm final_layernorm", "read lm_head score"),),
-        ),
-    ),
-    replace(
-        ROW,
-        name="stablelm",
-        attn=attention(
-            "self_attn",
-            QKVO,
-            numbers=counts("num_heads"),
-            requires={"qk_layernorm": False},  # else a module per head
-        ),
-        mlp=MLP,
-        stream=replace(
-            LLAMA,
-            block=steps(NORMS[0], ATTN, "norm_if post_attention_layernorm", MLP),
-            config={**TIED, "num_key_value_heads": "kv_heads"},
-            multiple_of="head_dim",
-        ),
-        without={"stock": HEADS_OF_HIDDEN},
-    ),
-    # A norm before each branch, one for both, or one after the other.
-    Family(
-        name="falcon",
-        blocks="h",
-        attn=_FALCON,
-        mlp=_FALCON_MLP,
-        stream=Stream(
-            start=steps("write word_embeddings"),
-            block=steps(
-                *("norm_if input_layernorm", "norm_if ln_attn", _FALCON),
-                *("norm_if post_attention_layernorm", "norm_if ln_mlp", _FALCON_MLP),
-            ),
-            ends=(steps("norm ln_f", "read lm_head score classifier qa_outputs"),),
-            config={**TIED, "num_kv_heads": "kv_heads"},
-            multiple_of="head_dim",
-        ),
-        without={"stock": HEADS_OF_HIDDEN},
-    ),
+    Family("phi", "layers", _PHI, _PHI_MLP, stream=_PHI_STREAM),
+    Family("stablelm", "layers", _STABLELM, MLP, stream=_STABLELM_STREAM, without=NO_STOCK),
+    Family("falcon", "h", _FALCON, _FALCON_MLP, stream=_FALCON_STREAM, without=NO_STOCK),
 )
 
 # A head of q_proj is its query and the gate of its output, one after the other.
 _LINEAR = " ".join(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a"))
+_QWEN_STREAM = with_block(
+    NORMS[0],
+    f"read_if {' '.join(ATTN.layers[:-1])} {_LINEAR}",
+    "write_if self_attn.o_proj linear_attn.out_proj",
+    *(NORMS[1], MLP),
+)
 _QWEN = replace(
     ROW,
     name="qwen3_5_text",
     attn=replace(ROW.attn, optional=True),
     mlp=MLP,
-    stream=replace(
-        LLAMA,
-        block=steps(
-            NORMS[0],
-            f"read_if {' '.join(ATTN.layers[:-1])} {_LINEAR}",
-            "write_if self_attn.o_proj linear_attn.out_proj",
-            *(NORMS[1], MLP),
-        ),
-        norm_offset=1.0,
-    ),
+    stream=replace(_QWEN_STREAM, norm_offset=1.0),
 )
 HYBRID_ROWS = (
     _QWEN,
     in_pictures(_QWEN, "qwen3_5"),
     Family(
-        name="lfm2",
-        blocks="layers",
-        attn=replace(ATTN, consumer="self_attn.out_proj", optional=True),
+        "lfm2",
+        "layers",
+        replace(ATTN, consumer="self_attn.out_proj", optional=True),
         # Of intermediate_size the config takes two thirds, rounded, unless it is told not to.
-        mlp=mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", ""),
+        mlp("feed_forward.w1 feed_forward.w3 feed_forward.w2", ""),
         without={
             "hidden": "its convolutions are as wide as the hidden size",
             "stock": "channels: its config rounds their number",

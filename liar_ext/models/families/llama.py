@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
+from liar_ext.models.family import (
     BORROWED,
     JOINT,
     PICTURES,
+    Family,
+    Step,
+    Stream,
+    Wiring,
     attention,
     mlp,
     steps,
+    stream,
 )
-from liar_ext.models.family import Family, Step, Stream, Wiring
 
 # Llama and its kin compute head counts from the shapes of q, k and v; only the eager kernel reads
 # num_key_value_groups.
@@ -24,36 +28,19 @@ ATTN = attention("self_attn", QKVO, numbers=GROUPS, config=HEADS)
 MLP = mlp("mlp.gate_proj mlp.up_proj mlp.down_proj", numbers={"mlp.intermediate_size": "features"})
 _FLAGGED = replace(MLP, bias_flag="mlp_bias")
 NORMS = ("norm input_layernorm", "norm post_attention_layernorm")
-LLAMA = Stream(
-    start=steps("write embed_tokens"),
-    block=steps(NORMS[0], ATTN, NORMS[1], MLP),
-    ends=(steps("norm norm", "read lm_head score qa_outputs"),),
+LLAMA = stream(
+    ["write embed_tokens"],
+    [NORMS[0], ATTN, NORMS[1], MLP],
+    ["norm norm", "read lm_head score qa_outputs"],
     config={"hidden_size": "hidden"},
     multiple_of="heads",  # which LlamaConfig insists on, even where head_dim is given
 )
-ROW = Family(
-    name="llama",
-    blocks="layers",
-    attn=replace(ATTN, bias_flag="attention_bias"),
-    mlp=_FLAGGED,
-    stream=LLAMA,
-)
+ROW = Family("llama", "layers", replace(ATTN, bias_flag="attention_bias"), _FLAGGED, stream=LLAMA)
 
-# With a norm over what they write, and none before they read.
-_ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
-_MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
-_AFTER = replace(
-    LLAMA,
-    block=steps(
-        Step("take", ATTN.layers[:-1]),
-        "aside self_attn.q_norm self_attn.k_norm",
-        "write self_attn.o_proj",
-        "branch_norm post_attention_layernorm",
-        Step("take", MLP.layers[:-1]),
-        "write mlp.down_proj",
-        "branch_norm post_feedforward_layernorm",
-    ),
-)
+
+def with_block(*items: str | Wiring | Step) -> Stream:
+    """Return Llama's stream with other steps in a block."""
+    return replace(LLAMA, block=steps(*items))
 
 
 def counts(heads: str) -> dict[str, str]:
@@ -61,7 +48,25 @@ def counts(heads: str) -> dict[str, str]:
     return {**GROUPS, heads: "heads", "num_key_value_heads": "kv_heads"}
 
 
+# With a norm over what they write, and none before they read.
+_ATTN_AFTER = replace(ATTN, output_norm="post_attention_layernorm")
+_MLP_AFTER = replace(MLP, output_norm="post_feedforward_layernorm")
+_AFTER = with_block(
+    *(Step("take", ATTN.layers[:-1]), "aside self_attn.q_norm self_attn.k_norm"),
+    *("write self_attn.o_proj", "branch_norm post_attention_layernorm"),
+    *(Step("take", MLP.layers[:-1]), "write mlp.down_proj"),
+    "branch_norm post_feedforward_layernorm",
+)
 _COUNTED = attention("self_attn", QKVO, numbers=counts("num_attention_heads"), config=HEADS)
+_OLMO2 = replace(
+    ROW,
+    name="olmo2",
+    attn=None,
+    mlp=_MLP_AFTER,
+    stream=replace(_AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
+    without={"attn": JOINT, "kv_group": JOINT},
+)
+_BIAS = {"bias_flag": "use_bias"}
 LLAMA_ROWS = (
     ROW,
     replace(ROW, name="smollm3"),
@@ -75,12 +80,7 @@ LLAMA_ROWS = (
     replace(ROW, name="cwm", attn=ATTN),
     replace(ROW, name="hunyuan_v1_dense", mlp=MLP),
     replace(ROW, name="seed_oss", attn=_COUNTED),
-    replace(
-        ROW,
-        name="ernie4_5",
-        attn=replace(ATTN, bias_flag="use_bias"),
-        mlp=replace(MLP, bias_flag="use_bias"),
-    ),
+    replace(ROW, name="ernie4_5", attn=replace(ATTN, **_BIAS), mlp=replace(MLP, **_BIAS)),
     # o_proj of its stock class is square.
     replace(
         ROW,
@@ -97,28 +97,15 @@ LLAMA_ROWS = (
     ),
     # Its norms have no weights: their readers alone are solved.
     replace(ROW, name="olmo", mlp=MLP),
-    *(
-        replace(
-            ROW,
-            name=name,
-            attn=None,
-            mlp=_MLP_AFTER,
-            stream=replace(_AFTER, config={"hidden_size": "hidden", "head_dim": "head_dim"}),
-            without={"attn": JOINT, "kv_group": JOINT},
-        )
-        for name in ("olmo2", "olmo3")
-    ),
+    *(_OLMO2, replace(_OLMO2, name="olmo3")),
 )
 
 # Gemma's norms scale by their weights and one.
 _SCALED = replace(LLAMA, norm_offset=1.0, scaled=True)
 _BEFORE = "norm pre_feedforward_layernorm"
-_BOTH = replace(
-    _SCALED,
-    block=steps(
-        *(NORMS[0], ATTN, "branch_norm post_attention_layernorm"),
-        *(_BEFORE, MLP, "branch_norm post_feedforward_layernorm"),
-    ),
+_BOTH = steps(
+    *(NORMS[0], ATTN, "branch_norm post_attention_layernorm"),
+    *(_BEFORE, MLP, "branch_norm post_feedforward_layernorm"),
 )
 _GEMMA = replace(ROW, name="gemma", mlp=MLP, stream=_SCALED)
 _GEMMA3 = replace(
@@ -126,7 +113,7 @@ _GEMMA3 = replace(
     name="gemma3_text",
     attn=replace(ROW.attn, output_norm=_ATTN_AFTER.output_norm),
     mlp=_MLP_AFTER,
-    stream=_BOTH,
+    stream=replace(_SCALED, block=_BOTH),
 )
 # Layers of Gemma 4 have sizes of their own in the dense config, and wider MLPs where they borrow.
 _GEMMA4 = replace(
@@ -151,31 +138,19 @@ def in_pictures(row: Family, name: str, blocks: str = "language_model.layers") -
     return replace(row, name=name, without=without, **text)
 
 
+_VAULT = replace(_SCALED, block=steps(NORMS[0], ATTN, _BEFORE, MLP))
 GEMMA_ROWS = (
-    _GEMMA4,
-    in_pictures(_GEMMA4, "gemma4"),
-    _GEMMA,
-    replace(_GEMMA3, name="gemma2"),
-    replace(
-        _GEMMA,
-        name="vaultgemma",
-        stream=replace(_SCALED, block=steps(NORMS[0], ATTN, _BEFORE, MLP)),
-    ),
-    _GEMMA3,
-    in_pictures(_GEMMA3, "gemma3"),
+    *(_GEMMA4, in_pictures(_GEMMA4, "gemma4"), _GEMMA, replace(_GEMMA3, name="gemma2")),
+    replace(_GEMMA, name="vaultgemma", stream=_VAULT),
+    *(_GEMMA3, in_pictures(_GEMMA3, "gemma3")),
 )
 
 _UP = replace(_FLAGGED, producers=("mlp.up_proj",))
-
-
-def _ungated(mlp: Wiring, attn_norm: str = NORMS[0], mlp_norm: str = NORMS[1]) -> Stream:
-    return replace(LLAMA, block=steps(attn_norm, ATTN, mlp_norm, mlp))
-
-
-_STARCODER = mlp("mlp.c_fc mlp.c_proj", bias_flag="use_bias")
+_UNGATED = with_block(NORMS[0], ATTN, NORMS[1], _UP)
+_STARCODER = mlp("mlp.c_fc mlp.c_proj", **_BIAS)
 UNGATED_ROWS = (
-    replace(ROW, name="arcee", mlp=_UP, stream=_ungated(_UP)),
-    replace(ROW, name="jais2", mlp=_UP, stream=_ungated(_UP)),
+    replace(ROW, name="arcee", mlp=_UP, stream=_UNGATED),
+    replace(ROW, name="jais2", mlp=_UP, stream=_UNGATED),
     # Squared ReLU; its LayerNorm scales by its weight and one.
     replace(
         ROW,
@@ -184,13 +159,13 @@ UNGATED_ROWS = (
             "self_attn", QKVO, numbers=counts("num_heads"), config=HEADS, bias_flag="attention_bias"
         ),
         mlp=_UP,
-        stream=replace(_ungated(_UP), norm_offset=1.0),
+        stream=replace(_UNGATED, norm_offset=1.0),
     ),
     replace(
         ROW,
         name="apertus",
         mlp=replace(_UP, numbers={}, bias_flag=None),
-        stream=_ungated(_UP, "norm attention_layernorm", "norm feedforward_layernorm"),
+        stream=with_block("norm attention_layernorm", ATTN, "norm feedforward_layernorm", _UP),
     ),
     replace(
         ROW,
@@ -202,9 +177,9 @@ UNGATED_ROWS = (
     replace(
         ROW,
         name="starcoder2",
-        attn=replace(ATTN, bias_flag="use_bias"),
+        attn=replace(ATTN, **_BIAS),
         mlp=_STARCODER,
-        stream=_ungated(_STARCODER),
+        stream=with_block(NORMS[0], ATTN, NORMS[1], _STARCODER),
     ),
 )
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from liar_ext.models.families.common import GATE_UP, JOINT, PICTURES, ROUTED, mlp
 from liar_ext.models.families.llama import ATTN, MLP, ROW
-from liar_ext.models.family import Experts, Family, Stack, Wiring
+from liar_ext.models.family import (
+    GATE_UP,
+    JOINT,
+    PICTURES,
+    ROUTED,
+    Experts,
+    Family,
+    Stack,
+    Wiring,
+    mlp,
+)
 
 
 def _experts(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import HEADS_OF_HIDDEN, TWO_STREAMS, attention, mlp
-from liar_ext.models.family import Family, HeadInput, Part, Wiring
+from liar_ext.models.family import (
+    NO_STOCK,
+    TWO_STREAMS,
+    Family,
+    HeadInput,
+    Part,
+    Wiring,
+    attention,
+    mlp,
+)
 
 
 def _decoder(part: Part, cross_attn: Wiring) -> Part:
-    """Return the decoder beside an encoder."""
     return replace(
         part,
         name="decoder",
@@ -26,7 +33,6 @@ def _t5_attention(module: str, head_input: HeadInput) -> Wiring:
 
 
 def _t5_mlp(layer: int) -> tuple[Wiring, ...]:
-    """Return the wirings of an MLP, with a gate and without."""
     dense = f"layer.{layer}.DenseReluDense"
     return tuple(
         mlp(" ".join(f"{dense}.{name}" for name in names), "d_ff")
@@ -70,7 +76,7 @@ _BART_DECODER = replace(
 _BART = Family(
     name="bart",
     parts=(_BART_ENCODER, _BART_DECODER),
-    without={"hidden": TWO_STREAMS, "stock": HEADS_OF_HIDDEN},
+    without={"hidden": TWO_STREAMS, **NO_STOCK},
 )
 _LIKE_BART = ("mbart", "plbart", "pegasus", "marian", "m2m_100", "blenderbot", "blenderbot-small")
 # Every frame of the sound counts.

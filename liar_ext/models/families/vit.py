@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from liar_ext.models.families.common import (
-    HEADS_OF_HIDDEN,
+from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
+from liar_ext.models.family import (
+    NO_STOCK,
     PICTURES,
-    TIED,
+    Family,
+    Part,
+    Step,
+    Stream,
     attention,
     mlp,
     steps,
+    stream,
 )
-from liar_ext.models.families.llama import ATTN, MLP, QKVO, ROW, counts, in_pictures
-from liar_ext.models.family import Family, Part, Step, Stream
 
 
 def _embedded(*names: str) -> Step:
@@ -27,13 +30,13 @@ _ATTN = attention(
     config={"num_attention_heads": "heads", "head_dim": "head_dim"},
 )
 _MLP = mlp("mlp.fc1 mlp.fc2")
-_STREAM = Stream(
-    start=steps(
+_STREAM = stream(
+    [
         _embedded("patch_embeddings.projection", "cls_token", "position_embeddings"),
         "write_if embeddings.mask_token",
-    ),
-    block=steps("norm layernorm_before", _ATTN, "norm layernorm_after", _MLP),
-    ends=(steps("norm layernorm", "read_first pooler.dense classifier"),),
+    ],
+    ["norm layernorm_before", _ATTN, "norm layernorm_after", _MLP],
+    ["norm layernorm", "read_first pooler.dense classifier"],
     config={"hidden_size": "hidden"},
     multiple_of="heads",
 )
@@ -53,15 +56,12 @@ _SCALED = replace(
     ends=(steps("norm layernorm", "read classifier"),),
 )
 # Its base model is the stack of blocks alone.
-_DINOV3 = replace(
-    _SCALED,
-    start=(_embedded("patch_embeddings", "cls_token", "register_tokens", "mask_token"),),
-    block=_scaled("read_if mlp.gate_proj mlp.up_proj", "write mlp.down_proj"),
-    ends=(steps("norm norm"),),
-    config=TIED,
-    multiple_of="head_dim",
+_DINOV3 = stream(
+    [_embedded("patch_embeddings", "cls_token", "register_tokens", "mask_token")],
+    _scaled("read_if mlp.gate_proj mlp.up_proj", "write mlp.down_proj"),
+    ["norm norm"],
 )
-_VIT = Family(name="vit", blocks="layers", attn=_ATTN, mlp=_MLP, stream=_STREAM)
+_VIT = Family("vit", "layers", _ATTN, _MLP, stream=_STREAM)
 VIT_ROWS = (
     _VIT,
     # DINOv2 sizes its MLP by a whole-numbered mlp_ratio, which no pruned size meets in practice.
@@ -73,17 +73,16 @@ VIT_ROWS = (
         stream=_SCALED,
         without={"stock": "channels: its config says them by a whole number, mlp_ratio"},
     ),
-    replace(
-        _VIT,
-        name="dinov3_vit",
-        blocks="layer",
-        attn=attention("attention", QKVO, numbers={"num_heads": "heads", "embed_dim": "features"}),
-        mlp=tuple(
+    Family(
+        "dinov3_vit",
+        "layer",
+        attention("attention", QKVO, numbers={"num_heads": "heads", "embed_dim": "features"}),
+        tuple(
             replace(MLP, producers=producers, bias_flag="mlp_bias")
             for producers in (MLP.producers, MLP.producers[1:])
         ),
         stream=_DINOV3,
-        without={"stock": HEADS_OF_HIDDEN},
+        without=NO_STOCK,
     ),
 )
 
@@ -92,24 +91,20 @@ _TOWER_ATTN = attention(
     "q_proj k_proj v_proj out_proj",
     numbers={"num_heads": "heads", "embed_dim": "features"},
 )
+_BLOCKS = "encoder.layers"
 _IMAGES = Part(
-    "vision",
-    "vision_model.encoder.layers",
-    _TOWER_ATTN,
-    _MLP,
+    *("vision", f"vision_model.{_BLOCKS}", _TOWER_ATTN, _MLP),
     config="vision_config",
     input="pixel_values",
     mask="",
 )
 _TEXTS = Part(
-    "text", "text_model.encoder.layers", _TOWER_ATTN, _MLP, config="text_config", input="input_ids"
+    *("text", f"text_model.{_BLOCKS}", _TOWER_ATTN, _MLP), config="text_config", input="input_ids"
 )
-_TEXT_STREAM = Stream(
-    start=(_embedded("token_embedding", "position_embedding"),),
-    block=steps("norm layer_norm1", _TOWER_ATTN, "norm layer_norm2", _MLP),
-    ends=(steps("norm final_layer_norm", "read text_projection head"),),
-    config=TIED,
-    multiple_of="head_dim",
+_TEXT_STREAM = stream(
+    [_embedded("token_embedding", "position_embedding")],
+    ["norm layer_norm1", _TOWER_ATTN, "norm layer_norm2", _MLP],
+    ["norm final_layer_norm", "read text_projection head"],
 )
 _CLIP = replace(
     _TEXT_STREAM,
@@ -129,38 +124,25 @@ _SIGLIP = replace(
 
 def _towers(name: str, vision: Stream, **without: str) -> tuple[Family, ...]:
     """Return the rows of both towers together, and of each alone."""
+    whole = {"hidden": "each tower has a hidden size of its own", **NO_STOCK}
     alone = Family(
-        name=f"{name}_vision_model",
-        blocks="encoder.layers",
-        attn=_TOWER_ATTN,
-        mlp=_MLP,
+        *(f"{name}_vision_model", _BLOCKS, _TOWER_ATTN, _MLP),
         stream=vision,
-        without={**without, "stock": HEADS_OF_HIDDEN},
+        without={**without, **NO_STOCK},
     )
-    whole = {"hidden": "each tower has a hidden size of its own", "stock": HEADS_OF_HIDDEN}
-    text = {"stream": _TEXT_STREAM, "without": {"stock": HEADS_OF_HIDDEN}}
-    return (
-        Family(name=name, parts=(_IMAGES, _TEXTS), without=whole),
-        alone,
-        replace(alone, name=f"{name}_text_model", **text),
-    )
+    text = replace(alone, name=f"{name}_text_model", stream=_TEXT_STREAM, without=NO_STOCK)
+    return Family(name, parts=(_IMAGES, _TEXTS), without=whole), alone, text
 
 
-CLIP_ROWS = (
-    *_towers("clip", _CLIP),
-    # torch's attention, which pools the patches, is as wide as the hidden size.
-    *_towers(
-        "siglip",
-        _SIGLIP,
-        hidden="its patches are pooled by attention that is as wide as the hidden size",
-    ),
-)
+# torch's attention, which pools the patches, is as wide as the hidden size.
+_POOLED = "its patches are pooled by attention that is as wide as the hidden size"
+CLIP_ROWS = (*_towers("clip", _CLIP), *_towers("siglip", _SIGLIP, hidden=_POOLED))
 
 _TEXT = replace(ROW, attn=ATTN, mlp=MLP)
 _QWEN2 = replace(
     _TEXT,
     attn=attention("self_attn", QKVO, numbers=counts("num_heads")),
-    without={"hidden": PICTURES, "stock": HEADS_OF_HIDDEN},
+    without={"hidden": PICTURES, **NO_STOCK},
 )
 VISION_LANGUAGE_ROWS = (
     *(

@@ -1,29 +1,35 @@
-"""``--keep-vocab``: the model and its tokenizer with fewer tokens, before any text is drawn."""
+"""``--keep-vocab`` in a job: which tokens stay, alone or in a budget with heads and channels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from liar_ext.calibration.batches import Batches
 from liar_ext.calibration.generated import SELF
-from liar_ext.distributed import broadcast, is_first
+from liar_ext.checkpoint.fingerprint import count_params
+from liar_ext.distributed import alone, broadcast, is_first
 from liar_ext.errors import InputError
-from liar_ext.measure.vocabulary_quality import (
+from liar_ext.job.sweeping import PROBE_KEEP, Sweep
+from liar_ext.job.vocabulary import (
     JUDGED_DOCUMENTS,
     JUDGED_PIECES,
+    SMALLER,
     VocabularyQuality,
     held_out_of,
+    smaller_copy,
     smallest,
 )
 from liar_ext.models.running import predicts_next_token
 from liar_ext.recipe import Recipe
 from liar_ext.report.report import Report
-from liar_ext.vocabulary.keep import Choice, Counted, keep_tokens
+from liar_ext.vocabulary.keep import STEP, Choice, Counted, keep_tokens, size_of
 
+HALVINGS = 2  # how often the steps around the best size are halved
 SPLIT = 1.05  # times as many tokens per byte as before, from which on a warning says so
 MORE = 0.02  # more of them on held-out text than on the text that chose
 
@@ -32,7 +38,8 @@ class SmallerVocabulary:
     """What a recipe leaves of the vocabulary, and how much that changes.
 
     The model is changed in place; ``tokenizer`` is the new one. Everything is as before if the
-    recipe keeps all tokens.
+    recipe keeps all tokens. ``draw`` returns the calibration set as the old tokenizer reads it,
+    for a budget that tokens share.
     """
 
     def __init__(
@@ -42,8 +49,11 @@ class SmallerVocabulary:
         tokenizer: Any,
         read: Mapping[str, Sequence[str]],
         held_out: Sequence[str] | None,
+        draw: Callable[[], Batches],
+        progress: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.facts = model, tokenizer, {}
+        self._draw, self._progress = draw, progress
         self.whole: VocabularyQuality | None = None
         if recipe.keep_vocab == 1.0:
             return
@@ -77,7 +87,12 @@ class SmallerVocabulary:
         texts, judging = held_out_of(texts)
         most = JUDGED_PIECES if predicts_next_token(self.model) else JUDGED_DOCUMENTS
         counted, quality = count(texts), self._quality(recipe, judging, most)
-        chosen, auto = smallest(counted, self.model, self.tokenizer, quality)
+        given = counted, self.model, self.tokenizer, quality
+        if recipe.of == "params" and recipe.keep < 1:
+            with alone():
+                chosen, auto = share_budget(*given, recipe, self._draw(), self._progress)
+        else:
+            chosen, auto = smallest(*given)
         whole = {"before": counted.size, "after": counted.size}
         whole |= {"kind": counted.pieces.kind_in_words, "kept_of_text": 1.0}
         facts = (chosen.facts if chosen else whole) | {"auto": auto}
@@ -89,24 +104,99 @@ class SmallerVocabulary:
         how = {"seq_len": recipe.seq_len, "batch_size": recipe.batch_size, "samples": samples}
         return VocabularyQuality(self.model, self.tokenizer, texts, **how)
 
-    def add_to(self, report: Report) -> None:
-        """Let a report say it."""
+    def add_to(self, report: Report, model: nn.Module) -> None:
+        """Let the report of a pruned model say it."""
         if not self.facts:
             return
         facts = report.vocabulary = dict(self.facts)
         if facts["after"] == facts["before"]:
             report.warnings.append(
-                "All tokens stay: each smaller vocabulary loses more on held-out text than auto "
-                "allows. Give more text with --vocab-text, or a number of tokens."
+                "All tokens stay: with fewer of them the pruned model loses more on held-out text."
+                if facts["auto"]["most_loss"] is None
+                else "All tokens stay: each smaller vocabulary loses more on held-out text than "
+                "auto allows. Give more text with --vocab-text, or a number of tokens."
             )
             return
         notes = ["The dense model's quality above is with the smaller vocabulary, too."]
         report.warnings += notes if report.evaluation else []
         held_out = facts.get("held_out", {})
         if self.whole is not None and report.plan.sites:
-            pruned = self.whole.compare(self.model, self.tokenizer)
+            pruned = self.whole.compare(model, self.tokenizer)
             facts["held_out"] = {**held_out, "pruned": pruned}
         report.warnings += split_warnings(facts["tokens_per_byte"], held_out)
+
+
+def share_budget(
+    counted: Counted,
+    model: nn.Module,
+    tokenizer: Any,
+    quality: VocabularyQuality,
+    recipe: Recipe,
+    batches: Batches,
+    progress: bool = False,
+) -> tuple[Choice | None, dict[str, Any]]:
+    """Return the vocabulary with which a model pruned to the whole budget loses least.
+
+    Each size is tried with heads and channels pruned in one pass to what its tokens leave of the
+    budget, and measured on text that chose no token. Sizes fall by a quarter until the loss grows;
+    then those halfway to both neighbours of the best are tried. Moments, scores and sensitivities
+    are computed once, with all tokens. Returns None if all tokens stay, and the sizes tried.
+
+    Raises
+    ------
+    InputError
+        If no size meets the budget, or outputs of different vocabularies don't compare.
+    """
+    quality.check_judges(model)
+    fixed = replace(recipe, schedule="one-pass", keep_vocab=1.0, vocab_text=(), vocab_scripts=())
+    work = Sweep(model, batches, progress=progress, probe_keep=PROBE_KEEP)
+    total, tried, choices = count_params(model), {}, {}
+
+    def measure(size: int) -> None:
+        choice = counted.choose(size)
+        smaller = smaller_copy(model, tokenizer, choice)
+        keep = recipe.keep + 1 - count_params(smaller[0]) / total
+        if keep < 1:
+            pruned, _ = work.prune(replace(fixed, keep=keep))
+            smaller = smaller_copy(pruned, tokenizer, choice)
+        found = quality.compare(*smaller)
+        tried[size] = [size, quality.loss(found), found["tokens_per_byte"][1], min(keep, 1.0)]
+        choices[size] = choice and replace(choice, facts=choice.facts | {"held_out": found})
+
+    def best() -> int:
+        return min(tried, key=lambda size: (tried[size][1], size))
+
+    refused = None
+    for size in _sizes(counted.size):
+        try:
+            measure(size)
+        except InputError as error:  # sites can't go down so far, or more tokens must stay
+            refused = error
+        if tried and best() != min(tried):
+            break
+    if not tried:
+        raise refused
+    for _ in range(HALVINGS):
+        for size in _between(sorted(tried), best()):
+            measure(size)
+    curve = [tried[size] for size in sorted(tried)]
+    return choices[best()], {"curve": curve, "judged_by": quality.judged_by, "most_loss": None}
+
+
+def _sizes(size: int) -> Iterator[int]:
+    """Yield sizes from all tokens on, each three quarters of the one before."""
+    found = size
+    while found > STEP:
+        yield found
+        found = size_of(int(found * SMALLER), size)
+
+
+def _between(sizes: list[int], best: int) -> list[int]:
+    """Return the multiples of 64 halfway from a size to its neighbours among sizes."""
+    at = sizes.index(best)
+    around = [each for each in (at - 1, at + 1) if 0 <= each < len(sizes)]
+    halfway = {STEP * round((best + sizes[each]) / 2 / STEP) for each in around}
+    return sorted(halfway - {*sizes})
 
 
 def split_warnings(chosen: Sequence[float], held_out: Mapping[str, Any]) -> list[str]:

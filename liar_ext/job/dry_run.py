@@ -1,8 +1,7 @@
-"""``liar prune --dry-run``: what a job would do, and what it would take."""
+"""A job that is only described, ``liar prune --dry-run``: what it would do, and what that takes."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,11 +9,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from liar_ext.calibration.batches import read_batch
+from liar_ext.calibration.batches import Batches, read_batch
+from liar_ext.checkpoint.block_source import BlockStore
 from liar_ext.checkpoint.fingerprint import count_params
 from liar_ext.checkpoint.stock_config import how_to_load
-from liar_ext.cli.inputs import SKETCHED, Batches, Given, TextAndOwn, let_write
-from liar_ext.distributed import alone, is_first
 from liar_ext.job.estimate import (
     GIB,
     bytes_of_states,
@@ -33,7 +31,7 @@ from liar_ext.recipe import Recipe
 from liar_ext.reconstruction.hidden_size import count_kept
 from liar_ext.reconstruction.one_pass import with_bias
 from liar_ext.reconstruction.streams import Walk
-from liar_ext.report.sections import latency_lines, vocabulary_lines
+from liar_ext.report.sections import latency_lines
 from liar_ext.report.tables import Table, to_text
 from liar_ext.selection.allocation import allowed_counts, even_plan, site_step
 from liar_ext.selection.whole_experts import count_experts_kept, layers_of
@@ -41,29 +39,8 @@ from liar_ext.selection.whole_experts import count_experts_kept, layers_of
 PLAIN = "loads with plain"
 
 
-def sketched(given: Given, options: argparse.Namespace) -> list[str]:
-    """Return lines on what a command would do with what it has loaded, at the first rank."""
-    if given.store is not None:
-        known = {"walk": Walk(given.store), "limit": options.max_memory}
-        known["certify_on"] = given.certification
-        job = Job(given.model, given.calibration, given.recipe, **known)
-        return describe_streamed(prepare(job))
-    if not is_first():
-        return []
-    with alone():
-        let_write(given, sketch=True, progress=options.progress)
-        lines = describe(given.model, given.calibration, given.recipe, given.judging)
-    lines += [f"vocabulary: {said}" for said in vocabulary_lines(given.vocabulary.facts)]
-    seconds = given.facts.get("writing", 0.0)
-    if isinstance(given.calibration, TextAndOwn):
-        seconds = given.calibration.seconds * max(given.recipe.seq_len / SKETCHED, 1.0)
-    if seconds:
-        lines.append(f"text of its own: about {seconds:.0f} seconds to write")
-    return lines
-
-
 def describe(
-    model: nn.Module, batches: Batches, recipe: Recipe, judge_on: Batches | None = None
+    model: nn.Module, batches: Batches, recipe: Recipe, judge_on: Sequence | None = None
 ) -> list[str]:
     """Return lines on what :func:`liar_ext.prune` would do with these, and check that it can.
 
@@ -87,9 +64,10 @@ def describe(
     ]
 
 
-def describe_streamed(job: Job) -> list[str]:
-    """Return lines on what a prepared job would take, with one block in memory at a time."""
-    store, shares, layerwise = job.walk.source, job.shares, job.recipe.schedule == "layerwise"
+def describe_streamed(job: Job, store: BlockStore) -> list[str]:
+    """Return lines on what a job would take, with one block in memory at a time."""
+    job = prepare(replace(job, walk=Walk(store)))
+    shares, layerwise = job.shares, job.recipe.schedule == "layerwise"
     tokens = sum(map(tokens_of, job.batches))
     held = bytes_of_states(job.model, sites(job.model), tokens, layerwise=layerwise)
     beyond, need = max(0, held - shares.states), sum(shares.need.values())
@@ -207,7 +185,7 @@ def _loading(model: nn.Module, equal: Plan, recipe: Recipe, at: Sequence[Site]) 
     if recipe.keep_hidden != 1.0:
         hidden = hidden_of(model)
         count = count_kept(hidden, recipe.keep_hidden, recipe.tile)
-        plan = replace(plan, hidden=_leading(hidden.size, count))
+        plan = replace(plan, hidden=SitePlan.first(hidden.size, count))
     said = _how(model, plan)
     if not (recipe.uniform_layers and recipe.allocation != "uniform" and plan.sites):
         return f"loading: {said}"
@@ -226,15 +204,9 @@ def _how(model: nn.Module, plan: Plan) -> str:
     return how_to_load(pruned, plan)
 
 
-def _leading(units: int, count: int, groups: int = 1) -> SitePlan:
-    """Return the plan that keeps the first units of each group."""
-    run, each = units // groups, count // groups
-    return SitePlan(units, tuple(g * run + unit for g in range(groups) for unit in range(each)))
-
-
 def _fewer_experts(plan: Plan, model: nn.Module, recipe: Recipe) -> Plan:
     count = count_experts_kept(model, recipe.keep_experts)
-    experts = {site.team: _leading(site.experts, count) for site in layers_of(model)}
+    experts = {site.team: SitePlan.first(site.experts, count) for site in layers_of(model)}
     gone = {f"{layer}.{at}" for layer, each in experts.items() for at in range(count, each.units)}
     left = {name: site for name, site in plan.sites.items() if name not in gone}
     return replace(plan, sites=left, experts=experts)
@@ -246,6 +218,6 @@ def _uneven(plan: Plan, at: Sequence[Site], recipe: Recipe) -> Plan:
         kept = plan.sites[team[0].name].kept
         for count in allowed_counts(team[0], recipe.budget):
             if count != len(kept):
-                own = {s.name: _leading(s.units, count, s.groups) for s in team}
+                own = {s.name: SitePlan.first(s.units, count, s.groups) for s in team}
                 return replace(plan, sites={**plan.sites, **own})
     return plan

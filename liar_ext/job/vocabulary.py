@@ -6,7 +6,7 @@ compared by ``bits per byte``, ``−Σ log₂ p(token | tokens before) / bytes``
 
 from __future__ import annotations
 
-import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +21,7 @@ from liar_ext.calibration.texts import evaluation_sequences
 from liar_ext.errors import InputError
 from liar_ext.measure.embeddings import DenseEncoder
 from liar_ext.measure.evaluation import perplexity
+from liar_ext.measure.latency import light_copy
 from liar_ext.models.running import (
     complete_inputs,
     device_of,
@@ -28,12 +29,15 @@ from liar_ext.models.running import (
     output_of,
     predicts_next_token,
 )
-from liar_ext.vocabulary.choosing import STEP, plain, size_of
 from liar_ext.vocabulary.keep import (
+    STEP,
     Choice,
     Counted,
     keep_tokens,
+    plain,
     size_in_bytes,
+    size_of,
+    spec_of,
     tokens_per_byte,
 )
 
@@ -47,20 +51,10 @@ SMALLER, HALVINGS = 0.75, 3  # the steps of sizes, and how often the last one is
 
 
 class VocabularyQuality:
-    """Quality of a model with its whole vocabulary on some text, to compare smaller ones with.
+    """Quality of a model with all its tokens on text that chose none, to compare fewer with.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The model with all tokens; it is run now.
-    tokenizer : transformers tokenizer or processor
-        Its tokenizer.
-    texts : sequence of str
-        Text that chose no token.
-    seq_len, batch_size : int
-        Longest sequence in tokens, and sequences at a time.
-    samples : int, optional
-        Documents, or pieces of the text for a language model, at most.
+    The model is run now, on at most ``samples`` documents, or pieces of them if it is a language
+    model, of at most ``seq_len`` tokens, ``batch_size`` at a time.
     """
 
     def __init__(
@@ -75,7 +69,7 @@ class VocabularyQuality:
     ) -> None:
         self.texts, self.seq_len, self.batch_size = texts, seq_len, batch_size
         self.samples, self.causal = samples, predicts_next_token(model)
-        backend = _backend(tokenizer)
+        backend = plain(json.dumps(spec_of(tokenizer)))
         if self.causal:
             length = min(seq_len // 2, PIECE) or 1
             self.texts, self.samples = pieces_of(backend, texts, length, samples), None
@@ -94,9 +88,17 @@ class VocabularyQuality:
             return "bits_per_byte" if self.causal else "cosine"
         return "agreement" if self.logits.dim() == 2 and self.logits.shape[1] > 1 else None
 
+    def check_judges(self, model: nn.Module) -> None:
+        """Raise InputError if no measure compares the model's outputs between vocabularies."""
+        if self.judged_by is None:
+            raise InputError(
+                f"vocabulary: {type(model).__name__} puts out logits of tokens, which don't "
+                "compare between vocabularies; give a number of tokens instead of auto"
+            )
+
     def compare(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
         """Return tokens per byte, and bits per byte (each with all tokens first) or likeness."""
-        rate = tokens_per_byte(_backend(tokenizer), self.texts)
+        rate = tokens_per_byte(plain(json.dumps(spec_of(tokenizer))), self.texts)
         found: dict[str, Any] = {"tokens_per_byte": [self.rate, rate]}
         if self.causal:
             return found | {"bits_per_byte": [self.bits, self._bits_per_byte(model, tokenizer)]}
@@ -172,12 +174,8 @@ def smallest(
     Sizes fall by a quarter until one loses too much; the last step is halved three times. None if
     each smaller vocabulary loses too much. The curve has ``[tokens, loss, tokens per byte]``.
     """
-    most = LOSSES.get(quality.judged_by or "")
-    if most is None:
-        raise InputError(
-            f"vocabulary: {type(model).__name__} puts out logits of tokens, which don't compare "
-            "between vocabularies; give a number of tokens instead of auto"
-        )
+    quality.check_judges(model)
+    most = LOSSES[quality.judged_by]
     curve: dict[int, list[float]] = {}
     best: Choice | None = None
 
@@ -211,10 +209,14 @@ def _search(is_good: Callable[[int], bool], size: int) -> None:
         good, bad = (middle, bad) if is_good(middle) else (good, middle)
 
 
-def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice) -> tuple[nn.Module, Any]:
-    """Return model and tokenizer with fewer tokens; all other weights are those of the model."""
-    shared = {id(each): each for each in [*model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, shared)
+def smaller_copy(model: nn.Module, tokenizer: Any, choice: Choice | None) -> tuple[nn.Module, Any]:
+    """Return model and tokenizer with fewer tokens, or both if all stay.
+
+    All other weights are those of the model.
+    """
+    if choice is None:
+        return model, tokenizer
+    copied = light_copy(model)
     return copied, keep_tokens(copied, tokenizer, choice)
 
 
@@ -232,8 +234,3 @@ def _logits(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor | 
                 return value
             found.append(value.float().cpu())
     return torch.cat(found)
-
-
-def _backend(tokenizer: Any) -> Any:
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    return plain(inner.backend_tokenizer.to_str())

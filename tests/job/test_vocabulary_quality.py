@@ -12,8 +12,8 @@ from byte_level import TOKENS, byte_level_tokenizer
 from tiny import tiny
 
 from liar_ext import InputError, choose_tokens, keep_tokens
-from liar_ext.measure import vocabulary_quality
-from liar_ext.measure.vocabulary_quality import (
+from liar_ext.job import vocabulary
+from liar_ext.job.vocabulary import (
     LOSSES,
     VocabularyQuality,
     held_out_of,
@@ -105,7 +105,7 @@ def test_the_smallest_size_within_the_loss_is_taken(good_from, taken, monkeypatc
     def choose(size):
         if size < 300:
             raise InputError("vocabulary: more must stay")
-        return vocabulary_quality.Choice(list(range(size)), "", {})
+        return vocabulary.Choice(list(range(size)), "", {})
 
     def loss(found):
         return 0.001 if found["size"] >= good_from else 0.1
@@ -115,10 +115,11 @@ def test_the_smallest_size_within_the_loss_is_taken(good_from, taken, monkeypatc
         return {"size": size, "tokens_per_byte": [1.0, 2.0]}
 
     monkeypatch.setattr(
-        vocabulary_quality, "smaller_copy", lambda model, tokenizer, choice: (len(choice.order),)
+        vocabulary, "smaller_copy", lambda model, tokenizer, choice: (len(choice.order),)
     )
     counted = SimpleNamespace(choose=choose, size=TOKENS)
-    quality = SimpleNamespace(compare=compare, loss=loss, judged_by="bits_per_byte")
+    measured = {"compare": compare, "loss": loss, "check_judges": lambda model: None}
+    quality = SimpleNamespace(judged_by="bits_per_byte", **measured)
     found, facts = smallest(counted, None, None, quality)
     assert (found and len(found.order)) == taken
     assert all(size % 64 == 0 for size in tried) and sorted(set(tried)) == sorted(tried)
