@@ -193,6 +193,26 @@ def gram(figure) -> None:
     axes.legend(loc="center right")
 
 
+def healing(figure) -> None:
+    """Draw the mean gap against the tokens that a model is healed with, by its start."""
+    rows = read("healing")["rows"]
+    removed = list(dict.fromkeys(row[0] for row in rows))
+    colours = dict(zip(dict.fromkeys(row[1] for row in rows), COLOURS.values(), strict=False))
+    panels = figure.subplots(1, len(removed), squeeze=False)[0]
+    for axes, part in zip(panels, removed, strict=True):
+        for start, colour in colours.items():
+            points = [
+                (float(row[2].replace(",", "")) / 1000, number(row[7]))
+                for row in rows
+                if row[:2] == [part, start]
+            ]
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=start.replace("`", ""))
+        axes.set(title=f"SmolLM2-135M, {part} removed", xlabel="thousand tokens of healing")
+        axes.set_ylim(bottom=0)
+    panels[0].set_ylabel("mean of log(perplexity / dense)")
+    panels[0].legend(loc="best")
+
+
 # Each picture: what it is drawn from, and its inches.
 PICTURES: dict[Callable, tuple[tuple[str, ...], tuple[float, float]]] = {
     overview: (("peers",), (7.5, 4)),
@@ -202,6 +222,7 @@ PICTURES: dict[Callable, tuple[tuple[str, ...], tuple[float, float]]] = {
     calibration: (("calibration",), (8, 2.8)),
     steps: (("steps",), (7.5, 2.8)),
     gram: (("gram",), (7.5, 4.6)),
+    healing: (("healing",), (8, 3.4)),
 }
 
 
