@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from liar_ext import ops
-from liar_ext.ops import gram_choice, reference
+from liar_ext.ops import curve, gram_choice, reference
 
 SHAPES = {
     "Llama-3.2-1B o_proj": 2048,
@@ -179,16 +179,12 @@ def reconstruct_rows(d, peak):
 
 
 def small_rows(count, d, d_out, n):
-    """Time many small systems in one call: beside one call each, and torch.linalg's batch."""
+    """Time many small systems: by our kernel, by torch.linalg, and by its batches."""
     gram, weight = gram_of(d, count), torch.randn(count, d_out, d, **F64)
     kept = torch.stack([torch.randperm(d, device="cuda")[:n].sort().values for _ in range(count)])
     damps = torch.logspace(-5, 0, 8, **F64)
     block = gram[:, :n, :n] + torch.eye(n, **F64)
     rhs = torch.randn(count, n, d_out, **F64)
-
-    def one_by_one():
-        for i in range(count):
-            ops.reconstruct(weight[i], gram[i], kept[i], damps)
 
     def linalg():
         for _ in damps:
@@ -196,8 +192,10 @@ def small_rows(count, d, d_out, n):
             (x * (block @ x - 2 * rhs)).sum((1, 2))  # the errors
 
     ways = {
-        "ours, one call": lambda: ops.reconstruct(weight, gram, kept, damps),
-        "ours, a call each": one_by_one,
+        "ours, a block a system": lambda: ops.reconstruct(weight, gram, kept, damps),
+        "torch.linalg, a system at a time": lambda: reference.reconstruct(
+            weight, gram, kept, damps
+        ),
         "torch.linalg, batched, eight times": linalg,
     }
     for way, job in ways.items():
@@ -205,7 +203,7 @@ def small_rows(count, d, d_out, n):
 
 
 def curve_rows(d, width, steps):
-    """Time eliminations beside the same in plain torch, which keeps all of W."""
+    """Time eliminations beside the same in plain torch."""
     gram, weight = gram_of(d), torch.randn(D_OUT, d, **F64)
     units = d // width
     removed = min(steps, units)
@@ -218,7 +216,7 @@ def curve_rows(d, width, steps):
     yield measured(
         f"obs_curve, d = {d}, width = {width}",
         f"plain torch, {removed} units",
-        lambda: reference.obs_curve(weight, gram, width, 1e-2, units - removed),
+        lambda: curve.obs_curve(weight, gram, width, 1e-2, units - removed),
         repeats=3,
     )
 

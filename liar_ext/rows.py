@@ -70,9 +70,6 @@ TOLD = {
     "on host": "The GPU had no memory to solve {names} ({count} sites), so the CPU did.",
     "by blocks": "An allocation failed in the solve of {names} ({count} sites), so it was done by "
     "blocks, in a file, more slowly: give more memory.",
-    "layerwise": "Layerwise errors count what the layers before have lost, on text that those were "
-    "solved for: fresh text can show several times as much. Judge the model by --eval, --certify "
-    "or its own task.",
     "few": "{tokens} calibration tokens are few for sites of {widest} features; the "
     "cross-validated errors say what that costs.",
 }
@@ -96,7 +93,6 @@ def what_to_know(rows: Sequence[SiteRow], mode: str, tokens: int, widest: int) -
         "starved": [f"{row.name} ({row.tokens})" for row in few],
         "on host": [row.name for row in rows if row.path.endswith(ON_HOST)],
         "by blocks": [row.name for row in rows if BY_BLOCKS in row.path],
-        "layerwise": any(row.target != "dense-input" for row in pruned),
         "few": tokens < 2 * widest,
     }
     numbers = {"dropped": dropped, "tokens": tokens, "widest": widest}

@@ -1,6 +1,6 @@
-"""`reconstruct` the long way, in float64: what every kernel must agree with.
+"""`reconstruct` and `obs_curve` the long way, in float64: what every kernel must agree with.
 
-Its errors are ``tr(ΔW G ΔWᵀ)`` over all features. The other operators' oracles are those of
+Errors are ``tr(ΔW G ΔWᵀ)`` over all features. The oracle of `gram_update_` is that of
 :mod:`liar_ext.ops.reference` in float64.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from liar_ext.ops import dispatch
-from liar_ext.ops.reference import NOT_FINITE, each_site, gram_update_, obs_curve, symmetric
+from liar_ext.ops.reference import NOT_FINITE, condition_of, each_site, gram_update_, symmetric
 
 __all__ = ["gram_update_", "obs_curve", "reconstruct"]
 
@@ -98,6 +98,57 @@ def _quadratic(rows: Tensor, gram: Tensor, cross: Tensor | None) -> Tensor:
     """Return ``tr(V G Vᵀ)``, and less ``2 tr(V C)`` if ``cross`` is given."""
     value = ((rows @ gram) * rows).sum()
     return value if cross is None else value - 2 * (rows * cross.mT).sum()
+
+
+def obs_curve(
+    weight: Tensor, gram: Tensor, width: int, damp: float, at_least: int, groups: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Remove the cheapest unit again and again; see :func:`liar_ext.ops.obs_curve`.
+
+    Keeps the re-solved weights and ``(G_KK + Λ)⁻¹`` themselves, and downdates both unit by unit.
+    """
+    weight, gram = weight.double(), symmetric(gram)
+    d = len(gram)
+    units, removed = d // width, d // width - at_least
+    diagonal = gram.diagonal()
+    weight = torch.where(diagonal == 0, 0.0, weight)
+    mean = torch.where(diagonal.mean() > 0, diagonal.mean(), 1.0)
+    factor, code = torch.linalg.cholesky_ex(
+        gram + damp * mean * torch.eye(d, dtype=gram.dtype, device=gram.device)
+    )
+    condition = condition_of(factor.diagonal())
+    inverse = torch.cholesky_inverse(torch.where(code == 0, factor, torch.nan))
+
+    features = torch.arange(d, device=gram.device).view(units, width)
+    group = torch.arange(units, device=gram.device) // (units // groups)
+    gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
+    order, cost = [], [gram.new_zeros(())]
+    for k in range(removed):
+        if k % groups == 0:
+            lost = torch.zeros(groups, dtype=torch.bool, device=gram.device)
+        blocks = inverse[features[:, :, None], features[:, None, :]]
+        blocks[gone] = torch.eye(width, dtype=gram.dtype, device=gram.device)
+        roots = torch.linalg.cholesky_ex(blocks).L
+        columns = weight.mT.reshape(units, width, -1)
+        costs = torch.linalg.solve_triangular(roots, columns, upper=False).square().sum((1, 2))
+        costs = torch.where(gone | lost[group], torch.inf, costs)
+        unit = costs.argmin()
+        at = features[unit]
+        # Not `solve`, which raises where NaNs have made the block singular: the cost tells.
+        step = torch.linalg.solve_ex(inverse[at][:, at], inverse[at]).result
+        weight = weight - weight[:, at] @ step
+        inverse = inverse - inverse[:, at] @ step
+        gone[unit], lost[group[unit]] = True, True
+        order.append(unit)
+        cost.append(costs[unit])
+    failed = (code != 0) | ~torch.stack(cost).isfinite().all()
+    code = torch.where(failed & (code == 0), d + 1, code).to(gram.dtype)
+    found = torch.stack(order) if order else features.new_empty(0)
+    return (
+        torch.where(failed, torch.arange(removed, device=gram.device), found),
+        torch.where(failed, torch.nan, torch.stack(cost).cumsum(0)),
+        torch.stack([code, torch.where(failed, torch.nan, condition)]),
+    )
 
 
 def same(got, want, dtype):

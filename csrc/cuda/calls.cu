@@ -1,6 +1,7 @@
 // The torch-free entry points that need no dtype of their own.
 #include "gram_call.cuh"
-#include "kernels/reconstruct_job.cuh"
+#include "kernels/eliminate.cuh"
+#include "kernels/small.cuh"
 
 namespace liar::cuda {
 
@@ -22,28 +23,16 @@ std::int64_t gram_update(const GramCall& call, void* workspace, Place place) {
   }
 }
 
-std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place) {
-  const auto matrix = [](const Float64Matrix& m) { return Matrix{m.data, m.stride, m.batch}; };
-  Reconstruct r;
-  r.batches = call.batches;
-  r.d_out = call.d_out;
-  r.d = call.d;
-  r.n = call.n;
-  r.ladder = call.ladder;
-  r.weight = matrix(call.weight);
-  r.gram = matrix(call.gram);
-  r.holdout = matrix(call.holdout);
-  r.cross = matrix(call.cross);
-  r.holdout_cross = matrix(call.holdout_cross);
-  r.kept = call.kept;
-  r.damps = call.damps;
-  r.weight_out = call.weight_out;
-  r.error = call.error;
-  r.holdout_error = call.holdout_error;
-  r.info = call.info;
+void solve_small(const SmallCall& call, Place place) {
   Stream stream = open_stream("reconstruct", place);
-  const std::int64_t bytes = reconstruct(r, workspace, stream);
+  solve_small(call, stream);
   require("reconstruct", stream.error);
+}
+
+std::int64_t eliminate(const PanelCall& call, void* workspace, Place place) {
+  Stream stream = open_stream("obs_curve", place);
+  const std::int64_t bytes = eliminate(call, workspace, stream);
+  require("obs_curve", stream.error);
   return bytes;
 }
 

@@ -24,35 +24,31 @@ struct GramCall {
   double limit;  // of |x|, |y|, weight and |weight x|; rows beyond are dropped and counted
 };
 
-// Elements from row to row and from matrix to matrix; no data: none.
-struct Float64Matrix {
-  const double* data;
-  std::int64_t stride, batch;
-};
+constexpr int kSmall = 128;  // rows of a system that a block solves; see kernels/small.cuh
 
-struct ReconstructCall {
-  std::int64_t batches, d_out, d, n;
+// (block + shift) X = side for each shift; infinite: X = 0. All row-major without gaps.
+struct SmallCall {
+  std::int64_t n, columns;
   int ladder;
-  Float64Matrix weight, gram, holdout, cross, holdout_cross;
-  const std::int64_t* kept;
-  const double* damps;
-  double* weight_out;  // null: the errors alone
-  double* error;
-  double* holdout_error;
-  double* info;
+  const double* block;   // n × n, lower triangle
+  const double* side;    // n × columns
+  const double* shifts;  // ladder
+  double* x;             // ladder × n × columns
+  double* code;          // ladder: as LAPACK's info
+  double* diagonal;      // ladder × n: of the factor
 };
 
-// Elimination of units one by one; `steps` of them.
-struct CurveCall {
-  std::int64_t d, d_out, width, groups, steps;
-  const double* weight;
-  std::int64_t weight_stride;
-  const double* gram;
-  std::int64_t gram_stride;
-  double damp;
-  std::int64_t* order;
-  double* error;
-  double* info;
+// Rows first to first + count of an elimination of single features; see kernels/eliminate.cuh.
+struct PanelCall {
+  std::int64_t n, first, count, groups, per_group;
+  const double *h, *v;              // n × n, symmetric
+  const std::int64_t* unit;         // n, ascending: what the features are called
+  std::int64_t* lost;               // groups: the round in which each lost its last, or -1
+  std::int64_t* order;              // of the whole elimination, as error is
+  double* error;                    // from 0
+  double *left, *right;             // count × n
+  bool* gone;                       // n: false
+  double *h_diagonal, *v_diagonal;  // n
 };
 
 struct Place {
@@ -63,8 +59,10 @@ struct Place {
 // Bytes of workspace with `workspace` null, else launches; never waits and never allocates.
 // Throws std::runtime_error with what CUDA says and what to do.
 std::int64_t gram_update(const GramCall& call, void* workspace, Place place);
-std::int64_t reconstruct(const ReconstructCall& call, void* workspace, Place place);
-std::int64_t obs_curve(const CurveCall& call, void* workspace, Place place);
+std::int64_t eliminate(const PanelCall& call, void* workspace, Place place);
+
+// Needs no workspace.
+void solve_small(const SmallCall& call, Place place);
 
 // How many devices the driver offers; 0, without an error, where there is no driver or an old one.
 int device_count();

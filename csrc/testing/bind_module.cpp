@@ -25,7 +25,6 @@ PYBIND11_MODULE(liar_host_kernels, m) {
   m.doc() = "The CUDA kernels of liar_ext, run on the host.";
   liar::testing::bind_settings(m);
   liar::testing::bind_gram(m);
-  liar::testing::bind_reconstruct(m);
-  liar::testing::bind_selection(m);
+  liar::testing::bind_solves(m);
   liar::testing::bind_faults(m);
 }

@@ -14,8 +14,7 @@ using namespace liar::cuda;
 
 void bind_settings(py::module_& m);
 void bind_gram(py::module_& m);
-void bind_reconstruct(py::module_& m);
-void bind_selection(py::module_& m);
+void bind_solves(py::module_& m);
 void bind_faults(py::module_& m);
 
 // A workspace filled with NaNs: nothing may count on zeros.
@@ -31,12 +30,7 @@ class Scratch {
   std::vector<char> memory_;
 };
 
-// A 2-d array as (data, stride in elements); the last axis must be contiguous.
-template <class T>
-T* pointer(const py::array& a) {
-  return static_cast<T*>(const_cast<void*>(a.data()));
-}
-
+// Elements from row to row of a 2-d array, whose last axis must be contiguous.
 inline std::int64_t row_stride(const py::array& a) {
   return a.shape(0) > 1 ? a.strides(0) / a.itemsize() : a.shape(1);
 }

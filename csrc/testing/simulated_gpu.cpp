@@ -17,6 +17,7 @@
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -138,14 +139,15 @@ class SeenByHost {
   std::optional<DeviceMemory::Open> open_;
 };
 
-std::atomic<int64_t> waits{0};  // for a value to reach the host
+std::atomic<int64_t> waits{0};      // for a value to reach the host
+thread_local bool copying = false;  // for an operator that has no kernel here: nobody waits
 
 at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool) {
   if (self.numel() == 0) return self;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   at::Tensor between = source;
   if (self.is_cuda() && source.is_cuda()) between = (*SeenByHost(source)).clone();
-  if (!self.is_cuda()) ++waits;
+  if (!self.is_cuda() && !copying) ++waits;
   SeenByHost to(self), from(between);
   (*to).copy_(*from);
   return self;
@@ -210,6 +212,8 @@ void check_devices(const std::string& name, const torch::jit::Stack& arguments) 
 
 void on_copies(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   check_devices(op.schema().name(), torch::jit::last(*stack, op.schema().arguments().size()).vec());
+  const auto restore = c10::make_scope_exit([before = copying] { copying = before; });
+  copying = true;
   at::native::cpu_fallback(op, stack);
 }
 

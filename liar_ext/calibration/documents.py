@@ -130,11 +130,17 @@ def _read_file(path: Path) -> list[str]:
 
 def _read_line(line: str, place: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise InputError(
+            f'text: {place} is no JSON; write {{"text": "..."}} on each line'
+        ) from None
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise InputError(f'text: {place} must be a JSON object with a field "text", a string')
+        came = f"fields {', '.join(row)[:80] or '(none)'}" if isinstance(row, dict) else "none"
+        raise InputError(
+            f'text: {place} must be a JSON object with a field "text", a string, got {came}'
+        )
     return checked(text, place)
 
 
@@ -190,7 +196,7 @@ def rows_of_dataset(source: str, prepared: Callable[[Any], Any] = lambda rows: r
     except ImportError:
         raise InputError(
             f"text: no file {source}, and dataset names need the package datasets; "
-            "pip install '.[eval]' or give a text file"
+            "pip install datasets, or give a text file"
         ) from None
     name, config, split = (*source.split(":"), "", "")[:3]
     failure = None

@@ -19,7 +19,7 @@ from liar_ext.calibration.batches import FOLDS
 from liar_ext.calibration.documents import TELLING, Documents, read_text, rows_of_dataset
 from liar_ext.calibration.folds import Sequences, in_turns, padded
 from liar_ext.environment import errors_alone
-from liar_ext.errors import InputError, refusing
+from liar_ext.errors import InputError, install, refusing
 from liar_ext.models.running import DECODER_IDS, DECODER_MASK, device_of, inputs_read
 
 AUDIO, IMAGES = "audio", "images"
@@ -178,7 +178,7 @@ def _decoding(item: Item, what: str, packages: str, extra: str) -> Iterator[None
         with refusing(failure, hint, Exception, but=(ImportError,)):
             yield
     except ImportError:
-        raise InputError(f"data: {packages}; pip install 'liar_ext[{extra}]'") from None
+        raise InputError(f"data: {packages}; {install(extra)}") from None
 
 
 def kind_read(main_input: str) -> str | None:

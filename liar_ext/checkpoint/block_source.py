@@ -167,8 +167,8 @@ def load_offloaded(
         from accelerate.hooks import remove_hook_from_submodules
     except Exception as error:  # a broken package raises anything
         raise InputError(
-            f"load_model: reading a model block by block needs accelerate ({one_line(error, 160)});"
-            " pip install '.[large]'"
+            f"load_model: reading a model block by block needs accelerate "
+            f"({one_line(error, 160)}); pip install accelerate"
         ) from error
     path = Path(name)
     if path.suffix == ".gguf":

@@ -10,9 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from liar_ext.ops import checks, dispatch, gram_choice, reference
-
-SMALL = 128  # kept features up to which a CUDA block solves a system; cuSOLVER solves larger ones
+from liar_ext.ops import dispatch, gram_choice
 
 __all__ = ["build_info", "gram_update_", "obs_curve", "reconstruct"]
 
@@ -146,10 +144,6 @@ def reconstruct(
     Source: LIAR (arXiv 2407.13331), eq. for the transfer matrix, in the damped-transfer form.
     """
     tensors = weight, gram, kept, damps, holdout, cross, holdout_cross
-    if weight.is_cuda and (kept.shape[-1] > SMALL or not dispatch.serves(weight.device)):
-        checks.check_reconstruct(*tensors, values=False)
-        with torch.no_grad():
-            return reference.reconstruct(*tensors, errors_only)
     return torch.ops.liar_ext.reconstruct(*tensors, errors_only)
 
 
@@ -209,10 +203,6 @@ def obs_curve(
     Source: Optimal Brain Surgeon (Hassibi and Stork 1993) for whole units, as in SlimGPT
     (arXiv 2412.18110), with every downdate exact and none of the choices made in blocks.
     """
-    if weight.is_cuda and not dispatch.serves(weight.device):
-        checks.check_obs_curve(weight, gram, width, damp, at_least, groups)
-        with torch.no_grad():
-            return reference.obs_curve(weight, gram, width, damp, at_least, groups)
     return torch.ops.liar_ext.obs_curve(weight, gram, width, damp, at_least, groups)
 
 

@@ -2,7 +2,7 @@
 
 Importing this module loads the extension, which registers the operators and their kernels. Where it
 cannot be loaded, or ``LIAR_REFERENCE=1`` is in the environment, the operators are registered here.
-A device without kernels is served by :mod:`liar_ext.ops.reference`, after one warning.
+A device without kernels is served by plain torch, after one warning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 import torch
 
 from liar_ext.errors import one_line
-from liar_ext.ops import checks, reference
+from liar_ext.ops import checks, curve, reference
 
 SCHEMAS = (
     "gram_update_(Tensor(a!) gram, Tensor(b!) total, Tensor(c!) count, Tensor x, "
@@ -40,13 +40,18 @@ def _load() -> str:
     return ""
 
 
+SMALL = 128  # kept features of a system that one CUDA block solves
 MISSING = _load()
 _library = torch.library.Library("liar_ext", "DEF" if MISSING else "IMPL")
 if MISSING:
     for _schema in SCHEMAS:
         _library.define(_schema)
 
-OPERATORS = ("gram_update_", "obs_curve", "reconstruct")
+PLAIN = {
+    "gram_update_": reference.gram_update_,
+    "obs_curve": curve.obs_curve,
+    "reconstruct": reference.reconstruct,
+}
 
 
 @torch.library.register_fake("liar_ext::gram_update_")
@@ -102,7 +107,7 @@ def _warn(device: str) -> None:
 
 def by_reference(name: str, device: str):
     """Return what an operator does on a device without kernels: checks, then plain torch."""
-    op, check = getattr(reference, name), getattr(checks, f"check_{name.rstrip('_')}")
+    op, check = PLAIN[name], getattr(checks, f"check_{name.rstrip('_')}")
 
     def refer(*arguments):
         _warn(device)
@@ -111,6 +116,39 @@ def by_reference(name: str, device: str):
             return op(*arguments)
 
     return refer
+
+
+def reconstruct_on_cuda(weight, gram, kept, *more):
+    """Solve by cuSOLVER, and small systems by a kernel, without waiting for a value."""
+    checks.check_reconstruct(weight, gram, kept, *more, values=False)
+    small = kept.shape[-1] <= SMALL and serves(weight.device)
+    with torch.no_grad():
+        solve = _solve_small if small else None
+        return reference.reconstruct(weight, gram, kept, *more, solve=solve)
+
+
+def _solve_small(block, side, shifts):
+    contiguous = block.contiguous(), side.contiguous(), shifts
+    x, code, diagonal = torch.ops.liar_ext._solve_small(*contiguous)
+    return zip(x, code, reference.condition_of(diagonal), strict=True)
+
+
+def obs_curve_on_cuda(weight, gram, *more):
+    """Eliminate single features by a kernel, and wider units by libraries."""
+    checks.check_obs_curve(weight, gram, *more)
+    kernel = serves(weight.device) and more[0] == 1
+    with torch.no_grad():
+        eliminate = _eliminate if kernel else None
+        return curve.obs_curve(weight, gram, *more, eliminate=eliminate)
+
+
+def _eliminate(s, first, count):
+    rows = s.h.new_empty(2, count, len(s.unit))
+    gone = torch.zeros_like(s.unit, dtype=torch.bool)
+    diagonals = (each.diagonal().clone() for each in (s.h, s.v))
+    state = s.h, s.v, s.unit, s.lost, s.order, s.error
+    torch.ops.liar_ext._eliminate_(*state, *rows, gone, *diagonals, first, s.per_group)
+    return *rows, gone
 
 
 @functools.cache
@@ -129,7 +167,9 @@ KERNELS = {  # dispatch keys that the extension which is loaded has kernels for
     for device in ("CPU", "CUDA")
     if torch._C._dispatch_has_kernel_for_dispatch_key("liar_ext::gram_update_", device)
 }
+_library.impl("reconstruct", reconstruct_on_cuda, "CUDA")
+_library.impl("obs_curve", obs_curve_on_cuda, "CUDA")
 for _device in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1"):
-    if _device not in KERNELS:
-        for _name in OPERATORS:
+    for _name in PLAIN if _device not in KERNELS else ():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"liar_ext::{_name}", _device):
             _library.impl(_name, by_reference(_name, _device), _device)

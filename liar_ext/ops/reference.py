@@ -1,4 +1,4 @@
-"""The operators of :mod:`liar_ext.ops` in plain torch, with the same signatures and results.
+"""``gram_update_`` and ``reconstruct`` in plain torch, with the same signatures and results.
 
 On a device that has no kernels they do the work, see :mod:`liar_ext.ops.dispatch`; on CUDA that is
 cuBLAS and cuSOLVER. In float64 they are the oracle of the tests.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ LARGEST, LARGEST_FLOAT64 = 2.0**48, 2.0**500  # see `gram_update_` in liar_ext.o
 # Codes of `reconstruct`; the second where values are not waited for.
 NOT_FINITE, NOT_ASCENDING = -2.0, -1.0
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
+# (G_KK, Q, each Λ) to X, code and condition for each.
+Solve = Callable[[Tensor, Tensor, Tensor], Iterable[tuple[Tensor, Tensor, Tensor]]]
 
 
 def gram_update_(
@@ -139,6 +141,7 @@ def reconstruct(
     cross: Tensor | None = None,
     holdout_cross: Tensor | None = None,
     errors_only: bool = False,
+    solve: Solve | None = None,
 ) -> Results:
     """Fold the removed features into the weights; see :func:`liar_ext.ops.reconstruct`.
 
@@ -151,11 +154,13 @@ def reconstruct(
         held-out = ⟨S, H_PP⟩ − 2 ⟨V, Q_H⟩ + ⟨V, H_KK X⟩
 
     Dense targets: Q = C_K − G_KK W_Kᵀ, Y = W_Kᵀ + X, error = −⟨Y, C_K + Λ X⟩. Nothing waits for a
-    value of a tensor, so the calls can be captured into a graph.
+    value of a tensor, so the calls can be captured into a graph. ``solve`` finds X as
+    :func:`solve_by_library` does.
     """
     optional = holdout, cross, holdout_cross
     if weight.dim() == 3:
-        return each_site(reconstruct, weight, gram, kept, damps, *optional, errors_only)
+        one = functools.partial(reconstruct, solve=solve)
+        return each_site(one, weight, gram, kept, damps, *optional, errors_only)
     d, n, ladder = weight.shape[1], len(kept), len(damps)
     inside = ((kept >= 0) & (kept < d)).all() & (kept[1:] > kept[:-1]).all()
     read = [each for each in (weight, cross, holdout_cross) if each is not None]
@@ -166,8 +171,12 @@ def reconstruct(
     site = _prepare(weight.double(), symmetric(gram), kept.clamp(0, max(0, d - 1)), optional)
     mean = site.block.diagonal().mean() if n else site.block.new_ones(())
     mean = torch.where(mean == 0, 1.0, mean)
-    eye = torch.eye(n, dtype=torch.float64, device=weight.device)
-    solved = [_solve(site, eye, damp, damp * mean, before, errors_only) for damp in damps]
+    shifts = damps * mean
+    found = (solve or solve_by_library)(site.block, site.side, shifts)
+    solved = [
+        _certify(site, shift, *one, before, errors_only)
+        for shift, one in zip(shifts, found, strict=True)
+    ]
 
     def stack(index: int, *shape: int) -> Tensor:
         if 0 in shape[:1]:
@@ -214,14 +223,30 @@ def _prepare(
     return _Site(*blocks, *sides, kept_weight, *shared, None, lost(gram), lost(held))
 
 
-def _solve(
-    site: _Site, eye: Tensor, damp: Tensor, shift: Tensor, before: Tensor, errors_only: bool
+def solve_by_library(
+    block: Tensor, side: Tensor, shifts: Tensor
+) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """Yield X = (G_KK + Λ)⁻¹ Q, 0 where Λ is infinite, with code and condition, for each Λ."""
+    eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
+    for shift in shifts:
+        drop = shift.isinf()
+        factor, code = torch.linalg.cholesky_ex(torch.where(drop, eye, block + shift * eye))
+        x = torch.where(drop, 0.0, torch.cholesky_solve(side, factor))
+        yield x, code, condition_of(factor.diagonal())
+
+
+def _certify(
+    site: _Site,
+    shift: Tensor,
+    x: Tensor,
+    code: Tensor,
+    condition: Tensor,
+    before: Tensor,
+    errors_only: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
     """Return W', the errors, and the code with the condition for one λ."""
-    drop = damp.isinf()
+    drop = shift.isinf()
     shift = torch.where(drop, 0.0, shift)
-    factor, code = torch.linalg.cholesky_ex(torch.where(drop, eye, site.block + shift * eye))
-    x = torch.where(drop, 0.0, torch.cholesky_solve(site.side, factor))
     if site.cross is None:
         v = x if site.metric is None else x @ site.metric
         error = site.removed_error - _dot(v, site.side) - shift * _dot(v, x)
@@ -233,7 +258,6 @@ def _solve(
     held_out = None
     if site.held is not None:
         held_out = site.removed_held - 2 * _dot(v, site.held_side) + _dot(v, site.held @ x)
-    condition = _condition(factor)
     code = torch.where(before != 0, before, code.to(torch.float64))
     known = error.isfinite() if held_out is None else error.isfinite() & held_out.isfinite()
     code = torch.where((code == 0) & ~known, NOT_FINITE, code)
@@ -249,10 +273,11 @@ def _solve(
     return unless_failed(new), unless_failed(error), unless_failed(held_out), info
 
 
-def _condition(factor: Tensor) -> Tensor:
-    """Return a lower bound on the condition of ``L Lᵀ``."""
-    diagonal = factor.diagonal()
-    return (diagonal.max() / diagonal.min()) ** 2 if len(diagonal) else factor.new_ones(())
+def condition_of(diagonal: Tensor) -> Tensor:
+    """Return a lower bound on the condition of ``L Lᵀ``, from the diagonal of each L."""
+    if diagonal.shape[-1] == 0:
+        return diagonal.new_ones(diagonal.shape[:-1])
+    return (diagonal.amax(-1) / diagonal.amin(-1)) ** 2
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -281,57 +306,6 @@ def each_site(
         for stacked, value in zip(results, one, strict=True):
             stacked[site] = value
     return results
-
-
-def obs_curve(
-    weight: Tensor, gram: Tensor, width: int, damp: float, at_least: int, groups: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Remove the cheapest unit again and again; see :func:`liar_ext.ops.obs_curve`.
-
-    Keeps the re-solved weights and ``(G_KK + Λ)⁻¹`` themselves, and downdates both unit by unit.
-    """
-    weight, gram = weight.double(), symmetric(gram)
-    d = len(gram)
-    units, removed = d // width, d // width - at_least
-    diagonal = gram.diagonal()
-    weight = torch.where(diagonal == 0, 0.0, weight)
-    mean = torch.where(diagonal.mean() > 0, diagonal.mean(), 1.0)
-    factor, code = torch.linalg.cholesky_ex(
-        gram + damp * mean * torch.eye(d, dtype=gram.dtype, device=gram.device)
-    )
-    condition = _condition(factor)
-    inverse = torch.cholesky_inverse(torch.where(code == 0, factor, torch.nan))
-
-    features = torch.arange(d, device=gram.device).view(units, width)
-    group = torch.arange(units, device=gram.device) // (units // groups)
-    gone = torch.zeros(units, dtype=torch.bool, device=gram.device)
-    order, cost = [], [gram.new_zeros(())]
-    for k in range(removed):
-        if k % groups == 0:
-            lost = torch.zeros(groups, dtype=torch.bool, device=gram.device)
-        blocks = inverse[features[:, :, None], features[:, None, :]]
-        blocks[gone] = torch.eye(width, dtype=gram.dtype, device=gram.device)
-        roots = torch.linalg.cholesky_ex(blocks).L
-        columns = weight.mT.reshape(units, width, -1)
-        costs = torch.linalg.solve_triangular(roots, columns, upper=False).square().sum((1, 2))
-        costs = torch.where(gone | lost[group], torch.inf, costs)
-        unit = costs.argmin()
-        at = features[unit]
-        # Not `solve`, which raises where NaNs have made the block singular: the cost tells.
-        step = torch.linalg.solve_ex(inverse[at][:, at], inverse[at]).result
-        weight = weight - weight[:, at] @ step
-        inverse = inverse - inverse[:, at] @ step
-        gone[unit], lost[group[unit]] = True, True
-        order.append(unit)
-        cost.append(costs[unit])
-    failed = (code != 0) | ~torch.stack(cost).isfinite().all()
-    code = torch.where(failed & (code == 0), d + 1, code).to(gram.dtype)
-    found = torch.stack(order) if order else features.new_empty(0)
-    return (
-        torch.where(failed, torch.arange(removed, device=gram.device), found),
-        torch.where(failed, torch.nan, torch.stack(cost).cumsum(0)),
-        torch.stack([code, torch.where(failed, torch.nan, condition)]),
-    )
 
 
 def symmetric(gram: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ GOOD = "\n".join(
 SERIAL = GOOD.splitlines()[:2] + [
     f"{load}\n/*0000*/ DADD R8, R{2 * k + 20}, R6 ;" for k, load in enumerate(LOADS)
 ]
-NAME = "product_kernel<MmaF64<false> >"
+NAME = "product_kernel<MmaF64>"
 
 
 def faults(code=GOOD, stack=0, stores=0, shared="", name=NAME):

@@ -239,7 +239,7 @@ def test_the_calls_of_the_bench(bench):
     rows = sum(jobs, [])
     refused = {row["way"] for row in rows if "not run" in row}
     assert refused <= {"torch.mm bf16 to f32, add", "ours, triton bf16"}
-    assert sum(row["way"].startswith("ours") and "ms" in row for row in rows) >= 10
+    assert sum(row["way"].startswith("ours") and "ms" in row for row in rows) >= 9
     said = [bench.verdict(job) for job in jobs]
     assert all(re.search(r"is (faster|slower|level), [\d.]+x of \w", one) for one in said), said
 

@@ -15,16 +15,15 @@ def call(op, *arguments):
     return getattr(torch.ops.liar_ext, op).default.redispatch(keys, *arguments)
 
 
-@pytest.mark.parametrize(("width", "units"), [(2, 65536), (65536, 2)])
-def test_more_units_than_a_grid_is_high_are_refused(width, units):
-    d = width * units
-    weight, gram = torch.ones(1, 1).expand(1, d), torch.zeros(1, 1).expand(d, d)
-    with pytest.raises(RuntimeError, match=r"obs_curve: units .* at most 65535.* to the CPU"):
-        call("obs_curve", weight, gram, width, 0.1, 0, 1)
-
-
 def test_sums_that_overlap_themselves_are_refused():
     gram = torch.zeros(1, 4).expand(4, 4)
     total, count = torch.zeros(4), torch.zeros(2, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="gram_update_: gram .* rows that do not overlap"):
         call("gram_update_", gram, total, count, torch.ones(3, 4))
+
+
+def test_kernels_behind_the_solves_refuse_what_they_cannot_read():
+    double = torch.zeros(3, 3, dtype=torch.float64)
+    for block in (torch.zeros(129, 129).double(), torch.zeros(3).double(), double):
+        with pytest.raises(RuntimeError, match="reconstruct: (the kernel keeps|block must be on)"):
+            call("_solve_small", block, double, double[0])

@@ -183,7 +183,7 @@ def _largest(tensor: Tensor | None) -> float:
 def _check_obs_curve(call: Call, _before, order, error, info) -> None:
     """Compare with the oracle up to the first choice between two that cost the same."""
     a = call.arguments
-    want_order, want_error, want_info = reference.obs_curve(**a)
+    want_order, want_error, want_info = oracle.obs_curve(**a)
     if not bool(a["weight"].isfinite().all()) and a["at_least"] > 0:
         return  # a unit whose weight is no number may stay
     failed = bool(want_info[0] > 0) or not call.finite  # the oracle factors an infinity

@@ -2,12 +2,13 @@
 
 import math
 
+import oracle
 import pytest
 import torch
 from covers import cover
 
 from liar_ext import ops
-from liar_ext.ops import dispatch, reference
+from liar_ext.ops import curve, dispatch
 
 DAMP = 1e-3
 
@@ -134,7 +135,7 @@ def test_dead_units_go_first_and_cost_nothing():
 def test_matches_the_reference(d, width, groups):
     weight, x = problem(2 * d, d, 17)
     got = ops.obs_curve(weight, gram_of(x), width, DAMP, groups, groups)
-    want = reference.obs_curve(weight, gram_of(x), width, DAMP, groups, groups)
+    want = oracle.obs_curve(weight, gram_of(x), width, DAMP, groups, groups)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=1e-9, atol=1e-9 * float(want[1][-1]))
     torch.testing.assert_close(got[2], want[2])
@@ -159,7 +160,7 @@ def test_error_less_the_damping_is_the_error_of_reconstruct():
 def test_a_gram_that_cannot_be_factored_is_reported():
     weight, x = problem()
     x[:, 7] = x[:, 3]
-    for op in (ops.obs_curve, reference.obs_curve):
+    for op in (ops.obs_curve, curve.obs_curve):
         order, error, info = op(weight, torch.zeros(24, 24), 1, 0.0, 0)
         assert info[0] == 1 and info[1].isnan() and error.isnan().all()
         assert order.tolist() == list(range(24))
@@ -169,7 +170,7 @@ def test_a_gram_that_cannot_be_factored_is_reported():
 def test_a_weight_that_is_no_number_is_reported(width):
     weight, x = problem()
     weight[0, 3] = torch.nan
-    for op in (ops.obs_curve, reference.obs_curve):
+    for op in (ops.obs_curve, curve.obs_curve):
         _, error, info = op(weight, gram_of(x), width, DAMP, 0)
         assert info[0] > 0 and error.isnan().all()
 

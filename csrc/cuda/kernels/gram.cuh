@@ -9,50 +9,31 @@
 // d²/128: at d = 4096 one part in 33 of the loads.
 #pragma once
 
+#include "../calls.h"
 #include "block.cuh"
 #include "product.cuh"
 #include "workspace.cuh"
 
 namespace liar::cuda {
 
-enum class WeightType { kNone, kBool, kFloat, kDouble };
-
-template <class T>
-struct GramUpdate {
-  Operand<T> x, y;  // no y: the lower triangle of XᵀX
-  std::int64_t tokens = 0;
-  const void* weight = nullptr;
-  WeightType weight_type = WeightType::kNone;
-  void* gram = nullptr;
-  std::int64_t gram_stride = 0;
-  bool gram_f64 = true;
-  void* total = nullptr;    // of gram's type
-  double* count = nullptr;  // [Σ w, rows dropped]
-  double limit = 0x1p48;    // of |x|, |y|, w and |w x|; rows beyond are dropped
-};
-
 template <class T>
 struct RowListParams {
-  Operand<T> x, y;
-  std::int64_t tokens;
-  const void* weight;
-  WeightType weight_type;
+  GramCall call;
+  Operand<T> x, y;     // no y: the lower triangle of XᵀX
   double* row_weight;  // tokens: 0 skipped, -1 dropped
   std::int64_t* rows;  // tokens: the rows that count, in order
   double* weights;     // tokens: their weights
   std::int64_t* row_count;
-  double* count;
-  double limit;
 };
 
-LIAR_DEVICE double weight_of(const void* weight, WeightType type, std::int64_t row) {
-  switch (type) {
-    case WeightType::kBool:
-      return static_cast<const unsigned char*>(weight)[row] ? 1 : 0;
-    case WeightType::kFloat:
-      return static_cast<const float*>(weight)[row];
-    case WeightType::kDouble:
-      return static_cast<const double*>(weight)[row];
+LIAR_DEVICE double weight_of(const GramCall& call, std::int64_t row) {
+  switch (call.weights) {
+    case Weights::kBool:
+      return static_cast<const unsigned char*>(call.weight)[row] ? 1 : 0;
+    case Weights::kFloat32:
+      return static_cast<const float*>(call.weight)[row];
+    case Weights::kFloat64:
+      return static_cast<const double*>(call.weight)[row];
     default:
       return 1;
   }
@@ -101,12 +82,12 @@ __global__ void scan_rows_kernel(const RowListParams<T> p) {
   const unsigned lane = threadIdx.x % kWarp;
   const std::int64_t step = std::int64_t(gridDim.x) * (blockDim.x / kWarp);
   for (std::int64_t row = std::int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-       row < p.tokens; row += step) {
-    double weight = weight_of(p.weight, p.weight_type, row);
+       row < p.call.tokens; row += step) {
+    double weight = weight_of(p.call, row);
     if (weight != 0) {  // uniform in the warp; a row of weight 0 may hold anything
-      bool good = weight > 0 && weight <= p.limit;
-      if (good) good = row_is_within(p.x, row, p.limit / larger(1.0, weight), lane);
-      if (good && p.y.data) good = row_is_within(p.y, row, p.limit, lane);
+      bool good = weight > 0 && weight <= p.call.limit;
+      if (good) good = row_is_within(p.x, row, p.call.limit / larger(1.0, weight), lane);
+      if (good && p.y.data) good = row_is_within(p.y, row, p.call.limit, lane);
       if (!good) weight = -1;
     }
     if (lane == 0) p.row_weight[row] = weight;
@@ -127,11 +108,11 @@ __global__ void __launch_bounds__(kCompactThreads) compact_kernel(const RowListP
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   std::int64_t base = 0;
   double weight_sum = 0, dropped = 0;
-  for (std::int64_t start = 0; start < p.tokens; start += kCompactThreads * kCompactRows) {
+  for (std::int64_t start = 0; start < p.call.tokens; start += kCompactThreads * kCompactRows) {
     const std::int64_t mine = start + threadIdx.x * kCompactRows;
     std::int64_t kept = 0;
     for (int i = 0; i < kCompactRows; ++i) {
-      const double w = mine + i < p.tokens ? p.row_weight[mine + i] : 0;
+      const double w = mine + i < p.call.tokens ? p.row_weight[mine + i] : 0;
       kept += w > 0;
       dropped += w < 0;
       weight_sum += w > 0 ? w : 0;
@@ -150,7 +131,7 @@ __global__ void __launch_bounds__(kCompactThreads) compact_kernel(const RowListP
       base += shared.warp_rows[w];
     }
     for (int i = 0; i < kCompactRows; ++i) {
-      const double w = mine + i < p.tokens ? p.row_weight[mine + i] : 0;
+      const double w = mine + i < p.call.tokens ? p.row_weight[mine + i] : 0;
       if (w > 0) {
         p.rows[place] = mine + i;
         p.weights[place++] = w;
@@ -162,8 +143,8 @@ __global__ void __launch_bounds__(kCompactThreads) compact_kernel(const RowListP
   dropped = block_sum(dropped, shared.sums);
   if (threadIdx.x == 0) {
     *p.row_count = base;
-    p.count[0] += weight_sum;
-    p.count[1] += dropped;
+    p.call.count[0] += weight_sum;
+    p.call.count[1] += dropped;
   }
 }
 
@@ -180,35 +161,34 @@ struct GramMma<float> {
 };
 template <>
 struct GramMma<double> {
-  using Plain = MmaF64<true>;
-  using Weighted = MmaF64<true>;
+  using Plain = MmaF64;
+  using Weighted = MmaF64;
 };
 
-// Lays out the workspace and, if `run`, launches. Returns the bytes of workspace.
+// Lays out the workspace and, if there is any, launches. Returns its bytes.
 template <class Mma, class T = typename Mma::Element>
-std::int64_t gram_update_with(const GramUpdate<T>& g, Workspace workspace, bool run,
-                              Stream& stream) {
-  RowListParams<T> list{g.x, g.y, g.tokens, g.weight, g.weight_type};
+std::int64_t gram_update_with(const GramCall& g, void* memory, Stream& stream) {
+  Workspace workspace(memory);
+  RowListParams<T> list{g, {static_cast<const T*>(g.x), g.x_stride, g.d}};
+  if (g.y) list.y = {static_cast<const T*>(g.y), g.y_stride, g.d_right};
   list.row_weight = workspace.take<double>(g.tokens);
   list.rows = workspace.take<std::int64_t>(g.tokens);
   list.weights = workspace.take<double>(g.tokens);
   list.row_count = workspace.take<std::int64_t>(1);
-  list.count = g.count;
-  list.limit = g.limit;
 
   ProductParams<T> p;
-  p.a = g.x;
-  p.b = g.y;
+  p.a = list.x;
+  p.b = list.y;
   p.rows = list.rows;
   p.weights = list.weights;
   p.row_count = list.row_count;
   p.out = g.gram;
   p.out_stride = g.gram_stride;
-  p.out_f64 = g.gram_f64;
+  p.out_f64 = g.wide;
   p.sums = g.total;
   p.splits = choose_splits<Mma>(p, g.tokens, stream);
   p.partial = workspace.take<double>(partial_size<Mma>(p, p.splits));
-  if (!run || g.tokens == 0) return workspace.bytes();
+  if (!memory || g.tokens == 0) return workspace.bytes();
 
   constexpr unsigned kThreads = 256;
   const std::int64_t blocks = divide_up(g.tokens, kThreads / kWarp);
@@ -220,12 +200,10 @@ std::int64_t gram_update_with(const GramUpdate<T>& g, Workspace workspace, bool 
 }
 
 template <class T>
-std::int64_t gram_update(const GramUpdate<T>& g, void* workspace, Stream& stream) {
-  const bool weighted = g.weight_type == WeightType::kFloat || g.weight_type == WeightType::kDouble;
-  const bool run = workspace != nullptr;
-  return weighted
-             ? gram_update_with<typename GramMma<T>::Weighted>(g, Workspace(workspace), run, stream)
-             : gram_update_with<typename GramMma<T>::Plain>(g, Workspace(workspace), run, stream);
+std::int64_t gram_update(const GramCall& g, void* memory, Stream& stream) {
+  const bool weighted = g.weights == Weights::kFloat32 || g.weights == Weights::kFloat64;
+  return weighted ? gram_update_with<typename GramMma<T>::Weighted>(g, memory, stream)
+                  : gram_update_with<typename GramMma<T>::Plain>(g, memory, stream);
 }
 
 }  // namespace liar::cuda

@@ -11,40 +11,28 @@ struct Operand {
   const T* data = nullptr;
   std::int64_t stride = 0;  // elements from row to row
   std::int64_t columns = 0;
-  std::int64_t batch = 0;  // elements from matrix to matrix
-  int repeat = 1;          // batches in a row that share a matrix
 };
 
 template <class T>
 struct ProductParams {
-  Operand<T> a, b;                          // no b: Aᵀ diag(w) A, and only its triangle
-  bool triangle = false;                    // only a triangle with b too
-  const std::int64_t* rows = nullptr;       // which rows, or all of them in order
+  Operand<T> a, b;                          // no b: Aᵀ diag(w) A, and only its lower triangle
+  const std::int64_t* rows = nullptr;       // which rows
   const double* weights = nullptr;          // one per listed row
-  const std::int64_t* row_count = nullptr;  // on the device; or `depth`
-  std::int64_t depth = 0;
+  const std::int64_t* row_count = nullptr;  // on the device
   void* out = nullptr;
-  std::int64_t out_stride = 0, out_batch = 0;
+  std::int64_t out_stride = 0;
   bool out_f64 = true;
-  bool upper = false;  // the upper triangle instead of the lower
-  bool accumulate = true;
-  double alpha = 1;
   void* sums = nullptr;            // += Aᵀ w, of out's type
   int splits = 1;                  // parts of the rows, each with a partial result
   double* partial = nullptr;       // splits × tiles × kTile², when splits > 1
   double* partial_sums = nullptr;  // splits × a.columns
-  int batches = 1;
-  int most_batches = 65535;  // of one launch; tests take less
-  bool vector = false;       // operands allow 16-byte loads; see can_vectorize
-
-  LIAR_BOTH bool triangular() const { return triangle || !b.data; }
+  bool vector = false;             // operands allow 16-byte loads; see can_vectorize
 };
 
 template <class T>
 bool can_vectorize(const Operand<T>& x) {
   constexpr std::int64_t kElements = 16 / sizeof(T);
-  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride % kElements == 0 &&
-         x.batch % kElements == 0;
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride % kElements == 0;
 }
 
 template <class Mma>
@@ -64,14 +52,13 @@ struct ProductShape {
   LIAR_BOTH static ProductShape of(const ProductParams<T>& p, int tile) {
     ProductShape s{divide_up(p.a.columns, tile), 0, 0};
     s.tile_columns = p.b.data ? divide_up(p.b.columns, tile) : s.tile_rows;
-    s.tiles = p.triangular() ? triangle(s.tile_rows) : s.tile_rows * s.tile_columns;
+    s.tiles = p.b.data ? s.tile_rows * s.tile_columns : triangle(s.tile_rows);
     return s;
   }
 
-  LIAR_BOTH Tile tile(std::int64_t index, bool triangular, bool upper) const {
-    if (!triangular) return rectangular_tile(index, tile_rows, tile_columns);
-    const Tile t = triangular_tile(index, tile_rows);
-    return upper ? Tile{t.column, t.row} : t;
+  LIAR_BOTH Tile tile(std::int64_t index, bool triangular) const {
+    return triangular ? triangular_tile(index, tile_rows)
+                      : rectangular_tile(index, tile_rows, tile_columns);
   }
 };
 
@@ -90,31 +77,30 @@ struct Loader {
   const T *a, *b;
   std::int64_t next, end;  // this thread's first row of the next stage
   int valid_a, valid_b;    // elements of this thread's 16 bytes that exist
-  bool same;               // a tile on the diagonal of AᵀA: B is A
+  bool same;               // a tile on the diagonal: B is A
   std::int64_t row[kPasses];
 
-  LIAR_DEVICE Loader(const ProductParams<T>& params, Tile tile, std::int64_t batch, bool same_tile,
-                     std::int64_t first, std::int64_t last)
+  LIAR_DEVICE Loader(const ProductParams<T>& params, Tile tile, bool same_tile, std::int64_t first,
+                     std::int64_t last)
       : p(params), next(first + threadIdx.x / kPerRow), end(last), same(same_tile) {
     const Operand<T>& right = p.b.data ? p.b : p.a;
-    a = locate(p.a, tile.row, batch, valid_a);
-    b = locate(right, tile.column, batch, valid_b);
+    a = locate(p.a, tile.row, valid_a);
+    b = locate(right, tile.column, valid_b);
     fetch_rows();
   }
 
-  LIAR_DEVICE static const T* locate(const Operand<T>& x, std::int64_t tile, std::int64_t batch,
-                                     int& valid) {
+  LIAR_DEVICE static const T* locate(const Operand<T>& x, std::int64_t tile, int& valid) {
     const std::int64_t column = tile * Mma::kTile + threadIdx.x % kPerRow * kElements;
     const std::int64_t left = x.columns - column;
     valid = static_cast<int>(larger<std::int64_t>(0, smaller<std::int64_t>(left, kElements)));
-    return x.data + batch / x.repeat * x.batch + (valid ? column : 0);
+    return x.data + (valid ? column : 0);
   }
 
   LIAR_DEVICE void fetch_rows() {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const std::int64_t k = next + i * kRowStep;
-      row[i] = k >= end ? -1 : p.rows ? p.rows[k] : k;
+      row[i] = k >= end ? -1 : p.rows[k];
     }
     next += Mma::kDepth;
   }
@@ -134,11 +120,7 @@ struct Loader {
       if (threadIdx.x < Mma::kDepth) {
         // `next` is one stage ahead of the rows that are loaded now.
         const std::int64_t k = next - Mma::kDepth - threadIdx.x / kPerRow + threadIdx.x;
-        if (p.weights)
-          copy_async<8>(&stage.weights[threadIdx.x], p.weights + (k < end ? k : 0),
-                        k < end ? 8 : 0);
-        else
-          stage.weights[threadIdx.x] = 1;
+        copy_async<8>(&stage.weights[threadIdx.x], p.weights + (k < end ? k : 0), k < end ? 8 : 0);
       }
     }
     copy_commit();

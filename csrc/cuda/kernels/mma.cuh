@@ -130,12 +130,11 @@ struct MmaTf32 {
   }
 };
 
-// f64 by m8n8k4: IEEE products and sums. Also the arithmetic of the solver.
-template <bool kWeights>
+// f64 by m8n8k4: IEEE products and sums.
 struct MmaF64 {
   using Element = double;
   using Scalar = double;
-  static constexpr bool kWeighted = kWeights;
+  static constexpr bool kWeighted = true;
   static constexpr int kMostTokens = INT32_MAX;
   static constexpr int kTile = 64, kDepth = 16, kStages = 3, kPad = 4;
   static constexpr int kWarpRows = 2, kWarpColumns = 2, kThreads = 128, kBlocks = 2;
@@ -153,8 +152,7 @@ struct MmaF64 {
       for (int n = 0; n < kN; ++n) right[n] = b[(k + t) * kStride + column0 + 8 * n + g];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        double left = a[(k + t) * kStride + row0 + 8 * m + g];
-        if constexpr (kWeighted) left *= weight[k + t];
+        const double left = weight[k + t] * a[(k + t) * kStride + row0 + 8 * m + g];
 #pragma unroll
         for (int n = 0; n < kN; ++n) mma_f64(c[m][n], left, right[n]);
       }

@@ -1,6 +1,4 @@
-// C += α · Aᵀ diag(w) B over a list of rows: the one main loop of the package. The Gram update,
-// cross moments, the trailing updates of the Cholesky factorisation and its triangular solves are
-// all calls of it.
+// C += Aᵀ diag(w) B over a list of rows: the main loop of Gram updates and cross moments.
 //
 //   rows k ──▶ ┌────────┐ cp.async  ┌─────────┐ ldmatrix / ld.shared ┌──────────┐ every kFlush rows
 //              │ global │ ────────▶ │ kStages │ ───────────────────▶ │ registers│ ──────▶ C +=
@@ -26,7 +24,7 @@ LIAR_BOTH void* at(void* out, bool f64, std::int64_t i) {
 }
 
 // out[i] (+)= value, in float or double.
-LIAR_DEVICE void store(void* out, bool f64, std::int64_t i, double value, bool accumulate) {
+LIAR_DEVICE void store(void* out, bool f64, std::int64_t i, double value, bool accumulate = true) {
   if (f64) {
     double* p = static_cast<double*>(out) + i;
     *p = accumulate ? *p + value : value;
@@ -50,25 +48,23 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int row0 = warp / Mma::kWarpColumns * (Mma::kTile / Mma::kWarpRows);
   const int column0 = warp % Mma::kWarpColumns * (Mma::kTile / Mma::kWarpColumns);
-  const bool triangular = p.triangular();
+  const bool triangular = !p.b.data;
   const auto shape = ProductShape::of(p, Mma::kTile);
   const std::int64_t columns = p.b.data ? p.b.columns : p.a.columns;
-  const std::int64_t count = p.row_count ? *p.row_count : p.depth;
+  const std::int64_t count = *p.row_count;
   const std::int64_t part = divide_up(divide_up(count, p.splits), Mma::kDepth) * Mma::kDepth;
-  const std::int64_t batch = blockIdx.y;
 
   for (std::int64_t item = blockIdx.x; item < shape.tiles * p.splits; item += gridDim.x) {
     const std::int64_t split = item / shape.tiles;
-    const Tile tile = shape.tile(item % shape.tiles, triangular, p.upper);
+    const Tile tile = shape.tile(item % shape.tiles, triangular);
     const bool diagonal = triangular && tile.row == tile.column;
-    const bool same = diagonal && !p.b.data;
     const bool sums_here = p.sums && (triangular ? diagonal : tile.column == 0);
     const std::int64_t begin = smaller(split * part, count), end = smaller(begin + part, count);
     // At least one step: an empty part still has a result, zero.
     const int steps =
         static_cast<int>(larger<std::int64_t>(1, divide_up(end - begin, Mma::kDepth)));
 
-    Loader<Mma> loader(p, tile, batch, same, begin, end);
+    Loader<Mma> loader(p, tile, diagonal, begin, end);
     typename Mma::Accumulator c = {};
     double sum = 0;
     bool first = true;
@@ -76,20 +72,18 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
     const auto flush = [&] {
       // Where this tile's values go: its own partial tile, or their place in the output.
       const bool split_rows = p.splits > 1;
-      const bool add = !first || (p.accumulate && !split_rows);
+      const bool add = !first || !split_rows;
       const std::int64_t row = tile.row * Mma::kTile, column = tile.column * Mma::kTile;
       const std::int64_t stride = split_rows ? Mma::kTile : p.out_stride;
       const int row_end = split_rows ? Mma::kTile : clip(p.a.columns - row, Mma::kTile);
       const int column_end = split_rows ? Mma::kTile : clip(columns - column, Mma::kTile);
-      const bool lower = diagonal && !split_rows && !p.upper;
-      const bool upper = diagonal && !split_rows && p.upper;
+      const bool lower = diagonal && !split_rows;
       const bool f64 = split_rows || p.out_f64;
-      const double alpha = split_rows ? 1 : p.alpha;
       void* out = split_rows ? p.partial + item * Mma::kTile * Mma::kTile
-                             : at(p.out, f64, batch * p.out_batch + row * stride + column);
+                             : at(p.out, f64, row * stride + column);
       // Inside, all old values of a row are on their way before the first is needed. On an edge or
       // on the diagonal each is asked for by itself.
-      const bool inside = row_end == Mma::kTile && column_end == Mma::kTile && !lower && !upper;
+      const bool inside = row_end == Mma::kTile && column_end == Mma::kTile && !lower;
       const auto write_inside = [&](auto* base) {
         using Out = std::remove_pointer_t<decltype(base)>;
         constexpr int kHalves = sizeof(c[0][0]) / sizeof(Scalar) / 2;
@@ -109,7 +103,7 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
 #pragma unroll
               for (int e = 0; e < 2; ++e)
                 line[8 * n + e] =
-                    static_cast<Out>(was[n][e] + alpha * static_cast<double>(c[m][n][2 * h + e]));
+                    static_cast<Out>(was[n][e] + static_cast<double>(c[m][n][2 * h + e]));
             line += 8 * stride;
           }
       };
@@ -119,15 +113,15 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
         write_inside(static_cast<float*>(out));
       else
         for_each_value<Mma>(c, row0, column0, lane, [&](int r, int s, Scalar value) {
-          if (r < row_end && s < column_end && !(lower && s > r) && !(upper && s < r))
-            store(out, f64, r * stride + s, alpha * value, add);
+          if (r < row_end && s < column_end && !(lower && s > r))
+            store(out, f64, r * stride + s, value, add);
         });
       const std::int64_t mine = row + threadIdx.x;
       if (sums_here && threadIdx.x < Mma::kTile && mine < p.a.columns) {
         if (split_rows)
           store(p.partial_sums, true, split * p.a.columns + mine, sum, add);
         else
-          store(p.sums, p.out_f64, mine, sum, true);
+          store(p.sums, p.out_f64, mine, sum);
       }
       sum = 0;
       first = false;
@@ -147,7 +141,7 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
       __syncthreads();  // this stage is here, and the one before is free
       loader.load(shared.stages[stage == 0 ? Mma::kStages - 1 : stage - 1]);
       const auto& now = shared.stages[stage];
-      const auto* right = same ? now.a : now.b;
+      const auto* right = diagonal ? now.a : now.b;
       Mma::multiply(c, now.a, right, now.weights, row0, column0, lane);
       // Column sums come off the tiles on the diagonal, which have only half the loads to wait for.
       if (sums_here && threadIdx.x < Mma::kTile) {
@@ -177,19 +171,19 @@ __global__ void __launch_bounds__(Mma::kThreads, Mma::kBlocks)
 template <class Mma>
 __global__ void reduce_kernel(const ProductParams<typename Mma::Element> p) {
   const auto shape = ProductShape::of(p, Mma::kTile);
-  const bool triangular = p.triangular();
+  const bool triangular = !p.b.data;
   constexpr std::int64_t kArea = Mma::kTile * Mma::kTile;
   const std::int64_t columns = p.b.data ? p.b.columns : p.a.columns;
   for (std::int64_t index = blockIdx.x; index < shape.tiles; index += gridDim.x) {
-    const Tile tile = shape.tile(index, triangular, p.upper);
+    const Tile tile = shape.tile(index, triangular);
     for (int e = threadIdx.x; e < kArea; e += blockDim.x) {
       const std::int64_t row = tile.row * Mma::kTile + e / Mma::kTile;
       const std::int64_t column = tile.column * Mma::kTile + e % Mma::kTile;
       if (row >= p.a.columns || column >= columns) continue;
-      if (triangular && (p.upper ? column < row : column > row)) continue;
+      if (triangular && column > row) continue;
       double value = 0;
       for (int s = 0; s < p.splits; ++s) value += p.partial[(s * shape.tiles + index) * kArea + e];
-      store(p.out, p.out_f64, row * p.out_stride + column, p.alpha * value, p.accumulate);
+      store(p.out, p.out_f64, row * p.out_stride + column, value);
     }
   }
   if (!p.sums) return;
@@ -197,7 +191,7 @@ __global__ void reduce_kernel(const ProductParams<typename Mma::Element> p) {
        i += std::int64_t(gridDim.x) * blockDim.x) {
     double value = 0;
     for (int s = 0; s < p.splits; ++s) value += p.partial_sums[s * p.a.columns + i];
-    store(p.sums, p.out_f64, i, value, true);
+    store(p.sums, p.out_f64, i, value);
   }
 }
 
@@ -223,7 +217,7 @@ std::int64_t partial_size(const ProductParams<typename Mma::Element>& p, int spl
 template <class Mma>
 void product(ProductParams<typename Mma::Element> p, Stream& stream) {
   const auto shape = ProductShape::of(p, Mma::kTile);
-  if (shape.tiles == 0 || p.batches == 0) return;
+  if (shape.tiles == 0) return;
   p.vector = can_vectorize(p.a) && (!p.b.data || can_vectorize(p.b));
   if (p.splits > 1) p.partial_sums = p.partial + p.splits * shape.tiles * Mma::kTile * Mma::kTile;
   constexpr std::size_t kShared = sizeof(ProductShared<Mma>);
@@ -231,16 +225,7 @@ void product(ProductParams<typename Mma::Element> p, Stream& stream) {
       std::int64_t(stream.processors) *
       blocks_per_processor(product_kernel<Mma>, Mma::kThreads, kShared, stream);
   const auto grid = static_cast<unsigned>(smaller(shape.tiles * p.splits, slots));
-  // A grid is at most 65,535 high; matrices that are shared must not be cut from each other.
-  const int shared = p.a.repeat * p.b.repeat, slice = p.most_batches / shared * shared;
-  auto part = p;
-  for (int left = p.batches; left > 0; left -= slice) {
-    const auto batches = static_cast<unsigned>(smaller(left, slice));
-    launch(product_kernel<Mma>, {grid, batches, 1}, Mma::kThreads, kShared, stream, part);
-    part.a.data += slice / p.a.repeat * p.a.batch;
-    if (p.b.data) part.b.data += slice / p.b.repeat * p.b.batch;
-    part.out = at(part.out, p.out_f64, slice * p.out_batch);
-  }
+  launch(product_kernel<Mma>, {grid, 1, 1}, Mma::kThreads, kShared, stream, p);
   if (p.splits > 1)
     launch(reduce_kernel<Mma>, {static_cast<unsigned>(shape.tiles), 1, 1}, 256, 0, stream, p);
 }

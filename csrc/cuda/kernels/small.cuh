@@ -1,7 +1,7 @@
-// Systems of up to 128 rows, a block each: factor, both solves, W' and the errors of both folds in
-// one launch, so that the heads of all layers go together.
+// (G + Λ) X = Q for a ladder of Λ and up to 128 rows, a block each: factor and both solves in one
+// launch. Larger systems are for cuSOLVER; liar_ext/ops/reference.py has the formulas around both.
 //
-// G_KK + Λ = L Lᵀ lies in shared memory as a packed triangle, element (i, j) at i(i+1)/2 + j: 66 KB
+// G + Λ = L Lᵀ lies in shared memory as a packed triangle, element (i, j) at i(i+1)/2 + j: 66 KB
 // at 128 rows, within the 99 KB of the smallest card. Sixteen lanes that start at a multiple of 16
 // then meet no bank twice, along a row because it is contiguous, and down a column because
 // triangular numbers hit every residue of 16. The right-hand side stays in registers: a warp solves
@@ -13,11 +13,12 @@
 //     │L_ik\  │
 //     └───────┘
 //
-// The columns of one system are cut into slices of 128, each a block that factors anew: n³/3 of its
-// 256 n² products and more. So a few systems with many outputs fill a machine too.
+// The columns are cut into slices of 128, each a block that factors anew: n³/3 beside 256 n² of the
+// solves. So a ladder of few λ with many outputs fills a machine too.
 #pragma once
 
-#include "reconstruct.cuh"
+#include "../calls.h"
+#include "block.cuh"
 
 namespace liar::cuda {
 
@@ -26,14 +27,12 @@ constexpr int kLaneRows = kSmall / int(kWarp), kWarpSolves = 4, kSlice = 128;
 
 struct SmallShared {
   double inverse[kSmall];  // 1 / L_kk
-  double scratch[kSmallThreads / kWarp];
 
   // The triangle lies behind.
   LIAR_DEVICE double* triangle() { return reinterpret_cast<double*>(this + 1); }
   static std::size_t bytes(std::int64_t n) {
-    return sizeof(SmallShared) + static_cast<std::size_t>(triangle_size(n)) * sizeof(double);
+    return sizeof(SmallShared) + static_cast<std::size_t>(n * (n + 1) / 2) * sizeof(double);
   }
-  static std::int64_t triangle_size(std::int64_t n) { return n * (n + 1) / 2; }
 };
 
 LIAR_DEVICE int packed(int i, int j) { return i * (i + 1) / 2 + j; }
@@ -41,7 +40,8 @@ LIAR_DEVICE int packed(int i, int j) { return i * (i + 1) / 2 + j; }
 static_assert(sizeof(SmallShared) + kSmall * (kSmall + 1) / 2 * sizeof(double) <= 99 << 10);
 
 // Overwrites the triangle below the diagonal by L; `diagonal`, if given, receives L_kk. Thread 0
-// gets LAPACK's info. A pivot that is not positive counts as 1: see factor_kernel.
+// gets LAPACK's info. A pivot that is not positive counts as 1: what follows means nothing, but
+// ends.
 LIAR_DEVICE int factor_small(SmallShared& shared, int n, double* diagonal) {
   double* l = shared.triangle();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -69,7 +69,7 @@ LIAR_DEVICE int factor_small(SmallShared& shared, int n, double* diagonal) {
 using Columns = double[kLaneRows][kWarpSolves];
 
 // x ← (L Lᵀ)⁻¹ x, a warp's four columns.
-LIAR_DEVICE void solve_small(SmallShared& shared, int n, int lane, Columns& x) {
+LIAR_DEVICE void solve_columns(SmallShared& shared, int n, int lane, Columns& x) {
   const double* l = shared.triangle();
 #pragma unroll
   for (int b = 0; b < kLaneRows; ++b)
@@ -111,109 +111,48 @@ LIAR_DEVICE void solve_small(SmallShared& shared, int n, int lane, Columns& x) {
     }
 }
 
-// This lane's part of ⟨X, H X − 2 L⟩; `linear` starts at the warp's first column, of which
-// `columns` exist.
-LIAR_DEVICE double form_small(const double* square, std::int64_t square_stride,
-                              const double* linear, std::int64_t linear_stride, int n, int columns,
-                              int lane, const Columns& x) {
-  Columns product = {};
-#pragma unroll
-  for (int b = 0; b < kLaneRows; ++b)
-    for (int k = b * kWarp; k < smaller(n, (b + 1) * int(kWarp)); ++k) {
-      double y[kWarpSolves];
-#pragma unroll
-      for (int c = 0; c < kWarpSolves; ++c) y[c] = __shfl_sync(kAllLanes, x[b][c], k % kWarp);
-#pragma unroll
-      for (int r = 0; r < kLaneRows; ++r) {
-        const int i = lane + r * kWarp;
-        if (i >= n) continue;
-        const double scale = square[k * square_stride + i];  // H is symmetric
-#pragma unroll
-        for (int c = 0; c < kWarpSolves; ++c) product[r][c] += scale * y[c];
-      }
-    }
-  double sum = 0;
-#pragma unroll
-  for (int r = 0; r < kLaneRows; ++r) {
-    const int i = lane + r * kWarp;
-    if (i >= n) continue;
-#pragma unroll
-    for (int c = 0; c < kWarpSolves; ++c)
-      if (c < columns) sum += x[r][c] * (product[r][c] - 2 * linear[i * linear_stride + c]);
-  }
-  return sum;
-}
-
-// Block (slice, system).
-static __global__ void __launch_bounds__(kSmallThreads, 2) small_kernel(const GroupParams q) {
+// Block (slice, λ). An infinite Λ is the system [I | 0].
+static __global__ void __launch_bounds__(kSmallThreads, 2) small_kernel(const SmallCall q) {
   auto& shared = shared_memory<SmallShared>();
-  const Systems& t = q.s.system;
-  const std::int64_t slice = blockIdx.x, system = blockIdx.y, item = system / q.ladder;
-  const int n = static_cast<int>(t.n), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const double shift = q.r.damps[system % q.ladder] * q.s.mean[2 * item];
-  const bool drop = shift - shift != 0;  // infinite
-  const double* square = q.s.folds[0].square + item * q.s.square_batch();
+  const std::int64_t slice = blockIdx.x, system = blockIdx.y;
+  const int n = static_cast<int>(q.n), lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const double shift = q.shifts[system];
+  const bool drop = shift - shift != 0;
   double* l = shared.triangle();
   for (int i = warp; i < n; i += kSmallThreads / kWarp)
     for (int j = lane; j <= i; j += kWarp)
-      l[packed(i, j)] =
-          drop ? double(i == j) : square[i * q.s.square_stride + j] + (i == j ? shift : 0);
+      l[packed(i, j)] = drop ? double(i == j) : q.block[i * q.n + j] + (i == j ? shift : 0);
   __syncthreads();
-  const int code = factor_small(shared, n, slice == 0 ? t.diagonal + system * n : nullptr);
-  // Every slice finds the same code; the output needs it from all threads.
-  if (threadIdx.x == 0) {
-    shared.scratch[0] = code;
-    if (slice == 0) t.code[system] = code;
-  }
-  __syncthreads();
-  const bool good = shared.scratch[0] == 0 && q.s.mean[2 * item + 1] == 0;
-  const bool targets = q.r.cross.data != nullptr;
+  const int code = factor_small(shared, n, slice == 0 ? q.diagonal + system * n : nullptr);
+  if (threadIdx.x == 0 && slice == 0) q.code[system] = code;
 
-  double sums[2] = {};
   for (int pass = 0; pass < kSlice; pass += kSmallThreads / kWarp * kWarpSolves) {
     const std::int64_t first = slice * kSlice + pass + warp * kWarpSolves;
-    if (first >= t.m) break;
-    const int columns = static_cast<int>(smaller<std::int64_t>(kWarpSolves, t.m - first));
-    const std::int64_t at = item * q.s.linear_batch() + first;
+    if (first >= q.columns) break;
+    const int columns = static_cast<int>(smaller<std::int64_t>(kWarpSolves, q.columns - first));
     const auto for_each = [&](auto f) {
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r)
 #pragma unroll
         for (int c = 0; c < kWarpSolves; ++c) {
           const int i = lane + r * kWarp;
-          if (i < n && c < columns) f(r, c, at + i * q.s.linear_stride + c);
+          if (i < n && c < columns) f(r, c, i * q.columns + first + c);
         }
     };
     Columns x = {};
     if (!drop) {
-      for_each([&](int r, int c, std::int64_t e) { x[r][c] = q.s.rhs[e]; });
-      solve_small(shared, n, lane, x);
+      for_each([&](int r, int c, std::int64_t e) { x[r][c] = q.side[e]; });
+      solve_columns(shared, n, lane, x);
     }
-    if (targets) for_each([&](int r, int c, std::int64_t e) { x[r][c] += q.s.kept_weight[e]; });
-    if (q.r.weight_out)
-      for_each([&](int r, int c, std::int64_t e) {
-        const double value = targets ? x[r][c] : x[r][c] + q.s.kept_weight[e];
-        q.r.weight_out[(system * t.m + first + c) * n + lane + r * kWarp] = good ? value : NAN;
-      });
-#pragma unroll
-    for (int f = 0; f < 2; ++f) {
-      const Fold& fold = q.s.folds[f];
-      if (fold.gram.data)
-        sums[f] += form_small(fold.square + item * q.s.square_batch(), q.s.square_stride,
-                              fold.linear + at, q.s.linear_stride, n, columns, lane, x);
-    }
-  }
-#pragma unroll
-  for (int f = 0; f < 2; ++f) {
-    const double sum = block_sum(sums[f], shared.scratch);
-    if (threadIdx.x == 0) q.s.partial[(f * t.batches + system) * q.s.parts + slice] = sum;
+    double* out = q.x + system * q.n * q.columns;
+    for_each([&](int r, int c, std::int64_t e) { out[e] = x[r][c]; });
   }
 }
 
-inline void solve_small_systems(const GroupParams& q, Stream& stream) {
-  launch(small_kernel,
-         {static_cast<unsigned>(q.s.parts), static_cast<unsigned>(q.s.system.batches), 1},
-         kSmallThreads, SmallShared::bytes(q.r.n), stream, q);
+inline void solve_small(const SmallCall& q, Stream& stream) {
+  const std::int64_t slices = larger<std::int64_t>(1, divide_up(q.columns, kSlice));
+  launch(small_kernel, {static_cast<unsigned>(slices), static_cast<unsigned>(q.ladder), 1},
+         kSmallThreads, SmallShared::bytes(q.n), stream, q);
 }
 
 }  // namespace liar::cuda
